@@ -1,0 +1,198 @@
+"""Autoregressive generation: one compiled program that reads the prompt and then loops over the new tokens.
+
+Nothing here knows a model. A `Step` is a function `(state, ids, position_ids, cache) -> (logits, cache)`, where
+`logits` (batch, vocabulary) follow each row's last token and a position of -1 marks padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnax.generation.samplers import Sampler
+from attnax.typing import Array, Bool, Float, Int
+
+__all__ = ["Generation", "Step", "generate", "row_keys", "stream"]
+
+
+class Step(Protocol):
+    """Must hash by value: the compiled program is found again by it."""
+
+    def __call__(self, state: Any, ids: Array, position_ids: Array, cache: Any, /) -> tuple[Array, Any]: ...
+
+
+class Generation(NamedTuple):
+    """What was generated after the prompt.
+
+    Attributes:
+        tokens: (batch, max_new_tokens) int32; after its end a row is filled with the end token.
+        lengths: (batch,) int32, tokens of each row up to and with its end token.
+        log_probs: (batch, max_new_tokens) float32, the model's log-probability of each token (before temperature
+            and cuts); 0 after the end.
+    """
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    log_probs: Float[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """Everything that the loop carries from token to token."""
+
+    tokens: Int[Array, "B T"]
+    log_probs: Float[Array, "B T"]
+    lengths: Int[Array, "B"]
+    count: Int[Array, ""]  # tokens written to every row
+    positions: Int[Array, "B"]  # of the last token
+    finished: Bool[Array, "B"]
+    cache: Any
+
+
+def row_keys(key: Array, batch: int) -> Array:
+    """One key a row: `key` itself if it holds `batch` keys, else `fold_in(key, row)`.
+
+    Raises:
+        ValueError: not a typed key, or another number of them.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
+        raise ValueError(
+            f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {batch}; "
+            f"got shape={key.shape}, dtype={key.dtype}."
+        )
+    if key.shape:
+        return key
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+
+
+@partial(jax.jit, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
+def generate(
+    step: Step,
+    state: Any,
+    ids: Array,
+    position_ids: Array,
+    cache: Any,
+    keys: Array,
+    sampler: Sampler,
+    end_token: Array,
+    *,
+    max_new_tokens: int,
+) -> tuple[Generation, Any]:
+    """Reads the prompt and writes up to `max_new_tokens`, in one program.
+
+    Args:
+        step: the model.
+        state: its parameters.
+        ids: (batch, T) prompt.
+        position_ids: (batch, T), -1 for padding.
+        cache: donated; must have room for T + max_new_tokens - 1 tokens.
+        keys: one a row. A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its
+            key and prompt, not on its neighbours.
+        sampler: draws tokens.
+        end_token: ends a row; negative for none.
+        max_new_tokens: static, at least 1.
+
+    Returns:
+        The generation and the cache, which holds all tokens but the last.
+    """
+    progress = _read_prompt(step, state, ids, position_ids, cache, keys, sampler, end_token, max_new_tokens)
+    progress = _write(step, state, progress, keys, sampler, end_token, max_new_tokens)
+    return Generation(progress.tokens, progress.lengths, progress.log_probs), progress.cache
+
+
+def stream(
+    step: Step,
+    state: Any,
+    ids: Array,
+    position_ids: Array,
+    cache: Any,
+    keys: Array,
+    sampler: Sampler,
+    end_token: Array,
+    *,
+    max_new_tokens: int,
+) -> Iterator[np.ndarray]:
+    """Yields each row's next token, (batch,) int32, as soon as it is drawn; the same tokens as `generate`.
+
+    Stops after `max_new_tokens`, or when every row has ended.
+    """
+    progress = _start_stream(step, state, ids, position_ids, cache, keys, sampler, end_token, max_new_tokens)
+    for count in range(1, max_new_tokens + 1):
+        yield np.asarray(progress.tokens[:, count - 1])
+        if count == max_new_tokens or progress.finished.all():
+            return
+        progress = _continue_stream(step, state, progress, keys, sampler, end_token, jnp.int32(count + 1))
+
+
+def _read_prompt(
+    step: Step,
+    state: Any,
+    ids: Array,
+    position_ids: Array,
+    cache: Any,
+    keys: Array,
+    sampler: Sampler,
+    end_token: Array,
+    max_new_tokens: int,
+) -> _Progress:
+    batch = ids.shape[0]
+    logits, cache = step(state, ids, position_ids, cache)
+    progress = _Progress(
+        tokens=jnp.full((batch, max_new_tokens), jnp.maximum(end_token, 0), jnp.int32),
+        log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        positions=position_ids.max(axis=1, initial=-1),
+        finished=jnp.zeros((batch,), bool),
+        cache=cache,
+    )
+    return _append(progress, logits, keys, sampler, end_token)
+
+
+def _write(
+    step: Step, state: Any, progress: _Progress, keys: Array, sampler: Sampler, end_token: Array, limit: int | Array
+) -> _Progress:
+    """Goes on until `limit` tokens are written or every row has ended."""
+
+    def unfinished(progress: _Progress) -> Array:
+        return (progress.count < limit) & ~progress.finished.all()
+
+    def advance(progress: _Progress) -> _Progress:
+        last = lax.dynamic_index_in_dim(progress.tokens, progress.count - 1, axis=1)
+        # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
+        position_ids = jnp.where(progress.finished, -1, progress.positions)[:, None]
+        logits, cache = step(state, last, position_ids, progress.cache)
+        return _append(dataclasses.replace(progress, cache=cache), logits, keys, sampler, end_token)
+
+    return lax.while_loop(unfinished, advance, progress)
+
+
+def _append(progress: _Progress, logits: Array, keys: Array, sampler: Sampler, end_token: Array) -> _Progress:
+    """Draws the token that follows and writes it to the rows that have not ended."""
+    positions = progress.positions + 1
+    token = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
+    running = ~progress.finished
+    token = jnp.where(running, token, jnp.maximum(end_token, 0))
+    write = partial(lax.dynamic_update_index_in_dim, index=progress.count, axis=1)
+    return dataclasses.replace(
+        progress,
+        tokens=write(progress.tokens, token),
+        log_probs=write(progress.log_probs, jnp.where(running, log_prob, 0.0)),
+        lengths=progress.lengths + running,
+        count=progress.count + 1,
+        positions=positions,
+        finished=progress.finished | (token == end_token),
+    )
+
+
+_start_stream = jax.jit(_read_prompt, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
+_continue_stream = jax.jit(_write, static_argnames="step", donate_argnames="progress")

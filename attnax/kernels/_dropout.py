@@ -1,0 +1,31 @@
+"""Dropout of attention weights whose bits depend only on (key, b, h, q, kv), never on tiles or devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attnax.typing import Array, Index
+
+
+def keep_weights(dropout_rng: Array, dropout_rate: float, b: Index, h: Index, q: Index, kv: Index) -> Array:
+    """True where the attention weight of (b, h, q, kv) is kept; indices are global and broadcast together.
+
+    A row word is hashed from (key, b, h, q) once a row; an element costs one more finaliser, which is far
+    cheaper than a counter-based generator per element.
+    """
+    b, h, q, kv = (jnp.asarray(index).astype(jnp.uint32) for index in (b, h, q, kv))
+    word_0, word_1 = jax.random.bits(dropout_rng, (2,), jnp.uint32)
+    row = _mix(_mix(_mix(q + word_0) ^ (h * jnp.uint32(0x9E3779B9))) + b * jnp.uint32(0x85EBCA6B) + word_1)
+    bits = _mix(row ^ _mix(kv + word_1))
+    return bits >= jnp.uint32(min(round(dropout_rate * 2**32), 2**32 - 1))
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of 32-bit words that flips each output bit with each input bit about half the time.
+
+    References: C. Wellons, "Prospecting for hash functions", 2018 (the constants of lowbias32).
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,47 @@
+"""Score mods: functions `(scores, b, h, q, kv) -> scores` on the scaled float32 scores, before the softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from attnax.masks import join_functions, split_functions
+from attnax.typing import Array, Index, ScoreMod
+
+__all__ = ["compose_score_mods"]
+
+
+@jax.tree_util.register_pytree_node_class
+class ComposedScoreMod:
+    """Applies its mods from the first to the last; a pytree whose leaves are theirs."""
+
+    def __init__(self, mods: tuple[ScoreMod, ...]):
+        self.mods = mods
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        for mod in self.mods:
+            scores = mod(scores, b, h, q, kv)
+        return scores
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return split_functions(*self.mods)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> ComposedScoreMod:
+        return cls(join_functions(children, static))
+
+
+def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
+    """One score mod that applies `mods` in order, skipping None; None if there is nothing to apply.
+
+    Example:
+        >>> from attnax import compose_score_mods
+        >>> mod = compose_score_mods(lambda s, b, h, q, kv: s + 1.0, None, lambda s, b, h, q, kv: s * 2.0)
+        >>> mod(3.0, 0, 0, 0, 0)
+        8.0
+    """
+    present = tuple(mod for mod in mods if mod is not None)
+    if len(present) <= 1:
+        return present[0] if present else None
+    return ComposedScoreMod(present)

@@ -1,0 +1,132 @@
+"""Scaled dot-product attention as it is defined: every score, one softmax, O(T * S) memory."""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.kernels._dropout import keep_weights
+from attnax.masks import Mask, as_mask, index_grid, takes_mask_objects
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
+
+__all__ = ["standard_attention"]
+
+
+@overload
+def standard_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = ..., **options: Unpack[AttentionOptions]
+) -> Array: ...
+@overload
+def standard_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[Array, Array]: ...
+@takes_mask_objects
+def standard_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """softmax(scale * query @ key^T) @ value, over the pairs that the mask allows.
+
+    This is the readable definition, which the fast kernels are checked against. Every derivative of any
+    order works, forward and reverse.
+
+    Args:
+        query: (batch, num_heads, seq_q, head_dim), any floating dtype.
+        key: (batch, num_kv_heads, seq_kv, head_dim); num_heads is a multiple of num_kv_heads.
+        value: (batch, num_kv_heads, seq_kv, value_dim).
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
+            (batch, num_heads, seq_q, seq_kv). A query with nothing to attend gives exactly 0.
+        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
+        dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
+        dropout_rate: probability of dropping each attention weight.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+
+    Returns:
+        (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the float32
+        (batch, num_heads, seq_q), -inf where nothing is attended. Scores, softmax and sums are in float32
+        (float64 for float64). A NaN or infinity in a key or value makes the queries that may attend it NaN
+        and leaves all others, and their gradients, untouched.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks, standard_attention
+        >>> x = jnp.ones((1, 4, 5, 8))
+        >>> standard_attention(x, x[:, :2], x[:, :2], mask=masks.causal()).shape
+        (1, 4, 5, 8)
+
+    References:
+        A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
+    """
+    check_attention(
+        "standard_attention",
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+    )
+    batch, num_heads, seq_q, head_dim = query.shape
+    num_kv_heads, seq_kv = key.shape[1:3]
+    full = (batch, num_heads, seq_q, seq_kv)
+    grouped = (batch, num_kv_heads, num_heads // num_kv_heads, seq_q)
+    indices = index_grid(*full)
+
+    # A masked weight is 0, but 0 * NaN is NaN: work on cleaned rows and add NaN back to the pairs that may see them.
+    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    query_ok = jnp.isfinite(query).all(-1, keepdims=True)
+    key_ok = (jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))[..., None]
+    query, key, value = (
+        jnp.where(ok, x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
+    )
+    pair_ok = query_ok.reshape(*grouped, 1) & key_ok.reshape(batch, num_kv_heads, 1, 1, seq_kv)
+
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query.reshape(*grouped, head_dim), key, precision=lax.Precision.HIGHEST)
+    scores = scores.reshape(full) * (head_dim**-0.5 if scale is None else scale)
+    if score_mod is not None:
+        scores = score_mod(scores, *indices)
+    keep = ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
+    if mask is not None:
+        mask = as_mask(mask)
+        mask.check("standard_attention", full)
+        keep &= mask(*indices)
+    scores = jnp.where(keep, scores + jnp.where(pair_ok, 0, jnp.nan).reshape(full), -jnp.inf)
+
+    peak = scores.max(-1, keepdims=True, initial=-jnp.inf)
+    peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
+    weights = jnp.where(keep, jnp.exp(scores - peak), 0)
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    weights = weights / jnp.where(empty, 1, total)
+    if dropout_rate > 0.0 and not deterministic:
+        assert dropout_rng is not None
+        kept = keep_weights(dropout_rng, dropout_rate, *indices)
+        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0)
+
+    out = jnp.einsum(
+        "BKGTS,BKSV->BKGTV", weights.reshape(*grouped, seq_kv), value, precision=lax.Precision.HIGHEST
+    ).reshape(batch, num_heads, seq_q, value.shape[-1])
+    # A row that saw NaN is all NaN, and the NaN of its cotangent stays out of the keys that it may not attend.
+    out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan).astype(out_dtype)
+    if not return_lse:
+        return out
+    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
+    return out, lse[..., 0]

@@ -1,0 +1,6 @@
+"""Whole models."""
+
+from attnax.models.lm import TransformerLM
+from attnax.models.transformer import TransformerDecoder
+
+__all__ = ["TransformerDecoder", "TransformerLM"]

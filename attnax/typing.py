@@ -1,0 +1,185 @@
+"""The protocols of attention, the array types of public signatures, and the checks that every kernel shares.
+
+Shapes are written with jaxtyping where it is installed (the tests enforce them through its import hook)
+and are plain arrays where it is not, so that kernels need nothing but jax and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+else:
+    try:
+        from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+    except ImportError:
+        Array = jax.Array
+
+        class _Plain:
+            """`Float[Array, "B T"]` without jaxtyping: just the array type."""
+
+            def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
+                return item[0]
+
+        Bool = Float = Int = Key = Shaped = _Plain
+
+ArrayLike = Array | np.ndarray
+Index = Int[ArrayLike, "..."] | int
+"""A batch, head, query or key index: an integer array of any shape that broadcasts with the others."""
+
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "AttentionFn",
+    "AttentionOptions",
+    "Bool",
+    "Float",
+    "Index",
+    "InputError",
+    "Int",
+    "Key",
+    "MaskMod",
+    "ScoreMod",
+    "Shaped",
+    "check_attention",
+    "check_mask_shape",
+    "is_concrete",
+]
+
+
+class InputError(ValueError):
+    """What a person gave (a path, a flag, a checkpoint) cannot be used; the message says why and what to do."""
+
+
+class MaskMod(Protocol):
+    """`(b, h, q, kv) -> bool`: may query `q` attend key `kv`, in batch row `b` and head `h`?
+
+    Indices are integer arrays of any shapes that broadcast together; True means attend.
+    """
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index, /) -> Any: ...
+
+
+class ScoreMod(Protocol):
+    """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
+
+    Indices broadcast against `scores`; never use `scores.shape`, which is a tile's. A result of -inf
+    (or of float32's lowest number) counts as masked.
+    """
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index, /) -> Array: ...
+
+
+class AttentionFn(Protocol):
+    """The one protocol of attention: query `(B, N, T, H)`, key `(B, K, S, H)`, value `(B, K, S, Hv)` -> `(B, N, T, Hv)`.
+
+    N is a multiple of K (grouped-query attention). `mask` is a boolean array that broadcasts to
+    (B, N, T, S), True to attend; a function that carries `takes_mask_objects = True` also takes a
+    `attnax.masks.Mask` or a `MaskMod`.
+    """
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        /,
+        *,
+        mask: Any = None,
+        score_mod: ScoreMod | None = None,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+    ) -> Any: ...
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keywords of the built-in softmax kernels, beside `return_lse`."""
+
+    mask: Any
+    score_mod: ScoreMod | None
+    dropout_rng: Array | None
+    dropout_rate: float
+    deterministic: bool
+    scale: float | Array | None
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the value of `x` can be read now (it is not being traced by a transformation)."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def check_mask_shape(caller: str, shape: Sequence[int], full: tuple[int, int, int, int]) -> None:
+    """Raises ValueError unless an array of `shape` broadcasts to `full` = (B, N, T, S)."""
+    fits = len(shape) <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{caller}: mask must broadcast to (batch, num_heads, seq_q, seq_kv)={full}; "
+            f"got mask.shape={tuple(shape)}. Insert axes of size 1 where the mask does not vary."
+        )
+
+
+def check_attention(
+    caller: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Any = None,
+    score_mod: Any = None,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+) -> None:
+    """Raises ValueError, before any compute, unless the arguments of an `AttentionFn` fit together."""
+    shapes = f"query.shape={query.shape}, key.shape={key.shape}, value.shape={value.shape}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(
+            f"{caller}: query, key and value must have 4 axes (batch, heads, length, head_dim); got {shapes}."
+        )
+    (batch, heads, seq_q, head_dim), (kv_heads, seq_kv) = query.shape, key.shape[1:3]
+    if not batch == key.shape[0] == value.shape[0]:
+        raise ValueError(f"{caller}: query, key and value must have the same batch size; got {shapes}.")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"{caller}: key and value must have the same heads and length; got {shapes}.")
+    if head_dim != key.shape[3] or head_dim == 0:
+        raise ValueError(f"{caller}: query and key must have the same head_dim, at least 1; got {shapes}.")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{caller}: the number of query heads must be a multiple of the number of key heads; "
+            f"got {heads} and {kv_heads}."
+        )
+    dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
+    if len(dtypes) > 1 or not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(
+            f"{caller}: query, key and value must have one floating dtype; "
+            f"got {query.dtype}, {key.dtype}, {value.dtype}. Cast them with `.astype`."
+        )
+    if isinstance(mask, jax.Array | np.ndarray):
+        if mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"{caller}: mask must be boolean, True to attend; got mask.dtype={mask.dtype}. "
+                "Pass an additive bias as a score_mod."
+            )
+        check_mask_shape(caller, mask.shape, (batch, heads, seq_q, seq_kv))
+    elif mask is not None and not callable(mask):
+        raise ValueError(f"{caller}: mask must be a boolean array, a Mask or a function; got {mask!r}.")
+    if score_mod is not None and not callable(score_mod):
+        raise ValueError(
+            f"{caller}: score_mod must be a function (scores, b, h, q, kv) -> scores; got {score_mod!r}."
+        )
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"{caller}: dropout_rate must be at least 0 and below 1; got dropout_rate={dropout_rate}.")
+    if dropout_rate > 0.0 and not deterministic and dropout_rng is None:
+        raise ValueError(
+            f"{caller}: dropout needs a key; got dropout_rate={dropout_rate}, deterministic=False, dropout_rng=None. "
+            "Pass dropout_rng=jax.random.key(...) or deterministic=True."
+        )
