@@ -7,7 +7,7 @@ and are plain arrays where it is not, so that kernels need nothing but jax and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class InputError(ValueError):
     """What a person gave (a path, a flag, a checkpoint) cannot be used; the message says why and what to do."""
 
 
+@runtime_checkable
 class MaskMod(Protocol):
     """`(b, h, q, kv) -> bool`: may query `q` attend key `kv`, in batch row `b` and head `h`?
 
@@ -66,6 +67,7 @@ class MaskMod(Protocol):
     def __call__(self, b: Index, h: Index, q: Index, kv: Index, /) -> Any: ...
 
 
+@runtime_checkable
 class ScoreMod(Protocol):
     """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
 
@@ -76,6 +78,7 @@ class ScoreMod(Protocol):
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index, /) -> Array: ...
 
 
+@runtime_checkable
 class AttentionFn(Protocol):
     """The one protocol of attention: query `(B, N, T, H)`, key `(B, K, S, H)`, value `(B, K, S, Hv)` -> `(B, N, T, Hv)`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from attnax.typing import Array, Bool, Float, Int
 __all__ = ["Generation", "Step", "generate", "row_keys", "stream"]
 
 
+@runtime_checkable
 class Step(Protocol):
     """Must hash by value: the compiled program is found again by it."""
 

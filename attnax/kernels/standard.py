@@ -16,17 +16,17 @@ __all__ = ["standard_attention"]
 
 @overload
 def standard_attention(
-    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = ..., **options: Unpack[AttentionOptions]
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, return_lse: Literal[False] = ..., **options: Unpack[AttentionOptions]
 ) -> Array: ...
 @overload
 def standard_attention(
-    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def standard_attention(
-    query: Float[Array, "B N T H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S Hv"],
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
@@ -73,6 +73,7 @@ def standard_attention(
     References:
         A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
     """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(
         "standard_attention",
         query,
@@ -85,47 +86,54 @@ def standard_attention(
         deterministic=deterministic,
     )
     batch, num_heads, seq_q, head_dim = query.shape
-    num_kv_heads, seq_kv = key.shape[1:3]
+    num_kv_heads, seq_kv, value_dim = value.shape[1:]
     full = (batch, num_heads, seq_q, seq_kv)
-    grouped = (batch, num_kv_heads, num_heads // num_kv_heads, seq_q)
     indices = index_grid(*full)
 
     # A masked weight is 0, but 0 * NaN is NaN: work on cleaned rows and add NaN back to the pairs that may see them.
     out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
-    query_ok = jnp.isfinite(query).all(-1, keepdims=True)
-    key_ok = (jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))[..., None]
+    query_ok = jnp.isfinite(query).all(-1)
+    key_ok = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     query, key, value = (
-        jnp.where(ok, x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
+        jnp.where(ok[..., None], x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
     )
-    pair_ok = query_ok.reshape(*grouped, 1) & key_ok.reshape(batch, num_kv_heads, 1, 1, seq_kv)
 
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query.reshape(*grouped, head_dim), key, precision=lax.Precision.HIGHEST)
+    # Heads that share keys become rows of one product, X = B * K and M = (N / K) * T; XLA's CPU backend runs
+    # forward + backward up to twice as fast on one batch axis as on several.
+    groups, rows = batch * num_kv_heads, num_heads // num_kv_heads * seq_q
+    query = query.reshape(groups, rows, head_dim)
+    key, value = key.reshape(groups, seq_kv, head_dim), value.reshape(groups, seq_kv, value_dim)
+    scores = jnp.einsum("XMH,XSH->XMS", query, key, precision=lax.Precision.HIGHEST)
     scores = scores.reshape(full) * (head_dim**-0.5 if scale is None else scale)
+
+    keep = jnp.ones((1, 1, 1, 1), bool)
     if score_mod is not None:
         scores = score_mod(scores, *indices)
-    keep = ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
+        keep = ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     if mask is not None:
         mask = as_mask(mask)
         mask.check("standard_attention", full)
-        keep &= mask(*indices)
-    scores = jnp.where(keep, scores + jnp.where(pair_ok, 0, jnp.nan).reshape(full), -jnp.inf)
+        keep = keep & mask(*indices)
+    query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
+    key_poison = jnp.repeat(jnp.where(key_ok, 0, jnp.nan), num_heads // num_kv_heads, axis=1)[:, :, None, :]
+    scores = jnp.where(keep, scores + (query_poison + key_poison), -jnp.inf)
 
     peak = scores.max(-1, keepdims=True, initial=-jnp.inf)
     peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
     weights = jnp.where(keep, jnp.exp(scores - peak), 0)
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
-    weights = weights / jnp.where(empty, 1, total)
     if dropout_rate > 0.0 and not deterministic:
         assert dropout_rng is not None
         kept = keep_weights(dropout_rng, dropout_rate, *indices)
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0)
 
-    out = jnp.einsum(
-        "BKGTS,BKSV->BKGTV", weights.reshape(*grouped, seq_kv), value, precision=lax.Precision.HIGHEST
-    ).reshape(batch, num_heads, seq_q, value.shape[-1])
-    # A row that saw NaN is all NaN, and the NaN of its cotangent stays out of the keys that it may not attend.
-    out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan).astype(out_dtype)
+    weights = weights.reshape(groups, rows, seq_kv)
+    out = jnp.einsum("XMS,XSV->XMV", weights, value, precision=lax.Precision.HIGHEST)
+    out = out.reshape(batch, num_heads, seq_q, value_dim)
+    # A row that saw NaN is all NaN; the NaN of its cotangent stops here, before it reaches keys that it may not attend.
+    out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan)
+    out = (out / jnp.where(empty, 1, total)).astype(out_dtype)
     if not return_lse:
         return out
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))

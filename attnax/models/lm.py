@@ -19,6 +19,7 @@ from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.models.transformer import TransformerDecoder
 from attnax.nn.blocks import Output
+from attnax.nn.linear import Linear
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["TransformerLM"]
@@ -63,7 +64,7 @@ class TransformerLM(nnx.Module):
         self.head = nnx.data(
             None
             if config.tie_embeddings
-            else nnx.Linear(
+            else Linear(
                 config.d_model,
                 config.vocab_size,
                 use_bias=False,

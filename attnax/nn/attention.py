@@ -15,6 +15,7 @@ from attnax.kernels.score_mods import compose_score_mods
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, as_mask, at_positions, mask_argument
 from attnax.nn.dropout import Dropout
+from attnax.nn.linear import Linear
 from attnax.nn.rope import RotaryEmbedding
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
@@ -77,7 +78,7 @@ class MultiHeadAttention(nnx.Module):
             fields["head_dim"] = qkv_features // num_heads
         config = resolve_config(BlockConfig, config, fields)
         linear = partial(
-            nnx.Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+            Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_size
         self.query = linear(config.d_model, self.num_heads * self.head_dim)

@@ -40,9 +40,10 @@ class TokenEmbedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Products of x with every row, summed in float32."""
-        return jnp.einsum(
-            "...D,VD->...V", x, self.embedding[...].astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        table = self.embedding[...].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
+        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.float32)
+        return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
 class PositionalEncoding(nnx.Module):

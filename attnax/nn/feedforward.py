@@ -11,6 +11,7 @@ from flax import nnx
 
 from attnax.config import BlockConfig, resolve_config
 from attnax.nn.dropout import Dropout
+from attnax.nn.linear import Linear
 from attnax.typing import Array, Float
 
 __all__ = ["FeedForward"]
@@ -58,7 +59,7 @@ class FeedForward(nnx.Module):
             # A layer by itself needs no heads: one head fits any width.
             config = BlockConfig.create(num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
         linear = partial(
-            nnx.Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+            Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )
         self.activation = config.ff_activation
         self.up = linear(config.d_model, config.d_ff)

@@ -1,0 +1,5 @@
+"""`python -m attnax` is the `attnax` command."""
+
+from attnax.cli import entry
+
+entry()

@@ -1,0 +1,124 @@
+"""A run on disk: what was trained on what, how it went, and the checkpoints.
+
+config.json     the options, and the SHA-256 of the corpus and of the tokenizer
+tokenizer.json  in the format of the `tokenizers` library
+metrics.jsonl   a line for each update and each look at held-out text
+checkpoints/    through Orbax
+loss.png, sample.txt, result.json   when it is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from attnax.cli.options import RunOptions
+from attnax.config import TransformerConfig
+from attnax.training import Corpus, OptimizerConfig, Tokenizer
+from attnax.typing import InputError
+
+FORMAT = "attnax run 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run folder, and reading and writing of its small files."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """The figures of a finished run."""
+        return self.path / "result.json"
+
+    @classmethod
+    def create(cls, out: Path | None) -> RunFolder:
+        """Makes `out`, or the next free runs/NNN.
+
+        Raises:
+            InputError: `out` exists already, or cannot be made.
+        """
+        try:
+            if out is not None:
+                out.mkdir(parents=True)
+                return cls(out)
+            Path("runs").mkdir(exist_ok=True)
+            number = 0
+            while (path := Path("runs") / f"{number:03d}").exists():
+                number += 1
+            path.mkdir()
+            return cls(path)
+        except FileExistsError as error:
+            raise InputError(f"{error.filename} exists already; nothing was overwritten. Name another --out.") from error
+        except OSError as error:
+            raise InputError(f"cannot make the run folder {error.filename}: {error.strerror}.") from error
+
+    def save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        """Writes tokenizer.json and config.json; the latter is what makes the folder a run."""
+        content = tokenizer.to_json().encode()
+        (self.path / "tokenizer.json").write_bytes(content)
+        fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "resume")}
+        config = {
+            "format": FORMAT,
+            "corpus_sha256": corpus.fingerprint,
+            "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+            "options": fields,
+        }
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    def load(self) -> tuple[RunOptions, Tokenizer, str]:
+        """Reads what `save` wrote: the options, the tokenizer, and the SHA-256 of the corpus.
+
+        Raises:
+            InputError: the folder is not a run, or a file is missing or changed.
+        """
+        config_path, tokenizer_path = self.path / "config.json", self.path / "tokenizer.json"
+        if not self.path.is_dir():
+            raise InputError(f"no such run folder: {self.path}.")
+        if not config_path.is_file():
+            raise InputError(f"{self.path} is not a run folder: it has no config.json.")
+        try:
+            config = json.loads(config_path.read_text("utf-8"))
+            if not isinstance(config, dict) or config.get("format") != FORMAT:
+                raise InputError(f"{config_path} was not written by this version of attnax train.")
+            fields = config["options"]
+            fields["model"] = TransformerConfig.create(**fields["model"])
+            fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
+            options, corpus_digest, tokenizer_digest = (
+                RunOptions(**fields),
+                config["corpus_sha256"],
+                config["tokenizer_sha256"],
+            )
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{config_path} is damaged: {error}") from error
+        found = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest() if tokenizer_path.is_file() else None
+        if found != tokenizer_digest:
+            raise InputError(f"{tokenizer_path} is {'missing' if found is None else 'not the one of this run'}.")
+        return options, Tokenizer.load(tokenizer_path), corpus_digest
+
+    def append_metrics(self, **row: Any) -> None:
+        """Adds a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that an interruption cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Drops the lines after update number `step`, which a resumed run writes again; returns the others."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        return rows

@@ -1,0 +1,24 @@
+"""Training a language model on text: corpus, tokenizer, steps, checkpoints."""
+
+from attnax.training.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
+from attnax.training.corpus import Corpus, Document, TokenStream, read_corpus
+from attnax.training.optimizer import OptimizerConfig
+from attnax.training.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from attnax.training.trainer import Metrics, Trainer, TrainState
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "Metrics",
+    "OptimizerConfig",
+    "TokenStream",
+    "TrainState",
+    "Tokenizer",
+    "Trainer",
+    "byte_tokenizer",
+    "latest_checkpoint",
+    "read_corpus",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "train_bpe",
+]

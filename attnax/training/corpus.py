@@ -1,0 +1,191 @@
+"""Text to learn from: which files, which of them are held out, and how their tokens become batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from attnax.typing import InputError
+
+__all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One file, or one piece of the only file there is."""
+
+    name: str
+    text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in the order of their names, split by a hash of the name.
+
+    Attributes:
+        train: what the model and the tokenizer learn from.
+        held_out: what neither of them sees.
+        skipped: files left out because they hold no text.
+    """
+
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+    skipped: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all names and texts and of the split."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for document in part:
+                for field in (document.name.encode("utf-8", "surrogateescape"), document.text):
+                    digest.update(len(field).to_bytes(8, "big") + field)
+            digest.update(b"end of part")
+        return digest.hexdigest()
+
+
+def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
+    """Reads the files that `data` names and splits them.
+
+    A file is held out when the SHA-256 of its name, read as a fraction, is below `held_out`: the split does not
+    depend on order, machine or the other files. Where that leaves a side empty, the document of the lowest hash is
+    held out. A single file is cut into about fifty pieces of whole lines, which are split the same way.
+
+    Args:
+        data: a file, a folder (all its files, hidden ones aside) or a glob; None is the source of the running
+            interpreter's standard library.
+        held_out: the fraction of documents to hold out.
+
+    Raises:
+        InputError: nothing is there, it cannot be read, or there is too little text to split.
+    """
+    root, paths = _find(data)
+    documents, skipped = [], 0
+    for path in paths:
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}.") from error
+        if not text:
+            continue
+        if b"\0" in text:  # what text editors and git take for the mark of a binary file
+            skipped += 1
+            continue
+        documents.append(Document(path.relative_to(root).as_posix(), text))
+    if not documents:
+        raise InputError(f"{data} holds no text: {len(paths)} files, all of them empty or binary.")
+    if len(documents) == 1:
+        documents = list(_cut(documents[0]))
+    if len(documents) < 2:
+        raise InputError(
+            f"{data} is too small: {len(documents[0].text)} bytes cannot be split into training and held-out text."
+        )
+    fraction = {document.name: _hash_fraction(document.name) for document in documents}
+    held_names = {name for name, value in fraction.items() if value < held_out}
+    if not held_names or len(held_names) == len(documents):
+        held_names = {min(fraction, key=lambda name: fraction[name])}
+    return Corpus(
+        train=tuple(document for document in documents if document.name not in held_names),
+        held_out=tuple(document for document in documents if document.name in held_names),
+        skipped=skipped,
+    )
+
+
+def _find(data: str | None) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files in the order of their names."""
+    if data is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        packages = ("site-packages", "dist-packages")
+        found: Iterable[Path] = (
+            path for path in root.rglob("*.py") if not any(part in packages for part in path.relative_to(root).parts)
+        )
+    elif (path := Path(data)).is_file():
+        root, found = path.parent, [path]
+    elif path.is_dir():
+        root = path
+        found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    elif any(character in data for character in "*?["):
+        root, found = Path(path.anchor), map(Path, glob.glob(data, recursive=True))
+    else:
+        raise InputError(f"no such file or folder: {data}.")
+    paths = sorted(path for path in found if path.is_file())
+    if not paths:
+        raise InputError(f"no files in {root if data is None else data}.")
+    return root, paths
+
+
+def _hash_fraction(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+
+
+def _cut(document: Document, pieces: int = 50) -> Iterator[Document]:
+    size, lines, length, count = -(-len(document.text) // pieces), [], 0, 0
+    for line in document.text.splitlines(keepends=True):
+        lines.append(line)
+        length += len(line)
+        if length >= size:
+            yield Document(f"{document.name}#{count:02d}", b"".join(lines))
+            lines, length, count = [], 0, count + 1
+    if lines:
+        yield Document(f"{document.name}#{count:02d}", b"".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """The tokens of all documents in a row, each document led by its document token.
+
+    Attributes:
+        tokens: (length,) of an unsigned integer type.
+        window: tokens that a model reads at a time.
+    """
+
+    tokens: np.ndarray
+    window: int
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in one pass."""
+        return (len(self.tokens) - 1) // self.window
+
+    def batch(self, index: int, batch_size: int, seed: int) -> np.ndarray:
+        """Batch number `index` of an endless shuffle, int32 (batch_size, window + 1): input and the token after it.
+
+        Every pass visits all windows once, in an order of its own; a pure function of its arguments, so that a
+        resumed run goes on with the data it would have seen.
+
+        Raises:
+            InputError: the tokens do not fill one window.
+        """
+        if self.num_windows < 1:
+            raise InputError(
+                f"the text is too short: its {len(self.tokens):,} tokens do not fill one window of {self.window}. "
+                "Give more text or a shorter context (max_len)."
+            )
+        epochs, places = np.divmod(np.arange(index * batch_size, (index + 1) * batch_size), self.num_windows)
+        order = {epoch: np.random.default_rng([seed, epoch]).permutation(self.num_windows) for epoch in set(epochs)}
+        windows = np.array([order[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+        return self.tokens[windows[:, None] * self.window + np.arange(self.window + 1)].astype(np.int32)
+
+    def scoring_windows(self, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Windows that score every token but the first exactly once, each with at least window - stride before it.
+
+        Yields:
+            tokens int32 (window + 1,) and bool (window,), which of its predictions count. Only the first window
+            scores tokens with less context: there is none.
+        """
+        scored = 1
+        while scored < len(self.tokens):
+            end = min(len(self.tokens), scored + (self.window if scored == 1 else stride))
+            start = max(0, end - self.window - 1)
+            tokens = np.zeros(self.window + 1, np.int32)
+            tokens[: end - start] = self.tokens[start:end]
+            counts = np.zeros(self.window, bool)
+            counts[scored - start - 1 : end - start - 1] = True
+            yield tokens, counts
+            scored = end

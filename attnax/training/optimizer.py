@@ -1,0 +1,82 @@
+"""The optimizer of a training run, as a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import optax
+
+__all__ = ["OptimizerConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        steps: updates of the parameters.
+        batch_size: sequences in a forward pass.
+        accumulate: forward passes whose gradients are averaged into one update.
+        learning_rate: the highest.
+        final_learning_rate: the last, as a fraction of the highest.
+        warmup: fraction of the steps over which the learning rate rises from 0.
+        weight_decay: of matrices; vectors (norms, biases) have none.
+        beta2: decay of the second moment.
+        max_grad_norm: longer gradients are scaled down to this length.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.1
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            self._require(getattr(self, name) >= 1, f"{name} must be at least 1", name)
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            self._require(value > 0 and math.isfinite(value), f"{name} must be above 0 and finite", name)
+        for name in ("final_learning_rate", "warmup"):
+            self._require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1", name)
+        self._require(self.weight_decay >= 0, "weight_decay must be at least 0", "weight_decay")
+        self._require(0 < self.beta2 < 1, "beta2 must be between 0 and 1", "beta2")
+
+    def _require(self, holds: bool, rule: str, name: str) -> None:
+        if not holds:
+            raise ValueError(f"OptimizerConfig: {rule}; got {name}={getattr(self, name)!r}.")
+
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of each update."""
+        import optax
+
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.learning_rate,
+            warmup_steps=round(self.warmup * self.steps),
+            decay_steps=self.steps,
+            end_value=self.learning_rate * self.final_learning_rate,
+        )
+
+    def build(self) -> optax.GradientTransformation:
+        """The optimizer; with accumulation, a call of its `update` takes one forward pass's gradients."""
+        import jax
+        import optax
+
+        adamw = optax.adamw(
+            self.schedule(),
+            b2=self.beta2,
+            weight_decay=self.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        )
+        optimizer = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
+        if self.accumulate == 1:
+            return optimizer
+        return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()

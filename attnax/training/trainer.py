@@ -1,0 +1,120 @@
+"""The training of a language model: one compiled step, one compiled score, everything else a pytree or a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from attnax.config import TransformerConfig
+from attnax.models.lm import TransformerLM
+from attnax.training.corpus import TokenStream
+from attnax.training.optimizer import OptimizerConfig
+from attnax.typing import Array, Float, Int
+
+__all__ = ["Metrics", "TrainState", "Trainer"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        params: the parameters of the model.
+        opt_state: of the optimizer.
+        passes: int32 scalar, forward and backward passes made; `accumulate` of them are one update.
+    """
+
+    params: Any
+    opt_state: Any
+    passes: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one forward and backward pass."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+class Trainer:
+    """A language model, its optimizer, and their compiled functions.
+
+    Args:
+        model: configuration of the model.
+        optimizer: configuration of the optimizer.
+        seed: of the parameters and of the dropout.
+
+    Raises:
+        ValueError: a configuration that the model refuses.
+
+    Example:
+        >>> import numpy as np
+        >>> from attnax import TransformerConfig
+        >>> from attnax.training import OptimizerConfig, Trainer
+        >>> model = TransformerConfig(vocab_size=7, d_model=8, num_heads=2, num_layers=1, d_ff=16, dropout_rate=0.0)
+        >>> trainer = Trainer(model, OptimizerConfig(steps=10, batch_size=2))
+        >>> state, metrics = trainer.step(trainer.init(), np.zeros((2, 6), np.int32))
+        >>> int(state.passes)
+        1
+    """
+
+    def __init__(self, model: TransformerConfig, optimizer: OptimizerConfig, seed: int = 0):
+        self.model, self.optimizer, self.seed = model, optimizer, seed
+        graphdef, params, rest = nnx.split(TransformerLM(nnx.Rngs(seed), model), nnx.Param, ...)
+        self._initial = nnx.to_pure_dict(params)
+        self._merge = lambda params: nnx.merge(graphdef, params, rest)
+        self._update = optimizer.build()
+        self.step = jax.jit(self._step, donate_argnums=0)
+        self._score = jax.jit(self._score_windows)
+
+    def init(self) -> TrainState:
+        """The state before the first step; a function of the seed."""
+        params = jax.tree.map(jnp.copy, self._initial)  # a step donates what it is given
+        return TrainState(params, self._update.init(params), jnp.zeros((), jnp.int32))
+
+    def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
+        """Bits that the model needs for all tokens of `stream` but the first, each with half a window before it.
+
+        Args:
+            params: of the model.
+            stream: its first token is given for free; a document token, as a rule.
+            batch_size: windows in a forward pass.
+        """
+        windows = list(stream.scoring_windows(stride=max(1, stream.window // 2)))
+        nats = 0.0
+        for start in range(0, len(windows), batch_size):
+            chosen = windows[start : start + batch_size]
+            tokens = np.zeros((batch_size, stream.window + 1), np.int32)  # a last batch of fewer windows fits too
+            counts = np.zeros((batch_size, stream.window), bool)
+            tokens[: len(chosen)] = [window for window, _ in chosen]
+            counts[: len(chosen)] = [count for _, count in chosen]
+            nats += float(self._score(params, tokens, counts))
+        return nats / math.log(2)
+
+    def _step(self, state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Metrics]:
+        """One forward and backward pass over windows of tokens, and an update when enough are accumulated."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
+
+        def mean_loss(params: Any) -> Array:
+            return self._losses(params, tokens, deterministic=False, rngs=nnx.Rngs(dropout=key)).mean()
+
+        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        updates, opt_state = self._update.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.passes + 1), Metrics(loss, optax.global_norm(grads))
+
+    def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
+        return jnp.where(counts, self._losses(params, tokens, deterministic=True), 0.0).sum()
+
+    def _losses(self, params: Any, tokens: Array, **options: Any) -> Float[Array, "B T"]:
+        """Cross-entropy of every token after the first, in nats."""
+        logits = self._merge(params)(tokens[:, :-1], **options)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])

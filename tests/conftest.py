@@ -1,0 +1,39 @@
+"""Strict surroundings: shapes of public signatures enforced, warnings are errors, no silent rank promotion."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Before anything imports attnax: its annotated functions check shapes and dtypes from here on.
+_hook = jaxtyping.install_import_hook("attnax", "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Lets wrong arguments through the shape checks of the tests, to the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def count_compilations():
+    """A list that grows by one with every program that XLA compiles."""
+    compiled = []
+    event = "/jax/core/compile/backend_compile_duration"
+
+    def listen(name, _seconds, **_kwargs):
+        if name == event:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)

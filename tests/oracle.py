@@ -1,0 +1,75 @@
+"""Attention in float64 NumPy, written to be obviously right: loops over rows, one key at a time where it matters."""
+
+import numpy as np
+
+
+def attention(query, key, value, *, keep=None, score_mod=None, scale=None, keep_weights=None, dropout_rate=0.0):
+    """(out, lse) in float64.
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, Hv).
+        keep: bool, broadcasts to (B, N, T, S).
+        score_mod: NumPy function (scores, b, h, q, kv) -> scores.
+        scale: of the scores.
+        keep_weights: bool (B, N, T, S), the weights that dropout keeps.
+        dropout_rate: that keep_weights was drawn with.
+    """
+    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+    (batch, heads, seq_q, head_dim), (kv_heads, seq_kv) = query.shape, key.shape[1:3]
+    scale = head_dim**-0.5 if scale is None else scale
+    keep = np.broadcast_to(True if keep is None else np.asarray(keep), (batch, heads, seq_q, seq_kv))
+    out = np.zeros((batch, heads, seq_q, value.shape[-1]))
+    lse = np.full((batch, heads, seq_q), -np.inf)
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = key[b, h * kv_heads // heads], value[b, h * kv_heads // heads]
+            for q in range(seq_q):
+                seen = np.flatnonzero(keep[b, h, q])
+                scores = scale * keys[seen] @ query[b, h, q]
+                if score_mod is not None:
+                    scores = score_mod(scores, b, h, q, seen)
+                seen, scores = seen[scores != -np.inf], scores[scores != -np.inf]
+                if seen.size == 0:
+                    continue
+                lse[b, h, q] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+                weights = np.exp(scores - lse[b, h, q])
+                if keep_weights is not None:
+                    weights = np.where(keep_weights[b, h, q, seen], weights / (1 - dropout_rate), 0.0)
+                out[b, h, q] = weights @ values[seen]
+    return out, lse
+
+
+def gradients(query, key, value, cotangent, *, keep=None, scale=None):
+    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax."""
+    query, key, value, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent))
+    (batch, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    keep = np.broadcast_to(
+        True if keep is None else np.asarray(keep), (batch, heads, query.shape[2], key.shape[2])
+    )
+    grads = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    for b in range(batch):
+        for h in range(heads):
+            g = h * kv_heads // heads
+            for q in range(query.shape[2]):
+                seen = np.flatnonzero(keep[b, h, q])
+                if seen.size == 0:
+                    continue
+                scores = scale * key[b, g, seen] @ query[b, h, q]
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                d_weights = value[b, g, seen] @ cotangent[b, h, q]
+                d_scores = weights * (d_weights - weights @ d_weights) * scale
+                grads[0][b, h, q] += d_scores @ key[b, g, seen]
+                grads[1][b, g, seen] += d_scores[:, None] * query[b, h, q]
+                grads[2][b, g, seen] += weights[:, None] * cotangent[b, h, q]
+    return grads
+
+
+def rms_error(actual, expected):
+    """Root mean square of the difference, relative to that of `expected` (or absolute, if that is exactly 0)."""
+    expected = np.asarray(expected, np.float64)
+    difference = np.asarray(actual).astype(np.float64) - expected
+    return np.sqrt((difference**2).mean()) / (np.sqrt((expected**2).mean()) or 1.0)

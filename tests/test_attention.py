@@ -1,0 +1,395 @@
+"""Every attention function keeps the contract, on every case."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import BACKENDS, CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from attnax import masks
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+cases = pytest.mark.parametrize("case", CASES)
+
+
+def call(backend, case, query, key, value, **options):
+    """The backend on a case, compiled."""
+    mask = case.mask()
+    run = partial(BACKENDS[backend], score_mod=case.score_mod, **options)
+    if mask is not None:
+        run = partial(run, mask=mask)
+    return jax.jit(run)(query, key, value)
+
+
+def numpy_mod(case):
+    if case.score_mod is None:
+        return None
+    return lambda scores, b, h, q, kv: np.asarray(case.score_mod(scores, b, h, q, kv))
+
+
+@backends
+@cases
+def test_output_and_lse_match_float64(backend, case):
+    case = CASES[case]
+    query, key, value, _ = case.arrays()
+    out, lse = call(backend, case, query, key, value, return_lse=True)
+    expected, expected_lse = oracle.attention(query, key, value, keep=case.dense(), score_mod=numpy_mod(case))
+    assert out.shape == expected.shape and out.dtype == query.dtype and lse.dtype == jnp.float32
+    assert out.size == 0 or oracle.rms_error(out, expected) <= 1e-6
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected_lse))
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6, rtol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.score_mod is None])
+def test_gradients_match_float64(backend, case):
+    case = CASES[case]
+    query, key, value, cotangent = case.arrays()
+
+    def loss(query, key, value):
+        return (BACKENDS[backend](query, key, value, mask=case.mask()) * cotangent).sum()
+
+    actual = jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
+    expected = oracle.gradients(query, key, value, cotangent, keep=case.dense())
+    for have, want in zip(actual, expected, strict=True):
+        assert have.shape == want.shape
+        assert have.size == 0 or oracle.rms_error(have, want) <= 2e-6
+
+
+@backends
+@pytest.mark.parametrize("seq", [257, 4096])
+def test_float32_error_stays_small_for_many_keys(backend, seq):
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, 1, n, 64)) for i, n in enumerate((5, seq, seq)))
+    expected, _ = oracle.attention(query, key, value)
+    assert oracle.rms_error(BACKENDS[backend](query, key, value), expected) <= 1e-6
+
+
+@backends
+def test_lse_has_the_gradient_of_logsumexp(backend):
+    query, key, value, _ = CASES["causal"].arrays()
+
+    def total(query, key):
+        _, lse = BACKENDS[backend](query, key, value, mask=masks.causal(), return_lse=True)
+        return lse.sum()
+
+    def dense(query, key):
+        keys = jnp.repeat(key, 3, axis=1)
+        scores = jnp.einsum("BNTH,BNSH->BNTS", query, keys) * 5**-0.5
+        return jax.nn.logsumexp(jnp.where(jnp.tri(13, dtype=bool)[None, None], scores, -jnp.inf), axis=-1).sum()
+
+    for have, want in zip(jax.grad(total, (0, 1))(query, key), jax.grad(dense, (0, 1))(query, key), strict=True):
+        assert oracle.rms_error(have, want) <= 2e-6
+
+
+@backends
+def test_rows_with_nothing_to_attend_are_exactly_zero(backend):
+    query, key, value, cotangent = CASES["full"].arrays()
+    lengths = jnp.array([0, 5])
+
+    def run(query, key, value):
+        return BACKENDS[backend](query, key, value, mask=masks.padding(lengths), return_lse=True)
+
+    (out, lse), pull = jax.vjp(run, query, key, value)
+    assert (out[0] == 0).all() and jnp.isneginf(lse[0]).all() and jnp.isfinite(lse[1]).all()
+    for grad in pull((cotangent, jnp.ones_like(lse))):
+        assert (grad[0] == 0).all() and jnp.isfinite(grad).all() and (grad[1] != 0).any()
+
+
+@backends
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "all"])
+def test_poison_reaches_only_the_rows_that_may_attend_it(backend, bad, where):
+    """Two documents side by side; the first holds a bad number, the second must not notice."""
+    query, key, value, cotangent = CASES["full"].arrays()
+    document = jnp.arange(13) >= 6
+
+    def run(query, key, value):
+        return BACKENDS[backend](query, key, value, mask=lambda b, h, q, kv: document[q] == document[kv])
+
+    def poisoned(name, x):
+        return x.at[:, :, 2, 1].set(bad) if where in (name, "all") else x
+
+    spoiled = poisoned("query", query), poisoned("key", key), poisoned("value", value)
+    clean_out, clean_pull = jax.vjp(run, query, key, value)
+    out, pull = jax.vjp(run, *spoiled)
+    np.testing.assert_array_equal(out[:, :, 6:], clean_out[:, :, 6:])
+    attended = out[:, :, 2] if where == "query" else out[:, :, :6]
+    assert jnp.isnan(attended).all()
+    # The cotangent of a row that is NaN is usually NaN itself.
+    spoiled_cotangent = jnp.where(jnp.isnan(out), jnp.nan, cotangent)
+    for grad, clean in zip(pull(spoiled_cotangent), clean_pull(cotangent), strict=True):
+        np.testing.assert_array_equal(grad[:, :, 6:], clean[:, :, 6:])
+
+
+@backends
+def test_poison_in_padding_changes_nothing(backend):
+    query, key, value, cotangent = CASES["full"].arrays()
+    run = partial(BACKENDS[backend], mask=masks.padding(jnp.array([11, 5])))
+    out, pull = jax.vjp(run, query, key, value)
+    pad = jnp.arange(13)[None, :] >= jnp.array([11, 5])[:, None]
+    spoiled = [jnp.where(pad[:, None, :, None], jnp.nan, x) for x in (key, value)]
+    out_spoiled, pull_spoiled = jax.vjp(run, query, *spoiled)
+    np.testing.assert_array_equal(out_spoiled, out)
+    for grad, clean in zip(pull_spoiled(cotangent), pull(cotangent), strict=True):
+        np.testing.assert_array_equal(grad, clean)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_is_close_to_correct_rounding(backend, dtype):
+    case = CASES["causal"]
+    query, key, value, _ = case.arrays(dtype)
+    out = call(backend, case, query, key, value)
+    exact, _ = oracle.attention(query, key, value, keep=case.dense())
+    rounded = np.asarray(exact.astype(dtype)).astype(np.float64)
+    error, ideal = np.abs(np.asarray(out).astype(np.float64) - exact), np.abs(rounded - exact)
+    assert out.dtype == dtype
+    assert np.sqrt((error**2).mean()) <= 1.5 * np.sqrt((ideal**2).mean()) and error.max() <= 2 * ideal.max()
+
+
+@backends
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_huge_logits_give_no_nan(backend, dtype):
+    query, key, value, cotangent = CASES["full"].arrays(dtype)
+    out, pull = jax.vjp(lambda *x: BACKENDS[backend](*x, scale=1e4), query, key, value)
+    assert jnp.isfinite(out).all() and all(jnp.isfinite(grad).all() for grad in pull(cotangent))
+
+
+@backends
+def test_scale_may_be_learned(backend):
+    query, key, value, cotangent = CASES["full"].arrays()
+    out = BACKENDS[backend](query, key, value, scale=0.3)
+    assert oracle.rms_error(out, oracle.attention(query, key, value, scale=0.3)[0]) <= 1e-6
+    slope = jax.grad(lambda s: (BACKENDS[backend](query, key, value, scale=s) * cotangent).sum())(jnp.float32(0.3))
+    step = 1e-4
+    ends = [(oracle.attention(query, key, value, scale=0.3 + d)[0] * np.asarray(cotangent)).sum() for d in (-step, step)]
+    assert slope == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-4)
+
+
+@backends
+def test_arrays_captured_by_mods_get_their_gradients(backend):
+    query, key, value, cotangent = CASES["full"].arrays()
+    bias = jax.random.normal(jax.random.key(7), (6, 13))
+
+    def loss(bias, run=BACKENDS[backend]):
+        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]  # noqa: E731
+        return (run(query, key, value, score_mod=mod, mask=masks.causal()) * cotangent).sum()
+
+    def exact(bias):
+        out, _ = oracle.attention(
+            query, key, value, keep=np.tri(13, dtype=bool), score_mod=lambda s, b, h, q, kv: s + np.asarray(bias)[h, kv]
+        )
+        return (out * np.asarray(cotangent)).sum()
+
+    grad = jax.jit(jax.grad(loss))(bias)
+    for index in ((0, 0), (3, 7), (5, 11)):
+        step = np.zeros((6, 13))
+        step[index] = 1e-5
+        slope = (exact(np.asarray(bias) + step) - exact(np.asarray(bias) - step)) / 2e-5
+        assert grad[index] == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+@backends
+def test_minus_infinity_and_the_lowest_float_from_a_mod_count_as_masked(backend):
+    query, key, value, _ = CASES["full"].arrays()
+    expected = BACKENDS[backend](query, key, value, mask=lambda b, h, q, kv: kv > 3)
+    for low in (-jnp.inf, jnp.finfo(jnp.float32).min):
+        mod = lambda scores, b, h, q, kv, low=low: jnp.where(kv > 3, scores, low)  # noqa: E731
+        np.testing.assert_array_equal(BACKENDS[backend](query, key, value, score_mod=mod), expected)
+
+
+@backends
+def test_nan_from_a_mod_is_seen(backend):
+    query, key, value, _ = CASES["full"].arrays()
+    mod = lambda scores, b, h, q, kv: jnp.where(q == 4, jnp.nan, scores)  # noqa: E731
+    out = BACKENDS[backend](query, key, value, score_mod=mod)
+    assert jnp.isnan(out[:, :, 4]).all() and jnp.isfinite(jnp.delete(out, 4, axis=2)).all()
+
+
+@backends
+def test_dropout_drops_weights_by_their_indices(backend):
+    from attnax.kernels._dropout import keep_weights
+
+    query, key, value, _ = CASES["causal"].arrays()
+    rng, rate = jax.random.key(3), 0.3
+    out = BACKENDS[backend](
+        query, key, value, mask=masks.causal(), dropout_rng=rng, dropout_rate=rate, deterministic=False
+    )
+    kept = np.asarray(keep_weights(rng, rate, *masks.index_grid(2, 6, 13, 13)))
+    expected, _ = oracle.attention(
+        query, key, value, keep=np.tri(13, dtype=bool), keep_weights=kept, dropout_rate=rate
+    )
+    assert oracle.rms_error(out, expected) <= 1e-6
+    other = BACKENDS[backend](
+        query, key, value, dropout_rng=jax.random.key(4), dropout_rate=rate, deterministic=False
+    )
+    assert not jnp.allclose(other, out)
+    off = BACKENDS[backend](query, key, value, dropout_rng=rng, dropout_rate=rate, deterministic=True)
+    np.testing.assert_array_equal(off, BACKENDS[backend](query, key, value))
+
+
+def test_dropout_bits_are_fair_and_independent():
+    from attnax.kernels._dropout import keep_weights
+
+    rate = 0.3
+    for seed in range(5):
+        kept = np.asarray(keep_weights(jax.random.key(seed), rate, *masks.index_grid(2, 3, 257, 263)), np.float64)
+        deviation = np.sqrt(rate * (1 - rate) / kept.size)
+        assert abs(kept.mean() - (1 - rate)) < 4.5 * deviation
+        noise = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+        pairs = {
+            "batch": noise[0] * noise[1],
+            "head": noise[:, 0] * noise[:, 1],
+            "next query": noise[:, :, 1:] * noise[:, :, :-1],
+            "next key": noise[..., 1:] * noise[..., :-1],
+            "diagonal": noise[:, :, 1:, 1:] * noise[:, :, :-1, :-1],
+        }
+        for name, product in pairs.items():
+            assert abs(product.mean()) < 4.5 / np.sqrt(product.size), name
+        for axis in (2, 3):
+            means = noise.mean(axis)
+            assert 0.85 < means.std() * np.sqrt(noise.shape[axis]) < 1.15
+    first, second = (
+        np.asarray(keep_weights(jax.random.key(seed), 0.5, *masks.index_grid(1, 1, 257, 263))) for seed in (0, 1)
+    )
+    assert abs((first == second).mean() - 0.5) < 4.5 * 0.5 / np.sqrt(first.size)
+
+
+@backends
+@cases
+def test_eager_equals_compiled(backend, case):
+    case = CASES[case]
+    query, key, value, _ = case.arrays()
+    eager = BACKENDS[backend](query, key, value, mask=case.mask(), score_mod=case.score_mod)
+    np.testing.assert_allclose(eager, call(backend, case, query, key, value), atol=2e-6)
+
+
+@backends
+def test_vmap_equals_a_loop(backend):
+    case = CASES["causal & left padding"]
+    rows = [case.arrays(seed=seed)[:3] for seed in range(3)]
+    run = partial(BACKENDS[backend], mask=case.mask())
+    mapped = jax.vmap(run)(*(jnp.stack(arrays) for arrays in zip(*rows, strict=True)))
+    for have, row in zip(mapped, rows, strict=True):
+        np.testing.assert_allclose(have, run(*row), atol=2e-6)
+
+
+@backends
+def test_runs_inside_scan_and_shard_map(backend):
+    query, key, value, _ = CASES["causal"].arrays()
+    expected = BACKENDS[backend](query, key, value, mask=masks.causal())
+    run = partial(BACKENDS[backend], mask=masks.causal())
+    _, scanned = jax.lax.scan(lambda _, x: (None, run(*x)), None, (query[None], key[None], value[None]))
+    np.testing.assert_allclose(scanned[0], expected, atol=2e-6)
+    spec = PartitionSpec("data")
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+        arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value)]
+        sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec))(*arrays)
+        np.testing.assert_allclose(sharded, expected, atol=2e-6)
+
+
+@backends
+def test_results_are_bitwise_repeatable(backend):
+    query, key, value, cotangent = CASES["causal"].arrays()
+    run = jax.jit(lambda *x: jax.vjp(partial(BACKENDS[backend], mask=masks.causal()), *x)[1](cotangent))
+    for first, second in zip(run(query, key, value), run(query, key, value), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_standard_attention_has_every_derivative():
+    query, key, value, _ = (x[:1, :2, :5] for x in CASES["multi-head"].arrays())
+    bias = jax.random.normal(jax.random.key(9), (2, 5))
+
+    def run(query, key, value, bias):
+        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]  # noqa: E731
+        return jnp.stack(
+            [x.sum() for x in BACKENDS["standard"](query, key, value, score_mod=mod, mask=masks.causal(), return_lse=True)]
+        )
+
+    check_grads(run, (query, key, value, bias), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+SIGNATURE = (2, 4, 7, 11)
+
+
+@pytest.fixture(scope="module")
+def compiled_with_traced_masks():
+    """One program a backend; the masks' arrays are its arguments."""
+
+    def run(backend, arrays, dense, lengths, positions):
+        mask = masks.as_mask(dense) & masks.padding(lengths) & masks.at_positions(masks.causal(), *positions)
+        return BACKENDS[backend](*arrays, mask=mask)
+
+    return jax.jit(run, static_argnums=0)
+
+
+@backends
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_mask_matches_float64(backend, compiled_with_traced_masks, data):
+    batch, heads, seq_q, seq_kv = SIGNATURE
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    dense = rng.random(SIGNATURE) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    lengths = np.array(data.draw(st.lists(st.integers(0, seq_kv), min_size=batch, max_size=batch)))
+    q_positions = np.array(data.draw(st.lists(st.integers(-1, 12), min_size=seq_q, max_size=seq_q)))
+    kv_positions = np.array(data.draw(st.lists(st.integers(-1, 12), min_size=seq_kv, max_size=seq_kv)))
+    arrays = [
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((batch, heads, seq_q, 3), (batch, 2, seq_kv, 3), (batch, 2, seq_kv, 5))
+    ]
+    keep = dense & (np.arange(seq_kv) < lengths[:, None, None, None])
+    keep = keep & (kv_positions <= q_positions[:, None]) & (kv_positions >= 0)
+    out = compiled_with_traced_masks(
+        backend, [jnp.asarray(x) for x in arrays], jnp.asarray(dense), jnp.asarray(lengths), (q_positions, kv_positions)
+    )
+    expected, _ = oracle.attention(*arrays, keep=keep)
+    np.testing.assert_allclose(out, expected, atol=3e-6)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+class TestErrors:
+    """Wrong input is refused in words, before any compute."""
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"query": (2, 6, 13)}, r"must have 4 axes"),
+            ({"key": (3, 2, 13, 5)}, r"same batch size; got query\.shape=\(2, 6, 13, 5\), key\.shape=\(3, 2, 13, 5\)"),
+            ({"value": (2, 2, 11, 7)}, "key and value must have the same heads and length"),
+            ({"key": (2, 2, 13, 3)}, "query and key must have the same head_dim"),
+            ({"key": (2, 4, 13, 5), "value": (2, 4, 13, 7)}, "must be a multiple of the number of key heads; got 6 and 4"),
+            ({"mask": np.ones((13, 13))}, r"mask must be boolean.*float64.*score_mod"),
+            ({"mask": np.ones((11, 13), bool)}, r"must broadcast to .*\(2, 6, 13, 13\); got mask\.shape=\(11, 13\)"),
+            ({"mask": np.ones((1, 2, 6, 13, 13), bool)}, "must broadcast"),
+            ({"mask": masks.padding(np.array([1, 2, 3]))}, "one length a batch row"),
+            ({"mask": masks.causal() & np.ones((3, 1, 1, 13), bool)}, "must broadcast"),
+            ({"mask": masks.at_positions(None, np.arange(13), np.arange(11))}, r"kv_positions must have shape \(13,\)"),
+            ({"mask": "causal"}, "a boolean array, a Mask or a function; got 'causal'"),
+            ({"score_mod": 3}, "must be a function"),
+            ({"dropout_rate": 1.0}, "below 1; got dropout_rate=1.0"),
+            ({"dropout_rate": 0.1, "deterministic": False}, "dropout needs a key"),
+            ({"dtype": jnp.int32}, "one floating dtype; got int32"),
+        ],
+    )
+    @backends
+    def test_wrong_argument(self, backend, change, words):
+        shapes = {"query": (2, 6, 13, 5), "key": (2, 2, 13, 5), "value": (2, 2, 13, 7)}
+        dtype = change.get("dtype", jnp.float32)
+        arrays = [jnp.ones(change.get(name, shape), dtype) for name, shape in shapes.items()]
+        options = {name: value for name, value in change.items() if name not in (*shapes, "dtype")}
+        with pytest.raises(ValueError, match=words):
+            BACKENDS[backend](*arrays, **options)
+
+    @backends
+    def test_mixed_dtypes(self, backend):
+        query, key, value, _ = CASES["full"].arrays()
+        with pytest.raises(ValueError, match="one floating dtype; got float32, bfloat16, float32"):
+            BACKENDS[backend](query, key.astype(jnp.bfloat16), value)
