@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from attnax.config import TransformerConfig
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete, pytree_dataclass
 
 __all__ = [
     "KVLayerCache",
@@ -21,8 +20,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class KVLayerCache:
     """Keys and values of one attention layer; keys are stored after their rotation.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 FfActivation = Literal["gelu", "relu", "silu", "swiglu", "geglu"]
 NormKind = Literal["layer", "rms"]
@@ -20,6 +20,7 @@ __all__ = [
     "NormPlacement",
     "PosEmbType",
     "TransformerConfig",
+    "create_config",
     "resolve_config",
 ]
 
@@ -96,29 +97,6 @@ class BlockConfig:
         """head_dim with its default applied."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
-    @classmethod
-    def create(cls, **fields: Any) -> Self:
-        """The config of these fields; the documented `use_pre_norm` and `use_rope` are translated.
-
-        Raises:
-            ValueError: a field that does not exist, or a value that it cannot have.
-        """
-        if "use_pre_norm" in fields:
-            fields["norm_placement"] = "pre" if fields.pop("use_pre_norm") else "post"
-        if fields.pop("use_rope", False):
-            fields["pos_emb_type"] = "rope"
-        names = {field.name for field in dataclasses.fields(cls)}
-        for name in fields.keys() - names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]}?" if close else f" The fields are {', '.join(sorted(names))}."
-            raise ValueError(f"{cls.__name__}: every argument must be a field; got {name}={fields[name]!r}.{hint}")
-        missing = {
-            field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
-        } - fields.keys()
-        if missing:
-            raise ValueError(f"{cls.__name__}: {', '.join(sorted(missing))} must be given.")
-        return cls(**fields)
-
     def _require(self, holds: bool, rule: str, *names: str) -> None:
         if not holds:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
@@ -166,6 +144,27 @@ class TransformerConfig(BlockConfig):
 Config = TypeVar("Config", bound=BlockConfig)
 
 
+def create_config(kind: type[Config], **fields: Any) -> Config:
+    """The config of these fields; the documented `use_pre_norm` and `use_rope` are translated.
+
+    Raises:
+        ValueError: a field that does not exist or is missing, or a value that it cannot have.
+    """
+    if "use_pre_norm" in fields:
+        fields["norm_placement"] = "pre" if fields.pop("use_pre_norm") else "post"
+    if fields.pop("use_rope", False):
+        fields["pos_emb_type"] = "rope"
+    required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    for name in fields.keys() - required.keys():
+        close = difflib.get_close_matches(name, required, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(sorted(required))}."
+        raise ValueError(f"{kind.__name__}: every argument must be a field; got {name}={fields[name]!r}. {hint}")
+    missing = sorted(name for name, needed in required.items() if needed and name not in fields)
+    if missing:
+        raise ValueError(f"{kind.__name__}: {', '.join(missing)} must be given.")
+    return kind(**fields)
+
+
 def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[str, Any]) -> Config:
     """The config of a module called as `Module(rngs, config)` or as `Module(rngs, **fields)`.
 
@@ -173,7 +172,7 @@ def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[
         ValueError: both or neither were given, a field does not exist, or `config` is of another kind.
     """
     if config is None:
-        return kind.create(**fields)
+        return create_config(kind, **fields)
     if fields:
         raise ValueError(
             f"{kind.__name__}: give a config or fields, not both; got config and {', '.join(sorted(fields))}. "
@@ -181,4 +180,4 @@ def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[
         )
     if not isinstance(config, kind):
         raise ValueError(f"{kind.__name__}: config must be a {kind.__name__}; got {type(config).__name__}.")
-    return cast(Config, config)
+    return config

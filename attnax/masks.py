@@ -8,7 +8,6 @@ what lets a kernel skip the tiles that a mask forbids. True means attend. Masks 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -17,7 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.typing import Array, ArrayLike, Bool, Index, Int, MaskMod, ScoreMod, check_mask_shape
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    Index,
+    Int,
+    MaskMod,
+    ScoreMod,
+    check_mask_shape,
+    function_pytree,
+    pytree_dataclass,
+)
 
 __all__ = ["Mask", "as_mask", "at_positions", "causal", "index_grid", "mask_argument", "padding", "takes_mask_objects"]
 
@@ -54,8 +64,7 @@ class Mask:
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to __rand__
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class And(Mask):
     """Both masks allow the pair."""
 
@@ -75,8 +84,7 @@ class And(Mask):
         self.right.check(caller, full)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Causal(Mask):
     """A query attends the keys at its own position and before."""
 
@@ -87,8 +95,7 @@ class Causal(Mask):
         return jnp.less_equal(kv_range[0], q_range[1]), jnp.less_equal(kv_range[1], q_range[0])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Lengths(Mask):
     """Row `b` holds `lengths[b]` real keys, then padding."""
 
@@ -109,8 +116,7 @@ class Lengths(Mask):
             )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Dense(Mask):
     """A boolean array that broadcasts to (B, N, T, S), read lazily at the indices asked for."""
 
@@ -127,29 +133,18 @@ class Dense(Mask):
         check_mask_shape(caller, self.array.shape, full)
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Pointwise(Mask):
-    """A user's function `(b, h, q, kv) -> bool`; nothing is known about its tiles.
+    """A user's function `(b, h, q, kv) -> bool`; nothing is known about its tiles."""
 
-    A function that is itself a pytree (a registered dataclass) keeps its arrays as leaves.
-    """
-
-    function: MaskMod
+    function: MaskMod  # a pytree
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return jnp.asarray(self.function(b, h, q, kv), bool)
 
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return split_functions(self.function)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> Pointwise:
-        return cls(*join_functions(children, static))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class AtPositions(Mask):
     """`mask` read at true positions; a key at a negative position is no token, and nothing attends it."""
 
@@ -166,26 +161,17 @@ class AtPositions(Mask):
         _check_positions(caller, self.q_positions, self.kv_positions, full)
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class ScoreModAtPositions:
     """A score mod read at true positions."""
 
-    score_mod: ScoreMod
+    score_mod: ScoreMod  # a pytree
     q_positions: Array  # (B|1, T)
     kv_positions: Array  # (B|1, S)
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
 
-    def tree_flatten(self) -> tuple[Any, Any]:
-        children, static = split_functions(self.score_mod)
-        return (children, self.q_positions, self.kv_positions), static
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> ScoreModAtPositions:
-        functions, q_positions, kv_positions = children
-        return cls(*join_functions(functions, static), q_positions, kv_positions)
 
 
 def causal() -> Mask:
@@ -247,7 +233,7 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
             )
         return Dense(jnp.asarray(mask).reshape((1,) * (4 - mask.ndim) + mask.shape))
     if callable(mask):
-        return Pointwise(mask)
+        return Pointwise(function_pytree(mask))
     raise ValueError(f"as_mask: a mask is a boolean array, a Mask or a function (b, h, q, kv) -> bool; got {mask!r}.")
 
 
@@ -290,7 +276,7 @@ def at_positions(
     q_positions, kv_positions = jnp.atleast_2d(jnp.asarray(q_positions)), jnp.atleast_2d(jnp.asarray(kv_positions))
     if mask_or_mod is None or isinstance(mask_or_mod, Mask):
         return AtPositions(mask_or_mod, q_positions, kv_positions)
-    return ScoreModAtPositions(mask_or_mod, q_positions, kv_positions)
+    return ScoreModAtPositions(function_pytree(mask_or_mod), q_positions, kv_positions)
 
 
 def index_grid(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[Array, Array, Array, Array]:
@@ -322,20 +308,6 @@ def mask_argument(
     if getattr(kernel, "takes_mask_objects", False):
         return mask
     return jnp.broadcast_to(mask(*index_grid(*full)), full)
-
-
-def split_functions(*functions: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(children, static) for a pytree that holds functions: callable pytrees are children, plain functions static."""
-    plain = [jax.tree_util.all_leaves([function]) for function in functions]
-    return (
-        tuple(None if is_plain else f for f, is_plain in zip(functions, plain, strict=True)),
-        tuple(f if is_plain else None for f, is_plain in zip(functions, plain, strict=True)),
-    )
-
-
-def join_functions(children: tuple[Any, ...], static: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The functions that `split_functions` took apart."""
-    return tuple(child if plain is None else plain for child, plain in zip(children, static, strict=True))
 
 
 def _read(positions: Array, b: Index, index: Index) -> Array:

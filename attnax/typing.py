@@ -6,8 +6,9 @@ and are plain arrays where it is not, so that kernels need nothing but jax and n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,27 @@ __all__ = [
     "Shaped",
     "check_attention",
     "check_mask_shape",
+    "function_pytree",
     "is_concrete",
+    "pytree_dataclass",
 ]
+
+
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def pytree_dataclass(cls: Class) -> Class:
+    """A frozen dataclass whose fields are the children of a pytree."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    # JAX rebuilds pytrees around whatever stands for a leaf, so the tests' type checks must let anything in.
+    cls.__no_type_check__ = True  # type: ignore[attr-defined]
+    return jax.tree_util.register_dataclass(cls)
+
+
+def function_pytree(function: Any) -> Any:
+    """A function as a pytree: itself if it is one (its arrays are leaves), else one without leaves."""
+    return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 class InputError(ValueError):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated
 
 import tyro
 
 from attnax.cli.options import Generate, Train
 from attnax.typing import InputError
-
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def entry() -> None:
@@ -24,42 +26,53 @@ def entry() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is one line on standard error, and 2."""
     try:
-        options = tyro.cli(
-            Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Generate, tyro.conf.subcommand("generate")],
-            prog="attnax",
-            description="Train a transformer language model on text, and write with it.",
-            args=list(arguments),
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except ValueError as error:  # the options' own checks
-        return _refuse(error)
-    try:
+        options = _parse(arguments)
+        options.check()
         if isinstance(options, Train):
-            from attnax.cli.train import train
+            from attnax.cli.train import train  # after parsing, so that --help does not wait for JAX
 
             return train(options)
         from attnax.cli.generate import generate
 
         return generate(options)
     except InputError as error:
-        return _refuse(error)
+        print(f"attnax: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _refuse(error: ValueError) -> int:
-    print(f"attnax: {error}", file=sys.stderr)
-    return 2
+def _parse(arguments: Sequence[str]) -> Train | Generate:
+    """The options; what tyro has to say against them in a box of several lines is said in one."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Generate, tyro.conf.subcommand("generate")],
+                prog="attnax",
+                description="Train a transformer language model on text, and write with it.",
+                args=list(arguments),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # the colours of a terminal
+        lines = [line.strip("│| ") for line in plain.splitlines() if line.startswith(("│", "|"))]
+        message = " ".join(takewhile(lambda line: not line.startswith(("───", "-----")), lines))
+        raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
+    except ValueError as error:  # a configuration that refuses its values
+        raise InputError(str(error)) from error
 
 
 def _use_huge_pages() -> None:
     """Starts the program again with huge pages for malloc, where glibc has that option.
 
     XLA's CPU backend maps its working memory anew in every step; with pages of 4 KiB the page faults take about a
-    quarter of a training step (`benchmarks/train.py --pages small` shows it). glibc reads the option at start only.
+    quarter of a training step (`benchmarks/train.py` measures both). glibc reads the option at start only.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
         return
-    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_HUGE_PAGES}".lstrip(":")
+    os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
     os.execv(sys.executable, [sys.executable, "-m", "attnax", *sys.argv[1:]])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from attnax.config import TransformerConfig
 from attnax.training.optimizer import OptimizerConfig
+from attnax.typing import InputError
 
 # Chosen by measuring on 2 CPU cores: what reaches the fewest held-out bits per byte in about four minutes.
 DEFAULT_MODEL = TransformerConfig(
@@ -34,13 +35,13 @@ class RunOptions:
     """What a run learns, and how; kept with it.
 
     Attributes:
-        data: A file, a folder, or a glob in quotes. By default the source of Python's standard library.
+        data: a file, a folder, or a glob in quotes. By default the source of Python's standard library.
         tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
-        held_out: Fraction of the files to hold out.
-        checkpoint_every: Updates between checkpoints, each with a look at held-out text.
-        seed: Of parameters, data order and dropout.
-        model: The model; its vocab_size is the tokenizer's.
-        optimizer: The training.
+        held_out: fraction of the files to hold out.
+        checkpoint_every: updates between checkpoints, each with a look at held-out text.
+        seed: of parameters, data order and dropout.
+        model: the model; its vocab_size is the tokenizer's.
+        optimizer: the training.
     """
 
     data: str | None = None
@@ -48,16 +49,17 @@ class RunOptions:
     held_out: float = 0.02
     checkpoint_every: int = 250
     seed: int = 0
-    model: Annotated[TransformerConfig, tyro.conf.arg(name="")] = DEFAULT_MODEL
-    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
+    model: TransformerConfig = DEFAULT_MODEL
+    optimizer: OptimizerConfig = OptimizerConfig()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
         if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
+            raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.checkpoint_every < 1:
-            raise ValueError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
+            raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
         if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0; got {self.seed}.")
+            raise InputError(f"--seed must be at least 0; got {self.seed}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,8 @@ class Train(RunOptions):
     """Train a language model on text, measure it on held-out files, and let it write.
 
     Attributes:
-        out: Run folder to make. By default the next free runs/NNN.
-        resume: Run folder to go on with after an interruption; its own options apply, and no others can be given.
+        out: run folder to make. By default the next free runs/NNN.
+        resume: run folder to go on with after an interruption; its own options apply, and no others can be given.
     """
 
     out: Path | None = None
@@ -78,13 +80,13 @@ class Generate:
     """Continue a prompt with a trained model, streaming the text.
 
     Attributes:
-        run: Run folder that `attnax train` made.
-        prompt: Text to continue. By default the model starts a document of its own.
-        max_new_tokens: Tokens to write at most. By default what fits into the model's context.
+        run: run folder that `attnax train` made.
+        prompt: text to continue. By default the model starts a document of its own.
+        max_new_tokens: tokens to write at most. By default what fits into the model's context.
         temperature: 0 always takes the likeliest token, 1 samples the model's own distribution.
-        top_k: Sample from the k likeliest tokens only.
-        top_p: Sample from the likeliest tokens that reach this probability together.
-        seed: Of the sampling.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the likeliest tokens that reach this probability together.
+        seed: of the sampling.
     """
 
     run: tyro.conf.Positional[Path]
@@ -95,14 +97,15 @@ class Generate:
     top_p: float | None = 0.95
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}.")
+            raise InputError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}.")
         if self.temperature < 0:
-            raise ValueError(f"--temperature must be at least 0; got {self.temperature}.")
+            raise InputError(f"--temperature must be at least 0; got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top-k must be at least 1; got {self.top_k}.")
+            raise InputError(f"--top-k must be at least 1; got {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"--top-p must be above 0 and at most 1; got {self.top_p}.")
+            raise InputError(f"--top-p must be above 0 and at most 1; got {self.top_p}.")
         if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0; got {self.seed}.")
+            raise InputError(f"--seed must be at least 0; got {self.seed}.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attnax.cli.options import RunOptions
-from attnax.config import TransformerConfig
+from attnax.config import TransformerConfig, create_config
 from attnax.training import Corpus, OptimizerConfig, Tokenizer
 from attnax.typing import InputError
 
@@ -90,13 +90,11 @@ class RunFolder:
             if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise InputError(f"{config_path} was not written by this version of attnax train.")
             fields = config["options"]
-            fields["model"] = TransformerConfig.create(**fields["model"])
+            fields["model"] = create_config(TransformerConfig, **fields["model"])
             fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-            options, corpus_digest, tokenizer_digest = (
-                RunOptions(**fields),
-                config["corpus_sha256"],
-                config["tokenizer_sha256"],
-            )
+            options = RunOptions(**fields)
+            options.check()
+            corpus_digest, tokenizer_digest = config["corpus_sha256"], config["tokenizer_sha256"]
         except InputError:
             raise
         except (ValueError, TypeError, KeyError) as error:

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from attnax.cli.generate import load_model, write_text
@@ -43,21 +42,17 @@ from attnax.visualize import plot_training
 
 def train(options: Train) -> int:
     """Runs the command; returns 0, or 128 + the number of the signal that interrupted it."""
-    if options.resume is None:
-        run, settings, corpus, tokenizer = _start(options)
-    else:
-        run, settings, corpus, tokenizer = _reopen(options)
-    session = _Session(run, settings, corpus, tokenizer)
+    session = _start(options) if options.resume is None else _reopen(options, options.resume)
     with _interruptible() as received:
         finished = session.train(received)
     if not finished:
-        print(f"interrupted; go on with: attnax train --resume {run.path}")
+        print(f"interrupted; go on with: attnax train --resume {session.run.path}")
         return 128 + received[0]
     session.finish()
     return 0
 
 
-def _start(options: Train) -> tuple[RunFolder, RunOptions, Corpus, Tokenizer]:
+def _start(options: Train) -> _Session:
     """Everything that can be refused is looked at before the run folder is made."""
     if options.out is not None and options.out.exists():
         raise InputError(f"{options.out} exists already; nothing was overwritten. Name another --out.")
@@ -67,23 +62,26 @@ def _start(options: Train) -> tuple[RunFolder, RunOptions, Corpus, Tokenizer]:
     model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
     data = None if options.data is None else str(Path(options.data).absolute())
     settings = dataclasses.replace(options, model=model, data=data)
-    run = RunFolder.create(options.out)
-    run.save(settings, corpus, tokenizer)
-    return run, settings, corpus, tokenizer
+    session = _Session(settings, corpus, tokenizer)
+    session.run = RunFolder.create(options.out)
+    session.run.save(settings, corpus, tokenizer)
+    return session
 
 
-def _reopen(options: Train) -> tuple[RunFolder, RunOptions, Corpus, Tokenizer]:
-    assert options.resume is not None
-    if options != Train(resume=options.resume):
+def _reopen(options: Train, folder: Path) -> _Session:
+    if options != Train(resume=folder):
         raise InputError("--resume goes on with the run's own options; leave the other flags out.")
-    run = RunFolder(options.resume)
+    run = RunFolder(folder)
     settings, tokenizer, corpus_digest = run.load()
     if run.result.exists():
-        raise InputError(f"{run.path} is finished; there is nothing to go on with.")
+        raise InputError(f"{folder} is finished; there is nothing to go on with.")
     corpus = _read(settings.data, settings.held_out)
     if corpus.fingerprint != corpus_digest:
-        raise InputError(f"the text of {run.path} has changed since it was started; start a new run.")
-    return run, settings, corpus, tokenizer
+        raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
+    session = _Session(settings, corpus, tokenizer)
+    session.run = run
+    session.restore()
+    return session
 
 
 def _read(data: str | None, held_out: float) -> Corpus:
@@ -96,13 +94,15 @@ def _read(data: str | None, held_out: float) -> Corpus:
 
 
 class _Session:
-    """One process's part of a run."""
+    """One process's part of a run; `run` is set once nothing stands against it."""
 
-    def __init__(self, run: RunFolder, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer):
-        self.run, self.options, self.corpus = run, options, corpus
+    run: RunFolder
+
+    def __init__(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer):
+        self.options, self.corpus = options, corpus
         window = options.model.max_len
-        texts = _texts(corpus.train)
-        self.stream = TokenStream(tokenizer.encode_documents(texts), window)
+        self.stream = TokenStream(tokenizer.encode_documents(_texts(corpus.train)), window)
+        self.stream.require_a_window()
         self.held_out = TokenStream(tokenizer.encode_documents(_texts(corpus.held_out)), window)
         # A look at held-out text while training: about 32 windows of it, and the bytes that they spell.
         self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
@@ -111,55 +111,71 @@ class _Session:
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
         self.trainer = Trainer(options.model, options.optimizer, options.seed)
         self.state = self.trainer.init()
+        self.seconds = 0.0  # trained before this process
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
-        print(f"run        {run.path}")
 
     @property
     def step(self) -> int:
         """Updates made."""
         return int(self.state.passes) // self.options.optimizer.accumulate
 
+    def restore(self) -> None:
+        """Goes back to the newest checkpoint; without one, to the start."""
+        step = latest_checkpoint(self.run.checkpoints)
+        if step is not None:
+            parts = vars(self.state).items()  # params apart, so that generation reads nothing else
+            self.state = TrainState(
+                **{name: restore_checkpoint(self.run.checkpoints, step, name, like) for name, like in parts}
+            )
+        rows = [row for row in self.run.rewind_metrics(step or 0) if "seconds" in row]
+        self.seconds = rows[-1]["seconds"] if rows else 0.0
+
     def train(self, received: list[int]) -> bool:
         """Goes on to the last update; False if a signal came in, after a checkpoint was saved."""
-        optimizer, window = self.options.optimizer, self.options.model.max_len
-        tokens_per_step = optimizer.batch_size * optimizer.accumulate * window
-        schedule = optimizer.schedule()
-        seconds = self._restore()
-        bar = tqdm(
+        optimizer = self.options.optimizer
+        tokens_per_step = optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
+        schedule, started = optimizer.schedule(), time.perf_counter() - self.seconds
+        print(f"run        {self.run.path}")
+        progress = tqdm(
             total=optimizer.steps * tokens_per_step,
             initial=self.step * tokens_per_step,
-            desc="loss ---- ",
             unit="tok",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
-        started = time.perf_counter() - seconds
-        with bar:
-            for step in range(self.step, optimizer.steps):
-                losses, norm = [], 0.0
-                for index in range(step * optimizer.accumulate, (step + 1) * optimizer.accumulate):
-                    batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
-                    self.state, metrics = self.trainer.step(self.state, batch)
-                    losses.append(float(metrics.loss))
-                    norm = float(metrics.grad_norm)
-                row = {"step": step + 1, "tokens": (step + 1) * tokens_per_step}
+        with progress:
+            for step in range(self.step + 1, optimizer.steps + 1):
+                loss, grad_norm = self._update(step)
+                row = {"step": step, "tokens": step * tokens_per_step}
                 self.run.append_metrics(
                     **row,
-                    loss=float(np.mean(losses)),
-                    grad_norm=norm,
-                    learning_rate=float(schedule(step)),
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    learning_rate=float(schedule(step - 1)),
                     seconds=round(time.perf_counter() - started, 3),
                 )
-                bar.set_description(f"loss {np.mean(losses):.3f}", refresh=False)
-                bar.update(tokens_per_step)
-                last = step + 1 == optimizer.steps
-                if last or received or (step + 1) % self.options.checkpoint_every == 0:
-                    self._save()
-                if received and not last:
+                progress.set_description(f"loss {loss:.3f}", refresh=False)
+                progress.update(tokens_per_step)
+                pause = step % self.options.checkpoint_every == 0
+                if pause or received or step == optimizer.steps:
+                    save_checkpoint(self.run.checkpoints, step, vars(self.state))
+                if step == optimizer.steps:
+                    return True
+                if received:
                     return False
-                if not last and (step + 1) % self.options.checkpoint_every == 0:
-                    self._probe(row)
+                if pause:
+                    bits = self.trainer.bits(self.state.params, self.probe)
+                    self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
         return True
+
+    def _update(self, step: int) -> tuple[float, float]:
+        """Mean loss of the accumulated batches, and the norm of the last gradient."""
+        optimizer, losses = self.options.optimizer, []
+        for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
+            batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
+            self.state, metrics = self.trainer.step(self.state, batch)
+            losses.append(float(metrics.loss))
+        return float(np.mean(losses)), float(metrics.grad_norm)
 
     def finish(self) -> None:
         """Scores all held-out text, lets the model write, and keeps the figures with the run."""
@@ -184,28 +200,6 @@ class _Session:
             "held-out {held_out_bits_per_byte:.2f} bits per byte "
             "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)
         )
-
-    def _restore(self) -> float:
-        """Goes back to the newest checkpoint, if there is one; returns the seconds trained until then."""
-        step = latest_checkpoint(self.run.checkpoints)
-        if step is None:
-            return 0.0
-        for_params = {"params": self.state.params, "training": (self.state.opt_state, self.state.passes)}
-        restored = {
-            item: restore_checkpoint(self.run.checkpoints, step, item, like) for item, like in for_params.items()
-        }
-        opt_state, passes = restored["training"]
-        self.state = TrainState(restored["params"], opt_state, passes)
-        rows = [row for row in self.run.rewind_metrics(step) if "seconds" in row]
-        return rows[-1]["seconds"] if rows else 0.0
-
-    def _save(self) -> None:
-        items = {"params": self.state.params, "training": (self.state.opt_state, self.state.passes)}
-        save_checkpoint(self.run.checkpoints, self.step, items)
-
-    def _probe(self, row: dict[str, Any]) -> None:
-        bits = self.trainer.bits(self.state.params, self.probe)
-        self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from attnax.generation.samplers import Sampler
-from attnax.typing import Array, Bool, Float, Int
+from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
 
 __all__ = ["Generation", "Step", "generate", "row_keys", "stream"]
 
@@ -44,8 +44,7 @@ class Generation(NamedTuple):
     log_probs: Float[Array, "B T"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class _Progress:
     """Everything that the loop carries from token to token."""
 

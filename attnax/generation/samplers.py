@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete
+from attnax.typing import Array, ArrayLike, Float, Int, is_concrete, pytree_dataclass
 
 __all__ = ["Sampler"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Sampler:
     """Draws a token from softmax(logits / temperature), cut to the likeliest tokens. A pytree: new values compile nothing.
 
@@ -41,8 +38,8 @@ class Sampler:
         }
         for name, (rule, holds) in rules.items():
             value = getattr(self, name)
-            # JAX rebuilds pytrees around placeholders too; only numbers can be judged.
-            if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(value):
+            # JAX rebuilds pytrees around placeholders too; only a number that is known can be judged.
+            if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(float(value)):
                 raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
     def __call__(self, logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-
-from attnax.masks import join_functions, split_functions
-from attnax.typing import Array, Index, ScoreMod
+from attnax.typing import Array, Index, ScoreMod, function_pytree, pytree_dataclass
 
 __all__ = ["compose_score_mods"]
 
 
-@jax.tree_util.register_pytree_node_class
+@pytree_dataclass
 class ComposedScoreMod:
-    """Applies its mods from the first to the last; a pytree whose leaves are theirs."""
+    """Applies its mods, each a pytree, from the first to the last."""
 
-    def __init__(self, mods: tuple[ScoreMod, ...]):
-        self.mods = mods
+    mods: tuple[ScoreMod, ...]
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         for mod in self.mods:
             scores = mod(scores, b, h, q, kv)
         return scores
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return split_functions(*self.mods)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> ComposedScoreMod:
-        return cls(join_functions(children, static))
 
 
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
@@ -44,4 +31,4 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     present = tuple(mod for mod in mods if mod is not None)
     if len(present) <= 1:
         return present[0] if present else None
-    return ComposedScoreMod(present)
+    return ComposedScoreMod(tuple(map(function_pytree, present)))

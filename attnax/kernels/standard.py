@@ -131,9 +131,10 @@ def standard_attention(
     weights = weights.reshape(groups, rows, seq_kv)
     out = jnp.einsum("XMS,XSV->XMV", weights, value, precision=lax.Precision.HIGHEST)
     out = out.reshape(batch, num_heads, seq_q, value_dim)
-    # A row that saw NaN is all NaN; the NaN of its cotangent stops here, before it reaches keys that it may not attend.
+    # A row that saw NaN is all NaN, one that saw nothing is 0; whatever the cotangent of either is, it stops here and
+    # reaches no key that the row may not attend.
     out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan)
-    out = (out / jnp.where(empty, 1, total)).astype(out_dtype)
+    out = jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(out_dtype)
     if not return_lse:
         return out
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))

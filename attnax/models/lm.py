@@ -184,7 +184,8 @@ class TransformerLM(nnx.Module):
                 f"got {length} + {max_new_tokens}."
             )
         vocabulary = config.vocab_size
-        low, high = int(prompt_ids.min()), int(prompt_ids.max())
+        known = np.asarray(prompt_ids)
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(
                 f"generate: token ids must be at least 0 and below {vocabulary}; got {low if low < 0 else high}."

@@ -109,22 +109,23 @@ class LearnedPositionalEmbedding(nnx.Module):
         return x + _look_up(self.embedding[...], positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
 
 
-def _positions(x: Array, start: int | ArrayLike, position_ids: ArrayLike | None) -> Array:
-    """Padding, at position -1, gets the vector of position 0: nothing looks at it."""
-    if position_ids is not None:
-        return jnp.maximum(jnp.asarray(position_ids), 0)
-    return jnp.asarray(start) + jnp.arange(x.shape[1])[None, :]
+def _positions(x: Array, start: int | ArrayLike, position_ids: ArrayLike | None) -> ArrayLike:
+    """(1 or B, T), still concrete if the arguments are; padding, at -1, gets position 0: nothing looks at it."""
+    if position_ids is None:
+        return start + np.arange(x.shape[1])[None, :]
+    return np.maximum(np.asarray(position_ids), 0) if is_concrete(position_ids) else jnp.maximum(position_ids, 0)
 
 
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
     """Rows of the table. An index outside it raises where it can be seen, and gives NaN where it is traced."""
-    ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{caller}: {what} must be integers; got dtype={ids.dtype}.")
     size = table.shape[0]
     if is_concrete(ids) and ids.size:
-        low, high = int(ids.min()), int(ids.max())
+        known = np.asarray(ids)  # NumPy, because inside a jit even operations on known arrays are traced
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= size:
             raise ValueError(f"{caller}: {what} must be at least 0 and below {size}; got {low if low < 0 else high}.")
+    ids = jnp.asarray(ids)
     # A negative index would count from the end: send it past the end, where the fill value is.
     return table.at[jnp.where(ids < 0, size, ids)].get(mode="fill", fill_value=jnp.nan)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from attnax.config import BlockConfig, resolve_config
+from attnax.config import BlockConfig, create_config, resolve_config
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.typing import Array, Float
@@ -57,7 +57,7 @@ class FeedForward(nnx.Module):
             config = resolve_config(BlockConfig, d_model, fields)
         else:
             # A layer by itself needs no heads: one head fits any width.
-            config = BlockConfig.create(num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
+            config = create_config(BlockConfig, num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
         linear = partial(
             Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )

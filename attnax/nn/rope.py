@@ -32,7 +32,7 @@ def rope_inv_freq(head_dim: int, base: float = 10000.0) -> np.ndarray:
 
 def rope_cos_sin_table(
     max_seq_len: int, head_dim: int, base: float = 10000.0, dtype: Any = jnp.float32
-) -> tuple[Float[Array, "S H/2"], Float[Array, "S H/2"]]:
+) -> tuple[Float[Array, "S C"], Float[Array, "S C"]]:
     """Cosines and sines of positions 0 ... max_seq_len - 1, each (max_seq_len, head_dim / 2)."""
     angles = np.arange(max_seq_len, dtype=np.float64)[:, None] * rope_inv_freq(head_dim, base)
     return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
@@ -44,7 +44,7 @@ def rope_cos_sin_from_positions(
     base: float = 10000.0,
     table_len: int | None = None,
     out_dtype: Any = jnp.float32,
-) -> tuple[Float[Array, "*L H/2"], Float[Array, "*L H/2"]]:
+) -> tuple[Float[Array, "*L C"], Float[Array, "*L C"]]:
     """Cosines and sines of any positions, each (*position_ids.shape, head_dim / 2), within 1e-6 up to 2 ** 31.
 
     Args:
@@ -58,7 +58,7 @@ def rope_cos_sin_from_positions(
         ValueError: a concrete position at or past table_len.
     """
     if table_len is not None and is_concrete(position_ids) and np.size(position_ids):
-        last = int(np.max(position_ids))
+        last = int(np.asarray(position_ids).max())
         if last >= table_len:
             raise ValueError(f"rope: positions must be below {table_len}; got position {last}. Use a longer table.")
     inv_freq = rope_inv_freq(head_dim, base)
@@ -81,6 +81,7 @@ def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Arr
         cos: broadcasts to (..., T, head_dim / 2), as `rope_cos_sin_table` gives it.
         sin: the same.
     """
+    cos, sin = (table.reshape((1,) * (x.ndim - table.ndim) + table.shape) for table in (cos, sin))
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,9 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
         root = path
         found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     elif any(character in data for character in "*?["):
-        root, found = Path(path.anchor), map(Path, glob.glob(data, recursive=True))
+        # Names count from where the pattern begins, so that they say nothing of the machine.
+        fixed = takewhile(lambda part: not any(character in part for character in "*?["), path.parts)
+        root, found = Path(*fixed), map(Path, glob.glob(data, recursive=True))
     else:
         raise InputError(f"no such file or folder: {data}.")
     paths = sorted(path for path in found if path.is_file())
@@ -153,6 +156,14 @@ class TokenStream:
         """Windows in one pass."""
         return (len(self.tokens) - 1) // self.window
 
+    def require_a_window(self) -> None:
+        """Raises InputError if the tokens do not fill one window."""
+        if self.num_windows < 1:
+            raise InputError(
+                f"the text is too short: its {len(self.tokens):,} tokens do not fill one window of {self.window}. "
+                "Give more text or a smaller --max-len."
+            )
+
     def batch(self, index: int, batch_size: int, seed: int) -> np.ndarray:
         """Batch number `index` of an endless shuffle, int32 (batch_size, window + 1): input and the token after it.
 
@@ -162,11 +173,7 @@ class TokenStream:
         Raises:
             InputError: the tokens do not fill one window.
         """
-        if self.num_windows < 1:
-            raise InputError(
-                f"the text is too short: its {len(self.tokens):,} tokens do not fill one window of {self.window}. "
-                "Give more text or a shorter context (max_len)."
-            )
+        self.require_a_window()
         epochs, places = np.divmod(np.arange(index * batch_size, (index + 1) * batch_size), self.num_windows)
         order = {epoch: np.random.default_rng([seed, epoch]).permutation(self.num_windows) for epoch in set(epochs)}
         windows = np.array([order[epoch][place] for epoch, place in zip(epochs, places, strict=True)])

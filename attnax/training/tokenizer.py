@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import SupportsInt
 
 import numpy as np
 import tokenizers
@@ -51,7 +52,7 @@ class Tokenizer:
             parts += [self._ids([DOCUMENT, *encoding.ids]) for encoding in self._model.encode_batch_fast(batch)]
         return np.concatenate(parts)
 
-    def decode(self, ids: Iterable[int]) -> bytes:
+    def decode(self, ids: Iterable[SupportsInt]) -> bytes:
         """The bytes of `ids`; document tokens have none."""
         return b"".join(self._bytes[int(token)] for token in ids)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -16,13 +15,12 @@ from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.training.corpus import TokenStream
 from attnax.training.optimizer import OptimizerConfig
-from attnax.typing import Array, Float, Int
+from attnax.typing import Array, Float, Int, pytree_dataclass
 
 __all__ = ["Metrics", "TrainState", "Trainer"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class TrainState:
     """What a step changes.
 
@@ -68,7 +66,8 @@ class Trainer:
 
     def __init__(self, model: TransformerConfig, optimizer: OptimizerConfig, seed: int = 0):
         self.model, self.optimizer, self.seed = model, optimizer, seed
-        graphdef, params, rest = nnx.split(TransformerLM(nnx.Rngs(seed), model), nnx.Param, ...)
+        rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
+        graphdef, params, rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
         self._initial = nnx.to_pure_dict(params)
         self._merge = lambda params: nnx.merge(graphdef, params, rest)
         self._update = optimizer.build()
@@ -109,7 +108,7 @@ class Trainer:
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
         updates, opt_state = self._update.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.passes + 1), Metrics(loss, optax.global_norm(grads))
+        return TrainState(params, opt_state, state.passes + 1), Metrics(loss, optax.tree.norm(grads))
 
     def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
         return jnp.where(counts, self._losses(params, tokens, deterministic=True), 0.0).sum()

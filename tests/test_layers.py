@@ -1,0 +1,58 @@
+"""Imports only go down: each file of the package imports from its own layer or below."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "attnax"
+LAYERS = {
+    "config": 0,
+    "typing": 0,
+    "reference": 0,
+    "masks": 1,
+    "cache": 1,
+    "kernels": 2,
+    "nn": 3,
+    "generation": 3,
+    "models": 4,
+    "training": 5,
+    "visualize": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+NO_FLAX = ("config", "typing", "reference", "masks", "cache", "kernels", "generation")
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    layer = LAYERS[part_of(path)]
+    for name in imports(path):
+        if name.startswith("attnax."):
+            other = name.split(".")[1]
+            assert other in LAYERS, f"{name}: import from the module that defines it"
+            assert LAYERS[other] <= layer, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_packages_stay_in_their_place(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    part = part_of(path)
+    assert "flax" not in roots or part not in NO_FLAX
+    assert "jaxtyping" not in roots or part == "typing"
+    assert "matplotlib" not in roots or part == "visualize"
+    assert not roots & {"torch", "transformers"}

@@ -1,0 +1,349 @@
+"""Training: text survives, every token counts once, accumulation is a large batch, checkpoints are whole or refused."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnax import TransformerConfig
+from attnax.training import (
+    OptimizerConfig,
+    Tokenizer,
+    TokenStream,
+    Trainer,
+    byte_tokenizer,
+    latest_checkpoint,
+    read_corpus,
+    restore_checkpoint,
+    save_checkpoint,
+    train_bpe,
+)
+from attnax.typing import InputError
+
+MODEL = TransformerConfig(
+    vocab_size=17, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7, dropout_rate=0.0, pos_emb_type="rope"
+)
+
+
+class TestCorpus:
+    def fill(self, folder, count=60):
+        for index in range(count):
+            path = folder / f"part{index % 3}" / f"file{index}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"text number {index}\n" * 5)
+        return folder
+
+    def test_the_split_is_stable(self, tmp_path):
+        corpus = read_corpus(str(self.fill(tmp_path)), held_out=0.2)
+        assert 0 < len(corpus.held_out) < 30 and len(corpus.train) + len(corpus.held_out) == 60
+        (tmp_path / "another.txt").write_text("one more")
+        larger = read_corpus(str(tmp_path), held_out=0.2)
+        held = {document.name for document in corpus.held_out}
+        assert held <= {document.name for document in larger.held_out} <= held | {"another.txt"}
+        assert corpus.fingerprint != larger.fingerprint
+        (tmp_path / "another.txt").unlink()
+        assert read_corpus(str(tmp_path), held_out=0.2).fingerprint == corpus.fingerprint
+
+    def test_moving_the_folder_changes_nothing(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        fingerprint = read_corpus(str(self.fill(tmp_path / "a"))).fingerprint
+        shutil.move(tmp_path / "a", tmp_path / "b")
+        assert read_corpus(str(tmp_path / "b")).fingerprint == fingerprint
+
+    def test_a_glob_a_file_and_the_standard_library(self, tmp_path):
+        self.fill(tmp_path)
+        assert len(read_corpus(f"{tmp_path}/part0/*.txt").train) == 19
+        assert len(read_corpus(f"{tmp_path}/**/file1*.txt").train) == 10
+        (tmp_path / "one.txt").write_text("".join(f"line {index}\n" for index in range(1000)))
+        single = read_corpus(str(tmp_path / "one.txt"))
+        pieces = sorted((*single.train, *single.held_out), key=lambda document: document.name)
+        assert b"".join(piece.text for piece in pieces) == (tmp_path / "one.txt").read_bytes()
+        assert len(pieces) > 40 and single.held_out
+        names = {document.name for document in read_corpus().train}
+        assert {"argparse.py", "json/decoder.py"} <= names and not any("site-packages" in name for name in names)
+
+    def test_binary_empty_and_hidden_files_are_left_out(self, tmp_path):
+        self.fill(tmp_path)
+        (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+        (tmp_path / "empty.txt").touch()
+        (tmp_path / ".hidden").mkdir()
+        (tmp_path / ".hidden" / "x.txt").write_text("hidden")
+        corpus = read_corpus(str(tmp_path))
+        assert len(corpus.train) + len(corpus.held_out) == 60 and corpus.skipped == 1
+
+    def test_a_few_files_still_hold_one_out(self, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).write_text(name)
+        for fraction in (0.001, 0.999):
+            corpus = read_corpus(str(tmp_path), held_out=fraction)
+            assert len(corpus.train) == len(corpus.held_out) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("missing", "no such file or folder"),
+            ("missing/*.txt", "no files in"),
+            ("empty", "no files in"),
+            ("blank", "holds no text"),
+            ("blank/short.txt", "too small"),
+        ],
+    )
+    def test_wrong_input_is_refused_in_words(self, tmp_path, name, words):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "blank").mkdir()
+        (tmp_path / "blank" / "nothing.txt").touch()
+        if "short" in name:
+            (tmp_path / "blank" / "short.txt").write_text("x")
+        with pytest.raises(InputError, match=words):
+            read_corpus(str(tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([b"def one(two):\n    return two + 1\n" * 30, "größer, 大きい\n".encode() * 30], 300)
+
+
+class TestTokenizer:
+    @settings(deadline=None, max_examples=100, derandomize=True)
+    @given(st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass")))
+    def test_any_bytes_survive(self, bpe, text):
+        for tokenizer in (bpe, byte_tokenizer()):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            ids = tokenizer.encode_documents([text, text])
+            assert tokenizer.decode(ids) == text + text and (ids == 0).sum() == 2 and ids[0] == 0
+
+    def test_text_that_spells_the_document_token_is_text(self, bpe):
+        for tokenizer in (bpe, byte_tokenizer(), train_bpe([b"<|document|>" * 99], 300)):
+            ids = tokenizer.encode(b"a<|document|>b")
+            assert tokenizer.decode(ids) == b"a<|document|>b" and (ids != 0).all()
+
+    def test_bpe_is_shorter_and_bytes_are_one_token_each(self, bpe):
+        text = b"def one(two):\n    return two + 1\n"
+        assert len(bpe.encode(text)) < len(text) / 2 and len(byte_tokenizer().encode(text)) == len(text)
+        assert byte_tokenizer().vocab_size == 257 and 257 < bpe.vocab_size <= 300
+        np.testing.assert_array_equal(byte_tokenizer().encode(bytes(range(256))), np.arange(1, 257))
+
+    def test_it_comes_back_from_disk(self, bpe, tmp_path):
+        (tmp_path / "tokenizer.json").write_text(bpe.to_json(), "utf-8")
+        again = Tokenizer.load(tmp_path / "tokenizer.json")
+        text = "def größer(<|document|>)".encode()
+        np.testing.assert_array_equal(again.encode(text), bpe.encode(text))
+
+    @pytest.mark.parametrize("vocab_size", [256, 65537])
+    def test_impossible_vocabularies_are_refused(self, vocab_size):
+        with pytest.raises(InputError, match=f"257 to 65536 ids; got --vocab-size {vocab_size}"):
+            train_bpe([b"text"], vocab_size)
+
+
+class TestTokenStream:
+    def test_a_pass_visits_every_window_once_and_passes_differ(self):
+        stream = TokenStream(np.arange(10 * 7 + 3, dtype=np.uint16), 7)
+        starts = [stream.batch(index, 5, seed=1)[:, 0] // 7 for index in range(4)]
+        first, second = np.concatenate(starts[:2]), np.concatenate(starts[2:])
+        assert sorted(first) == sorted(second) == list(range(10)) and (first != second).any()
+        batch = stream.batch(3, 5, seed=1)
+        np.testing.assert_array_equal(batch, stream.batch(3, 5, seed=1))
+        assert batch.shape == (5, 8) and (np.diff(batch) == 1).all() and batch.dtype == np.int32
+        assert (stream.batch(0, 5, seed=2) != stream.batch(0, 5, seed=1)).any()
+
+    @settings(deadline=None, derandomize=True)
+    @given(st.integers(2, 40), st.integers(1, 9), st.data())
+    def test_every_token_is_scored_once_with_its_context(self, length, window, data):
+        stride = data.draw(st.integers(1, window))
+        stream = TokenStream(np.arange(length, dtype=np.uint16) + 100, window)
+        scored = []
+        for number, (tokens, counts) in enumerate(stream.scoring_windows(stride)):
+            assert tokens.shape == (window + 1,) and counts.shape == (window,)
+            scored += list(tokens[1:][counts])
+            if number:
+                assert np.flatnonzero(counts)[0] >= min(window - stride, tokens[1:][counts][0] - 101)
+        assert scored == list(range(101, 100 + length))
+
+    def test_too_little_text_is_refused(self):
+        with pytest.raises(InputError, match="its 7 tokens do not fill one window of 7"):
+            TokenStream(np.zeros(7, np.uint16), 7).batch(0, 1, 0)
+
+
+def leaves_close(left, right, atol=1e-6):
+    for one, two in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(one, two, atol=atol)
+
+
+class TestTrainer:
+    def batches(self, count, size=4):
+        rng = np.random.default_rng(0)
+        return [((rng.integers(0, 16, (size, 1)) + np.arange(8)) % 17).astype(np.int32) for _ in range(count)]
+
+    def test_it_learns(self):
+        trainer = Trainer(MODEL, OptimizerConfig(steps=200, learning_rate=1e-2))
+        state, losses = trainer.init(), []
+        for batch in self.batches(200):
+            state, metrics = trainer.step(state, batch)
+            losses.append(float(metrics.loss))
+        assert losses[0] == pytest.approx(math.log(17), abs=0.5) and losses[-1] < 0.5
+
+    def test_a_step_is_what_optax_does_with_the_mean_cross_entropy(self):
+        config = OptimizerConfig(steps=10, warmup=0.0, max_grad_norm=0.01)
+        trainer = Trainer(MODEL, config)
+        before, batch = trainer.init(), self.batches(1)[0]
+
+        def loss(params):
+            logits = trainer._merge(params)(batch[:, :-1])
+            targets = jax.nn.one_hot(batch[:, 1:], 17)
+            return -(jax.nn.log_softmax(logits) * targets).sum(-1).mean()
+
+        value, grads = jax.value_and_grad(loss)(before.params)
+        norm = optax.tree.norm(grads)
+        optimizer = config.build()
+        updates, _ = optimizer.update(grads, optimizer.init(before.params), before.params)
+        after, metrics = trainer.step(trainer.init(), batch)
+        assert float(metrics.loss) == pytest.approx(float(value), rel=1e-5)
+        assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-4)
+        leaves_close(after.params, optax.apply_updates(before.params, updates))
+        assert int(after.passes) == 1
+
+    def test_accumulated_batches_are_one_large_batch(self):
+        parts = self.batches(2)
+        small = Trainer(MODEL, OptimizerConfig(steps=10, warmup=0.0, accumulate=2))
+        state = small.init()
+        start = jax.tree.map(np.asarray, state.params)
+        state, _ = small.step(state, parts[0])
+        leaves_close(state.params, start, atol=0)
+        state, _ = small.step(state, parts[1])
+        large, _ = (trainer := Trainer(MODEL, OptimizerConfig(steps=10, warmup=0.0))).step(
+            trainer.init(), np.concatenate(parts)
+        )
+        leaves_close(state.params, large.params, atol=1e-5)
+
+    def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
+        config = OptimizerConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.2, weight_decay=0.5)
+        rates = [float(config.schedule()(step)) for step in (0, 5, 10, 55, 100)]
+        assert rates == pytest.approx([0, 0.5, 1.0, 0.6, 0.2], abs=1e-6)
+        optimizer = config.build()
+        params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+        state = optimizer.init(params)
+        for _ in range(2):  # the first step has learning rate 0
+            updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        assert (updates["matrix"] < 0).all() and (updates["vector"] == 0).all()
+
+    def test_bits_are_those_of_the_chain_rule(self):
+        """Text shorter than a window: the sum of the log-probabilities of one forward pass."""
+        trainer = Trainer(MODEL, OptimizerConfig())
+        params, tokens = trainer.init().params, np.arange(6, dtype=np.uint16)
+        log_probs = trainer._merge(params).log_probs(tokens[None, :-1].astype(np.int32))[0]
+        expected = -sum(float(log_probs[index, index + 1]) for index in range(5)) / math.log(2)
+        assert trainer.bits(params, TokenStream(tokens, 7)) == pytest.approx(expected, rel=1e-5)
+
+    def test_bits_of_long_text_do_not_depend_on_the_batching(self):
+        trainer = Trainer(MODEL, OptimizerConfig())
+        stream = TokenStream((np.arange(60) ** 2 % 17).astype(np.uint16), 7)
+        params = trainer.init().params
+        assert trainer.bits(params, stream, batch_size=3) == pytest.approx(trainer.bits(params, stream), rel=1e-5)
+        assert 59 * 2 < trainer.bits(params, stream) < 59 * 8
+
+    def test_dropout_is_on_in_training_and_off_in_scoring(self):
+        import dataclasses
+
+        trainer = Trainer(dataclasses.replace(MODEL, dropout_rate=0.5), OptimizerConfig())
+        batch = self.batches(1)[0]
+        plain = Trainer(MODEL, OptimizerConfig())
+        _, dropped = trainer.step(trainer.init(), batch)
+        _, exact = plain.step(plain.init(), batch)
+        assert abs(float(dropped.loss) - float(exact.loss)) > 1e-4
+        stream = TokenStream(batch[0].astype(np.uint16), 7)
+        assert trainer.bits(trainer.init().params, stream) == pytest.approx(float(plain.bits(plain.init().params, stream)))
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"steps": 0}, "steps must be at least 1; got steps=0"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite"),
+            ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite"),
+            ({"warmup": 1.5}, "warmup must be between 0 and 1"),
+            ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+            ({"beta2": 1.0}, "beta2 must be between 0 and 1"),
+        ],
+    )
+    def test_wrong_options_are_refused_in_words(self, fields, words):
+        with pytest.raises(ValueError, match=words):
+            OptimizerConfig(**fields)
+
+
+class TestCheckpoints:
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.int32(7), {"c": jnp.ones(5, jnp.bfloat16)})}
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        save_checkpoint(tmp_path, 3, {"model": self.tree, "other": {"x": jnp.zeros(2)}})
+        return tmp_path
+
+    def test_it_comes_back_exactly(self, folder):
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.tree)
+        restored = restore_checkpoint(folder, latest_checkpoint(folder), "model", like)
+        assert jax.tree.structure(restored) == jax.tree.structure(self.tree)
+        for have, want in zip(jax.tree.leaves(restored), jax.tree.leaves(self.tree), strict=True):
+            assert have.dtype == want.dtype
+            np.testing.assert_array_equal(have, want)
+
+    def test_the_newest_are_kept_and_an_interrupted_one_does_not_count(self, folder):
+        for step in (4, 5):
+            save_checkpoint(folder, step, {"model": self.tree})
+        assert sorted(path.name for path in folder.glob("*.json")) == ["4.json", "5.json"]
+        assert not (folder / "3").exists() and latest_checkpoint(folder) == 5
+        (folder / "5.json").unlink()
+        assert latest_checkpoint(folder) == 4
+        save_checkpoint(folder, 5, {"model": self.tree})  # over what the interruption left
+        assert latest_checkpoint(folder) == 5
+        assert latest_checkpoint(folder / "nowhere") is None
+
+    def test_any_changed_byte_is_found(self, folder):
+        files = [path for path in (folder / "3").rglob("*") if path.is_file() and path.stat().st_size]
+        assert files
+        for path in files:
+            content = path.read_bytes()
+            for place in {0, len(content) // 2, len(content) - 1}:
+                path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+                with pytest.raises(InputError, match="is damaged"):
+                    restore_checkpoint(folder, 3, "model", self.tree)
+            path.write_bytes(content[:-1])
+            with pytest.raises(InputError, match="is damaged"):
+                restore_checkpoint(folder, 3, "model", self.tree)
+            path.write_bytes(content)
+        restore_checkpoint(folder, 3, "model", self.tree)
+
+    def test_missing_and_added_files_are_found(self, folder):
+        (folder / "3" / "extra").write_text("x")
+        with pytest.raises(InputError, match="is damaged: extra is not what was saved"):
+            restore_checkpoint(folder, 3, "model", self.tree)
+        shutil.rmtree(folder / "3")
+        with pytest.raises(InputError, match="is damaged"):
+            restore_checkpoint(folder, 3, "model", self.tree)
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"types": {"model": 3}}', "{" * 9])
+    def test_a_damaged_manifest_is_found(self, folder, content):
+        (folder / "3.json").write_text(content)
+        with pytest.raises(InputError, match="no readable list of its contents"):
+            restore_checkpoint(folder, 3, "model", self.tree)
+
+    def test_another_model_is_refused_by_name_shape_and_dtype(self, folder):
+        for change, words in (
+            ({"a": jnp.zeros((2, 4))}, r"a is float32\(2, 3\) in the checkpoint and float32\(2, 4\) in the model"),
+            ({"a": jnp.zeros((2, 3), jnp.int32)}, r"float32\(2, 3\) in the checkpoint and int32\(2, 3\)"),
+            ({"d": jnp.zeros(1)}, r"d is absent in the checkpoint"),
+        ):
+            with pytest.raises(InputError, match=words):
+                restore_checkpoint(folder, 3, "model", {**self.tree, **change})
+        with pytest.raises(InputError, match="no readable list"):
+            restore_checkpoint(folder, 3, "nothing", self.tree)
+
+    def test_the_manifest_is_plain(self, folder):
+        manifest = json.loads((folder / "3.json").read_text())
+        assert manifest["types"]["model"]["b.1.c"] == [[5], "bfloat16"]
