@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Annotated
 
 import tyro
@@ -57,9 +56,11 @@ def _parse(arguments: Sequence[str]) -> Train | Generate:
     except SystemExit as stop:
         if not stop.code:
             raise
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # the colours of a terminal
-        lines = [line.strip("│| ") for line in plain.splitlines() if line.startswith(("│", "|"))]
-        message = " ".join(takewhile(lambda line: not line.startswith(("───", "-----")), lines))
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # without the colours of a terminal
+        lines = [line.strip("│ ") for line in plain.splitlines()]
+        # A title, a rule, what is wrong, a rule, advice; the title is part of the first rule in UTF-8.
+        rules = [index for index, line in enumerate(lines) if line.startswith("╭") or (line and not line.strip("─-╰╯"))]
+        message = " ".join(lines[rules[0] + 1 : rules[1]])
         raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
     except ValueError as error:  # a configuration that refuses its values
         raise InputError(str(error)) from error
