@@ -43,7 +43,7 @@ class KVLayerCache:
         """Capacity in tokens."""
         return self.keys.shape[2]
 
-    def next_positions(self) -> Int[Array, "B"]:
+    def next_positions(self) -> Int[Array, B]:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
@@ -104,7 +104,7 @@ def update_kv_layer_cache(
     values_new: Float[Array, "B K T H"],
     start: int | Int[ArrayLike, ""] | None = None,
     *,
-    positions: Int[ArrayLike, "#B T"] | None = None,
+    positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
 ) -> KVLayerCache:
     """Writes T tokens into slots start ... start + T - 1.
 
@@ -113,7 +113,8 @@ def update_kv_layer_cache(
         keys_new: (batch, num_kv_heads, T, head_dim).
         values_new: the same.
         start: first slot, by default `cache.length`.
-        positions: each token's index within its row's text, -1 for padding; by default the slot numbers.
+        positions: (T,) or (batch, T), each token's index within its row's text, -1 for padding; by default the slot
+            numbers.
 
     Raises:
         ValueError: shapes that do not fit the cache, or tokens that do not fit into it. Where `start` is traced
@@ -137,7 +138,8 @@ def update_kv_layer_cache(
         return dataclasses.replace(cache, overflowed=jnp.ones((), bool))
     fits = (start >= 0) & (start + num_new <= max_len)
     slots = start + jnp.arange(num_new, dtype=jnp.int32)
-    positions = jnp.broadcast_to(slots if positions is None else jnp.asarray(positions, jnp.int32), (batch, num_new))
+    positions = jnp.asarray(slots if positions is None else positions, jnp.int32)
+    positions = jnp.broadcast_to(jnp.atleast_2d(positions), (batch, num_new))
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
         # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.

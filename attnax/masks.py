@@ -143,7 +143,6 @@ class Pointwise(Mask):
         return jnp.asarray(self.function(b, h, q, kv), bool)
 
 
-
 @pytree_dataclass
 class AtPositions(Mask):
     """`mask` read at true positions; a key at a negative position is no token, and nothing attends it."""
@@ -173,7 +172,6 @@ class ScoreModAtPositions:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
 
 
-
 def causal() -> Mask:
     """Each query attends itself and what came before: `kv <= q`.
 
@@ -187,7 +185,7 @@ def causal() -> Mask:
     return Causal()
 
 
-def padding(real: Int[ArrayLike, "B"] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
+def padding(real: Int[ArrayLike, B] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
     """Nothing attends padding keys.
 
     Args:
@@ -240,19 +238,19 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
 @overload
 def at_positions(
     mask_or_mod: Mask | None,
-    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
 ) -> Mask: ...
 @overload
 def at_positions(
     mask_or_mod: ScoreMod,
-    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
 ) -> ScoreMod: ...
 def at_positions(
     mask_or_mod: Mask | ScoreMod | None,
-    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
 ) -> Mask | ScoreMod:
     """Reads a mask or a score mod at true positions instead of array indices.
 

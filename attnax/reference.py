@@ -74,7 +74,11 @@ def attention(
 def merge_heads(heads: Float[Array, "*L N T v"], weight: Float[Array, "N v D"]) -> Float[Array, "*L T D"]:
     """Concatenates the heads and projects them: the sum over heads of each head through its part of W^O."""
     _expect(
-        (heads.shape[-3], heads.shape[-1]) == weight.shape[:2], "merge_heads", "there must be a row a head", heads, weight
+        (heads.shape[-3], heads.shape[-1]) == weight.shape[:2],
+        "merge_heads",
+        "there must be a row a head",
+        heads,
+        weight,
     )
     return jnp.einsum("...NTv,NvD->...TD", heads, weight, precision=lax.Precision.HIGHEST)
 

@@ -56,16 +56,16 @@ __all__ = [
 ]
 
 
-Class = TypeVar("Class", bound=type)
+Instance = TypeVar("Instance")
 
 
 @dataclass_transform(frozen_default=True)
-def pytree_dataclass(cls: Class) -> Class:
+def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
     """A frozen dataclass whose fields are the children of a pytree."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    made = dataclasses.dataclass(frozen=True)(cls)
     # JAX rebuilds pytrees around whatever stands for a leaf, so the tests' type checks must let anything in.
-    cls.__no_type_check__ = True  # type: ignore[attr-defined]
-    return jax.tree_util.register_dataclass(cls)
+    made.__no_type_check__ = True  # type: ignore[attr-defined]
+    return jax.tree_util.register_dataclass(made)
 
 
 def function_pytree(function: Any) -> Any:
@@ -100,11 +100,11 @@ class ScoreMod(Protocol):
 
 @runtime_checkable
 class AttentionFn(Protocol):
-    """The one protocol of attention: query `(B, N, T, H)`, key `(B, K, S, H)`, value `(B, K, S, Hv)` -> `(B, N, T, Hv)`.
+    """The one protocol of attention: `(query, key, value, *, mask, score_mod, ...) -> out`.
 
-    N is a multiple of K (grouped-query attention). `mask` is a boolean array that broadcasts to
-    (B, N, T, S), True to attend; a function that carries `takes_mask_objects = True` also takes a
-    `attnax.masks.Mask` or a `MaskMod`.
+    Query `(B, N, T, H)`, key `(B, K, S, H)`, value `(B, K, S, Hv)`, out `(B, N, T, Hv)`; N is a multiple of K
+    (grouped-query attention). `mask` is a boolean array that broadcasts to (B, N, T, S), True to attend; a function
+    that carries `takes_mask_objects = True` also takes a `attnax.masks.Mask` or a `MaskMod`.
     """
 
     def __call__(
@@ -196,9 +196,7 @@ def check_attention(
     elif mask is not None and not callable(mask):
         raise ValueError(f"{caller}: mask must be a boolean array, a Mask or a function; got {mask!r}.")
     if score_mod is not None and not callable(score_mod):
-        raise ValueError(
-            f"{caller}: score_mod must be a function (scores, b, h, q, kv) -> scores; got {score_mod!r}."
-        )
+        raise ValueError(f"{caller}: score_mod must be a function (scores, b, h, q, kv) -> scores; got {score_mod!r}.")
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"{caller}: dropout_rate must be at least 0 and below 1; got dropout_rate={dropout_rate}.")
     if dropout_rate > 0.0 and not deterministic and dropout_rng is None:

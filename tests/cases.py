@@ -75,9 +75,7 @@ CASES: dict[str, Case] = {
     "causal": Case(mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
     "causal, more keys": Case(seq_q=7, seq_kv=11, mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
     "causal, more queries": Case(seq_q=11, seq_kv=7, mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
-    "padding": Case(
-        mask=lambda: masks.padding(jnp.asarray(_LENGTHS)), keep=lambda b, h, q, kv: kv < _LENGTHS[b]
-    ),
+    "padding": Case(mask=lambda: masks.padding(jnp.asarray(_LENGTHS)), keep=lambda b, h, q, kv: kv < _LENGTHS[b]),
     "causal & left padding": Case(
         mask=lambda: masks.causal() & masks.padding(jnp.arange(13)[None, :] >= jnp.asarray(_LENGTHS)[:, None]),
         keep=lambda b, h, q, kv: kv <= q and kv >= _LENGTHS[b],

@@ -46,9 +46,7 @@ def gradients(query, key, value, cotangent, *, keep=None, scale=None):
     query, key, value, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent))
     (batch, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    keep = np.broadcast_to(
-        True if keep is None else np.asarray(keep), (batch, heads, query.shape[2], key.shape[2])
-    )
+    keep = np.broadcast_to(True if keep is None else np.asarray(keep), (batch, heads, query.shape[2], key.shape[2]))
     grads = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
     for b in range(batch):
         for h in range(heads):

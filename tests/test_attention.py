@@ -169,7 +169,9 @@ def test_scale_may_be_learned(backend):
     assert oracle.rms_error(out, oracle.attention(query, key, value, scale=0.3)[0]) <= 1e-6
     slope = jax.grad(lambda s: (BACKENDS[backend](query, key, value, scale=s) * cotangent).sum())(jnp.float32(0.3))
     step = 1e-4
-    ends = [(oracle.attention(query, key, value, scale=0.3 + d)[0] * np.asarray(cotangent)).sum() for d in (-step, step)]
+    ends = [
+        (oracle.attention(query, key, value, scale=0.3 + d)[0] * np.asarray(cotangent)).sum() for d in (-step, step)
+    ]
     assert slope == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-4)
 
 
@@ -179,7 +181,7 @@ def test_arrays_captured_by_mods_get_their_gradients(backend):
     bias = jax.random.normal(jax.random.key(7), (6, 13))
 
     def loss(bias, run=BACKENDS[backend]):
-        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]  # noqa: E731
+        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]
         return (run(query, key, value, score_mod=mod, mask=masks.causal()) * cotangent).sum()
 
     def exact(bias):
@@ -201,14 +203,14 @@ def test_minus_infinity_and_the_lowest_float_from_a_mod_count_as_masked(backend)
     query, key, value, _ = CASES["full"].arrays()
     expected = BACKENDS[backend](query, key, value, mask=lambda b, h, q, kv: kv > 3)
     for low in (-jnp.inf, jnp.finfo(jnp.float32).min):
-        mod = lambda scores, b, h, q, kv, low=low: jnp.where(kv > 3, scores, low)  # noqa: E731
+        mod = lambda scores, b, h, q, kv, low=low: jnp.where(kv > 3, scores, low)
         np.testing.assert_array_equal(BACKENDS[backend](query, key, value, score_mod=mod), expected)
 
 
 @backends
 def test_nan_from_a_mod_is_seen(backend):
     query, key, value, _ = CASES["full"].arrays()
-    mod = lambda scores, b, h, q, kv: jnp.where(q == 4, jnp.nan, scores)  # noqa: E731
+    mod = lambda scores, b, h, q, kv: jnp.where(q == 4, jnp.nan, scores)
     out = BACKENDS[backend](query, key, value, score_mod=mod)
     assert jnp.isnan(out[:, :, 4]).all() and jnp.isfinite(jnp.delete(out, 4, axis=2)).all()
 
@@ -223,13 +225,9 @@ def test_dropout_drops_weights_by_their_indices(backend):
         query, key, value, mask=masks.causal(), dropout_rng=rng, dropout_rate=rate, deterministic=False
     )
     kept = np.asarray(keep_weights(rng, rate, *masks.index_grid(2, 6, 13, 13)))
-    expected, _ = oracle.attention(
-        query, key, value, keep=np.tri(13, dtype=bool), keep_weights=kept, dropout_rate=rate
-    )
+    expected, _ = oracle.attention(query, key, value, keep=np.tri(13, dtype=bool), keep_weights=kept, dropout_rate=rate)
     assert oracle.rms_error(out, expected) <= 1e-6
-    other = BACKENDS[backend](
-        query, key, value, dropout_rng=jax.random.key(4), dropout_rate=rate, deterministic=False
-    )
+    other = BACKENDS[backend](query, key, value, dropout_rng=jax.random.key(4), dropout_rate=rate, deterministic=False)
     assert not jnp.allclose(other, out)
     off = BACKENDS[backend](query, key, value, dropout_rng=rng, dropout_rate=rate, deterministic=True)
     np.testing.assert_array_equal(off, BACKENDS[backend](query, key, value))
@@ -309,9 +307,12 @@ def test_standard_attention_has_every_derivative():
     bias = jax.random.normal(jax.random.key(9), (2, 5))
 
     def run(query, key, value, bias):
-        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]  # noqa: E731
+        mod = lambda scores, b, h, q, kv: scores + bias[h, kv]
         return jnp.stack(
-            [x.sum() for x in BACKENDS["standard"](query, key, value, score_mod=mod, mask=masks.causal(), return_lse=True)]
+            [
+                x.sum()
+                for x in BACKENDS["standard"](query, key, value, score_mod=mod, mask=masks.causal(), return_lse=True)
+            ]
         )
 
     check_grads(run, (query, key, value, bias), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2, eps=1e-2)
@@ -365,7 +366,10 @@ class TestErrors:
             ({"key": (3, 2, 13, 5)}, r"same batch size; got query\.shape=\(2, 6, 13, 5\), key\.shape=\(3, 2, 13, 5\)"),
             ({"value": (2, 2, 11, 7)}, "key and value must have the same heads and length"),
             ({"key": (2, 2, 13, 3)}, "query and key must have the same head_dim"),
-            ({"key": (2, 4, 13, 5), "value": (2, 4, 13, 7)}, "must be a multiple of the number of key heads; got 6 and 4"),
+            (
+                {"key": (2, 4, 13, 5), "value": (2, 4, 13, 7)},
+                "must be a multiple of the number of key heads; got 6 and 4",
+            ),
             ({"mask": np.ones((13, 13))}, r"mask must be boolean.*float64.*score_mod"),
             ({"mask": np.ones((11, 13), bool)}, r"must broadcast to .*\(2, 6, 13, 13\); got mask\.shape=\(11, 13\)"),
             ({"mask": np.ones((1, 2, 6, 13, 13), bool)}, "must broadcast"),

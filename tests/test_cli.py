@@ -13,10 +13,11 @@ import pytest
 
 from attnax.cli import main
 
-TINY = (
-    "--d-model 16 --num-heads 2 --num-kv-heads 1 --d-ff 24 --num-layers 1 --max-len 32 --vocab-size 300 "
-    "--batch-size 4 --steps 12 --checkpoint-every 5 --learning-rate 0.03"
-).split()
+TINY = [
+    *("--d-model", "16", "--num-heads", "2", "--num-kv-heads", "1", "--d-ff", "24", "--num-layers", "1"),
+    *("--max-len", "32", "--vocab-size", "300", "--batch-size", "4", "--learning-rate", "0.03"),
+    *("--steps", "12", "--checkpoint-every", "5"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,10 @@ class TestWrongInput:
         shutil.copytree(run, copy)
         path = copy / name
         if name == "checkpoints":
-            path = max((path for path in (copy / name / "12" / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+            path = max(
+                (path for path in (copy / name / "12" / "params").rglob("*") if path.is_file()),
+                key=lambda p: p.stat().st_size,
+            )
         content = path.read_bytes()
         if damage == "missing":
             path.unlink()

@@ -87,7 +87,9 @@ def test_positions_shift_what_a_chunk_sees():
 
 
 def test_positions_apply_to_score_mods():
-    mod = masks.at_positions(lambda s, b, h, q, kv: s + 100 * q + kv, jnp.array([[5], [7]]), jnp.array([[1, 2], [3, 4]]))
+    mod = masks.at_positions(
+        lambda s, b, h, q, kv: s + 100 * q + kv, jnp.array([[5], [7]]), jnp.array([[1, 2], [3, 4]])
+    )
     scores = mod(jnp.zeros((2, 1, 1, 2)), *masks.index_grid(2, 1, 1, 2))
     np.testing.assert_array_equal(scores[:, 0, 0], [[501, 502], [703, 704]])
     assert len(jax.tree.leaves(mod)) == 2
@@ -100,7 +102,7 @@ def test_nothing_is_attended_past_a_dense_mask():
 
 def test_functions_that_do_not_take_masks_get_a_dense_array():
     full = (2, 3, 5, 7)
-    plain = lambda query, key, value, *, mask: mask  # noqa: E731
+    plain = lambda query, key, value, *, mask: mask
     assert masks.mask_argument(partial(standard_attention, scale=2.0), masks.causal(), full) == masks.causal()
     array = masks.mask_argument(plain, masks.causal(), full)
     assert array.shape == full and array.dtype == jnp.bool_

@@ -160,7 +160,7 @@ def test_nan_in_padding_does_not_reach_real_tokens():
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, graphdef)
     assert jnp.isfinite(logits[0, 2:]).all()
-    # Weights see 0 * NaN where a layer multiplies padding; what reaches the real tokens' vectors came through attention.
+    # Weights see 0 * NaN where a layer multiplies padding; what reaches the real tokens' vectors came by attention.
     grad = nnx.to_pure_dict(grads)["decoder"]["embed"]["embedding"]
     assert jnp.isfinite(grad[1:4]).all() and (grad[1:4] != 0).any()
 

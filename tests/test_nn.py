@@ -31,13 +31,17 @@ def reference_params(attn, d_model, num_heads, num_kv_heads, head_dim):
         np.repeat(layer.kernel[...].reshape(d_model, num_kv_heads, head_dim), share, axis=1)
         for layer in (attn.key, attn.value)
     )
-    return reference.AttentionParams(query, jnp.asarray(key), jnp.asarray(value), attn.out.kernel[...].reshape(num_heads, head_dim, -1))
+    return reference.AttentionParams(
+        query, jnp.asarray(key), jnp.asarray(value), attn.out.kernel[...].reshape(num_heads, head_dim, -1)
+    )
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("cross", [False, True])
 def test_attention_equals_the_reference(num_kv_heads, cross):
-    attn = attention(nnx.Rngs(0), num_heads=6, in_features=11, num_kv_heads=num_kv_heads, qkv_features=18, use_bias=False)
+    attn = attention(
+        nnx.Rngs(0), num_heads=6, in_features=11, num_kv_heads=num_kv_heads, qkv_features=18, use_bias=False
+    )
     x, context = normal(1, 2, 5, 11), normal(2, 2, 7, 11) if cross else None
     source = x if context is None else context
     mask = np.arange(source.shape[1]) != 2
@@ -59,7 +63,9 @@ def test_attention_from_a_config_and_from_keywords_is_the_same():
 def test_any_attention_function_obeying_the_protocol_fits():
     seen = {}
 
-    def mean_values(query, key, value, *, mask=None, score_mod=None, dropout_rng=None, dropout_rate=0.0, deterministic=True):
+    def mean_values(
+        query, key, value, *, mask=None, score_mod=None, dropout_rng=None, dropout_rate=0.0, deterministic=True
+    ):
         seen.update(mask=mask, shape=query.shape, score_mod=score_mod)
         return jnp.broadcast_to(value.mean(2, keepdims=True), query.shape)
 
@@ -79,12 +85,14 @@ class HeadBias:
 
 
 def test_score_mods_of_construction_and_call_apply_in_order():
-    double = lambda scores, b, h, q, kv: scores * 2  # noqa: E731
-    shift = lambda scores, b, h, q, kv: scores + kv  # noqa: E731
-    both = lambda scores, b, h, q, kv: scores * 2 + kv  # noqa: E731
+    double = lambda scores, b, h, q, kv: scores * 2
+    shift = lambda scores, b, h, q, kv: scores + kv
+    both = lambda scores, b, h, q, kv: scores * 2 + kv
     x = normal(1, 1, 5, 12)
     expected = attention(nnx.Rngs(0), in_features=12, num_heads=3)(x, score_mod=both)
-    np.testing.assert_allclose(attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=double)(x, score_mod=shift), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=double)(x, score_mod=shift), expected, atol=1e-6
+    )
 
 
 def test_arrays_of_a_stored_score_mod_are_state_of_the_layer():
@@ -162,7 +170,9 @@ def test_feed_forward_is_its_formula(activation):
 def test_feed_forward_from_a_config():
     config = attnax.BlockConfig(d_model=6, num_heads=1, d_ff=10, dropout_rate=0.0, ff_activation="relu")
     x = normal(1, 2, 6)
-    np.testing.assert_array_equal(nn.FeedForward(nnx.Rngs(0), config)(x), nn.FeedForward(nnx.Rngs(0), 6, 10, 0.0, "relu")(x))
+    np.testing.assert_array_equal(
+        nn.FeedForward(nnx.Rngs(0), config)(x), nn.FeedForward(nnx.Rngs(0), 6, 10, 0.0, "relu")(x)
+    )
 
 
 def test_layer_norm_survives_a_large_mean():
@@ -175,7 +185,7 @@ def test_layer_norm_survives_a_large_mean():
 def test_residual_places_its_norms(placement):
     config = attnax.BlockConfig(d_model=6, num_heads=1, norm_placement=placement, norm_type="rms", dropout_rate=0.0)
     residual = Residual(nnx.Rngs(0), config)
-    norm = lambda x: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+    norm = lambda x: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     x = normal(1, 2, 3, 6)
     out, extra = residual(x, lambda x: (3 * x + 1, "extra"))
     expected = {
@@ -201,7 +211,9 @@ def test_position_vectors_start_anywhere_and_end_with_their_table(positions):
     x = jnp.zeros((1, 3, 4))
     whole = positions(jnp.zeros((1, 7, 4)))
     np.testing.assert_array_equal(positions(x, 2), whole[:, 2:5])
-    np.testing.assert_array_equal(positions(x, position_ids=jnp.array([[6, 0, -1]]))[0, :2], whole[0, jnp.array([6, 0])])
+    np.testing.assert_array_equal(
+        positions(x, position_ids=jnp.array([[6, 0, -1]]))[0, :2], whole[0, jnp.array([6, 0])]
+    )
     with pytest.raises(ValueError, match="positions must be at least 0 and below 7; got 7"):
         positions(x, 5)
     assert jnp.isnan(jax.jit(lambda start: positions(x, start))(5)[0, 2]).all()
@@ -278,7 +290,9 @@ def test_reference_takes_another_activation():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_reference_checks_shapes():
-    with pytest.raises(ValueError, match=r"salience: query and key must agree in width; got shapes \(3, 4\) and \(5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"salience: query and key must agree in width; got shapes \(3, 4\) and \(5, 3\)"
+    ):
         reference.attention(jnp.ones((3, 4)), jnp.ones((5, 3)), jnp.ones((5, 2)))
     with pytest.raises(ValueError, match="weigh: there must be one weight a value"):
         reference.attention(jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.ones((6, 2)))
@@ -293,7 +307,10 @@ class TestConfig:
         [
             ({"num_head": 4}, "got num_head=4. Did you mean num_heads?"),
             ({"frobnicate": 4}, "The fields are d_ff, d_model"),
-            ({"num_heads": 7}, "d_model must be a multiple of num_heads unless head_dim is given; got d_model=512, num_heads=7"),
+            (
+                {"num_heads": 7},
+                "d_model must be a multiple of num_heads unless head_dim is given; got d_model=512, num_heads=7",
+            ),
             ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads; got num_heads=8, num_kv_heads=3"),
             ({"d_ff": 0}, "d_ff must be a whole number, at least 1; got d_ff=0"),
             ({"d_ff": 2.5}, "d_ff must be a whole number, at least 1; got d_ff=2.5"),
@@ -327,5 +344,7 @@ class TestConfig:
         assert create_config(attnax.BlockConfig, use_pre_norm=True, use_rope=True).pos_emb_type == "rope"
 
     def test_qkv_features_must_divide(self):
-        with pytest.raises(ValueError, match="qkv_features must be a multiple of num_heads; got qkv_features=10, num_heads=3"):
+        with pytest.raises(
+            ValueError, match="qkv_features must be a multiple of num_heads; got qkv_features=10, num_heads=3"
+        ):
             attention(nnx.Rngs(0), in_features=12, num_heads=3, qkv_features=10)

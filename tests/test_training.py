@@ -258,7 +258,9 @@ class TestTrainer:
         _, exact = plain.step(plain.init(), batch)
         assert abs(float(dropped.loss) - float(exact.loss)) > 1e-4
         stream = TokenStream(batch[0].astype(np.uint16), 7)
-        assert trainer.bits(trainer.init().params, stream) == pytest.approx(float(plain.bits(plain.init().params, stream)))
+        assert trainer.bits(trainer.init().params, stream) == pytest.approx(
+            float(plain.bits(plain.init().params, stream))
+        )
 
     @pytest.mark.parametrize(
         ("fields", "words"),

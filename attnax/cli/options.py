@@ -30,6 +30,9 @@ DEFAULT_MODEL = TransformerConfig(
 )
 
 
+DEFAULT_OPTIMIZER = OptimizerConfig()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What a run learns, and how; kept with it.
@@ -50,7 +53,7 @@ class RunOptions:
     checkpoint_every: int = 250
     seed: int = 0
     model: TransformerConfig = DEFAULT_MODEL
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""

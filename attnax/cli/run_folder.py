@@ -57,7 +57,9 @@ class RunFolder:
             path.mkdir()
             return cls(path)
         except FileExistsError as error:
-            raise InputError(f"{error.filename} exists already; nothing was overwritten. Name another --out.") from error
+            raise InputError(
+                f"{error.filename} exists already; nothing was overwritten. Name another --out."
+            ) from error
         except OSError as error:
             raise InputError(f"cannot make the run folder {error.filename}: {error.strerror}.") from error
 

@@ -40,7 +40,7 @@ class Generation(NamedTuple):
     """
 
     tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, B]
     log_probs: Float[Array, "B T"]
 
 
@@ -50,10 +50,10 @@ class _Progress:
 
     tokens: Int[Array, "B T"]
     log_probs: Float[Array, "B T"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, B]
     count: Int[Array, ""]  # tokens written to every row
-    positions: Int[Array, "B"]  # of the last token
-    finished: Bool[Array, "B"]
+    positions: Int[Array, B]  # of the last token
+    finished: Bool[Array, B]
     cache: Any
 
 

@@ -12,7 +12,9 @@ __all__ = ["Sampler"]
 
 @pytree_dataclass
 class Sampler:
-    """Draws a token from softmax(logits / temperature), cut to the likeliest tokens. A pytree: new values compile nothing.
+    """Draws a token from softmax(logits / temperature), cut to the likeliest tokens.
+
+    A pytree whose leaves are the numbers, so that new values compile nothing.
 
     Attributes:
         temperature: 0 takes the likeliest token; 1 samples the model's own distribution.
@@ -42,7 +44,7 @@ class Sampler:
             if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(float(value)):
                 raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
-    def __call__(self, logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys: Array) -> Int[Array, B]:
         """One token a row; `keys` holds one typed key a row."""
         logits = logits.astype(jnp.float32)
         greedy = jnp.asarray(self.temperature) == 0

@@ -16,11 +16,21 @@ __all__ = ["standard_attention"]
 
 @overload
 def standard_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, return_lse: Literal[False] = ..., **options: Unpack[AttentionOptions]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
 ) -> Array: ...
 @overload
 def standard_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def standard_attention(
@@ -30,7 +40,7 @@ def standard_attention(
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, "..."] | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     scale: float | Float[Array, ""] | None = None,

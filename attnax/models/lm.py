@@ -80,7 +80,7 @@ class TransformerLM(nnx.Module):
         *,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         layer_kv_caches: tuple[KVLayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,

@@ -100,8 +100,8 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "B S D"] | None = None,
         mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
-        position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
-        position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
+        position_ids_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_kv: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
         kv_cache: KVLayerCache | None = None,
         rngs: nnx.Rngs | None = None,
@@ -159,25 +159,23 @@ class MultiHeadAttention(nnx.Module):
                 "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
-        if position_ids_q is not None:
-            position_ids_q = jnp.atleast_2d(jnp.asarray(position_ids_q, jnp.int32))
-        if kv_cache is not None and position_ids_q is None:
-            position_ids_q = kv_cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        if position_ids_kv is not None:
-            position_ids_kv = jnp.atleast_2d(jnp.asarray(position_ids_kv, jnp.int32))
-        elif context is None:
-            position_ids_kv = position_ids_q
-
+        batch, seq_q, _ = x.shape
         source = x if context is None else context
         query = self._split_heads(self.query(x), self.num_heads)
         key = self._split_heads(self.key(source), self.num_kv_heads)
         value = self._split_heads(self.value(source), self.num_kv_heads)
+
+        if kv_cache is not None and position_ids_q is None:
+            position_ids_q = kv_cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        if context is None and position_ids_kv is None:
+            position_ids_kv = position_ids_q
         if self.rope is not None:
             query, key = self.rope(query, position_ids_q), self.rope(key, position_ids_kv)
 
         mask = None if mask is None else as_mask(mask)
         score_mod = compose_score_mods(self.score_mod, score_mod)
         if kv_cache is not None:
+            assert position_ids_q is not None
             kv_cache = update_kv_layer_cache(kv_cache, key, value, positions=position_ids_q)
             key, value = kv_cache.keys.astype(query.dtype), kv_cache.values.astype(query.dtype)
             mask = at_positions(mask, position_ids_q, kv_cache.positions)
@@ -189,7 +187,7 @@ class MultiHeadAttention(nnx.Module):
             query,
             key,
             value,
-            mask=mask_argument(self.attention_fn, mask, (*query.shape[:3], key.shape[2])),
+            mask=mask_argument(self.attention_fn, mask, (batch, self.num_heads, seq_q, key.shape[2])),
             score_mod=score_mod,
             dropout_rng=dropout_rng,
             dropout_rate=self.dropout.rate,
@@ -197,7 +195,6 @@ class MultiHeadAttention(nnx.Module):
         )
         if kv_cache is not None:  # a dropped write must not pass unseen
             heads = jnp.where(kv_cache.overflowed, jnp.nan, heads)
-        batch, _, seq_q, _ = heads.shape
         return self.out(heads.swapaxes(1, 2).reshape(batch, seq_q, -1)), kv_cache
 
     def _split_heads(self, projected: Float[Array, "B T NH"], num_heads: int) -> Float[Array, "B N T H"]:

@@ -100,7 +100,7 @@ class EncoderBlock(nnx.Module):
         *,
         mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         self_attn_kv_cache: KVLayerCache | None = None,
         rngs: nnx.Rngs | None = None,

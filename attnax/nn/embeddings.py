@@ -66,7 +66,7 @@ class PositionalEncoding(nnx.Module):
         *,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
+        """X plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
             ValueError: a concrete position past max_len; under jit its vector is NaN.
@@ -75,7 +75,9 @@ class PositionalEncoding(nnx.Module):
         angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
         positions = _positions(x, start, position_ids)
-        return x + _look_up(jnp.asarray(table, jnp.float32), positions, "PositionalEncoding", "positions").astype(x.dtype)
+        return x + _look_up(jnp.asarray(table, jnp.float32), positions, "PositionalEncoding", "positions").astype(
+            x.dtype
+        )
 
 
 class LearnedPositionalEmbedding(nnx.Module):
@@ -89,9 +91,7 @@ class LearnedPositionalEmbedding(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, param_dtype: Any = "float32"):
-        self.embedding = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (num_positions, d_model), param_dtype)
-        )
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_positions, d_model), param_dtype))
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class LearnedPositionalEmbedding(nnx.Module):
         *,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
+        """X plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
             ValueError: a concrete position past the table; under jit its vector is NaN.

@@ -20,7 +20,7 @@ __all__ = ["RotaryEmbedding", "apply_rope", "rope_cos_sin_from_positions", "rope
 
 
 def rope_inv_freq(head_dim: int, base: float = 10000.0) -> np.ndarray:
-    """base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host.
+    """Base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host.
 
     Raises:
         ValueError: an odd head_dim.
@@ -73,7 +73,7 @@ def rope_cos_sin_from_positions(
     return cos.astype(out_dtype), sin.astype(out_dtype)
 
 
-def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "*L H"]:
+def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, ...], sin: Float[Array, ...]) -> Float[Array, "*L H"]:
     """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32, returned in the dtype of x.
 
     Args:
@@ -104,9 +104,11 @@ class RotaryEmbedding:
         self.head_dim, self.max_positions, self.base, self.dtype = head_dim, max_positions, base, dtype
 
     def __call__(
-        self, x: Float[Array, "B N T H"], position_ids: Int[ArrayLike, "#B T"] | None = None
+        self,
+        x: Float[Array, "B N T H"],
+        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
-        """x turned by `position_ids`, by default 0 ... T - 1."""
+        """X turned by `position_ids`, by default 0 ... T - 1."""
         if position_ids is None:
             length = x.shape[2]
             if self.max_positions is not None and length > self.max_positions:
@@ -116,10 +118,8 @@ class RotaryEmbedding:
                 )
             cos, sin = rope_cos_sin_table(length, self.head_dim, self.base, self.dtype)
             return apply_rope(x, cos, sin)
-        cos, sin = rope_cos_sin_from_positions(
-            position_ids, self.head_dim, self.base, self.max_positions, self.dtype
-        )
-        return apply_rope(x, cos[:, None], sin[:, None])
+        cos, sin = rope_cos_sin_from_positions(position_ids, self.head_dim, self.base, self.max_positions, self.dtype)
+        return apply_rope(x, cos[..., None, :, :], sin[..., None, :, :])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RotaryEmbedding) and vars(self) == vars(other)

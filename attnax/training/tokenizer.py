@@ -31,9 +31,8 @@ class Tokenizer:
     def __init__(self, model: tokenizers.Tokenizer):
         model.encode_special_tokens = True  # text that spells out the document token stays text
         self._model = model
-        self._bytes = [b""] + [
-            model.id_to_token(token).encode("latin-1") for token in range(1, model.get_vocab_size())
-        ]
+        tokens = {token: text for text, token in model.get_vocab().items()}
+        self._bytes = [b"", *(tokens[token].encode("latin-1") for token in range(1, len(tokens)))]
 
     @property
     def vocab_size(self) -> int:

@@ -67,9 +67,9 @@ class Trainer:
     def __init__(self, model: TransformerConfig, optimizer: OptimizerConfig, seed: int = 0):
         self.model, self.optimizer, self.seed = model, optimizer, seed
         rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
-        graphdef, params, rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
+        graphdef, params, *rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
         self._initial = nnx.to_pure_dict(params)
-        self._merge = lambda params: nnx.merge(graphdef, params, rest)
+        self._merge = lambda params: nnx.merge(graphdef, params, *rest)
         self._update = optimizer.build()
         self.step = jax.jit(self._step, donate_argnums=0)
         self._score = jax.jit(self._score_windows)
