@@ -79,7 +79,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("generation", "kernels", "masks", "models", "nn", "reference", "training", "typing")
 
-__all__ = sorted([*_HOME_OF, *_SUBMODULES])  # noqa: PLE0605  # the TYPE_CHECKING imports above name them
+# Not `training`, which needs the extra of that name: `from attnax import *` must work without it.
+__all__ = sorted([*_HOME_OF, *(name for name in _SUBMODULES if name != "training")])  # noqa: PLE0605  # the TYPE_CHECKING imports above name them
 
 
 def __getattr__(name: str) -> Any:

@@ -93,8 +93,8 @@ def init_decoder_kv_caches_from_config(
         batch_size=batch_size,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_size,
-        max_len=max_len or config.kv_cache_max_len or config.max_len,
-        dtype=dtype or config.dtype,
+        max_len=next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None),
+        dtype=config.dtype if dtype is None else dtype,
     )
 
 

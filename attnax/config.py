@@ -37,7 +37,8 @@ class BlockConfig:
         d_ff: hidden width of the feed-forward.
         ff_activation: "gelu" (exact), "relu", "silu", or gated: "swiglu", "geglu".
         use_bias: biases in the projections, the feed-forward and LayerNorm.
-        dropout_rate: probability of dropping attention weights, and each sublayer's outputs.
+        dropout_rate: probability of dropping attention weights, hidden activations of the feed-forward, outputs of
+            sublayers and, in a model, embeddings.
         norm_type: "layer" or "rms".
         norm_eps: added to the variance.
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))).
@@ -97,6 +98,11 @@ class BlockConfig:
         """head_dim with its default applied."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def residual_scale(self) -> float:
+        """Initial size of what a sublayer adds to the stream, relative to a unit-variance projection."""
+        return 1.0
+
     def _require(self, holds: bool, rule: str, *names: str) -> None:
         if not holds:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
@@ -137,8 +143,20 @@ class TransformerConfig(BlockConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("vocab_size", "num_layers", "max_len", "kv_cache_max_len")
+        if self.rope_max_positions is not None:
+            self._require(
+                self.rope_max_positions >= self.max_len,
+                "rope_max_positions must be at least max_len",
+                "rope_max_positions",
+                "max_len",
+            )
         if self.pos_emb_type == "sinusoidal":
             self._require(self.d_model % 2 == 0, "sinusoidal positions need an even d_model", "d_model")
+
+    @property
+    def residual_scale(self) -> float:
+        """1 / sqrt(2 * num_layers), as in GPT-2: the stream's variance does not grow with depth."""
+        return (2 * self.num_layers) ** -0.5
 
 
 Config = TypeVar("Config", bound=BlockConfig)
@@ -150,10 +168,14 @@ def create_config(kind: type[Config], **fields: Any) -> Config:
     Raises:
         ValueError: a field that does not exist or is missing, or a value that it cannot have.
     """
-    if "use_pre_norm" in fields:
-        fields["norm_placement"] = "pre" if fields.pop("use_pre_norm") else "post"
-    if fields.pop("use_rope", False):
-        fields["pos_emb_type"] = "rope"
+    for flag, name, meaning in (
+        ("use_pre_norm", "norm_placement", {True: "pre", False: "post"}),
+        ("use_rope", "pos_emb_type", {True: "rope", False: "none"}),
+    ):
+        if flag in fields:
+            if name in fields:
+                raise ValueError(f"{kind.__name__}: {flag} is another way to say {name}; give one of the two.")
+            fields[name] = meaning[bool(fields.pop(flag))]
     required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
     for name in fields.keys() - required.keys():
         close = difflib.get_close_matches(name, required, n=1)

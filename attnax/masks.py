@@ -25,6 +25,7 @@ from attnax.typing import (
     MaskMod,
     ScoreMod,
     check_mask_shape,
+    check_positions,
     function_pytree,
     pytree_dataclass,
 )
@@ -140,7 +141,13 @@ class Pointwise(Mask):
     function: MaskMod  # a pytree
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        return jnp.asarray(self.function(b, h, q, kv), bool)
+        allowed = jnp.asarray(self.function(b, h, q, kv))
+        if allowed.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask: a mask function must return booleans, True to attend; got dtype={allowed.dtype}. "
+                "Add a bias by a score_mod."
+            )
+        return allowed
 
 
 @pytree_dataclass
@@ -157,7 +164,7 @@ class AtPositions(Mask):
         return present if self.mask is None else jnp.logical_and(present, self.mask(b, h, q, kv))
 
     def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
-        _check_positions(caller, self.q_positions, self.kv_positions, full)
+        _check_both_positions(caller, self.q_positions, self.kv_positions, full)
 
 
 @pytree_dataclass
@@ -170,6 +177,10 @@ class ScoreModAtPositions:
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
+
+    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+        """Raises ValueError if the positions do not fit (B, N, T, S) = `full`."""
+        _check_both_positions(caller, self.q_positions, self.kv_positions, full)
 
 
 def causal() -> Mask:
@@ -294,12 +305,12 @@ def takes_mask_objects(attention_fn: Function) -> Function:
 
 
 def mask_argument(
-    attention_fn: Callable[..., Any], mask: Mask | None, full: tuple[int, int, int, int]
+    caller: str, attention_fn: Callable[..., Any], mask: Mask | None, full: tuple[int, int, int, int]
 ) -> Mask | Array | None:
     """`mask` in the form that `attention_fn` takes; `full` is (B, N, T, S)."""
     if mask is None:
         return None
-    mask.check("mask", full)
+    mask.check(caller, full)
     kernel = attention_fn
     while isinstance(kernel, functools.partial):
         kernel = kernel.func
@@ -312,10 +323,8 @@ def _read(positions: Array, b: Index, index: Index) -> Array:
     return positions[0 if positions.shape[0] == 1 else b, index]
 
 
-def _check_positions(caller: str, q_positions: Array, kv_positions: Array, full: tuple[int, int, int, int]) -> None:
-    batch, _, seq_q, seq_kv = full
-    for name, positions, length in (("q_positions", q_positions, seq_q), ("kv_positions", kv_positions, seq_kv)):
-        if positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
-            raise ValueError(
-                f"{caller}: {name} must have shape ({length},) or ({batch}, {length}); got {positions.shape}."
-            )
+def _check_both_positions(
+    caller: str, q_positions: Array, kv_positions: Array, full: tuple[int, int, int, int]
+) -> None:
+    check_positions(caller, "q_positions", q_positions, full[0], full[2])
+    check_positions(caller, "kv_positions", kv_positions, full[0], full[3])

@@ -50,6 +50,7 @@ __all__ = [
     "Shaped",
     "check_attention",
     "check_mask_shape",
+    "check_positions",
     "function_pytree",
     "is_concrete",
     "pytree_dataclass",
@@ -92,7 +93,8 @@ class ScoreMod(Protocol):
     """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
 
     Indices broadcast against `scores`; never use `scores.shape`, which is a tile's. A result of -inf
-    (or of float32's lowest number) counts as masked.
+    (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated too: the result does not
+    matter there, but keep derivatives with respect to arrays finite (`slope * sqrt(abs(q - kv))`, not `sqrt(q - kv)`).
     """
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index, /) -> Array: ...
@@ -150,6 +152,21 @@ def check_mask_shape(caller: str, shape: Sequence[int], full: tuple[int, int, in
         )
 
 
+def check_positions(caller: str, name: str, positions: Any, batch: int, length: int) -> Array:
+    """Positions as int32 (1 or batch, length).
+
+    Raises:
+        ValueError: they are not integers (length,) or (batch, length).
+    """
+    shape, dtype = jnp.shape(positions), jnp.result_type(positions)
+    if shape not in ((length,), (1, length), (batch, length)) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"{caller}: {name} must be integers of shape ({length},) or ({batch}, {length}); "
+            f"got shape={shape}, dtype={dtype}."
+        )
+    return jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
+
+
 def check_attention(
     caller: str,
     query: Array,
@@ -161,6 +178,7 @@ def check_attention(
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
+    scale: Any = None,
 ) -> None:
     """Raises ValueError, before any compute, unless the arguments of an `AttentionFn` fit together."""
     shapes = f"query.shape={query.shape}, key.shape={key.shape}, value.shape={value.shape}"
@@ -197,8 +215,14 @@ def check_attention(
         raise ValueError(f"{caller}: mask must be a boolean array, a Mask or a function; got {mask!r}.")
     if score_mod is not None and not callable(score_mod):
         raise ValueError(f"{caller}: score_mod must be a function (scores, b, h, q, kv) -> scores; got {score_mod!r}.")
+    if scale is not None and jnp.ndim(scale) != 0:
+        raise ValueError(
+            f"{caller}: scale must be one number; got scale.shape={jnp.shape(scale)}. Vary it in a score_mod."
+        )
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"{caller}: dropout_rate must be at least 0 and below 1; got dropout_rate={dropout_rate}.")
+    if dropout_rng is not None and not isinstance(dropout_rng, jax.Array):
+        raise ValueError(f"{caller}: dropout_rng must be a key, jax.random.key(seed); got dropout_rng={dropout_rng!r}.")
     if dropout_rate > 0.0 and not deterministic and dropout_rng is None:
         raise ValueError(
             f"{caller}: dropout needs a key; got dropout_rate={dropout_rate}, deterministic=False, dropout_rng=None. "

@@ -41,8 +41,8 @@ def attention(query, key, value, *, keep=None, score_mod=None, scale=None, keep_
     return out, lse
 
 
-def gradients(query, key, value, cotangent, *, keep=None, scale=None):
-    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax."""
+def gradients(query, key, value, cotangent, *, keep=None, score_mod=None, scale=None):
+    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax; a score mod must only add."""
     query, key, value, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent))
     (batch, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -56,6 +56,8 @@ def gradients(query, key, value, cotangent, *, keep=None, scale=None):
                 if seen.size == 0:
                     continue
                 scores = scale * key[b, g, seen] @ query[b, h, q]
+                if score_mod is not None:
+                    scores = score_mod(scores, b, h, q, seen)
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
                 d_weights = value[b, g, seen] @ cotangent[b, h, q]

@@ -1,5 +1,6 @@
 """Every attention function keeps the contract, on every case."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -48,16 +49,16 @@ def test_output_and_lse_match_float64(backend, case):
 
 
 @backends
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.score_mod is None])
+@cases
 def test_gradients_match_float64(backend, case):
     case = CASES[case]
     query, key, value, cotangent = case.arrays()
 
     def loss(query, key, value):
-        return (BACKENDS[backend](query, key, value, mask=case.mask()) * cotangent).sum()
+        return (BACKENDS[backend](query, key, value, mask=case.mask(), score_mod=case.score_mod) * cotangent).sum()
 
     actual = jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
-    expected = oracle.gradients(query, key, value, cotangent, keep=case.dense())
+    expected = oracle.gradients(query, key, value, cotangent, keep=case.dense(), score_mod=numpy_mod(case))
     for have, want in zip(actual, expected, strict=True):
         assert have.shape == want.shape
         assert have.size == 0 or oracle.rms_error(have, want) <= 2e-6
@@ -111,7 +112,11 @@ def test_poison_reaches_only_the_rows_that_may_attend_it(backend, bad, where):
     document = jnp.arange(13) >= 6
 
     def run(query, key, value):
-        return BACKENDS[backend](query, key, value, mask=lambda b, h, q, kv: document[q] == document[kv])
+        mask = lambda b, h, q, kv: document[q] == document[kv]
+        out, lse = BACKENDS[backend](query, key, value, mask=mask, return_lse=True)
+        return jnp.concatenate([out, lse[..., None]], axis=-1)
+
+    cotangent = jnp.concatenate([cotangent, cotangent[..., :1]], axis=-1)
 
     def poisoned(name, x):
         return x.at[:, :, 2, 1].set(bad) if where in (name, "all") else x
@@ -144,7 +149,7 @@ def test_poison_in_padding_changes_nothing(backend):
 @backends
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_close_to_correct_rounding(backend, dtype):
-    case = CASES["causal"]
+    case = dataclasses.replace(CASES["causal"], batch=1, seq_q=131, seq_kv=131)
     query, key, value, _ = case.arrays(dtype)
     out = call(backend, case, query, key, value)
     exact, _ = oracle.attention(query, key, value, keep=case.dense())
@@ -205,6 +210,19 @@ def test_minus_infinity_and_the_lowest_float_from_a_mod_count_as_masked(backend)
     for low in (-jnp.inf, jnp.finfo(jnp.float32).min):
         mod = lambda scores, b, h, q, kv, low=low: jnp.where(kv > 3, scores, low)
         np.testing.assert_array_equal(BACKENDS[backend](query, key, value, score_mod=mod), expected)
+
+
+@backends
+def test_nan_in_a_bias_behind_the_mask_stays_there(backend):
+    query, key, value, cotangent = CASES["full"].arrays()
+    bias = jnp.ones(13).at[12].set(jnp.nan)
+
+    def run(query, key, value):
+        mod = lambda scores, b, h, q, kv: scores * bias[kv]
+        return BACKENDS[backend](query, key, value, mask=masks.padding(jnp.array([12, 5])), score_mod=mod)
+
+    out, pull = jax.vjp(run, query, key, value)
+    assert jnp.isfinite(out).all() and all(jnp.isfinite(grad).all() for grad in pull(cotangent))
 
 
 @backends
@@ -375,9 +393,20 @@ class TestErrors:
             ({"mask": np.ones((1, 2, 6, 13, 13), bool)}, "must broadcast"),
             ({"mask": masks.padding(np.array([1, 2, 3]))}, "one length a batch row"),
             ({"mask": masks.causal() & np.ones((3, 1, 1, 13), bool)}, "must broadcast"),
-            ({"mask": masks.at_positions(None, np.arange(13), np.arange(11))}, r"kv_positions must have shape \(13,\)"),
+            (
+                {"mask": masks.at_positions(None, np.arange(13), np.arange(11))},
+                r"kv_positions must be integers of shape \(13,\)",
+            ),
             ({"mask": "causal"}, "a boolean array, a Mask or a function; got 'causal'"),
+            ({"mask": lambda b, h, q, kv: jnp.where(kv <= q, 0.0, -jnp.inf)}, "must return booleans.*float32"),
             ({"score_mod": 3}, "must be a function"),
+            ({"score_mod": lambda s, b, h, q, kv: s[0, 0]}, r"shape that it is given; got \(13, 13\)"),
+            (
+                {"score_mod": masks.at_positions(lambda s, *_: s, np.arange(13), np.arange(11))},
+                r"kv_positions must be integers of shape \(13,\)",
+            ),
+            ({"scale": np.ones((5, 5))}, r"scale must be one number; got scale.shape=\(5, 5\)"),
+            ({"dropout_rng": 3}, "dropout_rng must be a key"),
             ({"dropout_rate": 1.0}, "below 1; got dropout_rate=1.0"),
             ({"dropout_rate": 0.1, "deterministic": False}, "dropout needs a key"),
             ({"dtype": jnp.int32}, "one floating dtype; got int32"),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ class TestWrongInput:
     def test_too_little_text_for_a_window_makes_no_run(self, capsys, tmp_path):
         (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
         out = tmp_path / "run"
-        assert "do not fill one window of 256" in refuse(capsys, "train", "--data", tmp_path / "a.txt", "--out", out)
+        assert "do not fill one window of 128" in refuse(capsys, "train", "--data", tmp_path / "a.txt", "--out", out)
         assert not out.exists()
 
     def test_a_run_folder_that_exists_is_left_alone(self, capsys, run, corpus):
@@ -170,11 +171,19 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ("generate {run} --temperature -1", "--temperature must be at least 0; got -1.0"),
-            ("generate {run} --top-k 0", "--top-k must be at least 1; got 0"),
+            ("generate {run} --temperature -1", "--temperature must be at least 0 and finite; got -1.0"),
+            ("generate {run} --temperature nan", "--temperature must be at least 0 and finite; got nan"),
+            ("generate {run} --top-k 0", "--top-k must be at least 1 and below 2 ** 31; got 0"),
+            ("generate {run} --top-k 2147483648", "below 2 ** 31; got 2147483648"),
+            ("generate {long}", "File name too long"),
+            ("train --data {long}", "File name too long"),
+            ("train --max-len 1", "--max-len must be at least 2"),
+            ("train --warmup 1", "warmup must be at least 0 and below 1; got warmup=1.0"),
+            ("train --seed 4294967296", "--seed must be at least 0 and below 2 ** 32"),
+            ("train --rope-max-positions 8", "rope_max_positions must be at least max_len"),
             ("generate {run} --top-p 1.5", "--top-p must be above 0 and at most 1; got 1.5"),
             ("generate {run} --max-new-tokens 0", "--max-new-tokens must be at least 1; got 0"),
-            ("generate {run} --seed -1", "--seed must be at least 0; got -1"),
+            ("generate {run} --seed -1", "--seed must be at least 0 and below 2 ** 32; got -1"),
             ("train --steps 0", "steps must be at least 1; got steps=0"),
             ("train --steps many", "invalid literal for int() with base 10: 'many'"),
             ("train --d-model 100", "d_model must be a multiple of num_heads"),
@@ -190,17 +199,16 @@ class TestWrongInput:
     )
     def test_flags_out_of_range(self, capsys, run, corpus, tmp_path, monkeypatch, arguments, words):
         monkeypatch.chdir(tmp_path)
-        arguments = arguments.format(run=run).split()
-        if arguments[:1] == ["train"]:
+        arguments = arguments.format(run=run, long="x" * 300).split()
+        if arguments[:1] == ["train"] and "--data" not in arguments:
             arguments += ["--data", str(corpus)]
-        assert words in refuse(capsys, *arguments)
+        line = refuse(capsys, *arguments)
+        assert words in line and "tyro" not in line
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "checkpoints"])
     @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "foreign"])
     def test_damaged_and_foreign_runs(self, capsys, run, tmp_path, name, damage):
-        import shutil
-
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
         path = copy / name
@@ -221,23 +229,40 @@ class TestWrongInput:
         line = refuse(capsys, "generate", copy)
         assert name.split(".")[0] in line or "not a run folder" in line
 
-    def test_a_checkpoint_of_another_model(self, capsys, run, tmp_path):
-        import shutil
-
+    def test_a_changed_option_is_noticed(self, capsys, run, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
         config = (copy / "config.json").read_text()
-        (copy / "config.json").write_text(config.replace('"d_ff": 24', '"d_ff": 25'))
-        line = refuse(capsys, "generate", copy)
-        assert "is of another model" in line and "(24, 16)" in line and "(25, 16)" in line
+        assert '"rope_base": 10000.0' in config
+        (copy / "config.json").write_text(config.replace('"rope_base": 10000.0', '"rope_base": 10001.0'))
+        assert "was changed after it was written" in refuse(capsys, "generate", copy)
+
+    def test_a_checkpoint_of_another_run(self, capsys, run, corpus, tmp_path):
+        other = tmp_path / "other"
+        assert main(["train", "--data", str(corpus), "--out", str(other), *TINY, "--seed", "1", "--steps", "1"]) == 0
+        shutil.rmtree(other / "checkpoints")
+        shutil.copytree(run / "checkpoints", other / "checkpoints")
+        assert "belongs to another run" in refuse(capsys, "generate", other)
 
     def test_a_run_without_a_checkpoint(self, capsys, run, tmp_path):
-        import shutil
-
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
         shutil.rmtree(copy / "checkpoints")
         assert "has no checkpoint yet" in refuse(capsys, "generate", copy)
+
+
+def test_generating_into_a_closed_pipe_ends_quietly(run):
+    command = f"{sys.executable} -m attnax generate {run} --prompt def | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False, capture_output=True, text=True)
+    assert done.returncode in (0, 141) and not done.stderr
+
+
+def test_without_its_packages_the_command_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; import attnax.cli"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip() == (
+        "attnax: the command needs tyro. Install it with: pip install 'attnax[train]'"
+    )
 
 
 def test_help_names_every_option(capsys):

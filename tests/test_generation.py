@@ -195,8 +195,8 @@ def test_a_position_table_cannot_be_left():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0; got temperature=-1.0"),
-        ({"top_k": 0}, "top_k must be at least 1; got top_k=0"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite; got temperature=-1.0"),
+        ({"top_k": 0}, "top_k must be at least 1 and below .*; got top_k=0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1; got top_p=1.5"),
     ],

@@ -103,10 +103,10 @@ def test_nothing_is_attended_past_a_dense_mask():
 def test_functions_that_do_not_take_masks_get_a_dense_array():
     full = (2, 3, 5, 7)
     plain = lambda query, key, value, *, mask: mask
-    assert masks.mask_argument(partial(standard_attention, scale=2.0), masks.causal(), full) == masks.causal()
-    array = masks.mask_argument(plain, masks.causal(), full)
+    assert masks.mask_argument("test", partial(standard_attention, scale=2.0), masks.causal(), full) == masks.causal()
+    array = masks.mask_argument("test", plain, masks.causal(), full)
     assert array.shape == full and array.dtype == jnp.bool_
-    assert masks.mask_argument(plain, None, full) is None
+    assert masks.mask_argument("test", plain, None, full) is None
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import attnax
-from attnax import TransformerConfig, TransformerDecoder, TransformerLM, masks
+from attnax import TransformerConfig, TransformerDecoder, TransformerLM
 
 CONFIG = TransformerConfig(
     vocab_size=23,
@@ -117,33 +117,51 @@ def test_a_padded_prompt_goes_on_where_its_text_ended(models):
                 assert distance(logits[row, 0], call(model, alone)[0, -1]) <= 1e-5
 
 
-def test_masks_and_mods_see_positions_through_a_cache():
-    """A window mask and a distance penalty, with left padding and a cache, against the text alone."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_masks_and_mods_see_positions(cached):
+    """A mask and a bias of the absolute position, with left padding, against the text alone."""
 
     def window(b, h, q, kv):
         return (q - kv < 3) & (q % 5 != 4)
 
     def penalty(scores, b, h, q, kv):
-        return scores - 0.5 * (q - kv) + jnp.sin(q)
+        return scores - 0.5 * (q - kv) + jnp.sin(q) + jnp.cos(3.0 * kv)
 
-    model = TransformerLM(nnx.Rngs(1), CONFIG, self_mask=masks.causal() & window)
+    model = TransformerLM(nnx.Rngs(1), CONFIG, self_mask=lambda b, h, q, kv: (kv <= q) & window(b, h, q, kv))
     ids = tokens(2, 9)
     real = np.ones((2, 9), bool)
     real[0, :4] = False
     caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2)
-    parts = []
-    for start, end in ((0, 5), (5, 9)):
-        logits, caches = model(
-            ids[:, start:end],
-            padding_mask=jnp.asarray(real[:, start:end]),
-            score_mod=penalty,
-            layer_kv_caches=caches,
-        )
-        parts.append(logits)
-    logits = jnp.concatenate(parts, axis=1)
+    if cached:
+        parts = []
+        for chunk in (slice(5), slice(5, 9)):
+            logits, caches = model(
+                ids[:, chunk], padding_mask=jnp.asarray(real[:, chunk]), score_mod=penalty, layer_kv_caches=caches
+            )
+            parts.append(logits)
+        logits = jnp.concatenate(parts, axis=1)
+    else:
+        logits = model(ids, padding_mask=jnp.asarray(real), score_mod=penalty)
     for row in range(2):
         alone = model(ids[row, real[row]][None], score_mod=penalty)
         assert distance(logits[row, real[row]], alone[0]) <= 1e-5
+
+
+def test_given_positions_and_a_padding_mask_agree(models):
+    model, call = models[0]["llama-like"], models[1]["llama-like"]
+    ids, real = tokens(2, 11), np.ones((2, 11), bool)
+    real[0, :4] = False
+    expected = call(model, ids, padding_mask=jnp.asarray(real))
+    positions = np.where(real, np.cumsum(real, axis=1) - 1, -1)
+    np.testing.assert_array_equal(call(model, ids, position_ids=jnp.asarray(positions)), expected)
+    shifted = np.cumsum(real, axis=1) - 1  # padding is found by the mask alone
+    both = call(model, ids, position_ids=jnp.asarray(shifted), padding_mask=jnp.asarray(real))
+    np.testing.assert_array_equal(both[0, 4:], expected[0, 4:])
+    caches = attnax.init_decoder_kv_caches_from_config(model.config, batch_size=2)
+    cached, _ = call(
+        model, ids, position_ids=jnp.asarray(shifted), padding_mask=jnp.asarray(real), layer_kv_caches=caches
+    )
+    assert distance(cached[0, 4:], expected[0, 4:]) <= 1e-5
 
 
 def test_nan_in_padding_does_not_reach_real_tokens():
@@ -286,6 +304,8 @@ def test_positions_may_be_given(models):
             lambda model: model(jnp.zeros((1, 3), int), layer_kv_caches=()),
             "one cache a layer; got 0 for num_layers=2",
         ),
+        (lambda model: model(jnp.zeros((1, 3), int), position_ids=jnp.arange(4)), r"position_ids must be integers of"),
+        (lambda model: model(jnp.zeros((1, 3), int), position_ids=jnp.ones((1, 3))), "dtype=float32"),
         (lambda model: TransformerDecoder(nnx.Rngs(0), vocab_size=3, max_length=5), "Did you mean max_len?"),
     ],
 )

@@ -112,6 +112,32 @@ def test_cache_and_context_exclude_each_other():
         attn(x, context=x, kv_cache=cache)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"x": jnp.ones((5, 12))}, r"x must be \(batch, length, 12\)"),
+        ({"x": jnp.ones((1, 5, 11))}, r"x must be \(batch, length, 12\).*got x.shape=\(1, 5, 11\)"),
+        ({"context": jnp.ones((2, 5, 12))}, r"context must be .* one batch size"),
+        (
+            {"position_ids_q": np.arange(4)},
+            r"position_ids_q must be integers of shape \(5,\) or \(1, 5\); got shape=\(4,\)",
+        ),
+        ({"position_ids_kv": np.ones(5)}, "dtype=float32"),
+        ({"mask": np.ones((4, 5), bool)}, "MultiHeadAttention: mask must broadcast"),
+        (
+            {"mask": np.ones((5, 9), bool), "kv_cache": attnax.init_kv_layer_cache(1, 3, 4, 9)},
+            r"with a cache: mask must broadcast to .*\(1, 3, 9, 9\); got mask.shape=\(1, 1, 5, 9\)",
+        ),
+    ],
+)
+def test_wrong_attention_input_is_refused_in_words(options, words):
+    attn = attention(nnx.Rngs(0), in_features=12, num_heads=3)
+    options = {"x": jnp.ones((1, 5, 12)), **options}
+    with pytest.raises(ValueError, match=words):
+        attn(options.pop("x"), **options)
+
+
 @pytest.mark.parametrize("position", [0, 1, 255, 256, 4095, 131072, 2**31 - 1])
 def test_rope_is_exact_at_any_position(position):
     expected = np.float64(position) * nn.rope_inv_freq(64)
@@ -267,6 +293,10 @@ class TestDropout:
             dropout(jnp.ones(3), deterministic=False)
         assert nn.Dropout(0.0)(jnp.ones(3), deterministic=False).sum() == 3
 
+    def test_rngs_without_a_stream_say_so(self):
+        with pytest.raises(ValueError, match="must have a `dropout` stream"):
+            nn.Dropout(0.5)(jnp.ones(3), deterministic=False, rngs=nnx.Rngs(params=0))
+
     def test_rate_zero_stores_no_streams(self):
         block = nn.EncoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=16, dropout_rate=0.0)
         assert not jax.tree.leaves(nnx.state(block, nnx.RngState))
@@ -320,6 +350,11 @@ class TestConfig:
             ({"norm_eps": 0.0}, "norm_eps must be above 0"),
             ({"rope_base": 1.0}, "rope_base must be above 1"),
             ({"use_rope": True, "head_dim": 3}, "rope needs an even head_dim"),
+            ({"use_rope": True, "pos_emb_type": "learned"}, "use_rope is another way to say pos_emb_type"),
+            (
+                {"use_pre_norm": True, "norm_placement": "post"},
+                "another way to say norm_placement; give one of the two",
+            ),
             ({"config": 3}, "every argument must be a field; got config=3"),
         ],
     )
@@ -336,6 +371,8 @@ class TestConfig:
             attnax.TransformerLM(nnx.Rngs(0), attnax.BlockConfig())
         with pytest.raises(ValueError, match="vocab_size must be given"):
             attnax.TransformerLM(nnx.Rngs(0), d_model=8)
+        with pytest.raises(ValueError, match="rope_max_positions must be at least max_len; got rope_max_positions=8"):
+            attnax.TransformerConfig(vocab_size=3, rope_max_positions=8, pos_emb_type="rope")
         with pytest.raises(ValueError, match="sinusoidal positions need an even d_model"):
             attnax.TransformerConfig(vocab_size=3, d_model=7, num_heads=1)
 

@@ -78,6 +78,19 @@ class TestCorpus:
         corpus = read_corpus(str(tmp_path))
         assert len(corpus.train) + len(corpus.held_out) == 60 and corpus.skipped == 1
 
+    def test_run_folders_are_not_text_to_learn_from(self, tmp_path):
+        before = read_corpus(str(self.fill(tmp_path))).fingerprint
+        (tmp_path / "runs" / "000" / "checkpoints").mkdir(parents=True)
+        for name in ("config.json", "metrics.jsonl", "checkpoints/5.json"):
+            (tmp_path / "runs" / "000" / name).write_text("{}")
+        assert read_corpus(str(tmp_path)).fingerprint == before
+
+    def test_a_file_of_one_line_is_cut_too(self, tmp_path):
+        (tmp_path / "line.txt").write_text("word " * 1000)
+        corpus = read_corpus(str(tmp_path / "line.txt"))
+        assert len(corpus.train) + len(corpus.held_out) == 50
+        assert sum(len(document.text) for document in (*corpus.train, *corpus.held_out)) == 5000
+
     def test_a_few_files_still_hold_one_out(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).write_text(name)
@@ -269,7 +282,8 @@ class TestTrainer:
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite"),
             ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite"),
-            ({"warmup": 1.5}, "warmup must be between 0 and 1"),
+            ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
+            ({"final_learning_rate": 1.5}, "final_learning_rate must be between 0 and 1"),
             ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
             ({"beta2": 1.0}, "beta2 must be between 0 and 1"),
         ],
@@ -307,7 +321,7 @@ class TestCheckpoints:
         assert latest_checkpoint(folder / "nowhere") is None
 
     def test_any_changed_byte_is_found(self, folder):
-        files = [path for path in (folder / "3").rglob("*") if path.is_file() and path.stat().st_size]
+        files = [path for path in (folder / "3" / "model").rglob("*") if path.is_file() and path.stat().st_size]
         assert files
         for path in files:
             content = path.read_bytes()
@@ -322,14 +336,26 @@ class TestCheckpoints:
         restore_checkpoint(folder, 3, "model", self.tree)
 
     def test_missing_and_added_files_are_found(self, folder):
-        (folder / "3" / "extra").write_text("x")
+        (folder / "3" / "model" / "extra").write_text("x")
         with pytest.raises(InputError, match="is damaged: extra is not what was saved"):
             restore_checkpoint(folder, 3, "model", self.tree)
+        restore_checkpoint(folder, 3, "other", {"x": jnp.zeros(2)})  # of which nothing was changed
         shutil.rmtree(folder / "3")
         with pytest.raises(InputError, match="is damaged"):
             restore_checkpoint(folder, 3, "model", self.tree)
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"types": {"model": 3}}', "{" * 9])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "",
+            "[]",
+            "{}",
+            "null",
+            '{"types": {"model": 3}}',
+            "{" * 9,
+            '{"types": {"model": {}}, "sha256": {"model": 3}}',
+        ],
+    )
     def test_a_damaged_manifest_is_found(self, folder, content):
         (folder / "3.json").write_text(content)
         with pytest.raises(InputError, match="no readable list of its contents"):
@@ -345,6 +371,12 @@ class TestCheckpoints:
                 restore_checkpoint(folder, 3, "model", {**self.tree, **change})
         with pytest.raises(InputError, match="no readable list"):
             restore_checkpoint(folder, 3, "nothing", self.tree)
+
+    def test_it_belongs_to_its_owner(self, tmp_path):
+        save_checkpoint(tmp_path, 0, {"model": self.tree}, owner="this run")
+        restore_checkpoint(tmp_path, 0, "model", self.tree, owner="this run")
+        with pytest.raises(InputError, match="belongs to another run"):
+            restore_checkpoint(tmp_path, 0, "model", self.tree, owner="that run")
 
     def test_the_manifest_is_plain(self, folder):
         manifest = json.loads((folder / "3.json").read_text())

@@ -6,14 +6,19 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import tyro
-
-from attnax.cli.options import Generate, Train
 from attnax.typing import InputError
+
+try:
+    import tyro
+
+    from attnax.cli.options import Generate, Train
+except ModuleNotFoundError as error:
+    sys.exit(f"attnax: the command needs {error.name}. Install it with: pip install 'attnax[train]'")
 
 
 def entry() -> None:
@@ -37,8 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"attnax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader went away, as `head` does: nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"attnax: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 def _parse(arguments: Sequence[str]) -> Train | Generate:
@@ -61,6 +72,7 @@ def _parse(arguments: Sequence[str]) -> Train | Generate:
         # A title, a rule, what is wrong, a rule, advice; the title is part of the first rule in UTF-8.
         rules = [index for index, line in enumerate(lines) if line.startswith("╭") or (line and not line.strip("─-╰╯"))]
         message = " ".join(lines[rules[0] + 1 : rules[1]])
+        message = re.sub(r"^Error parsing \S*(Train|Generate|inner__\S*): ", "", message)  # tyro's name, not a flag
         raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
     except ValueError as error:  # a configuration that refuses its values
         raise InputError(str(error)) from error
@@ -76,4 +88,4 @@ def _use_huge_pages() -> None:
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
         return
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
-    os.execv(sys.executable, [sys.executable, "-m", "attnax", *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -26,7 +26,7 @@ def generate(options: Generate) -> int:
     model, tokenizer = load_model(options.run)
     sampler = Sampler(options.temperature, options.top_k, options.top_p)
     pieces = write_text(model, tokenizer, options.prompt, options.max_new_tokens, sampler, options.seed)
-    sys.stdout.write(options.prompt)
+    sys.stdout.write(options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -47,7 +47,7 @@ def load_model(run: Path) -> tuple[TransformerLM, Tokenizer]:
         raise InputError(f"{run} has no checkpoint yet.")
     model = TransformerLM(nnx.Rngs(0), options.model)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    nnx.update(model, restore_checkpoint(folder.checkpoints, step, "params", params))
+    nnx.update(model, restore_checkpoint(folder.checkpoints, step, "params", params, owner=folder.owner))
     return model, tokenizer
 
 

@@ -74,6 +74,7 @@ class RunFolder:
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
             "options": fields,
         }
+        config["sha256"] = _digest(config)
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     def load(self) -> tuple[RunOptions, Tokenizer, str]:
@@ -91,6 +92,8 @@ class RunFolder:
             config = json.loads(config_path.read_text("utf-8"))
             if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise InputError(f"{config_path} was not written by this version of attnax train.")
+            if config.pop("sha256", None) != _digest(config):
+                raise InputError(f"{config_path} was changed after it was written.")
             fields = config["options"]
             fields["model"] = create_config(TransformerConfig, **fields["model"])
             fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
@@ -106,6 +109,11 @@ class RunFolder:
             raise InputError(f"{tokenizer_path} is {'missing' if found is None else 'not the one of this run'}.")
         return options, Tokenizer.load(tokenizer_path), corpus_digest
 
+    @property
+    def owner(self) -> str:
+        """What ties a checkpoint to this run: its options, tokenizer and corpus."""
+        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+
     def append_metrics(self, **row: Any) -> None:
         """Adds a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -115,10 +123,17 @@ class RunFolder:
         """The lines of metrics.jsonl; one that an interruption cut short is left out."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: {error}") from error
 
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after update number `step`, which a resumed run writes again; returns the others."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         return rows
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

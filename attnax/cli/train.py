@@ -48,7 +48,11 @@ def train(options: Train) -> int:
     if not finished:
         print(f"interrupted; go on with: attnax train --resume {session.run.path}")
         return 128 + received[0]
-    session.finish()
+    try:
+        session.finish()
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: attnax train --resume {session.run.path}")
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -125,7 +129,10 @@ class _Session:
         if step is not None:
             parts = vars(self.state).items()  # params apart, so that generation reads nothing else
             self.state = TrainState(
-                **{name: restore_checkpoint(self.run.checkpoints, step, name, like) for name, like in parts}
+                **{
+                    name: restore_checkpoint(self.run.checkpoints, step, name, like, owner=self.run.owner)
+                    for name, like in parts
+                }
             )
         rows = [row for row in self.run.rewind_metrics(step or 0) if "seconds" in row]
         self.seconds = rows[-1]["seconds"] if rows else 0.0
@@ -158,12 +165,10 @@ class _Session:
                 progress.update(tokens_per_step)
                 pause = step % self.options.checkpoint_every == 0
                 if pause or received or step == optimizer.steps:
-                    save_checkpoint(self.run.checkpoints, step, vars(self.state))
-                if step == optimizer.steps:
-                    return True
+                    save_checkpoint(self.run.checkpoints, step, vars(self.state), owner=self.run.owner)
                 if received:
                     return False
-                if pause:
+                if pause and step < optimizer.steps:
                     bits = self.trainer.bits(self.state.params, self.probe)
                     self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
         return True
@@ -190,10 +195,10 @@ class _Session:
         rows = self.run.read_metrics()
         rows.append({**rows[-1], "held_out_bits_per_byte": figures["held_out_bits_per_byte"]})
         plot_training(rows, self.run.path / "loss.png")
+        self.run.result.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
         model, tokenizer = load_model(self.run.path)
         sample = "".join(write_text(model, tokenizer, "", None, Sampler(0.8, top_p=0.95), self.options.seed))
-        (self.run.path / "sample.txt").write_text(sample, "utf-8", "surrogateescape")
-        self.run.result.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        (self.run.path / "sample.txt").write_text(sample, "utf-8")
         print(f"\n{sample}\n")
         print(f"go on with  attnax generate {self.run.path} --prompt 'def '")
         print(

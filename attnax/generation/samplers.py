@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -34,8 +36,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": ("at least 0", lambda x: x >= 0),
-            "top_k": ("at least 1", lambda x: x >= 1),
+            "temperature": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
+            "top_k": ("at least 1 and below 2 ** 31", lambda x: 1 <= x < 2**31),
             "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
         }
         for name, (rule, holds) in rules.items():
@@ -43,6 +45,12 @@ class Sampler:
             # JAX rebuilds pytrees around placeholders too; only a number that is known can be judged.
             if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(float(value)):
                 raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
+
+    def as_arrays(self) -> Sampler:
+        """The same sampler with arrays for numbers, so that 1 and 1.0 are one program."""
+        top_k = None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32)
+        top_p = None if self.top_p is None else jnp.asarray(self.top_p, jnp.float32)
+        return Sampler(jnp.asarray(self.temperature, jnp.float32), top_k, top_p)
 
     def __call__(self, logits: Float[Array, "B V"], keys: Array) -> Int[Array, B]:
         """One token a row; `keys` holds one typed key a row."""

@@ -23,9 +23,10 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     """One score mod that applies `mods` in order, skipping None; None if there is nothing to apply.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from attnax import compose_score_mods
         >>> mod = compose_score_mods(lambda s, b, h, q, kv: s + 1.0, None, lambda s, b, h, q, kv: s * 2.0)
-        >>> mod(3.0, 0, 0, 0, 0)
+        >>> float(mod(jnp.float32(3.0), 0, 0, 0, 0))
         8.0
     """
     present = tuple(mod for mod in mods if mod is not None)

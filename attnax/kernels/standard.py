@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels._dropout import keep_weights
-from attnax.masks import Mask, as_mask, index_grid, takes_mask_objects
+from attnax.masks import Mask, ScoreModAtPositions, as_mask, index_grid, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
 
 __all__ = ["standard_attention"]
@@ -65,9 +65,9 @@ def standard_attention(
         return_lse: also return the log of each query's sum of exponentials.
 
     Returns:
-        (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the float32
-        (batch, num_heads, seq_q), -inf where nothing is attended. Scores, softmax and sums are in float32
-        (float64 for float64). A NaN or infinity in a key or value makes the queries that may attend it NaN
+        (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp
+        (batch, num_heads, seq_q), -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in
+        float32 (float64 for float64). A NaN or infinity in a key or value makes the queries that may attend it NaN
         and leaves all others, and their gradients, untouched.
 
     Raises:
@@ -94,6 +94,7 @@ def standard_attention(
         dropout_rng=dropout_rng,
         dropout_rate=dropout_rate,
         deterministic=deterministic,
+        scale=scale,
     )
     batch, num_heads, seq_q, head_dim = query.shape
     num_kv_heads, seq_kv, value_dim = value.shape[1:]
@@ -108,8 +109,8 @@ def standard_attention(
         jnp.where(ok[..., None], x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
     )
 
-    # Heads that share keys become rows of one product, X = B * K and M = (N / K) * T; XLA's CPU backend runs
-    # forward + backward up to twice as fast on one batch axis as on several.
+    # Heads that share keys become rows of one product, X = B * K and M = (N / K) * T. One batch axis instead of
+    # several is also what XLA's CPU backend runs fastest (benchmarks/layout.py).
     groups, rows = batch * num_kv_heads, num_heads // num_kv_heads * seq_q
     query = query.reshape(groups, rows, head_dim)
     key, value = key.reshape(groups, seq_kv, head_dim), value.reshape(groups, seq_kv, value_dim)
@@ -117,13 +118,21 @@ def standard_attention(
     scores = scores.reshape(full) * (head_dim**-0.5 if scale is None else scale)
 
     keep = jnp.ones((1, 1, 1, 1), bool)
-    if score_mod is not None:
-        scores = score_mod(scores, *indices)
-        keep = ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     if mask is not None:
         mask = as_mask(mask)
         mask.check("standard_attention", full)
-        keep = keep & mask(*indices)
+        keep = mask(*indices)
+    if score_mod is not None:
+        if isinstance(score_mod, ScoreModAtPositions):
+            score_mod.check("standard_attention", full)
+        # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
+        scores = score_mod(jnp.where(keep, scores, 0), *indices).astype(dtype)
+        if scores.shape != full:
+            raise ValueError(
+                f"standard_attention: score_mod must return scores of the shape that it is given; got {scores.shape} "
+                f"for {full}. Let indices and arrays broadcast against the scores."
+            )
+        keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
     key_poison = jnp.repeat(jnp.where(key_ok, 0, jnp.nan), num_heads // num_kv_heads, axis=1)[:, :, None, :]
     scores = jnp.where(keep, scores + (query_poison + key_poison), -jnp.inf)

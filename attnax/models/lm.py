@@ -20,7 +20,7 @@ from attnax.masks import Mask
 from attnax.models.transformer import TransformerDecoder
 from attnax.nn.blocks import Output
 from attnax.nn.linear import Linear
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["TransformerLM"]
 
@@ -56,7 +56,7 @@ class TransformerLM(nnx.Module):
         config: TransformerConfig | None = None,
         /,
         *,
-        self_mask: Mask | None = None,
+        self_mask: Mask | MaskMod | None = None,
         **fields: Any,
     ):
         self.config = config = resolve_config(TransformerConfig, config, fields)
@@ -196,7 +196,7 @@ class TransformerLM(nnx.Module):
                 f"generate: padding_mask must be boolean {(batch, length)} with a real token in every row; "
                 f"got shape={real.shape}, dtype={real.dtype}."
             )
-        sampler = Sampler() if sampler is None else sampler
+        sampler = (Sampler() if sampler is None else sampler).as_arrays()
         if key is None:
             if float(sampler.temperature) > 0:
                 raise ValueError(

@@ -9,12 +9,12 @@ from flax import nnx
 
 from attnax.cache import KVLayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.masks import Mask, causal, padding
+from attnax.masks import Mask, as_mask, at_positions, causal
 from attnax.nn.blocks import EncoderBlock, Output
 from attnax.nn.dropout import Dropout
 from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding
 from attnax.nn.norms import create_norm
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod, check_positions
 
 __all__ = ["TransformerDecoder"]
 
@@ -27,7 +27,7 @@ class TransformerDecoder(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default `causal()`; read at positions. Padding is always masked too.
+        self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -40,7 +40,7 @@ class TransformerDecoder(nnx.Module):
         config: TransformerConfig | None = None,
         /,
         *,
-        self_mask: Mask | None = None,
+        self_mask: Mask | MaskMod | None = None,
         **fields: Any,
     ):
         self.config = config = resolve_config(TransformerConfig, config, fields)
@@ -70,7 +70,7 @@ class TransformerDecoder(nnx.Module):
                 **dtypes,
             )
         )
-        self.self_mask = nnx.data(causal() if self_mask is None else self_mask)
+        self.self_mask = nnx.data(causal() if self_mask is None else as_mask(self_mask))
 
     def __call__(
         self,
@@ -90,7 +90,7 @@ class TransformerDecoder(nnx.Module):
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
-                padding mask and the caches.
+                padding mask and the caches. Masks and score mods are read at positions too.
             score_mod: applied to the attention scores of every layer.
             layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -126,13 +126,17 @@ class TransformerDecoder(nnx.Module):
         """The call with its result in one form."""
         input_ids = self._check_ids(input_ids, caches)
         real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
+        mask = self.self_mask
         if position_ids is not None:
-            position_ids = jnp.atleast_2d(jnp.asarray(position_ids, jnp.int32))
+            position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
+            position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
             position_ids = _count_positions(input_ids.shape, real, caches)
-        mask = self.self_mask
-        if real is not None and caches is None:  # with caches, padding is known by its position
-            mask = mask & padding(real)
+        if position_ids is not None and caches is None:  # with a cache, attention does this
+            batch, length = input_ids.shape
+            mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
+            mask = at_positions(mask, position_ids, position_ids)
+            score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
 
         x = self.embed(input_ids)
         if self.positions is not None:

@@ -17,7 +17,7 @@ from attnax.masks import Mask, as_mask, at_positions, mask_argument
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.rope import RotaryEmbedding
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions
 
 __all__ = ["MultiHeadAttention"]
 
@@ -70,7 +70,7 @@ class MultiHeadAttention(nnx.Module):
             fields["d_model"] = in_features
         if qkv_features is not None:
             num_heads = fields.get("num_heads", BlockConfig.num_heads)
-            if qkv_features % num_heads:
+            if num_heads < 1 or qkv_features % num_heads:
                 raise ValueError(
                     "MultiHeadAttention: qkv_features must be a multiple of num_heads; "
                     f"got qkv_features={qkv_features}, num_heads={num_heads}."
@@ -84,7 +84,11 @@ class MultiHeadAttention(nnx.Module):
         self.query = linear(config.d_model, self.num_heads * self.head_dim)
         self.key = linear(config.d_model, self.num_kv_heads * self.head_dim)
         self.value = linear(config.d_model, self.num_kv_heads * self.head_dim)
-        self.out = linear(self.num_heads * self.head_dim, out_features or config.d_model)
+        self.out = linear(
+            self.num_heads * self.head_dim,
+            config.d_model if out_features is None else out_features,
+            scale=config.residual_scale,
+        )
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
         self.rope = None
         if config.pos_emb_type == "rope":
@@ -112,10 +116,11 @@ class MultiHeadAttention(nnx.Module):
             x: (batch, T, in_features).
             context: (batch, S, in_features) for cross-attention; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S).
+                (batch, num_heads, T, S), with a cache to (batch, num_heads, max_len, max_len).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids_q: positions of x for RoPE and for the cache, by default 0 ... T - 1, or what follows the
-                cache; -1 marks padding.
+            position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
+                what follows the cache, where -1 marks padding. Without a cache, masks and score mods are read at
+                indices; `attnax.masks.at_positions` reads them at positions.
             position_ids_kv: positions of the context for RoPE, by default 0 ... S - 1.
             score_mod: applied to the scores after the layer's own.
             kv_cache: x is appended to it and attends all of it. Masks and score mods are then read at positions.
@@ -159,8 +164,20 @@ class MultiHeadAttention(nnx.Module):
                 "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
-        batch, seq_q, _ = x.shape
         source = x if context is None else context
+        for name, tokens in (("x", x), ("context", source)):
+            if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != self.query.in_features:
+                raise ValueError(
+                    f"MultiHeadAttention: {name} must be (batch, length, {self.query.in_features}), with one batch "
+                    f"size; got x.shape={x.shape}, {name}.shape={tokens.shape}."
+                )
+        batch, seq_q, _ = x.shape
+        if position_ids_q is not None:
+            position_ids_q = check_positions("MultiHeadAttention", "position_ids_q", position_ids_q, batch, seq_q)
+        if position_ids_kv is not None:
+            position_ids_kv = check_positions(
+                "MultiHeadAttention", "position_ids_kv", position_ids_kv, batch, source.shape[1]
+            )
         query = self._split_heads(self.query(x), self.num_heads)
         key = self._split_heads(self.key(source), self.num_kv_heads)
         value = self._split_heads(self.value(source), self.num_kv_heads)
@@ -176,6 +193,8 @@ class MultiHeadAttention(nnx.Module):
         score_mod = compose_score_mods(self.score_mod, score_mod)
         if kv_cache is not None:
             assert position_ids_q is not None
+            if mask is not None:  # read at positions, so an array must know all that the cache can hold
+                mask.check("MultiHeadAttention, with a cache", (batch, self.num_heads, *2 * (kv_cache.max_len,)))
             kv_cache = update_kv_layer_cache(kv_cache, key, value, positions=position_ids_q)
             key, value = kv_cache.keys.astype(query.dtype), kv_cache.values.astype(query.dtype)
             mask = at_positions(mask, position_ids_q, kv_cache.positions)
@@ -187,7 +206,9 @@ class MultiHeadAttention(nnx.Module):
             query,
             key,
             value,
-            mask=mask_argument(self.attention_fn, mask, (batch, self.num_heads, seq_q, key.shape[2])),
+            mask=mask_argument(
+                "MultiHeadAttention", self.attention_fn, mask, (batch, self.num_heads, seq_q, key.shape[2])
+            ),
             score_mod=score_mod,
             dropout_rng=dropout_rng,
             dropout_rate=self.dropout.rate,

@@ -27,6 +27,8 @@ class Dropout(nnx.Dropout):
         if self.rate == 0.0 or (self.deterministic if deterministic is None else deterministic):
             return None
         if rngs is not None:
+            if "dropout" not in rngs and "default" not in rngs:
+                raise ValueError("Dropout: rngs must have a `dropout` stream; pass rngs=nnx.Rngs(dropout=seed).")
             return rngs.dropout()
         if self.rngs is None:
             raise ValueError(

@@ -17,7 +17,8 @@ class TokenEmbedding(nnx.Module):
     """A row of a table for each token id; `attend` gives the logits of tied embeddings.
 
     Args:
-        rngs: for the initial table, normal with standard deviation 0.02.
+        rngs: for the initial table, normal with standard deviation 1 / sqrt(d_model): vectors have unit length, and
+            so have the logits of tied embeddings unit variance.
         vocab_size: rows.
         d_model: width.
         dtype: of the result.
@@ -28,7 +29,8 @@ class TokenEmbedding(nnx.Module):
         self, rngs: nnx.Rngs, vocab_size: int, d_model: int, *, dtype: Any = None, param_dtype: Any = "float32"
     ):
         self.vocab_size, self.dtype = vocab_size, dtype or param_dtype
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model), param_dtype))
+        init = nnx.initializers.normal(d_model**-0.5)
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), param_dtype))
 
     def __call__(self, input_ids: Int[ArrayLike, "*L"]) -> Float[Array, "*L D"]:
         """The vectors of `input_ids`.
@@ -126,6 +128,6 @@ def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= size:
             raise ValueError(f"{caller}: {what} must be at least 0 and below {size}; got {low if low < 0 else high}.")
-    ids = jnp.asarray(ids)
+    ids = jnp.asarray(ids, jnp.int32)
     # A negative index would count from the end: send it past the end, where the fill value is.
     return table.at[jnp.where(ids < 0, size, ids)].get(mode="fill", fill_value=jnp.nan)

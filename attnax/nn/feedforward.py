@@ -64,7 +64,7 @@ class FeedForward(nnx.Module):
         self.activation = config.ff_activation
         self.up = linear(config.d_model, config.d_ff)
         self.gate = nnx.data(linear(config.d_model, config.d_ff) if _ACTIVATIONS[self.activation][1] else None)
-        self.down = linear(config.d_ff, config.d_model)
+        self.down = linear(config.d_ff, config.d_model, scale=config.residual_scale)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
     def __call__(

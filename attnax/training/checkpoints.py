@@ -22,27 +22,28 @@ __all__ = ["latest_checkpoint", "restore_checkpoint", "save_checkpoint"]
 Tree = TypeVar("Tree")
 
 
-def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, keep: int = 2) -> None:
+def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner: str = "", keep: int = 2) -> None:
     """Writes the pytrees of `items` as step number `step`, then deletes all but the newest `keep` checkpoints.
 
     Args:
         folder: of the checkpoints; made if it is missing.
         step: counts up from 0.
         items: pytrees of arrays by name; each can be restored without the others.
+        owner: what the checkpoint belongs to; `restore_checkpoint` asks for the same.
         keep: checkpoints to leave.
     """
     import orbax.checkpoint as ocp  # half a second that only saving and restoring should pay
 
     target = folder.absolute() / str(step)
     _delete(folder, step)
-    types: dict[str, Any] = {}
+    manifest: dict[str, Any] = {"owner": owner, "types": {}, "sha256": {}}
     with ocp.StandardCheckpointer() as checkpointer:
         for item, tree in items.items():
             arrays = _named_arrays(tree)
-            types[item] = {name: _type(array) for name, array in arrays.items()}
             checkpointer.save(target / item, arrays)
             checkpointer.wait_until_finished()
-    manifest = {"types": types, "sha256": _digests(target)}
+            manifest["types"][item] = {name: _type(array) for name, array in arrays.items()}
+            manifest["sha256"][item] = _digests(target / item)
     temporary = folder / f"{step}.json.tmp"
     temporary.write_text(json.dumps(manifest, indent=1))
     temporary.replace(folder / f"{step}.json")
@@ -56,7 +57,7 @@ def latest_checkpoint(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def restore_checkpoint(folder: Path, step: int, item: str, like: Tree) -> Tree:
+def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:
     """The pytree `item` of step number `step`.
 
     Args:
@@ -64,6 +65,7 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree) -> Tree:
         step: as saved.
         item: as saved.
         like: a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes.
+        owner: as saved.
 
     Raises:
         InputError: a file is missing, changed or not of this model. Nothing is read into arrays before that is known.
@@ -73,10 +75,13 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree) -> Tree:
     target = folder.absolute() / str(step)
     try:
         manifest = json.loads((folder / f"{step}.json").read_text())
-        saved, digests = manifest["types"][item], manifest["sha256"]
+        saved, digests = dict(manifest["types"][item]), dict(manifest["sha256"][item])
+        saved_owner = manifest["owner"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
-    found = _digests(target) if target.is_dir() else {}
+    if saved_owner != owner:
+        raise InputError(f"the checkpoint {target} belongs to another run.")
+    found = _digests(target / item)
     if found != digests:
         names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
         raise InputError(

@@ -59,8 +59,8 @@ def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
     held out. A single file is cut into about fifty pieces of whole lines, which are split the same way.
 
     Args:
-        data: a file, a folder (all its files, hidden ones aside) or a glob; None is the source of the running
-            interpreter's standard library.
+        data: a file, a folder (all its files, but for hidden ones and run folders) or a glob; None is the source of
+            the running interpreter's standard library.
         held_out: the fraction of documents to hold out.
 
     Raises:
@@ -110,7 +110,12 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
         root, found = path.parent, [path]
     elif path.is_dir():
         root = path
-        found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        runs = {metrics.parent for metrics in path.rglob("metrics.jsonl")}  # what `attnax train` itself wrote
+        found = (
+            p
+            for p in path.rglob("*")
+            if not any(part.startswith(".") for part in p.relative_to(path).parts) and runs.isdisjoint(p.parents)
+        )
     elif any(character in data for character in "*?["):
         # Names count from where the pattern begins, so that they say nothing of the machine.
         fixed = takewhile(lambda part: not any(character in part for character in "*?["), path.parts)
@@ -128,15 +133,17 @@ def _hash_fraction(name: str) -> float:
 
 
 def _cut(document: Document, pieces: int = 50) -> Iterator[Document]:
-    size, lines, length, count = -(-len(document.text) // pieces), [], 0, 0
-    for line in document.text.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= size:
-            yield Document(f"{document.name}#{count:02d}", b"".join(lines))
-            lines, length, count = [], 0, count + 1
-    if lines:
-        yield Document(f"{document.name}#{count:02d}", b"".join(lines))
+    """About fifty pieces of whole lines, or of bytes where the lines are too few."""
+    size, text = -(-len(document.text) // pieces), document.text
+    parts = text.splitlines(keepends=True)
+    if len(parts) < pieces:
+        parts = [text[start : start + size] for start in range(0, len(text), size)]
+    piece, count = b"", 0
+    for number, part in enumerate(parts, start=1):
+        piece += part
+        if len(piece) >= size or number == len(parts):
+            yield Document(f"{document.name}#{count:02d}", piece)
+            piece, count = b"", count + 1
 
 
 @dataclasses.dataclass(frozen=True)

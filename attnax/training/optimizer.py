@@ -44,9 +44,11 @@ class OptimizerConfig:
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self._require(value > 0 and math.isfinite(value), f"{name} must be above 0 and finite", name)
-        for name in ("final_learning_rate", "warmup"):
-            self._require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1", name)
-        self._require(self.weight_decay >= 0, "weight_decay must be at least 0", "weight_decay")
+        self._require(
+            0 <= self.final_learning_rate <= 1, "final_learning_rate must be between 0 and 1", "final_learning_rate"
+        )
+        self._require(0 <= self.warmup < 1, "warmup must be at least 0 and below 1", "warmup")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay must be at least 0 and finite", "weight_decay")
         self._require(0 < self.beta2 < 1, "beta2 must be between 0 and 1", "beta2")
 
     def _require(self, holds: bool, rule: str, name: str) -> None:
@@ -60,7 +62,7 @@ class OptimizerConfig:
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=self.learning_rate,
-            warmup_steps=round(self.warmup * self.steps),
+            warmup_steps=int(self.warmup * self.steps),
             decay_steps=self.steps,
             end_value=self.learning_rate * self.final_learning_rate,
         )

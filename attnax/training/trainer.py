@@ -80,14 +80,14 @@ class Trainer:
         return TrainState(params, self._update.init(params), jnp.zeros((), jnp.int32))
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
-        """Bits that the model needs for all tokens of `stream` but the first, each with half a window before it.
+        """Bits that the model needs for all tokens of `stream` but the first, each with 3/4 of a window before it.
 
         Args:
             params: of the model.
             stream: its first token is given for free; a document token, as a rule.
             batch_size: windows in a forward pass.
         """
-        windows = list(stream.scoring_windows(stride=max(1, stream.window // 2)))
+        windows = list(stream.scoring_windows(stride=max(1, stream.window // 4)))
         nats = 0.0
         for start in range(0, len(windows), batch_size):
             chosen = windows[start : start + batch_size]
