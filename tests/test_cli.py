@@ -186,7 +186,7 @@ class TestWrongInput:
             ("generate {run} --seed -1", "--seed must be at least 0 and below 2 ** 32; got -1"),
             ("train --steps 0", "steps must be at least 1; got steps=0"),
             ("train --steps many", "invalid literal for int() with base 10: 'many'"),
-            ("train --d-model 100", "d_model must be a multiple of num_heads"),
+            ("train --d-model 101", "d_model must be a multiple of num_heads"),
             ("train --held-out 1", "--held-out must be above 0 and below 1; got 1.0"),
             ("train --checkpoint-every 0", "--checkpoint-every must be at least 1; got 0"),
             ("train --dropout-rate 1", "dropout_rate must be at least 0 and below 1"),

@@ -13,8 +13,8 @@ from attnax.config import TransformerConfig
 from attnax.training.optimizer import OptimizerConfig
 from attnax.typing import InputError
 
-# Chosen by comparing runs of other widths, depths, contexts, vocabularies, batches and rates at equal time: what needs the
-# fewest held-out bits per byte after about four minutes of training on 2 CPU cores.
+# Chosen by comparing runs of other widths, depths, contexts, vocabularies, batches and rates at equal time: what
+# needs the fewest held-out bits per byte after about four minutes of training on 2 CPU cores.
 DEFAULT_MODEL = TransformerConfig(
     vocab_size=4096,
     d_model=128,

@@ -163,14 +163,14 @@ class _Session:
                 )
                 progress.set_description(f"loss {loss:.3f}", refresh=False)
                 progress.update(tokens_per_step)
-                pause = step % self.options.checkpoint_every == 0
-                if pause or received or step == optimizer.steps:
+                pause, stop = step % self.options.checkpoint_every == 0, bool(received)
+                if pause or stop or step == optimizer.steps:
                     save_checkpoint(self.run.checkpoints, step, vars(self.state), owner=self.run.owner)
-                if received:
-                    return False
                 if pause and step < optimizer.steps:
                     bits = self.trainer.bits(self.state.params, self.probe)
                     self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
+                if stop:  # read once: a signal that comes after the checkpoint waits for the next step
+                    return False
         return True
 
     def _update(self, step: int) -> tuple[float, float]:

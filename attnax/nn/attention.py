@@ -183,7 +183,7 @@ class MultiHeadAttention(nnx.Module):
         value = self._split_heads(self.value(source), self.num_kv_heads)
 
         if kv_cache is not None and position_ids_q is None:
-            position_ids_q = kv_cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+            position_ids_q = kv_cache.next_positions()[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None, :]
         if context is None and position_ids_kv is None:
             position_ids_kv = position_ids_q
         if self.rope is not None:
