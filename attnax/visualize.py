@@ -31,7 +31,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     if probes:
         right = axes.twinx()
         right.plot(*zip(*probes, strict=True), color="tab:orange", marker="o", label="held out")
-        right.set_ylabel("bits per byte", color="tab:orange")
+        right.set_ylabel("bits per byte, on a part of the held-out text", color="tab:orange")
     figure.savefig(path, dpi=150)
 
 

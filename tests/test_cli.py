@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_that_it_promises(run, capsys, corpus, tmp_path)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
-    assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [5, 10]
+    assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [5, 10, 12]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] == pytest.approx(math.log(300), abs=0.7) and losses[-1] < losses[0] - 0.5
     # The same command gives the same numbers.

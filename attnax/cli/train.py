@@ -163,10 +163,11 @@ class _Session:
                 )
                 progress.set_description(f"loss {loss:.3f}", refresh=False)
                 progress.update(tokens_per_step)
-                pause, stop = step % self.options.checkpoint_every == 0, bool(received)
-                if pause or stop or step == optimizer.steps:
+                stop = bool(received)
+                pause = step % self.options.checkpoint_every == 0 or step == optimizer.steps
+                if pause or stop:
                     save_checkpoint(self.run.checkpoints, step, vars(self.state), owner=self.run.owner)
-                if pause and step < optimizer.steps:
+                if pause:
                     bits = self.trainer.bits(self.state.params, self.probe)
                     self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
                 if stop:  # read once: a signal that comes after the checkpoint waits for the next step
@@ -192,9 +193,7 @@ class _Session:
             "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
             "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         }
-        rows = self.run.read_metrics()
-        rows.append({**rows[-1], "held_out_bits_per_byte": figures["held_out_bits_per_byte"]})
-        plot_training(rows, self.run.path / "loss.png")
+        plot_training(self.run.read_metrics(), self.run.path / "loss.png")
         self.run.result.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
         model, tokenizer = load_model(self.run.path)
         sample = "".join(write_text(model, tokenizer, "", None, Sampler(0.8, top_p=0.95), self.options.seed))
