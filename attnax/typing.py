@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+    from jaxtyping import Array, Bool, Float, Int, Shaped
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+        from jaxtyping import Array, Bool, Float, Int, Shaped
     except ImportError:
         Array = jax.Array
 
@@ -28,7 +28,7 @@ else:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 return item[0]
 
-        Bool = Float = Int = Key = Shaped = _Plain
+        Bool = Float = Int = Shaped = _Plain
 
 ArrayLike = Array | np.ndarray
 Index = Int[ArrayLike, "..."] | int
@@ -44,7 +44,6 @@ __all__ = [
     "Index",
     "InputError",
     "Int",
-    "Key",
     "MaskMod",
     "ScoreMod",
     "Shaped",

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from attnax import cli
 from attnax.cli import main
 
 TINY = [
@@ -255,6 +256,18 @@ def test_generating_into_a_closed_pipe_ends_quietly(run):
     command = f"{sys.executable} -m attnax generate {run} --prompt def | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False, capture_output=True, text=True)
     assert done.returncode in (0, 141) and not done.stderr
+
+
+def test_the_command_starts_itself_again_once_with_huge_pages(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    cli._use_huge_pages()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    cli._use_huge_pages()
+    assert len(started) == 1
 
 
 def test_without_its_packages_the_command_says_what_to_install():

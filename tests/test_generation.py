@@ -61,7 +61,7 @@ def test_a_generation_is_one_compilation_and_the_next_is_none(model, count_compi
     model.generate(prompt(), **options)
     assert len(count_compilations) == 1
     del count_compilations[:]
-    options["sampler"], options["key"] = Sampler(1.1, top_k=3, top_p=0.5), jax.random.key(1)
+    options["sampler"], options["key"] = Sampler(1, top_k=3, top_p=0.5), jax.random.key(1)
     model.generate(prompt(seed=1), **options)
     TransformerLM(nnx.Rngs(4), first).generate(prompt(seed=2), **options)
     assert not count_compilations

@@ -19,7 +19,7 @@ from jax import lax
 from attnax.generation.samplers import Sampler
 from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
 
-__all__ = ["Generation", "Step", "generate", "row_keys", "stream"]
+__all__ = ["Generation", "Request", "Step", "generate", "row_keys", "stream"]
 
 
 @runtime_checkable
@@ -42,6 +42,26 @@ class Generation(NamedTuple):
     tokens: Int[Array, "B T"]
     lengths: Int[Array, B]
     log_probs: Float[Array, "B T"]
+
+
+@pytree_dataclass
+class Request:
+    """What to continue, and how.
+
+    Attributes:
+        ids: (batch, T) prompt.
+        position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
+        keys: one a row. A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and
+            prompt, not on its neighbours.
+        sampler: draws tokens.
+        end_token: ends a row; negative for none.
+    """
+
+    ids: Int[Array, "B T"]
+    position_ids: Int[Array, "B T"]
+    keys: Array
+    sampler: Sampler
+    end_token: Int[Array, ""]
 
 
 @pytree_dataclass
@@ -74,92 +94,53 @@ def row_keys(key: Array, batch: int) -> Array:
 
 
 @partial(jax.jit, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
-def generate(
-    step: Step,
-    state: Any,
-    ids: Array,
-    position_ids: Array,
-    cache: Any,
-    keys: Array,
-    sampler: Sampler,
-    end_token: Array,
-    *,
-    max_new_tokens: int,
-) -> tuple[Generation, Any]:
+def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> tuple[Generation, Any]:
     """Reads the prompt and writes up to `max_new_tokens`, in one program.
 
     Args:
         step: the model.
         state: its parameters.
-        ids: (batch, T) prompt.
-        position_ids: (batch, T), -1 for padding.
-        cache: donated; must have room for T + max_new_tokens - 1 tokens.
-        keys: one a row. A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its
-            key and prompt, not on its neighbours.
-        sampler: draws tokens.
-        end_token: ends a row; negative for none.
+        request: what to continue, and how.
+        cache: donated; must have room for the prompt and max_new_tokens - 1 tokens.
         max_new_tokens: static, at least 1.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
-    progress = _read_prompt(step, state, ids, position_ids, cache, keys, sampler, end_token, max_new_tokens)
-    progress = _write(step, state, progress, keys, sampler, end_token, max_new_tokens)
+    progress = _read_prompt(step, state, request, cache, max_new_tokens)
+    progress = _write(step, state, request, progress, max_new_tokens)
     return Generation(progress.tokens, progress.lengths, progress.log_probs), progress.cache
 
 
-def stream(
-    step: Step,
-    state: Any,
-    ids: Array,
-    position_ids: Array,
-    cache: Any,
-    keys: Array,
-    sampler: Sampler,
-    end_token: Array,
-    *,
-    max_new_tokens: int,
-) -> Iterator[np.ndarray]:
+def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
     """Yields each row's next token, (batch,) int32, as soon as it is drawn; the same tokens as `generate`.
 
     Stops after `max_new_tokens`, or when every row has ended.
     """
-    progress = _start_stream(step, state, ids, position_ids, cache, keys, sampler, end_token, max_new_tokens)
+    progress = _start_stream(step, state, request, cache, max_new_tokens)
     for count in range(1, max_new_tokens + 1):
         yield np.asarray(progress.tokens[:, count - 1])
         if count == max_new_tokens or progress.finished.all():
             return
-        progress = _continue_stream(step, state, progress, keys, sampler, end_token, jnp.int32(count + 1))
+        progress = _continue_stream(step, state, request, progress, jnp.int32(count + 1))
 
 
-def _read_prompt(
-    step: Step,
-    state: Any,
-    ids: Array,
-    position_ids: Array,
-    cache: Any,
-    keys: Array,
-    sampler: Sampler,
-    end_token: Array,
-    max_new_tokens: int,
-) -> _Progress:
-    batch = ids.shape[0]
-    logits, cache = step(state, ids, position_ids, cache)
+def _read_prompt(step: Step, state: Any, request: Request, cache: Any, max_new_tokens: int) -> _Progress:
+    batch = request.ids.shape[0]
+    logits, cache = step(state, request.ids, request.position_ids, cache)
     progress = _Progress(
-        tokens=jnp.full((batch, max_new_tokens), jnp.maximum(end_token, 0), jnp.int32),
+        tokens=jnp.full((batch, max_new_tokens), jnp.maximum(request.end_token, 0), jnp.int32),
         log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
         lengths=jnp.zeros((batch,), jnp.int32),
         count=jnp.zeros((), jnp.int32),
-        positions=position_ids.max(axis=1, initial=-1),
+        positions=request.position_ids.max(axis=1, initial=-1),
         finished=jnp.zeros((batch,), bool),
         cache=cache,
     )
-    return _append(progress, logits, keys, sampler, end_token)
+    return _append(progress, logits, request)
 
 
-def _write(
-    step: Step, state: Any, progress: _Progress, keys: Array, sampler: Sampler, end_token: Array, limit: int | Array
-) -> _Progress:
+def _write(step: Step, state: Any, request: Request, progress: _Progress, limit: int | Array) -> _Progress:
     """Goes on until `limit` tokens are written or every row has ended."""
 
     def unfinished(progress: _Progress) -> Array:
@@ -170,18 +151,18 @@ def _write(
         # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
         position_ids = jnp.where(progress.finished, -1, progress.positions)[:, None]
         logits, cache = step(state, last, position_ids, progress.cache)
-        return _append(dataclasses.replace(progress, cache=cache), logits, keys, sampler, end_token)
+        return _append(dataclasses.replace(progress, cache=cache), logits, request)
 
     return lax.while_loop(unfinished, advance, progress)
 
 
-def _append(progress: _Progress, logits: Array, keys: Array, sampler: Sampler, end_token: Array) -> _Progress:
+def _append(progress: _Progress, logits: Array, request: Request) -> _Progress:
     """Draws the token that follows and writes it to the rows that have not ended."""
     positions = progress.positions + 1
-    token = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
+    token = request.sampler(logits, jax.vmap(jax.random.fold_in)(request.keys, positions))
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
     running = ~progress.finished
-    token = jnp.where(running, token, jnp.maximum(end_token, 0))
+    token = jnp.where(running, token, jnp.maximum(request.end_token, 0))
     write = partial(lax.dynamic_update_index_in_dim, index=progress.count, axis=1)
     return dataclasses.replace(
         progress,
@@ -190,7 +171,7 @@ def _append(progress: _Progress, logits: Array, keys: Array, sampler: Sampler, e
         lengths=progress.lengths + running,
         count=progress.count + 1,
         positions=positions,
-        finished=progress.finished | (token == end_token),
+        finished=progress.finished | (token == request.end_token),
     )
 
 

@@ -208,7 +208,8 @@ class TransformerLM(nnx.Module):
         positions = jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32)
         cache = init_decoder_kv_caches_from_config(config, batch_size=batch, max_len=total)
         end = jnp.int32(-1 if end_token is None else end_token)
-        return _Step(graphdef), state, prompt_ids, positions, cache, loop.row_keys(key, batch), sampler, end
+        request = loop.Request(prompt_ids, positions, loop.row_keys(key, batch), sampler, end)
+        return _Step(graphdef), state, request, cache
 
 
 @dataclasses.dataclass(frozen=True)
