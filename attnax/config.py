@@ -44,7 +44,7 @@ class BlockConfig:
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))).
         pos_emb_type: "rope" rotates queries and keys; a block does nothing with the others.
         rope_base: the wavelength of the slowest rotation is about 2 pi * rope_base positions.
-        rope_max_positions: positions in the precomputed rotation table; by default they are computed when needed.
+        rope_max_positions: positions from here on are an error where they can be seen; None sets no limit.
         dtype: of the computation.
         param_dtype: of the parameters.
     """

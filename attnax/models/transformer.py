@@ -154,7 +154,7 @@ class TransformerDecoder(nnx.Module):
                 rngs=rngs,
             )
             new_caches.append(new_cache)
-            aux = {name: aux.get(name, 0.0) + value for name, value in block_aux.items()}
+            aux |= {name: aux.get(name, 0.0) + value for name, value in block_aux.items()}
         if self.norm is not None:
             x = self.norm(x)
         return Output(x, None if caches is None else tuple(new_caches), aux)
