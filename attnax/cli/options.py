@@ -30,7 +30,7 @@ DEFAULT_MODEL = TransformerConfig(
     dropout_rate=0.0,
     tie_embeddings=True,
 )
-DEFAULT_OPTIMIZER = OptimizerConfig(steps=3200, batch_size=8, learning_rate=6e-3, final_learning_rate=0.05)
+DEFAULT_OPTIMIZER = OptimizerConfig(steps=3200, batch_size=8, learning_rate=4e-3, final_learning_rate=0.02)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
