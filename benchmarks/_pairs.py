@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,14 +56,18 @@ def compare(
         return dict(json.loads(line))
 
     about = {name: read(process) for name, process in processes.items()}
+    for process in processes.values():
+        process.send_signal(signal.SIGSTOP)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
 
     def one_round() -> None:
         for name, process in processes.items():
             assert process.stdin is not None
+            process.send_signal(signal.SIGCONT)
             process.stdin.write("\n")
             process.stdin.flush()
             seconds[name].append(read(process)["seconds"])
+            process.send_signal(signal.SIGSTOP)  # or its idle threads would still spin in the others' time
 
     for _ in range(rounds):
         one_round()
@@ -77,5 +82,6 @@ def compare(
     for name, values in seconds.items():
         seconds[name] = [value for index, value in enumerate(values) if index not in noisy]
     for process in processes.values():
+        process.send_signal(signal.SIGCONT)
         process.communicate()
     return seconds, about

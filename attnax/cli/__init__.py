@@ -81,8 +81,9 @@ def _parse(arguments: Sequence[str]) -> Train | Generate:
 def _use_huge_pages() -> None:
     """Starts the program again with huge pages for malloc, where glibc has that option.
 
-    XLA's CPU backend maps its working memory anew in every step; with pages of 4 KiB the page faults take about a
-    quarter of a training step (`benchmarks/train.py` measures both). glibc reads the option at start only.
+    XLA's CPU backend maps its working memory anew in every step, and pages of 4 KiB cost it a fault each: alone on two
+    cores, four steps of the benchmark's model took 4.2 s instead of 4.8 (`printf '\\n\\n' | python benchmarks/train.py
+    --side attnax`, with and without the variable). glibc reads the option at start only.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
