@@ -82,7 +82,7 @@ def _use_huge_pages() -> None:
     """Starts the program again with huge pages for malloc, where glibc has that option.
 
     XLA's CPU backend maps its working memory anew in every step, and pages of 4 KiB cost it a fault each: alone on two
-    cores, four steps of the benchmark's model took 4.2 s instead of 4.8 (`printf '\\n\\n' | python benchmarks/train.py
+    cores, four steps of the benchmark's model took 4.2 s instead of 4.8 (`yes | head -3 | python benchmarks/train.py
     --side attnax`, with and without the variable). glibc reads the option at start only.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
