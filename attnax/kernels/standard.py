@@ -109,8 +109,7 @@ def standard_attention(
         jnp.where(ok[..., None], x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
     )
 
-    # Heads that share keys become rows of one product, X = B * K and M = (N / K) * T. One batch axis instead of
-    # several is also what XLA's CPU backend runs fastest (benchmarks/layout.py).
+    # Heads that share keys become rows of one product: X = B * K and M = (N / K) * T.
     groups, rows = batch * num_kv_heads, num_heads // num_kv_heads * seq_q
     query = query.reshape(groups, rows, head_dim)
     key, value = key.reshape(groups, seq_kv, head_dim), value.reshape(groups, seq_kv, value_dim)
