@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from attnax.config import TransformerConfig as TransformerConfig
     from attnax.generation.loop import Generation as Generation
     from attnax.generation.samplers import Sampler as Sampler
+    from attnax.kernels.flash import flash_attention as flash_attention
+    from attnax.kernels.flash import memory_efficient_attention as memory_efficient_attention
     from attnax.kernels.score_mods import compose_score_mods as compose_score_mods
     from attnax.kernels.standard import standard_attention as standard_attention
     from attnax.models.lm import TransformerLM as TransformerLM
@@ -57,6 +59,7 @@ _HOMES = {
     "config": ("BlockConfig", "FfActivation", "NormKind", "PosEmbType", "TransformerConfig"),
     "generation": ("Generation", "Sampler"),
     "kernels.score_mods": ("compose_score_mods",),
+    "kernels.flash": ("flash_attention", "memory_efficient_attention"),
     "kernels.standard": ("standard_attention",),
     "models": ("TransformerDecoder", "TransformerLM"),
     "nn": (

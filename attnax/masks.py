@@ -3,7 +3,8 @@
 A `Mask` is a callable pytree. Pointwise, `mask(b, h, q, kv)` says whether query `q` may attend key `kv`
 (indices are integer arrays of any shapes that broadcast together). Over a tile,
 `mask.tile(b, h, q_range, kv_range)` bounds the same answer for whole ranges by interval arithmetic, which is
-what lets a kernel skip the tiles that a mask forbids. True means attend. Masks combine with `&`.
+what lets a kernel skip the tiles that a mask forbids. True means attend. Masks combine with `&`, `|` and `~`,
+with each other and with one-line functions and boolean arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from attnax.typing import (
     Array,
@@ -27,12 +29,35 @@ from attnax.typing import (
     check_mask_shape,
     check_positions,
     function_pytree,
+    is_concrete,
     pytree_dataclass,
 )
 
-__all__ = ["Mask", "as_mask", "at_positions", "causal", "index_grid", "mask_argument", "padding", "takes_mask_objects"]
+__all__ = [
+    "Mask",
+    "MaskedScoreMod",
+    "as_mask",
+    "at_positions",
+    "causal",
+    "combine_masks",
+    "documents",
+    "index_grid",
+    "make_causal_mask",
+    "make_document_mask",
+    "make_padding_mask",
+    "make_sliding_window_mask",
+    "mask_argument",
+    "padding",
+    "prefix",
+    "resolve_masks",
+    "sliding_window",
+    "split_score_mod",
+    "takes_mask_objects",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_BLOCK = 16  # tokens whose ids or positions are summed up by their bounds
 
 Range = tuple[Index, Index]
 """First and last index of a tile along one axis, both included."""
@@ -40,6 +65,11 @@ Range = tuple[Index, Index]
 
 class Mask:
     """A boolean function of (batch, head, query, key) that also knows its value over tiles."""
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether `tile` cannot tell enough, so that a kernel should look at the pairs themselves."""
+        return True
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         """True where query `q` may attend key `kv`; the shape is what the indices broadcast to, or smaller."""
@@ -62,6 +92,15 @@ class Mask:
     def __rand__(self, other: MaskMod | ArrayLike) -> Mask:
         return And(as_mask(other), self)
 
+    def __or__(self, other: Mask | MaskMod | ArrayLike) -> Mask:
+        return ~(~self & ~as_mask(other))
+
+    def __ror__(self, other: MaskMod | ArrayLike) -> Mask:
+        return ~(~as_mask(other) & ~self)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to __rand__
 
 
@@ -71,6 +110,10 @@ class And(Mask):
 
     left: Mask
     right: Mask
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.left.is_opaque or self.right.is_opaque
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return jnp.logical_and(self.left(b, h, q, kv), self.right(b, h, q, kv))
@@ -86,8 +129,31 @@ class And(Mask):
 
 
 @pytree_dataclass
+class Not(Mask):
+    """The pairs that `mask` forbids; `a | b` is `~(~a & ~b)`."""
+
+    mask: Mask
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask.is_opaque
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.logical_not(self.mask(b, h, q, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        some, every = self.mask.tile(b, h, q_range, kv_range)
+        return jnp.logical_not(every), jnp.logical_not(some)
+
+    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+        self.mask.check(caller, full)
+
+
+@pytree_dataclass
 class Causal(Mask):
     """A query attends the keys at its own position and before."""
+
+    is_opaque = False
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return jnp.less_equal(kv, q)
@@ -97,10 +163,55 @@ class Causal(Mask):
 
 
 @pytree_dataclass
+class SlidingWindow(Mask):
+    """A query attends the `before - 1` keys before it, itself, and the `after - 1` keys after it."""
+
+    before: int | ArrayLike
+    after: int | ArrayLike
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        distance = jnp.subtract(q, kv)
+        return jnp.logical_and(distance < self.before, -distance < self.after)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        least, most = jnp.subtract(q_range[0], kv_range[1]), jnp.subtract(q_range[1], kv_range[0])
+        some = jnp.logical_and(least < self.before, -most < self.after)
+        return some, jnp.logical_and(most < self.before, -least < self.after)
+
+
+@pytree_dataclass
+class Documents(Mask):
+    """Tokens attend the tokens of the same id."""
+
+    q_ids: Array  # (B|1, T)
+    kv_ids: Array  # (B|1, S)
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.equal(_read(self.q_ids, b, q), _read(self.kv_ids, b, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        q_least, q_most = _range_bounds(self.q_ids, b, q_range)
+        kv_least, kv_most = _range_bounds(self.kv_ids, b, kv_range)
+        some = (q_least <= kv_most) & (kv_least <= q_most)
+        return some, (q_least == kv_most) & (kv_least == q_most)
+
+    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+        for name, ids, length in (("document_ids", self.q_ids, full[2]), ("kv_ids", self.kv_ids, full[3])):
+            if ids.shape not in ((1, length), (full[0], length)):
+                raise ValueError(
+                    f"{caller}: documents need one id a token, ({length},) or ({full[0]}, {length}) for {name}; "
+                    f"got {name}.shape={ids.shape}. Where queries and keys differ, use documents(ids, kv_ids)."
+                )
+
+
+@pytree_dataclass
 class Lengths(Mask):
     """Row `b` holds `lengths[b]` real keys, then padding."""
 
     lengths: Array
+    is_opaque = False
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return jnp.less(kv, self.lengths[b])
@@ -112,7 +223,7 @@ class Lengths(Mask):
     def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
         if self.lengths.shape != full[:1]:
             raise ValueError(
-                f"{caller}: padding(lengths) needs one length a batch row; "
+                f"{caller}: a mask by lengths needs one length a batch row; "
                 f"got lengths.shape={self.lengths.shape} for batch={full[0]}."
             )
 
@@ -158,10 +269,23 @@ class AtPositions(Mask):
     q_positions: Array  # (B|1, T)
     kv_positions: Array  # (B|1, S)
 
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask is not None and self.mask.is_opaque
+
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         q, kv = _read(self.q_positions, b, q), _read(self.kv_positions, b, kv)
         present = jnp.greater_equal(kv, 0)
         return present if self.mask is None else jnp.logical_and(present, self.mask(b, h, q, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        absent_last = jnp.where(self.kv_positions < 0, jnp.iinfo(jnp.int32).max, self.kv_positions)
+        kv_least, _ = _range_bounds(absent_last, b, kv_range)
+        lowest, kv_most = _range_bounds(self.kv_positions, b, kv_range)
+        some, every = True, True
+        if self.mask is not None:
+            some, every = self.mask.tile(b, h, _range_bounds(self.q_positions, b, q_range), (kv_least, kv_most))
+        return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
 
     def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)
@@ -181,6 +305,29 @@ class ScoreModAtPositions:
     def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
         """Raises ValueError if the positions do not fit (B, N, T, S) = `full`."""
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)
+
+
+@pytree_dataclass
+class MaskedScoreMod:
+    """A score mod that is, or contains, a mask: `score_mod` first, then -inf where `mask` forbids the pair.
+
+    Kernels take the two apart, so that a mask given as a score mod saves as much as one given as `mask=`.
+    """
+
+    score_mod: ScoreMod | None  # a pytree
+    mask: Mask
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        if self.score_mod is not None:
+            scores = self.score_mod(scores, b, h, q, kv)
+        return jnp.where(self.mask(b, h, q, kv), scores, -jnp.inf)
+
+
+def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask | None]:
+    """The part of a score mod that changes scores, and the mask that it carries."""
+    if isinstance(score_mod, MaskedScoreMod):
+        return score_mod.score_mod, score_mod.mask
+    return score_mod, None
 
 
 def causal() -> Mask:
@@ -224,6 +371,79 @@ def padding(real: Int[ArrayLike, B] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "
         "padding: give integer lengths (batch,) or booleans (batch, length), True for a real token; "
         f"got shape={real.shape}, dtype={real.dtype}."
     )
+
+
+def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True) -> Mask:
+    """Each query attends the nearest `window_size` keys: `0 <= q - kv < window_size`, or `|q - kv| < window_size`.
+
+    Args:
+        window_size: in tokens, itself included; at least 1.
+        causal: nothing after the query.
+
+    Raises:
+        ValueError: a window that is below 1 or no whole number.
+
+    Example:
+        >>> from attnax.masks import sliding_window
+        >>> mask = sliding_window(2)
+        >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
+        [False, True, True, False]
+    """
+    whole = jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
+    if not whole or (is_concrete(window_size) and window_size < 1):
+        raise ValueError(
+            f"sliding_window: window_size must be a whole number, at least 1; got window_size={window_size!r}."
+        )
+    return SlidingWindow(window_size, 1 if causal else window_size)
+
+
+def prefix(lengths: Int[ArrayLike, B]) -> Mask:
+    """Prefix language model: `causal() | padding(lengths)`, the first `lengths[b]` tokens of a row are seen by all.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import prefix
+        >>> mask = prefix(jnp.array([2]))
+        >>> [bool(mask(0, 0, 0, kv)) for kv in range(4)]
+        [True, True, False, False]
+    """
+    lengths = jnp.asarray(lengths)
+    if lengths.ndim != 1 or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"prefix: give one whole length a batch row; got shape={lengths.shape}, dtype={lengths.dtype}."
+        )
+    return Causal() | Lengths(lengths)
+
+
+def documents(
+    document_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    kv_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+) -> Mask:
+    """Packed rows: a token attends only tokens of its own document. Combine with `causal()` as needed.
+
+    Args:
+        document_ids: (length,) or (batch, length), in any order; tiles are skipped best where ids are sorted.
+        kv_ids: the same for the keys, where they are not the queries.
+
+    Raises:
+        ValueError: ids that are no integers of these shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import causal, documents
+        >>> mask = causal() & documents(jnp.array([0, 0, 1, 1]))
+        >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
+        [False, False, True, False]
+    """
+    q_ids = jnp.asarray(document_ids)
+    kv_ids = q_ids if kv_ids is None else jnp.asarray(kv_ids)
+    for ids in (q_ids, kv_ids):
+        if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                "documents: ids must be integers (length,) or (batch, length); "
+                f"got shape={ids.shape}, dtype={ids.dtype}."
+            )
+    return Documents(jnp.atleast_2d(q_ids), jnp.atleast_2d(kv_ids))
 
 
 def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
@@ -285,7 +505,13 @@ def at_positions(
     q_positions, kv_positions = jnp.atleast_2d(jnp.asarray(q_positions)), jnp.atleast_2d(jnp.asarray(kv_positions))
     if mask_or_mod is None or isinstance(mask_or_mod, Mask):
         return AtPositions(mask_or_mod, q_positions, kv_positions)
-    return ScoreModAtPositions(function_pytree(mask_or_mod), q_positions, kv_positions)
+    score_mod, mask = split_score_mod(mask_or_mod)
+    if score_mod is not None:
+        score_mod = ScoreModAtPositions(function_pytree(score_mod), q_positions, kv_positions)
+    if mask is None:
+        assert score_mod is not None
+        return score_mod
+    return MaskedScoreMod(score_mod, AtPositions(mask, q_positions, kv_positions))
 
 
 def index_grid(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[Array, Array, Array, Array]:
@@ -296,6 +522,75 @@ def index_grid(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[Arr
         jnp.arange(seq_q)[None, None, :, None],
         jnp.arange(seq_kv)[None, None, None, :],
     )
+
+
+def make_padding_mask(input_ids: Int[ArrayLike, "B S"], pad_token_id: int = 0) -> Bool[Array, "B 1 1 S"]:
+    """True where `input_ids` holds a real token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import make_padding_mask
+        >>> make_padding_mask(jnp.array([[5, 7, 0]]))[0, 0, 0].tolist()
+        [True, True, False]
+    """
+    return (jnp.asarray(input_ids) != pad_token_id)[:, None, None, :]
+
+
+def make_causal_mask(seq_len: int) -> Bool[Array, "1 1 T T"]:
+    """`causal()` as an array."""
+    return causal()(*index_grid(1, 1, seq_len, seq_len))
+
+
+def make_sliding_window_mask(
+    seq_q: int, seq_kv: int | None = None, *, window_size: int, causal: bool = True
+) -> Bool[Array, "1 1 T S"]:
+    """`sliding_window(window_size, causal=causal)` as an array."""
+    mask = sliding_window(window_size, causal=causal)
+    return mask(*index_grid(1, 1, seq_q, seq_q if seq_kv is None else seq_kv))
+
+
+def make_document_mask(document_ids: Int[ArrayLike, T] | Int[ArrayLike, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """`documents(document_ids)` as an array."""
+    ids = jnp.atleast_2d(jnp.asarray(document_ids))
+    return documents(ids)(*index_grid(ids.shape[0], 1, ids.shape[1], ids.shape[1]))
+
+
+def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | None:
+    """What all `masks` allow, skipping None; None if there is nothing to combine.
+
+    Boolean arrays give an array; if a Mask or a function is among them, the result is a Mask.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import combine_masks, make_causal_mask, make_padding_mask
+        >>> combine_masks(make_causal_mask(3), None, make_padding_mask(jnp.array([[5, 7, 0]]))).shape
+        (1, 1, 3, 3)
+    """
+    present = [as_mask(mask) for mask in masks if mask is not None]
+    if not present:
+        return None
+    if all(isinstance(mask, Dense) for mask in present):
+        return functools.reduce(jnp.logical_and, [mask.array for mask in present if isinstance(mask, Dense)])
+    return functools.reduce(And, present)
+
+
+def resolve_masks(
+    caller: str, mask: Any, score_mod: ScoreMod | None, full: tuple[int, int, int, int]
+) -> tuple[Mask | None, ScoreMod | None]:
+    """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that is no mask.
+
+    Raises:
+        ValueError: something in them holds arrays that do not fit (B, N, T, S) = `full`.
+    """
+    score_mod, carried = split_score_mod(score_mod)
+    mask = None if mask is None else as_mask(mask)
+    if carried is not None:
+        mask = carried if mask is None else mask & carried
+    if mask is not None:
+        mask.check(caller, full)
+    if hasattr(score_mod, "check"):
+        score_mod.check(caller, full)
+    return mask, score_mod
 
 
 def takes_mask_objects(attention_fn: Function) -> Function:
@@ -321,6 +616,27 @@ def mask_argument(
 
 def _read(positions: Array, b: Index, index: Index) -> Array:
     return positions[0 if positions.shape[0] == 1 else b, index]
+
+
+def _range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array]:
+    """Bounds on `values[b, first:last + 1]`, (least, greatest): exact where a range begins and ends a block of 16.
+
+    Level j of a table holds the bounds of 2**j blocks from each block on; any range is covered by two of those.
+    """
+    blocks = -(-values.shape[1] // _BLOCK)
+    blocked = jnp.pad(values, ((0, 0), (0, blocks * _BLOCK - values.shape[1])), mode="edge")
+    blocked = blocked.reshape(-1, blocks, _BLOCK)
+    first, last = (jnp.clip(jnp.asarray(index), 0, values.shape[1] - 1) // _BLOCK for index in index_range)
+    level = jnp.maximum(31 - lax.clz((last - first + 1).astype(jnp.int32)), 0)
+    bounds = []
+    for reduce, join in ((jnp.min, jnp.minimum), (jnp.max, jnp.maximum)):
+        table = [reduce(blocked, axis=2)]
+        while 2 ** len(table) <= blocks:
+            half = 2 ** (len(table) - 1)
+            table.append(join(table[-1], jnp.pad(table[-1][:, half:], ((0, 0), (0, half)), mode="edge")))
+        levels, row = jnp.stack(table), 0 if values.shape[0] == 1 else b
+        bounds.append(join(levels[level, row, first], levels[level, row, last + 1 - (1 << level)]))
+    return bounds[0], bounds[1]
 
 
 def _check_both_positions(

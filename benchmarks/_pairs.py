@@ -1,73 +1,133 @@
 """Timing of two or more sides, each in a process of its own, in turns: A B A B ...
 
 Machines are shared and their speed drifts, so only ratios taken in one run mean anything. A side is a command that
-prints a line of JSON when it is warm, then for every line that it reads does its work once and prints
-`{"seconds": ...}`.
+prints a line of JSON when it is warm, then for every empty line that it reads does its work once and prints
+`{"seconds": ...}`. A side of many cases is sent each case as a line of JSON, gets ready for it, and answers as when it
+starts. While one side works, the others are stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+Work = Callable[[], Any]
 
-def serve(work: Any, **about: Any) -> None:
+
+def serve(work: Work, **about: Any) -> None:
     """The side's part: says that it is warm, then times `work()` whenever it is asked to."""
-    import time
-
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        print(json.dumps({"seconds": _seconds(work)}), flush=True)
+
+
+def serve_cases(
+    prepare: Callable[[dict[str, Any]], tuple[Work | None, dict[str, Any]]], shortest: float = 0.05
+) -> None:
+    """The same for a side of many cases.
+
+    Args:
+        prepare: makes a case's work, None if there is nothing to time, and says something about it.
+        shortest: seconds that a round lasts at least; quicker work is done several times, after once untimed.
+    """
+    print("{}", flush=True)
+    work: Work | None = None
+    calls = 1
+    for line in sys.stdin:
+        if line.strip():
+            work = None  # frees the last case's arrays first
+            work, about = prepare(json.loads(line))
+            if work is not None:
+                work()
+                calls = max(1, round(shortest / _seconds(work)))
+            print(json.dumps(about), flush=True)
+        else:
+            assert work is not None
+            if calls > 1:
+                work()
+            print(json.dumps({"seconds": _seconds(work, calls)}), flush=True)
+
+
+def _seconds(work: Work, calls: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
         work()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    return (time.perf_counter() - start) / calls
 
 
-def compare(
-    sides: Mapping[str, Sequence[str]], *, rounds: int = 7, environment: Mapping[str, str] | None = None
-) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Seconds of each round of each side, and what the sides said about themselves.
+class Side:
+    """A side's process, stopped except while it is asked something: its idle threads would spin in others' time.
+
+    Attributes:
+        about: what it said when it was warm.
+    """
+
+    about: dict[str, Any]
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """Waits for the next line, then stops the process."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a side ended before its time: {self.process.args!r}")
+        self.process.send_signal(signal.SIGSTOP)
+        return dict(json.loads(line))
+
+    def ask(self, line: str = "") -> dict[str, Any]:
+        """Sends a line, by default the request to do the work once; returns the answer."""
+        assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process, stopped or not."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def started(
+    sides: Mapping[str, Sequence[str]], environment: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Side]]:
+    """The processes, warm, while the context lasts; two processors and two threads for every side alike."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    environment = {**os.environ, **threads, **(environment or {})}
+    processes = {name: Side(command, environment) for name, command in sides.items()}
+    try:
+        for side in processes.values():
+            side.about = side.answer()
+        yield processes
+    finally:
+        for side in processes.values():
+            side.close()
+
+
+def take_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round of each side.
 
     A round in which a side takes more than 1.3 times its median is repeated once at the end, for all sides.
     """
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))  # two processors for every side alike
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **threads, **(environment or {})},
-        )
-        for name, command in sides.items()
-    }
-
-    def read(process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a side ended before its time: {process.args!r}")
-        return dict(json.loads(line))
-
-    about = {name: read(process) for name, process in processes.items()}
-    for process in processes.values():
-        process.send_signal(signal.SIGSTOP)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
 
     def one_round() -> None:
-        for name, process in processes.items():
-            assert process.stdin is not None
-            process.send_signal(signal.SIGCONT)
-            process.stdin.write("\n")
-            process.stdin.flush()
-            seconds[name].append(read(process)["seconds"])
-            process.send_signal(signal.SIGSTOP)  # or its idle threads would still spin in the others' time
+        for name, side in sides.items():
+            seconds[name].append(side.ask()["seconds"])
 
     for _ in range(rounds):
         one_round()
@@ -79,9 +139,14 @@ def compare(
     }
     for _ in noisy:
         one_round()
-    for name, values in seconds.items():
-        seconds[name] = [value for index, value in enumerate(values) if index not in noisy]
-    for process in processes.values():
-        process.send_signal(signal.SIGCONT)
-        process.communicate()
-    return seconds, about
+    return {
+        name: [value for index, value in enumerate(values) if index not in noisy] for name, values in seconds.items()
+    }
+
+
+def compare(
+    sides: Mapping[str, Sequence[str]], *, rounds: int = 7, environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Seconds of each round of each side of one case, and what the sides said about themselves."""
+    with started(sides, environment) as processes:
+        return take_turns(processes, rounds), {name: side.about for name, side in processes.items()}

@@ -1,6 +1,7 @@
 """The table that every attention function is tested on: BACKENDS x CASES. Sizes are unequal primes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax import masks, standard_attention
+from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "standard": standard_attention,
+    "flash": flash_attention,
+    "tiles of 4": functools.partial(memory_efficient_attention, block_size=4),
 }
 
 

@@ -12,6 +12,7 @@ LAYERS = {
     "reference": 0,
     "masks": 1,
     "cache": 1,
+    "paged_cache": 1,
     "kernels": 2,
     "nn": 3,
     "generation": 3,
@@ -22,7 +23,7 @@ LAYERS = {
     "__main__": 7,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-NO_FLAX = ("config", "typing", "reference", "masks", "cache", "kernels", "generation")
+NO_FLAX = ("config", "typing", "reference", "masks", "cache", "paged_cache", "kernels", "generation")
 
 
 def part_of(path):

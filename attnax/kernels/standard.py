@@ -7,8 +7,8 @@ from typing import Literal, Unpack, overload
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels._dropout import keep_weights
-from attnax.masks import Mask, ScoreModAtPositions, as_mask, index_grid, takes_mask_objects
+from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
 
 __all__ = ["standard_attention"]
@@ -117,13 +117,10 @@ def standard_attention(
     scores = scores.reshape(full) * (head_dim**-0.5 if scale is None else scale)
 
     keep = jnp.ones((1, 1, 1, 1), bool)
+    mask, score_mod = resolve_masks("standard_attention", mask, score_mod, full)
     if mask is not None:
-        mask = as_mask(mask)
-        mask.check("standard_attention", full)
         keep = mask(*indices)
     if score_mod is not None:
-        if isinstance(score_mod, ScoreModAtPositions):
-            score_mod.check("standard_attention", full)
         # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
         scores = score_mod(jnp.where(keep, scores, 0), *indices).astype(dtype)
         if scores.shape != full:
@@ -143,7 +140,7 @@ def standard_attention(
     empty = total == 0
     if dropout_rate > 0.0 and not deterministic:
         assert dropout_rng is not None
-        kept = keep_weights(dropout_rng, dropout_rate, *indices)
+        kept = keep_weights(dropout_words(dropout_rng), dropout_rate, *indices)
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0)
 
     weights = weights.reshape(groups, rows, seq_kv)

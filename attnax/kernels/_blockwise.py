@@ -1,0 +1,625 @@
+"""The tile loop: which tiles of queries and keys are computed, in what order, forward and backward.
+
+Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
+full, partial and empty ones by the mask's bounds and, where those cannot tell, by the mask itself. Empty tiles are
+skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
+weights. What a tile adds is in `_tile.py`; how functions given by users get here is in `_lift.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.kernels import _tile
+from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.masks import Mask, resolve_masks
+from attnax.typing import Array, ScoreMod, check_attention, pytree_dataclass
+
+__all__ = ["attend"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Query heads that share keys are a group; groups of all rows of the batch are numbered through. A tile holds some
+    consecutive groups: of one row, or all of several rows.
+    """
+
+    groups: int
+    queries: int
+    keys: int
+
+
+Shape = tuple[int, int, int, int, int]
+"""(B, N, T, K, S)."""
+
+
+def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
+    """(rows of the batch, heads, queries, keys) of a tile: what masks and score mods see."""
+    _, heads, _, kv_heads, _ = shape
+    rows = max(1, tiles.groups // kv_heads)
+    return rows, tiles.groups // rows * (heads // kv_heads), tiles.queries, tiles.keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static about a call, beside shapes."""
+
+    forward: Tiles
+    backward: Tiles
+    dropout_rate: float
+
+
+@pytree_dataclass
+class Functions:
+    """The mask and the score mod, traced at one tile shape."""
+
+    mask: Lifted | None  # (b, h, q, kv) -> keep
+    bounds: Lifted | None  # (b, h, q_first, q_last, kv_first, kv_last) -> (any, all)
+    score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
+    is_opaque: bool = dataclasses.field(metadata={"static": True})  # the bounds do not tell enough
+
+
+class Operands(NamedTuple):
+    """What both passes read beside query, key and value; the passes themselves see it as it is."""
+
+    forward: Functions
+    backward: Functions
+    q_index: Array  # (T,) int32: the index of each query that masks and score mods see
+    kv_index: Array  # (S,)
+    dropout: Array | None  # two words
+
+    @property
+    def learned(self) -> tuple[Array, ...]:
+        """The floating arrays of the score mod, which get gradients from the backward pass."""
+        score_mod = self.backward.score_mod
+        return () if score_mod is None else score_mod.floats
+
+
+class Rows(NamedTuple):
+    """What the backward pass knows of each query.
+
+    A row that must spoil what it attends is all 0 with a log-sum-exp of NaN: 0 * NaN behind a mask cannot happen then.
+    """
+
+    query: Array  # (B, N, T, H), scaled
+    d_out: Array  # (B, N, T, V)
+    lse: Array  # (B, N, T) over all keys, in units of log 2; +inf where nothing is attended
+    delta: Array  # (B, N, T), see `_tile.tile_gradients`
+
+
+class Keys(NamedTuple):
+    """Keys and values in whole tiles; one that is not finite is 0, and `bias` spoils the scores of who attends it."""
+
+    key: Array  # (B * K, 1, S', H)
+    spoiled: Array  # the same with NaN for rows that are not finite, for tiles that are computed as they are
+    value: Array  # (B * K, 1, S', V)
+    bias: Array  # (B * K, 1, S'): 0, NaN for a key that is not finite, -inf for one that does not exist
+
+
+def attend(
+    caller: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    score_mod: ScoreMod | None,
+    dropout_rng: Array | None,
+    dropout_rate: float,
+    deterministic: bool,
+    scale: Any,
+    return_lse: bool,
+    block_size: int | None,
+) -> Any:
+    """The call of a built-in kernel, checked, prepared and run in tiles; `caller` is its name for errors."""
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_attention(
+        caller,
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    check_block_size(caller, block_size)
+    full = *query.shape[:3], key.shape[2]
+    mask, score_mod = resolve_masks(caller, mask, score_mod, full)
+    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    if 0 in (*full, value.shape[3]):
+        out = jnp.zeros((*full[:3], value.shape[3]), out_dtype)
+        return (out, jnp.full(full[:3], -jnp.inf, dtype)) if return_lse else out
+    query, key, value = scale_query(query, scale, score_mod), key.astype(dtype), value.astype(dtype)
+    plan = Plan(*choose_tiles(full, key.shape[1], block_size), 0.0 if deterministic else dropout_rate)
+    words = dropout_words(dropout_rng) if plan.dropout_rate > 0.0 and dropout_rng is not None else None
+    index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
+    arrays, operands = bind(caller, plan, (query, key, value), mask, score_mod, index, words)
+    out, lse = _attention(plan, *arrays, operands.learned, operands)
+    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+
+
+def check_block_size(caller: str, block_size: int | None) -> None:
+    """Raises ValueError for a tile size that is no whole number above 0."""
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(f"{caller}: block_size must be a whole number, at least 1; got block_size={block_size!r}.")
+
+
+def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
+    """The query in at least float32, times all that scores are multiplied by: the units of `_tile` are those of log 2."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
+    return query * jnp.asarray(scale if score_mod is not None else scale * _tile.LOG2E, query.dtype)
+
+
+def choose_tiles(full: tuple[int, int, int, int], kv_heads: int, block_size: int | None) -> tuple[Tiles, Tiles]:
+    """Tiles forward and backward for (B, N, T, S) = `full` and K = `kv_heads`."""
+    batch, heads, seq_q, seq_kv = full
+
+    def tiles(most_queries: int, most_keys: int) -> Tiles:
+        if block_size is not None:
+            queries, keys = min(block_size, seq_q), min(block_size, seq_kv)
+        else:
+            queries, keys = _even(seq_q, most_queries), _even(seq_kv, most_keys)
+        whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+        whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
+        groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)
+        return Tiles(groups, queries, keys)
+
+    return tiles(512, 512), tiles(512, 512)
+
+
+def bind(
+    caller: str,
+    plan: Plan,
+    arrays: tuple[Array, ...],
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    index: tuple[Array, Array],
+    words: Array | None,
+) -> tuple[tuple[Array, ...], Operands]:
+    """Query, key and value, and the operands of both passes; all vary over the mesh axes over which any of them does."""
+    shape = _shape(*arrays[:2])
+    axes = frozenset().union(*map(varying_axes, arrays))
+    known = None
+    while axes != known:  # what the functions capture may vary over more axes than the arguments do
+        known = axes
+        operands = Operands(
+            _trace(caller, plan.forward, mask, score_mod, shape, arrays[0].dtype, axes, by_row=True),
+            _trace(caller, plan.backward, mask, score_mod, shape, arrays[0].dtype, axes, by_row=False),
+            *index,
+            words,
+        )
+        axes = axes.union(*map(varying_axes, jax.tree.leaves(operands)))
+    return tuple(vary(x, axes) for x in arrays), _vary_all(operands, axes)
+
+
+def _trace(
+    caller: str,
+    tiles: Tiles,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    shape: Shape,
+    dtype: Any,
+    axes: frozenset[str],
+    by_row: bool,
+) -> Functions:
+    """The user's functions at the shapes of these tiles; `by_row`: bounds for all tiles of keys of a tile of queries."""
+
+    def example(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
+
+    full = rows, heads, *_ = tile_shape(tiles, shape)
+    indices = example(rows, 1, 1, 1), example(1, heads, 1, 1), example(1, 1, full[2], 1), example(1, 1, 1, full[3])
+    lifted_mask = lifted_bounds = lifted_mod = None
+    if mask is not None:
+        num_q, num_kv = -(-shape[2] // tiles.queries), -(-shape[4] // tiles.keys)
+        count = num_kv if by_row else num_q
+        q, kv = (1, count) if by_row else (count, 1)
+
+        def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
+            some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
+            return jnp.broadcast_to(some, (rows, heads, count)), jnp.broadcast_to(every, (rows, heads, count))
+
+        ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
+        lifted_mask = lift(mask, *indices)
+        lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
+    if score_mod is not None:
+
+        def modify(scores: Array, *indices: Array) -> Array:
+            result = jnp.asarray(score_mod(scores, *indices))
+            if result.shape != scores.shape:
+                raise ValueError(
+                    f"{caller}: score_mod must return scores of the shape that it is given; got {result.shape} "
+                    f"for {scores.shape}. Let indices and arrays broadcast against the scores."
+                )
+            return result.astype(scores.dtype)
+
+        lifted_mod = lift(modify, example(*full, dtype=dtype), *indices)
+    return Functions(lifted_mask, lifted_bounds, lifted_mod, mask is not None and mask.is_opaque)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention_of(
+    plan: Plan, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+) -> tuple[Array, Array]:
+    return _attention_forward(plan, query, key, value, learned, operands)[0]
+
+
+def _attention_forward(
+    plan: Plan, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+) -> tuple[tuple[Array, Array], Any]:
+    out, lse = _tile.finish(forward(plan, query, key, value, operands))
+    return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
+
+
+def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    query, key, value, operands, out, lse = residuals
+    rows = prepare_rows(query, out, lse, *cotangents)
+    gradients = operands.backward.score_mod.gradients() if operands.backward.score_mod is not None else ()
+    return *backward(plan, rows, key, value, operands, gradients), None
+
+
+_attention_of.defvjp(_attention_forward, _attention_backward)
+_attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside of jit compiles once
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One pass over the tiles: where they are, who may attend whom in them, and in what order to visit them."""
+
+    tiles: Tiles
+    functions: Functions
+    shape: Shape
+    q_index: Array  # (T',), a whole number of tiles
+    kv_index: Array  # (S',)
+    dropout: Array | None
+    dropout_rate: float
+
+    @property
+    def num_queries(self) -> int:
+        """Tiles along the queries."""
+        return self.q_index.shape[0] // self.tiles.queries
+
+    @property
+    def num_keys(self) -> int:
+        """Tiles along the keys."""
+        return self.kv_index.shape[0] // self.tiles.keys
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the last tile of keys holds some that do not exist."""
+        return self.kv_index.shape[0] > self.shape[4]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no mask forbids anything."""
+        return self.functions.mask is None and not self.is_filled
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the scores of full tiles are used as they are."""
+        return self.functions.score_mod is None
+
+    def indices(self, x: Array, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
+        """(b, h, q, kv) of tile (i, j) from group x on, shapes (Bt,1,1,1), (1,Nt,1,1), (1,1,Tt,1), (1,1,1,St)."""
+        rows, heads = self._rows_and_heads(x)
+        q = lax.dynamic_slice_in_dim(self.q_index, i * self.tiles.queries, self.tiles.queries)
+        kv = lax.dynamic_slice_in_dim(self.kv_index, j * self.tiles.keys, self.tiles.keys)
+        return rows[..., None], heads[..., None], q[None, None, :, None], kv[None, None, None, :]
+
+    def keep(self, x: Array, i: Array, j: Array) -> Array | None:
+        """Where the mask allows the pairs of a tile, at its natural shape (Bt|1, N|1, Tt|1, St|1)."""
+        if self.functions.mask is None:
+            return None
+        keep = self.functions.mask(*self.indices(x, i, j))
+        return keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
+
+    def drop(self, x: Array, i: Array, j: Array) -> Callable[[Array], Array] | None:
+        """The dropout of a tile's weights."""
+        if self.dropout is None:
+            return None
+        kept = keep_weights(self.dropout, self.dropout_rate, *self.indices(x, i, j))
+        return lambda weights: jnp.where(kept.reshape(weights.shape), weights / (1.0 - self.dropout_rate), 0)
+
+    def mask_scores(
+        self, scores: Array, key_bias: Array, keep: Array | None, x: Array, i: Array, j: Array
+    ) -> tuple[Array, Callable[..., Any] | None]:
+        """The tile's scores (X, M, St) after score mod and mask, and the pullback of the score mod if there is one."""
+        shape, score_mod = tile_shape(self.tiles, self.shape), self.functions.score_mod
+        key_bias = jnp.broadcast_to(key_bias, (*key_bias.shape[:1], self.shape[1] // self.shape[3], shape[3]))
+        key_bias = key_bias.reshape(*shape[:2], 1, shape[3])
+        if score_mod is None:
+            return _tile.mask_scores(scores.reshape(shape), keep, key_bias).reshape(scores.shape), None
+        pullbacks = []
+
+        def modify(scores: Array) -> Array:
+            result, pullback = score_mod.differentiate(scores, *self.indices(x, i, j))
+            pullbacks.append(pullback)
+            return result
+
+        masked = _tile.mask_scores(scores.reshape(shape), keep, key_bias, modify)
+
+        def pull(d_scores: Array, gradients: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            d_raw, gradients = pullbacks[0](d_scores.reshape(shape), gradients)
+            return jnp.where(masked == -jnp.inf, 0, d_raw).reshape(scores.shape), gradients
+
+        return masked.reshape(scores.shape), pull
+
+    def keys_for(self, x: Array, i: Array) -> tuple[Array, Any, Any]:
+        """(order, number of full tiles, number of tiles that are not empty) of keys for tile i of queries."""
+        q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
+        ranges = *(end[i].reshape(1, 1, 1) for end in q), *(end[None, None] for end in kv)
+        filled = (jnp.arange(self.num_keys) == self.num_keys - 1) & self.is_filled
+        return self._order(x, ranges, filled, lambda j: self.keep(x, i, j))
+
+    def queries_for(self, x: Array, j: Array) -> tuple[Array, Any, Any]:
+        """The same of queries for tile j of keys."""
+        q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
+        ranges = *(end[None, None] for end in q), *(end[j].reshape(1, 1, 1) for end in kv)
+        filled = jnp.broadcast_to((j == self.num_keys - 1) & self.is_filled, self.num_queries)
+        return self._order(x, ranges, filled, lambda i: self.keep(x, i, j))
+
+    def _order(
+        self, x: Array, ranges: tuple[Array, ...], filled: Array, keep: Callable[[Array], Array | None]
+    ) -> tuple[Array, Any, Any]:
+        (count,) = filled.shape
+        if self.is_full or count == 1:
+            return jnp.arange(count), count if self.is_full else 0, count
+        if self.functions.bounds is None:
+            some, every = jnp.ones(count, bool), jnp.ones(count, bool)
+        else:
+            some, every = self.functions.bounds(*self._rows_and_heads(x), *ranges)
+            some, every = some.any((0, 1)), every.all((0, 1))
+
+        codes = _code(some, every)
+        if self.functions.is_opaque:
+
+            def exact(tile: Array) -> Array:
+                kept = keep(tile)
+                assert kept is not None
+                return _code(kept.any(), kept.all())
+
+            def refined(tile: tuple[Array, Array]) -> Array:
+                index, code = tile
+                return lax.cond(code == _PARTIAL, exact, lambda _: code, index)
+
+            codes = lax.map(refined, (vary(jnp.arange(count), varying_axes(codes)), codes))
+        codes = jnp.where(filled, jnp.maximum(codes, _PARTIAL), codes)
+        order = jnp.argsort(codes, stable=True)
+        return order, (codes == _FULL).sum(), (codes < _EMPTY).sum()
+
+    def _rows_and_heads(self, x: Array) -> tuple[Array, Array]:
+        _, heads, _, kv_heads, _ = self.shape
+        num_rows, num_heads, _, _ = tile_shape(self.tiles, self.shape)
+        x = jnp.asarray(x).astype(jnp.int32)  # a loop's index has 64 bits where those are enabled
+        rows = x // kv_heads + jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]
+        first_head = x % kv_heads * (heads // kv_heads)
+        axes = varying_axes(self.q_index)
+        return vary(rows, axes), vary(first_head + jnp.arange(num_heads, dtype=jnp.int32)[None, :, None], axes)
+
+
+def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operands) -> _tile.SoftmaxState:
+    """The softmax state of every query over these keys.
+
+    Args:
+        plan: tile sizes.
+        query: (B, N, T, H), scaled, in units of log 2 unless there is a score mod.
+        key: (B, K, S, H).
+        value: (B, K, S, V).
+        operands: the rest.
+
+    Returns:
+        acc (B, N, T, V), max and sum (B, N, T).
+    """
+    walk = _walk(plan, plan.forward, operands.forward, operands, _shape(query, key))
+    tiles, axes, lead = plan.forward, varying_axes(query), query.shape[:3]
+    query, keys = _grouped(query, key.shape[1], tiles.queries), _prepare_keys(key, value, tiles.keys)
+
+    def row_of_tiles(step: Array, states: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        x, i = step // walk.num_queries * tiles.groups, step % walk.num_queries
+        query_tile = _flat(_cut(query, x, tiles.groups, i, tiles.queries))
+        order, num_full, num_visited = walk.keys_for(x, i)
+
+        def tile(is_full: bool, n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+            j = order[n]
+            is_plain = is_full and walk.is_plain
+            key_tile, value_tile, bias = _cut_keys(keys, is_plain, x, j, tiles)
+            scores = _tile.product(query_tile, key_tile, 1, 1)
+            if not is_plain:
+                scores, _ = walk.mask_scores(scores, bias, None if is_full else walk.keep(x, i, j), x, i, j)
+            return _tile.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
+
+        state = _vary_all(_tile.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
+        state = _two_loops(tile, num_full, num_visited, state)
+        return jax.tree.map(partial(_put, x=x, tile=i, size=tiles.queries), states, state)
+
+    states = _vary_all(_tile.initial_state(query.shape[:3], value.shape[3], query.dtype), axes)
+    states = lax.fori_loop(0, query.shape[0] // tiles.groups * walk.num_queries, row_of_tiles, states)
+    return jax.tree.map(lambda x: _ungrouped(x, lead), states)
+
+
+def backward(
+    plan: Plan, rows: Rows, key: Array, value: Array, operands: Operands, gradients: tuple[Array, ...]
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """What these keys contribute to the gradients of query, key and value, and `gradients` of the score mod's arrays.
+
+    The loop runs over tiles of keys, so that each is read once; the gradient of the query is updated in place.
+    """
+    walk = _walk(plan, plan.backward, operands.backward, operands, _shape(rows.query, key))
+    tiles, axes, dtype = plan.backward, varying_axes(rows.query), rows.query.dtype
+    keys = _prepare_keys(key, value, tiles.keys)
+    query, d_out, delta = (_grouped(x, key.shape[1], tiles.queries) for x in (rows.query, rows.d_out, rows.delta))
+    lse = _grouped(rows.lse, key.shape[1], tiles.queries, fill=jnp.inf)
+    # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums turned once at the end:
+    # a CPU is half as fast at contracting the first axes of two matrices.
+    query_turned, d_out_turned = query.swapaxes(2, 3), d_out.swapaxes(2, 3)
+
+    def column_of_tiles(step: Array, sums: Any) -> Any:
+        x, j = step // walk.num_keys * tiles.groups, step % walk.num_keys
+        order, num_full, num_visited = walk.queries_for(x, j)
+
+        def tile(is_full: bool, n: Array, sums: Any) -> Any:
+            (d_query, gradients), d_key, d_value = sums
+            i = order[n]
+            is_plain = is_full and walk.is_plain
+            key_tile, value_tile, bias = _cut_keys(keys, is_plain, x, j, tiles)
+            query_tile, d_out_tile, lse_tile, delta_tile = (
+                _flat(_cut(x_, x, tiles.groups, i, tiles.queries)) for x_ in (query, d_out, lse, delta)
+            )
+            scores, pull = _tile.product(query_tile, key_tile, 1, 1), None
+            if not is_plain:
+                keep = None if is_full else walk.keep(x, i, j)
+                scores, pull = walk.mask_scores(scores, bias, keep, x, i, j)
+            weights, d_scores = _tile.tile_gradients(
+                scores, lse_tile, delta_tile, d_out_tile, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j)
+            )
+            if pull is not None:
+                d_scores, gradients = pull(d_scores, gradients)
+            d_key = d_key + _tile.product(_cut_turned(query_turned, x, i, tiles), d_scores, 1, 0)
+            d_value = d_value + _tile.product(_cut_turned(d_out_turned, x, i, tiles), weights, 1, 0)
+            share = _tile.product(d_scores, key_tile, 1, 0)
+            old = _cut(d_query, x, tiles.groups, i, tiles.queries)
+            d_query = _put(d_query, old + share.reshape(old.shape), x=x, tile=i, size=tiles.queries)
+            return (d_query, gradients), d_key, d_value
+
+        (d_query, gradients), d_key, d_value = sums
+        column = [jnp.zeros((tiles.groups, size, tiles.keys), dtype) for size in (key.shape[3], value.shape[3])]
+        carried, *column = _two_loops(tile, num_full, num_visited, ((d_query, gradients), *_vary_all(column, axes)))
+        d_key, d_value = (
+            _put(whole, part.swapaxes(1, 2), x=x, tile=j, size=tiles.keys)
+            for whole, part in zip((d_key, d_value), column, strict=True)
+        )
+        return carried, d_key, d_value
+
+    zeros = _vary_all([jnp.zeros(x.shape, dtype) for x in (query, keys.key, keys.value)], axes)
+    steps = query.shape[0] // tiles.groups * walk.num_keys
+    (d_query, gradients), *d_keys = lax.fori_loop(
+        0, steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2])
+    )
+    unit = 1.0 / _tile.LOG2E if walk.is_plain else 1.0  # scores were in units of log 2
+    d_query = _ungrouped(d_query, rows.query.shape[:3])
+    d_key, d_value = (_ungrouped(x, key.shape[:3]) for x in d_keys)
+    return d_query * unit, d_key * unit, d_value, gradients
+
+
+def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Rows:
+    """What `backward` needs to know of each query, from results (lse in units of log 2) and their cotangents."""
+    fine = jnp.isfinite(query).all(-1) & jnp.isfinite(d_out).all(-1) & jnp.isfinite(d_lse) & jnp.isfinite(lse)
+    delta = jnp.where(fine, (out * d_out).sum(-1) - d_lse, 0)
+    query, d_out = (jnp.where(fine[..., None], x, 0) for x in (query, d_out))
+    return Rows(query, d_out, jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan)), delta)
+
+
+_FULL, _PARTIAL, _EMPTY = 0, 1, 2
+_SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
+
+
+def _code(some: Array, every: Array) -> Array:
+    return jnp.where(some, jnp.where(every, _FULL, _PARTIAL), _EMPTY)
+
+
+def _even(length: int, most: int) -> int:
+    """The tile of at most `most` that cuts `length` most evenly, in whole 16s where there are several tiles."""
+    count = -(-length // most)
+    return length if count == 1 else -(-length // (16 * count)) * 16
+
+
+def _shape(query: Array, key: Array) -> Shape:
+    batch, heads, seq_q, _ = query.shape
+    return batch, heads, seq_q, key.shape[1], key.shape[2]
+
+
+def _walk(plan: Plan, tiles: Tiles, functions: Functions, operands: Operands, shape: Shape) -> Walk:
+    # Where a tile is filled up, masks and score mods see the last index again: no array is read out of bounds.
+    q_index, kv_index = (
+        jnp.pad(index, (0, -index.shape[0] % size), mode="edge")
+        for index, size in ((operands.q_index, tiles.queries), (operands.kv_index, tiles.keys))
+    )
+    return Walk(tiles, functions, shape, q_index, kv_index, operands.dropout, plan.dropout_rate)
+
+
+def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
+    fine = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    clean, spoiled, value = (
+        jnp.where(fine[..., None], x, other) for x, other in ((key, 0), (key, jnp.nan), (value, 0))
+    )
+    grouped = partial(_grouped, kv_heads=key.shape[1], size=size)
+    bias = jnp.where(fine, 0, jnp.nan).astype(key.dtype)
+    return Keys(grouped(clean), grouped(spoiled), grouped(value), grouped(bias, fill=-jnp.inf))
+
+
+def _grouped(x: Array, kv_heads: int, size: int, fill: float = 0.0) -> Array:
+    """(B, N, L, ...) as (B * K, N / K, L', ...), with `fill` behind to a whole number of tiles."""
+    widths = [(0, 0)] * x.ndim
+    widths[2] = (0, -x.shape[2] % size)
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(x.shape[0] * kv_heads, -1, *x.shape[2:])
+
+
+def _ungrouped(x: Array, lead: tuple[int, ...]) -> Array:
+    """(B * K, N / K, L', ...) as (B, N, L, ...), of which `lead` is (B, N, L)."""
+    return x.reshape(*lead[:2], *x.shape[2:])[:, :, : lead[2]]
+
+
+def _cut(x: Array, group: Array, num_groups: int, tile: Array, size: int) -> Array:
+    """Tile (Xt, N / K, size, ...) of (B * K, N / K, L', ...)."""
+    start = (group, 0, tile * size, 0)[: x.ndim]
+    return lax.dynamic_slice(x, start, (num_groups, x.shape[1], size, *x.shape[3:]))
+
+
+def _cut_turned(x: Array, group: Array, tile: Array, tiles: Tiles) -> Array:
+    """The same tile of (B * K, N / K, width, L'), as (Xt, width, N / K * size)."""
+    cut = lax.dynamic_slice(x, (group, 0, 0, tile * tiles.queries), (tiles.groups, *x.shape[1:3], tiles.queries))
+    return cut.swapaxes(1, 2).reshape(tiles.groups, x.shape[2], -1)
+
+
+def _cut_keys(keys: Keys, is_plain: bool, group: Array, tile: Array, tiles: Tiles) -> tuple[Array, Array, Array]:
+    """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St)."""
+    key, value, bias = (
+        _cut(x, group, tiles.groups, tile, tiles.keys)
+        for x in (keys.spoiled if is_plain else keys.key, keys.value, keys.bias)
+    )
+    return key[:, 0], value[:, 0], bias
+
+
+def _flat(x: Array) -> Array:
+    """(Xt, N / K, Tt, ...) with heads that share keys as further queries."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _put(whole: Array, part: Array, *, x: Array, tile: Array, size: int) -> Array:
+    """`whole`, as in `_cut`, with that tile replaced by `part`, in which a group's heads may be merged."""
+    part = part.reshape(-1, whole.shape[1], size, *whole.shape[3:])
+    return lax.dynamic_update_slice(whole, part, (x, 0, tile * size, 0)[: whole.ndim])
+
+
+def _ranges(index: Array, size: int) -> tuple[Array, Array]:
+    """Least and greatest index of each tile."""
+    tiles = index.reshape(-1, size)
+    return tiles.min(1), tiles.max(1)
+
+
+def _two_loops(tile: Callable[[bool, Array, Any], Any], num_full: Any, num_visited: Any, state: Any) -> Any:
+    """`tile(is_full, n, state)` for the full tiles, then for the partial ones; an int is known to be no other."""
+    if not isinstance(num_full, int) or num_full > 0:
+        state = lax.fori_loop(0, num_full, partial(tile, True), state)
+    if not isinstance(num_full, int) or num_full < num_visited:
+        state = lax.fori_loop(num_full, num_visited, partial(tile, False), state)
+    return state
+
+
+def _vary_all(tree: Any, axes: frozenset[str]) -> Any:
+    return jax.tree.map(lambda x: vary(x, axes), tree)

@@ -1,0 +1,252 @@
+"""Lifting: a user's function of tile indices, with the arrays that it captures as operands that get gradients.
+
+A score mod or mask may close over arrays: parameters, document ids, values of an enclosing `grad`, `vmap` or
+`shard_map`. A hand-written backward pass sees only its operands, so `lift` traces the function once, computes what
+depends on nothing but captured arrays there and then, under ordinary differentiation, and keeps the rest as a program
+that is run tile by tile on the values cut through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from attnax.typing import Array, pytree_dataclass
+
+__all__ = ["Lifted", "lift", "vary", "varying_axes"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Straight-line code on (captured values, arguments).
+
+    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new.
+    """
+
+    captured: tuple[Var, ...]
+    arguments: tuple[Var, ...]
+    equations: tuple[JaxprEqn, ...]
+    results: tuple[Any, ...]
+    structure: Hashable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.structure == other.structure
+
+    def __hash__(self) -> int:
+        return hash(self.structure)
+
+
+@pytree_dataclass
+class Lifted:
+    """A traced function and the values that it captured; called with arrays of the shapes that it was traced at.
+
+    Attributes:
+        values: what was captured, as far as tiles need it.
+        program: what is run for each tile.
+    """
+
+    values: tuple[Array, ...]
+    program: Program = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, *arguments: Array) -> Any:
+        """The function's result: one array, or a tuple of several."""
+        return self._run(self.values, arguments, {})
+
+    @property
+    def floats(self) -> tuple[Array, ...]:
+        """The floating values."""
+        return tuple(x for x in self.values if _is_float(x))
+
+    def gradients(self) -> tuple[Array, ...]:
+        """Zeros to accumulate the gradients of the floating captured values in."""
+        return tuple(vary(jnp.zeros(x.shape, x.dtype), varying_axes(x)) for x in self.floats)
+
+    def differentiate(self, scores: Array, *indices: Array) -> tuple[Array, Callable[..., Any]]:
+        """The result for arguments (scores, *indices), and its pullback.
+
+        The pullback takes the result's cotangent and the gradients accumulated so far, and returns those of the scores
+        and the gradients with this tile's share added. Where the function reads a captured array by index, that share
+        is scattered into the accumulator; an array as large as all the scores costs a tile what the tile reads.
+        """
+        arguments = (scores, *indices)
+        reads = self._reads(arguments)
+        read_outside = {
+            var for eqn in self.program.equations if id(eqn) not in reads for var in eqn.invars if isinstance(var, Var)
+        } | {var for var in self.program.results if isinstance(var, Var)}
+        floats = [i for i, x in enumerate(self.values) if _is_float(x)]
+        direct = [i for i in floats if self.program.captured[i] in read_outside]
+
+        def run(scores: Array, given: list[Array], read: list[Array]) -> Array:
+            values = list(self.values)
+            for i, x in zip(direct, given, strict=True):
+                values[i] = x
+            return self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
+
+        result, pull = jax.vjp(run, scores, [self.values[i] for i in direct], [x for x, _, _, _ in reads.values()])
+
+        def pullback(cotangent: Array, gradients: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
+            d_scores, d_direct, d_read = pull(cotangent)
+            sums = dict(zip(floats, gradients, strict=True))
+            for i, share in zip(direct, d_direct, strict=True):
+                sums[i] = sums[i] + share
+            for (_, captured, eqn, where), share in zip(reads.values(), d_read, strict=True):
+                if captured in sums:
+                    sums[captured] = _add_where_read(sums[captured], eqn, where, share)
+            return d_scores, tuple(sums[i] for i in floats)
+
+        return result, pullback
+
+    def _reads(self, arguments: tuple[Array, ...]) -> dict[int, tuple[Array, int, JaxprEqn, list[Any]]]:
+        """By equation: reads of a floating captured array at indices that do not depend on the scores."""
+        program, reads = self.program, {}
+        position = {var: i for i, var in enumerate(program.captured) if _is_float(self.values[i])}
+        tainted = {program.arguments[0]}
+        env = dict(zip((*program.captured, *program.arguments), (*self.values, *arguments), strict=True))
+        for eqn in program.equations:
+            if any(isinstance(var, Var) and var in tainted for var in eqn.invars) or eqn.effects:
+                tainted.update(eqn.outvars)
+                continue
+            _step(eqn, env)
+            source = eqn.invars[0] if eqn.primitive.name in ("gather", "dynamic_slice") else None
+            if isinstance(source, Var) and source in position:
+                where = [_read(env, var) for var in eqn.invars[1:]]
+                reads[id(eqn)] = env[eqn.outvars[0]], position[source], eqn, where
+        return reads
+
+    def _run(self, values: Sequence[Array], arguments: tuple[Array, ...], known: dict[int, Array]) -> Any:
+        program = self.program
+        env = dict(zip((*program.captured, *program.arguments), (*values, *arguments), strict=True))
+        for eqn in program.equations:
+            if id(eqn) in known:
+                env[eqn.outvars[0]] = known[id(eqn)]
+            else:
+                _step(eqn, env)
+        results = tuple(_read(env, var) for var in program.results)
+        return results[0] if len(results) == 1 else results
+
+
+def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
+    """`function` traced at the shapes, dtypes and varying axes of `arguments`, without what it captures.
+
+    Args:
+        function: takes arrays like `arguments`, returns an array or a tuple of arrays.
+        arguments: arrays, or their shapes as `jax.ShapeDtypeStruct`; values do not matter.
+    """
+    traced = jax.make_jaxpr(function)(*arguments)
+    # Calls are inlined so that what they do with captured arrays alone is seen.
+    flat = jax.make_jaxpr(lambda captured, *rest: _inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
+    count = len(traced.consts)
+    inner = flat.jaxpr.invars[count:]
+    known = dict(zip((*flat.jaxpr.constvars, *flat.jaxpr.invars[:count]), (*flat.consts, *traced.consts), strict=True))
+    constant: dict[Var, JaxprEqn] = {}  # from literals alone: cheap to repeat, large to keep
+    rest = []
+    for eqn in flat.jaxpr.eqns:
+        variables = [var for var in eqn.invars if isinstance(var, Var)]
+        if eqn.effects or not all(var in known or var in constant for var in variables):
+            rest.append(eqn)
+        elif any(var in known for var in variables):
+            _step(eqn, known, constant)
+        else:
+            rest.append(eqn)
+            constant.update(dict.fromkeys(eqn.outvars, eqn))
+    used = [*(var for eqn in rest for var in eqn.invars), *flat.jaxpr.outvars]
+    cut = tuple(dict.fromkeys(var for var in used if isinstance(var, Var) and var in known and var not in constant))
+    results = tuple(flat.jaxpr.outvars)
+    program = Program(cut, tuple(inner), tuple(rest), results, _structure(cut, inner, rest, results))
+    return Lifted(tuple(jnp.asarray(known[var]) for var in cut), program)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes of an enclosing `shard_map` over which the value may differ."""
+    aval = jax.typeof(x)
+    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
+
+
+def vary(x: Array, axes: frozenset[str]) -> Array:
+    """`x`, marked as varying over `axes` too."""
+    new = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, new, to="varying") if new else x
+
+
+def _inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            results = _inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars])
+            env.update(zip(eqn.outvars, results, strict=True))
+        else:
+            _step(eqn, env)
+    return [_read(env, var) for var in jaxpr.outvars]
+
+
+def _read(env: dict[Var, Any], var: Any) -> Any:
+    return var.val if isinstance(var, Literal) else env[var]
+
+
+def _step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | None = None) -> None:
+    """Runs an equation in `env`, and before it those of `later` whose results it needs."""
+    for var in eqn.invars:
+        if later is not None and isinstance(var, Var) and var not in env:
+            _step(later[var], env, later)
+    results = eqn.primitive.bind(*(_read(env, var) for var in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
+    env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array) -> Array:
+    """`total` with `share` added at the elements that a gather or dynamic_slice read."""
+    if eqn.primitive.name == "dynamic_slice":
+        old = lax.dynamic_slice(total, where, share.shape)
+        return lax.dynamic_update_slice(total, old + share, where)
+    numbers = eqn.params["dimension_numbers"]
+    return lax.scatter_add(
+        total,
+        where[0],
+        share,
+        lax.ScatterDimensionNumbers(
+            update_window_dims=numbers.offset_dims,
+            inserted_window_dims=numbers.collapsed_slice_dims,
+            scatter_dims_to_operand_dims=numbers.start_index_map,
+            operand_batching_dims=numbers.operand_batching_dims,
+            scatter_indices_batching_dims=numbers.start_indices_batching_dims,
+        ),
+        indices_are_sorted=eqn.params["indices_are_sorted"],
+        unique_indices=eqn.params["unique_indices"],
+        mode=eqn.params["mode"],
+    )
+
+
+def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
+    """Equal for programs that do the same to operands of the same types; unique if that cannot be told."""
+    numbers: dict[Var, int] = {}
+
+    def name(var: Any) -> Hashable:
+        if isinstance(var, Literal):
+            return str(var.aval), np.asarray(var.val).tobytes()
+        return numbers.setdefault(var, len(numbers)), str(var.aval)
+
+    structure = (
+        tuple(map(name, cut)),
+        tuple(map(name, inner)),
+        tuple(
+            (eqn.primitive, tuple(eqn.params.items()), tuple(map(name, eqn.invars)), tuple(map(name, eqn.outvars)))
+            for eqn in equations
+        ),
+        tuple(map(name, results)),
+    )
+    try:
+        hash(structure)
+    except TypeError:  # a parameter, such as a NumPy array, that only is itself
+        return object()
+    return structure

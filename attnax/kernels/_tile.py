@@ -1,0 +1,153 @@
+"""Flash attention, all of its mathematics: what one tile of queries and keys adds to the result.
+
+A row of scores s is met tile by tile. Its softmax-weighted sum of values needs only three running numbers, kept in
+`SoftmaxState`: the largest score m, sum_j exp(s_j - m), and sum_j exp(s_j - m) v_j. Two states of disjoint keys merge
+into one, so tiles may come in any order and from any device. The backward pass recomputes the weights of a tile from
+its scores and the row's log-sum-exp; with delta = sum_j p_j dp_j = out . d_out known, every tile stands alone again:
+
+    p = exp(s - lse),  dp = d_out v^T,  ds = p (dp - delta),  dq = ds k,  dk = ds^T q,  dv = p^T d_out
+
+Scores are in units of log 2 (exp2 is the cheaper exponential), -inf where nothing is attended. Leading axes, if any,
+are a batch. T queries, S keys, H and V the widths of keys and values.
+
+References:
+    M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867.
+    T. Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.typing import Array
+
+__all__ = [
+    "LOG2E",
+    "SoftmaxState",
+    "finish",
+    "initial_state",
+    "mask_scores",
+    "merge",
+    "product",
+    "tile_gradients",
+    "update",
+]
+
+LOG2E = 1.4426950408889634
+
+Weigh = Callable[[Array], Array]
+"""What dropout does to weights (..., T, S)."""
+
+
+class SoftmaxState(NamedTuple):
+    """Softmax attention over the keys seen so far."""
+
+    acc: Array  # (..., T, V), sum_j exp2(s_j - max) v_j
+    max: Array  # (..., T), -inf before the first key
+    sum: Array  # (..., T), sum_j exp2(s_j - max)
+
+
+def initial_state(shape_T: tuple[int, ...], value_dim: int, dtype: jnp.dtype) -> SoftmaxState:
+    """No key seen."""
+    return SoftmaxState(
+        jnp.zeros((*shape_T, value_dim), dtype), jnp.full(shape_T, -jnp.inf, dtype), jnp.zeros(shape_T, dtype)
+    )
+
+
+def mask_scores(scores_TS: Array, keep: Array | None, key_bias: Array, score_mod: Weigh | None = None) -> Array:
+    """Scores that a tile's weights are made of.
+
+    Args:
+        scores_TS: scale * q k^T; in units of log 2 unless there is a score mod.
+        keep: where the mask allows the pair; None in a full tile.
+        key_bias: what is added to each key's scores: 0, NaN for a key that spoils who attends it, -inf for no key.
+        score_mod: of the natural scores; -inf and float32's lowest number count as masked.
+    """
+    if score_mod is not None:
+        # What the mod's derivative is at forbidden pairs must not matter, so they all have the score 0.
+        scores_TS = score_mod(scores_TS if keep is None else jnp.where(keep, scores_TS, 0))
+        masked = scores_TS <= jnp.finfo(jnp.float32).min  # not `>`: a NaN from a mod must be seen
+        keep = ~masked if keep is None else keep & ~masked
+        scores_TS = scores_TS * LOG2E
+    return jnp.where(True if keep is None else keep, scores_TS + key_bias, -jnp.inf)
+
+
+def update(
+    state: SoftmaxState, scores_TS: Array, value_SV: Array, *, masked: bool = True, dropout: Weigh | None = None
+) -> SoftmaxState:
+    """The state after the keys of one more tile; `masked` says whether its scores may be -inf."""
+    peak_T = jnp.maximum(state.max, scores_TS.max(-1))
+    # exp2(-inf - -inf) is NaN: a row that attended nothing yet counts from 0.
+    zero_T = jnp.where(peak_T == -jnp.inf, 0, peak_T) if masked else peak_T
+    weights_TS = jnp.exp2(scores_TS - zero_T[..., None])
+    shrink_T = jnp.exp2(state.max - zero_T)
+    sum_T = state.sum * shrink_T + weights_TS.sum(-1)
+    if dropout is not None:
+        weights_TS = dropout(weights_TS)
+    return SoftmaxState(state.acc * shrink_T[..., None] + product(weights_TS, value_SV, 1, 0), peak_T, sum_T)
+
+
+def merge(left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
+    """The state over the keys of both; associative."""
+    peak_T = jnp.maximum(left.max, right.max)
+    zero_T = jnp.where(peak_T == -jnp.inf, 0, peak_T)
+    left_T, right_T = jnp.exp2(left.max - zero_T), jnp.exp2(right.max - zero_T)
+    return SoftmaxState(
+        left.acc * left_T[..., None] + right.acc * right_T[..., None],
+        peak_T,
+        left.sum * left_T + right.sum * right_T,
+    )
+
+
+def finish(state: SoftmaxState) -> tuple[Array, Array]:
+    """(out, log-sum-exp in units of log 2): 0 and -inf for a row that attended nothing."""
+    empty_T = state.sum == 0
+    total_T = jnp.where(empty_T, 1, state.sum)
+    return state.acc / total_T[..., None], jnp.where(empty_T, -jnp.inf, state.max + jnp.log2(total_T))
+
+
+def tile_gradients(
+    scores_TS: Array,
+    lse_T: Array,
+    delta_T: Array,
+    d_out_TV: Array,
+    value_SV: Array,
+    *,
+    masked: bool = True,
+    dropout: Weigh | None = None,
+) -> tuple[Array, Array]:
+    """(weights that met the values, gradient of the natural scores), both (..., T, S).
+
+    Args:
+        scores_TS: as given to `update`.
+        lse_T: of the whole row, from `finish`; NaN spoils what the row attends.
+        delta_T: out . d_out of the row, minus the cotangent of its natural log-sum-exp.
+        d_out_TV: cotangent of out.
+        value_SV: the tile's values.
+        masked: whether scores may be -inf.
+        dropout: the same as in `update`.
+    """
+    weights_TS = jnp.exp2(scores_TS - lse_T[..., None])
+    if masked:
+        weights_TS = jnp.where(scores_TS == -jnp.inf, 0, weights_TS)
+    d_weights_TS = product(d_out_TV, value_SV, 1, 1)
+    if dropout is None:
+        return weights_TS, weights_TS * (d_weights_TS - delta_T[..., None])
+    return dropout(weights_TS), weights_TS * (dropout(d_weights_TS) - delta_T[..., None])
+
+
+def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    """Product of two batches of matrices over the named axes of the matrices."""
+    batch = tuple(range(left.ndim - 2))
+    return lax.dot_general(
+        left,
+        right,
+        (((len(batch) + left_axis,), (len(batch) + right_axis,)), (batch, batch)),
+        precision=lax.Precision.HIGHEST if jax.default_backend() != "cpu" else None,
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+    )

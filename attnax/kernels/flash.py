@@ -1,0 +1,249 @@
+"""Exact attention in O(T + S) memory: `memory_efficient_attention` in tiles, `flash_attention` on what is fastest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+
+from attnax.kernels._blockwise import attend
+from attnax.masks import Causal, Mask, SlidingWindow, resolve_masks, takes_mask_objects
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    check_attention,
+    is_concrete,
+)
+
+__all__ = ["flash_attention", "memory_efficient_attention", "why_not_cudnn"]
+
+
+@overload
+def memory_efficient_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def memory_efficient_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@takes_mask_objects
+def memory_efficient_attention(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    block_size: int | None = None,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """softmax(scale * query @ key^T) @ value tile by tile, skipping what the mask forbids; memory O(T + S).
+
+    The result and its gradients are those of `standard_attention`, whose documentation says what the arguments mean and
+    what holds. Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
+    `attnax.masks`, a one-line function or an array; tiles in which everything is attended need no mask test.
+
+    Args:
+        query: (batch, num_heads, seq_q, head_dim), any floating dtype.
+        key: (batch, num_kv_heads, seq_kv, head_dim); num_heads is a multiple of num_kv_heads.
+        value: (batch, num_kv_heads, seq_kv, value_dim).
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
+            (batch, num_heads, seq_q, seq_kv).
+        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores. Arrays that it captures get gradients; a
+            captured NumPy array cannot be indexed by traced indices (that is NumPy's error): make it a JAX array.
+        dropout_rng: key of the attention dropout.
+        dropout_rate: probability of dropping each attention weight.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+        block_size: queries and keys of a tile, by default chosen by shape.
+
+    Returns:
+        (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp
+        (batch, num_heads, seq_q).
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+        TypeError: forward-mode differentiation (`jax.jvp`); `standard_attention` has every derivative. Forward over
+            reverse (`jax.jvp` of `jax.grad`) works.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import memory_efficient_attention
+        >>> x = jnp.ones((1, 4, 1031, 8))
+        >>> memory_efficient_attention(x, x, x, mask=lambda b, h, q, kv: abs(q - kv) < 64).shape
+        (1, 4, 1031, 8)
+
+    References:
+        M. N. Rabe, C. Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682.
+        T. Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691.
+    """
+    return attend(
+        "memory_efficient_attention",
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+        return_lse=return_lse,
+        block_size=block_size,
+    )
+
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@takes_mask_objects
+def flash_attention(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    block_size: int | None = None,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """softmax(scale * query @ key^T) @ value on the fastest exact kernel of this machine; memory O(T + S).
+
+    cuDNN where `why_not_cudnn` has nothing against it, else what `memory_efficient_attention` does. All arguments,
+    results and errors are those of `memory_efficient_attention`; a `block_size` asks for tiles, and gets them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import flash_attention, masks
+        >>> x = jnp.ones((1, 4, 37, 8))
+        >>> flash_attention(x, x[:, :2], x[:, :2], mask=masks.causal() & masks.padding(jnp.array([31]))).shape
+        (1, 4, 37, 8)
+    """
+    options = AttentionOptions(
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    if block_size is None and why_not_cudnn(query, key, value, return_lse=return_lse, **options) is None:
+        return _cudnn(query, key, value, mask, score_mod, scale)
+    return attend("flash_attention", query, key, value, return_lse=return_lse, block_size=block_size, **options)
+
+
+def why_not_cudnn(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> str | None:
+    """Why `flash_attention` does not use cuDNN for these arguments; None if it does.
+
+    cuDNN serves float16 and bfloat16 without a mask, with `causal()`, or with a causal `sliding_window` of known size,
+    without score mod, dropout and log-sum-exp.
+
+    Raises:
+        ValueError: arguments that no kernel takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.flash import why_not_cudnn
+        >>> x = jnp.ones((1, 4, 37, 8))
+        >>> why_not_cudnn(x, x, x, score_mod=lambda scores, b, h, q, kv: scores + q)
+        'cuDNN takes no score mod'
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_attention("flash_attention", query, key, value, **options)
+    (batch, heads, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
+    full = (batch, heads, seq_q, seq_kv)
+    mask, score_mod = resolve_masks("flash_attention", options.get("mask"), options.get("score_mod"), full)
+    window = mask if isinstance(mask, SlidingWindow) else SlidingWindow(1, 1)
+    reasons = {
+        "cuDNN takes no score mod": score_mod is not None,
+        "cuDNN drops other weights": options.get("dropout_rate", 0.0) > 0.0 and not options.get("deterministic", True),
+        "cuDNN's log-sum-exp has no gradient": return_lse,
+        "cuDNN takes float16 and bfloat16 only": query.dtype not in (jnp.float16, jnp.bfloat16),
+        "cuDNN needs a known scale": not is_concrete(options.get("scale")),
+        "cuDNN takes head sizes that are multiples of 8, to 128, the same for keys and values": head_dim % 8 != 0
+        or head_dim > 128
+        or value.shape[3] != head_dim,
+        "under other masks than causal ones cuDNN may leave rows empty or let NaN through": not (
+            mask is None or isinstance(mask, Causal | SlidingWindow)
+        )
+        or not (is_concrete(window.before) and isinstance(window.after, int) and window.after == 1),
+        "with a mask cuDNN aligns queries and keys differently where their lengths differ": mask is not None
+        and seq_q != seq_kv,
+        "cuDNN takes even lengths, and is known to fail at 64 beyond a multiple of 128 with a mask": seq_q % 2 != 0
+        or seq_kv % 2 != 0
+        or 0 in (seq_q, seq_kv)
+        or (mask is not None and seq_q % 128 == 64),
+        "this machine has no NVIDIA GPU": not _has_nvidia_gpu(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _has_nvidia_gpu() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
+def _cudnn(query: Any, key: Any, value: Any, mask: Any, score_mod: ScoreMod | None, scale: Any) -> Array:
+    batch, heads, seq_q, _ = query.shape
+    mask, _ = resolve_masks("flash_attention", mask, score_mod, (batch, heads, seq_q, key.shape[2]))
+    query, key, value = (jnp.asarray(x).swapaxes(1, 2) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=None if scale is None else float(scale),
+        is_causal=mask is not None,
+        local_window_size=(int(mask.before) - 1, 0) if isinstance(mask, SlidingWindow) else None,
+        implementation="cudnn",
+    )
+    return out.swapaxes(1, 2)

@@ -1,0 +1,139 @@
+"""Lite attention: each position is weighed by one learned gate and passes on its own value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._key_padding import split_mask
+from attnax.masks import Mask, takes_mask_objects
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, check_attention
+
+__all__ = ["lite_attention"]
+
+
+@takes_mask_objects
+def lite_attention(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    gate_proj: Callable[[Array], Array],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    score_mod: ScoreMod | None = None,
+) -> Float[Array, "B N T Hv"]:
+    """softmax(g)_j value_j with g_j = gate(query_j * key_j), over the positions that the mask allows.
+
+    Under a causal mask the softmax of position j runs over the positions up to j: exp(g_j) / sum_{i<=j} exp(g_i).
+    Time and memory are linear in the length.
+
+    Args:
+        query: (batch, num_heads, length, head_dim), any floating dtype.
+        key: (batch, num_kv_heads, length, head_dim); num_heads is a multiple of num_kv_heads.
+        value: (batch, num_kv_heads, length, value_dim).
+        gate_proj: (..., head_dim) -> (..., 1), given at least float32; its parameters get gradients. At positions that
+            do not count it is called on zeros, where its derivative must be finite.
+        mask: None, `masks.causal()`, key padding (`masks.padding(...)`, or a boolean array that broadcasts to
+            (batch, 1, 1, length), True for a real token), or `masks.causal() & padding`. Padding gives exactly 0.
+        dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
+        dropout_rate: probability of dropping each position's weight.
+        deterministic: no dropout.
+        score_mod: must be None, there are no scores of pairs.
+
+    Returns:
+        (batch, num_heads, length, value_dim) in the dtype of query; gate logits and softmax are in float32 (float64 for
+        float64). A NaN or infinity at a position makes the positions whose softmax includes it NaN, and leaves all
+        others, and their gradients, untouched.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+        NotImplementedError: a score_mod, or another mask.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks
+        >>> from attnax.kernels.lite import lite_attention
+        >>> x = jnp.ones((1, 4, 5, 8))
+        >>> out = lite_attention(x, x, x, lambda product: product.sum(-1, keepdims=True), mask=masks.causal())
+        >>> [round(float(x), 2) for x in out[0, 0, :, 0]]
+        [1.0, 0.5, 0.33, 0.25, 0.2]
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_attention(
+        "lite_attention",
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+    )
+    batch, num_heads, length, head_dim = query.shape
+    num_kv_heads, seq_kv, value_dim = value.shape[1:]
+    if length != seq_kv:
+        raise ValueError(
+            "lite_attention: a query is multiplied by the key of its own position, so there must be as many; "
+            f"got query.shape={query.shape}, key.shape={key.shape}. Use a softmax kernel for cross-attention."
+        )
+    if not callable(gate_proj):
+        raise ValueError(
+            f"lite_attention: gate_proj must be a function (..., head_dim) -> (..., 1); got gate_proj={gate_proj!r}."
+        )
+    if score_mod is not None:
+        raise NotImplementedError(
+            f"lite_attention: there are no scores of pairs to modify; got score_mod={score_mod!r}. "
+            "Use a softmax kernel."
+        )
+    causal, real = split_mask("lite_attention", mask, (batch, num_heads, length, length))
+
+    # Heads that share keys sit side by side on an axis of their own: (B, K, G, T, ...).
+    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    grouped = batch, num_kv_heads, num_heads // num_kv_heads, length
+    query, key, value = (
+        x.astype(dtype) for x in (query.reshape(*grouped, head_dim), key[:, :, None], value[:, :, None])
+    )
+    real = jnp.broadcast_to(real[:, None, None], grouped)
+    ok = real & jnp.isfinite(query).all(-1) & jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    # Both factors: 0 times the NaN of the other would be the gradient of the one.
+    query, key, value = (jnp.where(ok[..., None], x, 0) for x in (query, key, value))
+
+    logits = gate_proj((query * key).reshape(batch, num_heads, length, head_dim))
+    if logits.shape != (batch, num_heads, length, 1):
+        raise ValueError(
+            f"lite_attention: gate_proj must map (..., head_dim) to (..., 1); got {logits.shape} "
+            f"for {(batch, num_heads, length, head_dim)}."
+        )
+    logits = logits.reshape(grouped).astype(dtype)
+    ok = ok & jnp.isfinite(logits)
+    # Not -inf, whose differences with itself are NaN; beside any true logit it vanishes just the same.
+    logits = jnp.where(ok, logits, jnp.finfo(dtype).min)
+    bad = real & ~ok
+    if causal:
+        total, poisoned = lax.cumlogsumexp(logits, axis=3), jnp.cumsum(bad, axis=3) > 0
+    else:
+        peak = lax.stop_gradient(logits.max(3, keepdims=True, initial=jnp.finfo(dtype).min))
+        total = peak + jnp.log(jnp.exp(logits - peak).sum(3, keepdims=True))
+        poisoned = bad.any(3, keepdims=True)
+    weights = jnp.where(ok, jnp.exp(logits - total), 0)
+    if dropout_rate > 0.0 and not deterministic:
+        assert dropout_rng is not None
+        position = jnp.arange(length)[None, None, :]
+        kept = keep_weights(
+            dropout_words(dropout_rng),
+            dropout_rate,
+            jnp.arange(batch)[:, None, None],
+            jnp.arange(num_heads)[None, :, None],
+            position,
+            position,
+        )
+        weights = jnp.where(kept.reshape(grouped), weights / (1.0 - dropout_rate), 0)
+    out = jnp.where((real & poisoned)[..., None], jnp.nan, weights[..., None] * value)
+    return out.reshape(batch, num_heads, length, value_dim).astype(out_dtype)
