@@ -27,8 +27,22 @@ if TYPE_CHECKING:
     from attnax.generation.samplers import Sampler as Sampler
     from attnax.kernels.flash import flash_attention as flash_attention
     from attnax.kernels.flash import memory_efficient_attention as memory_efficient_attention
+    from attnax.kernels.flash import why_not_cudnn as why_not_cudnn
+    from attnax.kernels.linear import LinearState as LinearState
+    from attnax.kernels.linear import linear_attention as linear_attention
+    from attnax.kernels.lite import lite_attention as lite_attention
+    from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
+    from attnax.kernels.ring import ring_attention as ring_attention
+    from attnax.kernels.ring import ring_attention_reference as ring_attention_reference
+    from attnax.kernels.ring import zigzag_order as zigzag_order
     from attnax.kernels.score_mods import compose_score_mods as compose_score_mods
     from attnax.kernels.standard import standard_attention as standard_attention
+    from attnax.masks import Mask as Mask
+    from attnax.masks import combine_masks as combine_masks
+    from attnax.masks import make_causal_mask as make_causal_mask
+    from attnax.masks import make_document_mask as make_document_mask
+    from attnax.masks import make_padding_mask as make_padding_mask
+    from attnax.masks import make_sliding_window_mask as make_sliding_window_mask
     from attnax.models.lm import TransformerLM as TransformerLM
     from attnax.models.transformer import TransformerDecoder as TransformerDecoder
     from attnax.nn.attention import MultiHeadAttention as MultiHeadAttention
@@ -44,6 +58,15 @@ if TYPE_CHECKING:
     from attnax.nn.rope import rope_cos_sin_from_positions as rope_cos_sin_from_positions
     from attnax.nn.rope import rope_cos_sin_table as rope_cos_sin_table
     from attnax.nn.rope import rope_inv_freq as rope_inv_freq
+    from attnax.paged_cache import PagedKVCache as PagedKVCache
+    from attnax.paged_cache import allocate_blocks as allocate_blocks
+    from attnax.paged_cache import allocate_rows as allocate_rows
+    from attnax.paged_cache import append_kv as append_kv
+    from attnax.paged_cache import append_rows as append_rows
+    from attnax.paged_cache import free_rows as free_rows
+    from attnax.paged_cache import gather_kv as gather_kv
+    from attnax.paged_cache import gather_rows as gather_rows
+    from attnax.paged_cache import init_paged_kv_cache as init_paged_kv_cache
     from attnax.typing import AttentionFn as AttentionFn
     from attnax.typing import MaskMod as MaskMod
     from attnax.typing import ScoreMod as ScoreMod
@@ -58,8 +81,42 @@ _HOMES = {
     ),
     "config": ("BlockConfig", "FfActivation", "NormKind", "PosEmbType", "TransformerConfig"),
     "generation": ("Generation", "Sampler"),
+    "kernels.flash": (
+        "flash_attention",
+        "memory_efficient_attention",
+        "why_not_cudnn",
+    ),
+    "kernels.linear": (
+        "LinearState",
+        "linear_attention",
+    ),
+    "kernels.lite": ("lite_attention",),
+    "kernels.nnx_adapter": ("nnx_attention_fn",),
+    "kernels.ring": (
+        "ring_attention",
+        "ring_attention_reference",
+        "zigzag_order",
+    ),
+    "masks": (
+        "Mask",
+        "combine_masks",
+        "make_causal_mask",
+        "make_document_mask",
+        "make_padding_mask",
+        "make_sliding_window_mask",
+    ),
+    "paged_cache": (
+        "PagedKVCache",
+        "init_paged_kv_cache",
+        "allocate_blocks",
+        "append_kv",
+        "gather_kv",
+        "allocate_rows",
+        "append_rows",
+        "gather_rows",
+        "free_rows",
+    ),
     "kernels.score_mods": ("compose_score_mods",),
-    "kernels.flash": ("flash_attention", "memory_efficient_attention"),
     "kernels.standard": ("standard_attention",),
     "models": ("TransformerDecoder", "TransformerLM"),
     "nn": (

@@ -588,8 +588,9 @@ def resolve_masks(
         mask = carried if mask is None else mask & carried
     if mask is not None:
         mask.check(caller, full)
-    if hasattr(score_mod, "check"):
-        score_mod.check(caller, full)
+    check = getattr(score_mod, "check", None)
+    if check is not None:
+        check(caller, full)
     return mask, score_mod
 
 
@@ -605,12 +606,12 @@ def mask_argument(
     """`mask` in the form that `attention_fn` takes; `full` is (B, N, T, S)."""
     if mask is None:
         return None
-    mask.check(caller, full)
     kernel = attention_fn
     while isinstance(kernel, functools.partial):
         kernel = kernel.func
     if getattr(kernel, "takes_mask_objects", False):
-        return mask
+        return mask  # and checks it, against lengths that only it may know: a ring's are global
+    mask.check(caller, full)
     return jnp.broadcast_to(mask(*index_grid(*full)), full)
 
 

@@ -1,6 +1,22 @@
 """Attention functions that obey `attnax.typing.AttentionFn`; they need only jax and numpy."""
 
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, why_not_cudnn
+from attnax.kernels.linear import LinearState, linear_attention
+from attnax.kernels.lite import lite_attention
+from attnax.kernels.nnx_adapter import nnx_attention_fn
+from attnax.kernels.ring import ring_attention, ring_attention_reference, zigzag_order
 from attnax.kernels.standard import standard_attention
 
-__all__ = ["flash_attention", "memory_efficient_attention", "standard_attention", "why_not_cudnn"]
+__all__ = [
+    "LinearState",
+    "flash_attention",
+    "linear_attention",
+    "lite_attention",
+    "memory_efficient_attention",
+    "nnx_attention_fn",
+    "ring_attention",
+    "ring_attention_reference",
+    "standard_attention",
+    "why_not_cudnn",
+    "zigzag_order",
+]

@@ -384,7 +384,8 @@ class Walk:
             some, every = self.functions.bounds(*self._rows_and_heads(x), *ranges)
             some, every = some.any((0, 1)), every.all((0, 1))
 
-        codes = _code(some, every)
+        axes = varying_axes(self.q_index)
+        codes = vary(_code(some, every), axes)
         if self.functions.is_opaque:
 
             def exact(tile: Array) -> Array:
@@ -396,7 +397,7 @@ class Walk:
                 index, code = tile
                 return lax.cond(code == _PARTIAL, exact, lambda _: code, index)
 
-            codes = lax.map(refined, (vary(jnp.arange(count), varying_axes(codes)), codes))
+            codes = lax.map(refined, (vary(jnp.arange(count), axes), codes))
         codes = jnp.where(filled, jnp.maximum(codes, _PARTIAL), codes)
         order = jnp.argsort(codes, stable=True)
         return order, (codes == _FULL).sum(), (codes < _EMPTY).sum()

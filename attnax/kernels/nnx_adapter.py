@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.kernels.standard import standard_attention
+from attnax.kernels.flash import flash_attention
 from attnax.masks import Mask, as_mask, causal, mask_argument
 from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, function_pytree
 
@@ -19,7 +19,7 @@ __all__ = ["NnxAttention", "nnx_attention_fn"]
 
 
 def nnx_attention_fn(
-    attention_fn: Callable[..., Any] = standard_attention,
+    attention_fn: Callable[..., Any] = flash_attention,
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,

@@ -1,35 +1,530 @@
-"""Score mods: functions `(scores, b, h, q, kv) -> scores` on the scaled float32 scores, before the softmax."""
+"""Score mods: functions `(scores, b, h, q, kv) -> scores` on the scaled float32 scores, before the softmax.
+
+Those made here are callable pytrees: their arrays get gradients, and rebuilding one on every call compiles nothing new.
+Those that only forbid pairs carry their mask, so that kernels skip what they forbid as if it had been given as `mask=`.
+"""
 
 from __future__ import annotations
 
-from attnax.typing import Array, Index, ScoreMod, function_pytree, pytree_dataclass
+import bisect
+import dataclasses
+import functools
+import math
+from typing import Any
 
-__all__ = ["compose_score_mods"]
+import jax.numpy as jnp
+import numpy as np
+
+from attnax import masks
+from attnax.masks import Mask, MaskedScoreMod, as_mask, index_grid, split_score_mod
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Index,
+    Int,
+    MaskMod,
+    ScoreMod,
+    function_pytree,
+    is_concrete,
+    pytree_dataclass,
+)
+
+__all__ = [
+    "additive_bias_mod",
+    "alibi_mod",
+    "alibi_slopes",
+    "causal_mod",
+    "compose_score_mods",
+    "document_mask_mod",
+    "mask_mod_to_boolean_mask",
+    "mask_mod_to_score_mod",
+    "prefix_lm_mod",
+    "relative_bias_mod",
+    "relative_bucket",
+    "relative_table_mod",
+    "sliding_window_mod",
+    "soft_cap_mod",
+]
+
+Full = tuple[int, int, int | None, int | None]
+"""(B, N, T, S); T and S are None where a mod reads positions, which may be any."""
 
 
 @pytree_dataclass
 class ComposedScoreMod:
-    """Applies its mods, each a pytree, from the first to the last."""
+    """Applies its mods, each a pytree, from the first to the last; what one of them masks stays masked."""
 
     mods: tuple[ScoreMod, ...]
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        for mod in self.mods:
-            scores = mod(scores, b, h, q, kv)
+        first, *others = self.mods
+        scores = first(scores, b, h, q, kv)
+        for mod in others:
+            masked = scores <= jnp.finfo(jnp.float32).min
+            scores = jnp.where(masked, -jnp.inf, mod(scores, b, h, q, kv))
         return scores
+
+    def check(self, caller: str, full: Full) -> None:
+        """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `full`."""
+        for mod in self.mods:
+            if hasattr(mod, "check"):
+                mod.check(caller, full)
+
+
+@pytree_dataclass
+class Alibi:
+    """Scores minus `slopes[h] * |q - kv|`."""
+
+    slopes: Array  # (N,)
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return scores - self.slopes[h] * jnp.abs(jnp.subtract(q, kv))
+
+    def check(self, caller: str, full: Full) -> None:
+        """Raises ValueError unless there is a slope for each head."""
+        _check_heads(caller, "alibi_mod", "slopes", self.slopes, 0, full)
+
+
+@pytree_dataclass
+class AdditiveBias:
+    """Scores plus `bias[b, h, q, kv]`."""
+
+    bias: Array  # (B|1, N|1, T|1, S|1)
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        indices = zip((b, h, q, kv), self.bias.shape, strict=True)
+        # Positions may lie past the array (a cache has spare room): NaN there, rather than a bias of other tokens.
+        return scores + self.bias.at[tuple(0 if size == 1 else index for index, size in indices)].get(mode="fill")
+
+    def check(self, caller: str, full: Full) -> None:
+        """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `full`."""
+        if not all(want is None or have in (1, want) for have, want in zip(self.bias.shape, full, strict=True)):
+            raise ValueError(
+                f"{caller}: additive_bias_mod: bias must broadcast to (batch, num_heads, seq_q, seq_kv)={full}; "
+                f"got bias.shape={self.bias.shape}. Insert axes of size 1 where the bias does not vary."
+            )
+
+
+@pytree_dataclass
+class SoftCap:
+    """`cap * tanh(scores / cap)`."""
+
+    cap: float | Array
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return self.cap * jnp.tanh(scores / self.cap)
+
+
+@pytree_dataclass
+class BucketedBias:
+    """Scores plus `table[bucket, h]` for T5's bucket of `kv - q`."""
+
+    table: Array  # (num_buckets, N)
+    max_distance: int = dataclasses.field(metadata={"static": True})
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        distance, rows = jnp.subtract(kv, q), self.table[:, h]
+        buckets, firsts = _buckets(self.table.shape[0], self.max_distance, self.bidirectional)
+        # Selecting one bucket after the other is faster than reading the table at each pair, and much faster to
+        # differentiate: a sum for each bucket instead of a scattered addition for each pair.
+        bias = rows[buckets[0]]
+        for bucket, first in zip(buckets[1:], firsts, strict=True):
+            bias = jnp.where(distance >= first, rows[bucket], bias)
+        return scores + bias
+
+    def check(self, caller: str, full: Full) -> None:
+        """Raises ValueError unless the table has a column for each head."""
+        _check_heads(caller, "relative_bias_mod", "table", self.table, 1, full)
+
+
+@pytree_dataclass
+class ClippedBias:
+    """Scores plus `table[h, clip(q - kv, -clip, clip) + clip]`."""
+
+    table: Array  # (N, 2 * clip + 1)
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        clip = self.table.shape[1] // 2
+        return scores + self.table[h, jnp.clip(jnp.subtract(q, kv), -clip, clip) + clip]
+
+    def check(self, caller: str, full: Full) -> None:
+        """Raises ValueError unless the table has a row for each head."""
+        _check_heads(caller, "relative_table_mod", "table", self.table, 0, full)
 
 
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     """One score mod that applies `mods` in order, skipping None; None if there is nothing to apply.
 
+    What a mod forbids stays forbidden, whatever the mods after it do. Masks (`causal_mod()` and the like) are taken out
+    of their places and applied together, last, where kernels find them.
+
     Example:
         >>> import jax.numpy as jnp
-        >>> from attnax import compose_score_mods
-        >>> mod = compose_score_mods(lambda s, b, h, q, kv: s + 1.0, None, lambda s, b, h, q, kv: s * 2.0)
-        >>> float(mod(jnp.float32(3.0), 0, 0, 0, 0))
-        8.0
+        >>> from attnax.kernels.score_mods import causal_mod, compose_score_mods
+        >>> mod = compose_score_mods(lambda s, b, h, q, kv: s + 1.0, causal_mod(), None, lambda s, b, h, q, kv: s * 2.0)
+        >>> [float(mod(jnp.float32(3.0), 0, 0, 1, kv)) for kv in range(3)]
+        [8.0, 8.0, -inf]
     """
-    present = tuple(mod for mod in mods if mod is not None)
-    if len(present) <= 1:
-        return present[0] if present else None
-    return ComposedScoreMod(tuple(map(function_pytree, present)))
+    parts: list[ScoreMod] = []
+    forbidding: list[Mask] = []
+    for mod in mods:
+        changing, mask = split_score_mod(mod)
+        if isinstance(changing, ComposedScoreMod):
+            parts += changing.mods
+        elif changing is not None:
+            parts.append(changing)
+        if mask is not None:
+            forbidding.append(mask)
+    rest = parts[0] if len(parts) == 1 else ComposedScoreMod(tuple(map(function_pytree, parts))) if parts else None
+    if not forbidding:
+        return rest
+    return MaskedScoreMod(function_pytree(rest), functools.reduce(lambda left, right: left & right, forbidding))
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, N]:
+    """ALiBi's slopes, `2 ** (-8 * (i + 1) / num_heads)` for head i, in float32.
+
+    Where num_heads is no power of two: the slopes of the next lower power of two, then every other slope of twice that
+    many heads, from the first on.
+
+    Raises:
+        ValueError: num_heads is below 1.
+
+    Example:
+        >>> from attnax.kernels.score_mods import alibi_slopes
+        >>> alibi_slopes(3).tolist()
+        [0.0625, 0.00390625, 0.25]
+
+    References:
+        O. Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
+        2021, https://arxiv.org/abs/2108.12409.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads must be at least 1; got num_heads={num_heads}.")
+    lower = 1 << (num_heads.bit_length() - 1)
+    exponents = np.concatenate([np.arange(1, lower + 1) / lower, np.arange(1, 2 * lower + 1, 2) / (2 * lower)])
+    return jnp.asarray(2.0 ** (-8.0 * exponents[:num_heads]), jnp.float32)
+
+
+def alibi_mod(num_heads: int) -> ScoreMod:
+    """`scores - slope[h] * |q - kv|`: every head prefers near keys, each to its own degree.
+
+    The paper is about causal attention, where this is `scores + slope[h] * (kv - q)`; keys after the query are biased
+    alike. Combine with `causal_mod()` or `mask=` as needed. The slopes, `alibi_slopes(num_heads)`, are a leaf of the
+    mod and get gradients.
+
+    Raises:
+        ValueError: num_heads is below 1; on use, a query with another number of heads.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import alibi_mod
+        >>> float(alibi_mod(2)(jnp.float32(1.0), 0, 0, 5, 3))
+        0.875
+
+    References:
+        O. Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
+        2021, https://arxiv.org/abs/2108.12409.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_mod: num_heads must be at least 1; got num_heads={num_heads}.")
+    return Alibi(alibi_slopes(num_heads))
+
+
+def additive_bias_mod(bias: Float[ArrayLike, ...]) -> ScoreMod:
+    """`scores + bias[b, h, q, kv]`, read tile by tile; axes of size 1 hold for all.
+
+    Args:
+        bias: up to 4 axes that broadcast to (batch, num_heads, seq_q, seq_kv); it gets gradients. -inf forbids a pair,
+            but saves no work: give a mask where you can.
+
+    Raises:
+        ValueError: a bias that is not floating or has more axes; on use, one that does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import standard_attention
+        >>> from attnax.kernels.score_mods import additive_bias_mod
+        >>> x = jnp.ones((2, 3, 5, 7))
+        >>> standard_attention(x, x, x, score_mod=additive_bias_mod(jnp.ones((3, 1, 5)))).shape
+        (2, 3, 5, 7)
+    """
+    bias = jnp.asarray(bias)
+    if bias.ndim > 4 or not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            "additive_bias_mod: bias must be floating and broadcast to (batch, num_heads, seq_q, seq_kv); "
+            f"got bias.shape={bias.shape}, dtype={bias.dtype}. Pass a boolean array as a mask."
+        )
+    return AdditiveBias(bias.reshape((1,) * (4 - bias.ndim) + bias.shape))
+
+
+def soft_cap_mod(cap: float | int | Float[ArrayLike, ""]) -> ScoreMod:
+    """`cap * tanh(scores / cap)`: scores stay between -cap and cap.
+
+    Args:
+        cap: above 0; an array gets gradients.
+
+    Raises:
+        ValueError: a cap that is no number above 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import soft_cap_mod
+        >>> float(soft_cap_mod(50.0)(jnp.float32(1e4), 0, 0, 0, 0))
+        50.0
+
+    References:
+        Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size", 2024,
+        https://arxiv.org/abs/2408.00118.
+    """
+    if jnp.ndim(cap) != 0 or (is_concrete(cap) and not 0.0 < cap < math.inf):
+        raise ValueError(f"soft_cap_mod: cap must be one number above 0; got cap={cap!r}.")
+    return SoftCap(cap if isinstance(cap, int | float) else jnp.asarray(cap))
+
+
+def relative_bucket(
+    distance: Int[ArrayLike, ...] | int,
+    *,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = True,
+) -> Int[Array, ...]:
+    """T5's bucket of `distance = kv - q`: half of the buckets hold one distance each, half grow geometrically.
+
+    For n = |distance| and B buckets: n below B/2, else `B/2 + floor(log(n / (B/2)) / log(max_distance / (B/2)) * B/2)`,
+    at most B - 1. The bounds are computed in whole numbers and do not depend on a device's logarithm.
+
+    Args:
+        distance: of the key from the query, positive for keys after it.
+        num_buckets: of both directions together.
+        max_distance: from here on all distances share the last bucket.
+        bidirectional: keys after the query have the second half of the buckets to themselves; otherwise they all share
+            bucket 0 with the query itself.
+
+    Raises:
+        ValueError: too few buckets (4, or 2 in one direction), or a max_distance that the exact half already covers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import relative_bucket
+        >>> relative_bucket(jnp.array([-200, -9, -3, 0, 3, 9, 200])).tolist()
+        [15, 8, 3, 0, 19, 24, 31]
+
+    References:
+        C. Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2019,
+        https://arxiv.org/abs/1910.10683.
+    """
+    _check_buckets("relative_bucket", num_buckets, max_distance, bidirectional)
+    buckets, firsts = (jnp.asarray(x, jnp.int32) for x in _buckets(num_buckets, max_distance, bidirectional))
+    return buckets[jnp.searchsorted(firsts, jnp.asarray(distance, jnp.int32), side="right", method="compare_all")]
+
+
+def relative_bias_mod(
+    table: Float[ArrayLike, "buckets N"], *, max_distance: int = 128, bidirectional: bool = True
+) -> ScoreMod:
+    """`scores + table[relative_bucket(kv - q), h]`: T5's learned bias by relative position.
+
+    Args:
+        table: (num_buckets, num_heads); it gets gradients.
+        max_distance: as in `relative_bucket`.
+        bidirectional: as in `relative_bucket`; T5 has True in its encoder and False in its decoder.
+
+    Raises:
+        ValueError: a table of another shape or dtype, or what `relative_bucket` refuses; on use, a query with another
+            number of heads.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import relative_bias_mod
+        >>> table = jnp.arange(32.0)[:, None] * jnp.array([1.0, 100.0])  # 32 buckets, 2 heads
+        >>> mod = relative_bias_mod(table)
+        >>> float(mod(jnp.float32(0.5), 0, 0, 7, 4)), float(mod(jnp.float32(0.5), 0, 1, 4, 7))
+        (3.5, 1900.5)
+
+    References:
+        C. Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2019,
+        https://arxiv.org/abs/1910.10683.
+    """
+    table = _table("relative_bias_mod", "(num_buckets, num_heads)", table)
+    _check_buckets("relative_bias_mod", table.shape[0], max_distance, bidirectional)
+    return BucketedBias(table, max_distance, bidirectional)
+
+
+def relative_table_mod(table: Float[ArrayLike, "N distances"]) -> ScoreMod:
+    """`scores + table[h, clip(q - kv, -clip, clip) + clip]`: a learned bias for each head and distance.
+
+    Args:
+        table: (num_heads, 2 * clip + 1), from `clip` or more keys after the query to `clip` or more before it; it gets
+            gradients.
+
+    Raises:
+        ValueError: a table of another shape or dtype; on use, a query with another number of heads.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import relative_table_mod
+        >>> mod = relative_table_mod(jnp.array([[-1.0, 0.0, 1.0]]))
+        >>> [float(mod(jnp.float32(0.0), 0, 0, 2, kv)) for kv in range(5)]
+        [1.0, 1.0, 0.0, -1.0, -1.0]
+    """
+    table = _table("relative_table_mod", "(num_heads, 2 * clip + 1)", table)
+    if table.shape[1] % 2 == 0:
+        raise ValueError(
+            "relative_table_mod: table must have an odd number of distances, (num_heads, 2 * clip + 1); "
+            f"got table.shape={table.shape}."
+        )
+    return ClippedBias(table)
+
+
+def causal_mod() -> ScoreMod:
+    """-inf where `kv > q`: `attnax.masks.causal()` as a score mod.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import causal_mod
+        >>> [float(causal_mod()(jnp.float32(3.0), 0, 0, 1, kv)) for kv in range(3)]
+        [3.0, 3.0, -inf]
+    """
+    return MaskedScoreMod(None, masks.causal())
+
+
+def sliding_window_mod(window_size: int | Int[ArrayLike, ""], *, causal: bool = True) -> ScoreMod:
+    """-inf outside of `0 <= q - kv < window_size`: `attnax.masks.sliding_window` as a score mod.
+
+    Args:
+        window_size: in tokens, itself included; at least 1.
+        causal: nothing after the query; otherwise the window is `|q - kv| < window_size`.
+
+    Raises:
+        ValueError: a window that is below 1 or no whole number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import sliding_window_mod
+        >>> [float(sliding_window_mod(2)(jnp.float32(3.0), 0, 0, 2, kv)) for kv in range(4)]
+        [-inf, 3.0, 3.0, -inf]
+    """
+    return MaskedScoreMod(None, masks.sliding_window(window_size, causal=causal))
+
+
+def prefix_lm_mod(prefix_lengths: Int[ArrayLike, B]) -> ScoreMod:
+    """-inf where `kv > q` and `kv >= prefix_lengths[b]`: `attnax.masks.prefix` as a score mod.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import prefix_lm_mod
+        >>> [float(prefix_lm_mod(jnp.array([2]))(jnp.float32(3.0), 0, 0, 0, kv)) for kv in range(3)]
+        [3.0, 3.0, -inf]
+    """
+    return MaskedScoreMod(None, masks.prefix(prefix_lengths))
+
+
+def document_mask_mod(document_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"]) -> ScoreMod:
+    """-inf where `document_ids[b, q] != document_ids[b, kv]`: `attnax.masks.documents` as a score mod.
+
+    Args:
+        document_ids: (length,) or (batch, length), in any order.
+
+    Raises:
+        ValueError: ids that are no integers of these shapes; on use, ids of another length than queries and keys.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import document_mask_mod
+        >>> mod = document_mask_mod(jnp.array([0, 0, 1]))
+        >>> [float(mod(jnp.float32(3.0), 0, 0, 1, kv)) for kv in range(3)]
+        [3.0, 3.0, -inf]
+    """
+    return MaskedScoreMod(None, masks.documents(document_ids))
+
+
+def mask_mod_to_score_mod(mask_mod: Mask | MaskMod | Bool[ArrayLike, ...]) -> ScoreMod:
+    """-inf where `mask_mod(b, h, q, kv)` is False, for any mask: an object, a function or a boolean array.
+
+    Raises:
+        ValueError: an array that is not boolean, or anything that cannot be called.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.kernels.score_mods import mask_mod_to_score_mod
+        >>> mod = mask_mod_to_score_mod(lambda b, h, q, kv: abs(q - kv) < 2)
+        >>> [float(mod(jnp.float32(3.0), 0, 0, 1, kv)) for kv in range(4)]
+        [3.0, 3.0, 3.0, -inf]
+    """
+    return MaskedScoreMod(None, as_mask(mask_mod))
+
+
+def mask_mod_to_boolean_mask(
+    mask_mod: Mask | MaskMod | Bool[ArrayLike, ...], *, batch: int, num_heads: int, seq_q: int, seq_kv: int
+) -> Bool[Array, "{batch} {num_heads} {seq_q} {seq_kv}"]:
+    """`mask_mod(b, h, q, kv)` of every pair, as an array (batch, num_heads, seq_q, seq_kv).
+
+    Raises:
+        ValueError: what `mask_mod_to_score_mod` refuses, or arrays that do not fit these sizes.
+
+    Example:
+        >>> from attnax.kernels.score_mods import mask_mod_to_boolean_mask
+        >>> mask = mask_mod_to_boolean_mask(lambda b, h, q, kv: kv <= q, batch=1, num_heads=1, seq_q=2, seq_kv=3)
+        >>> mask[0, 0].tolist()
+        [[True, False, False], [True, True, False]]
+    """
+    full = batch, num_heads, seq_q, seq_kv
+    mask = as_mask(mask_mod)
+    mask.check("mask_mod_to_boolean_mask", full)
+    return jnp.broadcast_to(mask(*index_grid(*full)), full)
+
+
+def _buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> tuple[list[int], list[int]]:
+    """The buckets by rising distance kv - q, and the first distance of each but the lowest.
+
+    Of two buckets with the same first distance the later holds.
+    """
+    count = num_buckets // 2 if bidirectional else num_buckets
+    exact = count // 2
+    grown = count - exact
+
+    # Bucket exact + j begins at the least n with log(n / exact) / log(max_distance / exact) * grown >= j, that is with
+    # (n / exact) ** grown >= (max_distance / exact) ** j: whole numbers on both sides.
+    def begin(j: int) -> int:
+        bound = max_distance**j * exact**grown
+        return bisect.bisect_left(range(max_distance), True, key=lambda n: n**grown * exact**j >= bound)
+
+    begins = [*range(exact + 1), *(begin(j) for j in range(1, grown))]
+    buckets, firsts = list(reversed(range(count))), [1 - first for first in reversed(begins[1:])]
+    if bidirectional:
+        return buckets + list(range(count + 1, 2 * count)), firsts + begins[1:]
+    return buckets, firsts
+
+
+def _check_buckets(caller: str, num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+    least = 4 if bidirectional else 2
+    if num_buckets < least:
+        raise ValueError(
+            f"{caller}: num_buckets must be at least {least} with bidirectional={bidirectional}; "
+            f"got num_buckets={num_buckets}."
+        )
+    exact = num_buckets // least
+    if max_distance <= exact:
+        raise ValueError(
+            f"{caller}: max_distance must be above the {exact} distances that have a bucket of their own; "
+            f"got max_distance={max_distance}, num_buckets={num_buckets}, bidirectional={bidirectional}."
+        )
+
+
+def _table(caller: str, shape: str, table: Any) -> Array:
+    table = jnp.asarray(table)
+    if table.ndim != 2 or not jnp.issubdtype(table.dtype, jnp.floating):
+        raise ValueError(
+            f"{caller}: table must be floating, of shape {shape}; got table.shape={table.shape}, dtype={table.dtype}."
+        )
+    return table
+
+
+def _check_heads(caller: str, maker: str, name: str, array: Array, axis: int, full: Full) -> None:
+    if array.shape[axis] != full[1]:
+        raise ValueError(
+            f"{caller}: {maker} must be made for the query's {full[1]} heads; got {name}.shape={array.shape}."
+        )

@@ -11,8 +11,8 @@ from flax import nnx
 
 from attnax.cache import KVLayerCache, update_kv_layer_cache
 from attnax.config import BlockConfig, resolve_config
+from attnax.kernels.flash import flash_attention
 from attnax.kernels.score_mods import compose_score_mods
-from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, as_mask, at_positions, mask_argument
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
@@ -62,7 +62,7 @@ class MultiHeadAttention(nnx.Module):
         in_features: int | None = None,
         qkv_features: int | None = None,
         out_features: int | None = None,
-        attention_fn: AttentionFn = standard_attention,
+        attention_fn: AttentionFn = flash_attention,
         score_mod: ScoreMod | None = None,
         **fields: Any,
     ):

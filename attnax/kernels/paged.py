@@ -1,0 +1,518 @@
+"""paged_attention: attention to the tokens of a `PagedKVCache`, read where they lie.
+
+The pages of a row are gathered a chunk at a time, never the row as a whole and never the pool. The number of chunks is
+a value, not a shape: a step's work follows the tokens in use, in the same compiled program. What a chunk adds to the
+result is in `_tile.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnax.kernels import _tile
+from attnax.kernels._blockwise import scale_query
+from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.masks import Mask, resolve_masks, takes_mask_objects
+from attnax.paged_cache import PagedKVCache
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    Int,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    check_attention,
+    is_concrete,
+)
+
+__all__ = ["paged_attention"]
+
+_CHUNK = 256  # keys that are read at once, in whole pages
+
+
+@overload
+def paged_attention(
+    query: ArrayLike,
+    cache: PagedKVCache,
+    sequence_idx: int | ArrayLike | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    cache: PagedKVCache,
+    sequence_idx: int | ArrayLike | None = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    /,
+    *,
+    cache: PagedKVCache,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    /,
+    *,
+    cache: PagedKVCache,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@takes_mask_objects
+def paged_attention(
+    query: Float[ArrayLike, "*batch N T H"],
+    *arguments: Any,
+    cache: PagedKVCache | None = None,
+    sequence_idx: int | Int[ArrayLike, ""] | None = None,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "*batch N T Hv"] | tuple[Float[Array, "*batch N T Hv"], Float[Array, "*batch N T"]]:
+    """softmax(scale * query @ keys^T) @ values, over the tokens that each row of a paged cache holds.
+
+    It is called in three forms:
+
+    - `paged_attention(query, cache, sequence_idx)`: query (num_heads, T, head_dim) of one row of the cache;
+    - `paged_attention(query, cache)`: query (batch, num_heads, T, head_dim), all rows, each with its own length;
+    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, for `MultiHeadAttention` and the
+      like: called with query, key and value of T new tokens, which follow those in the cache. Queries attend both. The
+      new tokens are **not** written to the cache; that is `append_rows`.
+
+    Masks and score mods see true positions: that of a key is its index within its row's own text. In the first two
+    forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
+    `seq_lengths[b] - T + i`. In the third they are at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill in
+    any chunks; without a mask every token is attended. Where T exceeds a row's length, the first queries are no tokens:
+    a mask lets them attend nothing.
+
+    Only chunks of about 256 tokens that are in use, and that the mask allows some query to attend, are read. Shapes do
+    not depend on lengths or tables, so one compiled program serves them all. Memory beside the arguments is
+    that of one chunk and its scores, (batch, num_heads, T, 256).
+
+    Args:
+        query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
+        *arguments: cache and sequence_idx, or key (batch, num_kv_heads, T, head_dim) and value
+            (batch, num_kv_heads, T, value_dim) in the dtype of query.
+        cache: its pools may have another floating dtype. A row whose `overflowed` is set gives NaN.
+        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. Where it is
+            traced and there is no such row, the result is NaN.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that knows every position,
+            so that it broadcasts to (batch, num_heads, max_len, max_len), in the third form with max_len + T. An array
+            over the T new tokens alone is refused: pass a Mask or a function. A query with nothing to attend gives 0.
+        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
+        dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
+        dropout_rate: probability of dropping each attention weight; which ones depends on b, h and positions.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+
+    Returns:
+        The shape of query with value_dim last, in its dtype, and with `return_lse` the log-sum-exp without that axis,
+        -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in float32 (float64 for float64). A
+        NaN or infinity in a token makes the queries that may attend it NaN; whatever lies in slots that a row does
+        not hold, or in blocks of other rows, has no effect.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together, a row that does not exist. Reverse-mode
+            derivatives raise too, JAX's own error for a loop of unknown length: train with
+            `attnax.memory_efficient_attention`, if need be on the result of `gather_rows`. Forward mode works.
+
+    Example:
+        >>> import functools
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks
+        >>> from attnax.kernels.paged import paged_attention
+        >>> from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
+        >>> cache = init_paged_kv_cache(
+        ...     num_blocks=7, block_size=4, num_kv_heads=2, head_dim=3, batch_size=2, max_blocks_per_seq=3
+        ... )
+        >>> x = jnp.ones((2, 2, 6, 3))
+        >>> cache = append_rows(allocate_rows(cache, jnp.array([6, 2])), x, x, jnp.array([6, 2]))
+        >>> paged_attention(jnp.ones((4, 1, 3)), cache, sequence_idx=1).shape
+        (4, 1, 3)
+        >>> paged_attention(jnp.ones((2, 4, 1, 3)), cache, mask=masks.causal()).shape
+        (2, 4, 1, 3)
+        >>> attention_fn = functools.partial(paged_attention, cache=cache)
+        >>> attention_fn(jnp.ones((2, 4, 5, 3)), x[:, :, :5], x[:, :, :5], mask=masks.causal()).shape
+        (2, 4, 5, 3)
+
+    References:
+        W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023,
+        https://arxiv.org/abs/2309.06180.
+    """
+    cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
+    query = jnp.asarray(query)
+    _check_query(query, cache, sequence_idx)
+    num_rows = cache.seq_lengths.shape[0]
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    if sequence_idx is not None:
+        query, rows = query[None], jnp.asarray(sequence_idx, jnp.int32)[None]
+        cache = _only(rows, cache)
+    key, value = _new_tokens(query, cache, new)
+    check_attention(
+        "paged_attention",
+        query,
+        key,
+        value,
+        # The shape of an array must fit the positions, see below.
+        mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    positions = cache.max_len + key.shape[2]
+    caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
+    mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
+    rate = 0.0 if deterministic else dropout_rate
+    words = dropout_words(dropout_rng) if rate > 0.0 and dropout_rng is not None else None
+    starts = cache.seq_lengths - (query.shape[2] if new is None else 0)
+    out_dtype = query.dtype
+    query = scale_query(query, scale, score_mod)
+    num_new_chunks = jnp.int32(_num_chunks(key.shape[2], _CHUNK))
+    order, num_chunks = _chunks_to_read(mask, cache, rows, starts, query.shape)
+    tokens = Tokens(query, cache, key, value, rows, starts, order, num_chunks, num_new_chunks, words)
+    out, lse = _attend(*_bind(tokens, mask, score_mod), dropout_rate=rate)
+    if sequence_idx is not None:
+        out, lse = out[0], lse[0]
+    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+
+
+class Tokens(NamedTuple):
+    """The arrays of a call; B are the rows that are served."""
+
+    query: Array  # (B, N, T, H), scaled
+    cache: PagedKVCache
+    key: Array  # (B, K, S, H) of new tokens, S = 0 if all are in the cache
+    value: Array  # (B, K, S, V)
+    rows: Array  # (B,), the b that masks and score mods see
+    starts: Array  # (B,), the position of the first query
+    order: Array  # (C,), the chunks of the cache, those to be read first
+    num_chunks: Array  # how many of them to read
+    # An array too: loops of known length could be differentiated in reverse, but not with the care that NaN needs.
+    num_new_chunks: Array
+    dropout: Array | None  # two words
+
+
+class Functions(NamedTuple):
+    """The mask and the score mod, traced at the shape of a chunk."""
+
+    mask: Lifted | None  # (b, h, q, kv) -> keep
+    score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
+
+
+class Chunk(NamedTuple):
+    """Some consecutive tokens of every row."""
+
+    position: Array  # (B, 1, 1, S); where there is no token, that of the last one
+    exists: Array  # (B, 1, 1, S)
+    read: Callable[[], tuple[Array, Array]]  # () -> (B, K, S, H), (B, K, S, V)
+
+
+@partial(jax.jit, static_argnames="dropout_rate")  # so that a call outside of jit compiles once
+def _attend(tokens: Tokens, of_cache: Functions, of_new: Functions, *, dropout_rate: float) -> tuple[Array, Array]:
+    """(out, log-sum-exp): the pages in use chunk by chunk, then the new tokens."""
+    batch, heads, seq_q, _ = tokens.query.shape
+    kv_heads, value_dim = tokens.cache.value_pool.shape[2:]
+    axes = varying_axes(tokens.query)
+    state = _tile.initial_state((batch * kv_heads, heads // kv_heads * seq_q), value_dim, tokens.query.dtype)
+    state = jax.tree.map(lambda x: vary(x, axes), state)
+
+    def pages(n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        return _visit(state, _pages(tokens.cache, tokens.order[n]), of_cache, tokens, dropout_rate)
+
+    def new_tokens(n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        return _visit(state, _new_chunk(tokens, n), of_new, tokens, dropout_rate)
+
+    state = lax.fori_loop(0, tokens.num_chunks, pages, state)
+    if tokens.key.shape[2]:
+        state = lax.fori_loop(0, tokens.num_new_chunks, new_tokens, state)
+    out, lse = _tile.finish(state)
+    lost = tokens.cache.overflowed[:, None, None]  # a dropped write must not pass unseen
+    out = jnp.where(lost[..., None], jnp.nan, out.reshape(batch, heads, seq_q, value_dim))
+    return out, jnp.where(lost, jnp.nan, lse.reshape(batch, heads, seq_q) / _tile.LOG2E)
+
+
+def _visit(
+    state: _tile.SoftmaxState, chunk: Chunk, functions: Functions, tokens: Tokens, dropout_rate: float
+) -> _tile.SoftmaxState:
+    """The state after one more chunk; it is not read where the mask forbids all of it."""
+    batch, heads, seq_q, _ = tokens.query.shape
+    indices = _indices(tokens, chunk)
+    keep = chunk.exists if functions.mask is None else chunk.exists & functions.mask(*indices)
+
+    def modify(scores: Array) -> Array:
+        assert functions.score_mod is not None
+        return functions.score_mod(scores, *indices)
+
+    def drop(weights: Array) -> Array:
+        assert tokens.dropout is not None
+        kept = keep_weights(tokens.dropout, dropout_rate, *indices)
+        return jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
+
+    def update(state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        key, value, bias = _clean(*chunk.read(), tokens.query.dtype)
+        _, kv_heads, size, _ = key.shape
+        # Heads that share keys become rows of one product.
+        query, key, value = (x.reshape(batch * kv_heads, -1, x.shape[-1]) for x in (tokens.query, key, value))
+        bias = jnp.broadcast_to(bias[:, :, None], (batch, kv_heads, heads // kv_heads, size))
+        scores = _tile.mask_scores(
+            _tile.product(query, key, 1, 1).reshape(batch, heads, seq_q, size),
+            keep,
+            bias.reshape(batch, heads, 1, size),
+            None if functions.score_mod is None else modify,
+        )
+        scores = scores.reshape(batch * kv_heads, -1, size)
+        return _tile.update(state, scores, value, dropout=None if tokens.dropout is None else drop)
+
+    return update(state) if functions.mask is None else lax.cond(keep.any(), update, lambda state: state, state)
+
+
+def _indices(tokens: Tokens, chunk: Chunk) -> tuple[Array, Array, Array, Array]:
+    """(b, h, q, kv) of the chunk as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S)."""
+    _, heads, seq_q, _ = tokens.query.shape
+    axes = varying_axes(tokens.query)
+    h, i = (vary(jnp.arange(size, dtype=jnp.int32), axes) for size in (heads, seq_q))
+    q = tokens.starts[:, None, None, None] + i[None, None, :, None]
+    return tokens.rows[:, None, None, None], h[None, :, None, None], q, chunk.position
+
+
+def _clean(key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
+    """Keys and values with 0 for one that is not finite, and (B, K, S) NaN to spoil the scores of who attends it."""
+    key, value = key.astype(dtype), value.astype(dtype)
+    fine = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    key, value = (jnp.where(fine[..., None], x, 0) for x in (key, value))
+    return key, value, jnp.where(fine, 0, jnp.nan).astype(dtype)
+
+
+def _pages(cache: PagedKVCache, chunk: Array) -> Chunk:
+    """The chunk of each row's tokens that begins at page `chunk * pages a chunk`."""
+    count, block_size = _pages_in_chunk(cache), cache.block_size
+    table = jnp.pad(cache.block_table, ((0, 0), (0, -cache.block_table.shape[1] % count)), constant_values=-1)
+    blocks = lax.dynamic_slice_in_dim(table, chunk * count, count, axis=1)
+    position = chunk.astype(jnp.int32) * (count * block_size) + jnp.arange(count * block_size, dtype=jnp.int32)
+    exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
+
+    def read(pool: Array) -> Array:
+        # -1 would read the last block: that is masked, but any block will do.
+        slots = pool[jnp.maximum(blocks, 0)].reshape(blocks.shape[0], count * block_size, *pool.shape[2:])
+        return slots.swapaxes(1, 2)
+
+    return _chunk(position[None], exists, cache.seq_lengths, lambda: (read(cache.key_pool), read(cache.value_pool)))
+
+
+def _new_chunk(tokens: Tokens, chunk: Array) -> Chunk:
+    """Some of the new tokens, which follow those in the cache."""
+    length = tokens.key.shape[2]
+    size = min(length, _CHUNK)
+    lengths = tokens.cache.seq_lengths
+    # Past the end a slice would start earlier: what it then reads is counted by its true index.
+    start = chunk.astype(jnp.int32) * size
+    first = jnp.minimum(start, length - size)
+    index = first + jnp.arange(size, dtype=jnp.int32)
+    exists = jnp.broadcast_to(index[None] >= start, (lengths.shape[0], size))
+
+    def read() -> tuple[Array, Array]:
+        key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (tokens.key, tokens.value))
+        return key, value
+
+    return _chunk(lengths[:, None] + index[None], exists, lengths + length, read)
+
+
+def _chunk(position: Array, exists: Array, lengths: Array, read: Callable[[], tuple[Array, Array]]) -> Chunk:
+    # Masks and score mods see the last token again where there is none: no array is read out of bounds.
+    position = jnp.minimum(position, jnp.maximum(lengths - 1, 0)[:, None])
+    return Chunk(position[:, None, None], exists[:, None, None], read)
+
+
+def _chunks_to_read(
+    mask: Mask | None, cache: PagedKVCache, rows: Array, starts: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Chunks of the cache, those that some row may attend first, and their number."""
+    _, heads, seq_q, _ = shape
+    count = _pages_in_chunk(cache)
+    size = count * cache.block_size
+    first = jnp.arange(_num_chunks(cache.block_table.shape[1], count), dtype=jnp.int32)[None, None] * size
+    needed = first < cache.seq_lengths[:, None, None]
+    if mask is not None:
+        q = starts[:, None, None]
+        h = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+        some, _ = mask.tile(rows[:, None, None], h, (q, q + seq_q - 1), (first, first + size - 1))
+        needed = needed & some
+    needed = needed.any((0, 1))
+    return jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32)
+
+
+def _pages_in_chunk(cache: PagedKVCache) -> int:
+    return min(cache.block_table.shape[1], max(1, _CHUNK // cache.block_size))
+
+
+def _num_chunks(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _bind(tokens: Tokens, mask: Mask | None, score_mod: ScoreMod | None) -> tuple[Tokens, Functions, Functions]:
+    """The operands of `_attend`, all of which vary over the mesh axes over which any of them does."""
+    batch, heads, seq_q, _ = tokens.query.shape
+    count = _pages_in_chunk(tokens.cache) * tokens.cache.block_size
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(tokens)))
+    known = None
+    while axes != known:  # what the functions capture may vary over more axes than the arguments do
+        known = axes
+        of_cache, of_new = (
+            _trace(mask, score_mod, (batch, heads, seq_q, size), tokens.query.dtype, axes)
+            for size in (count, min(tokens.key.shape[2], _CHUNK))
+        )
+        axes = axes.union(*map(varying_axes, jax.tree.leaves((of_cache, of_new))))
+    operands = tokens, of_cache, of_new
+    return jax.tree.map(lambda x: vary(x, axes), operands)
+
+
+def _trace(
+    mask: Mask | None, score_mod: ScoreMod | None, full: tuple[int, int, int, int], dtype: Any, axes: frozenset[str]
+) -> Functions:
+    """The user's functions at the shape of a chunk, with the arrays that they capture as operands."""
+    batch, heads, seq_q, size = full
+
+    def example(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
+
+    def keep(b: Array, h: Array, q: Array, kv: Array) -> Array:
+        assert mask is not None
+        allowed = mask(b, h, q, kv)
+        # Position -1 is not the last one of a mask's arrays.
+        return allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape) & (q >= 0)
+
+    def modify(scores: Array, *indices: Array) -> Array:
+        assert score_mod is not None
+        result = jnp.asarray(score_mod(scores, *indices))
+        if result.shape != scores.shape:
+            raise ValueError(
+                f"paged_attention: score_mod must return scores of the shape that it is given; got {result.shape} "
+                f"for {scores.shape}. Let indices and arrays broadcast against the scores."
+            )
+        return result.astype(scores.dtype)
+
+    indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
+    return Functions(
+        None if mask is None else lift(keep, *indices),
+        None if score_mod is None else lift(modify, example(*full, dtype=dtype), *indices),
+    )
+
+
+def _call_form(
+    arguments: tuple[Any, ...], cache: PagedKVCache | None, sequence_idx: Any
+) -> tuple[PagedKVCache, Any, tuple[Any, Any] | None]:
+    """(cache, sequence_idx, key and value of new tokens) in whichever of the three forms the call is."""
+    match arguments, cache, sequence_idx:
+        case (PagedKVCache() as cache,), None, _:
+            return cache, sequence_idx, None
+        case (PagedKVCache() as cache, index), None, None:
+            return cache, index, None
+        case (), PagedKVCache(), _:
+            return cache, sequence_idx, None
+        case (key, value), PagedKVCache(), None:
+            return cache, None, (key, value)
+    got = ", ".join(type(x).__name__ for x in arguments)
+    raise ValueError(
+        "paged_attention: it is called with (query, cache), (query, cache, sequence_idx) or (query, key, value, "
+        f"cache=cache), the cache being a PagedKVCache; got ({got}) behind query, cache={type(cache).__name__}, "
+        f"sequence_idx={sequence_idx}."
+    )
+
+
+def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
+    """Raises ValueError unless query and index fit the cache."""
+    num_rows, (*_, kv_heads, head_dim) = cache.seq_lengths.shape[0], cache.key_pool.shape
+    axes = "(num_heads, seq_q, head_dim) of one row of the cache"
+    if sequence_idx is None:
+        axes = "(batch, num_heads, seq_q, head_dim) of all rows of the cache"
+    else:
+        is_integer = jnp.ndim(sequence_idx) == 0 and jnp.issubdtype(jnp.result_type(sequence_idx), jnp.integer)
+        if not is_integer or (is_concrete(sequence_idx) and not 0 <= int(sequence_idx) < num_rows):
+            raise ValueError(
+                f"paged_attention: sequence_idx must be an integer between 0 and {num_rows - 1}; "
+                f"got sequence_idx={sequence_idx}."
+            )
+    shapes = f"query.shape={query.shape}, key_pool.shape={cache.key_pool.shape}"
+    if query.ndim != (4 if sequence_idx is None else 3):
+        raise ValueError(
+            f"paged_attention: query must be {axes}; got query.shape={query.shape}. "
+            "Give a sequence_idx for one row, none for all rows."
+        )
+    if sequence_idx is None and query.shape[0] != num_rows:
+        raise ValueError(
+            f"paged_attention: query must have the {num_rows} rows of the cache; got query.shape={query.shape}. "
+            "Give a sequence_idx to attend to one of them."
+        )
+    if query.shape[-1] != head_dim:
+        raise ValueError(f"paged_attention: query must have the head_dim of the cache; got {shapes}.")
+    if query.shape[-3] == 0 or query.shape[-3] % kv_heads:
+        raise ValueError(
+            "paged_attention: the number of query heads must be a multiple of the number of key heads in the cache; "
+            f"got {query.shape[-3]} and {kv_heads}."
+        )
+    dtypes = query.dtype, cache.key_pool.dtype, cache.value_pool.dtype
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        raise ValueError(
+            "paged_attention: query and the pools of the cache must be floating; got {}, {} and {}.".format(*dtypes)
+        )
+
+
+def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
+    """The cache with these rows alone; one that does not exist counts as overflowed."""
+    missing = (rows < 0) | (rows >= cache.seq_lengths.shape[0])
+    return dataclasses.replace(
+        cache,
+        block_table=cache.block_table[rows],
+        seq_lengths=cache.seq_lengths[rows],
+        overflowed=cache.overflowed[rows] | missing,
+    )
+
+
+def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
+    """Key and value of the new tokens, of length 0 if there are none.
+
+    Raises:
+        ValueError: they do not fit query and cache.
+    """
+    pools = cache.key_pool, cache.value_pool
+    batch, _, seq_q, _ = query.shape
+    if new is None:
+        key, value = (jnp.zeros((batch, pool.shape[2], 0, pool.shape[3]), query.dtype) for pool in pools)
+        return key, value
+    key, value = (jnp.asarray(x) for x in new)
+    want = [(batch, pool.shape[2], seq_q, pool.shape[3]) for pool in pools]
+    if [key.shape, value.shape] != want:
+        raise ValueError(
+            "paged_attention: key and value must hold the tokens of query, in the heads and sizes of the cache, "
+            f"{want[0]} and {want[1]}; got key.shape={key.shape}, value.shape={value.shape}."
+        )
+    return key, value

@@ -1,0 +1,268 @@
+"""Attention over a sequence that is cut across devices: keys and values travel round a ring, queries stay.
+
+Each device computes the tiles of its queries with the keys that are there, sends them on, and merges the softmax states.
+The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever holds
+more than its share, forward or backward; a hop whose keys the mask forbids costs only the journey.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnax.kernels import _tile
+from attnax.kernels._blockwise import (
+    Operands,
+    Plan,
+    backward,
+    bind,
+    check_block_size,
+    choose_tiles,
+    forward,
+    prepare_rows,
+    scale_query,
+)
+from attnax.kernels._dropout import dropout_words
+from attnax.kernels._lift import vary, varying_axes
+from attnax.kernels.standard import standard_attention
+from attnax.masks import Mask, resolve_masks, takes_mask_objects
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
+
+__all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
+
+
+@overload
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    axis_name: str | None = ...,
+    zigzag: bool = ...,
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    axis_name: str | None = ...,
+    zigzag: bool = ...,
+    block_size: int | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@takes_mask_objects
+def ring_attention(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    axis_name: str | None = None,
+    zigzag: bool = False,
+    block_size: int | None = None,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """The shard of softmax(scale * query @ key^T) @ value of this device, inside `jax.shard_map`; memory O((T + S) / P).
+
+    Args:
+        query: (batch, num_heads, seq_q / P, head_dim), this device's part of the queries.
+        key: (batch, num_kv_heads, seq_kv / P, head_dim).
+        value: (batch, num_kv_heads, seq_kv / P, value_dim).
+        mask: of the whole sequence, the same on every device: indices are global, arrays broadcast to
+            (batch, num_heads, seq_q, seq_kv).
+        score_mod: of the whole sequence, too.
+        dropout_rng: the same key on every device drops the weights that one device would drop.
+        dropout_rate: probability of dropping each attention weight.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+        axis_name: the mesh axis along which the sequence is cut.
+        zigzag: the sequence was put into `zigzag_order`, which gives each device the same work under a causal mask.
+        block_size: queries and keys of a tile, by default chosen by shape.
+
+    Returns:
+        (batch, num_heads, seq_q / P, value_dim), and with `return_lse` (batch, num_heads, seq_q / P).
+
+    Raises:
+        ValueError: `axis_name` is no mesh axis here, or shapes, dtypes or options do not fit together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from functools import partial
+        >>> from attnax import masks, ring_attention
+        >>> mesh, spec = jax.make_mesh((1,), ("seq",)), jax.P(None, None, "seq")
+        >>> attend = partial(ring_attention, axis_name="seq", mask=masks.causal())
+        >>> x = jax.device_put(jnp.ones((1, 4, 6, 8)), jax.NamedSharding(mesh, spec))
+        >>> jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))(x, x, x).shape
+        (1, 4, 6, 8)
+
+    References:
+        H. Liu et al., "Ring Attention with Blockwise Transformers", 2023, https://arxiv.org/abs/2310.01889.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    size = _axis_size(axis_name)
+    assert axis_name is not None
+    check_attention(
+        "ring_attention",
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    check_block_size("ring_attention", block_size)
+    batch, heads, seq_q, _ = query.shape
+    kv_heads, seq_kv, value_dim = value.shape[1:]
+    if zigzag and (seq_q % 2 or seq_kv % 2):
+        raise ValueError(
+            "ring_attention: zigzag gives each device two pieces, so its length must be even; "
+            f"got {seq_q} queries and {seq_kv} keys on a device."
+        )
+    mask, score_mod = resolve_masks("ring_attention", mask, score_mod, (batch, heads, seq_q * size, seq_kv * size))
+    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    if 0 in (batch, seq_q, seq_kv, value_dim):
+        out = jnp.zeros((batch, heads, seq_q, value_dim), out_dtype)
+        return (out, jnp.full(out.shape[:3], -jnp.inf, dtype)) if return_lse else out
+    pieces = 2 if zigzag else 1  # a tile of two pieces would have no useful bounds
+    tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
+    plan = Plan(*tiles, 0.0 if deterministic else dropout_rate)
+    words = dropout_words(dropout_rng) if plan.dropout_rate > 0.0 and dropout_rng is not None else None
+    arrays = scale_query(query, scale, score_mod), key.astype(dtype), value.astype(dtype)
+    ring = Ring(axis_name, size, zigzag)
+    index = ring.index(0, seq_q), ring.index(0, seq_kv)
+    arrays, operands = bind("ring_attention", plan, arrays, mask, score_mod, index, words)
+    out, lse = _ring(plan, ring, *arrays, operands.learned, operands)
+    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+
+
+def ring_attention_reference(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+) -> Float[Array, "B N T Hv"]:
+    """What `ring_attention` on all devices together computes, on one: `standard_attention`."""
+    return standard_attention(query, key, value, mask=mask, score_mod=score_mod)
+
+
+def zigzag_order(seq_len: int, num_devices: int) -> np.ndarray:
+    """The order of a sequence of which each device gets one piece from the front and one from the back.
+
+    `x[..., order, :]` is what to cut into equal shards for `ring_attention(zigzag=True)`; `numpy.argsort(order)` undoes
+    it. Under a causal mask the last queries attend most keys: this way all devices have the same work.
+
+    Raises:
+        ValueError: a length that is no multiple of 2 * num_devices.
+
+    Example:
+        >>> from attnax.kernels.ring import zigzag_order
+        >>> zigzag_order(8, 2).tolist()
+        [0, 1, 6, 7, 2, 3, 4, 5]
+    """
+    if num_devices < 1 or seq_len % (2 * num_devices):
+        raise ValueError(
+            "zigzag_order: the length must be a multiple of 2 * num_devices; "
+            f"got seq_len={seq_len}, num_devices={num_devices}. Pad the sequence."
+        )
+    pieces = np.arange(seq_len).reshape(2 * num_devices, -1)
+    return np.concatenate([pieces[[rank, -1 - rank]].ravel() for rank in range(num_devices)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The devices along a mesh axis; each sends to the next."""
+
+    axis_name: str
+    size: int
+    zigzag: bool
+
+    def index(self, hop: Any, length: int) -> Array:
+        """Global indices of the shard that is on this device after `hop` hops."""
+        rank = (lax.axis_index(self.axis_name) - hop) % self.size
+        if not self.zigzag:
+            return rank * length + jnp.arange(length, dtype=jnp.int32)
+        piece = jnp.arange(length // 2, dtype=jnp.int32)
+        return jnp.concatenate([rank * len(piece) + piece, (2 * self.size - 1 - rank) * len(piece) + piece])
+
+    def send(self, tree: Any) -> Any:
+        """Every array of this device to the next one, and the previous one's here."""
+        return lax.ppermute(tree, self.axis_name, [(rank, (rank + 1) % self.size) for rank in range(self.size)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring_of(
+    plan: Plan, ring: Ring, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+) -> tuple[Array, Array]:
+    return _ring_forward(plan, ring, query, key, value, learned, operands)[0]
+
+
+def _ring_forward(
+    plan: Plan, ring: Ring, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+) -> tuple[tuple[Array, Array], Any]:
+    def hop(count: Any, carry: Any) -> Any:
+        state, shard = carry
+        shard = ring.send(shard)
+        here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
+        return _tile.merge(state, forward(plan, query, *shard, here)), shard
+
+    start = forward(plan, query, key, value, operands), (key, value)
+    state, _ = lax.fori_loop(1, ring.size, hop, start)
+    out, lse = _tile.finish(state)
+    return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
+
+
+def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    query, key, value, operands, out, lse = residuals
+    rows = prepare_rows(query, out, lse, *cotangents)
+    gradients = operands.backward.score_mod.gradients() if operands.backward.score_mod is not None else ()
+
+    def hop(count: Any, carry: Any) -> Any:
+        d_query, gradients, travelling = carry
+        key, value, d_key, d_value = ring.send(travelling)
+        here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
+        *shares, gradients = backward(plan, rows, key, value, here, gradients)
+        return d_query + shares[0], gradients, (key, value, d_key + shares[1], d_value + shares[2])
+
+    d_query, d_key, d_value, gradients = backward(plan, rows, key, value, operands, gradients)
+    start = d_query, gradients, (key, value, d_key, d_value)
+    d_query, gradients, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, start)
+    return d_query, *ring.send(d_shard), gradients, None
+
+
+_ring_of.defvjp(_ring_forward, _ring_backward)
+_ring = jax.jit(_ring_of, static_argnums=(0, 1))
+
+
+def _like(x: Array, other: Array) -> Array:
+    return vary(x, varying_axes(other))
+
+
+def _axis_size(axis_name: Any) -> int:
+    try:
+        return lax.axis_size(axis_name)
+    except (NameError, TypeError):
+        raise ValueError(
+            "ring_attention: axis_name must name a mesh axis of the jax.shard_map that it is called in; "
+            f"got axis_name={axis_name!r}."
+        ) from None

@@ -1,0 +1,248 @@
+"""Ring attention: many devices compute what one does, each holding its share only."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from attnax import MultiHeadAttention, masks, ring_attention, ring_attention_reference, standard_attention, zigzag_order
+
+SEQ = PartitionSpec(None, None, "seq")
+
+
+def ring_mesh(num_devices, axis_type=AxisType.Auto):
+    return jax.make_mesh((num_devices,), ("seq",), axis_types=(axis_type,))
+
+
+def on_devices(run, mesh, *arrays, out_specs=SEQ, specs=None):
+    """`run` inside shard_map with its default checks, on arrays cut along the sequence (or as `specs` say)."""
+    specs = (SEQ,) * len(arrays) if specs is None else specs
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs))(*placed)
+
+
+def filled_up(x, even):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, even - x.shape[2]), (0, 0)))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("no query", "no key")])
+def test_two_devices_match_float64(case):
+    """Lengths of the cases are odd: they are filled up, and the mask forbids what was filled in."""
+    case = CASES[case]
+    query, key, value, cotangent = case.arrays()
+    even_q, even_kv = case.seq_q + case.seq_q % 2, case.seq_kv + case.seq_kv % 2
+    mask = None if case.mask() is None else masks.as_mask(case.mask())
+
+    def inside(b, h, q, kv):
+        real = kv < case.seq_kv
+        if mask is not None:
+            real = real & mask(b, h, jnp.minimum(q, case.seq_q - 1), jnp.minimum(kv, case.seq_kv - 1))
+        return real
+
+    def run(query, key, value, cotangent):
+        attend = partial(
+            ring_attention, axis_name="seq", mask=inside, score_mod=case.score_mod, return_lse=True, block_size=4
+        )
+        (out, lse), pull = jax.vjp(attend, query, key, value)
+        return out, lse[..., None], *pull((cotangent, jnp.zeros_like(lse)))
+
+    arrays = [filled_up(query, even_q), filled_up(key, even_kv), filled_up(value, even_kv), filled_up(cotangent, even_q)]
+    out, lse, *grads = on_devices(run, ring_mesh(2), *arrays, out_specs=(SEQ,) * 5)
+    mod = None
+    if case.score_mod is not None:
+        mod = lambda scores, b, h, q, kv: np.asarray(case.score_mod(scores, b, h, q, kv))
+    expected, expected_lse = oracle.attention(query, key, value, keep=case.dense(), score_mod=mod)
+    assert oracle.rms_error(out[:, :, : case.seq_q], expected) <= 1e-6
+    np.testing.assert_allclose(lse[:, :, : case.seq_q, 0], expected_lse, atol=3e-6, rtol=1e-6)
+    expected = oracle.gradients(query, key, value, cotangent, keep=case.dense(), score_mod=mod)
+    for have, want in zip(grads, expected, strict=True):
+        assert oracle.rms_error(have[:, :, : want.shape[2]], want) <= 2e-6
+        assert (have[:, :, want.shape[2] :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "axis_type", "zigzag"),
+    [
+        (2, AxisType.Auto, False),
+        (2, AxisType.Explicit, True),
+        (4, AxisType.Explicit, False),
+        (4, AxisType.Auto, True),
+        (8, AxisType.Auto, False),
+        (8, AxisType.Explicit, True),
+    ],
+)
+def test_any_number_of_devices_gives_values_and_gradients_of_one(num_devices, axis_type, zigzag):
+    """With a window, a score mod over a learned array, dropout, grouped heads and a cotangent of the log-sum-exp."""
+    batch, heads, kv_heads, seq_q, seq_kv = 2, 6, 2, 48, 80
+    shapes = (
+        (batch, heads, seq_q, 5),
+        (batch, kv_heads, seq_kv, 5),
+        (batch, kv_heads, seq_kv, 7),
+        (batch, heads, seq_q, 7),
+        (batch, heads, seq_q, 1),
+    )
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+    bias = jax.random.normal(keys[5], (heads, seq_kv))
+
+    def run(attention_fn, bias, query, key, value, d_out, d_lse):
+        def attend(query, key, value, bias):
+            return attention_fn(
+                query,
+                key,
+                value,
+                mask=masks.sliding_window(29),
+                score_mod=lambda scores, b, h, q, kv: scores + jnp.exp(bias[h, kv]),
+                dropout_rng=jax.random.key(1),
+                dropout_rate=0.2,
+                deterministic=False,
+                return_lse=True,
+            )
+
+        (out, lse), pull = jax.vjp(attend, query, key, value, bias)
+        return out, lse[..., None], *pull((d_out, d_lse[..., 0]))
+
+    expected = jax.jit(partial(run, standard_attention))(bias, *arrays)
+    orders = [zigzag_order(n, num_devices) if zigzag else np.arange(n) for n in (seq_q, seq_kv)]
+    which = (0, 1, 1, 0, 0)
+    results = on_devices(
+        partial(run, partial(ring_attention, axis_name="seq", zigzag=zigzag)),
+        ring_mesh(num_devices, axis_type),
+        bias,
+        *(x[:, :, orders[i]] for x, i in zip(arrays, which, strict=True)),
+        specs=(PartitionSpec(), *(SEQ,) * 5),
+        out_specs=(*(SEQ,) * 5, PartitionSpec()),
+    )
+    for have, want, i in zip(results, expected, (0, 0, 0, 1, 1, None), strict=True):
+        have = np.asarray(have) if i is None else np.asarray(have)[:, :, np.argsort(orders[i])]
+        assert oracle.rms_error(have, want) <= 3e-6
+
+
+def test_documents_and_arrays_are_global():
+    query, key, value = (jax.random.normal(jax.random.key(i), (2, 2, 16, 3)) for i in range(3))
+    ids = jnp.sort(jax.random.randint(jax.random.key(3), (2, 16), 0, 4), axis=1)
+    dense = jax.random.bernoulli(jax.random.key(4), 0.5, (1, 2, 16, 16))
+    mask = masks.causal() & masks.documents(ids) & dense
+    have = on_devices(partial(ring_attention, axis_name="seq", mask=mask), ring_mesh(4), query, key, value)
+    np.testing.assert_allclose(have, ring_attention_reference(query, key, value, mask=mask), atol=2e-6)
+
+
+def test_poison_stays_where_it_may_be_attended():
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, 2, 16, 3)) for i in range(3))
+    key = key.at[:, :, 9].set(jnp.nan)
+
+    def run(query, key, value):
+        out, pull = jax.vjp(partial(ring_attention, axis_name="seq", mask=masks.causal()), query, key, value)
+        return out, *pull(out)
+
+    out, *grads = on_devices(run, ring_mesh(4), query, key, value, out_specs=(SEQ,) * 4)
+    assert jnp.isfinite(out[:, :, :9]).all() and jnp.isnan(out[:, :, 9:]).all()
+    assert jnp.isfinite(grads[0][:, :, :9]).all()
+
+
+def test_memory_is_that_of_the_share():
+    mesh, arrays = ring_mesh(8), [jax.ShapeDtypeStruct((1, 1, 8192, 16), jnp.float32)] * 3
+
+    def loss(query, key, value):
+        out = ring_attention(query, key, value, axis_name="seq", mask=masks.causal(), block_size=128)
+        return jax.lax.psum(out.sum(), "seq")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(SEQ,) * 3, out_specs=PartitionSpec())
+    for run in (sharded, jax.grad(sharded, (0, 1, 2))):
+        lowered = jax.jit(run, in_shardings=(NamedSharding(mesh, SEQ),) * 3).lower(*arrays)
+        share = 1024 * 16 * 4  # bytes of a device's part of an array
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 40 * share < 8192 * 1024 * 4
+
+
+def test_zigzag_gives_every_device_the_same_work():
+    visits = {}
+
+    def count(rank, q):
+        visits[int(rank)] = visits.get(int(rank), 0) + 1
+
+    def run(zigzag, query, key, value):
+        def mod(scores, b, h, q, kv):
+            jax.debug.callback(count, jax.lax.axis_index("seq"), q[0, 0, 0, 0])
+            return scores
+
+        return ring_attention(
+            query, key, value, axis_name="seq", mask=masks.causal(), score_mod=mod, zigzag=zigzag, block_size=4
+        )
+
+    arrays = [jnp.ones((1, 1, 64, 3))] * 3
+    jax.block_until_ready(on_devices(partial(run, False), ring_mesh(4), *arrays))
+    jax.effects_barrier()
+    plain, visits = visits, {}
+    jax.block_until_ready(on_devices(partial(run, True), ring_mesh(4), *arrays))
+    jax.effects_barrier()
+    assert sum(plain.values()) == sum(visits.values()) == 16 * 17 // 2
+    assert max(visits.values()) == min(visits.values()) and max(plain.values()) > 5 * min(plain.values())
+
+
+def test_a_layer_runs_on_a_ring():
+    layer = MultiHeadAttention(
+        nnx.Rngs(0),
+        num_heads=4,
+        in_features=8,
+        num_kv_heads=2,
+        use_rope=True,
+        attention_fn=partial(ring_attention, axis_name="seq"),
+    )
+    alone = MultiHeadAttention(nnx.Rngs(0), num_heads=4, in_features=8, num_kv_heads=2, use_rope=True)
+    graphdef, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 8))
+    mask = masks.causal() & masks.documents(jnp.arange(16) // 5)
+
+    def run(state, x):
+        positions = jax.lax.axis_index("seq") * 4 + jnp.arange(4)
+        return nnx.merge(graphdef, state)(x, mask=mask, position_ids_q=positions)
+
+    spec = PartitionSpec(None, "seq")
+    have = jax.jit(jax.shard_map(run, mesh=ring_mesh(4), in_specs=(PartitionSpec(), spec), out_specs=spec))(state, x)
+    np.testing.assert_allclose(have, alone(x, mask=mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("axis_name", [None, "rows", ("seq",)])
+def test_an_unknown_axis_is_an_error(axis_name):
+    x = jnp.ones((1, 1, 8, 2))
+    if axis_name == ("seq",):  # outside of any shard_map no name is known
+        with pytest.raises(ValueError, match="must name a mesh axis"):
+            ring_attention(x, x, x, axis_name="seq")
+        return
+    with pytest.raises(ValueError, match=f"must name a mesh axis .*got axis_name={axis_name!r}"):
+        on_devices(partial(ring_attention, axis_name=axis_name), ring_mesh(2), x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mask": np.ones((4, 4), bool)}, r"must broadcast to .*\(1, 1, 8, 8\); got mask\.shape=\(1, 1, 4, 4\)"),
+        ({"mask": masks.documents(np.zeros(4, np.int32))}, r"documents need one id a token, \(8,\)"),
+        ({"mask": np.ones((8, 8))}, "must be boolean"),
+        ({"dropout_rate": 0.1, "deterministic": False}, "ring_attention: dropout needs a key"),
+        ({"block_size": 0}, "block_size must be a whole number"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_local_shapes_and_wrong_options_are_refused(options, words):
+    x = jnp.ones((1, 1, 8, 2))
+    with pytest.raises(ValueError, match=words):
+        on_devices(partial(ring_attention, axis_name="seq", **options), ring_mesh(2), x, x, x)
+
+
+def test_zigzag_needs_lengths_that_it_can_cut():
+    with pytest.raises(ValueError, match="multiple of 2 . num_devices; got seq_len=12, num_devices=4"):
+        zigzag_order(12, 4)
+    x = jnp.ones((1, 1, 6, 2))
+    with pytest.raises(ValueError, match="length must be even; got 3 queries"):
+        on_devices(partial(ring_attention, axis_name="seq", zigzag=True), ring_mesh(2), x, x, x)
+
+
+def test_zigzag_order_is_a_permutation():
+    assert sorted(zigzag_order(24, 3)) == list(range(24))
