@@ -302,9 +302,16 @@ class ScoreModAtPositions:
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
-        """Raises ValueError if the positions do not fit (B, N, T, S) = `full`."""
-        _check_both_positions(caller, self.q_positions, self.kv_positions, full)
+    def check(self, caller: str, full: tuple[int, int, int | None, int | None]) -> None:
+        """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `full`.
+
+        The mod is given None for the lengths: which positions there may be is not known.
+        """
+        batch, num_heads, seq_q, seq_kv = full
+        if seq_q is not None and seq_kv is not None:
+            _check_both_positions(caller, self.q_positions, self.kv_positions, (batch, num_heads, seq_q, seq_kv))
+        if hasattr(self.score_mod, "check"):
+            self.score_mod.check(caller, (batch, num_heads, None, None))
 
 
 @pytree_dataclass

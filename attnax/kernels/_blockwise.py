@@ -476,7 +476,8 @@ def backward(
             (d_query, gradients), d_key, d_value = sums
             i = order[n]
             is_plain = is_full and walk.is_plain
-            key_tile, value_tile, bias = _cut_keys(keys, is_plain, x, j, tiles)
+            # Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
+            key_tile, value_tile, bias = _cut_keys(keys, False, x, j, tiles)
             query_tile, d_out_tile, lse_tile, delta_tile = (
                 _flat(_cut(x_, x, tiles.groups, i, tiles.queries)) for x_ in (query, d_out, lse, delta)
             )

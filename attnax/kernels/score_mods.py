@@ -94,9 +94,10 @@ class AdditiveBias:
     bias: Array  # (B|1, N|1, T|1, S|1)
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        indices = zip((b, h, q, kv), self.bias.shape, strict=True)
-        # Positions may lie past the array (a cache has spare room): NaN there, rather than a bias of other tokens.
-        return scores + self.bias.at[tuple(0 if size == 1 else index for index, size in indices)].get(mode="fill")
+        indices = [0 if size == 1 else i for i, size in zip((b, h, q, kv), self.bias.shape, strict=True)]
+        # Positions may lie past the array (a cache has spare room): NaN there, rather than the bias of other tokens.
+        inside = functools.reduce(jnp.logical_and, map(jnp.less, indices, self.bias.shape))
+        return scores + jnp.where(inside, self.bias.at[tuple(indices)].get(mode="clip"), jnp.nan)
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `full`."""
@@ -126,14 +127,13 @@ class BucketedBias:
     bidirectional: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        distance, rows = jnp.subtract(kv, q), self.table[:, h]
-        buckets, firsts = _buckets(self.table.shape[0], self.max_distance, self.bidirectional)
-        # Selecting one bucket after the other is faster than reading the table at each pair, and much faster to
-        # differentiate: a sum for each bucket instead of a scattered addition for each pair.
-        bias = rows[buckets[0]]
-        for bucket, first in zip(buckets[1:], firsts, strict=True):
-            bias = jnp.where(distance >= first, rows[bucket], bias)
-        return scores + bias
+        bucket = relative_bucket(
+            jnp.subtract(kv, q),
+            num_buckets=self.table.shape[0],
+            max_distance=self.max_distance,
+            bidirectional=self.bidirectional,
+        )
+        return scores + self.table[bucket, h]
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless the table has a column for each head."""
