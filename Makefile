@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint types bench-train clean
+.PHONY: train test test-properties lint types bench bench-train clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# Two thousand examples instead of two hundred.
+test-properties: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -q tests/test_properties.py --hypothesis-profile=thorough
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

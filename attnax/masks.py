@@ -622,8 +622,9 @@ def mask_argument(
     return jnp.broadcast_to(mask(*index_grid(*full)), full)
 
 
-def _read(positions: Array, b: Index, index: Index) -> Array:
-    return positions[0 if positions.shape[0] == 1 else b, index]
+def _read(values: Array, b: Index, index: Index) -> Array:
+    # The first value before the array, the last one past it: those that `_range_bounds` sees there.
+    return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
 
 
 def _range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array]:

@@ -8,6 +8,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(
 import jax
 import jaxtyping
 import pytest
+from hypothesis import settings
+
+# Properties are tried on a few fixed examples; `pytest --hypothesis-profile thorough` tries ten times as many.
+settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", parent=settings.get_profile("few"), max_examples=50)
+settings.load_profile("few")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -9,8 +9,6 @@ import numpy as np
 import oracle
 import pytest
 from cases import BACKENDS, CASES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
@@ -340,43 +338,6 @@ def test_standard_attention_has_every_derivative():
         )
 
     check_grads(run, (query, key, value, bias), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2, eps=1e-2)
-
-
-SIGNATURE = (2, 4, 7, 11)
-
-
-@pytest.fixture(scope="module")
-def compiled_with_traced_masks():
-    """One program a backend; the masks' arrays are its arguments."""
-
-    def run(backend, arrays, dense, lengths, positions):
-        mask = masks.as_mask(dense) & masks.padding(lengths) & masks.at_positions(masks.causal(), *positions)
-        return BACKENDS[backend](*arrays, mask=mask)
-
-    return jax.jit(run, static_argnums=0)
-
-
-@backends
-@settings(deadline=None, derandomize=True, database=None)
-@given(st.data())
-def test_any_mask_matches_float64(backend, compiled_with_traced_masks, data):
-    batch, heads, seq_q, seq_kv = SIGNATURE
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    dense = rng.random(SIGNATURE) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
-    lengths = np.array(data.draw(st.lists(st.integers(0, seq_kv), min_size=batch, max_size=batch)))
-    q_positions = np.array(data.draw(st.lists(st.integers(-1, 12), min_size=seq_q, max_size=seq_q)))
-    kv_positions = np.array(data.draw(st.lists(st.integers(-1, 12), min_size=seq_kv, max_size=seq_kv)))
-    arrays = [
-        rng.standard_normal(shape).astype(np.float32)
-        for shape in ((batch, heads, seq_q, 3), (batch, 2, seq_kv, 3), (batch, 2, seq_kv, 5))
-    ]
-    keep = dense & (np.arange(seq_kv) < lengths[:, None, None, None])
-    keep = keep & (kv_positions <= q_positions[:, None]) & (kv_positions >= 0)
-    out = compiled_with_traced_masks(
-        backend, [jnp.asarray(x) for x in arrays], jnp.asarray(dense), jnp.asarray(lengths), (q_positions, kv_positions)
-    )
-    expected, _ = oracle.attention(*arrays, keep=keep)
-    np.testing.assert_allclose(out, expected, atol=3e-6)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

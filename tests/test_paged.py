@@ -359,15 +359,32 @@ def other_cache(seed):
 def test_other_lengths_tables_and_rows_compile_nothing_new(count_compilations):
     for seed in range(4):
         cache = other_cache(seed)
-        del count_compilations[seed and len(count_compilations) :]
         before = len(count_compilations)
         # Rebuilt functions that do the same are the same.
         mask = lambda b, h, q, kv: kv % 7 < 5
         mod = lambda scores, b, h, q, kv: scores * jnp.cos(0.1 * kv)
         paged_attention(queries(), cache, mask=mask, score_mod=mod)
-        paged_attention(queries()[seed], cache, seed, mask=masks.causal())
-        paged_attention(queries(), *map(new_tokens, texts()), cache=cache, mask=masks.causal())
+        paged_attention(queries()[seed], cache, seed, **CAUSAL)
+        paged_attention(queries(), *map(new_tokens, texts()), cache=cache, **CAUSAL)
         assert seed == 0 or len(count_compilations) == before
+
+
+def test_memory_does_not_grow_with_the_pool():
+    """Nor is the pool cast as a whole."""
+
+    def temporary_bytes(num_blocks):
+        cache = jax.eval_shape(
+            lambda: init_paged_kv_cache(
+                num_blocks=num_blocks, block_size=8, num_kv_heads=2, head_dim=5, batch_size=3,
+                max_blocks_per_seq=num_blocks // 4, dtype=jnp.bfloat16,
+            )
+        )  # fmt: skip
+        query = jax.ShapeDtypeStruct((3, 6, 1, 5), jnp.float32)
+        compiled = jax.jit(functools.partial(paged_attention, **CAUSAL)).lower(query, cache).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(1021), temporary_bytes(16381)
+    assert large < small + 2**18  # the larger pool has 2**22 bytes more; the block table, 2**17
 
 
 def test_under_jit_the_chunks_in_use_are_read_and_no_others():
