@@ -126,9 +126,7 @@ def test_tile_sizes_agree(name):
     query, key, value, cotangent = case.arrays()
 
     def run(block_size):
-        attend = partial(
-            memory_efficient_attention, mask=case.mask(), score_mod=case.score_mod, block_size=block_size
-        )
+        attend = partial(memory_efficient_attention, mask=case.mask(), score_mod=case.score_mod, block_size=block_size)
         out, pull = jax.vjp(attend, query, key, value)
         return out, *pull(cotangent)
 
@@ -324,9 +322,7 @@ def test_sinks_are_a_function_of_the_log_sum_exp():
         weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1))[..., :-1]
         return (jnp.einsum("BNTS,BNSH->BNTH", weights, values) * cotangent).sum()
 
-    for have, want in zip(
-        jax.grad(gated, (0, 1))(sink, query), jax.grad(explicit, (0, 1))(sink, query), strict=True
-    ):
+    for have, want in zip(jax.grad(gated, (0, 1))(sink, query), jax.grad(explicit, (0, 1))(sink, query), strict=True):
         assert oracle.rms_error(have, want) <= 2e-6
 
 

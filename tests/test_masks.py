@@ -10,36 +10,129 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnax import masks, standard_attention
+from attnax.masks import (
+    combine_masks,
+    make_causal_mask,
+    make_document_mask,
+    make_padding_mask,
+    make_sliding_window_mask,
+)
 
 
 def dense(mask, *full):
     return np.broadcast_to(mask(*masks.index_grid(*full)), full)
 
 
+LENGTH = 53  # three blocks of ids or positions and a part of a fourth
+LENGTHS = np.array([29, 11])
+WINDOW, PREFIXES = 7, np.array([17, 41])
+SORTED = np.array([[0] * 16 + [1] * 3 + [2] * 29 + [7] * 5, [-3] * 2 + [0] * 50 + [4]])
+SHUFFLED = np.random.default_rng(0).integers(0, 3, (2, LENGTH))
+RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids in an order of their own
+POSITIONS = np.where(np.arange(LENGTH) < 19, -1, np.arange(LENGTH) - 19)  # left padding
+RING = (np.arange(LENGTH) + np.array([[5], [30]])) % LENGTH  # a buffer written in turn
+
+
+def positions(b, kv):
+    return np.stack([POSITIONS, POSITIONS])[b, kv]
+
+
+# Name: (mask, the same in NumPy).
 MASKS = {
-    "causal": masks.causal(),
-    "lengths": masks.padding(jnp.array([3, 11])),
-    "real tokens": masks.padding(np.arange(13) < np.array([[3], [11]])),
-    "causal & lengths": masks.causal() & masks.padding(jnp.array([3, 11])),
-    "function": masks.as_mask(lambda b, h, q, kv: q != kv),
-    "at positions": masks.at_positions(masks.causal(), jnp.arange(13) + 2, jnp.arange(13) - 1),
+    "causal": (masks.causal(), lambda b, h, q, kv: kv <= q),
+    "lengths": (masks.padding(LENGTHS), lambda b, h, q, kv: kv < LENGTHS[b]),
+    "real tokens": (masks.padding(np.arange(LENGTH) < LENGTHS[:, None]), lambda b, h, q, kv: kv < LENGTHS[b]),
+    "window": (masks.sliding_window(WINDOW), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
+    "array window": (masks.sliding_window(jnp.int32(WINDOW)), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
+    "window of both sides": (masks.sliding_window(WINDOW, causal=False), lambda b, h, q, kv: abs(q - kv) < WINDOW),
+    "prefix": (masks.prefix(PREFIXES), lambda b, h, q, kv: (kv <= q) | (kv < PREFIXES[b])),
+    "documents": (masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] == SORTED[b, kv]),
+    "documents of all rows": (masks.documents(RUNS), lambda b, h, q, kv: RUNS[q] == RUNS[kv]),
+    "shuffled documents": (masks.documents(SHUFFLED), lambda b, h, q, kv: SHUFFLED[b, q] == SHUFFLED[b, kv]),
+    "documents of other keys": (masks.documents(RUNS, SORTED), lambda b, h, q, kv: RUNS[q] == SORTED[b, kv]),
+    "not documents": (~masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] != SORTED[b, kv]),
+    "function": (masks.as_mask(lambda b, h, q, kv: q != kv), lambda b, h, q, kv: q != kv),
+    "all of three": (
+        masks.causal() & masks.padding(LENGTHS) & masks.documents(RUNS),
+        lambda b, h, q, kv: (kv <= q) & (kv < LENGTHS[b]) & (RUNS[q] == RUNS[kv]),
+    ),
+    "either of three": (
+        ~masks.causal() | masks.sliding_window(3) | masks.padding(LENGTHS),
+        lambda b, h, q, kv: (kv > q) | (q - kv < 3) | (kv < LENGTHS[b]),
+    ),
+    "nested": (
+        ~(masks.causal() & ~(masks.documents(SORTED) | ~masks.prefix(PREFIXES)))
+        & (lambda b, h, q, kv: (q + kv) % 3 > 0),
+        lambda b, h, q, kv: ((kv > q) | (SORTED[b, q] == SORTED[b, kv])) & ((q + kv) % 3 > 0),
+    ),
+    "causal at positions": (
+        masks.at_positions(masks.causal(), POSITIONS, POSITIONS),
+        lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) <= positions(b, q)),
+    ),
+    "window at turning positions": (
+        masks.at_positions(masks.sliding_window(WINDOW), np.arange(LENGTH) + 9, RING),
+        lambda b, h, q, kv: (RING[b, kv] <= q + 9) & (q + 9 - RING[b, kv] < WINDOW),
+    ),
+    "present at positions": (masks.at_positions(None, POSITIONS, POSITIONS), lambda b, h, q, kv: positions(b, kv) >= 0),
+    "documents at positions": (
+        masks.at_positions(masks.documents(SORTED), POSITIONS, POSITIONS),
+        lambda b, h, q, kv: (
+            (positions(b, kv) >= 0) & (SORTED[b, np.maximum(positions(b, q), 0)] == SORTED[b, positions(b, kv)])
+        ),
+    ),
+    "not causal at positions": (
+        masks.at_positions(~masks.causal(), POSITIONS, POSITIONS),
+        lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) > positions(b, q)),
+    ),
 }
+EXACT = ("causal", "lengths", "window", "array window", "window of both sides")
+
+read_tile = jax.jit(lambda mask, b, q_range, kv_range: mask.tile(b, jnp.zeros_like(b), q_range, kv_range))
 
 
 @pytest.mark.parametrize("name", MASKS)
-@settings(deadline=None, max_examples=20, derandomize=True)
+def test_a_mask_is_its_formula(name):
+    mask, formula = MASKS[name]
+    full = 2, 1, LENGTH, LENGTH
+    np.testing.assert_array_equal(dense(mask, *full), np.broadcast_to(formula(*np.indices(full)), full))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.data())
 def test_tile_reading_bounds_the_pointwise_reading(name, data):
-    mask = MASKS[name]
-    ranges = [tuple(sorted(data.draw(st.tuples(st.integers(0, 12), st.integers(0, 12))))) for _ in range(2)]
+    mask, formula = MASKS[name]
+    index = st.integers(0, LENGTH - 1)
+    ranges = [tuple(sorted(data.draw(st.tuples(index, index)))) for _ in range(2)]
+    aligned = name == "documents" and data.draw(st.booleans())
+    if aligned:  # to the blocks by which ids are summed up
+        ranges = [(first // 16 * 16, min(last // 16 * 16 + 15, LENGTH - 1)) for first, last in ranges]
+    b, h, q, kv = np.indices((2, 1, LENGTH, LENGTH))
     (q_first, q_last), (kv_first, kv_last) = ranges
-    tile = dense(mask, 2, 1, 13, 13)[:, :, q_first : q_last + 1, kv_first : kv_last + 1]
-    for row in range(2):
-        some, every = mask.tile(row, 0, *ranges)
-        assert some or not tile[row].any()
-        assert not every or tile[row].all()
-        if name in ("causal", "lengths"):
-            assert bool(some) == tile[row].any() and bool(every) == tile[row].all()
+    tile = np.broadcast_to(formula(b, h, q, kv), b.shape)[:, 0, q_first : q_last + 1, kv_first : kv_last + 1]
+    bounds = read_tile(mask, np.arange(2), *(tuple(map(np.int32, ends)) for ends in ranges))
+    some, every = (np.broadcast_to(bound, 2) for bound in bounds)
+    assert (some >= tile.any((1, 2))).all()
+    assert (every <= tile.all((1, 2))).all()
+    if name in EXACT or aligned:
+        assert (some == tile.any((1, 2))).all()
+        assert (every == tile.all((1, 2))).all()
+
+
+def test_masks_know_whether_their_tiles_tell_enough():
+    opaque = {"real tokens", "function", "nested"}
+    assert {name for name, (mask, _) in MASKS.items() if mask.is_opaque} == opaque
+
+
+def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():
+    slots = np.where(np.arange(LENGTH) % 2 == 0, -1, np.arange(LENGTH))
+    mask = masks.at_positions(masks.causal(), np.arange(LENGTH), slots)
+    some, every = mask.tile(0, 0, (0, 15), (16, 31))  # the keys there are at 17 and on
+    assert not some and not every
+    some, every = mask.tile(0, 0, (48, 52), (16, 31))  # all before the queries, but for the empty slots
+    assert some and not every
+    none = masks.at_positions(masks.causal(), np.arange(LENGTH), np.full(LENGTH, -1))
+    assert not any(map(bool, none.tile(0, 0, (0, 52), (0, 52))))
 
 
 def test_and_takes_masks_functions_and_arrays_on_either_side():
@@ -51,6 +144,19 @@ def test_and_takes_masks_functions_and_arrays_on_either_side():
         jnp.asarray(odd) & masks.causal(),
         masks.causal() & (lambda b, h, q, kv: kv % 2 == 1),
         (lambda b, h, q, kv: kv % 2 == 1) & masks.causal(),
+    ):
+        np.testing.assert_array_equal(dense(mask, 1, 1, 5, 5)[0, 0], expected)
+
+
+def test_or_takes_masks_functions_and_arrays_on_either_side():
+    odd = np.arange(5) % 2 == 1
+    expected = np.tri(5, dtype=bool) | odd
+    for mask in (
+        masks.causal() | odd,
+        odd | masks.causal(),
+        jnp.asarray(odd) | masks.causal(),
+        masks.causal() | (lambda b, h, q, kv: kv % 2 == 1),
+        (lambda b, h, q, kv: kv % 2 == 1) | masks.causal(),
     ):
         np.testing.assert_array_equal(dense(mask, 1, 1, 5, 5)[0, 0], expected)
 
@@ -100,6 +206,33 @@ def test_nothing_is_attended_past_a_dense_mask():
     assert dense(mask, 1, 1, 1, 4)[0, 0, 0].tolist() == [True, True, False, False]
 
 
+def test_make_functions_give_the_masks_as_arrays():
+    ids = np.array([[5, 7, 0, 0, 3], [0, 1, 2, 3, 0]])
+    np.testing.assert_array_equal(make_padding_mask(ids), (ids != 0)[:, None, None])
+    np.testing.assert_array_equal(make_padding_mask(ids, pad_token_id=3), (ids != 3)[:, None, None])
+    np.testing.assert_array_equal(make_causal_mask(5), np.tri(5, dtype=bool)[None, None])
+    q, kv = np.indices((5, 7))
+    np.testing.assert_array_equal(make_sliding_window_mask(5, 7, window_size=2)[0, 0], (kv <= q) & (q - kv < 2))
+    np.testing.assert_array_equal(
+        make_sliding_window_mask(5, window_size=3, causal=False)[0, 0], (abs(q - kv) < 3)[:, :5]
+    )
+    np.testing.assert_array_equal(make_document_mask(ids), (ids[:, :, None] == ids[:, None, :])[:, None])
+    np.testing.assert_array_equal(make_document_mask(ids[1])[0, 0], ids[1][:, None] == ids[1])
+
+
+def test_combined_arrays_are_an_array_and_anything_else_a_mask():
+    left, right = np.arange(5) < 3, np.tri(5, dtype=bool)[None]
+    assert combine_masks() is combine_masks(None, None) is None
+    array = combine_masks(left, None, jnp.asarray(right))
+    assert isinstance(array, jax.Array) and array.dtype == jnp.bool_
+    np.testing.assert_array_equal(np.broadcast_to(array, (1, 1, 5, 5))[0], left & right)
+    for other in (masks.causal(), lambda b, h, q, kv: kv <= q):
+        mask = combine_masks(left, None, other)
+        assert isinstance(mask, masks.Mask)
+        np.testing.assert_array_equal(dense(mask, 1, 1, 5, 5)[0], left & right)
+    assert combine_masks(None, masks.causal()) == masks.causal()
+
+
 def test_functions_that_do_not_take_masks_get_a_dense_array():
     full = (2, 3, 5, 7)
     plain = lambda query, key, value, *, mask: mask
@@ -107,6 +240,9 @@ def test_functions_that_do_not_take_masks_get_a_dense_array():
     array = masks.mask_argument("test", plain, masks.causal(), full)
     assert array.shape == full and array.dtype == jnp.bool_
     assert masks.mask_argument("test", plain, None, full) is None
+
+
+X = jnp.ones((2, 1, 5, 3))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -118,6 +254,29 @@ def test_functions_that_do_not_take_masks_get_a_dense_array():
         (lambda: masks.as_mask(np.ones(3)), "must be boolean"),
         (lambda: masks.as_mask(3), "a boolean array, a Mask or a function"),
         (lambda: masks.causal() & 3, "a boolean array, a Mask or a function"),
+        (lambda: masks.causal() | 3, "a boolean array, a Mask or a function"),
+        (lambda: masks.sliding_window(0), "sliding_window: window_size must be .*, at least 1; got window_size=0"),
+        (lambda: masks.sliding_window(2.5), "whole number, at least 1; got window_size=2.5"),
+        (lambda: masks.sliding_window(np.array([2, 3])), "must be a whole number"),
+        (lambda: masks.sliding_window(True), "got window_size=True"),
+        (lambda: masks.prefix(np.ones(2)), "prefix: give one whole length a batch row; .* dtype=float"),
+        (lambda: masks.prefix(np.ones((2, 1), int)), "got shape=.2, 1."),
+        (lambda: masks.documents(np.ones(3)), "documents: ids must be integers .* dtype=float"),
+        (lambda: masks.documents(SORTED[None]), "got shape=.1, 2, 53."),
+        (lambda: masks.documents(RUNS, np.int32(3)), "got shape=.., dtype=int32"),
+        (lambda: make_sliding_window_mask(5, window_size=-2), "got window_size=-2"),
+        (lambda: standard_attention(X, X, X, mask=lambda b, h, q, kv: q - kv), "must return booleans"),
+        (lambda: standard_attention(X, X, X, mask=~masks.padding(LENGTHS[:1])), "one length a batch row; got .*=.1,"),
+        (
+            lambda: standard_attention(X, X, X, mask=masks.causal() | masks.documents(RUNS)),
+            "standard_attention: documents need one id a token, .5,. or .2, 5. for document_ids; got .*=.1, 53.",
+        ),
+        (lambda: standard_attention(X, X, X, mask=masks.documents(RUNS[:5], RUNS)), "for kv_ids; got kv_ids.shape"),
+        (lambda: standard_attention(X, X, X, mask=masks.causal() & np.ones((3, 5), bool)), "mask must broadcast to"),
+        (
+            lambda: standard_attention(X, X, X, mask=masks.at_positions(masks.causal(), RUNS, RUNS[:5])),
+            "q_positions must be integers of shape .5,. or .2, 5.; got shape=.1, 53.",
+        ),
     ],
 )
 def test_wrong_input_is_refused_in_words(make, words):

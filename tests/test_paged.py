@@ -24,6 +24,7 @@ from attnax.paged_cache import (
     gather_kv,
     init_paged_kv_cache,
 )
+from attnax.typing import pytree_dataclass
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, QUERIES = 6, 2, 5, 7, 5
 LENGTHS = np.array([311, 0, 257, 3, 131])  # more than a chunk, nothing, one more than a chunk, fewer than the queries
@@ -369,7 +370,8 @@ def test_other_lengths_tables_and_rows_compile_nothing_new(count_compilations):
         assert seed == 0 or len(count_compilations) == before
 
 
-def test_memory_does_not_grow_with_the_pool():
+@pytest.mark.parametrize("options", [{}, CAUSAL], ids=["everything", "causal"])
+def test_memory_does_not_grow_with_the_pool(options):
     """Nor is the pool cast as a whole."""
 
     def temporary_bytes(num_blocks):
@@ -380,22 +382,49 @@ def test_memory_does_not_grow_with_the_pool():
             )
         )  # fmt: skip
         query = jax.ShapeDtypeStruct((3, 6, 1, 5), jnp.float32)
-        compiled = jax.jit(functools.partial(paged_attention, **CAUSAL)).lower(query, cache).compile()
+        compiled = jax.jit(functools.partial(paged_attention, **options)).lower(query, cache).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporary_bytes(1021), temporary_bytes(16381)
     assert large < small + 2**18  # the larger pool has 2**22 bytes more; the block table, 2**17
 
 
+def long_cache():
+    """Two rows of up to 1201 tokens, 5 chunks of 255."""
+    return make_cache(*(np.zeros((2, 1, 1201, dim), np.float32) for dim in (3, 2)), [1201, 1201])
+
+
 def test_under_jit_the_chunks_in_use_are_read_and_no_others():
-    """Capacity is 5 chunks of 255 tokens."""
-    key, value = (jnp.zeros((2, 1, 1201, dim)) for dim in (3, 2))
-    cache = make_cache(np.asarray(key), np.asarray(value), [1201, 1201])
-    query = jnp.ones((2, 1, 1, 3))
+    cache, query = long_cache(), jnp.ones((2, 1, 1, 3))
     lengths = [(0, 0), (1, 0), (255, 3), (3, 256), (700, 0), (1201, 1201)]
     assert count_visits({}, lengths, cache, query) == [0, 1, 1, 2, 3, 5]
     assert count_visits({"mask": masks.sliding_window(7)}, lengths, cache, query) == [0, 1, 1, 2, 1, 1]
     assert count_visits({"mask": lambda b, h, q, kv: q - kv < 300}, lengths, cache, query) == [0, 1, 1, 2, 2, 2]
+
+
+@pytree_dataclass
+class Watched(masks.Mask):
+    """A mask that says when it is evaluated."""
+
+    mask: masks.Mask
+
+    def __call__(self, b, h, q, kv):
+        jax.debug.callback(lambda: evaluations.append(1))
+        return self.mask(b, h, q, kv)
+
+    def tile(self, *tile):
+        return self.mask.tile(*tile)
+
+
+evaluations = []
+
+
+@pytest.mark.parametrize(("window", "count"), [(7, 1), (300, 2), (900, 4)])
+def test_chunks_outside_of_the_bounds_of_a_mask_are_not_even_tested(window, count):
+    del evaluations[:]
+    paged_attention(jnp.ones((2, 1, 1, 3)), long_cache(), mask=Watched(masks.sliding_window(window)))
+    jax.effects_barrier()
+    assert len(evaluations) == count
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,12 @@ def test_two_devices_match_float64(case):
         (out, lse), pull = jax.vjp(attend, query, key, value)
         return out, lse[..., None], *pull((cotangent, jnp.zeros_like(lse)))
 
-    arrays = [filled_up(query, even_q), filled_up(key, even_kv), filled_up(value, even_kv), filled_up(cotangent, even_q)]
+    arrays = [
+        filled_up(query, even_q),
+        filled_up(key, even_kv),
+        filled_up(value, even_kv),
+        filled_up(cotangent, even_q),
+    ]
     out, lse, *grads = on_devices(run, ring_mesh(2), *arrays, out_specs=(SEQ,) * 5)
     mod = None
     if case.score_mod is not None:

@@ -130,8 +130,8 @@ def value_and_gradients(kernel, name):
         out = kernel(query, key, value, score_mod=mod)
         return (out * COTANGENT).sum(), out
 
-    run = jax.grad(loss, (0, 1, 2, 3), has_aux=True, allow_int=True)
-    gradients, out = jax.jit(run)(QUERY, KEY, VALUE, ALL[name][0])
+    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True, allow_int=True))
+    gradients, out = run(QUERY, KEY, VALUE, CHANGING[name][0])
     return out, [x for x in jax.tree.leaves(gradients) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
@@ -146,17 +146,19 @@ def test_a_mod_is_its_formula(name):
 @pytest.mark.parametrize("kernel", [standard_attention, tiles_of_4], ids=["standard", "tiles of 4"])
 @pytest.mark.parametrize("name", ALL)
 def test_attention_under_a_mod_is_that_under_its_formula(kernel, name):
-    expected, _ = oracle.attention(QUERY, KEY, VALUE, score_mod=ALL[name][1])
-    assert oracle.rms_error(value_and_gradients(kernel, name)[0], expected) < 1e-6
+    mod, formula = ALL[name]
+    expected, _ = oracle.attention(QUERY, KEY, VALUE, score_mod=formula)
+    out = value_and_gradients(kernel, name)[0] if name in CHANGING else kernel(QUERY, KEY, VALUE, score_mod=mod)
+    assert oracle.rms_error(out, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CHANGING)
 def test_gradients_in_tiles_are_those_of_the_definition(name):
     actual, expected = (value_and_gradients(kernel, name)[1] for kernel in (tiles_of_4, standard_attention))
-    assert len(actual) == len(expected) == 3 + (name in CHANGING)
-    for x, y in zip(actual, expected, strict=True):
+    assert len(actual) == len(expected) > 3
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         assert np.abs(y).max() > 0.01
-        assert oracle.rms_error(x, y) < 2e-6
+        assert oracle.rms_error(x, y) < (2e-6 if i < 3 else 1e-5)  # those of the mod are sums over all pairs
 
 
 @pytest.mark.parametrize("name", MASKING)
@@ -258,13 +260,10 @@ def test_mods_without_arrays_are_equal_when_rebuilt():
 REBUILT = {
     "window": lambda: sliding_window_mod(8),
     "ALiBi": lambda: alibi_mod(HEADS),
-    "soft cap": lambda: soft_cap_mod(30.0),
-    "T5": lambda: relative_bias_mod(BUCKETS, max_distance=11),
     "composed": lambda: compose_score_mods(relative_table_mod(DISTANCES), prefix_lm_mod(PREFIXES), soft_cap_mod(30.0)),
-    "function": lambda: lambda s, b, h, q, kv: s - 0.1 * abs(q - kv),
-    "composed function": lambda: compose_score_mods(lambda s, b, h, q, kv: s * SLOPES_ON_DEVICE[h], causal_mod()),
+    "function": lambda: compose_score_mods(lambda s, b, h, q, kv: s * DEVICE_SLOPES[h], causal_mod()),
 }
-SLOPES_ON_DEVICE = alibi_slopes(HEADS)
+DEVICE_SLOPES = alibi_slopes(HEADS)
 
 
 @pytest.mark.parametrize("name", REBUILT)
@@ -272,15 +271,11 @@ def test_rebuilt_mods_compile_nothing_new(name, count_compilations):
     def run(mod):
         return tiles_of_4(QUERY, KEY, VALUE, score_mod=mod)
 
-    expected = run(REBUILT[name]())
-    del count_compilations[:]
-    np.testing.assert_array_equal(run(REBUILT[name]()), expected)
-    assert not count_compilations
-    if "function" not in name:  # those are no arguments of jit
-        jitted = jax.jit(run)
-        jitted(REBUILT[name]())
+    # Outside of jit, and as its argument (which plain functions cannot be).
+    for call in (run, jax.jit(run)) if name != "function" else (run,):
+        expected = call(REBUILT[name]())
         del count_compilations[:]
-        np.testing.assert_allclose(jitted(REBUILT[name]()), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(call(REBUILT[name]()), expected)
         assert not count_compilations
 
 
@@ -298,9 +293,9 @@ def test_windows_and_caps_may_be_traced(count_compilations):
         del count_compilations[:]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CHANGING)
 def test_a_mod_at_positions_is_its_part_of_the_whole(name):
-    mod, formula = ALL[name]
+    mod, formula = CHANGING[name]
     scores = normal(9, BATCH, HEADS, 3, 7)
     queries, keys = np.array([[4, 5, 6], [9, 11, 12]]), np.array([0, 1, 12, 3, 4, 6, 5])
     b, h, q, kv = np.indices(scores.shape)
@@ -361,7 +356,8 @@ AT_POSITIONS = functools.partial(masks.at_positions, q_positions=np.arange(13), 
         (additive_bias_mod(BIAS[..., :7]), r"bias must broadcast to .*=\(2, 6, 13, 13\); got .*\(2, 6, 13, 7\)"),
         (compose_score_mods(soft_cap_mod(3), alibi_mod(4), causal_mod()), "alibi_mod must be made for"),
         (AT_POSITIONS(alibi_mod(4)), "alibi_mod must be made for"),
-        (AT_POSITIONS(compose_score_mods(additive_bias_mod(BIAS[:, :3]), soft_cap_mod(3))), "None, None.; got bias.shape"),
+        (
+            AT_POSITIONS(compose_score_mods(additive_bias_mod(BIAS[:, :3]), soft_cap_mod(3))),
             r"bias must broadcast to .*=\(2, 6, None, None\)",
         ),
         (masks.at_positions(soft_cap_mod(3), np.arange(12), np.arange(13)), r"q_positions must be .*\(13,\)"),

@@ -231,8 +231,8 @@ class Functions(NamedTuple):
 class Chunk(NamedTuple):
     """Some consecutive tokens of every row."""
 
-    position: Array  # (B, 1, 1, S); where there is no token, that of the last one
-    exists: Array  # (B, 1, 1, S)
+    position: Array  # (B, 1, 1, S)
+    exists: Array  # (B, 1, 1, S): slots without a token are masked, whatever they hold
     read: Callable[[], tuple[Array, Array]]  # () -> (B, K, S, H), (B, K, S, V)
 
 
@@ -263,7 +263,7 @@ def _attend(tokens: Tokens, of_cache: Functions, of_new: Functions, *, dropout_r
 def _visit(
     state: _tile.SoftmaxState, chunk: Chunk, functions: Functions, tokens: Tokens, dropout_rate: float
 ) -> _tile.SoftmaxState:
-    """The state after one more chunk; it is not read where the mask forbids all of it."""
+    """The state after one more chunk, which is not read where the mask forbids all of it."""
     batch, heads, seq_q, _ = tokens.query.shape
     indices = _indices(tokens, chunk)
     keep = chunk.exists if functions.mask is None else chunk.exists & functions.mask(*indices)
@@ -292,7 +292,8 @@ def _visit(
         scores = scores.reshape(batch * kv_heads, -1, size)
         return _tile.update(state, scores, value, dropout=None if tokens.dropout is None else drop)
 
-    return update(state) if functions.mask is None else lax.cond(keep.any(), update, lambda state: state, state)
+    # Not `update(state)` even without a mask: XLA would cast a whole bfloat16 pool outside of the loop.
+    return lax.cond(keep.any(), update, lambda state: state, state)
 
 
 def _indices(tokens: Tokens, chunk: Chunk) -> tuple[Array, Array, Array, Array]:
@@ -325,7 +326,11 @@ def _pages(cache: PagedKVCache, chunk: Array) -> Chunk:
         slots = pool[jnp.maximum(blocks, 0)].reshape(blocks.shape[0], count * block_size, *pool.shape[2:])
         return slots.swapaxes(1, 2)
 
-    return _chunk(position[None], exists, cache.seq_lengths, lambda: (read(cache.key_pool), read(cache.value_pool)))
+    return Chunk(
+        jnp.broadcast_to(position, exists.shape)[:, None, None],
+        exists[:, None, None],
+        lambda: (read(cache.key_pool), read(cache.value_pool)),
+    )
 
 
 def _new_chunk(tokens: Tokens, chunk: Array) -> Chunk:
@@ -343,13 +348,7 @@ def _new_chunk(tokens: Tokens, chunk: Array) -> Chunk:
         key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (tokens.key, tokens.value))
         return key, value
 
-    return _chunk(lengths[:, None] + index[None], exists, lengths + length, read)
-
-
-def _chunk(position: Array, exists: Array, lengths: Array, read: Callable[[], tuple[Array, Array]]) -> Chunk:
-    # Masks and score mods see the last token again where there is none: no array is read out of bounds.
-    position = jnp.minimum(position, jnp.maximum(lengths - 1, 0)[:, None])
-    return Chunk(position[:, None, None], exists[:, None, None], read)
+    return Chunk((lengths[:, None] + index[None])[:, None, None], exists[:, None, None], read)
 
 
 def _chunks_to_read(

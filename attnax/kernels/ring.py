@@ -224,9 +224,9 @@ def _ring_forward(
         state, shard = carry
         shard = ring.send(shard)
         here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
-        return _tile.merge(state, forward(plan, query, *shard, here)), shard
+        return _tile.merge(state, _state(*forward(plan, query, *shard, here))), shard
 
-    start = forward(plan, query, key, value, operands), (key, value)
+    start = _state(*forward(plan, query, key, value, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = _tile.finish(state)
     return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
@@ -252,6 +252,11 @@ def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Arr
 
 _ring_of.defvjp(_ring_forward, _ring_backward)
 _ring = jax.jit(_ring_of, static_argnums=(0, 1))
+
+
+def _state(out: Array, lse: Array) -> _tile.SoftmaxState:
+    """A finished result as a state again: all its keys as one."""
+    return _tile.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
 
 
 def _like(x: Array, other: Array) -> Array:

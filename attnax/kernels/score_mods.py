@@ -339,7 +339,7 @@ def relative_bias_mod(
     Example:
         >>> import jax.numpy as jnp
         >>> from attnax.kernels.score_mods import relative_bias_mod
-        >>> table = jnp.arange(32.0)[:, None] * jnp.array([1.0, 100.0])  # 32 buckets, 2 heads
+        >>> table = jnp.outer(jnp.arange(32.0), jnp.array([1.0, 100.0]))  # 32 buckets, 2 heads
         >>> mod = relative_bias_mod(table)
         >>> float(mod(jnp.float32(0.5), 0, 0, 7, 4)), float(mod(jnp.float32(0.5), 0, 1, 4, 7))
         (3.5, 1900.5)
