@@ -32,10 +32,23 @@ if TYPE_CHECKING:
     from attnax.kernels.linear import linear_attention as linear_attention
     from attnax.kernels.lite import lite_attention as lite_attention
     from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
+    from attnax.kernels.paged import paged_attention as paged_attention
     from attnax.kernels.ring import ring_attention as ring_attention
     from attnax.kernels.ring import ring_attention_reference as ring_attention_reference
     from attnax.kernels.ring import zigzag_order as zigzag_order
+    from attnax.kernels.score_mods import additive_bias_mod as additive_bias_mod
+    from attnax.kernels.score_mods import alibi_mod as alibi_mod
+    from attnax.kernels.score_mods import alibi_slopes as alibi_slopes
+    from attnax.kernels.score_mods import causal_mod as causal_mod
     from attnax.kernels.score_mods import compose_score_mods as compose_score_mods
+    from attnax.kernels.score_mods import document_mask_mod as document_mask_mod
+    from attnax.kernels.score_mods import mask_mod_to_boolean_mask as mask_mod_to_boolean_mask
+    from attnax.kernels.score_mods import mask_mod_to_score_mod as mask_mod_to_score_mod
+    from attnax.kernels.score_mods import prefix_lm_mod as prefix_lm_mod
+    from attnax.kernels.score_mods import relative_bias_mod as relative_bias_mod
+    from attnax.kernels.score_mods import relative_table_mod as relative_table_mod
+    from attnax.kernels.score_mods import sliding_window_mod as sliding_window_mod
+    from attnax.kernels.score_mods import soft_cap_mod as soft_cap_mod
     from attnax.kernels.standard import standard_attention as standard_attention
     from attnax.masks import Mask as Mask
     from attnax.masks import combine_masks as combine_masks
@@ -92,6 +105,7 @@ _HOMES = {
     ),
     "kernels.lite": ("lite_attention",),
     "kernels.nnx_adapter": ("nnx_attention_fn",),
+    "kernels.paged": ("paged_attention",),
     "kernels.ring": (
         "ring_attention",
         "ring_attention_reference",
@@ -116,7 +130,21 @@ _HOMES = {
         "gather_rows",
         "free_rows",
     ),
-    "kernels.score_mods": ("compose_score_mods",),
+    "kernels.score_mods": (
+        "additive_bias_mod",
+        "alibi_mod",
+        "alibi_slopes",
+        "causal_mod",
+        "compose_score_mods",
+        "document_mask_mod",
+        "mask_mod_to_boolean_mask",
+        "mask_mod_to_score_mod",
+        "prefix_lm_mod",
+        "relative_bias_mod",
+        "relative_table_mod",
+        "sliding_window_mod",
+        "soft_cap_mod",
+    ),
     "kernels.standard": ("standard_attention",),
     "models": ("TransformerDecoder", "TransformerLM"),
     "nn": (

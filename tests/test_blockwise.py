@@ -1,4 +1,4 @@
-"""The blockwise engine: what it visits, what it keeps, what it compiles, and gradients of everything that is captured."""
+"""The blockwise engine: what it visits, keeps and compiles, and gradients of everything that is captured."""
 
 from functools import partial
 

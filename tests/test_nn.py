@@ -124,7 +124,7 @@ def test_cache_and_context_exclude_each_other():
             r"position_ids_q must be integers of shape \(5,\) or \(1, 5\); got shape=\(4,\)",
         ),
         ({"position_ids_kv": np.ones(5)}, "dtype=float32"),
-        ({"mask": np.ones((4, 5), bool)}, "MultiHeadAttention: mask must broadcast"),
+        ({"mask": np.ones((4, 5), bool)}, "flash_attention: mask must broadcast"),
         (
             {"mask": np.ones((5, 9), bool), "kv_cache": attnax.init_kv_layer_cache(1, 3, 4, 9)},
             r"with a cache: mask must broadcast to .*\(1, 3, 9, 9\); got mask.shape=\(1, 1, 5, 9\)",

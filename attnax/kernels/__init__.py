@@ -4,6 +4,7 @@ from attnax.kernels.flash import flash_attention, memory_efficient_attention, wh
 from attnax.kernels.linear import LinearState, linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.nnx_adapter import nnx_attention_fn
+from attnax.kernels.paged import paged_attention
 from attnax.kernels.ring import ring_attention, ring_attention_reference, zigzag_order
 from attnax.kernels.standard import standard_attention
 
@@ -14,6 +15,7 @@ __all__ = [
     "lite_attention",
     "memory_efficient_attention",
     "nnx_attention_fn",
+    "paged_attention",
     "ring_attention",
     "ring_attention_reference",
     "standard_attention",

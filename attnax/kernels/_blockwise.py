@@ -164,7 +164,7 @@ def check_block_size(caller: str, block_size: int | None) -> None:
 
 
 def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
-    """The query in at least float32, times all that scores are multiplied by: the units of `_tile` are those of log 2."""
+    """The query in at least float32, scaled; scores are then in units of log 2 unless a score mod sees them."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
     return query * jnp.asarray(scale if score_mod is not None else scale * _tile.LOG2E, query.dtype)
@@ -196,7 +196,7 @@ def bind(
     index: tuple[Array, Array],
     words: Array | None,
 ) -> tuple[tuple[Array, ...], Operands]:
-    """Query, key and value, and the operands of both passes; all vary over the mesh axes over which any of them does."""
+    """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does."""
     shape = _shape(*arrays[:2])
     axes = frozenset().union(*map(varying_axes, arrays))
     known = None
@@ -222,7 +222,7 @@ def _trace(
     axes: frozenset[str],
     by_row: bool,
 ) -> Functions:
-    """The user's functions at the shapes of these tiles; `by_row`: bounds for all tiles of keys of a tile of queries."""
+    """The functions at the shapes of these tiles; `by_row`: bounds for all tiles of keys of one tile of queries."""
 
     def example(*shape: int, dtype: Any = jnp.int32) -> Any:
         return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
@@ -490,8 +490,8 @@ def backward(
     keys = _prepare_keys(key, value, tiles.keys)
     query, d_out, delta, fine = (_fill(x, tiles.queries) for x in (rows.query, rows.d_out, rows.delta, rows.fine))
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
-    # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums turned once at the end:
-    # a CPU is half as fast at contracting the first axes of two matrices.
+    # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
+    # at the end: a CPU is half as fast at contracting the first axes of two matrices.
     query_turned, d_out_turned = (jnp.where(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
     unit = 1.0 / _tile.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
 

@@ -1,7 +1,7 @@
-"""Attention over a sequence that is cut across devices: keys and values travel round a ring, queries stay.
+"""Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
 
-Each device computes the tiles of its queries with the keys that are there, sends them on, and merges the softmax states.
-The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever holds
+Each device computes the tiles of its queries with the keys that are there, merges the softmax states, and passes the keys
+on. The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever holds
 more than its share, forward or backward; a hop whose keys the mask forbids costs only the journey.
 """
 
@@ -78,7 +78,7 @@ def ring_attention(
     zigzag: bool = False,
     block_size: int | None = None,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """The shard of softmax(scale * query @ key^T) @ value of this device, inside `jax.shard_map`; memory O((T + S) / P).
+    """This device's shard of softmax(scale * query @ key^T) @ value, in `jax.shard_map`; memory O((T + S) / P).
 
     Args:
         query: (batch, num_heads, seq_q / P, head_dim), this device's part of the queries.
@@ -149,8 +149,8 @@ def ring_attention(
     arrays = scale_query(query, scale, score_mod), key.astype(dtype), value.astype(dtype)
     ring = Ring(axis_name, size, zigzag)
     index = ring.index(0, seq_q), ring.index(0, seq_kv)
-    arrays, operands = bind("ring_attention", plan, arrays, mask, score_mod, index, words)
-    out, lse = _ring(plan, ring, *arrays, operands.learned, operands)
+    bound, operands = bind("ring_attention", plan, arrays, mask, score_mod, index, words)
+    out, lse = _ring(plan, ring, *bound, operands.learned, operands)
     return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
 
 
@@ -222,9 +222,9 @@ def _ring_forward(
 ) -> tuple[tuple[Array, Array], Any]:
     def hop(count: Any, carry: Any) -> Any:
         state, shard = carry
-        shard = ring.send(shard)
+        key, value = ring.send(shard)
         here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
-        return _tile.merge(state, _state(*forward(plan, query, *shard, here))), shard
+        return _tile.merge(state, _state(*forward(plan, query, key, value, here))), (key, value)
 
     start = _state(*forward(plan, query, key, value, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
