@@ -23,6 +23,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # PyTorch is for comparison only; this exact version has a small CPU build.
+bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
+
 bench-train: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python benchmarks/train.py

@@ -95,6 +95,10 @@ CASES = {
             "table": np.random.default_rng(3).standard_normal((HEADS, 2 * CLIP + 1)).astype(np.float32)
         },
     ),
+    "one line": Case(
+        "a function of one line, seen by Attnax as just that: near tokens and the first 64",
+        keep=lambda b, h, q, kv, extra: (kv <= q) & ((q - kv < 256) | (kv < 64)),
+    ),
     "padding": Case(
         "4 rows of 2 heads, padded from 4/4, 3/4, 2/4 and 1/4 of the length",
         keep=lambda b, h, q, kv, extra: kv < extra["lengths"][b],
@@ -250,6 +254,7 @@ def attnax_attention(case: str, kernel: Callable[..., Any]) -> Callable[..., Any
         "documents": lambda extra: masks.causal() & masks.documents(extra["ids"]),
         "prefix": lambda extra: masks.prefix(extra["lengths"]),
         "padding": lambda extra: masks.padding(extra["lengths"]),
+        "one line": lambda extra: lambda b, h, q, kv: (kv <= q) & ((q - kv < 256) | (kv < 64)),
         "full": lambda extra: None,
         "learned bias": lambda extra: None,
     }.get(case, lambda extra: masks.causal())

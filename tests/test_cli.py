@@ -1,5 +1,6 @@
 """The `attnax` command, the whole way on a tiny corpus, and every wrong input in one line."""
 
+import argparse
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -276,6 +278,20 @@ def test_without_its_packages_the_command_says_what_to_install():
     assert done.returncode == 1 and done.stderr.strip() == (
         "attnax: the command needs tyro. Install it with: pip install 'attnax[train]'"
     )
+
+
+def test_bench_runs_the_repositorys_benchmark(monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, check: ran.append(command) or argparse.Namespace(returncode=3)
+    )
+    assert main(["bench", "--cases", "causal", "window", "--lengths", "512", "--json", "figures.json"]) == 3
+    script = Path(cli.__file__).parents[2] / "benchmarks" / "attention.py"
+    options = ["--rounds", "5", "--cases", "causal", "window", "--lengths", "512", "--json", "figures.json"]
+    assert ran == [[sys.executable, str(script), *options]]
+    assert main(["bench", "--lengths", "0"]) == 2 and "--lengths must be at least 1; got 0" in capsys.readouterr().err
+    monkeypatch.setattr("attnax.cli.bench.SCRIPT", tmp_path / "attention.py")
+    assert main(["bench"]) == 2 and "bench needs a clone" in capsys.readouterr().err
 
 
 def test_help_names_every_option(capsys):

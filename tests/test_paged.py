@@ -245,21 +245,17 @@ def test_cached_prefill_in_any_chunks_equals_the_whole():
     agree([np.concatenate(outputs, axis=2)], [wanted])
 
 
-@pytest.mark.parametrize("use_rope", [False, True])
-def test_a_layer_over_the_cache_equals_the_layer_on_the_whole_sequence(use_rope):
+def test_a_layer_over_the_cache_equals_the_layer_on_the_whole_sequence():
     lengths, num_new = np.array([13, 0, 5]), 3
-    layer = MultiHeadAttention(
-        nnx.Rngs(0), num_heads=6, num_kv_heads=2, in_features=11, qkv_features=24, use_rope=use_rope
-    )
+    layer = MultiHeadAttention(nnx.Rngs(0), num_heads=6, num_kv_heads=2, in_features=11, qkv_features=24, use_rope=True)
     x = jax.random.normal(jax.random.key(0), (3, 17, 11))
 
     split = lambda x: x.reshape(3, 17, 2, 4).swapaxes(1, 2)
 
     @nnx.jit
     def on_the_whole(layer, x):
-        key = split(layer.key(x))
-        key = layer.rope(key) if use_rope else key
-        return layer(x, mask=masks.causal(), score_mod=alibi), key, split(layer.value(x))
+        whole = layer(x, mask=masks.causal(), score_mod=alibi)
+        return whole, layer.rope(split(layer.key(x))), split(layer.value(x))
 
     whole, key, value = on_the_whole(layer, x)
     cache = make_cache(np.asarray(key), np.asarray(value), lengths)
@@ -529,9 +525,8 @@ REVERSE = {
 
 
 @pytest.mark.parametrize("through", REVERSE)
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "compiled"])
-def test_reverse_mode_raises(through, transform):
-    run = transform(lambda x: REVERSE[through](x, filled()).sum())
+def test_reverse_mode_raises(through):
+    run = lambda x: REVERSE[through](x, filled()).sum()
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.grad(run)(jnp.float32(1.0))
 

@@ -16,7 +16,7 @@ from attnax.typing import InputError
 try:
     import tyro
 
-    from attnax.cli.options import Generate, Train
+    from attnax.cli.options import Bench, Generate, Train
 except ModuleNotFoundError as error:
     sys.exit(f"attnax: the command needs {error.name}. Install it with: pip install 'attnax[train]'")
 
@@ -36,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
             from attnax.cli.train import train  # after parsing, so that --help does not wait for JAX
 
             return train(options)
+        if isinstance(options, Bench):
+            from attnax.cli.bench import bench
+
+            return bench(options)
         from attnax.cli.generate import generate
 
         return generate(options)
@@ -52,15 +56,17 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def _parse(arguments: Sequence[str]) -> Train | Generate:
+def _parse(arguments: Sequence[str]) -> Train | Generate | Bench:
     """The options; what tyro has to say against them in a box of several lines is said in one."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Generate, tyro.conf.subcommand("generate")],
+                Annotated[Train, tyro.conf.subcommand("train")]
+                | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Bench, tyro.conf.subcommand("bench")],
                 prog="attnax",
-                description="Train a transformer language model on text, and write with it.",
+                description="Train a transformer language model on text, write with it, and time its attention.",
                 args=list(arguments),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
@@ -70,9 +76,12 @@ def _parse(arguments: Sequence[str]) -> Train | Generate:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # without the colours of a terminal
         lines = [line.strip("│ ") for line in plain.splitlines()]
         # A title, a rule, what is wrong, a rule, advice; the title is part of the first rule in UTF-8.
-        rules = [index for index, line in enumerate(lines) if line.startswith("╭") or (line and not line.strip("─-╰╯"))]
+        is_rule = [line.startswith("╭") or (line != "" and not line.strip("─-╰╯")) for line in lines]
+        rules = [index for index, rule in enumerate(is_rule) if rule]
         message = " ".join(lines[rules[0] + 1 : rules[1]])
-        message = re.sub(r"^Error parsing \S*(Train|Generate|inner__\S*): ", "", message)  # tyro's name, not a flag
+        message = re.sub(
+            r"^Error parsing \S*(Train|Generate|Bench|inner__\S*): ", "", message
+        )  # tyro's name, not a flag
         raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
     except ValueError as error:  # a configuration that refuses its values
         raise InputError(str(error)) from error

@@ -114,6 +114,32 @@ class Generate:
         _check_seed(self.seed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time attention beside jax.nn and PyTorch on this machine; needs a clone of the repository.
+
+    Attributes:
+        cases: which masks and biases; by default all.
+        lengths: which sequence lengths; by default 512, 2048 and 4096.
+        rounds: times that each side is measured, in turns.
+        json: also write the figures here.
+        markdown: also write the table here.
+    """
+
+    cases: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    rounds: int = 5
+    json: Path | None = None
+    markdown: Path | None = None
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
+        if self.rounds < 1:
+            raise InputError(f"--rounds must be at least 1; got {self.rounds}.")
+        if any(length < 1 for length in self.lengths):
+            raise InputError(f"--lengths must be at least 1; got {' '.join(map(str, self.lengths))}.")
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed must be at least 0 and below 2 ** 32; got {seed}.")

@@ -1,8 +1,8 @@
 """Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
 
-Each device computes the tiles of its queries with the keys that are there, merges the softmax states, and passes the keys
-on. The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever holds
-more than its share, forward or backward; a hop whose keys the mask forbids costs only the journey.
+Each device computes the tiles of its queries with the keys that are there, merges the softmax states, and passes the
+keys on. The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever
+holds more than its share, forward or backward; a hop whose keys the mask forbids costs only the journey.
 """
 
 from __future__ import annotations

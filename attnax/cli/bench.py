@@ -1,0 +1,26 @@
+"""`attnax bench`: the benchmark of attention that stands beside the package in its repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from attnax.cli.options import Bench
+from attnax.typing import InputError
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+
+
+def bench(options: Bench) -> int:
+    """Runs the benchmark; returns its exit code."""
+    if not SCRIPT.is_file():
+        raise InputError(f"bench needs a clone of the repository, installed with pip install -e; no file {SCRIPT}.")
+    command = [sys.executable, str(SCRIPT), "--rounds", str(options.rounds)]
+    for name in ("cases", "lengths"):
+        values = getattr(options, name)
+        command += [f"--{name}", *map(str, values)] if values else []
+    for name in ("json", "markdown"):
+        path = getattr(options, name)
+        command += [f"--{name}", str(path)] if path is not None else []
+    return subprocess.run(command, check=False).returncode
