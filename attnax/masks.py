@@ -22,6 +22,7 @@ from attnax.typing import (
     Array,
     ArrayLike,
     Bool,
+    Full,
     Index,
     Int,
     MaskMod,
@@ -83,7 +84,7 @@ class Mask:
         """
         return True, False
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         """Raises ValueError if the mask holds arrays that do not fit (B, N, T, S) = `full`."""
 
     def __and__(self, other: Mask | MaskMod | ArrayLike) -> Mask:
@@ -123,7 +124,7 @@ class And(Mask):
         right_any, right_all = self.right.tile(b, h, q_range, kv_range)
         return jnp.logical_and(left_any, right_any), jnp.logical_and(left_all, right_all)
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         self.left.check(caller, full)
         self.right.check(caller, full)
 
@@ -145,7 +146,7 @@ class Not(Mask):
         some, every = self.mask.tile(b, h, q_range, kv_range)
         return jnp.logical_not(every), jnp.logical_not(some)
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         self.mask.check(caller, full)
 
 
@@ -197,9 +198,9 @@ class Documents(Mask):
         some = (q_least <= kv_most) & (kv_least <= q_most)
         return some, (q_least == kv_most) & (kv_least == q_most)
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         for name, ids, length in (("document_ids", self.q_ids, full[2]), ("kv_ids", self.kv_ids, full[3])):
-            if ids.shape not in ((1, length), (full[0], length)):
+            if ids.shape[0] not in (1, full[0]) or (length is not None and ids.shape[1] != length):
                 raise ValueError(
                     f"{caller}: documents need one id a token, ({length},) or ({full[0]}, {length}) for {name}; "
                     f"got {name}.shape={ids.shape}. Where queries and keys differ, use documents(ids, kv_ids)."
@@ -220,7 +221,7 @@ class Lengths(Mask):
         lengths = self.lengths[b]
         return jnp.less(kv_range[0], lengths), jnp.less(kv_range[1], lengths)
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         if self.lengths.shape != full[:1]:
             raise ValueError(
                 f"{caller}: a mask by lengths needs one length a batch row; "
@@ -241,7 +242,7 @@ class Dense(Mask):
             mode="fill", fill_value=False
         )
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         check_mask_shape(caller, self.array.shape, full)
 
 
@@ -287,8 +288,10 @@ class AtPositions(Mask):
             some, every = self.mask.tile(b, h, _range_bounds(self.q_positions, b, q_range), (kv_least, kv_most))
         return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
 
-    def check(self, caller: str, full: tuple[int, int, int, int]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)
+        if self.mask is not None:
+            self.mask.check(caller, (*full[:2], None, None))
 
 
 @pytree_dataclass
@@ -302,7 +305,7 @@ class ScoreModAtPositions:
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
 
-    def check(self, caller: str, full: tuple[int, int, int | None, int | None]) -> None:
+    def check(self, caller: str, full: Full) -> None:
         """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `full`.
 
         The mod is given None for the lengths: which positions there may be is not known.
@@ -509,7 +512,11 @@ def at_positions(
         >>> [bool(mask(0, 0, 0, kv)) for kv in range(4)]
         [True, True, False, False]
     """
-    q_positions, kv_positions = jnp.atleast_2d(jnp.asarray(q_positions)), jnp.atleast_2d(jnp.asarray(kv_positions))
+    for name, positions in (("q_positions", q_positions), ("kv_positions", kv_positions)):
+        if not jnp.issubdtype(jnp.result_type(positions), jnp.integer):
+            raise ValueError(f"at_positions: {name} must be integers; got dtype={jnp.result_type(positions)}.")
+    # int32: the difference of two unsigned positions is never negative.
+    q_positions, kv_positions = (jnp.atleast_2d(jnp.asarray(x, jnp.int32)) for x in (q_positions, kv_positions))
     if mask_or_mod is None or isinstance(mask_or_mod, Mask):
         return AtPositions(mask_or_mod, q_positions, kv_positions)
     score_mod, mask = split_score_mod(mask_or_mod)
@@ -648,8 +655,6 @@ def _range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, A
     return bounds[0], bounds[1]
 
 
-def _check_both_positions(
-    caller: str, q_positions: Array, kv_positions: Array, full: tuple[int, int, int, int]
-) -> None:
-    check_positions(caller, "q_positions", q_positions, full[0], full[2])
-    check_positions(caller, "kv_positions", kv_positions, full[0], full[3])
+def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, full: Full) -> None:
+    for name, positions, length in (("q_positions", q_positions, full[2]), ("kv_positions", kv_positions, full[3])):
+        check_positions(caller, name, positions, full[0], positions.shape[1] if length is None else length)

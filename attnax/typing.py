@@ -41,6 +41,7 @@ __all__ = [
     "AttentionOptions",
     "Bool",
     "Float",
+    "Full",
     "Index",
     "InputError",
     "Int",
@@ -50,6 +51,7 @@ __all__ = [
     "check_attention",
     "check_mask_shape",
     "check_positions",
+    "check_scores",
     "function_pytree",
     "is_concrete",
     "pytree_dataclass",
@@ -139,16 +141,40 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def check_mask_shape(caller: str, shape: Sequence[int], full: tuple[int, int, int, int]) -> None:
+Full = tuple[int, int, int | None, int | None]
+"""(B, N, T, S); T and S are None where positions are read, which may be any."""
+
+
+def check_mask_shape(caller: str, shape: Sequence[int], full: Full) -> None:
     """Raises ValueError unless an array of `shape` broadcasts to `full` = (B, N, T, S)."""
     fits = len(shape) <= 4 and all(
-        have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
+        want is None or have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
     )
     if not fits:
         raise ValueError(
             f"{caller}: mask must broadcast to (batch, num_heads, seq_q, seq_kv)={full}; "
             f"got mask.shape={tuple(shape)}. Insert axes of size 1 where the mask does not vary."
         )
+
+
+def check_scores(caller: str, result: Any, scores: Array) -> Array:
+    """What a score mod made of `scores`, in their dtype.
+
+    Raises:
+        ValueError: it is of another shape, or holds no floating numbers.
+    """
+    result = jnp.asarray(result)
+    if result.shape != scores.shape:
+        raise ValueError(
+            f"{caller}: score_mod must return scores of the shape that it is given; got {result.shape} "
+            f"for {scores.shape}. Let indices and arrays broadcast against the scores."
+        )
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        raise ValueError(
+            f"{caller}: score_mod must return floating scores; got dtype={result.dtype}. "
+            "Pass a function that returns booleans as the mask, or through mask_mod_to_score_mod."
+        )
+    return result.astype(scores.dtype)
 
 
 def check_positions(caller: str, name: str, positions: Any, batch: int, length: int) -> Array:

@@ -350,7 +350,7 @@ def prepare_jax(side: str, job: Job) -> tuple[Work | None, dict[str, Any]]:
     arrays, extra = job.arrays()
     if own_layout:
         arrays = [np.swapaxes(x, 1, 2) for x in arrays]
-        if job.case in ("documents", "prefix"):
+        if job.case in ("documents", "prefix", "one line"):
             extra = {"mask": jax.ShapeDtypeStruct((1, 1, job.length, job.length), bool)}
         elif job.case == "alibi":
             extra = {"bias": jax.ShapeDtypeStruct((1, HEADS, job.length, job.length), jnp.float32)}

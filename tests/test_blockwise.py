@@ -1,5 +1,7 @@
 """The blockwise engine: what it visits, keeps and compiles, and gradients of everything that is captured."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -13,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention, why_not_cudnn
+from attnax.kernels.score_mods import relative_table_mod
 from attnax.typing import pytree_dataclass
 
 SEQ, TILE = 96, 16
@@ -54,26 +57,24 @@ def dense(mask, seq=SEQ):
     return np.broadcast_to(True if mask is None else masks.as_mask(mask)(*grid), (1, 1, seq, seq))[0, 0]
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "traced"),
+    [*((name, False) for name in MASKS), *((name, True) for name in ("prefix", "causal & documents", "array"))],
+)
 def test_visited_tiles_are_those_in_which_something_is_attended(name, traced):
     mask = None if MASKS[name] is None else masks.as_mask(MASKS[name])
     tiles = dense(mask).reshape(SEQ // TILE, TILE, SEQ // TILE, TILE)
     expected = sorted((int(i) * TILE, int(j) * TILE) for i, j in np.argwhere(tiles.any((1, 3))))
     query, key, value, cotangent = (jax.random.normal(jax.random.key(i), (1, 1, SEQ, 3)) for i in range(4))
 
-    def forward(mod):
-        run = lambda mask: memory_efficient_attention(query, key, value, mask=mask, score_mod=mod, block_size=TILE)
-        return jax.jit(run)(mask) if traced else run(mask)
+    def run(mod):
+        def both(query, given):
+            attend = partial(memory_efficient_attention, mask=given if traced else mask, score_mod=mod, block_size=TILE)
+            return jax.vjp(lambda query: attend(query, key, value), query)[1](cotangent)
 
-    def both(mod):
-        run = lambda query, mask: memory_efficient_attention(
-            query, key, value, mask=mask, score_mod=mod, block_size=TILE
-        )
-        return jax.jit(lambda query, mask: jax.vjp(lambda query: run(query, mask), query)[1](cotangent))(query, mask)
+        return jax.jit(both)(query, mask if traced else None)
 
-    assert visited_tiles(forward) == expected
-    assert visited_tiles(both) == sorted([*expected, *expected])  # once forward, once backward
+    assert visited_tiles(run) == sorted([*expected, *expected])  # once forward, once backward
 
 
 def test_full_tiles_are_not_tested():
@@ -131,12 +132,12 @@ def test_tile_sizes_agree(name):
         return out, *pull(cotangent)
 
     expected = run(None)
-    for block_size in (1, 2, 5, 100):
+    for block_size in (1, 5):
         for have, want in zip(run(block_size), expected, strict=True):
             np.testing.assert_allclose(have, want, atol=3e-6)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 8, None])
+@pytest.mark.parametrize("block_size", [3, None])
 def test_dropout_drops_the_same_weights_at_every_tile_size_and_in_the_backward_pass(block_size):
     query, key, value, cotangent = CASES["causal"].arrays()
 
@@ -184,6 +185,10 @@ def captured_arrays():
         "scalar": (normal(), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
         "by bucket": (normal(6, 4), lambda x: lambda s, b, h, q, kv: s + x[h, jnp.clip(q - kv, 0, 3)]),
         "where the score says": (normal(3), lambda x: lambda s, b, h, q, kv: s + x[jnp.where(s > 0, 1, 2)]),
+        "complex": (
+            normal(6),
+            lambda x: lambda s, b, h, q, kv: s * jnp.real(lax.complex(x, 2 * x)[h] * jnp.exp(1j * kv)),
+        ),
         "in a loop": (normal(3), lambda x: lambda s, b, h, q, kv: lax.fori_loop(0, 3, lambda i, s: s * x[i], s)),
         "under jit": (normal(6), lambda x: jax.jit(lambda s, b, h, q, kv: s * x[h] + x[0] * kv)),
         "dataclass": (normal(6), Slope),
@@ -193,17 +198,72 @@ def captured_arrays():
 
 
 @pytest.mark.parametrize("name", captured_arrays())
-@pytest.mark.parametrize("block_size", [4, None])
-def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name, block_size):
+def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name):
     array, mod = captured_arrays()[name]
     query, key, value, cotangent = CASES["causal"].arrays()
 
     def loss(attend, array):
         return (attend(query, key, value, mask=masks.causal(), score_mod=mod(array)) * cotangent).sum()
 
-    have = jax.jit(jax.grad(partial(loss, partial(memory_efficient_attention, block_size=block_size))))(array)
+    have = jax.jit(jax.grad(partial(loss, partial(memory_efficient_attention, block_size=4))))(array)
     want = jax.jit(jax.grad(partial(loss, standard_attention)))(array)
     assert oracle.rms_error(have, want) <= 5e-6
+
+
+def test_gradients_of_low_precision_tables_are_summed_in_float32():
+    query, key, value, cotangent = (jax.random.normal(jax.random.key(i), (1, 2, 256, 5)) for i in range(4))
+    table = jax.random.normal(jax.random.key(4), (2, 9))
+
+    def grad(table):
+        mod = relative_table_mod(table)
+        attend = partial(memory_efficient_attention, query, key, value, score_mod=mod, block_size=32)
+        return (attend() * cotangent).sum()
+
+    exact = jax.jit(jax.grad(grad))(table.astype(jnp.bfloat16).astype(jnp.float32))
+    have = jax.jit(jax.grad(grad))(table.astype(jnp.bfloat16))
+    rounded = np.asarray(exact.astype(jnp.bfloat16), np.float64)
+    assert have.dtype == jnp.bfloat16
+    assert oracle.rms_error(have, exact) <= 1.5 * oracle.rms_error(rounded, exact)
+
+
+def test_scores_at_places_that_do_not_exist_are_never_met():
+    """13 x 11 do not fill tiles of 4; this mod and its derivative are NaN at a score of 0."""
+    query, key, value, cotangent = CASES["cross"].arrays()
+
+    def loss(attend, query, key, value, x):
+        mod = lambda scores, b, h, q, kv: jnp.sign(scores) * jnp.exp(x[h] * jnp.log(abs(scores)))
+        return (attend(query, key, value, score_mod=mod) * cotangent).sum()
+
+    arrays = query, key, value, jnp.linspace(0.5, 1.0, 6)
+    have = jax.grad(partial(loss, partial(memory_efficient_attention, block_size=4)), (0, 1, 2, 3))(*arrays)
+    want = jax.grad(partial(loss, standard_attention), (0, 1, 2, 3))(*arrays)
+    for x, y in zip(have, want, strict=True):
+        assert oracle.rms_error(x, y) <= 2e-5
+
+
+def test_64_bits_work():
+    code = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_enable_x64", True)
+from attnax import flash_attention, memory_efficient_attention, masks, standard_attention
+for dtype, most in ((jnp.float64, 1e-14), (jnp.float32, 2e-6)):
+    x = jax.random.normal(jax.random.key(0), (2, 2, 11, 3), dtype)
+    ids = jnp.arange(11) // 4
+    mod = lambda s, b, h, q, kv: s - 0.5 * abs(q - kv)
+    run = lambda f, x: (f(x, x, x, mask=masks.causal() & masks.documents(ids), score_mod=mod) ** 2).sum()
+    have = jax.grad(lambda x: run(lambda *a, **k: memory_efficient_attention(*a, block_size=4, **k), x))(x)
+    want = jax.grad(lambda x: run(standard_attention, x))(x)
+    assert have.dtype == dtype and abs(have - want).max() < most * abs(want).max()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mask_function_may_return_a_constant_and_must_fit_its_indices():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 9, 3))
+    have = memory_efficient_attention(x, x, x, mask=lambda b, h, q, kv: True, block_size=4)
+    np.testing.assert_allclose(have, standard_attention(x, x, x), atol=2e-6)
+    with pytest.raises(ValueError, match=r"shape that its indices broadcast to; got \(4, 4\)"):
+        memory_efficient_attention(x, x, x, mask=lambda b, h, q, kv: jnp.tri(4, dtype=bool), block_size=4)
 
 
 @pytest.mark.parametrize("how", ["eager", "jit", "vmap", "scan", "remat", "shard_map"])

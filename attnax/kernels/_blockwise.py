@@ -21,7 +21,7 @@ from attnax.kernels import _tile
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, ScoreMod, check_attention, pytree_dataclass
+from attnax.typing import Array, ScoreMod, check_attention, check_scores, pytree_dataclass
 
 __all__ = ["attend"]
 
@@ -84,6 +84,11 @@ class Operands(NamedTuple):
         score_mod = self.backward.score_mod
         return () if score_mod is None else score_mod.floats
 
+    def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The gradients of `learned`, from what the backward pass accumulated."""
+        score_mod = self.backward.score_mod
+        return () if score_mod is None else score_mod.finish(gradients)
+
 
 class Rows(NamedTuple):
     """What the backward pass knows of each query."""
@@ -102,6 +107,10 @@ class Place(NamedTuple):
     head: Array
     num_rows: int
     num_heads: int
+
+    def start(self, *others: Any) -> tuple[Array, ...]:
+        """The first index of a slice; loops count in 64 bits where those are enabled, slices want one dtype."""
+        return tuple(jnp.asarray(index).astype(jnp.int32) for index in (self.row, self.head, *others))
 
 
 class Keys(NamedTuple):
@@ -167,6 +176,7 @@ def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
     """The query in at least float32, scaled; scores are then in units of log 2 unless a score mod sees them."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
+    query = jnp.where(jnp.isfinite(query).all(-1, keepdims=True), query, jnp.nan)  # an infinity spoils as NaN does
     return query * jnp.asarray(scale if score_mod is not None else scale * _tile.LOG2E, query.dtype)
 
 
@@ -240,21 +250,31 @@ def _trace(
             return jnp.broadcast_to(some, (rows, heads, count)), jnp.broadcast_to(every, (rows, heads, count))
 
         ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
+        _check_mask_result(caller, mask, rows, heads)
         lifted_mask = lift(mask, *indices)
         lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
     if score_mod is not None:
 
         def modify(scores: Array, *indices: Array) -> Array:
-            result = jnp.asarray(score_mod(scores, *indices))
-            if result.shape != scores.shape:
-                raise ValueError(
-                    f"{caller}: score_mod must return scores of the shape that it is given; got {result.shape} "
-                    f"for {scores.shape}. Let indices and arrays broadcast against the scores."
-                )
-            return result.astype(scores.dtype)
+            return check_scores(caller, score_mod(scores, *indices), scores)
 
         lifted_mod = lift(modify, example(*full, dtype=dtype), *indices)
     return Functions(lifted_mask, lifted_bounds, lifted_mod, mask is not None and mask.is_opaque)
+
+
+def _check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
+    """Raises ValueError if the mask's result is of a size that its indices do not have: an array over all pairs, say."""
+    sizes = rows, heads, 1009, 1013
+    shape = jnp.shape(
+        jax.eval_shape(
+            mask, *(jax.ShapeDtypeStruct((1,) * i + (n,) + (1,) * (3 - i), jnp.int32) for i, n in enumerate(sizes))
+        )
+    )
+    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], sizes[::-1], strict=False)):
+        raise ValueError(
+            f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
+            f"for indices of sizes {sizes}. Index its arrays by b, h, q and kv, or pass an array as the mask."
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -275,7 +295,8 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
     query, key, value, operands, out, lse = residuals
     rows = prepare_rows(query, out, lse, *cotangents)
     gradients = operands.backward.score_mod.gradients() if operands.backward.score_mod is not None else ()
-    return *backward(plan, rows, key, value, operands, gradients), None
+    *d_arrays, gradients = backward(plan, rows, key, value, operands, gradients)
+    return *d_arrays, operands.finish(gradients), None
 
 
 _attention_of.defvjp(_attention_forward, _attention_backward)
@@ -402,7 +423,8 @@ class Walk:
             def exact(tile: Array) -> Array:
                 kept = keep(tile)
                 assert kept is not None
-                return _code(kept.any(), kept.all())
+                kept = kept.astype(jnp.int8)  # and column by column: `any` and `all` take the CPU 6 times as long
+                return _code(kept.max(-2).max() > 0, kept.min(-2).min() > 0)
 
             def refined(tile: tuple[Array, Array]) -> Array:
                 index, code = tile
@@ -417,7 +439,7 @@ class Walk:
         """Which rows and heads of queries, and of keys, the groups from x on are."""
         _, heads, _, kv_heads, _ = self.shape
         num_rows, num_heads, _, _ = tile_shape(self.tiles, self.shape)
-        x = jnp.asarray(x).astype(jnp.int32)  # a loop's index has 64 bits where those are enabled
+        x = jnp.asarray(x).astype(jnp.int32)
         row, kv_head, shared = x // kv_heads, x % kv_heads, heads // kv_heads
         return (
             Place(row, kv_head * shared, num_rows, num_heads),
@@ -488,7 +510,8 @@ def backward(
     walk = _walk(plan, plan.backward, operands.backward, operands, _shape(rows.query, key))
     tiles, axes, dtype = plan.backward, varying_axes(rows.query), rows.query.dtype
     keys = _prepare_keys(key, value, tiles.keys)
-    query, d_out, delta, fine = (_fill(x, tiles.queries) for x in (rows.query, rows.d_out, rows.delta, rows.fine))
+    d_out, delta, fine = (_fill(x, tiles.queries, 0) for x in (rows.d_out, rows.delta, rows.fine))
+    query = _fill(rows.query, tiles.queries)
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU is half as fast at contracting the first axes of two matrices.
@@ -585,25 +608,30 @@ def _walk(plan: Plan, tiles: Tiles, functions: Functions, operands: Operands, sh
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
     fine = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.where(fine, 0, jnp.nan).astype(key.dtype)
-    return Keys(_fill(key, size), _fill(value, size), _fill(bias, size, -jnp.inf))
+    return Keys(_fill(key, size), _fill(value, size, 0), _fill(bias, size, -jnp.inf))
 
 
-def _fill(x: Array, size: int, fill: Any = 0) -> Array:
-    """(B, N, L, ...) with `fill` behind, to a whole number of tiles."""
+def _fill(x: Array, size: int, fill: Any = None) -> Array:
+    """(B, N, L, ...) with `fill` behind, to a whole number of tiles; by default with the last row again.
+
+    So a score mod sees no scores at places that do not exist which it would not see at others.
+    """
     missing = -x.shape[2] % size
     widths = ((0, 0), (0, 0), (0, missing), *((0, 0),) * (x.ndim - 3))
-    return jnp.pad(x, widths, constant_values=fill) if missing else x
+    if not missing:
+        return x
+    return jnp.pad(x, widths, mode="edge") if fill is None else jnp.pad(x, widths, constant_values=fill)
 
 
 def _cut(x: Array, place: Place, tile: Array, size: int) -> Array:
     """Tile (Bt, Nt, size, ...) of (B, N, L', ...)."""
-    start = (place.row, place.head, tile * size, 0)[: x.ndim]
+    start = place.start(tile * size, 0)[: x.ndim]
     return lax.dynamic_slice(x, start, (place.num_rows, place.num_heads, size, *x.shape[3:]))
 
 
 def _cut_turned(x: Array, place: Place, tile: Array, tiles: Tiles) -> Array:
     """The same tile of (B, N, width, L'), as (Xt, width, N / K * size)."""
-    start, width = (place.row, place.head, 0, tile * tiles.queries), x.shape[2]
+    start, width = place.start(0, tile * tiles.queries), x.shape[2]
     cut = lax.dynamic_slice(x, start, (place.num_rows, place.num_heads, width, tiles.queries))
     return cut.reshape(tiles.groups, -1, width, tiles.queries).swapaxes(1, 2).reshape(tiles.groups, width, -1)
 
@@ -623,7 +651,7 @@ def _flat(x: Array, groups: int) -> Array:
 def _put(whole: Array, part: Array, place: Place, tile: Array, size: int) -> Array:
     """`whole`, as in `_cut`, with that tile replaced by `part`, whose leading axes may be merged in any way."""
     part = part.reshape(place.num_rows, place.num_heads, size, *whole.shape[3:])
-    return lax.dynamic_update_slice(whole, part, (place.row, place.head, tile * size, 0)[: whole.ndim])
+    return lax.dynamic_update_slice(whole, part, place.start(tile * size, 0)[: whole.ndim])
 
 
 def _ranges(index: Array, size: int) -> tuple[Array, Array]:

@@ -27,7 +27,8 @@ __all__ = ["Lifted", "lift", "vary", "varying_axes"]
 class Program:
     """Straight-line code on (captured values, arguments).
 
-    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new.
+    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new (unless it holds functions
+    of its own, as `jax.nn.relu` and loops do: those are equal only to themselves).
     """
 
     captured: tuple[Var, ...]
@@ -61,12 +62,18 @@ class Lifted:
 
     @property
     def floats(self) -> tuple[Array, ...]:
-        """The floating values."""
+        """The values that get gradients."""
         return tuple(x for x in self.values if _is_float(x))
 
     def gradients(self) -> tuple[Array, ...]:
-        """Zeros to accumulate the gradients of the floating captured values in."""
-        return tuple(vary(jnp.zeros(x.shape, x.dtype), varying_axes(x)) for x in self.floats)
+        """Zeros to accumulate the gradients of `floats` in, at least float32: a sum of many tiles needs it."""
+        return tuple(
+            vary(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), varying_axes(x)) for x in self.floats
+        )
+
+    def finish(self, gradients: Sequence[Array]) -> tuple[Array, ...]:
+        """The accumulated gradients in the dtypes of `floats`."""
+        return tuple(total.astype(x.dtype) for total, x in zip(gradients, self.floats, strict=True))
 
     def differentiate(self, scores: Array, *indices: Array) -> tuple[Array, Callable[..., Any]]:
         """The result for arguments (scores, *indices), and its pullback.
@@ -95,7 +102,7 @@ class Lifted:
             d_scores, d_direct, d_read = pull(cotangent)
             sums = dict(zip(floats, gradients, strict=True))
             for i, share in zip(direct, d_direct, strict=True):
-                sums[i] = sums[i] + share
+                sums[i] = sums[i] + share.astype(sums[i].dtype)
             for (_, captured, eqn, where), share in zip(reads.values(), d_read, strict=True):
                 if captured in sums:
                     sums[captured] = _add_where_read(sums[captured], eqn, where, share)
@@ -128,7 +135,7 @@ class Lifted:
                 env[eqn.outvars[0]] = known[id(eqn)]
             else:
                 _step(eqn, env)
-        results = tuple(_read(env, var) for var in program.results)
+        results = tuple(jnp.asarray(_read(env, var), var.aval.dtype) for var in program.results)
         return results[0] if len(results) == 1 else results
 
 
@@ -201,11 +208,12 @@ def _step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | No
 
 
 def _is_float(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array) -> Array:
     """`total` with `share` added at the elements that a gather or dynamic_slice read."""
+    share = share.astype(total.dtype)
     if eqn.primitive.name == "dynamic_slice":
         old = lax.dynamic_slice(total, where, share.shape)
         return lax.dynamic_update_slice(total, old + share, where)

@@ -71,7 +71,8 @@ def mask_scores(scores_TS: Array, keep: Array | None, key_bias: Array, score_mod
     if score_mod is not None:
         # What the mod's derivative is at forbidden pairs must not matter, so they all have the score 0.
         scores_TS = score_mod(scores_TS if keep is None else jnp.where(keep, scores_TS, 0))
-        masked = scores_TS <= jnp.finfo(jnp.float32).min  # not `>`: a NaN from a mod must be seen
+        # Not `>`: a NaN from a mod must be seen, but not where there is no key.
+        masked = (scores_TS <= jnp.finfo(jnp.float32).min) | (key_bias == -jnp.inf)
         keep = ~masked if keep is None else keep & ~masked
         scores_TS = scores_TS * LOG2E
     return jnp.where(True if keep is None else keep, scores_TS + key_bias, -jnp.inf)

@@ -33,6 +33,7 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
+    check_scores,
     is_concrete,
 )
 
@@ -411,13 +412,7 @@ def _trace(
 
     def modify(scores: Array, *indices: Array) -> Array:
         assert score_mod is not None
-        result = jnp.asarray(score_mod(scores, *indices))
-        if result.shape != scores.shape:
-            raise ValueError(
-                f"paged_attention: score_mod must return scores of the shape that it is given; got {result.shape} "
-                f"for {scores.shape}. Let indices and arrays broadcast against the scores."
-            )
-        return result.astype(scores.dtype)
+        return check_scores("paged_attention", score_mod(scores, *indices), scores)
 
     indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
     return Functions(

@@ -123,6 +123,7 @@ def ring_attention(
         query,
         key,
         value,
+        mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,  # its shape is global
         score_mod=score_mod,
         dropout_rng=dropout_rng,
         dropout_rate=dropout_rate,
@@ -247,7 +248,7 @@ def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Arr
     d_query, d_key, d_value, gradients = backward(plan, rows, key, value, operands, gradients)
     start = d_query, gradients, (key, value, d_key, d_value)
     d_query, gradients, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, start)
-    return d_query, *ring.send(d_shard), gradients, None
+    return d_query, *ring.send(d_shard), operands.finish(gradients), None
 
 
 _ring_of.defvjp(_ring_forward, _ring_backward)

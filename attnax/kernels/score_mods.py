@@ -22,6 +22,7 @@ from attnax.typing import (
     ArrayLike,
     Bool,
     Float,
+    Full,
     Index,
     Int,
     MaskMod,
@@ -48,9 +49,6 @@ __all__ = [
     "soft_cap_mod",
 ]
 
-Full = tuple[int, int, int | None, int | None]
-"""(B, N, T, S); T and S are None where a mod reads positions, which may be any."""
-
 
 @pytree_dataclass
 class ComposedScoreMod:
@@ -63,7 +61,7 @@ class ComposedScoreMod:
         scores = first(scores, b, h, q, kv)
         for mod in others:
             masked = scores <= jnp.finfo(jnp.float32).min
-            scores = jnp.where(masked, -jnp.inf, mod(scores, b, h, q, kv))
+            scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
         return scores
 
     def check(self, caller: str, full: Full) -> None:
@@ -80,7 +78,7 @@ class Alibi:
     slopes: Array  # (N,)
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        return scores - self.slopes[h] * jnp.abs(jnp.subtract(q, kv))
+        return scores - self.slopes.astype(scores.dtype)[h] * jnp.abs(jnp.subtract(q, kv))
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless there is a slope for each head."""
@@ -97,7 +95,7 @@ class AdditiveBias:
         indices = [0 if size == 1 else i for i, size in zip((b, h, q, kv), self.bias.shape, strict=True)]
         # Positions may lie past the array (a cache has spare room): NaN there, rather than the bias of other tokens.
         inside = functools.reduce(jnp.logical_and, map(jnp.less, indices, self.bias.shape))
-        return scores + jnp.where(inside, self.bias.at[tuple(indices)].get(mode="clip"), jnp.nan)
+        return scores + jnp.where(inside, self.bias.astype(scores.dtype).at[tuple(indices)].get(mode="clip"), jnp.nan)
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `full`."""
@@ -133,7 +131,7 @@ class BucketedBias:
             max_distance=self.max_distance,
             bidirectional=self.bidirectional,
         )
-        return scores + self.table[bucket, h]
+        return scores + self.table.astype(scores.dtype)[bucket, h]
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless the table has a column for each head."""
@@ -148,7 +146,7 @@ class ClippedBias:
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         clip = self.table.shape[1] // 2
-        return scores + self.table[h, jnp.clip(jnp.subtract(q, kv), -clip, clip) + clip]
+        return scores + self.table.astype(scores.dtype)[h, jnp.clip(jnp.subtract(q, kv), -clip, clip) + clip]
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless the table has a row for each head."""

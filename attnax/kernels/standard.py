@@ -9,7 +9,17 @@ from jax import lax
 
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    check_attention,
+    check_scores,
+)
 
 __all__ = ["standard_attention"]
 
@@ -122,12 +132,8 @@ def standard_attention(
         keep = mask(*indices)
     if score_mod is not None:
         # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
-        scores = score_mod(jnp.where(keep, scores, 0), *indices).astype(dtype)
-        if scores.shape != full:
-            raise ValueError(
-                f"standard_attention: score_mod must return scores of the shape that it is given; got {scores.shape} "
-                f"for {full}. Let indices and arrays broadcast against the scores."
-            )
+        scores = jnp.where(keep, scores, 0)
+        scores = check_scores("standard_attention", score_mod(scores, *indices), scores)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
     key_poison = jnp.repeat(jnp.where(key_ok, 0, jnp.nan), num_heads // num_kv_heads, axis=1)[:, :, None, :]
