@@ -263,7 +263,7 @@ def _trace(
 
 
 def _check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
-    """Raises ValueError if the mask's result is of a size that its indices do not have: an array over all pairs, say."""
+    """Raises ValueError if the mask's result has a size that its indices do not have: an array over all pairs, say."""
     sizes = rows, heads, 1009, 1013
     shape = jnp.shape(
         jax.eval_shape(
@@ -510,8 +510,8 @@ def backward(
     walk = _walk(plan, plan.backward, operands.backward, operands, _shape(rows.query, key))
     tiles, axes, dtype = plan.backward, varying_axes(rows.query), rows.query.dtype
     keys = _prepare_keys(key, value, tiles.keys)
-    d_out, delta, fine = (_fill(x, tiles.queries, 0) for x in (rows.d_out, rows.delta, rows.fine))
-    query = _fill(rows.query, tiles.queries)
+    query, fine = _fill(rows.query, tiles.queries), _fill(rows.fine, tiles.queries)
+    d_out, delta = _fill(rows.d_out, tiles.queries, 0), _fill(rows.delta, tiles.queries, 0)
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU is half as fast at contracting the first axes of two matrices.
