@@ -159,7 +159,7 @@ def test_construction_mask_and_mod_join_those_of_the_call():
         both = mask.astype(bool) & jnp.tri(LENGTH, dtype=bool)[None, None]
         return standard_attention(*heads, mask=both, score_mod=mod).swapaxes(1, 2)
 
-    np.testing.assert_array_equal(layer(x, mask=keep), make_layer(attention_fn=direct)(x, mask=keep))
+    np.testing.assert_allclose(layer(x, mask=keep), make_layer(attention_fn=direct)(x, mask=keep), atol=2e-6)
 
 
 def test_the_layer_passes_mask_objects_on():
