@@ -61,7 +61,7 @@ __all__ = [
 Instance = TypeVar("Instance")
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
     """A frozen dataclass whose fields are the children of a pytree."""
     made = dataclasses.dataclass(frozen=True)(cls)

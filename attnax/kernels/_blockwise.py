@@ -23,7 +23,18 @@ from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.masks import Mask, resolve_masks
 from attnax.typing import Array, ScoreMod, check_attention, check_scores, pytree_dataclass
 
-__all__ = ["attend"]
+__all__ = [
+    "Operands",
+    "Plan",
+    "attend",
+    "backward",
+    "bind",
+    "check_block_size",
+    "choose_tiles",
+    "forward",
+    "prepare_rows",
+    "scale_query",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Functions:
 
 
 class Operands(NamedTuple):
-    """What both passes read beside query, key and value; the passes themselves see it as it is."""
+    """What both passes read beside query, key and value."""
 
     forward: Functions
     backward: Functions
@@ -83,6 +94,11 @@ class Operands(NamedTuple):
         """The floating arrays of the score mod, which get gradients from the backward pass."""
         score_mod = self.backward.score_mod
         return () if score_mod is None else score_mod.floats
+
+    def gradients(self) -> tuple[Array, ...]:
+        """Zeros to accumulate the gradients of `learned` in."""
+        score_mod = self.backward.score_mod
+        return () if score_mod is None else score_mod.gradients()
 
     def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
         """The gradients of `learned`, from what the backward pass accumulated."""
@@ -294,8 +310,7 @@ def _attention_forward(
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     query, key, value, operands, out, lse = residuals
     rows = prepare_rows(query, out, lse, *cotangents)
-    gradients = operands.backward.score_mod.gradients() if operands.backward.score_mod is not None else ()
-    *d_arrays, gradients = backward(plan, rows, key, value, operands, gradients)
+    *d_arrays, gradients = backward(plan, rows, key, value, operands, operands.gradients())
     return *d_arrays, operands.finish(gradients), None
 
 

@@ -87,7 +87,8 @@ def memory_efficient_attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
         TypeError: forward-mode differentiation (`jax.jvp`); `standard_attention` has every derivative. Forward over
-            reverse (`jax.jvp` of `jax.grad`) works.
+            reverse (`jax.jvp` of `jax.grad`) works; reverse over reverse is a ValueError of JAX's where there are
+            several tiles.
 
     Example:
         >>> import jax.numpy as jnp

@@ -13,7 +13,7 @@ import numpy as np
 
 from attnax.kernels.flash import flash_attention
 from attnax.masks import Mask, as_mask, causal, mask_argument
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, function_pytree
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, function_pytree, pytree_dataclass
 
 __all__ = ["NnxAttention", "nnx_attention_fn"]
 
@@ -68,8 +68,7 @@ def nnx_attention_fn(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class NnxAttention:
     """What `nnx_attention_fn` returns; equal when its parts are, so that an equal layer compiles nothing new."""
 
@@ -133,10 +132,6 @@ class NnxAttention:
             deterministic=deterministic,
         ).swapaxes(1, 2)
         return out.reshape(*batch, *out.shape[1:])
-
-
-# JAX rebuilds pytrees around whatever stands for a leaf, so the tests' type checks must let anything in.
-NnxAttention.__no_type_check__ = True  # type: ignore[attr-defined]
 
 
 def _one_batch_axis(mask: Any, batch: tuple[int, ...]) -> Mask:

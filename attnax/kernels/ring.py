@@ -236,7 +236,6 @@ def _ring_forward(
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     query, key, value, operands, out, lse = residuals
     rows = prepare_rows(query, out, lse, *cotangents)
-    gradients = operands.backward.score_mod.gradients() if operands.backward.score_mod is not None else ()
 
     def hop(count: Any, carry: Any) -> Any:
         d_query, gradients, travelling = carry
@@ -245,7 +244,7 @@ def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Arr
         *shares, gradients = backward(plan, rows, key, value, here, gradients)
         return d_query + shares[0], gradients, (key, value, d_key + shares[1], d_value + shares[2])
 
-    d_query, d_key, d_value, gradients = backward(plan, rows, key, value, operands, gradients)
+    d_query, d_key, d_value, gradients = backward(plan, rows, key, value, operands, operands.gradients())
     start = d_query, gradients, (key, value, d_key, d_value)
     d_query, gradients, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, start)
     return d_query, *ring.send(d_shard), operands.finish(gradients), None
