@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from attnax.cache import init_decoder_kv_caches_from_config as init_decoder_kv_caches_from_config
     from attnax.cache import init_kv_layer_cache as init_kv_layer_cache
     from attnax.cache import update_kv_layer_cache as update_kv_layer_cache
+    from attnax.config import AttentionType as AttentionType
     from attnax.config import BlockConfig as BlockConfig
     from attnax.config import FfActivation as FfActivation
     from attnax.config import NormKind as NormKind
+    from attnax.config import Pool as Pool
     from attnax.config import PosEmbType as PosEmbType
+    from attnax.config import RopeScaling as RopeScaling
     from attnax.config import TransformerConfig as TransformerConfig
+    from attnax.config import VisionTransformerConfig as VisionTransformerConfig
     from attnax.generation.loop import Generation as Generation
     from attnax.generation.samplers import Sampler as Sampler
     from attnax.kernels.flash import flash_attention as flash_attention
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from attnax.kernels.lite import lite_attention as lite_attention
     from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
     from attnax.kernels.paged import paged_attention as paged_attention
+    from attnax.kernels.pallas import pallas_flash_attention as pallas_flash_attention
+    from attnax.kernels.pallas import why_not_pallas as why_not_pallas
     from attnax.kernels.ring import ring_attention as ring_attention
     from attnax.kernels.ring import ring_attention_reference as ring_attention_reference
     from attnax.kernels.ring import zigzag_order as zigzag_order
@@ -57,13 +63,17 @@ if TYPE_CHECKING:
     from attnax.masks import make_padding_mask as make_padding_mask
     from attnax.masks import make_sliding_window_mask as make_sliding_window_mask
     from attnax.models.lm import TransformerLM as TransformerLM
+    from attnax.models.seq2seq import Transformer as Transformer
     from attnax.models.transformer import TransformerDecoder as TransformerDecoder
+    from attnax.models.transformer import TransformerEncoder as TransformerEncoder
     from attnax.nn.attention import MultiHeadAttention as MultiHeadAttention
+    from attnax.nn.blocks import DecoderBlock as DecoderBlock
     from attnax.nn.blocks import EncoderBlock as EncoderBlock
     from attnax.nn.embeddings import LearnedPositionalEmbedding as LearnedPositionalEmbedding
     from attnax.nn.embeddings import PositionalEncoding as PositionalEncoding
     from attnax.nn.embeddings import TokenEmbedding as TokenEmbedding
     from attnax.nn.feedforward import FeedForward as FeedForward
+    from attnax.nn.moe import MixtureOfExperts as MixtureOfExperts
     from attnax.nn.norms import RMSNorm as RMSNorm
     from attnax.nn.norms import create_norm as create_norm
     from attnax.nn.rope import RotaryEmbedding as RotaryEmbedding
@@ -92,7 +102,17 @@ _HOMES = {
         "init_kv_layer_cache",
         "update_kv_layer_cache",
     ),
-    "config": ("BlockConfig", "FfActivation", "NormKind", "PosEmbType", "TransformerConfig"),
+    "config": (
+        "AttentionType",
+        "BlockConfig",
+        "FfActivation",
+        "NormKind",
+        "Pool",
+        "PosEmbType",
+        "RopeScaling",
+        "TransformerConfig",
+        "VisionTransformerConfig",
+    ),
     "generation": ("Generation", "Sampler"),
     "kernels.flash": (
         "flash_attention",
@@ -106,6 +126,7 @@ _HOMES = {
     "kernels.lite": ("lite_attention",),
     "kernels.nnx_adapter": ("nnx_attention_fn",),
     "kernels.paged": ("paged_attention",),
+    "kernels.pallas": ("pallas_flash_attention", "why_not_pallas"),
     "kernels.ring": (
         "ring_attention",
         "ring_attention_reference",
@@ -146,11 +167,13 @@ _HOMES = {
         "soft_cap_mod",
     ),
     "kernels.standard": ("standard_attention",),
-    "models": ("TransformerDecoder", "TransformerLM"),
+    "models": ("Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM"),
     "nn": (
+        "DecoderBlock",
         "EncoderBlock",
         "FeedForward",
         "LearnedPositionalEmbedding",
+        "MixtureOfExperts",
         "MultiHeadAttention",
         "PositionalEncoding",
         "RMSNorm",

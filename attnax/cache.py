@@ -26,14 +26,14 @@ class KVLayerCache:
 
     Attributes:
         keys: (batch, num_kv_heads, max_len, head_dim).
-        values: the same.
+        values: (batch, num_kv_heads, max_len, value_head_dim).
         length: int32 scalar, the slots written so far (the same for every row; padding takes slots too).
         positions: int32 (batch, max_len), each slot's index within its row's own text; -1 is empty or padding.
         overflowed: whether a write beyond max_len was ever dropped; attention then gives NaN.
     """
 
     keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
+    values: Float[Array, "B K S Hv"]
     length: Int[Array, ""]
     positions: Int[Array, "B S"]
     overflowed: Bool[Array, ""]
@@ -49,21 +49,33 @@ class KVLayerCache:
 
 
 def init_kv_layer_cache(
-    batch_size: int, num_kv_heads: int, head_dim: int, max_len: int, dtype: Any = jnp.float32
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: Any = jnp.float32,
+    *,
+    value_head_dim: int | None = None,
 ) -> KVLayerCache:
-    """An empty cache for `max_len` tokens a row.
+    """An empty cache for `max_len` tokens a row; values are as wide as keys by default.
 
     Raises:
         ValueError: a size below 1.
     """
-    sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_len": max_len}
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    sizes = {
+        "batch_size": batch_size,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "value_head_dim": value_head_dim,
+        "max_len": max_len,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"init_kv_layer_cache: {name} must be at least 1; got {name}={size}.")
-    shape = (batch_size, num_kv_heads, max_len, head_dim)
     return KVLayerCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=jnp.zeros((batch_size, num_kv_heads, max_len, head_dim), dtype),
+        values=jnp.zeros((batch_size, num_kv_heads, max_len, value_head_dim), dtype),
         length=jnp.zeros((), jnp.int32),
         positions=jnp.full((batch_size, max_len), -1, jnp.int32),
         overflowed=jnp.zeros((), bool),
@@ -88,20 +100,24 @@ def init_decoder_kv_caches_from_config(
         max_len: capacity in tokens, by default `config.kv_cache_max_len`, else `config.max_len`.
         dtype: of keys and values, by default `config.dtype`.
     """
-    return init_decoder_kv_caches(
-        num_layers=config.num_layers,
-        batch_size=batch_size,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.head_size,
-        max_len=next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None),
-        dtype=config.dtype if dtype is None else dtype,
+    max_len = next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None)
+    return tuple(
+        init_kv_layer_cache(
+            batch_size,
+            layer.kv_heads,
+            layer.head_size,
+            max_len,
+            layer.dtype if dtype is None else dtype,
+            value_head_dim=layer.value_head_size,
+        )
+        for layer in map(config.layer, range(config.num_layers))
     )
 
 
 def update_kv_layer_cache(
     cache: KVLayerCache,
     keys_new: Float[Array, "B K T H"],
-    values_new: Float[Array, "B K T H"],
+    values_new: Float[Array, "B K T Hv"],
     start: int | Int[ArrayLike, ""] | None = None,
     *,
     positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
@@ -111,7 +127,7 @@ def update_kv_layer_cache(
     Args:
         cache: stays as it is; the result is a new one (donate the old one under jit to write in place).
         keys_new: (batch, num_kv_heads, T, head_dim).
-        values_new: the same.
+        values_new: (batch, num_kv_heads, T, value_head_dim).
         start: first slot, by default `cache.length`.
         positions: (T,) or (batch, T), each token's index within its row's text, -1 for padding; by default the slot
             numbers.
@@ -120,9 +136,10 @@ def update_kv_layer_cache(
         ValueError: shapes that do not fit the cache, or tokens that do not fit into it. Where `start` is traced
             the latter cannot be raised: nothing is written then and `overflowed` is set for good.
     """
-    batch, heads, max_len, head_dim = cache.keys.shape
+    batch, heads, max_len, _ = cache.keys.shape
     num_new = keys_new.shape[2]
-    for name, new in (("keys_new", keys_new), ("values_new", values_new)):
+    for name, new, held in (("keys_new", keys_new, cache.keys), ("values_new", values_new, cache.values)):
+        head_dim = held.shape[3]
         if new.shape != (batch, heads, num_new, head_dim):
             raise ValueError(
                 f"update_kv_layer_cache: {name} must have shape (batch, num_kv_heads, new tokens, head_dim)="

@@ -4,47 +4,198 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Literal, TypeVar, get_args
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
-FfActivation = Literal["gelu", "relu", "silu", "swiglu", "geglu"]
+FfActivation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swish", "swiglu", "geglu", "geglu_tanh", "reglu"]
 NormKind = Literal["layer", "rms"]
-NormPlacement = Literal["pre", "post", "sandwich"]
-PosEmbType = Literal["sinusoidal", "learned", "rope", "none"]
+NormPlacement = Literal["pre", "post", "sandwich", "branch"]
+PosEmbType = Literal["sinusoidal", "learned", "rope", "alibi", "relative", "none"]
+RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
+QkNorm = Literal["none", "head", "projection"]
+RouterType = Literal["softmax", "sigmoid"]
+Initializer = Literal["lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", "normal"]
+ResidualInit = Literal["depth", "none"]
+Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+Pool = Literal["cls", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
+BIASES = ("query", "key", "value", "out", "feed_forward", "router", "norm", "head")
+
 __all__ = [
+    "AttentionType",
     "BlockConfig",
     "Dtype",
     "FfActivation",
     "NormKind",
     "NormPlacement",
+    "Pool",
     "PosEmbType",
+    "RopeScaling",
+    "StackConfig",
     "TransformerConfig",
-    "create_config",
+    "VisionTransformerConfig",
     "resolve_config",
 ]
 
 
+class AttentionType(enum.StrEnum):
+    """The built-in attention functions that a config can name."""
+
+    STANDARD = "standard"
+    MEMORY_EFFICIENT = "memory_efficient"
+    FLASH = "flash"
+    PALLAS_FLASH = "pallas_flash"
+    LINEAR = "linear"
+    LITE = "lite"
+
+
+class _InWords(type):
+    """Translates the documented flags, refuses unknown fields in words and brings values to their one form.
+
+    A field may be given as JSON has it (a name, a list, a mapping); the dataclass holds an enum member, a tuple, a
+    dataclass of its own.
+    """
+
+    def __call__(cls, **fields: Any) -> Any:
+        fields = _known_fields(cls, fields)
+        return super().__call__(**{name: _FORMS.get(name, _as_it_is)(value) for name, value in fields.items()})
+
+
+class _Checks(metaclass=_InWords):
+    """How the dataclasses of this file refuse a value."""
+
+    def _require(self, holds: bool, rule: str, *names: str) -> None:
+        if not holds:
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            raise ValueError(f"{type(self).__name__}: {rule}; got {values}.")
+
+    def _require_whole(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            self._require(value is None or whole, f"{name} must be a whole number, at least {least}", name)
+
+    def _require_above_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            above = isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < float("inf")
+            self._require(value is None or above, f"{name} must be above 0", name)
+
+    def _require_choice(self, **choices: Any) -> None:
+        for name, literal in choices.items():
+            options = get_args(literal)
+            self._require(getattr(self, name) in options, f"{name} must be one of {', '.join(options)}", name)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class RopeScaling(_Checks):
+    """How rotary positions reach further than the length that a model was trained at.
+
+    Attributes:
+        kind: "linear" (positions / factor), "ntk" (a larger base), "yarn" (by wavelength, with a temperature) or
+            "llama3" (by wavelength).
+        factor: how many times further.
+        original_max_len: the length trained at, in tokens; "yarn" and "llama3" need it.
+        beta_fast: "yarn": a frequency that turns at least this often within original_max_len stays as it is.
+        beta_slow: "yarn": one that turns at most this often is divided by factor.
+        attention_factor: "yarn": cosines and sines are multiplied by it, by default 0.1 log(factor) + 1.
+        truncate: "yarn": the bounds between the two are rounded outwards to whole frequencies.
+        low_freq_factor: "llama3": a wavelength above original_max_len / low_freq_factor is stretched by factor.
+        high_freq_factor: "llama3": one below original_max_len / high_freq_factor stays as it is.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_max_len: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        self._require_choice(kind=RopeScalingKind)
+        self._require_above_zero(
+            "factor", "beta_fast", "beta_slow", "attention_factor", "low_freq_factor", "high_freq_factor"
+        )
+        self._require_whole("original_max_len")
+        self._require(self.factor >= 1.0, "factor must be at least 1", "factor")
+        self._require(self.beta_fast > self.beta_slow, "beta_fast must be above beta_slow", "beta_fast", "beta_slow")
+        self._require(
+            self.high_freq_factor > self.low_freq_factor,
+            "high_freq_factor must be above low_freq_factor",
+            "high_freq_factor",
+            "low_freq_factor",
+        )
+        if self.kind in ("yarn", "llama3"):
+            self._require(self.original_max_len is not None, f"{self.kind} needs original_max_len", "original_max_len")
+
+
+class Overrides(dict[str, Any]):
+    """Fields of a BlockConfig that one layer has otherwise; a dict that is never changed, so that a config hashes."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("layer_pattern cannot be changed; use dataclasses.replace(config, layer_pattern=...).")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig(_Checks):
     """Everything that one transformer block needs.
 
     Attributes:
         d_model: width of the residual stream.
         num_heads: number of query heads.
         num_kv_heads: number of key and value heads; a divisor of num_heads, by default num_heads.
-        head_dim: width of a head, by default d_model / num_heads.
-        d_ff: hidden width of the feed-forward.
-        ff_activation: "gelu" (exact), "relu", "silu", or gated: "swiglu", "geglu".
-        use_bias: biases in the projections, the feed-forward and LayerNorm.
-        dropout_rate: probability of dropping attention weights, hidden activations of the feed-forward, outputs of
-            sublayers and, in a model, embeddings.
+        head_dim: width of a query or key head, by default d_model / num_heads.
+        value_head_dim: width of a value head, by default head_dim.
+        qk_norm: RMSNorm of queries and keys before the rotation: "head" (over each head), "projection" (over all
+            heads together) or "none".
+        attention_type: the attention function; FLASH chooses the fastest for the machine.
+        attention_block_size: tile length of MEMORY_EFFICIENT, FLASH and PALLAS_FLASH, by default chosen by shape.
+        linear_attention_chunk_size: of LINEAR.
+        attention_window: self-attention reaches the keys with |q - kv| < attention_window only.
+        attention_scale: of the scores, by default head_dim ** -0.5.
+        attention_soft_cap: scores become cap * tanh(scores / cap).
+        attention_sinks: a learned score a head that takes part in the softmax and has no value.
+        attention_dropout_rate: probability of dropping an attention weight, by default dropout_rate.
+        d_ff: hidden width of the feed-forward, or of each expert.
+        ff_activation: "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), "silu" = "swish", or gated: "swiglu",
+            "geglu", "geglu_tanh", "reglu".
+        num_experts: the feed-forward is a mixture of so many experts; None is one dense feed-forward.
+        top_k: experts a token.
+        num_shared_experts: further experts that every token goes through.
+        router_type: "softmax" or "sigmoid" over the router's logits.
+        router_renormalize: the weights of the chosen experts are divided by their sum.
+        router_jitter: in training router inputs are multiplied by uniform numbers within 1 +- router_jitter.
+        use_bias: True (all but router and head), False, or the names of the layers that have a bias, among query, key,
+            value, out, feed_forward, router, norm (LayerNorm only) and head (of a language model).
+        dropout_rate: probability of dropping hidden activations of the feed-forward, outputs of sublayers and, in a
+            model, embeddings.
         norm_type: "layer" or "rms".
         norm_eps: added to the variance.
-        norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))).
-        pos_emb_type: "rope" rotates queries and keys; a block does nothing with the others.
+        norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))), "branch"
+            x + norm(f(x)).
+        parallel_residual: x + attention(norm(x)) + feed_forward(norm'(x)), instead of one after the other.
+        residual_scale: multiplies what each sublayer adds.
+        pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; what the others do
+            ("sinusoidal", "learned", "relative") is the model's part.
         rope_base: the wavelength of the slowest rotation is about 2 pi * rope_base positions.
+        rope_fraction: the part of each head that is rotated, from its start.
+        rope_scaling: a RopeScaling, or a mapping of its fields.
         rope_max_positions: positions from here on are an error where they can be seen; None sets no limit.
+        kernel_init: of every projection: "lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", or "normal"
+            with standard deviation init_std.
+        embedding_init: of token embeddings, the same names; "lecun_normal" gives rows of unit length.
+        init_std: of "normal".
+        residual_init: "depth" divides the initial projections back into the stream by sqrt(2 * number of layers).
         dtype: of the computation.
         param_dtype: of the parameters.
     """
@@ -53,25 +204,64 @@ class BlockConfig:
     num_heads: int = 8
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    value_head_dim: int | None = None
+    qk_norm: QkNorm = "none"
+    attention_type: AttentionType = AttentionType.FLASH
+    attention_block_size: int | None = None
+    linear_attention_chunk_size: int = 64
+    attention_window: int | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
+    attention_dropout_rate: float | None = None
     d_ff: int = 2048
     ff_activation: FfActivation = "gelu"
-    use_bias: bool = True
+    num_experts: int | None = None
+    top_k: int = 2
+    num_shared_experts: int = 0
+    router_type: RouterType = "softmax"
+    router_renormalize: bool = True
+    router_jitter: float = 0.0
+    use_bias: bool | tuple[str, ...] = True
     dropout_rate: float = 0.1
     norm_type: NormKind = "layer"
     norm_eps: float = 1e-6
     norm_placement: NormPlacement = "pre"
+    parallel_residual: bool = False
+    residual_scale: float = 1.0
     pos_emb_type: PosEmbType = "none"
     rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
     rope_max_positions: int | None = None
+    kernel_init: Initializer = "lecun_normal"
+    embedding_init: Initializer = "lecun_normal"
+    init_std: float = 0.02
+    residual_init: ResidualInit = "depth"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
-        self._require_positive("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "rope_max_positions")
+        names = isinstance(self.use_bias, bool) or all(name in BIASES for name in self.use_bias)
+        self._require(names, f"use_bias must be True, False, or names among {', '.join(BIASES)}", "use_bias")
+        types = ", ".join(AttentionType)
+        self._require(
+            isinstance(self.attention_type, AttentionType), f"attention_type must be one of {types}", "attention_type"
+        )
+        scaling = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
+        self._require(scaling, "rope_scaling must be a RopeScaling or a mapping of its fields", "rope_scaling")
+        self._require_whole("d_model", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "d_ff", "top_k")
+        self._require_whole("attention_block_size", "linear_attention_chunk_size", "attention_window")
+        self._require_whole("rope_max_positions", "num_experts")
+        self._require_whole("num_shared_experts", least=0)
+        self._require_above_zero("norm_eps", "attention_scale", "attention_soft_cap", "residual_scale", "init_std")
         self._require_choice(ff_activation=FfActivation, norm_type=NormKind, norm_placement=NormPlacement)
-        self._require_choice(pos_emb_type=PosEmbType, dtype=Dtype, param_dtype=Dtype)
-        self._require(0.0 <= self.dropout_rate < 1.0, "dropout_rate must be at least 0 and below 1", "dropout_rate")
-        self._require(self.norm_eps > 0.0, "norm_eps must be above 0", "norm_eps")
+        self._require_choice(pos_emb_type=PosEmbType, dtype=Dtype, param_dtype=Dtype, qk_norm=QkNorm)
+        self._require_choice(router_type=RouterType, kernel_init=Initializer, embedding_init=Initializer)
+        self._require_choice(residual_init=ResidualInit)
+        for rate in ("dropout_rate", "attention_dropout_rate", "router_jitter"):
+            value = getattr(self, rate)
+            self._require(value is None or 0.0 <= value < 1.0, f"{rate} must be at least 0 and below 1", rate)
         self._require(self.rope_base > 1.0, "rope_base must be above 1", "rope_base")
         self._require(
             self.num_heads % self.kv_heads == 0,
@@ -85,8 +275,34 @@ class BlockConfig:
             "d_model",
             "num_heads",
         )
+        self._require(
+            self.num_experts is None or self.top_k <= self.num_experts,
+            "top_k must be at most num_experts",
+            "top_k",
+            "num_experts",
+        )
+        self._require(0.0 < self.rope_fraction <= 1.0, "rope_fraction must be above 0 and at most 1", "rope_fraction")
         if self.pos_emb_type == "rope":
-            self._require(self.head_size % 2 == 0, "rope needs an even head_dim", "d_model", "num_heads", "head_dim")
+            self._require(
+                self.rope_dim % 2 == 0 and self.rope_dim > 0,
+                "rope needs an even number of features, head_dim * rope_fraction",
+                "d_model",
+                "num_heads",
+                "head_dim",
+                "rope_fraction",
+            )
+        self._require(
+            not (self.parallel_residual and self.norm_placement == "post"),
+            "parallel_residual needs another norm_placement than post",
+            "parallel_residual",
+            "norm_placement",
+        )
+        if self.attention_type == AttentionType.LINEAR:
+            self._require(
+                not self.attention_dropout_rate,
+                "linear attention has no weights to drop, so attention_dropout_rate must be 0 or None",
+                "attention_dropout_rate",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -99,50 +315,121 @@ class BlockConfig:
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
-    def residual_scale(self) -> float:
-        """Initial size of what a sublayer adds to the stream, relative to a unit-variance projection."""
+    def value_head_size(self) -> int:
+        """value_head_dim with its default applied."""
+        return self.head_size if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def attention_dropout(self) -> float:
+        """attention_dropout_rate with its default applied; linear attention has no weights to drop."""
+        if self.attention_type == AttentionType.LINEAR:
+            return 0.0
+        return self.dropout_rate if self.attention_dropout_rate is None else self.attention_dropout_rate
+
+    @property
+    def residual_init_scale(self) -> float:
+        """Initial size of what a sublayer adds to the stream, relative to `kernel_init`."""
         return 1.0
 
-    def _require(self, holds: bool, rule: str, *names: str) -> None:
-        if not holds:
-            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-            raise ValueError(f"{type(self).__name__}: {rule}; got {values}.")
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            self._require(value is None or whole, f"{name} must be a whole number, at least 1", name)
-
-    def _require_choice(self, **choices: Any) -> None:
-        for name, literal in choices.items():
-            options = get_args(literal)
-            self._require(getattr(self, name) in options, f"{name} must be one of {', '.join(options)}", name)
+    def has_bias(self, layer: str) -> bool:
+        """Whether the layer of this name (see `use_bias`) has a bias."""
+        if isinstance(self.use_bias, bool):
+            return self.use_bias and layer not in ("router", "head")
+        return layer in self.use_bias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(BlockConfig):
+class StackConfig(BlockConfig):
+    """Blocks on top of each other.
+
+    Attributes:
+        num_layers: number of blocks.
+        layer_pattern: fields that layers have otherwise, one mapping a layer, cycled: with
+            `({"attention_window": 512}, {})` every other layer is local.
+        scan_layers: parameters of all periods of the pattern are stacked and the program loops over them: it compiles
+            in a time that does not depend on the depth.
+        remat: what the backward pass computes again rather than keeps: "none", "full" (all of a block) or the name of
+            one of JAX's checkpoint policies.
+    """
+
+    num_layers: int = 6
+    layer_pattern: tuple[Overrides, ...] = ()
+    scan_layers: bool = False
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        self._require_whole("num_layers")
+        self._require_choice(remat=Remat)
+        mappings = isinstance(self.layer_pattern, tuple) and all(isinstance(x, Overrides) for x in self.layer_pattern)
+        self._require(mappings, "layer_pattern must be a sequence of mappings", "layer_pattern")
+        super().__post_init__()
+        block_fields = {field.name for field in dataclasses.fields(BlockConfig)}
+        for fields in self.layer_pattern:
+            for name in fields:
+                if name not in block_fields or name == "d_model":
+                    raise ValueError(
+                        f"{type(self).__name__}: layer_pattern may change the fields of BlockConfig, except d_model; "
+                        f"got {name!r}.{_suggestion(name, block_fields)}"
+                    )
+        if self.layer_pattern:
+            for layer in range(min(self.num_layers, len(self.layer_pattern))):
+                self.layer(layer)  # raises for values that do not fit together
+
+    def layer(self, index: int) -> BlockConfig:
+        """The config of one layer."""
+        if not self.layer_pattern:
+            return self
+        overrides = self.layer_pattern[index % len(self.layer_pattern)]
+        return dataclasses.replace(self, layer_pattern=(), **overrides)
+
+    @property
+    def residual_init_scale(self) -> float:
+        """With residual_init="depth" 1 / sqrt(2 * num_layers), as in GPT-2: the variance does not grow with depth."""
+        return 1.0 if self.residual_init == "none" else (2 * self.num_layers) ** -0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(StackConfig):
     """A stack of blocks over token embeddings.
 
     Attributes:
         vocab_size: number of token ids.
-        num_layers: number of blocks.
         max_len: longest sequence in tokens; also the number of learned or sinusoidal positions.
-        pos_emb_type: "sinusoidal" or "learned" vectors added to the embeddings, "rope" inside attention, or "none".
+        pos_emb_type: "sinusoidal" or "learned" vectors added to the embeddings, "rope" inside attention, "alibi" or
+            "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
+        relative_buckets: rows of the table of "relative".
+        relative_max_distance: distances from here on share the last bucket.
+        pad_token_id: fills prompts and answers of different lengths.
+        embedding_scale: multiplies the embeddings.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
+        logit_soft_cap: logits become cap * tanh(logits / cap).
         kv_cache_max_len: capacity of the caches that `init_decoder_kv_caches_from_config` makes, by default max_len.
     """
 
     vocab_size: int
-    num_layers: int = 6
     max_len: int = 512
     pos_emb_type: PosEmbType = "sinusoidal"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    pad_token_id: int = 0
+    embedding_scale: float = 1.0
     tie_embeddings: bool = False
+    logit_soft_cap: float | None = None
     kv_cache_max_len: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("vocab_size", "num_layers", "max_len", "kv_cache_max_len")
+        self._require_whole("vocab_size", "max_len", "kv_cache_max_len", "relative_buckets", "relative_max_distance")
+        self._require_whole("pad_token_id", least=0)
+        self._require(
+            self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size", "pad_token_id", "vocab_size"
+        )
+        self._require_above_zero("embedding_scale", "logit_soft_cap")
         if self.rope_max_positions is not None:
             self._require(
                 self.rope_max_positions >= self.max_len,
@@ -152,39 +439,70 @@ class TransformerConfig(BlockConfig):
             )
         if self.pos_emb_type == "sinusoidal":
             self._require(self.d_model % 2 == 0, "sinusoidal positions need an even d_model", "d_model")
+        for fields in self.layer_pattern:
+            inside = {self.pos_emb_type, "rope", "alibi", "none"}
+            if fields.get("pos_emb_type", self.pos_emb_type) not in inside:
+                raise ValueError(
+                    f"{type(self).__name__}: a layer's own pos_emb_type must be rope, alibi or none; "
+                    f"got {fields['pos_emb_type']!r} in layer_pattern."
+                )
 
-    @property
-    def residual_scale(self) -> float:
-        """1 / sqrt(2 * num_layers), as in GPT-2: the stream's variance does not grow with depth."""
-        return (2 * self.num_layers) ** -0.5
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionTransformerConfig(StackConfig):
+    """A stack of blocks over the patches of an image.
 
-Config = TypeVar("Config", bound=BlockConfig)
-
-
-def create_config(kind: type[Config], **fields: Any) -> Config:
-    """The config of these fields; the documented `use_pre_norm` and `use_rope` are translated.
-
-    Raises:
-        ValueError: a field that does not exist or is missing, or a value that it cannot have.
+    Attributes:
+        image_size: height and width in pixels, or the pair of them.
+        patch_size: the same of a patch; it divides image_size.
+        num_channels: of the image.
+        num_classes: width of the head; None has no head and returns the tokens.
+        use_cls_token: a learned token goes first.
+        num_register_tokens: further learned tokens, after the class token, that no head reads.
+        pool: the head reads the class token ("cls") or the mean of the patches ("mean").
+        pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones, or "none".
     """
-    for flag, name, meaning in (
-        ("use_pre_norm", "norm_placement", {True: "pre", False: "post"}),
-        ("use_rope", "pos_emb_type", {True: "rope", False: "none"}),
-    ):
-        if flag in fields:
-            if name in fields:
-                raise ValueError(f"{kind.__name__}: {flag} is another way to say {name}; give one of the two.")
-            fields[name] = meaning[bool(fields.pop(flag))]
-    required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    for name in fields.keys() - required.keys():
-        close = difflib.get_close_matches(name, required, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(sorted(required))}."
-        raise ValueError(f"{kind.__name__}: every argument must be a field; got {name}={fields[name]!r}. {hint}")
-    missing = sorted(name for name, needed in required.items() if needed and name not in fields)
-    if missing:
-        raise ValueError(f"{kind.__name__}: {', '.join(missing)} must be given.")
-    return kind(**fields)
+
+    d_model: int = 768
+    num_heads: int = 12
+    num_layers: int = 12
+    d_ff: int = 3072
+    dropout_rate: float = 0.0
+    pos_emb_type: PosEmbType = "learned"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    num_channels: int = 3
+    num_classes: int | None = None
+    use_cls_token: bool = True
+    num_register_tokens: int = 0
+    pool: Pool = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "patch_size"):
+            sides = getattr(self, name)
+            whole = len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)
+            self._require(whole, f"{name} must be a whole number, at least 1, or a pair of them", name)
+        self._require_whole("num_channels", "num_classes")
+        self._require_whole("num_register_tokens", least=0)
+        self._require_choice(pool=Pool)
+        self._require(
+            self.pool == "mean" or self.use_cls_token, "pool='cls' needs use_cls_token", "pool", "use_cls_token"
+        )
+        self._require(
+            all(size % patch == 0 for size, patch in zip(self.image_size, self.patch_size, strict=True)),
+            "image_size must be a multiple of patch_size",
+            "image_size",
+            "patch_size",
+        )
+        self._require(
+            self.pos_emb_type in ("learned", "sinusoidal", "none"),
+            "pos_emb_type of an image must be learned, sinusoidal or none",
+            "pos_emb_type",
+        )
+
+
+Config = TypeVar("Config", bound=_Checks)
 
 
 def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[str, Any]) -> Config:
@@ -194,7 +512,7 @@ def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[
         ValueError: both or neither were given, a field does not exist, or `config` is of another kind.
     """
     if config is None:
-        return create_config(kind, **fields)
+        return kind(**fields)
     if fields:
         raise ValueError(
             f"{kind.__name__}: give a config or fields, not both; got config and {', '.join(sorted(fields))}. "
@@ -203,3 +521,65 @@ def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[
     if not isinstance(config, kind):
         raise ValueError(f"{kind.__name__}: config must be a {kind.__name__}; got {type(config).__name__}.")
     return config
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _attention_type(value: Any) -> Any:
+    return AttentionType(value) if value in list(AttentionType) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+
+
+def _rope_scaling(value: Any) -> Any:
+    return RopeScaling(**value) if isinstance(value, Mapping) else value
+
+
+def _pattern(value: Any) -> Any:
+    entries = value if isinstance(value, tuple | list) else [value]
+    return tuple(Overrides(fields) if isinstance(fields, Mapping) else fields for fields in entries)
+
+
+_FORMS: dict[str, Any] = {
+    "attention_type": _attention_type,
+    "use_bias": _as_tuple,
+    "rope_scaling": _rope_scaling,
+    "layer_pattern": _pattern,
+    "image_size": _pair,
+    "patch_size": _pair,
+}
+_FLAGS = {
+    "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
+    "use_rope": ("pos_emb_type", {True: "rope", False: "none"}),
+}
+_OLD_NAMES = {"max_seq_len": "max_len", "activation": "ff_activation", "layer_norm_eps": "norm_eps"}
+
+
+def _known_fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(given)
+    required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    for flag, (name, meaning) in _FLAGS.items():
+        if flag in fields and name in required:
+            if name in fields:
+                raise ValueError(f"{kind.__name__}: {flag} is another way to say {name}; give one of the two.")
+            fields[name] = meaning[bool(fields.pop(flag))]
+    for name in fields.keys() - required.keys():
+        hint = f" Its name is {_OLD_NAMES[name]} today." if name in _OLD_NAMES else _suggestion(name, required)
+        raise ValueError(f"{kind.__name__}: every argument must be a field; got {name}={fields[name]!r}.{hint}")
+    missing = sorted(name for name, needed in required.items() if needed and name not in fields)
+    if missing:
+        raise ValueError(f"{kind.__name__}: {', '.join(missing)} must be given.")
+    return fields
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" The fields are {', '.join(sorted(known))}."

@@ -166,7 +166,7 @@ def test_given_positions_and_a_padding_mask_agree(models):
 
 def test_nan_in_padding_does_not_reach_real_tokens():
     model = TransformerLM(nnx.Rngs(1), dataclasses.replace(CONFIG, tie_embeddings=False))
-    embedding = model.decoder.embed.embedding
+    embedding = model.decoder.embed.tokens.embedding
     embedding[...] = embedding[...].at[22].set(jnp.nan)
     ids = jnp.array([[22, 22, 1, 2, 3]])
     real = jnp.array([[False, False, True, True, True]])
@@ -179,7 +179,7 @@ def test_nan_in_padding_does_not_reach_real_tokens():
     (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, graphdef)
     assert jnp.isfinite(logits[0, 2:]).all()
     # Weights see 0 * NaN where a layer multiplies padding; what reaches the real tokens' vectors came by attention.
-    grad = nnx.to_pure_dict(grads)["decoder"]["embed"]["embedding"]
+    grad = nnx.to_pure_dict(grads)["decoder"]["embed"]["tokens"]["embedding"]
     assert jnp.isfinite(grad[1:4]).all() and (grad[1:4] != 0).any()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attnax.cli.options import RunOptions
-from attnax.config import TransformerConfig, create_config
+from attnax.config import TransformerConfig
 from attnax.training import Corpus, OptimizerConfig, Tokenizer
 from attnax.typing import InputError
 
@@ -95,7 +95,7 @@ class RunFolder:
             if config.pop("sha256", None) != _digest(config):
                 raise InputError(f"{config_path} was changed after it was written.")
             fields = config["options"]
-            fields["model"] = create_config(TransformerConfig, **fields["model"])
+            fields["model"] = TransformerConfig(**fields["model"])
             fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
             options = RunOptions(**fields)
             options.check()

@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 
 from attnax.generation.samplers import Sampler
-from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, pytree_dataclass
 
-__all__ = ["Generation", "Request", "Step", "generate", "row_keys", "stream"]
+__all__ = ["Generation", "Request", "Step", "generate", "make_request", "row_keys", "stream"]
 
 
 @runtime_checkable
@@ -75,6 +75,56 @@ class _Progress:
     positions: Int[Array, B]  # of the last token
     finished: Bool[Array, B]
     cache: Any
+
+
+def make_request(
+    prompt_ids: Int[ArrayLike, "B T"],
+    *,
+    vocab_size: int,
+    max_new_tokens: int,
+    sampler: Sampler | None,
+    key: Array | None,
+    padding_mask: Bool[ArrayLike, "B T"] | None,
+    end_token: int | None,
+) -> Request:
+    """The arguments of a model's `generate`, checked.
+
+    Raises:
+        ValueError: arguments out of range, a row without a token, or sampling without a key.
+    """
+    if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1:
+        raise ValueError(
+            f"generate: prompt_ids must be (batch, length) with at least one token; got {prompt_ids.shape}."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1; got max_new_tokens={max_new_tokens}.")
+    known = np.asarray(prompt_ids)
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"generate: token ids must be at least 0 and below {vocab_size}; got {low if low < 0 else high}."
+        )
+    real = np.ones(known.shape, bool) if padding_mask is None else np.asarray(padding_mask)
+    if real.shape != known.shape or real.dtype != bool or not real.any(axis=1).all():
+        raise ValueError(
+            f"generate: padding_mask must be boolean {known.shape} with a real token in every row; "
+            f"got shape={real.shape}, dtype={real.dtype}."
+        )
+    sampler = (Sampler() if sampler is None else sampler).as_arrays()
+    if key is None:
+        if float(sampler.temperature) > 0:
+            raise ValueError(
+                f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
+                "Pass key=jax.random.key(seed)."
+            )
+        key = jax.random.key(0)
+    return Request(
+        ids=jnp.asarray(prompt_ids),
+        position_ids=jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32),
+        keys=row_keys(key, known.shape[0]),
+        sampler=sampler,
+        end_token=jnp.int32(-1 if end_token is None else end_token),
+    )
 
 
 def row_keys(key: Array, batch: int) -> Array:

@@ -150,9 +150,12 @@ def attend(
     deterministic: bool,
     scale: Any,
     return_lse: bool,
-    block_size: int | None,
+    block_size: int | tuple[int | None, int | None] | None,
 ) -> Any:
-    """The call of a built-in kernel, checked, prepared and run in tiles; `caller` is its name for errors."""
+    """The call of a built-in kernel, checked, prepared and run in tiles; `caller` is its name for errors.
+
+    `block_size` is one for queries and keys, or one each; None is chosen by shape.
+    """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(
         caller,
@@ -182,10 +185,11 @@ def attend(
     return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
 
 
-def check_block_size(caller: str, block_size: int | None) -> None:
+def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
     """Raises ValueError for a tile size that is no whole number above 0."""
-    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
-        raise ValueError(f"{caller}: block_size must be a whole number, at least 1; got block_size={block_size!r}.")
+    for size in block_size if isinstance(block_size, tuple) else (block_size,):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{caller}: block_size must be a whole number, at least 1; got block_size={block_size!r}.")
 
 
 def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
@@ -196,15 +200,16 @@ def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
     return query * jnp.asarray(scale if score_mod is not None else scale * _tile.LOG2E, query.dtype)
 
 
-def choose_tiles(full: tuple[int, int, int, int], kv_heads: int, block_size: int | None) -> tuple[Tiles, Tiles]:
+def choose_tiles(
+    full: tuple[int, int, int, int], kv_heads: int, block_size: int | tuple[int | None, int | None] | None
+) -> tuple[Tiles, Tiles]:
     """Tiles forward and backward for (B, N, T, S) = `full` and K = `kv_heads`."""
     batch, heads, seq_q, seq_kv = full
+    block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
 
     def tiles(most_queries: int, most_keys: int) -> Tiles:
-        if block_size is not None:
-            queries, keys = min(block_size, seq_q), min(block_size, seq_kv)
-        else:
-            queries, keys = _even(seq_q, most_queries), _even(seq_kv, most_keys)
+        queries = _even(seq_q, most_queries) if block_q is None else min(block_q, seq_q)
+        keys = _even(seq_kv, most_keys) if block_kv is None else min(block_kv, seq_kv)
         whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
         whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
         groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)

@@ -1,6 +1,7 @@
 """Whole models."""
 
 from attnax.models.lm import TransformerLM
-from attnax.models.transformer import TransformerDecoder
+from attnax.models.seq2seq import Transformer
+from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 
-__all__ = ["TransformerDecoder", "TransformerLM"]
+__all__ = ["Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM"]

@@ -17,9 +17,8 @@ from attnax.generation import loop
 from attnax.generation.loop import Generation
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
-from attnax.models.transformer import TransformerDecoder
+from attnax.models.transformer import TokenHead, TransformerDecoder, check_table
 from attnax.nn.blocks import Output
-from attnax.nn.linear import Linear
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["TransformerLM"]
@@ -61,18 +60,7 @@ class TransformerLM(nnx.Module):
     ):
         self.config = config = resolve_config(TransformerConfig, config, fields)
         self.decoder = TransformerDecoder(rngs, config, self_mask=self_mask)
-        self.head = nnx.data(
-            None
-            if config.tie_embeddings
-            else Linear(
-                config.d_model,
-                config.vocab_size,
-                use_bias=False,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                rngs=rngs,
-            )
-        )
+        self.head = TokenHead(rngs, config)
 
     def __call__(
         self,
@@ -107,9 +95,7 @@ class TransformerLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 logits of the decoder's hidden states."""
-        if self.head is None:
-            return self.decoder.embed.attend(hidden)
-        return self.head(hidden).astype(jnp.float32)
+        return self.head(hidden, self.decoder.embed)
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token that follows each position; options as in a call without caches."""
@@ -170,45 +156,19 @@ class TransformerLM(nnx.Module):
         end_token: int | None,
     ) -> tuple[Any, ...]:
         prompt_ids = jnp.asarray(prompt_ids)
-        if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1:
-            raise ValueError(
-                f"generate: prompt_ids must be (batch, length) with at least one token; got {prompt_ids.shape}."
-            )
-        if max_new_tokens < 1:
-            raise ValueError(f"generate: max_new_tokens must be at least 1; got max_new_tokens={max_new_tokens}.")
+        request = loop.make_request(
+            prompt_ids,
+            vocab_size=self.config.vocab_size,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            key=key,
+            padding_mask=padding_mask,
+            end_token=end_token,
+        )
         batch, length = prompt_ids.shape
-        total, config = length + max_new_tokens, self.config
-        if config.pos_emb_type in ("learned", "sinusoidal") and total > config.max_len + 1:
-            raise ValueError(
-                f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
-                f"got {length} + {max_new_tokens}."
-            )
-        vocabulary = config.vocab_size
-        known = np.asarray(prompt_ids)
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"generate: token ids must be at least 0 and below {vocabulary}; got {low if low < 0 else high}."
-            )
-        real = np.ones((batch, length), bool) if padding_mask is None else np.asarray(padding_mask)
-        if real.shape != (batch, length) or real.dtype != bool or not real.any(axis=1).all():
-            raise ValueError(
-                f"generate: padding_mask must be boolean {(batch, length)} with a real token in every row; "
-                f"got shape={real.shape}, dtype={real.dtype}."
-            )
-        sampler = (Sampler() if sampler is None else sampler).as_arrays()
-        if key is None:
-            if float(sampler.temperature) > 0:
-                raise ValueError(
-                    f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
-                    "Pass key=jax.random.key(seed)."
-                )
-            key = jax.random.key(0)
+        check_table(self.config, length, max_new_tokens)
         graphdef, state = nnx.split(self)
-        positions = jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32)
-        cache = init_decoder_kv_caches_from_config(config, batch_size=batch, max_len=total)
-        end = jnp.int32(-1 if end_token is None else end_token)
-        request = loop.Request(prompt_ids, positions, loop.row_keys(key, batch), sampler, end)
+        cache = init_decoder_kv_caches_from_config(self.config, batch_size=batch, max_len=length + max_new_tokens)
         return _Step(graphdef), state, request, cache
 
 

@@ -1,7 +1,8 @@
-"""Stacks of blocks over token embeddings."""
+"""Stacks of blocks over token embeddings: the encoder and the decoder."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,29 +10,131 @@ from flax import nnx
 
 from attnax.cache import KVLayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.masks import Mask, as_mask, at_positions, causal
-from attnax.nn.blocks import EncoderBlock, Output
-from attnax.nn.dropout import Dropout
-from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding
-from attnax.nn.norms import create_norm
+from attnax.kernels.score_mods import compose_score_mods
+from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
+from attnax.nn.attention import KeysValues
+from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
+from attnax.nn.embeddings import RelativePositionBias, TransformerEmbedding
+from attnax.nn.linear import Linear
+from attnax.nn.norms import norm_of
+from attnax.nn.stack import Stack
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod, check_positions
 
-__all__ = ["TransformerDecoder"]
+__all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "check_table"]
 
 
-class TransformerDecoder(nnx.Module):
-    """A decoder-only stack: embeddings, blocks under a causal mask, and a last norm; returns hidden states.
+class _TokenTransformer(nnx.Module):
+    """Embeddings, blocks and a last norm: what the encoder and the decoder have in common."""
 
-    Called as `TransformerDecoder(rngs, config)` or with the fields of TransformerConfig as keywords.
+    def __init__(
+        self, rngs: nnx.Rngs, config: TransformerConfig, make_block: Any, self_mask: Any, *, bidirectional: bool
+    ):
+        self.config = config
+        self.embed = TransformerEmbedding(rngs, config)
+        self.stack = Stack(rngs, config, make_block)
+        # After "post" blocks the stream is normalised already.
+        self.norm = nnx.data(None if config.norm_placement == "post" else norm_of(config, rngs))
+        self.relative_bias = nnx.data(
+            RelativePositionBias(rngs, config, bidirectional=bidirectional)
+            if config.pos_emb_type == "relative"
+            else None
+        )
+        self.self_mask = nnx.data(None if self_mask is None else as_mask(self_mask))
+
+    def _run(
+        self,
+        input_ids: ArrayLike,
+        *,
+        padding_mask: ArrayLike | None,
+        position_ids: ArrayLike | None,
+        score_mod: ScoreMod | None,
+        caches: tuple[KVLayerCache, ...] | None,
+        deterministic: bool | None,
+        rngs: nnx.Rngs | None,
+        cross: dict[str, Any] | None = None,
+    ) -> Output:
+        """Reads the tokens; `cross` is what blocks with cross-attention are given beside."""
+        input_ids = self._check_ids(input_ids, caches)
+        real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
+        if self.relative_bias is not None:
+            score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
+        mask, given = self.self_mask, position_ids is not None
+        if position_ids is not None:
+            position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
+            position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
+        elif real is not None or caches is not None:
+            position_ids = _count_positions(input_ids.shape, real, caches)
+        if position_ids is not None and caches is None:  # with a cache, attention does this
+            batch, length = input_ids.shape
+            if mask is not None:
+                mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
+            if not given and real is not None and (mask is None or isinstance(mask, Causal)):
+                mask = padding(real) if mask is None else mask & padding(real)  # counting keeps the order of indices
+            else:
+                mask = at_positions(mask, position_ids, position_ids)
+            score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
+
+        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        x = self.embed(input_ids, position_ids=position_ids, **mode)
+        each: dict[str, Any] = {"cache": caches}
+        options: dict[str, Any]
+        if cross is None:
+            options = {"mask": mask, "position_ids": position_ids}
+        else:
+            options = {"self_mask": mask, "position_ids_self": position_ids, "position_ids_cross_q": position_ids}
+            options |= cross
+            if isinstance(cross["encoder_output"], tuple):
+                each["encoder_output"] = options.pop("encoder_output")
+        out = self.stack.run(x, each=each, score_mod=score_mod, **options, **mode)
+        return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
+
+    def _check_ids(self, input_ids: ArrayLike, caches: tuple[KVLayerCache, ...] | None) -> Array:
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2:
+            raise ValueError(f"{type(self).__name__}: input_ids must be (batch, length); got shape {input_ids.shape}.")
+        if caches is None and input_ids.shape[1] > self.config.max_len:
+            raise ValueError(
+                f"{type(self).__name__}: a sequence must not be longer than max_len={self.config.max_len}; "
+                f"got {input_ids.shape[1]} tokens."
+            )
+        if caches is not None and len(caches) != self.config.num_layers:
+            raise ValueError(
+                f"{type(self).__name__}: layer_kv_caches must hold one cache a layer; "
+                f"got {len(caches)} for num_layers={self.config.num_layers}."
+            )
+        return input_ids
+
+    def _real_tokens(self, padding_mask: ArrayLike, shape: tuple[int, ...]) -> Array:
+        padding_mask = jnp.asarray(padding_mask)
+        if padding_mask.dtype != jnp.bool_ or padding_mask.shape not in (shape, (shape[0], 1, 1, shape[1])):
+            raise ValueError(
+                f"{type(self).__name__}: padding_mask must be boolean, True for real tokens, of shape {shape} or "
+                f"({shape[0]}, 1, 1, {shape[1]}); got shape={padding_mask.shape}, dtype={padding_mask.dtype}."
+            )
+        return padding_mask.reshape(shape)
+
+
+class TransformerEncoder(_TokenTransformer):
+    """A stack in which every token attends every other: embeddings, blocks and a last norm; returns hidden states.
+
+    Called as `TransformerEncoder(rngs, config)` or with the fields of TransformerConfig as keywords.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
+        self_mask: who attends whom, by default everyone everyone. Nothing attends padding in any case.
         **fields: the fields of TransformerConfig.
 
     Raises:
         ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import TransformerEncoder
+        >>> encoder = TransformerEncoder(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=16)
+        >>> encoder(jnp.zeros((1, 5), int)).shape
+        (1, 5, 8)
     """
 
     def __init__(
@@ -43,34 +146,8 @@ class TransformerDecoder(nnx.Module):
         self_mask: Mask | MaskMod | None = None,
         **fields: Any,
     ):
-        self.config = config = resolve_config(TransformerConfig, config, fields)
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.embed = TokenEmbedding(rngs, config.vocab_size, config.d_model, **dtypes)
-        self.positions: Any = nnx.data(None)
-        if config.pos_emb_type == "sinusoidal":
-            self.positions = nnx.data(PositionalEncoding(config.max_len, config.d_model))
-        elif config.pos_emb_type == "learned":
-            self.positions = nnx.data(
-                LearnedPositionalEmbedding(
-                    rngs, num_positions=config.max_len, d_model=config.d_model, param_dtype=config.param_dtype
-                )
-            )
-        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
-        self.blocks = nnx.List([EncoderBlock(rngs, config) for _ in range(config.num_layers)])
-        # After "post" blocks the stream is normalised already.
-        self.norm = nnx.data(
-            None
-            if config.norm_placement == "post"
-            else create_norm(
-                config.norm_type,
-                config.d_model,
-                rngs,
-                epsilon=config.norm_eps,
-                use_bias=config.use_bias,
-                **dtypes,
-            )
-        )
-        self.self_mask = nnx.data(causal() if self_mask is None else as_mask(self_mask))
+        config = resolve_config(TransformerConfig, config, fields)
+        super().__init__(rngs, config, EncoderBlock, self_mask, bidirectional=True)
 
     def __call__(
         self,
@@ -92,7 +169,7 @@ class TransformerDecoder(nnx.Module):
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
                 padding mask and the caches. Masks and score mods are read at positions too.
             score_mod: applied to the attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them, in both directions.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
@@ -124,65 +201,184 @@ class TransformerDecoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
-        input_ids = self._check_ids(input_ids, caches)
-        real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
-        mask = self.self_mask
-        if position_ids is not None:
-            position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
-            position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
-        elif real is not None or caches is not None:
-            position_ids = _count_positions(input_ids.shape, real, caches)
-        if position_ids is not None and caches is None:  # with a cache, attention does this
-            batch, length = input_ids.shape
-            mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
-            mask = at_positions(mask, position_ids, position_ids)
-            score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
+        return self._run(
+            input_ids,
+            padding_mask=padding_mask,
+            position_ids=position_ids,
+            score_mod=score_mod,
+            caches=caches,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
 
-        x = self.embed(input_ids)
-        if self.positions is not None:
-            x = self.positions(x, position_ids=position_ids)
-        x = self.dropout(x, deterministic=deterministic, rngs=rngs)
-        new_caches, aux = [], dict[str, Array]()
-        for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks), strict=True):
-            x, new_cache, block_aux = block.run(
-                x,
-                mask=mask,
-                deterministic=deterministic,
-                position_ids=position_ids,
-                score_mod=score_mod,
-                cache=cache,
-                rngs=rngs,
-            )
-            new_caches.append(new_cache)
-            aux |= {name: aux.get(name, 0.0) + value for name, value in block_aux.items()}
-        if self.norm is not None:
-            x = self.norm(x)
-        return Output(x, None if caches is None else tuple(new_caches), aux)
 
-    def _check_ids(self, input_ids: ArrayLike, caches: tuple[KVLayerCache, ...] | None) -> Array:
-        input_ids = jnp.asarray(input_ids)
-        if input_ids.ndim != 2:
-            raise ValueError(f"{type(self).__name__}: input_ids must be (batch, length); got shape {input_ids.shape}.")
-        if caches is None and input_ids.shape[1] > self.config.max_len:
-            raise ValueError(
-                f"{type(self).__name__}: a sequence must not be longer than max_len={self.config.max_len}; "
-                f"got {input_ids.shape[1]} tokens."
-            )
-        if caches is not None and len(caches) != self.config.num_layers:
-            raise ValueError(
-                f"{type(self).__name__}: layer_kv_caches must hold one cache a layer; "
-                f"got {len(caches)} for num_layers={self.config.num_layers}."
-            )
-        return input_ids
+class TransformerDecoder(_TokenTransformer):
+    """A stack under a causal mask: embeddings, blocks and a last norm; returns hidden states.
 
-    def _real_tokens(self, padding_mask: ArrayLike, shape: tuple[int, ...]) -> Array:
-        padding_mask = jnp.asarray(padding_mask)
-        if padding_mask.dtype != jnp.bool_ or padding_mask.shape not in (shape, (shape[0], 1, 1, shape[1])):
+    Called as `TransformerDecoder(rngs, config)` or with the fields of TransformerConfig as keywords. It is decoder-only
+    unless `cross_attention`; then every block also attends the output of an encoder.
+
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a TransformerConfig.
+        self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
+        cross_attention: whether blocks attend an encoder's output.
+        encoder_features: width of the encoder's output, by default d_model.
+        **fields: the fields of TransformerConfig.
+
+    Raises:
+        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import TransformerDecoder
+        >>> decoder = TransformerDecoder(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=16)
+        >>> decoder(jnp.zeros((1, 5), int)).shape
+        (1, 5, 8)
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: TransformerConfig | None = None,
+        /,
+        *,
+        self_mask: Mask | MaskMod | None = None,
+        cross_attention: bool = False,
+        encoder_features: int | None = None,
+        **fields: Any,
+    ):
+        config = resolve_config(TransformerConfig, config, fields)
+        make_block = partial(DecoderBlock, encoder_features=encoder_features) if cross_attention else EncoderBlock
+        self.cross_attention = cross_attention
+        super().__init__(rngs, config, make_block, causal() if self_mask is None else self_mask, bidirectional=False)
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        *,
+        padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
+        deterministic: bool | None = None,
+        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        score_mod: ScoreMod | None = None,
+        encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None = None,
+        cross_mask: Mask | MaskMod | ArrayLike | None = None,
+        encoder_position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        layer_kv_caches: tuple[KVLayerCache, ...] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[KVLayerCache, ...]]:
+        """Hidden states of `input_ids`.
+
+        Args:
+            input_ids: (batch, T).
+            padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
+            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
+            position_ids: each token's index within its row's text, -1 for padding; by default counted from the
+                padding mask and the caches. Masks and score mods are read at positions too.
+            score_mod: applied to the self-attention scores of every layer.
+            encoder_output: (batch, S, encoder_features), or `keys_values` of it; needed with cross_attention.
+            cross_mask: which tokens attend which of the encoder's, by index; `masks.padding(real)` hides its padding.
+            encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
+            rngs: randomness of the dropout, instead of the stored streams.
+
+        Returns:
+            (batch, T, d_model), or with caches the pair of it and the new caches. Rows of padding hold no meaning.
+
+        Raises:
+            ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
+        """
+        out = self.run(
+            input_ids,
+            padding_mask=padding_mask,
+            deterministic=deterministic,
+            position_ids=position_ids,
+            score_mod=score_mod,
+            encoder_output=encoder_output,
+            cross_mask=cross_mask,
+            encoder_position_ids=encoder_position_ids,
+            caches=layer_kv_caches,
+            rngs=rngs,
+        )
+        return out.hidden if out.caches is None else (out.hidden, out.caches)
+
+    def run(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        *,
+        padding_mask: ArrayLike | None = None,
+        deterministic: bool | None = None,
+        position_ids: ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
+        encoder_output: Array | tuple[KeysValues, ...] | None = None,
+        cross_mask: Mask | MaskMod | ArrayLike | None = None,
+        encoder_position_ids: ArrayLike | None = None,
+        caches: tuple[KVLayerCache, ...] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Output:
+        """The call with its result in one form."""
+        if (encoder_output is not None) != self.cross_attention:
             raise ValueError(
-                f"{type(self).__name__}: padding_mask must be boolean, True for real tokens, of shape {shape} or "
-                f"({shape[0]}, 1, 1, {shape[1]}); got shape={padding_mask.shape}, dtype={padding_mask.dtype}."
+                "TransformerDecoder: encoder_output is needed with cross_attention, and only then; "
+                f"got cross_attention={self.cross_attention}, encoder_output "
+                f"{'given' if encoder_output is not None else 'missing'}."
             )
-        return padding_mask.reshape(shape)
+        cross = {
+            "encoder_output": encoder_output,
+            "cross_mask": cross_mask,
+            "position_ids_cross_kv": None if isinstance(encoder_output, tuple) else encoder_position_ids,
+        }
+        return self._run(
+            input_ids,
+            padding_mask=padding_mask,
+            position_ids=position_ids,
+            score_mod=score_mod,
+            caches=caches,
+            deterministic=deterministic,
+            rngs=rngs,
+            cross=cross if self.cross_attention else None,
+        )
+
+    def keys_values(
+        self,
+        encoder_output: Float[Array, "B S De"],
+        encoder_position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+    ) -> tuple[KeysValues, ...]:
+        """What every layer's cross-attention makes of an encoder's output, to be computed once for many calls."""
+        return tuple(
+            block.cross_attention.keys_values(encoder_output, encoder_position_ids) for block in self.stack.layers()
+        )
+
+
+class TokenHead(nnx.Module):
+    """Float32 logits of hidden states: a projection of its own, or products with the token embeddings.
+
+    Args:
+        rngs: for the initial weights.
+        config: `tie_embeddings` decides, `logit_soft_cap` bounds.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
+        tied = config.tie_embeddings
+        self.projection = nnx.data(
+            None if tied else Linear(rngs, config, config.d_model, config.vocab_size, bias="head")
+        )
+        self.soft_cap = config.logit_soft_cap
+
+    def __call__(self, hidden: Float[Array, "*L D"], embed: TransformerEmbedding) -> Float[Array, "*L V"]:
+        """The logits; `embed` holds the embeddings of the tokens that they are about."""
+        logits = embed.attend(hidden) if self.projection is None else self.projection(hidden).astype(jnp.float32)
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+
+def check_table(config: TransformerConfig, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if a generation would run past a learned or sinusoidal table."""
+    if config.pos_emb_type in ("learned", "sinusoidal") and length + max_new_tokens > config.max_len + 1:
+        raise ValueError(
+            f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
+            f"got {length} + {max_new_tokens}."
+        )
 
 
 def _count_positions(

@@ -1,10 +1,11 @@
 """Layers on Flax NNX."""
 
-from attnax.nn.attention import MultiHeadAttention
-from attnax.nn.blocks import EncoderBlock, Output
+from attnax.nn.attention import KeysValues, MultiHeadAttention
+from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.dropout import Dropout
-from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding
+from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding, TransformerEmbedding
 from attnax.nn.feedforward import FeedForward
+from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import RMSNorm, create_norm
 from attnax.nn.rope import (
     RotaryEmbedding,
@@ -13,21 +14,28 @@ from attnax.nn.rope import (
     rope_cos_sin_table,
     rope_inv_freq,
 )
+from attnax.nn.stack import Stack, with_scan_layers
 
 __all__ = [
+    "DecoderBlock",
     "Dropout",
     "EncoderBlock",
     "FeedForward",
+    "KeysValues",
     "LearnedPositionalEmbedding",
+    "MixtureOfExperts",
     "MultiHeadAttention",
     "Output",
     "PositionalEncoding",
     "RMSNorm",
     "RotaryEmbedding",
+    "Stack",
     "TokenEmbedding",
+    "TransformerEmbedding",
     "apply_rope",
     "create_norm",
     "rope_cos_sin_from_positions",
     "rope_cos_sin_table",
     "rope_inv_freq",
+    "with_scan_layers",
 ]

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attnax.cache import KVLayerCache, update_kv_layer_cache
-from attnax.config import BlockConfig, resolve_config
-from attnax.kernels.flash import flash_attention
-from attnax.kernels.score_mods import compose_score_mods
-from attnax.masks import Mask, as_mask, at_positions, mask_argument
+from attnax.config import AttentionType, BlockConfig, resolve_config
+from attnax.kernels.flash import flash_attention, memory_efficient_attention
+from attnax.kernels.linear import linear_attention
+from attnax.kernels.lite import lite_attention
+from attnax.kernels.pallas import pallas_flash_attention
+from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
+from attnax.kernels.standard import standard_attention
+from attnax.masks import Mask, as_mask, at_positions, mask_argument, sliding_window
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.rope import RotaryEmbedding
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions
 
-__all__ = ["MultiHeadAttention"]
+__all__ = ["KeysValues", "MultiHeadAttention"]
+
+
+class KeysValues(NamedTuple):
+    """A context as a cross-attention layer sees it, projected once and attended many times.
+
+    Attributes:
+        keys: (batch, num_kv_heads, S, head_dim), rotated.
+        values: (batch, num_kv_heads, S, value_head_dim).
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S Hv"]
 
 
 class MultiHeadAttention(nnx.Module):
@@ -30,13 +47,19 @@ class MultiHeadAttention(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout stream.
         config: a BlockConfig.
-        in_features: width of x and of the context (the config's d_model).
+        in_features: width of x (the config's d_model).
         qkv_features: width of all query heads together, by default in_features.
         out_features: width of the result, by default in_features.
-        attention_fn: what computes the attention of the projected, rotated heads.
+        context_features: width of the context, by default in_features.
+        attention_fn: what computes the attention of the projected, rotated heads, by default what the config's
+            `attention_type` names.
         score_mod: applied to the scores of every call, before a per-call one. One that holds arrays must be a
             callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
-        **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, ...), and `use_rope`.
+        rope: turns queries and keys, a function `(heads, position_ids) -> heads`, by default the config's.
+        query_norm: norm of the queries before that, over a head or over all of them by its `num_features`.
+        key_norm: the same for the keys.
+        **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
+            `use_rope`.
 
     Raises:
         ValueError: options that do not fit together.
@@ -51,6 +74,8 @@ class MultiHeadAttention(nnx.Module):
 
     References:
         J. Ainslie et al., "GQA", 2023, https://arxiv.org/abs/2305.13245.
+        G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+        https://arxiv.org/abs/2309.17453.
     """
 
     def __init__(
@@ -62,46 +87,62 @@ class MultiHeadAttention(nnx.Module):
         in_features: int | None = None,
         qkv_features: int | None = None,
         out_features: int | None = None,
-        attention_fn: AttentionFn = flash_attention,
+        context_features: int | None = None,
+        attention_fn: AttentionFn | None = None,
         score_mod: ScoreMod | None = None,
+        rope: Any = None,
+        query_norm: nnx.Module | None = None,
+        key_norm: nnx.Module | None = None,
         **fields: Any,
     ):
         if in_features is not None:
             fields["d_model"] = in_features
         if qkv_features is not None:
-            num_heads = fields.get("num_heads", BlockConfig.num_heads)
-            if num_heads < 1 or qkv_features % num_heads:
-                raise ValueError(
-                    "MultiHeadAttention: qkv_features must be a multiple of num_heads; "
-                    f"got qkv_features={qkv_features}, num_heads={num_heads}."
-                )
-            fields["head_dim"] = qkv_features // num_heads
-        config = resolve_config(BlockConfig, config, fields)
-        linear = partial(
-            Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_size
-        self.query = linear(config.d_model, self.num_heads * self.head_dim)
-        self.key = linear(config.d_model, self.num_kv_heads * self.head_dim)
-        self.value = linear(config.d_model, self.num_kv_heads * self.head_dim)
-        self.out = linear(
-            self.num_heads * self.head_dim,
+            fields["head_dim"] = _head_dim(qkv_features, fields.get("num_heads", BlockConfig.num_heads))
+        self.config = config = resolve_config(BlockConfig, config, fields)
+        heads, kv_heads = config.num_heads, config.kv_heads
+        head_dim, value_dim = config.head_size, config.value_head_size
+        context_features = config.d_model if context_features is None else context_features
+        self.query = Linear(rngs, config, config.d_model, heads * head_dim, bias="query")
+        self.key = Linear(rngs, config, context_features, kv_heads * head_dim, bias="key")
+        self.value = Linear(rngs, config, context_features, kv_heads * value_dim, bias="value")
+        self.out = Linear(
+            rngs,
+            config,
+            heads * value_dim,
             config.d_model if out_features is None else out_features,
-            scale=config.residual_scale,
+            bias="out",
+            scale=config.residual_init_scale,
         )
-        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
-        self.rope = None
-        if config.pos_emb_type == "rope":
-            self.rope = RotaryEmbedding(self.head_dim, config.rope_max_positions, base=config.rope_base)
-        self.attention_fn = attention_fn
-        plain = jax.tree_util.all_leaves([score_mod])
-        self.score_mod = score_mod if plain else nnx.data(score_mod)
+        self.query_norm = nnx.data(_head_norm(config, heads, rngs) if query_norm is None else query_norm)
+        self.key_norm = nnx.data(_head_norm(config, kv_heads, rngs) if key_norm is None else key_norm)
+        if rope is None and config.pos_emb_type == "rope":
+            rope = RotaryEmbedding(
+                head_dim,
+                config.rope_max_positions,
+                base=config.rope_base,
+                fraction=config.rope_fraction,
+                scaling=config.rope_scaling,
+            )
+        self.rope = rope
+        attention_fn = _attention_function(rngs, config) if attention_fn is None else attention_fn
+        self.attention_fn = _as_attribute(attention_fn)
+        self.score_mod = _as_attribute(score_mod)
+        self.sinks = nnx.data(None)
+        if config.attention_sinks:
+            if "return_lse" not in inspect.signature(attention_fn).parameters:
+                raise ValueError(
+                    "MultiHeadAttention: attention_sinks needs an attention function with return_lse; "
+                    f"got attention_fn={attention_fn!r}. Use one of the softmax kernels."
+                )
+            self.sinks = nnx.Param(jnp.zeros((heads,), config.param_dtype))
+        self.dropout = Dropout(config.attention_dropout, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        context: Float[Array, "B S D"] | None = None,
+        context: Float[Array, "B S Dc"] | KeysValues | None = None,
         mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
         position_ids_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
@@ -114,7 +155,7 @@ class MultiHeadAttention(nnx.Module):
 
         Args:
             x: (batch, T, in_features).
-            context: (batch, S, in_features) for cross-attention; by default x.
+            context: (batch, S, context_features) for cross-attention, or what `keys_values` made of it; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
                 (batch, num_heads, T, S), with a cache to (batch, num_heads, max_len, max_len).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
@@ -131,6 +172,7 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
             ValueError: arguments that do not fit together, or a full cache (under jit: NaN).
+            NotImplementedError: what the attention function lacks, such as a cache for linear attention.
         """
         out, cache = self.run(
             x,
@@ -149,7 +191,7 @@ class MultiHeadAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        context: Float[Array, "B S D"] | None = None,
+        context: Float[Array, "B S Dc"] | KeysValues | None = None,
         mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
         position_ids_q: ArrayLike | None = None,
@@ -159,65 +201,229 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T Do"], KVLayerCache | None]:
         """The call with its result in one form: (out, new cache or None)."""
-        if kv_cache is not None and (context is not None or position_ids_kv is not None):
-            raise ValueError(
-                "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
-                f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
-            )
-        source = x if context is None else context
-        for name, tokens in (("x", x), ("context", source)):
-            if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != self.query.in_features:
-                raise ValueError(
-                    f"MultiHeadAttention: {name} must be (batch, length, {self.query.in_features}), with one batch "
-                    f"size; got x.shape={x.shape}, {name}.shape={tokens.shape}."
-                )
-        batch, seq_q, _ = x.shape
+        heads, kv_cache = self._gather(
+            x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
+        )
+        return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], -1)), kv_cache
+
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        context: Float[Array, "B S Dc"] | KeysValues | None = None,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        position_ids_q: ArrayLike | None = None,
+        position_ids_kv: ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
+    ) -> Float[Array, "B N T S"]:
+        """How much of each key's value each query takes, (batch, num_heads, T, S), for small inputs; no dropout.
+
+        The arguments are those of a call. Rows sum to 1, to less with sinks, and to 0 with nothing to attend.
+        """
+        heads, _ = self._gather(
+            x, context, mask, True, position_ids_q, position_ids_kv, score_mod, None, None, weights=True
+        )
+        return heads
+
+    def _gather(
+        self,
+        x: Array,
+        context: Array | KeysValues | None,
+        mask: Mask | MaskMod | ArrayLike | None,
+        deterministic: bool | None,
+        position_ids_q: ArrayLike | None,
+        position_ids_kv: ArrayLike | None,
+        score_mod: ScoreMod | None,
+        kv_cache: KVLayerCache | None,
+        rngs: nnx.Rngs | None,
+        *,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B N T Hv"], KVLayerCache | None]:
+        """What each head gathers, or with `weights` how much of each key's value that is."""
+        batch, seq_q, _ = self._check_tokens("x", x, self.query, None)
+        if kv_cache is not None:
+            self._check_cached(context, position_ids_kv)
         if position_ids_q is not None:
             position_ids_q = check_positions("MultiHeadAttention", "position_ids_q", position_ids_q, batch, seq_q)
-        if position_ids_kv is not None:
-            position_ids_kv = check_positions(
-                "MultiHeadAttention", "position_ids_kv", position_ids_kv, batch, source.shape[1]
-            )
-        query = self._split_heads(self.query(x), self.num_heads)
-        key = self._split_heads(self.key(source), self.num_kv_heads)
-        value = self._split_heads(self.value(source), self.num_kv_heads)
-
-        if kv_cache is not None and position_ids_q is None:
+        elif kv_cache is not None:
             position_ids_q = kv_cache.next_positions()[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None, :]
-        if context is None and position_ids_kv is None:
-            position_ids_kv = position_ids_q
+        query = self._heads(self.query, x, self.config.num_heads, self.query_norm)
         if self.rope is not None:
-            query, key = self.rope(query, position_ids_q), self.rope(key, position_ids_kv)
+            query = self.rope(query, position_ids_q)
+        if context is None:
+            key, value = self.keys_values(x, position_ids_q if position_ids_kv is None else position_ids_kv)
+        elif isinstance(context, KeysValues):
+            key, value = context
+        else:
+            self._check_tokens("context", context, self.key, batch)
+            key, value = self.keys_values(context, position_ids_kv)
 
         mask = None if mask is None else as_mask(mask)
-        score_mod = compose_score_mods(self.score_mod, score_mod)
+        if context is None and self.config.attention_window is not None:
+            window = sliding_window(self.config.attention_window, causal=False)
+            mask = window if mask is None else mask & window
+        score_mod = compose_score_mods(self._own_score_mod(alibi=context is None), score_mod)
         if kv_cache is not None:
             assert position_ids_q is not None
             if mask is not None:  # read at positions, so an array must know all that the cache can hold
-                mask.check("MultiHeadAttention, with a cache", (batch, self.num_heads, *2 * (kv_cache.max_len,)))
+                full = (batch, self.config.num_heads, *2 * (kv_cache.max_len,))
+                mask.check("MultiHeadAttention, with a cache", full)
             kv_cache = update_kv_layer_cache(kv_cache, key, value, positions=position_ids_q)
             key, value = kv_cache.keys.astype(query.dtype), kv_cache.values.astype(query.dtype)
             mask = at_positions(mask, position_ids_q, kv_cache.positions)
             if score_mod is not None:
                 score_mod = at_positions(score_mod, position_ids_q, kv_cache.positions)
+        if weights:  # what each key's value contributes, read off with a value of its own for each key
+            value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
 
-        dropout_rng = self.dropout.key(deterministic, rngs)
+        heads = self._attend(query, key, value, mask, score_mod, self.dropout.key(deterministic, rngs))
+        if kv_cache is not None:  # a dropped write must not pass unseen
+            heads = jnp.where(kv_cache.overflowed, jnp.nan, heads)
+        return heads, kv_cache
+
+    def keys_values(
+        self,
+        context: Float[Array, "B S Dc"],
+        position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+    ) -> KeysValues:
+        """The keys and values of a context, which calls take in its place; positions as `position_ids_kv` of a call."""
+        batch, length, _ = self._check_tokens("context", context, self.key, None)
+        if position_ids is not None:
+            position_ids = check_positions("MultiHeadAttention", "position_ids_kv", position_ids, batch, length)
+        key = self._heads(self.key, context, self.config.kv_heads, self.key_norm)
+        if self.rope is not None:
+            key = self.rope(key, position_ids)
+        return KeysValues(key, self._heads(self.value, context, self.config.kv_heads, None))
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score_mod: ScoreMod | None,
+        dropout_rng: Array | None,
+    ) -> Array:
+        if self.config.attention_scale is not None:  # any attention function divides by sqrt(head_dim)
+            query = query * (self.config.attention_scale * query.shape[-1] ** 0.5)
+        batch, num_heads, seq_q, _ = query.shape
+        full = (batch, num_heads, seq_q, key.shape[2])
+        options: dict[str, Any] = {} if self.sinks is None else {"return_lse": True}
         heads = self.attention_fn(
             query,
             key,
             value,
-            mask=mask_argument(
-                "MultiHeadAttention", self.attention_fn, mask, (batch, self.num_heads, seq_q, key.shape[2])
-            ),
+            mask=mask_argument("MultiHeadAttention", self.attention_fn, mask, full),
             score_mod=score_mod,
             dropout_rng=dropout_rng,
             dropout_rate=self.dropout.rate,
             deterministic=dropout_rng is None,
+            **options,
         )
-        if kv_cache is not None:  # a dropped write must not pass unseen
-            heads = jnp.where(kv_cache.overflowed, jnp.nan, heads)
-        return self.out(heads.swapaxes(1, 2).reshape(batch, seq_q, -1)), kv_cache
+        if self.sinks is None:
+            return heads
+        heads, lse = heads
+        share = jax.nn.sigmoid(lse - self.sinks[...].astype(lse.dtype)[None, :, None])  # of the keys beside the sink
+        return (heads * share[..., None]).astype(heads.dtype)
 
-    def _split_heads(self, projected: Float[Array, "B T NH"], num_heads: int) -> Float[Array, "B N T H"]:
-        batch, length, _ = projected.shape
-        return projected.reshape(batch, length, num_heads, self.head_dim).swapaxes(1, 2)
+    def _own_score_mod(self, *, alibi: bool) -> ScoreMod | None:
+        cap = self.config.attention_soft_cap
+        return compose_score_mods(
+            None if cap is None else soft_cap_mod(cap),
+            alibi_mod(self.config.num_heads) if alibi and self.config.pos_emb_type == "alibi" else None,
+            self.score_mod,
+        )
+
+    def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
+        batch, length, _ = x.shape
+        projected = layer(x)
+        if norm is not None:  # over a head, or over all of them
+            width = norm.num_features
+            projected = norm(projected.reshape(batch, length, -1, width))
+        return projected.reshape(batch, length, num_heads, -1).swapaxes(1, 2)
+
+    def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
+        fits = tokens.ndim == 3 and tokens.shape[2] == layer.in_features and batch in (None, tokens.shape[0])
+        if not fits:
+            raise ValueError(
+                f"MultiHeadAttention: {name} must be ({'batch' if batch is None else batch}, length, "
+                f"{layer.in_features}); got {name}.shape={tokens.shape}."
+            )
+        return tokens.shape
+
+    def _check_cached(self, context: Any, position_ids_kv: ArrayLike | None) -> None:
+        if context is not None or position_ids_kv is not None:
+            raise ValueError(
+                "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
+                f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
+            )
+        if self.config.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
+            raise NotImplementedError(
+                f"MultiHeadAttention: {self.config.attention_type} attention does not read a kv_cache. "
+                "Leave the cache out, or use a softmax kernel."
+            )
+
+
+class LiteAttention(nnx.Module):
+    """`lite_attention` with its gate, as an AttentionFn.
+
+    Args:
+        rngs: for the gate's weights.
+        config: for their kind and the width of a head.
+    """
+
+    takes_mask_objects = True
+
+    def __init__(self, rngs: nnx.Rngs, config: BlockConfig):
+        self.gate = Linear(rngs, config, config.head_size, 1, bias="query")
+
+    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        return lite_attention(query, key, value, self.gate, **options)
+
+
+class _Configured(functools.partial[Any]):
+    """A partial that equals its equal, so that two layers of one config are one program."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Configured) and (self.func, self.keywords) == (other.func, other.keywords)
+
+    def __hash__(self) -> int:
+        return hash((self.func, *sorted(self.keywords.items())))
+
+
+def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
+    size = config.attention_block_size
+    match config.attention_type:
+        case AttentionType.STANDARD:
+            return standard_attention
+        case AttentionType.MEMORY_EFFICIENT:
+            return _Configured(memory_efficient_attention, block_size=size)
+        case AttentionType.FLASH:
+            return flash_attention if size is None else _Configured(flash_attention, block_size=size)
+        case AttentionType.PALLAS_FLASH:
+            return _Configured(pallas_flash_attention, block_q=size, block_kv=size)
+        case AttentionType.LINEAR:  # causal where the mask is
+            return _Configured(linear_attention, causal=False, chunk_size=config.linear_attention_chunk_size)
+        case AttentionType.LITE:
+            return LiteAttention(rngs, config)
+
+
+def _as_attribute(function: Any) -> Any:
+    """The function as an attribute of a module: state if it holds arrays."""
+    return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
+
+
+def _head_dim(qkv_features: int, num_heads: int) -> int:
+    if num_heads < 1 or qkv_features % num_heads:
+        raise ValueError(
+            "MultiHeadAttention: qkv_features must be a multiple of num_heads; "
+            f"got qkv_features={qkv_features}, num_heads={num_heads}."
+        )
+    return qkv_features // num_heads
+
+
+def _head_norm(config: BlockConfig, num_heads: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    if config.qk_norm == "none":
+        return None
+    width = config.head_size * (1 if config.qk_norm == "head" else num_heads)
+    return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)

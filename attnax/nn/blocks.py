@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from attnax.cache import KVLayerCache
-from attnax.config import BlockConfig, resolve_config
+from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import Mask
-from attnax.nn.attention import MultiHeadAttention
+from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
-from attnax.nn.norms import create_norm
+from attnax.nn.moe import MixtureOfExperts
+from attnax.nn.norms import norm_of
 from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod
 
-__all__ = ["EncoderBlock", "Output", "Residual"]
-
-Extra = TypeVar("Extra")
+__all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
 
 class Output(NamedTuple):
@@ -35,46 +36,53 @@ class Output(NamedTuple):
     aux: dict[str, Array]
 
 
+def add_aux(left: dict[str, Array], right: dict[str, Array]) -> dict[str, Array]:
+    """The sums of what both hold, and what only one holds."""
+    return left | {name: left[name] + value if name in left else value for name, value in right.items()}
+
+
 class Residual(nnx.Module):
-    """x + f(norm(x)) and its kin: where the norms of a sublayer stand, said once.
+    """What a sublayer adds to the stream, and where its norms stand, said once.
 
     Args:
         rngs: for the norms and the stored dropout stream.
-        config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)) or "sandwich"
-            x + norm(f(norm(x))); f's result goes through dropout.
+        config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
+            or "branch" x + norm(f(x)); f's result goes through dropout and is scaled by `residual_scale`.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: BlockConfig):
-        def norm() -> nnx.Module:
-            return create_norm(
-                config.norm_type,
-                config.d_model,
-                rngs,
-                epsilon=config.norm_eps,
-                use_bias=config.use_bias,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-            )
-
         placement = config.norm_placement
-        self.norm_in = nnx.data(norm() if placement in ("pre", "sandwich") else None)
-        self.norm_branch = nnx.data(norm() if placement == "sandwich" else None)
-        self.norm_sum = nnx.data(norm() if placement == "post" else None)
+        self.norm_in = nnx.data(norm_of(config, rngs) if placement in ("pre", "sandwich") else None)
+        self.norm_branch = nnx.data(norm_of(config, rngs) if placement in ("sandwich", "branch") else None)
+        self.norm_sum = nnx.data(norm_of(config, rngs) if placement == "post" else None)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
+        self.scale = config.residual_scale
+
+    def branch(
+        self,
+        x: Float[Array, "B T D"],
+        sublayer: Callable[[Array], tuple[Array, Any]],
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What `sublayer` adds to x, and whatever else it returns."""
+        branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
+        if self.norm_branch is not None:
+            branch = self.norm_branch(branch)
+        return self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs), extra
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        sublayer: Callable[[Array], tuple[Array, Extra]],
+        sublayer: Callable[[Array], tuple[Array, Any]],
         *,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B T D"], Extra]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """The new stream, and whatever else `sublayer` returns."""
-        branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
-        if self.norm_branch is not None:
-            branch = self.norm_branch(branch)
-        x = x + self.dropout(branch, deterministic=deterministic, rngs=rngs)
+        branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
+        x = x + branch
         return (x if self.norm_sum is None else self.norm_sum(x)), extra
 
 
@@ -85,14 +93,23 @@ class EncoderBlock(nnx.Module):
 
     Raises:
         ValueError: a field that BlockConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import EncoderBlock, masks
+        >>> block = EncoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=20)
+        >>> block(jnp.zeros((1, 5, 12)), mask=masks.causal()).shape
+        (1, 5, 12)
     """
 
     def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, /, **fields: Any):
         config = resolve_config(BlockConfig, config, fields)
         self.attention = MultiHeadAttention(rngs, config)
         self.around_attention = Residual(rngs, config)
-        self.feed_forward = FeedForward(rngs, config)
+        self.feed_forward = _feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
+        self.parallel = config.parallel_residual
 
     def __call__(
         self,
@@ -132,21 +149,169 @@ class EncoderBlock(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
+        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, KVLayerCache | None]:
             return self.attention.run(
-                x,
-                mask=mask,
-                deterministic=deterministic,
-                position_ids_q=position_ids,
-                score_mod=score_mod,
-                kv_cache=cache,
-                rngs=rngs,
+                x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
             )
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Array]]:
-            return self.feed_forward(x, deterministic=deterministic, rngs=rngs), {}
+            return _with_aux(self.feed_forward(x, **mode))
 
-        x, cache = self.around_attention(x, attend, deterministic=deterministic, rngs=rngs)
-        x, aux = self.around_feed_forward(x, feed_forward, deterministic=deterministic, rngs=rngs)
+        if self.parallel:
+            attended, cache = self.around_attention.branch(x, attend, **mode)
+            fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
+            return Output(x + attended + fed, cache, aux)
+        x, cache = self.around_attention(x, attend, **mode)
+        x, aux = self.around_feed_forward(x, feed_forward, **mode)
         return Output(x, cache, aux)
+
+
+class DecoderBlock(nnx.Module):
+    """Self-attention, cross-attention to an encoder's output, then a feed-forward.
+
+    Called as `DecoderBlock(rngs, config)` or `DecoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`. It applies
+    the masks that it is given and no other: give `self_mask=causal()` where tokens must not see what follows.
+
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a BlockConfig. Windows, ALiBi and lite attention are for self-attention; beside the latter,
+            cross-attention is FLASH.
+        encoder_features: width of the encoder's output, by default d_model.
+        **fields: the fields of BlockConfig.
+
+    Raises:
+        ValueError: a field that BlockConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import DecoderBlock, masks
+        >>> block = DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=20)
+        >>> block(jnp.zeros((1, 5, 12)), encoder_output=jnp.zeros((1, 7, 12)), self_mask=masks.causal()).shape
+        (1, 5, 12)
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: BlockConfig | None = None,
+        /,
+        *,
+        encoder_features: int | None = None,
+        **fields: Any,
+    ):
+        config = resolve_config(BlockConfig, config, fields)
+        if config.parallel_residual:
+            raise ValueError(
+                "DecoderBlock: cross-attention reads what self-attention wrote; got parallel_residual=True. "
+                "Leave it out."
+            )
+        cross = config
+        if config.attention_type == AttentionType.LITE:
+            cross = dataclasses.replace(config, attention_type=AttentionType.FLASH)
+        self.attention = MultiHeadAttention(rngs, config)
+        self.around_attention = Residual(rngs, config)
+        self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
+        self.around_cross_attention = Residual(rngs, config)
+        self.feed_forward = _feed_forward(rngs, config)
+        self.around_feed_forward = Residual(rngs, config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        encoder_output: Float[Array, "B S De"] | KeysValues,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        cross_mask: Mask | MaskMod | ArrayLike | None = None,
+        deterministic: bool | None = None,
+        position_ids_self: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_cross_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_cross_kv: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        score_mod: ScoreMod | None = None,
+        self_attn_kv_cache: KVLayerCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVLayerCache]:
+        """The stream after the three sublayers, or with a cache the pair of it and the new cache.
+
+        Args:
+            x: (batch, T, d_model).
+            encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
+            self_mask: who attends whom within x.
+            cross_mask: which tokens of x attend which of the encoder, by index.
+            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
+            position_ids_self: positions of x for self-attention.
+            position_ids_cross_q: positions of x for RoPE in cross-attention.
+            position_ids_cross_kv: positions of the encoder's output for RoPE.
+            score_mod: applied to the scores of self-attention.
+            self_attn_kv_cache: x is appended to it and attends all of it.
+            rngs: randomness of the dropout, instead of the stored streams.
+
+        Raises:
+            ValueError: arguments that do not fit together.
+        """
+        out = self.run(
+            x,
+            encoder_output=encoder_output,
+            self_mask=self_mask,
+            cross_mask=cross_mask,
+            deterministic=deterministic,
+            position_ids_self=position_ids_self,
+            position_ids_cross_q=position_ids_cross_q,
+            position_ids_cross_kv=position_ids_cross_kv,
+            score_mod=score_mod,
+            cache=self_attn_kv_cache,
+            rngs=rngs,
+        )
+        return out.hidden if out.caches is None else (out.hidden, out.caches)
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        encoder_output: Float[Array, "B S De"] | KeysValues,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        cross_mask: Mask | MaskMod | ArrayLike | None = None,
+        deterministic: bool | None = None,
+        position_ids_self: ArrayLike | None = None,
+        position_ids_cross_q: ArrayLike | None = None,
+        position_ids_cross_kv: ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
+        cache: KVLayerCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Output:
+        """The call with its result in one form."""
+        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+
+        def attend(x: Array) -> tuple[Array, KVLayerCache | None]:
+            return self.attention.run(
+                x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
+            )
+
+        def attend_encoder(x: Array) -> tuple[Array, None]:
+            out, _ = self.cross_attention.run(
+                x,
+                context=encoder_output,
+                mask=cross_mask,
+                position_ids_q=position_ids_cross_q,
+                position_ids_kv=position_ids_cross_kv,
+                **mode,
+            )
+            return out, None
+
+        def feed_forward(x: Array) -> tuple[Array, dict[str, Array]]:
+            return _with_aux(self.feed_forward(x, **mode))
+
+        x, cache = self.around_attention(x, attend, **mode)
+        x, _ = self.around_cross_attention(x, attend_encoder, **mode)
+        x, aux = self.around_feed_forward(x, feed_forward, **mode)
+        return Output(x, cache, aux)
+
+
+def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:
+    return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
+
+
+def _with_aux(result: Any) -> tuple[Array, dict[str, Array]]:
+    return (result, {}) if isinstance(result, jax.Array) else result

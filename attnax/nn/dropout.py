@@ -1,7 +1,10 @@
-"""Dropout that is off until asked for, and that says so when it has no randomness."""
+"""Dropout and jitter that are off until asked for, and that say so when they have no randomness."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import jax
 from flax import nnx
 
 from attnax.typing import Array, Float
@@ -15,6 +18,8 @@ class Dropout(nnx.Dropout):
         rngs: a fork of its `dropout` stream is stored, if the rate is above 0.
     """
 
+    field: ClassVar[str] = "dropout_rate"  # of BlockConfig, for messages
+
     def __init__(self, rate: float, *, rngs: nnx.Rngs | None = None):
         super().__init__(rate, deterministic=True, rngs=rngs if rate > 0.0 else None)
 
@@ -24,15 +29,17 @@ class Dropout(nnx.Dropout):
         Raises:
             ValueError: dropout is on and there are neither explicit nor stored rngs.
         """
+        name = type(self).__name__
         if self.rate == 0.0 or (self.deterministic if deterministic is None else deterministic):
             return None
         if rngs is not None:
             if "dropout" not in rngs and "default" not in rngs:
-                raise ValueError("Dropout: rngs must have a `dropout` stream; pass rngs=nnx.Rngs(dropout=seed).")
+                raise ValueError(f"{name}: rngs must have a `dropout` stream; pass rngs=nnx.Rngs(dropout=seed).")
             return rngs.dropout()
         if self.rngs is None:
             raise ValueError(
-                f"Dropout: dropout needs randomness; got dropout_rate={self.rate}, deterministic=False, rngs=None. "
+                f"{name}: {name.lower()} needs randomness; got {self.field}={self.rate}, deterministic=False, "
+                "rngs=None. "
                 "Pass rngs=nnx.Rngs(seed) to the call, or deterministic=True."
             )
         return self.rngs()
@@ -43,3 +50,23 @@ class Dropout(nnx.Dropout):
         """X with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
         key = self.key(deterministic, rngs)
         return x if key is None else super().__call__(x, deterministic=False, rngs=key)
+
+
+class Jitter(Dropout):
+    """Numbers times uniform ones, on and off by the rules of Dropout, whose streams it draws from.
+
+    Args:
+        rate: the uniform numbers lie within 1 +- rate.
+        rngs: as in Dropout.
+    """
+
+    field: ClassVar[str] = "router_jitter"
+
+    def __call__(  # type: ignore[override]  # one rngs type instead of three
+        self, x: Float[Array, ...], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, ...]:
+        """X with its elements jittered, or x itself where jitter is off."""
+        key = self.key(deterministic, rngs)
+        if key is None:
+            return x
+        return x * jax.random.uniform(key, x.shape, x.dtype, 1.0 - self.rate, 1.0 + self.rate)

@@ -1,4 +1,4 @@
-"""Token ids and positions as vectors."""
+"""Token ids, positions and patches as vectors."""
 
 from __future__ import annotations
 
@@ -8,28 +8,46 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete
+from attnax.config import TransformerConfig
+from attnax.kernels.score_mods import relative_bias_mod
+from attnax.nn.dropout import Dropout
+from attnax.nn.linear import make_initializer
+from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, is_concrete
 
-__all__ = ["LearnedPositionalEmbedding", "PositionalEncoding", "TokenEmbedding"]
+__all__ = [
+    "LearnedPositionalEmbedding",
+    "PositionalEncoding",
+    "RelativePositionBias",
+    "TokenEmbedding",
+    "TransformerEmbedding",
+]
 
 
 class TokenEmbedding(nnx.Module):
     """A row of a table for each token id; `attend` gives the logits of tied embeddings.
 
     Args:
-        rngs: for the initial table, normal with standard deviation 1 / sqrt(d_model): vectors have unit length, and
-            so have the logits of tied embeddings unit variance.
+        rngs: for the initial table.
         vocab_size: rows.
         d_model: width.
+        embedding_init: initialiser `(key, shape, dtype)` of the table, by default normal with standard deviation
+            1 / sqrt(d_model): vectors have unit length, and so have the logits of tied embeddings unit variance.
         dtype: of the result.
         param_dtype: of the table.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, vocab_size: int, d_model: int, *, dtype: Any = None, param_dtype: Any = "float32"
+        self,
+        rngs: nnx.Rngs,
+        vocab_size: int,
+        d_model: int,
+        *,
+        embedding_init: Any = None,
+        dtype: Any = None,
+        param_dtype: Any = "float32",
     ):
         self.vocab_size, self.dtype = vocab_size, dtype or param_dtype
-        init = nnx.initializers.normal(d_model**-0.5)
+        init = nnx.initializers.normal(d_model**-0.5) if embedding_init is None else embedding_init
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), param_dtype))
 
     def __call__(self, input_ids: Int[ArrayLike, "*L"]) -> Float[Array, "*L D"]:
@@ -39,6 +57,10 @@ class TokenEmbedding(nnx.Module):
             ValueError: a concrete id outside the vocabulary; under jit its vector is NaN.
         """
         return _look_up(self.embedding[...], input_ids, "TokenEmbedding", "token ids").astype(self.dtype)
+
+    def check(self, input_ids: Int[ArrayLike, "*L"]) -> None:
+        """Raises ValueError for ids that are no integers, or concrete and outside the vocabulary."""
+        _check_ids(input_ids, self.vocab_size, "TokenEmbedding", "token ids")
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Products of x with every row, summed in float32."""
@@ -111,6 +133,88 @@ class LearnedPositionalEmbedding(nnx.Module):
         return x + _look_up(self.embedding[...], positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
 
 
+class TransformerEmbedding(nnx.Module):
+    """Token embeddings, scaled, plus the positions that a config adds to them, through dropout.
+
+    Args:
+        rngs: for the initial tables and the stored dropout stream.
+        config: a TransformerConfig.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
+        init = None  # "lecun_normal" for rows of unit length, the fan being d_model
+        if config.embedding_init != "lecun_normal":
+            init = make_initializer(config.embedding_init, config.init_std)
+        self.tokens = TokenEmbedding(
+            rngs,
+            config.vocab_size,
+            config.d_model,
+            embedding_init=init,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+        )
+        self.positions: Any = nnx.data(None)
+        if config.pos_emb_type == "sinusoidal":
+            self.positions = nnx.data(PositionalEncoding(config.max_len, config.d_model))
+        elif config.pos_emb_type == "learned":
+            self.positions = nnx.data(
+                LearnedPositionalEmbedding(
+                    rngs, num_positions=config.max_len, d_model=config.d_model, param_dtype=config.param_dtype
+                )
+            )
+        self.scale = config.embedding_scale
+        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        *,
+        position_ids: Int[ArrayLike, "#B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The vectors of `input_ids`, at positions 0 ... T - 1 or `position_ids`.
+
+        Raises:
+            ValueError: a concrete id or position past its table; under jit its vector is NaN.
+        """
+        x = self.tokens(input_ids)
+        if self.scale != 1.0:
+            x = x * jnp.asarray(self.scale, x.dtype)
+        if self.positions is not None:
+            x = self.positions(x, position_ids=position_ids)
+        return self.dropout(x, deterministic=deterministic, rngs=rngs)
+
+    def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+        """Float32 products of x with every token's vector."""
+        return self.tokens.attend(x)
+
+
+class RelativePositionBias(nnx.Module):
+    """T5's learned bias of the scores by the bucket of `kv - q`, one table for a whole stack.
+
+    Args:
+        rngs: for the initial table, normal with standard deviation 1 / sqrt(d_model).
+        config: a TransformerConfig.
+        bidirectional: whether keys after the query have buckets of their own.
+
+    References:
+        C. Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2019,
+        https://arxiv.org/abs/1910.10683.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, bidirectional: bool):
+        init = nnx.initializers.normal(config.d_model**-0.5)
+        shape = (config.relative_buckets, config.num_heads)
+        self.table = nnx.Param(init(rngs.params(), shape, config.param_dtype))
+        self.max_distance, self.bidirectional = config.relative_max_distance, bidirectional
+        self.score_mod()  # refuses sizes that do not fit together here rather than in the first call
+
+    def score_mod(self) -> ScoreMod:
+        """What adds the bias to the scores."""
+        return relative_bias_mod(self.table[...], max_distance=self.max_distance, bidirectional=self.bidirectional)
+
+
 def _positions(x: Array, start: int | ArrayLike, position_ids: ArrayLike | None) -> ArrayLike:
     """(1 or B, T), still concrete if the arguments are; padding, at -1, gets position 0: nothing looks at it."""
     if position_ids is None:
@@ -120,14 +224,18 @@ def _positions(x: Array, start: int | ArrayLike, position_ids: ArrayLike | None)
 
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
     """Rows of the table. An index outside it raises where it can be seen, and gives NaN where it is traced."""
+    size = table.shape[0]
+    _check_ids(ids, size, caller, what)
+    ids = jnp.asarray(ids, jnp.int32)
+    # A negative index would count from the end: send it past the end, where the fill value is.
+    return table.at[jnp.where(ids < 0, size, ids)].get(mode="fill", fill_value=jnp.nan)
+
+
+def _check_ids(ids: ArrayLike, size: int, caller: str, what: str) -> None:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{caller}: {what} must be integers; got dtype={ids.dtype}.")
-    size = table.shape[0]
     if is_concrete(ids) and ids.size:
         known = np.asarray(ids)  # NumPy, because inside a jit even operations on known arrays are traced
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= size:
             raise ValueError(f"{caller}: {what} must be at least 0 and below {size}; got {low if low < 0 else high}.")
-    ids = jnp.asarray(ids, jnp.int32)
-    # A negative index would count from the end: send it past the end, where the fill value is.
-    return table.at[jnp.where(ids < 0, size, ids)].get(mode="fill", fill_value=jnp.nan)

@@ -7,22 +7,31 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from attnax.config import BlockConfig, create_config, resolve_config
+from attnax.config import BlockConfig, resolve_config
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.typing import Array, Float
 
-__all__ = ["FeedForward"]
+__all__ = ["ACTIVATIONS", "FeedForward"]
 
-_ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {  # name: (function, gated)
-    "gelu": (partial(jax.nn.gelu, approximate=False), False),
+_gelu, _gelu_tanh = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {  # name: (function, gated)
+    "gelu": (_gelu, False),
+    "gelu_tanh": (_gelu_tanh, False),
     "relu": (jax.nn.relu, False),
+    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),
     "silu": (jax.nn.silu, False),
+    "swish": (jax.nn.silu, False),
     "swiglu": (jax.nn.silu, True),
-    "geglu": (partial(jax.nn.gelu, approximate=False), True),
+    "geglu": (_gelu, True),
+    "geglu_tanh": (_gelu_tanh, True),
+    "reglu": (jax.nn.relu, True),
 }
+"""What `ff_activation` names."""
 
 
 class FeedForward(nnx.Module):
@@ -35,7 +44,7 @@ class FeedForward(nnx.Module):
         d_model: width of input and output, or a BlockConfig.
         d_ff: hidden width.
         dropout_rate: probability of dropping hidden activations.
-        ff_activation: "gelu" (exact), "relu", "silu", "swiglu", "geglu".
+        ff_activation: as in BlockConfig; the gated ones have a third matrix.
         **fields: other fields of BlockConfig (use_bias, dtype, param_dtype).
 
     References:
@@ -57,20 +66,18 @@ class FeedForward(nnx.Module):
             config = resolve_config(BlockConfig, d_model, fields)
         else:
             # A layer by itself needs no heads: one head fits any width.
-            config = create_config(BlockConfig, num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
-        linear = partial(
-            Linear, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
-        )
+            config = BlockConfig(num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
+        linear = partial(Linear, rngs, config, bias="feed_forward")
         self.activation = config.ff_activation
         self.up = linear(config.d_model, config.d_ff)
-        self.gate = nnx.data(linear(config.d_model, config.d_ff) if _ACTIVATIONS[self.activation][1] else None)
-        self.down = linear(config.d_ff, config.d_model, scale=config.residual_scale)
+        self.gate = nnx.data(linear(config.d_model, config.d_ff) if ACTIVATIONS[self.activation][1] else None)
+        self.down = linear(config.d_ff, config.d_model, scale=config.residual_init_scale)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*L D"]:
         """The same function at every position."""
-        activation, _ = _ACTIVATIONS[self.activation]
+        activation, _ = ACTIVATIONS[self.activation]
         hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
         return self.down(self.dropout(hidden, deterministic=deterministic, rngs=rngs))

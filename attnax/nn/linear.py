@@ -6,25 +6,63 @@ from typing import Any
 
 from flax import nnx
 
+from attnax.config import BlockConfig, Initializer
 from attnax.typing import Array, Float
+
+__all__ = ["Linear", "make_initializer"]
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` over the last axis, computed as one product of two matrices.
+    """`nnx.Linear` over the last axis, computed as one product of two matrices, as a config wants its layers.
 
     Args:
+        rngs: for the initial weights.
+        config: for the initial weights, the dtypes and whether there is a bias.
         in_features: width of the input.
         out_features: width of the output.
-        scale: of the initial weights, relative to those that keep the variance (LeCun).
-        **options: of `nnx.Linear`.
+        bias: the name of the layer in the config's `use_bias`.
+        scale: of the initial weights, relative to the config's `kernel_init`.
 
     With the leading axes merged XLA's CPU backend needs no transposed copy of the activations in the backward pass;
     `benchmarks/layout.py` measures what that saves.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, scale: float = 1.0, **options: Any):
-        kernel_init = nnx.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
-        super().__init__(in_features, out_features, kernel_init=kernel_init, **options)
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: BlockConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: str,
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=config.has_bias(bias),
+            kernel_init=make_initializer(config.kernel_init, config.init_std, scale),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "*L I"]) -> Float[Array, "*L O"]:  # type: ignore[override]
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+
+
+def make_initializer(name: Initializer, std: float, scale: float = 1.0, batch_axis: tuple[int, ...] = ()) -> Any:
+    """The initialiser that a config names, for a kernel (in, out), with its standard deviation times `scale`.
+
+    Axes of `batch_axis` number independent kernels, (experts, in, out) with (0,).
+    """
+    if name == "normal":
+        return nnx.initializers.normal(std * scale)
+    kinds: dict[str, tuple[float, Any, Any]] = {
+        "lecun_normal": (1.0, "fan_in", "truncated_normal"),
+        "he_normal": (2.0, "fan_in", "truncated_normal"),
+        "xavier_normal": (1.0, "fan_avg", "truncated_normal"),
+        "xavier_uniform": (1.0, "fan_avg", "uniform"),
+    }
+    variance, fan, distribution = kinds[name]
+    return nnx.initializers.variance_scaling(variance * scale**2, fan, distribution, batch_axis=batch_axis)

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import nnx
 
-from attnax.config import NormKind
+from attnax.config import BlockConfig, NormKind
 
-__all__ = ["RMSNorm", "create_norm"]
+__all__ = ["RMSNorm", "create_norm", "norm_of"]
 
 RMSNorm = nnx.RMSNorm
 
@@ -41,3 +41,16 @@ def create_norm(
             rngs=rngs,
         )
     raise ValueError(f"create_norm: norm_type must be 'layer' or 'rms'; got norm_type={norm_type!r}.")
+
+
+def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The norm of the residual stream that a config names."""
+    return create_norm(
+        config.norm_type,
+        config.d_model,
+        rngs,
+        epsilon=config.norm_eps,
+        use_bias=config.has_bias("norm"),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+    )

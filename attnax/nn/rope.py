@@ -4,38 +4,86 @@ Angles are computed on the host in float64: in float32 the angle of position 131
 Positions known only under jit are looked up digit by digit (base 256) and the rotations multiplied, which is exact
 to float32 rounding for any int32 position, with four tables of 256 rows.
 
-References: J. Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864.
+A `RopeScaling` lowers frequencies, so that a model reaches further than the length it was trained at.
+
+References:
+    J. Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864.
+    "linear": S. Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023,
+        https://arxiv.org/abs/2306.15595.
+    "ntk" and "yarn": B. Peng et al., "YaRN", 2023, https://arxiv.org/abs/2309.00071, sections 3.1, 3.2 and 3.4.
+    "llama3": Meta, rotary scaling of Llama 3.1, 2024, https://github.com/meta-llama/llama-models.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from attnax.config import RopeScaling
 from attnax.typing import Array, ArrayLike, Float, Int, is_concrete
 
-__all__ = ["RotaryEmbedding", "apply_rope", "rope_cos_sin_from_positions", "rope_cos_sin_table", "rope_inv_freq"]
+__all__ = [
+    "RotaryEmbedding",
+    "apply_rope",
+    "rope_attention_factor",
+    "rope_cos_sin_from_positions",
+    "rope_cos_sin_table",
+    "rope_inv_freq",
+]
 
 
-def rope_inv_freq(head_dim: int, base: float = 10000.0) -> np.ndarray:
-    """Base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host.
+def rope_inv_freq(head_dim: int, base: float = 10000.0, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host, lowered by `scaling`.
+
+    Args:
+        head_dim: even; with "ntk" at least 4.
+        base: of the wavelengths.
+        scaling: "ntk" raises the base so far that the last frequency is divided by factor and the first stays; the
+            other kinds divide a share of each frequency by factor.
 
     Raises:
-        ValueError: an odd head_dim.
+        ValueError: an odd head_dim, or one too small for "ntk".
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"rope_inv_freq: head_dim must be even and at least 2; got head_dim={head_dim}.")
-    return base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None and scaling.kind == "ntk":
+        if head_dim == 2:
+            raise ValueError("rope_inv_freq: ntk must have a second frequency to lower; got head_dim=2. Use linear.")
+        base = base * scaling.factor ** (head_dim / (head_dim - 2))
+    inv_freq = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None or scaling.kind == "ntk":
+        return inv_freq
+    kept = _kept_share(inv_freq, base, scaling)
+    return kept * inv_freq + (1.0 - kept) * inv_freq / scaling.factor
+
+
+def rope_attention_factor(scaling: RopeScaling | None) -> float:
+    """What "yarn" multiplies cosines and sines by, 0.1 log(factor) + 1 unless given; 1 for every other kind.
+
+    The product of a turned query and a turned key is multiplied by its square, the paper's 1 / temperature.
+    """
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return float(scaling.attention_factor)
+    return 0.1 * math.log(scaling.factor) + 1.0
 
 
 def rope_cos_sin_table(
-    max_seq_len: int, head_dim: int, base: float = 10000.0, dtype: Any = jnp.float32
+    max_seq_len: int,
+    head_dim: int,
+    base: float = 10000.0,
+    dtype: Any = jnp.float32,
+    *,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "S C"], Float[Array, "S C"]]:
-    """Cosines and sines of positions 0 ... max_seq_len - 1, each (max_seq_len, head_dim / 2)."""
-    angles = np.arange(max_seq_len, dtype=np.float64)[:, None] * rope_inv_freq(head_dim, base)
-    return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+    """Cosines and sines of positions 0 ... max_seq_len - 1, each (max_seq_len, head_dim / 2), both with `scaling`."""
+    angles = np.arange(max_seq_len, dtype=np.float64)[:, None] * rope_inv_freq(head_dim, base, scaling)
+    factor = rope_attention_factor(scaling)
+    return jnp.asarray(factor * np.cos(angles), dtype), jnp.asarray(factor * np.sin(angles), dtype)
 
 
 def rope_cos_sin_from_positions(
@@ -44,6 +92,8 @@ def rope_cos_sin_from_positions(
     base: float = 10000.0,
     table_len: int | None = None,
     out_dtype: Any = jnp.float32,
+    *,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "*L C"], Float[Array, "*L C"]]:
     """Cosines and sines of any positions, each (*position_ids.shape, head_dim / 2), within 1e-6 up to 2 ** 31.
 
@@ -53,6 +103,7 @@ def rope_cos_sin_from_positions(
         base: of the wavelengths.
         table_len: positions from here on are an error where they can be seen (not under jit).
         out_dtype: of the result.
+        scaling: of the frequencies; "yarn" also multiplies the result by `rope_attention_factor`.
 
     Raises:
         ValueError: a concrete position at or past table_len.
@@ -61,9 +112,9 @@ def rope_cos_sin_from_positions(
         last = int(np.asarray(position_ids).max())
         if last >= table_len:
             raise ValueError(f"rope: positions must be below {table_len}; got position {last}. Use a longer table.")
-    inv_freq = rope_inv_freq(head_dim, base)
+    inv_freq = rope_inv_freq(head_dim, base, scaling)
     position = jnp.maximum(jnp.asarray(position_ids, jnp.int32), 0)
-    cos, sin = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
+    cos, sin = jnp.asarray(rope_attention_factor(scaling), jnp.float32), jnp.zeros((), jnp.float32)
     for digit in range(4):
         angles = (np.arange(256, dtype=np.float64) * 256**digit)[:, None] * inv_freq
         index = (position >> (8 * digit)) & 255
@@ -90,18 +141,46 @@ def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, ...], sin: Float[Array
 class RotaryEmbedding:
     """`rotary(x, positions)` turns queries or keys by their positions; it holds no arrays and no parameters.
 
+    The first int(head_dim * fraction) features of a head are turned, in split halves of their own; the rest pass.
+
     Args:
-        head_dim: even.
+        head_dim: features of a head.
         max_positions: a concrete position from here on is an error; None sets no limit.
         base: of the wavelengths.
         dtype: of cosines and sines.
+        fraction: above 0, at most 1, such that an even number of features is turned.
+        scaling: of the frequencies, for lengths past the one trained at.
+
+    Raises:
+        ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at
+            or past max_positions, or x has not head_dim features.
     """
 
     def __init__(
-        self, head_dim: int, max_positions: int | None = None, *, base: float = 10000.0, dtype: Any = jnp.float32
+        self,
+        head_dim: int,
+        max_positions: int | None = None,
+        *,
+        base: float = 10000.0,
+        dtype: Any = jnp.float32,
+        fraction: float = 1.0,
+        scaling: RopeScaling | None = None,
     ):
-        rope_inv_freq(head_dim, base)  # raises for an odd head_dim here rather than in the first call
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"RotaryEmbedding: fraction must be above 0 and at most 1; got fraction={fraction}.")
         self.head_dim, self.max_positions, self.base, self.dtype = head_dim, max_positions, base, dtype
+        self.fraction, self.scaling = fraction, scaling
+        if self.rotated_dim < 2 or self.rotated_dim % 2:
+            raise ValueError(
+                "RotaryEmbedding: int(head_dim * fraction) must be even and at least 2; "
+                f"got head_dim={head_dim}, fraction={fraction}."
+            )
+        rope_inv_freq(self.rotated_dim, base, scaling)  # raises here rather than in the first call
+
+    @property
+    def rotated_dim(self) -> int:
+        """Features of a head that are turned."""
+        return int(self.head_dim * self.fraction)
 
     def __call__(
         self,
@@ -109,6 +188,10 @@ class RotaryEmbedding:
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
         """X turned by `position_ids`, by default 0 ... T - 1."""
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"RotaryEmbedding: x must have head_dim={self.head_dim} features; got x.shape={tuple(x.shape)}."
+            )
         if position_ids is None:
             length = x.shape[2]
             if self.max_positions is not None and length > self.max_positions:
@@ -116,13 +199,44 @@ class RotaryEmbedding:
                     f"rope: positions must be below {self.max_positions}; got a sequence of {length}. "
                     "Use a longer table."
                 )
-            cos, sin = rope_cos_sin_table(length, self.head_dim, self.base, self.dtype)
+            cos, sin = rope_cos_sin_table(length, self.rotated_dim, self.base, self.dtype, scaling=self.scaling)
+        else:
+            cos, sin = rope_cos_sin_from_positions(
+                position_ids, self.rotated_dim, self.base, self.max_positions, self.dtype, scaling=self.scaling
+            )
+            cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+        if self.rotated_dim == self.head_dim:
             return apply_rope(x, cos, sin)
-        cos, sin = rope_cos_sin_from_positions(position_ids, self.head_dim, self.base, self.max_positions, self.dtype)
-        return apply_rope(x, cos[..., None, :, :], sin[..., None, :, :])
+        turned, rest = jnp.split(x, [self.rotated_dim], axis=-1)
+        return jnp.concatenate([apply_rope(turned, cos, sin), rest], axis=-1)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RotaryEmbedding) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((self.head_dim, self.max_positions, self.base, str(self.dtype)))
+        return hash((self.head_dim, self.max_positions, self.base, str(self.dtype), self.fraction, self.scaling))
+
+
+def _kept_share(inv_freq: np.ndarray, base: float, scaling: RopeScaling) -> np.ndarray:
+    """The share of each frequency that stays as it is, from 1 for the fastest turns to 0 for the slowest."""
+    if scaling.kind == "linear":
+        return np.zeros_like(inv_freq)
+    length = scaling.original_max_len
+    assert length is not None
+    if scaling.kind == "llama3":
+        turns = length * inv_freq / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        return np.clip((turns - low) / (high - low), 0.0, 1.0)
+    # yarn: the i, not yet whole, whose base ** (-2i / head_dim) turns beta_fast and beta_slow times within the length;
+    # the share falls on a straight line between the two. Limits and 0.001 as in Hugging Face transformers.
+    head_dim = 2 * len(inv_freq)
+    first, last = (
+        head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001
+    return 1.0 - np.clip((np.arange(len(inv_freq)) - first) / (last - first), 0.0, 1.0)

@@ -1,0 +1,233 @@
+"""The vision transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnax.config import VisionTransformerConfig, resolve_config
+from attnax.nn.blocks import EncoderBlock, Output
+from attnax.nn.dropout import Dropout
+from attnax.nn.embeddings import LearnedPositionalEmbedding
+from attnax.nn.linear import Linear, make_initializer
+from attnax.nn.norms import norm_of
+from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
+from attnax.nn.stack import Stack
+from attnax.typing import Array, ArrayLike, Float, ScoreMod
+
+__all__ = ["VisionTransformer", "with_image_size"]
+
+
+class VisionTransformer(nnx.Module):
+    """A stack of encoder blocks over the patches of an image; returns logits, or tokens if num_classes is None.
+
+    Called as `VisionTransformer(rngs, config)` or with the fields of VisionTransformerConfig as keywords. The tokens
+    are the class token (with use_cls_token), then the registers, then the patches row by row. Learned positions are
+    added to the class token and the patches; sinusoidal ones, of row and column, to the patches only.
+
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a VisionTransformerConfig. The head has a bias whatever `use_bias` says.
+        **fields: the fields of VisionTransformerConfig.
+
+    Raises:
+        ValueError: a field that VisionTransformerConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax.models.vision import VisionTransformer
+        >>> size = {"image_size": 8, "patch_size": 2, "d_model": 12, "num_heads": 3, "num_layers": 1, "d_ff": 20}
+        >>> VisionTransformer(nnx.Rngs(0), **size, num_classes=10)(jnp.zeros((1, 8, 8, 3))).shape
+        (1, 10)
+        >>> VisionTransformer(nnx.Rngs(0), **size)(jnp.zeros((1, 8, 8, 3))).shape
+        (1, 17, 12)
+
+    References:
+        A. Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020, https://arxiv.org/abs/2010.11929.
+        T. Darcet et al., "Vision Transformers Need Registers", 2023, https://arxiv.org/abs/2309.16588.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionTransformerConfig | None = None, /, **fields: Any):
+        self.config = config = resolve_config(VisionTransformerConfig, config, fields)
+        self.patches = PatchEmbedding(
+            rngs,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            num_channels=config.num_channels,
+            d_model=config.d_model,
+            kernel_init=make_initializer(config.kernel_init, config.init_std),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+        )
+        self.class_token = nnx.data(_learned_tokens(rngs, config, int(config.use_cls_token)))
+        self.registers = nnx.data(_learned_tokens(rngs, config, config.num_register_tokens))
+        self.positions: Any = nnx.data(None)
+        if config.pos_emb_type == "sinusoidal":
+            self.positions = nnx.data(GridPositionalEncoding(self.patches.grid, config.d_model))
+        elif config.pos_emb_type == "learned":
+            rows, columns = self.patches.grid
+            self.positions = nnx.data(
+                LearnedPositionalEmbedding(
+                    rngs,
+                    num_positions=int(config.use_cls_token) + rows * columns,
+                    d_model=config.d_model,
+                    param_dtype=config.param_dtype,
+                )
+            )
+        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
+        self.stack = Stack(rngs, config, EncoderBlock)
+        # After "post" blocks the stream is normalised already.
+        self.norm = nnx.data(None if config.norm_placement == "post" else norm_of(config, rngs))
+        with_bias = dataclasses.replace(config, use_bias=("head",))
+        self.head = nnx.data(
+            None
+            if config.num_classes is None
+            else Linear(rngs, with_bias, config.d_model, config.num_classes, bias="head")
+        )
+
+    def __call__(
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        *,
+        deterministic: bool | None = None,
+        score_mod: ScoreMod | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B C"] | Float[Array, "B T D"]:
+        """Logits of `images`, or their tokens.
+
+        Args:
+            images: (batch, height, width, channels), floating.
+            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
+            score_mod: applied to the attention scores of every layer; indices count tokens.
+            rngs: randomness of the dropout, instead of the stored streams.
+
+        Returns:
+            Float32 logits (batch, num_classes), or with num_classes=None the tokens (batch, T, d_model): class token,
+            registers, patches.
+
+        Raises:
+            ValueError: images of another shape, or not floating.
+        """
+        return self.run(images, deterministic=deterministic, score_mod=score_mod, rngs=rngs).hidden
+
+    def run(
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        *,
+        deterministic: bool | None = None,
+        score_mod: ScoreMod | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Output:
+        """The call with its result in one form: logits or tokens in `hidden`, losses of experts in `aux`."""
+        x = self._embed(images, deterministic=deterministic, rngs=rngs)
+        out = self.stack.run(x, score_mod=score_mod, deterministic=deterministic, rngs=rngs)
+        tokens = out.hidden if self.norm is None else self.norm(out.hidden)
+        if self.head is None:
+            return out._replace(hidden=tokens)
+        rows, columns = self.patches.grid
+        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens[:, -rows * columns :].mean(axis=1)
+        return out._replace(hidden=self.head(pooled).astype(jnp.float32))
+
+    def attention_weights(
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        layer: int = -1,
+        *,
+        score_mod: ScoreMod | None = None,
+    ) -> Float[Array, "B N T S"]:
+        """How much of each token's value each token takes in one layer, (batch, num_heads, T, T); no dropout.
+
+        Args:
+            images: as in a call.
+            layer: its index; -1 is the last one.
+            score_mod: as in a call.
+
+        Raises:
+            ValueError: a layer that the model does not have, or what a call raises.
+        """
+        blocks = self.stack.layers()
+        if not -len(blocks) <= layer < len(blocks):
+            raise ValueError(
+                f"VisionTransformer: layer must be the index of one of {len(blocks)} layers; got layer={layer}."
+            )
+        *before, block = blocks[: layer % len(blocks) + 1]
+        x = self._embed(images, deterministic=True)
+        for earlier in before:
+            x = earlier.run(x, score_mod=score_mod, deterministic=True).hidden
+
+        def weigh(x: Array) -> tuple[Array, Array]:
+            return x, block.attention.attention_weights(x, score_mod=score_mod)
+
+        return block.around_attention.branch(x, weigh, deterministic=True)[1]
+
+    def _embed(
+        self, images: ArrayLike, *, deterministic: bool | None, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the first block reads."""
+        x = self.patches(images)
+        if self.config.pos_emb_type == "sinusoidal":
+            x = self.positions(x)
+        if self.class_token is not None:
+            x = jnp.concatenate([_repeat(self.class_token, x), x], axis=1)
+        if self.config.pos_emb_type == "learned":
+            x = self.positions(x)
+        if self.registers is not None:
+            first = int(self.config.use_cls_token)
+            x = jnp.concatenate([x[:, :first], _repeat(self.registers, x), x[:, first:]], axis=1)
+        return self.dropout(x, deterministic=deterministic, rngs=rngs)
+
+
+def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:
+    """A copy of `model` for images of another size, its learned positions interpolated bicubically between patches.
+
+    The position of the class token and all other parameters stay as they are.
+
+    Args:
+        model: a VisionTransformer.
+        image_size: as in VisionTransformerConfig.
+
+    Raises:
+        ValueError: an image that patches do not fill.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax.models.vision import VisionTransformer, with_image_size
+        >>> size = {"image_size": 8, "patch_size": 2, "d_model": 12, "num_heads": 3, "num_layers": 1, "d_ff": 20}
+        >>> vit = VisionTransformer(nnx.Rngs(0), **size, num_classes=10)
+        >>> with_image_size(vit, (12, 10))(jnp.zeros((1, 12, 10, 3))).shape
+        (1, 10)
+    """
+    image_size = dataclasses.replace(model.config, image_size=cast("Any", image_size)).image_size
+    (rows, columns), model = model.patches.grid, nnx.clone(model)
+    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    for module in modules:
+        if isinstance(getattr(module, "config", None), VisionTransformerConfig):
+            module.config = dataclasses.replace(module.config, image_size=image_size)
+    model.patches.image_size = image_size
+    if isinstance(model.positions, GridPositionalEncoding):
+        model.positions = GridPositionalEncoding(model.patches.grid, model.config.d_model)
+    elif model.positions is not None:
+        table = model.positions.embedding
+        first, patches = jnp.split(table[...], [int(model.config.use_cls_token)])
+        grid = patches.reshape(rows, columns, -1).astype(jnp.float32)
+        grid = jax.image.resize(grid, (*model.patches.grid, grid.shape[2]), "bicubic").astype(patches.dtype)
+        model.positions.embedding = table.replace(jnp.concatenate([first, grid.reshape(-1, grid.shape[2])]))
+    return model
+
+
+def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int) -> nnx.Param[Array] | None:
+    if count == 0:
+        return None
+    init = nnx.initializers.normal(0.02)  # not 0: registers without positions would stay equal to each other
+    return nnx.Param(init(rngs.params(), (count, config.d_model), config.param_dtype))
+
+
+def _repeat(tokens: nnx.Param[Array], x: Array) -> Array:
+    """The tokens for each row of x."""
+    return jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens.shape))

@@ -1,0 +1,172 @@
+"""The feed-forward of many experts, of which every token goes through a few."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from attnax.config import BlockConfig, resolve_config
+from attnax.nn._grouped import grouped_product
+from attnax.nn.dropout import Dropout, Jitter
+from attnax.nn.feedforward import ACTIVATIONS, FeedForward
+from attnax.nn.linear import Linear, make_initializer
+from attnax.typing import Array, Float
+
+__all__ = ["MixtureOfExperts"]
+
+
+class MixtureOfExperts(nnx.Module):
+    """sum_e w_e(x) expert_e(x) over the top_k experts that a router chooses for x, each a feed-forward of its own.
+
+    A router scores the experts, by the softmax or the sigmoid of logits = x @ router; the weights are the top_k scores,
+    with `router_renormalize` divided by their sum. Nothing is dropped: an expert takes all the tokens that choose it.
+    Time and memory follow top_k, not num_experts (`benchmarks/moe.py`). Shared experts are one dense feed-forward of
+    num_shared_experts * d_ff that every token goes through, added with weight 1.
+
+    Called as `MixtureOfExperts(rngs, config)` or `MixtureOfExperts(rngs, **fields)`.
+
+    Args:
+        rngs: for the initial weights and the stored streams of dropout and jitter.
+        config: a BlockConfig with num_experts.
+        **fields: instead of config: d_model, d_ff, num_experts, top_k, num_shared_experts, router_type,
+            router_renormalize, router_jitter, ff_activation (by default "swiglu"), dropout_rate (by default 0), and
+            further ones of BlockConfig. With True `use_bias` gives the experts biases, and the router none.
+
+    Raises:
+        ValueError: num_experts is missing, or fields do not fit together.
+
+    The router computes in float32 whatever `dtype` says, or in float64 with dtype="float64". Differentiable once, in
+    reverse mode.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax.nn.moe import MixtureOfExperts
+        >>> moe = MixtureOfExperts(nnx.Rngs(0), d_model=64, d_ff=128, num_experts=4, top_k=2)
+        >>> out, aux = moe(jnp.ones((2, 5, 64)))
+        >>> out.shape, sorted(aux)
+        ((2, 5, 64), ['expert_load', 'load_balance_loss', 'router_entropy', 'router_z_loss'])
+
+    References:
+        N. Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017,
+        https://arxiv.org/abs/1701.06538.
+        W. Fedus et al., "Switch Transformers", 2021, https://arxiv.org/abs/2101.03961.
+        B. Zoph et al., "ST-MoE", 2022, https://arxiv.org/abs/2202.08906.
+        T. Gale et al., "MegaBlocks", 2022, https://arxiv.org/abs/2211.15841.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, /, **fields: Any):
+        if config is None:
+            # A layer by itself needs no heads: one head fits any width.
+            fields = {"num_heads": 1, "dropout_rate": 0.0, "ff_activation": "swiglu", **fields}
+        self.config = config = resolve_config(BlockConfig, config, fields)
+        if config.num_experts is None:
+            raise ValueError(
+                "MixtureOfExperts: num_experts must be given; got num_experts=None. "
+                "Use FeedForward for one dense feed-forward."
+            )
+        experts, d_model, d_ff = config.num_experts, config.d_model, config.d_ff
+
+        def matrices(in_features: int, out_features: int, scale: float = 1.0) -> nnx.Param[Array]:
+            make = make_initializer(config.kernel_init, config.init_std, scale, batch_axis=(0,))
+            return nnx.Param(make(rngs.params(), (experts, in_features, out_features), config.param_dtype))
+
+        def biases(features: int) -> Any:
+            has_bias = config.has_bias("feed_forward")
+            return nnx.data(nnx.Param(jnp.zeros((experts, features), config.param_dtype)) if has_bias else None)
+
+        gated = ACTIVATIONS[config.ff_activation][1]
+        # float32: bfloat16 rounds scores that lie close together to one number.
+        router_config = dataclasses.replace(config, dtype="float64" if config.dtype == "float64" else "float32")
+        self.router = Linear(rngs, router_config, d_model, experts, bias="router")
+        self.router.precision = "highest"  # accelerators would multiply float32 in fewer bits
+        self.up, self.up_bias = matrices(d_model, d_ff), biases(d_ff)
+        self.gate = nnx.data(matrices(d_model, d_ff) if gated else None)
+        self.gate_bias = biases(d_ff) if gated else nnx.data(None)
+        self.down, self.down_bias = matrices(d_ff, d_model, config.residual_init_scale), biases(d_model)
+        self.jitter = Jitter(config.router_jitter, rngs=rngs)
+        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
+        self.shared = nnx.data(None)
+        if config.num_shared_experts:
+            self.shared = FeedForward(rngs, dataclasses.replace(config, d_ff=config.num_shared_experts * d_ff))
+
+    def __call__(
+        self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, ...]]]:
+        """What its experts make of every token, and how the router spread the tokens.
+
+        Args:
+            x: (..., d_model).
+            deterministic: no dropout and no jitter; None means the attribute that `train()` and `eval()` set, initially
+                True.
+            rngs: randomness of dropout and jitter, instead of the stored streams.
+
+        Returns:
+            (..., d_model), and float32 arrays over all tokens of x (over no token, 0). A token that holds a NaN spoils
+            its own row, and the first three:
+            `load_balance_loss`: num_experts * sum_e load_e * mean probability_e, 1 when balanced; to be added to a
+            training loss with a weight of about 0.01 (Switch, equation 4).
+            `router_z_loss`: mean of logsumexp(logits)^2, with a weight of about 0.001 (ST-MoE, equation 5).
+            `router_entropy`: mean entropy of the probabilities, in nats.
+            `expert_load`: (num_experts,), the part of the assignments that each expert received.
+            Probabilities are the scores divided by their sum.
+
+        Raises:
+            ValueError: x is not of width d_model, or dropout or jitter is on and has no randomness.
+        """
+        config = self.config
+        if x.ndim == 0 or x.shape[-1] != config.d_model:
+            raise ValueError(f"MixtureOfExperts: x must be (..., {config.d_model}); got x.shape={x.shape}.")
+        tokens = x.reshape(-1, config.d_model)
+        logits = self.router(self.jitter(tokens.astype(self.router.dtype), deterministic=deterministic, rngs=rngs))
+        scores = jax.nn.log_softmax(logits) if config.router_type == "softmax" else jax.nn.log_sigmoid(logits)
+        chosen, experts = lax.top_k(scores, config.top_k)
+        # Of logarithms: sigmoids may be so small that their sum is 0.
+        weights = jax.nn.softmax(chosen) if config.router_renormalize else jnp.exp(chosen)
+        assigned = experts.reshape(-1)  # (tokens * top_k,)
+        sizes = jnp.bincount(assigned, length=config.num_experts)
+        order = jnp.argsort(assigned)
+        rows = self._experts(tokens.astype(config.dtype)[order // config.top_k], sizes, deterministic, rngs)
+        outs = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*chosen.shape, config.d_model)
+        out = (outs * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
+        if self.shared is not None:
+            out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
+        return out, _statistics(logits, scores, sizes)
+
+    def _experts(
+        self, rows: Float[Array, "R D"], sizes: Array, deterministic: bool | None, rngs: nnx.Rngs | None
+    ) -> Float[Array, "R D"]:
+        """The rows, sorted by expert, through the feed-forward of their expert."""
+        activation, gated = ACTIVATIONS[self.config.ff_activation]
+
+        def product(x: Array, matrices: Any, biases: Any) -> Array:
+            return grouped_product(x, matrices[...], None if biases is None else biases[...], sizes)
+
+        hidden = product(rows, self.up, self.up_bias)
+        hidden = activation(product(rows, self.gate, self.gate_bias)) * hidden if gated else activation(hidden)
+        hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
+        return product(hidden, self.down, self.down_bias)
+
+
+def _statistics(logits: Float[Array, "M E"], scores: Float[Array, "M E"], sizes: Array) -> dict[str, Array]:
+    """What `MixtureOfExperts` says about its routing; scores are logarithms, sizes the assignments of each expert."""
+    num_tokens, num_experts = scores.shape
+    log_probability = jax.nn.log_softmax(scores)
+    probability = jnp.exp(log_probability)
+    load = sizes / jnp.maximum(sizes.sum(), 1)
+
+    def mean(values: Array) -> Array:
+        return values.sum(0) / max(num_tokens, 1)
+
+    statistics = {
+        "load_balance_loss": num_experts * (load * mean(probability)).sum(),
+        "router_z_loss": mean(jnp.square(jax.nn.logsumexp(logits, -1))),
+        "router_entropy": mean(-(probability * log_probability).sum(-1)),
+        "expert_load": load,
+    }
+    return {name: value.astype(jnp.float32) for name, value in statistics.items()}

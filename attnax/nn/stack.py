@@ -1,0 +1,204 @@
+"""Blocks on top of each other: a loop in Python, or one loop in the program over stacked parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from attnax.config import StackConfig
+from attnax.nn.blocks import Output, add_aux
+from attnax.nn.dropout import Dropout
+from attnax.typing import Array, Float
+
+__all__ = ["Stack", "with_scan_layers"]
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Stack(nnx.Module):
+    """`num_layers` blocks, each of its own config by `layer_pattern`.
+
+    With `scan_layers` the blocks that stand at the same place of the pattern's periods are one block whose parameters
+    have a leading axis, in `periods`, and a program loops over it; what the pattern leaves over stays in `blocks`.
+
+    Args:
+        rngs: for the initial weights and the stored dropout streams; the same weights with and without scan_layers.
+        config: a StackConfig.
+        make_block: `(rngs, config) -> block`, whose `run(x, **options)` returns an Output.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: StackConfig, make_block: Callable[..., Any]):
+        self.config = config
+        self._hold([make_block(rngs, config.layer(index)) for index in range(config.num_layers)])
+
+    def _hold(self, blocks: Sequence[nnx.Module]) -> None:
+        period = max(1, len(self.config.layer_pattern))
+        whole = len(blocks) // period * period if self.config.scan_layers else 0
+        self.periods = nnx.List([_stack(blocks[place:whole:period]) for place in range(period) if place < whole])
+        self.blocks = nnx.List(blocks[whole:])
+
+    def layers(self) -> list[Any]:
+        """The blocks from first to last, one a layer; with scan_layers they are copies."""
+        count = self.config.num_layers - len(self.blocks)
+        places = len(self.periods)
+        stacked = [_take(self.periods[layer % places], layer // places) for layer in range(count)]
+        return stacked + list(self.blocks)
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        each: dict[str, Sequence[Any] | None] | None = None,
+        rngs: nnx.Rngs | None = None,
+        deterministic: bool | None = None,
+        **options: Any,
+    ) -> Output:
+        """Through all blocks.
+
+        Args:
+            x: (batch, T, d_model).
+            each: options of `block.run` that differ from layer to layer, one entry a layer.
+            rngs: randomness of the dropout; each layer gets a key of its own.
+            deterministic: as in a block.
+            **options: those that all layers share.
+
+        Returns:
+            The stream, the tuple of the new caches if there are any, and aux summed over the layers.
+        """
+        options["deterministic"] = deterministic
+        given = {name: entries for name, entries in (each or {}).items() if entries is not None}
+        layers: list[dict[str, Any]] = [{} for _ in range(self.config.num_layers)]
+        for name, entries in given.items():
+            for layer, entry in zip(layers, entries, strict=True):
+                layer[name] = entry
+        if rngs is not None and not deterministic and ("dropout" in rngs or "default" in rngs):
+            for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
+                layer["key"] = key
+        elif rngs is not None:
+            options["rngs"] = rngs
+        stored = rngs is None and _draws(self, deterministic)
+        scanned = self.config.num_layers - len(self.blocks)
+        caches: list[Any] = []
+        aux: dict[str, Array] = {}
+        if scanned:
+            x, caches, aux = self._scan(x, layers[:scanned], options, stored)
+        for block, layer in zip(self.blocks, layers[scanned:], strict=True):
+            x, cache, block_aux = self._run_block(block, x, layer, options, stored)
+            caches.append(cache)
+            aux = add_aux(aux, block_aux)
+        return Output(x, tuple(caches) if caches[0] is not None else None, aux)
+
+    def _run_block(
+        self, block: Any, x: Array, layer: dict[str, Any], options: dict[str, Any], stored: bool
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        if self.config.remat == "none":
+            return block.run(x, **_with_rngs(layer), **options)
+        graphdef, state = nnx.split(block)
+        x, cache, aux, streams = self._as_function(graphdef, options)(x, state, layer)
+        if stored:
+            nnx.update(block, streams)
+        return x, cache, aux
+
+    def _scan(
+        self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any], stored: bool
+    ) -> tuple[Array, list[Any], dict[str, Array]]:
+        places = len(self.periods)
+        graphdefs, states = zip(*(nnx.split(block) for block in self.periods), strict=True)
+        functions = [self._as_function(graphdef, options) for graphdef in graphdefs]
+        stacked = [jax.tree.map(_stack_arrays, *layers[place::places]) for place in range(places)]
+
+        def run_period(x: Array, inputs: Any) -> tuple[Array, Any]:
+            outputs = []
+            for function, state, layer in zip(functions, *inputs, strict=True):
+                x, *output = function(x, state, layer)
+                outputs.append(output)
+            return x, outputs
+
+        x, outputs = lax.scan(run_period, x, (list(states), stacked))
+        caches: list[Any] = [None] * len(layers)
+        aux: dict[str, Array] = {}
+        for place, (block, (cache, block_aux, streams)) in enumerate(zip(self.periods, outputs, strict=True)):
+            for period in range(len(layers) // places):
+                caches[period * places + place] = jax.tree.map(lambda array, period=period: array[period], cache)
+            aux = add_aux(aux, {name: value.sum(0) for name, value in block_aux.items()})
+            if stored:
+                nnx.update(block, streams)
+        return x, caches, aux
+
+    def _as_function(self, graphdef: Any, options: dict[str, Any]) -> Callable[..., Any]:
+        """(x, state, layer) -> (x, cache, aux, the state of the dropout streams)."""
+
+        def run(x: Array, state: Any, layer: dict[str, Any]) -> Any:
+            block = nnx.merge(graphdef, state)
+            out = block.run(x, **_with_rngs(layer), **options)
+            return (*out, nnx.state(block, nnx.RngState))
+
+        if self.config.remat == "none":
+            return run
+        policy = None if self.config.remat == "full" else getattr(jax.checkpoint_policies, self.config.remat)
+        return jax.checkpoint(run, policy=policy)
+
+
+def with_scan_layers(model: Model, scan_layers: bool) -> Model:
+    """A copy of `model` with the same parameters, stacked over the layers or not.
+
+    Args:
+        model: any module that holds Stacks, such as a TransformerLM.
+        scan_layers: as in StackConfig.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import TransformerLM
+        >>> from attnax.nn import with_scan_layers
+        >>> lm = TransformerLM(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=3, d_ff=16)
+        >>> with_scan_layers(lm, True)(jnp.zeros((1, 5), int)).shape
+        (1, 5, 11)
+    """
+    model = nnx.clone(model)
+    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    stacks = [(module, module.layers()) for module in modules if isinstance(module, Stack)]
+    modules += [module for _, layers in stacks for layer in layers for _, module in nnx.iter_modules(layer)]
+    for module in modules:
+        if isinstance(getattr(module, "config", None), StackConfig):
+            module.config = dataclasses.replace(module.config, scan_layers=scan_layers)
+    for stack, layers in stacks:
+        stack._hold(layers)
+    return model
+
+
+def _stack(blocks: Sequence[nnx.Module]) -> nnx.Module:
+    graphdefs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+    return nnx.merge(graphdefs[0], jax.tree.map(_stack_arrays, *states))
+
+
+def _stack_arrays(*arrays: Array) -> Array:
+    return jnp.stack(arrays)
+
+
+def _take(block: nnx.Module, index: int) -> nnx.Module:
+    graphdef, state = nnx.split(block)
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array[index], state))
+
+
+def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
+    options = dict(layer)
+    if "key" in options:
+        options["rngs"] = nnx.Rngs(dropout=options.pop("key"))
+    return options
+
+
+def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
+    """Whether a call draws from the dropout streams that the module stores."""
+    return any(
+        isinstance(layer, Dropout)
+        and layer.rate > 0.0
+        and not (layer.deterministic if deterministic is None else deterministic)
+        for _, layer in nnx.iter_modules(module)
+    )

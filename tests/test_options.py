@@ -1,0 +1,356 @@
+"""The options of attention, blocks and feed-forwards: each against its formula, dense and in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnax
+from attnax import AttentionType, BlockConfig, MultiHeadAttention, masks, nn, standard_attention
+
+BASE = {"d_model": 12, "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "dropout_rate": 0.0}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def randomized(module, seed=0):
+    """The module with every parameter away from its initial value: biases, norms and sinks too."""
+    params = nnx.state(module, nnx.Param)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    new = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    nnx.update(module, jax.tree.unflatten(tree, new))
+    return module
+
+
+def wide(array):
+    return np.asarray(array, np.float64)
+
+
+def project(layer, x):
+    return wide(x) @ wide(layer.kernel[...]) + (0.0 if layer.bias is None else wide(layer.bias[...]))
+
+
+def rms_norm(norm, x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * wide(norm.scale[...])
+
+
+def rotate(x, frequencies, factor):
+    """The first 2 * len(frequencies) features of (B, N, T, H), in pairs of halves, by position times frequency."""
+    half = len(frequencies)
+    angle = np.arange(x.shape[2])[:, None] * frequencies
+    cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]], axis=-1)
+
+
+def expected_attention(attn, x, context=None):
+    """Multi-head attention with all options, as one dense formula."""
+    config, cross = attn.config, context is not None
+    source = x if context is None else context
+
+    def heads(layer, tokens, count, norm):
+        projected = project(layer, tokens)
+        if norm is not None:
+            grouped = projected.reshape(*projected.shape[:2], -1, norm.num_features)
+            projected = rms_norm(norm, grouped, config.norm_eps)
+        return projected.reshape(*tokens.shape[:2], count, -1).swapaxes(1, 2)
+
+    query = heads(attn.query, x, config.num_heads, attn.query_norm)
+    key = heads(attn.key, source, config.kv_heads, attn.key_norm)
+    value = heads(attn.value, source, config.kv_heads, None)
+    if config.pos_emb_type == "rope":
+        frequencies = nn.rope_inv_freq(config.rope_dim, config.rope_base, config.rope_scaling)
+        factor = 1.0
+        if config.rope_scaling is not None and config.rope_scaling.kind == "yarn":
+            factor = 0.1 * np.log(config.rope_scaling.factor) + 1.0
+        query, key = rotate(query, frequencies, factor), rotate(key, frequencies, factor)
+    share = config.num_heads // config.kv_heads
+    key, value = np.repeat(key, share, axis=1), np.repeat(value, share, axis=1)
+    scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+    scores = np.einsum("bnth,bnsh->bnts", query, key) * scale
+    if config.attention_soft_cap is not None:
+        scores = config.attention_soft_cap * np.tanh(scores / config.attention_soft_cap)
+    distance = np.arange(x.shape[1])[:, None] - np.arange(source.shape[1])[None, :]
+    if config.pos_emb_type == "alibi" and not cross:
+        slopes = wide(attnax.alibi_slopes(config.num_heads))
+        scores = scores - slopes[:, None, None] * np.abs(distance)
+    if config.attention_window is not None and not cross:
+        scores = np.where(np.abs(distance) < config.attention_window, scores, -np.inf)
+    if attn.sinks is not None:
+        sinks = np.broadcast_to(wide(attn.sinks[...])[:, None, None], (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, sinks], axis=-1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True))[..., : source.shape[1]]
+    merged = np.einsum("bnts,bnsh->bnth", weights, value).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    return project(attn.out, merged), weights
+
+
+OPTIONS = {
+    "plain": {},
+    "window": {"attention_window": 3},
+    "soft cap": {"attention_soft_cap": 0.7},
+    "scale": {"attention_scale": 0.11},
+    "alibi": {"pos_emb_type": "alibi"},
+    "sinks": {"attention_sinks": True},
+    "norm of heads": {"qk_norm": "head"},
+    "norm of projections": {"qk_norm": "projection"},
+    "wide values": {"value_head_dim": 7},
+    "biases by name": {"use_bias": ("query", "out")},
+    "partial rope": {"pos_emb_type": "rope", "rope_fraction": 0.5, "rope_base": 100.0},
+    "scaled rope": {
+        "pos_emb_type": "rope",
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_len": 64},
+    },
+    "all together": {
+        "attention_window": 4,
+        "attention_soft_cap": 1.3,
+        "attention_scale": 0.3,
+        "attention_sinks": True,
+        "qk_norm": "head",
+        "value_head_dim": 5,
+        "pos_emb_type": "rope",
+        "rope_scaling": {"kind": "ntk", "factor": 3.0},
+    },
+}
+call = nnx.jit(lambda attn, x, context: attn(x, context=context))
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_its_formula(name, cross):
+    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **(BASE | OPTIONS[name])))
+    x, context = normal(1, 2, 7, 12), normal(2, 2, 5, 12) if cross else None
+    expected, _ = expected_attention(attn, x, context)
+    np.testing.assert_allclose(call(attn, x, context), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "all together"])
+def test_weights_are_those_of_the_formula(name):
+    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **(BASE | OPTIONS[name])))
+    x = normal(1, 2, 7, 12)
+    np.testing.assert_allclose(attn.attention_weights(x), expected_attention(attn, x)[1], atol=2e-6)
+
+
+def test_weights_of_a_mask_and_a_mod_are_those_of_the_call():
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE)
+    weights = attn.attention_weights(normal(1, 1, 5, 12), mask=masks.causal(), score_mod=attnax.alibi_mod(6))
+    assert (np.triu(weights[0, 0], 1) == 0).all()
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["standard", "memory_efficient", "flash", "pallas_flash"])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_every_softmax_kernel_gives_the_same(kind, block_size):
+    options = BASE | OPTIONS["all together"]
+    x, cotangent = normal(1, 2, 7, 12), normal(2, 2, 7, 12)
+    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **options, attention_type=kind, attention_block_size=block_size))
+    np.testing.assert_allclose(call(attn, x, None), expected_attention(attn, x)[0], atol=2e-5)
+    if kind == "flash":
+        graphdef, params, rest = nnx.split(attn, nnx.Param, ...)
+        grads = jax.jit(jax.grad(lambda params: (nnx.merge(graphdef, params, rest)(x) * cotangent).sum()))(params)
+        # A key's bias adds the same to all scores of a query, and the norm takes out its length: nothing remains zero.
+        assert all((g != 0).any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("kind", ["linear", "lite"])
+def test_kinds_without_a_softmax_call_their_kernels(kind):
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind, linear_attention_chunk_size=3)
+    x = normal(1, 2, 7, 12)
+    query, (key, value) = attn._heads(attn.query, x, 6, None), attn.keys_values(x)
+    for mask, causal in ((None, False), (masks.causal(), True)):
+        if kind == "linear":
+            heads = attnax.linear_attention(query, key, value, causal=causal)
+        else:
+            heads = attnax.lite_attention(query, key, value, attn.attention_fn.gate, mask=mask)
+        expected = attn.out(heads.swapaxes(1, 2).reshape(2, 7, -1))
+        np.testing.assert_allclose(attn(x, mask=mask), expected, atol=1e-5)
+
+
+def test_the_gate_of_lite_attention_learns():
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type="lite")
+    graphdef, params = nnx.split(attn)
+    grads = jax.grad(lambda params: (nnx.merge(graphdef, params)(normal(1, 1, 5, 12)) ** 2).sum())(params)
+    assert (nnx.to_pure_dict(grads)["attention_fn"]["gate"]["kernel"] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "lite"])
+def test_a_cache_of_keys_is_refused_where_it_is_not_read(kind):
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind)
+    with pytest.raises(NotImplementedError, match=f"{kind} attention does not read a kv_cache"):
+        attn(normal(1, 1, 2, 12), kv_cache=attnax.init_kv_layer_cache(1, 2, 4, 5))
+
+
+def test_layers_of_one_config_are_one_program():
+    for kind in AttentionType:
+        one, two = (
+            nnx.split(MultiHeadAttention(nnx.Rngs(seed), **BASE, attention_type=kind, attention_block_size=4))[0]
+            for seed in (0, 1)
+        )
+        assert one == two and hash(one) == hash(two)
+
+
+def test_attention_dropout_drops_weights_and_nothing_else():
+    """Values that are all the same: without dropout every mixture of them is that value."""
+    attn = MultiHeadAttention(nnx.Rngs(0), **(BASE | {"attention_dropout_rate": 0.5, "use_bias": True}))
+    attn.value.kernel[...] = jnp.zeros_like(attn.value.kernel[...])
+    attn.value.bias[...] = jnp.ones_like(attn.value.bias[...])
+    attn.out.kernel[...] = jnp.eye(24, 12)
+    x = normal(1, 1, 101, 12)
+    np.testing.assert_allclose(attn(x), 1.0, atol=1e-6)
+    dropped = attn(x, deterministic=False, rngs=nnx.Rngs(dropout=3))
+    assert 0.05 < float(dropped.std()) < 0.5 and abs(float(dropped.mean()) - 1.0) < 0.02
+    np.testing.assert_array_equal(dropped, attn(x, deterministic=False, rngs=nnx.Rngs(dropout=3)))
+
+
+def test_linear_attention_trains_under_the_default_dropout_of_a_config():
+    block = nn.EncoderBlock(nnx.Rngs(0), BlockConfig(d_model=12, num_heads=3, d_ff=8, attention_type="linear"))
+    assert jnp.isfinite(block(normal(1, 1, 5, 12), deterministic=False)).all()
+
+
+def test_a_projected_context_stands_for_the_context():
+    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **BASE, use_rope=True, context_features=5))
+    x, context = normal(1, 2, 7, 12), normal(2, 2, 3, 5)
+    positions = np.array([2, 5, 6])
+    expected = attn(x, context=context, position_ids_kv=positions)
+    np.testing.assert_array_equal(attn(x, context=attn.keys_values(context, positions)), expected)
+
+
+def test_objects_may_stand_for_the_options():
+    norm = nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+    objects = MultiHeadAttention(
+        nnx.Rngs(0), **BASE, rope=nn.RotaryEmbedding(4), query_norm=norm, key_norm=nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+    )
+    options = MultiHeadAttention(nnx.Rngs(0), **BASE, use_rope=True, qk_norm="head")
+    x = normal(1, 1, 5, 12)
+    np.testing.assert_array_equal(objects(x), options(x))
+
+
+def test_sinks_need_a_kernel_that_gives_the_log_sum():
+    def plain(query, key, value, *, mask=None, score_mod=None, dropout_rng=None, dropout_rate=0.0, deterministic=True):
+        return standard_attention(query, key, value)
+
+    for options in ({"attention_fn": plain}, {"attention_type": "lite"}):
+        with pytest.raises(ValueError, match="attention_sinks needs an attention function with return_lse"):
+            MultiHeadAttention(nnx.Rngs(0), **BASE, attention_sinks=True, **options)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(__import__("math").erf)(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", *GATED])
+def test_every_activation_is_its_formula(name):
+    layer = randomized(nn.FeedForward(nnx.Rngs(0), 5, 7, ff_activation=name))
+    x = normal(1, 3, 5)
+    hidden = project(layer.up, x)
+    if name in GATED:
+        hidden = ACTIVATIONS[GATED[name]](project(layer.gate, x)) * hidden
+    else:
+        hidden = ACTIVATIONS["silu" if name == "swish" else name](hidden)
+    expected = hidden @ wide(layer.down.kernel[...]) + wide(layer.down.bias[...])
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def sublayers(block):
+    return block.attention, block.feed_forward
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "branch"])
+def test_norms_stand_where_the_config_says(placement):
+    config = BlockConfig(
+        d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, norm_placement=placement, residual_scale=0.7
+    )
+    block = randomized(nn.EncoderBlock(nnx.Rngs(0), config))
+    expected = x = normal(1, 1, 5, 12)
+    around = block.around_attention, block.around_feed_forward
+    for residual, sublayer in zip(around, sublayers(block), strict=True):
+        if placement == "pre":
+            expected = expected + 0.7 * sublayer(residual.norm_in(expected))
+        elif placement == "post":
+            expected = residual.norm_sum(expected + 0.7 * sublayer(expected))
+        elif placement == "sandwich":
+            expected = expected + 0.7 * residual.norm_branch(sublayer(residual.norm_in(expected)))
+        else:
+            expected = expected + 0.7 * residual.norm_branch(sublayer(expected))
+    np.testing.assert_allclose(block(x), expected, atol=1e-5)
+
+
+def test_parallel_sublayers_read_the_same_stream():
+    config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, parallel_residual=True)
+    block = randomized(nn.EncoderBlock(nnx.Rngs(0), config))
+    x = normal(1, 1, 5, 12)
+    attend, feed_forward = sublayers(block)
+    expected = x + attend(block.around_attention.norm_in(x)) + feed_forward(block.around_feed_forward.norm_in(x))
+    np.testing.assert_allclose(block(x), expected, atol=1e-5)
+
+
+def test_a_decoder_block_is_its_three_sublayers():
+    config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, use_bias=False, pos_emb_type="rope")
+    block = randomized(nn.DecoderBlock(nnx.Rngs(0), config, encoder_features=7))
+    x, encoded = normal(1, 2, 5, 12), normal(2, 2, 3, 7)
+    seen = np.array([[True, True, False], [True, True, True]])
+    expected = x + block.attention(block.around_attention.norm_in(x), mask=masks.causal())
+    expected = expected + block.cross_attention(
+        block.around_cross_attention.norm_in(expected), context=encoded, mask=masks.padding(seen)
+    )
+    expected = expected + block.feed_forward(block.around_feed_forward.norm_in(expected))
+    options = {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
+    np.testing.assert_allclose(block(x, encoder_output=encoded, **options), expected, atol=1e-5)
+    contexts = block.cross_attention.keys_values(encoded)
+    np.testing.assert_allclose(block(x, encoder_output=contexts, **options), expected, atol=1e-5)
+    cache = attnax.init_kv_layer_cache(2, 3, 4, 6)
+    parts = []
+    for chunk in (slice(3), slice(3, 5)):
+        positions = np.arange(5)[chunk]
+        part, cache = block(
+            x[:, chunk],
+            encoder_output=encoded,
+            self_attn_kv_cache=cache,
+            position_ids_cross_q=positions,
+            **options,
+        )
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
+
+
+def test_what_a_decoder_block_cannot_do_is_said():
+    with pytest.raises(ValueError, match="cross-attention reads what self-attention wrote"):
+        nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [
+        ("lecun_normal", 400**-0.5),
+        ("he_normal", (2 / 400) ** 0.5),
+        ("xavier_normal", (2 / 700) ** 0.5),
+        ("xavier_uniform", (2 / 700) ** 0.5),
+        ("normal", 0.013),
+    ],
+)
+def test_initial_weights_have_the_size_that_their_name_says(name, std):
+    config = BlockConfig(d_model=400, num_heads=1, d_ff=300, kernel_init=name, init_std=0.013)
+    kernel = nn.FeedForward(nnx.Rngs(0), config).up.kernel[...]
+    assert abs(float(kernel.std()) / std - 1) < 0.01
+    uniform = float(jnp.abs(kernel).max()) < std * 3**0.5 * 1.001
+    assert uniform == (name == "xavier_uniform")
+
+
+def test_depth_scales_what_is_written_into_the_stream():
+    config = attnax.TransformerConfig(vocab_size=7, num_layers=8, d_model=64, num_heads=1, d_ff=64)
+    for residual_init, expected in (("depth", 0.25), ("none", 1.0)):
+        block = nn.EncoderBlock(nnx.Rngs(0), dataclasses.replace(config, residual_init=residual_init))
+        for layer in (block.attention.out, block.feed_forward.down):
+            assert abs(float(layer.kernel[...].std()) * 8 / expected - 1) < 0.05
