@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from attnax.models.seq2seq import Transformer as Transformer
     from attnax.models.transformer import TransformerDecoder as TransformerDecoder
     from attnax.models.transformer import TransformerEncoder as TransformerEncoder
+    from attnax.models.vision import VisionTransformer as VisionTransformer
     from attnax.nn.attention import MultiHeadAttention as MultiHeadAttention
     from attnax.nn.blocks import DecoderBlock as DecoderBlock
     from attnax.nn.blocks import EncoderBlock as EncoderBlock
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from attnax.nn.moe import MixtureOfExperts as MixtureOfExperts
     from attnax.nn.norms import RMSNorm as RMSNorm
     from attnax.nn.norms import create_norm as create_norm
+    from attnax.nn.patches import PatchEmbedding as PatchEmbedding
     from attnax.nn.rope import RotaryEmbedding as RotaryEmbedding
     from attnax.nn.rope import apply_rope as apply_rope
     from attnax.nn.rope import rope_cos_sin_from_positions as rope_cos_sin_from_positions
@@ -167,7 +169,7 @@ _HOMES = {
         "soft_cap_mod",
     ),
     "kernels.standard": ("standard_attention",),
-    "models": ("Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM"),
+    "models": ("Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM", "VisionTransformer"),
     "nn": (
         "DecoderBlock",
         "EncoderBlock",
@@ -175,6 +177,7 @@ _HOMES = {
         "LearnedPositionalEmbedding",
         "MixtureOfExperts",
         "MultiHeadAttention",
+        "PatchEmbedding",
         "PositionalEncoding",
         "RMSNorm",
         "RotaryEmbedding",

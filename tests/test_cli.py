@@ -82,7 +82,7 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
 def test_runs_are_numbered(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "000").mkdir(parents=True)
-    assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes"]) == 0
+    assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
     config = json.loads((tmp_path / "runs" / "001" / "config.json").read_text())
     assert config["options"]["model"]["vocab_size"] == 257
 

@@ -18,11 +18,11 @@ def digits():
 
 def test_a_short_run_learns_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "digits.png"
-    accuracy = digits.main(epochs=4, batch_size=128, learning_rate=1e-2, d_model=16, num_layers=1, out=out)
+    accuracy = digits.main(epochs=5, learning_rate=5e-3, d_model=32, num_layers=1, out=out)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed] == [*(["epoch", str(n)] for n in range(1, 5)), ["test", "accuracy"]]
+    assert [line.split()[:2] for line in printed] == [*(["epoch", str(n)] for n in range(1, 6)), ["test", "accuracy"]]
     assert printed[-1] == f"test accuracy {accuracy:.4f}"
-    assert accuracy > 0.2  # ten digits: chance is 0.1
+    assert accuracy > 0.3  # ten digits: chance is 0.1
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -37,14 +37,3 @@ def test_the_split_is_fixed_by_its_seed_and_keeps_every_image(digits):
         np.testing.assert_array_equal(
             np.sort(np.concatenate([key(a), key(b)])), np.sort(np.concatenate([key(part) for part in one]))
         )
-
-
-def test_an_undistorted_image_is_itself(digits, monkeypatch):
-    """With every random number in the middle of its range."""
-    monkeypatch.setattr(
-        digits.jax.random,
-        "uniform",
-        lambda key, shape=(), minval=0.0, maxval=1.0: digits.jnp.full(shape, (minval + maxval) / 2),
-    )
-    image = digits.load_splits(0)[0].images[0]
-    np.testing.assert_allclose(digits.distort(image, digits.jax.random.key(0)), image, atol=1e-5)

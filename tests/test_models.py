@@ -278,6 +278,21 @@ def test_bfloat16_computes_in_bfloat16_with_float32_logits():
     assert distance(cached, model(tokens())) < 2e-2
 
 
+def test_a_mask_of_the_call_is_read_at_indices(models):
+    """Two packed documents whose positions begin anew, against each alone."""
+    for variant in ("llama-like", "gpt-like"):
+        model, call = models[0][variant], models[1][variant]
+        ids, documents = tokens(1, 7), jnp.array([[4, 4, 4, 9, 9, 9, 9]])
+        packed = call(
+            model, ids, mask=attnax.masks.documents(documents), position_ids=jnp.array([[0, 1, 2, 0, 1, 2, 3]])
+        )
+        for part in (slice(3), slice(3, 7)):
+            assert distance(packed[:, part], call(model, ids[:, part])) <= 1e-5
+    with pytest.raises(ValueError, match="mask says who attends whom among these tokens, and caches hold others"):
+        caches = attnax.init_decoder_kv_caches_from_config(model.config, batch_size=1)
+        model(ids, mask=attnax.masks.causal(), layer_kv_caches=caches)
+
+
 def test_log_probs_are_normalised(models):
     log_probs = models[0]["llama-like"].log_probs(tokens())
     np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1.0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Training: text survives, every token counts once, accumulation is a large batch, checkpoints are whole or refused."""
 
 import json
+import dataclasses
 import math
 import shutil
 
@@ -235,16 +236,44 @@ class TestTrainer:
         )
         leaves_close(state.params, large.params, atol=1e-5)
 
+    def test_packed_documents_are_scored_as_each_is_alone(self):
+        """Learned positions and a mask: a row of three documents, against each in a row of its own."""
+        model = dataclasses.replace(MODEL, pos_emb_type="learned")
+        trainer = Trainer(model, OptimizerConfig(), document_token=0)
+        params = trainer.init().params
+        row = jnp.array([[5, 6, 0, 7, 0, 9, 3, 4]], jnp.int32)
+        losses, _ = trainer._losses(params, row)
+        for start, end in ((0, 2), (2, 4), (4, 7)):
+            alone, _ = Trainer(model, OptimizerConfig())._losses(params, row[:, start : end + 1])
+            np.testing.assert_allclose(losses[0, start:end], alone[0], atol=1e-5)
+        unpacked, _ = Trainer(model, OptimizerConfig())._losses(params, row)
+        assert (jnp.abs(unpacked - losses)[0, 3:] > 1e-4).any()
+
+    def test_losses_of_a_mixture_count_by_their_weights(self):
+        model = dataclasses.replace(MODEL, num_experts=3, top_k=1)
+        batch, losses = self.batches(1)[0], []
+        for weights in ({}, {"load_balance_loss": 0.0, "router_z_loss": 0.0}):
+            trainer = Trainer(model, OptimizerConfig(**weights))
+            state, metrics = trainer.step(trainer.init(), batch)
+            losses.append(float(metrics.loss))
+        assert 0.01 <= losses[0] - losses[1] < 0.1
+
     def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
         config = OptimizerConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.2, weight_decay=0.5)
         rates = [float(config.schedule()(step)) for step in (0, 5, 10, 55, 100)]
         assert rates == pytest.approx([0, 0.5, 1.0, 0.6, 0.2], abs=1e-6)
         optimizer = config.build()
-        params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+        params = {
+            "matrix": jnp.ones((2, 2)),
+            "vector": jnp.ones(2),
+            "up_bias": jnp.ones((3, 2)),
+            "scale": jnp.ones((3, 2)),
+        }
         state = optimizer.init(params)
         for _ in range(2):  # the first step has learning rate 0
             updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        assert (updates["matrix"] < 0).all() and (updates["vector"] == 0).all()
+        assert (updates.pop("matrix") < 0).all()
+        assert all((update == 0).all() for update in updates.values())  # also where layers or experts are stacked
 
     def test_bits_are_those_of_the_chain_rule(self):
         """Text shorter than a window: the sum of the log-probabilities of one forward pass."""
@@ -262,8 +291,6 @@ class TestTrainer:
         assert 59 * 2 < trainer.bits(params, stream) < 59 * 8
 
     def test_dropout_is_on_in_training_and_off_in_scoring(self):
-        import dataclasses
-
         trainer = Trainer(dataclasses.replace(MODEL, dropout_rate=0.5), OptimizerConfig())
         batch = self.batches(1)[0]
         plain = Trainer(MODEL, OptimizerConfig())

@@ -68,7 +68,7 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Bench:
                 prog="attnax",
                 description="Train a transformer language model on text, write with it, and time its attention.",
                 args=list(arguments),
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
         if not stop.code:

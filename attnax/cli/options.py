@@ -40,6 +40,7 @@ class RunOptions:
     Attributes:
         data: a file, a folder, or a glob in quotes. By default the source of Python's standard library.
         tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
+        pack: files that share a row do not attend each other, and each counts its positions from 0.
         held_out: fraction of the files to hold out.
         checkpoint_every: updates between checkpoints, each with a look at held-out text.
         seed: of parameters, data order and dropout.
@@ -49,6 +50,7 @@ class RunOptions:
 
     data: str | None = None
     tokenizer: Literal["bpe", "bytes"] = "bpe"
+    pack: bool = False
     held_out: float = 0.02
     checkpoint_every: int = 500
     seed: int = 0

@@ -23,6 +23,7 @@ from attnax.cli.options import RunOptions, Train
 from attnax.cli.run_folder import RunFolder
 from attnax.generation import Sampler
 from attnax.training import (
+    DOCUMENT,
     Corpus,
     Document,
     Tokenizer,
@@ -113,7 +114,12 @@ class _Session:
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
-        self.trainer = Trainer(options.model, options.optimizer, options.seed)
+        self.trainer = Trainer(
+            options.model,
+            options.optimizer,
+            options.seed,
+            document_token=DOCUMENT if options.pack else None,
+        )
         self.state = self.trainer.init()
         self.seconds = 0.0  # trained before this process
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")

@@ -3,5 +3,13 @@
 from attnax.models.lm import TransformerLM
 from attnax.models.seq2seq import Transformer
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
+from attnax.models.vision import VisionTransformer, with_image_size
 
-__all__ = ["Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM"]
+__all__ = [
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerEncoder",
+    "TransformerLM",
+    "VisionTransformer",
+    "with_image_size",
+]

@@ -66,6 +66,7 @@ class TransformerLM(nnx.Module):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
@@ -79,6 +80,7 @@ class TransformerLM(nnx.Module):
         """
         out = self.run(
             input_ids,
+            mask=mask,
             padding_mask=padding_mask,
             deterministic=deterministic,
             position_ids=position_ids,

@@ -45,6 +45,7 @@ class _TokenTransformer(nnx.Module):
         self,
         input_ids: ArrayLike,
         *,
+        mask: Mask | MaskMod | ArrayLike | None,
         padding_mask: ArrayLike | None,
         position_ids: ArrayLike | None,
         score_mod: ScoreMod | None,
@@ -58,7 +59,12 @@ class _TokenTransformer(nnx.Module):
         real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
-        mask, given = self.self_mask, position_ids is not None
+        if mask is not None and caches is not None:
+            raise ValueError(
+                f"{type(self).__name__}: mask says who attends whom among these tokens, and caches hold others; "
+                "got both. Give the mask as self_mask, which is read at positions."
+            )
+        call_mask, mask, given = mask, self.self_mask, position_ids is not None
         if position_ids is not None:
             position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
@@ -73,6 +79,8 @@ class _TokenTransformer(nnx.Module):
             else:
                 mask = at_positions(mask, position_ids, position_ids)
             score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
+        if call_mask is not None:
+            mask = as_mask(call_mask) if mask is None else mask & call_mask
 
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         x = self.embed(input_ids, position_ids=position_ids, **mode)
@@ -153,6 +161,7 @@ class TransformerEncoder(_TokenTransformer):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
@@ -164,6 +173,8 @@ class TransformerEncoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
+            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
+                `masks.documents(ids)` for packed rows. Not with caches.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
@@ -180,6 +191,7 @@ class TransformerEncoder(_TokenTransformer):
         """
         out = self.run(
             input_ids,
+            mask=mask,
             padding_mask=padding_mask,
             deterministic=deterministic,
             position_ids=position_ids,
@@ -193,6 +205,7 @@ class TransformerEncoder(_TokenTransformer):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         position_ids: ArrayLike | None = None,
@@ -203,6 +216,7 @@ class TransformerEncoder(_TokenTransformer):
         """The call with its result in one form."""
         return self._run(
             input_ids,
+            mask=mask,
             padding_mask=padding_mask,
             position_ids=position_ids,
             score_mod=score_mod,
@@ -258,6 +272,7 @@ class TransformerDecoder(_TokenTransformer):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
@@ -272,6 +287,8 @@ class TransformerDecoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
+            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
+                `masks.documents(ids)` for packed rows. Not with caches.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
@@ -291,6 +308,7 @@ class TransformerDecoder(_TokenTransformer):
         """
         out = self.run(
             input_ids,
+            mask=mask,
             padding_mask=padding_mask,
             deterministic=deterministic,
             position_ids=position_ids,
@@ -307,6 +325,7 @@ class TransformerDecoder(_TokenTransformer):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         position_ids: ArrayLike | None = None,
@@ -331,6 +350,7 @@ class TransformerDecoder(_TokenTransformer):
         }
         return self._run(
             input_ids,
+            mask=mask,
             padding_mask=padding_mask,
             position_ids=position_ids,
             score_mod=score_mod,

@@ -7,6 +7,7 @@ from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding,
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import RMSNorm, create_norm
+from attnax.nn.patches import PatchEmbedding
 from attnax.nn.rope import (
     RotaryEmbedding,
     apply_rope,
@@ -26,6 +27,7 @@ __all__ = [
     "MixtureOfExperts",
     "MultiHeadAttention",
     "Output",
+    "PatchEmbedding",
     "PositionalEncoding",
     "RMSNorm",
     "RotaryEmbedding",

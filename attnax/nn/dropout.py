@@ -29,9 +29,9 @@ class Dropout(nnx.Dropout):
         Raises:
             ValueError: dropout is on and there are neither explicit nor stored rngs.
         """
-        name = type(self).__name__
         if self.rate == 0.0 or (self.deterministic if deterministic is None else deterministic):
             return None
+        name = type(self).__name__
         if rngs is not None:
             if "dropout" not in rngs and "default" not in rngs:
                 raise ValueError(f"{name}: rngs must have a `dropout` stream; pass rngs=nnx.Rngs(dropout=seed).")
@@ -39,8 +39,7 @@ class Dropout(nnx.Dropout):
         if self.rngs is None:
             raise ValueError(
                 f"{name}: {name.lower()} needs randomness; got {self.field}={self.rate}, deterministic=False, "
-                "rngs=None. "
-                "Pass rngs=nnx.Rngs(seed) to the call, or deterministic=True."
+                "rngs=None. Pass rngs=nnx.Rngs(seed) to the call, or deterministic=True."
             )
         return self.rngs()
 

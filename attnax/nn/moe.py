@@ -25,8 +25,8 @@ class MixtureOfExperts(nnx.Module):
 
     A router scores the experts, by the softmax or the sigmoid of logits = x @ router; the weights are the top_k scores,
     with `router_renormalize` divided by their sum. Nothing is dropped: an expert takes all the tokens that choose it.
-    Time and memory follow top_k, not num_experts (`benchmarks/moe.py`). Shared experts are one dense feed-forward of
-    num_shared_experts * d_ff that every token goes through, added with weight 1.
+    What a token costs follows top_k, not num_experts (`benchmarks/moe.py`). Shared experts are one dense feed-forward
+    of num_shared_experts * d_ff that every token goes through, added with weight 1.
 
     Called as `MixtureOfExperts(rngs, config)` or `MixtureOfExperts(rngs, **fields)`.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from attnax.typing import Array
 
 if TYPE_CHECKING:
     import optax
@@ -26,6 +28,8 @@ class OptimizerConfig:
         weight_decay: of matrices; vectors (norms, biases) have none.
         beta2: decay of the second moment.
         max_grad_norm: longer gradients are scaled down to this length.
+        load_balance_loss: weight of the mixtures' load-balance losses, summed over the layers, in the loss.
+        router_z_loss: weight of the squares of the routers' log-sums.
     """
 
     steps: int = 1000
@@ -37,6 +41,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     beta2: float = 0.99
     max_grad_norm: float = 1.0
+    load_balance_loss: float = 0.01
+    router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
@@ -49,6 +55,9 @@ class OptimizerConfig:
         )
         self._require(0 <= self.warmup < 1, "warmup must be at least 0 and below 1", "warmup")
         self._require(0 <= self.weight_decay < math.inf, "weight_decay must be at least 0 and finite", "weight_decay")
+        for name in ("load_balance_loss", "router_z_loss"):
+            value = getattr(self, name)
+            self._require(0 <= value < math.inf, f"{name} must be at least 0 and finite", name)
         self._require(0 < self.beta2 < 1, "beta2 must be between 0 and 1", "beta2")
 
     def _require(self, holds: bool, rule: str, name: str) -> None:
@@ -67,6 +76,11 @@ class OptimizerConfig:
             end_value=self.learning_rate * self.final_learning_rate,
         )
 
+    def weigh(self, aux: dict[str, Array]) -> Array | float:
+        """What the losses of a model's layers add to the loss; 0 where there are none."""
+        weights = {"load_balance_loss": self.load_balance_loss, "router_z_loss": self.router_z_loss}
+        return sum((weight * aux[name] for name, weight in weights.items() if name in aux), 0.0)
+
     def build(self) -> optax.GradientTransformation:
         """The optimizer; with accumulation, a call of its `update` takes one forward pass's gradients."""
         import jax
@@ -76,9 +90,15 @@ class OptimizerConfig:
             self.schedule(),
             b2=self.beta2,
             weight_decay=self.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         )
         optimizer = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
         if self.accumulate == 1:
             return optimizer
         return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+
+
+def _decays(path: tuple[Any, ...], parameter: Any) -> bool:
+    """Matrices do; norms, biases and sinks do not, nor where a stack or a mixture holds many of them in one array."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    return parameter.ndim > 1 and not any(word in names[-1] for word in ("bias", "scale", "sinks"))

@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+from attnax import masks
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.training.corpus import TokenStream
 from attnax.training.optimizer import OptimizerConfig
 from attnax.typing import Array, Float, Int, pytree_dataclass
 
-__all__ = ["Metrics", "TrainState", "Trainer"]
+__all__ = ["Metrics", "TrainState", "Trainer", "find_documents"]
 
 
 @pytree_dataclass
@@ -49,6 +50,8 @@ class Trainer:
         model: configuration of the model.
         optimizer: configuration of the optimizer.
         seed: of the parameters and of the dropout.
+        document_token: leads every document. Where it is given, the documents in a window are packed: none attends
+            another, and each counts its positions from 0.
 
     Raises:
         ValueError: a configuration that the model refuses.
@@ -64,8 +67,15 @@ class Trainer:
         1
     """
 
-    def __init__(self, model: TransformerConfig, optimizer: OptimizerConfig, seed: int = 0):
-        self.model, self.optimizer, self.seed = model, optimizer, seed
+    def __init__(
+        self,
+        model: TransformerConfig,
+        optimizer: OptimizerConfig,
+        seed: int = 0,
+        *,
+        document_token: int | None = None,
+    ):
+        self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token
         rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
         graphdef, params, *rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
         self._initial = nnx.to_pure_dict(params)
@@ -103,7 +113,8 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
 
         def mean_loss(params: Any) -> Array:
-            return self._losses(params, tokens, deterministic=False, rngs=nnx.Rngs(dropout=key)).mean()
+            losses, aux = self._losses(params, tokens, deterministic=False, rngs=nnx.Rngs(dropout=key))
+            return losses.mean() + self.optimizer.weigh(aux)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
         updates, opt_state = self._update.update(grads, state.opt_state, state.params)
@@ -111,9 +122,31 @@ class Trainer:
         return TrainState(params, opt_state, state.passes + 1), Metrics(loss, optax.tree.norm(grads))
 
     def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
-        return jnp.where(counts, self._losses(params, tokens, deterministic=True), 0.0).sum()
+        return jnp.where(counts, self._losses(params, tokens, deterministic=True)[0], 0.0).sum()
 
-    def _losses(self, params: Any, tokens: Array, **options: Any) -> Float[Array, "B T"]:
-        """Cross-entropy of every token after the first, in nats."""
-        logits = self._merge(params)(tokens[:, :-1], **options)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    def _losses(self, params: Any, tokens: Array, **options: Any) -> tuple[Float[Array, "B T"], dict[str, Array]]:
+        """Cross-entropy of every token after the first, in nats, and what the model's layers add."""
+        read = tokens[:, :-1]
+        if self.document_token is not None:
+            documents, positions = find_documents(read, self.document_token)
+            options |= {"mask": masks.documents(documents), "position_ids": positions}
+        out = self._merge(params).run(read, **options)
+        return optax.softmax_cross_entropy_with_integer_labels(out.hidden, tokens[:, 1:]), out.aux
+
+
+def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The number of each token's document in its row, and the token's index within it.
+
+    A row may begin within a document; what is there of it is document 0 and counts from 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.training import find_documents
+        >>> documents, positions = find_documents(jnp.array([[7, 8, 0, 7, 0, 9]]), 0)
+        >>> documents.tolist(), positions.tolist()
+        ([[0, 0, 1, 1, 2, 2]], [[0, 1, 0, 1, 0, 1]])
+    """
+    starts = tokens == document_token
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    begun = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.cumsum(starts, axis=1, dtype=jnp.int32), index - begun

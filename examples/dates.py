@@ -1,0 +1,175 @@
+"""A transformer reads dates in 70 languages and writes them in ISO 8601: "sobota, 3 kwietnia 2021" becomes 2021-04-03.
+
+Babel writes the dates, in the full, long, medium and short formats of 75 locales. The model sees their characters, not
+the locale, so formats that leave the date open without it are left out: years of two digits, and months in numbers
+(3/4/2021) unless the order is year, month, day. It is tested on days that training shows in no language.
+
+Run it with `python examples/dates.py`; `--help` lists the options. Needs attnax[train] and babel.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tyro
+from babel import Locale
+from babel.dates import DateTimePattern, get_date_format
+from flax import nnx
+
+from attnax import Transformer, TransformerConfig, masks
+from attnax.training.optimizer import OptimizerConfig
+from attnax.visualize import plot_attention
+
+LOCALES = (
+    "af am ar_EG az be bg bn bs ca cs cy da de de_AT el en en_GB es et eu fa fi fil fr fr_CA ga gl gu he hi hr hu hy "
+    "id is it ja ka kk km kn ko lt lv mk ml mn mr ms my nb ne nl pl pt ro ru sk sl sq sr sr_Latn sv sw ta te th tr uk "
+    "ur uz vi zh zh_Hant zu"
+)
+# Code points of zeros: Babel knows which digits a locale uses, but writes 0 to 9.
+ZEROS = {"arab": 0x660, "arabext": 0x6F0, "beng": 0x9E6, "deva": 0x966, "mymr": 0x1040}
+PADDING = "\0"
+TARGET_ALPHABET = "0123456789-<>"  # a target is written as <2021-04-03>
+
+
+def find_styles(locales: str) -> list[Callable[[date], str]]:
+    """The formats that tell the day to a reader who does not know the locale, as functions that write a day."""
+
+    def write(day: date, pattern: DateTimePattern, locale: Locale, zero: int) -> str:
+        return pattern.apply(day, locale).translate({ord("0") + digit: zero + digit for digit in range(10)})
+
+    styles: list[Callable[[date], str]] = []
+    for locale in map(Locale.parse, locales.split()):
+        zero = ZEROS.get(locale.default_numbering_system, ord("0"))
+        formats = [get_date_format(length, locale) for length in ("full", "long", "medium", "short")]
+        for pattern in {pattern.pattern: pattern for pattern in formats}.values():
+            fields = re.sub(r"'[^']*'|[^yMd]", "", pattern.pattern)  # all but text as in d 'de' MMMM 'de' y
+            if "yy" not in fields and ("MMM" in fields or re.fullmatch("yM+d+", fields)):
+                styles.append(partial(write, pattern=pattern, locale=locale, zero=zero))
+    return styles
+
+
+def make_pairs(locales: str, seed: int) -> list[tuple[str, str]]:
+    """Every day of 1900 to 2099 once, as (written in a random style, in ISO 8601), in random order."""
+    rng, styles = np.random.default_rng(seed), find_styles(locales)
+    ordinals = rng.permutation(np.arange(date(1900, 1, 1).toordinal(), date(2100, 1, 1).toordinal()))
+    choices = rng.integers(len(styles), size=len(ordinals))
+    days = [date.fromordinal(ordinal) for ordinal in ordinals]
+    return [(styles[choice](day), day.isoformat()) for choice, day in zip(choices, days, strict=True)]
+
+
+def encode(texts: Sequence[str], alphabet: str, width: int) -> np.ndarray:
+    """Indices of the characters (texts, width); 0 for what the alphabet lacks and for the padding at the end."""
+    indices = np.zeros(sys.maxunicode + 1, np.int32)
+    indices[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
+    return indices[np.array(texts, f"U{width}").view(np.uint32).reshape(-1, width)]
+
+
+def draw_attention(model: Transformer, source: np.ndarray, text: str, iso: str, path: Path) -> None:
+    """What the last decoder layer looks at in the text when it writes each character of the ISO date."""
+    encoded = model.encoder(source)
+    x = model.decoder.embed(encode([f"<{iso[:-1]}"], TARGET_ALPHABET, len(iso)))
+    *below, last = model.decoder.stack.layers()
+    for block in below:
+        x = block(x, encoder_output=encoded, self_mask=masks.causal())
+    x, _ = last.around_attention(x, lambda x: (last.attention(x, mask=masks.causal()), None))
+    look = partial(last.cross_attention.attention_weights, context=encoded)
+    _, weights = last.around_cross_attention(x, lambda x: (x, look(x)))
+    plot_attention(weights, path=path, query_labels=list(iso), key_labels=list(text))
+
+
+def main(
+    steps: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    d_model: int = 64,
+    num_layers: int = 2,
+    num_test: int = 2000,
+    locales: str = LOCALES,
+    seed: int = 0,
+    out: Path = Path("dates.png"),
+) -> float:
+    """Trains on written dates, reads held-out ones, draws where it looks, and returns the accuracy.
+
+    Args:
+        steps: updates of the parameters.
+        batch_size: dates a step.
+        learning_rate: the highest; it warms up and then falls along a cosine.
+        d_model: width of the model, a multiple of 8.
+        num_layers: depth of the encoder, and of the decoder.
+        num_test: days held out.
+        locales: Babel's names, with spaces between them.
+        seed: of the split, the styles, the initial weights and the batches.
+        out: where the picture goes.
+    """
+    pairs = make_pairs(locales, seed)
+    test, train = pairs[:num_test], pairs[num_test:]
+    alphabet = PADDING + "".join(sorted(set("".join(text for text, _ in train))))
+    longest = max(len(text) for text, _ in pairs)
+    print(f"{len(train)} days to learn from, {len(test)} held out; {len(alphabet)} characters", flush=True)
+
+    buckets = []  # short texts do not pay for the padding of long ones: two widths, two compiled programs
+    for shortest, width in ((0, longest // 2), (longest // 2, longest)):
+        bucket = [(text, f"<{iso}>") for text, iso in train if shortest < len(text) <= width]
+        sources = encode([text for text, _ in bucket], alphabet, width)
+        buckets.append((sources, encode([target for _, target in bucket], TARGET_ALPHABET, 12)))
+    shares = [len(sources) / len(train) for sources, _ in buckets]
+
+    encoder = TransformerConfig(
+        vocab_size=len(alphabet),
+        d_model=d_model,
+        num_heads=4,
+        num_layers=num_layers,
+        d_ff=2 * d_model,
+        pos_emb_type="rope",
+        dropout_rate=0.0,
+    )
+    decoder = dataclasses.replace(encoder, vocab_size=len(TARGET_ALPHABET))
+    # The model's structure is fixed; its parameters go into the compiled step and come out of it.
+    graphdef, params, rest = nnx.split(Transformer(nnx.Rngs(seed), encoder, decoder), nnx.Param, ...)
+    optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate).build()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, opt_state, source, target):  # type: ignore[no-untyped-def]
+        def loss_of(params):  # type: ignore[no-untyped-def]
+            logits = nnx.merge(graphdef, params, rest)(source, target[:, :-1], source_padding_mask=source != 0)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, target[:, 1:]).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses, rng = optimizer.init(params), [], np.random.default_rng(seed)
+    for step in range(1, steps + 1):
+        sources, targets = buckets[rng.choice(len(buckets), p=shares)]
+        rows = rng.integers(len(sources), size=batch_size)
+        params, opt_state, loss = train_step(params, opt_state, sources[rows], targets[rows])
+        losses.append(loss)
+        if step % 100 == 0 or step == steps:
+            print(f"step {step:4}  loss {np.mean(losses[-100:]):.4f}", flush=True)
+
+    model = nnx.merge(graphdef, params, rest)
+    source = encode([text for text, _ in test], alphabet, longest)
+    start, end = TARGET_ALPHABET.index("<"), TARGET_ALPHABET.index(">")
+    tokens = model.generate(source, 11, start_token=start, end_token=end, source_padding_mask=source != 0).tokens
+    written = ["".join(TARGET_ALPHABET[token] for token in row).partition(">")[0] for row in np.asarray(tokens)]
+    right = [guess == iso for guess, (_, iso) in zip(written, test, strict=True)]
+    for guess, (text, iso) in list(zip(written, test, strict=True))[:10]:
+        print(f"{guess}  {'' if guess == iso else f'(not {iso})  '}{text}")
+    print(f"held-out accuracy {np.mean(right):.4f}")
+
+    ascii_lengths = [len(text) * text.isascii() for text, _ in test]  # the picture's font lacks most scripts
+    row = int(np.argmax(ascii_lengths))
+    text = test[row][0]
+    draw_attention(model, source[row : row + 1, : len(text)], text, written[row], out)
+    return float(np.mean(right))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

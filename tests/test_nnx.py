@@ -1,0 +1,233 @@
+"""Every module and model under everything that Flax NNX does with modules, and who depends on whom in them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnax
+from attnax import AttentionType, TransformerConfig, nn
+
+SIZES = {"d_model": 12, "num_heads": 3, "d_ff": 10, "dropout_rate": 0.0}
+CONFIG = TransformerConfig(vocab_size=23, num_layers=1, max_len=19, num_kv_heads=1, **SIZES)
+VISION = {"image_size": (4, 6), "patch_size": 2, "num_channels": 1, "num_layers": 1, **SIZES}
+
+
+def normal(*shape):
+    return jax.random.normal(jax.random.key(3), shape)
+
+
+X, IDS, MIXTURE = normal(2, 5, 12), jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), {"num_experts": 3, "top_k": 2}
+MODULES = {  # how to make it, what to call it with
+    "MultiHeadAttention": (lambda rngs: nn.MultiHeadAttention(rngs, CONFIG), (X,)),
+    "lite": (lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_type="lite"), (X,)),
+    "sinks, qk-norm": (
+        lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_sinks=True, qk_norm="head"),
+        (X,),
+    ),
+    "FeedForward": (lambda rngs: nn.FeedForward(rngs, 12, 10, ff_activation="swiglu"), (X,)),
+    "MixtureOfExperts": (lambda rngs: nn.MixtureOfExperts(rngs, d_model=12, d_ff=10, **MIXTURE), (X,)),
+    "EncoderBlock with experts": (lambda rngs: nn.EncoderBlock(rngs, **SIZES, **MIXTURE), (X,)),
+    "DecoderBlock": (
+        lambda rngs: _Bound(nn.DecoderBlock(rngs, norm_type="rms", norm_placement="sandwich", **SIZES)),
+        (X, normal(2, 7, 12)),
+    ),
+    "TokenEmbedding": (lambda rngs: nn.TokenEmbedding(rngs, 23, 12), (IDS,)),
+    "LearnedPositionalEmbedding": (
+        lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=12),
+        (X,),
+    ),
+    "RMSNorm": (lambda rngs: nn.RMSNorm(12, rngs=rngs), (X,)),
+    "encoder, relative positions": (
+        lambda rngs: attnax.TransformerEncoder(rngs, dataclasses.replace(CONFIG, pos_emb_type="relative")),
+        (IDS,),
+    ),
+    "language model, scanned, tied": (
+        lambda rngs: attnax.TransformerLM(
+            rngs, dataclasses.replace(CONFIG, scan_layers=True, num_layers=2, tie_embeddings=True, remat="full")
+        ),
+        (IDS,),
+    ),
+    "encoder-decoder": (lambda rngs: attnax.Transformer(rngs, encoder=CONFIG, decoder=CONFIG), (IDS, IDS[:, :3])),
+    "vision": (lambda rngs: attnax.VisionTransformer(rngs, **VISION, num_classes=7), (normal(2, 4, 6, 1),)),
+}
+
+
+class _Bound(nnx.Module):
+    """A decoder block called by position."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, x, encoded):
+        return self.block(x, encoder_output=encoded)
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_both_modes_give_the_same_values_and_gradients_everywhere(name):
+    make, arguments = MODULES[name]
+    results = []
+    for graph in (True, False):
+        with nnx.set_graph_mode(graph):
+            graphdef, params, rest = nnx.split(make(nnx.Rngs(1)), nnx.Param, ...)
+
+            def run(params, graphdef=graphdef, rest=rest):
+                out = first(nnx.merge(graphdef, params, rest)(*arguments))
+                return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+            (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+            results.append((out, *jax.tree.leaves(grads)))
+            pure = nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, params, rest)))
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(pure))
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert jnp.isfinite(one).all()
+    assert sum((grad != 0).any() for grad in results[0][1:]) >= len(results[0]) - 2  # a key's bias may have none
+
+
+def test_a_model_under_every_transformation():
+    config = dataclasses.replace(CONFIG, dropout_rate=0.3)
+    model = attnax.TransformerLM(nnx.Rngs(1), config)
+    expected = model(IDS)
+    np.testing.assert_allclose(nnx.jit(lambda model, ids: model(ids))(model, IDS), expected, atol=1e-6)
+    mapped = nnx.vmap(lambda model, ids: model(ids[None])[0], in_axes=(None, 0))(model, IDS)
+    np.testing.assert_allclose(mapped, expected, atol=1e-6)
+    grads = nnx.grad(lambda model: model(IDS)[..., 3].sum())(model)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+    def draws(model, **options):
+        return float(jnp.abs(model(IDS, **options) - expected).max()) > 1e-3
+
+    assert not draws(model)
+    assert draws(nnx.view(model, deterministic=False)) and not draws(model)
+    model.train()
+    assert draws(model) and not draws(model, deterministic=True)
+    model.eval()
+    assert not draws(model) and draws(model, deterministic=False, rngs=nnx.Rngs(7))
+
+
+def moved(call, ids, vocabulary=23):
+    """(token, output): whether changing the token moves the output; all changes are one batch."""
+    batch = jnp.concatenate(
+        [ids, (jnp.broadcast_to(ids, (ids.shape[1], ids.shape[1])) + jnp.eye(ids.shape[1], dtype=int)) % vocabulary]
+    )
+    out = call(batch)
+    return np.asarray(jnp.abs(out[1:] - out[:1]).max(-1) > 0)
+
+
+@pytest.mark.parametrize("kind", AttentionType)
+def test_tokens_depend_on_those_that_they_may_attend(kind):
+    config = dataclasses.replace(CONFIG, attention_type=kind)
+    ids, length = IDS[:1], IDS.shape[1]
+    encoder = attnax.TransformerEncoder(nnx.Rngs(1), config)
+    assert moved(jax.jit(encoder), ids).all()
+    lm = attnax.TransformerLM(nnx.Rngs(1), config)
+    np.testing.assert_array_equal(moved(jax.jit(lm), ids), np.triu(np.ones((length, length), bool)))
+    both = attnax.Transformer(nnx.Rngs(1), encoder=config, decoder=config)
+    call = jax.jit(both)
+    target = jnp.array([[1, 2, 3]])
+    assert moved(lambda source: call(source, jnp.broadcast_to(target, (len(source), 3))), ids).all()
+    triangle = np.triu(np.ones((3, 3), bool))
+    np.testing.assert_array_equal(
+        moved(lambda target: call(jnp.broadcast_to(ids, (len(target), length)), target), target), triangle
+    )
+
+
+@pytest.mark.parametrize("kind", AttentionType)
+def test_padding_is_not_there(kind):
+    """A padded row gives what its text gives alone, in every model and on both sides."""
+    config = dataclasses.replace(CONFIG, attention_type=kind)
+    real = np.array([[False, True, True, True, False]])
+    encoder, lm = attnax.TransformerEncoder(nnx.Rngs(1), config), attnax.TransformerLM(nnx.Rngs(1), config)
+    for model in (encoder, lm):
+        call = jax.jit(lambda ids, real, model=model: model(ids, padding_mask=real))
+        alone = jnp.where(jnp.array([[True, True, True, False, False]]), jnp.roll(IDS[:1], -1, 1), 0)
+        expected = call(alone, jnp.array([[True, True, True, False, False]]))
+        np.testing.assert_allclose(call(IDS[:1], real)[:, 1:4], expected[:, :3], atol=1e-5)
+        np.testing.assert_allclose(model(IDS[:1, 1:4]), expected[:, :3], atol=1e-5)
+
+
+class TestEncoderDecoder:
+    config = dataclasses.replace(CONFIG, pos_emb_type="rope", d_model=18, vocab_size=11, num_layers=2)
+
+    def model(self):
+        return attnax.Transformer(nnx.Rngs(1), encoder=CONFIG, decoder=self.config)
+
+    def test_source_padding_is_not_there(self):
+        model, real = self.model(), np.array([[False, False, True, True, True]])
+        target = jnp.array([[1, 2, 3, 4]])
+        padded = model(IDS[:1], target, source_padding_mask=real)
+        np.testing.assert_allclose(padded, model(IDS[:1, 2:], target), atol=1e-5)
+
+    def test_target_padding_is_not_there(self):
+        model, real = self.model(), np.array([[True, True, False]])
+        padded = model(IDS[:1], jnp.array([[1, 2, 3]]), target_padding_mask=real)
+        np.testing.assert_allclose(padded[:, :2], model(IDS[:1], jnp.array([[1, 2]])), atol=1e-5)
+
+    def test_log_probs_are_normalised(self):
+        log_probs = self.model().log_probs(IDS, IDS[:, :2])
+        np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1.0, atol=1e-5)
+
+    def test_generation_is_that_of_the_whole_model_token_by_token(self):
+        model, real = self.model(), np.array([[True] * 5, [False, True, True, True, True]])
+        generation = model.generate(IDS, max_length=4, start_token=1, source_padding_mask=real)
+        target = jnp.concatenate([jnp.ones((2, 1), int), generation.tokens], axis=1)
+        log_probs = model.log_probs(IDS, target[:, :-1], source_padding_mask=real)
+        np.testing.assert_array_equal(log_probs.argmax(-1), generation.tokens)
+        np.testing.assert_allclose(log_probs.max(-1), generation.log_probs, atol=1e-5)
+
+    def test_a_second_generation_compiles_nothing(self, count_compilations):
+        model = self.model()
+        model.generate(IDS, max_length=3, start_token=1, end_token=2, temperature=0.7, key=jax.random.key(1))
+        before = len(count_compilations)
+        out = model.generate(IDS, max_length=3, start_token=2, end_token=5, temperature=0.9, key=jax.random.key(2))
+        assert len(count_compilations) == before and out.tokens.shape == (2, 3)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"start_token": 11}, "token ids must be at least 0 and below 11; got 11"),
+            ({"max_length": 0}, "max_new_tokens must be at least 1"),
+            ({"temperature": 0.5}, "sampling needs a key"),
+            ({"temperature": 0.5, "sampler": attnax.Sampler()}, "give temperature or sampler, not both"),
+            ({"source_padding_mask": np.ones((2, 4), bool)}, "padding_mask must be boolean"),
+        ],
+    )
+    @pytest.mark.usefixtures("unchecked_shapes")
+    def test_wrong_generation_is_refused_in_words(self, options, words):
+        with pytest.raises(ValueError, match=words):
+            self.model().generate(IDS, **({"max_length": 3, "start_token": 1} | options))
+        with pytest.raises(ValueError, match="token ids must be at least 0 and below 23; got 23"):
+            self.model().generate(jnp.full((1, 3), 23), 3, 1)
+
+    @pytest.mark.usefixtures("unchecked_shapes")
+    def test_wrong_configs_and_contexts_are_refused_in_words(self):
+        with pytest.raises(ValueError, match="decoder must be a TransformerConfig; got BlockConfig"):
+            attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=attnax.BlockConfig())
+        decoder = attnax.TransformerDecoder(nnx.Rngs(0), CONFIG, cross_attention=True)
+        with pytest.raises(ValueError, match="encoder_output is needed with cross_attention"):
+            decoder(IDS)
+        with pytest.raises(ValueError, match="cross_attention=False, encoder_output given"):
+            attnax.TransformerDecoder(nnx.Rngs(0), CONFIG)(IDS, encoder_output=X)
+
+
+def test_an_unknown_token_is_no_other_tokens_vector_under_jit():
+    lm = attnax.TransformerLM(nnx.Rngs(1), CONFIG)
+    logits = jax.jit(lm)(IDS.at[0, 3].set(23).at[1, 4].set(-1))
+    assert jnp.isnan(logits[0, 3:]).all() and jnp.isnan(logits[1, 4]).all()
+    assert jnp.isfinite(logits[0, :3]).all() and jnp.isfinite(logits[1, :4]).all()
+
+
+def test_an_encoder_reads_both_ways_over_its_cache():
+    encoder = attnax.TransformerEncoder(nnx.Rngs(1), CONFIG)
+    caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=9)
+    _, caches = encoder(IDS[:, :3], layer_kv_caches=caches)
+    late, _ = encoder(IDS[:, 3:], layer_kv_caches=caches)
+    np.testing.assert_allclose(late, encoder(IDS)[:, 3:], atol=1e-5)  # one layer: later tokens see all of it

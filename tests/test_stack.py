@@ -1,0 +1,134 @@
+"""Stacks: a loop and a scan are the same model, whatever the layers are, and so is one that computes again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnax
+from attnax import TransformerConfig, TransformerLM
+from attnax.nn import with_scan_layers
+
+CONFIG = TransformerConfig(
+    vocab_size=23,
+    d_model=12,
+    num_heads=3,
+    num_kv_heads=1,
+    num_layers=5,
+    d_ff=10,
+    max_len=19,
+    dropout_rate=0.3,
+    pos_emb_type="rope",
+    # Two whole periods and a layer left over; local and global, dense and mixed, rotated and not.
+    layer_pattern=({"attention_window": 3, "num_experts": 3, "ff_activation": "swiglu"}, {"pos_emb_type": "none"}),
+)
+FORMS = {
+    "loop": CONFIG,
+    "scan": dataclasses.replace(CONFIG, scan_layers=True),
+    "scan, remat": dataclasses.replace(CONFIG, scan_layers=True, remat="dots_saveable"),
+    "loop, remat": dataclasses.replace(CONFIG, remat="full"),
+}
+IDS = jax.random.randint(jax.random.key(0), (2, 7), 0, 23)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Of every form: logits, aux and gradients in training, under explicit rngs."""
+
+    def run(config):
+        graphdef, params, rest = nnx.split(TransformerLM(nnx.Rngs(1), config), nnx.Param, ...)
+
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest)
+            out = model.run(IDS, deterministic=False, rngs=nnx.Rngs(dropout=5))
+            return jax.nn.log_softmax(out.hidden)[..., 3].sum() + out.aux["load_balance_loss"], out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return out, nnx.merge(graphdef, grads, rest)
+
+    return {name: run(config) for name, config in FORMS.items()}
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "loop"])
+def test_every_form_is_the_same_model_with_the_same_dropout(runs, form):
+    (expected, loop_grads), (out, grads) = runs["loop"], runs[form]
+    np.testing.assert_allclose(out.hidden, expected.hidden, atol=1e-5)
+    assert out.aux.keys() == expected.aux.keys()
+    for name, value in expected.aux.items():
+        np.testing.assert_allclose(out.aux[name], value, rtol=1e-5, atol=1e-6)
+    unrolled = nnx.state(with_scan_layers(grads, False), nnx.Param)
+    for one, two in zip(jax.tree.leaves(unrolled), jax.tree.leaves(nnx.state(loop_grads, nnx.Param)), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-4, rtol=2e-4)
+
+
+def test_parameters_convert_both_ways():
+    loop, scan = (TransformerLM(nnx.Rngs(1), FORMS[name]) for name in ("loop", "scan"))
+    for made, wanted in ((with_scan_layers(loop, True), scan), (with_scan_layers(scan, False), loop)):
+        (graphdef, state), (wanted_graphdef, wanted_state) = nnx.split(made), nnx.split(wanted)
+        assert graphdef == wanted_graphdef and made.config == wanted.config
+        for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
+            assert one.shape == two.shape and one.dtype == two.dtype
+        for one, two in zip(
+            jax.tree.leaves(nnx.state(made, nnx.Param)), jax.tree.leaves(nnx.state(wanted, nnx.Param)), strict=True
+        ):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_caches_of_a_scan_are_those_of_the_loop():
+    loop, scan = (TransformerLM(nnx.Rngs(1), FORMS[name]) for name in ("loop", "scan"))
+    run = nnx.jit(lambda model, ids, caches: model(ids, layer_kv_caches=caches))
+    caches = [attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2) for _ in range(2)]
+    for chunk in (IDS[:, :4], IDS[:, 4:]):
+        logits = []
+        for index, model in enumerate((loop, scan)):
+            out, caches[index] = run(model, chunk, caches[index])
+            logits.append(out)
+        np.testing.assert_allclose(*logits, atol=1e-5)
+    assert len(caches[1]) == 5
+    for one, two in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_stored_streams_go_on_from_call_to_call():
+    """Without explicit rngs, each layer draws from its own stream, and the next call draws something else."""
+    config = dataclasses.replace(CONFIG, layer_pattern=(), num_layers=3)
+    results = []
+    for form in ({}, {"scan_layers": True}, {"remat": "full"}):
+        model = TransformerLM(nnx.Rngs(1), dataclasses.replace(config, **form))
+        run = nnx.jit(lambda model: model(IDS, deterministic=False))
+        results.append([run(model), run(model)])
+    assert float(jnp.abs(results[0][0] - results[0][1]).max()) > 1e-2
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_a_layer_has_its_own_config():
+    model = TransformerLM(nnx.Rngs(1), CONFIG)
+    windows = [layer.attention.config.attention_window for layer in model.decoder.stack.layers()]
+    assert windows == [3, None, 3, None, 3]
+    assert [layer.attention.rope is None for layer in model.decoder.stack.layers()] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"layer_pattern": ({"d_f": 3},)},
+            "layer_pattern may change the fields of BlockConfig, except d_model; got 'd_f'",
+        ),
+        ({"layer_pattern": ({"d_model": 3},)}, "except d_model; got 'd_model'"),
+        ({"layer_pattern": ({"num_heads": 5},)}, "d_model must be a multiple of num_heads"),
+        ({"layer_pattern": ({"pos_emb_type": "learned"},)}, "a layer's own pos_emb_type must be rope, alibi or none"),
+        ({"layer_pattern": (3,)}, "layer_pattern must be a sequence of mappings; got layer_pattern="),
+        ({"remat": "some"}, "remat must be one of none, full"),
+        ({"num_layers": 0}, "num_layers must be a whole number, at least 1"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_stacks_are_refused_in_words(fields, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **fields)
