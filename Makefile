@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-properties lint types bench bench-train clean
+.PHONY: train test test-thorough test-properties lint types bench bench-train clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
+
+# The same properties over more sizes, kernels and device counts.
+test-thorough: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough
 
 # Two thousand examples instead of two hundred.
 test-properties: $(VENV)/.dev

@@ -153,6 +153,7 @@ def test_low_precision_is_close_to_correct_rounding(backend, dtype):
 
 @backends
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.thorough
 def test_huge_logits_give_no_nan(backend, dtype):
     query, key, value, cotangent = CASES["full"].arrays(dtype)
     out, pull = jax.vjp(lambda *x: BACKENDS[backend](*x, scale=1e4), query, key, value)
@@ -278,6 +279,7 @@ def test_dropout_bits_are_fair_and_independent():
 
 @backends
 @pytest.mark.parametrize("case", ["causal", "cross", "function & padding", "score mod & causal"])
+@pytest.mark.thorough
 def test_eager_equals_compiled(backend, case):
     case = CASES[case]
     query, key, value, _ = case.arrays()
@@ -318,6 +320,7 @@ def test_results_are_bitwise_repeatable(backend):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.thorough
 def test_standard_attention_has_every_derivative():
     query, key, value, _ = (x[:1, :2, :5] for x in CASES["multi-head"].arrays())
     bias = jax.random.normal(jax.random.key(9), (2, 5))

@@ -96,6 +96,7 @@ def test_output_and_gradients_match_float64(shape, causal, padded):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 13, 64])
+@pytest.mark.thorough
 def test_chunk_size_changes_nothing(chunk_size):
     query, key, value, cotangent = arrays()
     expected, expected_pull = jax.vjp(partial(linear_attention, chunk_size=7), query, key, value)
@@ -162,6 +163,7 @@ def test_poison_in_padding_changes_nothing(bad, causal):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
+@pytest.mark.thorough
 def test_poison_reaches_only_the_rows_that_attend_it(bad, where, chunk_size):
     *inputs, cotangent = arrays()
     run = partial(linear_attention, chunk_size=chunk_size)
@@ -208,6 +210,7 @@ def test_outputs_depend_on_the_keys_that_they_attend_and_no_other(causal):
 
 
 @pytest.mark.parametrize("splits", [[0, 13], [1, 2, 3, 11], [6], [5, 5, 8], list(range(1, 13))])
+@pytest.mark.thorough
 def test_pieces_by_state_equal_the_whole(splits):
     query, key, value, _ = arrays()
     real = np.stack([np.arange(13) < 11, np.arange(13) >= 5])
@@ -224,6 +227,7 @@ def test_pieces_by_state_equal_the_whole(splits):
         np.testing.assert_allclose(have, want, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_gradients_flow_through_the_state():
     query, key, value, cotangent = arrays()
 
@@ -334,6 +338,7 @@ def test_runs_inside_shard_map(causal):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_second_derivatives_match_a_dense_computation():
     query, key, value, cotangent = (x[:1, :2, :5] for x in arrays("multi-head"))
 

@@ -95,6 +95,7 @@ def test_output_and_gradients_match_float64(shape, causal):
 
 
 @causality
+@pytest.mark.thorough
 def test_padding_is_zero_and_counts_for_nothing(causal):
     *inputs, cotangent = arrays()
     out, pull = jax.vjp(partial(attend, mask=mask_of(causal, REAL)), *inputs)

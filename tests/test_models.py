@@ -237,6 +237,7 @@ class TestOverflow:
 
 @pytest.mark.parametrize("graph", [True, False])
 @variants
+@pytest.mark.thorough
 def test_both_nnx_modes_give_the_same(models, variant, graph):
     ids = tokens()
     expected = models[1][variant](models[0][variant], ids)

@@ -303,6 +303,7 @@ class TestDropout:
 
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2))
+@pytest.mark.thorough
 def test_reference_takes_any_sizes_and_leading_axes(seq_q, seq_kv, d_k, d_v, leading):
     lead = (2, 3)[:leading]
     params = reference.init_params(jax.random.key(0), d_model=6, num_heads=2, d_k=d_k, d_v=d_v)

@@ -68,6 +68,7 @@ def test_self_attention_matches_flax(dtype, call):
 
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=["", "grouped", "norms"])
+@pytest.mark.thorough
 def test_cross_attention_matches_flax(dtype, options):
     theirs, ours = make_pair(dtype, in_kv_features=7, **options)
     x, y = inputs(BATCH, LENGTH, WIDTH, dtype=dtype), inputs(BATCH, KEYS, 7, dtype=dtype, seed=2)
@@ -81,6 +82,7 @@ def test_cross_attention_matches_flax(dtype, options):
 
 @dtypes
 @calls
+@pytest.mark.thorough
 def test_parameter_gradients_match_flax(dtype, call):
     x, cotangent = inputs(BATCH, LENGTH, WIDTH, dtype=dtype), inputs(BATCH, LENGTH, WIDTH, seed=3)
     theirs, ours = make_pair(dtype)
@@ -94,6 +96,7 @@ def test_parameter_gradients_match_flax(dtype, call):
 
 
 @dtypes
+@pytest.mark.thorough
 def test_decoding_with_flax_cache_matches_flax(dtype):
     theirs, ours = make_pair(dtype, decode=True)
     x = inputs(BATCH, LENGTH, WIDTH, dtype=dtype)
@@ -108,6 +111,7 @@ def test_decoding_with_flax_cache_matches_flax(dtype):
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=["none", "two"])
+@pytest.mark.thorough
 def test_other_numbers_of_batch_axes(batch):
     layer = make_layer(attention_fn=nnx_attention_fn())
     x = inputs(*batch, LENGTH, WIDTH)

@@ -121,7 +121,7 @@ OPTIONS = {
 call = nnx.jit(lambda attn, x, context: attn(x, context=context))
 
 
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("cross", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["self", "cross"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_its_formula(name, cross):
     attn = randomized(MultiHeadAttention(nnx.Rngs(0), **(BASE | OPTIONS[name])))

@@ -31,7 +31,13 @@ def filled_up(x, even):
     return jnp.pad(x, ((0, 0), (0, 0), (0, even - x.shape[2]), (0, 0)))
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in ("no query", "no key")])
+QUICK = ("full", "causal & left padding", "function", "score mod & causal")
+THOROUGH = [
+    pytest.param(name, marks=pytest.mark.thorough) for name in CASES if name not in (*QUICK, "no query", "no key")
+]
+
+
+@pytest.mark.parametrize("case", [*QUICK, *THOROUGH])
 def test_two_devices_match_float64(case):
     """Lengths of the cases are odd: they are filled up, and the mask forbids what was filled in."""
     case = CASES[case]
@@ -82,6 +88,7 @@ def test_two_devices_match_float64(case):
         (8, AxisType.Explicit, True),
     ],
 )
+@pytest.mark.thorough
 def test_any_number_of_devices_gives_values_and_gradients_of_one(num_devices, axis_type, zigzag):
     """With a window, a score mod over a learned array, dropout, grouped heads and a cotangent of the log-sum-exp."""
     batch, heads, kv_heads, seq_q, seq_kv = 2, 6, 2, 48, 80

@@ -1,0 +1,70 @@
+"""A language model with a mixture of experts in every other layer, and what its routers do.
+
+It learns the source of Python's standard library, byte by byte, for a few minutes, and prints how evenly the experts
+are used: the load-balance loss is 1 where all of them get the same share.
+
+    python examples/moe_lm.py --steps 300
+"""
+
+import argparse
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnax import TransformerConfig, TransformerLM
+from attnax.training import OptimizerConfig, TokenStream, Trainer, byte_tokenizer, read_corpus
+
+CONFIG = TransformerConfig(
+    vocab_size=257,
+    d_model=96,
+    num_heads=3,
+    num_layers=4,
+    d_ff=192,
+    max_len=128,
+    pos_emb_type="rope",
+    norm_type="rms",
+    ff_activation="swiglu",
+    use_bias=False,
+    dropout_rate=0.0,
+    layer_pattern=({}, {"num_experts": 8, "top_k": 2}),
+)
+
+
+def main(arguments=None):
+    """Returns the first and the last loss in nats a byte."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--data", default=None, help="a file, a folder or a glob; by default the standard library")
+    options = parser.parse_args(arguments)
+    corpus, tokenizer = read_corpus(options.data), byte_tokenizer()
+    stream = TokenStream(
+        tokenizer.encode_documents([d.text for d in itertools.islice(corpus.train, 200)]), CONFIG.max_len
+    )
+    trainer = Trainer(CONFIG, OptimizerConfig(steps=options.steps, batch_size=8))
+    graphdef, _ = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG))
+
+    @jax.jit
+    def statistics(params, tokens):
+        aux = nnx.merge(graphdef, params).run(tokens[:, :-1], deterministic=True).aux
+        return jax.tree.map(lambda value: value / 2, aux)  # two layers have experts, and aux is their sum
+
+    state, losses = trainer.init(), []
+    for step in range(options.steps):
+        batch = stream.batch(step, 8, seed=0)
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics.loss))
+        if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
+            aux = statistics(state.params, jnp.asarray(batch))
+            load = " ".join(f"{share:4.0%}" for share in np.asarray(aux["expert_load"]))
+            print(
+                f"step {step:4}  loss {losses[-1]:.3f}  balance {float(aux['load_balance_loss']):.2f}  "
+                f"entropy {float(aux['router_entropy']):.2f} of {np.log(8):.2f}  experts {load}"
+            )
+    return losses[0], losses[-1]
+
+
+if __name__ == "__main__":
+    main()
