@@ -1,7 +1,7 @@
 """Training: text survives, every token counts once, accumulation is a large batch, checkpoints are whole or refused."""
 
-import json
 import dataclasses
+import json
 import math
 import shutil
 
@@ -254,7 +254,7 @@ class TestTrainer:
         batch, losses = self.batches(1)[0], []
         for weights in ({}, {"load_balance_loss": 0.0, "router_z_loss": 0.0}):
             trainer = Trainer(model, OptimizerConfig(**weights))
-            state, metrics = trainer.step(trainer.init(), batch)
+            _, metrics = trainer.step(trainer.init(), batch)
             losses.append(float(metrics.loss))
         assert 0.01 <= losses[0] - losses[1] < 0.1
 
