@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties lint types bench bench-train clean
+.PHONY: train test test-thorough test-properties lint types bench bench-train bench-moe bench-models clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -34,6 +34,13 @@ bench: $(VENV)/.dev
 bench-train: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python benchmarks/train.py
+
+bench-moe: $(VENV)/.dev
+	$(BIN)/python benchmarks/moe.py
+
+bench-models: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python benchmarks/models.py --markdown docs/models-cpu.md
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -460,7 +460,8 @@ class VisionTransformerConfig(StackConfig):
         use_cls_token: a learned token goes first.
         num_register_tokens: further learned tokens, after the class token, that no head reads.
         pool: the head reads the class token ("cls") or the mean of the patches ("mean").
-        pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones, or "none".
+        pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones of row and column added to
+            the patches, or "none".
     """
 
     d_model: int = 768
@@ -487,7 +488,10 @@ class VisionTransformerConfig(StackConfig):
         self._require_whole("num_register_tokens", least=0)
         self._require_choice(pool=Pool)
         self._require(
-            self.pool == "mean" or self.use_cls_token, "pool='cls' needs use_cls_token", "pool", "use_cls_token"
+            self.pool == "mean" or self.use_cls_token or self.num_classes is None,
+            "a head on pool='cls' needs use_cls_token",
+            "pool",
+            "use_cls_token",
         )
         self._require(
             all(size % patch == 0 for size, patch in zip(self.image_size, self.patch_size, strict=True)),

@@ -44,7 +44,7 @@ def attnax_case(case: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]
         "dropout_rate": 0.0,
     }
     layers, length = size["layers"], size["length"]
-    model: nnx.Module
+    model: Any
     if name == "vision transformer":
         model = attnax.VisionTransformer(nnx.Rngs(0), image_size=length, num_classes=1000, num_layers=layers, **common)
         arguments: tuple[Any, ...] = (jnp.ones((1, length, length, 3)),)
@@ -63,10 +63,10 @@ def attnax_case(case: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]
         else:
             kind = attnax.TransformerEncoder if name == "encoder" else attnax.TransformerLM
             model, arguments = kind(nnx.Rngs(0), config), (ids,)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
 
     def forward(params: Any, *arguments: Any) -> Any:
-        return nnx.merge(graphdef, params, rest)(*arguments)
+        return nnx.merge(graphdef, params, *rest)(*arguments)
 
     def step(params: Any, *arguments: Any) -> Any:
         return jax.grad(lambda params: jnp.square(forward(params, *arguments)).mean())(params)

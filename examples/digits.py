@@ -17,8 +17,7 @@ from jax.scipy.ndimage import map_coordinates
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from attnax.config import VisionTransformerConfig
-from attnax.models.vision import VisionTransformer
+from attnax import VisionTransformer, VisionTransformerConfig
 
 
 class Split(NamedTuple):

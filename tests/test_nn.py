@@ -349,7 +349,7 @@ class TestConfig:
             ({"ff_activation": "tanh"}, "ff_activation must be one of gelu"),
             ({"norm_eps": 0.0}, "norm_eps must be above 0"),
             ({"rope_base": 1.0}, "rope_base must be above 1"),
-            ({"use_rope": True, "head_dim": 3}, "rope needs an even number of features, head_dim * rope_fraction"),
+            ({"use_rope": True, "head_dim": 3}, "rope needs an even number of features"),
             ({"use_rope": True, "pos_emb_type": "learned"}, "use_rope is another way to say pos_emb_type"),
             (
                 {"use_pre_norm": True, "norm_placement": "post"},

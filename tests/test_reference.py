@@ -99,7 +99,9 @@ def test_leading_axes_are_independent_of_each_other(leading):
         np.testing.assert_allclose(out[index], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [jax.nn.sigmoid, jax.nn.relu, lambda scores: scores], ids=str)
+@pytest.mark.parametrize(
+    "activation", [jax.nn.sigmoid, jax.nn.relu, lambda scores: scores], ids=["sigmoid", "relu", "identity"]
+)
 def test_any_activation_may_stand_for_softmax(activation):
     params, tokens = make_params(), make_tokens()
     have = reference.multi_head_attention(params, *tokens, activation=activation)
