@@ -404,7 +404,7 @@ class TransformerConfig(StackConfig):
             "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
         relative_buckets: rows of the table of "relative".
         relative_max_distance: distances from here on share the last bucket.
-        pad_token_id: fills prompts and answers of different lengths.
+        pad_token_id: what `make_padding_mask` is to take for padding; models are told by padding_mask alone.
         embedding_scale: multiplies the embeddings.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
         logit_soft_cap: logits become cap * tanh(logits / cap).
@@ -564,7 +564,12 @@ _FLAGS = {
     "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
     "use_rope": ("pos_emb_type", {True: "rope", False: "none"}),
 }
-_OLD_NAMES = {"max_seq_len": "max_len", "activation": "ff_activation", "layer_norm_eps": "norm_eps"}
+_OLD_NAMES = {
+    "max_seq_len": "max_len",
+    "activation": "ff_activation",
+    "layer_norm_eps": "norm_eps",
+    "pre_norm": "use_pre_norm",
+}
 
 
 def _known_fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,12 @@ def attention(
     """activation(Q K^T / sqrt(k)) V; where `mask` is False the salience is -inf, which softmax turns to 0."""
     scores = salience(query, key)
     if mask is not None:
+        fits = mask.dtype == jnp.bool_ and all(
+            have in (1, want) for have, want in zip(mask.shape[::-1], scores.shape[::-1], strict=False)
+        )
+        _expect(
+            fits, "attention", f"mask must be boolean, not {mask.dtype}, and broadcast to the salience", mask, scores
+        )
         scores = jnp.where(mask, scores, -jnp.inf)
     return weigh(activation(scores), value)
 

@@ -237,3 +237,12 @@ def test_an_encoder_reads_both_ways_over_its_cache():
     _, caches = encoder(IDS[:, :3], layer_kv_caches=caches)
     late, _ = encoder(IDS[:, 3:], layer_kv_caches=caches)
     np.testing.assert_allclose(late, encoder(IDS)[:, 3:], atol=1e-5)  # one layer: later tokens see all of it
+
+
+def test_modules_are_made_with_keywords_and_without_a_dropout_stream():
+    """As `nnx.bridge` and many users write it; without a stream, dropout asks for one in the call."""
+    model = attnax.TransformerEncoder(rngs=nnx.Rngs(params=1), config=dataclasses.replace(CONFIG, dropout_rate=0.3))
+    assert model(IDS).shape == (2, 5, 12)
+    assert jnp.isfinite(model(IDS, deterministic=False, rngs=nnx.Rngs(dropout=2))).all()
+    with pytest.raises(ValueError, match="dropout needs randomness"):
+        model(IDS, deterministic=False)

@@ -65,7 +65,7 @@ def expected_attention(attn, x, context=None):
     key = heads(attn.key, source, config.kv_heads, attn.key_norm)
     value = heads(attn.value, source, config.kv_heads, None)
     if config.pos_emb_type == "rope":
-        frequencies = nn.rope_inv_freq(config.rope_dim, config.rope_base, config.rope_scaling)
+        frequencies = nn.rope_inv_freq(config.rope_dim, config.rope_base, scaling=config.rope_scaling)
         factor = 1.0
         if config.rope_scaling is not None and config.rope_scaling.kind == "yarn":
             factor = 0.1 * np.log(config.rope_scaling.factor) + 1.0

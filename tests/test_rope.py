@@ -88,7 +88,7 @@ def expected_cos_sin(position, head_dim, base, scaling):
 @each_scaling
 @pytest.mark.parametrize(("head_dim", "base"), [(26, 10007.0), (134, 500000.0)])
 def test_frequencies_are_the_formula(scaling, head_dim, base):
-    frequencies = rope_inv_freq(head_dim, base, scaling)
+    frequencies = rope_inv_freq(head_dim, base, scaling=scaling)
     assert frequencies.dtype == np.float64
     np.testing.assert_allclose(frequencies, expected_frequencies(head_dim, base, scaling), rtol=1e-12)
 
@@ -96,7 +96,7 @@ def test_frequencies_are_the_formula(scaling, head_dim, base):
 class TestValuesByHand:
     def test_linear_divides_every_frequency(self):
         scaling = RopeScaling(kind="linear", factor=4.0)
-        np.testing.assert_allclose(rope_inv_freq(4, 100.0, scaling), [1 / 4, 1 / 40], rtol=1e-15)
+        np.testing.assert_allclose(rope_inv_freq(4, 100.0, scaling=scaling), [1 / 4, 1 / 40], rtol=1e-15)
 
     def test_linear_at_a_position_times_the_factor_is_unscaled_at_the_position(self):
         scaled = rope_cos_sin_table(31, 22, 10007.0, scaling=SCALINGS["linear"])
@@ -104,17 +104,17 @@ class TestValuesByHand:
             np.testing.assert_allclose(one[::3], other, atol=1e-7)
 
     def test_ntk_keeps_the_first_frequency_and_divides_the_last(self):
-        scaled, plain = rope_inv_freq(22, 10007.0, SCALINGS["ntk"]), rope_inv_freq(22, 10007.0)
+        scaled, plain = rope_inv_freq(22, 10007.0, scaling=SCALINGS["ntk"]), rope_inv_freq(22, 10007.0)
         assert scaled[0] == plain[0] == 1.0
         np.testing.assert_allclose(scaled[-1], plain[-1] / 5, rtol=1e-12)
         # head_dim 4, base 100, factor 3: the base becomes 100 * 3 ** 2, its root is 30.
         np.testing.assert_allclose(
-            rope_inv_freq(4, 100.0, RopeScaling(kind="ntk", factor=3.0)), [1, 1 / 30], rtol=1e-14
+            rope_inv_freq(4, 100.0, scaling=RopeScaling(kind="ntk", factor=3.0)), [1, 1 / 30], rtol=1e-14
         )
 
     def test_llama_3_1_keeps_short_wavelengths_and_divides_long_ones(self):
         scaling = RopeScaling(kind="llama3", factor=8.0, original_max_len=8192)
-        scaled, plain = rope_inv_freq(128, 500000.0, scaling), rope_inv_freq(128, 500000.0)
+        scaled, plain = rope_inv_freq(128, 500000.0, scaling=scaling), rope_inv_freq(128, 500000.0)
         wavelengths = 2 * np.pi / plain
         short, long = wavelengths < 2048, wavelengths > 8192
         assert (short.sum(), long.sum()) == (29, 29)
@@ -127,11 +127,11 @@ class TestValuesByHand:
         # head_dim 8, base 16: wavelength i is 2 pi * 2 ** i, which turns 2 ** (4 - i) times within 32 pi = 100.5.
         scaling = RopeScaling(kind="yarn", factor=10.0, original_max_len=101, beta_fast=16.0, beta_slow=2.1)
         # The bounds are 0.007 and 2.94, rounded outwards to 0 and 3: a third of the way down with each i.
-        np.testing.assert_allclose(rope_inv_freq(8, 16.0, scaling), [1, 0.7 / 2, 0.4 / 4, 0.1 / 8], rtol=1e-14)
+        np.testing.assert_allclose(rope_inv_freq(8, 16.0, scaling=scaling), [1, 0.7 / 2, 0.4 / 4, 0.1 / 8], rtol=1e-14)
 
     def test_yarn_with_factor_1_changes_nothing(self):
         scaling = RopeScaling(kind="yarn", factor=1.0, original_max_len=1021)
-        np.testing.assert_allclose(rope_inv_freq(26, 10007.0, scaling), rope_inv_freq(26, 10007.0), rtol=1e-15)
+        np.testing.assert_allclose(rope_inv_freq(26, 10007.0, scaling=scaling), rope_inv_freq(26, 10007.0), rtol=1e-15)
         assert rope_attention_factor(scaling) == 1.0
 
     def test_only_yarn_has_an_attention_factor(self):

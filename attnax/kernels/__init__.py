@@ -5,6 +5,7 @@ from attnax.kernels.linear import LinearState, linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.nnx_adapter import nnx_attention_fn
 from attnax.kernels.paged import paged_attention
+from attnax.kernels.pallas import pallas_flash_attention, why_not_pallas
 from attnax.kernels.ring import ring_attention, ring_attention_reference, zigzag_order
 from attnax.kernels.standard import standard_attention
 
@@ -16,9 +17,11 @@ __all__ = [
     "memory_efficient_attention",
     "nnx_attention_fn",
     "paged_attention",
+    "pallas_flash_attention",
     "ring_attention",
     "ring_attention_reference",
     "standard_attention",
     "why_not_cudnn",
+    "why_not_pallas",
     "zigzag_order",
 ]

@@ -53,7 +53,6 @@ class TransformerLM(nnx.Module):
         self,
         rngs: nnx.Rngs,
         config: TransformerConfig | None = None,
-        /,
         *,
         self_mask: Mask | MaskMod | None = None,
         **fields: Any,

@@ -52,7 +52,7 @@ class VisionTransformer(nnx.Module):
         T. Darcet et al., "Vision Transformers Need Registers", 2023, https://arxiv.org/abs/2309.16588.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionTransformerConfig | None = None, /, **fields: Any):
+    def __init__(self, rngs: nnx.Rngs, config: VisionTransformerConfig | None = None, **fields: Any):
         self.config = config = resolve_config(VisionTransformerConfig, config, fields)
         self.patches = PatchEmbedding(
             rngs,

@@ -82,7 +82,6 @@ class MultiHeadAttention(nnx.Module):
         self,
         rngs: nnx.Rngs,
         config: BlockConfig | None = None,
-        /,
         *,
         in_features: int | None = None,
         qkv_features: int | None = None,

@@ -103,7 +103,7 @@ class EncoderBlock(nnx.Module):
         (1, 5, 12)
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, /, **fields: Any):
+    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, **fields: Any):
         config = resolve_config(BlockConfig, config, fields)
         self.attention = MultiHeadAttention(rngs, config)
         self.around_attention = Residual(rngs, config)
@@ -197,7 +197,6 @@ class DecoderBlock(nnx.Module):
         self,
         rngs: nnx.Rngs,
         config: BlockConfig | None = None,
-        /,
         *,
         encoder_features: int | None = None,
         **fields: Any,

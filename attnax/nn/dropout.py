@@ -15,13 +15,14 @@ class Dropout(nnx.Dropout):
 
     Args:
         rate: probability of dropping an element.
-        rngs: a fork of its `dropout` stream is stored, if the rate is above 0.
+        rngs: a fork of its `dropout` stream is stored, if it has one and the rate is above 0.
     """
 
     field: ClassVar[str] = "dropout_rate"  # of BlockConfig, for messages
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs | None = None):
-        super().__init__(rate, deterministic=True, rngs=rngs if rate > 0.0 else None)
+        stored = rate > 0.0 and rngs is not None and ("dropout" in rngs or "default" in rngs)
+        super().__init__(rate, deterministic=True, rngs=rngs if stored else None)
 
     def key(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> Array | None:
         """A fresh key, or None where dropout is off.

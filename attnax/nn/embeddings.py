@@ -95,6 +95,11 @@ class PositionalEncoding(nnx.Module):
         Raises:
             ValueError: a concrete position past max_len; under jit its vector is NaN.
         """
+        if x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"PositionalEncoding: x must be (batch, length, {self.d_model}); got x.shape={x.shape}. "
+                "Its arguments are (max_len, d_model)."
+            )
         frequency = 10000.0 ** -(np.arange(0, self.d_model, 2, dtype=np.float64) / self.d_model)
         angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)

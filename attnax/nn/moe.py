@@ -60,7 +60,7 @@ class MixtureOfExperts(nnx.Module):
         T. Gale et al., "MegaBlocks", 2022, https://arxiv.org/abs/2211.15841.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, /, **fields: Any):
+    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, **fields: Any):
         if config is None:
             # A layer by itself needs no heads: one head fits any width.
             fields = {"num_heads": 1, "dropout_rate": 0.0, "ff_activation": "swiglu", **fields}

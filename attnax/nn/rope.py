@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def rope_inv_freq(head_dim: int, base: float = 10000.0, scaling: RopeScaling | None = None) -> np.ndarray:
+def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling | None = None) -> np.ndarray:
     """Base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host, lowered by `scaling`.
 
     Args:
@@ -81,7 +81,7 @@ def rope_cos_sin_table(
     scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "S C"], Float[Array, "S C"]]:
     """Cosines and sines of positions 0 ... max_seq_len - 1, each (max_seq_len, head_dim / 2), both with `scaling`."""
-    angles = np.arange(max_seq_len, dtype=np.float64)[:, None] * rope_inv_freq(head_dim, base, scaling)
+    angles = np.arange(max_seq_len, dtype=np.float64)[:, None] * rope_inv_freq(head_dim, base, scaling=scaling)
     factor = rope_attention_factor(scaling)
     return jnp.asarray(factor * np.cos(angles), dtype), jnp.asarray(factor * np.sin(angles), dtype)
 
@@ -112,7 +112,7 @@ def rope_cos_sin_from_positions(
         last = int(np.asarray(position_ids).max())
         if last >= table_len:
             raise ValueError(f"rope: positions must be below {table_len}; got position {last}. Use a longer table.")
-    inv_freq = rope_inv_freq(head_dim, base, scaling)
+    inv_freq = rope_inv_freq(head_dim, base, scaling=scaling)
     position = jnp.maximum(jnp.asarray(position_ids, jnp.int32), 0)
     cos, sin = jnp.asarray(rope_attention_factor(scaling), jnp.float32), jnp.zeros((), jnp.float32)
     for digit in range(4):
@@ -175,7 +175,7 @@ class RotaryEmbedding:
                 "RotaryEmbedding: int(head_dim * fraction) must be even and at least 2; "
                 f"got head_dim={head_dim}, fraction={fraction}."
             )
-        rope_inv_freq(self.rotated_dim, base, scaling)  # raises here rather than in the first call
+        rope_inv_freq(self.rotated_dim, base, scaling=scaling)  # raises here rather than in the first call
 
     @property
     def rotated_dim(self) -> int:
