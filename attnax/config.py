@@ -140,6 +140,9 @@ class Overrides(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # how copies and pickles are made: not item by item
+        return Overrides, (dict(self),)
+
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError("layer_pattern cannot be changed; use dataclasses.replace(config, layer_pattern=...).")
 
@@ -242,7 +245,9 @@ class BlockConfig(_Checks):
     param_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
-        names = isinstance(self.use_bias, bool) or all(name in BIASES for name in self.use_bias)
+        names = isinstance(self.use_bias, bool) or (
+            isinstance(self.use_bias, tuple) and all(name in BIASES for name in self.use_bias)
+        )
         self._require(names, f"use_bias must be True, False, or names among {', '.join(BIASES)}", "use_bias")
         types = ", ".join(AttentionType)
         self._require(
@@ -261,7 +266,9 @@ class BlockConfig(_Checks):
         self._require_choice(residual_init=ResidualInit)
         for rate in ("dropout_rate", "attention_dropout_rate", "router_jitter"):
             value = getattr(self, rate)
-            self._require(value is None or 0.0 <= value < 1.0, f"{rate} must be at least 0 and below 1", rate)
+            within = value is None or (isinstance(value, int | float) and 0.0 <= value < 1.0)
+            self._require(within, f"{rate} must be at least 0 and below 1", rate)
+        self._require_above_zero("rope_base", "rope_fraction")
         self._require(self.rope_base > 1.0, "rope_base must be above 1", "rope_base")
         self._require(
             self.num_heads % self.kv_heads == 0,
@@ -297,6 +304,14 @@ class BlockConfig(_Checks):
             "parallel_residual",
             "norm_placement",
         )
+        if self.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
+            for name in ("attention_scale", "attention_soft_cap", "attention_window"):
+                self._require(getattr(self, name) is None, f"{self.attention_type} attention has no {name}", name)
+            self._require(
+                self.pos_emb_type not in ("alibi", "relative"),
+                f"{self.attention_type} attention has no scores to bias",
+                "pos_emb_type",
+            )
         if self.attention_type == AttentionType.LINEAR:
             self._require(
                 not self.attention_dropout_rate,
@@ -377,7 +392,7 @@ class StackConfig(BlockConfig):
                         f"got {name!r}.{_suggestion(name, block_fields)}"
                     )
         if self.layer_pattern:
-            for layer in range(min(self.num_layers, len(self.layer_pattern))):
+            for layer in range(len(self.layer_pattern)):
                 self.layer(layer)  # raises for values that do not fit together
 
     def layer(self, index: int) -> BlockConfig:
@@ -549,7 +564,12 @@ def _rope_scaling(value: Any) -> Any:
 
 def _pattern(value: Any) -> Any:
     entries = value if isinstance(value, tuple | list) else [value]
-    return tuple(Overrides(fields) if isinstance(fields, Mapping) else fields for fields in entries)
+    return tuple(
+        Overrides({name: _FORMS.get(name, _as_it_is)(field) for name, field in fields.items()})
+        if isinstance(fields, Mapping)
+        else fields
+        for fields in entries
+    )
 
 
 _FORMS: dict[str, Any] = {
@@ -560,9 +580,9 @@ _FORMS: dict[str, Any] = {
     "image_size": _pair,
     "patch_size": _pair,
 }
-_FLAGS = {
+_FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
     "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
-    "use_rope": ("pos_emb_type", {True: "rope", False: "none"}),
+    "use_rope": ("pos_emb_type", {True: "rope", False: None}),  # False: what the class has by default
 }
 _OLD_NAMES = {
     "max_seq_len": "max_len",
@@ -579,7 +599,9 @@ def _known_fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
         if flag in fields and name in required:
             if name in fields:
                 raise ValueError(f"{kind.__name__}: {flag} is another way to say {name}; give one of the two.")
-            fields[name] = meaning[bool(fields.pop(flag))]
+            chosen = meaning[bool(fields.pop(flag))]
+            if chosen is not None:
+                fields[name] = chosen
     for name in fields.keys() - required.keys():
         hint = f" Its name is {_OLD_NAMES[name]} today." if name in _OLD_NAMES else _suggestion(name, required)
         raise ValueError(f"{kind.__name__}: every argument must be a field; got {name}={fields[name]!r}.{hint}")

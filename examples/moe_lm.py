@@ -49,7 +49,8 @@ def main(arguments=None):
     @jax.jit
     def statistics(params, tokens):
         aux = nnx.merge(graphdef, params).run(tokens[:, :-1], deterministic=True).aux
-        return jax.tree.map(lambda value: value / 2, aux)  # two layers have experts, and aux is their sum
+        loads = aux.pop("expert_load")  # one array a layer with experts; the numbers are sums over these layers
+        return {name: value / len(loads) for name, value in aux.items()}, jnp.stack(loads)
 
     state, losses = trainer.init(), []
     for step in range(options.steps):
@@ -57,11 +58,11 @@ def main(arguments=None):
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics.loss))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
-            aux = statistics(state.params, jnp.asarray(batch))
-            load = " ".join(f"{share:4.0%}" for share in np.asarray(aux["expert_load"]))
+            aux, loads = statistics(state.params, jnp.asarray(batch))
+            load = " ".join(f"{share:4.0%}" for share in np.asarray(loads[-1]))
             print(
                 f"step {step:4}  loss {losses[-1]:.3f}  balance {float(aux['load_balance_loss']):.2f}  "
-                f"entropy {float(aux['router_entropy']):.2f} of {np.log(8):.2f}  experts {load}"
+                f"entropy {float(aux['router_entropy']):.2f} of {np.log(8):.2f}  last layer's experts {load}"
             )
     return losses[0], losses[-1]
 

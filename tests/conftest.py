@@ -1,5 +1,6 @@
 """Strict surroundings: shapes of public signatures enforced, warnings are errors, no silent rank promotion."""
 
+import gc
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -14,6 +15,9 @@ from hypothesis import settings
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", parent=settings.get_profile("few"), max_examples=50)
 settings.load_profile("few")
+
+# Programs and their traces are millions of objects that live to the end; looking through them cost a fifth of the time.
+gc.set_threshold(200_000, 50, 50)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

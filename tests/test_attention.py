@@ -197,6 +197,7 @@ def test_arrays_captured_by_mods_get_their_gradients(backend):
 
 
 @backends
+@pytest.mark.thorough
 def test_minus_infinity_and_the_lowest_float_from_a_mod_count_as_masked(backend):
     query, key, value, cotangent = CASES["full"].arrays()
     expected, _ = oracle.attention(query, key, value, keep=np.arange(13) > 3)
@@ -288,6 +289,7 @@ def test_eager_equals_compiled(backend, case):
 
 
 @backends
+@pytest.mark.thorough
 def test_vmap_equals_a_loop(backend):
     case = CASES["causal & left padding"]
     rows = [case.arrays(seed=seed)[:3] for seed in range(3)]

@@ -23,6 +23,7 @@ def test_moe_lm(capsys):
     assert last < 0.8 * first and "experts" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_data_parallel(capsys):
     one, many = example("data_parallel")(8)
     assert one == pytest.approx(many, rel=1e-4) and one[-1] < 0.5 * one[0]

@@ -147,6 +147,22 @@ def test_masks_and_mods_see_positions(cached):
         assert distance(logits[row, real[row]], alone[0]) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "fields", [{"attention_window": 3}, {"pos_emb_type": "alibi"}, {"pos_emb_type": "relative"}], ids=str
+)
+def test_every_option_goes_by_positions_with_holes_and_in_a_cache(fields):
+    """Padding between the tokens: the same as the text alone, in one call and through a cache."""
+    config = dataclasses.replace(CONFIG, **fields)
+    model, ids, real = TransformerLM(nnx.Rngs(1), config), tokens(1, 8), np.array([[1, 1, 0, 0, 0, 1, 1, 1]], bool)
+    alone = model(ids[real][None])
+    assert distance(model(ids, padding_mask=real)[real], alone[0]) <= 1e-5
+    caches, parts = attnax.init_decoder_kv_caches_from_config(config, batch_size=1), []
+    for chunk in (slice(4), slice(4, 8)):
+        logits, caches = model(ids[:, chunk], padding_mask=real[:, chunk], layer_kv_caches=caches)
+        parts.append(logits)
+    assert distance(jnp.concatenate(parts, axis=1)[real], alone[0]) <= 1e-5
+
+
 def test_given_positions_and_a_padding_mask_agree(models):
     model, call = models[0]["llama-like"], models[1]["llama-like"]
     ids, real = tokens(2, 11), np.ones((2, 11), bool)
@@ -272,6 +288,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_logits():
     model = TransformerLM(nnx.Rngs(1), config)
     hidden = model.decoder(tokens())
     assert hidden.dtype == jnp.bfloat16 and model(tokens()).dtype == jnp.float32
+    untied = TransformerLM(nnx.Rngs(1), dataclasses.replace(config, tie_embeddings=False))(tokens())
+    assert untied.dtype == jnp.float32 and (untied != untied.astype(jnp.bfloat16).astype(jnp.float32)).any()
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
     caches = attnax.init_decoder_kv_caches_from_config(config, batch_size=2)
     assert caches[0].keys.dtype == jnp.bfloat16

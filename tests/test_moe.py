@@ -268,6 +268,7 @@ def test_a_token_that_is_not_finite_spoils_its_own_row_only(bad):
     np.testing.assert_allclose(spoilt[others], out[others], atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_cotangent_that_is_not_finite_reaches_its_own_token_and_its_experts_only():
     run, params, _ = make()
     x = normal(99, *TOKENS, D_MODEL)
@@ -333,6 +334,7 @@ class TestRandomness:
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
+@pytest.mark.thorough
 def test_both_nnx_modes_give_the_same(graph):
     run, params, config = make()
     x = normal(99, *TOKENS, D_MODEL)
@@ -345,6 +347,7 @@ def test_both_nnx_modes_give_the_same(graph):
     assert_close((value, out, aux, gradients), (want[0][0], *want[0][1], want[1][0]))
 
 
+@pytest.mark.thorough
 class TestTransformations:
     def test_eager_equals_jit_and_compiles_once(self, count_compilations):
         run, params, _ = make()

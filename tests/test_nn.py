@@ -349,13 +349,16 @@ class TestConfig:
             ({"ff_activation": "tanh"}, "ff_activation must be one of gelu"),
             ({"norm_eps": 0.0}, "norm_eps must be above 0"),
             ({"rope_base": 1.0}, "rope_base must be above 1"),
+            ({"rope_base": float("inf")}, "rope_base must be above 0"),
+            ({"dropout_rate": "0.1"}, "dropout_rate must be at least 0 and below 1; got dropout_rate='0.1'"),
+            ({"use_bias": ["quary"]}, "use_bias must be True, False, or names among query"),
             ({"use_rope": True, "head_dim": 3}, "rope needs an even number of features"),
             ({"use_rope": True, "pos_emb_type": "learned"}, "use_rope is another way to say pos_emb_type"),
             (
                 {"use_pre_norm": True, "norm_placement": "post"},
                 "another way to say norm_placement; give one of the two",
             ),
-            ({"config": 3}, "every argument must be a field; got config=3"),
+            ({"config": 3}, "config must be a BlockConfig; got int"),
         ],
     )
     def test_wrong_fields_are_refused_in_words(self, fields, words):

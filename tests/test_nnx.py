@@ -70,7 +70,12 @@ def first(result):
     return result[0] if isinstance(result, tuple) else result
 
 
-@pytest.mark.parametrize("name", MODULES)
+QUICK = ("FeedForward", "EncoderBlock with experts", "language model, scanned, tied", "encoder-decoder")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in MODULES]
+)
 def test_both_modes_give_the_same_values_and_gradients_everywhere(name):
     make, arguments = MODULES[name]
     results = []
@@ -114,8 +119,7 @@ def test_a_model_under_every_transformation():
 
 
 KINDS = [
-    pytest.param(kind, marks=() if kind in ("standard", "flash", "linear") else pytest.mark.thorough)
-    for kind in AttentionType
+    pytest.param(kind, marks=() if kind in ("flash", "linear") else pytest.mark.thorough) for kind in AttentionType
 ]
 
 
@@ -177,6 +181,19 @@ class TestEncoderDecoder:
         padded = model(IDS[:1], jnp.array([[1, 2, 3]]), target_padding_mask=real)
         np.testing.assert_allclose(padded[:, :2], model(IDS[:1], jnp.array([[1, 2]])), atol=1e-5)
 
+    def test_both_forms_of_a_padding_mask_are_taken(self):
+        model, real = self.model(), np.array([[True] * 5, [True] * 3 + [False] * 2])
+        one, two = (
+            model.generate(IDS, max_length=3, start_token=1, source_padding_mask=mask).tokens
+            for mask in (real, real[:, None, None, :])
+        )
+        np.testing.assert_array_equal(one, two)
+
+    def test_halves_with_different_experts_keep_their_statistics_apart(self):
+        encoder, decoder = (dataclasses.replace(CONFIG, num_experts=count, top_k=1) for count in (4, 3))
+        model = attnax.Transformer(nnx.Rngs(1), encoder=encoder, decoder=decoder)
+        assert [load.shape for load in model.run(IDS, IDS).aux["expert_load"]] == [(4,), (3,)]
+
     def test_log_probs_are_normalised(self):
         log_probs = self.model().log_probs(IDS, IDS[:, :2])
         np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1.0, atol=1e-5)
@@ -220,6 +237,14 @@ class TestEncoderDecoder:
         decoder = attnax.TransformerDecoder(nnx.Rngs(0), CONFIG, cross_attention=True)
         with pytest.raises(ValueError, match="encoder_output is needed with cross_attention"):
             decoder(IDS)
+        encoded = normal(2, 7, 12)
+        for wrong in (decoder.keys_values(encoded) * 2, decoder.keys_values(encoded)[0], [encoded]):
+            with pytest.raises(ValueError, match="one KeysValues a layer"):
+                decoder(IDS, encoder_output=wrong)
+        with pytest.raises(ValueError, match="encoder_position_ids given"):
+            decoder(IDS, encoder_output=decoder.keys_values(encoded), encoder_position_ids=np.arange(7))
+        with pytest.raises(ValueError, match="cross_mask and encoder_position_ids are for cross-attention"):
+            attnax.TransformerDecoder(nnx.Rngs(0), CONFIG)(IDS, cross_mask=attnax.masks.causal())
         with pytest.raises(ValueError, match="cross_attention=False, encoder_output given"):
             attnax.TransformerDecoder(nnx.Rngs(0), CONFIG)(IDS, encoder_output=X)
 

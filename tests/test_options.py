@@ -144,7 +144,13 @@ def test_weights_of_a_mask_and_a_mod_are_those_of_the_call():
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["standard", "memory_efficient", "flash", "pallas_flash"])
+SOFTMAX = [
+    "flash",
+    *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("standard", "memory_efficient", "pallas_flash")),
+]
+
+
+@pytest.mark.parametrize("kind", SOFTMAX)
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_every_softmax_kernel_gives_the_same(kind, block_size):
     options = BASE | OPTIONS["all together"]
@@ -238,6 +244,54 @@ def test_sinks_need_a_kernel_that_gives_the_log_sum():
     for options in ({"attention_fn": plain}, {"attention_type": "lite"}):
         with pytest.raises(ValueError, match="attention_sinks needs an attention function with return_lse"):
             MultiHeadAttention(nnx.Rngs(0), **BASE, attention_sinks=True, **options)
+    with pytest.raises(ValueError, match="attention_scale needs an attention function with scale"):
+        MultiHeadAttention(nnx.Rngs(0), **BASE, attention_scale=0.3, attention_fn=plain)
+
+
+@pytest.mark.parametrize("kind", ["linear", "lite"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"attention_scale": 0.3}, {"attention_soft_cap": 3.0}, {"attention_window": 3}, {"pos_emb_type": "alibi"}],
+)
+def test_options_of_scores_are_refused_where_there_are_none(kind, fields):
+    with pytest.raises(ValueError, match=f"{kind} attention has no"):
+        MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind, **fields)
+
+
+def test_a_scale_is_as_exact_as_the_kernels_in_low_precision():
+    """It is applied to float32 scores; a query rescaled in bfloat16 would be rounded twice."""
+    attn = MultiHeadAttention(nnx.Rngs(0), **(BASE | {"attention_scale": 0.55, "dtype": "bfloat16"}))
+    x = normal(1, 1, 7, 12).astype(jnp.bfloat16)
+    query, (key, value) = attn._heads(attn.query, x, 6, None), attn.keys_values(x)
+    heads = standard_attention(query, key, value, scale=0.55)
+    np.testing.assert_array_equal(attn(x), attn.out(heads.swapaxes(1, 2).reshape(1, 7, -1)))
+
+
+def scaled_by(slopes):
+    return lambda scores, b, h, q, kv: scores * slopes[h]
+
+
+def test_a_stored_score_mod_may_not_hide_arrays():
+    slope = nnx.Param(jnp.ones(6))
+    for held in (slope, jnp.ones(6), [slope]):
+        with pytest.raises(ValueError, match="must not close over arrays, which get no gradient"):
+            MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=scaled_by(held))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_gives_nothing(shape):
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, qk_norm="head")
+    assert attn(jnp.zeros((*shape, 12))).shape == (*shape, 12)
+    assert (np.asarray(attn(jnp.ones((2, 3, 12)), context=jnp.zeros((2, 0, 12)))) == 0).all()  # and no bias yet
+
+
+def test_a_config_and_sizes_exclude_each_other():
+    with pytest.raises(ValueError, match="a config says the sizes; got it with in_features or qkv_features"):
+        MultiHeadAttention(nnx.Rngs(0), BlockConfig(**BASE), qkv_features=12)
+    attn = MultiHeadAttention(nnx.Rngs(0), **BASE)
+    x = normal(1, 1, 3, 12)
+    with pytest.raises(ValueError, match="got position_ids_kv with KeysValues"):
+        attn(x, context=attn.keys_values(x), position_ids_kv=np.arange(3))
 
 
 ACTIVATIONS = {
@@ -308,6 +362,11 @@ def test_a_decoder_block_is_its_three_sublayers():
     expected = expected + block.feed_forward(block.around_feed_forward.norm_in(expected))
     options = {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
     np.testing.assert_allclose(block(x, encoder_output=encoded, **options), expected, atol=1e-5)
+    cache, parts = attnax.init_kv_layer_cache(2, 3, 4, 6), []
+    for token in range(5):  # rotated by the cache's positions, in cross-attention too
+        part, cache = block(x[:, token : token + 1], encoder_output=encoded, self_attn_kv_cache=cache, **options)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
     contexts = block.cross_attention.keys_values(encoded)
     np.testing.assert_allclose(block(x, encoder_output=contexts, **options), expected, atol=1e-5)
     cache = attnax.init_kv_layer_cache(2, 3, 4, 6)

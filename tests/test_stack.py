@@ -1,6 +1,9 @@
 """Stacks: a loop and a scan are the same model, whatever the layers are, and so is one that computes again."""
 
+import copy
 import dataclasses
+import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +56,14 @@ def runs():
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "loop"])
+@pytest.mark.thorough
 def test_every_form_is_the_same_model_with_the_same_dropout(runs, form):
     (expected, loop_grads), (out, grads) = runs["loop"], runs[form]
     np.testing.assert_allclose(out.hidden, expected.hidden, atol=1e-5)
     assert out.aux.keys() == expected.aux.keys()
     for name, value in expected.aux.items():
         np.testing.assert_allclose(out.aux[name], value, rtol=1e-5, atol=1e-6)
+    assert [load.shape for load in out.aux["expert_load"]] == [(3,)] * 3
     unrolled = nnx.state(with_scan_layers(grads, False), nnx.Param)
     for one, two in zip(jax.tree.leaves(unrolled), jax.tree.leaves(nnx.state(loop_grads, nnx.Param)), strict=True):
         np.testing.assert_allclose(one, two, atol=2e-4, rtol=2e-4)
@@ -92,6 +97,7 @@ def test_caches_of_a_scan_are_those_of_the_loop():
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_stored_streams_go_on_from_call_to_call():
     """Without explicit rngs, each layer draws from its own stream, and the next call draws something else."""
     config = dataclasses.replace(CONFIG, layer_pattern=(), num_layers=3)
@@ -123,6 +129,7 @@ def test_a_layer_has_its_own_config():
         ({"layer_pattern": ({"d_model": 3},)}, "except d_model; got 'd_model'"),
         ({"layer_pattern": ({"num_heads": 5},)}, "d_model must be a multiple of num_heads"),
         ({"layer_pattern": ({"pos_emb_type": "learned"},)}, "a layer's own pos_emb_type must be rope, alibi or none"),
+        ({"num_layers": 1, "layer_pattern": ({}, {"num_heads": 5})}, "d_model must be a multiple of num_heads"),
         ({"layer_pattern": (3,)}, "layer_pattern must be a sequence of mappings; got layer_pattern="),
         ({"remat": "some"}, "remat must be one of none, full"),
         ({"num_layers": 0}, "num_layers must be a whole number, at least 1"),
@@ -132,3 +139,34 @@ def test_a_layer_has_its_own_config():
 def test_wrong_stacks_are_refused_in_words(fields, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **fields)
+
+
+def test_a_config_with_a_pattern_is_a_value():
+    """It hashes, copies, pickles, and goes through JSON."""
+    pattern = [
+        {"use_bias": ["query"], "rope_scaling": {"kind": "linear", "factor": 2.0}, "attention_type": "linear"},
+        {},
+    ]
+    config = dataclasses.replace(CONFIG, layer_pattern=pattern)
+    for same in (
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        TransformerConfig(**json.loads(json.dumps(dataclasses.asdict(config)))),
+    ):
+        assert same == config and hash(same) == hash(config)
+    with pytest.raises(TypeError, match="layer_pattern cannot be changed"):
+        config.layer_pattern[0]["use_bias"] = True
+
+
+@pytest.mark.thorough
+def test_layers_of_another_dtype_leave_the_stream_its_own():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", dropout_rate=0.0, layer_pattern=({"dtype": "float32"}, {}))
+    for scan in (False, True):
+        model = TransformerLM(nnx.Rngs(1), dataclasses.replace(config, num_layers=2, scan_layers=scan))
+        assert model.decoder(IDS).dtype == jnp.bfloat16
+
+
+def test_explicit_randomness_is_not_used_up_where_nothing_is_drawn():
+    rngs = nnx.Rngs(dropout=1)
+    TransformerLM(nnx.Rngs(1), dataclasses.replace(CONFIG, num_layers=1, layer_pattern=()))(IDS, rngs=rngs)
+    assert int(rngs.dropout.count[...]) == 0

@@ -192,6 +192,7 @@ class TestPositions:
         np.testing.assert_allclose(table[1, 3, [0, 1, 6, 7]], np.sin([1, 1 + np.pi / 2, 3, 3 + np.pi / 2]), atol=1e-6)
 
 
+@pytest.mark.thorough
 class TestOtherImageSizes:
     @pytest.mark.parametrize("fields", [{}, {"scan_layers": True}, {"use_cls_token": False, "pool": "mean"}], ids=str)
     def test_the_same_size_changes_nothing(self, fields):
@@ -252,6 +253,7 @@ def results():
 
 
 @variants
+@pytest.mark.thorough
 def test_every_parameter_takes_part(results, variant):
     out, grads = results(variant)
     config = dataclasses.replace(CONFIG, **VARIANTS[variant])
@@ -263,6 +265,7 @@ def test_every_parameter_takes_part(results, variant):
 
 
 @variants
+@pytest.mark.thorough
 def test_scanned_layers_in_tree_mode_give_the_same(results, variant):
     out, grads = results(variant)
     with nnx.set_graph_mode(False):
@@ -305,6 +308,7 @@ def test_a_score_mod_sees_token_indices():
 
 class TestAttentionWeights:
     @pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "branch"])
+    @pytest.mark.thorough
     def test_they_are_those_of_the_call(self, placement):
         model, images = make(norm_placement=placement), make_images()
         seen = []

@@ -104,6 +104,7 @@ def test_long_and_flat_masks_have_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.thorough
 def test_attention_weights_match_float64(dtype):
     query = jax.random.normal(jax.random.key(0), (2, 6, 7, 5), dtype)
     key, value = (jax.random.normal(jax.random.key(seed), (2, 2, 11, 5), dtype) for seed in (1, 2))

@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         temperature: float = 0.0,
         key: Array | None = None,
         *,
-        source_padding_mask: Bool[ArrayLike, "B S"] | None = None,
+        source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         sampler: Sampler | None = None,
     ) -> Generation:
         """Writes a target for each source, in one compiled loop; later calls of the same shape compile nothing.
@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
             end_token: ends a row.
             temperature: of the sampling; 0 takes the likeliest token.
             key: one typed key, or one a row; needed with a temperature.
-            source_padding_mask: (batch, S), True for real tokens.
+            source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             sampler: how tokens are drawn, in place of `temperature`.
 
         Returns:
@@ -175,7 +175,9 @@ class Transformer(nnx.Module):
         check_table(config, 1, max_length)
         self.encoder.embed.tokens.check(source_ids)
         graphdef, state = nnx.split(self)
-        real = None if source_padding_mask is None else jnp.asarray(source_padding_mask)
+        if source_padding_mask is not None:
+            source_padding_mask = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
+        real = source_padding_mask
         contexts = _read_source(graphdef, state, source_ids, real)
         cache = init_decoder_kv_caches_from_config(config, batch_size=batch, max_len=1 + max_length)
         reading = (state, contexts, real)
@@ -212,7 +214,7 @@ class _Step:
 
 
 def _real_tokens(source_ids: ArrayLike, mask: ArrayLike | None) -> Array | None:
-    return None if mask is None else jnp.asarray(mask).reshape(source_ids.shape)
+    return None if mask is None else jnp.asarray(mask).reshape(jnp.shape(source_ids))
 
 
 def _positions(real: Array) -> Array:

@@ -341,10 +341,27 @@ class TransformerDecoder(_TokenTransformer):
                 f"got cross_attention={self.cross_attention}, encoder_output "
                 f"{'given' if encoder_output is not None else 'missing'}."
             )
+        if not self.cross_attention and (cross_mask is not None or encoder_position_ids is not None):
+            raise ValueError(
+                "TransformerDecoder: cross_mask and encoder_position_ids are for cross-attention; got one without. "
+                "Make the decoder with cross_attention=True."
+            )
+        if isinstance(encoder_output, tuple | list):
+            whole = len(encoder_output) == self.config.num_layers and all(
+                isinstance(entry, KeysValues) for entry in encoder_output
+            )
+            if not whole or encoder_position_ids is not None:
+                raise ValueError(
+                    "TransformerDecoder: encoder_output must be an array, or what keys_values gave: one KeysValues a "
+                    f"layer, rotated already; got a {type(encoder_output).__name__} of {len(encoder_output)} for "
+                    f"num_layers={self.config.num_layers}, encoder_position_ids "
+                    f"{'given' if encoder_position_ids is not None else 'not given'}."
+                )
+            encoder_output = tuple(encoder_output)
         cross = {
             "encoder_output": encoder_output,
             "cross_mask": cross_mask,
-            "position_ids_cross_kv": None if isinstance(encoder_output, tuple) else encoder_position_ids,
+            "position_ids_cross_kv": encoder_position_ids,
         }
         return self._run(
             input_ids,
@@ -380,13 +397,13 @@ class TokenHead(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
         tied = config.tie_embeddings
         self.projection = nnx.data(
-            None if tied else Linear(rngs, config, config.d_model, config.vocab_size, bias="head")
+            None if tied else Linear(rngs, config, config.d_model, config.vocab_size, bias="head", logits=True)
         )
         self.soft_cap = config.logit_soft_cap
 
     def __call__(self, hidden: Float[Array, "*L D"], embed: TransformerEmbedding) -> Float[Array, "*L V"]:
         """The logits; `embed` holds the embeddings of the tokens that they are about."""
-        logits = embed.attend(hidden) if self.projection is None else self.projection(hidden).astype(jnp.float32)
+        logits = embed.attend(hidden) if self.projection is None else self.projection(hidden)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 

@@ -87,7 +87,7 @@ class VisionTransformer(nnx.Module):
         self.head = nnx.data(
             None
             if config.num_classes is None
-            else Linear(rngs, with_bias, config.d_model, config.num_classes, bias="head")
+            else Linear(rngs, with_bias, config.d_model, config.num_classes, bias="head", logits=True)
         )
 
     def __call__(
@@ -131,7 +131,7 @@ class VisionTransformer(nnx.Module):
             return out._replace(hidden=tokens)
         rows, columns = self.patches.grid
         pooled = tokens[:, 0] if self.config.pool == "cls" else tokens[:, -rows * columns :].mean(axis=1)
-        return out._replace(hidden=self.head(pooled).astype(jnp.float32))
+        return out._replace(hidden=self.head(pooled))
 
     def attention_weights(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +95,11 @@ class MultiHeadAttention(nnx.Module):
         key_norm: nnx.Module | None = None,
         **fields: Any,
     ):
+        if config is not None and (in_features is not None or qkv_features is not None):
+            raise ValueError(
+                "MultiHeadAttention: a config says the sizes; got it with in_features or qkv_features. "
+                "Use dataclasses.replace(config, d_model=..., head_dim=...)."
+            )
         if in_features is not None:
             fields["d_model"] = in_features
         if qkv_features is not None:
@@ -123,17 +129,19 @@ class MultiHeadAttention(nnx.Module):
                 fraction=config.rope_fraction,
                 scaling=config.rope_scaling,
             )
-        self.rope = rope
+        self.rope = _as_attribute(rope)
         attention_fn = _attention_function(rngs, config) if attention_fn is None else attention_fn
         self.attention_fn = _as_attribute(attention_fn)
+        _refuse_captured_arrays(score_mod)
         self.score_mod = _as_attribute(score_mod)
-        self.sinks = nnx.data(None)
-        if config.attention_sinks:
-            if "return_lse" not in inspect.signature(attention_fn).parameters:
+        for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
+            if getattr(config, field) and keyword not in inspect.signature(attention_fn).parameters:
                 raise ValueError(
-                    "MultiHeadAttention: attention_sinks needs an attention function with return_lse; "
+                    f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
                     f"got attention_fn={attention_fn!r}. Use one of the softmax kernels."
                 )
+        self.sinks = nnx.data(None)
+        if config.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), config.param_dtype))
         self.dropout = Dropout(config.attention_dropout, rngs=rngs)
 
@@ -203,7 +211,7 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_cache = self._gather(
             x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
         )
-        return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], -1)), kv_cache
+        return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
     def attention_weights(
         self,
@@ -252,16 +260,30 @@ class MultiHeadAttention(nnx.Module):
         if context is None:
             key, value = self.keys_values(x, position_ids_q if position_ids_kv is None else position_ids_kv)
         elif isinstance(context, KeysValues):
+            if position_ids_kv is not None:
+                raise ValueError(
+                    "MultiHeadAttention: keys that are projected are rotated too; got position_ids_kv with KeysValues. "
+                    "Give the positions to keys_values."
+                )
             key, value = context
         else:
             self._check_tokens("context", context, self.key, batch)
             key, value = self.keys_values(context, position_ids_kv)
 
         mask = None if mask is None else as_mask(mask)
+        window, alibi = None, None
         if context is None and self.config.attention_window is not None:
             window = sliding_window(self.config.attention_window, causal=False)
+        if context is None and self.config.pos_emb_type == "alibi":
+            alibi = alibi_mod(self.config.num_heads)
+        if kv_cache is None and position_ids_q is not None:  # like RoPE they go by positions, whatever the mask goes by
+            positions = position_ids_q, position_ids_q if position_ids_kv is None else position_ids_kv
+            window = None if window is None else at_positions(window, *positions)
+            alibi = None if alibi is None else at_positions(alibi, *positions)
+        if window is not None:
             mask = window if mask is None else mask & window
-        score_mod = compose_score_mods(self._own_score_mod(alibi=context is None), score_mod)
+        cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
+        score_mod = compose_score_mods(cap, alibi, self.score_mod, score_mod)
         if kv_cache is not None:
             assert position_ids_q is not None
             if mask is not None:  # read at positions, so an array must know all that the cache can hold
@@ -303,11 +325,11 @@ class MultiHeadAttention(nnx.Module):
         score_mod: ScoreMod | None,
         dropout_rng: Array | None,
     ) -> Array:
-        if self.config.attention_scale is not None:  # any attention function divides by sqrt(head_dim)
-            query = query * (self.config.attention_scale * query.shape[-1] ** 0.5)
         batch, num_heads, seq_q, _ = query.shape
         full = (batch, num_heads, seq_q, key.shape[2])
         options: dict[str, Any] = {} if self.sinks is None else {"return_lse": True}
+        if self.config.attention_scale is not None:
+            options["scale"] = self.config.attention_scale
         heads = self.attention_fn(
             query,
             key,
@@ -325,21 +347,13 @@ class MultiHeadAttention(nnx.Module):
         share = jax.nn.sigmoid(lse - self.sinks[...].astype(lse.dtype)[None, :, None])  # of the keys beside the sink
         return (heads * share[..., None]).astype(heads.dtype)
 
-    def _own_score_mod(self, *, alibi: bool) -> ScoreMod | None:
-        cap = self.config.attention_soft_cap
-        return compose_score_mods(
-            None if cap is None else soft_cap_mod(cap),
-            alibi_mod(self.config.num_heads) if alibi and self.config.pos_emb_type == "alibi" else None,
-            self.score_mod,
-        )
-
     def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
         batch, length, _ = x.shape
         projected = layer(x)
         if norm is not None:  # over a head, or over all of them
             width = norm.num_features
-            projected = norm(projected.reshape(batch, length, -1, width))
-        return projected.reshape(batch, length, num_heads, -1).swapaxes(1, 2)
+            projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
+        return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
         fits = tokens.ndim == 3 and tokens.shape[2] == layer.in_features and batch in (None, tokens.shape[0])
@@ -410,6 +424,21 @@ def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
 def _as_attribute(function: Any) -> Any:
     """The function as an attribute of a module: state if it holds arrays."""
     return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
+
+
+def _refuse_captured_arrays(score_mod: ScoreMod | None) -> None:
+    """Raises ValueError for a function whose arrays a module could not see, so that they would get no gradient."""
+    cells = getattr(score_mod, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != types.CellType()]
+    if any(isinstance(leaf, jax.Array | nnx.Variable | nnx.Module) for leaf in jax.tree.leaves(held, is_leaf=_is_nnx)):
+        raise ValueError(
+            "MultiHeadAttention: a score_mod that a layer keeps must not close over arrays, which get no gradient; "
+            f"got score_mod={score_mod!r}. Make it a registered dataclass or an nnx.Module, or give it to the call."
+        )
+
+
+def _is_nnx(node: Any) -> bool:
+    return isinstance(node, nnx.Variable | nnx.Module)
 
 
 def _head_dim(qkv_features: int, num_heads: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from attnax.cache import KVLayerCache
@@ -28,16 +29,17 @@ class Output(NamedTuple):
     Attributes:
         hidden: (batch, T, d_model); logits (batch, T, vocab_size) from a language model.
         caches: the new cache of a block, the tuple of them of a stack, or None.
-        aux: losses and statistics by name, summed over the layers.
+        aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
+            tuple of one array a mixture. They count every token, padding too.
     """
 
     hidden: Array
     caches: Any
-    aux: dict[str, Array]
+    aux: dict[str, Any]
 
 
-def add_aux(left: dict[str, Array], right: dict[str, Array]) -> dict[str, Array]:
-    """The sums of what both hold, and what only one holds."""
+def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """The sums of what both hold (tuples one after the other), and what only one holds."""
     return left | {name: left[name] + value if name in left else value for name, value in right.items()}
 
 
@@ -70,7 +72,8 @@ class Residual(nnx.Module):
         branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        return self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs), extra
+        branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
+        return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 
     def __call__(
         self,
@@ -83,7 +86,7 @@ class Residual(nnx.Module):
         """The new stream, and whatever else `sublayer` returns."""
         branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
         x = x + branch
-        return (x if self.norm_sum is None else self.norm_sum(x)), extra
+        return (x if self.norm_sum is None else self.norm_sum(x).astype(x.dtype)), extra
 
 
 class EncoderBlock(nnx.Module):
@@ -156,7 +159,7 @@ class EncoderBlock(nnx.Module):
                 x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
             )
 
-        def feed_forward(x: Array) -> tuple[Array, dict[str, Array]]:
+        def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
             return _with_aux(self.feed_forward(x, **mode))
 
         if self.parallel:
@@ -240,8 +243,8 @@ class DecoderBlock(nnx.Module):
             self_mask: who attends whom within x.
             cross_mask: which tokens of x attend which of the encoder, by index.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids_self: positions of x for self-attention.
-            position_ids_cross_q: positions of x for RoPE in cross-attention.
+            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or what follows the cache.
+            position_ids_cross_q: positions of x for RoPE in cross-attention, by default those of self-attention.
             position_ids_cross_kv: positions of the encoder's output for RoPE.
             score_mod: applied to the scores of self-attention.
             self_attn_kv_cache: x is appended to it and attends all of it.
@@ -281,6 +284,10 @@ class DecoderBlock(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
+        if position_ids_self is None and cache is not None:
+            position_ids_self = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        if position_ids_cross_q is None:
+            position_ids_cross_q = position_ids_self
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, KVLayerCache | None]:
@@ -299,7 +306,7 @@ class DecoderBlock(nnx.Module):
             )
             return out, None
 
-        def feed_forward(x: Array) -> tuple[Array, dict[str, Array]]:
+        def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
             return _with_aux(self.feed_forward(x, **mode))
 
         x, cache = self.around_attention(x, attend, **mode)
@@ -312,5 +319,8 @@ def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureO
     return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
 
 
-def _with_aux(result: Any) -> tuple[Array, dict[str, Array]]:
-    return (result, {}) if isinstance(result, jax.Array) else result
+def _with_aux(result: Any) -> tuple[Array, dict[str, Any]]:
+    if isinstance(result, jax.Array):
+        return result, {}
+    out, aux = result
+    return out, aux | {"expert_load": (aux["expert_load"],)}  # a mixture's experts are its own: not to be added up

@@ -54,12 +54,13 @@ class FeedForward(nnx.Module):
     def __init__(
         self,
         rngs: nnx.Rngs,
-        d_model: int | BlockConfig,
+        d_model: int | BlockConfig = BlockConfig.d_model,
         d_ff: int | None = None,
         dropout_rate: float | None = None,
         ff_activation: str | None = None,
         **fields: Any,
     ):
+        d_model = fields.pop("config", d_model)
         given = {"d_ff": d_ff, "dropout_rate": dropout_rate, "ff_activation": ff_activation}
         fields.update({name: value for name, value in given.items() if value is not None})
         if isinstance(d_model, BlockConfig):

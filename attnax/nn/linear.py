@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from attnax.config import BlockConfig, Initializer
@@ -22,6 +23,7 @@ class Linear(nnx.Linear):
         out_features: width of the output.
         bias: the name of the layer in the config's `use_bias`.
         scale: of the initial weights, relative to the config's `kernel_init`.
+        logits: the result is at least float32, not rounded to the config's dtype.
 
     With the leading axes merged XLA's CPU backend needs no transposed copy of the activations in the backward pass;
     `benchmarks/layout.py` measures what that saves.
@@ -36,6 +38,7 @@ class Linear(nnx.Linear):
         *,
         bias: str,
         scale: float = 1.0,
+        logits: bool = False,
     ):
         super().__init__(
             in_features,
@@ -44,6 +47,7 @@ class Linear(nnx.Linear):
             kernel_init=make_initializer(config.kernel_init, config.init_std, scale),
             dtype=config.dtype,
             param_dtype=config.param_dtype,
+            preferred_element_type=jnp.promote_types(config.dtype, jnp.float32) if logits else None,
             rngs=rngs,
         )
 

@@ -69,7 +69,7 @@ class Stack(nnx.Module):
             **options: those that all layers share.
 
         Returns:
-            The stream, the tuple of the new caches if there are any, and aux summed over the layers.
+            The stream, the tuple of the new caches if there are any, and aux of all layers.
         """
         options["deterministic"] = deterministic
         given = {name: entries for name, entries in (each or {}).items() if entries is not None}
@@ -77,15 +77,16 @@ class Stack(nnx.Module):
         for name, entries in given.items():
             for layer, entry in zip(layers, entries, strict=True):
                 layer[name] = entry
-        if rngs is not None and not deterministic and ("dropout" in rngs or "default" in rngs):
+        draws = _draws(self, deterministic)
+        if rngs is not None and draws and ("dropout" in rngs or "default" in rngs):
             for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
                 layer["key"] = key
         elif rngs is not None:
             options["rngs"] = rngs
-        stored = rngs is None and _draws(self, deterministic)
+        stored = rngs is None and draws
         scanned = self.config.num_layers - len(self.blocks)
         caches: list[Any] = []
-        aux: dict[str, Array] = {}
+        aux: dict[str, Any] = {}
         if scanned:
             x, caches, aux = self._scan(x, layers[:scanned], options, stored)
         for block, layer in zip(self.blocks, layers[scanned:], strict=True):
@@ -96,7 +97,7 @@ class Stack(nnx.Module):
 
     def _run_block(
         self, block: Any, x: Array, layer: dict[str, Any], options: dict[str, Any], stored: bool
-    ) -> tuple[Array, Any, dict[str, Array]]:
+    ) -> tuple[Array, Any, dict[str, Any]]:
         if self.config.remat == "none":
             return block.run(x, **_with_rngs(layer), **options)
         graphdef, state = nnx.split(block)
@@ -107,7 +108,7 @@ class Stack(nnx.Module):
 
     def _scan(
         self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any], stored: bool
-    ) -> tuple[Array, list[Any], dict[str, Array]]:
+    ) -> tuple[Array, list[Any], dict[str, Any]]:
         places = len(self.periods)
         graphdefs, states = zip(*(nnx.split(block) for block in self.periods), strict=True)
         functions = [self._as_function(graphdef, options) for graphdef in graphdefs]
@@ -121,12 +122,13 @@ class Stack(nnx.Module):
             return x, outputs
 
         x, outputs = lax.scan(run_period, x, (list(states), stacked))
-        caches: list[Any] = [None] * len(layers)
-        aux: dict[str, Array] = {}
-        for place, (block, (cache, block_aux, streams)) in enumerate(zip(self.periods, outputs, strict=True)):
-            for period in range(len(layers) // places):
-                caches[period * places + place] = jax.tree.map(lambda array, period=period: array[period], cache)
-            aux = add_aux(aux, {name: value.sum(0) for name, value in block_aux.items()})
+        caches: list[Any] = []
+        aux: dict[str, Any] = {}
+        for layer in range(len(layers)):
+            cache, block_aux, _ = outputs[layer % places]
+            caches.append(jax.tree.map(lambda array, period=layer // places: array[period], cache))
+            aux = add_aux(aux, jax.tree.map(lambda array, period=layer // places: array[period], block_aux))
+        for block, (_, _, streams) in zip(self.periods, outputs, strict=True):
             if stored:
                 nnx.update(block, streams)
         return x, caches, aux
@@ -195,7 +197,7 @@ def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
-    """Whether a call draws from the dropout streams that the module stores."""
+    """Whether a call needs randomness."""
     return any(
         isinstance(layer, Dropout)
         and layer.rate > 0.0

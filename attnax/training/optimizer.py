@@ -100,5 +100,5 @@ class OptimizerConfig:
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:
     """Matrices do; norms, biases and sinks do not, nor where a stack or a mixture holds many of them in one array."""
-    names = [str(getattr(key, "key", key)) for key in path]
-    return parameter.ndim > 1 and not any(word in names[-1] for word in ("bias", "scale", "sinks"))
+    name = next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
+    return parameter.ndim > 1 and not any(word in name for word in ("bias", "scale", "sinks"))
