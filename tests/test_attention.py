@@ -14,7 +14,10 @@ from jax.test_util import check_grads
 
 from attnax import masks
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+QUICK = "tiles of 4"  # the others see the same cases in CI
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=() if name == QUICK else pytest.mark.thorough) for name in BACKENDS]
+)
 cases = pytest.mark.parametrize("case", CASES)
 
 

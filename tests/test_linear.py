@@ -79,7 +79,7 @@ def exact(query, key, value, keep, cotangent=None):
 
 @causality
 @shapes
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padding"])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["", "padding"])
 def test_output_and_gradients_match_float64(shape, causal, padded):
     query, key, value, cotangent = arrays(shape)
     lengths = LENGTHS[: len(query)] if padded else None

@@ -58,6 +58,7 @@ def difference(actual, expected):
 
 @dtypes
 @calls
+@pytest.mark.thorough
 def test_self_attention_matches_flax(dtype, call):
     theirs, ours = make_pair(dtype)
     x = inputs(BATCH, LENGTH, WIDTH, dtype=dtype)

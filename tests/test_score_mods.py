@@ -143,7 +143,13 @@ def test_a_mod_is_its_formula(name):
     np.testing.assert_allclose(mod(jnp.asarray(scores), *masks.index_grid(*FULL)), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [standard_attention, tiles_of_4], ids=["standard", "tiles of 4"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(standard_attention, marks=pytest.mark.thorough, id="standard"),
+        pytest.param(tiles_of_4, id="tiles of 4"),
+    ],
+)
 @pytest.mark.parametrize("name", ALL)
 def test_attention_under_a_mod_is_that_under_its_formula(kernel, name):
     mod, formula = ALL[name]
@@ -348,7 +354,13 @@ def test_wrong_input_is_refused_in_words(make, words):
 AT_POSITIONS = functools.partial(masks.at_positions, q_positions=np.arange(13), kv_positions=np.arange(13))
 
 
-@pytest.mark.parametrize("kernel", [standard_attention, tiles_of_4], ids=["standard", "tiles of 4"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(standard_attention, marks=pytest.mark.thorough, id="standard"),
+        pytest.param(tiles_of_4, id="tiles of 4"),
+    ],
+)
 @pytest.mark.parametrize(
     ("mod", "words"),
     [

@@ -142,8 +142,14 @@ def test_the_patch_kernel_is_that_of_a_convolution():
 
 
 class TestDependence:
-    def test_every_patch_moves_every_token(self):
-        assert moved_by_each_patch(make(num_classes=None)) == [[True] * (PREFIX + PATCHES)] * PATCHES
+    @pytest.mark.parametrize(
+        "kind",
+        [pytest.param(kind, marks=() if kind == "flash" else pytest.mark.thorough) for kind in AttentionType],
+    )
+    def test_every_patch_moves_every_token(self, kind):
+        assert (
+            moved_by_each_patch(make(num_classes=None, attention_type=kind)) == [[True] * (PREFIX + PATCHES)] * PATCHES
+        )
 
     @pytest.mark.parametrize("pool", ["cls", "mean"])
     def test_every_patch_moves_the_logits(self, pool):
