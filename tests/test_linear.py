@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from attnax import masks
 from attnax.kernels.linear import LinearState, linear_attention
 
+pytestmark = pytest.mark.thorough
+
 LENGTHS = np.array([11, 5])
 SHAPES = {  # batch, heads, kv_heads, seq_q, seq_kv, head_dim, value_dim
     "grouped": (2, 6, 2, 13, 13, 5, 7),
@@ -79,7 +81,7 @@ def exact(query, key, value, keep, cotangent=None):
 
 @causality
 @shapes
-@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["", "padding"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padding"])
 def test_output_and_gradients_match_float64(shape, causal, padded):
     query, key, value, cotangent = arrays(shape)
     lengths = LENGTHS[: len(query)] if padded else None
@@ -96,7 +98,6 @@ def test_output_and_gradients_match_float64(shape, causal, padded):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 13, 64])
-@pytest.mark.thorough
 def test_chunk_size_changes_nothing(chunk_size):
     query, key, value, cotangent = arrays()
     expected, expected_pull = jax.vjp(partial(linear_attention, chunk_size=7), query, key, value)
@@ -163,7 +164,6 @@ def test_poison_in_padding_changes_nothing(bad, causal):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
-@pytest.mark.thorough
 def test_poison_reaches_only_the_rows_that_attend_it(bad, where, chunk_size):
     *inputs, cotangent = arrays()
     run = partial(linear_attention, chunk_size=chunk_size)
@@ -210,7 +210,6 @@ def test_outputs_depend_on_the_keys_that_they_attend_and_no_other(causal):
 
 
 @pytest.mark.parametrize("splits", [[0, 13], [1, 2, 3, 11], [6], [5, 5, 8], list(range(1, 13))])
-@pytest.mark.thorough
 def test_pieces_by_state_equal_the_whole(splits):
     query, key, value, _ = arrays()
     real = np.stack([np.arange(13) < 11, np.arange(13) >= 5])
@@ -227,7 +226,6 @@ def test_pieces_by_state_equal_the_whole(splits):
         np.testing.assert_allclose(have, want, atol=1e-5)
 
 
-@pytest.mark.thorough
 def test_gradients_flow_through_the_state():
     query, key, value, cotangent = arrays()
 
@@ -338,7 +336,6 @@ def test_runs_inside_shard_map(causal):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.thorough
 def test_second_derivatives_match_a_dense_computation():
     query, key, value, cotangent = (x[:1, :2, :5] for x in arrays("multi-head"))
 

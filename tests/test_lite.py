@@ -14,6 +14,8 @@ from attnax import masks
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels.lite import lite_attention
 
+pytestmark = pytest.mark.thorough
+
 LENGTHS = np.array([11, 5])
 SHAPES = {  # batch, heads, kv_heads, length, head_dim, value_dim
     "grouped": (2, 6, 2, 13, 5, 7),
@@ -95,7 +97,6 @@ def test_output_and_gradients_match_float64(shape, causal):
 
 
 @causality
-@pytest.mark.thorough
 def test_padding_is_zero_and_counts_for_nothing(causal):
     *inputs, cotangent = arrays()
     out, pull = jax.vjp(partial(attend, mask=mask_of(causal, REAL)), *inputs)

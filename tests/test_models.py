@@ -41,7 +41,10 @@ VARIANTS = {
     "post-norm sinusoidal": dataclasses.replace(CONFIG, norm_placement="post", pos_emb_type="sinusoidal"),
     "sandwich, no positions": dataclasses.replace(CONFIG, norm_placement="sandwich", pos_emb_type="none"),
 }
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=() if index < 2 else pytest.mark.thorough) for index, name in enumerate(VARIANTS)],
+)
 
 
 @pytest.fixture(scope="module")

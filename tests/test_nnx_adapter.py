@@ -9,6 +9,8 @@ from flax import nnx
 from attnax import masks, standard_attention
 from attnax.kernels.nnx_adapter import nnx_attention_fn
 
+pytestmark = pytest.mark.thorough
+
 BATCH, LENGTH, KEYS, HEADS, WIDTH = 2, 13, 17, 6, 30
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
@@ -58,7 +60,6 @@ def difference(actual, expected):
 
 @dtypes
 @calls
-@pytest.mark.thorough
 def test_self_attention_matches_flax(dtype, call):
     theirs, ours = make_pair(dtype)
     x = inputs(BATCH, LENGTH, WIDTH, dtype=dtype)
@@ -69,7 +70,6 @@ def test_self_attention_matches_flax(dtype, call):
 
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=["", "grouped", "norms"])
-@pytest.mark.thorough
 def test_cross_attention_matches_flax(dtype, options):
     theirs, ours = make_pair(dtype, in_kv_features=7, **options)
     x, y = inputs(BATCH, LENGTH, WIDTH, dtype=dtype), inputs(BATCH, KEYS, 7, dtype=dtype, seed=2)
@@ -83,7 +83,6 @@ def test_cross_attention_matches_flax(dtype, options):
 
 @dtypes
 @calls
-@pytest.mark.thorough
 def test_parameter_gradients_match_flax(dtype, call):
     x, cotangent = inputs(BATCH, LENGTH, WIDTH, dtype=dtype), inputs(BATCH, LENGTH, WIDTH, seed=3)
     theirs, ours = make_pair(dtype)
@@ -97,7 +96,6 @@ def test_parameter_gradients_match_flax(dtype, call):
 
 
 @dtypes
-@pytest.mark.thorough
 def test_decoding_with_flax_cache_matches_flax(dtype):
     theirs, ours = make_pair(dtype, decode=True)
     x = inputs(BATCH, LENGTH, WIDTH, dtype=dtype)
@@ -112,7 +110,6 @@ def test_decoding_with_flax_cache_matches_flax(dtype):
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=["none", "two"])
-@pytest.mark.thorough
 def test_other_numbers_of_batch_axes(batch):
     layer = make_layer(attention_fn=nnx_attention_fn())
     x = inputs(*batch, LENGTH, WIDTH)

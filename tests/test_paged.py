@@ -26,6 +26,8 @@ from attnax.paged_cache import (
 )
 from attnax.typing import pytree_dataclass
 
+pytestmark = pytest.mark.thorough
+
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, QUERIES = 6, 2, 5, 7, 5
 LENGTHS = np.array([311, 0, 257, 3, 131])  # more than a chunk, nothing, one more than a chunk, fewer than the queries
 BATCH, CAPACITY = len(LENGTHS), 331

@@ -57,7 +57,10 @@ VARIANTS = {
         "attention_sinks": True,
     },
 }
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=() if index < 2 else pytest.mark.thorough) for index, name in enumerate(VARIANTS)],
+)
 
 
 call = nnx.jit(VisionTransformer.__call__, static_argnames=("deterministic", "score_mod"))
