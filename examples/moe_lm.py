@@ -8,11 +8,13 @@ are used: the load-balance loss is 1 where all of them get the same share.
 
 import argparse
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
 from attnax import TransformerConfig, TransformerLM
 from attnax.training import OptimizerConfig, TokenStream, Trainer, byte_tokenizer, read_corpus
@@ -38,6 +40,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--data", default=None, help="a file, a folder or a glob; by default the standard library")
+    parser.add_argument("--out", type=Path, default=Path("moe.png"), help="where the picture of the loads goes")
     options = parser.parse_args(arguments)
     corpus, tokenizer = read_corpus(options.data), byte_tokenizer()
     stream = TokenStream(
@@ -52,18 +55,24 @@ def main(arguments=None):
         loads = aux.pop("expert_load")  # one array a layer with experts; the numbers are sums over these layers
         return {name: value / len(loads) for name, value in aux.items()}, jnp.stack(loads)
 
-    state, losses = trainer.init(), []
+    state, losses, history = trainer.init(), [], []
     for step in range(options.steps):
         batch = stream.batch(step, 8, seed=0)
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics.loss))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
             aux, loads = statistics(state.params, jnp.asarray(batch))
+            history.append((step, np.asarray(loads[-1])))
             load = " ".join(f"{share:4.0%}" for share in np.asarray(loads[-1]))
             print(
                 f"step {step:4}  loss {losses[-1]:.3f}  balance {float(aux['load_balance_loss']):.2f}  "
                 f"entropy {float(aux['router_entropy']):.2f} of {np.log(8):.2f}  last layer's experts {load}"
             )
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.stackplot([step for step, _ in history], np.stack([load for _, load in history]).T)
+    axes.set(xlabel="step", ylabel="share of the tokens", title="The last layer's experts", ylim=(0, 1))
+    figure.savefig(options.out)
     return losses[0], losses[-1]
 
 

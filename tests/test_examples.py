@@ -18,8 +18,9 @@ def test_custom_mask(tmp_path, capsys):
 
 
 @pytest.mark.thorough
-def test_moe_lm(capsys):
-    first, last = example("moe_lm")(["--steps", "12", "--data", str(EXAMPLES)])
+def test_moe_lm(capsys, tmp_path):
+    first, last = example("moe_lm")(["--steps", "12", "--data", str(EXAMPLES), "--out", str(tmp_path / "moe.png")])
+    assert (tmp_path / "moe.png").stat().st_size > 1000
     assert last < 0.8 * first and "experts" in capsys.readouterr().out
 
 

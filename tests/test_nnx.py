@@ -62,8 +62,8 @@ class _Bound(nnx.Module):
     def __init__(self, block):
         self.block = block
 
-    def __call__(self, x, encoded):
-        return self.block(x, encoder_output=encoded)
+    def __call__(self, x, encoded, **options):
+        return self.block(x, encoder_output=encoded, **options)
 
 
 def first(result):
@@ -95,6 +95,28 @@ def test_both_modes_give_the_same_values_and_gradients_everywhere(name):
         np.testing.assert_array_equal(one, two)
         assert jnp.isfinite(one).all()
     assert sum((grad != 0).any() for grad in results[0][1:]) >= len(results[0]) - 2  # a key's bias may have none
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_under_every_transformation(name):
+    make, arguments = MODULES[name]
+    module = make(nnx.Rngs(1))
+    expected = first(module(*arguments))
+    compiled = nnx.jit(lambda module, *arguments: first(module(*arguments)))
+    np.testing.assert_allclose(compiled(module, *arguments), expected, atol=1e-5)
+    rows = [argument[:, None] for argument in arguments]  # each row of the batch by itself
+    mapped = nnx.vmap(lambda module, *arguments: first(module(*arguments)), in_axes=(None, *[0] * len(rows)))
+    np.testing.assert_allclose(mapped(module, *rows)[:, 0], expected, atol=1e-5)
+    grads = nnx.grad(lambda module: (first(module(*arguments)) ** 2).sum())(module)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    if any(isinstance(layer, nn.Dropout) for _, layer in nnx.iter_modules(module)):
+        view = nnx.view(module, deterministic=False, raise_if_not_found=False)
+        np.testing.assert_allclose(first(view(*arguments)), expected, atol=1e-5)  # at rate 0 training changes nothing
+        module.train()
+        np.testing.assert_allclose(first(module(*arguments, rngs=nnx.Rngs(3))), expected, atol=1e-5)
+        module.eval()
+    np.testing.assert_allclose(first(module(*arguments)), expected, atol=1e-6)
 
 
 def test_a_model_under_every_transformation():
