@@ -97,8 +97,8 @@ def main(
     optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate).build()
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, opt_state, source, target):  # type: ignore[no-untyped-def]
-        def loss_of(params):  # type: ignore[no-untyped-def]
+    def train_step(params, opt_state, source, target):
+        def loss_of(params):
             logits = nnx.merge(graphdef, params, rest)(source, target[:, :-1], source_padding_mask=source != 0)
             return optax.softmax_cross_entropy_with_integer_labels(logits, target[:, 1:]).mean()
 

@@ -83,7 +83,7 @@ def main(
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     print(f"{sum(array.size for array in jax.tree.leaves(params)):,} parameters")
 
-    def apply(params, source, target, **options):  # type: ignore[no-untyped-def]
+    def apply(params, source, target, **options):
         return nnx.merge(graphdef, params, rest)(
             source,
             target,
@@ -93,10 +93,10 @@ def main(
         )
 
     @jax.jit
-    def train_step(state, batch, key):  # type: ignore[no-untyped-def]
+    def train_step(state, batch, key):
         inputs, labels = batch.target[:, :-1], batch.target[:, 1:]
 
-        def loss_of(params):  # type: ignore[no-untyped-def]
+        def loss_of(params):
             rngs = nnx.Rngs(dropout=jax.random.fold_in(key, state.step))
             logits = state.apply_fn(params, batch.source, inputs, deterministic=False, rngs=rngs)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -16,7 +16,7 @@ from attnax.generation import loop
 from attnax.generation.loop import Generation
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
-from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, check_table
+from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, check_table, count_positions
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
@@ -106,15 +106,17 @@ class Transformer(nnx.Module):
     ) -> Output:
         """The call with logits in `hidden` and the losses of both halves in `aux`."""
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        encoded = self.encoder.run(source_ids, padding_mask=source_padding_mask, **mode)
-        real = _real_tokens(source_ids, source_padding_mask)
+        source_ids, real = jnp.asarray(source_ids), None
+        if source_padding_mask is not None:
+            real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
+        encoded = self.encoder.run(source_ids, padding_mask=real, **mode)
         out = self.decoder.run(
             target_ids,
             padding_mask=target_padding_mask,
             score_mod=score_mod,
             encoder_output=encoded.hidden,
             cross_mask=None if real is None else padding(real),
-            encoder_position_ids=None if real is None else _positions(real),
+            encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
             **mode,
         )
         return Output(self.head(out.hidden, self.decoder.embed), None, add_aux(encoded.aux, out.aux))
@@ -188,7 +190,7 @@ class Transformer(nnx.Module):
 def _read_source(graphdef: Any, state: Any, source_ids: Array, real: Array | None) -> tuple[KeysValues, ...]:
     model = nnx.merge(graphdef, state)
     encoded = model.encoder(source_ids, padding_mask=real, deterministic=True)
-    return model.decoder.keys_values(encoded, None if real is None else _positions(real))
+    return model.decoder.keys_values(encoded, None if real is None else count_positions(real.shape, real, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +213,3 @@ class _Step:
             deterministic=True,
         )
         return model.head(out.hidden[:, -1], model.decoder.embed), out.caches
-
-
-def _real_tokens(source_ids: ArrayLike, mask: ArrayLike | None) -> Array | None:
-    return None if mask is None else jnp.asarray(mask).reshape(jnp.shape(source_ids))
-
-
-def _positions(real: Array) -> Array:
-    return jnp.where(real, jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, -1)

@@ -20,7 +20,7 @@ from attnax.nn.norms import norm_of
 from attnax.nn.stack import Stack
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod, check_positions
 
-__all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "check_table"]
+__all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "check_table", "count_positions"]
 
 
 class _TokenTransformer(nnx.Module):
@@ -69,7 +69,7 @@ class _TokenTransformer(nnx.Module):
             position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
-            position_ids = _count_positions(input_ids.shape, real, caches)
+            position_ids = count_positions(input_ids.shape, real, caches)
         if position_ids is not None and caches is None:  # with a cache, attention does this
             batch, length = input_ids.shape
             if mask is not None:
@@ -416,7 +416,7 @@ def check_table(config: TransformerConfig, length: int, max_new_tokens: int) -> 
         )
 
 
-def _count_positions(
+def count_positions(
     shape: tuple[int, ...], real: Array | None, caches: tuple[KVLayerCache, ...] | None
 ) -> Int[Array, "B T"]:
     """Real tokens count on from what the caches hold; padding is at -1."""
