@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from attnax import masks as masks
     from attnax import reference as reference
     from attnax.cache import KVLayerCache as KVLayerCache
+    from attnax.cache import LinearLayerCache as LinearLayerCache
+    from attnax.cache import LinearState as LinearState
+    from attnax.cache import RingKVCache as RingKVCache
     from attnax.cache import init_decoder_kv_caches as init_decoder_kv_caches
     from attnax.cache import init_decoder_kv_caches_from_config as init_decoder_kv_caches_from_config
     from attnax.cache import init_kv_layer_cache as init_kv_layer_cache
+    from attnax.cache import init_linear_layer_cache as init_linear_layer_cache
+    from attnax.cache import init_ring_kv_cache as init_ring_kv_cache
     from attnax.cache import update_kv_layer_cache as update_kv_layer_cache
     from attnax.config import AttentionType as AttentionType
     from attnax.config import BlockConfig as BlockConfig
@@ -29,10 +34,10 @@ if TYPE_CHECKING:
     from attnax.config import VisionTransformerConfig as VisionTransformerConfig
     from attnax.generation.loop import Generation as Generation
     from attnax.generation.samplers import Sampler as Sampler
+    from attnax.kernels.cached import cached_attention as cached_attention
     from attnax.kernels.flash import flash_attention as flash_attention
     from attnax.kernels.flash import memory_efficient_attention as memory_efficient_attention
     from attnax.kernels.flash import why_not_cudnn as why_not_cudnn
-    from attnax.kernels.linear import LinearState as LinearState
     from attnax.kernels.linear import linear_attention as linear_attention
     from attnax.kernels.lite import lite_attention as lite_attention
     from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
@@ -92,6 +97,7 @@ if TYPE_CHECKING:
     from attnax.paged_cache import gather_kv as gather_kv
     from attnax.paged_cache import gather_rows as gather_rows
     from attnax.paged_cache import init_paged_kv_cache as init_paged_kv_cache
+    from attnax.paged_cache import init_paged_kv_caches_from_config as init_paged_kv_caches_from_config
     from attnax.typing import AttentionFn as AttentionFn
     from attnax.typing import MaskMod as MaskMod
     from attnax.typing import ScoreMod as ScoreMod
@@ -99,9 +105,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache": (
         "KVLayerCache",
+        "LinearLayerCache",
+        "LinearState",
+        "RingKVCache",
         "init_decoder_kv_caches",
         "init_decoder_kv_caches_from_config",
         "init_kv_layer_cache",
+        "init_linear_layer_cache",
+        "init_ring_kv_cache",
         "update_kv_layer_cache",
     ),
     "config": (
@@ -116,15 +127,13 @@ _HOMES = {
         "VisionTransformerConfig",
     ),
     "generation": ("Generation", "Sampler"),
+    "kernels.cached": ("cached_attention",),
     "kernels.flash": (
         "flash_attention",
         "memory_efficient_attention",
         "why_not_cudnn",
     ),
-    "kernels.linear": (
-        "LinearState",
-        "linear_attention",
-    ),
+    "kernels.linear": ("linear_attention",),
     "kernels.lite": ("lite_attention",),
     "kernels.nnx_adapter": ("nnx_attention_fn",),
     "kernels.paged": ("paged_attention",),
@@ -145,6 +154,7 @@ _HOMES = {
     "paged_cache": (
         "PagedKVCache",
         "init_paged_kv_cache",
+        "init_paged_kv_caches_from_config",
         "allocate_blocks",
         "append_kv",
         "gather_kv",

@@ -1,23 +1,143 @@
-"""The keys and values of what was read so far, as a pytree of fixed shape, so that decoding compiles once."""
+"""What a layer remembers of the tokens read so far, as pytrees of fixed shape, so that decoding compiles once.
+
+Every kind of cache obeys `LayerCache`, and attention takes any of them:
+
+- `KVLayerCache`: tokens lie in the order in which they were written, padding included;
+- `RingKVCache`: the token at position p of a row lies in slot p % slots, so that rows of different lengths waste
+  nothing, tokens can be taken back, and a layer with a window needs the memory of the window only;
+- `LinearLayerCache`: the sums of linear attention, of one size whatever the length;
+- `attnax.paged_cache.PagedKVCache`: all rows share a pool of blocks.
+
+Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head of each token has a scale of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from attnax.config import TransformerConfig
+from attnax.config import AttentionType, BlockConfig, TransformerConfig
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete, pytree_dataclass
 
 __all__ = [
+    "Int8Rows",
     "KVLayerCache",
+    "LayerCache",
+    "LinearLayerCache",
+    "LinearState",
+    "RingKVCache",
+    "StoredTokens",
+    "decode_rows",
+    "encode_rows",
+    "forget",
     "init_decoder_kv_caches",
     "init_decoder_kv_caches_from_config",
     "init_kv_layer_cache",
+    "init_linear_layer_cache",
+    "init_ring_kv_cache",
+    "select_rows",
     "update_kv_layer_cache",
+    "zero_rows",
 ]
+
+Caches = TypeVar("Caches")
+
+
+@pytree_dataclass
+class Int8Rows:
+    """Vectors (..., H) as 8-bit integers, each with a scale: x is about codes * scales.
+
+    The largest element of a vector is exact to rounding; the error of the others is at most half a step,
+    max|x| / 254. A vector that holds a NaN or infinity is read as NaN.
+    """
+
+    codes: Int[Array, "*L H"]
+    scales: Float[Array, "*L 1"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the vectors, as of an array that holds them."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of what `decode_rows` computes."""
+        return self.scales.dtype
+
+
+Rows = Array | Int8Rows
+"""Vectors as a cache stores them: an array of a floating dtype, or 8-bit integers with scales."""
+
+
+def zero_rows(shape: tuple[int, ...], dtype: Any) -> Rows:
+    """Storage for vectors of `shape` (..., H); `dtype` is a floating one, or int8."""
+    if jnp.dtype(dtype) == jnp.int8:
+        return Int8Rows(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+    return jnp.zeros(shape, dtype)
+
+
+def encode_rows(x: Float[ArrayLike, "*L H"], like: Rows) -> Rows:
+    """Vectors in the form of the storage `like`, each rounded on its own."""
+    if not isinstance(like, Int8Rows):
+        return jnp.asarray(x).astype(like.dtype)
+    scales = jnp.abs(x).max(-1, keepdims=True).astype(like.scales.dtype) / 127.0
+    # 0 for a vector of zeros, and for one that is not finite: its scale then makes it NaN when it is read.
+    safe = jnp.where((scales > 0) & jnp.isfinite(scales), scales, jnp.inf)
+    return Int8Rows(jnp.round(x / safe).astype(jnp.int8), jnp.where(jnp.isinf(scales), jnp.nan, scales))
+
+
+def decode_rows(rows: Rows, dtype: Any) -> Float[Array, "*L H"]:
+    """Stored vectors as an array."""
+    if isinstance(rows, Int8Rows):
+        return (rows.codes.astype(rows.scales.dtype) * rows.scales).astype(dtype)
+    return rows.astype(dtype)
+
+
+class StoredTokens(NamedTuple):
+    """All tokens of a cache in one piece.
+
+    Attributes:
+        keys: (batch, num_kv_heads, S, head_dim), rotated.
+        values: (batch, num_kv_heads, S, value_head_dim).
+        positions: int32 (batch, S); -1 is no token.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S Hv"]
+    positions: Int[Array, "B S"]
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What every cache of one layer can do; none changes in place."""
+
+    def next_positions(self) -> Int[Array, B]:
+        """The position that follows the last token of each row."""
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> Any:
+        """A cache of the rows named, which may be more or fewer, in any order and repeated."""
+
+    def forget(self, first: Int[ArrayLike, B]) -> Any:
+        """Takes back each row's tokens from position `first` on."""
+
+
+def select_rows(caches: Caches, rows: Int[ArrayLike, R]) -> Caches:
+    """The rows named of every cache in a pytree; other arrays in it have their rows along axis 0."""
+
+    def select(node: Any) -> Any:
+        return node.select_rows(rows) if isinstance(node, LayerCache) else node[rows]
+
+    return jax.tree.map(select, caches, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+def forget(caches: Caches, first: Int[ArrayLike, B]) -> Caches:
+    """Takes back each row's tokens from position `first` on, in every cache of a pytree."""
+    return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
 
 
 @pytree_dataclass
@@ -32,8 +152,8 @@ class KVLayerCache:
         overflowed: whether a write beyond max_len was ever dropped; attention then gives NaN.
     """
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S Hv"]
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
     length: Int[Array, ""]
     positions: Int[Array, "B S"]
     overflowed: Bool[Array, ""]
@@ -43,9 +163,182 @@ class KVLayerCache:
         """Capacity in tokens."""
         return self.keys.shape[2]
 
+    @property
+    def num_positions(self) -> int | None:
+        """The positions that masks given as arrays must know; None if there is no bound."""
+        return self.max_len
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return self.length
+
     def next_positions(self) -> Int[Array, B]:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
+
+    def append(self, keys: Array, values: Array, positions: Array) -> tuple[KVLayerCache, KVLayerCache]:
+        """The cache with more tokens, and what holds all that these may attend: the same."""
+        cache = update_kv_layer_cache(self, keys, values, positions=positions)
+        return cache, cache
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """All slots, as arrays."""
+        return _slots_as_arrays(self, dtype)
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> KVLayerCache:
+        """A cache of the rows named."""
+        return _select_slots(self, rows)
+
+    def forget(self, first: Int[ArrayLike, B]) -> KVLayerCache:
+        """Takes back each row's tokens from position `first` on; their slots stay taken."""
+        return _forget_slots(self, first)
+
+
+@pytree_dataclass
+class RingKVCache:
+    """Keys and values of one layer; a row's token at position p lies in slot p % slots. Padding takes no slot.
+
+    With a window a new token takes the place of one that no later query attends; without, positions end with the slots.
+
+    Attributes:
+        keys: (batch, num_kv_heads, slots, head_dim).
+        values: (batch, num_kv_heads, slots, value_head_dim).
+        positions: int32 (batch, slots), whose token each slot holds; -1 is empty.
+        overflowed: bool (batch,), whether a token past the slots was dropped; attention then gives NaN.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    positions: Int[Array, "B S"]
+    overflowed: Bool[Array, B]
+    window: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def max_len(self) -> int:
+        """Capacity in tokens."""
+        return self.keys.shape[2]
+
+    @property
+    def num_positions(self) -> int | None:
+        """The positions that masks given as arrays must know; None if there is no bound."""
+        return self.max_len if self.window is None else None
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
+
+    def next_positions(self) -> Int[Array, B]:
+        """The position that follows the last token of each row."""
+        return self.positions.max(axis=1, initial=-1) + 1
+
+    def append(self, keys: Array, values: Array, positions: Array) -> tuple[RingKVCache, RingKVCache]:
+        """The cache with more tokens, and what holds all that these may attend.
+
+        Where the new tokens would overwrite keys that the first of them still attends, that is a copy of what was
+        there with them behind it.
+
+        Raises:
+            ValueError: shapes that do not fit the cache, or a position past the slots. Where positions are traced the
+                latter cannot be raised: the token is dropped and `overflowed` is set for good.
+        """
+        _check_new_tokens("RingKVCache.append", self, keys, values)
+        batch, slots, num_new = self.positions.shape[0], self.max_len, keys.shape[2]
+        positions = jnp.broadcast_to(jnp.atleast_2d(jnp.asarray(positions, jnp.int32)), (batch, num_new))
+        fits, kept = jnp.ones(batch, bool), positions >= 0
+        if self.window is None:
+            fits = (positions < slots).all(1)
+            if is_concrete(fits) and not fits.all():
+                raise ValueError(
+                    f"RingKVCache.append: positions must be below the number of slots, {slots}, unless there is a "
+                    f"window; got position {int(positions.max())}. Make the cache longer."
+                )
+            kept = kept & (positions < slots)
+        elif num_new > slots:  # of two tokens for one slot the later stays
+            kept = kept & (positions > positions.max(axis=1, keepdims=True) - slots)
+        slot = jnp.where(kept, positions % slots, slots)  # one past the end is dropped
+        rows = jnp.arange(batch)[:, None]
+
+        def write(held: Rows, new: Array) -> Rows:
+            return jax.tree.map(
+                lambda old, new: old.at[rows, :, slot].set(new.swapaxes(1, 2), mode="drop"), held, encode_rows(new, held)
+            )
+
+        cache = RingKVCache(
+            keys=write(self.keys, keys),
+            values=write(self.values, values),
+            positions=self.positions.at[rows, slot].set(positions, mode="drop"),
+            overflowed=self.overflowed | ~fits,
+            window=self.window,
+        )
+        if self.window is None or num_new + self.window - 1 <= slots:
+            return cache, cache
+
+        def join(held: Rows, new: Array) -> Rows:
+            return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), held, encode_rows(new, held))
+
+        seen = dataclasses.replace(
+            cache,
+            keys=join(self.keys, keys),
+            values=join(self.values, values),
+            positions=jnp.concatenate([self.positions, positions], axis=1),
+        )
+        return cache, seen
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """All slots, as arrays."""
+        return _slots_as_arrays(self, dtype)
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> RingKVCache:
+        """A cache of the rows named."""
+        cache = _select_slots(self, rows)
+        return dataclasses.replace(cache, overflowed=self.overflowed[jnp.asarray(rows)])
+
+    def forget(self, first: Int[ArrayLike, B]) -> RingKVCache:
+        """Takes back each row's tokens from position `first` on, whose slots are free again.
+
+        With a window, what these had overwritten does not come back: that is no loss as long as no more than
+        slots - window tokens are taken back.
+        """
+        return _forget_slots(self, first)
+
+
+@pytree_dataclass
+class LinearState:
+    """All keys and values that linear attention met so far: sums over them, in float32 (float64 for float64)."""
+
+    key_value_sum: Array  # (B, K, H, Hv), sum of phi(key) value^T
+    key_sum: Array  # (B, K, H), sum of phi(key); NaN once a key or value held a NaN or infinity
+
+
+@pytree_dataclass
+class LinearLayerCache:
+    """The state of one layer of causal linear attention.
+
+    Attributes:
+        state: sums over the keys and values read so far.
+        lengths: int32 (batch,), the tokens of each row.
+    """
+
+    state: LinearState
+    lengths: Int[Array, B]
+
+    def next_positions(self) -> Int[Array, B]:
+        """The position that follows the last token of each row."""
+        return self.lengths
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> LinearLayerCache:
+        """A cache of the rows named."""
+        return jax.tree.map(lambda x: x[jnp.asarray(rows)], self)
+
+    def forget(self, first: Int[ArrayLike, B]) -> LinearLayerCache:
+        """Raises NotImplementedError: a sum does not know its terms."""
+        raise NotImplementedError(
+            "LinearLayerCache: the sums of linear attention cannot take tokens back. Use a softmax kernel, or decode "
+            "without a draft."
+        )
 
 
 def init_kv_layer_cache(
@@ -59,27 +352,105 @@ def init_kv_layer_cache(
 ) -> KVLayerCache:
     """An empty cache for `max_len` tokens a row; values are as wide as keys by default.
 
+    Args:
+        batch_size: rows.
+        num_kv_heads: heads of keys and values.
+        head_dim: size of a key.
+        max_len: tokens of a row.
+        dtype: of keys and values; int8 stores 8-bit integers with a float32 scale for each head of each token.
+        value_head_dim: size of a value.
+
     Raises:
         ValueError: a size below 1.
     """
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    sizes = {
-        "batch_size": batch_size,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "value_head_dim": value_head_dim,
-        "max_len": max_len,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"init_kv_layer_cache: {name} must be at least 1; got {name}={size}.")
+    _check_sizes(
+        "init_kv_layer_cache",
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        max_len=max_len,
+    )
     return KVLayerCache(
-        keys=jnp.zeros((batch_size, num_kv_heads, max_len, head_dim), dtype),
-        values=jnp.zeros((batch_size, num_kv_heads, max_len, value_head_dim), dtype),
+        keys=zero_rows((batch_size, num_kv_heads, max_len, head_dim), dtype),
+        values=zero_rows((batch_size, num_kv_heads, max_len, value_head_dim), dtype),
         length=jnp.zeros((), jnp.int32),
         positions=jnp.full((batch_size, max_len), -1, jnp.int32),
         overflowed=jnp.zeros((), bool),
     )
+
+
+def init_ring_kv_cache(
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: Any = jnp.float32,
+    *,
+    window: int | None = None,
+    value_head_dim: int | None = None,
+) -> RingKVCache:
+    """An empty ring of `max_len` slots a row.
+
+    Args:
+        batch_size: rows.
+        num_kv_heads: heads of keys and values.
+        head_dim: size of a key.
+        max_len: slots of a row; at least the window. With `window + n` slots, chunks of up to n + 1 tokens are written
+            before they are attended, which saves a copy, and n tokens can be taken back.
+        dtype: as in `init_kv_layer_cache`.
+        window: queries attend keys with |q - kv| < window; None if they attend all, which then end with the slots.
+        value_head_dim: size of a value.
+
+    Raises:
+        ValueError: a size below 1, or fewer slots than the window.
+    """
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    _check_sizes(
+        "init_ring_kv_cache",
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        max_len=max_len,
+        window=max_len if window is None else window,
+    )
+    if window is not None and max_len < window:
+        raise ValueError(
+            f"init_ring_kv_cache: max_len must be at least the window; got max_len={max_len}, window={window}."
+        )
+    return RingKVCache(
+        keys=zero_rows((batch_size, num_kv_heads, max_len, head_dim), dtype),
+        values=zero_rows((batch_size, num_kv_heads, max_len, value_head_dim), dtype),
+        positions=jnp.full((batch_size, max_len), -1, jnp.int32),
+        overflowed=jnp.zeros((batch_size,), bool),
+        window=window,
+    )
+
+
+def init_linear_layer_cache(
+    batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32, *, value_head_dim: int | None = None
+) -> LinearLayerCache:
+    """The state of a layer of linear attention before its first token; sums are at least float32.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    _check_sizes(
+        "init_linear_layer_cache",
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+    )
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    state = LinearState(
+        key_value_sum=jnp.zeros((batch_size, num_kv_heads, head_dim, value_head_dim), dtype),
+        key_sum=jnp.zeros((batch_size, num_kv_heads, head_dim), dtype),
+    )
+    return LinearLayerCache(state, jnp.zeros((batch_size,), jnp.int32))
 
 
 def init_decoder_kv_caches(
@@ -90,28 +461,36 @@ def init_decoder_kv_caches(
 
 
 def init_decoder_kv_caches_from_config(
-    config: TransformerConfig, *, batch_size: int, max_len: int | None = None, dtype: Any = None
-) -> tuple[KVLayerCache, ...]:
+    config: TransformerConfig, *, batch_size: int, max_len: int | None = None, dtype: Any = None, ring: bool = False
+) -> tuple[Any, ...]:
     """One empty cache a layer of a model of this config.
+
+    A layer with an `attention_window` gets a RingKVCache of that size where this is less than `max_len`, one of linear
+    attention a LinearLayerCache, any other a KVLayerCache. `attnax.paged_cache` makes paged caches.
 
     Args:
         config: of the model.
         batch_size: rows.
         max_len: capacity in tokens, by default `config.kv_cache_max_len`, else `config.max_len`.
-        dtype: of keys and values, by default `config.dtype`.
+        dtype: of keys and values, by default `config.dtype`; int8 as in `init_kv_layer_cache`.
+        ring: a RingKVCache for the other layers too: rows of different lengths then waste no slots, and tokens can be
+            taken back.
     """
     max_len = next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None)
-    return tuple(
-        init_kv_layer_cache(
-            batch_size,
-            layer.kv_heads,
-            layer.head_size,
-            max_len,
-            layer.dtype if dtype is None else dtype,
-            value_head_dim=layer.value_head_size,
-        )
-        for layer in map(config.layer, range(config.num_layers))
-    )
+
+    def init(layer: BlockConfig) -> Any:
+        sizes = batch_size, layer.kv_heads, layer.head_size
+        stored, values = layer.dtype if dtype is None else dtype, layer.value_head_size
+        if layer.attention_type == AttentionType.LINEAR:
+            return init_linear_layer_cache(*sizes, layer.dtype, value_head_dim=values)
+        window = layer.attention_window
+        if window is not None and window + _SPARE_SLOTS < max_len:
+            return init_ring_kv_cache(*sizes, window + _SPARE_SLOTS, stored, window=window, value_head_dim=values)
+        if ring:
+            return init_ring_kv_cache(*sizes, max_len, stored, value_head_dim=values)
+        return init_kv_layer_cache(*sizes, max_len, stored, value_head_dim=values)
+
+    return tuple(init(config.layer(index)) for index in range(config.num_layers))
 
 
 def update_kv_layer_cache(
@@ -136,15 +515,8 @@ def update_kv_layer_cache(
         ValueError: shapes that do not fit the cache, or tokens that do not fit into it. Where `start` is traced
             the latter cannot be raised: nothing is written then and `overflowed` is set for good.
     """
-    batch, heads, max_len, _ = cache.keys.shape
-    num_new = keys_new.shape[2]
-    for name, new, held in (("keys_new", keys_new, cache.keys), ("values_new", values_new, cache.values)):
-        head_dim = held.shape[3]
-        if new.shape != (batch, heads, num_new, head_dim):
-            raise ValueError(
-                f"update_kv_layer_cache: {name} must have shape (batch, num_kv_heads, new tokens, head_dim)="
-                f"({batch}, {heads}, {num_new}, {head_dim}); got {new.shape}."
-            )
+    _check_new_tokens("update_kv_layer_cache", cache, keys_new, values_new)
+    batch, max_len, num_new = cache.positions.shape[0], cache.max_len, keys_new.shape[2]
     start = cache.length if start is None else jnp.asarray(start, jnp.int32)
     if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
         raise ValueError(
@@ -161,12 +533,52 @@ def update_kv_layer_cache(
     def write(buffer: Array, new: Array, axis: int) -> Array:
         # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.
         old = lax.dynamic_slice_in_dim(buffer, start, num_new, axis)
-        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new.astype(buffer.dtype), old), start, axis)
+        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new, old), start, axis)
+
+    def write_rows(held: Rows, new: Array) -> Rows:
+        return jax.tree.map(lambda buffer, part: write(buffer, part, 2), held, encode_rows(new, held))
 
     return KVLayerCache(
-        keys=write(cache.keys, keys_new, 2),
-        values=write(cache.values, values_new, 2),
+        keys=write_rows(cache.keys, keys_new),
+        values=write_rows(cache.values, values_new),
         length=jnp.where(fits, jnp.maximum(cache.length, start + num_new), cache.length),
         positions=write(cache.positions, positions, 1),
         overflowed=cache.overflowed | ~fits,
     )
+
+
+_SPARE_SLOTS = 16  # of the ring of a window: the chunk of a draft is written before it is attended, and taken back
+
+Slots = TypeVar("Slots", KVLayerCache, RingKVCache)
+
+
+def _slots_as_arrays(cache: Slots, dtype: Any) -> StoredTokens:
+    return StoredTokens(decode_rows(cache.keys, dtype), decode_rows(cache.values, dtype), cache.positions)
+
+
+def _select_slots(cache: Slots, rows: Int[ArrayLike, R]) -> Slots:
+    rows = jnp.asarray(rows)
+    keys, values, positions = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values, cache.positions))
+    return dataclasses.replace(cache, keys=keys, values=values, positions=positions)
+
+
+def _forget_slots(cache: Slots, first: Int[ArrayLike, B]) -> Slots:
+    positions = jnp.where(cache.positions < jnp.asarray(first)[:, None], cache.positions, -1)
+    return dataclasses.replace(cache, positions=positions)
+
+
+def _check_sizes(caller: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{caller}: {name} must be at least 1; got {name}={size}.")
+
+
+def _check_new_tokens(caller: str, cache: KVLayerCache | RingKVCache, keys: Array, values: Array) -> None:
+    batch, heads, _, _ = cache.keys.shape
+    num_new = np.shape(keys)[2]
+    for name, new, held in (("keys_new", keys, cache.keys), ("values_new", values, cache.values)):
+        want = (batch, heads, num_new, held.shape[3])
+        if new.shape != want:
+            raise ValueError(
+                f"{caller}: {name} must have shape (batch, num_kv_heads, new tokens, head_dim)={want}; got {new.shape}."
+            )

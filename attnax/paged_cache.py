@@ -4,7 +4,7 @@ A row of the block table names the blocks of one sequence in the order of its te
 `block_table[row, t // block_size]` at offset `t % block_size`. `allocate_blocks`, `append_kv` and `gather_kv` serve one
 sequence outside jit, with a list of free blocks that the caller keeps. `allocate_rows`, `append_rows`,
 `gather_rows` and `free_rows` serve all rows at once with shapes that never change, under jit too; free is then every
-block that no row holds.
+block that no row holds. As a cache of a layer (`attnax.cache.LayerCache`) a row takes blocks as its text grows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete, pytree_dataclass
+from attnax.cache import Int8Rows, StoredTokens, decode_rows, encode_rows, zero_rows
+from attnax.config import TransformerConfig
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
 
 __all__ = [
     "PagedKVCache",
+    "Pool",
     "allocate_blocks",
     "allocate_rows",
     "append_kv",
@@ -28,7 +31,11 @@ __all__ = [
     "gather_kv",
     "gather_rows",
     "init_paged_kv_cache",
+    "init_paged_kv_caches_from_config",
 ]
+
+Pool = Array | Int8Rows
+"""Blocks of vectors, as numbers or as 8-bit integers with scales."""
 
 
 @pytree_dataclass
@@ -45,8 +52,8 @@ class PagedKVCache:
             stays set until the row is freed.
     """
 
-    key_pool: Float[Array, "P Z K H"]
-    value_pool: Float[Array, "P Z K Hv"]
+    key_pool: Float[Array, "P Z K H"] | Int8Rows
+    value_pool: Float[Array, "P Z K Hv"] | Int8Rows
     block_table: Int[Array, "B M"]
     seq_lengths: Int[Array, B]
     overflowed: Bool[Array, B]
@@ -60,6 +67,84 @@ class PagedKVCache:
     def max_len(self) -> int:
         """Tokens a row can hold, if the pool has the blocks."""
         return self.block_table.shape[1] * self.block_size
+
+    @property
+    def num_positions(self) -> int | None:
+        """The positions that masks given as arrays must know."""
+        return self.max_len
+
+    def next_positions(self) -> Int[Array, B]:
+        """The position that follows the last token of each row."""
+        return self.seq_lengths
+
+    def append(self, keys: Array, values: Array, positions: Array) -> tuple[PagedKVCache, PagedKVCache]:
+        """The cache with more tokens, for which rows take the blocks that they lack; twice, as `LayerCache` has it.
+
+        Args:
+            keys: (batch, num_kv_heads, T, head_dim).
+            values: (batch, num_kv_heads, T, value_dim).
+            positions: int32 (T,) or (batch, T): -1 for padding, which is not stored; the others count on from
+                `seq_lengths`.
+
+        Raises:
+            ValueError: shapes that do not fit, no free blocks, or positions that do not count on. Where they are
+                traced the latter two cannot be raised: `overflowed` is set then.
+        """
+        batch, num_new = self.block_table.shape[0], keys.shape[2]
+        positions = check_positions("PagedKVCache.append", "positions", positions, batch, num_new)
+        positions = jnp.broadcast_to(positions, (batch, num_new))
+        real = positions >= 0
+        count_on = self.seq_lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        in_order = (~real | (positions == count_on)).all(1)
+        if is_concrete(in_order) and not in_order.all():
+            raise ValueError(
+                f"PagedKVCache.append: positions must count on from seq_lengths={self.seq_lengths.tolist()}, with -1 "
+                f"for padding; got {np.asarray(positions).tolist()}."
+            )
+        if num_new > 1:  # padding to the right
+            order = jnp.argsort(~real, axis=1, stable=True)[:, None, :, None]
+            keys, values = (jnp.take_along_axis(x, order, axis=2) for x in (keys, values))
+        counts = real.sum(1, dtype=jnp.int32)
+        cache = append_rows(allocate_rows(self, counts), keys, values, counts)
+        cache = dataclasses.replace(cache, overflowed=cache.overflowed | ~in_order)
+        return cache, cache
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """All tokens as arrays, in one piece."""
+        keys, values, lengths = gather_rows(self)
+        slots = jnp.arange(self.max_len, dtype=jnp.int32)[None]
+        positions = jnp.where(slots < lengths[:, None], slots, -1)
+        return StoredTokens(keys.astype(dtype), values.astype(dtype), positions)
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> PagedKVCache:
+        """A cache of the rows named, each with its own copy of the blocks; the pool stays as large as it is.
+
+        Raises:
+            ValueError: the pool has not the blocks. Where the table is traced that cannot be raised: `overflowed` is
+                set for the rows that got too few.
+        """
+        rows, num_blocks = jnp.asarray(rows), self.key_pool.shape[0]
+        source = self.block_table[rows]
+        held = source >= 0
+        table = jnp.cumsum(held.reshape(-1), dtype=jnp.int32).reshape(held.shape) - 1
+        fits = (~held | (table < num_blocks)).all(1)
+        if is_concrete(fits) and not fits.all():
+            raise ValueError(
+                f"PagedKVCache.select_rows: rows {np.asarray(rows).tolist()} hold {int(held.sum())} blocks; got a pool "
+                f"of {num_blocks}. Make the pool larger."
+            )
+        target = jnp.where(held, table, num_blocks)  # past the end: dropped
+        pools = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), (self.key_pool, self.value_pool))
+        return PagedKVCache(
+            *pools,
+            block_table=jnp.where(held & fits[:, None], table, -1),
+            seq_lengths=jnp.where(fits, self.seq_lengths[rows], 0),
+            overflowed=self.overflowed[rows] | ~fits,
+        )
+
+    def forget(self, first: Int[ArrayLike, B]) -> PagedKVCache:
+        """Takes back each row's tokens from position `first` on; the row keeps their blocks."""
+        return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, jnp.asarray(first, jnp.int32)))
 
 
 def init_paged_kv_cache(
@@ -82,7 +167,7 @@ def init_paged_kv_cache(
         head_dim: size of a key.
         batch_size: rows, sequences that are held at the same time.
         max_blocks_per_seq: blocks that one row may hold.
-        dtype: of keys and values.
+        dtype: of keys and values; int8 as in `attnax.init_kv_layer_cache`.
         value_dim: size of a value, by default `head_dim`.
 
     Raises:
@@ -102,11 +187,56 @@ def init_paged_kv_cache(
         if size < 1:
             raise ValueError(f"init_paged_kv_cache: {name} must be at least 1; got {name}={size}.")
     return PagedKVCache(
-        key_pool=jnp.zeros((num_blocks, block_size, num_kv_heads, head_dim), dtype),
-        value_pool=jnp.zeros((num_blocks, block_size, num_kv_heads, value_dim), dtype),
+        key_pool=zero_rows((num_blocks, block_size, num_kv_heads, head_dim), dtype),
+        value_pool=zero_rows((num_blocks, block_size, num_kv_heads, value_dim), dtype),
         block_table=jnp.full((batch_size, max_blocks_per_seq), -1, jnp.int32),
         seq_lengths=jnp.zeros(batch_size, jnp.int32),
         overflowed=jnp.zeros(batch_size, bool),
+    )
+
+
+def init_paged_kv_caches_from_config(
+    config: TransformerConfig,
+    *,
+    batch_size: int,
+    max_len: int | None = None,
+    block_size: int = 16,
+    num_blocks: int | None = None,
+    dtype: Any = None,
+) -> tuple[PagedKVCache, ...]:
+    """One empty paged cache a layer of a model of this config.
+
+    Args:
+        config: of the model.
+        batch_size: rows.
+        max_len: tokens that one row may hold, by default `config.kv_cache_max_len`, else `config.max_len`.
+        block_size: tokens a block holds.
+        num_blocks: blocks of each layer's pool, by default enough for all rows to be full.
+        dtype: of keys and values, by default `config.dtype`; int8 as in `attnax.init_kv_layer_cache`.
+
+    Raises:
+        ValueError: a size below 1, or a layer of linear attention, which stores no tokens.
+    """
+    max_len = next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None)
+    blocks_per_seq = -(-max_len // block_size)
+    layers = [config.layer(index) for index in range(config.num_layers)]
+    if any(layer.attention_type == "linear" for layer in layers):
+        raise ValueError(
+            "init_paged_kv_caches_from_config: linear attention stores sums, not tokens; got attention_type=linear. "
+            "Use init_decoder_kv_caches_from_config."
+        )
+    return tuple(
+        init_paged_kv_cache(
+            num_blocks=batch_size * blocks_per_seq if num_blocks is None else num_blocks,
+            block_size=block_size,
+            num_kv_heads=layer.kv_heads,
+            head_dim=layer.head_size,
+            value_dim=layer.value_head_size,
+            batch_size=batch_size,
+            max_blocks_per_seq=blocks_per_seq,
+            dtype=layer.dtype if dtype is None else dtype,
+        )
+        for layer in layers
     )
 
 
@@ -406,7 +536,7 @@ def _give_blocks(block_table: Array, num_blocks: Array, free_ids: Array) -> Arra
 
 
 @jax.jit
-def _write(pool: Array, table: Array, start: Array, new: Array, num_new: Array) -> Array:
+def _write(pool: Pool, table: Array, start: Array, new: Array, num_new: Array) -> Pool:
     """The pool with the first `num_new` (R,) of the tokens `new` (R, T, K, H) from position `start` (R,) on.
 
     Rows hold the blocks for them, in `table` (R, M).
@@ -417,13 +547,16 @@ def _write(pool: Array, table: Array, start: Array, new: Array, num_new: Array) 
     blocks = jnp.take_along_axis(table, positions // block_size, axis=1, mode="clip")
     # Padding goes to a block out of range, which drops it; -1 would wrap around to the last block.
     blocks = jnp.where(steps < num_new[:, None], blocks, num_blocks)
-    return pool.at[blocks, positions % block_size].set(new.astype(pool.dtype), mode="drop")
+    return jax.tree.map(
+        lambda held, new: held.at[blocks, positions % block_size].set(new, mode="drop"), pool, encode_rows(new, pool)
+    )
 
 
-def _read(pool: Array, blocks: Array) -> Array:
+def _read(pool: Pool, blocks: Array) -> Array:
     """The tokens of `blocks` (..., M) in one axis: (..., M * block_size, K, H)."""
     *rows, num_blocks = blocks.shape
-    return pool[blocks].reshape(*rows, num_blocks * pool.shape[1], *pool.shape[2:])
+    read = decode_rows(jax.tree.map(lambda x: x[blocks], pool), pool.dtype)
+    return read.reshape(*rows, num_blocks * pool.shape[1], *pool.shape[2:])
 
 
 def _check_new(

@@ -195,8 +195,8 @@ def check_positions(caller: str, name: str, positions: Any, batch: int, length: 
 def check_attention(
     caller: str,
     query: Array,
-    key: Array,
-    value: Array,
+    key: Array | jax.ShapeDtypeStruct,
+    value: Array | jax.ShapeDtypeStruct,
     *,
     mask: Any = None,
     score_mod: Any = None,

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnax import masks
-from attnax.kernels.linear import LinearState, linear_attention
+from attnax.cache import LinearState
+from attnax.kernels.linear import linear_attention
 
 pytestmark = pytest.mark.thorough
 

@@ -188,7 +188,7 @@ def test_the_gate_of_lite_attention_learns():
 @pytest.mark.parametrize("kind", ["linear", "lite"])
 def test_a_cache_of_keys_is_refused_where_it_is_not_read(kind):
     attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind)
-    with pytest.raises(NotImplementedError, match=f"{kind} attention does not read a kv_cache"):
+    with pytest.raises(NotImplementedError, match=f"{kind} attention does not read a KVLayerCache"):
         attn(normal(1, 1, 2, 12), kv_cache=attnax.init_kv_layer_cache(1, 2, 4, 5))
 
 

@@ -389,7 +389,7 @@ def test_memory_does_not_grow_with_the_pool(options):
 
 def long_cache():
     """Two rows of up to 1201 tokens, 5 chunks of 255."""
-    return make_cache(*(np.zeros((2, 1, 1201, dim), np.float32) for dim in (3, 2)), [1201, 1201])
+    return make_cache(*(np.zeros((2, 1, 1201, dim), np.float32) for dim in (3, 2)), [1201, 1201], elsewhere=0.0)
 
 
 def test_under_jit_the_chunks_in_use_are_read_and_no_others():

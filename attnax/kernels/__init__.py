@@ -1,7 +1,8 @@
 """Attention functions that obey `attnax.typing.AttentionFn`; they need only jax and numpy."""
 
+from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, why_not_cudnn
-from attnax.kernels.linear import LinearState, linear_attention
+from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.nnx_adapter import nnx_attention_fn
 from attnax.kernels.paged import paged_attention
@@ -10,7 +11,7 @@ from attnax.kernels.ring import ring_attention, ring_attention_reference, zigzag
 from attnax.kernels.standard import standard_attention
 
 __all__ = [
-    "LinearState",
+    "cached_attention",
     "flash_attention",
     "linear_attention",
     "lite_attention",

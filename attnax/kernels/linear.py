@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnax.cache import LinearState
 from attnax.kernels._key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
 from attnax.typing import (
@@ -19,20 +20,11 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
-    pytree_dataclass,
 )
 
-__all__ = ["LinearState", "linear_attention"]
+__all__ = ["linear_attention"]
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-
-
-@pytree_dataclass
-class LinearState:
-    """All keys and values attended so far: sums over them, in float32 (float64 for float64)."""
-
-    key_value_sum: Array  # (B, K, H, Hv), sum of phi(key) value^T
-    key_sum: Array  # (B, K, H), sum of phi(key); NaN once a key or value held a NaN or infinity
 
 
 class LinearOptions(TypedDict, total=False):

@@ -8,21 +8,18 @@ result is in `_tile.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.kernels import _tile
+from attnax.cache import decode_rows
 from attnax.kernels._blockwise import scale_query
-from attnax.kernels._dropout import dropout_words, keep_weights
-from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._chunks import Chunk, Source, attend_chunks
 from attnax.masks import Mask, resolve_masks, takes_mask_objects
-from attnax.paged_cache import PagedKVCache
+from attnax.paged_cache import PagedKVCache, Pool
 from attnax.typing import (
     Array,
     ArrayLike,
@@ -33,8 +30,9 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
-    check_scores,
+    check_positions,
     is_concrete,
+    pytree_dataclass,
 )
 
 __all__ = ["paged_attention"]
@@ -95,6 +93,7 @@ def paged_attention(
     deterministic: bool = True,
     scale: float | Float[Array, ""] | None = None,
     return_lse: bool = False,
+    query_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
 ) -> Float[Array, "*batch N T Hv"] | tuple[Float[Array, "*batch N T Hv"], Float[Array, "*batch N T"]]:
     """softmax(scale * query @ keys^T) @ values, over the tokens that each row of a paged cache holds.
 
@@ -132,6 +131,8 @@ def paged_attention(
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
+        query_positions: (T,) or (batch, T), where the queries are if not there; -1 is padding, which attends nothing
+            under a mask.
 
     Returns:
         The shape of query with value_dim last, in its dtype, and with `return_lse` the log-sum-exp without that axis,
@@ -193,181 +194,124 @@ def paged_attention(
     caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
     mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
     rate = 0.0 if deterministic else dropout_rate
-    words = dropout_words(dropout_rng) if rate > 0.0 and dropout_rng is not None else None
     starts = cache.seq_lengths - (query.shape[2] if new is None else 0)
+    q_positions = starts[:, None] + jnp.arange(query.shape[2], dtype=jnp.int32)[None]
+    if query_positions is not None:
+        q_positions = check_positions(
+            "paged_attention", "query_positions", query_positions, query.shape[0], query.shape[2]
+        )
+        q_positions = jnp.broadcast_to(q_positions, (query.shape[0], query.shape[2]))
     out_dtype = query.dtype
     query = scale_query(query, scale, score_mod)
-    num_new_chunks = jnp.int32(_num_chunks(key.shape[2], _CHUNK))
-    order, num_chunks = _chunks_to_read(mask, cache, rows, starts, query.shape)
-    tokens = Tokens(query, cache, key, value, rows, starts, order, num_chunks, num_new_chunks, words)
-    out, lse = _attend(*_bind(tokens, mask, score_mod), dropout_rate=rate)
+    sources: tuple[Source, ...] = (_pages_to_read(mask, cache, rows, q_positions, query.shape[1]),)
+    if new is not None:
+        sources = (*sources, NewTokens(key, value, cache.seq_lengths))
+    out, lse = attend_chunks(
+        "paged_attention",
+        query,
+        sources,
+        q_positions,
+        rows=rows,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=rate,
+    )
+    lost = cache.overflowed[:, None, None]  # a dropped write must not pass unseen
+    out, lse = jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
     if sequence_idx is not None:
         out, lse = out[0], lse[0]
     return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
 
 
-class Tokens(NamedTuple):
-    """The arrays of a call; B are the rows that are served."""
+@pytree_dataclass
+class Pages:
+    """The pages of a cache, in chunks."""
 
-    query: Array  # (B, N, T, H), scaled
     cache: PagedKVCache
-    key: Array  # (B, K, S, H) of new tokens, S = 0 if all are in the cache
-    value: Array  # (B, K, S, V)
-    rows: Array  # (B,), the b that masks and score mods see
-    starts: Array  # (B,), the position of the first query
-    order: Array  # (C,), the chunks of the cache, those to be read first
+    order: Array  # (C,), the chunks, those to be read first
     num_chunks: Array  # how many of them to read
-    # An array too: loops of known length could be differentiated in reverse, but not with the care that NaN needs.
-    num_new_chunks: Array
-    dropout: Array | None  # two words
 
+    @property
+    def chunk_size(self) -> int:
+        return _pages_in_chunk(self.cache) * self.cache.block_size
 
-class Functions(NamedTuple):
-    """The mask and the score mod, traced at the shape of a chunk."""
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        _, _, heads, width = self.cache.value_pool.shape
+        return heads, width
 
-    mask: Lifted | None  # (b, h, q, kv) -> keep
-    score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
+    def chunk(self, n: Array) -> Chunk:
+        cache, count, block_size = self.cache, _pages_in_chunk(self.cache), self.cache.block_size
+        chunk = self.order[n]
+        table = jnp.pad(cache.block_table, ((0, 0), (0, -cache.block_table.shape[1] % count)), constant_values=-1)
+        blocks = lax.dynamic_slice_in_dim(table, chunk * count, count, axis=1)
+        position = chunk.astype(jnp.int32) * (count * block_size) + jnp.arange(count * block_size, dtype=jnp.int32)
+        exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
 
+        def read(pool: Pool) -> Array:
+            # -1 would read the last block: that is masked, but any block will do.
+            pages = jax.tree.map(lambda x: x[jnp.maximum(blocks, 0)], pool)
+            slots = decode_rows(pages, pool.dtype)
+            return slots.reshape(blocks.shape[0], count * block_size, *pool.shape[2:]).swapaxes(1, 2)
 
-class Chunk(NamedTuple):
-    """Some consecutive tokens of every row."""
-
-    position: Array  # (B, 1, 1, S)
-    exists: Array  # (B, 1, 1, S): slots without a token are masked, whatever they hold
-    read: Callable[[], tuple[Array, Array]]  # () -> (B, K, S, H), (B, K, S, V)
-
-
-@partial(jax.jit, static_argnames="dropout_rate")  # so that a call outside of jit compiles once
-def _attend(tokens: Tokens, of_cache: Functions, of_new: Functions, *, dropout_rate: float) -> tuple[Array, Array]:
-    """(out, log-sum-exp): the pages in use chunk by chunk, then the new tokens."""
-    batch, heads, seq_q, _ = tokens.query.shape
-    kv_heads, value_dim = tokens.cache.value_pool.shape[2:]
-    axes = varying_axes(tokens.query)
-    state = _tile.initial_state((batch * kv_heads, heads // kv_heads * seq_q), value_dim, tokens.query.dtype)
-    state = jax.tree.map(lambda x: vary(x, axes), state)
-
-    def pages(n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
-        return _visit(state, _pages(tokens.cache, tokens.order[n]), of_cache, tokens, dropout_rate)
-
-    def new_tokens(n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
-        return _visit(state, _new_chunk(tokens, n), of_new, tokens, dropout_rate)
-
-    state = lax.fori_loop(0, tokens.num_chunks, pages, state)
-    if tokens.key.shape[2]:
-        state = lax.fori_loop(0, tokens.num_new_chunks, new_tokens, state)
-    out, lse = _tile.finish(state)
-    lost = tokens.cache.overflowed[:, None, None]  # a dropped write must not pass unseen
-    out = jnp.where(lost[..., None], jnp.nan, out.reshape(batch, heads, seq_q, value_dim))
-    return out, jnp.where(lost, jnp.nan, lse.reshape(batch, heads, seq_q) / _tile.LOG2E)
-
-
-def _visit(
-    state: _tile.SoftmaxState, chunk: Chunk, functions: Functions, tokens: Tokens, dropout_rate: float
-) -> _tile.SoftmaxState:
-    """The state after one more chunk, which is not read where the mask forbids all of it."""
-    batch, heads, seq_q, _ = tokens.query.shape
-    indices = _indices(tokens, chunk)
-    keep = chunk.exists if functions.mask is None else chunk.exists & functions.mask(*indices)
-
-    def modify(scores: Array) -> Array:
-        assert functions.score_mod is not None
-        return functions.score_mod(scores, *indices)
-
-    def drop(weights: Array) -> Array:
-        assert tokens.dropout is not None
-        kept = keep_weights(tokens.dropout, dropout_rate, *indices)
-        return jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
-
-    def update(state: _tile.SoftmaxState) -> _tile.SoftmaxState:
-        key, value, bias = _clean(*chunk.read(), tokens.query.dtype)
-        _, kv_heads, size, _ = key.shape
-        # Heads that share keys become rows of one product.
-        query, key, value = (x.reshape(batch * kv_heads, -1, x.shape[-1]) for x in (tokens.query, key, value))
-        bias = jnp.broadcast_to(bias[:, :, None], (batch, kv_heads, heads // kv_heads, size))
-        scores = _tile.mask_scores(
-            _tile.product(query, key, 1, 1).reshape(batch, heads, seq_q, size),
-            keep,
-            bias.reshape(batch, heads, 1, size),
-            None if functions.score_mod is None else modify,
+        return Chunk(
+            jnp.broadcast_to(position, exists.shape)[:, None, None],
+            exists[:, None, None],
+            lambda: (read(cache.key_pool), read(cache.value_pool)),
         )
-        scores = scores.reshape(batch * kv_heads, -1, size)
-        return _tile.update(state, scores, value, dropout=None if tokens.dropout is None else drop)
-
-    # Not `update(state)` even without a mask: XLA would cast a whole bfloat16 pool outside of the loop.
-    return lax.cond(keep.any(), update, lambda state: state, state)
 
 
-def _indices(tokens: Tokens, chunk: Chunk) -> tuple[Array, Array, Array, Array]:
-    """(b, h, q, kv) of the chunk as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S)."""
-    _, heads, seq_q, _ = tokens.query.shape
-    axes = varying_axes(tokens.query)
-    h, i = (vary(jnp.arange(size, dtype=jnp.int32), axes) for size in (heads, seq_q))
-    q = tokens.starts[:, None, None, None] + i[None, None, :, None]
-    return tokens.rows[:, None, None, None], h[None, :, None, None], q, chunk.position
+@pytree_dataclass
+class NewTokens:
+    """Tokens that follow those in the cache."""
+
+    key: Array  # (B, K, S, H)
+    value: Array  # (B, K, S, V)
+    lengths: Array  # (B,), of the cache
+
+    @property
+    def num_chunks(self) -> Array:
+        return jnp.int32(_num_chunks(self.key.shape[2], _CHUNK))
+
+    @property
+    def chunk_size(self) -> int:
+        return min(self.key.shape[2], _CHUNK)
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        _, heads, _, width = self.value.shape
+        return heads, width
+
+    def chunk(self, n: Array) -> Chunk:
+        length, size = self.key.shape[2], self.chunk_size
+        # Past the end a slice would start earlier: what it then reads is counted by its true index.
+        start = n.astype(jnp.int32) * size
+        first = jnp.minimum(start, length - size)
+        index = first + jnp.arange(size, dtype=jnp.int32)
+        exists = jnp.broadcast_to(index[None] >= start, (self.lengths.shape[0], size))
+
+        def read() -> tuple[Array, Array]:
+            key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (self.key, self.value))
+            return key, value
+
+        return Chunk((self.lengths[:, None] + index[None])[:, None, None], exists[:, None, None], read)
 
 
-def _clean(key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
-    """Keys and values with 0 for one that is not finite, and (B, K, S) NaN to spoil the scores of who attends it."""
-    key, value = key.astype(dtype), value.astype(dtype)
-    fine = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    key, value = (jnp.where(fine[..., None], x, 0) for x in (key, value))
-    return key, value, jnp.where(fine, 0, jnp.nan).astype(dtype)
-
-
-def _pages(cache: PagedKVCache, chunk: Array) -> Chunk:
-    """The chunk of each row's tokens that begins at page `chunk * pages a chunk`."""
-    count, block_size = _pages_in_chunk(cache), cache.block_size
-    table = jnp.pad(cache.block_table, ((0, 0), (0, -cache.block_table.shape[1] % count)), constant_values=-1)
-    blocks = lax.dynamic_slice_in_dim(table, chunk * count, count, axis=1)
-    position = chunk.astype(jnp.int32) * (count * block_size) + jnp.arange(count * block_size, dtype=jnp.int32)
-    exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
-
-    def read(pool: Array) -> Array:
-        # -1 would read the last block: that is masked, but any block will do.
-        slots = pool[jnp.maximum(blocks, 0)].reshape(blocks.shape[0], count * block_size, *pool.shape[2:])
-        return slots.swapaxes(1, 2)
-
-    return Chunk(
-        jnp.broadcast_to(position, exists.shape)[:, None, None],
-        exists[:, None, None],
-        lambda: (read(cache.key_pool), read(cache.value_pool)),
-    )
-
-
-def _new_chunk(tokens: Tokens, chunk: Array) -> Chunk:
-    """Some of the new tokens, which follow those in the cache."""
-    length = tokens.key.shape[2]
-    size = min(length, _CHUNK)
-    lengths = tokens.cache.seq_lengths
-    # Past the end a slice would start earlier: what it then reads is counted by its true index.
-    start = chunk.astype(jnp.int32) * size
-    first = jnp.minimum(start, length - size)
-    index = first + jnp.arange(size, dtype=jnp.int32)
-    exists = jnp.broadcast_to(index[None] >= start, (lengths.shape[0], size))
-
-    def read() -> tuple[Array, Array]:
-        key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (tokens.key, tokens.value))
-        return key, value
-
-    return Chunk((lengths[:, None] + index[None])[:, None, None], exists[:, None, None], read)
-
-
-def _chunks_to_read(
-    mask: Mask | None, cache: PagedKVCache, rows: Array, starts: Array, shape: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Chunks of the cache, those that some row may attend first, and their number."""
-    _, heads, seq_q, _ = shape
+def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int) -> Pages:
+    """The chunks of the cache, those that some row may attend first."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
     first = jnp.arange(_num_chunks(cache.block_table.shape[1], count), dtype=jnp.int32)[None, None] * size
     needed = first < cache.seq_lengths[:, None, None]
-    if mask is not None:
-        q = starts[:, None, None]
-        h = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-        some, _ = mask.tile(rows[:, None, None], h, (q, q + seq_q - 1), (first, first + size - 1))
+    if mask is not None and q_positions.shape[1]:
+        present = jnp.where(q_positions < 0, q_positions.max(1, keepdims=True), q_positions)
+        q_range = present.min(1)[:, None, None], present.max(1)[:, None, None]
+        h = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
+        some, _ = mask.tile(rows[:, None, None], h, q_range, (first, first + size - 1))
         needed = needed & some
     needed = needed.any((0, 1))
-    return jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32)
+    return Pages(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
 
 
 def _pages_in_chunk(cache: PagedKVCache) -> int:
@@ -376,49 +320,6 @@ def _pages_in_chunk(cache: PagedKVCache) -> int:
 
 def _num_chunks(length: int, size: int) -> int:
     return -(-length // size)
-
-
-def _bind(tokens: Tokens, mask: Mask | None, score_mod: ScoreMod | None) -> tuple[Tokens, Functions, Functions]:
-    """The operands of `_attend`, all of which vary over the mesh axes over which any of them does."""
-    batch, heads, seq_q, _ = tokens.query.shape
-    count = _pages_in_chunk(tokens.cache) * tokens.cache.block_size
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(tokens)))
-    known = None
-    while axes != known:  # what the functions capture may vary over more axes than the arguments do
-        known = axes
-        of_cache, of_new = (
-            _trace(mask, score_mod, (batch, heads, seq_q, size), tokens.query.dtype, axes)
-            for size in (count, min(tokens.key.shape[2], _CHUNK))
-        )
-        axes = axes.union(*map(varying_axes, jax.tree.leaves((of_cache, of_new))))
-    operands = tokens, of_cache, of_new
-    return jax.tree.map(lambda x: vary(x, axes), operands)
-
-
-def _trace(
-    mask: Mask | None, score_mod: ScoreMod | None, full: tuple[int, int, int, int], dtype: Any, axes: frozenset[str]
-) -> Functions:
-    """The user's functions at the shape of a chunk, with the arrays that they capture as operands."""
-    batch, heads, seq_q, size = full
-
-    def example(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
-
-    def keep(b: Array, h: Array, q: Array, kv: Array) -> Array:
-        assert mask is not None
-        allowed = mask(b, h, q, kv)
-        # Position -1 is not the last one of a mask's arrays.
-        return allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape) & (q >= 0)
-
-    def modify(scores: Array, *indices: Array) -> Array:
-        assert score_mod is not None
-        return check_scores("paged_attention", score_mod(scores, *indices), scores)
-
-    indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
-    return Functions(
-        None if mask is None else lift(keep, *indices),
-        None if score_mod is None else lift(modify, example(*full, dtype=dtype), *indices),
-    )
 
 
 def _call_form(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import KVLayerCache, init_decoder_kv_caches_from_config
+from attnax.cache import LayerCache, init_decoder_kv_caches_from_config
 from attnax.config import TransformerConfig, resolve_config
 from attnax.generation import loop
 from attnax.generation.loop import Generation
@@ -70,9 +70,9 @@ class TransformerLM(nnx.Module):
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
-        layer_kv_caches: tuple[KVLayerCache, ...] | None = None,
+        layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple[KVLayerCache, ...]]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple[Any, ...]]:
         """Float32 logits (batch, T, vocab_size), or with caches the pair of them and the new caches.
 
         The arguments are those of `TransformerDecoder`.
@@ -180,8 +180,8 @@ class _Step:
     graphdef: nnx.GraphDef[TransformerLM]
 
     def __call__(
-        self, state: Any, ids: Array, position_ids: Array, cache: tuple[KVLayerCache, ...]
-    ) -> tuple[Array, tuple[KVLayerCache, ...]]:
+        self, state: Any, ids: Array, position_ids: Array, cache: tuple[LayerCache, ...]
+    ) -> tuple[Array, tuple[LayerCache, ...]]:
         model = nnx.merge(self.graphdef, state)
         out = model.decoder.run(ids, position_ids=position_ids, caches=cache, deterministic=True)
         last = position_ids.argmax(axis=1)  # only the last real token of each row goes through the head

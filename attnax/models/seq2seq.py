@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import KVLayerCache, init_decoder_kv_caches_from_config
+from attnax.cache import LayerCache, init_decoder_kv_caches_from_config
 from attnax.config import TransformerConfig
 from attnax.generation import loop
 from attnax.generation.loop import Generation
@@ -200,8 +200,8 @@ class _Step:
     graphdef: nnx.GraphDef[Transformer]
 
     def __call__(
-        self, state: Any, ids: Array, position_ids: Array, cache: tuple[KVLayerCache, ...]
-    ) -> tuple[Array, tuple[KVLayerCache, ...]]:
+        self, state: Any, ids: Array, position_ids: Array, cache: tuple[LayerCache, ...]
+    ) -> tuple[Array, tuple[LayerCache, ...]]:
         state, contexts, real = state
         model = nnx.merge(self.graphdef, state)
         out = model.decoder.run(

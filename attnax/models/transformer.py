@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import KVLayerCache
+from attnax.cache import LayerCache
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
@@ -49,7 +49,7 @@ class _TokenTransformer(nnx.Module):
         padding_mask: ArrayLike | None,
         position_ids: ArrayLike | None,
         score_mod: ScoreMod | None,
-        caches: tuple[KVLayerCache, ...] | None,
+        caches: tuple[LayerCache, ...] | None,
         deterministic: bool | None,
         rngs: nnx.Rngs | None,
         cross: dict[str, Any] | None = None,
@@ -96,7 +96,7 @@ class _TokenTransformer(nnx.Module):
         out = self.stack.run(x, each=each, score_mod=score_mod, **options, **mode)
         return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
 
-    def _check_ids(self, input_ids: ArrayLike, caches: tuple[KVLayerCache, ...] | None) -> Array:
+    def _check_ids(self, input_ids: ArrayLike, caches: tuple[LayerCache, ...] | None) -> Array:
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"{type(self).__name__}: input_ids must be (batch, length); got shape {input_ids.shape}.")
@@ -165,9 +165,9 @@ class TransformerEncoder(_TokenTransformer):
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
-        layer_kv_caches: tuple[KVLayerCache, ...] | None = None,
+        layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[KVLayerCache, ...]]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states of `input_ids`.
 
         Args:
@@ -209,7 +209,7 @@ class TransformerEncoder(_TokenTransformer):
         deterministic: bool | None = None,
         position_ids: ArrayLike | None = None,
         score_mod: ScoreMod | None = None,
-        caches: tuple[KVLayerCache, ...] | None = None,
+        caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
@@ -278,9 +278,9 @@ class TransformerDecoder(_TokenTransformer):
         encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None = None,
         cross_mask: Mask | MaskMod | ArrayLike | None = None,
         encoder_position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
-        layer_kv_caches: tuple[KVLayerCache, ...] | None = None,
+        layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[KVLayerCache, ...]]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states of `input_ids`.
 
         Args:
@@ -331,7 +331,7 @@ class TransformerDecoder(_TokenTransformer):
         encoder_output: Array | tuple[KeysValues, ...] | None = None,
         cross_mask: Mask | MaskMod | ArrayLike | None = None,
         encoder_position_ids: ArrayLike | None = None,
-        caches: tuple[KVLayerCache, ...] | None = None,
+        caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
@@ -417,7 +417,7 @@ def check_table(config: TransformerConfig, length: int, max_new_tokens: int) -> 
 
 
 def count_positions(
-    shape: tuple[int, ...], real: Array | None, caches: tuple[KVLayerCache, ...] | None
+    shape: tuple[int, ...], real: Array | None, caches: tuple[LayerCache, ...] | None
 ) -> Int[Array, "B T"]:
     """Real tokens count on from what the caches hold; padding is at -1."""
     real = jnp.ones(shape, bool) if real is None else real

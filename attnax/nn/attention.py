@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import KVLayerCache, update_kv_layer_cache
+from attnax.cache import LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
+from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.pallas import pallas_flash_attention
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.kernels.standard import standard_attention
-from attnax.masks import Mask, as_mask, at_positions, mask_argument, sliding_window
+from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.rope import RotaryEmbedding
@@ -155,9 +156,9 @@ class MultiHeadAttention(nnx.Module):
         position_ids_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         position_ids_kv: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
-        kv_cache: KVLayerCache | None = None,
+        kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T Do"] | tuple[Float[Array, "B T Do"], KVLayerCache]:
+    ) -> Float[Array, "B T Do"] | tuple[Float[Array, "B T Do"], Any]:
         """What each token of x gathers from the tokens of `context`, or of x itself.
 
         Args:
@@ -171,7 +172,8 @@ class MultiHeadAttention(nnx.Module):
                 indices; `attnax.masks.at_positions` reads them at positions.
             position_ids_kv: positions of the context for RoPE, by default 0 ... S - 1.
             score_mod: applied to the scores after the layer's own.
-            kv_cache: x is appended to it and attends all of it. Masks and score mods are then read at positions.
+            kv_cache: of any kind (`attnax.cache`); x is appended to it and attends all of it. Masks and score mods are
+                then read at positions.
             rngs: randomness of the dropout, instead of the stored stream.
 
         Returns:
@@ -204,9 +206,9 @@ class MultiHeadAttention(nnx.Module):
         position_ids_q: ArrayLike | None = None,
         position_ids_kv: ArrayLike | None = None,
         score_mod: ScoreMod | None = None,
-        kv_cache: KVLayerCache | None = None,
+        kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B T Do"], KVLayerCache | None]:
+    ) -> tuple[Float[Array, "B T Do"], Any]:
         """The call with its result in one form: (out, new cache or None)."""
         heads, kv_cache = self._gather(
             x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
@@ -241,15 +243,15 @@ class MultiHeadAttention(nnx.Module):
         position_ids_q: ArrayLike | None,
         position_ids_kv: ArrayLike | None,
         score_mod: ScoreMod | None,
-        kv_cache: KVLayerCache | None,
+        kv_cache: LayerCache | None,
         rngs: nnx.Rngs | None,
         *,
         weights: bool = False,
-    ) -> tuple[Float[Array, "B N T Hv"], KVLayerCache | None]:
+    ) -> tuple[Float[Array, "B N T Hv"], Any]:
         """What each head gathers, or with `weights` how much of each key's value that is."""
         batch, seq_q, _ = self._check_tokens("x", x, self.query, None)
         if kv_cache is not None:
-            self._check_cached(context, position_ids_kv)
+            self._check_cached(context, position_ids_kv, kv_cache)
         if position_ids_q is not None:
             position_ids_q = check_positions("MultiHeadAttention", "position_ids_q", position_ids_q, batch, seq_q)
         elif kv_cache is not None:
@@ -284,23 +286,13 @@ class MultiHeadAttention(nnx.Module):
             mask = window if mask is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
         score_mod = compose_score_mods(cap, alibi, self.score_mod, score_mod)
+        dropout_rng = self.dropout.key(deterministic, rngs)
         if kv_cache is not None:
             assert position_ids_q is not None
-            if mask is not None:  # read at positions, so an array must know all that the cache can hold
-                full = (batch, self.config.num_heads, *2 * (kv_cache.max_len,))
-                mask.check("MultiHeadAttention, with a cache", full)
-            kv_cache = update_kv_layer_cache(kv_cache, key, value, positions=position_ids_q)
-            key, value = kv_cache.keys.astype(query.dtype), kv_cache.values.astype(query.dtype)
-            mask = at_positions(mask, position_ids_q, kv_cache.positions)
-            if score_mod is not None:
-                score_mod = at_positions(score_mod, position_ids_q, kv_cache.positions)
+            return self._attend_cache(query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache)
         if weights:  # what each key's value contributes, read off with a value of its own for each key
             value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
-
-        heads = self._attend(query, key, value, mask, score_mod, self.dropout.key(deterministic, rngs))
-        if kv_cache is not None:  # a dropped write must not pass unseen
-            heads = jnp.where(kv_cache.overflowed, jnp.nan, heads)
-        return heads, kv_cache
+        return self._attend(query, key, value, mask, score_mod, dropout_rng), None
 
     def keys_values(
         self,
@@ -316,6 +308,56 @@ class MultiHeadAttention(nnx.Module):
             key = self.rope(key, position_ids)
         return KeysValues(key, self._heads(self.value, context, self.config.kv_heads, None))
 
+    def _attend_cache(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score_mod: ScoreMod | None,
+        dropout_rng: Array | None,
+        positions: Array,
+        cache: Any,
+    ) -> tuple[Array, Any]:
+        """What the heads gather from the cache and the new tokens, and the cache with these appended."""
+        batch, num_heads, seq_q, _ = query.shape
+        if isinstance(cache, LinearLayerCache):
+            return self._attend_sums(query, key, value, mask, positions, cache)
+        if mask is not None:  # read at positions, so an array must know all that the cache can hold
+            full = batch, num_heads, cache.num_positions, cache.num_positions
+            mask.check("MultiHeadAttention, with a cache", full)
+        cache, seen = cache.append(key, value, positions)
+        if self.attention_fn is flash_attention:  # the automatic choice
+            read = functools.partial(cached_attention, query, seen, positions)
+            return self._with_options(read, mask=mask, score_mod=score_mod, dropout_rng=dropout_rng), cache
+        keys, values, kv_positions = seen.tokens(query.dtype)
+        mask = at_positions(mask, positions, kv_positions)
+        if score_mod is not None:
+            score_mod = at_positions(score_mod, positions, kv_positions)
+        heads = self._attend(query, keys, values, mask, score_mod, dropout_rng)
+        return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
+
+    def _attend_sums(
+        self, query: Array, key: Array, value: Array, mask: Mask | None, positions: Array, cache: LinearLayerCache
+    ) -> tuple[Array, LinearLayerCache]:
+        if not isinstance(mask, Causal):
+            raise NotImplementedError(
+                "MultiHeadAttention: the sums of linear attention hold what came before, so that with a cache mask must "
+                f"be masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
+            )
+        real = jnp.broadcast_to(positions >= 0, (query.shape[0], query.shape[2]))
+        heads, state = linear_attention(
+            query,
+            key,
+            value,
+            mask=causal() & padding(real),
+            chunk_size=self.config.linear_attention_chunk_size,
+            state=cache.state,
+            return_state=True,
+        )
+        lengths = jnp.maximum(cache.lengths, jnp.where(real, positions, -1).max(1, initial=-1) + 1)
+        return heads, LinearLayerCache(state, lengths)
+
     def _attend(
         self,
         query: Array,
@@ -327,19 +369,18 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         batch, num_heads, seq_q, _ = query.shape
         full = (batch, num_heads, seq_q, key.shape[2])
-        options: dict[str, Any] = {} if self.sinks is None else {"return_lse": True}
+        attend = functools.partial(self.attention_fn, query, key, value)
+        mask_or_array = mask_argument("MultiHeadAttention", self.attention_fn, mask, full)
+        return self._with_options(attend, mask=mask_or_array, score_mod=score_mod, dropout_rng=dropout_rng)
+
+    def _with_options(self, attend: Any, *, dropout_rng: Array | None, **options: Any) -> Array:
+        """What `attend` gathers with the layer's dropout, scale and sinks."""
         if self.config.attention_scale is not None:
             options["scale"] = self.config.attention_scale
-        heads = self.attention_fn(
-            query,
-            key,
-            value,
-            mask=mask_argument("MultiHeadAttention", self.attention_fn, mask, full),
-            score_mod=score_mod,
-            dropout_rng=dropout_rng,
-            dropout_rate=self.dropout.rate,
-            deterministic=dropout_rng is None,
-            **options,
+        if self.sinks is not None:
+            options["return_lse"] = True
+        heads = attend(
+            dropout_rng=dropout_rng, dropout_rate=self.dropout.rate, deterministic=dropout_rng is None, **options
         )
         if self.sinks is None:
             return heads
@@ -364,16 +405,17 @@ class MultiHeadAttention(nnx.Module):
             )
         return tokens.shape
 
-    def _check_cached(self, context: Any, position_ids_kv: ArrayLike | None) -> None:
+    def _check_cached(self, context: Any, position_ids_kv: ArrayLike | None, kv_cache: Any) -> None:
         if context is not None or position_ids_kv is not None:
             raise ValueError(
                 "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
-        if self.config.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
+        kind = self.config.attention_type
+        if kind == AttentionType.LITE or (kind == AttentionType.LINEAR) != isinstance(kv_cache, LinearLayerCache):
             raise NotImplementedError(
-                f"MultiHeadAttention: {self.config.attention_type} attention does not read a kv_cache. "
-                "Leave the cache out, or use a softmax kernel."
+                f"MultiHeadAttention: {kind} attention does not read a {type(kv_cache).__name__}. Linear attention reads "
+                "a LinearLayerCache, softmax kernels the others, lite attention none."
             )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import KVLayerCache
+from attnax.cache import LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import Mask
 from attnax.nn.attention import KeysValues, MultiHeadAttention
@@ -122,9 +122,9 @@ class EncoderBlock(nnx.Module):
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
-        self_attn_kv_cache: KVLayerCache | None = None,
+        self_attn_kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVLayerCache]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after both sublayers, or with a cache the pair of it and the new cache.
 
         The arguments are those of `MultiHeadAttention`.
@@ -148,13 +148,13 @@ class EncoderBlock(nnx.Module):
         deterministic: bool | None = None,
         position_ids: ArrayLike | None = None,
         score_mod: ScoreMod | None = None,
-        cache: KVLayerCache | None = None,
+        cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
-        def attend(x: Array) -> tuple[Array, KVLayerCache | None]:
+        def attend(x: Array) -> tuple[Array, Any]:
             return self.attention.run(
                 x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
             )
@@ -232,9 +232,9 @@ class DecoderBlock(nnx.Module):
         position_ids_cross_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
         position_ids_cross_kv: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
-        self_attn_kv_cache: KVLayerCache | None = None,
+        self_attn_kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVLayerCache]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after the three sublayers, or with a cache the pair of it and the new cache.
 
         Args:
@@ -280,7 +280,7 @@ class DecoderBlock(nnx.Module):
         position_ids_cross_q: ArrayLike | None = None,
         position_ids_cross_kv: ArrayLike | None = None,
         score_mod: ScoreMod | None = None,
-        cache: KVLayerCache | None = None,
+        cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
         """The call with its result in one form."""
@@ -290,7 +290,7 @@ class DecoderBlock(nnx.Module):
             position_ids_cross_q = position_ids_self
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
-        def attend(x: Array) -> tuple[Array, KVLayerCache | None]:
+        def attend(x: Array) -> tuple[Array, Any]:
             return self.attention.run(
                 x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
             )

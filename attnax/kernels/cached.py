@@ -1,0 +1,182 @@
+"""cached_attention: attention to what a layer's cache holds, of whatever kind the cache is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.cache import KVLayerCache, RingKVCache, Rows, decode_rows
+from attnax.kernels._blockwise import scale_query
+from attnax.kernels._chunks import Chunk, attend_chunks
+from attnax.kernels.flash import flash_attention
+from attnax.kernels.paged import paged_attention
+from attnax.masks import Mask, as_mask, at_positions, resolve_masks
+from attnax.paged_cache import PagedKVCache
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    Float,
+    Int,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    check_attention,
+    check_positions,
+    pytree_dataclass,
+)
+
+__all__ = ["cached_attention"]
+
+_FEW = 16  # queries; more of them fill the tiles of `flash_attention`
+_CHUNK = 128  # slots that are read at once
+
+
+def cached_attention(
+    query: Float[ArrayLike, "B N T H"],
+    cache: KVLayerCache | RingKVCache | PagedKVCache,
+    query_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
+
+    A few queries (up to 16) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what it
+    could hold, and one program serves every length. More go through `flash_attention`.
+
+    Args:
+        query: (batch, num_heads, T, head_dim), any floating dtype.
+        cache: holds keys and values, those of the queries' own tokens included (append first, then attend).
+        query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
+            result holds no meaning.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that knows every position
+            of the cache, so that it broadcasts to (batch, num_heads, max_len, max_len).
+        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
+        dropout_rng: key of the attention dropout.
+        dropout_rate: probability of dropping each attention weight.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+
+    Returns:
+        (batch, num_heads, T, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp (batch, num_heads,
+        T). NaN where the cache has overflowed.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together. Reverse-mode derivatives of a few queries raise
+            too, JAX's own error for a loop of unknown length: train without a cache.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import cached_attention, init_kv_layer_cache, masks, update_kv_layer_cache
+        >>> x = jnp.ones((1, 2, 5, 8))
+        >>> cache = update_kv_layer_cache(init_kv_layer_cache(1, 2, 8, max_len=64), x, x)
+        >>> cached_attention(jnp.ones((1, 4, 1, 8)), cache, jnp.array([4]), mask=masks.causal()).shape
+        (1, 4, 1, 8)
+    """
+    query = jnp.asarray(query)
+    batch, seq_q = cache.next_positions().shape[0], query.shape[2]
+    positions = jnp.broadcast_to(
+        check_positions("cached_attention", "query_positions", query_positions, batch, seq_q), (batch, seq_q)
+    )
+    options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    options |= {"scale": scale, "return_lse": return_lse}
+    if isinstance(cache, PagedKVCache) and seq_q <= _FEW:
+        return paged_attention(query, cache, mask=mask, score_mod=score_mod, query_positions=positions, **options)
+    full = (batch, query.shape[1], cache.num_positions, cache.num_positions)
+    mask = None if mask is None else as_mask(mask)
+    if mask is not None:
+        mask.check("cached_attention, which reads masks at positions", full)
+    if seq_q > _FEW:
+        stored = cache.tokens(query.dtype)
+        mask = at_positions(mask, positions, stored.positions)
+        score_mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
+        result = flash_attention(query, stored.keys, stored.values, mask=mask, score_mod=score_mod, **options)
+    else:
+        result = _attend_slots(query, cache, positions, mask, score_mod, full, **options)
+    lost = cache.overflowed.reshape(-1, 1, 1)  # a dropped write must not pass unseen
+    if return_lse:
+        return jnp.where(lost[..., None], jnp.nan, result[0]), jnp.where(lost, jnp.nan, result[1])
+    return jnp.where(lost[..., None], jnp.nan, result)
+
+
+def _attend_slots(
+    query: Array,
+    cache: KVLayerCache | RingKVCache,
+    positions: Array,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    full: tuple[Any, ...],
+    *,
+    dropout_rng: Array | None,
+    dropout_rate: float,
+    deterministic: bool,
+    scale: Any,
+    return_lse: bool,
+) -> Any:
+    shapes = (jax.ShapeDtypeStruct(rows.shape, query.dtype) for rows in (cache.keys, cache.values))
+    options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    check_attention("cached_attention", query, *shapes, score_mod=score_mod, scale=scale, **options)
+    mask, score_mod = resolve_masks("cached_attention", mask, score_mod, full)
+    slots = Slots(cache.keys, cache.values, cache.positions, cache.slots_in_use, min(cache.max_len, _CHUNK))
+    out, lse = attend_chunks(
+        "cached_attention",
+        scale_query(query, scale, score_mod),
+        (slots,),
+        positions,
+        rows=jnp.arange(query.shape[0], dtype=jnp.int32),
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=0.0 if deterministic else dropout_rate,
+    )
+    out = out.astype(query.dtype)
+    return (out, lse) if return_lse else out
+
+
+@pytree_dataclass
+class Slots:
+    """The slots of a cache whose tokens lie in place, in chunks."""
+
+    keys: Rows  # (B, K, S, H)
+    values: Rows  # (B, K, S, V)
+    positions: Array  # (B, S); -1 is no token
+    in_use: Array  # slots from here on are empty
+    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_chunks(self) -> Any:
+        if self.keys.shape[2] == self.chunk_size:
+            return 1
+        return -(-self.in_use // self.chunk_size)
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.values.shape[1], self.values.shape[3]
+
+    def chunk(self, n: Any) -> Chunk:
+        size, length = self.chunk_size, self.keys.shape[2]
+        if size == length:
+            cut, position = (lambda rows: rows), self.positions
+            exists = position >= 0
+        else:
+            # Past the end a slice would start earlier: what it then reads again does not count.
+            start = n * size
+            first = jnp.minimum(start, length - size)
+            cut = lambda rows: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis=2), rows)
+            position = lax.dynamic_slice_in_dim(self.positions, first, size, axis=1)
+            exists = (position >= 0) & (first + jnp.arange(size, dtype=jnp.int32) >= start)[None]
+
+        def read() -> tuple[Array, Array]:
+            return decode_rows(cut(self.keys), self.keys.dtype), decode_rows(cut(self.values), self.values.dtype)
+
+        return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)
