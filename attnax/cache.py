@@ -263,7 +263,9 @@ class RingKVCache:
 
         def write(held: Rows, new: Array) -> Rows:
             return jax.tree.map(
-                lambda old, new: old.at[rows, :, slot].set(new.swapaxes(1, 2), mode="drop"), held, encode_rows(new, held)
+                lambda old, new: old.at[rows, :, slot].set(new.swapaxes(1, 2), mode="drop"),
+                held,
+                encode_rows(new, held),
             )
 
         cache = RingKVCache(

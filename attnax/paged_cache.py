@@ -134,9 +134,11 @@ class PagedKVCache:
                 f"of {num_blocks}. Make the pool larger."
             )
         target = jnp.where(held, table, num_blocks)  # past the end: dropped
-        pools = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), (self.key_pool, self.value_pool))
+        pools = self.key_pool, self.value_pool
+        key_pool, value_pool = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), pools)
         return PagedKVCache(
-            *pools,
+            key_pool=key_pool,
+            value_pool=value_pool,
             block_table=jnp.where(held & fits[:, None], table, -1),
             seq_lengths=jnp.where(fits, self.seq_lengths[rows], 0),
             overflowed=self.overflowed[rows] | ~fits,
@@ -483,7 +485,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
     """
     real = jnp.arange(cache.max_len, dtype=jnp.int32)[None] < cache.seq_lengths[:, None]
 
-    def rows(pool: Array) -> Array:
+    def rows(pool: Pool) -> Array:
         # An unused entry, -1, reads the last block of the pool: it lies past the length.
         return jnp.where(real[:, None, :, None], jnp.moveaxis(_read(pool, cache.block_table), 2, 1), 0)
 

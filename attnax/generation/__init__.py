@@ -1,6 +1,23 @@
-"""Writing text with a model that is only a function `(state, ids, position_ids, cache) -> (logits, cache)`."""
+"""Writing text with a model that is only a function `(state, tokens, cache) -> (logits, cache)`."""
 
-from attnax.generation.loop import Generation, Request, Step, generate, stream
+from attnax.generation.beam import Beams, beam_search
+from attnax.generation.loop import Generation, Request, Step, Tokens, generate, make_request, stream
 from attnax.generation.samplers import Sampler
+from attnax.generation.speculative import Draft, generate_with_draft
+from attnax.generation.text import Text
 
-__all__ = ["Generation", "Request", "Sampler", "Step", "generate", "stream"]
+__all__ = [
+    "Beams",
+    "Draft",
+    "Generation",
+    "Request",
+    "Sampler",
+    "Step",
+    "Text",
+    "Tokens",
+    "beam_search",
+    "generate",
+    "generate_with_draft",
+    "make_request",
+    "stream",
+]

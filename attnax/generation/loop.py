@@ -1,13 +1,13 @@
 """Autoregressive generation: one compiled program that reads the prompt and then loops over the new tokens.
 
-Nothing here knows a model. A `Step` is a function `(state, ids, position_ids, cache) -> (logits, cache)`, where
-`logits` (batch, vocabulary) follow each row's last token and a position of -1 marks padding.
+Nothing here knows a model. A `Step` is a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of
+every row and of a cache of what came before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,32 +16,53 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnax.cache import select_rows
 from attnax.generation.samplers import Sampler
+from attnax.generation.text import Text
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, pytree_dataclass
 
-__all__ = ["Generation", "Request", "Step", "generate", "make_request", "row_keys", "stream"]
+__all__ = ["Generation", "Request", "Step", "Tokens", "generate", "make_request", "row_keys", "stream"]
+
+
+class Tokens(NamedTuple):
+    """What a step reads.
+
+    Attributes:
+        ids: (rows, T).
+        position_ids: (rows, T), each token's index within its row's text, -1 for padding.
+        wanted: (rows, n), the indices within T of the tokens that the logits are to follow.
+        context: what a row attends beside its text, with the rows first: an encoder's keys and values, or None.
+    """
+
+    ids: Int[Array, "R T"]
+    position_ids: Int[Array, "R T"]
+    wanted: Int[Array, "R n"]
+    context: Any = None
 
 
 @runtime_checkable
 class Step(Protocol):
-    """Must hash by value: the compiled program is found again by it."""
+    """A model that decodes; it must hash by value, since the compiled program is found again by it."""
 
-    def __call__(self, state: Any, ids: Array, position_ids: Array, cache: Any, /) -> tuple[Array, Any]: ...
+    def __call__(self, state: Any, tokens: Tokens, cache: Any, /) -> tuple[Array, Any]:
+        """Logits (rows, n, vocabulary) of what follows the wanted tokens, and the cache with all tokens appended."""
 
 
 class Generation(NamedTuple):
-    """What was generated after the prompt.
+    """What was generated after the prompt; rows are those of the prompts, or the samples of the first, the second, ...
 
     Attributes:
-        tokens: (batch, max_new_tokens) int32; after its end a row is filled with the end token.
-        lengths: (batch,) int32, tokens of each row up to and with its end token.
-        log_probs: (batch, max_new_tokens) float32, the model's log-probability of each token (before temperature
-            and cuts); 0 after the end.
+        tokens: (rows, max_new_tokens) int32; after its end a row is filled with the first end token, else with padding.
+        lengths: (rows,) int32, tokens of each row up to and with what ended it.
+        log_probs: (rows, max_new_tokens) float32, the model's log-probability of each token (before penalties,
+            temperature and cuts); 0 after the end.
+        steps: (rows,) int32, how often the model ran for the row: once for each token, or less often with a draft.
     """
 
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, B]
-    log_probs: Float[Array, "B T"]
+    tokens: Int[Array, "R T"]
+    lengths: Int[Array, R]
+    log_probs: Float[Array, "R T"]
+    steps: Int[Array, R]
 
 
 @pytree_dataclass
@@ -51,29 +72,31 @@ class Request:
     Attributes:
         ids: (batch, T) prompt.
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
-        keys: one a row. A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and
-            prompt, not on its neighbours.
+        keys: one for each of batch * samples rows. A token at position p is drawn with `fold_in(key, p)`, so a row's
+            text depends on its key and prompt, not on its neighbours.
         sampler: draws tokens.
-        end_token: ends a row; negative for none.
+        stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
+        fill: what follows the end.
+        context: as in `Tokens`.
     """
 
     ids: Int[Array, "B T"]
     position_ids: Int[Array, "B T"]
     keys: Array
     sampler: Sampler
-    end_token: Int[Array, ""]
+    stops: Int[Array, "K n"]
+    fill: Int[Array, ""]
+    context: Any = None
 
 
 @pytree_dataclass
-class _Progress:
+class Progress:
     """Everything that the loop carries from token to token."""
 
-    tokens: Int[Array, "B T"]
-    log_probs: Float[Array, "B T"]
-    lengths: Int[Array, B]
-    count: Int[Array, ""]  # tokens written to every row
-    positions: Int[Array, B]  # of the last token
-    finished: Bool[Array, B]
+    text: Text
+    log_probs: Float[Array, "R T"]
+    finished: Bool[Array, R]
+    steps: Int[Array, R]
     cache: Any
 
 
@@ -82,10 +105,14 @@ def make_request(
     *,
     vocab_size: int,
     max_new_tokens: int,
-    sampler: Sampler | None,
-    key: Array | None,
-    padding_mask: Bool[ArrayLike, "B T"] | None,
-    end_token: int | None,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+    padding_mask: Bool[ArrayLike, "B T"] | None = None,
+    end_token: int | Sequence[int] | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
+    num_samples: int = 1,
+    pad_token: int = 0,
+    context: Any = None,
 ) -> Request:
     """The arguments of a model's `generate`, checked.
 
@@ -96,21 +123,28 @@ def make_request(
         raise ValueError(
             f"generate: prompt_ids must be (batch, length) with at least one token; got {prompt_ids.shape}."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1; got max_new_tokens={max_new_tokens}.")
+    for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if count < 1:
+            raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
     known = np.asarray(prompt_ids)
-    low, high = int(known.min()), int(known.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"generate: token ids must be at least 0 and below {vocab_size}; got {low if low < 0 else high}."
-        )
+    ends = [] if end_token is None else [end_token] if isinstance(end_token, int | np.integer) else list(end_token)
+    sequences = [[end] for end in ends] + [list(sequence) for sequence in stop_sequences]
+    checked: list[tuple[str, Any]] = [("token ids", known)]
+    checked += [("stop sequences and end tokens", sequence) for sequence in sequences]
+    for name, ids in checked:
+        if np.size(ids) == 0:
+            raise ValueError(f"generate: {name} must not be empty; got {sequences}.")
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"generate: {name} must be at least 0 and below {vocab_size}; got {wrong}.")
     real = np.ones(known.shape, bool) if padding_mask is None else np.asarray(padding_mask)
     if real.shape != known.shape or real.dtype != bool or not real.any(axis=1).all():
         raise ValueError(
             f"generate: padding_mask must be boolean {known.shape} with a real token in every row; "
             f"got shape={real.shape}, dtype={real.dtype}."
         )
-    sampler = (Sampler() if sampler is None else sampler).as_arrays()
+    sampler = (Sampler() if sampler is None else sampler).as_arrays(vocab_size)
     if key is None:
         if float(sampler.temperature) > 0:
             raise ValueError(
@@ -118,32 +152,43 @@ def make_request(
                 "Pass key=jax.random.key(seed)."
             )
         key = jax.random.key(0)
+    longest = max(map(len, sequences), default=0)
+    stops = np.full((len(sequences), longest), -1, np.int32)
+    for row, sequence in zip(stops, sequences, strict=True):
+        row[longest - len(sequence) :] = sequence
     return Request(
         ids=jnp.asarray(prompt_ids),
         position_ids=jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32),
-        keys=row_keys(key, known.shape[0]),
+        keys=row_keys(key, known.shape[0], num_samples),
         sampler=sampler,
-        end_token=jnp.int32(-1 if end_token is None else end_token),
+        stops=jnp.asarray(stops),
+        fill=jnp.int32(ends[0] if ends else pad_token),
+        context=context,
     )
 
 
-def row_keys(key: Array, batch: int) -> Array:
-    """One key a row: `key` itself if it holds `batch` keys, else `fold_in(key, row)`.
+def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
+    """One key a row: `key` itself if it holds one for each, else `fold_in(key, row)`.
+
+    With several samples, `key` may hold one for each prompt; its samples then draw with `fold_in(key, sample)`.
 
     Raises:
         ValueError: not a typed key, or another number of them.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
+    rows = batch * num_samples
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,), (rows,)):
         raise ValueError(
-            f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {batch}; "
+            f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {rows}; "
             f"got shape={key.shape}, dtype={key.dtype}."
         )
-    if key.shape:
+    if key.shape == (rows,):
         return key
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+    if key.shape:
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        return fold(key, jnp.arange(num_samples)).reshape(-1)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
-@partial(jax.jit, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
 def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> tuple[Generation, Any]:
     """Reads the prompt and writes up to `max_new_tokens`, in one program.
 
@@ -151,79 +196,120 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         step: the model.
         state: its parameters.
         request: what to continue, and how.
-        cache: donated; must have room for the prompt and max_new_tokens - 1 tokens.
+        cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
+            there are several samples, whose cache has other shapes.
         max_new_tokens: static, at least 1.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
-    progress = _read_prompt(step, state, request, cache, max_new_tokens)
-    progress = _write(step, state, request, progress, max_new_tokens)
-    return Generation(progress.tokens, progress.lengths, progress.log_probs), progress.cache
+    run = _generate_in_place if request.keys.shape[0] == request.ids.shape[0] else _generate
+    return run(step, state, request, cache, max_new_tokens)
+
+
+def _write_all(step: Step, state: Any, request: Request, cache: Any, max_new_tokens: int) -> tuple[Generation, Any]:
+    progress, context = start(step, state, request, cache, max_new_tokens)
+
+    def go_on(progress: Progress) -> Progress:
+        return advance(step, state, request, progress, context)
+
+    progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
+    return result(progress, request), progress.cache
+
+
+_generate = jax.jit(_write_all, static_argnames=("step", "max_new_tokens"))
+_generate_in_place = jax.jit(_write_all, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
 
 
 def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
-    """Yields each row's next token, (batch,) int32, as soon as it is drawn; the same tokens as `generate`.
+    """Yields each row's next token, (rows,) int32, as soon as it is drawn; the same tokens as `generate`.
 
     Stops after `max_new_tokens`, or when every row has ended.
     """
-    progress = _start_stream(step, state, request, cache, max_new_tokens)
-    for count in range(1, max_new_tokens + 1):
-        yield np.asarray(progress.tokens[:, count - 1])
-        if count == max_new_tokens or progress.finished.all():
+    begin = _start_stream_in_place if request.keys.shape[0] == request.ids.shape[0] else _start_stream
+    progress, context = begin(step, state, request, cache, max_new_tokens)
+    for count in range(max_new_tokens):
+        yield np.asarray(_column(progress, request, jnp.int32(count)))
+        if count + 1 == max_new_tokens or progress.finished.all():
             return
-        progress = _continue_stream(step, state, request, progress, jnp.int32(count + 1))
+        progress = _continue_stream(step, state, request, progress, context)
 
 
-def _read_prompt(step: Step, state: Any, request: Request, cache: Any, max_new_tokens: int) -> _Progress:
-    batch = request.ids.shape[0]
-    logits, cache = step(state, request.ids, request.position_ids, cache)
-    progress = _Progress(
-        tokens=jnp.full((batch, max_new_tokens), jnp.maximum(request.end_token, 0), jnp.int32),
-        log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        count=jnp.zeros((), jnp.int32),
-        positions=request.position_ids.max(axis=1, initial=-1),
-        finished=jnp.zeros((batch,), bool),
+def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
+    """Reads the prompt and draws the first token; `room` tokens may follow. Also the context of each row."""
+    logits, cache = step(state, prompt_tokens(request), cache)
+    context, logits = request.context, logits[:, 0]
+    text = Text.of_prompt(request.ids, request.position_ids, room + spare)
+    cache, context, logits, text = for_samples(request, (cache, context, logits, text))
+    num_rows = request.keys.shape[0]
+    progress = Progress(
+        text=text,
+        log_probs=jnp.zeros((num_rows, room), jnp.float32),
+        finished=jnp.zeros((num_rows,), bool),
+        steps=jnp.ones((num_rows,), jnp.int32),
         cache=cache,
     )
-    return _append(progress, logits, request)
+    token = request.sampler(logits, position_keys(request, progress.text), progress.text)
+    return append(progress, token, logits, request, progress.steps > 0), context
 
 
-def _write(step: Step, state: Any, request: Request, progress: _Progress, limit: int | Array) -> _Progress:
-    """Goes on until `limit` tokens are written or every row has ended."""
-
-    def unfinished(progress: _Progress) -> Array:
-        return (progress.count < limit) & ~progress.finished.all()
-
-    def advance(progress: _Progress) -> _Progress:
-        last = lax.dynamic_index_in_dim(progress.tokens, progress.count - 1, axis=1)
-        # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
-        position_ids = jnp.where(progress.finished, -1, progress.positions)[:, None]
-        logits, cache = step(state, last, position_ids, progress.cache)
-        return _append(dataclasses.replace(progress, cache=cache), logits, request)
-
-    return lax.while_loop(unfinished, advance, progress)
+def for_samples(request: Request, rows_of_prompts: Any) -> Any:
+    """The rows of the prompts, which are read once, as rows of their samples."""
+    batch, num_rows = request.ids.shape[0], request.keys.shape[0]
+    if num_rows == batch:
+        return rows_of_prompts
+    return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(batch), num_rows // batch))
 
 
-def _append(progress: _Progress, logits: Array, request: Request) -> _Progress:
-    """Draws the token that follows and writes it to the rows that have not ended."""
-    positions = progress.positions + 1
-    token = request.sampler(logits, jax.vmap(jax.random.fold_in)(request.keys, positions))
+def prompt_tokens(request: Request) -> Tokens:
+    """The prompt as a step reads it; the logits wanted follow the last real token of each row."""
+    last = request.position_ids.argmax(axis=1)
+    return Tokens(request.ids, request.position_ids, last[:, None], request.context)
+
+
+def advance(step: Step, state: Any, request: Request, progress: Progress, context: Any) -> Progress:
+    """One more token in every row that has not ended."""
+    text, running = progress.text, ~progress.finished
+    # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
+    position_ids = jnp.where(running[:, None], text.last_positions(1), -1)
+    tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
+    logits, cache = step(state, tokens, progress.cache)
+    token = request.sampler(logits[:, 0], position_keys(request, text), text)
+    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running)
+    return append(progress, token, logits[:, 0], request, running)
+
+
+def append(progress: Progress, token: Array, logits: Array, request: Request, where: Array) -> Progress:
+    """Writes a token to the rows where that is so, and looks whether it ends them."""
+    text, (num_rows, room) = progress.text, progress.log_probs.shape
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
-    running = ~progress.finished
-    token = jnp.where(running, token, jnp.maximum(request.end_token, 0))
-    write = partial(lax.dynamic_update_index_in_dim, index=progress.count, axis=1)
-    return dataclasses.replace(
-        progress,
-        tokens=write(progress.tokens, token),
-        log_probs=write(progress.log_probs, jnp.where(running, log_prob, 0.0)),
-        lengths=progress.lengths + running,
-        count=progress.count + 1,
-        positions=positions,
-        finished=progress.finished | (token == request.end_token),
-    )
+    index = jnp.where(where, text.lengths - text.prompt_lengths, room)  # past the end: dropped
+    log_probs = progress.log_probs.at[jnp.arange(num_rows), index].set(log_prob, mode="drop")
+    text = text.append(token, where)
+    ended = text.ends_with(request.stops) | (text.lengths - text.prompt_lengths >= room)
+    return dataclasses.replace(progress, text=text, log_probs=log_probs, finished=progress.finished | (where & ended))
 
 
-_start_stream = jax.jit(_read_prompt, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
-_continue_stream = jax.jit(_write, static_argnames="step", donate_argnames="progress")
+def position_keys(request: Request, text: Text, stream: int | None = None) -> Array:
+    """One key a row for the token that comes next; `stream` tells several draws at one position apart."""
+    keys = jax.vmap(jax.random.fold_in)(request.keys, text.lengths)
+    return keys if stream is None else jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
+
+
+def result(progress: Progress, request: Request) -> Generation:
+    """What was written, as users get it."""
+    text, room = progress.text, progress.log_probs.shape[1]
+    lengths = text.lengths - text.prompt_lengths
+    return Generation(text.written(room, request.fill), lengths, progress.log_probs, progress.steps)
+
+
+@jax.jit
+def _column(progress: Progress, request: Request, index: Array) -> Array:
+    text = progress.text
+    ended = index >= text.lengths - text.prompt_lengths
+    return jnp.where(ended, request.fill, text.last_column(index))
+
+
+_start_stream = jax.jit(start, static_argnames=("step", "room"))
+_start_stream_in_place = jax.jit(start, static_argnames=("step", "room"), donate_argnames="cache")
+_continue_stream = jax.jit(advance, static_argnames="step", donate_argnames="progress")

@@ -1,44 +1,76 @@
-"""From logits to the next token."""
+"""From logits to the next token: penalties on what the text already holds, cuts, and the draw."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete, pytree_dataclass
+from attnax.generation.text import Text
+from attnax.typing import Array, ArrayLike, Float, Int, function_pytree, is_concrete, pytree_dataclass
 
 __all__ = ["Sampler"]
 
 
 @pytree_dataclass
 class Sampler:
-    """Draws a token from softmax(logits / temperature), cut to the likeliest tokens.
+    """Draws a token from softmax(logits / temperature), after penalties and cut to the likeliest tokens.
 
-    A pytree whose leaves are the numbers, so that new values compile nothing.
+    What is given is applied in the order of the attributes below, penalties first; None leaves a step out. A pytree
+    whose leaves are the numbers, so that new values compile nothing.
 
     Attributes:
         temperature: 0 takes the likeliest token; 1 samples the model's own distribution.
-        top_k: keep the k likeliest tokens (and those that tie with the last of them); None keeps all.
-        top_p: then keep the likeliest tokens whose probabilities reach p together (nucleus sampling); None keeps all.
+        top_k: keep the k likeliest tokens (and those that tie with the last of them).
+        top_p: then keep the likeliest tokens whose probabilities reach p together (nucleus sampling).
+        min_p: then keep the tokens that are at least min_p times as likely as the likeliest.
+        logit_bias: added to the logits: an array (vocab_size,), or a mapping of token ids to numbers.
+        repetition_penalty: logits of tokens that stand in the text, prompt included, are divided by it where they are
+            positive and multiplied where not.
+        presence_penalty: subtracted from the logits of tokens that were written.
+        frequency_penalty: subtracted once for each time a token was written.
+        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included.
+        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`; after the
+            penalties, before the cuts. One that holds arrays should be a callable pytree; a lambda that is made anew is
+            compiled anew.
 
     Raises:
-        ValueError: a negative temperature, top_k below 1, or top_p outside (0, 1].
+        ValueError: a number out of range, in words.
 
     References:
         A. Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019, https://arxiv.org/abs/1904.09751.
+        N. Keskar et al., "CTRL", 2019, https://arxiv.org/abs/1909.05858, section 4.1 (repetition).
+        M. Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024, https://arxiv.org/abs/2407.01082.
     """
 
     temperature: float | Array = 0.0
     top_k: int | Array | None = None
     top_p: float | Array | None = None
+    min_p: float | Array | None = None
+    logit_bias: Any = None
+    repetition_penalty: float | Array | None = None
+    presence_penalty: float | Array | None = None
+    frequency_penalty: float | Array | None = None
+    no_repeat_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
+    logits_fn: Callable[[Array, Text], Array] | None = None
 
     def __post_init__(self) -> None:
-        rules = {
+        finite = ("finite", math.isfinite)
+        rules: dict[str, tuple[str, Callable[[float], bool]]] = {
             "temperature": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
             "top_k": ("at least 1 and below 2 ** 31", lambda x: 1 <= x < 2**31),
             "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+            "min_p": ("at least 0 and at most 1", lambda x: 0 <= x <= 1),
+            "repetition_penalty": ("above 0 and finite", lambda x: 0 < x < math.inf),
+            "presence_penalty": finite,
+            "frequency_penalty": finite,
+            "no_repeat_ngram": ("at least 1 and a whole number", lambda x: x >= 1 and x == int(x)),
         }
         for name, (rule, holds) in rules.items():
             value = getattr(self, name)
@@ -46,23 +78,90 @@ class Sampler:
             if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(float(value)):
                 raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
-    def as_arrays(self) -> Sampler:
-        """The same sampler with arrays for numbers, so that 1 and 1.0 are one program."""
-        top_k = None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32)
-        top_p = None if self.top_p is None else jnp.asarray(self.top_p, jnp.float32)
-        return Sampler(jnp.asarray(self.temperature, jnp.float32), top_k, top_p)
+    def as_arrays(self, vocab_size: int) -> Sampler:
+        """The same sampler with arrays for numbers, so that 1 and 1.0 are one program.
 
-    def __call__(self, logits: Float[Array, "B V"], keys: Array) -> Int[Array, B]:
-        """One token a row; `keys` holds one typed key a row."""
-        logits = logits.astype(jnp.float32)
-        greedy = jnp.asarray(self.temperature) == 0
-        scaled = logits / jnp.where(greedy, 1.0, self.temperature)
+        Raises:
+            ValueError: a logit_bias that does not fit the vocabulary.
+        """
+        numbers: dict[str, Any] = {
+            field.name: jnp.asarray(value, jnp.int32 if field.name == "top_k" else jnp.float32)
+            for field in dataclasses.fields(self)
+            if field.name not in ("no_repeat_ngram", "logits_fn", "logit_bias")
+            and (value := getattr(self, field.name)) is not None
+        }
+        logits_fn = None if self.logits_fn is None else function_pytree(self.logits_fn)
+        bias = None if self.logit_bias is None else _bias_array(self.logit_bias, vocab_size)
+        return dataclasses.replace(self, **numbers, logits_fn=logits_fn, logit_bias=bias)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the text changes what is drawn."""
+        reading = self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram
+        return any(field is not None for field in (*reading, self.logits_fn))
+
+    def penalise(self, logits: Float[Array, "B V"], text: Text | None) -> Float[Array, "B V"]:
+        """The logits after everything that comes before the temperature, float32.
+
+        Raises:
+            ValueError: penalties without a text.
+        """
+        if text is None and self.reads_text:
+            raise ValueError("Sampler: penalties, n-grams and logits_fn need the text so far; got text=None.")
+        logits, size = logits.astype(jnp.float32), logits.shape[-1]
+        if self.logit_bias is not None:
+            logits = logits + jnp.asarray(_bias_array(self.logit_bias, size))[None]
+        if text is None:
+            return logits
+        if self.repetition_penalty is not None:
+            penalty = self.repetition_penalty
+            changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
+            logits = jnp.where(text.counts(size, prompt=True) > 0, changed, logits)
+        if self.presence_penalty is not None or self.frequency_penalty is not None:
+            counts = text.counts(size, prompt=False)
+            if self.presence_penalty is not None:
+                logits = logits - self.presence_penalty * (counts > 0)
+            if self.frequency_penalty is not None:
+                logits = logits - self.frequency_penalty * counts
+        if self.no_repeat_ngram is not None:
+            logits = jnp.where(text.completes_ngram(self.no_repeat_ngram, size), -jnp.inf, logits)
+        if self.logits_fn is not None:
+            shape, logits = logits.shape, self.logits_fn(logits, text)
+            if jnp.shape(logits) != shape:
+                raise ValueError(
+                    f"Sampler: logits_fn must return logits of the shape that it gets; got {jnp.shape(logits)} for "
+                    f"{shape}."
+                )
+        return logits.astype(jnp.float32)
+
+    def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Penalised logits / temperature, -inf for what is cut off; the draw is from their softmax."""
+        scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
         if self.top_k is not None:
             scaled = keep_top_k(scaled, self.top_k)
         if self.top_p is not None:
             scaled = keep_top_p(scaled, self.top_p)
-        sampled = jax.vmap(jax.random.categorical)(keys, scaled)
-        return jnp.where(greedy, logits.argmax(-1), sampled).astype(jnp.int32)
+        if self.min_p is not None:
+            scaled = keep_min_p(scaled, self.min_p)
+        return scaled
+
+    def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
+        """The distribution that `__call__` draws from: all on the likeliest token where temperature is 0."""
+        logits = self.penalise(logits, text)
+        return lax.cond(
+            jnp.asarray(self.temperature) == 0,
+            lambda: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32),
+            lambda: jax.nn.softmax(self.cut(logits)),
+        )
+
+    def __call__(self, logits: Float[Array, "B V"], keys: Array, text: Text | None = None) -> Int[Array, B]:
+        """One token a row; `keys` holds one typed key a row."""
+        logits = self.penalise(logits, text)
+        return lax.cond(
+            jnp.asarray(self.temperature) == 0,
+            lambda: logits.argmax(-1).astype(jnp.int32),
+            lambda: jax.vmap(jax.random.categorical)(keys, self.cut(logits)).astype(jnp.int32),
+        )
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int | Int[ArrayLike, ""]) -> Float[Array, "B V"]:
@@ -79,3 +178,22 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens ahead of each
     keep = jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(keep, logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> Float[Array, "B V"]:
+    """-inf for the tokens that are less than p times as likely as the likeliest of their row."""
+    return jnp.where(logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p)), logits, -jnp.inf)
+
+
+def _bias_array(bias: Any, vocab_size: int) -> Any:
+    """Raises ValueError for a bias that does not fit the vocabulary."""
+    if isinstance(bias, Mapping):
+        wrong = [token for token in bias if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(f"Sampler: logit_bias must name tokens from 0 to {vocab_size - 1}; got {wrong}.")
+        array = np.zeros(vocab_size, np.float32)
+        array[list(bias)] = list(bias.values())
+        return jnp.asarray(array)
+    if jnp.shape(bias) != (vocab_size,):
+        raise ValueError(f"Sampler: logit_bias must have shape ({vocab_size},); got {jnp.shape(bias)}.")
+    return bias

@@ -1,8 +1,8 @@
 """Few queries against many stored tokens, a chunk of tokens at a time: what attention to a cache is made of.
 
 The number of chunks is a value, not a shape: a step's work follows the tokens in use, in the same compiled program. A
-`Source` says where its tokens lie and how a chunk of them is read; masks and score mods see true positions. What a chunk
-adds to the result is in `_tile.py`.
+`Source` says where its tokens lie and how a chunk of them is read; masks and score mods see true positions. What a
+chunk adds to the result is in `_tile.py`.
 """
 
 from __future__ import annotations

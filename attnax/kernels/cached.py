@@ -50,8 +50,8 @@ def cached_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
 
-    A few queries (up to 16) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what it
-    could hold, and one program serves every length. More go through `flash_attention`.
+    A few queries (up to 16) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what
+    it could hold, and one program serves every length. More go through `flash_attention`.
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
@@ -91,7 +91,8 @@ def cached_attention(
     options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     options |= {"scale": scale, "return_lse": return_lse}
     if isinstance(cache, PagedKVCache) and seq_q <= _FEW:
-        return paged_attention(query, cache, mask=mask, score_mod=score_mod, query_positions=positions, **options)
+        options |= {"mask": mask, "score_mod": score_mod, "query_positions": positions}
+        return paged_attention(query, cache, **options)
     full = (batch, query.shape[1], cache.num_positions, cache.num_positions)
     mask = None if mask is None else as_mask(mask)
     if mask is not None:
@@ -102,6 +103,7 @@ def cached_attention(
         score_mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
         result = flash_attention(query, stored.keys, stored.values, mask=mask, score_mod=score_mod, **options)
     else:
+        assert not isinstance(cache, PagedKVCache)
         result = _attend_slots(query, cache, positions, mask, score_mod, full, **options)
     lost = cache.overflowed.reshape(-1, 1, 1)  # a dropped write must not pass unseen
     if return_lse:
@@ -165,18 +167,18 @@ class Slots:
 
     def chunk(self, n: Any) -> Chunk:
         size, length = self.chunk_size, self.keys.shape[2]
-        if size == length:
-            cut, position = (lambda rows: rows), self.positions
-            exists = position >= 0
-        else:
-            # Past the end a slice would start earlier: what it then reads again does not count.
-            start = n * size
-            first = jnp.minimum(start, length - size)
-            cut = lambda rows: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis=2), rows)
-            position = lax.dynamic_slice_in_dim(self.positions, first, size, axis=1)
-            exists = (position >= 0) & (first + jnp.arange(size, dtype=jnp.int32) >= start)[None]
+        # Past the end a slice would start earlier: what it then reads again does not count.
+        start = n * size
+        first = jnp.minimum(start, length - size)
+
+        def cut(x: Array, axis: int) -> Array:
+            return x if size == length else lax.dynamic_slice_in_dim(x, first, size, axis)
+
+        position = cut(self.positions, 1)
+        exists = (position >= 0) & (first + jnp.arange(size, dtype=jnp.int32) >= start)[None]
 
         def read() -> tuple[Array, Array]:
-            return decode_rows(cut(self.keys), self.keys.dtype), decode_rows(cut(self.values), self.values.dtype)
+            keys, values = jax.tree.map(lambda x: cut(x, 2), (self.keys, self.values))
+            return decode_rows(keys, self.keys.dtype), decode_rows(values, self.values.dtype)
 
         return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)

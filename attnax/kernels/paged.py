@@ -47,6 +47,7 @@ def paged_attention(
     sequence_idx: int | ArrayLike | None = ...,
     *,
     return_lse: Literal[False] = ...,
+    query_positions: ArrayLike | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> Array: ...
 @overload
@@ -56,6 +57,7 @@ def paged_attention(
     sequence_idx: int | ArrayLike | None = ...,
     *,
     return_lse: Literal[True],
+    query_positions: ArrayLike | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 @overload
@@ -67,6 +69,7 @@ def paged_attention(
     *,
     cache: PagedKVCache,
     return_lse: Literal[False] = ...,
+    query_positions: ArrayLike | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> Array: ...
 @overload
@@ -78,6 +81,7 @@ def paged_attention(
     *,
     cache: PagedKVCache,
     return_lse: Literal[True],
+    query_positions: ArrayLike | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import LayerCache, init_decoder_kv_caches_from_config
+from attnax.cache import LayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.generation import loop
-from attnax.generation.loop import Generation
+from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
-from attnax.models.transformer import TokenHead, TransformerDecoder, check_table
+from attnax.models.transformer import TokenHead, TransformerDecoder
+from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, stream
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
@@ -110,67 +111,113 @@ class TransformerLM(nnx.Module):
         sampler: Sampler | None = None,
         key: Array | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | None = None,
-        end_token: int | None = None,
+        end_token: int | Sequence[int] | None = None,
+        stop_sequences: Sequence[Sequence[int]] = (),
+        num_samples: int = 1,
+        draft: TransformerLM | None = None,
+        num_draft_tokens: int = 4,
+        cache: CacheKind | None = None,
+        cache_dtype: Any = None,
     ) -> Generation:
-        """Continues each prompt; the first call of a shape compiles one program, later ones none.
+        """Continues each prompt, in one compiled program; later calls of the same shape compile nothing.
 
         Args:
-            prompt_ids: (batch, T), T at least 1.
-            max_new_tokens: at least 1.
-            sampler: how tokens are drawn, by default the likeliest one.
-            key: one typed key, or one a row; needed by a sampler with a temperature.
-            padding_mask: (batch, T), True for real tokens, for prompts of different lengths.
-            end_token: ends a row.
+            prompt_ids: (batch, T).
+            max_new_tokens: tokens to write at most.
+            sampler: how tokens are drawn, by default the likeliest each.
+            key: one typed key, or one a row; needed with a temperature. A row's text depends on its key and prompt
+                only.
+            padding_mask: True for real tokens; padding may stand left or right.
+            end_token: ends a row; one token or several.
+            stop_sequences: token sequences that end a row too, when they were written as a whole.
+            num_samples: rows of the result for each prompt, which is read once.
+            draft: a small model of the same vocabulary that drafts tokens for this one to read at once: the same tokens
+                at temperature 0, the same distribution at any other, in fewer steps.
+            num_draft_tokens: tokens drafted each time.
+            cache: "contiguous", "ring" (rows of different lengths waste no slots) or "paged"; by default "contiguous",
+                with a draft "ring".
+            cache_dtype: of keys and values, by default the config's dtype; "int8" needs a quarter of float32's memory.
 
         Returns:
-            tokens (batch, max_new_tokens), lengths and log_probs.
+            Generation of batch * num_samples rows: tokens, lengths, the model's log-probabilities, steps.
 
         Raises:
-            ValueError: arguments out of range, a row without a token, or more positions than a learned or
-                sinusoidal table has.
+            ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
-        arguments = self._generation_arguments(prompt_ids, max_new_tokens, sampler, key, padding_mask, end_token)
-        generation, _ = loop.generate(*arguments, max_new_tokens=max_new_tokens)
-        return generation
-
-    def stream(
-        self,
-        prompt_ids: Int[ArrayLike, "B T"],
-        *,
-        max_new_tokens: int,
-        sampler: Sampler | None = None,
-        key: Array | None = None,
-        padding_mask: Bool[ArrayLike, "B T"] | None = None,
-        end_token: int | None = None,
-    ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (batch,) at a time, each as soon as it is drawn."""
-        arguments = self._generation_arguments(prompt_ids, max_new_tokens, sampler, key, padding_mask, end_token)
-        return loop.stream(*arguments, max_new_tokens=max_new_tokens)
-
-    def _generation_arguments(
-        self,
-        prompt_ids: ArrayLike,
-        max_new_tokens: int,
-        sampler: Sampler | None,
-        key: Array | None,
-        padding_mask: ArrayLike | None,
-        end_token: int | None,
-    ) -> tuple[Any, ...]:
-        prompt_ids = jnp.asarray(prompt_ids)
-        request = loop.make_request(
+        return generate(
+            self._writer(),
             prompt_ids,
-            vocab_size=self.config.vocab_size,
+            None if draft is None else draft._writer(),
+            num_draft_tokens=num_draft_tokens,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             key=key,
             padding_mask=padding_mask,
             end_token=end_token,
+            stop_sequences=stop_sequences,
+            num_samples=num_samples,
+            cache=cache,
+            cache_dtype=cache_dtype,
         )
-        batch, length = prompt_ids.shape
-        check_table(self.config, length, max_new_tokens)
+
+    def stream(
+        self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
+    ) -> Iterator[np.ndarray]:
+        """The tokens of `generate`, (rows,) at a time, each as soon as it is drawn; options as there, but no draft."""
+        return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
+
+    def beam_search(
+        self,
+        prompt_ids: Int[ArrayLike, "B T"],
+        *,
+        num_beams: int,
+        max_new_tokens: int,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = "heuristic",
+        sampler: Sampler | None = None,
+        padding_mask: Bool[ArrayLike, "B T"] | None = None,
+        end_token: int | Sequence[int] | None = None,
+        stop_sequences: Sequence[Sequence[int]] = (),
+        cache: CacheKind | None = None,
+        cache_dtype: Any = None,
+    ) -> Beams:
+        """The `num_beams` best texts found after each prompt, the best first.
+
+        Args:
+            prompt_ids: (batch, T).
+            num_beams: beginnings that are kept.
+            max_new_tokens: tokens to write at most.
+            length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
+            early_stopping: "first" stops with num_beams texts, "heuristic" when no running one scores better as it is,
+                "never" when none can.
+            sampler: its penalties apply, to log-probabilities.
+            padding_mask: as in `generate`, and so are the others.
+            end_token: ends a text.
+            stop_sequences: end a text too.
+            cache: kind of the cache.
+            cache_dtype: of keys and values.
+
+        Raises:
+            ValueError: arguments out of range.
+        """
+        return beam_search(
+            self._writer(),
+            prompt_ids,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            sampler=sampler,
+            padding_mask=padding_mask,
+            end_token=end_token,
+            stop_sequences=stop_sequences,
+            cache=cache,
+            cache_dtype=cache_dtype,
+        )
+
+    def _writer(self) -> Writer:
         graphdef, state = nnx.split(self)
-        cache = init_decoder_kv_caches_from_config(self.config, batch_size=batch, max_len=length + max_new_tokens)
-        return _Step(graphdef), state, request, cache
+        return Writer(_Step(graphdef), state, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +226,8 @@ class _Step:
 
     graphdef: nnx.GraphDef[TransformerLM]
 
-    def __call__(
-        self, state: Any, ids: Array, position_ids: Array, cache: tuple[LayerCache, ...]
-    ) -> tuple[Array, tuple[LayerCache, ...]]:
+    def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
         model = nnx.merge(self.graphdef, state)
-        out = model.decoder.run(ids, position_ids=position_ids, caches=cache, deterministic=True)
-        last = position_ids.argmax(axis=1)  # only the last real token of each row goes through the head
-        return model.logits(jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]), out.caches
+        out = model.decoder.run(tokens.ids, position_ids=tokens.position_ids, caches=cache, deterministic=True)
+        # Only the tokens that are wanted go through the head.
+        return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from attnax.cache import LayerCache, init_decoder_kv_caches_from_config
 from attnax.config import TransformerConfig
-from attnax.generation import loop
-from attnax.generation.loop import Generation
+from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
-from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, check_table, count_positions
+from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
+from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, stream
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
@@ -132,12 +134,18 @@ class Transformer(nnx.Module):
         source_ids: Int[ArrayLike, "B S"],
         max_length: int,
         start_token: int,
-        end_token: int | None = None,
+        end_token: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         key: Array | None = None,
         *,
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         sampler: Sampler | None = None,
+        stop_sequences: Sequence[Sequence[int]] = (),
+        num_samples: int = 1,
+        draft: Transformer | None = None,
+        num_draft_tokens: int = 4,
+        cache: CacheKind | None = None,
+        cache_dtype: Any = None,
     ) -> Generation:
         """Writes a target for each source, in one compiled loop; later calls of the same shape compile nothing.
 
@@ -145,45 +153,105 @@ class Transformer(nnx.Module):
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
             start_token: what the target begins with.
-            end_token: ends a row.
+            end_token: ends a row; one token or several.
             temperature: of the sampling; 0 takes the likeliest token.
             key: one typed key, or one a row; needed with a temperature.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             sampler: how tokens are drawn, in place of `temperature`.
+            stop_sequences: as in `TransformerLM.generate`, and so are the others.
+            num_samples: targets of each source, which is read once.
+            draft: a small Transformer of the same vocabularies.
+            num_draft_tokens: tokens drafted each time.
+            cache: kind of the cache.
+            cache_dtype: of keys and values.
 
         Returns:
-            tokens (batch, max_length) without the start token, lengths and log_probs.
+            tokens (batch * num_samples, max_length) without the start token, lengths, log_probs and steps.
 
         Raises:
             ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
-        config = self.decoder.config
-        if sampler is not None and temperature != 0.0:
-            raise ValueError(
-                f"generate: give temperature or sampler, not both; got temperature={temperature}. "
-                "Use Sampler(temperature=...)."
-            )
-        source_ids = jnp.asarray(source_ids)
-        batch = source_ids.shape[0]
-        request = loop.make_request(
-            jnp.full((batch, 1), start_token, jnp.int32),
-            vocab_size=config.vocab_size,
+        return generate(
+            self._writer(source_ids, source_padding_mask),
+            _starts(source_ids, start_token),
+            None if draft is None else draft._writer(source_ids, source_padding_mask),
+            num_draft_tokens=num_draft_tokens,
             max_new_tokens=max_length,
-            sampler=Sampler(temperature=temperature) if sampler is None else sampler,
+            sampler=_sampler(sampler, temperature),
             key=key,
-            padding_mask=None,
             end_token=end_token,
+            stop_sequences=stop_sequences,
+            num_samples=num_samples,
+            cache=cache,
+            cache_dtype=cache_dtype,
         )
-        check_table(config, 1, max_length)
+
+    def stream(
+        self,
+        source_ids: Int[ArrayLike, "B S"],
+        max_length: int,
+        start_token: int,
+        *,
+        source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
+        **options: Unpack[WriteOptions],
+    ) -> Iterator[np.ndarray]:
+        """The tokens of `generate`, (rows,) at a time, each as soon as it is drawn; options as there, but no draft."""
+        writer = self._writer(source_ids, source_padding_mask)
+        return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
+
+    def beam_search(
+        self,
+        source_ids: Int[ArrayLike, "B S"],
+        max_length: int,
+        start_token: int,
+        end_token: int | Sequence[int] | None = None,
+        *,
+        num_beams: int,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = "heuristic",
+        source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
+        sampler: Sampler | None = None,
+        stop_sequences: Sequence[Sequence[int]] = (),
+        cache: CacheKind | None = None,
+        cache_dtype: Any = None,
+    ) -> Beams:
+        """The `num_beams` best targets found for each source; arguments as in `generate` and `TransformerLM`'s."""
+        return beam_search(
+            self._writer(source_ids, source_padding_mask),
+            _starts(source_ids, start_token),
+            num_beams=num_beams,
+            max_new_tokens=max_length,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            sampler=sampler,
+            end_token=end_token,
+            stop_sequences=stop_sequences,
+            cache=cache,
+            cache_dtype=cache_dtype,
+        )
+
+    def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
+        """The decoder, with what its cross-attention reads of the sources."""
+        source_ids, real = jnp.asarray(source_ids), None
         self.encoder.embed.tokens.check(source_ids)
-        graphdef, state = nnx.split(self)
         if source_padding_mask is not None:
-            source_padding_mask = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
-        real = source_padding_mask
-        contexts = _read_source(graphdef, state, source_ids, real)
-        cache = init_decoder_kv_caches_from_config(config, batch_size=batch, max_len=1 + max_length)
-        reading = (state, contexts, real)
-        return loop.generate(_Step(graphdef), reading, request, cache, max_new_tokens=max_length)[0]
+            real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
+        graphdef, state = nnx.split(self)
+        context = _read_source(graphdef, state, source_ids, real), real
+        return Writer(_Step(graphdef), state, self.decoder.config, context)
+
+
+def _starts(source_ids: ArrayLike, start_token: int) -> Array:
+    return jnp.full((source_ids.shape[0], 1), start_token, jnp.int32)
+
+
+def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
+    if sampler is not None and temperature != 0.0:
+        raise ValueError(
+            f"generate: give temperature or sampler, not both; got temperature={temperature}. "
+            "Use Sampler(temperature=...)."
+        )
+    return Sampler(temperature=temperature) if sampler is None else sampler
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -195,21 +263,20 @@ def _read_source(graphdef: Any, state: Any, source_ids: Array, real: Array | Non
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The decoder as a function of the state, which also holds what its cross-attention reads."""
+    """The decoder as a function of the state; the context is what its cross-attention reads."""
 
     graphdef: nnx.GraphDef[Transformer]
 
-    def __call__(
-        self, state: Any, ids: Array, position_ids: Array, cache: tuple[LayerCache, ...]
-    ) -> tuple[Array, tuple[LayerCache, ...]]:
-        state, contexts, real = state
+    def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
+        contexts, real = tokens.context
         model = nnx.merge(self.graphdef, state)
         out = model.decoder.run(
-            ids,
-            position_ids=position_ids,
+            tokens.ids,
+            position_ids=tokens.position_ids,
             caches=cache,
             encoder_output=contexts,
             cross_mask=None if real is None else padding(real),
             deterministic=True,
         )
-        return model.head(out.hidden[:, -1], model.decoder.embed), out.caches
+        hidden = jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)
+        return model.head(hidden, model.decoder.embed), out.caches

@@ -20,7 +20,7 @@ from attnax.nn.norms import norm_of
 from attnax.nn.stack import Stack
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod, check_positions
 
-__all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "check_table", "count_positions"]
+__all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_positions"]
 
 
 class _TokenTransformer(nnx.Module):
@@ -405,15 +405,6 @@ class TokenHead(nnx.Module):
         """The logits; `embed` holds the embeddings of the tokens that they are about."""
         logits = embed.attend(hidden) if self.projection is None else self.projection(hidden)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
-
-
-def check_table(config: TransformerConfig, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if a generation would run past a learned or sinusoidal table."""
-    if config.pos_emb_type in ("learned", "sinusoidal") and length + max_new_tokens > config.max_len + 1:
-        raise ValueError(
-            f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
-            f"got {length} + {max_new_tokens}."
-        )
 
 
 def count_positions(

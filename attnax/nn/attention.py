@@ -320,7 +320,7 @@ class MultiHeadAttention(nnx.Module):
         cache: Any,
     ) -> tuple[Array, Any]:
         """What the heads gather from the cache and the new tokens, and the cache with these appended."""
-        batch, num_heads, seq_q, _ = query.shape
+        batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
             return self._attend_sums(query, key, value, mask, positions, cache)
         if mask is not None:  # read at positions, so an array must know all that the cache can hold
@@ -342,8 +342,8 @@ class MultiHeadAttention(nnx.Module):
     ) -> tuple[Array, LinearLayerCache]:
         if not isinstance(mask, Causal):
             raise NotImplementedError(
-                "MultiHeadAttention: the sums of linear attention hold what came before, so that with a cache mask must "
-                f"be masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
+                "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must be "
+                f"masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
             )
         real = jnp.broadcast_to(positions >= 0, (query.shape[0], query.shape[2]))
         heads, state = linear_attention(
@@ -414,8 +414,8 @@ class MultiHeadAttention(nnx.Module):
         kind = self.config.attention_type
         if kind == AttentionType.LITE or (kind == AttentionType.LINEAR) != isinstance(kv_cache, LinearLayerCache):
             raise NotImplementedError(
-                f"MultiHeadAttention: {kind} attention does not read a {type(kv_cache).__name__}. Linear attention reads "
-                "a LinearLayerCache, softmax kernels the others, lite attention none."
+                f"MultiHeadAttention: {kind} attention does not read a {type(kv_cache).__name__}. Linear attention "
+                "reads a LinearLayerCache, softmax kernels the others, lite attention none."
             )
 
 

@@ -1,0 +1,177 @@
+"""Beam search: the likeliest texts found by keeping the best few beginnings of each prompt, in one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.cache import select_rows
+from attnax.generation.loop import Request, Step, Tokens, prompt_tokens
+from attnax.generation.text import Text
+from attnax.typing import Array, Float, Int, pytree_dataclass
+
+__all__ = ["Beams", "EarlyStopping", "beam_search"]
+
+EarlyStopping = Literal["heuristic", "first", "never"]
+
+_WORST = -1e9  # instead of -inf: the score of a beam that does not exist is still ordered and divided
+
+
+class Beams(NamedTuple):
+    """The texts that a beam search found, the best first.
+
+    Attributes:
+        tokens: (batch, num_beams, max_new_tokens) int32; after its end a text is filled as in `Generation`.
+        lengths: (batch, num_beams) int32, tokens up to and with what ended the text.
+        scores: (batch, num_beams) float32, log-probability / lengths ** length_penalty.
+    """
+
+    tokens: Int[Array, "B N T"]
+    lengths: Int[Array, "B N"]
+    scores: Float[Array, "B N"]
+
+
+@pytree_dataclass
+class _Search:
+    """What the loop carries; B prompts, N beams each, running ones and the best that have ended."""
+
+    text: Text  # B * N rows
+    log_probs: Float[Array, "B N"]
+    done: Text  # B * N rows
+    scores: Float[Array, "B N"]
+    ended: Array  # (B, N), whether `done` holds a text there
+    hopeful: Array  # (B,), whether a running beam may still become one of the best
+    cache: Any
+
+
+@partial(jax.jit, static_argnames=("step", "num_beams", "max_new_tokens", "early_stopping"))
+def beam_search(
+    step: Step,
+    state: Any,
+    request: Request,
+    cache: Any,
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    length_penalty: float | Array = 1.0,
+    early_stopping: EarlyStopping = "heuristic",
+) -> Beams:
+    """The best texts after each prompt.
+
+    A step weighs every continuation of every running beam; those that end among the best `num_beams` are kept if their
+    score is, the best others go on. Scores are those of Hugging Face transformers, and so are the three ways to stop.
+
+    Args:
+        step: the model.
+        state: its parameters.
+        request: what to continue; of its sampler only the penalties apply, to log-probabilities.
+        cache: of the prompts' rows.
+        num_beams: beams of each prompt.
+        max_new_tokens: static, at least 1.
+        length_penalty: exponent of the length that the log-probability of a text is divided by.
+        early_stopping: "first" stops with num_beams texts; "heuristic" when no running beam has a better score than the
+            worst of them if it ended now; "never" if no length that it may still reach gives it one.
+    """
+    batch = request.ids.shape[0]
+    logits, cache = step(state, prompt_tokens(request), cache)
+    text = Text.of_prompt(request.ids, request.position_ids, max_new_tokens)
+    rows = jnp.repeat(jnp.arange(batch), num_beams)
+    cache, context, logits, text = select_rows((cache, request.context, logits[:, 0], text), rows)
+    first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal yet: only one may go on
+    search = _Search(
+        text=text,
+        log_probs=jnp.broadcast_to(first, (batch, num_beams)),
+        done=text,
+        scores=jnp.full((batch, num_beams), _WORST, jnp.float32),
+        ended=jnp.zeros((batch, num_beams), bool),
+        hopeful=jnp.ones((batch,), bool),
+        cache=cache,
+    )
+    choose = partial(
+        _choose, request=request, room=max_new_tokens, length_penalty=length_penalty, early_stopping=early_stopping
+    )
+
+    def unfinished(search: _Search) -> Array:
+        written = search.text.lengths - search.text.prompt_lengths
+        running = search.hopeful
+        if early_stopping == "first":
+            running = running & ~search.ended.all(1)
+        return running.any() & (written < max_new_tokens).any()
+
+    def advance(search: _Search) -> _Search:
+        text = search.text
+        wanted = jnp.zeros((text.lengths.shape[0], 1), jnp.int32)
+        tokens = Tokens(text.last(1), text.last_positions(1), wanted, context)
+        logits, cache = step(state, tokens, search.cache)
+        return choose(dataclasses.replace(search, cache=cache), logits[:, 0])
+
+    search = lax.while_loop(unfinished, advance, choose(search, logits))
+    lengths = (search.done.lengths - search.done.prompt_lengths).reshape(batch, num_beams)
+    tokens = search.done.written(max_new_tokens, request.fill).reshape(batch, num_beams, max_new_tokens)
+    return Beams(tokens, lengths, search.scores)
+
+
+def _choose(
+    search: _Search,
+    logits: Array,
+    *,
+    request: Request,
+    room: int,
+    length_penalty: float | Array,
+    early_stopping: EarlyStopping,
+) -> _Search:
+    """The next running beams and the best that have ended, from the logits (B * N, V) of what follows."""
+    (batch, num_beams), size = search.log_probs.shape, logits.shape[-1]
+    scores = request.sampler.penalise(jax.nn.log_softmax(logits.astype(jnp.float32)), search.text)
+    scores = (scores.reshape(batch, num_beams, size) + search.log_probs[..., None]).reshape(batch, -1)
+    # So many that num_beams go on though every sequence that stops a text stops one of the best.
+    count = min((1 + max(1, request.stops.shape[0])) * num_beams, scores.shape[1])
+    scores, index = lax.top_k(scores, count)
+    parents = (jnp.arange(batch)[:, None] * num_beams + index // size).reshape(-1)
+    text = search.text.select_rows(parents).append((index % size).reshape(-1))
+    written = (text.lengths - text.prompt_lengths).reshape(batch, count)
+    ends = text.ends_with(request.stops).reshape(batch, count) | (written >= room)
+
+    # Beyond the best num_beams a text does not end, it is only there to go on with.
+    stops = ends & (jnp.arange(count) < num_beams)[None]
+    if early_stopping == "first":
+        stops = stops & ~search.ended.all(1, keepdims=True)
+    stops = stops & search.hopeful[:, None]
+    penalised = jnp.where(stops, scores / written.astype(jnp.float32) ** length_penalty, _WORST)
+    merged = jnp.concatenate([search.scores, penalised], axis=1)
+    best, kept = lax.top_k(merged, num_beams)
+    done = _pick(jax.tree.map(partial(_beside, batch=batch), search.done, text), kept)
+    ended = jnp.take_along_axis(jnp.concatenate([search.ended, stops], axis=1), kept, axis=1)
+
+    log_probs, running = lax.top_k(jnp.where(ends, _WORST, scores), num_beams)
+    parents = jnp.take_along_axis(parents.reshape(batch, count), running, axis=1).reshape(-1)
+    text = _pick(jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), text), running)
+    # What the best running beam would score at the length that suits it.
+    reached = (text.lengths - text.prompt_lengths).reshape(batch, num_beams)[:, 0].astype(jnp.float32)
+    length = reached
+    if early_stopping == "never":
+        length = jnp.where(jnp.asarray(length_penalty) > 0, float(room), reached)
+    hope = log_probs[:, 0] / length**length_penalty
+    worst = jnp.where(ended.all(1), best.min(1), _WORST)
+    return _Search(
+        text, log_probs, done, best, ended, search.hopeful & (hope > worst), select_rows(search.cache, parents)
+    )
+
+
+def _beside(left: Array, right: Array, batch: int) -> Array:
+    return jnp.concatenate([x.reshape(batch, -1, *x.shape[1:]) for x in (left, right)], axis=1)
+
+
+def _pick(text: Text, index: Array) -> Text:
+    """The texts (B, C, ...) named by `index` (B, N), as B * N rows."""
+
+    def pick(x: Array) -> Array:
+        where = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, where, axis=1).reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(pick, text)

@@ -1,0 +1,194 @@
+"""Speculative decoding: a small model drafts a few tokens, the large one reads them all at once and keeps what fits.
+
+A drafted token x, drawn from q, is accepted with probability min(1, p(x) / q(x)); the first that is not is replaced
+by a draw from max(p - q, 0), normalised. So every token has the distribution p of the large model, whatever the draft;
+at temperature 0 the tokens are its own.
+
+References:
+    Y. Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2022,
+        https://arxiv.org/abs/2211.17192, algorithm 1 and appendix A.1.
+    C. Chen et al., "Accelerating Large Language Model Decoding with Speculative Sampling", 2023,
+        https://arxiv.org/abs/2302.01318.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.cache import forget
+from attnax.generation.loop import (
+    Generation,
+    Progress,
+    Request,
+    Step,
+    Tokens,
+    append,
+    for_samples,
+    position_keys,
+    prompt_tokens,
+    result,
+    start,
+)
+from attnax.generation.text import Text
+from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
+
+__all__ = ["Draft", "accept_drafted", "generate_with_draft"]
+
+_ACCEPT, _REPLACE = 1, 2  # draws at one position that must not depend on each other, nor on the draft's
+
+
+@pytree_dataclass
+class Draft:
+    """The small model.
+
+    Attributes:
+        step: over the same vocabulary.
+        state: its parameters.
+        context: as in `Tokens`.
+    """
+
+    step: Step = dataclasses.field(metadata={"static": True})
+    state: Any
+    context: Any = None
+
+
+def generate_with_draft(
+    step: Step,
+    state: Any,
+    request: Request,
+    cache: Any,
+    draft: Draft,
+    draft_cache: Any,
+    *,
+    max_new_tokens: int,
+    num_draft_tokens: int,
+) -> tuple[Generation, Any, Any]:
+    """`generate` with a draft: the same tokens at temperature 0, the same distribution at any other.
+
+    Args:
+        step: the model.
+        state: its parameters.
+        request: what to continue, and how.
+        cache: of the prompts' rows; can forget tokens and has room for num_draft_tokens more than `generate` needs.
+            It is donated, unless there are several samples.
+        draft: the small model.
+        draft_cache: the same for the draft.
+        max_new_tokens: static, at least 1.
+        num_draft_tokens: static, tokens drafted in each round.
+
+    Returns:
+        The generation, whose `steps` say how often the model itself ran, and both caches.
+    """
+    run = _generate_in_place if request.keys.shape[0] == request.ids.shape[0] else _generate
+    return run(step, state, request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
+
+
+def _write_all(
+    step: Step,
+    state: Any,
+    request: Request,
+    cache: Any,
+    draft: Draft,
+    draft_cache: Any,
+    max_new_tokens: int,
+    num_draft_tokens: int,
+) -> tuple[Generation, Any, Any]:
+    progress, context = start(step, state, request, cache, max_new_tokens, num_draft_tokens)
+    _, draft_cache = draft.step(draft.state, prompt_tokens(request)._replace(context=draft.context), draft_cache)
+    draft_cache, draft_context = for_samples(request, (draft_cache, draft.context))
+
+    def go_on(carry: tuple[Progress, Any]) -> tuple[Progress, Any]:
+        progress, draft_cache = carry
+        drafted, q, draft_cache = _write_draft(draft, draft_context, draft_cache, request, progress, num_draft_tokens)
+        return _read_draft(step, state, request, progress, context, drafted, q), draft_cache
+
+    def unfinished(carry: tuple[Progress, Any]) -> Array:
+        return ~carry[0].finished.all()
+
+    progress, draft_cache = lax.while_loop(unfinished, go_on, (progress, draft_cache))
+    return result(progress, request), progress.cache, draft_cache
+
+
+_STATIC = ("step", "max_new_tokens", "num_draft_tokens")
+_generate = jax.jit(_write_all, static_argnames=_STATIC)
+_generate_in_place = jax.jit(_write_all, static_argnames=_STATIC, donate_argnames=("cache", "draft_cache"))
+
+
+def _write_draft(
+    draft: Draft, context: Any, cache: Any, request: Request, progress: Progress, count: int
+) -> tuple[Int[Array, "R k"], Float[Array, "R k V"], Any]:
+    """`count` tokens of the small model, and the distributions that they were drawn from."""
+    text, running = progress.text, ~progress.finished
+    # The last two tokens are read: of the draft before, all may have been accepted, and the last was not read yet.
+    cache = forget(cache, text.lengths - 2)
+
+    def read(text: Text, cache: Any, num_tokens: int) -> tuple[Array, Array, Any]:
+        position_ids = jnp.where(running[:, None], text.last_positions(num_tokens), -1)
+        wanted = jnp.full((text.lengths.shape[0], 1), num_tokens - 1, jnp.int32)
+        logits, cache = draft.step(draft.state, Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
+        q = request.sampler.probabilities(logits[:, 0], text)
+        return _draw(q, position_keys(request, text)), q, cache
+
+    def go_on(carry: tuple[Text, Array, Any], _: None) -> tuple[tuple[Text, Array, Any], tuple[Array, Array]]:
+        text, token, cache = carry
+        text = text.append(token)
+        token, q, cache = read(text, cache, 1)
+        return (text, token, cache), (token, q)
+
+    token, q, cache = read(text, cache, 2)
+    (_, _, cache), (tokens, qs) = lax.scan(go_on, (text, token, cache), None, length=count - 1)
+    drafted = jnp.concatenate([token[None], tokens]).swapaxes(0, 1)
+    return drafted, jnp.concatenate([q[None], qs]).swapaxes(0, 1), cache
+
+
+def _read_draft(
+    step: Step, state: Any, request: Request, progress: Progress, context: Any, drafted: Array, q: Array
+) -> Progress:
+    """Reads the draft with the model, and writes what it accepts and one token more."""
+    text, running, count = progress.text, ~progress.finished, drafted.shape[1]
+    num_rows = drafted.shape[0]
+    steps = jnp.arange(count + 1, dtype=jnp.int32)[None]
+    position_ids = jnp.where(running[:, None], text.last_positions(1) + steps, -1)
+    ids = jnp.concatenate([text.last(1), drafted], axis=1)
+    wanted = jnp.broadcast_to(steps, (num_rows, count + 1))
+    logits, cache = step(state, Tokens(ids, position_ids, wanted, context), progress.cache)
+
+    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running)
+    going_on = running  # rows that accepted everything so far
+    for index in range(count + 1):
+        text = progress.text  # where a row goes on it holds the draft up to here
+        p = request.sampler.probabilities(logits[:, index], text)
+        if index == count:  # one more, that was not drafted
+            token, fits = _draw(p, position_keys(request, text, _REPLACE)), ~running
+        else:
+            uniform = jax.vmap(jax.random.uniform)(position_keys(request, text, _ACCEPT))
+            fits = accept_drafted(p, q[:, index], drafted[:, index], uniform)
+            replaced = _draw(_residual(p, q[:, index]), position_keys(request, text, _REPLACE))
+            token = jnp.where(fits, drafted[:, index], replaced)
+        progress = append(progress, token, logits[:, index], request, going_on)
+        going_on = going_on & fits & ~progress.finished
+    # The last token is not read yet; what was drafted behind it is to be read again or never.
+    return dataclasses.replace(progress, cache=forget(progress.cache, progress.text.lengths - 1))
+
+
+def accept_drafted(
+    p: Float[Array, "R V"], q: Float[Array, "R V"], token: Int[Array, R], uniform: Float[Array, R]
+) -> Bool[Array, R]:
+    """True with probability min(1, p(token) / q(token)), for `uniform` in [0, 1)."""
+    p, q = (jnp.take_along_axis(x, token[:, None], axis=1)[:, 0] for x in (p, q))
+    return uniform * q < p
+
+
+def _residual(p: Array, q: Array) -> Array:
+    """What a rejected token is replaced from: max(p - q, 0), up to a factor."""
+    rest = jnp.maximum(p - q, 0)
+    return jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding: nothing is rejected
+
+
+def _draw(weights: Array, keys: Array) -> Array:
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(weights)).astype(jnp.int32)

@@ -1,0 +1,103 @@
+"""The text of each row so far, prompt and what was written: a token a position, no padding whatever the prompt had."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.typing import Array, Bool, Int, pytree_dataclass
+
+__all__ = ["Text"]
+
+
+@pytree_dataclass
+class Text:
+    """Tokens of R rows, each of its own length, in arrays of a fixed size.
+
+    Attributes:
+        ids: int32 (R, L), the token at each position; from `lengths` on they mean nothing.
+        prompt_lengths: int32 (R,), how many of them are the prompt's.
+        lengths: int32 (R,).
+    """
+
+    ids: Int[Array, "R L"]
+    prompt_lengths: Int[Array, R]
+    lengths: Int[Array, R]
+
+    @classmethod
+    def of_prompt(cls, ids: Int[Array, "R T"], position_ids: Int[Array, "R T"], room: int) -> Text:
+        """The prompt, with room for so many tokens more; a position of -1 is padding."""
+        rows, size = ids.shape[0], ids.shape[1] + room
+        lengths = position_ids.max(1, initial=-1) + 1
+        where = jnp.where(position_ids < 0, size, position_ids)  # past the end: dropped
+        empty = jnp.zeros((rows, size), jnp.int32)
+        text = empty.at[jnp.arange(rows)[:, None], where].set(ids.astype(jnp.int32), mode="drop")
+        return cls(text, lengths, lengths)
+
+    def select_rows(self, rows: Int[Array, Q]) -> Text:
+        """The text of the rows named."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+    def append(self, token: Int[Array, R], where: Bool[Array, R] | None = None) -> Text:
+        """One more token in the rows where that is so, by default in all."""
+        rows, size = self.ids.shape
+        index = self.lengths if where is None else jnp.where(where, self.lengths, size)
+        ids = self.ids.at[jnp.arange(rows), index].set(token.astype(jnp.int32), mode="drop")
+        return dataclasses.replace(self, ids=ids, lengths=self.lengths + (1 if where is None else where))
+
+    def last(self, count: int) -> Int[Array, "R n"]:
+        """The last `count` tokens of each row; the first one again for tokens before it."""
+        index = self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
+        return jnp.take_along_axis(self.ids, jnp.maximum(index, 0), axis=1)
+
+    def last_positions(self, count: int) -> Int[Array, "R n"]:
+        """Where these are; negative before the first token."""
+        return jnp.maximum(self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None], -1)
+
+    def written(self, count: int, fill: Int[Array, ""]) -> Int[Array, "R n"]:
+        """The first `count` tokens after each prompt, then `fill`."""
+        steps = jnp.arange(count, dtype=jnp.int32)[None]
+        index = jnp.minimum(self.prompt_lengths[:, None] + steps, self.ids.shape[1] - 1)
+        real = steps < (self.lengths - self.prompt_lengths)[:, None]
+        return jnp.where(real, jnp.take_along_axis(self.ids, index, axis=1), fill)
+
+    def counts(self, vocab_size: int, *, prompt: bool) -> Int[Array, "R V"]:
+        """How often each token was written; with `prompt`, how often it stands in the text."""
+        rows, size = self.ids.shape
+        index = jnp.arange(size, dtype=jnp.int32)[None]
+        counted = index < self.lengths[:, None]
+        if not prompt:
+            counted = counted & (index >= self.prompt_lengths[:, None])
+        counts = jnp.zeros((rows, vocab_size), jnp.int32)
+        return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
+
+    def ends_with(self, sequences: Int[Array, "K n"]) -> Bool[Array, R]:
+        """Whether what was written ends with one of the sequences, which stand right, after fillers of -1."""
+        size = sequences.shape[1]
+        if 0 in sequences.shape:
+            return jnp.zeros(self.lengths.shape, bool)
+        written = self.last_positions(size) >= self.prompt_lengths[:, None]
+        equal = (self.last(size)[:, None] == sequences[None]) & written[:, None]
+        return (equal | (sequences < 0)[None]).all(-1).any(-1)
+
+    def completes_ngram(self, size: int, vocab_size: int) -> Bool[Array, "R V"]:
+        """Which tokens would repeat `size` tokens in a row that stand in the text already."""
+        rows, length = self.ids.shape
+        start = jnp.arange(length, dtype=jnp.int32)[None]
+        repeats = start + size - 1 < self.lengths[:, None]  # the n-gram that starts here lies in the text
+        suffix = self.last(size - 1) if size > 1 else None
+        for offset in range(size - 1):
+            assert suffix is not None
+            repeats = repeats & (jnp.roll(self.ids, -offset, axis=1) == suffix[:, offset, None])
+        follows = jnp.where(repeats, jnp.roll(self.ids, 1 - size, axis=1), vocab_size)
+        banned = jnp.zeros((rows, vocab_size), bool)
+        banned = banned.at[jnp.arange(rows)[:, None], follows].set(True, mode="drop")
+        return banned & (self.lengths >= size - 1)[:, None]
+
+    def last_column(self, index: Int[Array, ""]) -> Int[Array, R]:
+        """Each row's token `index` after its prompt."""
+        where = self.prompt_lengths + index
+        return lax.squeeze(jnp.take_along_axis(self.ids, where[:, None], axis=1), (1,))
