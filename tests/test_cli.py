@@ -1,6 +1,8 @@
 """The `attnax` command, the whole way on a tiny corpus, and every wrong input in one line."""
 
 import argparse
+import dataclasses
+import io
 import json
 import math
 import os
@@ -12,10 +14,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
-from attnax import cli
+from attnax import Sampler, TransformerConfig, TransformerLM, cli
 from attnax.cli import main
+from attnax.cli.generate import _check_model as check_model
+from attnax.cli.generate import _read_prompt as read_prompt
+from attnax.cli.generate import load_model, spell
+from attnax.cli.options import Generate
+from attnax.training import Tokenizer
+from attnax.typing import InputError
 
 TINY = [
     *("--d-model", "16", "--num-heads", "2", "--num-kv-heads", "1", "--d-ff", "24", "--num-layers", "1"),
@@ -98,6 +112,172 @@ def test_generate_streams_a_continuation(run, capsys):
     assert text("--seed", "1", "--temperature", "2") == text("--seed", "1", "--temperature", "2")
     assert len({text("--seed", str(seed), "--temperature", "2") for seed in range(4)}) > 1
     assert text("--top-k", "1", "--seed", "3") == greedy == text("--top-p", "0.000001", "--seed", "4")
+
+
+@pytest.fixture
+def write(run, capsys):
+    """What `attnax generate` prints after a prompt."""
+
+    def call(*options):
+        capsys.readouterr()
+        assert main(["generate", str(run), "--prompt", "def nu", "--max-new-tokens", "9", *map(str, options)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+GREEDY = ("--temperature", "0")
+SAMPLED = ("--temperature", "1.5", "--seed", "4")
+
+
+def test_flags_become_the_sampler_and_the_cache(write, monkeypatch):
+    seen = []
+    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: seen.append(options) or iter(()))
+    flags = (
+        "--min-p 0.125 --repetition-penalty 1.25 --presence-penalty 0.5 --frequency-penalty -0.25 --no-repeat-ngram 3"
+    )
+    write(*flags.split(), "--cache", "paged", "--cache-dtype", "int8", "--stop", "\n\n", "--stop", "x")
+    (options,) = seen
+    sampler = options["sampler"]
+    numbers = (sampler.min_p, sampler.repetition_penalty, sampler.presence_penalty, sampler.frequency_penalty)
+    assert [float(number) for number in numbers] == [0.125, 1.25, 0.5, -0.25] and sampler.no_repeat_ngram == 3
+    assert (float(sampler.temperature), float(sampler.top_p), sampler.top_k) == (
+        pytest.approx(0.8),
+        pytest.approx(0.95),
+        None,
+    )
+    assert (options["cache"], options["cache_dtype"], options["max_new_tokens"]) == ("paged", "int8", 9)
+    assert len(options["stop_sequences"]) == 2 and options["end_token"] == 0
+
+
+def test_no_token_stands_twice_where_no_ngram_of_one_may(run, write):
+    _, tokenizer = load_model(run)
+    ids = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnax.cli.generate.spell", lambda _, tokens, *rest: ids.extend(tokens) or iter(()))
+        write(*GREEDY, "--no-repeat-ngram", 1)
+    ids += tokenizer.encode(b"def nu").tolist()
+    assert len(set(ids)) == len(ids) > 9
+
+
+def test_text_arrives_piece_by_piece(run, monkeypatch):
+    """Each token's characters are written and flushed before the next token is drawn."""
+    _, tokenizer = load_model(run)
+    ids = [token for part in ("a", "\u00e9", "st", "op!", "sto", "p", "z") for token in tokenizer.encode(part.encode())]
+    shown, arrived = io.StringIO(), []
+
+    class Output(io.StringIO):
+        def flush(self):
+            shown.seek(0), shown.write(self.getvalue())
+
+    def stream(self, prompt_ids, **options):
+        for token in ids:
+            arrived.append(shown.getvalue())
+            yield np.array([token])
+
+    monkeypatch.setattr(TransformerLM, "stream", stream)
+    monkeypatch.setattr(sys, "stdout", Output())
+    assert main(["generate", str(run), "--prompt", "x", "--stop", "stop?", "--stop", "stopz"]) == 0
+    assert sys.stdout.getvalue() == "xa\u00e9stop!\n"
+    assert arrived[1:4] == ["xa", "xa", "xa\u00e9"]  # a character of two bytes comes when it is whole
+    assert "xa\u00e9stop!" in arrived  # no stop any more, so that it was shown
+    assert not any("!s" in text or "z" in text for text in arrived)  # what may become a stop was held back
+
+
+def test_whole_and_streamed_texts_are_the_same(write):
+    for options in (GREEDY, SAMPLED):
+        assert write(*options) == write(*options, "--stream") == write(*options, "--no-stream")
+
+
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
+def test_stop_strings_end_the_text(write, mode):
+    prompt = "    return"
+    text = write(*GREEDY, "--prompt", prompt).removeprefix(prompt)
+    stop = text[len(text) // 2 :][:4]
+    assert stop.isascii()  # the model has learned so much
+    out = write(*GREEDY, "--prompt", prompt, mode, "--stop", stop, "--stop", "not there")
+    assert out == prompt + text[: text.index(stop)] + "\n"
+
+
+@given(st.lists(st.sampled_from([b"a", b"b", b"c", b"ab", b"bc", b"abca", b"\xc3", b"\xa9"]), max_size=12), st.data())
+def test_a_stop_cuts_the_text_in_whatever_tokens_it_comes(tokens, data):
+    """As if the bytes came one by one, and nothing that comes after the stop is read."""
+    stops = data.draw(st.lists(st.sampled_from([b"bca", b"c", b"abab", b"bb", b"\xc3\xa9a"]), unique=True, max_size=3))
+
+    class Pieces(Tokenizer):
+        def __init__(self):
+            self._bytes = tokens
+
+    text, want, ended = b"".join(tokens), b"".join(tokens), False
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            want, ended = text[: min(starts)], True
+            break
+    read = []
+    pieces = list(spell(Pieces(), iter(range(len(tokens))), stops, read))
+    assert "".join(pieces) == want.decode("utf-8", "replace")
+    assert ended or len(read) == len(tokens)
+    if ended:
+        assert len(b"".join(tokens[: len(read) - 1])) < end <= len(b"".join(tokens[: len(read)]))
+
+
+def test_samples_stand_under_their_numbers(write):
+    parts = re.split(r"--- (\d) ---\n", write(*SAMPLED, "--num-samples", 3))
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3"]
+    texts = parts[2::2]
+    assert len(set(texts)) == 3 and all(text.startswith("def nu") for text in texts)
+    assert texts[0] == write(*SAMPLED)
+
+
+def test_beams_print_the_best(run, write):
+    model, tokenizer = load_model(run)
+    ids = jnp.asarray([[0, *tokenizer.encode(b"def nu").tolist()]])
+    found = model.beam_search(ids, num_beams=3, max_new_tokens=9, length_penalty=0.5, end_token=0)
+    best, second = (
+        tokenizer.decode(row[:length]).decode("utf-8", "replace")
+        for row, length in zip(found.tokens[0, :2].tolist(), found.lengths[0, :2].tolist(), strict=True)
+    )
+    options = ("--beams", 3, "--length-penalty", 0.5)
+    assert write(*options) == f"def nu{best}\n"
+    assert write(*options, *GREEDY, "--num-samples", 2) == f"--- 1 ---\ndef nu{best}\n--- 2 ---\ndef nu{second}\n"
+    assert write("--beams", 1) == write(*GREEDY)
+
+
+def test_a_draft_changes_nothing_at_temperature_0(run, corpus, write, tmp_path):
+    draft = tmp_path / "draft"
+    options = [*TINY, "--d-model", "8", "--steps", "1"]
+    assert main(["train", "--data", str(corpus), "--out", str(draft), *options]) == 0
+    assert write(*GREEDY, "--draft", draft, "--draft-tokens", 2, "--cache", "paged") == write(*GREEDY)
+
+
+@pytest.mark.parametrize("options", [("--cache", "ring"), ("--cache", "paged", "--cache-dtype", "int8")])
+def test_every_cache_writes_the_same(write, options):
+    assert write(*GREEDY, *options, "--log-probs") == write(*GREEDY)
+
+
+def test_log_probs_are_those_of_the_generation(run, capsys):
+    model, tokenizer = load_model(run)
+    ids = jnp.asarray([[0, *tokenizer.encode(b"def nu").tolist()]])
+    sampler = Sampler(1.5, top_p=0.95)
+    options = {"max_new_tokens": 9, "sampler": sampler, "key": jax.random.key(4), "end_token": 0, "num_samples": 3}
+    made = model.generate(ids, **options)
+    command = ["generate", str(run), "--prompt", "def nu", "--max-new-tokens", "9", *SAMPLED, "--log-probs"]
+    number = r"(-\d+\.\d\d)"
+    for samples in (1, 3):
+        capsys.readouterr()
+        assert main([*command, "--num-samples", str(samples)]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == samples
+        for row, line in enumerate(lines):
+            tokens = made.tokens[row, : made.lengths[row]].tolist()
+            size, total = len(tokenizer.decode(tokens)), float(made.log_probs[row].sum())
+            found = re.fullmatch(
+                rf"(?:\d: )?log-probability {number}, (\d) tokens, (\d+) bytes, (\d+\.\d\d) bits per byte", line
+            )
+            assert (line[:3] == f"{row + 1}: ") == (samples > 1)
+            assert float(found[1]) == pytest.approx(total, abs=0.006) and int(found[2]) == len(tokens)
+            assert int(found[3]) == size and float(found[4]) == pytest.approx(-total / math.log(2) / size, abs=0.006)
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path):
@@ -187,6 +367,30 @@ class TestWrongInput:
             ("generate {run} --top-p 1.5", "--top-p must be above 0 and at most 1; got 1.5"),
             ("generate {run} --max-new-tokens 0", "--max-new-tokens must be at least 1; got 0"),
             ("generate {run} --seed -1", "--seed must be at least 0 and below 2 ** 32; got -1"),
+            ("generate {run} --temperature 1e39", "--temperature must be at least 0 and finite; got 1e+39"),
+            ("generate {run} --top-p 1e-60", "top_p must be above 0 and at most 1"),
+            ("generate {run} --min-p 1.5", "--min-p must be at least 0 and at most 1; got 1.5"),
+            ("generate {run} --repetition-penalty 0", "--repetition-penalty must be above 0 and finite; got 0.0"),
+            ("generate {run} --presence-penalty inf", "--presence-penalty must be finite; got inf"),
+            ("generate {run} --frequency-penalty nan", "--frequency-penalty must be finite; got nan"),
+            ("generate {run} --no-repeat-ngram 0", "--no-repeat-ngram must be at least 1; got 0"),
+            (
+                "generate {run} --no-repeat-ngram 33",
+                "--no-repeat-ngram must be at most 32, the model's context; got 33",
+            ),
+            ("generate {run} --stop=", "--stop must not be empty"),
+            ("generate {run} --num-samples 0", "--num-samples must be at least 1; got 0"),
+            ("generate {run} --beams 0", "--beams must be at least 1; got 0"),
+            ("generate {run} --beams 301", "--beams must be at most 300, the tokens of the vocabulary; got 301"),
+            ("generate {run} --beams 2 --num-samples 3", "--num-samples must be at most --beams 2; got 3"),
+            ("generate {run} --beams 2 --length-penalty nan", "--length-penalty must be finite; got nan"),
+            (
+                "generate {run} --draft {run} --draft-tokens 17",
+                "--draft-tokens must be at least 1 and at most 16; got 17",
+            ),
+            ("generate {run} --draft nowhere", "no such run folder: nowhere"),
+            ("generate {run} --cache circular", "invalid choice 'circular' for argument '--cache'"),
+            ("generate {run} --cache-dtype int4", "invalid choice 'int4' for argument '--cache-dtype'"),
             ("train --steps 0", "steps must be at least 1; got steps=0"),
             ("train --steps many", "invalid literal for int() with base 10: 'many'"),
             ("train --d-model 101", "d_model must be a multiple of num_heads"),
@@ -208,6 +412,58 @@ class TestWrongInput:
         line = refuse(capsys, *arguments)
         assert words in line and "tyro" not in line
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ("--beams 2 --temperature 0.5", "--beams and --temperature exclude each other: nothing is drawn"),
+            ("--beams 2 --top-k 3", "--beams and --top-k exclude each other"),
+            ("--beams 2 --top-p 0.5", "--beams and --top-p exclude each other"),
+            ("--beams 2 --min-p 0.1", "--beams and --min-p exclude each other"),
+            ("--beams 2 --seed 1", "--beams and --seed exclude each other"),
+            ("--beams 2 --draft {run}", "--beams and --draft exclude each other: a beam search has no draft"),
+            ("--stream --beams 2", "--stream and --beams exclude each other: its text is printed when it is whole"),
+            ("--stream --draft {run}", "--stream and --draft exclude each other"),
+            ("--stream --num-samples 2", "--stream and --num-samples exclude each other"),
+            ("--stream --no-stream", "--stream and --no-stream exclude each other: give one of them"),
+            ("--draft {run} --cache contiguous", "--draft and --cache contiguous exclude each other"),
+            ("--length-penalty 0.5", "--length-penalty needs --beams"),
+            ("--draft-tokens 3", "--draft-tokens needs --draft"),
+        ],
+    )
+    def test_options_that_exclude_each_other(self, capsys, run, arguments, words):
+        assert words in refuse(capsys, "generate", run, *arguments.format(run=run).split())
+
+    def test_a_draft_of_another_tokenizer(self, capsys, run, corpus, tmp_path):
+        other = tmp_path / "other"
+        assert (
+            main(["train", "--data", str(corpus), "--out", str(other), *TINY, "--tokenizer", "bytes", "--steps", "1"])
+            == 0
+        )
+        line = refuse(capsys, "generate", run, "--draft", other)
+        assert f"--draft {other} has another tokenizer than {run}" in line
+
+    def test_sums_of_linear_attention_are_no_tokens(self):
+        config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
+        softmax = TransformerLM(nnx.Rngs(0), config)
+        linear = TransformerLM(nnx.Rngs(0), dataclasses.replace(config, attention_type="linear"))
+        options = Generate(run=Path("a"), draft=Path("b"))
+        for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
+            with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
+                check_model(options, model, draft)
+        with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
+            check_model(Generate(run=Path("a"), cache="paged"), linear, None)
+        check_model(options, softmax, softmax)
+        check_model(Generate(run=Path("a"), cache="ring"), linear, None)
+
+    def test_a_draft_with_a_smaller_context(self, run):
+        model, tokenizer = load_model(run)
+        draft = TransformerLM(nnx.Rngs(0), dataclasses.replace(model.config, max_len=8))
+        assert read_prompt(model, draft, tokenizer, "", None)[1] == 7
+        with pytest.raises(InputError, match="the draft's context of 8 has room for 7"):
+            read_prompt(model, draft, tokenizer, "", 8)
+        with pytest.raises(InputError, match="has 9 tokens, and the draft's context of 8 must"):
+            read_prompt(model, draft, tokenizer, "????????", None)
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "checkpoints"])
     @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "foreign"])

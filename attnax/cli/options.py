@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +91,25 @@ class Generate:
         temperature: 0 always takes the likeliest token, 1 samples the model's own distribution.
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the likeliest tokens that reach this probability together.
+        min_p: sample from the tokens that are at least so many times as likely as the likeliest.
+        repetition_penalty: above 1, tokens that stand in the text, prompt included, become less likely.
+        presence_penalty: subtracted from the logits of tokens that were written.
+        frequency_penalty: subtracted once for each time that a token was written.
+        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included.
+        stop: a string that ends the text and is not printed; give the flag once for each.
         seed: of the sampling.
+        num_samples: texts to write, printed one after another; with --beams, how many of the best.
+        beams: search for the likeliest text with so many beginnings at a time instead of sampling.
+        length_penalty: with --beams, a text's score is its log-probability / length ** this.
+        draft: run folder of a small model with the same tokenizer, which drafts tokens for this one to check at once.
+        draft_tokens: tokens drafted each time.
+        cache: how keys and values are kept. By default contiguous, with --draft ring.
+        cache_dtype: of keys and values. By default the model's; int8 keeps 8-bit integers, each vector with a scale.
+        log_probs: print the text's log-probability and bits per byte to standard error at the end. Every token that was
+            drawn counts, those of the end and of a stop string too.
+        stream: print the text as it is drawn, which is the default where it can be done: not with --beams, --draft or
+            more than one sample.
+        no_stream: print the text when it is whole.
     """
 
     run: tyro.conf.Positional[Path]
@@ -101,19 +118,79 @@ class Generate:
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = 0.95
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     seed: int = 0
+    num_samples: int = 1
+    beams: int | None = None
+    length_penalty: float = 1.0
+    draft: Path | None = None
+    draft_tokens: int = 4
+    cache: Literal["contiguous", "ring", "paged"] | None = None
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    log_probs: tyro.conf.FlagCreatePairsOff[bool] = False
+    stream: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_stream: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def check(self) -> None:
-        """Raises InputError for a value out of range."""
+        """Raises InputError for a value out of range, or options that exclude each other."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}.")
-        if not 0.0 <= self.temperature < math.inf:
+        if not 0.0 <= self.temperature <= _LARGEST:
             raise InputError(f"--temperature must be at least 0 and finite; got {self.temperature}.")
         if self.top_k is not None and not 1 <= self.top_k < 2**31:
             raise InputError(f"--top-k must be at least 1 and below 2 ** 31; got {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise InputError(f"--top-p must be above 0 and at most 1; got {self.top_p}.")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise InputError(f"--min-p must be at least 0 and at most 1; got {self.min_p}.")
+        if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty <= _LARGEST:
+            raise InputError(f"--repetition-penalty must be above 0 and finite; got {self.repetition_penalty}.")
+        for name in ("presence_penalty", "frequency_penalty", "length_penalty"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= _LARGEST:
+                raise InputError(f"{_flag(name)} must be finite; got {value}.")
+        for name in ("no_repeat_ngram", "num_samples", "beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{_flag(name)} must be at least 1; got {value}.")
+        if not 1 <= self.draft_tokens <= 16:
+            raise InputError(f"--draft-tokens must be at least 1 and at most 16; got {self.draft_tokens}.")
+        if "" in self.stop:
+            raise InputError("--stop must not be empty; it would end every text before its first token.")
         _check_seed(self.seed)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        if self.temperature == 0.0:
+            changed.discard("temperature")
+        excluded = [
+            ("stream", "no_stream", "give one of them"),
+            ("beams", "draft", "a beam search has no draft"),
+            *(("beams", name, "nothing is drawn in a beam search") for name in _DRAWING),
+            *(("stream", name, "its text is printed when it is whole") for name in ("beams", "draft", "num_samples")),
+        ]
+        for one, other, why in excluded:
+            if {one, other} <= changed:
+                raise InputError(f"{_flag(one)} and {_flag(other)} exclude each other: {why}.")
+        if self.draft is not None and self.cache == "contiguous":
+            raise InputError(
+                "--draft and --cache contiguous exclude each other: tokens are taken back; use ring or paged."
+            )
+        for name, needed in (("length_penalty", "beams"), ("draft_tokens", "draft")):
+            if name in changed and needed not in changed:
+                raise InputError(f"{_flag(name)} needs {_flag(needed)}.")
+        if self.beams is not None and self.num_samples > self.beams:
+            raise InputError(f"--num-samples must be at most --beams {self.beams}; got {self.num_samples}.")
+
+
+_LARGEST = 3.4e38  # what is beyond is infinite in float32
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,3 +222,7 @@ class Bench:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed must be at least 0 and below 2 ** 32; got {seed}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
