@@ -85,10 +85,11 @@ def encode_rows(x: Float[ArrayLike, "*L H"], like: Rows) -> Rows:
     """Vectors in the form of the storage `like`, each rounded on its own."""
     if not isinstance(like, Int8Rows):
         return jnp.asarray(x).astype(like.dtype)
-    scales = jnp.abs(x).max(-1, keepdims=True).astype(like.scales.dtype) / 127.0
-    # 0 for a vector of zeros, and for one that is not finite: its scale then makes it NaN when it is read.
-    safe = jnp.where((scales > 0) & jnp.isfinite(scales), scales, jnp.inf)
-    return Int8Rows(jnp.round(x / safe).astype(jnp.int8), jnp.where(jnp.isinf(scales), jnp.nan, scales))
+    fine = jnp.isfinite(x).all(-1, keepdims=True)  # the maximum of a CPU does not tell
+    x = jnp.where(fine, x, 0).astype(like.scales.dtype)
+    scales = jnp.abs(x).max(-1, keepdims=True) / 127.0
+    codes = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
+    return Int8Rows(codes, jnp.where(fine, scales, jnp.nan))
 
 
 def decode_rows(rows: Rows, dtype: Any) -> Float[Array, "*L H"]:
@@ -177,7 +178,7 @@ class KVLayerCache:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
-    def append(self, keys: Array, values: Array, positions: Array) -> tuple[KVLayerCache, KVLayerCache]:
+    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
         """The cache with more tokens, and what holds all that these may attend: the same."""
         cache = update_kv_layer_cache(self, keys, values, positions=positions)
         return cache, cache
@@ -234,7 +235,7 @@ class RingKVCache:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
-    def append(self, keys: Array, values: Array, positions: Array) -> tuple[RingKVCache, RingKVCache]:
+    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[RingKVCache, RingKVCache]:
         """The cache with more tokens, and what holds all that these may attend.
 
         Where the new tokens would overwrite keys that the first of them still attends, that is a copy of what was

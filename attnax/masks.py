@@ -589,7 +589,7 @@ def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | N
 
 
 def resolve_masks(
-    caller: str, mask: Any, score_mod: ScoreMod | None, full: tuple[int, int, int, int]
+    caller: str, mask: Any, score_mod: ScoreMod | None, full: Full
 ) -> tuple[Mask | None, ScoreMod | None]:
     """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that is no mask.
 

@@ -77,7 +77,7 @@ class PagedKVCache:
         """The position that follows the last token of each row."""
         return self.seq_lengths
 
-    def append(self, keys: Array, values: Array, positions: Array) -> tuple[PagedKVCache, PagedKVCache]:
+    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
         """The cache with more tokens, for which rows take the blocks that they lack; twice, as `LayerCache` has it.
 
         Args:

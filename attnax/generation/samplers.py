@@ -100,7 +100,7 @@ class Sampler:
         reading = self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram
         return any(field is not None for field in (*reading, self.logits_fn))
 
-    def penalise(self, logits: Float[Array, "B V"], text: Text | None) -> Float[Array, "B V"]:
+    def penalise(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         """The logits after everything that comes before the temperature, float32.
 
         Raises:
@@ -175,8 +175,10 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
     """-inf for all but the fewest largest logits of each row whose probabilities sum to at least p."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens ahead of each
-    keep = jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
+    # Mass of each token and those behind it: in a sum from the front a tail below 1e-7 is lost, even where p is 1.
+    rest = lax.cumsum(probabilities, axis=probabilities.ndim - 1, reverse=True)
+    keep = (rest > 1 - p).at[..., 0].set(True)
+    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(keep, logits, -jnp.inf)
 
 

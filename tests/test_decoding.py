@@ -1,0 +1,343 @@
+"""Decoding is exact: any cache, positions, mask and split of the text give the logits of the full forward."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnax
+from attnax import TransformerConfig, TransformerLM, masks
+
+BASE = TransformerConfig(
+    vocab_size=23,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    value_head_dim=6,
+    num_layers=2,
+    d_ff=20,
+    max_len=29,
+    dropout_rate=0.0,
+    norm_type="rms",
+)
+SCALING = {"factor": 4.0, "original_max_len": 11}
+POSITIONS = {
+    "rope": {"pos_emb_type": "rope"},
+    "learned": {"pos_emb_type": "learned"},
+    "alibi": {"pos_emb_type": "alibi"},
+    "sinusoidal": {"pos_emb_type": "sinusoidal"},
+    "relative": {"pos_emb_type": "relative"},
+    "none": {"pos_emb_type": "none"},
+    "rope in part": {"pos_emb_type": "rope", "rope_fraction": 0.5},
+    **{f"rope, {kind}": {"pos_emb_type": "rope", "rope_scaling": {"kind": kind, **SCALING}}
+       for kind in ("linear", "ntk", "yarn", "llama3")},
+}  # fmt: skip
+ROWS, LENGTH, SLOTS, PREFILL, CHUNK = 2, 23, 72, 17, 5  # 17 queries go through tiles, 5 through chunks of slots
+
+
+def some(values, quick):
+    """Parameters of which `make test` takes the first few."""
+    return [pytest.param(value, marks=() if i < quick else pytest.mark.thorough) for i, value in enumerate(values)]
+
+
+def make_caches(kind, config, **options):
+    sizes = {"batch_size": ROWS, "max_len": SLOTS, **options}
+    if kind == "paged":
+        return attnax.init_paged_kv_caches_from_config(config, block_size=4, **sizes)
+    return attnax.init_decoder_kv_caches_from_config(config, ring=kind == "ring", **sizes)
+
+
+@functools.cache
+def make_model(position, **fields):
+    config = dataclasses.replace(BASE, **POSITIONS[position], **fields)
+    return TransformerLM(nnx.Rngs(5), config)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def full_forward(graphdef, state, ids, real):
+    return nnx.merge(graphdef, state)(ids, padding_mask=real)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def read_chunk(graphdef, state, ids, position_ids, caches):
+    return nnx.merge(graphdef, state)(ids, position_ids=position_ids, layer_kv_caches=caches)
+
+
+def draw_mask(rng, kind, lengths):
+    """Any mask in one form, so that all of them are one program, and how much of each row must be read at once."""
+    whole = np.zeros(ROWS, np.int32)
+    if kind == "prefix":
+        whole = rng.integers(1, np.minimum(lengths, PREFILL) + 1).astype(np.int32)
+    ids = np.zeros((ROWS, SLOTS), np.int32)
+    if kind == "documents":
+        ids = np.cumsum(rng.random((ROWS, SLOTS)) < 0.2, axis=1).astype(np.int32)
+    window = jnp.int32(rng.integers(1, 7) if kind == "window" else LENGTH)
+
+    def mask(length):  # arrays in it know every position there may be
+        near = masks.documents(ids[:, :length]) & masks.sliding_window(window, causal=False)
+        return (masks.causal() | masks.prefix(whole)) & near
+
+    return mask, whole
+
+
+def draw_chunks(rng, lengths, whole):
+    """Splits of the text: (padded width, tokens of each row), the first as long as `whole` says."""
+    done = np.zeros(ROWS, int)
+    first = np.array(
+        [rng.integers(max(1, least), min(n, PREFILL) + 1) for least, n in zip(whole, lengths, strict=True)]
+    )
+    yield PREFILL, first
+    done += first
+    while (done < lengths).any():
+        counts = np.minimum(rng.integers(0, CHUNK + 1, ROWS), lengths - done)
+        done += counts
+        yield CHUNK, counts
+
+
+def through_cache(graphdef, state, caches, ids, lengths, chunks, rng):
+    """Logits (ROWS, LENGTH, V) of the text read in these chunks, a row's tokens anyhow in its chunk."""
+    logits, done = np.zeros((ROWS, LENGTH, BASE.vocab_size), np.float32), np.zeros(ROWS, int)
+    for width, counts in chunks:
+        chunk, position_ids = np.zeros((ROWS, width), np.int32), np.full((ROWS, width), -1, np.int32)
+        places = [np.sort(rng.permutation(width)[:count]) for count in counts]
+        for row, (place, count) in enumerate(zip(places, counts, strict=True)):
+            position_ids[row, place] = done[row] + np.arange(count)
+            chunk[row, place] = ids[row, done[row] : done[row] + count]
+        out, caches = read_chunk(graphdef, state, chunk, position_ids, caches)
+        for row, (place, count) in enumerate(zip(places, counts, strict=True)):
+            logits[row, done[row] : done[row] + count] = np.asarray(out)[row, place]
+        done += counts
+    assert (np.asarray(caches[0].next_positions()) == lengths).all()
+    return logits
+
+
+def check_splits(model, kind, mask_kind, rng, times, tolerance, **options):
+    for _ in range(times):
+        lengths = rng.integers(1, LENGTH + 1, ROWS)
+        ids = rng.integers(0, BASE.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+        mask, whole = draw_mask(rng, mask_kind, lengths)
+        model.decoder.self_mask = nnx.data(mask(LENGTH))
+        graphdef, state = nnx.split(model)
+        real = np.arange(LENGTH)[None] < lengths[:, None]
+        expected = np.asarray(full_forward(graphdef, state, ids, real))[real]
+        chunks = list(draw_chunks(rng, lengths, whole))
+        caches = make_caches(kind, model.config, **options)
+        model.decoder.self_mask = nnx.data(mask(SLOTS))
+        graphdef, state = nnx.split(model)
+        actual = through_cache(graphdef, state, caches, ids, lengths, chunks, rng)[real]
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, atol=tolerance * max(1.0, scale), rtol=0)
+        if tolerance <= 1e-5:
+            np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("position", some(POSITIONS, 3))
+def test_any_split_through_any_cache_equals_the_full_forward(position, kind):
+    """Every mask, rows of their own lengths, padding anywhere: 264 splits in all."""
+    rng = np.random.default_rng(len(position) + len(kind))
+    for mask_kind in ("causal", "window", "prefix", "documents"):
+        check_splits(make_model(position), kind, mask_kind, rng, 2, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("position", some(("rope", "alibi"), 0))
+def test_low_precision_caches_are_as_exact_as_their_dtype(position, kind):
+    """Of bfloat16 a model's logits agree to a few of its steps, whatever the split; 8 bits cost a hundredth."""
+    rng = np.random.default_rng(7)
+    check_splits(make_model(position, dtype="bfloat16"), kind, "causal", rng, 2, 0.03)
+    check_splits(make_model(position), kind, "window", rng, 2, 0.02, dtype="int8")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("position", some(("rope", "alibi", "learned"), 1))
+def test_a_window_needs_the_memory_of_the_window(position, kind):
+    """A layer with a window has a ring, and gives what it gives without a cache, over many turns of it."""
+    model = make_model(position, attention_window=3, max_len=97)
+    caches = make_caches(kind, model.config, max_len=97)
+    if kind == "contiguous":
+        assert isinstance(caches[0], attnax.RingKVCache) and caches[0].max_len == 3 + 16
+    ids = np.random.default_rng(0).integers(0, BASE.vocab_size, (ROWS, 97)).astype(np.int32)
+    graphdef, state = nnx.split(model)
+    expected, done, logits = full_forward(graphdef, state, ids, np.ones(ids.shape, bool)), 0, []
+    for width in (PREFILL, CHUNK, CHUNK, 37, *(1,) * 33):  # 37 tokens at once are more than the ring holds
+        position_ids = np.broadcast_to(done + np.arange(width, dtype=np.int32), (ROWS, width))
+        out, caches = read_chunk(graphdef, state, ids[:, done : done + width], position_ids, caches)
+        logits.append(out)
+        done += width
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
+
+
+def test_linear_attention_goes_on_from_its_state():
+    model = make_model("sinusoidal", attention_type="linear", linear_attention_chunk_size=4)
+    assert isinstance(make_caches("contiguous", model.config)[0], attnax.LinearLayerCache)
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, BASE.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    graphdef, state = nnx.split(model)
+    for _ in range(3):
+        lengths = rng.integers(1, LENGTH + 1, ROWS)
+        real = np.arange(LENGTH)[None] < lengths[:, None]
+        expected = np.asarray(full_forward(graphdef, state, ids, real))[real]
+        chunks = list(draw_chunks(rng, lengths, np.zeros(ROWS, int)))
+        caches = make_caches("contiguous", model.config)
+        actual = through_cache(graphdef, state, caches, ids, lengths, chunks, rng)[real]
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+def test_neighbours_and_place_change_no_bit_of_a_row(kind):
+    """One compiled shape, the row of interest at both places, beside a short row, a long one, and one with NaN."""
+    model = make_model("rope")
+    model.decoder.self_mask = nnx.data(masks.causal())
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(11)
+    ids = rng.integers(0, BASE.vocab_size, 13).astype(np.int32)
+    results = []
+    for place, neighbour in ((0, 13), (1, 4), (0, 17), (1, 1)):
+        caches, rows = make_caches(kind, model.config), []
+        prompt, position_ids = np.zeros((ROWS, PREFILL), np.int32), np.full((ROWS, PREFILL), -1, np.int32)
+        prompt[place, :13], position_ids[place, :13] = ids, np.arange(13)
+        prompt[1 - place, :neighbour] = rng.integers(0, BASE.vocab_size, neighbour)
+        position_ids[1 - place, :neighbour] = np.arange(neighbour)
+        out, caches = read_chunk(graphdef, state, prompt, position_ids, caches)
+        rows.append(out[place, 12])
+        for step in range(4):
+            chunk, position_ids = np.full((ROWS, CHUNK), step, np.int32), np.full((ROWS, CHUNK), -1, np.int32)
+            position_ids[place, 0] = 13 + step
+            position_ids[1 - place, : step + 1] = caches[0].next_positions()[1 - place] + np.arange(step + 1)
+            out, caches = read_chunk(graphdef, state, chunk, position_ids, caches)
+            rows.append(out[place, 0])
+        results.append(np.stack(rows))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+class TestRing:
+    def ring(self, slots=5, window=None):
+        return attnax.init_ring_kv_cache(2, 1, 3, slots, window=window)
+
+    def tokens(self, *positions):
+        positions = np.array(positions, np.int32)
+        values = jnp.asarray(positions[:, None, :, None] + np.zeros((1, 1, 1, 3)), jnp.float32)
+        return values, 2 * values, positions
+
+    def test_a_token_lies_at_its_position(self):
+        cache, seen = self.ring().append(*self.tokens([0, 1, 2], [-1, 0, -1]))
+        assert seen is cache and cache.positions.tolist() == [[0, 1, 2, -1, -1], [0, -1, -1, -1, -1]]
+        assert cache.next_positions().tolist() == [3, 1] and int(cache.slots_in_use) == 3
+        cache = cache.forget(jnp.array([1, 0]))
+        assert cache.positions.tolist() == [[0, -1, -1, -1, -1], [-1] * 5]
+
+    def test_with_a_window_the_oldest_go_and_the_new_ones_see_them_first(self):
+        ring = self.ring(4, window=3)
+        ring, _ = ring.append(*self.tokens([0, 1, 2, 3], [0, 1, 2, 3]))
+        later, seen = ring.append(*self.tokens([4, 5, 6], [4, -1, -1]))
+        assert later.positions.tolist() == [[4, 5, 6, 3], [4, 1, 2, 3]]
+        assert seen.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, -1, -1]]
+        assert later.keys[0, 0, :, 0].tolist() == [4, 5, 6, 3]
+        many, _ = ring.append(*self.tokens([4, 5, 6, 7, 8, 9], [4, 5, 6, 7, 8, 9]))
+        assert many.positions.tolist() == [[8, 9, 6, 7]] * 2 and many.values[1, 0, :, 0].tolist() == [16, 18, 12, 14]
+
+    def test_without_one_positions_end_with_the_slots(self):
+        with pytest.raises(ValueError, match="positions must be below the number of slots, 5, .* got position 5"):
+            self.ring().append(*self.tokens([4, 5], [0, 1]))
+        cache, _ = jax.jit(lambda cache, *new: cache.append(*new))(self.ring(), *self.tokens([4, 5], [0, 1]))
+        assert cache.overflowed.tolist() == [True, False] and cache.positions[0].tolist() == [-1, -1, -1, -1, 4]
+
+    def test_wrong_sizes_are_refused_in_words(self):
+        with pytest.raises(ValueError, match="max_len must be at least the window; got max_len=2, window=3"):
+            self.ring(2, window=3)
+        with pytest.raises(ValueError, match="window must be at least 1; got window=0"):
+            self.ring(2, window=0)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+def test_an_overflow_gives_nan_and_only_to_the_rows_that_lost_tokens(kind):
+    model = make_model("rope")
+    model.decoder.self_mask = nnx.data(masks.causal())
+    graphdef, state = nnx.split(model)
+    caches = make_caches(kind, model.config, max_len=20)
+    ids, position_ids = np.zeros((ROWS, PREFILL), np.int32), np.full((ROWS, PREFILL), -1, np.int32)
+    position_ids[0], position_ids[1, :3] = np.arange(PREFILL), np.arange(3)
+    _, caches = read_chunk(graphdef, state, ids, position_ids, caches)
+    for step in range(2):
+        chunk_ids, chunk = np.zeros((ROWS, CHUNK), np.int32), np.full((ROWS, CHUNK), -1, np.int32)
+        chunk[0], chunk[1, 0] = PREFILL + CHUNK * step + np.arange(CHUNK), 3 + step
+        out, caches = read_chunk(graphdef, state, chunk_ids, chunk, caches)
+        assert np.isnan(out[0]).all() and caches[0].overflowed.any()
+        assert np.isnan(out[1, 0]).all() == (kind == "contiguous")  # whose slots are those of all rows
+
+
+def test_positions_that_do_not_count_on_are_refused_by_pages():
+    cache = make_caches("paged", BASE)[0]
+    new = jnp.ones((ROWS, 2, 2, 4)), jnp.ones((ROWS, 2, 2, 6))
+    cache, _ = cache.append(*new, np.array([[0, 1], [-1, 0]], np.int32))
+    assert cache.seq_lengths.tolist() == [2, 1]
+    with pytest.raises(ValueError, match=r"positions must count on from seq_lengths=\[2, 1\]"):
+        cache.append(*new, np.array([[2, 3], [2, 3]], np.int32))
+    late, _ = jax.jit(lambda cache, *new: cache.append(*new))(cache, *new, np.array([[2, 3], [2, 3]], np.int32))
+    assert late.overflowed.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_rows_are_selected_with_all_that_they_hold(kind, dtype):
+    rng = np.random.default_rng(1)
+    keys, values = (jnp.asarray(rng.standard_normal((ROWS, 2, 6, size)), jnp.float32) for size in (4, 6))
+    positions = np.array([[0, 1, 2, 3, 4, 5], [0, 1, -1, 2, -1, -1]], np.int32)
+    cache, _ = make_caches(kind, BASE, max_len=24, dtype=dtype)[0].append(keys, values, positions)
+    if kind == "paged":
+        cache = dataclasses.replace(cache)
+    rows = jnp.array([1, 0, 1, 1])
+    if kind == "paged":
+        picked = attnax.cache.select_rows([cache], rows[:3])[0]
+        rows = rows[:3]
+    else:
+        picked = attnax.cache.select_rows([cache], rows)[0]
+    for source, row in zip(rows, range(len(rows)), strict=True):
+        have, want = (
+            jax.tree.map(lambda x, i=i: x[i], c.tokens(jnp.float32)) for c, i in ((picked, row), (cache, source))
+        )
+        order = np.argsort(want.positions)[want.positions.tolist().count(-1) :]
+        place = np.argsort(have.positions)[have.positions.tolist().count(-1) :]
+        np.testing.assert_array_equal(have.keys[:, place], want.keys[:, order])
+        np.testing.assert_array_equal(have.values[:, place], want.values[:, order])
+        assert have.positions[place].tolist() == sorted(p for p in positions[source].tolist() if p >= 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_eight_bits_keep_a_vector_to_half_a_step(size):
+    """|error| <= max|x| / 254 for each element, and no more in rms than a uniform error within the step has."""
+    x = np.random.default_rng(size).standard_normal((7, 11, 13, size)).astype(np.float32) * 10.0
+    x[0, 0, 0] = 0.0
+    like = attnax.cache.zero_rows(x.shape, jnp.int8)
+    read = np.asarray(attnax.cache.decode_rows(attnax.cache.encode_rows(jnp.asarray(x), like), jnp.float32))
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    assert (np.abs(read - x) <= step * 0.5001).all() and (read[0, 0, 0] == 0).all()
+    if size == 64:
+        error = np.sqrt(np.square(read - x).mean() / np.square(x).mean())
+        assert 0.004 < error < 0.008, error
+    for bad in (np.nan, np.inf, -np.inf):
+        spoiled = attnax.cache.encode_rows(jnp.asarray(x).at[1, 2, 3, 0].set(bad), like)
+        read = np.asarray(attnax.cache.decode_rows(spoiled, jnp.float32))
+        assert (
+            np.isnan(read[1, 2, 3]).all()
+            and np.isfinite(np.delete(read.reshape(-1, size), 1 * 143 + 2 * 13 + 3, 0)).all()
+        )
+
+
+def test_an_encoder_is_read_once():
+    """What cross-attention reads of a source is computed before the loop, not in it."""
+    config = dataclasses.replace(BASE, pos_emb_type="rope")
+    model = attnax.Transformer(nnx.Rngs(0), encoder=config, decoder=config)
+    source = jnp.ones((ROWS, 7), int)
+    writer = model._writer(source, None)
+    contexts, _ = writer.context
+    assert len(contexts) == 2 and contexts[0].keys.shape == (ROWS, 2, 7, 4)
+    np.testing.assert_allclose(
+        contexts[1].values, model.decoder.keys_values(model.encoder(source))[1].values, atol=1e-5
+    )
