@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties lint types bench bench-train bench-moe bench-models clean
+.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -18,6 +18,11 @@ test-thorough: $(VENV)/.dev
 # Two thousand examples instead of two hundred.
 test-properties: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -q tests/test_properties.py --hypothesis-profile=thorough
+
+# The stored values of Hugging Face transformers are what it gives now; `tests/parity/generation.py --write` stores anew.
+parity: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+	$(BIN)/python tests/parity/generation.py --check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
