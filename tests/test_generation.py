@@ -1,6 +1,7 @@
 """Generation: the tokens of the slow way, one compilation, rows on their own, samplers that keep their promise."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnax import Sampler, Transformer, TransformerConfig, TransformerLM
+import attnax
+from attnax import Sampler, Transformer, TransformerConfig, TransformerLM, generation
 from attnax.generation import Text, samplers
 
 CONFIG = TransformerConfig(
@@ -51,20 +53,67 @@ def test_greedy_tokens_are_those_of_the_full_forward(model):
     assert generation.lengths.tolist() == [7, 7]
 
 
-def test_a_generation_is_one_compilation_and_the_next_is_none(model, count_compilations):
-    first = dataclasses.replace(CONFIG, d_ff=21)
-    model = TransformerLM(nnx.Rngs(3), first)
-    options = {"max_new_tokens": 6, "sampler": Sampler(0.7, top_k=5, top_p=0.9), "key": jax.random.key(0)}
-    warm_up = TransformerLM(nnx.Rngs(3), dataclasses.replace(CONFIG, d_ff=22))
-    warm_up.generate(prompt(), **options)  # compiles the small eager operations around the program
+MODES = {
+    "plain": {"sampler": Sampler(0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)},
+    "draft": {"draft": True, "sampler": Sampler(1.0)},
+    "beams": {"num_beams": 3, "length_penalty": 0.5},
+    "ring": {"cache": "ring"},
+    "paged": {"cache": "paged"},
+    "int8": {"cache_dtype": "int8"},
+    "samples": {"num_samples": 3, "sampler": Sampler(1.0), "stop_sequences": [[1, 2]]},
+}
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=() if m == "plain" else pytest.mark.thorough) for m in MODES])
+def test_a_generation_is_one_compilation_and_the_next_is_none(mode, count_compilations):
+    def make(d_ff, seed, layers=2):
+        return TransformerLM(nnx.Rngs(seed), dataclasses.replace(CONFIG, d_ff=d_ff, num_layers=layers))
+
+    def run(model, draft, seed, sampler=None):
+        options = dict(MODES[mode])
+        if "num_beams" in options:
+            model.beam_search(prompt(seed=seed), max_new_tokens=6, **options)
+            return
+        options["sampler"] = sampler or options.get("sampler")
+        if options.pop("draft", None):
+            options["draft"] = draft
+        model.generate(prompt(seed=seed), max_new_tokens=6, key=jax.random.key(seed), **options)
+
+    models = [(make(d_ff, seed), make(d_ff, seed, 1)) for d_ff, seed in ((22, 3), (23, 3), (23, 4))]
+    run(*models[0], 3)  # compiles the small eager operations around the program
     del count_compilations[:]
-    model.generate(prompt(), **options)
+    run(*models[1], 3)
     assert len(count_compilations) == 1
     del count_compilations[:]
-    options["sampler"], options["key"] = Sampler(1, top_k=3, top_p=0.5), jax.random.key(1)
-    model.generate(prompt(seed=1), **options)
-    TransformerLM(nnx.Rngs(4), first).generate(prompt(seed=2), **options)
+    other = Sampler(1, top_k=3, top_p=0.5, repetition_penalty=2) if mode == "plain" else None
+    run(*models[2], 4, other)
     assert not count_compilations
+
+
+def test_the_cache_is_donated(model):
+    writer = model._writer()
+    request = generation.make_request(prompt(), vocab_size=23, max_new_tokens=3)
+    caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=8)
+    _, after = generation.generate(writer.step, writer.state, request, caches, max_new_tokens=3)
+    assert all(x.is_deleted() for x in jax.tree.leaves(caches))
+    assert int(after[0].length) == 7 and after[0].positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
+
+
+@pytest.mark.thorough
+def test_memory_is_flat_over_a_thousand_generations(model):
+    def resident():
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    options = {"max_new_tokens": 3, "sampler": Sampler(1.0)}
+    for seed in range(100):
+        model.generate(prompt(), key=jax.random.key(seed), **options)
+    arrays, before = len(jax.live_arrays()), resident()
+    for seed in range(1000):
+        model.generate(prompt(), key=jax.random.key(seed), **options)
+    assert len(jax.live_arrays()) == arrays
+    assert resident() - before < 2**21  # two kilobytes a generation; a leaked cache is more
 
 
 def test_streaming_gives_the_same_tokens(model):

@@ -28,7 +28,8 @@ class Beams(NamedTuple):
     Attributes:
         tokens: (batch, num_beams, max_new_tokens) int32; after its end a text is filled as in `Generation`.
         lengths: (batch, num_beams) int32, tokens up to and with what ended the text.
-        scores: (batch, num_beams) float32, log-probability / lengths ** length_penalty.
+        scores: (batch, num_beams) float32, log-probability / lengths ** length_penalty. Where penalties leave fewer
+            texts than beams, the rest have length 0 and the score -1e9.
     """
 
     tokens: Int[Array, "B N T"]
