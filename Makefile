@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models clean
+.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -46,6 +46,14 @@ bench-moe: $(VENV)/.dev
 bench-models: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python benchmarks/models.py --markdown docs/models-cpu.md
+
+bench-decode: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+	$(BIN)/python benchmarks/decode.py --markdown docs/decode-cpu.md
+
+# Trains its models first.
+bench-speculative: $(VENV)/.dev
+	$(BIN)/python benchmarks/speculative.py --markdown docs/speculative-cpu.md
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -75,7 +75,13 @@ Rows = Array | Int8Rows
 
 
 def zero_rows(shape: tuple[int, ...], dtype: Any) -> Rows:
-    """Storage for vectors of `shape` (..., H); `dtype` is a floating one, or int8."""
+    """Storage for vectors of `shape` (..., H); `dtype` is a floating one, or int8.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if jnp.dtype(dtype) != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"cache: dtype must be a floating one or int8; got dtype={jnp.dtype(dtype)}.")
     if jnp.dtype(dtype) == jnp.int8:
         return Int8Rows(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
     return jnp.zeros(shape, dtype)

@@ -318,7 +318,8 @@ class TestPenalties:
         np.testing.assert_allclose(given, wanted, atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("size", "banned"), [(1, [{1, 2, 3}, {4, 0}]), (2, [{1}, set()]), (3, [{1}, set()]), (4, [set(), set()])]
+        ("size", "banned"),
+        [(1, [{1, 2, 3}, {4, 0}]), (2, [{1}, set()]), (3, [{1}, set()]), (4, [set(), set()]), (99, [set(), set()])],
     )
     def test_no_ngram_stands_twice(self, size, banned):
         given = penalised(Sampler(no_repeat_ngram=size), self.LOGITS, self.TEXT)
@@ -465,6 +466,8 @@ class TestBeams:
         ({"num_samples": 0}, "num_samples must be at least 1; got num_samples=0"),
         ({"end_token": 23}, "stop sequences and end tokens must be at least 0 and below 23; got 23"),
         ({"stop_sequences": [[1], []]}, "stop sequences and end tokens must not be empty"),
+        ({"stop_sequences": [3, 4]}, r"stop_sequences must be sequences of tokens; got \[3, 4\]. Use end_token"),
+        ({"cache_dtype": "int4"}, "dtype must be a floating one or int8; got dtype=int4"),
         ({"cache": "infinite"}, "cache must be one of contiguous, ring, paged; got cache='infinite'"),
     ],
 )
@@ -472,6 +475,11 @@ def test_wrong_input_is_refused_in_words(model, options, words):
     options = {"prompt_ids": prompt(), "max_new_tokens": 3, **options}
     with pytest.raises(ValueError, match=words):
         model.generate(options.pop("prompt_ids"), **options)
+
+
+def test_what_streaming_lacks_is_refused_in_words(model):
+    with pytest.raises(ValueError, match="takes the options of generate, but no draft; got draft, num_draft_tokens"):
+        model.stream(prompt(), max_new_tokens=3, draft=model, num_draft_tokens=2)
 
 
 def test_a_position_table_cannot_be_left():
@@ -490,6 +498,7 @@ def test_a_position_table_cannot_be_left():
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty must be finite; got frequency_penalty=inf"),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram=0"),
+        ({"presence_penalty": 1e39}, "presence_penalty must be finite"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1; got top_p=1.5"),
     ],

@@ -128,6 +128,10 @@ def make_request(
             raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
     known = np.asarray(prompt_ids)
     ends = [] if end_token is None else [end_token] if isinstance(end_token, int | np.integer) else list(end_token)
+    if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
+        raise ValueError(
+            f"generate: stop_sequences must be sequences of tokens; got {stop_sequences!r}. Use end_token."
+        )
     sequences = [[end] for end in ends] + [list(sequence) for sequence in stop_sequences]
     checked: list[tuple[str, Any]] = [("token ids", known)]
     checked += [("stop sequences and end tokens", sequence) for sequence in sequences]

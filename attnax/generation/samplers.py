@@ -75,8 +75,11 @@ class Sampler:
         for name, (rule, holds) in rules.items():
             value = getattr(self, name)
             # JAX rebuilds pytrees around placeholders too; only a number that is known can be judged.
-            if isinstance(value, int | float | jax.Array) and is_concrete(value) and not holds(float(value)):
-                raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
+            if isinstance(value, int | float | jax.Array) and is_concrete(value):
+                with np.errstate(over="ignore"):
+                    known = float(np.float32(value))  # as it will be used
+                if not holds(known):
+                    raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
     def as_arrays(self, vocab_size: int) -> Sampler:
         """The same sampler with arrays for numbers, so that 1 and 1.0 are one program.

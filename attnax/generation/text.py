@@ -86,12 +86,16 @@ class Text:
     def completes_ngram(self, size: int, vocab_size: int) -> Bool[Array, "R V"]:
         """Which tokens would repeat `size` tokens in a row that stand in the text already."""
         rows, length = self.ids.shape
+        if size > length:
+            return jnp.zeros((rows, vocab_size), bool)
         start = jnp.arange(length, dtype=jnp.int32)[None]
+        suffix = self.last(size - 1)
+
+        def begins_alike(offset: Array, repeats: Array) -> Array:
+            return repeats & (jnp.roll(self.ids, -offset, axis=1) == suffix[:, offset, None])
+
         repeats = start + size - 1 < self.lengths[:, None]  # the n-gram that starts here lies in the text
-        suffix = self.last(size - 1) if size > 1 else None
-        for offset in range(size - 1):
-            assert suffix is not None
-            repeats = repeats & (jnp.roll(self.ids, -offset, axis=1) == suffix[:, offset, None])
+        repeats = lax.fori_loop(0, size - 1, begins_alike, repeats) if size > 1 else repeats
         follows = jnp.where(repeats, jnp.roll(self.ids, 1 - size, axis=1), vocab_size)
         banned = jnp.zeros((rows, vocab_size), bool)
         banned = banned.at[jnp.arange(rows)[:, None], follows].set(True, mode="drop")

@@ -86,6 +86,9 @@ def stream(
     writer: Writer, prompt_ids: ArrayLike, *, max_new_tokens: int, **options: Unpack[WriteOptions]
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, (rows,) at a time."""
+    unknown = sorted(options.keys() - WriteOptions.__annotations__.keys())
+    if unknown:
+        raise ValueError(f"stream: takes the options of generate, but no draft; got {', '.join(unknown)}.")
     request, cache = _prepare(writer, prompt_ids, max_new_tokens, **options)
     return generation.stream(writer.step, writer.state, request, cache, max_new_tokens=max_new_tokens)
 
