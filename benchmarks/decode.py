@@ -1,0 +1,432 @@
+"""How fast a language model writes, beside Hugging Face transformers, and what a cache costs in time and memory.
+
+    python benchmarks/decode.py                  # needs torch and transformers; `make bench-decode` installs them
+    python benchmarks/decode.py --parts steps    # one of the three parts
+    python benchmarks/decode.py --quick          # tiny sizes, to see that all of it runs
+
+Both sides have the shape of GPT-2 (12 layers, d_model 768, 12 heads, feed-forward 3072, tanh GELU, learned positions,
+tied embeddings) with a vocabulary of 8192, random weights, float32, and run in turns in processes of their own.
+PyTorch's is GPT2LMHeadModel as its users get it: eager, scaled_dot_product_attention, DynamicCache.
+
+- `generate`: greedy, whole calls, the reading of the prompt included.
+- `steps`: decode steps behind tokens that are put into the cache rather than read.
+- `storage`: 8-bit keys and values, and the ring of a window: speed, error, bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Prepared = tuple[Callable[[], Any] | None, dict[str, Any]]
+
+SIZE = {"layers": 12, "width": 768, "heads": 12, "hidden": 3072, "vocabulary": 8192, "positions": 4096}
+SMALL = {"layers": 2, "width": 64, "heads": 4, "hidden": 128, "vocabulary": 512, "positions": 256}
+HUGGING_FACE, CONTIGUOUS, PAGED, INT8 = "transformers", "contiguous", "paged", "int8"
+STEPS = 16  # decode steps of one call in the second part
+WINDOW = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    size: dict[str, int]
+    prompt: int
+    new: int
+    batches: tuple[int, ...]
+    step_batches: tuple[int, ...]
+    filled: tuple[int, ...]  # tokens in the largest cache
+    capacities: tuple[int, ...]  # of caches that hold filled[0] tokens
+
+
+FULL = Plan(SIZE, 64, 64, (1, 8, 32), (1, 8), (128, 512, 1024, 2048, 4000), (144, 1024, 4096))
+QUICK = Plan(SMALL, 8, 8, (1, 2), (1, 2), (32, 128), (48, 256))
+
+
+# Attnax's side.
+
+
+@functools.cache
+def attnax_model(**size: int) -> Any:
+    from flax import nnx
+
+    import attnax
+
+    return attnax.TransformerLM(nnx.Rngs(0), attnax_config(**size))
+
+
+def attnax_config(*, window: int | None = None, **size: int) -> Any:
+    import attnax
+
+    return attnax.TransformerConfig(
+        vocab_size=size["vocabulary"],
+        d_model=size["width"],
+        num_heads=size["heads"],
+        num_layers=size["layers"],
+        d_ff=size["hidden"],
+        max_len=size["positions"],
+        ff_activation="gelu_tanh",
+        pos_emb_type="learned",
+        tie_embeddings=True,
+        dropout_rate=0.0,
+        attention_window=window,
+    )
+
+
+def attnax_case(case: dict[str, Any], side: str) -> Prepared:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from attnax.cache import init_decoder_kv_caches_from_config
+    from attnax.paged_cache import init_paged_kv_caches_from_config
+
+    kind: Any = PAGED if side == PAGED else CONTIGUOUS
+    dtype, batch = "int8" if side == INT8 else "float32", case["batch"]
+    if case["work"] == "bytes":
+        config = attnax_config(**case["size"], window=case["window"])
+        init = functools.partial(init_decoder_kv_caches_from_config, config)
+        cache = jax.eval_shape(lambda: init(batch_size=batch, max_len=case["capacity"], dtype=dtype))
+        return None, {"bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))}
+    model = attnax_model(**case["size"])
+    if case["work"] == "errors":
+        ids = jax.random.randint(
+            jax.random.key(2), (batch, case["prompt"] + case["new"]), 0, case["size"]["vocabulary"]
+        )
+        exact, stored = (forced_log_probs(model, ids, case["prompt"], dtype) for dtype in ("float32", "int8"))
+        error = jnp.abs(exact - stored)
+        return None, {"max": float(error.max()), "rms": float(jnp.sqrt(jnp.square(error).mean()))}
+    if case["work"] == "generate":
+        ids = jax.random.randint(jax.random.key(1), (batch, case["prompt"]), 0, case["size"]["vocabulary"])
+        options: dict[str, Any] = {"max_new_tokens": case["new"], "cache": kind, "cache_dtype": dtype}
+        return (lambda: jax.block_until_ready(model.generate(ids, **options))), {}
+
+    inits: dict[Any, Any] = {PAGED: init_paged_kv_caches_from_config, CONTIGUOUS: init_decoder_kv_caches_from_config}
+    sizes = {"batch_size": batch, "max_len": case["capacity"], "dtype": dtype}
+    layers = jax.eval_shape(lambda: inits[kind](model.config, **sizes))
+    held = tuple(noise_cache(layer, seed) for seed, layer in enumerate(layers))
+    state, filled = nnx.split(model)[1], jnp.int32(case["filled"])
+    ids = jnp.zeros((batch, 1), jnp.int32)
+
+    def work() -> None:
+        nonlocal held
+        finite, held = jax.block_until_ready(steps_of(model)(state, held, ids, filled))
+        assert finite, "the cache has overflowed"
+
+    return work, {}
+
+
+@functools.cache
+def steps_of(model: Any) -> Any:
+    """`STEPS` greedy steps of the model behind the first `filled` tokens of caches, which are written in place."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graphdef = nnx.split(model)[0]
+
+    def run(state: Any, cache: Any, ids: Any, filled: Any) -> tuple[Any, Any]:
+        def go_on(carry: Any, position: Any) -> tuple[Any, Any]:
+            ids, cache = carry
+            out = nnx.merge(graphdef, state).run(ids, position_ids=position[None], caches=cache, deterministic=True)
+            return (out.hidden.argmax(-1), out.caches), jnp.isfinite(out.hidden).all()
+
+        cache = tuple(holding(layer, filled) for layer in cache)
+        (_, cache), finite = jax.lax.scan(go_on, (ids, cache), filled + jnp.arange(STEPS))
+        return finite.all(), cache
+
+    return jax.jit(run, donate_argnums=1)
+
+
+def noise_cache(layer: Any, seed: int) -> Any:
+    """The cache of one layer, of which `layer` has shapes and dtypes, with numbers in every slot."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from attnax.cache import encode_rows
+
+    rng = np.random.default_rng(seed)
+
+    def noise(rows: Any) -> Any:  # the same in every row, or block: drawing takes longer than reading
+        return encode_rows(jnp.broadcast_to(rng.standard_normal(rows.shape[1:], np.float32), rows.shape), rows)
+
+    names = ("key_pool", "value_pool") if hasattr(layer, "key_pool") else ("keys", "values")
+    rows = {name: noise(getattr(layer, name)) for name in names}
+    empty = dataclasses.replace(layer, **dict.fromkeys(names))
+    return dataclasses.replace(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty), **rows)
+
+
+def holding(layer: Any, filled: Any) -> Any:
+    """The cache with its first `filled` slots in use, whatever it said before."""
+    import jax.numpy as jnp
+
+    clean = dataclasses.replace(layer, overflowed=jnp.zeros_like(layer.overflowed))
+    if not hasattr(layer, "block_table"):
+        slots = jnp.arange(layer.max_len)
+        positions = jnp.broadcast_to(jnp.where(slots < filled, slots, -1), layer.positions.shape)
+        return dataclasses.replace(clean, length=filled, positions=positions)
+    column = jnp.arange(layer.block_table.shape[1])
+    blocks = jnp.arange(layer.block_table.size).reshape(layer.block_table.shape)
+    table = jnp.where(column < -(-filled // layer.block_size), blocks, -1)
+    return dataclasses.replace(clean, block_table=table, seq_lengths=jnp.full_like(layer.seq_lengths, filled))
+
+
+def forced_log_probs(model: Any, ids: Any, prompt: int, dtype: str) -> Any:
+    """Log-probabilities (T - prompt, B, V) of what follows each token of `ids` (B, T) from index `prompt` on.
+
+    The tokens after the prompt are read one at a time, as if they had been drawn.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from attnax.cache import init_decoder_kv_caches_from_config
+
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def read(state: Any, ids: Any) -> Any:
+        def step(cache: Any, ids: Any) -> tuple[Any, Any]:
+            out = nnx.merge(graphdef, state).run(ids, caches=cache, deterministic=True)
+            return out.caches, jax.nn.log_softmax(out.hidden[:, -1])
+
+        cache = init_decoder_kv_caches_from_config(
+            model.config, batch_size=ids.shape[0], max_len=ids.shape[1], dtype=dtype
+        )
+        cache, _ = step(cache, ids[:, :prompt])
+        return jax.lax.scan(step, cache, ids[:, prompt:].T[..., None])[1]
+
+    return read(state, jnp.asarray(ids))
+
+
+# PyTorch's side.
+
+
+@functools.cache
+def torch_model(**size: int) -> Any:
+    import torch
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    transformers: Any = importlib.import_module("transformers")  # as Any: mypy would read all of it
+    config = transformers.GPT2Config(
+        vocab_size=size["vocabulary"],
+        n_positions=size["positions"],
+        n_embd=size["width"],
+        n_layer=size["layers"],
+        n_head=size["heads"],
+        n_inner=size["hidden"],
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def torch_case(case: dict[str, Any]) -> Prepared:
+    import torch
+
+    transformers: Any = importlib.import_module("transformers")
+    model, size, batch = torch_model(**case["size"]), case["size"], case["batch"]
+    if case["work"] == "generate":
+        ids = torch.randint(0, size["vocabulary"], (batch, case["prompt"]))
+        new: dict[str, Any] = {"min_new_tokens": case["new"], "max_new_tokens": case["new"]}
+
+        def write() -> None:
+            with torch.inference_mode():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **new)
+            assert out.shape == (batch, case["prompt"] + case["new"])
+
+        return write, {}
+    cache = transformers.DynamicCache(config=model.config)
+    for layer in range(size["layers"]):
+        rows = torch.randn(2, 1, size["heads"], case["filled"], size["width"] // size["heads"])
+        cache.update(*(x.repeat(batch, 1, 1, 1) for x in rows), layer)
+
+    def step() -> None:
+        with torch.inference_mode():
+            ids = torch.zeros(batch, 1, dtype=torch.long)
+            for _ in range(STEPS):
+                ids = model(input_ids=ids, cache=cache, use_cache=True).logits.argmax(-1)
+            cache.crop(-STEPS)
+
+    return step, {}
+
+
+# The tables.
+
+
+def measure(names: tuple[str, ...], cases: list[dict[str, Any]], rounds: int) -> list[dict[str, list[float]]]:
+    """Seconds of each round of each side, for every case."""
+    from _pairs import started, take_turns
+
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1"}
+    environment["TRANSFORMERS_VERBOSITY"] = "error"
+    seconds = []
+    with started({name: [__file__, "--side", name] for name in names}, environment) as sides:
+        for case in cases:
+            for side in sides.values():
+                side.ask(json.dumps(case))
+            seconds.append(take_turns(sides, rounds))
+            medians = ", ".join(f"{name} {statistics.median(values):.4f}" for name, values in seconds[-1].items())
+            shown = {name: value for name, value in case.items() if name != "size"}
+            print(f"{shown}: {medians} s", flush=True)
+    return seconds
+
+
+def ask(case: dict[str, Any], side: str = CONTIGUOUS) -> dict[str, Any]:
+    """What a side says about a case that is not timed."""
+    from _pairs import started
+
+    with started({side: [__file__, "--side", side]}) as sides:
+        return sides[side].ask(json.dumps(case))
+
+
+def milliseconds(values: list[float], parts: int = 1) -> str:
+    return f"{1e3 * statistics.median(values) / parts:.1f} ({1e3 * min(values) / parts:.1f})"
+
+
+def rate(values: list[float], tokens: int) -> str:
+    return f"{tokens / statistics.median(values):.1f} ({tokens / min(values):.1f})"
+
+
+def ratio(seconds: dict[str, list[float]], name: str, reference: str = HUGGING_FACE) -> str:
+    """How many times faster `name` is."""
+    return f"{statistics.median(seconds[reference]) / statistics.median(seconds[name]):.2f}x"
+
+
+def row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(*cells: str) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
+def generate_tables(plan: Plan, rounds: int) -> list[str]:
+    names = (CONTIGUOUS, PAGED, HUGGING_FACE)
+    common = {"work": "generate", "size": plan.size, "prompt": plan.prompt}
+    lengths = list(itertools.product(plan.batches, (plan.new, 1)))
+    seconds = measure(names, [common | {"batch": batch, "new": new} for batch, new in lengths], rounds)
+    whole, first = seconds[::2], seconds[1::2]
+    ratios = [f"{name} / {HUGGING_FACE}" for name in names[:2]]
+    lines = [f"Greedy, {plan.prompt} tokens of prompt and {plan.new} new ones, tokens a second of whole calls.", ""]
+    lines += head("batch", *names, *ratios)
+    for batch, times in zip(plan.batches, whole, strict=True):
+        cells = [rate(times[name], batch * plan.new) for name in names]
+        lines.append(row(batch, *cells, *(ratio(times, name) for name in names[:2])))
+    lines += ["", f"Time to the first token, {plan.prompt} tokens of prompt, ms.", "", *head("batch", *names, *ratios)]
+    for batch, times in zip(plan.batches, first, strict=True):
+        cells = [milliseconds(times[name]) for name in names]
+        lines.append(row(batch, *cells, *(ratio(times, name) for name in names[:2])))
+    return lines
+
+
+def steps_tables(plan: Plan, rounds: int) -> list[str]:
+    names = (CONTIGUOUS, PAGED, HUGGING_FACE)
+    largest = max(plan.capacities)
+    places = [(capacity, plan.filled[0]) for capacity in plan.capacities]
+    places += [(largest, filled) for filled in plan.filled[1:]]
+    cases = [
+        {"work": "steps", "size": plan.size, "batch": batch, "capacity": capacity, "filled": filled}
+        for batch in plan.step_batches
+        for capacity, filled in places
+    ]
+    lines = [
+        f"A decode step, ms, mean of {STEPS} behind the tokens named; {HUGGING_FACE} has no capacity.",
+        "",
+        *head("batch", "capacity", "tokens in it", *names, *(f"{name} / {HUGGING_FACE}" for name in names[:2])),
+    ]
+    for case, times in zip(cases, measure(names, cases, rounds), strict=True):
+        cells = [milliseconds(times[name], STEPS) for name in names]
+        ratios = [ratio(times, name) for name in names[:2]]
+        lines.append(row(case["batch"], case["capacity"], case["filled"], *cells, *ratios))
+    return lines
+
+
+def storage_tables(plan: Plan, rounds: int) -> list[str]:
+    batch, capacity, names = plan.step_batches[-1], max(plan.capacities), (CONTIGUOUS, INT8)
+    common: dict[str, Any] = {"size": plan.size, "batch": batch, "prompt": plan.prompt, "new": plan.new}
+    full = {"work": "steps", "capacity": capacity, "filled": plan.filled[-1]}
+    cases = [common | {"work": "generate"}, common | full]
+    whole, steps = measure(names, cases, rounds)
+    lines = [
+        f"Keys and values in 8 bits, contiguous, batch {batch}.",
+        "",
+        *head("", "float32", "int8", "int8 / float32"),
+        row(
+            f"tokens a second, {plan.prompt} + {plan.new}",
+            *(rate(whole[name], batch * plan.new) for name in names),
+            ratio(whole, INT8, CONTIGUOUS),
+        ),
+        row(
+            f"ms a step, {plan.filled[-1]} tokens in the cache",
+            *(milliseconds(steps[name], STEPS) for name in names),
+            ratio(steps, INT8, CONTIGUOUS),
+        ),
+    ]
+    error = ask(common | {"work": "errors"})
+    lines += [
+        "",
+        f"Log-probabilities after each of {plan.new} forced tokens behind {plan.prompt}, random weights, int8 against "
+        f"float32: largest difference {error['max']:.1e}, root mean square {error['rms']:.1e}.",
+        "",
+        f"Bytes of the caches of all layers, batch {batch}, {capacity} tokens, MiB.",
+        "",
+        *head("", "float32", "int8"),
+    ]
+    window = min(WINDOW, capacity // 4)
+    for label, size in (("contiguous", None), (f"ring of attention_window={window}", window)):
+        case = common | {"work": "bytes", "capacity": capacity, "window": size}
+        lines.append(row(label, *(f"{ask(case, name)['bytes'] / 2**20:.1f}" for name in names)))
+    return lines
+
+
+PARTS = {"generate": generate_tables, "steps": steps_tables, "storage": storage_tables}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=[CONTIGUOUS, PAGED, INT8, HUGGING_FACE], help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke test, no measurement")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    options = parser.parse_args()
+    if options.side:
+        from _pairs import serve_cases
+
+        serve_cases(torch_case if options.side == HUGGING_FACE else lambda case: attnax_case(case, options.side))
+        return
+    plan, rounds = (QUICK, 1) if options.quick else (FULL, options.rounds)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    lines = [
+        "# Decoding on the CPU",
+        "",
+        f"{platform.machine()}, 2 cores, float32, {versions}; medians (of the fastest round)",
+        "",
+        f"`python benchmarks/decode.py`: {plan.size['layers']} layers, d_model {plan.size['width']}, vocabulary "
+        f"{plan.size['vocabulary']}, random weights, {rounds} rounds in which the sides, each a process of its own, "
+        "take turns. transformers runs GPT2LMHeadModel, eager, with its DynamicCache. Ratios above 1 say that Attnax "
+        "is faster.",
+    ]
+    for part in options.parts:
+        lines += ["", *PARTS[part](plan, rounds)]
+    print("\n" + "\n".join(lines))
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

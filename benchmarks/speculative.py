@@ -1,0 +1,323 @@
+"""What a draft saves: a large and a small byte-level model, trained here, write the source of Python together.
+
+    python benchmarks/speculative.py              # trains for a few minutes, then measures
+    python benchmarks/speculative.py --quick      # tiny sizes, to see that all of it runs
+
+Both models learn from the standard library of the interpreter that runs them, less the files that are held out; the
+prompts come from these. The large one is so large that a step takes the time to read its weights, whether for one token
+or for a few. All runs take place in one process, in turns: without a draft, then with drafts of each length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from decode import forced_log_probs, head, rate, ratio, row
+
+PLAIN = "no draft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The pair, its training and what it writes."""
+
+    target: tuple[int, int] = (8, 512)  # layers, d_model
+    draft: tuple[int, int] = (2, 96)
+    target_steps: int = 1000  # with the first two layers alone, a quarter of the work
+    grown_steps: int = 60  # with all
+    draft_steps: int = 300
+    target_batch: int = 4
+    draft_batch: int = 8
+    window: int = 128
+    prompt: int = 64
+    new: int = 128
+    num_prompts: int = 6
+    drafted: tuple[int, ...] = (2, 4, 6)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    probe_windows: int = 64  # of held-out text, to score
+    rounds: int = 5
+
+
+FEW_LAYERS = 2
+QUICK: dict[str, Any] = {"target": (3, 64), "draft": (1, 32), "target_steps": 20, "grown_steps": 5, "draft_steps": 20}
+QUICK |= {"window": 64, "prompt": 16, "new": 16, "num_prompts": 2, "drafted": (2, 4), "probe_windows": 8, "rounds": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The standard library as tokens, one a byte."""
+
+    train: Any  # TokenStream
+    probe: np.ndarray  # (probe_windows, window + 1), held out
+    prompts: np.ndarray  # (num_prompts, prompt), held out
+
+
+def read_text(plan: Plan) -> Text:
+    from attnax.training import TokenStream, byte_tokenizer, read_corpus
+
+    corpus, tokenizer = read_corpus(), byte_tokenizer()
+    train = tokenizer.encode_documents([document.text for document in corpus.train])
+    held_out = tokenizer.encode_documents([document.text for document in corpus.held_out])
+    # Pieces from all over the held-out files: those at the start are all of a kind.
+    windows = TokenStream(held_out, plan.window).batch(0, plan.probe_windows, seed=0)
+    starts = np.linspace(0, len(held_out) - plan.prompt, plan.num_prompts + 2, dtype=int)[1:-1]
+    prompts = held_out[starts[:, None] + np.arange(plan.prompt)].astype(np.int32)
+    return Text(TokenStream(train, plan.window), windows, prompts)
+
+
+def config_of(plan: Plan, layers: int, width: int) -> Any:
+    from attnax import TransformerConfig
+
+    return TransformerConfig(
+        vocab_size=257,
+        d_model=width,
+        num_heads=max(1, width // 64),
+        num_layers=layers,
+        d_ff=4 * width,
+        ff_activation="gelu_tanh",
+        max_len=plan.window,
+        dropout_rate=0.0,
+        use_bias=False,
+        norm_type="rms",
+        pos_emb_type="rope",
+    )
+
+
+def learn(
+    config: Any, text: Text, *, steps: int, batch: int, learning_rate: float, seed: int = 0, start: Any = None
+) -> Any:
+    """The parameters after so many steps of AdamW, from `start` on if it is given."""
+    from attnax.training import OptimizerConfig, Trainer
+
+    trainer = Trainer(config, OptimizerConfig(steps=steps, learning_rate=learning_rate, batch_size=batch))
+    state = trainer.init()
+    if start is not None:
+        state = dataclasses.replace(state, params=grown(start, state.params))
+    for index in range(steps):
+        state, metrics = trainer.step(state, text.train.batch(index, batch, seed))
+        if index % max(1, steps // 10) == 0:
+            progress = f"{config.num_layers} layers of {config.d_model}: step {index} of {steps}"
+            print(f"{progress}, {metrics.loss / np.log(2):.2f} bits per byte", file=sys.stderr, flush=True)
+    return state.params
+
+
+def grown(shallow: Any, deep: Any) -> Any:
+    """The parameters of a deep model that computes what a shallow one does: its other blocks add nothing as yet."""
+    import jax
+    import jax.numpy as jnp
+
+    known = {str(path): x for path, x in jax.tree_util.tree_leaves_with_path(shallow)}
+
+    def one(path: Any, initial: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        adds = name.endswith(("attention.out.kernel", "feed_forward.down.kernel"))
+        return known.get(str(path), jnp.zeros_like(initial) if adds else initial)
+
+    return jax.tree_util.tree_map_with_path(one, deep)
+
+
+def train(plan: Plan, text: Text, which: str) -> tuple[Any, dict[str, Any]]:
+    """A trained model, and what is to be said about its training."""
+    import jax
+    from flax import nnx
+
+    from attnax import TransformerLM
+
+    start = time.perf_counter()
+    if which == "draft":
+        config, steps, batch = config_of(plan, *plan.draft), plan.draft_steps, plan.draft_batch
+        params = learn(config, text, steps=steps, batch=batch, learning_rate=4e-3)
+    else:
+        (layers, width), batch, steps = plan.target, plan.target_batch, plan.target_steps + plan.grown_steps
+        options: dict[str, Any] = {"batch": batch, "learning_rate": 1e-3}
+        few = learn(config_of(plan, FEW_LAYERS, width), text, steps=plan.target_steps, **options)
+        config = config_of(plan, layers, width)
+        params = learn(config, text, steps=plan.grown_steps, start=few, seed=1, **options)
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    model = TransformerLM(nnx.Rngs(0), config)
+    nnx.update(model, params)
+    return model, {
+        "layers": config.num_layers,
+        "width": config.d_model,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "tokens": steps * batch * plan.window,
+        "seconds": seconds,
+        "bits": bits_per_byte(model, text.probe),
+    }
+
+
+def bits_per_byte(model: Any, windows: np.ndarray) -> float:
+    """Of all tokens of (rows, window + 1) but the first of each row, from whole forward passes."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    @nnx.jit
+    def bits(model: Any, ids: Any) -> Any:
+        log_probs = model.log_probs(ids[:, :-1])
+        return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1).mean() / jnp.log(2)
+
+    return float(np.mean([float(bits(model, jnp.asarray(rows))) for rows in np.split(windows, len(windows) // 8)]))
+
+
+def write(plan: Plan, text: Text, target: Any, draft: Any, temperature: float) -> list[dict[str, Any]]:
+    """Seconds, tokens and steps of the target without a draft, with drafts of each length, and of the draft alone."""
+    import jax
+
+    from attnax.generation import Sampler
+
+    options: dict[str, Any] = {"max_new_tokens": plan.new, "sampler": Sampler(temperature=temperature)}
+    variants: dict[str, Any] = {PLAIN: functools.partial(target.generate, **options)}
+    for count in plan.drafted:
+        variants[str(count)] = functools.partial(target.generate, draft=draft, num_draft_tokens=count, **options)
+    variants["the draft alone"] = functools.partial(draft.generate, **options)
+
+    def one_round(generate: Any) -> tuple[float, list[Any]]:
+        start = time.perf_counter()
+        written = [
+            jax.block_until_ready(generate(prompt[None], key=jax.random.key(seed)))
+            for seed, prompt in enumerate(text.prompts)
+        ]
+        return time.perf_counter() - start, written
+
+    written = {name: one_round(generate)[1] for name, generate in variants.items()}  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(plan.rounds):
+        for name, generate in variants.items():
+            seconds[name].append(one_round(generate)[0])
+    same = {
+        name: sum(bool((a.tokens == b.tokens).all()) for a, b in zip(runs, written[PLAIN], strict=True))
+        for name, runs in written.items()
+    }
+    return [
+        {
+            "name": name,
+            "seconds": seconds[name],
+            "tokens": sum(int(run.lengths.sum()) for run in runs),
+            "steps": sum(int(run.steps.sum()) for run in runs),
+            "same": same[name],
+            "distinct": distinct_pieces(runs),
+        }
+        for name, runs in written.items()
+    ]
+
+
+def distinct_pieces(runs: list[Any], length: int = 8) -> float:
+    """The share of different pieces of `length` tokens; low for texts that go in circles, which are easy to draft."""
+    texts = [run.tokens[0].tolist() for run in runs]
+    pieces = [tuple(text[i : i + length]) for text in texts for i in range(len(text) - length + 1)]
+    return len(set(pieces)) / len(pieces)
+
+
+def store(plan: Plan, text: Text, target: Any) -> dict[str, float]:
+    """What 8-bit keys and values change in the target's log-probabilities of held-out text."""
+    import jax.numpy as jnp
+
+    ids = text.probe[:8, :-1]
+    exact, stored = (forced_log_probs(target, ids, plan.prompt, dtype) for dtype in ("float32", "int8"))
+    following = jnp.asarray(text.probe[:8, plan.prompt + 1 :]).T[..., None]
+
+    def bits(log_probs: Any) -> float:
+        return float(-jnp.take_along_axis(log_probs, following, axis=-1).mean() / jnp.log(2))
+
+    error = exact - stored
+    return {
+        "largest": float(jnp.abs(error).max()),
+        "rms": float(jnp.sqrt(jnp.square(error).mean())),
+        "exact_bits": bits(exact),
+        "stored_bits": bits(stored),
+    }
+
+
+def side(plan: Plan) -> None:
+    """Trains, measures and prints a line of JSON."""
+    text = read_text(plan)
+    (target, about_target), (draft, about_draft) = (train(plan, text, which) for which in ("target", "draft"))
+    written = {str(t): write(plan, text, target, draft, t) for t in plan.temperatures}
+    about = {"target": about_target, "draft": about_draft, "written": written, "storage": store(plan, text, target)}
+    print(json.dumps(about), flush=True)
+
+
+def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
+    lines = head("", "layers", "d_model", "parameters", "bytes read", "training s", "held-out bits per byte")
+    for which in ("target", "draft"):
+        it = about[which]
+        numbers = f"{it['parameters']:,}", f"{it['tokens']:,}", f"{it['seconds']:.0f}", f"{it['bits']:.2f}"
+        lines.append(row(which, it["layers"], it["width"], *numbers))
+    for temperature, runs in about["written"].items():
+        lines += ["", f"Temperature {temperature}, batch 1, {len(runs[0]['seconds'])} rounds of {plan.num_prompts} "]
+        lines[-1] += f"held-out prompts of {plan.prompt} bytes, {plan.new} new ones; of all pieces of 8 bytes that the "
+        lines[-1] += f"target wrote alone {runs[0]['distinct']:.0%} are different: the fewer, the easier to draft."
+        columns = "tokens a second", "tokens a step", "drafted tokens kept", "speed-up", "same texts"
+        lines += ["", *head("tokens drafted", *columns)]
+        seconds = {run["name"]: run["seconds"] for run in runs}
+        for run in runs:
+            name, tokens, steps = run["name"], run["tokens"], run["steps"]
+            kept, same = "", ""
+            if name.isdigit():
+                # The prompt's step gives one token; what the last step drafts past the end counts as lost.
+                kept = f"{(tokens - steps) / (int(name) * (steps - plan.num_prompts)):.0%}"
+                # With a temperature the texts have one distribution, but are others.
+                same = f"{run['same']} of {plan.num_prompts}" if float(temperature) == 0 else ""
+            speed = ratio(seconds, name, PLAIN)
+            lines.append(row(name, rate(run["seconds"], tokens), f"{tokens / steps:.2f}", kept, speed, same))
+    it = about["storage"]
+    lines += [
+        "",
+        "Keys and values of the target in 8 bits against float32, held-out text read byte by byte: log-probabilities "
+        f"differ by at most {it['largest']:.1e}, root mean square {it['rms']:.1e}; bits per byte "
+        f"{it['stored_bits']:.4f} against {it['exact_bits']:.4f}.",
+    ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke test, no measurement")
+    counts = ("rounds", "target_steps", "grown_steps", "draft_steps")
+    for name in counts:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of {getattr(Plan, name)}")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    options = parser.parse_args()
+    if options.side:
+        side(Plan(**json.loads(options.side)))
+        return
+    from _pairs import started
+
+    given = {name: getattr(options, name) for name in counts}
+    fields = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
+    plan = Plan(**fields)
+    command = [__file__, "--side", json.dumps(dataclasses.asdict(plan))]
+    with started({"attnax": command}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}) as sides:
+        about = sides["attnax"].about
+    lines = [
+        "# Speculative decoding on the CPU",
+        "",
+        f"{platform.machine()}, 2 cores, float32, jax {version('jax')}; medians (of the fastest round)",
+        "",
+        "`python benchmarks/speculative.py`: two byte-level models (RoPE, RMSNorm, no biases) learn from the standard "
+        f"library of Python {platform.python_version()} by AdamW in windows of {plan.window} bytes and are scored on "
+        f"{plan.probe_windows} such windows of files that were held out; the target learns "
+        f"with its first {FEW_LAYERS} layers, and in the end with all. Then it writes without a draft and "
+        "with drafts of each length, in turns.",
+        "",
+        *tables(plan, about),
+    ]
+    print("\n" + "\n".join(lines))
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
