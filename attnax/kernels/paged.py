@@ -37,7 +37,7 @@ from attnax.typing import (
 
 __all__ = ["paged_attention"]
 
-_CHUNK = 256  # keys that are read at once, in whole pages
+_CHUNK = 128  # keys that are read at once, in whole pages
 
 
 @overload
@@ -115,9 +115,9 @@ def paged_attention(
     any chunks; without a mask every token is attended. Where T exceeds a row's length, the first queries are no tokens:
     a mask lets them attend nothing.
 
-    Only chunks of about 256 tokens that are in use, and that the mask allows some query to attend, are read. Shapes do
+    Only chunks of about 128 tokens that are in use, and that the mask allows some query to attend, are read. Shapes do
     not depend on lengths or tables, so one compiled program serves them all. Memory beside the arguments is
-    that of one chunk and its scores, (batch, num_heads, T, 256).
+    that of one chunk and its scores, (batch, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
