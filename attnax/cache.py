@@ -14,17 +14,17 @@ Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head o
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
 
 __all__ = [
+    "SPARE_SLOTS",
     "Int8Rows",
     "KVLayerCache",
     "LayerCache",
@@ -32,6 +32,7 @@ __all__ = [
     "LinearState",
     "RingKVCache",
     "StoredTokens",
+    "check_rows",
     "decode_rows",
     "encode_rows",
     "forget",
@@ -105,23 +106,49 @@ def decode_rows(rows: Rows, dtype: Any) -> Float[Array, "*L H"]:
     return rows.astype(dtype)
 
 
-class StoredTokens(NamedTuple):
-    """All tokens of a cache in one piece.
+@pytree_dataclass
+class StoredTokens:
+    """Tokens in one piece, in any order.
 
     Attributes:
         keys: (batch, num_kv_heads, S, head_dim), rotated.
         values: (batch, num_kv_heads, S, value_head_dim).
         positions: int32 (batch, S); -1 is no token.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
     """
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S Hv"]
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return jnp.int32(self.positions.shape[1])
+
+    @property
+    def num_positions(self) -> int | None:
+        """The positions that masks given as arrays must know: any."""
+        return None
+
+    @property
+    def overflowed(self) -> Bool[Array, ""]:
+        """Nothing was dropped."""
+        return jnp.zeros((), bool)
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """The same, as arrays."""
+        return _slots_as_arrays(self, dtype)
 
 
 @runtime_checkable
 class LayerCache(Protocol):
-    """What every cache of one layer can do; none changes in place."""
+    """What every cache of one layer can do; none changes in place.
+
+    Those that store tokens also have `append(keys, values, positions)`, which gives the new cache and what holds all
+    that the new tokens may attend (the same, but for a ring that would overwrite some of it), and `tokens(dtype)`.
+    """
 
     def next_positions(self) -> Int[Array, B]:
         """The position that follows the last token of each row."""
@@ -174,6 +201,11 @@ class KVLayerCache:
     def num_positions(self) -> int | None:
         """The positions that masks given as arrays must know; None if there is no bound."""
         return self.max_len
+
+    @property
+    def window(self) -> int | None:
+        """Queries attend all keys."""
+        return None
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
@@ -241,60 +273,51 @@ class RingKVCache:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
-    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[RingKVCache, RingKVCache]:
+    def append(
+        self, keys: Array, values: Array, positions: ArrayLike
+    ) -> tuple[RingKVCache, RingKVCache | StoredTokens]:
         """The cache with more tokens, and what holds all that these may attend.
 
         Where the new tokens would overwrite keys that the first of them still attends, that is a copy of what was
         there with them behind it.
 
         Raises:
-            ValueError: shapes that do not fit the cache, or a position past the slots. Where positions are traced the
-                latter cannot be raised: the token is dropped and `overflowed` is set for good.
+            ValueError: shapes that do not fit the cache, a position past the slots without a window, or with one
+                positions so far apart that one of them overwrites what another attends. Where positions are traced the
+                latter two cannot be raised: `overflowed` is set for good.
         """
-        _check_new_tokens("RingKVCache.append", self, keys, values)
-        batch, slots, num_new = self.positions.shape[0], self.max_len, keys.shape[2]
-        positions = jnp.broadcast_to(jnp.atleast_2d(jnp.asarray(positions, jnp.int32)), (batch, num_new))
-        fits, kept = jnp.ones(batch, bool), positions >= 0
-        if self.window is None:
-            fits = (positions < slots).all(1)
-            if is_concrete(fits) and not fits.all():
-                raise ValueError(
-                    f"RingKVCache.append: positions must be below the number of slots, {slots}, unless there is a "
-                    f"window; got position {int(positions.max())}. Make the cache longer."
-                )
-            kept = kept & (positions < slots)
-        elif num_new > slots:  # of two tokens for one slot the later stays
-            kept = kept & (positions > positions.max(axis=1, keepdims=True) - slots)
+        batch, num_new = _check_new_tokens("RingKVCache.append", self, keys, values)
+        slots, window = self.max_len, self.window
+        positions = _check_new_positions("RingKVCache.append", positions, batch, num_new)
+        kept, joins = positions >= 0, window is not None and num_new + window - 1 > slots
+        last = positions.max(axis=1, initial=-1, keepdims=True)
+        if window is None:
+            fits, rule = last[:, 0] < slots, f"must be below the number of slots, {slots}, unless there is a window"
+        else:  # of two tokens for one slot the later stays
+            first = jnp.where(kept, positions, last).min(axis=1, initial=jnp.iinfo(jnp.int32).max)
+            fits = jnp.full((batch,), joins) | (last[:, 0] - first <= slots - window)
+            rule = f"of one call must lie within {slots - window + 1}, slots - window + 1, so that all can be attended"
+        if is_concrete(fits) and not fits.all():
+            raise ValueError(
+                f"RingKVCache.append: positions {rule}; got positions up to {int(last.max())} in {num_new} tokens. "
+                "Make the cache longer."
+            )
+        kept = kept & (positions > last - slots) & (positions < slots if window is None else True)
         slot = jnp.where(kept, positions % slots, slots)  # one past the end is dropped
         rows = jnp.arange(batch)[:, None]
-
-        def write(held: Rows, new: Array) -> Rows:
-            return jax.tree.map(
-                lambda old, new: old.at[rows, :, slot].set(new.swapaxes(1, 2), mode="drop"),
-                held,
-                encode_rows(new, held),
-            )
-
+        held, new = (self.keys, self.values), (encode_rows(keys, self.keys), encode_rows(values, self.values))
+        written = jax.tree.map(lambda x, y: x.at[rows, :, slot].set(y.swapaxes(1, 2), mode="drop"), held, new)
         cache = RingKVCache(
-            keys=write(self.keys, keys),
-            values=write(self.values, values),
+            keys=written[0],
+            values=written[1],
             positions=self.positions.at[rows, slot].set(positions, mode="drop"),
             overflowed=self.overflowed | ~fits,
-            window=self.window,
+            window=window,
         )
-        if self.window is None or num_new + self.window - 1 <= slots:
+        if not joins:
             return cache, cache
-
-        def join(held: Rows, new: Array) -> Rows:
-            return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), held, encode_rows(new, held))
-
-        seen = dataclasses.replace(
-            cache,
-            keys=join(self.keys, keys),
-            values=join(self.values, values),
-            positions=jnp.concatenate([self.positions, positions], axis=1),
-        )
-        return cache, seen
+        all_keys, all_values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), held, new)
+        return cache, StoredTokens(all_keys, all_values, jnp.concatenate([self.positions, positions], axis=1), window)
 
     def tokens(self, dtype: Any) -> StoredTokens:
         """All slots, as arrays."""
@@ -309,9 +332,16 @@ class RingKVCache:
         """Takes back each row's tokens from position `first` on, whose slots are free again.
 
         With a window, what these had overwritten does not come back: that is no loss as long as no more than
-        slots - window tokens are taken back.
+        slots - window tokens are taken back. A row of which more were has `overflowed` set.
         """
-        return _forget_slots(self, first)
+        cache = _forget_slots(self, first)
+        if self.window is None:
+            return cache
+        first = jnp.maximum(jnp.asarray(first, jnp.int32), 0)
+        attended = cache.positions > first[:, None] - self.window  # by the token that comes next
+        lost = (attended & (cache.positions >= 0)).sum(1) < jnp.minimum(first, self.window - 1)
+        forgets = (self.positions >= first[:, None]).any(1)
+        return dataclasses.replace(cache, overflowed=self.overflowed | (forgets & lost))
 
 
 @pytree_dataclass
@@ -340,7 +370,8 @@ class LinearLayerCache:
 
     def select_rows(self, rows: Int[ArrayLike, R]) -> LinearLayerCache:
         """A cache of the rows named."""
-        return jax.tree.map(lambda x: x[jnp.asarray(rows)], self)
+        rows = check_rows("LinearLayerCache.select_rows", rows, self.lengths.shape[0])
+        return jax.tree.map(lambda x: x[rows], self)
 
     def forget(self, first: Int[ArrayLike, B]) -> LinearLayerCache:
         """Raises NotImplementedError: a sum does not know its terms."""
@@ -493,8 +524,8 @@ def init_decoder_kv_caches_from_config(
         if layer.attention_type == AttentionType.LINEAR:
             return init_linear_layer_cache(*sizes, layer.dtype, value_head_dim=values)
         window = layer.attention_window
-        if window is not None and window + _SPARE_SLOTS < max_len:
-            return init_ring_kv_cache(*sizes, window + _SPARE_SLOTS, stored, window=window, value_head_dim=values)
+        if window is not None and window + SPARE_SLOTS < max_len:
+            return init_ring_kv_cache(*sizes, window + SPARE_SLOTS, stored, window=window, value_head_dim=values)
         if ring:
             return init_ring_kv_cache(*sizes, max_len, stored, value_head_dim=values)
         return init_kv_layer_cache(*sizes, max_len, stored, value_head_dim=values)
@@ -524,8 +555,8 @@ def update_kv_layer_cache(
         ValueError: shapes that do not fit the cache, or tokens that do not fit into it. Where `start` is traced
             the latter cannot be raised: nothing is written then and `overflowed` is set for good.
     """
-    _check_new_tokens("update_kv_layer_cache", cache, keys_new, values_new)
-    batch, max_len, num_new = cache.positions.shape[0], cache.max_len, keys_new.shape[2]
+    batch, num_new = _check_new_tokens("update_kv_layer_cache", cache, keys_new, values_new)
+    max_len = cache.max_len
     start = cache.length if start is None else jnp.asarray(start, jnp.int32)
     if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
         raise ValueError(
@@ -536,8 +567,8 @@ def update_kv_layer_cache(
         return dataclasses.replace(cache, overflowed=jnp.ones((), bool))
     fits = (start >= 0) & (start + num_new <= max_len)
     slots = start + jnp.arange(num_new, dtype=jnp.int32)
-    positions = jnp.asarray(slots if positions is None else positions, jnp.int32)
-    positions = jnp.broadcast_to(jnp.atleast_2d(positions), (batch, num_new))
+    positions = slots if positions is None else positions
+    positions = _check_new_positions("update_kv_layer_cache", positions, batch, num_new)
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
         # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.
@@ -556,23 +587,35 @@ def update_kv_layer_cache(
     )
 
 
-_SPARE_SLOTS = 16  # of the ring of a window: the chunk of a draft is written before it is attended, and taken back
+SPARE_SLOTS = 16  # of the ring of a window: the chunk of a draft is written before it is attended, and taken back
 
 Slots = TypeVar("Slots", KVLayerCache, RingKVCache)
 
 
-def _slots_as_arrays(cache: Slots, dtype: Any) -> StoredTokens:
-    return StoredTokens(decode_rows(cache.keys, dtype), decode_rows(cache.values, dtype), cache.positions)
+def check_rows(caller: str, rows: Int[ArrayLike, R], batch: int) -> Array:
+    """Raises ValueError for rows that are no integers, or concrete and not there."""
+    rows = jnp.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"{caller}: rows must be integers in one axis; got shape={rows.shape}, dtype={rows.dtype}.")
+    if is_concrete(rows) and ((rows < 0) | (rows >= batch)).any():
+        raise ValueError(f"{caller}: rows must be at least 0 and below {batch}; got rows={rows.tolist()}.")
+    return rows
+
+
+def _slots_as_arrays(cache: KVLayerCache | RingKVCache | StoredTokens, dtype: Any) -> StoredTokens:
+    keys, values = decode_rows(cache.keys, dtype), decode_rows(cache.values, dtype)
+    return StoredTokens(keys, values, cache.positions, cache.window)
 
 
 def _select_slots(cache: Slots, rows: Int[ArrayLike, R]) -> Slots:
-    rows = jnp.asarray(rows)
+    rows = check_rows("select_rows", rows, cache.positions.shape[0])
     keys, values, positions = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values, cache.positions))
     return dataclasses.replace(cache, keys=keys, values=values, positions=positions)
 
 
 def _forget_slots(cache: Slots, first: Int[ArrayLike, B]) -> Slots:
-    positions = jnp.where(cache.positions < jnp.asarray(first)[:, None], cache.positions, -1)
+    first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.positions.shape[:1])
+    positions = jnp.where(cache.positions < first[:, None], cache.positions, -1)
     return dataclasses.replace(cache, positions=positions)
 
 
@@ -582,12 +625,18 @@ def _check_sizes(caller: str, **sizes: int) -> None:
             raise ValueError(f"{caller}: {name} must be at least 1; got {name}={size}.")
 
 
-def _check_new_tokens(caller: str, cache: KVLayerCache | RingKVCache, keys: Array, values: Array) -> None:
+def _check_new_tokens(caller: str, cache: KVLayerCache | RingKVCache, keys: Array, values: Array) -> tuple[int, int]:
+    """(rows, new tokens); raises ValueError unless keys and values fit the cache."""
     batch, heads, _, _ = cache.keys.shape
-    num_new = np.shape(keys)[2]
+    num_new = keys.shape[2] if keys.ndim == 4 else 0
     for name, new, held in (("keys_new", keys, cache.keys), ("values_new", values, cache.values)):
         want = (batch, heads, num_new, held.shape[3])
         if new.shape != want:
             raise ValueError(
                 f"{caller}: {name} must have shape (batch, num_kv_heads, new tokens, head_dim)={want}; got {new.shape}."
             )
+    return batch, num_new
+
+
+def _check_new_positions(caller: str, positions: ArrayLike, batch: int, num_new: int) -> Array:
+    return jnp.broadcast_to(check_positions(caller, "positions", positions, batch, num_new), (batch, num_new))

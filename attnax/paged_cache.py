@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache import Int8Rows, StoredTokens, decode_rows, encode_rows, zero_rows
+from attnax.cache import Int8Rows, StoredTokens, check_rows, decode_rows, encode_rows, zero_rows
 from attnax.config import TransformerConfig
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
 
@@ -90,7 +90,9 @@ class PagedKVCache:
             ValueError: shapes that do not fit, no free blocks, or positions that do not count on. Where they are
                 traced the latter two cannot be raised: `overflowed` is set then.
         """
-        batch, num_new = self.block_table.shape[0], keys.shape[2]
+        batch, num_new = self.block_table.shape[0], keys.shape[2] if keys.ndim == 4 else 0
+        leading = batch, self.key_pool.shape[2], num_new
+        _check_new("PagedKVCache.append", "(batch, num_kv_heads, new tokens, size)", self, keys, values, leading)
         positions = check_positions("PagedKVCache.append", "positions", positions, batch, num_new)
         positions = jnp.broadcast_to(positions, (batch, num_new))
         real = positions >= 0
@@ -123,7 +125,8 @@ class PagedKVCache:
             ValueError: the pool has not the blocks. Where the table is traced that cannot be raised: `overflowed` is
                 set for the rows that got too few.
         """
-        rows, num_blocks = jnp.asarray(rows), self.key_pool.shape[0]
+        rows = check_rows("PagedKVCache.select_rows", rows, self.seq_lengths.shape[0])
+        num_blocks = self.key_pool.shape[0]
         source = self.block_table[rows]
         held = source >= 0
         table = jnp.cumsum(held.reshape(-1), dtype=jnp.int32).reshape(held.shape) - 1
@@ -220,6 +223,9 @@ def init_paged_kv_caches_from_config(
         ValueError: a size below 1, or a layer of linear attention, which stores no tokens.
     """
     max_len = next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None)
+    for name, size in (("max_len", max_len), ("block_size", block_size)):
+        if size < 1:
+            raise ValueError(f"init_paged_kv_caches_from_config: {name} must be at least 1; got {name}={size}.")
     blocks_per_seq = -(-max_len // block_size)
     layers = [config.layer(index) for index in range(config.num_layers)]
     if any(layer.attention_type == "linear" for layer in layers):

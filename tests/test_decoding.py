@@ -36,7 +36,7 @@ POSITIONS = {
     **{f"rope, {kind}": {"pos_emb_type": "rope", "rope_scaling": {"kind": kind, **SCALING}}
        for kind in ("linear", "ntk", "yarn", "llama3")},
 }  # fmt: skip
-ROWS, LENGTH, SLOTS, PREFILL, CHUNK = 2, 23, 72, 17, 5  # 17 queries go through tiles, 5 through chunks of slots
+ROWS, LENGTH, SLOTS, PREFILL, CHUNK = 2, 23, 72, 18, 5  # 18 queries go through tiles, 5 through chunks of slots
 
 
 def some(values, quick):
@@ -164,12 +164,117 @@ def test_a_window_needs_the_memory_of_the_window(position, kind):
     ids = np.random.default_rng(0).integers(0, BASE.vocab_size, (ROWS, 97)).astype(np.int32)
     graphdef, state = nnx.split(model)
     expected, done, logits = full_forward(graphdef, state, ids, np.ones(ids.shape, bool)), 0, []
-    for width in (PREFILL, CHUNK, CHUNK, 37, *(1,) * 33):  # 37 tokens at once are more than the ring holds
+    for width in (PREFILL, CHUNK, CHUNK, 37, *(1,) * 32):  # 37 tokens at once are more than the ring holds
         position_ids = np.broadcast_to(done + np.arange(width, dtype=np.int32), (ROWS, width))
         out, caches = read_chunk(graphdef, state, ids[:, done : done + width], position_ids, caches)
         logits.append(out)
         done += width
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
+
+
+def keys_values(seed, length, batch=1):
+    key, value, query = np.random.default_rng(seed).standard_normal((3, batch, 2, length, 4)).astype(np.float32)
+    return jnp.asarray(key), jnp.asarray(value), jnp.asarray(query)
+
+
+@pytest.mark.parametrize("slots", [3, 200])
+def test_a_ring_without_spare_slots_attends_what_it_overwrites(slots):
+    key, value, query = keys_values(0, slots + 20)
+    ring, outputs, start = attnax.init_ring_kv_cache(1, 2, 4, slots, window=slots), [], 0
+    mask = masks.causal() & masks.sliding_window(slots, causal=False)
+    while start < slots + 20:
+        chunk = slice(start, start + 5)
+        positions = jnp.arange(start, min(start + 5, slots + 20))
+        ring, seen = ring.append(key[:, :, chunk], value[:, :, chunk], positions)
+        # The ring's own window is enforced, whatever the mask.
+        outputs.append(attnax.cached_attention(query[:, :, chunk], seen, positions, mask=masks.causal()))
+        start += 5
+    wanted = attnax.standard_attention(query, key, value, mask=mask)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=2), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_key_that_spoils_is_seen_through_any_score_mod(kind, bad):
+    """Whoever may attend it gets NaN, nobody else anything, though the mod swallows NaN."""
+    key, value, query = keys_values(1, 9)
+    cache = make_caches(
+        kind, dataclasses.replace(BASE, num_heads=2, num_kv_heads=2, head_dim=4, value_head_dim=4), batch_size=1
+    )[0]
+    cache, _ = cache.append(key.at[0, 1, 5, 2].set(bad), value, jnp.arange(9))
+    for mod in (lambda s, b, h, q, kv: jnp.where(s > 0, s, 0.0), lambda s, b, h, q, kv: jnp.where(s >= 0, s, -jnp.inf)):
+        out = attnax.cached_attention(query, cache, jnp.arange(9), mask=masks.causal(), score_mod=mod)
+        spoiled = np.isnan(out).all(-1)
+        assert spoiled[0, 1].tolist() == [False] * 5 + [True] * 4 and not np.isnan(out[0, 0]).any()
+
+
+@pytest.mark.parametrize("max_len", [8, 300])
+def test_reverse_mode_through_a_cache_raises(max_len):
+    key, value, query = keys_values(2, 4)
+    cache = attnax.update_kv_layer_cache(attnax.init_kv_layer_cache(1, 2, 4, max_len), key, value)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        jax.grad(lambda q: attnax.cached_attention(q, cache, jnp.arange(4), mask=masks.causal()).sum())(query)
+
+
+def test_dropped_weights_go_by_positions_however_many_queries():
+    key, value, query = keys_values(3, 40)
+    cache = attnax.update_kv_layer_cache(attnax.init_kv_layer_cache(1, 2, 4, 40), key, value)
+    options = {"mask": masks.causal(), "dropout_rng": jax.random.key(0), "dropout_rate": 0.5, "deterministic": False}
+    whole = attnax.cached_attention(query, cache, jnp.arange(40), **options)
+    np.testing.assert_allclose(whole, attnax.standard_attention(query, key, value, **options), atol=1e-5)
+    few = attnax.cached_attention(query[:, :, 37:], cache, jnp.arange(37, 40), **options)
+    np.testing.assert_allclose(few, whole[:, :, 37:], atol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
+    cache, query = attnax.init_kv_layer_cache(2, 2, 4, 9), jnp.ones((2, 2, 1, 4))
+    whole = lambda b, h, q, kv: jnp.ones((9, 9), bool)
+    for call, words in (
+        (
+            lambda: attnax.cached_attention(query[0], cache, jnp.zeros(1, int)),
+            "query must be .2, num_heads, T, head_dim.",
+        ),
+        (
+            lambda: attnax.cached_attention(query, attnax.init_linear_layer_cache(2, 2, 4), jnp.zeros(1, int)),
+            "cache must hold tokens; got LinearLayerCache",
+        ),
+        (
+            lambda: attnax.cached_attention(query, cache, jnp.zeros(1, int), mask=whole),
+            "a mask function must return booleans of the shape",
+        ),
+        (
+            lambda: attnax.cached_attention(query[..., :3], cache, jnp.zeros(1, int)),
+            "query and key must have the same head_dim",
+        ),
+        (lambda: cache.append(query, query, jnp.zeros(1)), "positions must be integers of shape .1,. or .2, 1."),
+        (lambda: cache.append(query[0], query[0], jnp.zeros(1, int)), "keys_new must have shape"),
+        (lambda: attnax.cache.select_rows(cache, jnp.array([2])), "rows must be at least 0 and below 2; got rows=.2."),
+        (
+            lambda: make_caches("paged", BASE)[0].append(jnp.ones((2, 2, 3, 4)), jnp.ones((2, 2, 5, 6)), jnp.arange(3)),
+            "values_new must have shape",
+        ),
+        (
+            lambda: attnax.init_paged_kv_caches_from_config(BASE, batch_size=1, block_size=0),
+            "block_size must be at least 1; got block_size=0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_linear_attention_refuses_with_a_cache_what_it_refuses_without():
+    layer = attnax.MultiHeadAttention(nnx.Rngs(0), num_heads=2, in_features=8, attention_type="linear")
+    cache, mod = attnax.init_linear_layer_cache(1, 2, 4), lambda scores, b, h, q, kv: scores
+    with pytest.raises(NotImplementedError, match="there are no scores to modify"):
+        layer(jnp.ones((1, 3, 8)), mask=masks.causal(), kv_cache=cache, score_mod=mod)
+    with pytest.raises(NotImplementedError, match=r"with a cache mask must be masks.causal\(\)"):
+        layer(jnp.ones((1, 3, 8)), kv_cache=cache)
+    own = attnax.MultiHeadAttention(
+        nnx.Rngs(0), num_heads=2, in_features=8, attention_type="linear", attention_fn=attnax.standard_attention
+    )
+    with pytest.raises(NotImplementedError, match="softmax attention does not read a LinearLayerCache"):
+        own(jnp.ones((1, 3, 8)), mask=masks.causal(), kv_cache=cache)
 
 
 def test_linear_attention_goes_on_from_its_state():
@@ -243,10 +348,33 @@ class TestRing:
         assert many.positions.tolist() == [[8, 9, 6, 7]] * 2 and many.values[1, 0, :, 0].tolist() == [16, 18, 12, 14]
 
     def test_without_one_positions_end_with_the_slots(self):
-        with pytest.raises(ValueError, match="positions must be below the number of slots, 5, .* got position 5"):
+        with pytest.raises(
+            ValueError, match="positions must be below the number of slots, 5, .* got positions up to 5"
+        ):
             self.ring().append(*self.tokens([4, 5], [0, 1]))
         cache, _ = jax.jit(lambda cache, *new: cache.append(*new))(self.ring(), *self.tokens([4, 5], [0, 1]))
         assert cache.overflowed.tolist() == [True, False] and cache.positions[0].tolist() == [-1, -1, -1, -1, 4]
+
+    def test_tokens_too_far_apart_are_refused(self):
+        ring, _ = self.ring(8, window=4).append(*self.tokens([0, 1, 2, 3], [0, 1, 2, 3]))
+        with pytest.raises(ValueError, match="must lie within 5, .* got positions up to 11 in 2 tokens"):
+            ring.append(*self.tokens([4, 11], [4, 5]))
+        late, _ = jax.jit(lambda ring, *new: ring.append(*new))(ring, *self.tokens([4, 11], [4, 5]))
+        assert late.overflowed.tolist() == [True, False]
+
+    def test_taking_back_more_than_is_spared_shows(self):
+        ring = self.ring(6, window=4)
+        for start in range(0, 9, 3):
+            ring, _ = ring.append(*self.tokens([start, start + 1, start + 2], [start, start + 1, start + 2]))
+        assert ring.forget(jnp.array([7, 5])).overflowed.tolist() == [False, True]
+        assert ring.forget(jnp.array([9, 9])).overflowed.tolist() == [False, False]
+        short, _ = self.ring(6, window=4).append(*self.tokens([0, 1, 2], [0, 1, 2]))
+        assert short.forget(jnp.array([0, 1])).overflowed.tolist() == [False, False]
+
+    def test_a_layer_must_have_the_window(self):
+        layer = attnax.MultiHeadAttention(nnx.Rngs(0), num_heads=2, in_features=6)
+        with pytest.raises(ValueError, match="must hold the layer's window; got window=3, attention_window=None"):
+            layer(jnp.ones((2, 1, 6)), kv_cache=attnax.init_ring_kv_cache(2, 2, 3, 8, window=3))
 
     def test_wrong_sizes_are_refused_in_words(self):
         with pytest.raises(ValueError, match="max_len must be at least the window; got max_len=2, window=3"):

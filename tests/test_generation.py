@@ -385,7 +385,18 @@ def test_an_encoder_decoder_generates_in_every_way(translator):
     np.testing.assert_array_equal(drafted.tokens, greedy.tokens)
 
 
+def test_generate_says_that_it_compiles_itself(model):
+    with pytest.raises(ValueError, match="prompt_ids must be known; got a traced array"):
+        jax.jit(lambda ids: model.generate(ids, max_new_tokens=2))(prompt())
+
+
 class TestBeams:
+    def test_beams_that_do_not_exist_are_no_texts(self, model):
+        only = Sampler(logit_bias={token: -float("inf") for token in range(23) if token != 1})
+        beams = model.beam_search(prompt(), num_beams=3, max_new_tokens=4, sampler=only)
+        assert beams.tokens[:, 0].tolist() == [[1] * 4] * 2 and beams.lengths.tolist() == [[4, 0, 0]] * 2
+        assert (beams.scores[:, 0] > -100).all() and (beams.scores[:, 1:] == -1e9).all()
+
     def test_one_beam_is_greedy_and_more_are_never_worse(self, model):
         greedy = model.generate(prompt(), max_new_tokens=6)
         one = model.beam_search(prompt(), num_beams=1, max_new_tokens=6)
@@ -442,7 +453,11 @@ class TestBeams:
                 {"early_stopping": "soon"},
                 "early_stopping must be one of heuristic, first, never; got early_stopping='soon'",
             ),
-            ({"sampler": Sampler(1.0)}, "nothing is drawn, so temperature must be 0; got temperature=1.0"),
+            (
+                {"sampler": Sampler(1.0, top_k=3)},
+                "temperature must be 0 and nothing be cut; got temperature=1.0, top_k=3",
+            ),
+            ({"length_penalty": float("nan")}, "length_penalty must be finite; got length_penalty=nan"),
         ],
     )
     @pytest.mark.usefixtures("unchecked_shapes")
@@ -456,16 +471,20 @@ class TestBeams:
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got max_new_tokens=0"),
-        ({"prompt_ids": jnp.zeros((1, 0), int)}, "with at least one token"),
+        ({"prompt_ids": jnp.zeros((1, 0), int)}, "at least one token; got .1, 0."),
         ({"prompt_ids": jnp.array([[23]])}, "token ids must be at least 0 and below 23; got 23"),
         ({"sampler": Sampler(1.0)}, "sampling needs a key; got temperature=1.0"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"one typed key .* or one a row, here 2; got shape=\(3,\)"),
         ({"key": jax.random.PRNGKey(0)}, "got shape=.2,., dtype=uint32"),
         ({"padding_mask": np.zeros((2, 5), bool)}, "with a real token in every row"),
         ({"padding_mask": np.ones((2, 4), bool)}, "got shape=.2, 4."),
+        ({"prompt_ids": jnp.zeros((0, 3), int)}, "at least one row and at least one token; got .0, 3."),
+        ({"end_token": [3.5]}, "stop sequences and end tokens must be whole numbers, at least one; got .3.5."),
+        ({"end_token": True}, "stop sequences and end tokens must be whole numbers"),
+        ({"draft": "small"}, "a draft must be a TransformerLM too; got str"),
         ({"num_samples": 0}, "num_samples must be at least 1; got num_samples=0"),
         ({"end_token": 23}, "stop sequences and end tokens must be at least 0 and below 23; got 23"),
-        ({"stop_sequences": [[1], []]}, "stop sequences and end tokens must not be empty"),
+        ({"stop_sequences": [[1], []]}, "stop sequences and end tokens must be whole numbers, at least one; got .."),
         ({"stop_sequences": [3, 4]}, r"stop_sequences must be sequences of tokens; got \[3, 4\]. Use end_token"),
         ({"cache_dtype": "int4"}, "dtype must be a floating one or int8; got dtype=int4"),
         ({"cache": "infinite"}, "cache must be one of contiguous, ring, paged; got cache='infinite'"),
@@ -493,10 +512,13 @@ def test_a_position_table_cannot_be_left():
     ("fields", "words"),
     [
         ({"temperature": -1.0}, "temperature must be at least 0 and finite; got temperature=-1.0"),
-        ({"top_k": 0}, "top_k must be at least 1 and below .*; got top_k=0"),
+        ({"top_k": 0}, "top_k must be a whole number, at least 1 and below .*; got top_k=0"),
         ({"min_p": 1.5}, "min_p must be at least 0 and at most 1; got min_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty must be finite; got frequency_penalty=inf"),
+        ({"top_k": 2.7}, "top_k must be a whole number, at least 1"),
+        ({"no_repeat_ngram": 2.0}, "no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram=2.0"),
+        ({"temperature": jnp.ones(2)}, "temperature must be one number for all rows; got shape=.2,."),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram=0"),
         ({"presence_penalty": 1e39}, "presence_penalty must be finite"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),

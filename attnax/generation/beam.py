@@ -142,14 +142,15 @@ def _choose(
     stops = ends & (jnp.arange(count) < num_beams)[None]
     if early_stopping == "first":
         stops = stops & ~search.ended.all(1, keepdims=True)
-    stops = stops & search.hopeful[:, None]
+    exists = scores > _WORST / 2
+    stops = stops & search.hopeful[:, None] & exists
     penalised = jnp.where(stops, scores / written.astype(jnp.float32) ** length_penalty, _WORST)
     merged = jnp.concatenate([search.scores, penalised], axis=1)
     best, kept = lax.top_k(merged, num_beams)
     done = _pick(jax.tree.map(partial(_beside, batch=batch), search.done, text), kept)
     ended = jnp.take_along_axis(jnp.concatenate([search.ended, stops], axis=1), kept, axis=1)
 
-    log_probs, running = lax.top_k(jnp.where(ends, _WORST, scores), num_beams)
+    log_probs, running = lax.top_k(jnp.where(ends | ~exists, _WORST, scores), num_beams)
     parents = jnp.take_along_axis(parents.reshape(batch, count), running, axis=1).reshape(-1)
     text = _pick(jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), text), running)
     # What the best running beam would score at the length that suits it.
@@ -160,7 +161,13 @@ def _choose(
     hope = log_probs[:, 0] / length**length_penalty
     worst = jnp.where(ended.all(1), best.min(1), _WORST)
     return _Search(
-        text, log_probs, done, best, ended, search.hopeful & (hope > worst), select_rows(search.cache, parents)
+        text,
+        log_probs,
+        done,
+        best,
+        ended,
+        search.hopeful & (hope > worst) & (log_probs[:, 0] > _WORST / 2),
+        select_rows(search.cache, parents),
     )
 
 

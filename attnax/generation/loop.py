@@ -19,7 +19,7 @@ from jax import lax
 from attnax.cache import select_rows
 from attnax.generation.samplers import Sampler
 from attnax.generation.text import Text
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, is_concrete, pytree_dataclass
 
 __all__ = ["Generation", "Request", "Step", "Tokens", "generate", "make_request", "row_keys", "stream"]
 
@@ -119,15 +119,21 @@ def make_request(
     Raises:
         ValueError: arguments out of range, a row without a token, or sampling without a key.
     """
-    if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1:
+    if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
         raise ValueError(
-            f"generate: prompt_ids must be (batch, length) with at least one token; got {prompt_ids.shape}."
+            "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
+            f"got {prompt_ids.shape}."
+        )
+    if not is_concrete(prompt_ids):
+        raise ValueError(
+            "generate: prompt_ids must be known; got a traced array. It compiles a program of its own: call it outside "
+            "of jit, or attnax.generation.generate within."
         )
     for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
         if count < 1:
             raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
     known = np.asarray(prompt_ids)
-    ends = [] if end_token is None else [end_token] if isinstance(end_token, int | np.integer) else list(end_token)
+    ends: list[Any] = [] if end_token is None else np.atleast_1d(np.asarray(end_token)).tolist()
     if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
         raise ValueError(
             f"generate: stop_sequences must be sequences of tokens; got {stop_sequences!r}. Use end_token."
@@ -136,8 +142,8 @@ def make_request(
     checked: list[tuple[str, Any]] = [("token ids", known)]
     checked += [("stop sequences and end tokens", sequence) for sequence in sequences]
     for name, ids in checked:
-        if np.size(ids) == 0:
-            raise ValueError(f"generate: {name} must not be empty; got {sequences}.")
+        if np.size(ids) == 0 or not np.issubdtype(np.asarray(ids).dtype, np.integer):
+            raise ValueError(f"generate: {name} must be whole numbers, at least one; got {ids}.")
         low, high = int(np.min(ids)), int(np.max(ids))
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high

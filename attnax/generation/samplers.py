@@ -35,7 +35,8 @@ class Sampler:
             positive and multiplied where not.
         presence_penalty: subtracted from the logits of tokens that were written.
         frequency_penalty: subtracted once for each time a token was written.
-        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included.
+        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included. Where that, or a
+            logits_fn, forbids every token, token 0 follows.
         logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`; after the
             penalties, before the cuts. One that holds arrays should be a callable pytree; a lambda that is made anew is
             compiled anew.
@@ -64,17 +65,21 @@ class Sampler:
         finite = ("finite", math.isfinite)
         rules: dict[str, tuple[str, Callable[[float], bool]]] = {
             "temperature": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
-            "top_k": ("at least 1 and below 2 ** 31", lambda x: 1 <= x < 2**31),
+            "top_k": ("a whole number, at least 1 and below 2 ** 31", lambda x: 1 <= x < 2**31 and x == int(x)),
             "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
             "min_p": ("at least 0 and at most 1", lambda x: 0 <= x <= 1),
             "repetition_penalty": ("above 0 and finite", lambda x: 0 < x < math.inf),
             "presence_penalty": finite,
             "frequency_penalty": finite,
-            "no_repeat_ngram": ("at least 1 and a whole number", lambda x: x >= 1 and x == int(x)),
+            "no_repeat_ngram": ("at least 1 and a whole number", lambda x: x >= 1),
         }
         for name, (rule, holds) in rules.items():
             value = getattr(self, name)
             # JAX rebuilds pytrees around placeholders too; only a number that is known can be judged.
+            if isinstance(value, jax.Array) and value.ndim:
+                raise ValueError(f"Sampler: {name} must be one number for all rows; got shape={value.shape}.")
+            if name == "no_repeat_ngram" and not isinstance(value, int | None):
+                raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
             if isinstance(value, int | float | jax.Array) and is_concrete(value):
                 with np.errstate(over="ignore"):
                     known = float(np.float32(value))  # as it will be used

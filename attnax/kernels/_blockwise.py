@@ -30,6 +30,7 @@ __all__ = [
     "backward",
     "bind",
     "check_block_size",
+    "check_mask_result",
     "choose_tiles",
     "forward",
     "prepare_rows",
@@ -271,7 +272,7 @@ def _trace(
             return jnp.broadcast_to(some, (rows, heads, count)), jnp.broadcast_to(every, (rows, heads, count))
 
         ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
-        _check_mask_result(caller, mask, rows, heads)
+        check_mask_result(caller, mask, rows, heads)
         lifted_mask = lift(mask, *indices)
         lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
     if score_mod is not None:
@@ -283,7 +284,7 @@ def _trace(
     return Functions(lifted_mask, lifted_bounds, lifted_mod, mask is not None and mask.is_opaque)
 
 
-def _check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
+def check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
     """Raises ValueError if the mask's result has a size that its indices do not have: an array over all pairs, say."""
     sizes = rows, heads, 1009, 1013
     shape = jnp.shape(

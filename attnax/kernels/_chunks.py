@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels import _tile
+from attnax.kernels._blockwise import check_mask_result
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.masks import Mask
@@ -37,10 +38,10 @@ class Source(Protocol):
     """Stored tokens of B rows, a pytree."""
 
     @property
-    def num_chunks(self) -> Any:
-        """How many chunks to read: an array, or 1 where there is but one.
+    def num_chunks(self) -> Array:
+        """How many chunks to read.
 
-        Other loops of known length could be differentiated in reverse, but not with the care that NaN needs.
+        Loops of known length could be differentiated in reverse, but not with the care that NaN needs.
         """
 
     @property
@@ -119,11 +120,7 @@ def _attend(
         ) -> _tile.SoftmaxState:
             return _visit(state, source.chunk(n), of_source, queries, dropout_rate)
 
-        if isinstance(source.num_chunks, int):
-            for n in range(source.num_chunks):
-                state = visit(n, state)
-        else:
-            state = lax.fori_loop(0, source.num_chunks, visit, state)
+        state = lax.fori_loop(0, source.num_chunks, visit, state)
     out, lse = _tile.finish(state)
     return out.reshape(batch, heads, seq_q, value_dim), lse.reshape(batch, heads, seq_q) / _tile.LOG2E
 
@@ -149,7 +146,6 @@ def _visit(
         key, value = chunk.read()
         key, value = key.astype(queries.query.dtype), value.astype(queries.query.dtype)
         _, kv_heads, size, _ = key.shape
-        bias = jnp.zeros((), key.dtype)
         if careful:
             key, value, spoiled = _clean(key, value)
             bias = jnp.broadcast_to(spoiled[:, :, None], (batch, kv_heads, heads // kv_heads, size))
@@ -157,8 +153,9 @@ def _visit(
         # Heads that share keys become rows of one product.
         query, key, value = (x.reshape(batch * kv_heads, -1, x.shape[-1]) for x in (queries.query, key, value))
         scores = _tile.product(query, key, 1, 1).reshape(batch, heads, seq_q, size)
-        if not careful:  # an infinite key must not pass for a masked one
-            scores = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
+        if not careful:  # what spoils a key must get past the score mod, and infinity not pass for a masked one
+            spoiled = ~jnp.isfinite(scores)
+            scores, bias = jnp.where(spoiled, 0, scores), jnp.where(spoiled, jnp.nan, 0).astype(scores.dtype)
         scores = _tile.mask_scores(scores, keep, bias, None if functions.score_mod is None else modify)
         scores = scores.reshape(batch * kv_heads, -1, size)
         return _tile.update(state, scores, value, dropout=None if queries.dropout is None else drop)
@@ -228,6 +225,8 @@ def _trace(
         assert score_mod is not None
         return check_scores(caller, score_mod(scores, *indices), scores)
 
+    if mask is not None:
+        check_mask_result(caller, mask, batch, heads)
     indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
     return Functions(
         None if mask is None else lift(keep, *indices),

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.cache import KVLayerCache, RingKVCache, Rows, decode_rows
+from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, Rows, StoredTokens, decode_rows
 from attnax.kernels._blockwise import scale_query
 from attnax.kernels._chunks import Chunk, attend_chunks
 from attnax.kernels.flash import flash_attention
 from attnax.kernels.paged import paged_attention
-from attnax.masks import Mask, as_mask, at_positions, resolve_masks
+from attnax.masks import Mask, as_mask, at_positions, resolve_masks, sliding_window
 from attnax.paged_cache import PagedKVCache
 from attnax.typing import (
     Array,
@@ -31,13 +31,13 @@ from attnax.typing import (
 
 __all__ = ["cached_attention"]
 
-_FEW = 16  # queries; more of them fill the tiles of `flash_attention`
+_FEW = SPARE_SLOTS + 1  # queries, those of a draft among them; more of them fill the tiles of `flash_attention`
 _CHUNK = 128  # slots that are read at once
 
 
 def cached_attention(
     query: Float[ArrayLike, "B N T H"],
-    cache: KVLayerCache | RingKVCache | PagedKVCache,
+    cache: KVLayerCache | RingKVCache | StoredTokens | PagedKVCache,
     query_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
@@ -50,12 +50,13 @@ def cached_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
 
-    A few queries (up to 16) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what
+    A few queries (up to 17) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what
     it could hold, and one program serves every length. More go through `flash_attention`.
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: holds keys and values, those of the queries' own tokens included (append first, then attend).
+        cache: holds keys and values, those of the queries' own tokens included (append first, then attend what `append`
+            gives). A ring of a window lets queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result holds no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that knows every position
@@ -84,24 +85,45 @@ def cached_attention(
         (1, 4, 1, 8)
     """
     query = jnp.asarray(query)
-    batch, seq_q = cache.next_positions().shape[0], query.shape[2]
+    if not isinstance(cache, KVLayerCache | RingKVCache | StoredTokens | PagedKVCache):
+        raise ValueError(
+            f"cached_attention: cache must hold tokens; got {type(cache).__name__}. Use a KVLayerCache, a RingKVCache "
+            "or a PagedKVCache."
+        )
+    batch = (cache.seq_lengths if isinstance(cache, PagedKVCache) else cache.positions).shape[0]
+    if query.ndim != 4 or query.shape[0] != batch:
+        raise ValueError(
+            f"cached_attention: query must be ({batch}, num_heads, T, head_dim), with the rows of the cache; "
+            f"got query.shape={query.shape}."
+        )
+    seq_q = query.shape[2]
     positions = jnp.broadcast_to(
         check_positions("cached_attention", "query_positions", query_positions, batch, seq_q), (batch, seq_q)
     )
     options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     options |= {"scale": scale, "return_lse": return_lse}
-    if isinstance(cache, PagedKVCache) and seq_q <= _FEW:
+    # Which weights are dropped goes by positions, which the tiles of `flash_attention` do not know.
+    by_chunks = seq_q <= _FEW or (dropout_rate > 0.0 and not deterministic)
+    if isinstance(cache, PagedKVCache) and by_chunks:
         options |= {"mask": mask, "score_mod": score_mod, "query_positions": positions}
         return paged_attention(query, cache, **options)
     full = (batch, query.shape[1], cache.num_positions, cache.num_positions)
     mask = None if mask is None else as_mask(mask)
     if mask is not None:
         mask.check("cached_attention, which reads masks at positions", full)
-    if seq_q > _FEW:
-        stored = cache.tokens(query.dtype)
+    if not isinstance(cache, PagedKVCache) and cache.window is not None:
+        window = sliding_window(cache.window, causal=False)
+        mask = window if mask is None else mask & window
+    result: Any
+    if not by_chunks:
+        stored = cache.tokens(
+            jnp.promote_types(query.dtype, _stored_dtype(cache))
+        )  # as they are kept, not rounded to the query
         mask = at_positions(mask, positions, stored.positions)
         score_mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
-        result = flash_attention(query, stored.keys, stored.values, mask=mask, score_mod=score_mod, **options)
+        arrays: tuple[Any, ...] = query.astype(stored.keys.dtype), stored.keys, stored.values
+        result = flash_attention(*arrays, mask=mask, score_mod=score_mod, **options)
+        result = (result[0].astype(query.dtype), result[1]) if return_lse else result.astype(query.dtype)
     else:
         assert not isinstance(cache, PagedKVCache)
         result = _attend_slots(query, cache, positions, mask, score_mod, full, **options)
@@ -113,7 +135,7 @@ def cached_attention(
 
 def _attend_slots(
     query: Array,
-    cache: KVLayerCache | RingKVCache,
+    cache: KVLayerCache | RingKVCache | StoredTokens,
     positions: Array,
     mask: Mask | None,
     score_mod: ScoreMod | None,
@@ -129,7 +151,7 @@ def _attend_slots(
     options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     check_attention("cached_attention", query, *shapes, score_mod=score_mod, scale=scale, **options)
     mask, score_mod = resolve_masks("cached_attention", mask, score_mod, full)
-    slots = Slots(cache.keys, cache.values, cache.positions, cache.slots_in_use, min(cache.max_len, _CHUNK))
+    slots = Slots(cache.keys, cache.values, cache.positions, cache.slots_in_use, min(cache.positions.shape[1], _CHUNK))
     out, lse = attend_chunks(
         "cached_attention",
         scale_query(query, scale, score_mod),
@@ -145,6 +167,10 @@ def _attend_slots(
     return (out, lse) if return_lse else out
 
 
+def _stored_dtype(cache: KVLayerCache | RingKVCache | StoredTokens | PagedKVCache) -> Any:
+    return (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
+
+
 @pytree_dataclass
 class Slots:
     """The slots of a cache whose tokens lie in place, in chunks."""
@@ -156,9 +182,7 @@ class Slots:
     chunk_size: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def num_chunks(self) -> Any:
-        if self.keys.shape[2] == self.chunk_size:
-            return 1
+    def num_chunks(self) -> Array:
         return -(-self.in_use // self.chunk_size)
 
     @property

@@ -144,6 +144,8 @@ class TransformerLM(nnx.Module):
         Raises:
             ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
+        if draft is not None and not isinstance(draft, TransformerLM):
+            raise ValueError(f"generate: a draft must be a TransformerLM too; got {type(draft).__name__}.")
         return generate(
             self._writer(),
             prompt_ids,

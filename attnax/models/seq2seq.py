@@ -171,6 +171,8 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
+        if draft is not None and not isinstance(draft, Transformer):
+            raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")
         return generate(
             self._writer(source_ids, source_padding_mask),
             _starts(source_ids, start_token),

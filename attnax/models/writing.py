@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
-from attnax.cache import init_decoder_kv_caches_from_config
+from attnax.cache import SPARE_SLOTS, init_decoder_kv_caches_from_config
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Request, Step, make_request
@@ -114,10 +114,14 @@ def beam_search(
             f"beam_search: early_stopping must be one of {', '.join(get_args(EarlyStopping))}; "
             f"got early_stopping={early_stopping!r}."
         )
-    sampler = options.get("sampler")
-    if sampler is not None and float(sampler.temperature) != 0.0:
+    if not np.isfinite(length_penalty):
+        raise ValueError(f"beam_search: length_penalty must be finite; got length_penalty={length_penalty}.")
+    sampler = options.get("sampler") or Sampler()
+    cuts = {name: getattr(sampler, name) for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None}
+    if float(sampler.temperature) != 0.0 or cuts:
         raise ValueError(
-            f"beam_search: nothing is drawn, so temperature must be 0; got temperature={sampler.temperature}."
+            "beam_search: nothing is drawn, so temperature must be 0 and nothing be cut; "
+            f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
     return generation.beam_search(
@@ -183,9 +187,10 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
         raise ValueError(
             f"generate: a draft must have the vocabulary of the model; got vocab_size={sizes[1]}, not {sizes[0]}."
         )
-    if not 1 <= num_draft_tokens <= 16:
+    if not 1 <= num_draft_tokens <= SPARE_SLOTS:
         raise ValueError(
-            f"generate: num_draft_tokens must be at least 1 and at most 16; got num_draft_tokens={num_draft_tokens}."
+            f"generate: num_draft_tokens must be at least 1 and at most {SPARE_SLOTS}; "
+            f"got num_draft_tokens={num_draft_tokens}."
         )
     if options.get("cache") == "contiguous":
         raise ValueError(

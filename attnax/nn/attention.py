@@ -322,7 +322,7 @@ class MultiHeadAttention(nnx.Module):
         """What the heads gather from the cache and the new tokens, and the cache with these appended."""
         batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
-            return self._attend_sums(query, key, value, mask, positions, cache)
+            return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
         if mask is not None:  # read at positions, so an array must know all that the cache can hold
             full = batch, num_heads, cache.num_positions, cache.num_positions
             mask.check("MultiHeadAttention, with a cache", full)
@@ -338,7 +338,15 @@ class MultiHeadAttention(nnx.Module):
         return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
 
     def _attend_sums(
-        self, query: Array, key: Array, value: Array, mask: Mask | None, positions: Array, cache: LinearLayerCache
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score_mod: ScoreMod | None,
+        dropout_rng: Array | None,
+        positions: Array,
+        cache: LinearLayerCache,
     ) -> tuple[Array, LinearLayerCache]:
         if not isinstance(mask, Causal):
             raise NotImplementedError(
@@ -346,15 +354,9 @@ class MultiHeadAttention(nnx.Module):
                 f"masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
             )
         real = jnp.broadcast_to(positions >= 0, (query.shape[0], query.shape[2]))
-        heads, state = linear_attention(
-            query,
-            key,
-            value,
-            mask=causal() & padding(real),
-            chunk_size=self.config.linear_attention_chunk_size,
-            state=cache.state,
-            return_state=True,
-        )
+        attend = functools.partial(self.attention_fn, query, key, value, state=cache.state, return_state=True)
+        mask = causal() & padding(real)
+        heads, state = self._with_options(attend, mask=mask, score_mod=score_mod, dropout_rng=dropout_rng)
         lengths = jnp.maximum(cache.lengths, jnp.where(real, positions, -1).max(1, initial=-1) + 1)
         return heads, LinearLayerCache(state, lengths)
 
@@ -373,7 +375,7 @@ class MultiHeadAttention(nnx.Module):
         mask_or_array = mask_argument("MultiHeadAttention", self.attention_fn, mask, full)
         return self._with_options(attend, mask=mask_or_array, score_mod=score_mod, dropout_rng=dropout_rng)
 
-    def _with_options(self, attend: Any, *, dropout_rng: Array | None, **options: Any) -> Array:
+    def _with_options(self, attend: Any, *, dropout_rng: Array | None, **options: Any) -> Any:
         """What `attend` gathers with the layer's dropout, scale and sinks."""
         if self.config.attention_scale is not None:
             options["scale"] = self.config.attention_scale
@@ -411,11 +413,21 @@ class MultiHeadAttention(nnx.Module):
                 "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
-        kind = self.config.attention_type
-        if kind == AttentionType.LITE or (kind == AttentionType.LINEAR) != isinstance(kv_cache, LinearLayerCache):
+        kernel = self.attention_fn
+        while isinstance(kernel, functools.partial):
+            kernel = kernel.func
+        is_lite = isinstance(kernel, LiteAttention) or kernel is lite_attention
+        if is_lite or (kernel is linear_attention) != isinstance(kv_cache, LinearLayerCache):
+            name = "lite" if is_lite else "linear" if kernel is linear_attention else "softmax"
             raise NotImplementedError(
-                f"MultiHeadAttention: {kind} attention does not read a {type(kv_cache).__name__}. Linear attention "
+                f"MultiHeadAttention: {name} attention does not read a {type(kv_cache).__name__}. Linear attention "
                 "reads a LinearLayerCache, softmax kernels the others, lite attention none."
+            )
+        held, own = getattr(kv_cache, "window", None), self.config.attention_window
+        if held is not None and (own is None or own > held):
+            raise ValueError(
+                "MultiHeadAttention: a ring of a window must hold the layer's window; "
+                f"got window={held}, attention_window={own}. Make the cache with that window, or with none."
             )
 
 
