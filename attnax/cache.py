@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
+from attnax.int8_rows import Int8Rows, Rows, decode_rows, encode_rows, zero_rows
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
 
 __all__ = [
     "SPARE_SLOTS",
-    "Int8Rows",
     "KVLayerCache",
     "LayerCache",
     "LinearLayerCache",
@@ -33,8 +33,6 @@ __all__ = [
     "RingKVCache",
     "StoredTokens",
     "check_rows",
-    "decode_rows",
-    "encode_rows",
     "forget",
     "init_decoder_kv_caches",
     "init_decoder_kv_caches_from_config",
@@ -43,67 +41,9 @@ __all__ = [
     "init_ring_kv_cache",
     "select_rows",
     "update_kv_layer_cache",
-    "zero_rows",
 ]
 
 Caches = TypeVar("Caches")
-
-
-@pytree_dataclass
-class Int8Rows:
-    """Vectors (..., H) as 8-bit integers, each with a scale: x is about codes * scales.
-
-    The largest element of a vector is exact to rounding; the error of the others is at most half a step,
-    max|x| / 254. A vector that holds a NaN or infinity is read as NaN.
-    """
-
-    codes: Int[Array, "*L H"]
-    scales: Float[Array, "*L 1"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the vectors, as of an array that holds them."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Of what `decode_rows` computes."""
-        return self.scales.dtype
-
-
-Rows = Array | Int8Rows
-"""Vectors as a cache stores them: an array of a floating dtype, or 8-bit integers with scales."""
-
-
-def zero_rows(shape: tuple[int, ...], dtype: Any) -> Rows:
-    """Storage for vectors of `shape` (..., H); `dtype` is a floating one, or int8.
-
-    Raises:
-        ValueError: another dtype.
-    """
-    if jnp.dtype(dtype) != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"cache: dtype must be a floating one or int8; got dtype={jnp.dtype(dtype)}.")
-    if jnp.dtype(dtype) == jnp.int8:
-        return Int8Rows(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
-    return jnp.zeros(shape, dtype)
-
-
-def encode_rows(x: Float[ArrayLike, "*L H"], like: Rows) -> Rows:
-    """Vectors in the form of the storage `like`, each rounded on its own."""
-    if not isinstance(like, Int8Rows):
-        return jnp.asarray(x).astype(like.dtype)
-    fine = jnp.isfinite(x).all(-1, keepdims=True)  # the maximum of a CPU does not tell
-    x = jnp.where(fine, x, 0).astype(like.scales.dtype)
-    scales = jnp.abs(x).max(-1, keepdims=True) / 127.0
-    codes = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
-    return Int8Rows(codes, jnp.where(fine, scales, jnp.nan))
-
-
-def decode_rows(rows: Rows, dtype: Any) -> Float[Array, "*L H"]:
-    """Stored vectors as an array."""
-    if isinstance(rows, Int8Rows):
-        return (rows.codes.astype(rows.scales.dtype) * rows.scales).astype(dtype)
-    return rows.astype(dtype)
 
 
 @pytree_dataclass

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache import Int8Rows, StoredTokens, check_rows, decode_rows, encode_rows, zero_rows
+from attnax.cache import StoredTokens, check_rows
 from attnax.config import TransformerConfig
+from attnax.int8_rows import Int8Rows, decode_rows, encode_rows, zero_rows
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
 
 __all__ = [

@@ -155,7 +155,7 @@ def noise_cache(layer: Any, seed: int) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from attnax.cache import encode_rows
+    from attnax.int8_rows import encode_rows
 
     rng = np.random.default_rng(seed)
 

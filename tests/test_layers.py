@@ -10,6 +10,7 @@ LAYERS = {
     "config": 0,
     "typing": 0,
     "reference": 0,
+    "int8_rows": 0,
     "masks": 1,
     "cache": 1,
     "paged_cache": 1,
@@ -23,7 +24,7 @@ LAYERS = {
     "__main__": 7,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-NO_FLAX = ("config", "typing", "reference", "masks", "cache", "paged_cache", "kernels", "generation")
+NO_FLAX = ("config", "typing", "reference", "int8_rows", "masks", "cache", "paged_cache", "kernels", "generation")
 
 
 def part_of(path):

@@ -40,8 +40,12 @@ def prompt(seed=0):
     return jax.random.randint(jax.random.key(seed), (2, 5), 0, CONFIG.vocab_size)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("options", [{}, {"cache": "paged"}, {"window": 3}], ids=str)
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(x, marks=pytest.mark.thorough) for x in ({"cache": "paged"}, {"window": 3}))],
+    ids=str,
+)
 def test_greedy_tokens_are_those_without_a_draft(model, draft, count, options):
     options = dict(options)
     if window := options.pop("window", None):
@@ -77,6 +81,7 @@ def test_penalties_stops_and_samples_go_through_a_draft(model, draft):
     np.testing.assert_array_equal(several.tokens, jnp.repeat(plain.tokens, 3, axis=0))
 
 
+@pytest.mark.thorough
 def test_a_row_keeps_its_tokens_whatever_its_place_and_neighbours(model, draft):
     keys = jax.random.split(jax.random.key(1), 2)
     options = {"max_new_tokens": 9, "sampler": Sampler(1.0), "draft": draft}

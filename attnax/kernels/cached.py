@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, Rows, StoredTokens, decode_rows
+from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
+from attnax.int8_rows import Rows, decode_rows
 from attnax.kernels._blockwise import scale_query
 from attnax.kernels._chunks import Chunk, attend_chunks
 from attnax.kernels.flash import flash_attention

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.cache import decode_rows
+from attnax.int8_rows import decode_rows
 from attnax.kernels._blockwise import scale_query
 from attnax.kernels._chunks import Chunk, Source, attend_chunks
 from attnax.masks import Mask, resolve_masks, takes_mask_objects
