@@ -1,7 +1,8 @@
 """Writing text with a model that is only a function `(state, tokens, cache) -> (logits, cache)`."""
 
 from attnax.generation.beam import Beams, beam_search
-from attnax.generation.loop import Generation, Request, Step, Tokens, generate, make_request, stream
+from attnax.generation.loop import Generation, Step, Tokens, generate, stream
+from attnax.generation.request import Request, make_request
 from attnax.generation.samplers import Sampler
 from attnax.generation.speculative import Draft, generate_with_draft
 from attnax.generation.text import Text

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import Request, Step, Tokens, prompt_tokens
+from attnax.generation.loop import Step, Tokens, prompt_tokens
+from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.typing import Array, Float, Int, pytree_dataclass
 

@@ -24,7 +24,6 @@ from attnax.cache import forget
 from attnax.generation.loop import (
     Generation,
     Progress,
-    Request,
     Step,
     Tokens,
     append,
@@ -34,6 +33,7 @@ from attnax.generation.loop import (
     result,
     start,
 )
+from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
 

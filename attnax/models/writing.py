@@ -12,7 +12,8 @@ from attnax import generation
 from attnax.cache import SPARE_SLOTS, init_decoder_kv_caches_from_config
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
-from attnax.generation.loop import Generation, Request, Step, make_request
+from attnax.generation.loop import Generation, Step
+from attnax.generation.request import Request, make_request
 from attnax.generation.samplers import Sampler
 from attnax.paged_cache import init_paged_kv_caches_from_config
 from attnax.typing import Array, ArrayLike

@@ -1,0 +1,148 @@
+"""What to continue and how: the arguments of a model's `generate`, checked and as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnax.generation.samplers import Sampler
+from attnax.typing import Array, ArrayLike, Bool, Int, is_concrete, pytree_dataclass
+
+__all__ = ["Request", "make_request", "row_keys"]
+
+
+@pytree_dataclass
+class Request:
+    """What to continue, and how.
+
+    Attributes:
+        ids: (batch, T) prompt.
+        position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
+        keys: one for each of batch * samples rows. A token at position p is drawn with `fold_in(key, p)`, so a row's
+            text depends on its key and prompt, not on its neighbours.
+        sampler: draws tokens.
+        stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
+        fill: what follows the end.
+        context: as in `Tokens`.
+    """
+
+    ids: Int[Array, "B T"]
+    position_ids: Int[Array, "B T"]
+    keys: Array
+    sampler: Sampler
+    stops: Int[Array, "K n"]
+    fill: Int[Array, ""]
+    context: Any = None
+
+
+def make_request(
+    prompt_ids: Int[ArrayLike, "B T"],
+    *,
+    vocab_size: int,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+    padding_mask: Bool[ArrayLike, "B T"] | None = None,
+    end_token: int | Sequence[int] | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
+    num_samples: int = 1,
+    pad_token: int = 0,
+    context: Any = None,
+) -> Request:
+    """The arguments of a model's `generate`, checked.
+
+    Raises:
+        ValueError: arguments out of range, a row without a token, or sampling without a key.
+    """
+    if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
+        raise ValueError(
+            "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
+            f"got {prompt_ids.shape}."
+        )
+    if not is_concrete(prompt_ids):
+        raise ValueError(
+            "generate: prompt_ids must be known; got a traced array. It compiles a program of its own: call it outside "
+            "of jit, or attnax.generation.generate within."
+        )
+    for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if count < 1:
+            raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
+    known = np.asarray(prompt_ids)
+    _check_tokens("token ids", known, vocab_size)
+    ends, stops = _stops(end_token, stop_sequences, vocab_size)
+    real = np.ones(known.shape, bool) if padding_mask is None else np.asarray(padding_mask)
+    if real.shape != known.shape or real.dtype != bool or not real.any(axis=1).all():
+        raise ValueError(
+            f"generate: padding_mask must be boolean {known.shape} with a real token in every row; "
+            f"got shape={real.shape}, dtype={real.dtype}."
+        )
+    sampler = (Sampler() if sampler is None else sampler).as_arrays(vocab_size)
+    if key is None:
+        if float(sampler.temperature) > 0:
+            raise ValueError(
+                f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
+                "Pass key=jax.random.key(seed)."
+            )
+        key = jax.random.key(0)
+    return Request(
+        ids=jnp.asarray(prompt_ids),
+        position_ids=jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32),
+        keys=row_keys(key, known.shape[0], num_samples),
+        sampler=sampler,
+        stops=jnp.asarray(stops),
+        fill=jnp.int32(ends[0] if ends else pad_token),
+        context=context,
+    )
+
+
+def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
+    """One key a row: `key` itself if it holds one for each, else `fold_in(key, row)`.
+
+    With several samples, `key` may hold one for each prompt; its samples then draw with `fold_in(key, sample)`.
+
+    Raises:
+        ValueError: not a typed key, or another number of them.
+    """
+    rows = batch * num_samples
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,), (rows,)):
+        raise ValueError(
+            f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {rows}; "
+            f"got shape={key.shape}, dtype={key.dtype}."
+        )
+    if key.shape == (rows,):
+        return key
+    if key.shape:
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        return fold(key, jnp.arange(num_samples)).reshape(-1)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+
+
+def _stops(
+    end_token: int | Sequence[int] | None, stop_sequences: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[list[int], np.ndarray]:
+    """The end tokens, and all that ends a row as `Request.stops`."""
+    ends: list[int] = [] if end_token is None else np.atleast_1d(np.asarray(end_token)).tolist()
+    if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
+        raise ValueError(
+            f"generate: stop_sequences must be sequences of tokens; got {stop_sequences!r}. Use end_token."
+        )
+    sequences = [[end] for end in ends] + [list(sequence) for sequence in stop_sequences]
+    longest = max(map(len, sequences), default=0)
+    stops = np.full((len(sequences), longest), -1, np.int32)
+    for row, sequence in zip(stops, sequences, strict=True):
+        _check_tokens("stop sequences and end tokens", sequence, vocab_size)
+        row[longest - len(sequence) :] = sequence
+    return ends, stops
+
+
+def _check_tokens(name: str, ids: Any, vocab_size: int) -> None:
+    if np.size(ids) == 0 or not np.issubdtype(np.asarray(ids).dtype, np.integer):
+        raise ValueError(f"generate: {name} must be whole numbers, at least one; got {ids}.")
+    low, high = int(np.min(ids)), int(np.max(ids))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"generate: {name} must be at least 0 and below {vocab_size}; got {low if low < 0 else high}.")
