@@ -153,6 +153,14 @@ def test_low_precision_caches_are_as_exact_as_their_dtype(position, kind):
     check_splits(make_model(position), kind, "window", rng, 2, 0.02, dtype="int8")
 
 
+@pytest.mark.parametrize("kind", some(("ring", "contiguous", "paged"), 1))
+@pytest.mark.parametrize("attention_type", some(("standard", "memory_efficient", "pallas_flash"), 1))
+def test_an_attention_function_that_was_asked_for_reads_the_cache(attention_type, kind):
+    rng = np.random.default_rng(9)
+    for mask_kind in ("causal", "window"):
+        check_splits(make_model("alibi", attention_type=attention_type), kind, mask_kind, rng, 1, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize("position", some(("rope", "alibi", "learned"), 1))
 def test_a_window_needs_the_memory_of_the_window(position, kind):

@@ -330,11 +330,11 @@ class MultiHeadAttention(nnx.Module):
         if self.attention_fn is flash_attention:  # the automatic choice
             read = functools.partial(cached_attention, query, seen, positions)
             return self._with_options(read, mask=mask, score_mod=score_mod, dropout_rng=dropout_rng), cache
-        keys, values, kv_positions = seen.tokens(query.dtype)
-        mask = at_positions(mask, positions, kv_positions)
+        stored = seen.tokens(query.dtype)
+        mask = at_positions(mask, positions, stored.positions)
         if score_mod is not None:
-            score_mod = at_positions(score_mod, positions, kv_positions)
-        heads = self._attend(query, keys, values, mask, score_mod, dropout_rng)
+            score_mod = at_positions(score_mod, positions, stored.positions)
+        heads = self._attend(query, stored.keys, stored.values, mask, score_mod, dropout_rng)
         return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
 
     def _attend_sums(
