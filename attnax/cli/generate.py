@@ -193,12 +193,12 @@ def _read_prompt(
 
 def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
     """Raises InputError for a number that is out of range once it is a float32."""
+    draws: dict[str, Any] = {}  # a beam search draws nothing
+    if options.beams is None:
+        draws = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     try:
         return Sampler(
-            temperature=0.0 if options.beams is not None else options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
+            **draws,
             repetition_penalty=options.repetition_penalty,
             presence_penalty=options.presence_penalty,
             frequency_penalty=options.frequency_penalty,
