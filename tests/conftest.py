@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
@@ -24,6 +25,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Before anything imports attnax: its annotated functions check shapes and dtypes from here on.
 _hook = jaxtyping.install_import_hook("attnax", "beartype.beartype")
+
+
+def pytest_runtest_teardown():
+    """Forgets compiled programs before they are too many: each has memory maps, of which a process may have 65,530.
+
+    Past that XLA ends the process.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/maps", "rb") as maps:
+            if maps.read().count(b"\n") > 30_000:
+                jax.clear_caches()
 
 
 @pytest.fixture
