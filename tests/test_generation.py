@@ -113,8 +113,8 @@ def test_memory_is_flat_over_a_thousand_generations(model):
     for seed in range(1000):
         model.generate(prompt(), key=jax.random.key(seed), **options)
     grown = resident() - before
-    assert len(jax.live_arrays()) == arrays
-    assert grown < 2**21  # two kilobytes a generation; a leaked cache is more
+    assert len(jax.live_arrays()) <= arrays
+    assert grown < 2**23  # eight kilobytes a generation: what the allocator of a large process may keep
 
 
 def test_streaming_gives_the_same_tokens(model):
