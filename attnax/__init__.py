@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from attnax.kernels.cached import cached_attention as cached_attention
     from attnax.kernels.flash import flash_attention as flash_attention
     from attnax.kernels.flash import memory_efficient_attention as memory_efficient_attention
+    from attnax.kernels.flash import pallas_flash_attention as pallas_flash_attention
     from attnax.kernels.flash import why_not_cudnn as why_not_cudnn
+    from attnax.kernels.flash import why_not_pallas as why_not_pallas
     from attnax.kernels.linear import linear_attention as linear_attention
     from attnax.kernels.lite import lite_attention as lite_attention
     from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
     from attnax.kernels.paged import paged_attention as paged_attention
-    from attnax.kernels.pallas import pallas_flash_attention as pallas_flash_attention
-    from attnax.kernels.pallas import why_not_pallas as why_not_pallas
     from attnax.kernels.ring import ring_attention as ring_attention
     from attnax.kernels.ring import ring_attention_reference as ring_attention_reference
     from attnax.kernels.ring import zigzag_order as zigzag_order
@@ -131,13 +131,14 @@ _HOMES = {
     "kernels.flash": (
         "flash_attention",
         "memory_efficient_attention",
+        "pallas_flash_attention",
         "why_not_cudnn",
+        "why_not_pallas",
     ),
     "kernels.linear": ("linear_attention",),
     "kernels.lite": ("lite_attention",),
     "kernels.nnx_adapter": ("nnx_attention_fn",),
     "kernels.paged": ("paged_attention",),
-    "kernels.pallas": ("pallas_flash_attention", "why_not_pallas"),
     "kernels.ring": (
         "ring_attention",
         "ring_attention_reference",

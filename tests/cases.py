@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
+from attnax import (
+    flash_attention,
+    masks,
+    memory_efficient_attention,
+    pallas_flash_attention,
+    standard_attention,
+)
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "standard": standard_attention,
     "flash": flash_attention,
     "tiles of 4": functools.partial(memory_efficient_attention, block_size=4),
+    "pallas": functools.partial(pallas_flash_attention, interpret=True, block_q=16, block_kv=16),
 }
 
 

@@ -18,15 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels import _tile
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._dropout import keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
-from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, ScoreMod, check_attention, check_scores, pytree_dataclass
+from attnax.masks import Mask
+from attnax.typing import Array, ScoreMod, check_scores, pytree_dataclass
 
 __all__ = [
     "Operands",
     "Plan",
-    "attend",
     "backward",
     "bind",
     "check_block_size",
@@ -138,54 +137,6 @@ class Keys(NamedTuple):
     bias: Array  # (B, K, S'): 0, NaN for a key that is not finite, -inf for one that does not exist
 
 
-def attend(
-    caller: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    mask: Any,
-    score_mod: ScoreMod | None,
-    dropout_rng: Array | None,
-    dropout_rate: float,
-    deterministic: bool,
-    scale: Any,
-    return_lse: bool,
-    block_size: int | tuple[int | None, int | None] | None,
-) -> Any:
-    """The call of a built-in kernel, checked, prepared and run in tiles; `caller` is its name for errors.
-
-    `block_size` is one for queries and keys, or one each; None is chosen by shape.
-    """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention(
-        caller,
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
-    check_block_size(caller, block_size)
-    full = *query.shape[:3], key.shape[2]
-    mask, score_mod = resolve_masks(caller, mask, score_mod, full)
-    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
-    if 0 in (*full, value.shape[3]):
-        out = jnp.zeros((*full[:3], value.shape[3]), out_dtype)
-        return (out, jnp.full(full[:3], -jnp.inf, dtype)) if return_lse else out
-    query, key, value = scale_query(query, scale, score_mod), key.astype(dtype), value.astype(dtype)
-    plan = Plan(*choose_tiles(full, key.shape[1], block_size), 0.0 if deterministic else dropout_rate)
-    words = dropout_words(dropout_rng) if plan.dropout_rate > 0.0 and dropout_rng is not None else None
-    index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
-    arrays, operands = bind(caller, plan, (query, key, value), mask, score_mod, index, words)
-    out, lse = _attention(plan, *arrays, operands.learned, operands)
-    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
-
-
 def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
     """Raises ValueError for a tile size that is no whole number above 0."""
     for size in block_size if isinstance(block_size, tuple) else (block_size,):
@@ -229,14 +180,14 @@ def bind(
     words: Array | None,
 ) -> tuple[tuple[Array, ...], Operands]:
     """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does."""
-    shape = _shape(*arrays[:2])
+    shape, dtype = _shape(*arrays[:2]), jnp.promote_types(arrays[0].dtype, jnp.float32)
     axes = frozenset().union(*map(varying_axes, arrays))
     known = None
     while axes != known:  # what the functions capture may vary over more axes than the arguments do
         known = axes
         operands = Operands(
-            _trace(caller, plan.forward, mask, score_mod, shape, arrays[0].dtype, axes, by_row=True),
-            _trace(caller, plan.backward, mask, score_mod, shape, arrays[0].dtype, axes, by_row=False),
+            _trace(caller, plan.forward, mask, score_mod, shape, dtype, axes, by_row=True),
+            _trace(caller, plan.backward, mask, score_mod, shape, dtype, axes, by_row=False),
             *index,
             words,
         )
@@ -297,31 +248,6 @@ def check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
             f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
             f"for indices of sizes {sizes}. Index its arrays by b, h, q and kv, or pass an array as the mask."
         )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention_of(
-    plan: Plan, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
-) -> tuple[Array, Array]:
-    return _attention_forward(plan, query, key, value, learned, operands)[0]
-
-
-def _attention_forward(
-    plan: Plan, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
-) -> tuple[tuple[Array, Array], Any]:
-    out, lse = forward(plan, query, key, value, operands)
-    return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
-
-
-def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    query, key, value, operands, out, lse = residuals
-    rows = prepare_rows(query, out, lse, *cotangents)
-    *d_arrays, gradients = backward(plan, rows, key, value, operands, operands.gradients())
-    return *d_arrays, operands.finish(gradients), None
-
-
-_attention_of.defvjp(_attention_forward, _attention_backward)
-_attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside of jit compiles once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -560,7 +486,12 @@ def backward(
                 keep = None if is_full else walk.keep(x, i, j)
                 scores, pull = walk.mask_scores(scores, bias, keep, x, i, j)
             weights, d_scores = _tile.tile_gradients(
-                scores, lse_tile, delta_tile, d_out_tile, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j)
+                scores,
+                lse_tile[..., None],
+                delta_tile[..., None],
+                _tile.product(d_out_tile, value_tile, 1, 1),
+                masked=not is_plain,
+                dropout=walk.drop(x, i, j),
             )
             if pull is not None:
                 d_scores, gradients = pull(d_scores, gradients)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels import _tile
-from attnax.kernels._blockwise import check_mask_result
+from attnax.kernels._blockwise import check_mask_result, scale_query
+from attnax.kernels._decode import KernelCall, Stored, bind_kernel, decode, kernel_serves
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._platform import by_platform
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, check_scores, pytree_dataclass
 
@@ -77,36 +79,68 @@ class Functions:
 def attend_chunks(
     caller: str,
     query: Array,
+    scale: Any,
     sources: tuple[Source, ...],
     positions: Array,
     *,
-    rows: Array,
+    rows: Array | None,
     mask: Mask | None,
     score_mod: ScoreMod | None,
     dropout_rng: Array | None,
     dropout_rate: float,
+    stored: Stored | None = None,
 ) -> tuple[Array, Array]:
-    """(out, log-sum-exp) of the queries over the tokens of all sources.
+    """(out, log-sum-exp), in float32 at least, of the queries over the tokens of all sources.
 
     Args:
         caller: for errors of the score mod.
-        query: (B, N, T, H), scaled.
+        query: (B, N, T, H).
+        scale: of the scores, None for H ** -0.5.
         sources: what holds the tokens.
         positions: (B, T) int32, of the queries.
-        rows: (B,), the b that masks and score mods see.
+        rows: (B,), the b that masks and score mods see; None for all in order.
         mask: of true positions.
         score_mod: of true positions.
         dropout_rng: key of the dropout.
         dropout_rate: 0 for none.
+        stored: the same tokens as arrays, where a GPU may read those.
     """
     words = dropout_words(dropout_rng) if dropout_rate > 0.0 and dropout_rng is not None else None
-    operands = _bind(caller, Queries(query, rows, positions, words), sources, mask, score_mod)
-    return _attend(*operands, dropout_rate=dropout_rate)
+    b = jnp.arange(query.shape[0], dtype=jnp.int32) if rows is None else rows
+    queries = Queries(scale_query(query, scale, score_mod), b, positions, words)
+    operands = _bind(caller, queries, sources, mask, score_mod)
+    kernel = None
+    if stored is not None and rows is None and words is None:
+        axes = varying_axes(operands[0].query)
+        scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
+        kernel = bind_kernel(caller, query, scale, stored, positions, mask, score_mod, axes)
+    return _attend(*operands, kernel, dropout_rate=dropout_rate)
 
 
 @partial(jax.jit, static_argnames="dropout_rate")  # so that a call outside of jit compiles once
 def _attend(
-    queries: Queries, sources: tuple[Any, ...], functions: tuple[Functions, ...], *, dropout_rate: float
+    queries: Queries,
+    sources: tuple[Any, ...],
+    functions: tuple[Functions, ...],
+    kernel: KernelCall | None,
+    *,
+    dropout_rate: float,
+) -> tuple[Array, Array]:
+    chunks = partial(_attend_chunks, dropout_rate)
+    if kernel is None:
+        return chunks(queries, sources, functions)
+
+    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: KernelCall) -> tuple[Array, Array]:
+        return decode(kernel) if kernel_serves(kernel) else chunks(queries, sources, functions)
+
+    def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: KernelCall) -> tuple[Array, Array]:
+        return chunks(queries, sources, functions)
+
+    return by_platform(elsewhere, queries, sources, functions, kernel, cuda=on_gpu)
+
+
+def _attend_chunks(
+    dropout_rate: float, queries: Queries, sources: tuple[Any, ...], functions: tuple[Functions, ...]
 ) -> tuple[Array, Array]:
     batch, heads, seq_q, _ = queries.query.shape
     kv_heads, value_dim = sources[0].value_shape

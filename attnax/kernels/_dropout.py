@@ -13,7 +13,9 @@ def dropout_words(dropout_rng: Array) -> Array:
     return jax.random.bits(dropout_rng, (2,), jnp.uint32)
 
 
-def keep_weights(words: Array, dropout_rate: float, b: Index, h: Index, q: Index, kv: Index) -> Array:
+def keep_weights(
+    words: Array | tuple[Array, Array], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
+) -> Array:
     """True where the attention weight of (b, h, q, kv) is kept; indices are global and broadcast together.
 
     A row word is hashed from (key, b, h, q) once a row; an element costs one more finaliser, which is far

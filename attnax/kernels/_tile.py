@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,23 +58,28 @@ def initial_state(shape_T: tuple[int, ...], value_dim: int, dtype: jnp.dtype) ->
     )
 
 
-def mask_scores(scores_TS: Array, keep: Array | None, key_bias: Array, score_mod: Weigh | None = None) -> Array:
+def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_mod: Weigh | None = None) -> Array:
     """Scores that a tile's weights are made of.
 
     Args:
         scores_TS: scale * q k^T; in units of log 2 unless there is a score mod.
         keep: where the mask allows the pair; None in a full tile.
-        key_bias: what is added to each key's scores: 0, NaN for a key that spoils who attends it, -inf for no key.
+        bias: what is added to the scores of a pair: 0, NaN for a key that spoils who attends it, -inf for a pair that
+            does not exist; None for 0.
         score_mod: of the natural scores; -inf and float32's lowest number count as masked.
     """
     if score_mod is not None:
         # What the mod's derivative is at forbidden pairs must not matter, so they all have the score 0.
         scores_TS = score_mod(scores_TS if keep is None else jnp.where(keep, scores_TS, 0))
         # Not `>`: a NaN from a mod must be seen, but not where there is no key.
-        masked = (scores_TS <= jnp.finfo(jnp.float32).min) | (key_bias == -jnp.inf)
+        masked = scores_TS <= jnp.finfo(jnp.float32).min
+        if bias is not None:
+            masked = masked | (bias == -jnp.inf)
         keep = ~masked if keep is None else keep & ~masked
         scores_TS = scores_TS * LOG2E
-    return jnp.where(True if keep is None else keep, scores_TS + key_bias, -jnp.inf)
+    if bias is not None:
+        scores_TS = scores_TS + bias
+    return scores_TS if keep is None else jnp.where(keep, scores_TS, -jnp.inf)
 
 
 def update(
@@ -113,42 +117,37 @@ def finish(state: SoftmaxState) -> tuple[Array, Array]:
 
 
 def tile_gradients(
-    scores_TS: Array,
-    lse_T: Array,
-    delta_T: Array,
-    d_out_TV: Array,
-    value_SV: Array,
-    *,
-    masked: bool = True,
-    dropout: Weigh | None = None,
+    scores: Array, lse: Array, delta: Array, d_weights: Array, *, masked: bool = True, dropout: Weigh | None = None
 ) -> tuple[Array, Array]:
-    """(weights that met the values, gradient of the natural scores), both (..., T, S).
+    """(weights that met the values, gradient of the natural scores), both like the scores (..., T, S) or (..., S, T).
 
     Args:
-        scores_TS: as given to `update`.
-        lse_T: of the whole row, from `finish`; NaN spoils what the row attends.
-        delta_T: out . d_out of the row, minus the cotangent of its natural log-sum-exp.
-        d_out_TV: cotangent of out.
-        value_SV: the tile's values.
+        scores: as given to `update`.
+        lse: of the whole row, from `finish`, broadcast against the scores; NaN spoils what the row attends.
+        delta: out . d_out of the row, minus the cotangent of its natural log-sum-exp, broadcast likewise.
+        d_weights: d_out v^T.
         masked: whether scores may be -inf.
         dropout: the same as in `update`.
     """
-    weights_TS = jnp.exp2(scores_TS - lse_T[..., None])
+    weights = jnp.exp2(scores - lse)
     if masked:
-        weights_TS = jnp.where(scores_TS == -jnp.inf, 0, weights_TS)
-    d_weights_TS = product(d_out_TV, value_SV, 1, 1)
+        weights = jnp.where(scores == -jnp.inf, 0, weights)
     if dropout is None:
-        return weights_TS, weights_TS * (d_weights_TS - delta_T[..., None])
-    return dropout(weights_TS), weights_TS * (dropout(d_weights_TS) - delta_T[..., None])
+        return weights, weights * (d_weights - delta)
+    return dropout(weights), weights * (dropout(d_weights) - delta)
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    """Product of two batches of matrices over the named axes of the matrices."""
+    """Product of two batches of matrices over the named axes of the matrices, summed in float32 at least.
+
+    Of two dtypes the narrower counts: weights in float32 meet values in bfloat16 as bfloat16, as tensor cores want it.
+    """
+    dtype = min(left.dtype, right.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     batch = tuple(range(left.ndim - 2))
     return lax.dot_general(
-        left,
-        right,
+        left.astype(dtype),
+        right.astype(dtype),
         (((len(batch) + left_axis,), (len(batch) + right_axis,)), (batch, batch)),
-        precision=lax.Precision.HIGHEST if jax.default_backend() != "cpu" else None,
-        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+        precision=lax.Precision.HIGHEST,  # no TF32
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
-from attnax.int8_rows import Rows, decode_rows
-from attnax.kernels._blockwise import scale_query
+from attnax.int8_rows import Int8Rows, Rows, decode_rows
 from attnax.kernels._chunks import Chunk, attend_chunks
+from attnax.kernels._decode import Stored
 from attnax.kernels.flash import flash_attention
 from attnax.kernels.paged import paged_attention
 from attnax.masks import Mask, as_mask, at_positions, resolve_masks, sliding_window
@@ -154,14 +154,18 @@ def _attend_slots(
     slots = Slots(cache.keys, cache.values, cache.positions, cache.slots_in_use, min(cache.positions.shape[1], _CHUNK))
     out, lse = attend_chunks(
         "cached_attention",
-        scale_query(query, scale, score_mod),
+        query,
+        scale,
         (slots,),
         positions,
-        rows=jnp.arange(query.shape[0], dtype=jnp.int32),
+        rows=None,
         mask=mask,
         score_mod=score_mod,
         dropout_rng=dropout_rng,
         dropout_rate=0.0 if deterministic else dropout_rate,
+        stored=None
+        if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows)
+        else Stored(cache.keys, cache.values, cache.positions, None),
     )
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out

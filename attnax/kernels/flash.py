@@ -7,7 +7,8 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 
-from attnax.kernels._blockwise import attend
+from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
+from attnax.kernels._platform import has_nvidia_gpu
 from attnax.masks import Causal, Mask, SlidingWindow, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
@@ -21,7 +22,13 @@ from attnax.typing import (
     is_concrete,
 )
 
-__all__ = ["flash_attention", "memory_efficient_attention", "why_not_cudnn"]
+__all__ = [
+    "flash_attention",
+    "memory_efficient_attention",
+    "pallas_flash_attention",
+    "why_not_cudnn",
+    "why_not_pallas",
+]
 
 
 @overload
@@ -114,6 +121,7 @@ def memory_efficient_attention(
         scale=scale,
         return_lse=return_lse,
         block_size=block_size,
+        backend="tiles",
     )
 
 
@@ -152,10 +160,12 @@ def flash_attention(
     return_lse: bool = False,
     block_size: int | None = None,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value on the fastest exact kernel of this machine; memory O(T + S).
+    """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
-    cuDNN where `why_not_cudnn` has nothing against it, else what `memory_efficient_attention` does. All arguments,
-    results and errors are those of `memory_efficient_attention`; a `block_size` asks for tiles, and gets them.
+    On an NVIDIA GPU cuDNN where `why_not_cudnn` has nothing against it, else the Pallas kernel where `why_not_pallas`
+    has nothing against it; else what `memory_efficient_attention` does. Which of the last two is decided when the
+    program is lowered, so that one exported for "cuda" on a machine without a GPU holds the kernel. All arguments,
+    results and errors are those of `memory_efficient_attention`; a `block_size` asks for its tiles, and gets them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -174,7 +184,121 @@ def flash_attention(
     )
     if block_size is None and why_not_cudnn(query, key, value, return_lse=return_lse, **options) is None:
         return _cudnn(query, key, value, mask, score_mod, scale)
-    return attend("flash_attention", query, key, value, return_lse=return_lse, block_size=block_size, **options)
+    return attend(
+        "flash_attention",
+        query,
+        key,
+        value,
+        return_lse=return_lse,
+        block_size=block_size,
+        backend="automatic" if block_size is None else "tiles",
+        **options,
+    )
+
+
+@takes_mask_objects
+def pallas_flash_attention(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    value: Float[ArrayLike, "B K S Hv"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs, with mask and score mod inside of it.
+
+    Lowered for any other platform, the tiles run in the engine of `memory_efficient_attention`, whose arguments,
+    results and errors these are but for the last three. On a GPU, products of float32 arrays are in float32 (no TF32);
+    those of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
+
+    Args:
+        query: (batch, num_heads, seq_q, head_dim).
+        key: (batch, num_kv_heads, seq_kv, head_dim).
+        value: (batch, num_kv_heads, seq_kv, value_dim).
+        mask: True to attend.
+        score_mod: `(scores, b, h, q, kv) -> scores`: elementwise operations, and captured arrays indexed in all their
+            axes by whole numbers made of b, h, q and kv.
+        dropout_rng: key of the attention dropout.
+        dropout_rate: probability of dropping each attention weight.
+        deterministic: no dropout.
+        scale: factor of the scores, by default head_dim ** -0.5.
+        return_lse: also return the log of each query's sum of exponentials.
+        block_q: queries of a tile, by default chosen by shape; on a GPU a power of 2, at least 16.
+        block_kv: keys of a tile, likewise.
+        interpret: run the GPU's kernel as ordinary JAX on any platform, slowly, to look into it.
+
+    Raises:
+        NotImplementedError: on a GPU, or interpreted, what `why_not_pallas` gives.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import pallas_flash_attention
+        >>> x = jnp.ones((1, 4, 37, 8))
+        >>> pallas_flash_attention(x, x, x, block_q=16, block_kv=32).shape
+        (1, 4, 37, 8)
+    """
+    return attend(
+        "pallas_flash_attention",
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+        return_lse=return_lse,
+        block_size=(block_q, block_kv),
+        backend="interpret" if interpret else "pallas",
+    )
+
+
+def why_not_pallas(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    platform: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> str | None:
+    """Why the Pallas kernel does not serve these arguments; None if it does.
+
+    `flash_attention` then uses the engine of `memory_efficient_attention`, and so does `pallas_flash_attention` where
+    the reason is the platform; otherwise it raises.
+
+    Args:
+        query: as in `pallas_flash_attention`.
+        key: as there.
+        value: as there.
+        platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
+        options: the keywords that those functions share.
+
+    Raises:
+        ValueError: arguments that no kernel takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import why_not_pallas
+        >>> x = jnp.ones((1, 4, 37, 8))
+        >>> why_not_pallas(x, x, x)
+        'the Pallas kernel is for NVIDIA GPUs; this process computes on cpu'
+        >>> why_not_pallas(x, x, x, score_mod=lambda scores, b, h, q, kv: jnp.sort(scores), platform="cuda")
+        'no kernel can hold this score mod: sort'
+    """
+    call = prepare("why_not_pallas", query, key, value, block_size=None, backend="pallas", **options)
+    reason = why_no_kernel(call.plan, call.operands.kernel) if isinstance(call, Call) else None
+    if reason is None and platform != "cuda" and not has_nvidia_gpu():
+        return f"the Pallas kernel is for NVIDIA GPUs; this process computes on {jax.default_backend()}"
+    return reason
 
 
 def why_not_cudnn(
@@ -225,13 +349,9 @@ def why_not_cudnn(
         or seq_kv % 2 != 0
         or 0 in (seq_q, seq_kv)
         or (mask is not None and seq_q % 128 == 64),
-        "this machine has no NVIDIA GPU": not _has_nvidia_gpu(),
+        "this machine has no NVIDIA GPU": not has_nvidia_gpu(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _has_nvidia_gpu() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 def _cudnn(query: Any, key: Any, value: Any, mask: Any, score_mod: ScoreMod | None, scale: Any) -> Array:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.int8_rows import decode_rows
-from attnax.kernels._blockwise import scale_query
+from attnax.int8_rows import Int8Rows, decode_rows
 from attnax.kernels._chunks import Chunk, Source, attend_chunks
+from attnax.kernels._decode import Stored
 from attnax.masks import Mask, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
 from attnax.typing import (
@@ -176,7 +176,7 @@ def paged_attention(
     query = jnp.asarray(query)
     _check_query(query, cache, sequence_idx)
     num_rows = cache.seq_lengths.shape[0]
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    rows, one_row = jnp.arange(num_rows, dtype=jnp.int32), sequence_idx is not None
     if sequence_idx is not None:
         query, rows = query[None], jnp.asarray(sequence_idx, jnp.int32)[None]
         cache = _only(rows, cache)
@@ -206,20 +206,21 @@ def paged_attention(
         )
         q_positions = jnp.broadcast_to(q_positions, (query.shape[0], query.shape[2]))
     out_dtype = query.dtype
-    query = scale_query(query, scale, score_mod)
     sources: tuple[Source, ...] = (_pages_to_read(mask, cache, rows, q_positions, query.shape[1]),)
     if new is not None:
         sources = (*sources, NewTokens(key, value, cache.seq_lengths))
     out, lse = attend_chunks(
         "paged_attention",
         query,
+        scale,
         sources,
         q_positions,
-        rows=rows,
+        rows=rows if one_row else None,
         mask=mask,
         score_mod=score_mod,
         dropout_rng=dropout_rng,
         dropout_rate=rate,
+        stored=_as_arrays(cache) if new is None else None,
     )
     lost = cache.overflowed[:, None, None]  # a dropped write must not pass unseen
     out, lse = jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
@@ -316,6 +317,15 @@ def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positi
         needed = needed & some
     needed = needed.any((0, 1))
     return Pages(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
+
+
+def _as_arrays(cache: PagedKVCache) -> Stored | None:
+    """The pages as they are, if they are arrays."""
+    if isinstance(cache.key_pool, Int8Rows) or isinstance(cache.value_pool, Int8Rows):
+        return None
+    index = jnp.arange(cache.max_len, dtype=jnp.int32)[None]
+    exists = jnp.repeat(cache.block_table >= 0, cache.block_size, axis=1) & (index < cache.seq_lengths[:, None])
+    return Stored(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
 
 
 def _pages_in_chunk(cache: PagedKVCache) -> int:

@@ -1,78 +1,608 @@
-"""Exact attention as a Pallas kernel where the platform has one, by a predicate that can be asked."""
+"""Exact attention as Pallas kernels for NVIDIA GPUs; the mathematics of a tile comes from `_tile`.
+
+One program computes the results of one tile of queries (of keys, in the second backward kernel) and visits the tiles of
+the other side that a list names: full ones, in which no mask is tested, then partial ones. Score mods and masks run
+inside as `_pointwise.split` gives them. No program writes what another one computes: no result depends on chance.
+
+    forward       out, lse          a program for each tile of queries, loops over keys
+    d_query       dq, mod's rows    the same
+    d_key_value   dk, dv, columns   a program for each tile of keys, loops over the heads that share them and queries
+    d_tables      a mod's tables    a program for each tile of queries, or for each tile of pairs
+
+A row or key that is not finite may harm only those who attend it. Where `careful` says that a batch row holds one, all
+its tiles are visited with the test for that; elsewhere none is.
+
+This file holds every line that knows the Triton backend of Pallas.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
-from attnax.kernels._blockwise import attend
-from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
+from attnax.kernels import _tile
+from attnax.kernels._dropout import keep_weights
+from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels._lift import vary, varying_axes
+from attnax.kernels._pointwise import Read, Split
+from attnax.kernels._tile_lists import EMPTY, TileGrid, TileList
+from attnax.typing import Array
 
-__all__ = ["pallas_flash_attention", "why_not_pallas"]
+__all__ = [
+    "Call",
+    "Inputs",
+    "Kernel",
+    "Shapes",
+    "d_key_value_kernel",
+    "d_pairs_kernel",
+    "d_query_kernel",
+    "d_small_table_kernel",
+    "forward_kernel",
+    "run",
+]
+
+Visitor = Callable[[int, Any, Any], Any]
+
+_FULL, _PARTIAL, _CAREFUL = range(3)  # how a tile is visited
 
 
-@takes_mask_objects
-def pallas_flash_attention(
-    query: Float[ArrayLike, "B N T H"],
-    key: Float[ArrayLike, "B K S H"],
-    value: Float[ArrayLike, "B K S Hv"],
-    *,
-    mask: Mask | MaskMod | ArrayLike | None = None,
-    score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = True,
-    scale: float | Float[Array, ""] | None = None,
-    return_lse: bool = False,
-    block_q: int | None = None,
-    block_kv: int | None = None,
-) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value in tiles of block_q queries by block_kv keys; memory O(T + S).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What is known of a call when its kernels are written."""
 
-    On a platform without a Pallas backend for it, where `why_not_pallas` gives a reason, the tiles run in the engine of
-    `memory_efficient_attention`. Arguments, results and errors are its own, but for the two block sizes.
+    full: tuple[int, int, int, int]  # (B, N, T, S)
+    kv_heads: int
+    grid: TileGrid
+    tile: Tile
+    mask: Split | None
+    score_mod: Split | None
+    dropout_rate: float
+    learn_scale: bool
+    interpret: bool
+
+    @property
+    def shared(self) -> int:
+        """Query heads that share keys."""
+        return self.full[1] // self.kv_heads
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the scores of full tiles are used as they are."""
+        return self.score_mod is None
+
+
+class Inputs(NamedTuple):
+    """What the kernels read, arrays outside and references inside of them; lengths are at least a tile's."""
+
+    query: Any  # (B, N, T, H)
+    key: Any  # (B, K, S, H)
+    value: Any  # (B, K, S, V)
+    scale: Any  # (1,) float32
+    tiles: TileList | None  # for each tile of queries; None where all are full
+    turned: TileList | None  # for each tile of keys
+    codes: Any  # (B', N', num_q, num_kv), or None
+    careful: Any  # (B, K) int32, or None: visit all tiles with care
+    dropout: Any  # (2,) uint32, or None
+    mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
+    mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
+    mod: tuple[Any, ...]
+    mod_tables: tuple[Any, ...]
+    d_out: Any = None  # (B, N, T, V)
+    lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN for a row that spoils
+    delta: Any = None  # (B, N, T), see `_tile.tile_gradients`
+    pages: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
+
+
+class Place(NamedTuple):
+    """The tile that a program is at: tile i of queries and j of keys of a head; `turned` has keys as rows."""
+
+    b: Any
+    h: Any
+    i: Any
+    j: Any
+    turned: bool = False
+
+    def lay(self, x: Array, *, of_queries: bool) -> Array:
+        """A vector over the tile's queries, or keys, along its axis of the tile."""
+        return x[:, None] if of_queries != self.turned else x[None, :]
+
+
+class Queries(NamedTuple):
+    """What the backward pass knows of a tile's queries."""
+
+    query: Array  # (T, H)
+    d_out: Array  # (T, V)
+    lse: Array  # (T,)
+    delta: Array  # (T,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A call and the references that one of its kernels reads."""
+
+    call: Call
+    inputs: Inputs
+
+    def q_first(self, i: Any) -> Any:
+        """The first query of a tile."""
+        grid = self.call.grid
+        return (
+            i * grid.block_q
+            if grid.even_q
+            else jnp.maximum(0, jnp.minimum(i * grid.block_q, grid.seq_q - grid.block_q))
+        )
+
+    def kv_first(self, j: Any) -> Any:
+        """The first key of a tile."""
+        grid = self.call.grid
+        return (
+            j * grid.block_kv
+            if grid.even_kv
+            else jnp.maximum(0, jnp.minimum(j * grid.block_kv, grid.seq_kv - grid.block_kv))
+        )
+
+    def rows(self, ref: Any, place: Place) -> Array:
+        """The tile's queries of (B, N, T, ...)."""
+        return ref[
+            (place.b, place.h, pl.ds(self.q_first(place.i), self.call.grid.block_q), *[slice(None)] * (ref.ndim - 3))
+        ]
+
+    def keys(self, place: Place) -> tuple[Array, Array]:
+        """The tile's keys and values."""
+        kv_head, pages = place.h // self.call.shared, self.inputs.pages
+        where = place.b, kv_head, pl.ds(self.kv_first(place.j), self.call.grid.block_kv), slice(None)
+        if pages is not None:
+            where = jnp.maximum(pages[place.b, place.j], 0), slice(None), kv_head, slice(None)
+        return self.inputs.key[where], self.inputs.value[where]
+
+    def index(self, place: Place) -> tuple[Any, Any, Array, Array]:
+        """(b, h, q, kv) as masks and score mods see them."""
+        grid = self.call.grid
+        q = self.q_first(place.i) + jnp.arange(grid.block_q, dtype=jnp.int32)
+        kv = self.kv_first(place.j) + jnp.arange(grid.block_kv, dtype=jnp.int32)
+        q = q if grid.seq_q >= grid.block_q else jnp.minimum(q, grid.seq_q - 1)
+        kv = kv if grid.seq_kv >= grid.block_kv else jnp.minimum(kv, grid.seq_kv - 1)
+        return place.b, place.h, place.lay(q, of_queries=True), place.lay(kv, of_queries=False)
+
+    def cut(self, refs: tuple[Any, ...], variables: tuple[Any, ...], place: Place) -> list[Array]:
+        """The operands of a mask or score mod at a tile, in natural shapes."""
+        cuts = []
+        for ref, var in zip(refs, variables, strict=True):
+            rows, heads, seq_q, seq_kv = ref.shape
+            where = (place.b if rows > 1 else 0, place.h if heads > 1 else 0)
+            if seq_q > 1:
+                x = ref[(*where, pl.ds(self.q_first(place.i), self.call.grid.block_q), 0)]
+                x = place.lay(x, of_queries=True)
+            elif seq_kv > 1:
+                x = ref[(*where, 0, pl.ds(self.kv_first(place.j), self.call.grid.block_kv))]
+                x = place.lay(x, of_queries=False)
+            else:
+                x = ref[(*where, 0, 0)]
+            cuts.append(x != 0 if var.aval.dtype == jnp.bool_ else x)
+        return cuts
+
+    def keep(self, place: Place) -> Array | None:
+        """Where the mask allows the pairs of a tile."""
+        mask = self.call.mask
+        if mask is None:
+            return None
+        operands = self.cut(self.inputs.mask, mask.operands, place)
+        return mask(operands, partial(_load, mask, self.inputs.mask_tables), *self.index(place))
+
+    def drop(self, place: Place) -> Callable[[Array], Array] | None:
+        """The dropout of a tile's weights."""
+        if self.inputs.dropout is None:
+            return None
+        rate = self.call.dropout_rate
+        words = self.inputs.dropout[0], self.inputs.dropout[1]
+        kept = keep_weights(words, rate, *self.index(place))
+        return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
+
+    def bias(self, place: Place, spoilt: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
+        """What `_tile.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for spoilt keys."""
+        grid, bias = self.call.grid, None
+        if spoilt is not None:
+            bias = jnp.where(place.lay(spoilt, of_queries=False), jnp.nan, 0.0)
+        if own_keys and not grid.even_kv:
+            kv = self.kv_first(place.j) + jnp.arange(grid.block_kv, dtype=jnp.int32)
+            outside = place.lay((kv < place.j * grid.block_kv) | (kv >= grid.seq_kv), of_queries=False)
+            bias = jnp.where(outside, -jnp.inf, 0.0 if bias is None else bias)
+        if own_queries and not grid.even_q:
+            q = self.q_first(place.i) + jnp.arange(grid.block_q, dtype=jnp.int32)
+            outside = place.lay((q < place.i * grid.block_q) | (q >= grid.seq_q), of_queries=True)
+            bias = jnp.where(outside, -jnp.inf, 0.0 if bias is None else bias)
+        return bias
+
+    def scores(
+        self, left: Array, right: Array, place: Place, mode: int, bias: Array | None, learn: str | None = None
+    ) -> tuple[Array, Any]:
+        """The tile's scores as `_tile` takes them, and the pullback of the score mod if there is one.
+
+        The pullback takes the gradient of the natural scores and gives that of the scores before the mod, and those of
+        what `learn` names: "rows", "columns", "tables" or "" for nothing; with None nothing is differentiated.
+        """
+        score_mod = self.call.score_mod
+        scores = _tile.product(left, right, 1, 1) * (self.inputs.scale[0] * (_tile.LOG2E if score_mod is None else 1.0))
+        keep = None if mode == _FULL else self.keep(place)
+        if score_mod is None:
+            return (scores if mode == _FULL else _tile.mask_scores(scores, keep, bias)), None
+        pulls = []
+
+        def modify(scores: Array) -> Array:
+            run, learned = self.mod(place, scores.shape, learn)
+            result, pull = jax.vjp(run, scores, learned)
+            pulls.append(pull)
+            return result
+
+        masked = _tile.mask_scores(
+            scores, keep, bias, modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
+        )
+
+        def pull(d_scores: Array) -> tuple[Array, tuple[Array, ...]]:
+            d_raw, d_learned = pulls[0](d_scores)
+            # A mod's derivative may be NaN at the scores that stand for forbidden pairs.
+            return jnp.where(masked == -jnp.inf, 0, d_raw), d_learned
+
+        return masked, pull
+
+    def gradients(
+        self,
+        place: Place,
+        mode: int,
+        queries: Queries,
+        keys: tuple[Array, Array],
+        learn: str,
+        *,
+        own_queries: bool,
+        own_keys: bool,
+    ) -> tuple[Queries, Array, Array, Array, tuple[Array, ...]]:
+        """(queries, keys, weights, gradient of the raw scores, gradients of what `learn` names) of a tile."""
+        (query, d_out, lse, delta), (key, value) = queries, keys
+        if mode == _CAREFUL:
+            # Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
+            fine = _is_fine(key, value)
+            key, value = (jnp.where(fine[:, None], x, 0) for x in (key, value))
+            query, d_out = (jnp.where(~jnp.isnan(lse)[:, None], x, 0) for x in (query, d_out))
+        bias = None if mode == _FULL else self.bias(place, None, own_queries=own_queries, own_keys=own_keys)
+        left, right, d_left, d_right = (key, query, value, d_out) if place.turned else (query, key, d_out, value)
+        scores, pull = self.scores(left, right, place, mode, bias, learn)
+        weights, d_scores = _tile.tile_gradients(
+            scores,
+            place.lay(lse, of_queries=True),
+            place.lay(delta, of_queries=True),
+            _tile.product(d_left, d_right, 1, 1),
+            masked=mode != _FULL or not self.call.is_plain,
+            dropout=self.drop(place),
+        )
+        d_raw, d_learned = (d_scores, ()) if pull is None else pull(d_scores)
+        return Queries(query, d_out, lse, delta), key, weights, d_raw, d_learned
+
+    def queries(self, place: Place) -> Queries:
+        """What the backward pass reads of the tile's queries."""
+        inputs = self.inputs
+        return Queries(*(self.rows(ref, place) for ref in (inputs.query, inputs.d_out, inputs.lse, inputs.delta)))
+
+    def visit_keys(self, visit: Visitor, place: Place, state: Any, part: tuple[Any, int] = (0, 1)) -> Any:
+        """`visit(mode, j, state)` for the tiles of keys that the tile of queries attends, or a part of them."""
+        grid = self.call.grid
+        where, full = (place.b, place.h, place.i), grid.num_kv - (not grid.even_kv)
+        return _visit(visit, self.inputs.tiles, where, grid.num_kv, full, self.careful(place.b, place.h), state, part)
+
+    def visit_queries(self, visit: Visitor, place: Place, state: Any) -> Any:
+        """`visit(mode, i, state)` for the tiles of queries that attend the tile of keys."""
+        grid = self.call.grid
+        where, full = (place.b, place.h, place.j), grid.num_q - (not grid.even_q)
+        return _visit(visit, self.inputs.turned, where, grid.num_q, full, self.careful(place.b, place.h), state)
+
+    def is_visited(self, place: Place) -> Any:
+        """1 for a tile that is not empty, 0 for one that is."""
+        codes = self.inputs.codes
+        if codes is None:
+            return 1
+        rows, heads = codes.shape[:2]
+        code = codes[place.b if rows > 1 else 0, place.h if heads > 1 else 0, place.i, place.j]
+        return jnp.where(code == EMPTY, 0, 1)
+
+    def index_of(self, read: Read, place: Place, shape: tuple[int, ...]) -> list[Array]:
+        """Where the score mod reads, for each axis of the table; the indices do not depend on scores."""
+        found: list[list[Array]] = []
+        score_mod = self.call.score_mod
+        assert score_mod is not None
+
+        def load(other: Read, where: list[Array]) -> Array:
+            if other is read:
+                found.append(where)
+            return _load(score_mod, self.inputs.mod_tables, other, where)
+
+        score_mod(self.cut(self.inputs.mod, score_mod.operands, place), load, jnp.zeros(shape), *self.index(place))
+        return found[0]
+
+    def careful(self, b: Any, h: Any) -> Any:
+        """Whether keys or queries of this head are to be looked at; None for always."""
+        careful = self.inputs.careful
+        return None if careful is None else careful[b, h // self.call.shared] != 0
+
+    def mod(self, place: Place, shape: tuple[int, ...], learn: str | None = None) -> tuple[Callable[..., Array], Any]:
+        """The score mod of a tile as a function of scores and of the values that `learn` names, and those values."""
+        score_mod, index = self.call.score_mod, self.index(place)
+        assert score_mod is not None
+        operands = self.cut(self.inputs.mod, score_mod.operands, place)
+        chosen = self.learned(learn)
+        if learn == "tables":
+            learned = tuple(jnp.zeros(shape, self.inputs.mod_tables[n].dtype) for n in chosen)
+        else:
+            rows = place.lay(jnp.zeros(self.call.grid.block_q, jnp.bool_), of_queries=True).shape
+            learned = tuple(jnp.broadcast_to(operands[n], rows) if learn == "rows" else operands[n] for n in chosen)
+
+        def run(scores: Array, learned: tuple[Array, ...]) -> Array:
+            changed = dict(zip(chosen, learned, strict=True))
+
+            def load(read: Read, where: list[Array]) -> Array:
+                value = _load(score_mod, self.inputs.mod_tables, read, where)
+                n = score_mod.reads.index(read)
+                return value + changed[n] if learn == "tables" and n in changed else value
+
+            given = operands if learn == "tables" else [changed.get(n, x) for n, x in enumerate(operands)]
+            return jnp.broadcast_to(score_mod(given, load, scores, *index), scores.shape)
+
+        return run, learned
+
+    def learned(self, learn: str | None) -> tuple[int, ...]:
+        """Which operands, or reads, of the score mod `learn` names: floating ones of queries, keys or pairs."""
+        refs = self.inputs.mod_tables if learn == "tables" else self.inputs.mod if learn else ()
+        chosen = [n for n, ref in enumerate(refs) if jnp.issubdtype(ref.dtype, jnp.inexact)]
+        return tuple(n for n in chosen if learn == "tables" or (refs[n].shape[3] > 1) == (learn == "columns"))
+
+
+def _load(function: Split, tables: tuple[Any, ...], read: Read, where: list[Array]) -> Array:
+    """What a mask or score mod reads of a captured array."""
+    n = function.reads.index(read)
+    value = tables[n][tuple(jnp.broadcast_arrays(*where))]
+    return value != 0 if read.dtype == jnp.bool_ else value
+
+
+def _visit(
+    visit: Visitor,
+    tiles: TileList | None,
+    where: tuple[Any, Any, Any],
+    count: int,
+    num_full: Any,
+    careful: Any,
+    state: Any,
+    part: tuple[Any, int] = (0, 1),
+) -> Any:
+    """`visit(mode, tile, state)` for the tiles that a list names, or for all of `count`.
 
     Args:
-        query: (batch, num_heads, seq_q, head_dim).
-        key: (batch, num_kv_heads, seq_kv, head_dim).
-        value: (batch, num_kv_heads, seq_kv, value_dim).
-        mask: True to attend.
-        score_mod: `(scores, b, h, q, kv) -> scores`.
-        dropout_rng: key of the attention dropout.
-        dropout_rate: probability of dropping each attention weight.
-        deterministic: no dropout.
-        scale: factor of the scores, by default head_dim ** -0.5.
-        return_lse: also return the log of each query's sum of exponentials.
-        block_q: queries of a tile, by default chosen by shape.
-        block_kv: keys of a tile, by default chosen by shape.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from attnax import pallas_flash_attention
-        >>> x = jnp.ones((1, 4, 37, 8))
-        >>> pallas_flash_attention(x, x, x, block_q=16, block_kv=32).shape
-        (1, 4, 37, 8)
+        visit: what is done.
+        tiles: the list, of which `where` = (b, h, row) is read.
+        where: the place of this program.
+        count: tiles if there is no list.
+        num_full: of them.
+        careful: whether to take care everywhere; None for yes.
+        state: what is carried.
+        part: (n, of): only the n-th of so many equal parts.
     """
-    options: dict[str, Any] = {
-        "mask": mask,
-        "score_mod": score_mod,
-        "dropout_rng": dropout_rng,
-        "dropout_rate": dropout_rate,
-        "deterministic": deterministic,
-        "scale": scale,
-        "return_lse": return_lse,
-    }
-    return attend("pallas_flash_attention", query, key, value, block_size=(block_q, block_kv), **options)
+    num_visited: Any = count
+    at: tuple[Any, ...] = ()
+    if tiles is not None:
+        b, h, row = where
+        rows, heads = tiles.order.shape[:2]
+        at = (b if rows > 1 else 0, h if heads > 1 else 0, row)
+        num_full, num_visited = tiles.num_full[at], tiles.num_visited[at]
+
+    def tile(n: Any) -> Any:
+        return n if tiles is None else tiles.order[(*at, n)]
+
+    n, parts = part
+    share = (num_visited + parts - 1) // parts
+    first, last = jnp.minimum(n * share, num_visited), jnp.minimum((n + 1) * share, num_visited)
+    middle = jnp.clip(num_full, first, last)
+
+    def loop(first: Any, last: Any, mode: int, state: Any) -> Any:
+        return lax.fori_loop(first, last, lambda n, state: visit(mode, tile(n), state), state)
+
+    if careful is None:
+        return loop(first, last, _CAREFUL, state)
+    state = loop(first, jnp.where(careful, first, middle), _FULL, state)
+    state = loop(middle, jnp.where(careful, middle, last), _PARTIAL, state)
+    return loop(jnp.where(careful, first, last), last, _CAREFUL, state)
 
 
-def why_not_pallas() -> str:
-    """Why `pallas_flash_attention` runs in the blockwise engine on this machine.
+def _is_fine(*arrays: Array) -> Array:
+    """Which rows are finite in all arrays."""
+    bad = [jnp.where(jnp.isfinite(x.astype(jnp.float32)), 0, 1).max(1) for x in arrays]
+    return functools.reduce(jnp.maximum, bad) == 0
 
-    Example:
-        >>> from attnax import why_not_pallas
-        >>> why_not_pallas()
-        'this version has no Pallas kernel yet, for cpu or any other platform'
-    """
-    return f"this version has no Pallas kernel yet, for {jax.default_backend()} or any other platform"
+
+def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The attention of a tile of queries, or its state over one of several parts of the keys."""
+    kernel, grid = Kernel(call, inputs), call.grid
+    step, h, b = (pl.program_id(axis) for axis in range(3))
+    i = grid.num_q - 1 - step // parts  # under a causal mask the last tiles have most to do, so they begin
+    start = Place(b, h, i, 0)
+    query = kernel.rows(inputs.query, start)
+    fine = _is_fine(query)
+    query = jnp.where(fine[:, None], query, 0)
+
+    def visit(mode: int, j: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        place = start._replace(j=j)
+        key, value = kernel.keys(place)
+        spoilt = None
+        if mode == _CAREFUL:
+            spoilt = ~_is_fine(key, value)
+            key, value = (jnp.where(spoilt[:, None], 0, x) for x in (key, value))
+        bias = None if mode == _FULL else kernel.bias(place, spoilt, own_queries=False, own_keys=True)
+        scores, _ = kernel.scores(query, key, place, mode, bias)
+        masked = mode != _FULL or not call.is_plain
+        return _tile.update(state, scores, value, masked=masked, dropout=kernel.drop(place))
+
+    state = _tile.initial_state((grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
+    state = kernel.visit_keys(visit, start, state, (step % parts, parts))
+    rows = b, h, pl.ds(kernel.q_first(i), grid.block_q)
+    if "acc" in outputs:
+        spoilt_rows = jnp.where(fine, 0.0, jnp.nan)
+        at = (b, h, step % parts, rows[2])
+        outputs["acc"][(*at, slice(None))] = state.acc
+        outputs["max"][at] = state.max
+        outputs["sum"][at] = state.sum + jnp.where(state.sum == 0, 0.0, spoilt_rows)
+        return
+    out, lse = _tile.finish(state)
+    spoilt_rows = jnp.where(fine | (state.sum == 0), 0.0, jnp.nan)
+    out, lse = out + spoilt_rows[:, None], lse + spoilt_rows
+    outputs["lse"][rows] = lse
+    high = out.astype(inputs.query.dtype)
+    outputs["out"][(*rows, slice(None))] = high
+    if "low" in outputs:
+        outputs["low"][(*rows, slice(None))] = (out - high.astype(jnp.float32)).astype(high.dtype)
+
+
+def d_query_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The gradients of a tile of queries, and of the score mod's operands for them."""
+    kernel, grid = Kernel(call, inputs), call.grid
+    step, h, b = (pl.program_id(axis) for axis in range(3))
+    start = Place(b, h, grid.num_q - 1 - step, 0)
+    queries, learn = kernel.queries(start), kernel.learned("rows")
+
+    def visit(mode: int, j: Any, state: Any) -> Any:
+        place = start._replace(j=j)
+        d_query, learned = state
+        _, key, _, d_raw, d_learned = kernel.gradients(
+            place, mode, queries, kernel.keys(place), "rows", own_queries=False, own_keys=True
+        )
+        d_query = d_query + _tile.product(d_raw, key, 1, 0)
+        return d_query, tuple(x + y.astype(x.dtype) for x, y in zip(learned, d_learned, strict=True))
+
+    d_query = jnp.zeros((grid.block_q, inputs.query.shape[-1]), jnp.float32)
+    state = d_query, tuple(jnp.zeros((grid.block_q, 1), jnp.float32) for _ in learn)
+    d_query, learned = kernel.visit_keys(visit, start, state)
+    rows = b, h, pl.ds(kernel.q_first(start.i), grid.block_q)
+    d_query = d_query if call.learn_scale else d_query * inputs.scale[0]
+    outputs["d_query"][(*rows, slice(None))] = d_query.astype(outputs["d_query"].dtype)
+    for n, x in zip(learn, learned, strict=True):
+        outputs[f"mod {n}"][rows] = x.reshape(grid.block_q)
+
+
+def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The gradients of a tile of keys and values, and of the score mod's operands for them."""
+    kernel, grid = Kernel(call, inputs), call.grid
+    j, kv_head, b = (pl.program_id(axis) for axis in range(3))
+    keys, learn = kernel.keys(Place(b, kv_head * call.shared, 0, j)), kernel.learned("columns")
+    columns = pl.ds(kernel.kv_first(j), grid.block_kv)
+
+    def head(n: Any, sums: Any) -> Any:
+        h = kv_head * call.shared + n
+
+        def visit(mode: int, i: Any, state: Any) -> Any:
+            place = Place(b, h, i, j, turned=True)
+            (d_key, d_value), learned = state
+            queries, _, weights, d_raw, d_learned = kernel.gradients(
+                place, mode, kernel.queries(place), keys, "columns", own_queries=True, own_keys=False
+            )
+            d_value = d_value + _tile.product(weights, queries.d_out, 1, 0)
+            d_key = d_key + _tile.product(d_raw, queries.query, 1, 0)
+            return (d_key, d_value), tuple(x + y.astype(x.dtype) for x, y in zip(learned, d_learned, strict=True))
+
+        state = sums, tuple(jnp.zeros((grid.block_kv, 1), jnp.float32) for _ in learn)
+        sums, learned = kernel.visit_queries(visit, Place(b, h, 0, j), state)
+        for operand, x in zip(learn, learned, strict=True):
+            outputs[f"mod {operand}"][b, h, columns] = x.reshape(grid.block_kv)
+        return sums
+
+    sums = tuple(jnp.zeros((grid.block_kv, x.shape[-1]), jnp.float32) for x in keys)
+    d_key, d_value = lax.fori_loop(0, call.shared, head, sums)
+    where = b, kv_head, columns, slice(None)
+    outputs["d_key"][where] = (d_key * inputs.scale[0]).astype(inputs.key.dtype)
+    outputs["d_value"][where] = d_value.astype(inputs.value.dtype)
+
+
+def d_small_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The gradient of what one read takes from a small table, summed over the keys of a tile of queries."""
+    kernel, score_mod = Kernel(call, inputs), call.score_mod
+    assert score_mod is not None
+    i, h, b = (pl.program_id(axis) for axis in range(3))
+    start, read = Place(b, h, i, 0), score_mod.reads[n]
+    queries, sizes = kernel.queries(start), [read.shape[axis] for axis in read.axes]
+    size = pl.next_power_of_2(math.prod(sizes))
+    elements = jnp.arange(size, dtype=jnp.int32)
+
+    def visit(mode: int, j: Any, total: Array) -> Array:
+        place = start._replace(j=j)
+        *_, d_learned = kernel.gradients(
+            place, mode, queries, kernel.keys(place), "tables", own_queries=True, own_keys=True
+        )
+        share = d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
+        where = kernel.index_of(read, place, share.shape)
+        element = jnp.int32(0)
+        for axis, length in zip(read.axes, sizes, strict=True):
+            element = element * length + where[axis]
+
+        def add(e: Any, total: Array) -> Array:
+            return jnp.where(elements == e, total + jnp.where(element == e, share, 0.0).sum(), total)
+
+        return lax.fori_loop(0, math.prod(sizes), add, total)
+
+    total = kernel.visit_keys(visit, start, jnp.zeros(size, jnp.float32))
+    outputs["table"][b, h, i, :] = total
+
+
+def d_pairs_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The gradient of what one read takes from a table with an element for each pair, summed over rows and heads."""
+    kernel, grid = Kernel(call, inputs), call.grid
+    step, head, row = (pl.program_id(axis) for axis in range(3))
+    rows, heads = outputs["table"].shape[:2]
+    i, j = step // grid.num_kv, step % grid.num_kv
+    num_rows, num_heads = call.full[0] // rows, call.full[1] // heads
+
+    def add(b: Any, h: Any, total: Array) -> Array:
+        place = Place(row + b, head + h, i, j)
+
+        def visit(mode: int, _: Any, total: Array) -> Array:
+            *_, d_learned = kernel.gradients(
+                place, mode, kernel.queries(place), kernel.keys(place), "tables", own_queries=False, own_keys=False
+            )
+            return total + d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
+
+        visited, careful = kernel.is_visited(place), kernel.careful(place.b, place.h)
+        total = lax.fori_loop(0, jnp.where(careful, 0, visited), partial(visit, _PARTIAL), total)
+        return lax.fori_loop(0, jnp.where(careful, visited, 0), partial(visit, _CAREFUL), total)
+
+    def add_row(b: Any, total: Array) -> Array:
+        return lax.fori_loop(0, num_heads, partial(add, b), total)
+
+    total = jnp.zeros((grid.block_q, grid.block_kv), jnp.float32)
+    total = lax.fori_loop(0, num_rows, add_row, total)
+    outputs["table"][row, head, pl.ds(kernel.q_first(i), grid.block_q), pl.ds(kernel.kv_first(j), grid.block_kv)] = (
+        total
+    )
+
+
+Shapes = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def run(
+    name: str, kernel: Callable[..., None], call: Call, grid: tuple[int, ...], inputs: Inputs, shapes: Shapes
+) -> dict[str, Array]:
+    """What a kernel writes: `kernel(inputs, outputs)` for each program of a grid."""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
+    inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
+    aval = jax.typeof(inputs.query)
+    varying = {} if not axes else {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": axes}
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape={key: jax.ShapeDtypeStruct(shape, dtype, **varying) for key, (shape, dtype) in shapes.items()},
+        compiler_params=plgpu.CompilerParams(num_warps=call.tile.num_warps, num_stages=call.tile.num_stages),
+        interpret=call.interpret,
+        name=name,
+    )(inputs)

@@ -316,8 +316,14 @@ def relative_bucket(
         https://arxiv.org/abs/1910.10683.
     """
     _check_buckets("relative_bucket", num_buckets, max_distance, bidirectional)
-    buckets, firsts = (jnp.asarray(x, jnp.int32) for x in _buckets(num_buckets, max_distance, bidirectional))
-    return buckets[jnp.searchsorted(firsts, jnp.asarray(distance, jnp.int32), side="right", method="compare_all")]
+    distance = jnp.asarray(distance, jnp.int32)
+    begins = _bucket_begins(num_buckets // 2 if bidirectional else num_buckets, max_distance)
+    # Counted by comparisons, without a table, so that a kernel can do it.
+    reach = abs(distance) if bidirectional else -distance
+    bucket = jnp.zeros_like(distance)
+    for begin in begins:
+        bucket = bucket + (reach >= begin)
+    return bucket + jnp.where(distance > 0, num_buckets // 2, 0) if bidirectional else bucket
 
 
 def relative_bias_mod(
@@ -475,12 +481,8 @@ def mask_mod_to_boolean_mask(
     return jnp.broadcast_to(mask(*index_grid(*full)), full)
 
 
-def _buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> tuple[list[int], list[int]]:
-    """The buckets by rising distance kv - q, and the first distance of each but the lowest.
-
-    Of two buckets with the same first distance the later holds.
-    """
-    count = num_buckets // 2 if bidirectional else num_buckets
+def _bucket_begins(count: int, max_distance: int) -> list[int]:
+    """The least distance, one way, of each of `count` buckets but the first."""
     exact = count // 2
     grown = count - exact
 
@@ -490,11 +492,7 @@ def _buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> tuple[
         bound = max_distance**j * exact**grown
         return bisect.bisect_left(range(max_distance), True, key=lambda n: n**grown * exact**j >= bound)
 
-    begins = [*range(exact + 1), *(begin(j) for j in range(1, grown))]
-    buckets, firsts = list(reversed(range(count))), [1 - first for first in reversed(begins[1:])]
-    if bidirectional:
-        return buckets + list(range(count + 1, 2 * count)), firsts + begins[1:]
-    return buckets, firsts
+    return [*range(1, exact + 1), *(begin(j) for j in range(1, grown))]
 
 
 def _check_buckets(caller: str, num_buckets: int, max_distance: int, bidirectional: bool) -> None:

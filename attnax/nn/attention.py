@@ -14,10 +14,9 @@ from flax import nnx
 from attnax.cache import LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.kernels.cached import cached_attention
-from attnax.kernels.flash import flash_attention, memory_efficient_attention
+from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
-from attnax.kernels.pallas import pallas_flash_attention
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window

@@ -1,0 +1,117 @@
+"""Few queries against stored tokens by a GPU kernel: what it needs to know, gathered when the call is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnax.kernels import _gpu_tiles, _pointwise, _tile, _tile_lists
+from attnax.kernels._lift import Lifted, vary
+from attnax.masks import Mask, at_positions
+from attnax.typing import Array, ScoreMod, pytree_dataclass
+
+__all__ = ["KernelCall", "Stored", "bind_kernel", "decode", "kernel_serves"]
+
+
+@pytree_dataclass
+class Stored:
+    """Tokens in one piece (B, K, S, H), or in pages (P, page, K, H) that a table names."""
+
+    keys: Array
+    values: Array
+    positions: Array  # (B, S) int32; -1 is no token
+    pages: Array | None  # (B, S / page) int32
+
+
+@pytree_dataclass
+class KernelCall:
+    """What the kernel reads."""
+
+    query: Array  # (B, N, T, H), not scaled
+    scale: Array
+    stored: Stored
+    mask: Lifted  # of true positions, as score_mod
+    bounds: Lifted
+    score_mod: Lifted | None
+    is_opaque: bool = dataclasses.field(metadata={"static": True})
+
+
+def bind_kernel(
+    caller: str,
+    query: Array,
+    scale: Array,
+    stored: Stored,
+    positions: Array,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    axes: frozenset[str],
+) -> KernelCall | None:
+    """The call of the kernel, None where it does not serve the arrays.
+
+    Args:
+        caller: for errors of the score mod.
+        query: (B, N, T, H), not scaled.
+        scale: of the scores.
+        stored: the tokens.
+        positions: (B, T) of the queries.
+        mask: of true positions.
+        score_mod: of true positions.
+        axes: mesh axes that the arguments vary over.
+    """
+    sizes = [stored.keys.shape[-1], stored.values.shape[-1]]
+    if stored.pages is not None:
+        sizes.append(stored.keys.shape[1])
+    dtypes = {query.dtype, stored.keys.dtype, stored.values.dtype}
+    if len(dtypes) > 1 or query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return None
+    # Anything else would have to be copied into another shape at each step.
+    if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > _gpu_tiles.LARGEST_HEAD:
+        return None
+    mask = at_positions(mask, positions, stored.positions)
+    mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
+    call = KernelCall(
+        query,
+        scale,
+        stored,
+        _pointwise.lift_mask(mask, axes),
+        _tile_lists.lift_bounds(mask, _grid(query, stored), query.shape[0], query.shape[1], axes),
+        None if mod is None else _pointwise.lift_score_mod(caller, mod, axes),
+        mask.is_opaque,
+    )
+    return jax.tree.map(lambda x: vary(x, axes), call)
+
+
+def kernel_serves(call: KernelCall) -> bool:
+    """Whether the kernel can hold the mask and the score mod."""
+    return all(f is None or _pointwise.why_not_split(f) is None for f in (call.mask, call.score_mod))
+
+
+def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
+    """(out, natural log-sum-exp) in float32, by the kernel."""
+    from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+
+    mod, stored = call.score_mod, call.stored
+    setup = _launch.Setup(
+        _tile_of(call.query, stored),
+        _pointwise.split(call.mask),
+        call.mask.values,
+        call.bounds,
+        call.is_opaque,
+        None if mod is None else _pointwise.split(mod),
+        () if mod is None else mod.values,
+        interpret=interpret,
+    )
+    out, lse = _launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
+    return out, lse / _tile.LOG2E
+
+
+def _tile_of(query: Array, stored: Stored) -> _gpu_tiles.Tile:
+    size = max(stored.keys.shape[-1], stored.values.shape[-1])
+    tile = _gpu_tiles.choose("decode", size, query.dtype.itemsize * 8)
+    return tile if stored.pages is None else tile._replace(block_kv=stored.keys.shape[1])
+
+
+def _grid(query: Array, stored: Stored) -> _tile_lists.TileGrid:
+    return _tile_lists.TileGrid.of(_tile_of(query, stored), query.shape[2], stored.positions.shape[1])

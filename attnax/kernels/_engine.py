@@ -1,0 +1,379 @@
+"""One call of exact attention, prepared once for every engine that may run it, with its gradient.
+
+The tiles of `_blockwise` run anywhere. Where the program is lowered for an NVIDIA GPU the kernels of `pallas` take
+over, and on TPU what JAX ships, for the cases that they serve; all of them keep the same few residuals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
+from attnax.kernels._dropout import dropout_words
+from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels._lift import Lifted, vary, varying_axes
+from attnax.kernels._platform import by_platform, has_nvidia_gpu
+from attnax.masks import Mask, resolve_masks
+from attnax.typing import Array, ScoreMod, check_attention, is_concrete, pytree_dataclass
+
+if TYPE_CHECKING:
+    from attnax.kernels._launch import Setup
+
+__all__ = ["Backend", "Call", "attend", "prepare", "why_no_kernel"]
+
+Arrays = tuple[Array, Array, Array, Array]
+"""query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
+
+Backend = Literal["tiles", "automatic", "pallas", "interpret"]
+"""`_blockwise` everywhere, what is fastest, or the kernels of `pallas`: as they are, or interpreted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static about a call, beside shapes."""
+
+    tiles: _blockwise.Plan
+    backend: Backend
+    kernel: tuple[Tile, Tile] | None  # of the GPU kernels, forward and backward
+    has_score_mod: bool
+    learn_scale: bool
+
+
+@pytree_dataclass
+class KernelOperands:
+    """The mask and the score mod as the GPU kernels take them, before they are split."""
+
+    mask: Lifted | None
+    bounds: tuple[Lifted, Lifted] | None  # of the mask, over the tiles forward and backward
+    score_mod: Lifted | None
+    is_opaque: bool = dataclasses.field(metadata={"static": True})
+
+
+class Operands(NamedTuple):
+    """What both passes read beside query, key, value and scale."""
+
+    tiles: _blockwise.Operands
+    kernel: KernelOperands | None
+
+    @property
+    def learned(self) -> tuple[Array, ...]:
+        """The floating arrays that get gradients: those of the tiles, then those of the kernels."""
+        return (*self.tiles.learned, *self._of_kernel)
+
+    @property
+    def _of_kernel(self) -> tuple[Array, ...]:
+        score_mod = None if self.kernel is None else self.kernel.score_mod
+        return () if score_mod is None else score_mod.floats
+
+    def gradients(
+        self, *, tiles: tuple[Array, ...] | None = None, kernel: tuple[Array, ...] | None = None
+    ) -> tuple[Array, ...]:
+        """The gradients of `learned`, of which one engine computed its own; the other's are 0."""
+        of_tiles = tuple(map(jnp.zeros_like, self.tiles.learned)) if tiles is None else tiles
+        return (*of_tiles, *(tuple(map(jnp.zeros_like, self._of_kernel)) if kernel is None else kernel))
+
+
+def attend(
+    caller: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    score_mod: ScoreMod | None,
+    dropout_rng: Array | None,
+    dropout_rate: float,
+    deterministic: bool,
+    scale: Any,
+    return_lse: bool,
+    block_size: int | tuple[int | None, int | None] | None,
+    backend: Backend,
+) -> Any:
+    """The call of a built-in kernel, checked, prepared and run; `caller` is its name for errors.
+
+    `block_size` is one for queries and keys, or one each; None is chosen by shape.
+    """
+    call = prepare(
+        caller,
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+        block_size=block_size,
+        backend=backend,
+    )
+    if isinstance(call, Call):
+        reason = why_no_kernel(call.plan, call.operands.kernel) if backend in ("pallas", "interpret") else None
+        if reason is not None and (backend == "interpret" or has_nvidia_gpu()):
+            raise NotImplementedError(f"{caller}: {reason}. Use flash_attention.")
+        out, lse = _attention(call.plan, *call.arrays, call.operands.learned, call.operands)
+    else:
+        out, lse = call
+    return (out, lse) if return_lse else out
+
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    plan: Plan
+    arrays: Arrays  # query, key, value, scale
+    operands: Operands
+
+
+def prepare(
+    caller: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    block_size: int | tuple[int | None, int | None] | None,
+    backend: Backend,
+    mask: Any = None,
+    score_mod: ScoreMod | None = None,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+    scale: Any = None,
+) -> Call | tuple[Array, Array]:
+    """The call, ready to run; or its results, (out, lse), where there is nothing to compute."""
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_attention(
+        caller,
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    _blockwise.check_block_size(caller, block_size)
+    full = *query.shape[:3], key.shape[2]
+    mask, score_mod = resolve_masks(caller, mask, score_mod, full)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    if 0 in (*full, value.shape[3]):
+        return jnp.zeros((*full[:3], value.shape[3]), query.dtype), jnp.full(full[:3], -jnp.inf, dtype)
+    learn_scale = not is_concrete(scale)
+    scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
+    tiles = _blockwise.Plan(
+        *_blockwise.choose_tiles(full, key.shape[1], block_size), 0.0 if deterministic else dropout_rate
+    )
+    kernel = None if backend == "tiles" else _kernel_tiles(query, value, block_size)
+    plan = Plan(tiles, backend, kernel, score_mod is not None, learn_scale)
+    words = dropout_words(dropout_rng) if tiles.dropout_rate > 0.0 and dropout_rng is not None else None
+    index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
+    bound, of_tiles = _blockwise.bind(caller, tiles, (query, key, value, scale), mask, score_mod, index, words)
+    arrays: Arrays = bound[0], bound[1], bound[2], bound[3]
+    return Call(plan, arrays, Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod)))
+
+
+def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Tile] | None:
+    """Tiles of the GPU kernels, None where they do not serve the arrays."""
+    size = max(query.shape[-1], value.shape[-1])
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
+        return None
+    block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    tiles = [_gpu_tiles.choose(kind, size, query.dtype.itemsize * 8) for kind in ("forward", "backward")]
+    forward, backward = (
+        tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv) for tile in tiles
+    )
+    return forward, backward
+
+
+def _bind_kernel(
+    caller: str, plan: Plan, arrays: Arrays, mask: Mask | None, score_mod: ScoreMod | None
+) -> KernelOperands | None:
+    if plan.kernel is None:
+        return None
+    query, key, *_ = arrays
+    axes = varying_axes(query)
+    (batch, heads, seq_q, _), seq_kv = query.shape, key.shape[2]
+    bounds = None
+    if mask is not None:
+        grids = [_tile_lists.TileGrid.of(tile, seq_q, seq_kv) for tile in plan.kernel]
+        forward, backward = (_tile_lists.lift_bounds(mask, grid, batch, heads, axes) for grid in grids)
+        bounds = forward, backward
+    operands = KernelOperands(
+        None if mask is None else _pointwise.lift_mask(mask, axes),
+        bounds,
+        None if score_mod is None else _pointwise.lift_score_mod(caller, score_mod, axes),
+        mask is not None and mask.is_opaque,
+    )
+    return jax.tree.map(lambda x: vary(x, axes), operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention_of(
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: Array,
+    learned: tuple[Array, ...],
+    operands: Operands,
+) -> tuple[Array, Array]:
+    out, lse, _ = _forward(plan, (query, key, value, scale), operands, exact=False)
+    return out, lse / _tile.LOG2E
+
+
+def _attention_forward(
+    plan: Plan, query: Array, key: Array, value: Array, scale: Array, learned: tuple[Array, ...], operands: Operands
+) -> tuple[tuple[Array, Array], Any]:
+    out, lse, low = _forward(plan, (query, key, value, scale), operands, exact=True)
+    return (out, lse / _tile.LOG2E), ((query, key, value, scale), operands, out, lse, low)
+
+
+def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    arrays, operands, out, lse, low = residuals
+    out = out.astype(lse.dtype) + (0 if low is None else low)
+    results = _by_platform(
+        plan,
+        partial(_tiles_backward, plan),
+        partial(_kernel_backward, plan),
+        operands,
+        arrays,
+        operands,
+        out,
+        lse,
+        *cotangents,
+    )
+    return *results, None
+
+
+_attention_of.defvjp(_attention_forward, _attention_backward)
+_attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside of jit compiles once
+
+
+def _forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
+    """(out, lse in units of log 2, what rounding took from out if `exact` is wanted and anything was rounded)."""
+    exact = exact and arrays[0].dtype.itemsize < 4
+    tiles, kernel = partial(_tiles_forward, plan, exact), partial(_kernel_forward, plan, exact)
+    return _by_platform(plan, tiles, kernel, operands, arrays, operands)
+
+
+def _by_platform(
+    plan: Plan, tiles: Callable[..., Any], kernel: Callable[..., Any], operands: Operands, *args: Any
+) -> Any:
+    """What the engine of the plan gives: `tiles(*args)`, or `kernel(*args)` where it can run."""
+    if plan.backend == "tiles":
+        return tiles(*args)
+    if plan.backend == "interpret":
+        return kernel(*args)
+    return by_platform(tiles, *args, cuda=kernel)
+
+
+def _tiles_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    query, key, value = _in_float32(plan, *arrays)
+    out, lse = _blockwise.forward(plan.tiles, query, key, value, operands.tiles)
+    rounded = out.astype(arrays[0].dtype)
+    return rounded, lse, (out - rounded.astype(out.dtype)).astype(rounded.dtype) if exact else None
+
+
+def _tiles_backward(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> tuple[Any, ...]:
+    scaled, key, value = _in_float32(plan, *arrays)
+    rows = _blockwise.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
+    d_scaled, *d_keys, gradients = _blockwise.backward(
+        plan.tiles, rows, key, value, operands.tiles, operands.tiles.gradients()
+    )
+    query, *_, scale = arrays
+    unit = 1.0 if plan.has_score_mod else _tile.LOG2E
+    d_scale = (d_scaled * query.astype(out.dtype)).sum() * unit if plan.learn_scale else jnp.zeros_like(scale)
+    d_arrays = (d.astype(x.dtype) for d, x in zip((d_scaled * (scale * unit), *d_keys), arrays, strict=False))
+    return *d_arrays, d_scale, operands.gradients(tiles=operands.tiles.finish(gradients))
+
+
+def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array) -> tuple[Array, Array, Array]:
+    """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
+    query = query.astype(scale.dtype)
+    query = jnp.where(jnp.isfinite(query).all(-1, keepdims=True), query, jnp.nan)  # an infinity spoils as NaN does
+    return (
+        query * (scale * (1.0 if plan.has_score_mod else _tile.LOG2E)),
+        key.astype(scale.dtype),
+        value.astype(scale.dtype),
+    )
+
+
+def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+
+    setup = _setup(plan, operands, 0)
+    return _tiles_forward(plan, exact, arrays, operands) if setup is None else _launch.forward(arrays, setup, low=exact)
+
+
+def _kernel_backward(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> tuple[Any, ...]:
+    from attnax.kernels import _launch
+
+    setup, reason = _setup(plan, operands, 1), None
+    if setup is not None and setup.score_mod is not None:
+        query, key, *_ = arrays
+        batch, heads, seq_q, _ = query.shape
+        reason = _launch.why_not_learn(setup.score_mod, setup.mod_values, (batch, heads, seq_q, key.shape[2]))
+    if reason is not None and plan.backend != "automatic":
+        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
+    if setup is None or reason is not None:
+        return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
+    *d_arrays, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
+    return *d_arrays, operands.gradients(kernel=gradients)
+
+
+def _setup(plan: Plan, operands: Operands, which: int) -> Setup | None:
+    """What the kernels of the forward (0) or backward (1) pass need; None where tiles must do.
+
+    Raises:
+        NotImplementedError: kernels are explicitly wanted, but cannot do it.
+    """
+    from attnax.kernels import _launch
+
+    reason = why_no_kernel(plan, operands.kernel)
+    if reason is not None:
+        if plan.backend == "automatic":
+            return None
+        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
+    kernel = operands.kernel
+    assert kernel is not None and plan.kernel is not None
+    mask, score_mod = kernel.mask, kernel.score_mod
+    return _launch.Setup(
+        plan.kernel[which],
+        None if mask is None else _pointwise.split(mask),
+        () if mask is None else mask.values,
+        None if kernel.bounds is None else kernel.bounds[which],
+        kernel.is_opaque,
+        None if score_mod is None else _pointwise.split(score_mod),
+        () if score_mod is None else score_mod.values,
+        operands.tiles.dropout,
+        plan.tiles.dropout_rate,
+        plan.learn_scale,
+        plan.backend == "interpret",
+    )
+
+
+def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
+    """Why the GPU kernels do not serve a call; None if they do."""
+    if operands is None or plan.kernel is None:
+        return f"kernels take float32, bfloat16 and float16, and heads of at most {_gpu_tiles.LARGEST_HEAD}"
+    for tile in plan.kernel:
+        for size in (tile.block_q, tile.block_kv):
+            if size < 16 or size & (size - 1):
+                return f"tiles of kernels are powers of 2, at least 16; got {size}"
+    for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
+        refused = None if function is None else _pointwise.why_not_split(function)
+        if refused is not None:
+            return f"no kernel can hold this {name}: {refused}"
+    return None

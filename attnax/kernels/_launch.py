@@ -1,0 +1,325 @@
+"""What surrounds the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
+
+Nothing here is written for one kind of GPU; the kernels are in `pallas`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnax.kernels import _tile
+from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels._lift import Lifted
+from attnax.kernels._pointwise import Read, Split, add_slabs
+from attnax.kernels._tile_lists import TileGrid, TileList, tile_codes
+from attnax.kernels.pallas import (
+    Call,
+    Inputs,
+    Kernel,
+    Shapes,
+    d_key_value_kernel,
+    d_pairs_kernel,
+    d_query_kernel,
+    d_small_table_kernel,
+    forward_kernel,
+    run,
+)
+from attnax.typing import Array
+
+__all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
+
+_PROGRAMS = 264  # two for each multiprocessor of an H100
+_SMALL_TABLE = 1024  # elements that a program keeps the gradient of in its registers
+
+
+Arrays = tuple[Array, Array, Array, Array]
+"""query (B, N, T, H), key (B, K, S, H), value (B, K, S, V), and the scale of the scores, a float32 scalar."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What a pass needs beside arrays."""
+
+    tile: Tile
+    mask: Split | None
+    mask_values: tuple[Array, ...]  # what the mask captured
+    bounds: Lifted | None  # of the mask, over the tiles of this pass
+    is_opaque: bool
+    score_mod: Split | None
+    mod_values: tuple[Array, ...]
+    words: Array | None = None  # of the dropout
+    dropout_rate: float = 0.0
+    learn_scale: bool = False
+    interpret: bool = False  # run kernels as ordinary JAX, on any platform
+
+
+def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, Array | None]:
+    """The attention of every query.
+
+    Returns:
+        out (B, N, T, V), lse (B, N, T) float32 in units of log 2, and if `low` what rounding took from out, in the same
+        dtype.
+    """
+    query, _, value, _ = arrays
+    call, inputs = _prepare(arrays, setup)
+    (batch, heads, seq_q, _), seq = call.full, inputs.query.shape[2]
+    shapes: Shapes = {
+        "out": ((batch, heads, seq, inputs.value.shape[-1]), query.dtype),
+        "lse": ((batch, heads, seq), jnp.float32),
+    }
+    if low:
+        shapes["low"] = shapes["out"]
+    grid = call.grid.num_q, heads, batch
+    results = run("attnax_forward", partial(forward_kernel, call, 1), call, grid, inputs, shapes)
+    out, *rest = (results[name][:, :, :seq_q, : value.shape[-1]] for name in ("out", "low")[: 1 + low])
+    return out, results["lse"][:, :, :seq_q], rest[0] if low else None
+
+
+def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Array]:
+    """(out, lse), float32, of a few queries over many keys, in programs for parts of the keys that are merged.
+
+    Args:
+        arrays: head sizes are powers of 2; with `pages`, key and value are pages (P, page, K, H).
+        setup: the rest.
+        pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
+    """
+    call, inputs = _prepare(arrays, setup, pages)
+    inputs = inputs._replace(careful=None)  # looking at all keys first would take as long as attending them
+    (batch, heads, seq_q, _), grid = call.full, call.grid
+    parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
+    rows = batch, heads, parts, inputs.query.shape[2]
+    shapes: Shapes = {"acc": ((*rows, inputs.value.shape[-1]), jnp.float32)}
+    shapes |= dict.fromkeys(("max", "sum"), (rows, jnp.float32))
+    programs = grid.num_q * parts, heads, batch
+    results = run("attnax_decode", partial(forward_kernel, call, parts), call, programs, inputs, shapes)
+    state = _tile.SoftmaxState(results["acc"], results["max"], results["sum"])
+    while state.sum.shape[2] > 1:
+        state = _tile.merge(*(jax.tree.map(lambda x, n=n: x[:, :, n::2], state) for n in (0, 1)))
+    out, lse = _tile.finish(jax.tree.map(lambda x: x[:, :, 0, :seq_q], state))
+    return out, lse
+
+
+def _num_parts(programs: int, num_kv: int) -> int:
+    """Into how many parts the keys go so that every multiprocessor of a large GPU has work: a power of 2."""
+    parts = 1
+    while programs * parts < _PROGRAMS and 2 * parts <= num_kv:
+        parts *= 2
+    return parts
+
+
+def backward(
+    arrays: Arrays, setup: Setup, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
+    """The gradients of query, key, value, scale and the score mod's floating values.
+
+    Args:
+        arrays: as in `forward`.
+        setup: likewise.
+        out: the result, float32.
+        lse: the result, in units of log 2.
+        d_out: cotangent of out.
+        d_lse: cotangent of the natural log-sum-exp.
+    """
+    query, key, value, scale = arrays
+    fine = jnp.isfinite(query).all(-1) & jnp.isfinite(d_out).all(-1) & jnp.isfinite(d_lse)
+    fine &= jnp.isfinite(lse) | (lse == -jnp.inf)
+    delta = jnp.where(fine, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
+    call, inputs = _prepare(arrays, setup)
+    batch, heads, seq_q, seq_kv = call.full
+    bad = ~fine.reshape(batch, call.kv_heads, -1).all(2)
+    length = inputs.query.shape[2]
+    inputs = inputs._replace(
+        careful=inputs.careful | bad,
+        d_out=_whole_rows(d_out, length, 0),
+        lse=_whole_rows(lse, length, jnp.inf),
+        delta=_whole_rows(delta, length, 0),
+    )
+    kernel = Kernel(call, inputs)
+    query_shape, key_shape, value_shape = (x.shape for x in inputs[:3])
+    shapes: Shapes = {"d_query": (query_shape, jnp.float32 if setup.learn_scale else query.dtype)}
+    shapes |= {f"mod {n}": (query_shape[:3], jnp.float32) for n in kernel.learned("rows")}
+    by_query = run(
+        "attnax_d_query", partial(d_query_kernel, call), call, (call.grid.num_q, heads, batch), inputs, shapes
+    )
+    shapes = {"d_key": (key_shape, key.dtype), "d_value": (value_shape, value.dtype)}
+    shapes |= {f"mod {n}": ((batch, heads, key_shape[2]), jnp.float32) for n in kernel.learned("columns")}
+    grid = call.grid.num_kv, call.kv_heads, batch
+    by_key = run("attnax_d_key_value", partial(d_key_value_kernel, call), call, grid, inputs, shapes)
+    d_query = by_query["d_query"][:, :, :seq_q, : query.shape[-1]]
+    d_scale = jnp.zeros_like(scale)
+    if setup.learn_scale:
+        d_scale = (d_query * query.astype(jnp.float32)).sum()
+        d_query = (d_query * scale).astype(query.dtype)
+    d_key = by_key["d_key"][:, :, :seq_kv, : key.shape[-1]]
+    d_value = by_key["d_value"][:, :, :seq_kv, : value.shape[-1]]
+    return d_query, d_key, d_value, d_scale, _mod_gradients(call, inputs, setup, {**by_query, **by_key})
+
+
+def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
+    """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
+    score_mod, values, kernel = setup.score_mod, setup.mod_values, Kernel(call, inputs)
+    if score_mod is None:
+        return ()
+    floats = [n for n, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def operands(given: list[Array]) -> list[Array]:
+        changed = dict(zip(floats, given, strict=True))
+        computed = score_mod.compute_operands([changed.get(n, x) for n, x in enumerate(values)], call.full)
+        return [x for x in computed if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    numbers = sorted((*kernel.learned("rows"), *kernel.learned("columns")))
+    results, pull = jax.vjp(operands, [values[n] for n in floats])
+    cotangents = []
+    for n, result in zip(numbers, results, strict=True):
+        of_keys = result.shape[3] > 1
+        total = sums[f"mod {n}"][:, :, : call.full[3] if of_keys else call.full[2]]
+        total = total[:, :, None, :] if of_keys else total[:, :, :, None]
+        extra = tuple(axis for axis in range(4) if result.shape[axis] == 1 and total.shape[axis] > 1)
+        cotangents.append(total.sum(extra, keepdims=True).astype(result.dtype))
+    (gradients,) = pull(cotangents)
+    for n in kernel.learned("tables"):
+        read = score_mod.reads[n]
+        position = floats.index(read.table)
+        share = _table_gradient(call, inputs, n, values[read.table].shape)
+        gradients[position] = gradients[position] + share.astype(gradients[position].dtype)
+    return tuple(gradients)
+
+
+def _table_gradient(call: Call, inputs: Inputs, n: int, shape: tuple[int, ...]) -> Array:
+    """The gradient of a table from what one read takes of it."""
+    score_mod = call.score_mod
+    assert score_mod is not None
+    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.full
+    index = [
+        x if x is None else np.clip(x, 0, size - 1)
+        for x, size in zip(score_mod.index_of(read, call.full), shape, strict=True)
+    ]
+    if _how_to_learn(score_mod, read, call.full) == "pairs":
+        outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
+        slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
+        grid = call.grid.num_q * call.grid.num_kv, slab[1], slab[0]
+        shapes: Shapes = {"table": ((*slab, inputs.query.shape[2], inputs.key.shape[2]), jnp.float32)}
+        total = run("attnax_d_pairs", partial(d_pairs_kernel, call, n), call, grid, inputs, shapes)["table"]
+        total = total[:, :, :seq_q, :seq_kv]
+        if not _is_each(index[read.axes[0]], 2, seq_q):  # the table has keys before queries
+            total = total.swapaxes(2, 3)
+    else:
+        sizes = [shape[axis] for axis in read.axes]
+        count = math.prod(sizes)
+        shapes = {"table": ((batch, heads, call.grid.num_q, _next_power_of_2(count)), jnp.float32)}
+        grid = call.grid.num_q, heads, batch
+        total = run("attnax_d_table", partial(d_small_table_kernel, call, n), call, grid, inputs, shapes)["table"]
+        total = total.sum(2)[..., :count].reshape(batch, heads, *sizes)
+    return add_slabs(shape, read.axes, total, index)
+
+
+def _how_to_learn(score_mod: Split, read: Read, full: tuple[int, int, int, int]) -> str | None:
+    """How a kernel computes the gradient of a table that is read by pair; None if none does.
+
+    "pairs" where each pair has an element of its own, "small" where the program can hold all elements.
+    """
+    shape, index = read.shape, score_mod.index_of(read, full)
+    if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
+        return None
+    if len(read.axes) == 2:
+        for q_axis, kv_axis in (read.axes, read.axes[::-1]):
+            if _is_each(index[q_axis], 2, full[2]) and _is_each(index[kv_axis], 3, full[3]):
+                return "pairs" if shape[q_axis] >= full[2] and shape[kv_axis] >= full[3] else None
+    return "small" if math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE else None
+
+
+def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
+    """Whether an index is that of each query (axis 2) or key (axis 3) itself."""
+    want = np.arange(size).reshape([size if axis == other else 1 for other in range(4)])
+    return index is not None and index.shape == want.shape and bool((index == want).all())
+
+
+def why_not_learn(score_mod: Split, values: tuple[Array, ...], full: tuple[int, int, int, int]) -> str | None:
+    """Why no kernel gives the gradients of what a score mod captured; None if one does."""
+    for read in score_mod.reads:
+        if jnp.issubdtype(values[read.table].dtype, jnp.inexact) and _how_to_learn(score_mod, read, full) is None:
+            return (
+                f"the gradient of a captured array of shape {values[read.table].shape} that is read by query and key "
+                "together, but neither at [q, kv] nor small"
+            )
+    return None
+
+
+def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[Call, Inputs]:
+    """What a kernel knows and reads; keys in pages are read with care, others as `careful` says."""
+    query, key, value, scale = arrays
+    batch, heads, seq_q, _ = query.shape
+    kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
+    full, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
+    lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
+    mask, score_mod = setup.mask, setup.score_mod
+    codes = tiles = turned = careful = None
+    if mask is not None:
+        assert setup.bounds is not None
+        codes = tile_codes(grid, batch, heads, setup.bounds, mask, setup.mask_values, is_opaque=setup.is_opaque)
+        codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
+        tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
+    if pages is None:
+        fine = jnp.isfinite(key).all((2, 3)) & jnp.isfinite(value).all((2, 3))
+        careful = (~fine).astype(jnp.int32)
+        key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
+
+    def operands(function: Split | None, values: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        if function is None:
+            return (), ()
+        whole = (_fill(x, lengths) for x in function.compute_operands(values, full))
+        return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in function.reads)
+
+    inputs = Inputs(
+        _whole_rows(query, lengths[0], "edge"),
+        key,
+        value,
+        jnp.asarray(scale, jnp.float32).reshape(1),
+        tiles,
+        turned,
+        codes,
+        careful,
+        setup.words,
+        *operands(mask, setup.mask_values),
+        *operands(score_mod, setup.mod_values),
+        pages=pages,
+    )
+    call = Call(
+        full, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
+    )
+    return call, inputs
+
+
+def _whole_rows(x: Array, length: int, fill: Any) -> Array:
+    """(B, N, L) or (B, N, L, H) of at least this length, with `fill` or the last row again; H is a power of 2."""
+    missing = ((0, 0), (0, 0), (0, length - x.shape[2]), *((0, 0),) * (x.ndim - 3))
+    x = jnp.pad(x, missing, mode="edge") if fill == "edge" else jnp.pad(x, missing, constant_values=fill)
+    return x if x.ndim == 3 else jnp.pad(x, [(0, 0)] * 3 + [(0, _power_of_2(x.shape[3]) - x.shape[3])])
+
+
+def _power_of_2(size: int) -> int:
+    """The least size that tensor cores take and that holds `size`."""
+    return max(16, _next_power_of_2(size))
+
+
+def _next_power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _fill(x: Array, lengths: tuple[int, int]) -> Array:
+    """An operand (B', N', T|1, S|1) with the last one again up to `lengths`."""
+    missing = [max(0, length - size) if size > 1 else 0 for length, size in zip(lengths, x.shape[2:], strict=True)]
+    return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing)), mode="edge") if any(missing) else x
+
+
+def _loadable(x: Array) -> Array:
+    """Kernels load no booleans."""
+    return x.astype(jnp.int8) if x.dtype == jnp.bool_ else x

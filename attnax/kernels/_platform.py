@@ -1,0 +1,103 @@
+"""One operation with an implementation for each platform, chosen when a program is lowered.
+
+`jax.lax.platform_dependent` chooses at the same time but traces every branch first: whoever runs on a CPU would pay for
+the GPU's kernels in each compilation. Here the other platforms' functions are not called before they are wanted, and
+derivatives of the whole operation are those of the default one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["by_platform", "has_nvidia_gpu"]
+
+Branch = Callable[..., Any]
+
+
+def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
+    """`default(*arguments)`, or the result of the function for the platform that the program is lowered for.
+
+    Args:
+        default: traced here and now.
+        arguments: pytrees of arrays.
+        platforms: by JAX's name for a platform ("cuda", "tpu"), functions whose results have the same shapes and
+            dtypes as those of `default`. They must depend on arrays through `arguments` alone.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def on_leaves(branch: Branch, skip: int = 0) -> Branch:
+        return lambda *leaves: branch(*jax.tree.unflatten(structure, leaves[skip:]))
+
+    traced, shape = jax.make_jaxpr(on_leaves(default), return_shape=True)(*leaves)
+
+    def flat(branch: Branch) -> Branch:
+        run = on_leaves(branch, len(traced.consts))
+        return lambda *leaves: jax.tree.leaves(run(*leaves))
+
+    # Constants of `default` may be values of an enclosing transformation, so they are operands too.
+    jaxpr = ClosedJaxpr(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
+    branches = tuple((name, flat(branch)) for name, branch in platforms.items())
+    results = _by_platform_p.bind(*traced.consts, *leaves, default=jaxpr, platforms=branches)
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether this process computes on an NVIDIA GPU by default."""
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
+_by_platform_p = Primitive("attnax_by_platform")
+_by_platform_p.multiple_results = True
+
+
+def _run(*arguments: Any, **params: Any) -> Any:
+    return jax.jit(partial(_by_platform_p.bind, **params))(*arguments)
+
+
+def _avals(*_: Any, default: ClosedJaxpr, platforms: Any) -> Any:
+    return default.out_avals, default.effects
+
+
+def _lower(platform: str | None) -> Any:
+    def run(*arguments: Any, default: ClosedJaxpr, platforms: tuple[tuple[str, Branch], ...]) -> Any:
+        return dict(platforms).get(platform or "", jaxpr_as_fun(default))(*arguments)
+
+    return mlir.lower_fun(run, multiple_results=True)
+
+
+def _batch(
+    arguments: Any, axes: Any, *, default: ClosedJaxpr, platforms: tuple[tuple[str, Branch], ...]
+) -> tuple[Any, Any]:
+    def mapped(branch: Branch) -> Branch:
+        return jax.vmap(branch, axes)
+
+    batched = jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*arguments)
+    branches = tuple((name, mapped(branch)) for name, branch in platforms)
+    results = _by_platform_p.bind(*arguments, default=batched, platforms=branches)
+    return results, [0] * len(results)
+
+
+def _jvp(primals: Any, tangents: Any, *, default: ClosedJaxpr, platforms: Any) -> Any:
+    known = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+
+    def run(*moving: Any) -> Any:
+        rest = iter(moving)
+        return jaxpr_as_fun(default)(*(next(rest) if moves else x for x, moves in zip(primals, known, strict=True)))
+
+    at, along = ([x for x, moves in zip(values, known, strict=True) if moves] for values in (primals, tangents))
+    return jax.jvp(run, at, along)
+
+
+_by_platform_p.def_impl(_run)
+_by_platform_p.def_effectful_abstract_eval(_avals)
+mlir.register_lowering(_by_platform_p, _lower(None))
+for _platform in ("cuda", "tpu"):
+    mlir.register_lowering(_by_platform_p, _lower(_platform), platform=_platform)
+batching.primitive_batchers[_by_platform_p] = _batch
+ad.primitive_jvps[_by_platform_p] = _jvp

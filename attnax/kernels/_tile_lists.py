@@ -1,0 +1,157 @@
+"""Which tiles of a mask hold anything, for all tiles at once: what a kernel with one program for each tile reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._pointwise import Split
+from attnax.masks import Mask
+from attnax.typing import Array
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "TileGrid", "TileList", "lift_bounds", "tile_codes"]
+
+FULL, PARTIAL, EMPTY = 0, 1, 2
+
+
+class TileGrid(NamedTuple):
+    """Queries and keys in tiles; the last tile begins earlier where it would not be whole."""
+
+    seq_q: int  # those there are; of fewer than a tile the rest is filled up
+    seq_kv: int
+    block_q: int
+    block_kv: int
+
+    @classmethod
+    def of(cls, tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
+        """Of these tiles, or of smaller ones where lengths are: powers of 2, at least 16."""
+        block_q, block_kv = (
+            min(most, max(16, 1 << (length - 1).bit_length()))
+            for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
+        )
+        return cls(seq_q, seq_kv, block_q, block_kv)
+
+    @property
+    def num_q(self) -> int:
+        """Tiles along the queries."""
+        return -(-self.seq_q // self.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        """Tiles along the keys."""
+        return -(-self.seq_kv // self.block_kv)
+
+    @property
+    def even_q(self) -> bool:
+        """Whether each query lies in one tile, and nothing else."""
+        return self.seq_q % self.block_q == 0
+
+    @property
+    def even_kv(self) -> bool:
+        """Whether each key lies in one tile, and nothing else."""
+        return self.seq_kv % self.block_kv == 0
+
+    def ends(self) -> tuple[Array, Array, Array, Array]:
+        """First and last query of each tile (1, 1, num_q, 1), first and last key (1, 1, 1, num_kv)."""
+        q, kv = (
+            (jnp.maximum(jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, length - size), 0), size, length)
+            for length, size, count in (
+                (self.seq_q, self.block_q, self.num_q),
+                (self.seq_kv, self.block_kv, self.num_kv),
+            )
+        )
+        (q_first, q_last), (kv_first, kv_last) = (
+            (first, jnp.minimum(first + size, length) - 1) for first, size, length in (q, kv)
+        )
+        return (
+            q_first[None, None, :, None],
+            q_last[None, None, :, None],
+            kv_first[None, None, None],
+            kv_last[None, None, None],
+        )
+
+
+class TileList(NamedTuple):
+    """For each tile along one axis, the tiles along the other: full ones first, then partial, then empty ones.
+
+    B' and N' are 1 where the mask is the same for all.
+    """
+
+    order: Array  # (B', N', rows, columns) int32
+    num_full: Array  # (B', N', rows) int32
+    num_visited: Array  # (B', N', rows) int32: those that are not empty
+
+    @classmethod
+    def of(cls, codes: Array) -> TileList:
+        """From codes (B', N', rows, columns)."""
+        return cls(
+            jnp.argsort(codes, axis=-1, stable=True).astype(jnp.int32),
+            (codes == FULL).sum(-1).astype(jnp.int32),
+            (codes != EMPTY).sum(-1).astype(jnp.int32),
+        )
+
+
+def lift_bounds(mask: Mask, grid: TileGrid, batch: int, heads: int, axes: frozenset[str]) -> Lifted:
+    """The mask's bounds over all tiles of a grid; `axes` are the mesh axes that arguments vary over."""
+
+    def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
+        some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
+        return jnp.asarray(some), jnp.asarray(every)
+
+    return lift(bounds, *(vary(x, axes) for x in _all_tiles(grid, batch, heads)))
+
+
+def tile_codes(
+    grid: TileGrid, batch: int, heads: int, bounds: Lifted, mask: Split, values: tuple[Array, ...], *, is_opaque: bool
+) -> Array:
+    """FULL, PARTIAL or EMPTY for every tile, (B', N', num_q, num_kv) int32.
+
+    A tile that is not whole is never full. Where the bounds of an opaque mask cannot tell, its pairs do.
+
+    Args:
+        grid: of the tiles.
+        batch: B.
+        heads: N.
+        bounds: of the mask, from `lift_bounds`.
+        mask: the mask itself.
+        values: what it captured.
+        is_opaque: whether its bounds do not tell enough.
+    """
+    axes = frozenset().union(*map(varying_axes, (*bounds.values, *values)))
+    tiles = tuple(vary(x, axes) for x in _all_tiles(grid, batch, heads))
+    some, every = bounds(*tiles)
+    codes = jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY)
+    codes = codes.reshape((1,) * (4 - codes.ndim) + codes.shape)
+    if is_opaque:
+        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values), codes)
+    not_whole_q = (jnp.arange(grid.num_q) == grid.num_q - 1) & (not grid.even_q)
+    not_whole_kv = (jnp.arange(grid.num_kv) == grid.num_kv - 1) & (not grid.even_kv)
+    not_whole = (not_whole_q[:, None] | not_whole_kv[None, :])[None, None]
+    return jnp.where(not_whole, jnp.maximum(codes, PARTIAL), codes).astype(jnp.int32)
+
+
+def _all_tiles(grid: TileGrid, batch: int, heads: int) -> tuple[Array, ...]:
+    """(b, h, first and last query, first and last key) of all tiles, along an axis each."""
+    index = jnp.arange(max(batch, heads), dtype=jnp.int32)
+    return index[:batch, None, None, None], index[None, :heads, None, None], *grid.ends()
+
+
+def _codes_of_pairs(grid: TileGrid, tiles: tuple[Array, ...], mask: Split, values: tuple[Array, ...]) -> Array:
+    """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
+    b, h, q_first, q_last, kv_first, kv_last = tiles
+    steps = jnp.arange(grid.block_kv, dtype=jnp.int32)[None]
+    kv = jnp.minimum(kv_first.reshape(-1, 1) + steps, kv_last.reshape(-1, 1)).reshape(1, 1, 1, -1)
+
+    def row(ends: tuple[Array, Array]) -> Array:
+        q = jnp.minimum(ends[0] + jnp.arange(grid.block_q, dtype=jnp.int32), ends[1]).reshape(1, 1, -1, 1)
+        keep = mask.everywhere(values, b, h, q, kv)
+        keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
+        keep = jnp.broadcast_to(keep, (*keep.shape[:2], grid.block_q, kv.size))
+        keep = keep.reshape(*keep.shape[:3], grid.num_kv, grid.block_kv)
+        return jnp.where(keep.any((2, 4)), jnp.where(keep.all((2, 4)), FULL, PARTIAL), EMPTY)
+
+    return jnp.moveaxis(lax.map(row, (q_first.reshape(-1), q_last.reshape(-1))), 0, 2)

@@ -1,0 +1,476 @@
+"""The GPU kernels without a GPU: run in interpret mode, and lowered for cuda."""
+
+import functools
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES
+from jax import export, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_blockwise import MASKS, SEQ, captured_arrays, dense
+
+from attnax import (
+    cached_attention,
+    flash_attention,
+    init_kv_layer_cache,
+    masks,
+    memory_efficient_attention,
+    pallas_flash_attention,
+    standard_attention,
+    update_kv_layer_cache,
+    why_not_pallas,
+)
+from attnax.kernels import _decode, _pointwise, _tile_lists, score_mods
+from attnax.kernels.paged import paged_attention
+from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
+
+interpreted = partial(pallas_flash_attention, interpret=True, block_q=16, block_kv=16)
+T, S = 37, 53
+
+
+def arrays(dtype=jnp.float32, seq_q=T, seq_kv=S, head_dim=20, value_dim=24):
+    """query, key, value and cotangent of 2 rows, 6 heads and 2 key heads, in tiles that do not fit."""
+    shapes = (2, 6, seq_q, head_dim), (2, 2, seq_kv, head_dim), (2, 2, seq_kv, value_dim), (2, 6, seq_q, value_dim)
+    return tuple(jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes))
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(9), shape, dtype)
+
+
+def lowered(function, *arguments):
+    """The names of the kernels in a program that is lowered for NVIDIA GPUs."""
+    return kernels_in(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+
+
+def kernels_in(text):
+    assert "atomic" not in text
+    return set(re.findall(r"attnax_(\w+)", text)) - {"by_platform"}
+
+
+def gradient(attend, *options):
+    def loss(query, key, value, cotangent, *given):
+        out, lse = attend(query, key, value, *given, return_lse=True)
+        return (out * cotangent).sum() + (jnp.where(jnp.isfinite(lse), lse, 0) * 0.3).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1, 2, *(4 + n for n in range(len(options))))))
+
+
+GRIDS = {
+    "causal": {"mask": masks.causal()},
+    "window": {"mask": masks.sliding_window(11)},
+    "documents": {"mask": masks.documents(jnp.arange(T) // 9, jnp.arange(S) // 9)},
+    "function": {"mask": lambda b, h, q, kv: (q * 3 + kv * (h + 1) + b) % 7 < 3},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "function" else pytest.mark.thorough) for name in GRIDS]
+)
+@pytest.mark.parametrize("blocks", [(16, 32), (64, 16)])
+def test_tiles_that_do_not_fit_give_the_gradients_of_the_definition(name, blocks):
+    query, key, value, cotangent = arrays()
+    attend = partial(interpreted, block_q=blocks[0], block_kv=blocks[1], **GRIDS[name])
+    have = gradient(attend)(query, key, value, cotangent)
+    want = gradient(partial(standard_attention, **GRIDS[name]))(query, key, value, cotangent)
+    for x, y in zip(have, want, strict=True):
+        assert oracle.rms_error(x, y) <= 3e-6
+
+
+def learned_arrays():
+    """Name: (array, function of it that returns a score mod, sizes of the queries and keys)."""
+    bias = score_mods.additive_bias_mod
+    named = {name: (*both, 13, 13) for name, both in captured_arrays().items()}
+    return named | {
+        "bias of all": (normal(2, 6, T, S), bias, T, S),
+        "bias of heads": (normal(1, 6, T, S), bias, T, S),
+        "bias of rows": (normal(2, 1, T, S), bias, T, S),
+        "bias of pairs": (normal(T, S), bias, T, S),
+        "bias of queries": (normal(6, T, 1), bias, T, S),
+        "bias of keys": (normal(2, 1, 1, S), bias, T, S),
+        "keys first": (normal(S, 6, T), lambda x: lambda s, b, h, q, kv: s + x[kv, h, q], T, S),
+        "T5": (normal(8, 6), lambda x: score_mods.relative_bias_mod(x, max_distance=20), T, S),
+        "clipped": (normal(6, 17), score_mods.relative_table_mod, T, S),
+        "slopes": (normal(6), score_mods.Alibi, T, S),
+        "cap": (jnp.float32(1.7), score_mods.soft_cap_mod, T, S),
+        "half of the heads": (normal(3, 5), lambda x: lambda s, b, h, q, kv: s + x[h // 2, (q + kv) % 5], T, S),
+        "bfloat16": (normal(6, 7, dtype=jnp.bfloat16), lambda x: lambda s, b, h, q, kv: s + x[h, q % 7], T, S),
+        "at positions": (
+            normal(6, 9),
+            lambda x: masks.at_positions(
+                lambda s, b, h, q, kv: s * x[h, q % 9] + x[h, kv % 3], np.arange(T) + 5, np.arange(S)[::-1].copy()
+            ),
+            T,
+            S,
+        ),
+    }
+
+
+NO_KERNEL = {"complex": "complex|integer_pow|mul|exp", "in a loop": "scan|while", "where the score says": None}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("bias of heads", "T5", "per key") else pytest.mark.thorough)
+        for name in learned_arrays()
+        if name not in NO_KERNEL
+    ],
+)
+def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name):
+    array, mod, seq_q, seq_kv = learned_arrays()[name]
+    query, key, value, cotangent = arrays(seq_q=seq_q, seq_kv=seq_kv)
+
+    def run(attend, query, key, value, array, **options):
+        return attend(query, key, value, mask=masks.causal(), score_mod=mod(array), **options)
+
+    have = gradient(partial(run, interpreted), array)(query, key, value, cotangent, array)
+    want = gradient(partial(run, standard_attention), array)(query, key, value, cotangent, array)
+    for x, y in zip(have, want, strict=True):
+        assert x.dtype == y.dtype
+        assert oracle.rms_error(x, y) <= (5e-6 if array.dtype == jnp.float32 else 5e-3)
+    every = lowered(gradient(partial(run, flash_attention), array), query, key, value, cotangent, array)
+    assert {"forward", "d_query", "d_key_value"} <= every
+
+
+@pytest.mark.parametrize("name", ["in a loop", "complex"])
+def test_a_mod_that_no_kernel_can_hold_is_refused_by_the_name_of_what_it_does(name):
+    array, mod, *_ = learned_arrays()[name]
+    query, key, value, _ = arrays(seq_q=13, seq_kv=13)
+    reason = why_not_pallas(query, key, value, score_mod=mod(array), platform="cuda")
+    assert re.fullmatch(rf"no kernel can hold this score mod: .*({NO_KERNEL[name]}).*", reason)
+    with pytest.raises(NotImplementedError, match=NO_KERNEL[name]):
+        interpreted(query, key, value, score_mod=mod(array))
+    explicit = jax.jit(partial(pallas_flash_attention, score_mod=mod(array))).trace(query, key, value)
+    with pytest.raises(NotImplementedError, match="pallas_flash_attention: no kernel can hold this score mod"):
+        explicit.lower(lowering_platforms=("cuda",))
+    assert lowered(partial(flash_attention, score_mod=mod(array)), query, key, value) == set()
+    explicit.lower(lowering_platforms=("cpu",))
+
+
+TABLE = jnp.ones((6, 2))
+
+
+@pytest.mark.parametrize(
+    ("mod", "words"),
+    [
+        (lambda s, b, h, q, kv: jnp.sort(s), "sort"),
+        (lambda s, b, h, q, kv: lax.erf(s), "erf"),
+        (lambda s, b, h, q, kv: s + TABLE[h].sum(-1), "gather of slices; index all 2 axes"),
+        (lambda s, b, h, q, kv: jax.nn.relu(s), "custom_jvp_call"),
+    ],
+)
+def test_reasons_name_the_operation(mod, words):
+    query, key, value, _ = arrays()
+    assert re.search(words, why_not_pallas(query, key, value, score_mod=mod, platform="cuda"))
+
+
+def test_a_gradient_that_no_kernel_sums_is_left_to_the_tiles():
+    """A table read by the score has no place of its own for each pair, nor one known to all."""
+    array, mod, *_ = learned_arrays()["where the score says"]
+    query, key, value, cotangent = arrays(seq_q=13, seq_kv=13)
+    run = lambda attend, q, k, v, x, **options: attend(q, k, v, score_mod=mod(x), **options)
+    assert lowered(gradient(partial(run, flash_attention), array), query, key, value, cotangent, array) == {"forward"}
+    with pytest.raises(NotImplementedError, match=r"gradient of a captured array of shape \(3,\)"):
+        gradient(partial(run, interpreted), array)(query, key, value, cotangent, array)
+    out = run(interpreted, query, key, value, array)
+    np.testing.assert_allclose(out, run(standard_attention, query, key, value, array), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": jnp.float64}, "kernels take float32, bfloat16 and float16"),
+        ({"head_dim": 257}, "heads of at most 256"),
+    ],
+)
+def test_arrays_that_no_kernel_takes_are_refused_in_words(change, words):
+    with jax.enable_x64(change.get("dtype") == jnp.float64):
+        reason = why_not_pallas(*arrays(seq_q=3, seq_kv=3, **change)[:3], platform="cuda")
+    assert words in reason
+
+
+def test_tiles_that_no_kernel_takes_are_refused_in_words():
+    with pytest.raises(NotImplementedError, match="tiles of kernels are powers of 2, at least 16; got 24"):
+        interpreted(*arrays()[:3], block_q=24)
+
+
+def test_without_a_gpu_the_platform_is_the_reason_and_the_tiles_run():
+    query, key, value, _ = arrays()
+    assert why_not_pallas(query, key, value) == "the Pallas kernel is for NVIDIA GPUs; this process computes on cpu"
+    assert why_not_pallas(query, key, value, platform="cuda") is None
+    np.testing.assert_array_equal(
+        pallas_flash_attention(query, key, value), memory_efficient_attention(query, key, value)
+    )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_lists_name_the_tiles_in_which_something_is_attended(name):
+    if MASKS[name] is None:
+        pytest.skip("no mask, no list")
+    mask, grid = masks.as_mask(MASKS[name]), _tile_lists.TileGrid(SEQ, SEQ, 16, 32)
+    lifted = _pointwise.lift_mask(mask, frozenset())
+    bounds = _tile_lists.lift_bounds(mask, grid, 1, 1, frozenset())
+    codes = _tile_lists.tile_codes(
+        grid, 1, 1, bounds, _pointwise.split(lifted), lifted.values, is_opaque=mask.is_opaque
+    )
+    tiles = dense(mask).reshape(6, 16, 3, 32)
+    want = np.where(tiles.any((1, 3)), np.where(tiles.all((1, 3)), _tile_lists.FULL, _tile_lists.PARTIAL), 2)
+    have = np.broadcast_to(codes, (1, 1, 6, 3))[0, 0]
+    np.testing.assert_array_equal(have == _tile_lists.EMPTY, want == _tile_lists.EMPTY)
+    assert (have[have == _tile_lists.FULL] == want[have == _tile_lists.FULL]).all()
+    if mask.is_opaque:
+        np.testing.assert_array_equal(have, want)
+    lists = _tile_lists.TileList.of(codes)
+    for i in range(codes.shape[2]):
+        visited = lists.order[0, 0, i, : lists.num_visited[0, 0, i]]
+        assert sorted(visited.tolist()) == np.flatnonzero(have[i % have.shape[0]] != _tile_lists.EMPTY).tolist()
+
+
+def test_full_tiles_are_not_tested():
+    class Lying(type(masks.causal())):
+        def __call__(self, b, h, q, kv):
+            return jnp.equal(q // 16, kv // 16) & (kv <= q)
+
+    jax.tree_util.register_dataclass(Lying, [], [])
+    x = jax.random.normal(jax.random.key(0), (1, 1, 64, 3))
+    have = jax.jit(partial(interpreted, mask=Lying()))(x, x, x)
+    np.testing.assert_allclose(have, standard_attention(x, x, x, mask=masks.causal()), atol=2e-6)
+
+
+def test_dropout_drops_the_weights_that_the_tiles_drop():
+    query, key, value, cotangent = arrays()
+    options = {"dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "deterministic": False, "mask": masks.causal()}
+    have = gradient(partial(interpreted, **options))(query, key, value, cotangent)
+    want = gradient(partial(memory_efficient_attention, block_size=7, **options))(query, key, value, cotangent)
+    for x, y in zip(have, want, strict=True):
+        assert oracle.rms_error(x, y) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.thorough)])
+def test_low_precision_is_no_worse_than_twice_the_dense_computation(dtype):
+    query, key, value, cotangent = arrays(dtype, seq_q=67, seq_kv=67)
+    mask = jnp.tri(67, dtype=bool)[None, None]
+
+    def densely(query, key, value):
+        """With weights cast before the second product, as tensor cores want them."""
+        key, value = (jnp.repeat(x, 3, axis=1) for x in (key, value))
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
+        scores = jnp.where(mask, product("BNTH,BNSH->BNTS", query, key) * 20**-0.5, -jnp.inf)
+        return product("BNTS,BNSH->BNTH", jax.nn.softmax(scores).astype(dtype), value).astype(dtype)
+
+    def all_of(attend, *arrays):
+        out, pull = jax.vjp(attend, *arrays)
+        return out, *pull(cotangent.astype(out.dtype))
+
+    wide = [x.astype(jnp.float32) for x in (query, key, value)]
+    exact = jax.jit(partial(all_of, partial(standard_attention, mask=mask)))(*wide)
+    plain = jax.jit(partial(all_of, densely))(query, key, value)
+    have = jax.jit(partial(all_of, partial(interpreted, mask=masks.causal())))(query, key, value)
+    for x, y, z in zip(have, plain, exact, strict=True):
+        assert x.dtype == dtype
+        assert oracle.rms_error(x, z) <= 2 * oracle.rms_error(y, z)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("cross", "score mod & causal") else pytest.mark.thorough)
+        for name in CASES
+    ],
+)
+def test_every_case_lowers_for_cuda_forward_and_backward(name):
+    case = CASES[name]
+    query, key, value, cotangent = case.arrays(jnp.bfloat16)
+    attend = partial(flash_attention, mask=case.mask(), score_mod=case.score_mod)
+    names = lowered(gradient(attend), query, key, value, cotangent)
+    assert names == (set() if 0 in (case.seq_q, case.seq_kv) else {"forward", "d_query", "d_key_value"})
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.thorough
+def test_large_heads_lower_for_cuda(head_dim, dtype):
+    query, key, value, cotangent = (jax.ShapeDtypeStruct((1, 2, 1024, head_dim), dtype) for _ in range(4))
+    attend = partial(flash_attention, mask=masks.causal(), score_mod=score_mods.soft_cap_mod(30.0))
+    assert len(lowered(gradient(attend), query, key, value, cotangent)) == 3
+
+
+def elementwise():
+    """One function of a number for each primitive that kernels are said to hold."""
+    whole = lambda function: lambda x: function(jnp.floor(x).astype(jnp.int32)).astype(jnp.float32)
+    special = {
+        "add_any": lambda x: x + x,
+        "atan2": lambda x: lax.atan2(x, 1 + x * x),
+        "bitcast_convert_type": lambda x: x * 0 + lax.bitcast_convert_type(x, jnp.int32).astype(jnp.float32),
+        "clamp": lambda x: lax.clamp(-0.5, x, 0.5),
+        "convert_element_type": lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
+        "copy": lambda x: x,
+        "integer_pow": lambda x: x**3,
+        "is_finite": lambda x: jnp.where(jnp.isfinite(x), x, 0),
+        "nextafter": lambda x: x + 0 * lax.stop_gradient(lax.nextafter(x, x + 1)),
+        "pow": lambda x: (2 + jnp.tanh(x)) ** (1.5 + jnp.tanh(x)),
+        "select_n": lambda x: jnp.where(x > 0, x, 2 * x),
+        "square": lax.square,
+        "not": lambda x: jnp.where(~(x > 0), x, 2 * x),
+    }
+    binary = ("add", "div", "max", "min", "mul", "rem", "sub")
+    compared = ("eq", "ge", "gt", "le", "lt", "ne")
+    bits = ("and", "or", "xor")
+    shifts = ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+    for name in _pointwise._ELEMENTWISE:
+        f = getattr(lax, f"bitwise_{name}" if name in bits else name, None)
+        if name in special:
+            yield name, special[name]
+        elif name in binary:
+            yield name, partial(lambda f, x: f(x, 1.5 + x * x), f)
+        elif name in compared:
+            yield name, partial(lambda f, x: jnp.where(f(x, jnp.full_like(x, 0.25)), x, 3 * x), f)
+        elif name in (*bits, *shifts):
+            yield name, whole(partial(lambda f, n: f(n, jnp.full_like(n, 3)), f))
+        elif name in ("clz", "population_count"):
+            yield name, whole(f)
+        elif name in ("log", "sqrt", "rsqrt", "cbrt", "log1p", "acosh"):
+            yield name, partial(lambda f, x: f(1.5 + x * x), f)
+        elif name in ("acos", "asin", "atanh"):
+            yield name, partial(lambda f, x: f(0.5 * jnp.tanh(x)), f)
+        else:
+            yield name, f
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        pytest.param(*both, marks=() if both[0] in ("tanh", "pow", "select_n") else pytest.mark.thorough, id=both[0])
+        for both in sorted(elementwise(), key=lambda both: both[0])
+    ],
+)
+def test_every_operation_that_kernels_hold_lowers_with_its_derivative(name, function):
+    query, key, value, cotangent = arrays(jnp.bfloat16, 13, 13, 16, 16)
+    mod = lambda s, b, h, q, kv: s * 0.5 + function(s)
+    assert why_not_pallas(query, key, value, score_mod=mod, platform="cuda") is None
+    assert len(lowered(gradient(partial(flash_attention, score_mod=mod)), query, key, value, cotangent)) == 3
+
+
+def test_the_choice_follows_the_platform_that_is_lowered_for():
+    query, key, value, cotangent = arrays()
+    run = gradient(partial(flash_attention, mask=masks.causal()))
+    on_cpu = run.trace(query, key, value, cotangent).lower(lowering_platforms=("cpu",)).as_text()
+    assert kernels_in(on_cpu) == set()
+    custom_call = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    exported = export.export(run, platforms=("cuda",), disabled_checks=[custom_call])(query, key, value, cotangent)
+    assert kernels_in(exported.mlir_module()) == {"forward", "d_query", "d_key_value"}
+    both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=[custom_call])(query, key, value, cotangent)
+    for x, y in zip(both.call(query, key, value, cotangent), run(query, key, value, cotangent), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+def test_a_block_size_asks_for_tiles_on_every_platform():
+    query, key, value, _ = arrays()
+    assert lowered(partial(flash_attention, block_size=8), query, key, value) == set()
+    assert lowered(memory_efficient_attention, query, key, value) == set()
+    assert lowered(pallas_flash_attention, query, key, value) == {"forward"}
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan", "remat", "shard_map", "explicit shard_map"])
+def test_kernels_lower_inside_every_transformation(how):
+    query, key, value, cotangent = arrays(seq_q=13, seq_kv=13)
+    bias = normal(6, 13)
+
+    def run(query, key, value, cotangent, bias):
+        mod = lambda s, b, h, q, kv: s + bias[h, kv]
+        return gradient(partial(flash_attention, mask=masks.causal(), score_mod=mod))(query, key, value, cotangent)
+
+    if how == "vmap":
+        run = jax.vmap(run, (None, None, None, None, 0))
+        bias = jnp.stack([bias, bias])
+    elif how == "scan":
+        once = run
+        run = lambda *x: lax.scan(lambda c, bias: (c, once(*x[:4], bias)), 0, jnp.stack([x[4], x[4]]))[1]
+    elif how == "remat":
+        run = lambda *x: jax.grad(jax.checkpoint(lambda q: flash_attention(q, *x[1:3]).sum()))(x[0])
+    elif how != "remat":
+        axis_type = AxisType.Explicit if how.startswith("explicit") else AxisType.Auto
+        mesh, rows = jax.make_mesh((2,), ("rows",), axis_types=(axis_type,)), PartitionSpec("rows")
+        run = jax.shard_map(run, mesh=mesh, in_specs=(*(rows,) * 4, PartitionSpec()), out_specs=rows)
+        query, key, value, cotangent = (
+            jax.device_put(x, NamedSharding(mesh, rows)) for x in (query, key, value, cotangent)
+        )
+    assert lowered(run, query, key, value, cotangent, bias) == {"forward", "d_query", "d_key_value"}
+
+
+class TestDecode:
+    """Few queries against a cache, in parts that are merged."""
+
+    options = (
+        {},
+        {"mask": masks.causal() & masks.sliding_window(50), "score_mod": score_mods.alibi_mod(6)},
+        {"mask": lambda b, h, q, kv: (q + kv + b) % 3 > 0},
+    )
+
+    @functools.cached_property
+    def tokens(self):
+        return tuple(jax.random.normal(jax.random.key(i), (2, 2, 70, 16)) for i in range(2))
+
+    @pytest.mark.parametrize("options", options)
+    @pytest.mark.parametrize("seq_q", [1, 3])
+    def test_a_contiguous_cache(self, options, seq_q):
+        cache = update_kv_layer_cache(init_kv_layer_cache(2, 2, 16, max_len=101), *self.tokens)
+        query, positions = normal(2, 6, seq_q, 16), jnp.arange(70 - seq_q, 70)
+        want = cached_attention(query, cache, positions, return_lse=True, **options)
+        stored = _decode.Stored(cache.keys, cache.values, cache.positions, None)
+        self.check(query, stored, jnp.broadcast_to(positions, (2, seq_q)), options, want)
+        assert lowered(partial(cached_attention, **options), query, cache, positions) == {"decode"}
+
+    @pytest.mark.parametrize("options", options)
+    def test_a_paged_cache(self, options):
+        lengths = jnp.array([70, 33])
+        cache = init_paged_kv_cache(
+            num_blocks=17, block_size=16, num_kv_heads=2, head_dim=16, batch_size=2, max_blocks_per_seq=6
+        )
+        cache = append_rows(allocate_rows(cache, lengths), *self.tokens, lengths)
+        query = normal(2, 6, 3, 16)
+        want = paged_attention(query, cache, return_lse=True, **options)
+        from attnax.kernels.paged import _as_arrays
+
+        positions = lengths[:, None] - 3 + jnp.arange(3)[None]
+        self.check(query, _as_arrays(cache), positions, options, want)
+        assert lowered(partial(paged_attention, **options), query, cache) == {"decode"}
+
+    def test_a_key_that_is_not_finite_spoils_who_attends_it(self):
+        keys, values = self.tokens
+        cache = update_kv_layer_cache(
+            init_kv_layer_cache(2, 2, 16, max_len=101), keys.at[0, 1, 5, 3].set(jnp.inf), values
+        )
+        query, positions = normal(2, 6, 2, 16), jnp.array([[4, 69], [4, 69]])
+        want = cached_attention(query, cache, positions, mask=masks.causal(), return_lse=True)
+        assert jnp.isnan(want[0]).any()
+        stored = _decode.Stored(cache.keys, cache.values, cache.positions, None)
+        self.check(query, stored, positions, {"mask": masks.causal()}, want)
+
+    def test_what_the_kernel_does_not_read_is_left_to_the_chunks(self):
+        for head_dim, dtype in ((12, jnp.float32), (16, jnp.int8)):
+            cache = init_kv_layer_cache(2, 2, head_dim, max_len=101, dtype=dtype)
+            run = partial(cached_attention, query_positions=jnp.arange(1))
+            assert lowered(run, normal(2, 6, 1, head_dim), cache) == set()
+
+    def check(self, query, stored, positions, options, want):
+        mask = options.get("mask")
+        call = _decode.bind_kernel(
+            "test",
+            query,
+            jnp.float32(0.25),
+            stored,
+            positions,
+            None if mask is None else masks.as_mask(mask),
+            options.get("score_mod"),
+            frozenset(),
+        )
+        for have, expected in zip(jax.jit(partial(_decode.decode, interpret=True))(call), want, strict=True):
+            np.testing.assert_allclose(have, expected, atol=2e-6)
