@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative clean
+.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 # The same properties over more sizes, kernels and device counts.
 test-thorough: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough
+
+# On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
+test-gpu:
+	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
 # Two thousand examples instead of two hundred.
 test-properties: $(VENV)/.dev
