@@ -19,6 +19,7 @@ from attnax.kernels._dropout import dropout_words
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Lifted, vary, varying_axes
 from attnax.kernels._platform import by_platform, has_nvidia_gpu
+from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
 from attnax.typing import Array, ScoreMod, check_attention, is_concrete, pytree_dataclass
 
@@ -41,6 +42,7 @@ class Plan:
     tiles: _blockwise.Plan
     backend: Backend
     kernel: tuple[Tile, Tile] | None  # of the GPU kernels, forward and backward
+    splash: tuple[Mask | None, ScoreMod | None] | None  # what a TPU's kernels are told, where they serve the call
     has_score_mod: bool
     learn_scale: bool
 
@@ -110,6 +112,7 @@ def attend(
         dropout_rate=dropout_rate,
         deterministic=deterministic,
         scale=scale,
+        return_lse=return_lse,
         block_size=block_size,
         backend=backend,
     )
@@ -145,6 +148,7 @@ def prepare(
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     scale: Any = None,
+    return_lse: bool = False,
 ) -> Call | tuple[Array, Array]:
     """The call, ready to run; or its results, (out, lse), where there is nothing to compute."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
@@ -172,7 +176,19 @@ def prepare(
         *_blockwise.choose_tiles(full, key.shape[1], block_size), 0.0 if deterministic else dropout_rate
     )
     kernel = None if backend == "tiles" else _kernel_tiles(query, value, block_size)
-    plan = Plan(tiles, backend, kernel, score_mod is not None, learn_scale)
+    splash = None
+    if backend == "automatic":
+        reason = why_not_splash(
+            query,
+            key,
+            value,
+            mask=mask,
+            score_mod=score_mod,
+            dropout_rate=tiles.dropout_rate,
+            return_lse=return_lse,
+        )
+        splash = (mask, score_mod) if reason is None else None
+    plan = Plan(tiles, backend, kernel, splash, score_mod is not None, learn_scale)
     words = dropout_words(dropout_rng) if tiles.dropout_rate > 0.0 and dropout_rng is not None else None
     index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
     bound, of_tiles = _blockwise.bind(caller, tiles, (query, key, value, scale), mask, score_mod, index, words)
@@ -243,7 +259,7 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
         plan,
         partial(_tiles_backward, plan),
         partial(_kernel_backward, plan),
-        operands,
+        partial(_splash_backward, plan),
         arrays,
         operands,
         out,
@@ -260,19 +276,20 @@ _attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside 
 def _forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
     """(out, lse in units of log 2, what rounding took from out if `exact` is wanted and anything was rounded)."""
     exact = exact and arrays[0].dtype.itemsize < 4
-    tiles, kernel = partial(_tiles_forward, plan, exact), partial(_kernel_forward, plan, exact)
-    return _by_platform(plan, tiles, kernel, operands, arrays, operands)
+    branches = (partial(branch, plan, exact) for branch in (_tiles_forward, _kernel_forward, _splash_forward))
+    return _by_platform(plan, *branches, arrays, operands)
 
 
 def _by_platform(
-    plan: Plan, tiles: Callable[..., Any], kernel: Callable[..., Any], operands: Operands, *args: Any
+    plan: Plan, tiles: Callable[..., Any], kernel: Callable[..., Any], splash: Callable[..., Any], *args: Any
 ) -> Any:
-    """What the engine of the plan gives: `tiles(*args)`, or `kernel(*args)` where it can run."""
+    """What the engine of the plan gives for `args`."""
     if plan.backend == "tiles":
         return tiles(*args)
     if plan.backend == "interpret":
         return kernel(*args)
-    return by_platform(tiles, *args, cuda=kernel)
+    platforms = {"cuda": kernel} if plan.splash is None else {"cuda": kernel, "tpu": splash}
+    return by_platform(tiles, *args, **platforms)
 
 
 def _tiles_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
@@ -331,6 +348,23 @@ def _kernel_backward(
         return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
     *d_arrays, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
     return *d_arrays, operands.gradients(kernel=gradients)
+
+
+def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    assert plan.splash is not None
+    out, lse = splash_forward(*arrays, *plan.splash)
+    return out, lse * _tile.LOG2E, jnp.zeros_like(out) if exact else None
+
+
+def _splash_backward(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> tuple[Any, ...]:
+    assert plan.splash is not None
+    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, d_out)
+    query, key, value, scale = arrays
+    d_scale = (d_scaled * query.astype(scale.dtype)).sum() if plan.learn_scale else jnp.zeros_like(scale)
+    d_query = (d_scaled * scale).astype(query.dtype)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), d_scale, operands.gradients()
 
 
 def _setup(plan: Plan, operands: Operands, which: int) -> Setup | None:

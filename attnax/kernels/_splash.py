@@ -1,0 +1,215 @@
+"""Splash attention, the TPU kernels that JAX ships, for the plain calls that they serve.
+
+Its kernels give a forbidden pair inside of a block the weight 0 and multiply by it all the same, which keeps no NaN
+out. So rows that are not finite go in as 0, and whatever attends them, or is attended by them, comes out as NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnax.kernels.score_mods import SoftCap
+from attnax.masks import Causal, Mask, SlidingWindow
+from attnax.typing import Array, ScoreMod
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
+
+__all__ = ["splash_backward", "splash_forward", "why_not_splash"]
+
+_LARGEST_HEAD = 256  # in float32 blocks of 512 fit the vector memory of TPUs v4 to v6e at 256, and not at 384
+_MOST_BLOCKS = 2**16  # some bytes of scalar memory for each, and some time to trace them
+
+
+def why_not_splash(
+    query: Array | jax.ShapeDtypeStruct,
+    key: Array | jax.ShapeDtypeStruct,
+    value: Array | jax.ShapeDtypeStruct,
+    *,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    dropout_rate: float,
+    return_lse: bool,
+) -> str | None:
+    """Why splash attention does not serve a checked call; None if it does.
+
+    What can only be seen where a program is lowered is not looked at: JAX refuses to partition the kernels, so a
+    program for several devices must call them inside of a `shard_map`.
+
+    Args:
+        query: (B, N, T, H), or its shape and dtype.
+        key: (B, K, S, H), likewise.
+        value: (B, K, S, V), likewise.
+        mask: as `resolve_masks` gives it.
+        score_mod: likewise.
+        dropout_rate: 0 where the call is deterministic.
+        return_lse: whether the caller sees the log-sum-exp, which then needs a gradient.
+    """
+    (seq_q, head_dim), (seq_kv, value_dim) = query.shape[2:], value.shape[2:]
+    blocks = (seq_q // _block_size(seq_q)) * (seq_kv // _block_size(seq_kv))
+    reasons = {
+        "splash attention takes no score mod but a soft cap of known size": score_mod is not None
+        and not (isinstance(score_mod, SoftCap) and isinstance(score_mod.cap, int | float)),
+        "splash attention has no dropout": dropout_rate > 0.0,
+        "splash attention's log-sum-exp has no gradient": return_lse,
+        "splash attention takes float32 and bfloat16 only": query.dtype not in (jnp.float32, jnp.bfloat16),
+        f"splash attention takes heads of at most {_LARGEST_HEAD}": max(head_dim, value_dim) > _LARGEST_HEAD,
+        "splash attention takes lengths that are multiples of 128": seq_q % 128 != 0
+        or seq_kv % 128 != 0
+        or 0 in (seq_q, seq_kv),
+        f"splash attention lists all blocks of queries and keys, and here are {blocks}": blocks > _MOST_BLOCKS,
+        "splash attention takes no masks but causal ones and causal windows of known size": not _is_served(mask),
+        "splash attention gives the mean of all values to queries that attend nothing": isinstance(mask, SlidingWindow)
+        and _is_served(mask)
+        and (mask.before < 1 or seq_q - seq_kv >= mask.before),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def splash_forward(
+    query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None, score_mod: ScoreMod | None
+) -> tuple[Array, Array]:
+    """(out in the dtype of query, natural log-sum-exp in float32) of a call that `why_not_splash` lets through."""
+    given = _make_finite(query, key, value, scale, mask)
+    with _precision(query):
+        attend = _kernel(query, key, mask, score_mod, save_residuals=True)
+        out, (lse,) = attend(given.query, given.key, given.value)
+    return jnp.where(given.bad_queries[..., None], jnp.nan, out), jnp.where(given.bad_queries, jnp.nan, lse)
+
+
+def splash_backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: float | Array,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    """The gradients of (scale * query, key, value) in float32, for the cotangent of out.
+
+    The forward pass is computed again: JAX has no public function that takes its results.
+    """
+    given = _make_finite(query, key, value, scale, mask)
+    bad_queries = given.bad_queries | ~_is_finite(d_out)
+    d_out = jnp.where(bad_queries[..., None], 0, d_out).astype(query.dtype)
+    with _precision(query):
+        attend = _kernel(query, key, mask, score_mod, save_residuals=False)
+        _, pullback = jax.vjp(attend, given.query, given.key, given.value)
+        d_query, d_key, d_value = pullback(d_out)
+    batch, kv_heads, seq_kv, _ = key.shape
+    any_head = bad_queries.reshape(batch, kv_heads, -1, query.shape[2]).any(2)
+    bad_keys = _reach(any_head, mask, seq_kv, backwards=True)
+
+    def spoil(gradient: Array, bad: Array) -> Array:
+        return jnp.where(bad[..., None], jnp.nan, gradient.astype(jnp.float32))
+
+    return spoil(d_query, bad_queries), spoil(d_key, bad_keys), spoil(d_value, bad_keys)
+
+
+def _is_served(mask: Mask | None) -> bool:
+    if isinstance(mask, SlidingWindow):
+        return isinstance(mask.before, int) and isinstance(mask.after, int) and mask.after == 1
+    return mask is None or isinstance(mask, Causal)
+
+
+def _block_size(length: int) -> int:
+    """The largest block of at most 512 that divides a length; the last axis of a TPU's registers holds 128."""
+    return next(block for block in (512, 384, 256, 128) if length % block == 0 or block == 128)
+
+
+def _precision(query: Array) -> Any:
+    # By default a TPU multiplies float32 in bfloat16. In bfloat16 that is right for the weights too.
+    return jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default")
+
+
+def _kernel(query: Array, key: Array, mask: Mask | None, score_mod: ScoreMod | None, *, save_residuals: bool) -> Any:
+    """A function of (query, key, value), batched, that reads the keys of a group of heads without repeating them."""
+    # Imports Pallas for TPU, which takes as long as all of the rest and is wanted only in programs for a TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    heads, pairs = query.shape[1], (query.shape[2], key.shape[2])
+    if mask is None:
+        of_head: Any = splash.FullMask(pairs)
+    else:
+        of_head = _causal_mask()(pairs, (int(mask.before) - 1 if isinstance(mask, SlidingWindow) else None, 0), 0)
+    block_q, block_kv = map(_block_size, pairs)
+    attend = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([of_head] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        save_residuals=save_residuals,
+        attn_logits_soft_cap=float(score_mod.cap) if isinstance(score_mod, SoftCap) else None,
+    )
+    return jax.vmap(attend)
+
+
+@functools.cache  # splash keeps the tables of masks that are equal, so of one class
+def _causal_mask() -> type[LocalMask]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
+
+    class CausalWindow(LocalMask):
+        """Splash's mask, which splash asks for each block, six times over: in blocks of one answer it is one entry."""
+
+        def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
+            q, kv = index
+            least, most = q.start - kv.stop + 1, q.stop - 1 - kv.start  # of q - kv in the block
+            before = least + 1 + most if self.window_size[0] is None else self.window_size[0] + 1
+            if most < 0 or least >= before or (least >= 0 and most < before):
+                return np.full((1, 1), most >= 0 and least < before)
+            return super().__getitem__(index)
+
+    return CausalWindow
+
+
+class Finite(NamedTuple):
+    """What the kernels are given."""
+
+    query: Array  # (B, N, T, H), scaled
+    key: Array
+    value: Array
+    bad_queries: Array  # (B, N, T): not finite, or attends a key or value that is not
+
+
+def _make_finite(query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None) -> Finite:
+    scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    is_good, is_good_key = _is_finite(scaled), _is_finite(key) & _is_finite(value)
+    spoiled = _reach(~is_good_key, mask, query.shape[2], backwards=False)
+    bad_queries = ~is_good | jnp.repeat(spoiled, query.shape[1] // key.shape[1], axis=1)
+    return Finite(
+        jnp.where(bad_queries[..., None], 0, scaled),
+        jnp.where(is_good_key[..., None], key, 0),
+        jnp.where(is_good_key[..., None], value, 0),
+        bad_queries,
+    )
+
+
+def _is_finite(x: Array) -> Array:
+    return jnp.isfinite(x).all(-1)
+
+
+def _reach(bad: Array, mask: Mask | None, length: int, *, backwards: bool) -> Array:
+    """Which of `length` queries attend a bad key; or backwards, which keys a bad query attends: (B, K, length)."""
+    if mask is None:
+        return jnp.broadcast_to(bad.any(-1, keepdims=True), (*bad.shape[:2], length))
+    most = max(bad.shape[2], length)
+    before = min(int(mask.before), most) if isinstance(mask, SlidingWindow) else most
+    reached, width = jnp.pad(bad, ((0, 0), (0, 0), (0, most - bad.shape[2]))), 1
+    while width < before:  # in steps that double: a TPU's compiler takes half a minute over a cumulative maximum
+        step = min(width, before - width)
+        shift = (-step, step, 0) if backwards else (step, -step, 0)
+        reached |= lax.pad(reached, False, ((0, 0, 0), (0, 0, 0), shift))
+        width += step
+    return reached[..., :length]
