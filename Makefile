@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative clean
+.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -58,6 +58,10 @@ bench-decode: $(VENV)/.dev
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
 	$(BIN)/python benchmarks/speculative.py --markdown docs/speculative-cpu.md
+
+# On a machine with an NVIDIA GPU, as test-gpu; with torch, PyTorch is compared too.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

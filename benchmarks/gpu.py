@@ -1,0 +1,588 @@
+"""Attention on one NVIDIA GPU in bfloat16: Attnax checked, then timed beside cuDNN and PyTorch, forward and backward.
+
+    python benchmarks/gpu.py --quick                                    # less than 5 minutes
+    python benchmarks/gpu.py --limit-seconds 540 --json figures.json --markdown table.md
+    python benchmarks/gpu.py --resume --json figures.json --markdown table.md    # the lines that are missing
+    python benchmarks/gpu.py --tiles                                    # the table of attnax/kernels/_gpu_tiles.py
+    python benchmarks/gpu.py --rehearse                                 # tiny, on a CPU, kernels interpreted
+
+Needs jax and numpy, and torch for its two sides. Before anything is timed, values and gradients of both functions of
+Attnax are compared with a dense computation in float32: their error may be twice that of the same computation in
+bfloat16. A case that fails is not timed, and the exit code is 1. The results of all sides are compared too, at places
+drawn at random.
+
+Each side has a process of its own. All get ready at once, then take turns. Batch * length is constant, and so is
+heads * head_dim. A time is the median over rounds of the mean of calls in a row on several sets of inputs; the backward
+pass is the difference of two medians. What the mask forbids does not count as work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _gpu_cases import (
+    ATTNAX,
+    CASES,
+    FLOPS,
+    PASSES,
+    SETS,
+    SIDES,
+    Job,
+    Run,
+    Runs,
+    about,
+    attnax_attention,
+    attnax_kernel,
+    check,
+    jax_inputs,
+    jax_results,
+    prepare,
+    why,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # attnax need not be installed
+
+LENGTHS, HEAD_DIMS = (2048, 4096, 8192, 16384, 32768), (128, 64, 256)
+TOKENS, WIDTH = 32768, 2048  # batch * length, heads * head_dim
+ROUNDS, BLOCK, ENOUGH = 7, 0.05, 3.0  # seconds of a block, and of a pass after which its side is asked no more
+AGREE = 0.05  # of the results of two sides, in bfloat16
+PEERS = tuple(side for side in SIDES if side not in ATTNAX)
+RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Pallas / best peer": ("pallas", PEERS),
+    "automatic / best peer": ("automatic", PEERS),
+    "automatic / cuDNN": ("automatic", ("cudnn",)),
+    "Pallas / Flex": ("pallas", ("flex",)),
+}
+Sides = dict[str, dict[str, dict[str, Any]]]
+"""Side, pass: seconds and their median, or the reason why there are none."""
+
+
+# A side's process.
+
+
+def run_side(side: str, *, rehearse: bool) -> None:
+    """Answers every line of JSON with one."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what compilers print is no answer
+
+    def say(answer: Any) -> None:
+        print(json.dumps(answer), file=channel, flush=True)
+
+    say(about(side, rehearse=rehearse))
+    runs: Runs = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "check" in request:
+            say({"checks": _check_all(side, [Job(**job) for job in request["check"]], rehearse=rehearse)})
+        elif "prepare" in request:
+            runs.clear()  # frees memory first
+            runs = prepare(side, Job(**request["prepare"]), rehearse=rehearse)
+            say({name: _said(run) for name, run in runs.items()})
+        else:
+            run = runs[request["time"]]
+            assert isinstance(run, Run)
+            try:
+                say({"seconds": run.seconds(0.0 if rehearse else BLOCK)})
+            except RuntimeError as error:  # out of memory
+                say({"reason": why(error)})
+
+
+def _said(run: Run | str) -> dict[str, Any]:
+    if isinstance(run, str):
+        return {"reason": run}
+    return {"sample": run.sample, "compile_seconds": run.compile_seconds}
+
+
+def _check_all(side: str, jobs: Sequence[Job], *, rehearse: bool) -> list[Any]:
+    def check_one(job: Job) -> Any:
+        try:
+            return check(side, job, rehearse=rehearse)
+        except (ValueError, RuntimeError) as error:
+            return {"reason": why(error)}
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compiling takes the time
+        return list(pool.map(check_one, jobs))
+
+
+class Process:
+    """A side's process, seen from outside. If it ends, the answer is a reason, and the next request starts another."""
+
+    def __init__(self, side: str, *, rehearse: bool) -> None:
+        self.command = [sys.executable, __file__, "--side", side, *(["--rehearse"] if rehearse else [])]
+        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore"}
+        self.environment = {**os.environ, **own, **({"JAX_PLATFORMS": "cpu"} if rehearse else {})}
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+        )
+
+    def send(self, **request: Any) -> None:
+        if self.process.poll() is not None:
+            self.start()
+            self.answer()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answer` says so
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            return {"reason": f"its process ended with exit code {self.process.wait()}"}
+        return dict(json.loads(line))
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self.send(**request)
+        return self.answer()
+
+
+@contextlib.contextmanager
+def started(sides: Sequence[str], *, rehearse: bool) -> Iterator[dict[str, Process]]:
+    """The processes of the sides while the context lasts."""
+    processes = {side: Process(side, rehearse=rehearse) for side in sides}
+    try:
+        yield processes
+    finally:
+        for process in processes.values():
+            process.process.kill()
+            process.process.communicate()
+
+
+def ask_all(processes: Mapping[str, Process], **request: Any) -> dict[str, dict[str, Any]]:
+    """The answers of all at once."""
+    for process in processes.values():
+        process.send(**request)
+    return {side: process.answer() for side, process in processes.items()}
+
+
+# Checks and times.
+
+
+def check_jobs(jobs: Sequence[Job], *, rehearse: bool) -> list[Job]:
+    """One modest length for each case and head size: no multiple of a tile, longer than the window, shared keys."""
+    length = 70 if rehearse else 1530
+    pairs = dict.fromkeys((job.case, job.head_dim) for job in jobs)
+    return [Job(case, length, head_dim, heads=8, kv_heads=2, batch=2) for case, head_dim in pairs]
+
+
+def run_checks(processes: Mapping[str, Process], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """A line for each job and side of Attnax: its worst result and by how much, or the reason why there is none."""
+    sides = {side: process for side, process in processes.items() if side in ATTNAX}
+    lines = []
+    for side, answer in ask_all(sides, check=[dataclasses.asdict(job) for job in jobs]).items():
+        for job, results in zip(jobs, answer.get("checks", [answer] * len(jobs)), strict=True):
+            line = {"side": side, "case": job.case, "head_dim": job.head_dim}
+            if isinstance(results, dict):
+                lines.append({**line, **results, "passed": False})
+                continue
+            passed = all(result["ratio"] <= result["allowed"] for result in results)  # False for NaN
+            worst = results[int(np.argmax([result["ratio"] / result["allowed"] for result in results]))]  # NaN first
+            lines.append({**line, "worst": worst["result"], "ratio": worst["ratio"], "passed": passed, "all": results})
+    return sorted(lines, key=lambda line: (list(CASES).index(line["case"]), line["head_dim"]))
+
+
+def measure(job: Job, processes: Mapping[str, Process], rounds: int) -> Sides:
+    """Seconds of every block of each side and pass."""
+    rows: Sides = {side: {name: {} for name in PASSES} for side in processes}
+    for side, answer in ask_all(processes, prepare=dataclasses.asdict(job)).items():
+        rows[side] = {name: dict(answer.get(name, answer)) for name in PASSES}
+    for name in PASSES:
+        able = [side for side in rows if "sample" in rows[side][name]]
+        for side in able:
+            row, first = rows[side][name], rows[able[0]][name]
+            differs = float(np.max([*map(_difference, row["sample"], first["sample"])]))  # NaN if one is
+            row["seconds"] = []
+            if not differs <= AGREE:
+                row["reason"] = f"another result than {SIDES[able[0]]}, by {differs:.1%}"
+        for _ in range(rounds):
+            for side in able:
+                row = rows[side][name]
+                if "reason" not in row and sum(row["seconds"]) < ENOUGH:
+                    answer = processes[side].ask(time=name)
+                    row["seconds"] += [answer["seconds"]] if "seconds" in answer else []
+                    row |= {key: value for key, value in answer.items() if key == "reason"}
+    for row in (row for passes in rows.values() for row in passes.values()):
+        row.pop("sample", None)
+        if "reason" not in row:
+            row["median"] = statistics.median(row["seconds"])
+    return rows
+
+
+def _difference(sample: Sequence[float], other: Sequence[float]) -> float:
+    """The rms of the difference, relative to that of the second."""
+    x, y = np.array(sample), np.array(other)
+    return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))
+
+
+# The tables.
+
+
+def rows_of(job: Job, sides: Sides) -> list[dict[str, Any]]:
+    """A row for each pass, the backward one among them, with milliseconds, TFLOP/s and ratios."""
+    rows = []
+    for name in FLOPS:
+        cells = {side: _cell(job, name, passes) for side, passes in sides.items()}
+        ratios = {words: _ratio(cells, side, peers) for words, (side, peers) in RATIOS.items()}
+        rows.append({**dataclasses.asdict(job), "pass": name, "sides": cells, "ratios": ratios})
+    return rows
+
+
+def _cell(job: Job, name: str, passes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    needed = PASSES if name == "backward" else (name,)
+    for each in needed:
+        if "reason" in passes[each]:
+            return {"reason": passes[each]["reason"]}
+    seconds = passes[needed[-1]]["median"] - (passes["forward"]["median"] if name == "backward" else 0.0)
+    if seconds <= 0.0:
+        return {"reason": "lost in noise"}
+    return {"ms": 1e3 * seconds, "tflops": job.flops(name) / seconds / 1e12}
+
+
+def _ratio(cells: Mapping[str, Mapping[str, Any]], side: str, peers: Sequence[str]) -> float | None:
+    times = [cells[peer]["ms"] for peer in peers if "ms" in cells.get(peer, {})]
+    return min(times) / cells[side]["ms"] if times and "ms" in cells.get(side, {}) else None
+
+
+def _in_short(row: Mapping[str, Any], notes: Notes) -> str:
+    cells = [f"{side} {_figures(cell, notes)}" for side, cell in row["sides"].items()]
+    ratios = [f"{words} {ratio:.2f}" for words, ratio in row["ratios"].items() if ratio is not None]
+    sizes = f"H{row['head_dim']} N{row['heads']}/{row['kv_heads']} T{row['length']}"
+    return "  ".join([f"{row['case']} {sizes} {row['pass']}:", *cells, *ratios])
+
+
+def _figures(cell: Mapping[str, Any], notes: Notes) -> str:
+    return f"{cell['ms']:.3f} ({cell['tflops']:.0f})" if "ms" in cell else notes.mark(cell["reason"])
+
+
+class Notes:
+    """Reasons, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def mark(self, reason: str) -> str:
+        return f"- [{self.numbers.setdefault(reason, len(self.numbers) + 1)}]"
+
+
+def table_of(lines: Mapping[Job, Sides], sides: Sequence[str], notes: Notes) -> list[list[str]]:
+    ratios = [words for words, (side, peers) in RATIOS.items() if side in sides and set(peers) & set(sides)]
+    table = [["case", "H", "N/K", "B", "T", "pass", *(f"{SIDES[side]} ms (TFLOP/s)" for side in sides), *ratios]]
+    for job, measured in lines.items():
+        for row in rows_of(job, measured):
+            cells = [job.case, str(job.head_dim), f"{job.heads}/{job.kv_heads}", str(job.batch), str(job.length)]
+            cells.append(row["pass"])
+            cells += [_figures(row["sides"].get(side, {"reason": "not asked for"}), notes) for side in sides]
+            cells += ["-" if row["ratios"][words] is None else f"{row['ratios'][words]:.2f}" for words in ratios]
+            table.append(cells)
+    return table
+
+
+def check_table(checks: Sequence[Mapping[str, Any]], notes: Notes) -> list[list[str]]:
+    table = [["case", "H", *(SIDES[side] for side in ATTNAX)]]
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for line in checks:
+        words = notes.mark(line["reason"]) if "reason" in line else f"{line['ratio']:.2f} ({line['worst']})"
+        row = cells.setdefault((line["case"], line["head_dim"]), {})
+        row[line["side"]] = words if line["passed"] else f"FAILED: {words}"
+    for (case, head_dim), row in cells.items():
+        table.append([case, str(head_dim), *(row.get(side, "") for side in ATTNAX)])
+    return table
+
+
+@dataclasses.dataclass
+class Report:
+    """All that is known so far, written to files after every line."""
+
+    about: dict[str, Any]
+    sides: Sequence[str]
+    json: Path | None
+    markdown: Path | None
+    checks: dict[tuple[str, str, int], dict[str, Any]] = dataclasses.field(default_factory=dict)
+    lines: dict[Job, Sides] = dataclasses.field(default_factory=dict)
+
+    def resume(self) -> None:
+        """Takes over what the file holds.
+
+        Raises:
+            SystemExit: it was measured elsewhere.
+        """
+        if self.json is None or not self.json.exists():
+            return
+        found = json.loads(self.json.read_text())
+        if {**found["about"], "date": ""} != {**self.about, "date": ""}:
+            raise SystemExit(f"gpu.py: {self.json} was measured on {found['about']}, this is {self.about}.")
+        self.add_checks(found["checks"])
+        names = [field.name for field in dataclasses.fields(Job)]
+        self.lines |= {Job(**{name: line[name] for name in names}): line["sides"] for line in found["lines"]}
+
+    def add_checks(self, checks: Sequence[dict[str, Any]]) -> None:
+        self.checks |= {(line["side"], line["case"], line["head_dim"]): line for line in checks}
+
+    def failures(self) -> list[str]:
+        """What Attnax got wrong or could not do."""
+        wrong = [
+            f"{SIDES[side]}, {case}, H={head_dim}: {line.get('reason') or 'too large an error'}"
+            for (side, case, head_dim), line in self.checks.items()
+            if not line["passed"]
+        ]
+        for job, sides in self.lines.items():
+            for side in ATTNAX:
+                reasons = {row["reason"] for row in sides.get(side, {}).values() if "reason" in row}
+                wrong += [f"{SIDES[side]}, {job}: {reason}" for reason in sorted(reasons)]
+        return wrong
+
+    def title(self) -> str:
+        """Machine, versions and date in one line."""
+        return ", ".join(f"{name} {value}" for name, value in self.about.items())
+
+    def write(self) -> None:
+        if self.json is not None:
+            found = {
+                "about": self.about,
+                "checks": list(self.checks.values()),
+                "lines": [{**dataclasses.asdict(job), "sides": sides} for job, sides in self.lines.items()],
+                "rows": [row for job, sides in self.lines.items() for row in rows_of(job, sides)],
+            }
+            self.json.write_text(json.dumps(found, indent=1) + "\n")
+        if self.markdown is not None:
+            self.markdown.write_text(self.text())
+
+    def text(self) -> str:
+        notes = Notes()
+        checked = _markdown(check_table(list(self.checks.values()), notes))
+        timed = _markdown(table_of(self.lines, self.sides, notes))
+        reasons = "\n".join(f"- [{number}] {reason}" for reason, number in notes.numbers.items())
+        cases = "\n".join(f"- {name}: {case.words}" for name, case in CASES.items())
+        title = f"# Attention on a GPU\n\nWritten by `benchmarks/gpu.py`. bfloat16; {self.title()}."
+        return "\n\n".join(filter(None, [title, _CHECKED, checked, _TIMED, timed, reasons, cases])) + "\n"
+
+
+_CHECKED = """\
+Errors of values and gradients, over those of a dense computation in bfloat16, both against float32: the worst result of
+each function. At most 2 is allowed, and 4 for the gradient of ALiBi's few slopes."""
+_TIMED = """\
+Milliseconds of a call and TFLOP/s, for pairs that the mask allows alone. A ratio is the peer's time over that of
+Attnax: above 1 Attnax is faster. FlexAttention's mask of blocks and cuDNN's bias for ALiBi are made before anything is
+timed; Attnax makes its lists of tiles in every call, and `flash_attention` turns its arrays for cuDNN."""
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
+    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
+
+
+def show(table: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)
+
+
+# Tile sizes.
+
+
+def candidates(kind: str, *, rehearse: bool) -> list[Any]:
+    from attnax.kernels._gpu_tiles import Tile
+
+    if rehearse:
+        return [Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)]
+    queries, stages = ((64, 128), (2, 3, 4)) if kind == "forward" else ((32, 64, 128), (1, 2, 3))
+    sizes = itertools.product(queries, (32, 64, 128), (4, 8), stages)
+    return [Tile(*tile) for tile in sizes if tile[0] * tile[1] >= 64 * 32]
+
+
+def measure_tiles(options: argparse.Namespace) -> int:
+    """Prints the fastest tile for each pass and head size, as a line of the table; backward with the best forward."""
+    from attnax.kernels._gpu_tiles import TILES
+
+    for job in jobs_of(options):
+        for kind in ("forward", "backward"):
+            key = min(key for key in TILES if key[0] == kind and key[1] >= job.head_dim)
+            times = time_tiles(job, key, candidates(kind, rehearse=options.rehearse), rehearse=options.rehearse)
+            for tile, seconds in times.items():
+                words = seconds if isinstance(seconds, str) else f"{1e3 * seconds:.3f} ms"
+                print(f"    # {tuple(tile)}: {words}")
+            able = {tile: seconds for tile, seconds in times.items() if isinstance(seconds, float)}
+            if not able:
+                print(f"gpu.py: no candidate works for {key}", file=sys.stderr)
+                return 1
+            TILES[key] = min(able, key=lambda tile: able[tile])
+            print(f'    ("{kind}", {key[1]}): Tile{tuple(TILES[key])},', flush=True)
+    return 0
+
+
+def time_tiles(job: Job, key: tuple[str, int], tiles: Sequence[Any], *, rehearse: bool) -> dict[Any, float | str]:
+    """Seconds of the Pallas kernels with each tile in the table, or why it is none for this device."""
+    import jax
+
+    from attnax.kernels._gpu_tiles import TILES
+
+    sets, extra = [jax_inputs(job, n) for n in range(SETS)], jax.device_put(job.extra)
+    attend = attnax_attention(job, attnax_kernel("pallas", interpret=rehearse))
+    before, lowered = TILES[key], []
+    for tile in tiles:
+        TILES[key] = tile
+        jax.clear_caches()  # which know nothing of the table
+        lowered.append(jax.jit(jax_results(attend, backward=key[0] == "backward")).lower(*sets[0], extra))
+    TILES[key] = before
+
+    def compiled(program: Any) -> Any:
+        try:
+            return program.compile()
+        except RuntimeError as error:  # too much shared memory
+            return why(error)
+
+    def seconds(program: Any) -> float | str:
+        if isinstance(program, str):
+            return program
+        run = Run(lambda n: program(*sets[n], extra), jax.block_until_ready, [], 0.0)
+        try:
+            run.wait(run.start(0))
+            return statistics.median(run.seconds(0.0 if rehearse else BLOCK) for _ in range(3))
+        except RuntimeError as error:
+            return why(error)
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        programs = list(pool.map(compiled, lowered))
+    return dict(zip(tiles, map(seconds, programs), strict=True))
+
+
+# The command.
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="T")
+    parser.add_argument("--head-dims", nargs="+", type=int, metavar="H")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin nothing new after that")
+    parser.add_argument("--json", type=Path, help="write figures here, after each line")
+    parser.add_argument("--markdown", type=Path, help="and tables here")
+    parser.add_argument("--resume", action="store_true", help="keep the lines of --json, measure the others")
+    parser.add_argument("--tiles", action="store_true", help="measure tile sizes instead")
+    parser.add_argument("--rehearse", action="store_true", help="run everything tiny on a CPU: times mean nothing")
+    options = parser.parse_args(arguments)
+    small = (40,) if options.rehearse else (8192,) if options.quick or options.tiles else LENGTHS
+    options.lengths = options.lengths or small
+    options.head_dims = options.head_dims or ((16,) if options.rehearse else (128,) if options.quick else HEAD_DIMS)
+    options.cases = options.cases or list(CASES)
+    if options.tiles:
+        options.cases, options.lengths = ["causal"], options.lengths[:1]
+    if min(*options.lengths, *options.head_dims) < 1:
+        parser.error("--lengths and --head-dims must be at least 1")
+    return options
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """What to measure, the most telling first: by head size, then by case; keys shared by 4 heads for one of them."""
+    tokens, width = (80, 64) if options.rehearse else (TOKENS, WIDTH)
+
+    def job(case: str, length: int, head_dim: int, shared: int = 1) -> Job:
+        heads = max(shared, width // head_dim)
+        return Job(case, length, head_dim, heads, heads // shared, max(1, tokens // length))
+
+    jobs = [
+        job(case, length, head_dim)
+        for head_dim, case, length in itertools.product(options.head_dims, options.cases, options.lengths)
+    ]
+    if "causal" in options.cases and not options.tiles:
+        jobs += [job("causal", length, options.head_dims[0], shared=4) for length in options.lengths]
+    return jobs
+
+
+def machine(hello: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the figures depend on."""
+    found = {key: value for answer in hello for key, value in answer.items() if key != "reason"}
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    return {**found, "date": time.strftime("%Y-%m-%d")}
+
+
+def run(options: argparse.Namespace, report: Report, processes: Mapping[str, Process], barred: Sides) -> None:
+    """Checks and times the jobs that the report lacks; `barred` are sides that are not there."""
+    begin, rehearse, notes = time.monotonic(), options.rehearse, Notes()
+    jobs = [job for job in jobs_of(options) if job not in report.lines]
+    report.add_checks(run_checks(processes, check_jobs(jobs, rehearse=rehearse)))
+    report.write()
+    show(check_table(list(report.checks.values()), notes))
+    for number, job in enumerate(jobs):
+        if time.monotonic() - begin > options.limit_seconds:
+            print(f"stopped after {options.limit_seconds:g} s, {len(jobs) - number} of {len(jobs)} lines are left")
+            break
+        wrong = {side for side in processes if not report.checks.get((side, job.case, job.head_dim), _FINE)["passed"]}
+        chosen = {side: process for side, process in processes.items() if side not in wrong}
+        rows = {**barred, **_without_times(dict.fromkeys(wrong, "FAILED its check"))}
+        rows |= measure(job, chosen, rounds=2 if rehearse else ROUNDS)
+        report.lines[job] = {side: rows[side] for side in report.sides}
+        report.write()
+        for row in rows_of(job, report.lines[job]):
+            print(_in_short(row, notes), flush=True)
+    for reason, mark in notes.numbers.items():
+        print(f"[{mark}] {reason}")
+
+
+_FINE = {"passed": True}
+
+
+def _without_times(reasons: Mapping[str, str]) -> Sides:
+    return {side: {name: {"reason": reason} for name in PASSES} for side, reason in reasons.items()}
+
+
+def _without_gpu(reason: str) -> int:
+    print(f"gpu.py: needs an NVIDIA GPU, but {reason}; --rehearse runs it tiny on a CPU.", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    options = parse(arguments)
+    if options.side:
+        run_side(options.side, rehearse=options.rehearse)
+        return 0
+    if options.tiles:
+        reason = about("pallas", rehearse=options.rehearse).get("reason")
+        return _without_gpu(reason) if reason else measure_tiles(options)
+    sides = [side for side in SIDES if side in options.sides]
+    with started(sides, rehearse=options.rehearse) as processes:
+        hello = {side: process.answer() for side, process in processes.items()}
+        barred = {side: answer["reason"] for side, answer in hello.items() if "reason" in answer}
+        if len(barred) == len(sides) or set(barred) & set(ATTNAX):
+            return _without_gpu(" and ".join(sorted(set(barred.values()))))
+        report = Report(machine(hello.values()), sides, options.json, options.markdown)
+        print(report.title(), flush=True)
+        if options.resume:
+            report.resume()
+        able = {side: process for side, process in processes.items() if side not in barred}
+        run(options, report, able, _without_times(barred))
+    failures = report.failures()
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
