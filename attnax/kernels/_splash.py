@@ -7,19 +7,17 @@ out. So rows that are not finite go in as 0, and whatever attends them, or is at
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnax.kernels._lift import varying_axes
 from attnax.kernels.score_mods import SoftCap
 from attnax.masks import Causal, Mask, SlidingWindow
 from attnax.typing import Array, ScoreMod
-
-if TYPE_CHECKING:
-    from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
 
 __all__ = ["splash_backward", "splash_forward", "why_not_splash"]
 
@@ -39,8 +37,8 @@ def why_not_splash(
 ) -> str | None:
     """Why splash attention does not serve a checked call; None if it does.
 
-    What can only be seen where a program is lowered is not looked at: JAX refuses to partition the kernels, so a
-    program for several devices must call them inside of a `shard_map`.
+    One reason shows only when a program is lowered, and is not found here: the program is for several devices, which
+    `jit` learned from its arguments alone.
 
     Args:
         query: (B, N, T, H), or its shape and dtype.
@@ -69,7 +67,20 @@ def why_not_splash(
         and _is_served(mask)
         and (mask.before < 1 or seq_q - seq_kv >= mask.before),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next((reason for reason, holds in reasons.items() if holds), None) or _why_not_here()
+
+
+def _why_not_here() -> str | None:
+    """What of the surroundings of a call stands against it."""
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return "splash attention counts in 32 bits, and JAX in 64 here"
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.manual_axes) != set(mesh.axis_names) and (mesh.size > 1 or mesh.manual_axes):
+        return "splash attention runs on one device, or inside of a shard_map over all axes of a mesh"
+    # Whether a shard_map asks shows only in the type that it gives to what varies.
+    if any(varying_axes(lax.axis_index(axis)) for axis in mesh.manual_axes):
+        return "splash attention does not say over which axes of a shard_map it varies; check_vma=False does not ask"
+    return None
 
 
 def splash_forward(
@@ -157,13 +168,13 @@ def _kernel(query: Array, key: Array, mask: Mask | None, score_mod: ScoreMod | N
 
 
 @functools.cache  # splash keeps the tables of masks that are equal, so of one class
-def _causal_mask() -> type[LocalMask]:
+def _causal_mask() -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
 
     class CausalWindow(LocalMask):
         """Splash's mask, which splash asks for each block, six times over: in blocks of one answer it is one entry."""
 
-        def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
+        def __getitem__(self, index: Any) -> Any:
             q, kv = index
             least, most = q.start - kv.stop + 1, q.stop - 1 - kv.start  # of q - kv in the block
             before = least + 1 + most if self.window_size[0] is None else self.window_size[0] + 1
@@ -207,7 +218,7 @@ def _reach(bad: Array, mask: Mask | None, length: int, *, backwards: bool) -> Ar
     most = max(bad.shape[2], length)
     before = min(int(mask.before), most) if isinstance(mask, SlidingWindow) else most
     reached, width = jnp.pad(bad, ((0, 0), (0, 0), (0, most - bad.shape[2]))), 1
-    while width < before:  # in steps that double: a TPU's compiler takes half a minute over a cumulative maximum
+    while width < before:  # in steps that double: a cumulative maximum takes a TPU's compiler twice as long
         step = min(width, before - width)
         shift = (-step, step, 0) if backwards else (step, -step, 0)
         reached |= lax.pad(reached, False, ((0, 0, 0), (0, 0, 0), shift))

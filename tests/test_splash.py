@@ -1,0 +1,249 @@
+"""Splash attention without a TPU: its kernels interpreted, and lowered for one."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from attnax import masks, memory_efficient_attention, standard_attention
+from attnax.kernels import _splash
+from attnax.kernels.score_mods import alibi_mod, soft_cap_mod
+
+CASES = {
+    "all": (None, None, 256, 384),
+    "causal": (masks.causal(), None, 640, 640),
+    "causal, fewer queries": (masks.causal(), soft_cap_mod(2), 256, 640),
+    "causal, fewer keys": (masks.causal(), None, 640, 256),
+    "window": (masks.sliding_window(150), soft_cap_mod(1.5), 640, 640),
+    "window, fewer queries": (masks.sliding_window(100), None, 128, 640),
+    "window, fewer keys": (masks.sliding_window(300), None, 640, 384),
+    "only oneself": (masks.sliding_window(1), None, 256, 256),
+}
+QUICK = "all", "window"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    make = partial(splash_attention.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", make)
+
+
+def arrays(seq_q, seq_kv, dtype=jnp.float32, heads=(4, 2), sizes=(20, 24)):
+    """query, key, value and cotangent."""
+    (num_heads, kv_heads), (head_dim, value_dim) = heads, sizes
+    shapes = (
+        (2, num_heads, seq_q, head_dim),
+        (2, kv_heads, seq_kv, head_dim),
+        (2, kv_heads, seq_kv, value_dim),
+        (2, num_heads, seq_q, value_dim),
+    )
+    return tuple(jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes))
+
+
+def why_not(query, key, value, mask=None, score_mod=None, dropout_rate=0.0, return_lse=False):
+    return _splash.why_not_splash(
+        query, key, value, mask=mask, score_mod=score_mod, dropout_rate=dropout_rate, return_lse=return_lse
+    )
+
+
+def splash(mask, score_mod, query, key, value, cotangent, scale):
+    """(out, lse) and the gradients of (scale * query, key, value)."""
+    assert why_not(query, key, value, mask, score_mod) is None
+    given = query, key, value, scale, mask, score_mod
+    return _splash.splash_forward(*given), _splash.splash_backward(*given, cotangent)
+
+
+def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
+    """What `splash` gives."""
+
+    def run(query, key, value):
+        return attend(query, key, value, mask=mask, score_mod=score_mod, scale=1.0, return_lse=True)
+
+    results, pullback = jax.vjp(run, query * scale, key, value)
+    return results, pullback((cotangent, jnp.zeros_like(results[1])))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in CASES]
+)
+def test_results_and_gradients_are_those_of_the_definition(interpreted, name):
+    mask, score_mod, seq_q, seq_kv = CASES[name]
+    given = *arrays(seq_q, seq_kv), jnp.float32(0.3)
+    have = jax.jit(partial(splash, mask, score_mod))(*given)
+    want = jax.jit(partial(definition, standard_attention, mask, score_mod))(*given)
+    for x, y in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert oracle.rms_error(x, y) <= 2e-6
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("heads", [(3, 3), (5, 1)])
+def test_bfloat16_is_as_exact_as_the_dense_computation(interpreted, heads):
+    *given, cotangent = arrays(256, 256, jnp.bfloat16, heads, (64, 64))
+    (out, lse), gradients = jax.jit(partial(splash, masks.causal(), None))(*given, cotangent, 0.125)
+    in_float32 = *(x.astype(jnp.float32) for x in (*given, cotangent)), 0.125
+    exact = jax.jit(partial(definition, standard_attention, masks.causal(), None))
+    (want, want_lse), want_gradients = exact(*in_float32)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in gradients)
+    assert oracle.rms_error(lse, want_lse) <= 1e-6
+    for x, y in zip((out, *gradients), (want, *want_gradients), strict=True):
+        assert oracle.rms_error(x, y) <= 2 * oracle.rms_error(y.astype(jnp.bfloat16), y)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.sliding_window(40),
+        pytest.param(masks.causal(), marks=pytest.mark.thorough),
+        pytest.param(None, marks=pytest.mark.thorough),
+    ],
+)
+def test_what_is_not_finite_reaches_who_attends_it_and_nobody_else(interpreted, mask):
+    query, key, value, cotangent = arrays(256, 256)
+    query = query.at[0, 1, 70, 3].set(jnp.inf)
+    key = key.at[1, 0, 150, 2].set(jnp.nan)
+    value = value.at[1, 1, 200, 1].set(-jnp.inf)
+    given = query, key, value, cotangent, 0.3
+    have = jax.tree.leaves(jax.jit(partial(splash, mask, None))(*given))
+    want = jax.tree.leaves(jax.jit(partial(definition, memory_efficient_attention, mask, None))(*given))
+    for x, y in zip(have, want, strict=True):
+        fine = np.isfinite(y)
+        assert 0.2 < fine.mean() < 1.0 or mask is not masks.sliding_window(40)
+        np.testing.assert_array_equal(np.isnan(x), ~fine)
+        assert oracle.rms_error(np.where(fine, x, 0), np.where(fine, y, 0)) <= 2e-6
+
+
+def test_a_cotangent_that_is_not_finite_reaches_the_keys_of_its_query_only(interpreted):
+    *given, cotangent = arrays(256, 256)
+    run = jax.jit(partial(splash, masks.sliding_window(40), None))
+    _, gradients = run(*given, cotangent.at[0, 3, 100, 0].set(jnp.nan), 0.3)
+    _, want = run(*given, cotangent.at[0, 3, 100].set(0.0), 0.3)
+    for x, y, first, head in zip(gradients, want, (100, 61, 61), (3, 1, 1), strict=True):
+        spoiled = np.zeros(x.shape, bool)
+        spoiled[0, head, first:101] = True
+        np.testing.assert_array_equal(np.isnan(x), spoiled)
+        np.testing.assert_array_equal(np.where(spoiled, 0, x), np.where(spoiled, 0, y))
+
+
+@pytest.mark.parametrize("window", [None, 1, 127, 128, 129, 300, 1000])
+@pytest.mark.parametrize(("seq_q", "seq_kv"), [(640, 640), (896, 640), (640, 896)])
+def test_blocks_of_one_answer_are_those_of_the_whole_mask(window, seq_q, seq_kv):
+    sides = (None if window is None else window - 1, 0)
+    whole = splash_attention.LocalMask((seq_q, seq_kv), sides, 0)
+    quick = _splash._causal_mask()((seq_q, seq_kv), sides, 0)
+    for q in range(0, seq_q, 128):
+        for kv in range(0, seq_kv, 128):
+            block = slice(q, q + 128), slice(kv, kv + 128)
+            np.testing.assert_array_equal(np.broadcast_to(quick[block], (128, 128)), whole[block])
+
+
+def test_equal_calls_make_equal_masks():
+    first, second = (_splash._causal_mask()((256, 256), (6, 0), 0) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+
+
+REFUSED = {
+    "a score mod": ({"score_mod": alibi_mod(4)}, {}, "no score mod but a soft cap of known size"),
+    "a learned cap": ({"score_mod": soft_cap_mod(jnp.float32(3.0))}, {}, "no score mod but a soft cap of known size"),
+    "dropout": ({"dropout_rate": 0.1}, {}, "no dropout"),
+    "log-sum-exp": ({"return_lse": True}, {}, "log-sum-exp has no gradient"),
+    "float16": ({}, {"dtype": jnp.float16}, "float32 and bfloat16 only"),
+    "large heads": ({}, {"sizes": (257, 8)}, "at most 256"),
+    "large values": ({}, {"sizes": (8, 257)}, "at most 256"),
+    "padding": ({"mask": masks.padding(jnp.array([3, 5]))}, {}, "no masks but causal ones"),
+    "a window both ways": ({"mask": masks.sliding_window(5, causal=False)}, {}, "no masks but causal ones"),
+    "a traced window": ({"mask": masks.sliding_window(jnp.int32(5))}, {}, "no masks but causal ones"),
+    "causal and more": ({"mask": masks.causal() & (lambda b, h, q, kv: q != kv)}, {}, "no masks but causal ones"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_splash_does_not_serve_is_said(name):
+    options, shapes, reason = REFUSED[name]
+    assert reason in why_not(*arrays(128, 256, **shapes)[:3], **options)
+
+
+@pytest.mark.parametrize(("seq_q", "seq_kv"), [(127, 128), (128, 100), (64, 128), (0, 128), (128, 0)])
+def test_lengths_are_multiples_of_128(seq_q, seq_kv):
+    assert "multiples of 128" in why_not(*shaped(seq_q, seq_kv)[:3])
+
+
+def test_rows_that_attend_nothing_are_refused():
+    query, key, value, _ = shaped(384, 256)
+    assert "attend nothing" in why_not(query, key, value, masks.sliding_window(128))
+    assert why_not(query, key, value, masks.sliding_window(129)) is None
+    assert "attend nothing" in why_not(query, query, query, masks.SlidingWindow(0, 1))
+
+
+def test_lengths_of_too_many_blocks_are_refused():
+    length = 128 * 257  # a prime, so that blocks are small
+    assert "here are 66049" in why_not(*shaped(length, length)[:3], masks.causal())
+    assert why_not(*shaped(2**17, 2**17)[:3], masks.causal()) is None
+
+
+def test_64_bits_are_refused():
+    with jax.enable_x64(True):
+        assert "counts in 32 bits" in why_not(*shaped(128, 128)[:3])
+
+
+def test_meshes_are_refused_but_in_a_shard_map_that_does_not_ask():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    seen = []
+
+    def see(x):
+        seen.append(why_not(x, x, x))
+        return x
+
+    def run(**options):
+        specs = PartitionSpec("x")
+        jax.eval_shape(jax.shard_map(see, mesh=mesh, in_specs=specs, out_specs=specs, **options), shaped(128, 128)[0])
+        return seen.pop()
+
+    assert "does not say over which axes" in run()
+    assert run(check_vma=False) is None
+    assert "over all axes" in run(axis_names={"x"})
+    with jax.set_mesh(mesh):
+        jax.eval_shape(see, shaped(128, 128)[0])
+    assert "one device" in seen.pop()
+
+
+def shaped(*lengths, **options):
+    return jax.eval_shape(partial(arrays, *lengths, **options))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_both_passes_lower_for_a_tpu_without_one(name, dtype):
+    mask, score_mod, seq_q, seq_kv = CASES[name]
+    given = *shaped(seq_q, seq_kv, dtype), jax.ShapeDtypeStruct((), jnp.float32)
+    tpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5e", 1, "tpu"))
+    with jax.sharding.use_abstract_mesh(tpu):
+        traced = jax.jit(partial(splash, mask, score_mod)).trace(*given)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+    kernels = {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"}
+    assert all(kernel in text for kernel in kernels)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
+def test_products_are_as_exact_as_the_dtype(dtype, precision):
+    given = *shaped(128, 128, dtype), 0.3
+    traced = str(jax.make_jaxpr(partial(splash, masks.causal(), None))(*given))
+    found = re.findall(r"precision=(.*)", traced)
+    assert len(found) == traced.count("dot_general[") >= 9
+    assert set(found) == {f"(Precision.{precision}, Precision.{precision})"}
+
+
+def test_importing_loads_no_pallas():
+    code = "import sys, attnax.kernels._splash; print('jax.experimental.pallas.tpu' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
