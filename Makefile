@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 train: $(VENV)/.train
 	$(BIN)/attnax train
 
+# Most of the time goes into compiling, so these programs are compiled without optimisation; those of `test-thorough` with it.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
+	XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
 
 # The same properties over more sizes, kernels and device counts.
 test-thorough: $(VENV)/.dev
