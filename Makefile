@@ -19,10 +19,11 @@ test-thorough: $(VENV)/.dev
 test-properties: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -q tests/test_properties.py --hypothesis-profile=thorough
 
-# The stored values of Hugging Face transformers are what it gives now; `tests/parity/generation.py --write` stores anew.
+# The stored values of Hugging Face transformers are what it gives now, and it reads what we write; `--write` stores anew.
 parity: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
 	$(BIN)/python tests/parity/generation.py --check
+	$(BIN)/python tests/parity/pretrained.py --check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorInfo]
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest dtype that holds all floating tensors."""
+        dtypes = {info.dtype for info in self.tensors.values() if _is_floating(info)}
+        return jnp.result_type(*(dtypes or {np.dtype(np.float32)}))
+
+    def rename(self, new_name: Callable[[str], str]) -> Checkpoint:
+        """The same tensors, with other names."""
+        return Checkpoint(self.folder, {new_name(name): info for name, info in self.tensors.items()})
+
     def read(self, name: str, dtype: Any) -> np.ndarray:
         """The tensor in floating `dtype`; `check` has seen to it that it is floating itself."""
         return read_tensor(self.tensors[name]).astype(dtype, copy=False)
@@ -51,12 +61,17 @@ class Checkpoint:
             info = self.tensors.get(name)
             if info is None:
                 problems.append(f"{name!r} is missing; a floating tensor of shape {shape} was expected.")
-            elif info.shape != shape or not jnp.issubdtype(info.dtype, jnp.floating) or info.dtype.itemsize < 2:
+            elif info.shape != shape or not _is_floating(info):
                 problems.append(f"{name!r} is {info}; a floating tensor of shape {shape} was expected.")
         unexpected = self.tensors.keys() - expected.keys() - set(harmless)
         return problems + [
             f"{name!r} is {self.tensors[name]}; no such tensor was expected." for name in sorted(unexpected)
         ]
+
+
+def _is_floating(info: TensorInfo) -> bool:
+    """Whether it holds numbers as they are: 8-bit floats come with scales."""
+    return bool(jnp.issubdtype(info.dtype, jnp.floating)) and info.dtype.itemsize > 1
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

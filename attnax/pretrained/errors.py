@@ -15,10 +15,12 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be read, or a model that cannot be written as one.
 
     Attributes:
+        where: the file, or what it is about.
         problems: one sentence each; the message shows the first twenty.
     """
 
     def __init__(self, where: object, problems: str | Iterable[str]):
+        self.where = str(where)
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         if len(self.problems) == 1:
             super().__init__(f"{where}: {self.problems[0]}")
