@@ -419,8 +419,11 @@ class TransformerConfig(StackConfig):
             "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
         relative_buckets: rows of the table of "relative".
         relative_max_distance: distances from here on share the last bucket.
+        position_offset: rows of the table of "learned" before that of position 0.
+        num_token_types: rows of a table of token types, whose vectors an encoder adds; 0 is no table.
         pad_token_id: what `make_padding_mask` is to take for padding; models are told by padding_mask alone.
         embedding_scale: multiplies the embeddings.
+        embedding_norm: the sum of all embeddings is normalised.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
         logit_soft_cap: logits become cap * tanh(logits / cap).
         kv_cache_max_len: capacity of the caches that `init_decoder_kv_caches_from_config` makes, by default max_len.
@@ -431,8 +434,11 @@ class TransformerConfig(StackConfig):
     pos_emb_type: PosEmbType = "sinusoidal"
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    position_offset: int = 0
+    num_token_types: int = 0
     pad_token_id: int = 0
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None
     kv_cache_max_len: int | None = None
@@ -440,7 +446,7 @@ class TransformerConfig(StackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_whole("vocab_size", "max_len", "kv_cache_max_len", "relative_buckets", "relative_max_distance")
-        self._require_whole("pad_token_id", least=0)
+        self._require_whole("pad_token_id", "position_offset", "num_token_types", least=0)
         self._require(
             self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size", "pad_token_id", "vocab_size"
         )

@@ -44,9 +44,11 @@ def config_of(name):
 def run(model, golden):
     graphdef, state = nnx.split(model)
 
+    types = {"token_type_ids": golden["token_type_ids"]} if "token_type_ids" in golden else {}
+
     @jax.jit
     def forward(state, ids, real):
-        return nnx.merge(graphdef, state)(ids, padding_mask=real)
+        return nnx.merge(graphdef, state)(ids, padding_mask=real, **types)
 
     return np.asarray(forward(state, golden["ids"], golden["real"]))
 
@@ -111,8 +113,9 @@ def test_gradients_are_the_same(name, load, tmp_path):
     save_pretrained(nnx.merge(graphdef, gradients(state)), tmp_path)
     ours, theirs = tensors_of(tmp_path), safetensors.numpy.load_file(FOLDER / name / "gradients.safetensors")
     assert ours.keys() == theirs.keys()
-    for tensor, value in theirs.items():
-        np.testing.assert_allclose(ours[tensor], value, rtol=0, atol=2e-5 * np.abs(value).max())
+    largest = max(np.abs(value).max() for value in theirs.values())
+    for tensor, value in theirs.items():  # that of a key's bias is 0, and elsewhere rounding
+        np.testing.assert_allclose(ours[tensor], value, rtol=0, atol=2e-5 * max(np.abs(value).max(), 1e-2 * largest))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def copy_with(name, folder, **fields):
         ({"is_decoder": True}, "is_decoder must be False, which is all that is supported; got is_decoder=True"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object or null"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "more": 1}}, "rope_type='linear' must have no more"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "more": 1}}, "rope_type='linear' must have no"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number; got factor=None"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
         ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads"),

@@ -306,6 +306,8 @@ def _effective(config: Any, name: str) -> Any:
             return tuple(layer for layer in BIASES if config.has_bias(layer) and _has_layer(config, layer))
         case "rope_base" | "rope_fraction" | "rope_scaling":
             return value if config.pos_emb_type == "rope" else None
+        case "position_offset":
+            return value if config.pos_emb_type == "learned" else None
         case "relative_buckets" | "relative_max_distance":
             return value if config.pos_emb_type == "relative" else None
         case "top_k" | "num_shared_experts" | "router_type" | "router_renormalize":
@@ -319,8 +321,6 @@ def _has_layer(config: Any, layer: str) -> bool:
             return config.num_experts is not None
         case "norm":
             return config.norm_type == "layer"
-        case "head":
-            return not getattr(config, "tie_embeddings", True)
     return True
 
 

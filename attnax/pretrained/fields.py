@@ -95,7 +95,7 @@ def whole(key: str, ours: str, default: Any = _REQUIRED, *, most: int = MOST) ->
 
 def real(key: str, ours: str, default: Any = _REQUIRED) -> Field:
     """A number; with the default None it may be null, which means None too."""
-    return _same(key, ours, default, _is_number, "a number")
+    return _same(key, ours, default, _is_number, "a number", float)
 
 
 def flag(key: str, ours: str, default: Any = _REQUIRED) -> Field:
@@ -261,12 +261,16 @@ def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {key: value for key, value in written.items() if value is not None}
 
 
-def _same(key: str, ours: str, default: Any, check: Callable[[Any], bool], rule: str) -> Field:
+def _same(
+    key: str, ours: str, default: Any, check: Callable[[Any], bool], rule: str, form: Callable[[Any], Any] = lambda x: x
+) -> Field:
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         value = _get(theirs, key, default)
-        if not check(value) and not (value is None and default is None):
+        if value is None and default is None:
+            return {ours: None}
+        if not check(value):
             raise ValueError(f"{key} must be {rule}; got {key}={value!r}.")
-        return {ours: value}
+        return {ours: form(value)}
 
     return Field((key,), read, lambda config: {key: getattr(config, ours)})
 

@@ -48,7 +48,7 @@ class Case:
     Attributes:
         architecture: a class of transformers.
         fields: of its config.
-        extra: keys of the written config.json that are otherwise; None takes one away.
+        options: of the class, beside the config.
         norm_mean: of the norms' weights.
         gradients: whether they are stored too.
         shard_size: of the files, in transformers' words.
@@ -57,6 +57,7 @@ class Case:
 
     architecture: str
     fields: dict[str, Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     norm_mean: float = 1.0
     gradients: bool = False
     shard_size: str = "1GB"
@@ -89,6 +90,17 @@ YARN_ROPE = {
     "beta_slow": 0.5,
     "original_max_position_embeddings": 19,
 }
+ENCODER = {
+    "vocab_size": 61,
+    "hidden_size": 30,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 23,
+    "layer_norm_eps": 1e-2,
+    "pad_token_id": 3,
+}
+DISTILBERT = {"vocab_size": 61, "dim": 30, "hidden_dim": 37, "n_layers": 2, "n_heads": 5, "max_position_embeddings": 23}
 CASES = {
     "llama2": Case("LlamaForCausalLM", DECODER | {"rms_norm_eps": 1e-2, "head_dim": 4}, gradients=True),
     "llama3": Case(
@@ -115,13 +127,21 @@ CASES = {
         {"vocab_size": 61, "n_positions": 67, "n_embd": 12, "n_layer": 2, "n_head": 3, "activation_function": "relu"}
         | {"scale_attn_weights": False, "tie_word_embeddings": False},
     ),
+    "bert": Case("BertModel", ENCODER | {"type_vocab_size": 3}, options={"add_pooling_layer": False}, gradients=True),
+    "bert_masked": Case("BertForMaskedLM", ENCODER | {"hidden_act": "gelu_new", "type_vocab_size": 3}),
+    "roberta": Case(
+        "RobertaModel", ENCODER | {"hidden_act": "relu", "type_vocab_size": 1}, options={"add_pooling_layer": False}
+    ),
+    "roberta_masked": Case("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 3, "pad_token_id": 2}),
+    "distilbert": Case("DistilBertModel", DISTILBERT),
+    "distilbert_masked": Case("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu", "pad_token_id": 3}),
 }
 
 
 def make_model(case: Case, seed: int) -> transformers.PreTrainedModel:
     architecture = getattr(transformers, case.architecture)
     ends = {} if "T5" in case.architecture else {"bos_token_id": None, "eos_token_id": None}
-    model = architecture(architecture.config_class(**ends | case.fields)).eval()
+    model = architecture(architecture.config_class(**ends | case.fields), **case.options).eval()
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         parameter.data = torch.tensor(weights(rng, name, tuple(parameter.shape), case)).to(case.dtype).float()
@@ -236,11 +256,13 @@ def differences(stored: Path, made: Path) -> Iterator[str]:
 
 def round_trip(name: str, stored: Path) -> Iterator[str]:
     """Attnax reads and writes the checkpoint; transformers reads what it wrote, and must compute what it did."""
-    architecture = getattr(transformers, CASES[name].architecture)
+    case = CASES[name]
+    architecture = getattr(transformers, case.architecture)
     with tempfile.TemporaryDirectory() as folder:
         model, _ = load_pretrained(stored)
         save_pretrained(model, folder, family=architecture.config_class.model_type)
-        again, info = architecture.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        options = case.options | {"output_loading_info": True, "dtype": torch.float32}
+        again, info = architecture.from_pretrained(folder, **options)
         left = {key: value for key, value in info.items() if value}
         if left:
             yield f"transformers does not read what Attnax writes: {left}"
