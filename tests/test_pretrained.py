@@ -22,11 +22,21 @@ from attnax.pretrained.layout import arrange, arranged_shape, reverse
 
 FOLDER = Path(__file__).parent / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
+VARIANTS = ("llama_linear", "llama_yarn", *(name for name in NAMES if name.endswith("variant")))
 
 
 def outputs_of(name):
     with np.load(FOLDER / name / "outputs.npz") as file:
         return dict(file)
+
+
+def goldens(*arrays):
+    """The names of the goldens that hold these arrays, for pytest; those that vary another are thorough."""
+    return [
+        pytest.param(name, marks=pytest.mark.thorough if name in VARIANTS else [])
+        for name in NAMES
+        if set(arrays) <= outputs_of(name).keys()
+    ]
 
 
 def tensors_of(folder):
@@ -44,6 +54,8 @@ def config_of(name):
 def run(model, golden):
     graphdef, state = nnx.split(model)
 
+    if "images" in golden:
+        return np.asarray(jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))(state, golden["images"]))
     types = {"token_type_ids": golden["token_type_ids"]} if "token_type_ids" in golden else {}
 
     @jax.jit
@@ -54,7 +66,8 @@ def run(model, golden):
 
 
 def check_outputs(outputs, golden):
-    outputs = np.where(golden["real"][..., None], outputs, 0)
+    if "real" in golden:
+        outputs = np.where(golden["real"][..., None], outputs, 0)
     error = np.abs(outputs - golden["outputs"])
     assert error.max() < 2e-4
     assert np.square(error).mean() ** 0.5 < 1e-5 * np.square(golden["outputs"]).mean() ** 0.5
@@ -73,13 +86,13 @@ def load():
     return load
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", goldens())
 def test_outputs_are_the_same_with_padding_too(name, load):
     golden = outputs_of(name)
     check_outputs(run(load(name), golden), golden)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "tokens" in outputs_of(name)])
+@pytest.mark.parametrize("name", goldens("tokens"))
 def test_greedy_texts_of_padded_prompts_are_the_same(name, load):
     golden, model = outputs_of(name), with_scan_layers(load(name), True)  # one layer compiles faster than all
     written = model.generate(golden["ids"], padding_mask=golden["real"], max_new_tokens=golden["tokens"].shape[1])
@@ -93,8 +106,10 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     assert tokenizer is None
     save_pretrained(model, tmp_path, family=config_of(name)["model_type"])
     read, written = tensors_of(FOLDER / name), tensors_of(tmp_path)
-    assert read.keys() == written.keys()
-    for tensor, value in read.items():
+    left_out = {"embeddings.mask_token"} & read.keys()
+    assert read.keys() - left_out == written.keys()
+    for tensor in written:
+        value = read[tensor]
         assert (written[tensor].dtype, written[tensor].tobytes()) == (value.dtype, value.tobytes())
     again, _ = load_pretrained(tmp_path)
     assert again.config == model.config
@@ -192,7 +207,7 @@ def copy_with(name, folder, **fields):
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures must be one of LlamaForCausalLM; got"),
         ({"shiny_new_trick": 7}, "shiny_new_trick=7 is no field of llama that is known here"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is no field of llama"),
-        ({"hidden_size": "36"}, "hidden_size must be a whole number of at most 16777216; got hidden_size='36'"),
+        ({"hidden_size": "36"}, "hidden_size must be a whole number of at least 0 .*; got hidden_size='36'"),
         ({"hidden_size": None}, "hidden_size must be a whole number"),
         ({"hidden_size": 1 << 40}, "hidden_size must be a whole number"),
         ({"hidden_act": "mish"}, "hidden_act must be one of silu, .*; got hidden_act='mish'"),
@@ -279,7 +294,7 @@ def test_a_model_that_no_family_has_a_place_for_is_refused_in_words(tmp_path):
         "save_pretrained, as gpt2: ff_activation must be one of gelu_tanh, .*; got ff_activation='swiglu'",
         family="gpt2",
     )
-    refused(lm(**LLAMA), "family of a TransformerLM must be one of llama, gpt2.*; got 'bert2'", family="bert2")
+    refused(lm(**LLAMA), "family of a TransformerLM must be one of llama, .*; got 'bert2'", family="bert2")
     refused(
         lm(**LLAMA | {"rope_scaling": {"kind": "ntk", "factor": 2.0}}), "rope_scaling must be one of default, linear"
     )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from attnax.config import BIASES, StackConfig
+from attnax.config import BIASES, BlockConfig, StackConfig
+from attnax.nn.feedforward import ACTIVATIONS
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.fields import COMMON, HARMLESS, Field
 from attnax.pretrained.layout import Shape, arrange, arranged_shape, reverse
@@ -28,18 +29,22 @@ class Rule:
             an expert; with {expert} the tensors of all experts are one array, the experts first.
         ours: the parameters that it holds, side by side along their last axis.
         layout: from theirs to that array.
+        gated: it is of layers whose feed-forward has a gate, or of those without; None is both.
     """
 
     theirs: str
     ours: tuple[str, ...]
     layout: str | None = None
+    gated: bool | None = None
 
 
-def linear(theirs: str, *ours: str, weight: str = "O I -> I O", bias: str | None = None) -> tuple[Rule, ...]:
+def linear(
+    theirs: str, *ours: str, weight: str = "O I -> I O", bias: str | None = None, gated: bool | None = None
+) -> tuple[Rule, ...]:
     """Weight and bias of a projection, or of several in one."""
     return (
-        Rule(f"{theirs}.weight", tuple(f"{name}.kernel" for name in ours), weight),
-        Rule(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), bias),
+        Rule(f"{theirs}.weight", tuple(f"{name}.kernel" for name in ours), weight, gated),
+        Rule(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), bias, gated),
     )
 
 
@@ -208,7 +213,7 @@ class Family:
         for rule in self.rules:
             for layer in range(config.num_layers) if any("{layer}" in name for name in rule.ours) else [0]:
                 ours = tuple(name.format(layer=layer) for name in rule.ours)
-                if not all(name in shapes for name in ours):
+                if not all(name in shapes for name in ours) or rule.gated not in (None, _is_gated(config.layer(layer))):
                     continue
                 stacked = "{expert}" in rule.theirs
                 experts = range(shapes[ours[0]][0]) if stacked else [0]
@@ -246,6 +251,11 @@ class Family:
             if name.endswith(old):
                 return name.removesuffix(old) + new
         return name
+
+
+def _is_gated(config: BlockConfig) -> bool:
+    _, gated = ACTIVATIONS[config.ff_activation]
+    return gated
 
 
 def _sizes(config: StackConfig) -> dict[str, int]:
@@ -306,6 +316,8 @@ def _effective(config: Any, name: str) -> Any:
             return tuple(layer for layer in BIASES if config.has_bias(layer) and _has_layer(config, layer))
         case "rope_base" | "rope_fraction" | "rope_scaling":
             return value if config.pos_emb_type == "rope" else None
+        case "layer_scale":  # the number is where the learned one starts
+            return None if value is None else "learned"
         case "position_offset":
             return value if config.pos_emb_type == "learned" else None
         case "relative_buckets" | "relative_max_distance":

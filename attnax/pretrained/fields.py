@@ -7,21 +7,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attnax.config import BlockConfig, RopeScaling
+from attnax.config import BlockConfig, RopeScaling, StackConfig
 
 __all__ = [
     "COMMON",
+    "FULL",
     "GATED",
     "HARMLESS",
+    "MOST_LAYERS",
     "PLAIN",
+    "SLIDING",
     "Field",
     "biases",
     "choice",
     "flag",
+    "layer_fields",
+    "layers",
     "only",
     "pad_token",
+    "read_layer_types",
+    "read_rope",
     "real",
     "rope",
+    "sides",
     "whole",
 ]
 
@@ -84,18 +92,22 @@ class Field:
     write: Callable[[Any], dict[str, Any]]
 
 
-def whole(key: str, ours: str, default: Any = _REQUIRED, *, most: int = MOST) -> Field:
-    """A whole number; with the default None it may be null, which means None too."""
+def whole(key: str, ours: str, default: Any = _REQUIRED, *, least: int = 0, null: bool = False) -> Field:
+    """A whole number; with `null`, or the default None, it may be null, which is None."""
 
     def check(value: Any) -> bool:
-        return type(value) is int and 0 <= value <= most
+        return (type(value) is int and least <= value <= MOST) or (null and value is None)
 
-    return _same(key, ours, default, check, f"a whole number of at most {most}")
+    return _same(key, ours, default, check, f"a whole number of at least {least} and at most {MOST}")
 
 
-def real(key: str, ours: str, default: Any = _REQUIRED) -> Field:
-    """A number; with the default None it may be null, which means None too."""
-    return _same(key, ours, default, _is_number, "a number", float)
+def real(key: str, ours: str, default: Any = _REQUIRED, *, null: bool = False) -> Field:
+    """A number; with `null`, or the default None, it may be null, which is None."""
+
+    def check(value: Any) -> bool:
+        return _is_number(value) or (null and value is None)
+
+    return _same(key, ours, default, check, "a number", lambda value: None if value is None else float(value))
 
 
 def flag(key: str, ours: str, default: Any = _REQUIRED) -> Field:
@@ -161,6 +173,23 @@ def biases(always: Sequence[str] = (), **flags: tuple[bool, Sequence[str]]) -> F
     return Field(tuple(flags), read, write)
 
 
+def sides(key: str, ours: str, default: Any = _REQUIRED) -> Field:
+    """Height and width: one whole number, or a pair of them."""
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        value = _get(theirs, key, default)
+        pair = value if isinstance(value, list) else [value, value]
+        if len(pair) != 2 or not all(type(side) is int and 0 < side <= MOST for side in pair):
+            raise ValueError(f"{key} must be a whole number of at most {MOST}, or a pair; got {key}={str(value)[:80]}.")
+        return {ours: tuple(pair)}
+
+    def write(config: Any) -> dict[str, Any]:
+        height, width = getattr(config, ours)
+        return {key: height if height == width else [height, width]}
+
+    return Field((key,), read, write)
+
+
 def pad_token() -> Field:
     """The id of the padding; 0 where there is none."""
 
@@ -171,27 +200,95 @@ def pad_token() -> Field:
     return Field(("pad_token_id",), read, lambda config: {"pad_token_id": config.pad_token_id})
 
 
-def rope(theta: float = 10000.0, *, base: str = "rope_theta", fraction: tuple[str, float] | None = None) -> Field:
+def layers(default: LayerTypes, window: int | None, *, switch: str | None = None) -> Field:
+    """Which layers see a window only: `layer_types`, one name a layer, and `sliding_window`.
+
+    Args:
+        default: the types where none are said, from the other keys and the number of layers.
+        window: the sliding_window where none is said.
+        switch: a key that must be true for any window, by default false.
+    """
+    size = whole("sliding_window", "size", window, null=True)
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        on = switch is None or _true_or_false(theirs.get(switch, False), switch)
+        types = read_layer_types(theirs, default)
+        width = size.read(theirs)["size"] if on else None
+        if SLIDING in types and width is None:
+            raise ValueError(f"sliding_window must be a whole number where layer_types has {SLIDING}; got None.")
+        return layer_fields([{"attention_window": width} if kind == SLIDING else {} for kind in types])
+
+    def write(config: StackConfig) -> dict[str, Any]:
+        windows = [config.layer(index).attention_window for index in range(config.num_layers)]
+        types = [FULL if size is None else SLIDING for size in windows]
+        said = {"layer_types": types, "sliding_window": next((size for size in windows if size is not None), window)}
+        return said if switch is None else said | {switch: SLIDING in types}
+
+    keys = ("layer_types", "sliding_window", "num_hidden_layers", "max_window_layers")
+    return Field(keys if switch is None else (*keys, switch), read, write)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+LayerTypes = Callable[[Mapping[str, Any], int], Sequence[str]]
+MOST_LAYERS = 4096
+
+
+def read_layer_types(theirs: Mapping[str, Any], default: LayerTypes) -> Sequence[str]:
+    """One of `FULL` and `SLIDING` a layer."""
+    count = _whole_number(theirs.get("num_hidden_layers"), "num_hidden_layers")
+    if count > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}; got num_hidden_layers={count}.")
+    types = theirs.get("layer_types")
+    if types is None:
+        return default(theirs, count)
+    if not isinstance(types, list) or len(types) != count or any(kind not in (FULL, SLIDING) for kind in types):
+        raise ValueError(f"layer_types must be {count} times {FULL} or {SLIDING}; got {str(types)[:80]}.")
+    return types
+
+
+def layer_fields(overrides: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fields of a config whose layers have these, one mapping a layer; a `layer_pattern` where they differ."""
+    if all(fields == overrides[0] for fields in overrides):
+        return dict(overrides[0])
+    periods = range(2, len(overrides) + 1)
+    period = next(count for count in periods if list(overrides[count:]) == list(overrides[:-count]))
+    return {"layer_pattern": tuple(overrides[:period])}
+
+
+def rope(
+    theta: float = 10000.0,
+    *,
+    base: str = "rope_theta",
+    fraction: tuple[str, float] | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    kinds: Sequence[str] = ("default", "linear", "llama3", "yarn"),
+) -> Field:
     """Rotary positions: `rope_parameters` as transformers 5 writes it, or base, fraction and `rope_scaling` as 4 did.
 
     Args:
         theta: the base where none is given.
         base: its key.
         fraction: the key of the part of each head that is rotated, and its default; None rotates all of it.
+        scaling: the rope_scaling where none is given.
+        kinds: of scaling that the family has.
     """
     keys = (base, "rope_scaling", "rope_parameters", *(() if fraction is None else fraction[:1]))
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        said = dict(_object(theirs, "rope_parameters") or _object(theirs, "rope_scaling"))
-        ours = {"rope_base": _number(said.pop("rope_theta", theirs.get(base, theta)), base)}
+        said = dict(_object(theirs, "rope_parameters") or _object(theirs, "rope_scaling") or scaling or {})
+        ours: dict[str, Any] = {}
         if fraction is not None:
             key, default = fraction
-            part = said.pop("partial_rotary_factor", theirs.get(key, default))
-            ours["rope_fraction"] = _number(part, key)
-        return ours | {"rope_scaling": read_rope_scaling(said, theirs.get("max_position_embeddings"))}
+            ours["rope_fraction"] = _number(said.pop("partial_rotary_factor", theirs.get(key, default)), key)
+        ours |= read_rope(said, theirs.get(base, theta), theirs.get("max_position_embeddings"))
+        kind = "default" if ours["rope_scaling"] is None else ours["rope_scaling"].kind
+        if kind not in kinds:
+            raise ValueError(f"rope_type must be one of {', '.join(kinds)}; got rope_type={kind!r}.")
+        return ours
 
     def write(config: BlockConfig) -> dict[str, Any]:
-        theirs = {base: config.rope_base, "rope_scaling": write_rope_scaling(config.rope_scaling)}
+        none = None if scaling is None else {"rope_type": "default"}
+        theirs = {base: config.rope_base, "rope_scaling": write_rope_scaling(config.rope_scaling) or none}
         return theirs if fraction is None else theirs | {fraction[0]: config.rope_fraction}
 
     return Field((*keys, "max_position_embeddings"), read, write)
@@ -213,6 +310,13 @@ _SCALINGS = {  # kind: (fields, their keys), beside rope_type and factor
         "truncate": "truncate",
     },
 }
+
+
+def read_rope(said: Mapping[str, Any], theta: Any, max_len: Any) -> dict[str, Any]:
+    """Base and scaling of a `rope_parameters`; theta and max_len are what holds where it says nothing."""
+    said = dict(said)
+    base = _number(said.pop("rope_theta", theta), "rope_theta")
+    return {"rope_base": base, "rope_scaling": read_rope_scaling(said, max_len)}
 
 
 def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | None:

@@ -10,8 +10,7 @@ from attnax.pretrained.fields import PLAIN, Field, choice, flag, only, pad_token
 
 __all__ = ["GPT2"]
 
-# "Conv1D": the weights are not transposed.
-_CONV = {"weight": "I O -> I O"}
+_CONV = "I O -> I O"  # its projections are not transposed
 
 
 def _inner() -> Field:
@@ -66,11 +65,11 @@ GPT2 = Family(
             "{base}h.{layer}",
             "decoder.stack.blocks.{layer}",
             norm("ln_1", "around_attention.norm_in"),
-            linear("attn.c_attn", "attention.query", "attention.key", "attention.value", **_CONV),
-            linear("attn.c_proj", "attention.out", **_CONV),
+            linear("attn.c_attn", "attention.query", "attention.key", "attention.value", weight=_CONV),
+            linear("attn.c_proj", "attention.out", weight=_CONV),
             norm("ln_2", "around_feed_forward.norm_in"),
-            linear("mlp.c_fc", "feed_forward.up", **_CONV),
-            linear("mlp.c_proj", "feed_forward.down", **_CONV),
+            linear("mlp.c_fc", "feed_forward.up", weight=_CONV),
+            linear("mlp.c_proj", "feed_forward.down", weight=_CONV),
         ),
         *norm("{base}ln_f", "decoder.norm"),
         Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),

@@ -5,7 +5,7 @@ from attnax.models.lm import TransformerLM
 from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
 from attnax.pretrained.fields import GATED, biases, choice, flag, pad_token, real, rope, whole
 
-__all__ = ["ATTENTION", "FIELDS", "GATED_FEED_FORWARD", "HEAD", "LLAMA", "NORMS"]
+__all__ = ["ATTENTION", "FIELDS", "GATED_FEED_FORWARD", "HEAD", "LLAMA", "NORMS", "QK_NORMS", "RULES", "experts"]
 
 FIELDS = (
     whole("vocab_size", "vocab_size"),
@@ -40,6 +40,32 @@ HEAD = (
     *norm("{base}norm", "decoder.norm"),
     Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),
 )
+RULES = (
+    *within("{base}layers.{layer}", "decoder.stack.blocks.{layer}", ATTENTION, GATED_FEED_FORWARD, NORMS),
+    *HEAD,
+)
+QK_NORMS = within(
+    "{base}layers.{layer}.self_attn",
+    "decoder.stack.blocks.{layer}.attention",
+    norm("q_norm", "query_norm"),
+    norm("k_norm", "key_norm"),
+)
+"""Norms of queries and keys, which Llama has not."""
+
+
+def experts(mixture: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """The router and the experts of each layer, whose tensors are apart."""
+    return within(
+        "{base}layers.{layer}." + mixture,
+        "decoder.stack.blocks.{layer}.feed_forward",
+        (
+            Rule("gate.weight", ("router.kernel",), "O I -> I O"),
+            Rule(f"experts.{{expert}}.{gate}.weight", ("gate",), "E F D -> E D F"),
+            Rule(f"experts.{{expert}}.{up}.weight", ("up",), "E F D -> E D F"),
+            Rule(f"experts.{{expert}}.{down}.weight", ("down",), "E D F -> E F D"),
+        ),
+    )
+
 
 LLAMA = Family(
     model_type="llama",
@@ -57,9 +83,6 @@ LLAMA = Family(
     ),
     harmless=("pretraining_tp",),
     bases=("model.", ""),
-    rules=(
-        *within("{base}layers.{layer}", "decoder.stack.blocks.{layer}", ATTENTION, GATED_FEED_FORWARD, NORMS),
-        *HEAD,
-    ),
+    rules=RULES,
     buffers=("rotary_emb.inv_freq",),
 )

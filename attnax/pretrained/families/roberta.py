@@ -34,9 +34,10 @@ ROBERTA_MASKED = dataclasses.replace(
     BERT_MASKED,
     model_type="roberta",
     architecture="RobertaForMaskedLM",
+    constants={**BERT_MASKED.constants, "ff_activation": "gelu"},
     fields=(
         *FIELDS,
-        choice("hidden_act", "ff_activation", {"gelu": "gelu"}, "gelu"),  # its head has no other
+        only("hidden_act", "gelu"),  # its head has no other
         _positions(),
         only("tie_word_embeddings", True),
     ),
