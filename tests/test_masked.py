@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from attnax import TransformerConfig, TransformerDecoder, TransformerEncoder, TransformerLM
-from attnax.models import MaskedLM
+from attnax.models import MaskedLM, SentenceEncoder
 
 CONFIG = TransformerConfig(
     vocab_size=23,
@@ -90,3 +90,31 @@ def test_a_masked_language_model_learns_from_both_sides():
     log_probs = lm.log_probs(IDS, padding_mask=IDS > 3)
     np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1.0, atol=1e-5)
     assert log_probs.shape == (2, 7, 23)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_padding_is_no_part_of_a_sentence(encoder, pool):
+    embed = SentenceEncoder(encoder, pool=pool)
+    real = np.arange(7) < np.array([[5], [7]])
+    right = embed(IDS, padding_mask=real)
+    left = embed(np.roll(IDS, 2, axis=1), padding_mask=np.roll(real[:1], 2, axis=1).repeat(2, 0))
+    np.testing.assert_allclose(embed(IDS[:1, :5]), right[:1], atol=1e-6)
+    np.testing.assert_allclose(left[:1], right[:1], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(right, axis=1), 1.0, atol=1e-6)
+
+
+def test_a_sentence_of_padding_has_a_vector_and_a_gradient(encoder):
+    graphdef, state = nnx.split(SentenceEncoder(encoder))
+
+    def first(state):
+        vectors = nnx.merge(graphdef, state)(IDS, padding_mask=np.arange(7) < np.array([[0], [7]]))
+        return vectors.sum(), vectors
+
+    gradients, vectors = jax.grad(first, has_aux=True)(state)
+    assert (vectors[0] == 0).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_another_pool_is_refused(encoder, unchecked_shapes):
+    with pytest.raises(ValueError, match="SentenceEncoder: pool must be one of cls, mean; got pool='max'"):
+        SentenceEncoder(encoder, pool="max")

@@ -15,6 +15,7 @@ import tokenizers
 from flax import nnx
 
 from attnax import TransformerLM, masks
+from attnax.models import SentenceEncoder
 from attnax.nn import with_scan_layers
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.families import FAMILIES
@@ -258,6 +259,79 @@ def test_files_that_older_versions_wrote_are_read(tmp_path):
     shutil.copytree(FOLDER / "llama3", folder)
     (folder / "config.json").write_text(json.dumps(fields))
     assert load_pretrained(folder)[0].config == load_pretrained(FOLDER / "llama3")[0].config
+
+
+def test_a_head_that_is_not_the_embeddings_it_is_tied_to_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    tensors = tensors_of(tmp_path)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'lm_head.weight' must repeat the embeddings, since they are tied"):
+        load_pretrained(tmp_path)
+    config = config_of("gpt2") | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path)[0].head.projection is not None
+
+
+def test_poolers_and_old_names_of_bert_are_known(tmp_path):
+    golden = outputs_of("bert")
+    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
+    tensors = {
+        f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors_of(tmp_path).items()
+    }
+    tensors |= {"bert.pooler.dense.weight": np.ones((30, 30), "f"), "bert.embeddings.position_ids": np.arange(23)[None]}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_outputs(run(load_pretrained(tmp_path)[0], golden), golden)
+
+
+MODULES = [
+    {
+        "idx": index,
+        "name": str(index),
+        "path": path,
+        "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}",
+    }
+    for index, path in enumerate(["", "1_Pooling", "2_Normalize"])
+]
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentences_are_pooled_as_sentence_transformers_does(tmp_path, pool, normalize):
+    golden, folder = outputs_of("bert"), tmp_path / "read"
+    shutil.copytree(FOLDER / "bert", folder)
+    (folder / "modules.json").write_text(json.dumps(MODULES if normalize else MODULES[:2]))
+    modes = {"pooling_mode_mean_tokens": pool == "mean", "pooling_mode_cls_token": pool == "cls"}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({**modes, "pooling_mode_max_tokens": False}))
+    hidden, real = golden["outputs"], golden["real"][..., None]
+    expected = hidden[:, 0] if pool == "cls" else (hidden * real).sum(1) / real.sum(1)
+    if normalize:
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    model, _ = load_pretrained(folder)
+    save_pretrained(model, tmp_path / "written")
+    again, _ = load_pretrained(tmp_path / "written")
+    assert type(again) is SentenceEncoder and (again.pool, again.normalize) == (pool, normalize)
+    np.testing.assert_allclose(run(model, golden), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "problem"),
+    [
+        ({}, "must hold a JSON list; got a dict"),
+        ([1], "its modules must be Transformer, Pooling, Normalize"),
+        ([*MODULES, MODULES[2]], "its modules must be"),
+        ([MODULES[0], MODULES[1] | {"path": "../1_Pooling"}], "its modules must be .* second is in 1_Pooling"),
+    ],
+)
+def test_other_modules_of_sentence_transformers_are_refused(tmp_path, modules, problem):
+    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=problem):
+        load_pretrained(tmp_path)
 
 
 SIZES = {"vocab_size": 11, "d_model": 12, "num_heads": 3, "num_layers": 3, "d_ff": 20, "max_len": 16}

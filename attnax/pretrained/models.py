@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 
 from attnax.config import StackConfig
 from attnax.masks import Causal
+from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
 from attnax.nn.stack import with_scan_layers
@@ -23,7 +24,8 @@ from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family
 from attnax.pretrained.json_object import read_object
-from attnax.pretrained.safetensors import MAX_TENSORS, write_tensors
+from attnax.pretrained.safetensors import MAX_TENSORS, read_tensor, write_tensors
+from attnax.pretrained.sentence import read_pooling, write_pooling
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,8 +50,9 @@ def load_pretrained(
             such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
 
     Returns:
-        The model, of the class that docs/pretrained.md lists for the architecture, and a `tokenizers.Tokenizer`, or
-        None where the folder has no `tokenizer.json`.
+        The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder of it where the
+        folder has the `modules.json` of sentence-transformers), and a `tokenizers.Tokenizer`, or None where the folder
+        has no `tokenizer.json`.
 
     Raises:
         CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
@@ -84,6 +87,8 @@ def load_pretrained(
     problems = checkpoint.check(expected, family.beside(config, checkpoint.tensors))
     if problems:
         raise CheckpointError(folder, problems)
+    _check_tied(config, family, checkpoint, bindings)
+    pooling = read_pooling(folder) if family.model is TransformerEncoder else None
     tokenizer = _load_tokenizer(folder / "tokenizer.json")
     arrays: dict[str, jax.Array] = {}
     for binding in bindings:
@@ -91,7 +96,8 @@ def load_pretrained(
             where = sharding(name, value.shape) if callable(sharding) else sharding
             arrays[name] = jax.device_put(np.ascontiguousarray(value), where)
     flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
 
 
 def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None) -> None:
@@ -108,6 +114,8 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Raises:
         CheckpointError: no family, or not the given one, has a place for something in the model.
     """
+    sentence = model if isinstance(model, SentenceEncoder) else None
+    model = model if sentence is None else sentence.encoder
     if getattr(getattr(model, "config", None), "scan_layers", False):
         model = with_scan_layers(model, False)
     found, config = _family_for(model, family)
@@ -130,6 +138,8 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     write_tensors(folder / SINGLE_FILE, types, make)
     config["torch_dtype"] = str(np.result_type(*(dtype for dtype, _ in types.values())))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    if sentence is not None:
+        write_pooling(sentence, folder)
 
 
 def _family_of(theirs: Mapping[str, Any], where: Path) -> Family:
@@ -194,6 +204,22 @@ def _check_counts(config: StackConfig, checkpoint: Checkpoint) -> None:
             checkpoint.folder,
             f"its {count} tensors are not those of num_layers={config.num_layers}, num_experts={config.num_experts}.",
         )
+
+
+def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:
+    """Raises CheckpointError for a head that is not the embeddings, though the config says so."""
+    for name in family.tied:
+        if name not in checkpoint.tensors or not getattr(config, "tie_embeddings", False):
+            continue
+        embeddings = next(binding for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding"))
+        info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.theirs[0]]
+        same_type = (info.dtype, info.shape) == (other.dtype, other.shape)
+        if not same_type or read_tensor(info).tobytes() != read_tensor(other).tobytes():
+            raise CheckpointError(
+                checkpoint.folder,
+                f"{name!r} must repeat the embeddings, since they are tied, and is another tensor. Set "
+                "tie_word_embeddings to false in config.json.",
+            )
 
 
 def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
