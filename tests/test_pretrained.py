@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,6 +193,24 @@ def test_a_tokenizer_is_read_if_it_is_there(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: it is no tokenizer"):
             load_pretrained(tmp_path)
+
+
+def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--tiny--gpt2", "0" * 40
+    shutil.copytree(FOLDER / "gpt2", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_pretrained("tiny/gpt2")[0].config == load_pretrained(FOLDER / "gpt2")[0].config
+    with pytest.raises(CheckpointError, match="tiny/gpt3: there is no such folder, nor such a model in the cache"):
+        load_pretrained("tiny/gpt3")
+    for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", ""):
+        with pytest.raises(CheckpointError, match="there is no such f"):
+            load_pretrained(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"hub: pip install 'attnax\[pretrained\]'"):
+        load_pretrained("tiny/gpt3")
 
 
 def copy_with(name, folder, **fields):

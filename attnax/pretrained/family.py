@@ -6,6 +6,7 @@ A `Family` is read in both directions: from a checkpoint to a config and paramet
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,11 @@ class Binding:
         if self.layout is not None:
             whole = arranged_shape(whole, reverse(self.layout), self.sizes)
         return whole[1:] if self.stacked else whole
+
+    @property
+    def num_elements(self) -> int:
+        """Of all the parameters together."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The parameters that a tensor holds, or that tensors of experts hold one after the other."""

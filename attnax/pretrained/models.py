@@ -23,8 +23,9 @@ from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoin
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family
+from attnax.pretrained.hub import find_folder
 from attnax.pretrained.json_object import read_object
-from attnax.pretrained.safetensors import MAX_TENSORS, read_tensor, write_tensors
+from attnax.pretrained.safetensors import MAX_TENSORS, empty_aligned, read_tensor, write_tensors
 from attnax.pretrained.sentence import read_pooling, write_pooling
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def load_pretrained(
     gives (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
 
     Args:
-        folder: with the files; in place of `model.safetensors` several that `model.safetensors.index.json` names.
+        folder: with the files; in place of `model.safetensors` several that `model.safetensors.index.json` names. A
+            string that is no folder is the name of a model on the Hugging Face hub, such as "openai-community/gpt2",
+            taken from its cache or, with the package huggingface_hub, from the hub.
         dtype: of parameters and computation, by default that of the tensors.
         sharding: where parameters go: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
             such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
@@ -71,7 +74,7 @@ def load_pretrained(
         >>> model.config.d_ff, tokenizer
         (16, None)
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     theirs = read_object(folder / "config.json")
     family = _family_of(theirs, folder / "config.json")
     checkpoint = open_checkpoint(folder).rename(family.current_name)
@@ -91,10 +94,12 @@ def load_pretrained(
     pooling = read_pooling(folder) if family.model is TransformerEncoder else None
     tokenizer = _load_tokenizer(folder / "tokenizer.json")
     arrays: dict[str, jax.Array] = {}
-    for binding in bindings:
-        for name, value in zip(binding.ours, binding.split(_read(checkpoint, binding, dtype)), strict=True):
+    # The largest first: what is read last, beside all the others, is then small.
+    for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
+        parts = [_in_place(part) for part in binding.split(_read(checkpoint, binding, dtype))]
+        for name, value in zip(binding.ours, parts, strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
-            arrays[name] = jax.device_put(np.ascontiguousarray(value), where)
+            arrays[name] = jax.device_put(value, where)
     flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
@@ -226,10 +231,19 @@ def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
     """The tensor of a binding, or those of its experts one after the other."""
     if not binding.stacked:
         return checkpoint.read(binding.theirs[0], dtype)
-    whole = np.empty((len(binding.theirs), *binding.tensor_shape), dtype)
+    whole = empty_aligned((len(binding.theirs), *binding.tensor_shape), dtype)
     for expert, name in enumerate(binding.theirs):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
+
+
+def _in_place(value: np.ndarray) -> np.ndarray:
+    """The array, laid out as JAX's CPU backend uses it without another copy."""
+    if value.flags.c_contiguous and value.ctypes.data % 64 == 0:
+        return value
+    own = empty_aligned(value.shape, value.dtype)
+    own[...] = value
+    return own
 
 
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
