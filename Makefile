@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative clean
+.PHONY: train test test-thorough test-properties parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -51,6 +51,10 @@ bench-models: $(VENV)/.dev
 bench-decode: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
 	$(BIN)/python benchmarks/decode.py --markdown docs/decode-cpu.md
+
+bench-load: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+	$(BIN)/python benchmarks/load.py
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
