@@ -108,7 +108,7 @@ IMAGE = {
     "num_attention_heads": 5,
     "image_size": 9,
     "patch_size": 3,
-    "num_channels": 3,
+    "num_channels": 2,
     "layer_norm_eps": 1e-2,
 }
 MASK_TOKEN = ("embeddings.mask_token",)
@@ -261,7 +261,11 @@ CASES = {
         "ViTForImageClassification",
         IMAGE | {"patch_size": [1, 3], "intermediate_size": 37, "qkv_bias": False, "num_labels": 7},
     ),
-    "dinov2": Case("Dinov2Model", IMAGE | {"mlp_ratio": 2, "hidden_act": "relu"}, left_out=MASK_TOKEN),
+    "dinov2": Case(
+        "Dinov2Model",
+        IMAGE | {"mlp_ratio": 2, "hidden_act": "relu", "qkv_bias": False, "layerscale_value": 0.5},
+        left_out=MASK_TOKEN,
+    ),
     "dinov2_registers": Case(
         "Dinov2WithRegistersModel",
         IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 3},
@@ -329,7 +333,9 @@ def encode(model: transformers.PreTrainedModel, ids: np.ndarray, real: np.ndarra
 
 
 def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
-    images = np.random.default_rng(4).normal(size=(2, *model_sides(model), 3)).astype(np.float32)
+    images = (
+        np.random.default_rng(4).normal(size=(2, *model_sides(model), model.config.num_channels)).astype(np.float32)
+    )
     with torch.no_grad():
         out = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)))
     return {"images": images, "outputs": (out.logits if "logits" in out else out.last_hidden_state).numpy()}
