@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-speculative bench-gpu clean
+.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -24,10 +24,11 @@ test-gpu:
 test-properties: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -q tests/test_properties.py --hypothesis-profile=thorough
 
-# The stored values of Hugging Face transformers are what it gives now; `tests/parity/generation.py --write` stores anew.
+# The stored values of Hugging Face transformers are what it gives now, and it reads what we write; `--write` stores anew.
 parity: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
 	$(BIN)/python tests/parity/generation.py --check
+	$(BIN)/python tests/parity/pretrained.py --check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -55,6 +56,10 @@ bench-models: $(VENV)/.dev
 bench-decode: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
 	$(BIN)/python benchmarks/decode.py --markdown docs/decode-cpu.md
+
+bench-load: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+	$(BIN)/python benchmarks/load.py
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev

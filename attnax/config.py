@@ -8,7 +8,19 @@ import enum
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
-FfActivation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swish", "swiglu", "geglu", "geglu_tanh", "reglu"]
+FfActivation = Literal[
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "relu2",
+    "silu",
+    "swish",
+    "swiglu",
+    "swiglu_clipped",
+    "geglu",
+    "geglu_tanh",
+    "reglu",
+]
 NormKind = Literal["layer", "rms"]
 NormPlacement = Literal["pre", "post", "sandwich", "branch"]
 PosEmbType = Literal["sinusoidal", "learned", "rope", "alibi", "relative", "none"]
@@ -171,7 +183,7 @@ class BlockConfig(_Checks):
         attention_dropout_rate: probability of dropping an attention weight, by default dropout_rate.
         d_ff: hidden width of the feed-forward, or of each expert.
         ff_activation: "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), "silu" = "swish", or gated: "swiglu",
-            "geglu", "geglu_tanh", "reglu".
+            "geglu", "geglu_tanh", "reglu", "swiglu_clipped" (that of gpt-oss).
         num_experts: the feed-forward is a mixture of so many experts; None is one dense feed-forward.
         top_k: experts a token.
         num_shared_experts: further experts that every token goes through.
@@ -184,10 +196,12 @@ class BlockConfig(_Checks):
             model, embeddings.
         norm_type: "layer" or "rms".
         norm_eps: added to the variance.
+        norm_offset: added to the scales of "rms" norms, which start at 1 - norm_offset.
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))), "branch"
             x + norm(f(x)).
         parallel_residual: x + attention(norm(x)) + feed_forward(norm'(x)), instead of one after the other.
         residual_scale: multiplies what each sublayer adds.
+        layer_scale: where a learned scale of every feature that a sublayer adds starts; None has no such scale.
         pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; what the others do
             ("sinusoidal", "learned", "relative") is the model's part.
         rope_base: the wavelength of the slowest rotation is about 2 pi * rope_base positions.
@@ -229,9 +243,11 @@ class BlockConfig(_Checks):
     dropout_rate: float = 0.1
     norm_type: NormKind = "layer"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
     norm_placement: NormPlacement = "pre"
     parallel_residual: bool = False
     residual_scale: float = 1.0
+    layer_scale: float | None = None
     pos_emb_type: PosEmbType = "none"
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
@@ -260,6 +276,7 @@ class BlockConfig(_Checks):
         self._require_whole("rope_max_positions", "num_experts")
         self._require_whole("num_shared_experts", least=0)
         self._require_above_zero("norm_eps", "attention_scale", "attention_soft_cap", "residual_scale", "init_std")
+        self._require_above_zero("layer_scale")
         self._require_choice(ff_activation=FfActivation, norm_type=NormKind, norm_placement=NormPlacement)
         self._require_choice(pos_emb_type=PosEmbType, dtype=Dtype, param_dtype=Dtype, qk_norm=QkNorm)
         self._require_choice(router_type=RouterType, kernel_init=Initializer, embedding_init=Initializer)
@@ -419,8 +436,11 @@ class TransformerConfig(StackConfig):
             "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
         relative_buckets: rows of the table of "relative".
         relative_max_distance: distances from here on share the last bucket.
+        position_offset: rows of the table of "learned" before that of position 0.
+        num_token_types: rows of a table of token types, whose vectors an encoder adds; 0 is no table.
         pad_token_id: what `make_padding_mask` is to take for padding; models are told by padding_mask alone.
         embedding_scale: multiplies the embeddings.
+        embedding_norm: the sum of all embeddings is normalised.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
         logit_soft_cap: logits become cap * tanh(logits / cap).
         kv_cache_max_len: capacity of the caches that `init_decoder_kv_caches_from_config` makes, by default max_len.
@@ -431,8 +451,11 @@ class TransformerConfig(StackConfig):
     pos_emb_type: PosEmbType = "sinusoidal"
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    position_offset: int = 0
+    num_token_types: int = 0
     pad_token_id: int = 0
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None
     kv_cache_max_len: int | None = None
@@ -440,7 +463,7 @@ class TransformerConfig(StackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_whole("vocab_size", "max_len", "kv_cache_max_len", "relative_buckets", "relative_max_distance")
-        self._require_whole("pad_token_id", least=0)
+        self._require_whole("pad_token_id", "position_offset", "num_token_types", least=0)
         self._require(
             self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size", "pad_token_id", "vocab_size"
         )

@@ -18,6 +18,7 @@ LAYERS = {
     "nn": 3,
     "generation": 3,
     "models": 4,
+    "pretrained": 5,
     "training": 5,
     "visualize": 5,
     "cli": 6,
@@ -57,4 +58,4 @@ def test_heavy_packages_stay_in_their_place(path):
     assert "flax" not in roots or part not in NO_FLAX
     assert "jaxtyping" not in roots or part == "typing"
     assert "matplotlib" not in roots or part == "visualize"
-    assert not roots & {"torch", "transformers"}
+    assert not roots & {"torch", "transformers", "safetensors"}

@@ -304,17 +304,35 @@ ACTIVATIONS = {
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", *GATED])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", *GATED, "swiglu_clipped"])
 def test_every_activation_is_its_formula(name):
     layer = randomized(nn.FeedForward(nnx.Rngs(0), 5, 7, ff_activation=name))
     x = normal(1, 3, 5)
     hidden = project(layer.up, x)
-    if name in GATED:
+    if name == "swiglu_clipped":
+        x = 6 * x  # far enough to be clipped
+        hidden, gate = project(layer.up, x), np.minimum(project(layer.gate, x), 7)
+        assert gate.max() == 7 and hidden.max() > 7 and hidden.min() < -7
+        hidden = gate / (1 + np.exp(-1.702 * gate)) * (np.clip(hidden, -7, 7) + 1)
+    elif name in GATED:
         hidden = ACTIVATIONS[GATED[name]](project(layer.gate, x)) * hidden
     else:
         hidden = ACTIVATIONS["silu" if name == "swish" else name](hidden)
     expected = hidden @ wide(layer.down.kernel[...]) + wide(layer.down.bias[...])
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offset_is_added_to_the_scales_of_rms_norms(dtype):
+    fields = {"d_model": 12, "num_heads": 3, "norm_type": "rms", "norm_offset": 1.0, "dtype": dtype}
+    block = nn.EncoderBlock(nnx.Rngs(0), **fields, param_dtype=dtype, qk_norm="head")
+    for norm in (block.around_attention.norm_in, block.attention.query_norm):
+        assert norm.scale[...].dtype == dtype and (norm.scale[...] == 0).all()
+        norm.scale[...] = jnp.asarray(normal(1, *norm.scale.shape) / 100, dtype)
+        x = jnp.asarray(normal(2, 5, norm.num_features), dtype)
+        y = wide(x) / np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + 1e-6) * (1 + wide(norm.scale[...]))
+        assert norm(x).dtype == dtype  # 1 + scale has not been rounded to it
+        np.testing.assert_allclose(wide(norm(x)), y, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-6)
 
 
 def sublayers(block):

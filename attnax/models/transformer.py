@@ -52,6 +52,7 @@ class _TokenTransformer(nnx.Module):
         caches: tuple[LayerCache, ...] | None,
         deterministic: bool | None,
         rngs: nnx.Rngs | None,
+        token_type_ids: ArrayLike | None = None,
         cross: dict[str, Any] | None = None,
     ) -> Output:
         """Reads the tokens; `cross` is what blocks with cross-attention are given beside."""
@@ -83,7 +84,7 @@ class _TokenTransformer(nnx.Module):
             mask = as_mask(call_mask) if mask is None else mask & call_mask
 
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        x = self.embed(input_ids, position_ids=position_ids, **mode)
+        x = self.embed(input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **mode)
         each: dict[str, Any] = {"cache": caches}
         options: dict[str, Any]
         if cross is None:
@@ -164,6 +165,7 @@ class TransformerEncoder(_TokenTransformer):
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        token_type_ids: Int[ArrayLike, "B T"] | None = None,
         score_mod: ScoreMod | None = None,
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
@@ -178,6 +180,7 @@ class TransformerEncoder(_TokenTransformer):
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
                 padding mask and the caches. Masks and score mods are read at positions too.
+            token_type_ids: (batch, T), below the config's num_token_types, by default 0.
             score_mod: applied to the attention scores of every layer.
             layer_kv_caches: one a layer; the tokens are appended to them and attend all of them, in both directions.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -194,6 +197,7 @@ class TransformerEncoder(_TokenTransformer):
             padding_mask=padding_mask,
             deterministic=deterministic,
             position_ids=position_ids,
+            token_type_ids=token_type_ids,
             score_mod=score_mod,
             caches=layer_kv_caches,
             rngs=rngs,
@@ -208,6 +212,7 @@ class TransformerEncoder(_TokenTransformer):
         padding_mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         position_ids: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
         score_mod: ScoreMod | None = None,
         caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
@@ -218,6 +223,7 @@ class TransformerEncoder(_TokenTransformer):
             mask=mask,
             padding_mask=padding_mask,
             position_ids=position_ids,
+            token_type_ids=token_type_ids,
             score_mod=score_mod,
             caches=caches,
             deterministic=deterministic,
@@ -262,6 +268,11 @@ class TransformerDecoder(_TokenTransformer):
         **fields: Any,
     ):
         config = resolve_config(TransformerConfig, config, fields)
+        if config.num_token_types:
+            raise ValueError(
+                f"TransformerDecoder: token types are an encoder's; got num_token_types={config.num_token_types}. "
+                "Leave it out."
+            )
         make_block = partial(DecoderBlock, encoder_features=encoder_features) if cross_attention else EncoderBlock
         self.cross_attention = cross_attention
         super().__init__(rngs, config, make_block, causal() if self_mask is None else self_mask, bidirectional=False)
@@ -391,7 +402,7 @@ class TokenHead(nnx.Module):
 
     Args:
         rngs: for the initial weights.
-        config: `tie_embeddings` decides, `logit_soft_cap` bounds.
+        config: `tie_embeddings` decides, `use_bias` may name "head", `logit_soft_cap` bounds.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
@@ -399,11 +410,16 @@ class TokenHead(nnx.Module):
         self.projection = nnx.data(
             None if tied else Linear(rngs, config, config.d_model, config.vocab_size, bias="head", logits=True)
         )
+        self.bias = nnx.data(None)
+        if tied and config.has_bias("head"):
+            self.bias = nnx.Param(jnp.zeros((config.vocab_size,), config.param_dtype))
         self.soft_cap = config.logit_soft_cap
 
     def __call__(self, hidden: Float[Array, "*L D"], embed: TransformerEmbedding) -> Float[Array, "*L V"]:
         """The logits; `embed` holds the embeddings of the tokens that they are about."""
         logits = embed.attend(hidden) if self.projection is None else self.projection(hidden)
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 

@@ -22,6 +22,7 @@ from attnax.kernels.standard import standard_attention
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
+from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions
 
@@ -507,4 +508,4 @@ def _head_norm(config: BlockConfig, num_heads: int, rngs: nnx.Rngs) -> nnx.Modul
     if config.qk_norm == "none":
         return None
     width = config.head_size * (1 if config.qk_norm == "head" else num_heads)
-    return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+    return rms_norm_of(config, width, rngs)

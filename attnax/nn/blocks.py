@@ -49,7 +49,11 @@ class Residual(nnx.Module):
     Args:
         rngs: for the norms and the stored dropout stream.
         config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
-            or "branch" x + norm(f(x)); f's result goes through dropout and is scaled by `residual_scale`.
+            or "branch" x + norm(f(x)). With `layer_scale` that is scaled by a learned number a feature; it goes through
+            dropout and is scaled by `residual_scale`.
+
+    References:
+        H. Touvron et al., "Going Deeper with Image Transformers" (LayerScale), 2021, https://arxiv.org/abs/2103.17239.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: BlockConfig):
@@ -57,6 +61,9 @@ class Residual(nnx.Module):
         self.norm_in = nnx.data(norm_of(config, rngs) if placement in ("pre", "sandwich") else None)
         self.norm_branch = nnx.data(norm_of(config, rngs) if placement in ("sandwich", "branch") else None)
         self.norm_sum = nnx.data(norm_of(config, rngs) if placement == "post" else None)
+        self.layer_scale = nnx.data(None)
+        if config.layer_scale is not None:
+            self.layer_scale = nnx.Param(jnp.full((config.d_model,), config.layer_scale, config.param_dtype))
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
         self.scale = config.residual_scale
 
@@ -72,6 +79,8 @@ class Residual(nnx.Module):
         branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
+        if self.layer_scale is not None:
+            branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
         branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
         return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 

@@ -12,6 +12,7 @@ from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
+from attnax.nn.norms import norm_of
 from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, is_concrete
 
 __all__ = [
@@ -114,13 +115,17 @@ class LearnedPositionalEmbedding(nnx.Module):
 
     Args:
         rngs: for the initial table, normal with standard deviation 0.02.
-        num_positions: rows of the table.
+        num_positions: rows of the table, but for `offset`.
         d_model: width.
+        offset: rows before that of position 0.
         param_dtype: of the table.
     """
 
-    def __init__(self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, param_dtype: Any = "float32"):
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_positions, d_model), param_dtype))
+    def __init__(
+        self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, offset: int = 0, param_dtype: Any = "float32"
+    ):
+        self.offset, shape = offset, (offset + num_positions, d_model)
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
 
     def __call__(
         self,
@@ -135,11 +140,12 @@ class LearnedPositionalEmbedding(nnx.Module):
             ValueError: a concrete position past the table; under jit its vector is NaN.
         """
         positions = _positions(x, start, position_ids)
-        return x + _look_up(self.embedding[...], positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
+        table = self.embedding[...][self.offset :]
+        return x + _look_up(table, positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
 
 
 class TransformerEmbedding(nnx.Module):
-    """Token embeddings, scaled, plus the positions that a config adds to them, through dropout.
+    """Token embeddings, scaled, plus the token types and positions that a config adds, normalised, through dropout.
 
     Args:
         rngs: for the initial tables and the stored dropout stream.
@@ -164,9 +170,26 @@ class TransformerEmbedding(nnx.Module):
         elif config.pos_emb_type == "learned":
             self.positions = nnx.data(
                 LearnedPositionalEmbedding(
-                    rngs, num_positions=config.max_len, d_model=config.d_model, param_dtype=config.param_dtype
+                    rngs,
+                    num_positions=config.max_len,
+                    d_model=config.d_model,
+                    offset=config.position_offset,
+                    param_dtype=config.param_dtype,
                 )
             )
+        self.types = nnx.data(
+            TokenEmbedding(
+                rngs,
+                config.num_token_types,
+                config.d_model,
+                embedding_init=nnx.initializers.normal(0.02),
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+            )
+            if config.num_token_types
+            else None
+        )
+        self.norm = nnx.data(norm_of(config, rngs) if config.embedding_norm else None)
         self.scale = config.embedding_scale
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
@@ -175,19 +198,30 @@ class TransformerEmbedding(nnx.Module):
         input_ids: Int[ArrayLike, "B T"],
         *,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
+        token_type_ids: Int[ArrayLike, "B T"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"]:
-        """The vectors of `input_ids`, at positions 0 ... T - 1 or `position_ids`.
+        """The vectors of `input_ids`, at positions 0 ... T - 1 or `position_ids`, of type 0 or `token_type_ids`.
 
         Raises:
-            ValueError: a concrete id or position past its table; under jit its vector is NaN.
+            ValueError: a concrete id or position past its table (under jit its vector is NaN), or token types without
+                a table.
         """
+        if token_type_ids is not None and self.types is None:
+            raise ValueError(
+                "TransformerEmbedding: token_type_ids need num_token_types of the config; got num_token_types=0. "
+                "Leave them out."
+            )
         x = self.tokens(input_ids)
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, x.dtype)
+        if self.types is not None:
+            x = x + self.types(jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         if self.positions is not None:
             x = self.positions(x, position_ids=position_ids)
+        if self.norm is not None:
+            x = self.norm(x)
         return self.dropout(x, deterministic=deterministic, rngs=rngs)
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:

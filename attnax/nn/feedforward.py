@@ -15,9 +15,15 @@ from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.typing import Array, Float
 
-__all__ = ["ACTIVATIONS", "FeedForward"]
+__all__ = ["ACTIVATIONS", "FeedForward", "activate"]
 
 _gelu, _gelu_tanh = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
+
+
+def _clipped_silu(x: Array) -> Array:
+    x = jnp.minimum(x, 7.0)
+    return x * jax.nn.sigmoid(1.702 * x)
+
 
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {  # name: (function, gated)
     "gelu": (_gelu, False),
@@ -30,8 +36,19 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {  # name: (func
     "geglu": (_gelu, True),
     "geglu_tanh": (_gelu_tanh, True),
     "reglu": (jax.nn.relu, True),
+    "swiglu_clipped": (_clipped_silu, True),
 }
 """What `ff_activation` names."""
+
+
+def activate(name: str, up: Array, gate: Array | None) -> Array:
+    """What `ff_activation` makes of the two projections: act(up), or act(gate) * up where there is a gate."""
+    activation, _ = ACTIVATIONS[name]
+    if gate is None:
+        return activation(up)
+    if name == "swiglu_clipped":
+        up = jnp.clip(up, -7.0, 7.0) + 1.0
+    return activation(gate) * up
 
 
 class FeedForward(nnx.Module):
@@ -46,6 +63,8 @@ class FeedForward(nnx.Module):
         dropout_rate: probability of dropping hidden activations.
         ff_activation: as in BlockConfig; the gated ones have a third matrix.
         **fields: other fields of BlockConfig (use_bias, dtype, param_dtype).
+
+    The gated "swiglu_clipped" is that of gpt-oss, min(gate, 7) sigmoid(1.702 min(gate, 7)) (clip(up, -7, 7) + 1).
 
     References:
         N. Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
@@ -79,6 +98,5 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*L D"]:
         """The same function at every position."""
-        activation, _ = ACTIVATIONS[self.activation]
-        hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        hidden = activate(self.activation, self.up(x), None if self.gate is None else self.gate(x))
         return self.down(self.dropout(hidden, deterministic=deterministic, rngs=rngs))

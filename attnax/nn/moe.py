@@ -13,7 +13,7 @@ from jax import lax
 from attnax.config import BlockConfig, resolve_config
 from attnax.nn._grouped import grouped_product
 from attnax.nn.dropout import Dropout, Jitter
-from attnax.nn.feedforward import ACTIVATIONS, FeedForward
+from attnax.nn.feedforward import ACTIVATIONS, FeedForward, activate
 from attnax.nn.linear import Linear, make_initializer
 from attnax.typing import Array, Float
 
@@ -142,13 +142,13 @@ class MixtureOfExperts(nnx.Module):
         self, rows: Float[Array, "R D"], sizes: Array, deterministic: bool | None, rngs: nnx.Rngs | None
     ) -> Float[Array, "R D"]:
         """The rows, sorted by expert, through the feed-forward of their expert."""
-        activation, gated = ACTIVATIONS[self.config.ff_activation]
 
         def product(x: Array, matrices: Any, biases: Any) -> Array:
             return grouped_product(x, matrices[...], None if biases is None else biases[...], sizes)
 
-        hidden = product(rows, self.up, self.up_bias)
-        hidden = activation(product(rows, self.gate, self.gate_bias)) * hidden if gated else activation(hidden)
+        up = product(rows, self.up, self.up_bias)
+        gate = None if self.gate is None else product(rows, self.gate, self.gate_bias)
+        hidden = activate(self.config.ff_activation, up, gate)
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         return product(hidden, self.down, self.down_bias)
 

@@ -4,13 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from attnax.config import BlockConfig, NormKind
+from attnax.typing import Array, Float
 
-__all__ = ["RMSNorm", "create_norm", "norm_of"]
+__all__ = ["OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "rms_norm_of"]
 
 RMSNorm = nnx.RMSNorm
+
+
+class OffsetRMSNorm(nnx.Module):
+    """RMSNorm(x) * (offset + scale), as in Gemma; computed in float32, returned in `dtype`.
+
+    Args:
+        num_features: width of the last axis.
+        offset: added to the scale, which starts at 1 - offset: a narrow dtype has more digits there.
+        rngs: as in RMSNorm.
+        epsilon: added to the mean of the squares.
+        dtype: of the result.
+        param_dtype: of the scale.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        offset: float,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        dtype: Any = "float32",
+        param_dtype: Any = "float32",
+    ):
+        self.num_features, self.offset, self.dtype = num_features, offset, dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        self.norm = nnx.RMSNorm(num_features, epsilon=epsilon, dtype=wide, use_scale=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.full((num_features,), 1.0 - offset, param_dtype))
+
+    def __call__(self, x: Float[Array, "*L D"]) -> Float[Array, "*L D"]:
+        """The normalised features."""
+        normalised = self.norm(x)
+        scale = self.offset + self.scale[...].astype(normalised.dtype)
+        return (normalised * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 
 def create_norm(
@@ -45,6 +81,8 @@ def create_norm(
 
 def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The norm of the residual stream that a config names."""
+    if config.norm_type == "rms":
+        return rms_norm_of(config, config.d_model, rngs)
     return create_norm(
         config.norm_type,
         config.d_model,
@@ -54,3 +92,11 @@ def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
         dtype=config.dtype,
         param_dtype=config.param_dtype,
     )
+
+
+def rms_norm_of(config: BlockConfig, num_features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The RMSNorm of a config, of the stream or of heads."""
+    fields: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
+    if config.norm_offset:
+        return OffsetRMSNorm(num_features, offset=config.norm_offset, rngs=rngs, **fields)
+    return nnx.RMSNorm(num_features, rngs=rngs, **fields)

@@ -1,0 +1,91 @@
+"""The masked language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from attnax.config import TransformerConfig, resolve_config
+from attnax.models.transformer import TokenHead, TransformerEncoder
+from attnax.nn.blocks import Output
+from attnax.nn.feedforward import ACTIVATIONS
+from attnax.nn.linear import Linear
+from attnax.nn.norms import norm_of
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+
+__all__ = ["MaskedLM"]
+
+
+class MaskedLM(nnx.Module):
+    """A `TransformerEncoder` and BERT's head, head(norm(act(linear(x)))): logits of the token at every position.
+
+    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. Learning is to give it text
+    with some tokens replaced, and to ask for the original ones.
+
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a TransformerConfig; act is its ff_activation without the gate.
+        **fields: the fields of TransformerConfig.
+
+    Raises:
+        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax.models import MaskedLM
+        >>> lm = MaskedLM(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=16)
+        >>> lm(jnp.zeros((1, 5), int)).shape
+        (1, 5, 11)
+
+    References:
+        J. Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", 2018,
+        https://arxiv.org/abs/1810.04805.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig | None = None, **fields: Any):
+        self.config = config = resolve_config(TransformerConfig, config, fields)
+        self.encoder = TransformerEncoder(rngs, config)
+        with_bias = dataclasses.replace(config, use_bias=("head",))
+        self.transform = Linear(rngs, with_bias, config.d_model, config.d_model, bias="head")
+        self.norm = norm_of(config, rngs)
+        self.head = TokenHead(rngs, config)
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        *,
+        padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
+        deterministic: bool | None = None,
+        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        token_type_ids: Int[ArrayLike, "B T"] | None = None,
+        score_mod: ScoreMod | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
+        return self.run(
+            input_ids,
+            padding_mask=padding_mask,
+            deterministic=deterministic,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            score_mod=score_mod,
+            rngs=rngs,
+        ).hidden
+
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
+        """`TransformerEncoder.run` with logits in `hidden`."""
+        out = self.encoder.run(input_ids, **options)
+        return out._replace(hidden=self.logits(out.hidden))
+
+    def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+        """Float32 logits of the encoder's hidden states."""
+        activation, _ = ACTIVATIONS[self.config.ff_activation]
+        return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed)
+
+    def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
+        """Log-probabilities of the token at each position; options as in a call."""
+        return jax.nn.log_softmax(self.run(input_ids, **options).hidden)

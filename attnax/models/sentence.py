@@ -1,0 +1,76 @@
+"""One vector for a text."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnax.config import Pool
+from attnax.models.transformer import TransformerEncoder
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
+
+__all__ = ["SentenceEncoder"]
+
+
+class SentenceEncoder(nnx.Module):
+    """The mean of an encoder's hidden states over a text's tokens, or that of its first token, of length 1.
+
+    The product of two such vectors is the cosine between the texts.
+
+    Args:
+        encoder: a TransformerEncoder.
+        pool: "mean" over the tokens that are no padding, or "cls", the first token.
+        normalize: whether vectors have length 1.
+
+    Raises:
+        ValueError: another pool.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from attnax import TransformerEncoder
+        >>> from attnax.models import SentenceEncoder
+        >>> encoder = TransformerEncoder(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=16)
+        >>> embed = SentenceEncoder(encoder)
+        >>> embed(jnp.array([[3, 1, 4], [1, 5, 0]]), padding_mask=jnp.array([[True] * 3, [True, True, False]])).shape
+        (2, 8)
+
+    References:
+        N. Reimers and I. Gurevych, "Sentence-BERT", 2019, https://arxiv.org/abs/1908.10084.
+    """
+
+    def __init__(self, encoder: TransformerEncoder, *, pool: Pool = "mean", normalize: bool = True):
+        if pool not in get_args(Pool):
+            raise ValueError(f"SentenceEncoder: pool must be one of {', '.join(get_args(Pool))}; got pool={pool!r}.")
+        self.encoder, self.pool, self.normalize = encoder, pool, normalize
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        *,
+        padding_mask: Bool[ArrayLike, "B T"] | None = None,
+        token_type_ids: Int[ArrayLike, "B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B D"]:
+        """Float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
+
+        A row that is nothing but padding has the vector 0 with pool="mean".
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        hidden = self.encoder.run(input_ids, padding_mask=padding_mask, token_type_ids=token_type_ids, **options).hidden
+        hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        real = jnp.ones(hidden.shape[:2], bool) if padding_mask is None else jnp.asarray(padding_mask)
+        if self.pool == "cls":  # padding may stand left
+            first = jnp.argmax(real, axis=1)[:, None, None]
+            vectors = jnp.take_along_axis(hidden, first, axis=1)[:, 0]
+        else:
+            count = jnp.maximum(real.sum(1, keepdims=True), 1)
+            vectors = jnp.where(real[..., None], hidden, 0).sum(1) / count.astype(hidden.dtype)
+        if not self.normalize:
+            return vectors
+        # The root is taken of a number above 0, so that a vector 0 has a gradient too.
+        return vectors * jax.lax.rsqrt(jnp.maximum(jnp.square(vectors).sum(1, keepdims=True), 1e-24))

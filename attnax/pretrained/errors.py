@@ -1,0 +1,31 @@
+"""What is wrong with a published checkpoint, all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attnax.typing import InputError
+
+__all__ = ["CheckpointError"]
+
+_SHOWN = 20
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read, or a model that cannot be written as one.
+
+    Attributes:
+        where: the file, or what it is about.
+        problems: one sentence each; the message shows the first twenty.
+    """
+
+    def __init__(self, where: object, problems: str | Iterable[str]):
+        self.where = str(where)
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"{where}: {self.problems[0]}")
+            return
+        lines = [f"{where}: {len(self.problems)} problems.", *self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"and {len(self.problems) - _SHOWN} more, in `problems` of this error.")
+        super().__init__("\n  ".join(lines))

@@ -1,0 +1,60 @@
+"""gpt-oss: experts with biases, a clipped gate, and sinks."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from attnax.pretrained.families.llama import ATTENTION, FIELDS, HEAD, LLAMA, NORMS
+from attnax.pretrained.family import Rule, linear, within
+from attnax.pretrained.fields import FULL, SLIDING, biases, flag, layers, only, rope, whole
+
+__all__ = ["GPT_OSS"]
+
+
+def _alternate(_: Mapping[str, Any], count: int) -> list[str]:
+    return [FULL if layer % 2 else SLIDING for layer in range(count)]
+
+
+_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
+GPT_OSS = dataclasses.replace(
+    LLAMA,
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    constants={**LLAMA.constants, "attention_sinks": True, "ff_activation": "swiglu_clipped"},
+    fields=(
+        *FIELDS,
+        whole("head_dim", "head_dim", 64),
+        layers(_alternate, 128),
+        whole("num_local_experts", "num_experts", 128, least=1),
+        whole("num_experts_per_tok", "top_k", 4),
+        only("hidden_act", "silu"),
+        only("swiglu_alpha", 1.702),
+        only("swiglu_limit", 7.0),
+        flag("tie_word_embeddings", "tie_embeddings", False),
+        biases(always=("feed_forward", "router"), attention_bias=(True, ("query", "key", "value", "out"))),
+        rope(150000.0, scaling=_ROPE),
+    ),
+    harmless=("output_router_logits", "router_aux_loss_coef", "initial_context_length", "experts_per_token"),
+    rules=(
+        *within(
+            "{base}layers.{layer}",
+            "decoder.stack.blocks.{layer}",
+            ATTENTION,
+            NORMS,
+            (Rule("self_attn.sinks", ("attention.sinks",)),),
+            linear("mlp.router", "feed_forward.router"),
+            (
+                Rule("mlp.experts.gate_up_proj", ("feed_forward.gate", "feed_forward.up"), "E D (F 2) -> E D (2 F)"),
+                Rule(
+                    "mlp.experts.gate_up_proj_bias",
+                    ("feed_forward.gate_bias", "feed_forward.up_bias"),
+                    "E (F 2) -> E (2 F)",
+                ),
+                Rule("mlp.experts.down_proj", ("feed_forward.down",)),
+                Rule("mlp.experts.down_proj_bias", ("feed_forward.down_bias",)),
+            ),
+        ),
+        *HEAD,
+    ),
+)

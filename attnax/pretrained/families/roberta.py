@@ -1,0 +1,60 @@
+"""RoBERTa: BERT whose positions are counted from the row after that of the padding token."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from attnax.config import TransformerConfig
+from attnax.pretrained.families.bert import BERT_MASKED, FIELDS, HARMLESS, RULES, encoder_of
+from attnax.pretrained.family import Rule, linear, norm
+from attnax.pretrained.fields import PLAIN, Field, choice, only, whole
+
+__all__ = ["ROBERTA", "ROBERTA_MASKED"]
+
+
+def _positions() -> Field:
+    """The rows up to that of the padding token are no positions."""
+    rows, pad = whole("max_position_embeddings", "rows", 512), whole("pad_token_id", "pad_token_id", 1)
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        ours = rows.read(theirs) | pad.read(theirs)
+        offset = ours["pad_token_id"] + 1
+        return {"pad_token_id": offset - 1, "position_offset": offset, "max_len": ours["rows"] - offset}
+
+    def write(config: TransformerConfig) -> dict[str, Any]:
+        return {
+            "pad_token_id": config.position_offset - 1,
+            "max_position_embeddings": config.position_offset + config.max_len,
+        }
+
+    return Field(("max_position_embeddings", "pad_token_id"), read, write)
+
+
+ROBERTA_MASKED = dataclasses.replace(
+    BERT_MASKED,
+    model_type="roberta",
+    architecture="RobertaForMaskedLM",
+    constants={**BERT_MASKED.constants, "ff_activation": "gelu"},
+    fields=(
+        *FIELDS,
+        only("hidden_act", "gelu"),  # its head has no other
+        _positions(),
+        only("tie_word_embeddings", True),
+    ),
+    harmless=HARMLESS,
+    bases=("roberta.", ""),
+    rules=(
+        *RULES,
+        *linear("lm_head.dense", "transform"),
+        *norm("lm_head.layer_norm", "norm"),
+        Rule("lm_head.bias", ("head.bias",)),
+    ),
+    buffers=("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias", "lm_head.decoder.bias"),
+    tied=("lm_head.decoder.weight",),
+)
+ROBERTA = encoder_of(
+    dataclasses.replace(
+        ROBERTA_MASKED, fields=(*FIELDS, choice("hidden_act", "ff_activation", PLAIN, "gelu"), _positions())
+    ),
+    "RobertaModel",
+)

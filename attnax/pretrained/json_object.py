@@ -1,0 +1,74 @@
+"""JSON from strangers: one object or list, no key twice, no depth or size that could hurt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from attnax.pretrained.errors import CheckpointError
+
+__all__ = ["MAX_JSON_BYTES", "parse_object", "read_list", "read_object"]
+
+MAX_JSON_BYTES = 16 << 20
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file of at most 16 MiB.
+
+    Raises:
+        CheckpointError: there is no such file, it is larger, or `parse_object` refuses what it holds.
+    """
+    return parse_object(path, _read(path))
+
+
+def read_list(path: Path) -> list[Any]:
+    """The list in a file, which is as `read_object` wants it."""
+    value = _parse(path, _read(path))
+    if not isinstance(value, list):
+        raise CheckpointError(path, f"it must hold a JSON list; got a {type(value).__name__}.")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise CheckpointError(path, "there is no such file.")
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(path, f"a JSON file must have at most {MAX_JSON_BYTES} bytes.")
+    return data
+
+
+def parse_object(where: object, data: bytes) -> dict[str, Any]:
+    """The object that `data` spells.
+
+    Raises:
+        CheckpointError: no JSON (NaN and Infinity are none), no object, a key that comes twice in one object.
+    """
+    value = _parse(where, data)
+    if not isinstance(value, dict):
+        raise CheckpointError(where, f"it must hold a JSON object; got a {type(value).__name__}.")
+    return value
+
+
+def _parse(where: object, data: bytes) -> Any:
+    twice: list[str] = []
+
+    def make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            seen: set[str] = set()
+            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return made
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_dict, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(where, f"it is not JSON ({error}).") from None
+    if twice:
+        raise CheckpointError(where, [f"the key {key!r} comes twice." for key in twice])
+    return value

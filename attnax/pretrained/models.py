@@ -1,0 +1,273 @@
+"""Published checkpoints into models, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnax.config import StackConfig
+from attnax.masks import Causal
+from attnax.models.sentence import SentenceEncoder
+from attnax.models.transformer import TransformerDecoder, TransformerEncoder
+from attnax.nn.attention import MultiHeadAttention
+from attnax.nn.stack import with_scan_layers
+from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
+from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.families import FAMILIES
+from attnax.pretrained.family import Binding, Family
+from attnax.pretrained.hub import find_folder
+from attnax.pretrained.json_object import read_object
+from attnax.pretrained.safetensors import MAX_TENSORS, empty_aligned, read_tensor, write_tensors
+from attnax.pretrained.sentence import read_pooling, write_pooling
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["Sharding", "load_pretrained", "save_pretrained"]
+
+Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def load_pretrained(
+    folder: str | Path, *, dtype: Any = None, sharding: Sharding | None = None
+) -> tuple[Any, tokenizers.Tokenizer | None]:
+    """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
+
+    All files are checked before a tensor is read; then they are read one at a time. The model gives what transformers
+    gives (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
+
+    Args:
+        folder: with the files; in place of `model.safetensors` several that `model.safetensors.index.json` names. A
+            string that is no folder is the name of a model on the Hugging Face hub, such as "openai-community/gpt2",
+            taken from its cache or, with the package huggingface_hub, from the hub.
+        dtype: of parameters and computation, by default that of the tensors.
+        sharding: where parameters go: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
+            such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
+
+    Returns:
+        The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder of it where the
+        folder has the `modules.json` of sentence-transformers), and a `tokenizers.Tokenizer`, or None where the folder
+        has no `tokenizer.json`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
+            is not supported; all that is wrong at once.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from attnax import TransformerLM
+        >>> from attnax.pretrained import load_pretrained, save_pretrained
+        >>> sizes = {"vocab_size": 11, "d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 16}
+        >>> kind = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
+        >>> folder = tempfile.mkdtemp()
+        >>> save_pretrained(TransformerLM(nnx.Rngs(0), **sizes, **kind), folder)
+        >>> model, tokenizer = load_pretrained(folder)
+        >>> model.config.d_ff, tokenizer
+        (16, None)
+    """
+    folder = find_folder(folder)
+    theirs = read_object(folder / "config.json")
+    family = _family_of(theirs, folder / "config.json")
+    checkpoint = open_checkpoint(folder).rename(family.current_name)
+    config = family.read_config(theirs, folder / "config.json")
+    dtype = _check_dtype(folder, checkpoint.dtype if dtype is None else jnp.dtype(dtype))
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    _check_counts(config, checkpoint)
+
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: family.model(nnx.Rngs(0), config)))
+    parameters = _by_name(state)
+    bindings = family.bind(config, _shapes(parameters), family.base_of(checkpoint.tensors))
+    expected = {name: binding.tensor_shape for binding in bindings for name in binding.theirs}
+    problems = checkpoint.check(expected, family.beside(config, checkpoint.tensors))
+    if problems:
+        raise CheckpointError(folder, problems)
+    _check_tied(config, family, checkpoint, bindings)
+    pooling = read_pooling(folder) if family.model is TransformerEncoder else None
+    tokenizer = _load_tokenizer(folder / "tokenizer.json")
+    arrays: dict[str, jax.Array] = {}
+    # The largest first: what is read last, beside all the others, is then small.
+    for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
+        parts = [_in_place(part) for part in binding.split(_read(checkpoint, binding, dtype))]
+        for name, value in zip(binding.ours, parts, strict=True):
+            where = sharding(name, value.shape) if callable(sharding) else sharding
+            arrays[name] = jax.device_put(value, where)
+    flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
+
+
+def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None) -> None:
+    """Writes `config.json` and `model.safetensors`, which transformers and `load_pretrained` read.
+
+    Parameters are written in their own dtype, one at a time. A tokenizer is saved by its own `save`.
+
+    Args:
+        model: such as a TransformerLM, whether loaded or made here, if some family has a place for all that it is.
+        folder: made if it is missing; files of these names in it are replaced.
+        family: a `model_type` of transformers to write it as, by default the first that has a place for all of it; one
+            that was loaded as a mistral may so become a llama, if that computes the same.
+
+    Raises:
+        CheckpointError: no family, or not the given one, has a place for something in the model.
+    """
+    sentence = model if isinstance(model, SentenceEncoder) else None
+    model = model if sentence is None else sentence.encoder
+    if getattr(getattr(model, "config", None), "scan_layers", False):
+        model = with_scan_layers(model, False)
+    found, config = _family_for(model, family)
+    problems = list(_unwritable(model))
+    if problems:
+        raise CheckpointError("save_pretrained", problems)
+    parameters = _by_name(nnx.state(model, nnx.Param))
+    bindings = found.bind(model.config, _shapes(parameters))
+    holder = {name: binding for binding in bindings for name in binding.theirs}
+
+    def make(name: str) -> np.ndarray:
+        values = [np.asarray(parameters[ours][...]) for ours in holder[name].ours]
+        return holder[name].join(values, name)
+
+    types = {
+        name: (np.dtype(parameters[binding.ours[0]].dtype), binding.tensor_shape) for name, binding in holder.items()
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / SINGLE_FILE, types, make)
+    config["torch_dtype"] = str(np.result_type(*(dtype for dtype, _ in types.values())))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    if sentence is not None:
+        write_pooling(sentence, folder)
+
+
+def _family_of(theirs: Mapping[str, Any], where: Path) -> Family:
+    """The family that a config.json names."""
+    kind, architectures = theirs.get("model_type"), theirs.get("architectures")
+    candidates = [family for family in FAMILIES if family.model_type == kind]
+    if not candidates:
+        known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
+        raise CheckpointError(where, f"model_type must be one of {known}; got model_type={kind!r}.")
+    if not architectures:
+        return candidates[0]
+    for family in candidates:
+        if architectures == [family.architecture]:
+            return family
+    known = ", ".join(family.architecture for family in candidates)
+    raise CheckpointError(where, f"architectures must be one of {known}; got architectures={architectures!r}.")
+
+
+def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is written as, and its config.json."""
+    name = type(model).__name__
+    candidates = [family for family in FAMILIES if type(model) is family.model]
+    if not candidates:
+        known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
+        raise CheckpointError("save_pretrained", f"model must be one of {known}; got {name}.")
+    named = [family for family in candidates if model_type in (None, family.model_type)]
+    if not named:
+        known = ", ".join(family.model_type for family in candidates)
+        raise CheckpointError("save_pretrained", f"family of a {name} must be one of {known}; got {model_type!r}.")
+    refusals: list[CheckpointError] = []
+    for family in named:
+        try:
+            return family, family.write_config(model.config)
+        except CheckpointError as error:
+            refusals.append(error)
+    closest = min(refusals, key=lambda error: len(error.problems))
+    raise CheckpointError(f"save_pretrained, as {closest.where}", closest.problems)
+
+
+def _unwritable(model: Any) -> Iterator[str]:
+    """What a model was given beside its config, for which no config.json has a place."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, TransformerDecoder) and not isinstance(module.self_mask, Causal):
+            yield f"self_mask must be the causal one; got {module.self_mask!r}."
+        elif isinstance(module, TransformerEncoder) and module.self_mask is not None:
+            yield f"self_mask must be None; got {module.self_mask!r}."
+        elif isinstance(module, MultiHeadAttention) and module.score_mod is not None:
+            yield f"score_mod must be None; got {module.score_mod!r}."
+
+
+def _check_dtype(folder: Path, dtype: Any) -> str:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise CheckpointError(folder, f"JAX has no {dtype} unless jax_enable_x64 is set. Set it, or give a dtype.")
+    return dtype.name
+
+
+def _check_counts(config: StackConfig, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError before a model is built that could not be that of the tensors."""
+    count, most = len(checkpoint.tensors), MAX_TENSORS
+    if config.num_layers > count or config.num_layers * (config.num_experts or 1) > most:
+        raise CheckpointError(
+            checkpoint.folder,
+            f"its {count} tensors are not those of num_layers={config.num_layers}, num_experts={config.num_experts}.",
+        )
+
+
+def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:
+    """Raises CheckpointError for a head that is not the embeddings, though the config says so."""
+    for name in family.tied:
+        if name not in checkpoint.tensors or not getattr(config, "tie_embeddings", False):
+            continue
+        embeddings = next(binding for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding"))
+        info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.theirs[0]]
+        same_type = (info.dtype, info.shape) == (other.dtype, other.shape)
+        if not same_type or read_tensor(info).tobytes() != read_tensor(other).tobytes():
+            raise CheckpointError(
+                checkpoint.folder,
+                f"{name!r} must repeat the embeddings, since they are tied, and is another tensor. Set "
+                "tie_word_embeddings to false in config.json.",
+            )
+
+
+def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
+    """The tensor of a binding, or those of its experts one after the other."""
+    if not binding.stacked:
+        return checkpoint.read(binding.theirs[0], dtype)
+    whole = empty_aligned((len(binding.theirs), *binding.tensor_shape), dtype)
+    for expert, name in enumerate(binding.theirs):
+        whole[expert] = checkpoint.read(name, dtype)
+    return whole
+
+
+def _in_place(value: np.ndarray) -> np.ndarray:
+    """The array, laid out as JAX's CPU backend uses it without another copy."""
+    if value.flags.c_contiguous and value.ctypes.data % 64 == 0:
+        return value
+    own = empty_aligned(value.shape, value.dtype)
+    own[...] = value
+    return own
+
+
+def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        import tokenizers  # of the extra
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            path, "reading it needs the package tokenizers. Install it with: pip install 'attnax[pretrained]'"
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise CheckpointError(path, f"it is no tokenizer of the tokenizers library ({error}).") from error
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+    return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _shapes(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(variable.shape) for name, variable in parameters.items()}

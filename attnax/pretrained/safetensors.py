@@ -1,0 +1,233 @@
+"""The safetensors format, read and written with nothing taken on trust.
+
+A file is 8 bytes (the length of the header, little-endian), the header, a JSON object
+`{name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}`, and the bytes of the tensors one after the
+other. A header is read whole, at most 16 MiB of it, and checked whole; memory for a tensor is taken when it is read,
+and by then its bytes are known to be there.
+
+References:
+    https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.json_object import MAX_JSON_BYTES, parse_object
+
+__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_tensor", "write_tensors"]
+
+MAX_TENSORS = 100_000
+MAX_DIMS = 8
+MAX_FILE_BYTES = 1 << 50
+
+_DTYPES: dict[str, np.dtype[Any]] = {  # in the library's order of the data: wide to narrow, so that all are aligned
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it is.
+
+    Attributes:
+        path: of the file.
+        dtype: a NumPy dtype; bfloat16 and the 8-bit floats are those of ml_dtypes.
+        shape: as in the header.
+        start: its first byte, counted from the start of the file.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{self.shape}"
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file by name. Every byte after the header belongs to exactly one of them.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, too long or damaged, with everything that is wrong in the header.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, "there is no such file.")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                path, f"it is cut off, or no safetensors file: its header should have {length} bytes, of {size}."
+            )
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError(path, f"a header must have at most {MAX_JSON_BYTES} bytes; got {length}.")
+        data = file.read(length)
+    # Before anything is parsed: objects take hundreds of bytes of memory, and two in a file.
+    if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
+        raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
+    header = parse_object(path, data)
+    problems = _check_metadata(header.pop("__metadata__", {}))
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        try:
+            tensors[name] = _tensor_info(path, 8 + length, entry)
+        except ValueError as error:
+            problems.append(f"{name!r}: {error}")
+    if not problems:
+        problems = _check_layout(tensors, 8 + length, size)
+    if problems:
+        raise CheckpointError(path, problems)
+    return tensors
+
+
+def read_tensor(info: TensorInfo) -> np.ndarray:
+    """The array, read into memory of its own.
+
+    Raises:
+        CheckpointError: the file is shorter than it was when its header was read.
+    """
+    array = empty_aligned(info.shape, info.dtype)
+    if array.nbytes:
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            rest = array.reshape(-1).view(np.uint8).data
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise CheckpointError(info.path, "it was cut off after its header was read.")
+                rest = rest[count:]
+    return array
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Like `np.empty`, at an address that JAX's CPU backend can use: `jax.device_put` of it copies nothing."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+_ALIGNMENT = 64
+
+
+def write_tensors(
+    path: Path, types: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], make: Callable[[str], np.ndarray]
+) -> None:
+    """Writes a file as the safetensors library does, one tensor in memory at a time; it is there whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        types: dtype and shape of each tensor.
+        make: gives the array of a name.
+
+    Raises:
+        ValueError: a dtype that the format does not have, or an array that is not what `types` says.
+    """
+    unknown = sorted({str(dtype) for dtype, _ in types.values() if dtype not in _CODES})
+    if unknown:
+        raise ValueError(
+            f"write_tensors: dtypes must be among {', '.join(map(str, _CODES))}; got {', '.join(unknown)}."
+        )
+    order = list(_CODES)
+    names = sorted(types, key=lambda name: (order.index(types[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    offset = 0
+    for name in names:
+        dtype, shape = types[name]
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                dtype, shape = types[name]
+                array = np.asarray(make(name))
+                if (array.dtype, array.shape) != (dtype, shape):
+                    raise ValueError(f"write_tensors: {name} must be {dtype}{shape}; got {array.dtype}{array.shape}.")
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_metadata(metadata: Any) -> list[str]:
+    fits = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    return [] if fits else ["'__metadata__' must hold text by name."]
+
+
+def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:
+    """Raises ValueError for an entry that no file could be right about."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("its entry must hold dtype, shape and data_offsets, and nothing else.")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {_cut(code)}.")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise ValueError(f"shape must be a list of at most {MAX_DIMS} sizes; got {_cut(shape)}.")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"data_offsets must be a pair of sizes; got {_cut(offsets)}.")
+    info = TensorInfo(path, _DTYPES[code], tuple(shape), data_start + offsets[0])
+    if info.num_bytes != offsets[1] - offsets[0]:
+        raise ValueError(f"{info} has {info.num_bytes} bytes; got data_offsets={offsets}.")
+    return info
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_FILE_BYTES for size in value)
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], start: int, size: int) -> list[str]:
+    """What keeps the tensors from being all of the file after its header, one after the other."""
+    if len(tensors) > MAX_TENSORS:
+        return [f"it must hold at most {MAX_TENSORS} tensors; got {len(tensors)}."]
+    problems = []
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != start:
+            problems.append(
+                f"{name!r}: its data must begin at byte {start}, where what comes before it ends; got {info.start}."
+            )
+        start = info.start + info.num_bytes
+    if start != size:
+        problems.append(f"its tensors must end where it ends, at byte {size}; got {start}.")
+    return problems
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -1,0 +1,471 @@
+"""Published checkpoints give what transformers gives; tests/parity/pretrained.py wrote down what that is."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from flax import nnx
+
+from attnax import TransformerLM, masks
+from attnax.models import SentenceEncoder
+from attnax.nn import with_scan_layers
+from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
+from attnax.pretrained.families import FAMILIES
+from attnax.pretrained.layout import arrange, arranged_shape, reverse
+
+FOLDER = Path(__file__).parent / "goldens" / "pretrained"
+NAMES = sorted(path.name for path in FOLDER.iterdir())
+VARIANTS = ("llama_linear", "llama_yarn", *(name for name in NAMES if name.endswith("variant")))
+
+
+def outputs_of(name):
+    with np.load(FOLDER / name / "outputs.npz") as file:
+        return dict(file)
+
+
+def goldens(*arrays):
+    """The names of the goldens that hold these arrays, for pytest; those that vary another are thorough."""
+    return [
+        pytest.param(name, marks=pytest.mark.thorough if name in VARIANTS else [])
+        for name in NAMES
+        if set(arrays) <= outputs_of(name).keys()
+    ]
+
+
+def tensors_of(folder):
+    return {
+        name: tensor
+        for path in sorted(Path(folder).glob("model*.safetensors"))
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+
+
+def config_of(name):
+    return json.loads((FOLDER / name / "config.json").read_text())
+
+
+def run(model, golden):
+    graphdef, state = nnx.split(model)
+
+    if "images" in golden:
+        return np.asarray(jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))(state, golden["images"]))
+    types = {"token_type_ids": golden["token_type_ids"]} if "token_type_ids" in golden else {}
+
+    @jax.jit
+    def forward(state, ids, real):
+        return nnx.merge(graphdef, state)(ids, padding_mask=real, **types)
+
+    return np.asarray(forward(state, golden["ids"], golden["real"]))
+
+
+def check_outputs(outputs, golden):
+    if "real" in golden:
+        outputs = np.where(golden["real"][..., None], outputs, 0)
+    error = np.abs(outputs - golden["outputs"])
+    assert error.max() < 2e-4
+    assert np.square(error).mean() ** 0.5 < 1e-5 * np.square(golden["outputs"]).mean() ** 0.5
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Loads a golden once, in float32."""
+    models = {}
+
+    def load(name):
+        if name not in models:
+            models[name], _ = load_pretrained(FOLDER / name, dtype="float32")
+        return models[name]
+
+    return load
+
+
+@pytest.mark.parametrize("name", goldens())
+def test_outputs_are_the_same_with_padding_too(name, load):
+    golden = outputs_of(name)
+    check_outputs(run(load(name), golden), golden)
+
+
+@pytest.mark.parametrize("name", goldens("tokens"))
+def test_greedy_texts_of_padded_prompts_are_the_same(name, load):
+    golden, model = outputs_of(name), with_scan_layers(load(name), True)  # one layer compiles faster than all
+    written = model.generate(golden["ids"], padding_mask=golden["real"], max_new_tokens=golden["tokens"].shape[1])
+    np.testing.assert_array_equal(written.tokens, golden["tokens"])
+    np.testing.assert_allclose(written.log_probs, golden["log_probs"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_what_was_read(name, tmp_path):
+    model, tokenizer = load_pretrained(FOLDER / name)
+    assert tokenizer is None
+    save_pretrained(model, tmp_path, family=config_of(name)["model_type"])
+    read, written = tensors_of(FOLDER / name), tensors_of(tmp_path)
+    left_out = {"embeddings.mask_token"} & read.keys()
+    assert read.keys() - left_out == written.keys()
+    for tensor in written:
+        value = read[tensor]
+        assert (written[tensor].dtype, written[tensor].tobytes()) == (value.dtype, value.tobytes())
+    again, _ = load_pretrained(tmp_path)
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (FOLDER / name / "gradients.safetensors").exists()])
+def test_gradients_are_the_same(name, load, tmp_path):
+    golden = outputs_of(name)
+    graphdef, state = nnx.split(load(name))
+
+    @jax.jit
+    @jax.grad
+    def gradients(state):
+        return jnp.square(nnx.merge(graphdef, state)(golden["ids"][:1])).mean()
+
+    save_pretrained(nnx.merge(graphdef, gradients(state)), tmp_path)
+    ours, theirs = tensors_of(tmp_path), safetensors.numpy.load_file(FOLDER / name / "gradients.safetensors")
+    assert ours.keys() == theirs.keys()
+    largest = max(np.abs(value).max() for value in theirs.values())
+    for tensor, value in theirs.items():  # that of a key's bias is 0, and elsewhere rounding
+        np.testing.assert_allclose(ours[tensor], value, rtol=0, atol=2e-5 * max(np.abs(value).max(), 1e-2 * largest))
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "other"),
+    [
+        ("O I -> I O", (5, 3), (3, 5)),
+        ("(N 3 H) I -> I (3 N H)", (30, 7), (7, 30)),
+        ("E D (F 2) -> E D (2 F)", (3, 5, 14), (3, 5, 14)),
+        ("D C h w -> (h w C) D", (11, 3, 2, 7), (42, 11)),
+        ("1 T D -> T D", (1, 5, 7), (5, 7)),
+    ],
+)
+def test_a_layout_is_its_own_inverse(layout, shape, other):
+    sizes = {"N": 5, "H": 2, "h": 2, "w": 7}
+    array = np.arange(math.prod(shape)).reshape(shape)
+    there = arrange(array, layout, sizes)
+    assert there.shape == arranged_shape(shape, layout, sizes) == other
+    np.testing.assert_array_equal(arrange(there, reverse(layout), sizes), array)
+
+
+def test_a_layout_means_what_einops_says():
+    np.testing.assert_array_equal(arrange(np.arange(6), "(F 2) -> (2 F)", {}), [0, 2, 4, 1, 3, 5])
+    np.testing.assert_array_equal(
+        arrange(np.arange(12), "(N 3 H) -> (3 N H)", {"N": 2}), [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    )
+    with pytest.raises(ValueError, match="layout: .* does not fit the shape"):
+        arrange(np.zeros((5, 2)), "(N 3 H) I -> I (3 N H)", {"H": 2})
+
+
+def test_dtype_is_that_of_the_tensors_or_the_one_given():
+    for given, expected in ((None, "bfloat16"), ("float32", "float32"), (jnp.float16, "float16")):
+        model, _ = load_pretrained(FOLDER / "llama3", dtype=given)
+        assert model.config.dtype == model.config.param_dtype == expected
+        assert {str(array.dtype) for array in jax.tree.leaves(nnx.state(model))} == {expected}
+    with pytest.raises(CheckpointError, match="JAX has no float64 unless jax_enable_x64 is set"):
+        load_pretrained(FOLDER / "llama3", dtype="float64")
+
+
+def test_parameters_go_where_sharding_says():
+    mesh = jax.make_mesh((2,), ("model",))
+    spread, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "model"), ()))
+    model, _ = load_pretrained(
+        FOLDER / "llama3", sharding=lambda name, shape: spread if "query.kernel" in name else whole
+    )
+    attention = model.decoder.stack.blocks[1].attention
+    assert attention.query.kernel[...].sharding == spread and attention.key.kernel[...].sharding == whole
+    model, _ = load_pretrained(FOLDER / "llama3", sharding=whole)
+    assert {array.sharding for array in jax.tree.leaves(nnx.state(model))} == {whole}
+
+
+def test_a_tokenizer_is_read_if_it_is_there(tmp_path):
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    assert load_pretrained(tmp_path)[1].encode("b").ids == [1]
+    for text in ("", "{}", '{"model": {"type": "None"}}', "[]"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: it is no tokenizer"):
+            load_pretrained(tmp_path)
+
+
+def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--tiny--gpt2", "0" * 40
+    shutil.copytree(FOLDER / "gpt2", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_pretrained("tiny/gpt2")[0].config == load_pretrained(FOLDER / "gpt2")[0].config
+    with pytest.raises(CheckpointError, match="tiny/gpt3: there is no such folder, nor such a model in the cache"):
+        load_pretrained("tiny/gpt3")
+    for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", ""):
+        with pytest.raises(CheckpointError, match="there is no such f"):
+            load_pretrained(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"hub: pip install 'attnax\[pretrained\]'"):
+        load_pretrained("tiny/gpt3")
+
+
+def copy_with(name, folder, **fields):
+    """A golden with other fields in its config.json."""
+    shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_of(name) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"model_type": "llama5"}, "model_type must be one of llama, .*; got model_type='llama5'"),
+        ({"model_type": ["llama"]}, "model_type must be one of"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures must be one of LlamaForCausalLM; got"),
+        ({"shiny_new_trick": 7}, "shiny_new_trick=7 is no field of llama that is known here"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is no field of llama"),
+        ({"hidden_size": "36"}, "hidden_size must be a whole number of at least 0 .*; got hidden_size='36'"),
+        ({"hidden_size": None}, "hidden_size must be a whole number"),
+        ({"hidden_size": 1 << 40}, "hidden_size must be a whole number"),
+        ({"hidden_act": "mish"}, "hidden_act must be one of silu, .*; got hidden_act='mish'"),
+        ({"rms_norm_eps": True}, "rms_norm_eps must be a number"),
+        ({"attention_bias": 1}, "attention_bias must be true or false"),
+        ({"is_decoder": True}, "is_decoder must be False, which is all that is supported; got is_decoder=True"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object or null"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "more": 1}}, "rope_type='linear' must have no"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number; got factor=None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+        ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads"),
+        ({"num_hidden_layers": 100_000}, "its 21 tensors are not those of num_layers=100000"),
+        ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight' is missing"),
+        ({"num_hidden_layers": 1}, r"'model.layers.1.input_layernorm.weight' is float32\(36,\); no such tensor"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_not_understood_is_refused_in_words(tmp_path, fields, problem):
+    with pytest.raises(CheckpointError, match=problem):
+        load_pretrained(copy_with("llama2", tmp_path, **fields))
+
+
+def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(copy_with("llama2", tmp_path, hidden_size=-1, hidden_act=3, new=1))
+    assert [problem.split(" ")[0].split("=")[0] for problem in caught.value.problems] == [
+        "hidden_act",
+        "hidden_size",
+        "new",
+    ]
+    with pytest.raises(CheckpointError, match="3 problems"):
+        raise caught.value
+
+
+def test_files_that_older_versions_wrote_are_read(tmp_path):
+    """Without prefix, with buffers, a head beside tied embeddings, and rope as version 4 wrote it."""
+    golden = outputs_of("gpt2")
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tmp_path).items()}
+    tensors |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool), "lm_head.weight": tensors["wte.weight"]}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_outputs(run(load_pretrained(tmp_path)[0], golden), golden)
+
+    folder, fields = tmp_path / "llama3", config_of("llama3")
+    said = fields.pop("rope_parameters")
+    fields |= {"rope_theta": said.pop("rope_theta"), "torch_dtype": fields.pop("dtype")}
+    fields["rope_scaling"] = said | {"type": said["rope_type"]}
+    shutil.copytree(FOLDER / "llama3", folder)
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert load_pretrained(folder)[0].config == load_pretrained(FOLDER / "llama3")[0].config
+
+
+def test_a_head_that_is_not_the_embeddings_it_is_tied_to_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    tensors = tensors_of(tmp_path)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'lm_head.weight' must repeat the embeddings, since they are tied"):
+        load_pretrained(tmp_path)
+    config = config_of("gpt2") | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path)[0].head.projection is not None
+
+
+def test_poolers_and_old_names_of_bert_are_known(tmp_path):
+    golden = outputs_of("bert")
+    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
+    tensors = {
+        f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors_of(tmp_path).items()
+    }
+    tensors |= {"bert.pooler.dense.weight": np.ones((30, 30), "f"), "bert.embeddings.position_ids": np.arange(23)[None]}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_outputs(run(load_pretrained(tmp_path)[0], golden), golden)
+
+
+MODULES = [
+    {
+        "idx": index,
+        "name": str(index),
+        "path": path,
+        "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}",
+    }
+    for index, path in enumerate(["", "1_Pooling", "2_Normalize"])
+]
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentences_are_pooled_as_sentence_transformers_does(tmp_path, pool, normalize):
+    golden, folder = outputs_of("bert"), tmp_path / "read"
+    shutil.copytree(FOLDER / "bert", folder)
+    (folder / "modules.json").write_text(json.dumps(MODULES if normalize else MODULES[:2]))
+    modes = {"pooling_mode_mean_tokens": pool == "mean", "pooling_mode_cls_token": pool == "cls"}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({**modes, "pooling_mode_max_tokens": False}))
+    hidden, real = golden["outputs"], golden["real"][..., None]
+    expected = hidden[:, 0] if pool == "cls" else (hidden * real).sum(1) / real.sum(1)
+    if normalize:
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    model, _ = load_pretrained(folder)
+    save_pretrained(model, tmp_path / "written")
+    again, _ = load_pretrained(tmp_path / "written")
+    assert type(again) is SentenceEncoder and (again.pool, again.normalize) == (pool, normalize)
+    np.testing.assert_allclose(run(model, golden), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "problem"),
+    [
+        ({}, "must hold a JSON list; got a dict"),
+        ([1], "its modules must be Transformer, Pooling, Normalize"),
+        ([*MODULES, MODULES[2]], "its modules must be"),
+        ([MODULES[0], MODULES[1] | {"path": "../1_Pooling"}], "its modules must be .* second is in 1_Pooling"),
+    ],
+)
+def test_other_modules_of_sentence_transformers_are_refused(tmp_path, modules, problem):
+    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=problem):
+        load_pretrained(tmp_path)
+
+
+SIZES = {"vocab_size": 11, "d_model": 12, "num_heads": 3, "num_layers": 3, "d_ff": 20, "max_len": 16}
+LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
+
+
+def test_a_model_is_written_as_the_family_that_has_a_place_for_all_of_it(tmp_path):
+    ids = np.arange(10).reshape(2, 5)
+    for fields, expected in (
+        (LLAMA | {"num_kv_heads": 1, "rope_scaling": {"kind": "linear", "factor": 2.0}}, "llama"),
+        ({"pos_emb_type": "learned", "tie_embeddings": True, "attention_scale": 1.0}, "gpt2"),
+    ):
+        for scan_layers in (False, True):
+            model = TransformerLM(nnx.Rngs(0), **SIZES, **fields)
+            save_pretrained(with_scan_layers(model, scan_layers), tmp_path)
+            assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
+            golden = {"ids": ids, "real": ids >= 0}
+            np.testing.assert_allclose(run(load_pretrained(tmp_path)[0], golden), run(model, golden), atol=1e-6)
+
+
+def test_a_model_that_no_family_has_a_place_for_is_refused_in_words(tmp_path):
+    def refused(model, problem, **options):
+        with pytest.raises(CheckpointError, match=problem):
+            save_pretrained(model, tmp_path / "new", **options)
+
+    def lm(**fields):
+        return TransformerLM(nnx.Rngs(0), **SIZES, **fields)
+
+    refused(
+        lm(**LLAMA, attention_soft_cap=5.0), "as llama: attention_soft_cap=5.0 has no place in it; it would be .*None"
+    )
+    refused(
+        lm(**LLAMA),
+        "save_pretrained, as gpt2: ff_activation must be one of gelu_tanh, .*; got ff_activation='swiglu'",
+        family="gpt2",
+    )
+    refused(lm(**LLAMA), "family of a TransformerLM must be one of llama, .*; got 'bert2'", family="bert2")
+    refused(
+        lm(**LLAMA | {"rope_scaling": {"kind": "ntk", "factor": 2.0}}), "rope_scaling must be one of default, linear"
+    )
+    refused(lm(**LLAMA | {"ff_activation": "relu2"}), "ff_activation must be one of")
+    refused(lm(**LLAMA, layer_pattern=[{"rope_base": 5.0}, {}]), r"rope_base=\[5.0, 10000.0, 5.0\] has no place in it")
+    refused(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "model must be one of TransformerLM.*; got Linear")
+    masked = TransformerLM(nnx.Rngs(0), **SIZES, **LLAMA, self_mask=masks.sliding_window(3))
+    refused(masked, "self_mask must be the causal one")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_every_family_has_a_golden(family):
+    assert any(config_of(name)["architectures"] == [family.architecture] for name in NAMES)
+
+
+def odd_value(rng):
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        2**31,
+        2**63,
+        10**400,
+        1.5,
+        1e308,
+        "",
+        "silu",
+        "é",
+        [],
+        [[]],
+        {},
+        {"rope_type": 3},
+    ]
+    return copy.deepcopy(values[rng.integers(len(values))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_mutated_configs_only_our_own_exception_comes_out(name):
+    rng = np.random.default_rng(0)
+    config = config_of(name)
+    family = next(family for family in FAMILIES if [family.architecture] == config["architectures"])
+    refused = 0
+    for _ in range(300):
+        mutated = copy.deepcopy(config)
+        for _ in range(rng.integers(1, 3)):
+            holders = [mutated, *(value for value in mutated.values() if isinstance(value, dict) and value)]
+            holder = holders[rng.integers(len(holders))]
+            key = list(holder)[rng.integers(len(holder))]
+            if rng.integers(4):
+                holder[key] = odd_value(rng)
+            else:
+                del holder[key]
+        try:
+            family.read_config(mutated, "config.json")
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
+
+
+def test_of_mutated_folders_only_our_own_exception_comes_out(tmp_path):
+    """The files of a sharded checkpoint together, through the front door."""
+    rng = np.random.default_rng(1)
+    shutil.copytree(FOLDER / "llama3", tmp_path, dirs_exist_ok=True)
+    files = [path for path in sorted(tmp_path.iterdir()) if path.suffix in (".json", ".safetensors")]
+    refused = 0
+    for _ in range(80):
+        path = files[rng.integers(len(files))]
+        content = path.read_bytes()
+        place = int(rng.integers(min(len(content), 3000)))
+        path.write_bytes(content[:place] + rng.bytes(rng.integers(3)) + content[place + int(rng.integers(3)) :])
+        try:
+            load_pretrained(tmp_path)
+        except CheckpointError:
+            refused += 1
+        path.write_bytes(content)
+    assert refused > 40
