@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 train: $(VENV)/.train
 	$(BIN)/attnax train
 
-# Most of the time goes into compiling, so these programs are compiled without optimisation; those of `test-thorough` with it.
+# Most of the time goes into compiling, so these programs are compiled without optimisation; those of `test-properties`, and
+# of pytest without this target, with it.
+QUICK_COMPILER := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
 test: $(VENV)/.dev
-	XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
+	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
 
 # The same properties over more sizes, kernels and device counts.
 test-thorough: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough
+	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough
 
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:

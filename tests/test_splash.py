@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from attnax import masks, memory_efficient_attention, standard_attention
+from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
 from attnax.kernels import _splash
 from attnax.kernels.score_mods import alibi_mod, soft_cap_mod
 
@@ -232,6 +232,16 @@ def test_both_passes_lower_for_a_tpu_without_one(name, dtype):
     assert "tpu_custom_call" in text
     kernels = {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"}
     assert all(kernel in text for kernel in kernels)
+
+
+def test_a_program_that_jax_cuts_over_several_tpus_runs_in_tiles():
+    x = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
+    for count, kernels in ((1, 1), (2, 0)):
+        tpu = AbstractMesh((count,), ("x",), abstract_device=AbstractDevice("TPU v5e", count, "tpu"))
+        sharding = jax.sharding.NamedSharding(tpu, PartitionSpec("x"))
+        run = jax.jit(flash_attention, in_shardings=(sharding,) * 3)
+        text = run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == kernels
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])

@@ -71,6 +71,12 @@ def _lower(platform: str | None) -> Any:
     return mlir.lower_fun(run, multiple_results=True)
 
 
+def _lower_for_tpu(context: Any, *arguments: Any, platforms: Any, **params: Any) -> Any:
+    """The function for TPU, but where JAX would have to cut its kernels over several devices, which it does not do."""
+    num_devices = getattr(context.module_context.axis_context, "num_devices", 1)
+    return _lower("tpu")(context, *arguments, platforms=platforms if num_devices == 1 else (), **params)
+
+
 def _batch(
     arguments: Any, axes: Any, *, default: ClosedJaxpr, platforms: tuple[tuple[str, Branch], ...]
 ) -> tuple[Any, Any]:
@@ -97,7 +103,7 @@ def _jvp(primals: Any, tangents: Any, *, default: ClosedJaxpr, platforms: Any) -
 _by_platform_p.def_impl(_run)
 _by_platform_p.def_effectful_abstract_eval(_avals)
 mlir.register_lowering(_by_platform_p, _lower(None))
-for _platform in ("cuda", "tpu"):
-    mlir.register_lowering(_by_platform_p, _lower(_platform), platform=_platform)
+mlir.register_lowering(_by_platform_p, _lower("cuda"), platform="cuda")
+mlir.register_lowering(_by_platform_p, _lower_for_tpu, platform="tpu")
 batching.primitive_batchers[_by_platform_p] = _batch
 ad.primitive_jvps[_by_platform_p] = _jvp

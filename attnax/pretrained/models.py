@@ -257,7 +257,9 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
         ) from error
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises just that
+            raise
         raise CheckpointError(path, f"it is no tokenizer of the tokenizers library ({error}).") from error
 
 
