@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
+.PHONY: train test test-thorough test-contract test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -22,6 +22,12 @@ test-thorough: $(VENV)/.dev
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:
 	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
+
+# The part of `test-thorough` that CI has time for: every kernel on every case, checkpoints, documents.
+CONTRACT := attention docs gpu_benchmark linear lite nnx_adapter paged pallas pretrained ring score_mods splash
+
+test-contract: $(VENV)/.dev
+	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough $(CONTRACT:%=tests/test_%.py)
 
 # Two thousand examples instead of two hundred.
 test-properties: $(VENV)/.dev
