@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from attnax.kernels._lift import Lifted, vary, varying_axes
 from attnax.kernels._platform import by_platform, has_nvidia_gpu
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, ScoreMod, check_attention, is_concrete, pytree_dataclass
+from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass
 
 if TYPE_CHECKING:
     from attnax.kernels._launch import Setup
@@ -81,41 +81,23 @@ class Operands(NamedTuple):
         return (*of_tiles, *(tuple(map(jnp.zeros_like, self._of_kernel)) if kernel is None else kernel))
 
 
+BlockSize = int | tuple[int | None, int | None] | None
+"""Of queries and keys, or one each; None is chosen by shape."""
+
+
 def attend(
     caller: str,
     query: Any,
     key: Any,
     value: Any,
     *,
-    mask: Any,
-    score_mod: ScoreMod | None,
-    dropout_rng: Array | None,
-    dropout_rate: float,
-    deterministic: bool,
-    scale: Any,
     return_lse: bool,
-    block_size: int | tuple[int | None, int | None] | None,
+    block_size: BlockSize,
     backend: Backend,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
-    """The call of a built-in kernel, checked, prepared and run; `caller` is its name for errors.
-
-    `block_size` is one for queries and keys, or one each; None is chosen by shape.
-    """
-    call = prepare(
-        caller,
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-        return_lse=return_lse,
-        block_size=block_size,
-        backend=backend,
-    )
+    """The call of a built-in kernel, checked, prepared and run; `caller` is its name for errors."""
+    call = prepare(caller, query, key, value, return_lse=return_lse, block_size=block_size, backend=backend, **options)
     if isinstance(call, Call):
         reason = why_no_kernel(call.plan, call.operands.kernel) if backend in ("pallas", "interpret") else None
         if reason is not None and (backend == "interpret" or has_nvidia_gpu()):
@@ -140,41 +122,25 @@ def prepare(
     key: Any,
     value: Any,
     *,
-    block_size: int | tuple[int | None, int | None] | None,
+    block_size: BlockSize,
     backend: Backend,
-    mask: Any = None,
-    score_mod: ScoreMod | None = None,
-    dropout_rng: Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = True,
-    scale: Any = None,
     return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> Call | tuple[Array, Array]:
     """The call, ready to run; or its results, (out, lse), where there is nothing to compute."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention(
-        caller,
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
+    check_attention(caller, query, key, value, **options)
+    scale, dropout_rng = options.get("scale"), options.get("dropout_rng")
+    dropout_rate = 0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0)
     _blockwise.check_block_size(caller, block_size)
     full = *query.shape[:3], key.shape[2]
-    mask, score_mod = resolve_masks(caller, mask, score_mod, full)
+    mask, score_mod = resolve_masks(caller, options.get("mask"), options.get("score_mod"), full)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     if 0 in (*full, value.shape[3]):
         return jnp.zeros((*full[:3], value.shape[3]), query.dtype), jnp.full(full[:3], -jnp.inf, dtype)
     learn_scale = not is_concrete(scale)
     scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
-    tiles = _blockwise.Plan(
-        *_blockwise.choose_tiles(full, key.shape[1], block_size), 0.0 if deterministic else dropout_rate
-    )
+    tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
     kernel = None if backend == "tiles" else _kernel_tiles(query, value, block_size)
     splash = None
     if backend == "automatic":
