@@ -55,6 +55,25 @@ def run(corpus, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def other_run(corpus, tmp_path_factory):
+    """A run of one step with another seed."""
+    out = tmp_path_factory.mktemp("runs") / "other"
+    assert main(["train", "--data", str(corpus), "--out", str(out), *TINY, "--seed", "1", "--steps", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbered_runs(corpus, tmp_path_factory):
+    """A folder whose runs/000 was there, and a run of one step on packed bytes that was given no folder."""
+    folder = tmp_path_factory.mktemp("numbered")
+    (folder / "runs" / "000").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
+    return folder / "runs"
+
+
 def refuse(capsys, *arguments):
     """The one line with which a command ends that was refused."""
     capsys.readouterr()
@@ -93,11 +112,8 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
     assert result["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip) / len(text), rel=0.01)
 
 
-def test_runs_are_numbered(corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "000").mkdir(parents=True)
-    assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
-    config = json.loads((tmp_path / "runs" / "001" / "config.json").read_text())
+def test_runs_are_numbered(numbered_runs):
+    config = json.loads((numbered_runs / "001" / "config.json").read_text())
     assert config["options"]["model"]["vocab_size"] == 257
 
 
@@ -244,11 +260,8 @@ def test_beams_print_the_best(run, write):
     assert write("--beams", 1) == write(*GREEDY)
 
 
-def test_a_draft_changes_nothing_at_temperature_0(run, corpus, write, tmp_path):
-    draft = tmp_path / "draft"
-    options = [*TINY, "--d-model", "8", "--steps", "1"]
-    assert main(["train", "--data", str(corpus), "--out", str(draft), *options]) == 0
-    assert write(*GREEDY, "--draft", draft, "--draft-tokens", 2, "--cache", "paged") == write(*GREEDY)
+def test_a_draft_changes_nothing_at_temperature_0(other_run, write):
+    assert write(*GREEDY, "--draft", other_run, "--draft-tokens", 2, "--cache", "paged") == write(*GREEDY)
 
 
 @pytest.mark.parametrize("options", [("--cache", "ring"), ("--cache", "paged", "--cache-dtype", "int8")])
@@ -335,16 +348,16 @@ class TestWrongInput:
         assert "leave the other flags out" in refuse(capsys, "train", "--resume", run, "--steps", 3)
         assert "is not a run folder" in refuse(capsys, "train", "--resume", corpus)
 
-    def test_a_changed_corpus_cannot_be_resumed(self, capsys, corpus, tmp_path):
-        data = tmp_path / "data"
-        data.mkdir()
-        for index in range(9):
-            (data / f"{index}.txt").write_text(f"number {index} " * 99)
-        out = tmp_path / "run"
-        assert main(["train", "--data", str(data), "--out", str(out), *TINY, "--steps", "1"]) == 0
-        (out / "result.json").unlink()
-        (data / "0.txt").write_text("other text")
-        assert "has changed since it was started" in refuse(capsys, "train", "--resume", out)
+    def test_a_changed_corpus_cannot_be_resumed(self, capsys, run, corpus, tmp_path):
+        copy, changed = tmp_path / "copy", corpus / "file0.py"
+        shutil.copytree(run, copy)
+        (copy / "result.json").unlink()
+        text = changed.read_text()
+        try:
+            changed.write_text("other text")
+            assert "has changed since it was started" in refuse(capsys, "train", "--resume", copy)
+        finally:
+            changed.write_text(text)
 
     def test_prompts_and_lengths_beyond_the_context(self, capsys, run):
         assert "model's context of 32" in refuse(capsys, "generate", run, "--prompt", "x = y\n" * 99)
@@ -434,12 +447,8 @@ class TestWrongInput:
     def test_options_that_exclude_each_other(self, capsys, run, arguments, words):
         assert words in refuse(capsys, "generate", run, *arguments.format(run=run).split())
 
-    def test_a_draft_of_another_tokenizer(self, capsys, run, corpus, tmp_path):
-        other = tmp_path / "other"
-        assert (
-            main(["train", "--data", str(corpus), "--out", str(other), *TINY, "--tokenizer", "bytes", "--steps", "1"])
-            == 0
-        )
+    def test_a_draft_of_another_tokenizer(self, capsys, run, numbered_runs):
+        other = numbered_runs / "001"
         line = refuse(capsys, "generate", run, "--draft", other)
         assert f"--draft {other} has another tokenizer than {run}" in line
 
@@ -496,12 +505,12 @@ class TestWrongInput:
         (copy / "config.json").write_text(config.replace('"rope_base": 10000.0', '"rope_base": 10001.0'))
         assert "was changed after it was written" in refuse(capsys, "generate", copy)
 
-    def test_a_checkpoint_of_another_run(self, capsys, run, corpus, tmp_path):
-        other = tmp_path / "other"
-        assert main(["train", "--data", str(corpus), "--out", str(other), *TINY, "--seed", "1", "--steps", "1"]) == 0
-        shutil.rmtree(other / "checkpoints")
-        shutil.copytree(run / "checkpoints", other / "checkpoints")
-        assert "belongs to another run" in refuse(capsys, "generate", other)
+    def test_a_checkpoint_of_another_run(self, capsys, run, other_run, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(other_run, copy)
+        shutil.rmtree(copy / "checkpoints")
+        shutil.copytree(run / "checkpoints", copy / "checkpoints")
+        assert "belongs to another run" in refuse(capsys, "generate", copy)
 
     def test_a_run_without_a_checkpoint(self, capsys, run, tmp_path):
         copy = tmp_path / "copy"

@@ -295,7 +295,10 @@ class Kernel:
     def visit_keys(self, visit: Visitor, place: Place, state: Any, part: tuple[Any, int] = (0, 1)) -> Any:
         """`visit(mode, j, state)` for the tiles of keys that the tile of queries attends, or a part of them."""
         grid = self.call.grid
-        where, full = (place.b, place.h, place.i), grid.num_kv - (not grid.even_kv)
+        where: Any = (place.b, place.h, place.i)
+        full: Any = grid.num_kv - (not grid.even_kv)
+        if not grid.even_q:  # as in a list: a tile that is not whole is never full
+            full = jnp.where(place.i == grid.num_q - 1, 0, full)
         return _visit(visit, self.inputs.tiles, where, grid.num_kv, full, self.careful(place.b, place.h), state, part)
 
     def visit_queries(self, visit: Visitor, place: Place, state: Any) -> Any:
