@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels: a small table, measured again by `benchmarks/gpu.py --tiles`."""
+"""Tile sizes of the GPU kernels; `benchmarks/gpu.py --tiles` measures those of both passes again."""
 
 from __future__ import annotations
 
