@@ -222,10 +222,8 @@ def test_without_a_gpu_the_platform_is_the_reason_and_the_tiles_run():
     )
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask is not None])
 def test_lists_name_the_tiles_in_which_something_is_attended(name):
-    if MASKS[name] is None:
-        pytest.skip("no mask, no list")
     mask, grid = masks.as_mask(MASKS[name]), _tile_lists.TileGrid(SEQ, SEQ, 16, 32)
     lifted = _pointwise.lift_mask(mask, frozenset())
     bounds = _tile_lists.lift_bounds(mask, grid, 1, 1, frozenset())

@@ -20,6 +20,7 @@ from jax import lax
 from attnax.kernels import _tile
 from attnax.kernels._dropout import keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._tile_lists import EMPTY, FULL, PARTIAL, code_of
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, check_scores, pytree_dataclass
 
@@ -144,12 +145,12 @@ def check_block_size(caller: str, block_size: int | tuple[int | None, int | None
             raise ValueError(f"{caller}: block_size must be a whole number, at least 1; got block_size={block_size!r}.")
 
 
-def scale_query(query: Array, scale: Any, score_mod: ScoreMod | None) -> Array:
-    """The query in at least float32, scaled; scores are then in units of log 2 unless a score mod sees them."""
+def scale_query(query: Array, scale: Any, *, natural: bool) -> Array:
+    """The query in at least float32, scaled; scores are then `natural`, as mods see them, or in units of log 2."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
     query = jnp.where(jnp.isfinite(query).all(-1, keepdims=True), query, jnp.nan)  # an infinity spoils as NaN does
-    return query * jnp.asarray(scale if score_mod is not None else scale * _tile.LOG2E, query.dtype)
+    return query * jnp.asarray(scale if natural else scale * _tile.LOG2E, query.dtype)
 
 
 def choose_tiles(
@@ -364,23 +365,23 @@ class Walk:
             some, every = some.any((0, 1)), every.all((0, 1))
 
         axes = varying_axes(self.q_index)
-        codes = vary(_code(some, every), axes)
+        codes = vary(code_of(some, every), axes)
         if self.functions.is_opaque:
 
             def exact(tile: Array) -> Array:
                 kept = keep(tile)
                 assert kept is not None
                 kept = kept.astype(jnp.int8)  # and column by column: `any` and `all` take the CPU 6 times as long
-                return _code(kept.max(-2).max() > 0, kept.min(-2).min() > 0)
+                return code_of(kept.max(-2).max() > 0, kept.min(-2).min() > 0)
 
             def refined(tile: tuple[Array, Array]) -> Array:
                 index, code = tile
-                return lax.cond(code == _PARTIAL, exact, lambda _: code, index)
+                return lax.cond(code == PARTIAL, exact, lambda _: code, index)
 
             codes = lax.map(refined, (vary(jnp.arange(count), axes), codes))
-        codes = jnp.where(filled, jnp.maximum(codes, _PARTIAL), codes)
+        codes = jnp.where(filled, jnp.maximum(codes, PARTIAL), codes)
         order = jnp.argsort(codes, stable=True)
-        return order, (codes == _FULL).sum(), (codes < _EMPTY).sum()
+        return order, (codes == FULL).sum(), (codes < EMPTY).sum()
 
     def places(self, x: Array) -> tuple[Place, Place]:
         """Which rows and heads of queries, and of keys, the groups from x on are."""
@@ -529,12 +530,7 @@ def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Arra
     return Rows(query, d_out, lse, jnp.where(fine, delta - d_lse, 0), fine)
 
 
-_FULL, _PARTIAL, _EMPTY = 0, 1, 2
 _SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
-
-
-def _code(some: Array, every: Array) -> Array:
-    return jnp.where(some, jnp.where(every, _FULL, _PARTIAL), _EMPTY)
 
 
 def _even(length: int, most: int) -> int:

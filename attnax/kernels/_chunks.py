@@ -107,7 +107,7 @@ def attend_chunks(
     """
     words = dropout_words(dropout_rng) if dropout_rate > 0.0 and dropout_rng is not None else None
     b = jnp.arange(query.shape[0], dtype=jnp.int32) if rows is None else rows
-    queries = Queries(scale_query(query, scale, score_mod), b, positions, words)
+    queries = Queries(scale_query(query, scale, natural=score_mod is not None), b, positions, words)
     operands = _bind(caller, queries, sources, mask, score_mod)
     kernel = None
     if stored is not None and rows is None and words is None:

@@ -282,13 +282,8 @@ def _tiles_backward(
 
 def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array) -> tuple[Array, Array, Array]:
     """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
-    query = query.astype(scale.dtype)
-    query = jnp.where(jnp.isfinite(query).all(-1, keepdims=True), query, jnp.nan)  # an infinity spoils as NaN does
-    return (
-        query * (scale * (1.0 if plan.has_score_mod else _tile.LOG2E)),
-        key.astype(scale.dtype),
-        value.astype(scale.dtype),
-    )
+    query = _blockwise.scale_query(query, scale, natural=plan.has_score_mod)
+    return query, key.astype(query.dtype), value.astype(query.dtype)
 
 
 def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:

@@ -391,7 +391,7 @@ def _segment_sums(values: Array, segments: Array, count: int) -> Array:
     _, running = lax.associative_scan(join, (begins, values))
     last = jnp.concatenate([change, jnp.ones(1, bool)])
     target = jnp.where(last, segments, count)
-    return jnp.zeros(count, dtype).at[target].set(running, mode="drop", unique_indices=False)
+    return jnp.zeros(count, dtype).at[target].set(running, mode="drop")
 
 
 def add_slabs(shape: tuple[int, ...], axes: tuple[int, ...], slabs: Array, index: Sequence[np.ndarray | None]) -> Array:

@@ -13,9 +13,14 @@ from attnax.kernels._pointwise import Split
 from attnax.masks import Mask
 from attnax.typing import Array
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "TileGrid", "TileList", "lift_bounds", "tile_codes"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "TileGrid", "TileList", "code_of", "lift_bounds", "tile_codes"]
 
 FULL, PARTIAL, EMPTY = 0, 1, 2
+
+
+def code_of(some: Array, every: Array) -> Array:
+    """The code of a tile, from whether any and whether all of its pairs attend."""
+    return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY)
 
 
 class TileGrid(NamedTuple):
@@ -124,7 +129,7 @@ def tile_codes(
     axes = frozenset().union(*map(varying_axes, (*bounds.values, *values)))
     tiles = tuple(vary(x, axes) for x in _all_tiles(grid, batch, heads))
     some, every = bounds(*tiles)
-    codes = jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY)
+    codes = code_of(some, every)
     codes = codes.reshape((1,) * (4 - codes.ndim) + codes.shape)
     if is_opaque:
         codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values), codes)
@@ -152,6 +157,6 @@ def _codes_of_pairs(grid: TileGrid, tiles: tuple[Array, ...], mask: Split, value
         keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
         keep = jnp.broadcast_to(keep, (*keep.shape[:2], grid.block_q, kv.size))
         keep = keep.reshape(*keep.shape[:3], grid.num_kv, grid.block_kv)
-        return jnp.where(keep.any((2, 4)), jnp.where(keep.all((2, 4)), FULL, PARTIAL), EMPTY)
+        return code_of(keep.any((2, 4)), keep.all((2, 4)))
 
     return jnp.moveaxis(lax.map(row, (q_first.reshape(-1), q_last.reshape(-1))), 0, 2)

@@ -147,7 +147,7 @@ def ring_attention(
     tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
     plan = Plan(*tiles, 0.0 if deterministic else dropout_rate)
     words = dropout_words(dropout_rng) if plan.dropout_rate > 0.0 and dropout_rng is not None else None
-    arrays = scale_query(query, scale, score_mod), key.astype(dtype), value.astype(dtype)
+    arrays = scale_query(query, scale, natural=score_mod is not None), key.astype(dtype), value.astype(dtype)
     ring = Ring(axis_name, size, zigzag)
     index = ring.index(0, seq_q), ring.index(0, seq_kv)
     bound, operands = bind("ring_attention", plan, arrays, mask, score_mod, index, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,8 +59,7 @@ def _parse(where: object, data: bytes) -> Any:
     def make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            seen: set[str] = set()
-            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return made
 
     def refuse(constant: str) -> NoReturn:
