@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnax.cache import update_kv_layer_cache as update_kv_layer_cache
     from attnax.config import AttentionType as AttentionType
     from attnax.config import BlockConfig as BlockConfig
+    from attnax.config import EncoderDecoderConfig as EncoderDecoderConfig
     from attnax.config import FfActivation as FfActivation
     from attnax.config import NormKind as NormKind
     from attnax.config import Pool as Pool
@@ -118,6 +119,7 @@ _HOMES = {
     "config": (
         "AttentionType",
         "BlockConfig",
+        "EncoderDecoderConfig",
         "FfActivation",
         "NormKind",
         "Pool",

@@ -39,6 +39,7 @@ __all__ = [
     "AttentionType",
     "BlockConfig",
     "Dtype",
+    "EncoderDecoderConfig",
     "FfActivation",
     "NormKind",
     "NormPlacement",
@@ -442,7 +443,8 @@ class TransformerConfig(StackConfig):
         embedding_scale: multiplies the embeddings.
         embedding_norm: the sum of all embeddings is normalised.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
-        logit_soft_cap: logits become cap * tanh(logits / cap).
+        logit_scale: multiplies the logits.
+        logit_soft_cap: logits become cap * tanh(logits / cap), after the scale.
         kv_cache_max_len: capacity of the caches that `init_decoder_kv_caches_from_config` makes, by default max_len.
     """
 
@@ -457,6 +459,7 @@ class TransformerConfig(StackConfig):
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     tie_embeddings: bool = False
+    logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     kv_cache_max_len: int | None = None
 
@@ -467,7 +470,7 @@ class TransformerConfig(StackConfig):
         self._require(
             self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size", "pad_token_id", "vocab_size"
         )
-        self._require_above_zero("embedding_scale", "logit_soft_cap")
+        self._require_above_zero("embedding_scale", "logit_scale", "logit_soft_cap")
         if self.rope_max_positions is not None:
             self._require(
                 self.rope_max_positions >= self.max_len,
@@ -483,6 +486,38 @@ class TransformerConfig(StackConfig):
                 raise ValueError(
                     f"{type(self).__name__}: a layer's own pos_emb_type must be rope, alibi or none; "
                     f"got {fields['pos_emb_type']!r} in layer_pattern."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(_Checks):
+    """An encoder and the decoder that attends it.
+
+    Attributes:
+        encoder: a TransformerConfig, or a mapping of its fields; vocabulary, depth and widths are its own.
+        decoder: the same; it decides about the head, which `tie_embeddings` ties to the decoder's embeddings.
+        share_embeddings: both have one table of token embeddings, the encoder's.
+    """
+
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    share_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder"):
+            half = getattr(self, name)
+            if not isinstance(half, TransformerConfig):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a TransformerConfig; got {type(half).__name__}."
+                )
+        if not self.share_embeddings:
+            return
+        for name in ("vocab_size", "d_model", "dtype", "param_dtype"):
+            ours, theirs = getattr(self.encoder, name), getattr(self.decoder, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{type(self).__name__}: with share_embeddings encoder and decoder must have one {name}; "
+                    f"got {ours} and {theirs}."
                 )
 
 
@@ -547,7 +582,7 @@ class VisionTransformerConfig(StackConfig):
 Config = TypeVar("Config", bound=_Checks)
 
 
-def resolve_config(kind: type[Config], config: BlockConfig | None, fields: dict[str, Any]) -> Config:
+def resolve_config(kind: type[Config], config: _Checks | None, fields: dict[str, Any]) -> Config:
     """The config of a module called as `Module(rngs, config)` or as `Module(rngs, **fields)`.
 
     Raises:
@@ -585,6 +620,10 @@ def _rope_scaling(value: Any) -> Any:
     return RopeScaling(**value) if isinstance(value, Mapping) else value
 
 
+def _transformer(value: Any) -> Any:
+    return TransformerConfig(**value) if isinstance(value, Mapping) else value
+
+
 def _pattern(value: Any) -> Any:
     entries = value if isinstance(value, tuple | list) else [value]
     return tuple(
@@ -602,6 +641,8 @@ _FORMS: dict[str, Any] = {
     "layer_pattern": _pattern,
     "image_size": _pair,
     "patch_size": _pair,
+    "encoder": _transformer,
+    "decoder": _transformer,
 }
 _FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
     "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),

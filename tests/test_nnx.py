@@ -52,6 +52,15 @@ MODULES = {  # how to make it, what to call it with
         (IDS,),
     ),
     "encoder-decoder": (lambda rngs: attnax.Transformer(rngs, encoder=CONFIG, decoder=CONFIG), (IDS, IDS[:, :3])),
+    "encoder-decoder with one table": (
+        lambda rngs: attnax.Transformer(
+            rngs,
+            encoder=CONFIG,
+            decoder=dataclasses.replace(CONFIG, tie_embeddings=True, logit_scale=0.5),
+            share_embeddings=True,
+        ),
+        (IDS, IDS[:, :3]),
+    ),
     "vision": (lambda rngs: attnax.VisionTransformer(rngs, **VISION, num_classes=7), (normal(2, 4, 6, 1),)),
 }
 
@@ -216,6 +225,20 @@ class TestEncoderDecoder:
         model = attnax.Transformer(nnx.Rngs(1), encoder=encoder, decoder=decoder)
         assert [load.shape for load in model.run(IDS, IDS).aux["expert_load"]] == [(4,), (3,)]
 
+    def test_a_shared_table_is_the_table_of_both_halves_and_of_the_head(self):
+        decoder = dataclasses.replace(CONFIG, num_layers=2, tie_embeddings=True, logit_scale=0.25)
+        shared = attnax.Transformer(nnx.Rngs(1), encoder=CONFIG, decoder=decoder, share_embeddings=True)
+        plain = dataclasses.replace(decoder, logit_scale=1.0)
+        apart = attnax.Transformer(nnx.Rngs(2), encoder=CONFIG, decoder=plain)
+        params = nnx.to_pure_dict(nnx.state(shared, nnx.Param))
+        assert "embed" not in params["decoder"]
+        params["decoder"]["embed"] = {"tokens": params["encoder"]["embed"]["tokens"]}
+        nnx.update(apart, params)
+        np.testing.assert_allclose(shared(IDS, IDS[:, :3]), 0.25 * apart(IDS, IDS[:, :3]), atol=1e-6)
+        assert shared.config == attnax.EncoderDecoderConfig(encoder=CONFIG, decoder=decoder, share_embeddings=True)
+        again = attnax.Transformer(nnx.Rngs(1), shared.config)
+        np.testing.assert_array_equal(again(IDS, IDS[:, :3]), shared(IDS, IDS[:, :3]))
+
     def test_log_probs_are_normalised(self):
         log_probs = self.model().log_probs(IDS, IDS[:, :2])
         np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1.0, atol=1e-5)
@@ -256,6 +279,14 @@ class TestEncoderDecoder:
     def test_wrong_configs_and_contexts_are_refused_in_words(self):
         with pytest.raises(ValueError, match="decoder must be a TransformerConfig; got BlockConfig"):
             attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=attnax.BlockConfig())
+        narrow = dataclasses.replace(CONFIG, d_model=6)
+        with pytest.raises(ValueError, match="with share_embeddings .* must have one d_model; got 12 and 6"):
+            attnax.EncoderDecoderConfig(encoder=CONFIG, decoder=narrow, share_embeddings=True)
+        with pytest.raises(ValueError, match="got own_tokens=True, tokens given"):
+            decoder = attnax.TransformerDecoder(nnx.Rngs(0), CONFIG)
+            decoder.run(IDS, token_embedding=decoder.embed.tokens)
+        with pytest.raises(ValueError, match="got own_tokens=False, tokens missing"):
+            attnax.TransformerDecoder(nnx.Rngs(0), CONFIG, own_tokens=False)(IDS)
         decoder = attnax.TransformerDecoder(nnx.Rngs(0), CONFIG, cross_attention=True)
         with pytest.raises(ValueError, match="encoder_output is needed with cross_attention"):
             decoder(IDS)

@@ -1,6 +1,7 @@
 """Published checkpoints give what transformers gives; tests/parity/pretrained.py wrote down what that is."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 from flax import nnx
 
-from attnax import TransformerLM, masks
+from attnax import Transformer, TransformerLM, masks
 from attnax.models import SentenceEncoder
 from attnax.nn import with_scan_layers
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
@@ -63,13 +64,15 @@ def run(model, golden):
 
     @jax.jit
     def forward(state, ids, real):
+        if "target_ids" in golden:
+            return nnx.merge(graphdef, state)(ids, golden["target_ids"], source_padding_mask=real)
         return nnx.merge(graphdef, state)(ids, padding_mask=real, **types)
 
     return np.asarray(forward(state, golden["ids"], golden["real"]))
 
 
 def check_outputs(outputs, golden):
-    if "real" in golden:
+    if "real" in golden and "target_ids" not in golden:
         outputs = np.where(golden["real"][..., None], outputs, 0)
     error = np.abs(outputs - golden["outputs"])
     assert error.max() < 2e-4
@@ -98,7 +101,11 @@ def test_outputs_are_the_same_with_padding_too(name, load):
 @pytest.mark.parametrize("name", goldens("tokens"))
 def test_greedy_texts_of_padded_prompts_are_the_same(name, load):
     golden, model = outputs_of(name), with_scan_layers(load(name), True)  # one layer compiles faster than all
-    written = model.generate(golden["ids"], padding_mask=golden["real"], max_new_tokens=golden["tokens"].shape[1])
+    length = golden["tokens"].shape[1]
+    if "target_ids" in golden:
+        written = model.generate(golden["ids"], length, start_token=0, source_padding_mask=golden["real"])
+    else:
+        written = model.generate(golden["ids"], padding_mask=golden["real"], max_new_tokens=length)
     np.testing.assert_array_equal(written.tokens, golden["tokens"])
     np.testing.assert_allclose(written.log_probs, golden["log_probs"], atol=2e-4)
 
@@ -126,7 +133,8 @@ def test_gradients_are_the_same(name, load, tmp_path):
     @jax.jit
     @jax.grad
     def gradients(state):
-        return jnp.square(nnx.merge(graphdef, state)(golden["ids"][:1])).mean()
+        target = [golden["target_ids"][:1]] if "target_ids" in golden else []
+        return jnp.square(nnx.merge(graphdef, state)(golden["ids"][:1], *target)).mean()
 
     save_pretrained(nnx.merge(graphdef, gradients(state)), tmp_path)
     ours, theirs = tensors_of(tmp_path), safetensors.numpy.load_file(FOLDER / name / "gradients.safetensors")
@@ -305,6 +313,55 @@ def test_poolers_and_old_names_of_bert_are_known(tmp_path):
     tensors |= {"bert.pooler.dense.weight": np.ones((30, 30), "f"), "bert.embeddings.position_ids": np.arange(23)[None]}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     check_outputs(run(load_pretrained(tmp_path)[0], golden), golden)
+
+
+def test_files_of_t5_from_before_version_5_are_read(tmp_path):
+    """With an untied head tie_word_embeddings is false; the table may be there three times."""
+    golden = outputs_of("t5_variant")
+    fields = {"tie_word_embeddings": False}
+    shutil.copytree(FOLDER / "t5_variant", tmp_path, dirs_exist_ok=True)
+    config = {key: value for key, value in config_of("t5_variant").items() if key != "scale_decoder_outputs"}
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    tensors = tensors_of(tmp_path)
+    tensors |= {f"{half}.embed_tokens.weight": tensors["shared.weight"] for half in ("encoder", "decoder")}
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((10, 5), "f")
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    model = load_pretrained(tmp_path)[0]
+    assert model.config == load_pretrained(FOLDER / "t5_variant")[0].config
+    check_outputs(run(model, golden), golden)
+    tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'decoder.embed_tokens.weight' must repeat the embeddings.* tensor\.$"):
+        load_pretrained(tmp_path)
+
+
+def test_configs_of_t5_that_contradict_themselves_are_refused(tmp_path):
+    for fields, problem in (
+        ({"is_gated_act": False}, "is_gated_act must be True, as feed_forward_proj has it; got is_gated_act=False"),
+        ({"dense_act_fn": "relu"}, "dense_act_fn must be 'gelu_new', as feed_forward_proj has it"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder must be True"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            load_pretrained(copy_with("t5_variant", tmp_path, **fields))
+
+
+def test_an_encoder_decoder_that_t5_has_no_place_for_is_refused():
+    encoder = load_pretrained(FOLDER / "t5")[0].config.encoder
+    deeper = {"num_layers": 3, "tie_embeddings": True, "logit_scale": encoder.d_model**-0.5}
+    for changed, shared, problem in (
+        (deeper | {"d_ff": 7}, True, "decoder.d_ff=7 has no place in it; it would be read as 37"),
+        (deeper, False, "share_embeddings=False has no place in it"),
+        (deeper | {"logit_scale": 0.5}, True, "logit_scale must be 1 or d_model"),
+    ):
+        decoder = dataclasses.replace(encoder, **changed)
+        model = nnx.eval_shape(
+            lambda decoder=decoder, shared=shared: Transformer(
+                nnx.Rngs(0), encoder=encoder, decoder=decoder, share_embeddings=shared
+            )
+        )
+        with pytest.raises(CheckpointError, match=problem):
+            save_pretrained(model, "nowhere")
 
 
 MODULES = [

@@ -97,7 +97,7 @@ class TransformerLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 logits of the decoder's hidden states."""
-        return self.head(hidden, self.decoder.embed)
+        return self.head(hidden, self.decoder.embed.tokens)
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token that follows each position; options as in a call without caches."""

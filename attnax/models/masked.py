@@ -84,7 +84,7 @@ class MaskedLM(nnx.Module):
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 logits of the encoder's hidden states."""
         activation, _ = ACTIVATIONS[self.config.ff_activation]
-        return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed)
+        return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed.tokens)
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token at each position; options as in a call."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.config import TransformerConfig
+from attnax.config import EncoderDecoderConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
@@ -21,6 +21,7 @@ from attnax.models.transformer import TokenHead, TransformerDecoder, Transformer
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, stream
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
+from attnax.nn.embeddings import TokenEmbedding
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["Transformer"]
@@ -29,13 +30,15 @@ __all__ = ["Transformer"]
 class Transformer(nnx.Module):
     """Reads a source with an encoder and writes a target with a decoder that attends it.
 
+    Called as `Transformer(rngs, config)` or with the fields of EncoderDecoderConfig as keywords.
+
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        encoder: a TransformerConfig; vocabulary, depth and widths are its own.
-        decoder: a TransformerConfig.
+        config: an EncoderDecoderConfig.
+        **fields: its fields: `encoder` and `decoder`, each a TransformerConfig, and `share_embeddings`.
 
     Raises:
-        ValueError: something else than two TransformerConfigs.
+        ValueError: something else than two TransformerConfigs, or two that cannot share embeddings and should.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,13 +55,31 @@ class Transformer(nnx.Module):
         A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
     """
 
-    def __init__(self, rngs: nnx.Rngs, encoder: TransformerConfig, decoder: TransformerConfig):
-        for name, config in (("encoder", encoder), ("decoder", decoder)):
-            if not isinstance(config, TransformerConfig):
-                raise ValueError(f"Transformer: {name} must be a TransformerConfig; got {type(config).__name__}.")
-        self.encoder = TransformerEncoder(rngs, encoder)
-        self.decoder = TransformerDecoder(rngs, decoder, cross_attention=True, encoder_features=encoder.d_model)
-        self.head = TokenHead(rngs, decoder)
+    def __init__(self, rngs: nnx.Rngs, config: EncoderDecoderConfig | None = None, **fields: Any):
+        config = resolve_config(EncoderDecoderConfig, config, fields)
+        self.encoder = TransformerEncoder(rngs, config.encoder)
+        self.decoder = TransformerDecoder(
+            rngs,
+            config.decoder,
+            cross_attention=True,
+            encoder_features=config.encoder.d_model,
+            own_tokens=not config.share_embeddings,
+        )
+        self.head = TokenHead(rngs, config.decoder)
+
+    @property
+    def config(self) -> EncoderDecoderConfig:
+        """The configs of both halves."""
+        shared = self.decoder.embed.tokens is None
+        return EncoderDecoderConfig(encoder=self.encoder.config, decoder=self.decoder.config, share_embeddings=shared)
+
+    @property
+    def _shared_tokens(self) -> TokenEmbedding | None:
+        """The table that the decoder is given."""
+        return self.encoder.embed.tokens if self.decoder.embed.tokens is None else None
+
+    def _logits(self, hidden: Array) -> Array:
+        return self.head(hidden, self._shared_tokens or self.decoder.embed.tokens)
 
     def __call__(
         self,
@@ -119,9 +140,10 @@ class Transformer(nnx.Module):
             encoder_output=encoded.hidden,
             cross_mask=None if real is None else padding(real),
             encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
+            token_embedding=self._shared_tokens,
             **mode,
         )
-        return Output(self.head(out.hidden, self.decoder.embed), None, add_aux(encoded.aux, out.aux))
+        return Output(self._logits(out.hidden), None, add_aux(encoded.aux, out.aux))
 
     def log_probs(
         self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any
@@ -278,7 +300,8 @@ class _Step:
             caches=cache,
             encoder_output=contexts,
             cross_mask=None if real is None else padding(real),
+            token_embedding=model._shared_tokens,
             deterministic=True,
         )
         hidden = jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)
-        return model.head(hidden, model.decoder.embed), out.caches
+        return model._logits(hidden), out.caches

@@ -14,7 +14,7 @@ from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
-from attnax.nn.embeddings import RelativePositionBias, TransformerEmbedding
+from attnax.nn.embeddings import RelativePositionBias, TokenEmbedding, TransformerEmbedding
 from attnax.nn.linear import Linear
 from attnax.nn.norms import norm_of
 from attnax.nn.stack import Stack
@@ -27,10 +27,17 @@ class _TokenTransformer(nnx.Module):
     """Embeddings, blocks and a last norm: what the encoder and the decoder have in common."""
 
     def __init__(
-        self, rngs: nnx.Rngs, config: TransformerConfig, make_block: Any, self_mask: Any, *, bidirectional: bool
+        self,
+        rngs: nnx.Rngs,
+        config: TransformerConfig,
+        make_block: Any,
+        self_mask: Any,
+        *,
+        bidirectional: bool,
+        own_tokens: bool = True,
     ):
         self.config = config
-        self.embed = TransformerEmbedding(rngs, config)
+        self.embed = TransformerEmbedding(rngs, config, own_tokens=own_tokens)
         self.stack = Stack(rngs, config, make_block)
         # After "post" blocks the stream is normalised already.
         self.norm = nnx.data(None if config.norm_placement == "post" else norm_of(config, rngs))
@@ -53,6 +60,7 @@ class _TokenTransformer(nnx.Module):
         deterministic: bool | None,
         rngs: nnx.Rngs | None,
         token_type_ids: ArrayLike | None = None,
+        tokens: TokenEmbedding | None = None,
         cross: dict[str, Any] | None = None,
     ) -> Output:
         """Reads the tokens; `cross` is what blocks with cross-attention are given beside."""
@@ -84,7 +92,7 @@ class _TokenTransformer(nnx.Module):
             mask = as_mask(call_mask) if mask is None else mask & call_mask
 
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        x = self.embed(input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **mode)
+        x = self.embed(input_ids, tokens=tokens, position_ids=position_ids, token_type_ids=token_type_ids, **mode)
         each: dict[str, Any] = {"cache": caches}
         options: dict[str, Any]
         if cross is None:
@@ -243,6 +251,7 @@ class TransformerDecoder(_TokenTransformer):
         self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
+        own_tokens: whether it has a table of token embeddings; else `run` is given one each time.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -265,6 +274,7 @@ class TransformerDecoder(_TokenTransformer):
         self_mask: Mask | MaskMod | None = None,
         cross_attention: bool = False,
         encoder_features: int | None = None,
+        own_tokens: bool = True,
         **fields: Any,
     ):
         config = resolve_config(TransformerConfig, config, fields)
@@ -275,7 +285,8 @@ class TransformerDecoder(_TokenTransformer):
             )
         make_block = partial(DecoderBlock, encoder_features=encoder_features) if cross_attention else EncoderBlock
         self.cross_attention = cross_attention
-        super().__init__(rngs, config, make_block, causal() if self_mask is None else self_mask, bidirectional=False)
+        self_mask = causal() if self_mask is None else self_mask
+        super().__init__(rngs, config, make_block, self_mask, bidirectional=False, own_tokens=own_tokens)
 
     def __call__(
         self,
@@ -342,10 +353,11 @@ class TransformerDecoder(_TokenTransformer):
         encoder_output: Array | tuple[KeysValues, ...] | None = None,
         cross_mask: Mask | MaskMod | ArrayLike | None = None,
         encoder_position_ids: ArrayLike | None = None,
+        token_embedding: TokenEmbedding | None = None,
         caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
-        """The call with its result in one form."""
+        """The call with its result in one form; `token_embedding` is for a decoder without its own."""
         if (encoder_output is not None) != self.cross_attention:
             raise ValueError(
                 "TransformerDecoder: encoder_output is needed with cross_attention, and only then; "
@@ -383,6 +395,7 @@ class TransformerDecoder(_TokenTransformer):
             caches=caches,
             deterministic=deterministic,
             rngs=rngs,
+            tokens=token_embedding,
             cross=cross if self.cross_attention else None,
         )
 
@@ -402,7 +415,7 @@ class TokenHead(nnx.Module):
 
     Args:
         rngs: for the initial weights.
-        config: `tie_embeddings` decides, `use_bias` may name "head", `logit_soft_cap` bounds.
+        config: `tie_embeddings` decides, `use_bias` may name "head", `logit_scale` scales, `logit_soft_cap` bounds.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
@@ -413,13 +426,15 @@ class TokenHead(nnx.Module):
         self.bias = nnx.data(None)
         if tied and config.has_bias("head"):
             self.bias = nnx.Param(jnp.zeros((config.vocab_size,), config.param_dtype))
-        self.soft_cap = config.logit_soft_cap
+        self.scale, self.soft_cap = config.logit_scale, config.logit_soft_cap
 
-    def __call__(self, hidden: Float[Array, "*L D"], embed: TransformerEmbedding) -> Float[Array, "*L V"]:
-        """The logits; `embed` holds the embeddings of the tokens that they are about."""
-        logits = embed.attend(hidden) if self.projection is None else self.projection(hidden)
+    def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
+        """The logits; `tokens` holds the embeddings of the tokens that they are about."""
+        logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 

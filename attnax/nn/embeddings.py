@@ -150,19 +150,24 @@ class TransformerEmbedding(nnx.Module):
     Args:
         rngs: for the initial tables and the stored dropout stream.
         config: a TransformerConfig.
+        own_tokens: whether it has a table of token embeddings; else every call is given one.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
+    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, own_tokens: bool = True):
         init = None  # "lecun_normal" for rows of unit length, the fan being d_model
         if config.embedding_init != "lecun_normal":
             init = make_initializer(config.embedding_init, config.init_std)
-        self.tokens = TokenEmbedding(
-            rngs,
-            config.vocab_size,
-            config.d_model,
-            embedding_init=init,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
+        self.tokens: Any = nnx.data(
+            TokenEmbedding(
+                rngs,
+                config.vocab_size,
+                config.d_model,
+                embedding_init=init,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+            )
+            if own_tokens
+            else None
         )
         self.positions: Any = nnx.data(None)
         if config.pos_emb_type == "sinusoidal":
@@ -197,6 +202,7 @@ class TransformerEmbedding(nnx.Module):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        tokens: TokenEmbedding | None = None,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
         token_type_ids: Int[ArrayLike, "B T"] | None = None,
         deterministic: bool | None = None,
@@ -204,16 +210,29 @@ class TransformerEmbedding(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The vectors of `input_ids`, at positions 0 ... T - 1 or `position_ids`, of type 0 or `token_type_ids`.
 
+        Args:
+            input_ids: (batch, T).
+            tokens: the table of the tokens where the module has none.
+            position_ids: (batch or 1, T).
+            token_type_ids: (batch, T).
+            deterministic: no dropout.
+            rngs: of the dropout.
+
         Raises:
-            ValueError: a concrete id or position past its table (under jit its vector is NaN), or token types without
-                a table.
+            ValueError: a concrete id or position past its table (under jit its vector is NaN), token types without
+                a table, or no table of tokens or two.
         """
+        if (self.tokens is None) == (tokens is None):
+            raise ValueError(
+                "TransformerEmbedding: tokens must be given where it has none of its own, and only there; "
+                f"got own_tokens={self.tokens is not None}, tokens {'missing' if tokens is None else 'given'}."
+            )
         if token_type_ids is not None and self.types is None:
             raise ValueError(
                 "TransformerEmbedding: token_type_ids need num_token_types of the config; got num_token_types=0. "
                 "Leave them out."
             )
-        x = self.tokens(input_ids)
+        x = self.tokens(input_ids) if tokens is None else tokens(input_ids)
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.types is not None:
@@ -223,10 +242,6 @@ class TransformerEmbedding(nnx.Module):
         if self.norm is not None:
             x = self.norm(x)
         return self.dropout(x, deterministic=deterministic, rngs=rngs)
-
-    def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Float32 products of x with every token's vector."""
-        return self.tokens.attend(x)
 
 
 class RelativePositionBias(nnx.Module):

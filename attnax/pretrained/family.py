@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from attnax.config import BIASES, BlockConfig, StackConfig
+from attnax.config import BIASES, BlockConfig, EncoderDecoderConfig, StackConfig
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.fields import COMMON, HARMLESS, Field
 from attnax.pretrained.layout import Shape, arrange, arranged_shape, reverse
 
-__all__ = ["Binding", "Family", "Rule", "embedding", "linear", "norm", "within"]
+__all__ = ["Binding", "Family", "ModelConfig", "Rule", "embedding", "linear", "norm", "stacks", "within"]
+
+ModelConfig = StackConfig | EncoderDecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Family:
         model_type: in config.json.
         architecture: the class in transformers whose results the model gives.
         model: our class, called as `model(rngs, config)`.
-        config: the class of its config.
+        config: the class of its config, or a function of the same fields that makes one.
         constants: fields of the config that are the same in all models of the family.
         fields: the others, and what config.json has for them.
         harmless: keys of config.json that may be there beside, and change nothing.
@@ -136,13 +138,15 @@ class Family:
         rules: the tensors. One for parameters that a model lacks is passed over.
         buffers: endings of names of tensors that may be there beside, and hold no parameters.
         tied: tensors that repeat the embeddings where they are tied.
+        repeated: tensors that repeat the embeddings always.
+        adapt: the config that it is in files with tensors of these names, where config.json does not tell.
         renamed: endings of names in old files, and what they are today.
     """
 
     model_type: str
     architecture: str
     model: Any
-    config: type[StackConfig]
+    config: Callable[..., ModelConfig]
     constants: Mapping[str, Any]
     fields: tuple[Field, ...]
     harmless: tuple[str, ...] = ()
@@ -150,6 +154,8 @@ class Family:
     rules: tuple[Rule, ...]
     buffers: tuple[str, ...] = ()
     tied: tuple[str, ...] = ("lm_head.weight",)
+    repeated: tuple[str, ...] = ()
+    adapt: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read_config(self, theirs: Mapping[str, Any], where: object) -> Any:
@@ -158,7 +164,8 @@ class Family:
         Raises:
             CheckpointError: all that cannot be expressed, and all fields that nothing here reads.
         """
-        fields = (*COMMON, *self.fields)
+        own = {key for field in self.fields for key in field.keys}
+        fields = (*(field for field in COMMON if own.isdisjoint(field.keys)), *self.fields)
         ours, problems = dict(self.constants), []
         for field in fields:
             try:
@@ -202,7 +209,7 @@ class Family:
             raise CheckpointError(self.model_type, problems)
         return theirs
 
-    def bind(self, config: StackConfig, shapes: Mapping[str, Shape], base: str | None = None) -> list[Binding]:
+    def bind(self, config: ModelConfig, shapes: Mapping[str, Shape], base: str | None = None) -> list[Binding]:
         """The rules for each layer of a model, in the order of the rules.
 
         Args:
@@ -213,13 +220,13 @@ class Family:
         Raises:
             CheckpointError: a parameter that no rule is about.
         """
-        sizes = _sizes(config)
         numbers = {"base": self.bases[0] if base is None else base}
         bindings = []
         for rule in self.rules:
-            for layer in range(config.num_layers) if any("{layer}" in name for name in rule.ours) else [0]:
+            stack = _stack_of(config, rule.ours[0])
+            for layer in range(stack.num_layers) if any("{layer}" in name for name in rule.ours) else [0]:
                 ours = tuple(name.format(layer=layer) for name in rule.ours)
-                if not all(name in shapes for name in ours) or rule.gated not in (None, _is_gated(config.layer(layer))):
+                if not all(name in shapes for name in ours) or rule.gated not in (None, _is_gated(stack.layer(layer))):
                     continue
                 stacked = "{expert}" in rule.theirs
                 experts = range(shapes[ours[0]][0]) if stacked else [0]
@@ -229,7 +236,7 @@ class Family:
                         ours,
                         tuple(shapes[name] for name in ours),
                         rule.layout,
-                        sizes,
+                        _sizes(stack),
                         stacked,
                     )
                 )
@@ -246,10 +253,15 @@ class Family:
         longest = max(self.bases, key=len)
         return longest if any(name.startswith(longest) for name in names) else ""
 
-    def beside(self, config: StackConfig, names: Iterable[str]) -> set[str]:
+    def repeats(self, config: ModelConfig) -> tuple[str, ...]:
+        """The names of tensors that repeat the embeddings, if they are there."""
+        tied = getattr(stacks(config)[-1], "tie_embeddings", False)
+        return (*self.repeated, *self.tied) if tied else self.repeated
+
+    def beside(self, config: ModelConfig, names: Iterable[str]) -> set[str]:
         """The names that may be there although they hold no parameters of their own."""
-        tied = self.tied if getattr(config, "tie_embeddings", False) else ()
-        return {name for name in names if name in tied or name.endswith(self.buffers)}
+        repeats = self.repeats(config)
+        return {name for name in names if name in repeats or name.endswith(self.buffers)}
 
     def current_name(self, name: str) -> str:
         """What a name in an old file is today."""
@@ -257,6 +269,18 @@ class Family:
             if name.endswith(old):
                 return name.removesuffix(old) + new
         return name
+
+
+def stacks(config: ModelConfig) -> tuple[StackConfig, ...]:
+    """The configs of a model's stacks; the last is what a head is on."""
+    return (config.encoder, config.decoder) if isinstance(config, EncoderDecoderConfig) else (config,)
+
+
+def _stack_of(config: ModelConfig, parameter: str) -> StackConfig:
+    """The config of the stack that the parameter of this name belongs to."""
+    if isinstance(config, EncoderDecoderConfig):
+        return config.encoder if parameter.startswith("encoder.") else config.decoder
+    return config
 
 
 def _is_gated(config: BlockConfig) -> bool:
@@ -291,9 +315,13 @@ _TRAINING = {  # how a model is computed or trained, not what it computes
 }
 
 
-def _meaning(config: StackConfig) -> dict[str, Any]:
+def _meaning(config: ModelConfig) -> dict[str, Any]:
     """The fields that decide what a model computes, with their defaults applied, those of its layers apart."""
     meaning: dict[str, Any] = {}
+    if isinstance(config, EncoderDecoderConfig):
+        for half in ("encoder", "decoder"):
+            meaning |= {f"{half}.{name}": value for name, value in _meaning(getattr(config, half)).items()}
+        return meaning | {"share_embeddings": config.share_embeddings}
     layers = [config.layer(index) for index in range(config.num_layers)]
     for field in dataclasses.fields(config):
         if field.name in _TRAINING:

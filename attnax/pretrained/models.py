@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.config import StackConfig
+from attnax.config import EncoderDecoderConfig
 from attnax.masks import Causal
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
-from attnax.nn.stack import with_scan_layers
+from attnax.nn.stack import Stack, with_scan_layers
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.families import FAMILIES
-from attnax.pretrained.family import Binding, Family
+from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS, empty_aligned, read_tensor, write_tensors
@@ -78,9 +78,9 @@ def load_pretrained(
     theirs = read_object(folder / "config.json")
     family = _family_of(theirs, folder / "config.json")
     checkpoint = open_checkpoint(folder).rename(family.current_name)
-    config = family.read_config(theirs, folder / "config.json")
+    config = family.adapt(family.read_config(theirs, folder / "config.json"), checkpoint.tensors.keys())
     dtype = _check_dtype(folder, checkpoint.dtype if dtype is None else jnp.dtype(dtype))
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    config = _with_dtype(config, dtype)
     _check_counts(config, checkpoint)
 
     graphdef, state = nnx.split(nnx.eval_shape(lambda: family.model(nnx.Rngs(0), config)))
@@ -121,7 +121,7 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     """
     sentence = model if isinstance(model, SentenceEncoder) else None
     model = model if sentence is None else sentence.encoder
-    if getattr(getattr(model, "config", None), "scan_layers", False):
+    if any(isinstance(module, Stack) and module.config.scan_layers for _, module in nnx.iter_modules(model)):
         model = with_scan_layers(model, False)
     found, config = _family_for(model, family)
     problems = list(_unwritable(model))
@@ -201,30 +201,34 @@ def _check_dtype(folder: Path, dtype: Any) -> str:
     return dtype.name
 
 
-def _check_counts(config: StackConfig, checkpoint: Checkpoint) -> None:
+def _with_dtype(config: Any, dtype: str) -> Any:
+    if isinstance(config, EncoderDecoderConfig):
+        halves = {name: _with_dtype(getattr(config, name), dtype) for name in ("encoder", "decoder")}
+        return dataclasses.replace(config, **halves)
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError before a model is built that could not be that of the tensors."""
     count, most = len(checkpoint.tensors), MAX_TENSORS
-    if config.num_layers > count or config.num_layers * (config.num_experts or 1) > most:
-        raise CheckpointError(
-            checkpoint.folder,
-            f"its {count} tensors are not those of num_layers={config.num_layers}, num_experts={config.num_experts}.",
-        )
+    for stack in stacks(config):
+        if stack.num_layers > count or stack.num_layers * (stack.num_experts or 1) > most:
+            raise CheckpointError(
+                checkpoint.folder,
+                f"its {count} tensors are not those of num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
+            )
 
 
 def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:
     """Raises CheckpointError for a head that is not the embeddings, though the config says so."""
-    for name in family.tied:
-        if name not in checkpoint.tensors or not getattr(config, "tie_embeddings", False):
-            continue
+    for name in set(family.repeats(config)) & checkpoint.tensors.keys():
         embeddings = next(binding for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding"))
         info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.theirs[0]]
         same_type = (info.dtype, info.shape) == (other.dtype, other.shape)
         if not same_type or read_tensor(info).tobytes() != read_tensor(other).tobytes():
-            raise CheckpointError(
-                checkpoint.folder,
-                f"{name!r} must repeat the embeddings, since they are tied, and is another tensor. Set "
-                "tie_word_embeddings to false in config.json.",
-            )
+            problem = f"{name!r} must repeat the embeddings, since they are tied, and is another tensor."
+            hint = "" if name in family.repeated else " Set tie_word_embeddings to false in config.json."
+            raise CheckpointError(checkpoint.folder, problem + hint)
 
 
 def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:

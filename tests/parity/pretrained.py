@@ -9,6 +9,7 @@ Each folder of tests/goldens/pretrained is a checkpoint as transformers writes i
     outputs             logits or hidden states of the real tokens
     tokens, log_probs   of a language model: what it writes after each row at temperature 0, and its log-probabilities
     images              of a vision model, (rows, height, width, channels)
+    target_ids          of an encoder-decoder: tokens (rows, length), none of them padding, that `outputs` are of
 
 and where `gradients` asks for it `gradients.safetensors`, the gradient of the mean of all outputs squared.
 
@@ -50,6 +51,7 @@ class Case:
         options: of the class, beside the config.
         left_out: tensors that Attnax neither reads nor writes.
         norm_mean: of the norms' weights.
+        untied: the head is not tied, although the config of transformers 5 cannot say so.
         gradients: whether they are stored too.
         shard_size: of the files, in transformers' words.
         dtype: of the tensors in the files.
@@ -60,6 +62,7 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     norm_mean: float = 1.0
+    untied: bool = False
     gradients: bool = False
     shard_size: str = "1GB"
     dtype: torch.dtype = torch.float32
@@ -110,6 +113,17 @@ IMAGE = {
     "patch_size": 3,
     "num_channels": 2,
     "layer_norm_eps": 1e-2,
+}
+T5 = {
+    "vocab_size": 61,
+    "d_model": 30,
+    "d_kv": 7,
+    "d_ff": 37,
+    "num_layers": 2,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 10,
+    "relative_attention_max_distance": 11,
+    "layer_norm_epsilon": 1e-2,
 }
 MASK_TOKEN = ("embeddings.mask_token",)
 CASES = {
@@ -271,6 +285,13 @@ CASES = {
         IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 3},
         left_out=MASK_TOKEN,
     ),
+    "t5": Case("T5ForConditionalGeneration", T5 | {"num_decoder_layers": 1}, gradients=True),
+    "t5_variant": Case(
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "n_positions": 31, "pad_token_id": 2},
+        untied=True,
+    ),
+    "t5_encoder": Case("T5EncoderModel", T5 | {"feed_forward_proj": "gated-silu", "pad_token_id": 2}),
     "dinov2_registers_variant": Case(
         "Dinov2WithRegistersModel",
         IMAGE | {"hidden_act": "relu", "qkv_bias": False, "layerscale_value": 0.5, "mlp_ratio": 1},
@@ -287,6 +308,9 @@ def make_model(case: Case, seed: int) -> transformers.PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.data = torch.tensor(weights(rng, name, tuple(parameter.shape), case)).to(case.dtype).float()
     model.tie_weights()
+    if case.untied:
+        head = weights(rng, "lm_head.weight", tuple(model.lm_head.weight.shape), case)
+        model.lm_head.weight = torch.nn.Parameter(torch.tensor(head))
     return model
 
 
@@ -303,21 +327,24 @@ def make_outputs(model: transformers.PreTrainedModel) -> Arrays:
     if hasattr(model.config, "image_size"):
         return image_outputs(model)
     ids, real = make_tokens(model.config.vocab_size, left=model.can_generate())
+    arrays = {"ids": ids, "real": real}
     with torch.no_grad():
         if not model.can_generate():
-            return {"ids": ids, "real": real, **encode(model, ids, real)}
-        positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+            return arrays | encode(model, ids, real)
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real).long()}
-        logits = model(**inputs, position_ids=torch.tensor(positions)).logits.numpy()
+        if model.config.is_encoder_decoder:
+            arrays["target_ids"] = np.random.default_rng(5).integers(4, model.config.vocab_size, (3, 11))
+            arrays["outputs"] = model(**inputs, decoder_input_ids=torch.tensor(arrays["target_ids"])).logits.numpy()
+            inputs["decoder_start_token_id"] = 0
+        else:
+            positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+            logits = model(**inputs, position_ids=torch.tensor(positions)).logits.numpy()
+            arrays["outputs"] = np.where(real[..., None], logits, 0)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         written = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     best = torch.stack(written.logits, 1).log_softmax(-1).topk(2).values.numpy()
     assert (best[..., 0] - best[..., 1] > 1e-3).all(), "two tokens are as likely; take another seed"
-    tokens = written.sequences[:, ids.shape[1] :].numpy()
-    return {"ids": ids, "real": real, "outputs": np.where(real[..., None], logits, 0)} | {
-        "tokens": tokens,
-        "log_probs": best[..., 0],
-    }
+    return arrays | {"tokens": written.sequences[:, -NEW_TOKENS:].numpy(), "log_probs": best[..., 0]}
 
 
 def encode(model: transformers.PreTrainedModel, ids: np.ndarray, real: np.ndarray) -> Arrays:
@@ -357,7 +384,8 @@ def make_tokens(vocab_size: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]
 def make_gradients(model: transformers.PreTrainedModel, outputs: Arrays) -> Arrays:
     """Of the mean of the squared outputs of the first row, whose tokens are all real."""
     model.zero_grad()
-    out = model(input_ids=torch.tensor(outputs["ids"][:1]))
+    target = {"decoder_input_ids": torch.tensor(outputs["target_ids"][:1])} if "target_ids" in outputs else {}
+    out = model(input_ids=torch.tensor(outputs["ids"][:1]), **target)
     (out.logits if "logits" in out else out.last_hidden_state).square().mean().backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 

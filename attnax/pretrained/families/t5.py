@@ -1,0 +1,186 @@
+"""T5, its versions 1.1 and Flan: the encoder-decoder, and its encoder alone."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from attnax.config import EncoderDecoderConfig, TransformerConfig
+from attnax.models.seq2seq import Transformer
+from attnax.models.transformer import TransformerEncoder
+from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
+from attnax.pretrained.fields import Field, choice, only, pad_token, real, whole
+
+__all__ = ["T5", "T5_ENCODER"]
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "gated-gelu": "geglu_tanh",  # of the first GELU, whatever the name says
+    "gated-gelu_new": "geglu_tanh",
+    "gated-silu": "swiglu",
+    "gated-relu": "reglu",
+}
+CONSTANTS: dict[str, Any] = {
+    "norm_type": "rms",
+    "pos_emb_type": "relative",
+    "attention_scale": 1.0,
+    "use_bias": False,
+    "dropout_rate": 0.0,
+}
+
+
+def _feed_forward() -> Field:
+    """`feed_forward_proj`, and what transformers writes beside to say the same."""
+    name = choice("feed_forward_proj", "ff_activation", ACTIVATIONS, "relu")
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        ours = name.read(theirs)
+        gate, _, function = theirs.get("feed_forward_proj", "relu").rpartition("-")
+        function = "gelu_new" if (gate, function) == ("gated", "gelu") else function
+        for key, implied in (("dense_act_fn", function), ("is_gated_act", gate == "gated")):
+            if theirs.get(key, implied) != implied:
+                raise ValueError(f"{key} must be {implied!r}, as feed_forward_proj has it; got {key}={theirs[key]!r}.")
+        return ours
+
+    return Field((*name.keys, "dense_act_fn", "is_gated_act"), read, name.write)
+
+
+FIELDS = (
+    whole("vocab_size", "vocab_size", 32128),
+    whole("d_model", "d_model", 512),
+    whole("d_kv", "head_dim", 64),
+    whole("d_ff", "d_ff", 2048),
+    whole("num_layers", "num_layers", 6),
+    whole("num_heads", "num_heads", 8),
+    whole("relative_attention_num_buckets", "relative_buckets", 32),
+    whole("relative_attention_max_distance", "relative_max_distance", 128),
+    real("layer_norm_epsilon", "norm_eps", 1e-6),
+    whole("n_positions", "max_len", 512),
+    _feed_forward(),
+    pad_token(),
+)
+HARMLESS = ("dropout_rate", "output_past")
+
+
+def _num_decoder_layers() -> Field:
+    depth = whole("num_decoder_layers", "num_decoder_layers", None)
+    return Field(depth.keys, depth.read, lambda config: {"num_decoder_layers": config.decoder.num_layers})
+
+
+def _head() -> Field:
+    """Whether the head is tied, and whether its logits are divided by the root of the width."""
+    keys = ("tie_word_embeddings", "scale_decoder_outputs")
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        tied = theirs.get("tie_word_embeddings", True)
+        said = {"tied": tied, "scaled": theirs.get("scale_decoder_outputs", tied)}
+        for key, value in zip(keys, said.values(), strict=True):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} must be true or false; got {key}={value!r}.")
+        return said
+
+    def write(config: EncoderDecoderConfig) -> dict[str, Any]:
+        scales = {1.0: False, config.decoder.d_model**-0.5: True}
+        if config.decoder.logit_scale not in scales:
+            raise ValueError(f"logit_scale must be 1 or d_model ** -0.5; got logit_scale={config.decoder.logit_scale}.")
+        return dict(zip(keys, (config.decoder.tie_embeddings, scales[config.decoder.logit_scale]), strict=True))
+
+    return Field(keys, read, write)
+
+
+def _of_encoder(field: Field) -> Field:
+    """A field that both halves share."""
+    return dataclasses.replace(field, write=lambda config: field.write(config.encoder))
+
+
+def _pair(*, num_decoder_layers: int | None, tied: bool, scaled: bool, **fields: Any) -> EncoderDecoderConfig:
+    encoder = TransformerConfig(**fields)
+    decoder = dataclasses.replace(
+        encoder,
+        num_layers=encoder.num_layers if num_decoder_layers is None else num_decoder_layers,
+        tie_embeddings=tied,
+        logit_scale=encoder.d_model**-0.5 if scaled else 1.0,
+    )
+    return EncoderDecoderConfig(encoder=encoder, decoder=decoder, share_embeddings=True)
+
+
+def _tied_unless_there(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+    """Files of transformers 5 say tie_word_embeddings=true in any case; they hold a head where it is not."""
+    decoder = dataclasses.replace(config.decoder, tie_embeddings="lm_head.weight" not in names)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return within(theirs, ours, linear("q", "query"), linear("k", "key"), linear("v", "value"), linear("o", "out"))
+
+
+def _feed_forward_rules(sublayer: int) -> tuple[Rule, ...]:
+    dense = f"layer.{sublayer}.DenseReluDense"
+    return (
+        *norm(f"layer.{sublayer}.layer_norm", "around_feed_forward.norm_in"),
+        *linear(f"{dense}.wi", "feed_forward.up", gated=False),
+        *linear(f"{dense}.wi_0", "feed_forward.gate"),
+        *linear(f"{dense}.wi_1", "feed_forward.up", gated=True),
+        *linear(f"{dense}.wo", "feed_forward.down"),
+    )
+
+
+SELF_ATTENTION = (
+    *norm("layer.0.layer_norm", "around_attention.norm_in"),
+    *_attention("layer.0.SelfAttention", "attention"),
+)
+BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+ENCODER = (
+    *embedding("shared", "encoder.embed.tokens"),
+    *within("encoder.block.{layer}", "encoder.stack.blocks.{layer}", SELF_ATTENTION, _feed_forward_rules(1)),
+    Rule(f"encoder.{BIAS}", ("encoder.relative_bias.table",)),
+    *norm("encoder.final_layer_norm", "encoder.norm"),
+)
+DECODER = (
+    *within(
+        "decoder.block.{layer}",
+        "decoder.stack.blocks.{layer}",
+        SELF_ATTENTION,
+        norm("layer.1.layer_norm", "around_cross_attention.norm_in"),
+        _attention("layer.1.EncDecAttention", "cross_attention"),
+        _feed_forward_rules(2),
+    ),
+    Rule(f"decoder.{BIAS}", ("decoder.relative_bias.table",)),
+    *norm("decoder.final_layer_norm", "decoder.norm"),
+    Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),
+)
+
+T5 = Family(
+    model_type="t5",
+    architecture="T5ForConditionalGeneration",
+    model=Transformer,
+    config=_pair,
+    constants=CONSTANTS,
+    fields=(*map(_of_encoder, FIELDS), _num_decoder_layers(), _head(), only("is_encoder_decoder", True)),
+    harmless=HARMLESS,
+    rules=(*ENCODER, *DECODER),
+    # Of the first version's files; nothing reads it.
+    buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    tied=("lm_head.weight",),
+    repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    adapt=_tied_unless_there,
+)
+T5_ENCODER = Family(
+    model_type="t5",
+    architecture="T5EncoderModel",
+    model=TransformerEncoder,
+    config=TransformerConfig,
+    constants=CONSTANTS,
+    fields=FIELDS,
+    harmless=(
+        *(*HARMLESS, "is_encoder_decoder", "num_decoder_layers"),
+        *("tie_word_embeddings", "scale_decoder_outputs"),
+    ),
+    rules=tuple(
+        dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours)) for rule in ENCODER
+    ),
+    tied=(),
+    repeated=("encoder.embed_tokens.weight",),
+)
