@@ -83,7 +83,7 @@ def load_pretrained(
     config = _with_dtype(config, dtype)
     _check_counts(config, checkpoint)
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: family.model(nnx.Rngs(0), config)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
     parameters = _by_name(state)
     bindings = family.bind(config, _shapes(parameters), family.base_of(checkpoint.tensors))
     expected = {name: binding.tensor_shape for binding in bindings for name in binding.theirs}
@@ -96,10 +96,9 @@ def load_pretrained(
     arrays: dict[str, jax.Array] = {}
     # The largest first: what is read last, beside all the others, is then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
-        parts = [_in_place(part) for part in binding.split(_read(checkpoint, binding, dtype))]
-        for name, value in zip(binding.ours, parts, strict=True):
+        for name, value in zip(binding.ours, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
-            arrays[name] = jax.device_put(value, where)
+            arrays[name] = jax.device_put(value, where)  # transposes faster than NumPy does
     flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
@@ -145,6 +144,13 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     if sentence is not None:
         write_pooling(sentence, folder)
+
+
+class _OneKey(nnx.Rngs):
+    """One key for all parameters of a model that is only traced: counting them makes that quadratic in the depth."""
+
+    def params(self) -> jax.Array:
+        return self["default"].key[...]
 
 
 def _family_of(theirs: Mapping[str, Any], where: Path) -> Family:
@@ -239,15 +245,6 @@ def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
     for expert, name in enumerate(binding.theirs):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
-
-
-def _in_place(value: np.ndarray) -> np.ndarray:
-    """The array, laid out as JAX's CPU backend uses it without another copy."""
-    if value.flags.c_contiguous and value.ctypes.data % 64 == 0:
-        return value
-    own = empty_aligned(value.shape, value.dtype)
-    own[...] = value
-    return own
 
 
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
