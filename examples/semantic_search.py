@@ -1,7 +1,7 @@
 """Finds what the standard library has for a purpose, by meaning: all-MiniLM-L6-v2 reads its docstrings and the query.
 
     make search                                                                # installs the model too
-    .venv/bin/python examples/semantic_search.py --query "toss a coin" --query "undo the last change"
+    .venv/bin/python examples/semantic_search.py --query "pick a random card" --query "undo a change"
 
 A docstring counts by its name and its first paragraph, and is found where its vector and that of the query have the
 greatest cosine. The picture is a map of these cosines: queries against the hits of all of them.
@@ -11,7 +11,6 @@ import argparse
 import ast
 import importlib.resources
 import itertools
-import json
 import platform
 import sysconfig
 import time
@@ -94,8 +93,8 @@ def encode(model, ids, real):
 def load_embed(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to their vectors (texts, d_model), which have length 1."""
     model, tokenizer = load_pretrained(folder)
-    # As sentence-transformers does; tokenizer.json would cut and pad all texts to 128 tokens.
-    tokenizer.enable_truncation(json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"])
+    # As sentence-transformers does it for this model; tokenizer.json would cut and pad all texts to 128 tokens.
+    tokenizer.enable_truncation(WIDTHS[-1])
     tokenizer.no_padding()
 
     def embed(texts: Sequence[str]) -> np.ndarray:
@@ -136,8 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> list[list[str]]:
     options = parser.parse_args(arguments)
     queries = options.query or QUERIES
 
+    docstrings = read_docstrings(options.modules)
+    if not docstrings:
+        parser.error(f"--modules must name modules of the standard library; got {' '.join(options.modules)}.")
     embed = load_embed(find_model())
-    docstrings, start = read_docstrings(options.modules), time.perf_counter()
+    start = time.perf_counter()
     vectors = embed([f"{name}: {text}" for name, text in docstrings])
     seconds = time.perf_counter() - start
     print(

