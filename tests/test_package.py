@@ -86,6 +86,6 @@ def test_there_are_examples_in_docstrings():
 
 def test_the_makefile_has_readmes_commands():
     makefile, readme = (ROOT / "Makefile").read_text(), (ROOT / "README.md").read_text()
-    for target in ("train", "test"):
+    for target in ("train", "search", "test"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE) and f"make {target}" in readme
     assert "make test" in (ROOT / ".ci" / "run").read_text()

