@@ -3,7 +3,9 @@
     python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them
 
 Each side loads in processes of its own, alternated; memory is how much the peak of the process grew from before the
-call, in which its libraries and the first array are already there. The file is in the page cache.
+call, in which its libraries and the first array are already there. The file is in the page cache. The first
+token counts from before the load; Attnax compiles for it: all layers, one of them (`with_scan_layers`), or nothing,
+where an earlier process left its program in JAX's compilation cache.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"vocab_size": 16000, "d_model": 1024, "num_heads": 16, "num_kv_heads": 4, "num_layers": 8, "d_ff": 3072}
+SCANNED, CACHED = "attnax, layers scanned", "attnax, compiled before"
+SIDES = ("attnax", SCANNED, CACHED, "transformers")
 KIND = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False, "dropout_rate": 0.0}
 
 
@@ -38,11 +43,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def attnax_side(folder: str) -> dict[str, float]:
+def attnax_side(folder: str, *, scan_layers: bool) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from attnax.nn import with_scan_layers
     from attnax.pretrained import load_pretrained
 
     jnp.zeros(3).block_until_ready()
@@ -50,6 +56,8 @@ def attnax_side(folder: str) -> dict[str, float]:
     model, _ = load_pretrained(folder)
     jax.block_until_ready(nnx.state(model))
     loaded, grown = time.perf_counter() - start, peak() - before
+    if scan_layers:
+        model = with_scan_layers(model, True)
     model.generate(jnp.ones((1, 16), int), max_new_tokens=1).tokens.block_until_ready()
     return {"seconds": loaded, "MiB": grown, "first token": time.perf_counter() - start}
 
@@ -71,30 +79,41 @@ def transformers_side(folder: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loading a checkpoint beside transformers.")
-    parser.add_argument("--side", choices=["make", "attnax", "transformers"])
+    parser.add_argument("--side", choices=["make", *SIDES])
     parser.add_argument("--folder")
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.side is not None:
-        side = {"make": make, "attnax": attnax_side, "transformers": transformers_side}[arguments.side]
-        print(json.dumps(side(arguments.folder)))
+        side, folder = arguments.side, arguments.folder
+        if side == "make":
+            make(folder)
+        else:
+            result = (
+                transformers_side(folder)
+                if side == "transformers"
+                else attnax_side(folder, scan_layers=side == SCANNED)
+            )
+            print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as folder:
 
         def run(side: str) -> Any:
             command = [sys.executable, __file__, "--side", side, "--folder", folder]
-            return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            environment = os.environ | (cache if side == CACHED else {})
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            return json.loads(done.stdout or "null")
 
         run("make")
+        run(CACHED)
         size = (Path(folder) / "model.safetensors").stat().st_size / 2**20
-        sides = ("attnax", "transformers")
-        rounds = [{side: run(side) for side in sides} for _ in range(arguments.pairs)]
-    print(f"checkpoint: {size:.0f} MiB, {arguments.pairs} pairs, minimum and median")
-    for measure in ("seconds", "first token", "MiB"):
-        values = {side: [each[side][measure] for each in rounds] for side in sides}
-        said = ", ".join(f"{side} {min(row):.2f} {statistics.median(row):.2f}" for side, row in values.items())
-        ratio = statistics.median(values["transformers"]) / statistics.median(values["attnax"])
-        print(f"{measure}: {said}; transformers / attnax {ratio:.2f}")
+        rounds = [{side: run(side) for side in SIDES} for _ in range(arguments.pairs)]
+    print(f"{size:.0f} MiB, {arguments.pairs} rounds, minimum and median\n")
+    print("| | load, s | first token, s | memory, MiB |\n|---|---|---|---|")
+    for side in SIDES:
+        columns = [[each[side][measure] for each in rounds] for measure in ("seconds", "first token", "MiB")]
+        cells = [f"{min(values):.2f}, {statistics.median(values):.2f}" for values in columns[:2]]
+        print(f"| {side} | {' | '.join(cells)} | {statistics.median(columns[2]):.0f} |")
 
 
 if __name__ == "__main__":
