@@ -67,21 +67,21 @@ def _range(numbers: Sequence[int]) -> str:
 def _print_run(run: RunFolder) -> None:
     options, _, _ = run.load()
     step = latest_checkpoint(run.checkpoints)
-    _print_fields(
-        "here", [f"TransformerLM of attnax train, {f'after {step} updates' if step else 'no checkpoint yet'}"]
-    )
+    since = "without a checkpoint yet" if step is None else f"after {step} updates"
+    _print_fields("attnax", [f"TransformerLM, a run {since}"])
     _print_fields("config", _changed(options.model))
-    _, state = nnx.split(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), options.model)), nnx.Param)[:2]
-    _print_table([Entry(name, shape, options.model.param_dtype) for name, shape in parameter_shapes(state).items()])
-    _print_parameters(sum(math.prod(shape) for shape in parameter_shapes(state).values()))
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), options.model))
+    shapes = parameter_shapes(nnx.state(model, nnx.Param))
+    _print_table([Entry(name, shape, options.model.param_dtype) for name, shape in shapes.items()])
+    _print_parameters(sum(map(math.prod, shapes.values())))
 
 
 def _print_model(seen: Inspection) -> None:
     classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
-    _print_fields("there", [f"model_type={seen.theirs.get('model_type')!r}, architectures={str(classes)[:200]}"])
+    _print_fields("transformers", [f"model_type={seen.theirs.get('model_type')!r}, architectures={str(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
-        _print_fields("here", [f"{seen.model.__name__}{pooled}"])
+        _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
     if seen.config is not None:
         _print_fields("config", _changed(seen.config))
 
@@ -133,7 +133,7 @@ def _is_default(field: dataclasses.Field[Any], fields: dict[str, Any]) -> bool:
 
 def _print_fields(title: str, lines: Sequence[str]) -> None:
     for index, line in enumerate(lines):
-        print(f"{'' if index else title:<12}{line}")
+        print(f"{'' if index else title:<14}{line}")
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
