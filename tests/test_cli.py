@@ -26,9 +26,11 @@ from attnax import Sampler, TransformerConfig, TransformerLM, cli
 from attnax.cli import main
 from attnax.cli.generate import _check_model as check_model
 from attnax.cli.generate import _read_prompt as read_prompt
-from attnax.cli.generate import load_model, spell
+from attnax.cli.generate import spell
 from attnax.cli.options import Generate
-from attnax.training import Tokenizer
+from attnax.cli.run_model import RunCodec, open_run
+from attnax.cli.text_model import TextModel
+from attnax.training import byte_tokenizer
 from attnax.typing import InputError
 
 TINY = [
@@ -72,6 +74,12 @@ def numbered_runs(corpus, tmp_path_factory):
         patch.chdir(folder)
         assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
     return folder / "runs"
+
+
+def load_model(run):
+    """The model of a run, and its tokenizer."""
+    text = open_run(run)
+    return text.model, text.codec.tokenizer
 
 
 def refuse(capsys, *arguments):
@@ -163,14 +171,14 @@ def test_flags_become_the_sampler_and_the_cache(write, monkeypatch):
         None,
     )
     assert (options["cache"], options["cache_dtype"], options["max_new_tokens"]) == ("paged", "int8", 9)
-    assert len(options["stop_sequences"]) == 2 and options["end_token"] == 0
+    assert len(options["stop_sequences"]) == 2 and options["end_token"] == [0]
 
 
 def test_no_token_stands_twice_where_no_ngram_of_one_may(run, write):
     _, tokenizer = load_model(run)
     ids = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnax.cli.generate.spell", lambda _, tokens, *rest: ids.extend(tokens) or iter(()))
+        patch.setattr(RunCodec, "pieces", lambda self, tokens, before: ids.extend(tokens) or iter(()))
         write(*GREEDY, "--no-repeat-ngram", 1)
     ids += tokenizer.encode(b"def nu").tolist()
     assert len(set(ids)) == len(ids) > 9
@@ -220,22 +228,19 @@ def test_a_stop_cuts_the_text_in_whatever_tokens_it_comes(tokens, data):
     """As if the bytes came one by one, and nothing that comes after the stop is read."""
     stops = data.draw(st.lists(st.sampled_from([b"bca", b"c", b"abab", b"bb", b"\xc3\xa9a"]), unique=True, max_size=3))
 
-    class Pieces(Tokenizer):
-        def __init__(self):
-            self._bytes = tokens
-
     text, want, ended = b"".join(tokens), b"".join(tokens), False
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
             want, ended = text[: min(starts)], True
             break
-    read = []
-    pieces = list(spell(Pieces(), iter(range(len(tokens))), stops, read))
+    left = iter(tokens)
+    pieces = list(spell(left, stops))
+    read = tokens[: len(tokens) - len(list(left))]
     assert "".join(pieces) == want.decode("utf-8", "replace")
     assert ended or len(read) == len(tokens)
     if ended:
-        assert len(b"".join(tokens[: len(read) - 1])) < end <= len(b"".join(tokens[: len(read)]))
+        assert len(b"".join(read[:-1])) < end <= len(b"".join(read))
 
 
 def test_samples_stand_under_their_numbers(write):
@@ -323,7 +328,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path
 class TestWrongInput:
     def test_paths_that_are_not_there(self, capsys, tmp_path):
         assert "no such file or folder" in refuse(capsys, "train", "--data", tmp_path / "nope")
-        assert "no such run folder" in refuse(capsys, "generate", tmp_path / "nope")
+        assert "no such folder" in refuse(capsys, "generate", tmp_path / "nope")
+        assert "no such folder" in refuse(capsys, "inspect", tmp_path / "nope")
         assert "no such run folder" in refuse(capsys, "train", "--resume", tmp_path / "nope")
 
     def test_an_empty_corpus_makes_no_run(self, capsys, tmp_path):
@@ -401,7 +407,7 @@ class TestWrongInput:
                 "generate {run} --draft {run} --draft-tokens 17",
                 "--draft-tokens must be at least 1 and at most 16; got 17",
             ),
-            ("generate {run} --draft nowhere", "no such run folder: nowhere"),
+            ("generate {run} --draft nowhere", "no such folder: nowhere"),
             ("generate {run} --cache circular", "invalid choice 'circular' for argument '--cache'"),
             ("generate {run} --cache-dtype int4", "invalid choice 'int4' for argument '--cache-dtype'"),
             ("train --steps 0", "steps must be at least 1; got steps=0"),
@@ -454,25 +460,30 @@ class TestWrongInput:
 
     def test_sums_of_linear_attention_are_no_tokens(self):
         config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
-        softmax = TransformerLM(nnx.Rngs(0), config)
-        linear = TransformerLM(nnx.Rngs(0), dataclasses.replace(config, attention_type="linear"))
-        options = Generate(run=Path("a"), draft=Path("b"))
+
+        def text(folder, **fields):
+            model = TransformerLM(nnx.Rngs(0), dataclasses.replace(config, **fields))
+            return TextModel(Path(folder), model, RunCodec(byte_tokenizer()))
+
+        softmax, linear = {"attention_type": "standard"}, {"attention_type": "linear"}
+        options = Generate(folder=Path("a"), draft=Path("b"))
         for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
             with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
-                check_model(options, model, draft)
+                check_model(options, text("a", **model), text("b", **draft))
         with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
-            check_model(Generate(run=Path("a"), cache="paged"), linear, None)
-        check_model(options, softmax, softmax)
-        check_model(Generate(run=Path("a"), cache="ring"), linear, None)
+            check_model(Generate(folder=Path("a"), cache="paged"), text("a", **linear), None)
+        check_model(options, text("a", **softmax), text("b", **softmax))
+        check_model(Generate(folder=Path("a"), cache="ring"), text("a", **linear), None)
 
     def test_a_draft_with_a_smaller_context(self, run):
-        model, tokenizer = load_model(run)
-        draft = TransformerLM(nnx.Rngs(0), dataclasses.replace(model.config, max_len=8))
-        assert read_prompt(model, draft, tokenizer, "", None)[1] == 7
+        text = open_run(run)
+        small = TransformerLM(nnx.Rngs(0), dataclasses.replace(text.config, max_len=8))
+        draft = dataclasses.replace(text, model=small)
+        assert read_prompt(text, draft, "", None)[1] == 7
         with pytest.raises(InputError, match="the draft's context of 8 has room for 7"):
-            read_prompt(model, draft, tokenizer, "", 8)
+            read_prompt(text, draft, "", 8)
         with pytest.raises(InputError, match="has 9 tokens, and the draft's context of 8 must"):
-            read_prompt(model, draft, tokenizer, "????????", None)
+            read_prompt(text, draft, "????????", None)
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "checkpoints"])
     @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "foreign"])

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+from attnax.pretrained.errors import CheckpointError
 from attnax.typing import InputError
 
 try:
     import tyro
 
-    from attnax.cli.options import Bench, Generate, Train
+    from attnax.cli.options import Bench, Generate, Inspect, Train
 except ModuleNotFoundError as error:
     sys.exit(f"attnax: the command needs {error.name}. Install it with: pip install 'attnax[train]'")
 
@@ -28,7 +29,10 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is one line on standard error, and 2."""
+    """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is a line on standard error, and 2.
+
+    Of a published checkpoint everything that is wrong gets a line.
+    """
     try:
         options = _parse(arguments)
         options.check()
@@ -40,9 +44,17 @@ def main(arguments: Sequence[str]) -> int:
             from attnax.cli.bench import bench
 
             return bench(options)
+        if isinstance(options, Inspect):
+            from attnax.cli.inspect import inspect
+
+            return inspect(options)
         from attnax.cli.generate import generate
 
         return generate(options)
+    except CheckpointError as error:
+        problems = error.problems if len(error.problems) == 1 else (f"{len(error.problems)} problems.", *error.problems)
+        print(f"attnax: {error.where}: " + "\n  ".join(problems), file=sys.stderr)
+        return 2
     except InputError as error:
         print(f"attnax: {error}", file=sys.stderr)
         return 2
@@ -56,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def _parse(arguments: Sequence[str]) -> Train | Generate | Bench:
+def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
     """The options; what tyro has to say against them in a box of several lines is said in one."""
     box = io.StringIO()
     try:
@@ -64,9 +76,10 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Bench:
             return tyro.cli(
                 Annotated[Train, tyro.conf.subcommand("train")]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Inspect, tyro.conf.subcommand("inspect")]
                 | Annotated[Bench, tyro.conf.subcommand("bench")],
                 prog="attnax",
-                description="Train a transformer language model on text, write with it, and time its attention.",
+                description="Train a language model on text, write with it or a published one, and time attention.",
                 args=list(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
@@ -80,7 +93,7 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Bench:
         rules = [index for index, rule in enumerate(is_rule) if rule]
         message = " ".join(lines[rules[0] + 1 : rules[1]])
         message = re.sub(
-            r"^Error parsing \S*(Train|Generate|Bench|inner__\S*): ", "", message
+            r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message
         )  # tyro's name, not a flag
         raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
     except ValueError as error:  # a configuration that refuses its values

@@ -1,4 +1,4 @@
-"""`attnax generate`: text from a trained model."""
+"""`attnax generate`: text from a model."""
 
 from __future__ import annotations
 
@@ -10,110 +10,87 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from attnax.cli.options import Generate
-from attnax.cli.run_folder import RunFolder
-from attnax.config import AttentionType
+from attnax.cli.published_model import is_published, open_published
+from attnax.cli.run_model import open_run
+from attnax.cli.text_model import TextModel, prompt_array
+from attnax.config import AttentionType, Dtype
 from attnax.generation import Sampler
-from attnax.models import TransformerLM
-from attnax.training import Tokenizer, latest_checkpoint, restore_checkpoint
-from attnax.training.tokenizer import DOCUMENT
 from attnax.typing import InputError
+
+MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published models are for more than memory may hold
 
 
 def generate(options: Generate) -> int:
     """Runs the command; the text goes to standard output as it is drawn, or when it is whole."""
-    model, tokenizer = load_model(options.run)
-    draft = None if options.draft is None else _load_draft(options, tokenizer)
-    _check_model(options, model, draft)
-    ids, room = _read_prompt(model, draft, tokenizer, options.prompt, options.max_new_tokens)
-    sampler = _make_sampler(options, model.config.vocab_size)
+    text = open_text_model(options.folder, options.dtype)
+    draft = None if options.draft is None else _open_draft(options, text)
+    _check_model(options, text, draft)
+    ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
+    sampler = _make_sampler(options, text.config.vocab_size)
     stops = [_encode(stop) for stop in options.stop]
-    how = _how(options, room, tokenizer, stops)
-    prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    how = _how(options, text, room, stops)
+    prompt = _encode(options.prompt).decode("utf-8", "replace") if text.goes_on else ""
 
     rows: Iterable[Iterable[int]]
     if options.beams is not None:
-        rows = _search(model, ids, options, sampler, how)
+        rows = _search(text, ids, options, sampler, how)
     elif options.draft is None and options.num_samples == 1 and not options.no_stream:
-        rows = [_stream(model, ids, sampler, options.seed, how)]
+        rows = [_stream(text, ids, sampler, options.seed, how)]
     else:
-        rows = _sample(model, draft, ids, options, sampler, how)
+        rows = _sample(text, draft, ids, options, sampler, how)
     read: list[list[int]] = []
     for row in rows:
         read.append([])
         if options.num_samples > 1:
             sys.stdout.write(f"--- {len(read)} ---\n")
         sys.stdout.write(prompt)
-        for piece in spell(tokenizer, row, stops, read[-1]):
+        for piece in spell(text.codec.pieces(_noted(row, read[-1]), text.begin(ids)), stops):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
     sys.stdout.flush()
     if options.log_probs:
-        for number, line in enumerate(_score(model, tokenizer, ids, read), 1):
+        for number, line in enumerate(_score(text, ids, read), 1):
             print(line if len(read) == 1 else f"{number}: {line}", file=sys.stderr)
     return 0
 
 
-def load_model(run: Path) -> tuple[TransformerLM, Tokenizer]:
-    """The model of a run at its newest checkpoint, and its tokenizer.
+def open_text_model(folder: Path, dtype: Dtype | None = None) -> TextModel:
+    """The model in a run folder or a published checkpoint.
 
     Raises:
-        InputError: not a run, no checkpoint, or a damaged one.
+        InputError: there is none that writes text.
     """
-    folder = RunFolder(run)
-    options, tokenizer, _ = folder.load()
-    step = latest_checkpoint(folder.checkpoints)
-    if step is None:
-        raise InputError(f"{run} has no checkpoint yet.")
-    model = TransformerLM(nnx.Rngs(0), options.model)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    nnx.update(model, restore_checkpoint(folder.checkpoints, step, "params", params, owner=folder.owner))
-    return model, tokenizer
+    return open_published(folder, dtype) if is_published(folder) else open_run(folder, dtype)
 
 
-def write_text(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int | None,
-    sampler: Sampler,
-    seed: int,
-) -> Iterator[str]:
-    """Checks that everything fits, then continues `prompt` in pieces of whole characters until its document ends.
+def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler: Sampler, seed: int) -> Iterator[str]:
+    """Checks that everything fits, then continues `prompt` in pieces of whole characters until its text ends.
 
     Raises:
         InputError: the prompt, or the prompt and the new tokens, are longer than the model's context.
     """
-    ids, room = _read_prompt(model, None, tokenizer, prompt, max_new_tokens)
-    return spell(tokenizer, _stream(model, ids, sampler, seed, {"max_new_tokens": room, "end_token": DOCUMENT}))
+    ids, room = _read_prompt(text, None, prompt, max_new_tokens)
+    tokens = _stream(text, ids, sampler, seed, text.options(room) | {"end_token": text.codec.ends})
+    return spell(text.codec.pieces(tokens, text.begin(ids)))
 
 
-def spell(
-    tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[bytes] = (), read: list[int] | None = None
-) -> Iterator[str]:
-    """The text of `tokens` in pieces of whole characters, up to the stop that is complete first.
+def spell(pieces: Iterable[bytes], stops: Sequence[bytes] = ()) -> Iterator[str]:
+    """The text of `pieces`, in pieces of whole characters, up to the stop that is complete first.
 
     Bytes that may yet become a stop are held back until they cannot.
 
     Args:
-        tokenizer: of the tokens.
-        tokens: read one at a time, and no further than the stop.
-        stops: end the text, in whatever tokens they come.
-        read: gets the tokens that were read.
+        pieces: read one at a time, and no further than the stop; a character may be spread over several.
+        stops: end the text, in whatever pieces they come.
     """
-    # A character's bytes may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held = b""
-    for token in tokens:
-        if read is not None:
-            read.append(token)
-        held += tokenizer.decode([token])
-        # If one token completes several, the first to end counts, as if bytes had come one by one.
+    for piece in pieces:
+        held += piece
+        # If one piece completes several, the first to end counts, as if bytes had come one by one.
         found = [(start + len(stop), start) for stop in stops if (start := held.find(stop)) >= 0]
         if found:
             held = held[: min(found)[1]]
@@ -122,6 +99,13 @@ def spell(
         yield decoder.decode(held[: len(held) - kept])
         held = held[len(held) - kept :]
     yield decoder.decode(held, final=True)
+
+
+def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
+    """The tokens; those that were read are added to `read`."""
+    for token in tokens:
+        read.append(token)
+        yield token
 
 
 def _begun(text: bytes, stop: bytes) -> int:
@@ -135,60 +119,73 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _load_draft(options: Generate, tokenizer: Tokenizer) -> TransformerLM:
+def _open_draft(options: Generate, text: TextModel) -> TextModel:
     assert options.draft is not None
-    draft, other = load_model(options.draft)
-    if other.to_json() != tokenizer.to_json():
-        raise InputError(f"--draft {options.draft} has another tokenizer than {options.run}; train both on one corpus.")
+    draft = open_text_model(options.draft, options.dtype)
+    kinds = [type(used.model).__name__ for used in (draft, text)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"--draft {options.draft} holds a {kinds[0]}; that of a {kinds[1]} must be one too.")
+    if draft.codec.vocabulary != text.codec.vocabulary:
+        raise InputError(
+            f"--draft {options.draft} has another tokenizer than {options.folder}; give one with the same."
+        )
+    sizes = [used.config.vocab_size for used in (draft, text)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"--draft {options.draft} must have a vocabulary of {sizes[1]} tokens, as {options.folder} has; "
+            f"got {sizes[0]}."
+        )
     return draft
 
 
-def _check_model(options: Generate, model: TransformerLM, draft: TransformerLM | None) -> None:
+def _check_model(options: Generate, text: TextModel, draft: TextModel | None) -> None:
     """Raises InputError for options that this model cannot follow."""
-    size, context = model.config.vocab_size, model.config.max_len
+    size, context = text.config.vocab_size, text.config.max_len
     if options.beams is not None and options.beams > size:
         raise InputError(f"--beams must be at most {size}, the tokens of the vocabulary; got {options.beams}.")
     if options.no_repeat_ngram is not None and options.no_repeat_ngram > context:
         raise InputError(
             f"--no-repeat-ngram must be at most {context}, the model's context; got {options.no_repeat_ngram}."
         )
-    for run, used in ((options.run, model), (options.draft, draft)):
+    for used in (text, draft):
         if used is None or all(layer.attention_type != AttentionType.LINEAR for layer in _layers(used)):
             continue
         if options.draft is not None:
-            raise InputError(f"--draft takes tokens back, and the sums of linear attention in {run} cannot.")
+            raise InputError(f"--draft takes tokens back, and the sums of linear attention in {used.folder} cannot.")
         if options.cache == "paged":
-            raise InputError(f"--cache paged stores tokens, and linear attention in {run} has only sums.")
+            raise InputError(f"--cache paged stores tokens, and linear attention in {used.folder} has only sums.")
 
 
-def _layers(model: TransformerLM) -> list[Any]:
-    return [model.config.layer(index) for index in range(model.config.num_layers)]
+def _layers(text: TextModel) -> list[Any]:
+    return [text.config.layer(index) for index in range(text.config.num_layers)]
 
 
 def _read_prompt(
-    model: TransformerLM, draft: TransformerLM | None, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None
-) -> tuple[jax.Array, int]:
-    """The prompt's ids (1, T), and how many tokens to write.
+    text: TextModel, draft: TextModel | None, prompt: str, max_new_tokens: int | None
+) -> tuple[list[int], int]:
+    """The prompt's ids, and how many tokens to write.
 
     Raises:
         InputError: they are longer than the model's context, or the draft's.
     """
-    ids = np.concatenate([[DOCUMENT], tokenizer.encode(_encode(prompt))]).astype(np.int32)
-    owner, context = "model", model.config.max_len
-    if draft is not None and draft.config.max_len < context:
-        owner, context = "draft", draft.config.max_len
-    room = context - len(ids)
+    ids = text.codec.encode(_encode(prompt))
+    used = {"model": text} if draft is None else {"model": text, "draft": draft}
+    for model in used.values():
+        model.check(ids)
+    owner = min(used, key=lambda owner: used[owner].config.max_len)
+    context, taken = used[owner].config.max_len, len(text.begin(ids))
+    room = context - taken
     if room < 1:
         raise InputError(
-            f"the prompt is too long: it has {len(ids)} tokens, and the {owner}'s context of {context} "
+            f"the prompt is too long: it has {taken} tokens, and the {owner}'s context of {context} "
             "must also hold what comes after it."
         )
     if max_new_tokens is not None and max_new_tokens > room:
         raise InputError(
-            f"--max-new-tokens {max_new_tokens} is too many: after the prompt's {len(ids)} tokens the {owner}'s "
+            f"--max-new-tokens {max_new_tokens} is too many: after the prompt's {taken} tokens the {owner}'s "
             f"context of {context} has room for {room}."
         )
-    return jnp.asarray(ids)[None], max_new_tokens or room
+    return ids, max_new_tokens or min(room, MOST_NEW_TOKENS)
 
 
 def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
@@ -208,35 +205,36 @@ def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
         raise InputError(str(error)) from error
 
 
-def _how(options: Generate, room: int, tokenizer: Tokenizer, stops: Sequence[bytes]) -> dict[str, Any]:
-    return {
-        "max_new_tokens": room,
-        "end_token": DOCUMENT,
-        "stop_sequences": [tokenizer.encode(stop).tolist() for stop in stops],
+def _how(options: Generate, text: TextModel, room: int, stops: Sequence[bytes]) -> dict[str, Any]:
+    size = text.config.vocab_size  # the tokenizer may have tokens that the model lacks
+    sequences = [text.codec.encode_stop(stop) for stop in stops]
+    return text.options(room) | {
+        "end_token": [token for token in text.codec.ends if token < size],
+        "stop_sequences": [ids for ids in sequences if ids and max(ids) < size],
         "cache": options.cache,
         "cache_dtype": options.cache_dtype,
     }
 
 
-def _stream(model: TransformerLM, ids: jax.Array, sampler: Sampler, seed: int, how: dict[str, Any]) -> Iterator[int]:
-    for token in model.stream(ids, sampler=sampler, key=jax.random.key(seed), **how):
+def _stream(text: TextModel, ids: list[int], sampler: Sampler, seed: int, how: dict[str, Any]) -> Iterator[int]:
+    for token in text.model.stream(prompt_array(ids), sampler=sampler, key=jax.random.key(seed), **how):
         yield int(token[0])
 
 
 def _sample(
-    model: TransformerLM,
-    draft: TransformerLM | None,
-    ids: jax.Array,
+    text: TextModel,
+    draft: TextModel | None,
+    ids: list[int],
     options: Generate,
     sampler: Sampler,
     how: dict[str, Any],
 ) -> list[list[int]]:
-    written = model.generate(
-        ids,
+    written = text.model.generate(
+        prompt_array(ids),
         sampler=sampler,
         key=jax.random.key(options.seed),
         num_samples=options.num_samples,
-        draft=draft,
+        draft=None if draft is None else draft.model,
         num_draft_tokens=options.draft_tokens,
         **how,
     )
@@ -244,12 +242,12 @@ def _sample(
 
 
 def _search(
-    model: TransformerLM, ids: jax.Array, options: Generate, sampler: Sampler, how: dict[str, Any]
+    text: TextModel, ids: list[int], options: Generate, sampler: Sampler, how: dict[str, Any]
 ) -> list[list[int]]:
     """The best texts of a beam search, the best first."""
     assert options.beams is not None
-    found = model.beam_search(
-        ids, num_beams=options.beams, length_penalty=options.length_penalty, sampler=sampler, **how
+    found = text.model.beam_search(
+        prompt_array(ids), num_beams=options.beams, length_penalty=options.length_penalty, sampler=sampler, **how
     )
     return _rows(found.tokens[0], found.lengths[0])[: options.num_samples]
 
@@ -258,17 +256,9 @@ def _rows(tokens: jax.Array, lengths: jax.Array) -> list[list[int]]:
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
-def _score(model: TransformerLM, tokenizer: Tokenizer, ids: jax.Array, rows: list[list[int]]) -> Iterator[str]:
-    """A line for each text: what the model, read once over all of it, gives the tokens after the prompt."""
-    longest, start = max(map(len, rows)), ids.shape[1]
-    texts = np.zeros((len(rows), start + longest), np.int32)  # what follows a text changes nothing in it
-    texts[:, :start] = ids
-    for text, row in zip(texts, rows, strict=True):
-        text[start : start + len(row)] = row
-    log_probs = nnx.jit(TransformerLM.log_probs)(model, jnp.asarray(texts[:, :-1]))
-    for text, row, given in zip(texts, rows, np.asarray(log_probs), strict=True):
-        places = np.arange(start, start + len(row))
-        total = float(given[places - 1, text[places]].sum())
-        size = len(tokenizer.decode(row))
+def _score(text: TextModel, ids: list[int], rows: list[list[int]]) -> Iterator[str]:
+    """A line for each text: what the model gives the tokens after the prompt."""
+    for row, total in zip(rows, text.log_prob(ids, rows), strict=True):
+        size = sum(map(len, text.codec.pieces(row, text.begin(ids))))
         line = f"log-probability {total:.2f}, {len(row)} tokens, {size} bytes"
         yield f"{line}, {-total / math.log(2) / size:.2f} bits per byte" if size else line

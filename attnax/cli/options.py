@@ -85,9 +85,10 @@ class Generate:
     """Continue a prompt with a trained model, streaming the text.
 
     Attributes:
-        run: run folder that `attnax train` made.
-        prompt: text to continue. By default the model starts a document of its own.
-        max_new_tokens: tokens to write at most. By default what fits into the model's context.
+        folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and
+            tokenizer.json as Hugging Face publishes them.
+        prompt: text to continue, or for an encoder-decoder to read. By default the model starts a text of its own.
+        max_new_tokens: tokens to write at most. By default what fits into the model's context, but not above 4096.
         temperature: 0 always takes the likeliest token, 1 samples the model's own distribution.
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the likeliest tokens that reach this probability together.
@@ -101,10 +102,12 @@ class Generate:
         num_samples: texts to write, printed one after another; with --beams, how many of the best.
         beams: search for the likeliest text with so many beginnings at a time instead of sampling.
         length_penalty: with --beams, a text's score is its log-probability / length ** this.
-        draft: run folder of a small model with the same tokenizer, which drafts tokens for this one to check at once.
+        draft: folder, of either kind, of a small model with the same tokenizer, which drafts tokens for this one to
+            check at once.
         draft_tokens: tokens drafted each time.
         cache: how keys and values are kept. By default contiguous, with --draft ring.
         cache_dtype: of keys and values. By default the model's; int8 keeps 8-bit integers, each vector with a scale.
+        dtype: of parameters and computation. By default that of the files.
         log_probs: print the text's log-probability and bits per byte to standard error at the end. Every token that was
             drawn counts, those of the end and of a stop string too.
         stream: print the text as it is drawn, which is the default where it can be done: not with --beams, --draft or
@@ -112,7 +115,7 @@ class Generate:
         no_stream: print the text when it is whole.
     """
 
-    run: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path]
     prompt: str = ""
     max_new_tokens: int | None = None
     temperature: float = 0.8
@@ -132,6 +135,7 @@ class Generate:
     draft_tokens: int = 4
     cache: Literal["contiguous", "ring", "paged"] | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     log_probs: tyro.conf.FlagCreatePairsOff[bool] = False
     stream: tyro.conf.FlagCreatePairsOff[bool] = False
     no_stream: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -191,6 +195,23 @@ class Generate:
 
 _LARGEST = 3.4e38  # what is beyond is infinite in float32
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show the model in a folder from the headers of its files: config, parameters, memory, and what is not understood.
+
+    No tensor is read. The exit code is 1 if the folder holds a published checkpoint that could not be loaded; all that
+    stands against it is printed, and all that is known nevertheless.
+
+    Attributes:
+        folder: published checkpoint (config.json and *.safetensors), or run folder that `attnax train` made.
+    """
+
+    folder: tyro.conf.Positional[Path]
+
+    def check(self) -> None:
+        """Nothing can be out of range."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from attnax.cli.generate import load_model, write_text
+from attnax.cli.generate import write_text
 from attnax.cli.options import RunOptions, Train
 from attnax.cli.run_folder import RunFolder
+from attnax.cli.run_model import open_run
 from attnax.generation import Sampler
 from attnax.training import (
     DOCUMENT,
@@ -201,8 +202,7 @@ class _Session:
         }
         plot_training(self.run.read_metrics(), self.run.path / "loss.png")
         self.run.result.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        model, tokenizer = load_model(self.run.path)
-        sample = "".join(write_text(model, tokenizer, "", None, Sampler(0.8, top_p=0.95), self.options.seed))
+        sample = "".join(write_text(open_run(self.run.path), "", None, Sampler(0.8, top_p=0.95), self.options.seed))
         (self.run.path / "sample.txt").write_text(sample, "utf-8")
         print(f"\n{sample}\n")
         print(f"go on with  attnax generate {self.run.path} --prompt 'def '")

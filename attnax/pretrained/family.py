@@ -158,24 +158,32 @@ class Family:
     adapt: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def known_keys(self) -> frozenset[str]:
+        """The keys of config.json that are read or change nothing."""
+        return HARMLESS.union(self.harmless, *(field.keys for field in self._all_fields))
+
+    @property
+    def _all_fields(self) -> tuple[Field, ...]:
+        """Those of any config.json too, where the family has no other with their keys."""
+        own = {key for field in self.fields for key in field.keys}
+        return (*(field for field in COMMON if own.isdisjoint(field.keys)), *self.fields)
+
     def read_config(self, theirs: Mapping[str, Any], where: object) -> Any:
         """The config that a config.json describes.
 
         Raises:
             CheckpointError: all that cannot be expressed, and all fields that nothing here reads.
         """
-        own = {key for field in self.fields for key in field.keys}
-        fields = (*(field for field in COMMON if own.isdisjoint(field.keys)), *self.fields)
         ours, problems = dict(self.constants), []
-        for field in fields:
+        for field in self._all_fields:
             try:
                 ours |= field.read({key: theirs[key] for key in field.keys if key in theirs})
             except ValueError as error:
                 problems.append(str(error))
-        read = {key for field in fields for key in field.keys}
         problems += [
             f"{key}={_cut(theirs[key])} is no field of {self.model_type} that is known here; nor is what it does."
-            for key in theirs.keys() - read - HARMLESS - set(self.harmless)
+            for key in theirs.keys() - self.known_keys
         ]
         if not problems:
             try:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.config import EncoderDecoderConfig
 from attnax.masks import Causal
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
 from attnax.nn.stack import Stack, with_scan_layers
-from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
+from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.families import FAMILIES
-from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
+from attnax.pretrained.family import Binding, Family, stacks
 from attnax.pretrained.hub import find_folder
-from attnax.pretrained.json_object import read_object
-from attnax.pretrained.safetensors import MAX_TENSORS, empty_aligned, read_tensor, write_tensors
-from attnax.pretrained.sentence import read_pooling, write_pooling
+from attnax.pretrained.inspect import inspect_folder, parameter_name, parameter_shapes
+from attnax.pretrained.safetensors import empty_aligned, read_tensor, write_tensors
+from attnax.pretrained.sentence import write_pooling
 
 if TYPE_CHECKING:
     import tokenizers
@@ -75,31 +72,19 @@ def load_pretrained(
         (16, None)
     """
     folder = find_folder(folder)
-    theirs = read_object(folder / "config.json")
-    family = _family_of(theirs, folder / "config.json")
-    checkpoint = open_checkpoint(folder).rename(family.current_name)
-    config = family.adapt(family.read_config(theirs, folder / "config.json"), checkpoint.tensors.keys())
-    dtype = _check_dtype(folder, checkpoint.dtype if dtype is None else jnp.dtype(dtype))
-    config = _with_dtype(config, dtype)
-    _check_counts(config, checkpoint)
-
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
-    parameters = _by_name(state)
-    bindings = family.bind(config, _shapes(parameters), family.base_of(checkpoint.tensors))
-    expected = {name: binding.tensor_shape for binding in bindings for name in binding.theirs}
-    problems = checkpoint.check(expected, family.beside(config, checkpoint.tensors))
-    if problems:
-        raise CheckpointError(folder, problems)
+    seen = inspect_folder(folder, dtype)
+    family, checkpoint, config = seen.require()
+    assert seen.abstract is not None
+    (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
     _check_tied(config, family, checkpoint, bindings)
-    pooling = read_pooling(folder) if family.model is TransformerEncoder else None
     tokenizer = _load_tokenizer(folder / "tokenizer.json")
-    arrays: dict[str, jax.Array] = {}
+    dtype, arrays = stacks(config)[-1].param_dtype, {}
     # The largest first: what is read last, beside all the others, is then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
         for name, value in zip(binding.ours, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
             arrays[name] = jax.device_put(value, where)  # transposes faster than NumPy does
-    flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
+    flat = [(path, variable.replace(arrays[parameter_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
 
@@ -126,8 +111,9 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     problems = list(_unwritable(model))
     if problems:
         raise CheckpointError("save_pretrained", problems)
-    parameters = _by_name(nnx.state(model, nnx.Param))
-    bindings = found.bind(model.config, _shapes(parameters))
+    state = nnx.state(model, nnx.Param)
+    parameters = _by_name(state)
+    bindings = found.bind(model.config, parameter_shapes(state))
     holder = {name: binding for binding in bindings for name in binding.theirs}
 
     def make(name: str) -> np.ndarray:
@@ -144,29 +130,6 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     if sentence is not None:
         write_pooling(sentence, folder)
-
-
-class _OneKey(nnx.Rngs):
-    """One key for all parameters of a model that is only traced: counting them makes that quadratic in the depth."""
-
-    def params(self) -> jax.Array:
-        return self["default"].key[...]
-
-
-def _family_of(theirs: Mapping[str, Any], where: Path) -> Family:
-    """The family that a config.json names."""
-    kind, architectures = theirs.get("model_type"), theirs.get("architectures")
-    candidates = [family for family in FAMILIES if family.model_type == kind]
-    if not candidates:
-        known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
-        raise CheckpointError(where, f"model_type must be one of {known}; got model_type={kind!r}.")
-    if not architectures:
-        return candidates[0]
-    for family in candidates:
-        if architectures == [family.architecture]:
-            return family
-    known = ", ".join(family.architecture for family in candidates)
-    raise CheckpointError(where, f"architectures must be one of {known}; got architectures={architectures!r}.")
 
 
 def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, Any]]:
@@ -199,30 +162,6 @@ def _unwritable(model: Any) -> Iterator[str]:
             yield f"self_mask must be None; got {module.self_mask!r}."
         elif isinstance(module, MultiHeadAttention) and module.score_mod is not None:
             yield f"score_mod must be None; got {module.score_mod!r}."
-
-
-def _check_dtype(folder: Path, dtype: Any) -> str:
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise CheckpointError(folder, f"JAX has no {dtype} unless jax_enable_x64 is set. Set it, or give a dtype.")
-    return dtype.name
-
-
-def _with_dtype(config: Any, dtype: str) -> Any:
-    if isinstance(config, EncoderDecoderConfig):
-        halves = {name: _with_dtype(getattr(config, name), dtype) for name in ("encoder", "decoder")}
-        return dataclasses.replace(config, **halves)
-    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-
-def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError before a model is built that could not be that of the tensors."""
-    count, most = len(checkpoint.tensors), MAX_TENSORS
-    for stack in stacks(config):
-        if stack.num_layers > count or stack.num_layers * (stack.num_experts or 1) > most:
-            raise CheckpointError(
-                checkpoint.folder,
-                f"its {count} tensors are not those of num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
-            )
 
 
 def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:
@@ -264,13 +203,5 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
         raise CheckpointError(path, f"it is no tokenizer of the tokenizers library ({error}).") from error
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
 def _by_name(state: Any) -> dict[str, Any]:
-    return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
-
-
-def _shapes(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(variable.shape) for name, variable in parameters.items()}
+    return {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}

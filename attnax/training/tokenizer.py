@@ -39,6 +39,12 @@ class Tokenizer:
         """Number of ids."""
         return len(self._bytes)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids by what they stand for, a character a byte."""
+        vocabulary: dict[str, int] = self._model.get_vocab()
+        return vocabulary
+
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of `text`, uint16 or uint32, without a document token."""
         return self._ids(self._model.encode(text.decode("latin-1")).ids)

@@ -50,7 +50,7 @@ def _feed_forward() -> Field:
 FIELDS = (
     whole("vocab_size", "vocab_size", 32128),
     whole("d_model", "d_model", 512),
-    whole("d_kv", "head_dim", 64),
+    dataclasses.replace(whole("d_kv", "head_dim", 64), write=lambda config: {"d_kv": config.head_size}),
     whole("d_ff", "d_ff", 2048),
     whole("num_layers", "num_layers", 6),
     whole("num_heads", "num_heads", 8),

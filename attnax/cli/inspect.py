@@ -1,0 +1,185 @@
+"""`attnax inspect`: what is in a folder, from the headers of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from attnax.cli.options import Inspect
+from attnax.cli.published_model import is_published
+from attnax.cli.run_folder import RunFolder
+from attnax.config import TransformerConfig
+from attnax.models import TransformerLM
+from attnax.pretrained.checkpoint import Checkpoint
+from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
+from attnax.training import latest_checkpoint
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+class Entry(NamedTuple):
+    """A parameter, or without `ours` a tensor of the files that is not known to be one."""
+
+    ours: str
+    shape: tuple[int, ...]
+    dtype: str
+    theirs: tuple[str, ...] = ()
+
+
+def inspect(options: Inspect) -> int:
+    """Prints all that can be known; returns 1 if the checkpoint could not be loaded."""
+    if not is_published(options.folder):
+        _print_run(RunFolder(options.folder))
+        return 0
+    seen = inspect_folder(options.folder)
+    _print_model(seen)
+    if seen.checkpoint is not None:
+        _print_tensors(seen, seen.checkpoint)
+    problems = [f"{error.where}: {problem}" for error in seen.refusals for problem in error.problems]
+    if problems:
+        print(f"\nproblems ({len(problems)}), so that it cannot be loaded")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if problems else 0
+
+
+def collapse(names: Iterable[str]) -> str:
+    """Names that differ in numbers only as one: "blocks.0.kernel" and "blocks.1.kernel" are "blocks.{0..1}.kernel"."""
+    found = list(names)
+    numbers = zip(*(map(int, NUMBER.findall(name)) for name in found), strict=True)
+    ranges = iter([_range(sorted(set(column))) for column in numbers])
+    return NUMBER.sub(lambda _: next(ranges), found[0])
+
+
+def _range(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def _print_run(run: RunFolder) -> None:
+    options, _, _ = run.load()
+    step = latest_checkpoint(run.checkpoints)
+    since = "without a checkpoint yet" if step is None else f"after {step} updates"
+    _print_fields("attnax", [f"TransformerLM, a run {since}"])
+    _print_fields("config", _changed(options.model))
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), options.model))
+    shapes = parameter_shapes(nnx.state(model, nnx.Param))
+    _print_table([Entry(name, shape, options.model.param_dtype) for name, shape in shapes.items()])
+    _print_parameters(sum(map(math.prod, shapes.values())))
+
+
+def _print_model(seen: Inspection) -> None:
+    classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
+    _print_fields("transformers", [f"model_type={seen.theirs.get('model_type')!r}, architectures={str(classes)[:200]}"])
+    if seen.family is not None:
+        pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
+        _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
+    if seen.config is not None:
+        _print_fields("config", _changed(seen.config))
+
+
+def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
+    if seen.bindings:
+        _print_table(list(_parameters(seen, checkpoint)))
+    unknown = [name for name in checkpoint.tensors if name not in seen.expected and name not in seen.beside]
+    if unknown:
+        print("\nin the files, and not known to be a parameter")
+        _print_table([_tensor(checkpoint, name) for name in unknown])
+    if seen.beside:
+        print("\nin the files beside: they hold no parameters of their own")
+        _print_table([_tensor(checkpoint, name) for name in seen.beside])
+    if seen.bindings:
+        _print_parameters(sum(binding.num_elements for binding in seen.bindings))
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[str(info.dtype)] += info.num_bytes
+    each = ", ".join(f"{_size(size)} of {dtype}" for dtype, size in sizes.most_common())
+    _print_fields("files", [f"{len(checkpoint.tensors):,} tensors, {each or 'empty'}"])
+
+
+def _parameters(seen: Inspection, checkpoint: Checkpoint) -> Iterator[Entry]:
+    for binding in seen.bindings:
+        infos = [checkpoint.tensors.get(name) for name in binding.theirs]
+        dtypes = sorted({"missing" if info is None else str(info.dtype) for info in infos})
+        for name, shape in zip(binding.ours, binding.shapes, strict=True):
+            yield Entry(name, shape, "/".join(dtypes), binding.theirs)
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
+    info = checkpoint.tensors[name]
+    return Entry("", info.shape, str(info.dtype), (name,))
+
+
+def _changed(config: Any) -> Iterator[str]:
+    """The fields of a config that are not what they are by default, those of its halves apart."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(config):
+        if isinstance(fields[field.name], TransformerConfig):
+            yield from (f"{field.name}.{line}" for line in _changed(fields[field.name]))
+        elif not _is_default(field, fields):
+            yield f"{field.name}={fields[field.name]!r}"
+
+
+def _is_default(field: dataclasses.Field[Any], fields: dict[str, Any]) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return bool(fields[field.name] == default)
+
+
+def _print_fields(title: str, lines: Iterable[str]) -> None:
+    for index, line in enumerate(lines):
+        print(f"{'' if index else title:<14}{line}")
+
+
+def _print_table(entries: Sequence[Entry]) -> None:
+    """A line for all that differ in the number of a layer or an expert only."""
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        names = NUMBER.sub("{}", entry.ours), NUMBER.sub("{}", entry.theirs[0]) if entry.theirs else ""
+        groups.setdefault((*names, str(entry.shape), entry.dtype), []).append(entry)
+    rows = [("parameter", "shape", "dtype", "count", "tensor")]
+    for same in groups.values():
+        first = same[0]
+        theirs = [name for entry in same for name in entry.theirs]
+        rows.append(
+            (
+                _printable(collapse(entry.ours for entry in same)),
+                "x".join(map(str, first.shape)) or "1",
+                first.dtype,
+                f"{len(same) * math.prod(first.shape):,}",
+                _printable(collapse(theirs)) if theirs else "",
+            )
+        )
+    columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
+    widths = {index: max(len(row[index]) for row in rows) for index in columns}
+    print()
+    for row in rows:
+        cells = [f"{row[i]:>{widths[i]}}" if rows[0][i] == "count" else f"{row[i]:<{widths[i]}}" for i in columns]
+        print("  ".join(cells).rstrip())
+
+
+def _printable(name: str) -> str:
+    """What a stranger called a tensor, without codes that a terminal would obey."""
+    return name if name.isprintable() else repr(name)
+
+
+def _print_parameters(count: int) -> None:
+    print()
+    _print_fields(
+        "parameters", [f"{count:,}: {_size(4 * count)} as float32, {_size(2 * count)} as bfloat16 or float16"]
+    )
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,66 @@
+"""The model of a run of `attnax train`, which writes text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from attnax.cli.run_folder import RunFolder
+from attnax.cli.text_model import TextModel
+from attnax.config import Dtype
+from attnax.models import TransformerLM
+from attnax.training import DOCUMENT, Tokenizer, latest_checkpoint, restore_checkpoint
+from attnax.typing import InputError
+
+__all__ = ["RunCodec", "open_run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCodec:
+    """The tokens of a run: each is bytes of its own, and the document token leads every text and ends it."""
+
+    tokenizer: Tokenizer
+    ends = (DOCUMENT,)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """What each token is."""
+        return self.tokenizer.vocabulary
+
+    def encode(self, prompt: bytes) -> list[int]:
+        """The document token, and those of the prompt."""
+        return [DOCUMENT, *self.encode_stop(prompt)]
+
+    def encode_stop(self, stop: bytes) -> list[int]:
+        """The tokens of `stop`."""
+        ids: list[int] = self.tokenizer.encode(stop).tolist()
+        return ids
+
+    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[bytes]:
+        """The bytes of each token, whatever comes before it."""
+        return (self.tokenizer.decode([token]) for token in tokens)
+
+
+def open_run(path: Path, dtype: Dtype | None = None) -> TextModel:
+    """The model of a run at its newest checkpoint, in the run's dtype unless another is given.
+
+    Raises:
+        InputError: not a run, no checkpoint, or a damaged one.
+    """
+    folder = RunFolder(path)
+    options, tokenizer, _ = folder.load()
+    step = latest_checkpoint(folder.checkpoints)
+    if step is None:
+        raise InputError(f"{path} has no checkpoint yet.")
+    model = TransformerLM(nnx.Rngs(0), options.model)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = restore_checkpoint(folder.checkpoints, step, "params", params, owner=folder.owner)
+    if dtype is not None:
+        params = jax.tree.map(lambda array: array.astype(dtype), params)
+        model = TransformerLM(nnx.Rngs(0), dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))
+    nnx.update(model, params)
+    return TextModel(path, model, RunCodec(tokenizer))

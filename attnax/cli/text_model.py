@@ -1,0 +1,155 @@
+"""A model that writes text, whatever folder it came from: the model, and how text becomes tokens and tokens text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnax.config import TransformerConfig
+from attnax.models import Transformer, TransformerLM
+from attnax.typing import Array, InputError
+
+__all__ = ["Codec", "TextModel", "Translator", "prompt_array"]
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How text becomes tokens, and tokens text."""
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Tokens that end a text."""
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """What each token is; models may only work on the same tokens where this is equal."""
+
+    def encode(self, prompt: bytes) -> list[int]:
+        """What the model reads: the tokens of a prompt, and what a text starts with.
+
+        Raises:
+            InputError: it cannot be said in tokens, or there are none.
+        """
+
+    def encode_stop(self, stop: bytes) -> list[int]:
+        """Tokens that surely spell a text with `stop` in it, or none where that cannot be said."""
+
+    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[bytes]:
+        """What each token adds to the text, as soon as that is certain, and at the end what is left.
+
+        Args:
+            tokens: read one at a time.
+            before: those that they go on with.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A language model with its tokens. It goes on with its prompt.
+
+    Attributes:
+        folder: that it came from.
+        model: such as `TransformerLM`.
+        codec: of its tokens.
+    """
+
+    folder: Path
+    model: Any
+    codec: Codec
+    goes_on: ClassVar[bool] = True  # the prompt stands before what is written
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of what writes."""
+        config: TransformerConfig = self.model.config
+        return config
+
+    def begin(self, ids: Sequence[int]) -> list[int]:
+        """What stands before the first token that is written, given the prompt's."""
+        return list(ids)
+
+    def options(self, room: int) -> dict[str, Any]:
+        """What the model's `generate`, `stream` and `beam_search` take beside the prompt, to write `room` tokens."""
+        return {"max_new_tokens": room}
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises InputError for a prompt that the model cannot read, whatever it writes."""
+        _check_ids(ids, self.config, self.folder)
+
+    def log_prob(self, ids: Sequence[int], rows: Sequence[Sequence[int]]) -> list[float]:
+        """What the model, read once over all of it, gives each text after the prompt."""
+        begin = self.begin(ids)
+        longest = max(map(len, rows))
+        texts = np.zeros((len(rows), len(begin) + longest), np.int32)  # what follows a text changes nothing in it
+        for text, row in zip(texts, rows, strict=True):
+            text[: len(begin) + len(row)] = [*begin, *row]
+        given = np.asarray(self._log_probs(ids, jnp.asarray(texts[:, :-1])))
+        totals = []
+        for text, row, log_probs in zip(texts, rows, given, strict=True):
+            places = np.arange(len(begin), len(begin) + len(row))
+            totals.append(float(log_probs[places - 1, text[places]].sum()))
+        return totals
+
+    def _log_probs(self, ids: Sequence[int], texts: Array) -> Array:
+        return nnx.jit(TransformerLM.log_probs)(self.model, texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Translator(TextModel):
+    """An encoder-decoder with its tokens. It reads its prompt, and writes a text of its own.
+
+    Attributes:
+        start: the token that such a text starts with.
+    """
+
+    start: int
+    goes_on: ClassVar[bool] = False
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of what writes."""
+        config: TransformerConfig = self.model.decoder.config
+        return config
+
+    def begin(self, ids: Sequence[int]) -> list[int]:
+        """The start token."""
+        return [self.start]
+
+    def options(self, room: int) -> dict[str, Any]:
+        """As in a `TextModel`."""
+        return {"max_length": room, "start_token": self.start}
+
+    def check(self, ids: Sequence[int]) -> None:
+        """As in a `TextModel`."""
+        encoder = self.model.encoder.config
+        _check_ids(ids, encoder, self.folder)
+        _check_ids([self.start], self.config, self.folder)
+        if len(ids) > encoder.max_len:
+            raise InputError(
+                f"the prompt is too long: it has {len(ids)} tokens, and the encoder of {self.folder} reads at most "
+                f"{encoder.max_len}."
+            )
+
+    def _log_probs(self, ids: Sequence[int], texts: Array) -> Array:
+        source = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (len(texts), len(ids)))
+        return nnx.jit(Transformer.log_probs)(self.model, source, texts)
+
+
+def _check_ids(ids: Sequence[int], config: TransformerConfig, folder: Path) -> None:
+    if max(ids) >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer of {folder} gives the token {max(ids)}, and the model has embeddings of "
+            f"{config.vocab_size} only; they do not belong together."
+        )
+
+
+def prompt_array(ids: Sequence[int]) -> jax.Array:
+    """The ids as a batch of one."""
+    return jnp.asarray(ids, jnp.int32)[None]

@@ -1,0 +1,221 @@
+"""What is in the folder of a published checkpoint and what keeps it from being loaded, without reading a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnax.config import EncoderDecoderConfig
+from attnax.models.sentence import SentenceEncoder
+from attnax.models.transformer import TransformerEncoder
+from attnax.pretrained.checkpoint import Checkpoint, open_checkpoint
+from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.families import FAMILIES
+from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
+from attnax.pretrained.json_object import read_object
+from attnax.pretrained.safetensors import MAX_TENSORS
+from attnax.pretrained.sentence import read_pooling
+
+__all__ = ["Inspection", "find_family", "inspect_folder", "parameter_name", "parameter_shapes"]
+
+
+@dataclasses.dataclass
+class Inspection:
+    """A checkpoint as far as it is understood; what is None or empty could not be known.
+
+    Attributes:
+        folder: of the checkpoint.
+        theirs: its config.json.
+        checkpoint: its tensors, by the names of today.
+        family: that it is of.
+        config: of our model.
+        abstract: our model as `nnx.split` gives it, with shapes in place of arrays.
+        bindings: which tensors are which parameters.
+        pooling: what makes a `SentenceEncoder` of it.
+        refusals: what keeps it from being loaded; none is what `load_pretrained` asks for.
+    """
+
+    folder: Path
+    theirs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    family: Family | None = None
+    config: Any = None
+    abstract: tuple[nnx.GraphDef[Any], Any] | None = None
+    bindings: Sequence[Binding] = ()
+    pooling: Mapping[str, Any] | None = None
+    refusals: list[CheckpointError] = dataclasses.field(default_factory=list)
+
+    @property
+    def model(self) -> Any:
+        """The class of our model."""
+        return SentenceEncoder if self.pooling is not None else None if self.family is None else self.family.model
+
+    @property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that hold parameters, by name."""
+        return {name: binding.tensor_shape for binding in self.bindings for name in binding.theirs}
+
+    @property
+    def beside(self) -> list[str]:
+        """Tensors that may be there and hold no parameters of their own."""
+        if self.family is None or self.checkpoint is None or not self.bindings:
+            return []
+        return sorted(self.family.beside(self.config, self.checkpoint.tensors) - self.expected.keys())
+
+    def require(self) -> tuple[Family, Checkpoint, Any]:
+        """Family, tensors and config of a checkpoint that can be loaded.
+
+        Raises:
+            CheckpointError: it cannot; all that is wrong at once.
+        """
+        if len(self.refusals) == 1:
+            raise self.refusals[0]
+        if self.refusals:
+            raise CheckpointError(
+                self.folder, [f"{error.where}: {problem}" for error in self.refusals for problem in error.problems]
+            )
+        assert self.family is not None and self.checkpoint is not None
+        return self.family, self.checkpoint, self.config
+
+
+def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
+    """Everything about a checkpoint that its config.json and the headers of its files say.
+
+    What is wrong is noted, and the rest understood as if it were not, as far as that can be done.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the model, by default that of the tensors.
+    """
+    seen = Inspection(folder)
+    where = folder / "config.json"
+    try:
+        seen.checkpoint = open_checkpoint(folder)
+    except CheckpointError as error:
+        seen.refusals.append(error)
+    try:
+        seen.theirs = read_object(where)
+        seen.family = find_family(seen.theirs, where)
+    except CheckpointError as error:
+        seen.refusals.insert(0, error)
+        seen.family = _likely_family(seen.theirs)
+    if seen.family is None:
+        return seen
+    if seen.checkpoint is not None:
+        seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
+    try:
+        seen.config = seen.family.read_config(seen.theirs, where)
+    except CheckpointError as error:
+        seen.refusals.append(error)
+        seen.config = _likely_config(seen.family, seen.theirs)
+    try:
+        seen.pooling = read_pooling(folder) if seen.family.model is TransformerEncoder else None
+    except CheckpointError as error:
+        seen.refusals.append(error)
+    if seen.checkpoint is not None and seen.config is not None:
+        try:
+            _bind(seen, seen.family, seen.checkpoint, dtype)
+        except CheckpointError as error:
+            seen.refusals.append(error)
+    return seen
+
+
+def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
+    """The family that a config.json names.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    kind, architectures = theirs.get("model_type"), theirs.get("architectures")
+    candidates = [family for family in FAMILIES if family.model_type == kind]
+    if not candidates:
+        known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
+        raise CheckpointError(where, f"model_type must be one of {known}; got model_type={kind!r}.")
+    if not architectures:
+        return candidates[0]
+    for family in candidates:
+        if architectures == [family.architecture]:
+            return family
+    known = ", ".join(family.architecture for family in candidates)
+    raise CheckpointError(where, f"architectures must be one of {known}; got architectures={architectures!r}.")
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """Such as "decoder.stack.blocks.0.attention.query.kernel"."""
+    return ".".join(map(str, path))
+
+
+def parameter_shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters by name."""
+    return {parameter_name(path): tuple(variable.shape) for path, variable in nnx.to_flat_state(state)}
+
+
+def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) -> None:
+    """Adds the model and what its parameters are called in the files.
+
+    Raises:
+        CheckpointError: the tensors are not those of the config.
+    """
+    config = family.adapt(seen.config, checkpoint.tensors.keys())
+    config = seen.config = _with_dtype(config, _check_dtype(checkpoint, dtype))
+    _check_counts(config, checkpoint)
+    seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
+    seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
+    problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors))
+    if problems:
+        raise CheckpointError(checkpoint.folder, problems)
+
+
+class _OneKey(nnx.Rngs):
+    """One key for all parameters of a model that is only traced: counting them makes that quadratic in the depth."""
+
+    def params(self) -> jax.Array:
+        return self["default"].key[...]
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    if isinstance(config, EncoderDecoderConfig):
+        halves = {name: _with_dtype(getattr(config, name), dtype) for name in ("encoder", "decoder")}
+        return dataclasses.replace(config, **halves)
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _check_dtype(checkpoint: Checkpoint, dtype: Any) -> str:
+    dtype = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise CheckpointError(
+            checkpoint.folder, f"JAX has no {dtype} unless jax_enable_x64 is set. Set it, or give a dtype."
+        )
+    name: str = dtype.name
+    return name
+
+
+def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError before a model is built that could not be that of the tensors."""
+    count, most = len(checkpoint.tensors), MAX_TENSORS
+    for stack in stacks(config):
+        if stack.num_layers > count or stack.num_layers * (stack.num_experts or 1) > most:
+            raise CheckpointError(
+                checkpoint.folder,
+                f"its {count} tensors are not those of num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
+            )
+
+
+def _likely_family(theirs: Mapping[str, Any]) -> Family | None:
+    """A family of the same model_type, where the architecture is another."""
+    return next((family for family in FAMILIES if family.model_type == theirs.get("model_type")), None)
+
+
+def _likely_config(family: Family, theirs: Mapping[str, Any]) -> Any:
+    """The config without the fields that nothing reads, if the others can be read."""
+    known = {key: value for key, value in theirs.items() if key in family.known_keys}
+    try:
+        return family.read_config(known, family.model_type)
+    except CheckpointError:
+        return None

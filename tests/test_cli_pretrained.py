@@ -1,0 +1,669 @@
+"""`attnax generate` and `attnax inspect` on published checkpoints."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from attnax import Transformer, TransformerConfig, TransformerLM
+from attnax.cli import generate as generate_module
+from attnax.cli import main
+from attnax.cli.inspect import collapse
+from attnax.cli.published_model import PublishedCodec, open_published
+from attnax.cli.run_model import open_run
+from attnax.cli.text_model import Translator
+from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
+from attnax.pretrained.inspect import inspect_folder
+from attnax.typing import InputError
+
+FOLDER = Path(__file__).parent / "goldens" / "pretrained"
+NAMES = sorted(path.name for path in FOLDER.iterdir())
+TEXT = ["def f(x): return x é ü 日本 😀\n Once upon a time, there was a tree.\n"] * 3
+UNKNOWN, START, END = 0, 1, 2
+SPECIAL = ["<unk>", "<s>", "</s>"]
+AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)])
+
+
+def byte_level():
+    """As GPT-2 and Llama 3: characters may be spread over tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXT, trainer(trainers.BpeTrainer, 290, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def unigram():
+    """As sentencepiece: spaces are letters, and the first is left out."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(TEXT, trainer(trainers.UnigramTrainer, 60, unk_token="<unk>"))
+    return tokenizer
+
+
+def byte_fallback():
+    """As Llama 2: what has no token is spelled in bytes, which are characters all together or not at all."""
+    learned = tokenizers.Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator(["def f(x): return x Once upon a time"] * 3, trainer(trainers.BpeTrainer, 50))
+    made = json.loads(learned.to_str())["model"]
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *(set(made["vocab"]) - set(SPECIAL))]
+    vocabulary = {name: token for token, name in enumerate(names)}
+    merges = [tuple(merge) for merge in made["merges"]]
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([spaces[0], decoders.ByteFallback(), decoders.Fuse(), spaces[1]])
+    return tokenizer
+
+
+def word_pieces():
+    """As BERT: in lower case, with spaces and none before a continuation or a full stop."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(TEXT, trainer(trainers.WordPieceTrainer, 60))
+    return tokenizer
+
+
+def trainer(kind, size, **options):
+    return kind(vocab_size=size, special_tokens=SPECIAL, show_progress=False, **options)
+
+
+KINDS = [byte_level, unigram, byte_fallback, word_pieces]
+TOKENIZERS = {kind: kind() for kind in KINDS}
+
+
+def copy_of(kind, around=None):
+    """A tokenizer of its own, with what it puts around a text."""
+    tokenizer = tokenizers.Tokenizer.from_str(TOKENIZERS[kind].to_str())
+    if around is not None:
+        tokenizer.post_processor = around
+    return tokenizer
+
+
+def lm(seed=0, **fields):
+    """A model that has more tokens than the tokenizers, as published ones do, and is sure of what it writes."""
+    sizes = {"vocab_size": 310, "d_model": 24, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "d_ff": 40}
+    kind = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False, "max_len": 64}
+    model = TransformerLM(nnx.Rngs(seed), **sizes | kind | fields)
+    model.head.projection.kernel[...] *= 8
+    return model
+
+
+def publish(folder, model, tokenizer=None, *, config=(), generation=None):
+    """A checkpoint as it is published."""
+    save_pretrained(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def modify(name, folder, fields=(), tensors=None):
+    """A golden with other fields in its config.json, and other tensors."""
+    shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(fields)))
+    if tensors is not None:
+        held = safetensors.numpy.load_file(folder / "model.safetensors")
+        safetensors.numpy.save_file(tensors(held), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A llama with a byte-level tokenizer that puts a start before a text and an end after it."""
+    return publish(tmp_path_factory.mktemp("published"), lm(), copy_of(byte_level, AROUND))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("runs")
+    for index in range(9):
+        (folder / f"{index}.txt").write_text(f"text number {index}\n" * 9)
+    sizes = "--d-model 16 --num-heads 2 --d-ff 24 --num-layers 1 --max-len 32 --vocab-size 280 --batch-size 2 --steps 1"
+    assert (
+        main(["train", "--data", str(folder), "--out", str(folder / "run"), "--held-out", "0.2", *sizes.split()]) == 0
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A tiny T5 that reads and writes 13 tokens at most."""
+    kind = {"num_heads": 2, "num_layers": 1, "d_ff": 16, "norm_type": "rms", "pos_emb_type": "relative"}
+    kind |= {"use_bias": False, "ff_activation": "relu", "attention_scale": 1.0}
+    half = TransformerConfig(vocab_size=67, d_model=16, max_len=13, **kind)
+    model = Transformer(nnx.Rngs(7), encoder=half, decoder=half, share_embeddings=True)
+    model.head.projection.kernel[...] *= 8
+    tokens = {"decoder_start_token_id": UNKNOWN, "eos_token_id": END}
+    return publish(tmp_path_factory.mktemp("t5"), model, copy_of(unigram, AROUND), config=tokens)
+
+
+@pytest.fixture
+def write(capsys):
+    """What `attnax generate` prints."""
+
+    def call(folder, *options):
+        capsys.readouterr()
+        assert main(["generate", str(folder), *map(str, options)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def show(capsys):
+    """The exit code of `attnax inspect`, and what it prints without the spaces that align it."""
+
+    def call(folder):
+        capsys.readouterr()
+        code = main(["inspect", str(folder)])
+        return code, re.sub(" +", " ", capsys.readouterr().out)
+
+    return call
+
+
+def refuse(capsys, *arguments):
+    """What a command says that was refused."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("attnax: ") and not out
+    return error.strip()
+
+
+GREEDY = ("--temperature", "0")
+
+
+class TestCodec:
+    @pytest.mark.parametrize("kind", KINDS)
+    @given(data=st.data())
+    def test_pieces_are_what_decoding_all_tokens_gives(self, kind, data):
+        """Whatever a model writes: characters in parts, special tokens, tokens that the tokenizer lacks."""
+        tokenizer = copy_of(kind)
+        size = tokenizer.get_vocab_size()
+        text = data.draw(st.sampled_from(["", "return", "x é", "Once upon"]))
+        before = tokenizer.encode(text).ids
+        some = st.lists(st.integers(0, size + 9), max_size=12)
+        spelled = st.text(st.sampled_from("é ü日本😀▁ \nfx.,\ufffd"), max_size=6).map(
+            lambda text: tokenizer.encode(text).ids
+        )
+        tokens = [token for part in data.draw(st.lists(some | spelled, max_size=5)) for token in part]
+        pieces = list(PublishedCodec(tokenizer).pieces(iter(tokens), before))
+        assert len(pieces) == len(tokens) + 1
+        whole, start = tokenizer.decode([*before, *tokens]), tokenizer.decode(before)
+        assert "".join(piece.decode() for piece in pieces) == whole.removeprefix(start)  # each of whole characters
+
+    def test_pieces_come_as_soon_as_they_are_certain(self):
+        codec = PublishedCodec(copy_of(byte_fallback))
+        space, f, *bytes_of_eszett = codec.tokenizer.encode("fß").ids[-4:]
+        assert len(bytes_of_eszett) == 2
+        pieces = codec.pieces(iter([f, space, *bytes_of_eszett, f]), [f])
+        assert list(pieces) == [b"f", b" ", b"", b"", "ßf".encode(), b""]
+        codec = PublishedCodec(copy_of(byte_level))
+        euro = codec.tokenizer.encode("€x").ids
+        assert list(codec.pieces(iter(euro))) == [b"", b"", "€".encode(), b"x", b""]
+
+    @pytest.mark.parametrize("kind", [unigram, byte_fallback])
+    def test_the_space_after_the_prompt_is_kept(self, kind):
+        codec = PublishedCodec(copy_of(kind))
+        ids = codec.encode(b"a return")
+        before = codec.encode(b"a")
+        assert ids[: len(before)] == before
+        assert b"".join(codec.pieces(ids[len(before) :], before)) == b" return"
+
+    def test_tokens_that_end_a_text_are_not_printed(self):
+        tokenizer = copy_of(byte_level)
+        x, y = tokenizer.encode("x").ids + tokenizer.encode("y").ids
+        assert b"".join(PublishedCodec(tokenizer, ends=(y,)).pieces([x, y])) == b"x"
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_prompt_gets_the_start_and_not_the_end_of_a_text(self, kind):
+        plain, around = copy_of(kind), copy_of(kind, AROUND)
+        ids = plain.encode("return").ids
+        assert PublishedCodec(plain).encode(b"return") == ids
+        assert PublishedCodec(around).encode(b"return") == [START, *ids]
+        assert PublishedCodec(around, whole=True).encode(b"return") == [START, *ids, END]
+        assert PublishedCodec(around).encode(b"") == [START]
+
+    def test_ends_that_a_person_wrote_stay(self):
+        codec = PublishedCodec(copy_of(byte_level, AROUND))
+        assert codec.encode(b"</s>") == [START, END]
+
+    def test_a_tokenizer_that_pads_or_cuts_does_neither(self):
+        tokenizer = copy_of(byte_level, AROUND)
+        tokenizer.enable_padding(length=40)
+        tokenizer.enable_truncation(3)
+        assert PublishedCodec(tokenizer).encode(b"return x") == [START, *copy_of(byte_level).encode("return x").ids]
+
+    def test_an_empty_prompt_needs_something_to_start_with(self):
+        assert PublishedCodec(copy_of(byte_level), start=7).encode(b"") == [7]
+        with pytest.raises(InputError, match="--prompt must not be empty: neither the tokenizer nor a bos_token_id"):
+            PublishedCodec(copy_of(byte_level)).encode(b"")
+
+    def test_what_has_no_token_is_refused(self):
+        words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+        with pytest.raises(InputError, match="the tokenizer has no tokens for 'b'"):
+            PublishedCodec(words).encode(b"b")
+
+    def test_bytes_that_are_no_text_are_replaced(self):
+        codec = PublishedCodec(copy_of(byte_level))
+        assert codec.encode(b"x\xff") == codec.encode("x\ufffd".encode())
+
+    def test_stops_are_tokens_only_where_these_spell_them(self):
+        lower = PublishedCodec(copy_of(word_pieces))
+        assert lower.encode_stop(b"return") and not lower.encode_stop(b"Return")
+        assert not lower.encode_stop(b"\xff")
+
+
+class TestGenerate:
+    def test_it_prints_what_the_model_writes(self, published, write):
+        model, tokenizer = load_pretrained(published)
+        prompt = [START, *tokenizer.encode("def é", add_special_tokens=False).ids]
+        tokens = model.generate(jnp.array([prompt]), max_new_tokens=20).tokens[0].tolist()
+        text = write(published, *GREEDY, "--prompt", "def é", "--max-new-tokens", 20)
+        assert text == tokenizer.decode([*prompt, *tokens]) + "\n" and len(set(tokens)) > 5
+
+    @pytest.mark.thorough
+    def test_whole_and_streamed_texts_are_the_same(self, published, write):
+        options = ("--prompt", "def é", "--max-new-tokens", 20)
+        greedy = write(published, *GREEDY, *options)
+        assert write(published, *GREEDY, *options, "--no-stream") == greedy
+        assert write(published, *GREEDY, *options, "--cache", "paged", "--cache-dtype", "float32") == greedy
+        sampled = write(published, "--seed", 3, *options)
+        first, _ = write(published, "--seed", 3, *options, "--num-samples", 2).split("--- 2 ---")
+        assert first == "--- 1 ---\n" + sampled != greedy
+
+    @pytest.mark.thorough
+    def test_beams_and_log_probs(self, published, write, capsys):
+        model, tokenizer = load_pretrained(published)
+        prompt = jnp.array([[START, *tokenizer.encode("def", add_special_tokens=False).ids]])
+        found = model.beam_search(prompt, num_beams=3, max_new_tokens=7)
+        tokens = found.tokens[0, 0].tolist()
+        options = ("--prompt", "def", "--max-new-tokens", "7", "--beams", "3", "--log-probs")
+        assert main(["generate", str(published), *options]) == 0
+        out, error = capsys.readouterr()
+        assert out == tokenizer.decode([*prompt[0].tolist(), *tokens]) + "\n"
+        written = model.log_probs(jnp.concatenate([prompt, found.tokens[0, :1]], 1))[0, prompt.shape[1] - 1 : -1]
+        total = float(jnp.take_along_axis(written, found.tokens[0, 0][:, None], 1).sum())
+        size = len(out.encode()) - len("def\n")
+        assert error.startswith(f"log-probability {total:.2f}, 7 tokens, {size} bytes, ")
+
+    @pytest.mark.thorough
+    def test_a_stop_ends_the_text(self, published, write):
+        options = ("--prompt", "def é", "--max-new-tokens", 20, *GREEDY)
+        text = write(published, *options)
+        stop = text[10:13]
+        for mode in ("--stream", "--no-stream"):
+            assert write(published, *options, mode, "--stop", stop) == text[: text.index(stop, 5)] + "\n"
+
+    @pytest.mark.parametrize(
+        ("config", "generation", "ends"),
+        [
+            ({"eos_token_id": 5}, None, [5]),
+            ({"eos_token_id": [5, 7]}, None, [5, 7]),
+            ({"eos_token_id": 5}, {"eos_token_id": [7, 9]}, [7, 9]),
+            ({"eos_token_id": 5}, {"eos_token_id": None}, [5]),
+            ({"eos_token_id": [5, 310]}, {}, [5]),  # the model has no token 310
+            ({}, {}, []),
+        ],
+    )
+    def test_the_end_is_that_of_the_generation_config(
+        self, published, tmp_path, write, monkeypatch, config, generation, ends
+    ):
+        folder = tmp_path / "copy"
+        shutil.copytree(published, folder)
+        theirs = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(theirs | config))
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        seen = []
+        monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: seen.append(options) or iter(()))
+        write(folder, "--stop", "zz", "--stop", "\udcff")
+        assert seen[0]["end_token"] == ends and len(seen[0]["stop_sequences"]) == 1
+
+    @pytest.mark.parametrize(
+        ("said", "words"),
+        [
+            ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of them; got eos_token_id=</s>"),
+            ({"eos_token_id": [1, True]}, "eos_token_id must be a token or a list"),
+            ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token; got bos_token_id=\[1, 2\]"),
+        ],
+    )
+    def test_ends_and_starts_that_are_no_tokens(self, tmp_path, capsys, said, words):
+        folder = publish(tmp_path, lm(), copy_of(byte_level), generation=said)
+        assert re.search(words, refuse(capsys, "generate", folder))
+
+    def test_an_empty_prompt_starts_with_the_configs_token(self, tmp_path, write, capsys, monkeypatch):
+        folder = publish(tmp_path, lm(), copy_of(byte_level))
+        assert "--prompt must not be empty" in refuse(capsys, "generate", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 9}))
+        seen = []
+        monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **_: seen.append(ids.tolist()) or iter(()))
+        assert write(folder) == "\n" and seen == [[[9]]]
+
+    def test_tokens_that_the_model_lacks(self, tmp_path, capsys):
+        folder = publish(tmp_path, lm(vocab_size=200), copy_of(byte_level))
+        assert "gives the token 2" in refuse(capsys, "generate", folder, "--prompt", "return x tree")
+        assert "embeddings of 200 only" in refuse(capsys, "generate", folder, "--prompt", "return x tree")
+
+    def test_the_text_is_not_longer_than_memory_may_hold_unless_asked(self, published, write, monkeypatch):
+        rooms = []
+        monkeypatch.setattr(
+            TransformerLM, "stream", lambda self, ids, **options: rooms.append(options["max_new_tokens"]) or iter(())
+        )
+        monkeypatch.setattr(generate_module, "MOST_NEW_TOKENS", 11)
+        write(published)
+        write(published, "--max-new-tokens", 13)
+        assert rooms == [11, 13]
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_dtype_is_that_of_parameters_and_computation(self, published, run, dtype):
+        for text in (open_published(published, dtype), open_run(run, dtype)):
+            assert text.config.dtype == text.config.param_dtype == dtype
+            assert {str(array.dtype) for array in jax.tree.leaves(nnx.state(text.model, nnx.Param))} == {dtype}
+        assert open_published(published).config.dtype == open_run(run).config.dtype == "float32"
+
+    @pytest.mark.thorough
+    def test_the_commands_dtype_reaches_model_and_draft(self, published, write, monkeypatch):
+        seen = []
+        original = generate_module.open_text_model
+        monkeypatch.setattr(
+            generate_module, "open_text_model", lambda *arguments: seen.append(original(*arguments)) or seen[-1]
+        )
+        write(published, "--draft", published, "--dtype", "bfloat16", "--max-new-tokens", 3)
+        assert [text.config.dtype for text in seen] == ["bfloat16", "bfloat16"]
+
+    @pytest.mark.thorough
+    def test_a_draft_may_be_of_either_kind(self, run, tmp_path, write):
+        text = open_run(run)
+        folder = publish(tmp_path, text.model, text.codec.tokenizer._model)
+        options = (*GREEDY, "--prompt", "text", "--max-new-tokens", 9)
+        assert write(run, *options, "--draft", folder) == write(run, *options)
+        assert write(folder, *options, "--draft", run) == write(folder, *options)
+
+    def test_drafts_that_do_not_fit(self, published, run, tmp_path, capsys):
+        other = publish(tmp_path / "other", lm(), copy_of(unigram))
+        for draft in (other, run):
+            line = refuse(capsys, "generate", published, "--draft", draft)
+            assert f"--draft {draft} has another tokenizer than {published}" in line
+        padded = publish(tmp_path / "padded", lm(vocab_size=320), copy_of(byte_level))
+        line = refuse(capsys, "generate", published, "--draft", padded)
+        assert f"--draft {padded} must have a vocabulary of 310 tokens" in line and "got 320" in line
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("bert", "TransformerEncoder"), ("bert_masked", "MaskedLM"), ("vit", "VisionTransformer")],
+    )
+    def test_models_that_write_no_text(self, capsys, name, kind):
+        line = refuse(capsys, "generate", FOLDER / name)
+        assert f"{name} holds a {kind}, which writes no text" in line
+
+    def test_a_sentence_encoder_writes_no_text(self, capsys, tmp_path):
+        folder = modify("bert", tmp_path)
+        (folder / "modules.json").write_text("[]")
+        assert "holds a SentenceEncoder, which writes no text" in refuse(capsys, "generate", folder)
+
+    def test_without_a_tokenizer_it_says_how_to_make_one(self, capsys):
+        line = refuse(capsys, "generate", FOLDER / "gpt2")
+        assert "has no tokenizer.json" in line and "AutoTokenizer.from_pretrained" in line and "\n" not in line
+
+    def test_a_folder_that_is_neither(self, capsys, tmp_path):
+        assert "is neither a run folder nor a published checkpoint" in refuse(capsys, "generate", tmp_path)
+
+    def test_all_that_is_wrong_is_said(self, capsys, tmp_path):
+        folder = modify("llama2", tmp_path, {f"new_{index}": index for index in range(30)})
+        copy_of(byte_level).save(str(folder / "tokenizer.json"))
+        head, *lines = refuse(capsys, "generate", folder).splitlines()
+        assert head == f"attnax: {folder / 'config.json'}: 30 problems."
+        assert len(lines) == 30 and all(re.fullmatch(r"  new_\d+=\d+ is no field of llama .*", line) for line in lines)
+        folder = modify("llama2", folder, {"hidden_act": "mish"})
+        (folder / "model.safetensors").unlink()
+        assert "must hold model.safetensors" in refuse(capsys, "generate", folder)
+
+
+class TestTranslator:
+    """An encoder-decoder reads the prompt and writes a text of its own."""
+
+    @pytest.fixture
+    def written(self, translator, capsys):
+        def call(*options):
+            capsys.readouterr()
+            assert main(["generate", str(translator), "--prompt", "a time", *map(str, options)]) == 0
+            return capsys.readouterr()
+
+        return call
+
+    def test_it_writes_what_the_model_makes_of_the_source(self, translator, written):
+        model, tokenizer = load_pretrained(translator)
+        source = jnp.array([tokenizer.encode("a time").ids])
+        assert source[0, 0] == START and source[0, -1] == END
+        made = model.generate(source, 9, UNKNOWN, END)
+        want = tokenizer.decode(made.tokens[0, : made.lengths[0]].tolist())
+        options = (*GREEDY, "--max-new-tokens", 9)
+        out, error = written(*options, "--log-probs")
+        assert out == want + "\n" and len(want) > 3, made.tokens  # without the prompt
+        total = float(made.log_probs[0, : made.lengths[0]].sum())
+        assert float(re.match(r"log-probability (\S+),", error)[1]) == pytest.approx(total, abs=0.02)
+        assert written(*options, "--no-stream").out == written(*options, "--draft", translator).out == out
+        assert written("--beams", 1, "--max-new-tokens", 9).out == out
+
+    def test_each_half_has_a_context(self, translator, written, capsys, monkeypatch):
+        rooms = []
+        monkeypatch.setattr(
+            Transformer, "stream", lambda self, ids, **options: rooms.append(options["max_length"]) or iter(())
+        )
+        written()
+        assert rooms == [12]
+        line = refuse(capsys, "generate", translator, "--prompt", "a tree " * 9)
+        assert f"the encoder of {translator} reads at most 13" in line
+        line = refuse(capsys, "generate", translator, "--prompt", "a", "--max-new-tokens", 13)
+        assert "has room for 12" in line
+
+    def test_a_language_model_is_no_draft_of_it(self, translator, published, capsys):
+        line = refuse(capsys, "generate", translator, "--prompt", "a", "--draft", published)
+        assert "holds a TransformerLM; that of a Transformer must be one too" in line
+
+    @pytest.mark.parametrize(
+        ("config", "generation", "start"),
+        [
+            ({"decoder_start_token_id": 0}, None, 0),
+            ({"decoder_start_token_id": 0}, {"decoder_start_token_id": 4}, 4),
+            ({"bos_token_id": 3}, None, 3),
+            ({}, None, None),
+        ],
+    )
+    def test_the_start_is_what_the_config_says(self, translator, tmp_path, config, generation, start):
+        shutil.copytree(translator, tmp_path, dirs_exist_ok=True)
+        said = json.loads((translator / "config.json").read_text())
+        del said["decoder_start_token_id"]
+        (tmp_path / "config.json").write_text(json.dumps(said | config))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        if start is None:
+            with pytest.raises(InputError, match="must have a decoder_start_token_id"):
+                open_published(tmp_path)
+            return
+        opened = open_published(tmp_path)
+        assert isinstance(opened, Translator) and opened.start == start and opened.codec.whole
+
+
+class TestInspect:
+    def test_it_shows_the_model_the_parameters_and_the_memory(self, show):
+        code, text = show(FOLDER / "gpt2")
+        assert code == 0 and "problems" not in text
+        for line in (
+            "transformers model_type='gpt2', architectures=['GPT2LMHeadModel']",
+            "attnax TransformerLM",
+            "config d_model=28",
+            " tie_embeddings=True",
+            "decoder.embed.tokens.embedding 61x28 float32 1,708 transformer.wte.weight",
+            "decoder.stack.blocks.{0..1}.attention.key.bias 28 float32 56 transformer.h.{0..1}.attn.c_attn.bias",
+            "decoder.stack.blocks.{0..1}.feed_forward.up.bias 37 float32 74 transformer.h.{0..1}.mlp.c_fc.bias",
+            "parameters 14,634: 58.5 kB as float32, 29.3 kB as bfloat16 or float16",
+            "files 28 tensors, 58.5 kB of float32",
+        ):
+            assert line in text.splitlines()
+        assert "max_norm" not in text and "attention_soft_cap" not in text  # what is so by default
+
+    def test_layers_that_differ_have_lines_of_their_own(self, show):
+        _, text = show(FOLDER / "qwen3_moe")
+        assert "decoder.stack.blocks.{0,2,3}.feed_forward.up.kernel" in text
+        experts = "model.layers.1.mlp.experts.{0..4}.up_proj.weight"
+        assert f"decoder.stack.blocks.1.feed_forward.up 5x36x11 float32 1,980 {experts}" in text
+        assert "bfloat16 4,320" in show(FOLDER / "llama3")[1] and "of bfloat16" in show(FOLDER / "llama3")[1]
+
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_golden_can_be_loaded_and_counts_as_many_parameters(self, name, show):
+        code, text = show(FOLDER / name)
+        model, _ = load_pretrained(FOLDER / name)
+        count = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        assert code == 0 and f"parameters {count:,}:" in text and f"attnax {type(model).__name__}" in text
+        table = re.findall(r"^\S+ [\dx]+ \w+ ([\d,]+) \S+$", text, re.MULTILINE)
+        assert sum(int(number.replace(",", "")) for number in table) == count
+
+    def test_halves_have_lines_of_their_own(self, show):
+        code, text = show(FOLDER / "t5")
+        assert code == 0 and "encoder.num_layers=2\n" in text and "decoder.num_layers=1\n" in text
+        assert "share_embeddings=True" in text and "encoder.stack.blocks.{0..1}.attention.query.kernel 30x35" in text
+
+    def test_no_tensor_is_read(self, show, monkeypatch):
+        def read_tensor(info):
+            raise AssertionError(info)
+
+        for module in ("checkpoint", "models"):
+            monkeypatch.setattr(f"attnax.pretrained.{module}.read_tensor", read_tensor)
+        with pytest.raises(AssertionError):
+            load_pretrained(FOLDER / "gpt2")
+        assert show(FOLDER / "gpt2")[0] == 0
+
+    def test_what_nothing_reads_does_not_hide_the_rest(self, show, tmp_path):
+        """Unknown fields and wrong tensors are told together, and the table is there."""
+
+        def change(tensors):
+            del tensors["model.norm.weight"]
+            tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((2, 3), "f")
+            return tensors | {"model.layers.0.extra": np.ones(3, "f"), "rotary_emb.inv_freq": np.ones(5, "f")}
+
+        folder = modify("llama2", tmp_path, {"logit_scale": 0.5}, change)
+        code, text = show(folder)
+        table, problems = text.split("problems (4), so that it cannot be loaded")
+        assert code == 1
+        assert "logit_scale=0.5 is no field of llama" in problems and "'model.norm.weight' is missing" in problems
+        assert "'model.layers.0.mlp.up_proj.weight' is float32(2, 3); a floating tensor of shape" in problems
+        assert "'model.layers.0.extra' is float32(3,); no such tensor was expected" in problems
+        assert "decoder.norm.scale 36 missing 36 model.norm.weight" in table
+        unknown, beside = table.split("in the files, and not known to be a parameter")[1].split("in the files beside")
+        assert "3 float32 3 model.layers.0.extra" in unknown and "inv_freq" not in unknown
+        assert "5 float32 5 rotary_emb.inv_freq" in beside
+        with pytest.raises(CheckpointError) as caught:
+            load_pretrained(folder)
+        assert len(caught.value.problems) == 4
+
+    def test_a_head_that_repeats_the_embeddings_is_beside(self, show, tmp_path):
+        def change(tensors):
+            return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+
+        code, text = show(modify("gpt2", tmp_path, (), change))
+        assert code == 0 and "61x28 float32 1,708 lm_head.weight" in text.split("in the files beside")[1]
+        assert "parameters 14,634:" in text
+
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [
+            ({"model_type": "mamba"}, "config.json: model_type must be one of llama, mistral"),
+            ({"hidden_act": "mish"}, "config.json: hidden_act must be one of silu"),
+        ],
+    )
+    def test_a_model_that_is_not_understood_has_tensors(self, show, tmp_path, fields, problem):
+        code, text = show(modify("llama2", tmp_path, fields))
+        assert code == 1 and problem in text and "problems (1)" in text
+        shapes = safetensors.numpy.load_file(FOLDER / "llama2" / "model.safetensors")
+        rows, columns = shapes["model.layers.0.self_attn.q_proj.weight"].shape
+        line = f"{rows}x{columns} float32 {2 * rows * columns:,} model.layers.{{0..1}}.self_attn.q_proj.weight"
+        assert line in text.splitlines() and "files 21 tensors" in text
+
+    def test_another_head_is_read_as_that_of_its_family(self, show, tmp_path):
+        def change(tensors):
+            return tensors | {"score.weight": np.ones((2, 36), "f")}
+
+        fields = {"architectures": ["LlamaForSequenceClassification"]}
+        code, text = show(modify("llama2", tmp_path, fields, change))
+        assert code == 1 and "decoder.stack.blocks.{0..1}.attention.query.kernel" in text
+        assert "architectures must be one of LlamaForCausalLM" in text and "'score.weight' is" in text
+
+    def test_folders_without_the_files(self, show, tmp_path):
+        folder = modify("llama2", tmp_path)
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        code, text = show(folder)
+        assert code == 1 and "d_model=36" in text and "only .safetensors files are read" in text
+        (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+        (folder / "config.json").unlink()
+        code, text = show(folder)
+        assert code == 1 and "config.json: there is no such file" in text and "files 21 tensors" in text
+        (folder / "model.safetensors").unlink()
+
+    def test_pooling_is_shown(self, show, tmp_path):
+        folder = modify("bert", tmp_path)
+        kinds = ("Transformer", "Pooling")
+        modules = [{"type": f"m.{kind}", "path": path} for kind, path in zip(kinds, ("", "1_Pooling"), strict=True)]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+        code, text = show(folder)
+        assert code == 0 and "attnax SentenceEncoder of a TransformerEncoder" in text
+        (folder / "1_Pooling" / "config.json").unlink()
+        code, text = show(folder)
+        assert code == 1 and "1_Pooling/config.json: there is no such file" in text and "encoder" in text.lower()
+
+    def test_names_cannot_speak_to_the_terminal(self, show, tmp_path):
+        code, text = show(modify("llama2", tmp_path, (), lambda tensors: tensors | {"\x1b[31m": np.ones(3, "f")}))
+        assert code == 1 and r"\x1b[31m" in text and "\x1b" not in text
+
+    def test_a_run_is_shown_too(self, run, show):
+        code, text = show(run)
+        count = sum(array.size for array in jax.tree.leaves(nnx.state(open_run(run).model, nnx.Param)))
+        assert code == 0 and "attnax TransformerLM, a run after 1 updates" in text and f"parameters {count:,}:" in text
+        assert "config d_model=16" in text and "decoder.stack.blocks.0.attention.query.kernel 16x16 float32 256" in text
+
+    def test_the_dtype_given_is_that_of_the_model(self):
+        assert inspect_folder(FOLDER / "llama3", "float32").config.dtype == "float32"
+        (refusal,) = inspect_folder(FOLDER / "llama3", "float64").refusals
+        assert "JAX has no float64" in str(refusal)
+
+    @pytest.mark.parametrize(
+        ("names", "name"),
+        [
+            (["a.0.b", "a.1.b", "a.2.b"], "a.{0..2}.b"),
+            (["a.3.b", "a.7.b"], "a.{3,7}.b"),
+            (["a.4"], "a.4"),
+            (["a.0.b.5", "a.0.b.6", "a.1.b.5", "a.1.b.6"], "a.{0..1}.b.{5..6}"),
+            (["a2.x", "a2.x"], "a2.x"),
+        ],
+    )
+    def test_names_that_differ_in_numbers_are_one(self, names, name):
+        assert collapse(names) == name
