@@ -322,9 +322,9 @@ def test_an_unknown_token_is_no_other_tokens_vector_under_jit():
 def test_an_encoder_reads_both_ways_over_its_cache():
     encoder = attnax.TransformerEncoder(nnx.Rngs(1), CONFIG)
     caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=9)
-    _, caches = encoder(IDS[:, :3], layer_kv_caches=caches)
-    late, _ = encoder(IDS[:, 3:], layer_kv_caches=caches)
-    np.testing.assert_allclose(late, encoder(IDS)[:, 3:], atol=1e-5)  # one layer: later tokens see all of it
+    _, caches = call(encoder, IDS[:, :3], layer_kv_caches=caches)
+    late, _ = call(encoder, IDS[:, 3:], layer_kv_caches=caches)
+    np.testing.assert_allclose(late, call(encoder, IDS)[:, 3:], atol=1e-5)  # one layer: later tokens see all of it
 
 
 def test_modules_are_made_with_keywords_and_without_a_dropout_stream():
