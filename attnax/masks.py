@@ -280,13 +280,8 @@ class AtPositions(Mask):
         return present if self.mask is None else jnp.logical_and(present, self.mask(b, h, q, kv))
 
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
-        absent_last = jnp.where(self.kv_positions < 0, jnp.iinfo(jnp.int32).max, self.kv_positions)
-        kv_least, _ = _range_bounds(absent_last, b, kv_range)
-        lowest, kv_most = _range_bounds(self.kv_positions, b, kv_range)
-        some, every = True, True
-        if self.mask is not None:
-            some, every = self.mask.tile(b, h, _range_bounds(self.q_positions, b, q_range), (kv_least, kv_most))
-        return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
+        tile = None if self.mask is None else self.mask.tile
+        return tile_at_positions(tile, self.q_positions, self.kv_positions, b, h, q_range, kv_range)
 
     def check(self, caller: str, full: Full) -> None:
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)
@@ -627,6 +622,25 @@ def mask_argument(
         return mask  # and checks it, against lengths that only it may know: a ring's are global
     mask.check(caller, full)
     return jnp.broadcast_to(mask(*index_grid(*full)), full)
+
+
+def tile_at_positions(
+    tile: Callable[..., tuple[Any, Any]] | None,
+    q_positions: Array,
+    kv_positions: Array,
+    b: Index,
+    h: Index,
+    q_range: Range,
+    kv_range: Range,
+) -> tuple[Any, Any]:
+    """What `Mask.tile` says of a mask at positions (B|1, T) and (B|1, S); `tile` is its own, None where all attend."""
+    absent_last = jnp.where(kv_positions < 0, jnp.iinfo(jnp.int32).max, kv_positions)
+    kv_least, _ = _range_bounds(absent_last, b, kv_range)
+    lowest, kv_most = _range_bounds(kv_positions, b, kv_range)
+    some, every = True, True
+    if tile is not None:
+        some, every = tile(b, h, _range_bounds(q_positions, b, q_range), (kv_least, kv_most))
+    return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
 
 
 def _read(values: Array, b: Index, index: Index) -> Array:

@@ -33,7 +33,7 @@ class KernelCall:
     scale: Array
     stored: Stored
     mask: Lifted  # of true positions, as score_mod
-    bounds: Lifted
+    bounds: _tile_lists.BoundsAtPositions
     score_mod: Lifted | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
 
@@ -69,6 +69,9 @@ def bind_kernel(
     # Anything else would have to be copied into another shape at each step.
     if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > _gpu_tiles.LARGEST_HEAD:
         return None
+    bounds = _tile_lists.lift_bounds_at_positions(
+        mask, (positions, stored.positions), _grid(query, stored), query.shape[1], axes
+    )
     mask = at_positions(mask, positions, stored.positions)
     mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
     call = KernelCall(
@@ -76,7 +79,7 @@ def bind_kernel(
         scale,
         stored,
         _pointwise.lift_mask(mask, axes),
-        _tile_lists.lift_bounds(mask, _grid(query, stored), query.shape[0], query.shape[1], axes),
+        bounds,
         None if mod is None else _pointwise.lift_score_mod(caller, mod, axes),
         mask.is_opaque,
     )

@@ -18,7 +18,7 @@ from attnax.kernels import _tile
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Lifted
 from attnax.kernels._pointwise import Read, Split, add_slabs
-from attnax.kernels._tile_lists import TileGrid, TileList, tile_codes
+from attnax.kernels._tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
 from attnax.kernels.pallas import (
     Call,
     Inputs,
@@ -50,7 +50,7 @@ class Setup:
     tile: Tile
     mask: Split | None
     mask_values: tuple[Array, ...]  # what the mask captured
-    bounds: Lifted | None  # of the mask, over the tiles of this pass
+    bounds: Lifted | BoundsAtPositions | None  # of the mask, over the tiles of this pass
     is_opaque: bool
     score_mod: Split | None
     mod_values: tuple[Array, ...]

@@ -10,10 +10,21 @@ from jax import lax
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.kernels._pointwise import Split
-from attnax.masks import Mask
-from attnax.typing import Array
+from attnax.masks import Mask, tile_at_positions
+from attnax.typing import Array, pytree_dataclass
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "TileGrid", "TileList", "code_of", "lift_bounds", "tile_codes"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "BoundsAtPositions",
+    "TileGrid",
+    "TileList",
+    "code_of",
+    "lift_bounds",
+    "lift_bounds_at_positions",
+    "tile_codes",
+]
 
 FULL, PARTIAL, EMPTY = 0, 1, 2
 
@@ -100,18 +111,63 @@ class TileList(NamedTuple):
         )
 
 
+@pytree_dataclass
+class BoundsAtPositions:
+    """The bounds of a mask at positions. Those of the positions are looked for where the result is wanted only."""
+
+    of_mask: Lifted | None  # read at ranges of positions
+    q_positions: Array  # (B, T)
+    kv_positions: Array  # (B, S)
+
+    @property
+    def values(self) -> tuple[Array, ...]:
+        """What they depend on."""
+        return (*(() if self.of_mask is None else self.of_mask.values), self.q_positions, self.kv_positions)
+
+    def __call__(self, b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
+        """As `Lifted` bounds are called."""
+        of_mask = self.of_mask
+        tile = None if of_mask is None else lambda b, h, q, kv: of_mask(b, h, *q, *kv)
+        positions = self.q_positions, self.kv_positions
+        some, every = tile_at_positions(tile, *positions, b, h, (ends[0], ends[1]), (ends[2], ends[3]))
+        return some, every
+
+
 def lift_bounds(mask: Mask, grid: TileGrid, batch: int, heads: int, axes: frozenset[str]) -> Lifted:
     """The mask's bounds over all tiles of a grid; `axes` are the mesh axes that arguments vary over."""
+    return _lift_bounds(mask, _all_tiles(grid, batch, heads), axes)
 
+
+def lift_bounds_at_positions(
+    mask: Mask | None, positions: tuple[Array, Array], grid: TileGrid, heads: int, axes: frozenset[str]
+) -> BoundsAtPositions:
+    """The same of a mask that is read at positions (B, T) and (B, S), None where everything attends."""
+    lifted = None
+    if mask is not None:
+        batch = positions[0].shape[0]
+        b, h, *ends = _all_tiles(grid, batch, heads)
+        # A range of positions is another for each row.
+        lifted = _lift_bounds(mask, (b, h, *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in ends)), axes)
+    return BoundsAtPositions(lifted, *positions)
+
+
+def _lift_bounds(mask: Mask, tiles: tuple[Array, ...], axes: frozenset[str]) -> Lifted:
     def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
         some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
         return jnp.asarray(some), jnp.asarray(every)
 
-    return lift(bounds, *(vary(x, axes) for x in _all_tiles(grid, batch, heads)))
+    return lift(bounds, *(vary(x, axes) for x in tiles))
 
 
 def tile_codes(
-    grid: TileGrid, batch: int, heads: int, bounds: Lifted, mask: Split, values: tuple[Array, ...], *, is_opaque: bool
+    grid: TileGrid,
+    batch: int,
+    heads: int,
+    bounds: Lifted | BoundsAtPositions,
+    mask: Split,
+    values: tuple[Array, ...],
+    *,
+    is_opaque: bool,
 ) -> Array:
     """FULL, PARTIAL or EMPTY for every tile, (B', N', num_q, num_kv) int32.
 
@@ -121,7 +177,7 @@ def tile_codes(
         grid: of the tiles.
         batch: B.
         heads: N.
-        bounds: of the mask, from `lift_bounds`.
+        bounds: of the mask.
         mask: the mask itself.
         values: what it captured.
         is_opaque: whether its bounds do not tell enough.

@@ -17,8 +17,10 @@ References:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -112,8 +114,15 @@ def rope_cos_sin_from_positions(
         last = int(np.asarray(position_ids).max())
         if last >= table_len:
             raise ValueError(f"rope: positions must be below {table_len}; got position {last}. Use a longer table.")
+    return _cos_sin(jnp.asarray(position_ids, jnp.int32), head_dim, base, jnp.dtype(out_dtype), scaling)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))  # traced once for the queries and keys of all layers
+def _cos_sin(
+    position: Array, head_dim: int, base: float, out_dtype: Any, scaling: RopeScaling | None
+) -> tuple[Array, Array]:
     inv_freq = rope_inv_freq(head_dim, base, scaling=scaling)
-    position = jnp.maximum(jnp.asarray(position_ids, jnp.int32), 0)
+    position = jnp.maximum(position, 0)
     cos, sin = jnp.asarray(rope_attention_factor(scaling), jnp.float32), jnp.zeros((), jnp.float32)
     for digit in range(4):
         angles = (np.arange(256, dtype=np.float64) * 256**digit)[:, None] * inv_freq
