@@ -178,6 +178,19 @@ def test_dtype_is_that_of_the_tensors_or_the_one_given():
         assert {str(array.dtype) for array in jax.tree.leaves(nnx.state(model))} == {expected}
     with pytest.raises(CheckpointError, match="JAX has no float64 unless jax_enable_x64 is set"):
         load_pretrained(FOLDER / "llama3", dtype="float64")
+    for wrong in ("int32", "float8_e4m3fn", "foo"):
+        with pytest.raises(ValueError, match=f"dtype must be one of float32, .*; got dtype='{wrong}'"):
+            load_pretrained(FOLDER / "llama3", dtype=wrong)
+
+
+def test_float64_is_not_read_as_less_without_a_word(tmp_path):
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    tensors = tensors_of(tmp_path)
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].astype("float64")
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="JAX has no float64 unless jax_enable_x64 is set"):
+        load_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, dtype="float32")[0].config == load_pretrained(FOLDER / "gpt2")[0].config
 
 
 def test_parameters_go_where_sharding_says():
@@ -203,6 +216,15 @@ def test_a_tokenizer_is_read_if_it_is_there(tmp_path):
             load_pretrained(tmp_path)
 
 
+def test_a_file_that_must_not_be_read_is_an_error_in_words(monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"config\.json: it cannot be read \(Permission denied\)"):
+        load_pretrained(FOLDER / "gpt2")
+
+
 def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -213,12 +235,27 @@ def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     assert load_pretrained("tiny/gpt2")[0].config == load_pretrained(FOLDER / "gpt2")[0].config
     with pytest.raises(CheckpointError, match="tiny/gpt3: there is no such folder, nor such a model in the cache"):
         load_pretrained("tiny/gpt3")
-    for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", ""):
-        with pytest.raises(CheckpointError, match="there is no such f"):
+    for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", "", "a" * 300, "a\0b"):
+        with pytest.raises(CheckpointError, match="there is no such folder"):
             load_pretrained(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"hub: pip install 'attnax\[pretrained\]'"):
         load_pretrained("tiny/gpt3")
+
+
+def test_of_the_hub_only_what_is_read_is_loaded(monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return FOLDER / "gpt2"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_pretrained("tiny/gpt2")
+    read = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "1_Pooling/config.json"]
+    other = ["onnx/model.safetensors", "original/consolidated.safetensors", "model.fp32.safetensors", "code.py"]
+    other += ["pytorch_model.bin", "onnx/config.json"]
+    assert list(huggingface_hub.utils.filter_repo_objects(read + other, allow_patterns=asked)) == read
 
 
 def copy_with(name, folder, **fields):
@@ -248,6 +285,15 @@ def copy_with(name, folder, **fields):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "more": 1}}, "rope_type='linear' must have no"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number; got factor=None"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "two names of one thing; got both"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "must have low_freq_factor and high_freq_factor"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": math.e, "mscale": 1, "mscale_all_dim": -10}},
+            "mscale and mscale_all_dim must be above 0",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0, "mscale": 1, "mscale_all_dim": 1}}, "factor must be"),
+        ({"pad_token_id": "junk"}, "pad_token_id must be a token, or null; got pad_token_id='junk'"),
+        ({"hidden_act": "x" * 1000}, f"got hidden_act='{'x' * 59}\\.\\.\\.\\."),
         ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads"),
         ({"num_hidden_layers": 100_000}, "its 21 tensors are not those of num_layers=100000"),
         ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight' is missing"),
@@ -301,6 +347,15 @@ def test_a_head_that_is_not_the_embeddings_it_is_tied_to_is_refused(tmp_path):
     assert load_pretrained(tmp_path)[0].head.projection is not None
 
 
+def test_a_tensor_by_its_old_name_and_its_new_one_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
+    tensors = tensors_of(tmp_path)
+    tensors["embeddings.LayerNorm.gamma"] = tensors["embeddings.LayerNorm.weight"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'embeddings.LayerNorm.weight' is there twice, once by its old name"):
+        load_pretrained(tmp_path)
+
+
 def test_poolers_and_old_names_of_bert_are_known(tmp_path):
     golden = outputs_of("bert")
     shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
@@ -329,6 +384,17 @@ def test_files_of_t5_from_before_version_5_are_read(tmp_path):
     model = load_pretrained(tmp_path)[0]
     assert model.config == load_pretrained(FOLDER / "t5_variant")[0].config
     check_outputs(run(model, golden), golden)
+    head = tensors.pop("lm_head.weight")
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'lm_head.weight' is missing"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'lm_head.weight' must repeat the embeddings"):
+        load_pretrained(tmp_path)
+    tensors |= {"lm_head.weight": tensors["shared.weight"]}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert load_pretrained(tmp_path)[0].head.projection is None
     tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'decoder.embed_tokens.weight' must repeat the embeddings.* tensor\.$"):
@@ -341,6 +407,8 @@ def test_configs_of_t5_that_contradict_themselves_are_refused(tmp_path):
         ({"dense_act_fn": "relu"}, "dense_act_fn must be 'gelu_new', as feed_forward_proj has it"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder must be True"),
+        ({"relative_attention_num_buckets": 32, "relative_attention_max_distance": 11}, "max_distance must be"),
+        ({"num_layers": 10**6}, "its 52 tensors are not those of num_layers=1000000"),
     ):
         with pytest.raises(CheckpointError, match=problem):
             load_pretrained(copy_with("t5_variant", tmp_path, **fields))
@@ -393,6 +461,8 @@ def test_sentences_are_pooled_as_sentence_transformers_does(tmp_path, pool, norm
     again, _ = load_pretrained(tmp_path / "written")
     assert type(again) is SentenceEncoder and (again.pool, again.normalize) == (pool, normalize)
     np.testing.assert_allclose(run(model, golden), expected, atol=1e-5)
+    with pytest.raises(CheckpointError, match="its modules.json would make a SentenceEncoder of what is written"):
+        save_pretrained(model.encoder, tmp_path / "written")
 
 
 @pytest.mark.parametrize(
@@ -427,6 +497,15 @@ def test_a_model_is_written_as_the_family_that_has_a_place_for_all_of_it(tmp_pat
             assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
             golden = {"ids": ids, "real": ids >= 0}
             np.testing.assert_allclose(run(load_pretrained(tmp_path)[0], golden), run(model, golden), atol=1e-6)
+
+
+def test_a_model_of_two_dtypes_is_written(tmp_path):
+    model = TransformerLM(nnx.Rngs(0), **SIZES, **LLAMA)
+    for name, dtype in (("embed", jnp.bfloat16), ("norm", jnp.float16)):
+        part = getattr(model.decoder, name)
+        nnx.update(part, jax.tree.map(lambda array, dtype=dtype: array.astype(dtype), nnx.state(part, nnx.Param)))
+    save_pretrained(model, tmp_path)
+    assert load_pretrained(tmp_path)[0].config.dtype == "float32"
 
 
 def test_a_model_that_no_family_has_a_place_for_is_refused_in_words(tmp_path):
@@ -507,6 +586,25 @@ def test_of_mutated_configs_only_our_own_exception_comes_out(name):
         except CheckpointError:
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5_variant", "gemma3", "qwen3_moe"])
+def test_of_models_that_mutated_configs_describe_only_our_own_exception_comes_out(name, tmp_path):
+    """The config is whole JSON, and the files are compared with it."""
+    rng = np.random.default_rng(2)
+    config = config_of(name)
+    refused = 0
+    for _ in range(40):
+        mutated = {key: value for key, value in config.items() if rng.integers(12)}
+        key = list(config)[rng.integers(len(config))]
+        mutated[key] = odd_value(rng)
+        try:
+            shutil.copytree(FOLDER / name, tmp_path, dirs_exist_ok=True)
+            (tmp_path / "config.json").write_text(json.dumps(mutated))
+            load_pretrained(tmp_path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
 
 
 def test_of_mutated_folders_only_our_own_exception_comes_out(tmp_path):

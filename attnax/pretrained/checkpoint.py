@@ -39,11 +39,22 @@ class Checkpoint:
     def dtype(self) -> np.dtype[Any]:
         """The narrowest dtype that holds all floating tensors."""
         dtypes = {info.dtype for info in self.tensors.values() if _is_floating(info)}
+        if np.dtype(np.float64) in dtypes:  # which JAX may not have, and would then promote to float32
+            return np.dtype(np.float64)
         return jnp.result_type(*(dtypes or {np.dtype(np.float32)}))
 
     def rename(self, new_name: Callable[[str], str]) -> Checkpoint:
-        """The same tensors, with other names."""
-        return Checkpoint(self.folder, {new_name(name): info for name, info in self.tensors.items()})
+        """The same tensors, with other names.
+
+        Raises:
+            CheckpointError: two of them have one new name.
+        """
+        renamed = {new_name(name): info for name, info in self.tensors.items()}
+        if len(renamed) < len(self.tensors):
+            old = [name for name in self.tensors if new_name(name) != name and new_name(name) in self.tensors]
+            problems = [f"{new_name(name)!r} is there twice, once by its old name {name!r}." for name in old]
+            raise CheckpointError(self.folder, problems)
+        return Checkpoint(self.folder, renamed)
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
         """The tensor in floating `dtype`; `check` has seen to it that it is floating itself."""

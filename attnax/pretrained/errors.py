@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from attnax.typing import InputError
 
-__all__ = ["CheckpointError"]
+__all__ = ["CheckpointError", "quoted"]
 
 _SHOWN = 20
 
@@ -29,3 +30,9 @@ class CheckpointError(InputError):
         if len(self.problems) > _SHOWN:
             lines.append(f"and {len(self.problems) - _SHOWN} more, in `problems` of this error.")
         super().__init__("\n  ".join(lines))
+
+
+def quoted(value: Any) -> str:
+    """What a stranger wrote, for a message: at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -14,7 +14,7 @@ import numpy as np
 
 from attnax.config import BIASES, BlockConfig, EncoderDecoderConfig, StackConfig
 from attnax.nn.feedforward import ACTIVATIONS
-from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.fields import COMMON, HARMLESS, Field
 from attnax.pretrained.layout import Shape, arrange, arranged_shape, reverse
 
@@ -139,7 +139,8 @@ class Family:
         buffers: endings of names of tensors that may be there beside, and hold no parameters.
         tied: tensors that repeat the embeddings where they are tied.
         repeated: tensors that repeat the embeddings always.
-        adapt: the config that it is in files with tensors of these names, where config.json does not tell.
+        adapt: from a config, its config.json and the names of the tensors the config that it is with those, where
+            config.json alone does not tell.
         renamed: endings of names in old files, and what they are today.
     """
 
@@ -155,7 +156,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     tied: tuple[str, ...] = ("lm_head.weight",)
     repeated: tuple[str, ...] = ()
-    adapt: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    adapt: Callable[[Any, Mapping[str, Any], Collection[str]], Any] = lambda config, theirs, names: config
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -182,7 +183,7 @@ class Family:
             except ValueError as error:
                 problems.append(str(error))
         problems += [
-            f"{key}={_cut(theirs[key])} is no field of {self.model_type} that is known here; nor is what it does."
+            f"{key}={quoted(theirs[key])} is no field of {self.model_type} that is known here; nor is what it does."
             for key in theirs.keys() - self.known_keys
         ]
         if not problems:
@@ -190,7 +191,7 @@ class Family:
                 return self.config(**ours)
             except ValueError as error:
                 problems.append(str(error))
-        raise CheckpointError(where, sorted(problems))
+        raise CheckpointError(where, sorted(set(problems)))
 
     def write_config(self, config: Any) -> dict[str, Any]:
         """The config.json of `config`.
@@ -376,8 +377,3 @@ def _has_layer(config: Any, layer: str) -> bool:
         case "norm":
             return config.norm_type == "layer"
     return True
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

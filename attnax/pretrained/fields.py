@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attnax.config import BlockConfig, RopeScaling, StackConfig
+from attnax.pretrained.errors import quoted
 
 __all__ = [
     "COMMON",
@@ -18,6 +19,7 @@ __all__ = [
     "PLAIN",
     "SLIDING",
     "Field",
+    "alternate_layers",
     "biases",
     "choice",
     "flag",
@@ -29,7 +31,9 @@ __all__ = [
     "read_rope",
     "real",
     "rope",
+    "rope_said",
     "sides",
+    "unread",
     "whole",
 ]
 
@@ -124,13 +128,13 @@ def choice(key: str, ours: str, names: Mapping[str, Any], default: Any = _REQUIR
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         name = _get(theirs, key, default)
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{key} must be one of {', '.join(names)}; got {key}={name!r}.")
+            raise ValueError(f"{key} must be one of {', '.join(names)}; got {key}={quoted(name)}.")
         return {ours: names[name]}
 
     def write(config: Any) -> dict[str, Any]:
         value = getattr(config, ours)
         if value not in written:
-            raise ValueError(f"{ours} must be one of {', '.join(map(str, written))}; got {ours}={value!r}.")
+            raise ValueError(f"{ours} must be one of {', '.join(map(str, written))}; got {ours}={quoted(value)}.")
         return {key: written[value]}
 
     return Field((key,), read, write)
@@ -142,10 +146,15 @@ def only(key: str, value: Any) -> Field:
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         got = theirs.get(key, value)
         if type(got) is not type(value) or got != value:
-            raise ValueError(f"{key} must be {value!r}, which is all that is supported; got {key}={got!r}.")
+            raise ValueError(f"{key} must be {value!r}, which is all that is supported; got {key}={quoted(got)}.")
         return {}
 
     return Field((key,), read, lambda _: {})
+
+
+def unread(key: str) -> Field:
+    """A key that other families read, and that says nothing in this one."""
+    return Field((key,), lambda _: {}, lambda _: {})
 
 
 COMMON = (
@@ -180,7 +189,7 @@ def sides(key: str, ours: str, default: Any = _REQUIRED) -> Field:
         value = _get(theirs, key, default)
         pair = value if isinstance(value, list) else [value, value]
         if len(pair) != 2 or not all(type(side) is int and 0 < side <= MOST for side in pair):
-            raise ValueError(f"{key} must be a whole number of at most {MOST}, or a pair; got {key}={str(value)[:80]}.")
+            raise ValueError(f"{key} must be a whole number of at most {MOST}, or a pair; got {key}={quoted(value)}.")
         return {ours: tuple(pair)}
 
     def write(config: Any) -> dict[str, Any]:
@@ -195,7 +204,11 @@ def pad_token() -> Field:
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         token = theirs.get("pad_token_id")
-        return {"pad_token_id": token if type(token) is int and 0 <= token < MOST else 0}
+        if token is None or token == -1:  # as old files say that there is none
+            return {"pad_token_id": 0}
+        if type(token) is not int or not 0 <= token < MOST:
+            raise ValueError(f"pad_token_id must be a token, or null; got pad_token_id={quoted(token)}.")
+        return {"pad_token_id": token}
 
     return Field(("pad_token_id",), read, lambda config: {"pad_token_id": config.pad_token_id})
 
@@ -230,7 +243,7 @@ def layers(default: LayerTypes, window: int | None, *, switch: str | None = None
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LayerTypes = Callable[[Mapping[str, Any], int], Sequence[str]]
-MOST_LAYERS = 4096
+MOST_LAYERS = 1024
 
 
 def read_layer_types(theirs: Mapping[str, Any], default: LayerTypes) -> Sequence[str]:
@@ -242,8 +255,13 @@ def read_layer_types(theirs: Mapping[str, Any], default: LayerTypes) -> Sequence
     if types is None:
         return default(theirs, count)
     if not isinstance(types, list) or len(types) != count or any(kind not in (FULL, SLIDING) for kind in types):
-        raise ValueError(f"layer_types must be {count} times {FULL} or {SLIDING}; got {str(types)[:80]}.")
+        raise ValueError(f"layer_types must be {count} times {FULL} or {SLIDING}; got {quoted(types)}.")
     return types
+
+
+def alternate_layers(_: Mapping[str, Any], count: int) -> list[str]:
+    """A window in every other layer, from the first on."""
+    return [FULL if layer % 2 else SLIDING for layer in range(count)]
 
 
 def layer_fields(overrides: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -275,7 +293,7 @@ def rope(
     keys = (base, "rope_scaling", "rope_parameters", *(() if fraction is None else fraction[:1]))
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        said = dict(_object(theirs, "rope_parameters") or _object(theirs, "rope_scaling") or scaling or {})
+        said = dict(rope_said(theirs) or scaling or {})
         ours: dict[str, Any] = {}
         if fraction is not None:
             key, default = fraction
@@ -283,7 +301,7 @@ def rope(
         ours |= read_rope(said, theirs.get(base, theta), theirs.get("max_position_embeddings"))
         kind = "default" if ours["rope_scaling"] is None else ours["rope_scaling"].kind
         if kind not in kinds:
-            raise ValueError(f"rope_type must be one of {', '.join(kinds)}; got rope_type={kind!r}.")
+            raise ValueError(f"rope_type must be one of {', '.join(kinds)}; got rope_type={quoted(kind)}.")
         return ours
 
     def write(config: BlockConfig) -> dict[str, Any]:
@@ -292,6 +310,18 @@ def rope(
         return theirs if fraction is None else theirs | {fraction[0]: config.rope_fraction}
 
     return Field((*keys, "max_position_embeddings"), read, write)
+
+
+def rope_said(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters`, or `rope_scaling` as older files call it.
+
+    Raises:
+        ValueError: they are no objects, or two that differ.
+    """
+    parameters, scaling = (_object(theirs, key) for key in ("rope_parameters", "rope_scaling"))
+    if parameters and scaling and parameters != scaling:
+        raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
+    return parameters or scaling
 
 
 _SCALINGS = {  # kind: (fields, their keys), beside rope_type and factor
@@ -333,12 +363,14 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise ValueError(f"rope_type must be one of {', '.join(_SCALINGS)}; got rope_type={kind!r}.")
+        raise ValueError(f"rope_type must be one of {', '.join(_SCALINGS)}; got rope_type={quoted(kind)}.")
     if kind == "default":
         _refuse_keys(given, kind)
         return None
     names = _SCALINGS[kind]
     fields: dict[str, Any] = {"kind": kind, "factor": _number(given.pop("factor", None), "factor")}
+    if fields["factor"] < 1.0:
+        raise ValueError(f"factor must be at least 1; got factor={fields['factor']}.")
     if "original_max_position_embeddings" in names:
         given.setdefault("original_max_position_embeddings", max_len)
     if kind == "yarn" and given.keys() >= {"mscale", "mscale_all_dim"}:
@@ -346,7 +378,12 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
         mscale, all_dim = (_number(given.pop(key), key) for key in ("mscale", "mscale_all_dim"))
         if mscale and all_dim:
             over, under = (0.1 * scale * math.log(fields["factor"]) + 1.0 for scale in (mscale, all_dim))
+            if over <= 0.0 or under <= 0.0:
+                raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {all_dim}.")
             given.setdefault("attention_factor", over / under)
+    missing = [key for key in ("low_freq_factor", "high_freq_factor") if key in names and key not in given]
+    if missing:
+        raise ValueError(f"rope_type={kind!r} must have {' and '.join(missing)}.")
     for key, name in names.items():
         if key in given:
             fields[name] = _SCALING_FORMS.get(name, _number)(given.pop(key), key)
@@ -373,7 +410,7 @@ def _same(
         if value is None and default is None:
             return {ours: None}
         if not check(value):
-            raise ValueError(f"{key} must be {rule}; got {key}={value!r}.")
+            raise ValueError(f"{key} must be {rule}; got {key}={quoted(value)}.")
         return {ours: form(value)}
 
     return Field((key,), read, lambda config: {key: getattr(config, ours)})
@@ -388,7 +425,7 @@ def _get(theirs: Mapping[str, Any], key: str, default: Any) -> Any:
 def _object(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = theirs.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{key} must be an object or null; got {key}={value!r}.")
+        raise ValueError(f"{key} must be an object or null; got {key}={quoted(value)}.")
     return value or {}
 
 
@@ -398,19 +435,19 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: Any, key: str) -> float:
     if not _is_number(value):
-        raise ValueError(f"{key} must be a number; got {key}={value!r}.")
+        raise ValueError(f"{key} must be a number; got {key}={quoted(value)}.")
     return float(value)
 
 
 def _whole_number(value: Any, key: str) -> int:
     if type(value) is not int or not 0 < value <= MOST:
-        raise ValueError(f"{key} must be a whole number of at most {MOST}; got {key}={value!r}.")
+        raise ValueError(f"{key} must be a whole number of at most {MOST}; got {key}={quoted(value)}.")
     return value
 
 
 def _true_or_false(value: Any, key: str) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false; got {key}={value!r}.")
+        raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
     return value
 
 
@@ -419,4 +456,4 @@ _SCALING_FORMS: dict[str, Callable[[Any, str], Any]] = {"original_max_len": _who
 
 def _refuse_keys(left: Mapping[str, Any], kind: str) -> None:
     if left:
-        raise ValueError(f"rope_type={kind!r} must have no {', '.join(sorted(left))}; got {dict(left)!r}.")
+        raise ValueError(f"rope_type={quoted(kind)} must have no {quoted(sorted(left))}.")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.config import EncoderDecoderConfig
+from attnax.config import Dtype, EncoderDecoderConfig
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerEncoder
 from attnax.pretrained.checkpoint import Checkpoint, open_checkpoint
-from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
+from attnax.pretrained.fields import MOST_LAYERS
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS
 from attnax.pretrained.sentence import read_pooling
@@ -107,8 +108,11 @@ def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
         seen.family = _likely_family(seen.theirs)
     if seen.family is None:
         return seen
-    if seen.checkpoint is not None:
-        seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
+    try:
+        if seen.checkpoint is not None:
+            seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
+    except CheckpointError as error:
+        seen.refusals.append(error)
     try:
         seen.config = seen.family.read_config(seen.theirs, where)
     except CheckpointError as error:
@@ -136,14 +140,14 @@ def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
     candidates = [family for family in FAMILIES if family.model_type == kind]
     if not candidates:
         known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
-        raise CheckpointError(where, f"model_type must be one of {known}; got model_type={kind!r}.")
+        raise CheckpointError(where, f"model_type must be one of {known}; got model_type={quoted(kind)}.")
     if not architectures:
         return candidates[0]
     for family in candidates:
         if architectures == [family.architecture]:
             return family
     known = ", ".join(family.architecture for family in candidates)
-    raise CheckpointError(where, f"architectures must be one of {known}; got architectures={architectures!r}.")
+    raise CheckpointError(where, f"architectures must be one of {known}; got architectures={quoted(architectures)}.")
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -162,10 +166,13 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
     Raises:
         CheckpointError: the tensors are not those of the config.
     """
-    config = family.adapt(seen.config, checkpoint.tensors.keys())
+    config = family.adapt(seen.config, seen.theirs, checkpoint.tensors.keys())
     config = seen.config = _with_dtype(config, _check_dtype(checkpoint, dtype))
     _check_counts(config, checkpoint)
-    seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
+    try:
+        seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
+    except ValueError as error:
+        raise CheckpointError(checkpoint.folder / "config.json", str(error)) from error
     seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
     problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors))
     if problems:
@@ -187,7 +194,13 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def _check_dtype(checkpoint: Checkpoint, dtype: Any) -> str:
-    dtype = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
+    given, known = dtype, get_args(Dtype)
+    try:
+        dtype = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in known:
+        raise ValueError(f"load_pretrained: dtype must be one of {', '.join(known)}; got dtype={given!r}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
             checkpoint.folder, f"JAX has no {dtype} unless jax_enable_x64 is set. Set it, or give a dtype."
@@ -200,7 +213,7 @@ def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError before a model is built that could not be that of the tensors."""
     count, most = len(checkpoint.tensors), MAX_TENSORS
     for stack in stacks(config):
-        if stack.num_layers > count or stack.num_layers * (stack.num_experts or 1) > most:
+        if stack.num_layers > min(count, MOST_LAYERS) or stack.num_layers * (stack.num_experts or 1) > most:
             raise CheckpointError(
                 checkpoint.folder,
                 f"its {count} tensors are not those of num_layers={stack.num_layers}, num_experts={stack.num_experts}.",

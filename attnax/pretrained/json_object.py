@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
 from attnax.pretrained.errors import CheckpointError
 
-__all__ = ["MAX_JSON_BYTES", "parse_object", "read_list", "read_object"]
+__all__ = ["MAX_JSON_BYTES", "open_file", "parse_object", "read_list", "read_object"]
 
 MAX_JSON_BYTES = 16 << 20
+
+
+def open_file(path: Path) -> BufferedReader:
+    """The file, open for reading.
+
+    Raises:
+        CheckpointError: there is none, or it must not be read.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, "there is no such file.")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(path, f"it cannot be read ({error.strerror}).") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -32,9 +47,7 @@ def read_list(path: Path) -> list[Any]:
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise CheckpointError(path, "there is no such file.")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(path, f"a JSON file must have at most {MAX_JSON_BYTES} bytes.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,8 +23,8 @@ from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import inspect_folder, parameter_name, parameter_shapes
-from attnax.pretrained.safetensors import empty_aligned, read_tensor, write_tensors
-from attnax.pretrained.sentence import write_pooling
+from attnax.pretrained.safetensors import empty_aligned, same_data, write_tensors
+from attnax.pretrained.sentence import MODULES, write_pooling
 
 if TYPE_CHECKING:
     import tokenizers
@@ -123,10 +124,14 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     types = {
         name: (np.dtype(parameters[binding.ours[0]].dtype), binding.tensor_shape) for name, binding in holder.items()
     }
+    config["torch_dtype"] = str(jnp.result_type(*(dtype for dtype, _ in types.values())))
     folder = Path(folder)
+    if sentence is None and (folder / MODULES).exists():
+        raise CheckpointError(
+            folder, f"its {MODULES} would make a SentenceEncoder of what is written. Write into another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE_FILE, types, make)
-    config["torch_dtype"] = str(np.result_type(*(dtype for dtype, _ in types.values())))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     if sentence is not None:
         write_pooling(sentence, folder)
@@ -169,8 +174,7 @@ def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: S
     for name in set(family.repeats(config)) & checkpoint.tensors.keys():
         embeddings = next(binding for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding"))
         info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.theirs[0]]
-        same_type = (info.dtype, info.shape) == (other.dtype, other.shape)
-        if not same_type or read_tensor(info).tobytes() != read_tensor(other).tobytes():
+        if (info.dtype, info.shape) != (other.dtype, other.shape) or not same_data(info, other):
             problem = f"{name!r} must repeat the embeddings, since they are tied, and is another tensor."
             hint = "" if name in family.repeated else " Set tie_word_embeddings to false in config.json."
             raise CheckpointError(checkpoint.folder, problem + hint)

@@ -22,10 +22,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from attnax.pretrained.errors import CheckpointError
-from attnax.pretrained.json_object import MAX_JSON_BYTES, parse_object
+from attnax.pretrained.errors import CheckpointError, quoted
+from attnax.pretrained.json_object import MAX_JSON_BYTES, open_file, parse_object
 
-__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_tensor", "write_tensors"]
+__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_tensor", "same_data", "write_tensors"]
 
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
@@ -82,9 +82,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is missing, cut off, too long or damaged, with everything that is wrong in the header.
     """
-    if not path.is_file():
-        raise CheckpointError(path, "there is no such file.")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -120,15 +118,32 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     """
     array = empty_aligned(info.shape, info.dtype)
     if array.nbytes:
-        with info.path.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            rest = array.reshape(-1).view(np.uint8).data
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise CheckpointError(info.path, "it was cut off after its header was read.")
-                rest = rest[count:]
+        _read_into(array.reshape(-1).view(np.uint8).data, info, 0)
     return array
+
+
+def same_data(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors of one size hold the same bytes; a part of them is in memory at a time."""
+    size = 16 << 20
+    parts = np.empty((2, size), np.uint8)
+    for start in range(0, one.num_bytes, size):
+        count = min(size, one.num_bytes - start)
+        for part, info in zip(parts, (one, other), strict=True):
+            _read_into(part[:count].data, info, start)
+        if not np.array_equal(parts[0, :count], parts[1, :count]):
+            return False
+    return True
+
+
+def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
+    """Fills `rest` with the tensor's bytes from `start` on."""
+    with open_file(info.path) as file:
+        file.seek(info.start + start)
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise CheckpointError(info.path, "it was cut off after its header was read.")
+            rest = rest[count:]
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -197,11 +212,11 @@ def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:
         raise ValueError("its entry must hold dtype, shape and data_offsets, and nothing else.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {_cut(code)}.")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {quoted(code)}.")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise ValueError(f"shape must be a list of at most {MAX_DIMS} sizes; got {_cut(shape)}.")
+        raise ValueError(f"shape must be a list of at most {MAX_DIMS} sizes; got {quoted(shape)}.")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"data_offsets must be a pair of sizes; got {_cut(offsets)}.")
+        raise ValueError(f"data_offsets must be a pair of sizes; got {quoted(offsets)}.")
     info = TensorInfo(path, _DTYPES[code], tuple(shape), data_start + offsets[0])
     if info.num_bytes != offsets[1] - offsets[0]:
         raise ValueError(f"{info} has {info.num_bytes} bytes; got data_offsets={offsets}.")
@@ -226,8 +241,3 @@ def _check_layout(tensors: Mapping[str, TensorInfo], start: int, size: int) -> l
     if start != size:
         problems.append(f"its tensors must end where it ends, at byte {size}; got {start}.")
     return problems
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerEncoder
-from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.json_object import read_list, read_object
 
 __all__ = ["read_pooling", "write_pooling"]
@@ -25,7 +25,7 @@ def read_pooling(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: modules other than Transformer, Pooling (the mean or the first token) and Normalize, in order.
     """
-    if not (folder / MODULES).is_file():
+    if not (folder / MODULES).exists():
         return None
     modules = read_list(folder / MODULES)
     types = [str(module.get("type")).rpartition(".")[2] if isinstance(module, dict) else None for module in modules]
@@ -34,13 +34,13 @@ def read_pooling(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(
             folder / MODULES,
             f"its modules must be {', '.join(_TYPES)}, where the last may be missing and the second is in {_POOLING}; "
-            f"got {str(types)[:80]}.",
+            f"got {quoted(types)}.",
         )
     config = read_object(folder / _POOLING / "config.json")
     modes = [key for key, value in config.items() if key.startswith("pooling_mode") and value]
     if len(modes) != 1 or modes[0] not in _POOLS:
         raise CheckpointError(
-            folder / _POOLING / "config.json", f"one of {', '.join(_POOLS)} must be true; got {str(modes)[:80]}."
+            folder / _POOLING / "config.json", f"one of {', '.join(_POOLS)} must be true; got {quoted(modes)}."
         )
     return {"pool": _POOLS[modes[0]], "normalize": len(types) == len(_TYPES)}
 

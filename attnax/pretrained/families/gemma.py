@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnax.config import BlockConfig, TransformerConfig
+from attnax.pretrained.errors import quoted
 from attnax.pretrained.families.llama import ATTENTION, FIELDS, GATED_FEED_FORWARD, HEAD, LLAMA, QK_NORMS
 from attnax.pretrained.family import norm, within
 from attnax.pretrained.fields import (
     FULL,
     SLIDING,
     Field,
+    alternate_layers,
     biases,
     choice,
     flag,
@@ -91,10 +93,6 @@ GEMMA = dataclasses.replace(
 )
 
 
-def _alternate(_: Mapping[str, Any], count: int) -> list[str]:
-    return [FULL if layer % 2 else SLIDING for layer in range(count)]
-
-
 _GEMMA2_FIELDS = (
     *_FIELDS,
     only("hidden_activation", "gelu_pytorch_tanh"),
@@ -107,7 +105,7 @@ GEMMA2 = dataclasses.replace(
     constants={**GEMMA.constants, "norm_placement": "sandwich"},
     fields=(
         *_GEMMA2_FIELDS,
-        layers(_alternate, 4096),
+        layers(alternate_layers, 4096),
         real("attn_logit_softcapping", "attention_soft_cap", 50.0, null=True),
         real("final_logit_softcapping", "logit_soft_cap", 30.0, null=True),
         rope(),
@@ -142,10 +140,12 @@ def _local_and_global() -> Field:
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         types = read_layer_types(theirs, every_sixth)
         said = theirs.get("rope_parameters") or {FULL: theirs.get("rope_scaling")}  # as transformers 5 and 4 write it
+        if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
+            raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
         if not isinstance(said, dict) or any(not isinstance(value, dict | None) for value in said.values()):
-            raise ValueError(f"rope_parameters must be an object of objects; got {str(said)[:80]}.")
+            raise ValueError(f"rope_parameters must be an object of objects; got {quoted(said)}.")
         if said.keys() - {FULL, SLIDING}:
-            raise ValueError(f"rope_parameters must be those of {FULL} and {SLIDING}; got {', '.join(said)}.")
+            raise ValueError(f"rope_parameters must be those of {FULL} and {SLIDING}; got {quoted(list(said))}.")
         longest = theirs.get("max_position_embeddings")
         full = read_rope(said.get(FULL) or {}, theirs.get("rope_theta", 1e6), longest)
         local = read_rope(said.get(SLIDING) or {}, theirs.get("rope_local_base_freq", 1e4), longest)

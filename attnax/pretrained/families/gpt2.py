@@ -17,8 +17,9 @@ def _inner() -> Field:
     """The hidden width, by default 4 * n_embd."""
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        inner = theirs.get("n_inner")
-        return whole("n_inner", "d_ff").read({"n_inner": 4 * theirs.get("n_embd", 0) if inner is None else inner})
+        width = whole("n_embd", "d_model").read(theirs)["d_model"]
+        inner = whole("n_inner", "d_ff", None).read(theirs)["d_ff"]
+        return {"d_ff": 4 * width if inner is None else inner}
 
     return Field(("n_inner", "n_embd"), read, lambda config: {"n_inner": config.d_ff})
 

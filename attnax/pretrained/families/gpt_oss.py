@@ -1,18 +1,12 @@
 """gpt-oss: experts with biases, a clipped gate, and sinks."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from attnax.pretrained.families.llama import ATTENTION, FIELDS, HEAD, LLAMA, NORMS
 from attnax.pretrained.family import Rule, linear, within
-from attnax.pretrained.fields import FULL, SLIDING, biases, flag, layers, only, rope, whole
+from attnax.pretrained.fields import alternate_layers, biases, flag, layers, only, rope, whole
 
 __all__ = ["GPT_OSS"]
-
-
-def _alternate(_: Mapping[str, Any], count: int) -> list[str]:
-    return [FULL if layer % 2 else SLIDING for layer in range(count)]
 
 
 _ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
@@ -25,7 +19,7 @@ GPT_OSS = dataclasses.replace(
     fields=(
         *FIELDS,
         whole("head_dim", "head_dim", 64),
-        layers(_alternate, 128),
+        layers(alternate_layers, 128),
         whole("num_local_experts", "num_experts", 128, least=1),
         whole("num_experts_per_tok", "top_k", 4),
         only("hidden_act", "silu"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnax.config import TransformerConfig
+from attnax.pretrained.errors import quoted
 from attnax.pretrained.families.llama import FIELDS, LLAMA, QK_NORMS, RULES, experts
 from attnax.pretrained.fields import (
     FULL,
@@ -78,7 +79,8 @@ def _sparse_layers() -> Field:
         experts = counts["num_experts" not in theirs].read(theirs)["num_experts"]
         skipped = theirs.get("mlp_only_layers") or []
         if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
-            raise ValueError(f"mlp_only_layers must be a list of whole numbers; got {str(skipped)[:80]}.")
+            raise ValueError(f"mlp_only_layers must be a list of whole numbers; got {quoted(skipped)}.")
+        skipped = set(skipped)
         sparse = {"num_experts": experts, "d_ff": said["sparse"]}
         dense = {"num_experts": None, "d_ff": said["dense"]}
         return layer_fields(

@@ -7,8 +7,9 @@ from typing import Any
 from attnax.config import EncoderDecoderConfig, TransformerConfig
 from attnax.models.seq2seq import Transformer
 from attnax.models.transformer import TransformerEncoder
+from attnax.pretrained.errors import quoted
 from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
-from attnax.pretrained.fields import Field, choice, only, pad_token, real, whole
+from attnax.pretrained.fields import Field, choice, only, pad_token, real, unread, whole
 
 __all__ = ["T5", "T5_ENCODER"]
 
@@ -41,7 +42,9 @@ def _feed_forward() -> Field:
         function = "gelu_new" if (gate, function) == ("gated", "gelu") else function
         for key, implied in (("dense_act_fn", function), ("is_gated_act", gate == "gated")):
             if theirs.get(key, implied) != implied:
-                raise ValueError(f"{key} must be {implied!r}, as feed_forward_proj has it; got {key}={theirs[key]!r}.")
+                raise ValueError(
+                    f"{key} must be {implied!r}, as feed_forward_proj has it; got {key}={quoted(theirs[key])}."
+                )
         return ours
 
     return Field((*name.keys, "dense_act_fn", "is_gated_act"), read, name.write)
@@ -78,7 +81,7 @@ def _head() -> Field:
         said = {"tied": tied, "scaled": theirs.get("scale_decoder_outputs", tied)}
         for key, value in zip(keys, said.values(), strict=True):
             if not isinstance(value, bool):
-                raise ValueError(f"{key} must be true or false; got {key}={value!r}.")
+                raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
         return said
 
     def write(config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -106,10 +109,11 @@ def _pair(*, num_decoder_layers: int | None, tied: bool, scaled: bool, **fields:
     return EncoderDecoderConfig(encoder=encoder, decoder=decoder, share_embeddings=True)
 
 
-def _tied_unless_there(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+def _untie(config: EncoderDecoderConfig, theirs: Mapping[str, Any], names: Collection[str]) -> EncoderDecoderConfig:
     """Files of transformers 5 say tie_word_embeddings=true in any case; they hold a head where it is not."""
-    decoder = dataclasses.replace(config.decoder, tie_embeddings="lm_head.weight" not in names)
-    return dataclasses.replace(config, decoder=decoder)
+    if "scale_decoder_outputs" not in theirs or "lm_head.weight" not in names:
+        return config
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False))
 
 
 def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -165,7 +169,7 @@ T5 = Family(
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     tied=("lm_head.weight",),
     repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    adapt=_tied_unless_there,
+    adapt=_untie,
 )
 T5_ENCODER = Family(
     model_type="t5",
@@ -173,11 +177,8 @@ T5_ENCODER = Family(
     model=TransformerEncoder,
     config=TransformerConfig,
     constants=CONSTANTS,
-    fields=FIELDS,
-    harmless=(
-        *(*HARMLESS, "is_encoder_decoder", "num_decoder_layers"),
-        *("tie_word_embeddings", "scale_decoder_outputs"),
-    ),
+    fields=(*FIELDS, unread("is_encoder_decoder")),
+    harmless=(*HARMLESS, "num_decoder_layers", "tie_word_embeddings", "scale_decoder_outputs"),
     rules=tuple(
         dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours)) for rule in ENCODER
     ),

@@ -6,6 +6,7 @@ from typing import Any
 
 from attnax.config import VisionTransformerConfig
 from attnax.models.vision import VisionTransformer
+from attnax.pretrained.errors import quoted
 from attnax.pretrained.family import Family, Rule, linear, norm, within
 from attnax.pretrained.fields import MOST, PLAIN, Field, biases, choice, flag, real, sides, whole
 
@@ -70,7 +71,7 @@ def _classes() -> Field:
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         labels = theirs.get("id2label", {"0": "", "1": ""})
         if not isinstance(labels, dict) or not labels:
-            raise ValueError(f"id2label must be an object with labels; got {str(labels)[:80]}.")
+            raise ValueError(f"id2label must be an object with labels; got {quoted(labels)}.")
         return {"num_classes": len(labels)}
 
     def write(config: VisionTransformerConfig) -> dict[str, Any]:
