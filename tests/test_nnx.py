@@ -80,6 +80,11 @@ def first(result):
     return result[0] if isinstance(result, tuple) else result
 
 
+@nnx.jit
+def call(model, *arguments, **options):
+    return model(*arguments, **options)
+
+
 QUICK = ("FeedForward", "EncoderBlock with experts", "language model, scanned, tied", "encoder-decoder")
 
 
@@ -133,14 +138,16 @@ def test_a_model_under_every_transformation():
     config = dataclasses.replace(CONFIG, dropout_rate=0.3)
     model = attnax.TransformerLM(nnx.Rngs(1), config)
     expected = model(IDS)
-    np.testing.assert_allclose(nnx.jit(lambda model, ids: model(ids))(model, IDS), expected, atol=1e-6)
-    mapped = nnx.vmap(lambda model, ids: model(ids[None])[0], in_axes=(None, 0))(model, IDS)
+    np.testing.assert_allclose(call(model, IDS), expected, atol=1e-6)
+    mapped = nnx.jit(nnx.vmap(lambda model, ids: model(ids[None])[0], in_axes=(None, 0)))(model, IDS)
     np.testing.assert_allclose(mapped, expected, atol=1e-6)
-    grads = nnx.grad(lambda model: model(IDS)[..., 3].sum())(model)
+    grads = nnx.jit(nnx.grad(lambda model: model(IDS)[..., 3].sum()))(model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
-    def draws(model, **options):
-        return float(jnp.abs(model(IDS, **options) - expected).max()) > 1e-3
+    def draws(model, rngs=None, **options):
+        rngs = {} if rngs is None else {"rngs": rngs}
+        out = nnx.jit(lambda model, **rngs: model(IDS, **options, **rngs))(model, **rngs)
+        return float(jnp.abs(out - expected).max()) > 1e-3
 
     assert not draws(model)
     assert draws(nnx.view(model, deterministic=False)) and not draws(model)
@@ -194,11 +201,6 @@ def test_padding_is_not_there(kind):
         expected = call(alone, jnp.array([[True, True, True, False, False]]))
         np.testing.assert_allclose(call(IDS[:1], real)[:, 1:4], expected[:, :3], atol=1e-5)
         np.testing.assert_allclose(model(IDS[:1, 1:4]), expected[:, :3], atol=1e-5)
-
-
-@nnx.jit
-def call(model, *arguments, **options):
-    return model(*arguments, **options)
 
 
 class TestEncoderDecoder:
