@@ -644,6 +644,15 @@ class TestInspect:
         code, text = show(modify("llama2", tmp_path, (), lambda tensors: tensors | {"\x1b[31m": np.ones(3, "f")}))
         assert code == 1 and r"\x1b[31m" in text and "\x1b" not in text
 
+    def test_names_that_no_model_has_are_shown_as_they_are(self, show, tmp_path):
+        """Longer than Python reads as a number, a hole in place of one, digits of other scripts."""
+        long, names = "9" * 5000, ["a.{}", "a.0", "a.1", "a.01", "a.\u0663"]
+        extra = {name: np.ones(3, "f") for name in [*names, f"a.{long}"]}
+        code, text = show(modify("gpt2", tmp_path, (), lambda tensors: tensors | extra))
+        assert code == 1
+        for name, count in (("{}", 3), ("{0..1}", 6), ("01", 3), ("\u0663", 3), (long, 3)):
+            assert f"3 float32 {count} a.{name}" in text.splitlines()
+
     def test_a_run_is_shown_too(self, run, show):
         code, text = show(run)
         count = sum(array.size for array in jax.tree.leaves(nnx.state(open_run(run).model, nnx.Param)))
@@ -663,6 +672,8 @@ class TestInspect:
             (["a.4"], "a.4"),
             (["a.0.b.5", "a.0.b.6", "a.1.b.5", "a.1.b.6"], "a.{0..1}.b.{5..6}"),
             (["a2.x", "a2.x"], "a2.x"),
+            (["a.1234567890"], "a.1234567890"),
+            (["a.{}"], "a.{}"),
         ],
     )
     def test_names_that_differ_in_numbers_are_one(self, names, name):

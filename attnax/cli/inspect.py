@@ -20,7 +20,8 @@ from attnax.pretrained.checkpoint import Checkpoint
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
 from attnax.training import latest_checkpoint
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
+NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
@@ -141,10 +142,11 @@ def _print_fields(title: str, lines: Iterable[str]) -> None:
 
 def _print_table(entries: Sequence[Entry]) -> None:
     """A line for all that differ in the number of a layer or an expert only."""
-    groups: dict[tuple[str, ...], list[Entry]] = {}
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        names = NUMBER.sub("{}", entry.ours), NUMBER.sub("{}", entry.theirs[0]) if entry.theirs else ""
-        groups.setdefault((*names, str(entry.shape), entry.dtype), []).append(entry)
+        # What is around the numbers, in parts: no name can spell where one would be.
+        names = [tuple(NUMBER.split(name)) for name in (entry.ours, *entry.theirs[:1])]
+        groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
     for same in groups.values():
         first = same[0]
