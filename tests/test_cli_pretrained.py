@@ -1,6 +1,7 @@
 """`attnax generate` and `attnax inspect` on published checkpoints."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from attnax.cli.run_model import open_run
 from attnax.cli.text_model import Translator
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
+from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.typing import InputError
 
 FOLDER = Path(__file__).parent / "goldens" / "pretrained"
@@ -195,6 +197,64 @@ def refuse(capsys, *arguments):
 
 
 GREEDY = ("--temperature", "0")
+
+
+def template(*pieces):
+    """A post-processor as a tokenizer.json has it, which the library would not make, but reads."""
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [A], "special_tokens": {}}
+
+
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+PANICS = [
+    {"post_processor": template({"SpecialToken": {"id": "[X]", "type_id": 0}}, A)},  # of which nothing says the id
+    {"post_processor": template(B)},  # of one text
+    {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},  # of one letter
+]
+
+
+def panicking(fields):
+    """A tokenizer of one word, with which the code of the library ends in a panic."""
+    made = json.loads(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps(made | fields))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("fields", PANICS)
+    def test_a_panic_is_an_error_in_words(self, fields):
+        codec = PublishedCodec(panicking(fields))
+        with pytest.raises(InputError, match=r"the tokenizer has no (tokens for 'a'|text for the tokens \[0\]): \w+"):
+            list(codec.pieces(codec.encode(b"a")))
+
+    @pytest.mark.parametrize("fields", PANICS)
+    def test_it_is_the_last_line_of_the_command(self, tmp_path, capfd, fields):
+        folder = publish(tmp_path, lm(), panicking(fields))
+        assert main(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]) == 2
+        out, error = capfd.readouterr()
+        assert error.splitlines()[-1].startswith("attnax: the tokenizer has no ") and "Traceback" not in error
+        assert out in ("", "a")
+
+    @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
+    def test_what_the_library_does_not_refuse_passes(self, raised):
+        with pytest.raises(raised) as caught, refusals_as(InputError):
+            raise raised
+        assert type(caught.value) is raised
+
+    def test_a_folder_in_place_of_the_tokenizer_is_refused(self, tmp_path):
+        assert load_tokenizer(tmp_path / "tokenizer.json") is None
+        (tmp_path / "tokenizer.json").mkdir()
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: it is no file"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+
+    def test_a_tokenizer_that_is_not_utf8_is_refused(self, tmp_path):
+        (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+        with pytest.raises(CheckpointError, match=r"it is no tokenizer of the tokenizers library \(.*utf-8"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+
+    def test_a_folder_may_have_any_name(self, tmp_path):
+        folder = tmp_path / os.fsdecode(b"\xff")
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(TOKENIZERS[unigram].to_str(), "utf-8")
+        assert load_tokenizer(folder / "tokenizer.json").get_vocab() == TOKENIZERS[unigram].get_vocab()
 
 
 class TestCodec:

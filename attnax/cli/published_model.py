@@ -21,6 +21,7 @@ from attnax.pretrained import load_pretrained
 from attnax.pretrained.inspect import find_family
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.sentence import MODULES
+from attnax.pretrained.tokenizer_file import refusals_as
 from attnax.typing import InputError
 
 __all__ = ["PublishedCodec", "is_published", "open_published"]
@@ -110,16 +111,13 @@ class PublishedCodec:
         return token not in self._silent and self.tokenizer.id_to_token(token) is not None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        with refusals_as(lambda why: InputError(f"the tokenizer has no text for the tokens {str(ids)[:80]}: {why}.")):
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
-        try:
+        with refusals_as(lambda why: InputError(f"the tokenizer has no tokens for {text[:80]!r}: {why}.")):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:
-            if type(error) is not Exception:  # the library raises just that
-                raise
-            raise InputError(f"the tokenizer has no tokens for {text[:80]!r}: {error}.") from error
 
 
 def is_published(folder: Path) -> bool:
