@@ -32,6 +32,7 @@ from attnax.typing import InputError
 FOLDER = Path(__file__).parent / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 TEXT = ["def f(x): return x é ü 日本 😀\n Once upon a time, there was a tree.\n"] * 3
+CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line like one of ours, half a letter
 UNKNOWN, START, END = 0, 1, 2
 SPECIAL = ["<unk>", "<s>", "</s>"]
 AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)])
@@ -407,8 +408,9 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("said", "words"),
         [
-            ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of them; got eos_token_id=</s>"),
+            ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of them; got eos_token_id='</s>'"),
             ({"eos_token_id": [1, True]}, "eos_token_id must be a token or a list"),
+            ({"eos_token_id": "\x1b[31m\n\ud800"}, r"got eos_token_id='\\x1b\[31m\\n\\ud800'\.$"),
             ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token; got bos_token_id=\[1, 2\]"),
         ],
     )
@@ -700,9 +702,28 @@ class TestInspect:
         code, text = show(folder)
         assert code == 1 and "1_Pooling/config.json: there is no such file" in text and "encoder" in text.lower()
 
-    def test_names_cannot_speak_to_the_terminal(self, show, tmp_path):
+    def test_tensors_cannot_speak_to_the_terminal(self, show, tmp_path):
         code, text = show(modify("llama2", tmp_path, (), lambda tensors: tensors | {"\x1b[31m": np.ones(3, "f")}))
         assert code == 1 and r"\x1b[31m" in text and "\x1b" not in text
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {CODES: 1},
+            {"architectures": CODES},
+            {"model_type": CODES},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2.0, CODES: 1}},
+            {"rope_parameters": {"rope_type": CODES}},
+            {"hidden_act": CODES},
+        ],
+    )
+    def test_configs_cannot_speak_to_the_terminal(self, tmp_path, capfd, fields):
+        folder = modify("llama2", tmp_path, fields)
+        copy_of(byte_level).save(str(folder / "tokenizer.json"))
+        assert (main(["inspect", str(folder)]), main(["generate", str(folder)])) == (1, 2)
+        for text in capfd.readouterr():
+            assert r"\x1b[31m\nattnax: all is well\ud800" in text
+            assert all(line.isprintable() and not line.startswith("attnax: all is well") for line in text.split("\n"))
 
     def test_names_that_no_model_has_are_shown_as_they_are(self, show, tmp_path):
         """Longer than Python reads as a number, a hole in place of one, digits of other scripts."""

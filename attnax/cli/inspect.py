@@ -14,6 +14,7 @@ from flax import nnx
 from attnax.cli.options import Inspect
 from attnax.cli.published_model import is_published
 from attnax.cli.run_folder import RunFolder
+from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
 from attnax.pretrained.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def inspect(options: Inspect) -> int:
     if problems:
         print(f"\nproblems ({len(problems)}), so that it cannot be loaded")
         for problem in problems:
-            print(f"  {problem}")
+            print(f"  {printable(problem)}")
     return 1 if problems else 0
 
 
@@ -80,7 +81,8 @@ def _print_run(run: RunFolder) -> None:
 
 def _print_model(seen: Inspection) -> None:
     classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
-    _print_fields("transformers", [f"model_type={seen.theirs.get('model_type')!r}, architectures={str(classes)[:200]}"])
+    kind = seen.theirs.get("model_type")
+    _print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
         _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
@@ -137,7 +139,7 @@ def _is_default(field: dataclasses.Field[Any], fields: dict[str, Any]) -> bool:
 
 def _print_fields(title: str, lines: Iterable[str]) -> None:
     for index, line in enumerate(lines):
-        print(f"{'' if index else title:<14}{line}")
+        print(f"{'' if index else title:<14}{printable(line)}")
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
@@ -153,11 +155,11 @@ def _print_table(entries: Sequence[Entry]) -> None:
         theirs = [name for entry in same for name in entry.theirs]
         rows.append(
             (
-                _printable(collapse(entry.ours for entry in same)),
+                printable(collapse(entry.ours for entry in same)),
                 "x".join(map(str, first.shape)) or "1",
                 first.dtype,
                 f"{len(same) * math.prod(first.shape):,}",
-                _printable(collapse(theirs)) if theirs else "",
+                printable(collapse(theirs)) if theirs else "",
             )
         )
     columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
@@ -166,11 +168,6 @@ def _print_table(entries: Sequence[Entry]) -> None:
     for row in rows:
         cells = [f"{row[i]:>{widths[i]}}" if rows[0][i] == "count" else f"{row[i]:<{widths[i]}}" for i in columns]
         print("  ".join(cells).rstrip())
-
-
-def _printable(name: str) -> str:
-    """What a stranger called a tensor, without codes that a terminal would obey."""
-    return name if name.isprintable() else repr(name)
 
 
 def _print_parameters(count: int) -> None:

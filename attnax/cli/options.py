@@ -82,7 +82,7 @@ class Train(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model, streaming the text.
+    """Continue a prompt with a trained model, streaming the text as it is, codes that a terminal obeys included.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and

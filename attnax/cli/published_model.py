@@ -179,12 +179,12 @@ def _tokens(said: Mapping[str, Any], key: str, folder: Path) -> tuple[int, ...]:
     value = said.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and token >= 0 for token in values):
-        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={str(value)[:80]}.")
+        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={repr(value)[:80]}.")
     return tuple(values)
 
 
 def _token(said: Mapping[str, Any], key: str, folder: Path) -> int | None:
     tokens = _tokens(said, key, folder)
     if len(tokens) > 1:
-        raise InputError(f"{folder}: {key} must be one token; got {key}={list(tokens)}.")
+        raise InputError(f"{folder}: {key} must be one token; got {key}={str(list(tokens))[:80]}.")
     return tokens[0] if tokens else None
