@@ -26,6 +26,7 @@ from attnax.cli.run_model import open_run
 from attnax.cli.text_model import Translator
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
+from attnax.pretrained.json_object import MAX_JSON_BYTES
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.typing import InputError
 
@@ -496,6 +497,30 @@ class TestGenerate:
     def test_a_folder_that_is_neither(self, capsys, tmp_path):
         assert "is neither a run folder nor a published checkpoint" in refuse(capsys, "generate", tmp_path)
 
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+    def test_a_folder_in_place_of_a_file_is_refused(self, published, tmp_path, capsys, name):
+        folder = tmp_path / "copy"
+        shutil.copytree(published, folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        line = refuse(capsys, "generate", folder, "--prompt", "a", "--max-new-tokens", 1)
+        assert re.search(rf"/{name}: (there is no such file|it is no file)\.$", line)
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("[" + "0," * (MAX_JSON_BYTES // 2), "must have at most 16777216 bytes"),
+            ("{", "is not JSON"),
+            ("[]", "must hold a JSON object"),
+        ],
+    )
+    def test_a_config_is_read_as_far_as_json_objects_are(self, tmp_path, capsys, text, words):
+        """Without tensors it is what tells a checkpoint from a run."""
+        (tmp_path / "config.json").write_text(text)
+        for command in ("generate", "inspect"):
+            line = refuse(capsys, command, tmp_path)
+            assert line.startswith(f"attnax: {tmp_path / 'config.json'}: ") and words in line
+
     def test_all_that_is_wrong_is_said(self, capsys, tmp_path):
         folder = modify("llama2", tmp_path, {f"new_{index}": index for index in range(30)})
         copy_of(byte_level).save(str(folder / "tokenizer.json"))
@@ -645,6 +670,32 @@ class TestInspect:
         with pytest.raises(CheckpointError) as caught:
             load_pretrained(folder)
         assert len(caught.value.problems) == 4
+
+    def test_a_tokenizer_that_cannot_be_read_is_a_problem(self, show, tmp_path):
+        folder = modify("llama2", tmp_path)
+        path = folder / "tokenizer.json"
+        copy_of(byte_level).save(str(path))
+        assert show(folder)[0] == 0
+        path.write_bytes(path.read_bytes()[:-9])
+        code, text = show(folder)
+        (problem,) = text.split("problems (1), so that it cannot be loaded\n ")[1].splitlines()
+        assert code == 1 and problem.startswith(f"{path}: it is no tokenizer of the tokenizers library (")
+        with pytest.raises(CheckpointError) as caught:
+            load_pretrained(folder)
+        assert str(caught.value) == problem
+        path.unlink()
+        path.mkdir()
+        code, text = show(folder)
+        assert code == 1 and "tokenizer.json: it is no file" in text
+
+    def test_a_head_that_differs_from_the_embeddings_is_noticed_on_loading_only(self, show, tmp_path):
+        def change(tensors):
+            return tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+
+        folder = modify("gpt2", tmp_path, (), change)
+        assert show(folder)[0] == 0
+        with pytest.raises(CheckpointError, match="must repeat the embeddings"):
+            load_pretrained(folder)
 
     def test_a_head_that_repeats_the_embeddings_is_beside(self, show, tmp_path):
         def change(tensors):

@@ -18,7 +18,9 @@ from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
 from attnax.pretrained.checkpoint import Checkpoint
+from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
+from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.training import latest_checkpoint
 
 # Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
@@ -40,6 +42,10 @@ def inspect(options: Inspect) -> int:
         _print_run(RunFolder(options.folder))
         return 0
     seen = inspect_folder(options.folder)
+    try:
+        load_tokenizer(options.folder / "tokenizer.json")
+    except CheckpointError as error:
+        seen.refusals.append(error)
     _print_model(seen)
     if seen.checkpoint is not None:
         _print_tensors(seen, seen.checkpoint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -124,19 +123,16 @@ def is_published(folder: Path) -> bool:
     """Whether this is the folder of a published checkpoint, be it whole or not, rather than that of a run.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or its config.json is not one object of JSON of at most 16 MiB.
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}.")
     if any(folder.glob("*.safetensors")):
         return True
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise InputError(f"{folder} is neither a run folder nor a published checkpoint: it has no config.json.")
-    try:
-        return "model_type" in json.loads(config.read_bytes())
-    except (ValueError, RecursionError, TypeError):
-        return False
+    return "model_type" in read_object(config)
 
 
 def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
@@ -152,13 +148,13 @@ def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
         raise InputError(
             f"{folder} holds a {kind.__name__}, which writes no text; generate takes a TransformerLM or a Transformer."
         )
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").exists():
         raise InputError(
             f"{folder} has no tokenizer.json. Where there is another tokenizer, transformers makes one: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     said = theirs
-    if (folder / "generation_config.json").is_file():
+    if (folder / "generation_config.json").exists():
         generation = read_object(folder / "generation_config.json")
         said = theirs | {key: value for key, value in generation.items() if value is not None}
     ends = _tokens(said, "eos_token_id", folder)
