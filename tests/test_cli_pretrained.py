@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -530,6 +531,77 @@ class TestGenerate:
         folder = modify("llama2", folder, {"hidden_act": "mish"})
         (folder / "model.safetensors").unlink()
         assert "must hold model.safetensors" in refuse(capsys, "generate", folder)
+
+
+def mutate(text, draw):
+    """The bytes of a JSON file with a few of them, or a few of its values, made into something else."""
+    if draw.random() < 0.4:
+        data = bytearray(text.encode())
+        for _ in range(draw.randint(1, 4)):
+            start = draw.randrange(len(data))
+            data[start : start + draw.choice([0, 1, 1, 7])] = draw.choice(
+                [b"", bytes([draw.randrange(256)]), b'"', b"{"]
+            )
+        return bytes(data[: draw.choice([len(data), len(data), draw.randrange(len(data))])])
+    value = [json.loads(text)]
+    for _ in range(draw.randint(1, 3)):
+        holder, key = value, 0
+        # Down to a few levels, so that what governs the whole is met as often as one of many words.
+        for _ in range(draw.randint(0, 5)):
+            if isinstance(holder[key], (dict, list)) and holder[key]:
+                holder = holder[key]
+                key = draw.choice(list(holder)) if isinstance(holder, dict) else draw.randrange(len(holder))
+        if draw.random() < 0.2 and holder is not value:
+            del holder[key]
+        else:
+            holder[key] = draw.choice(STRANGE)
+    return json.dumps(value[0]).encode()
+
+
+STRANGE = [None, True, -1, 0, 1, 309, 2**31, 2**70, 0.5, "", "[X]", CODES, [], {}, [[0]], {"type": "Sequence"}, B, A]
+MUTATIONS = 60
+
+
+@pytest.fixture(scope="module")
+def written_by(published):
+    """`main(["generate", ...])` on a folder whose model is that of `published`, and writes what it is told to."""
+    model, _ = load_pretrained(published)
+
+    def call(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            load = "attnax.cli.published_model.load_pretrained"
+            patch.setattr(load, lambda folder, dtype: (model, load_tokenizer(folder / "tokenizer.json")))
+            tokens = [[token] for token in (*range(3, 300, 40), START, END, 309)]
+            patch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(tokens))
+            return main(["generate", str(folder), "--prompt", "def é</s> x", "--stop", "zz"])
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["generation", "byte_level", "word_pieces"])
+def test_files_of_any_content_are_read_or_refused(published, written_by, tmp_path, capfd, kind):
+    folder = tmp_path / "copy"
+    shutil.copytree(published, folder)
+    if kind == "generation":
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None, "top_p": 0.9}))
+    else:
+        path = folder / "tokenizer.json"
+        path.write_text(copy_of(globals()[kind], AROUND).to_str(), "utf-8")
+    text, draw = path.read_text("utf-8"), random.Random(kind)
+    codes = {written_by(folder)}
+    assert codes == {0}
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutate(text, draw))
+        capfd.readouterr()
+        codes.add(code := written_by(folder))
+        error = capfd.readouterr().err
+        assert code in (0, 2) and "Traceback" not in error, path.read_bytes()
+        assert (code == 0) == (error == ""), error
+        if code == 2:
+            last = error.removesuffix("\n").split("\n")[-1]
+            assert last.startswith(("attnax: ", "  ")) and last.isprintable()
+    assert codes == {0, 2}
 
 
 class TestTranslator:
