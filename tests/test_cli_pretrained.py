@@ -1,6 +1,8 @@
 """`attnax generate` and `attnax inspect` on published checkpoints."""
 
 import json
+import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -25,11 +27,14 @@ from attnax.cli.run_model import open_run
 from attnax.cli.text_model import Translator
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
+from attnax.pretrained.json_object import MAX_JSON_BYTES
+from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.typing import InputError
 
 FOLDER = Path(__file__).parent / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 TEXT = ["def f(x): return x é ü 日本 😀\n Once upon a time, there was a tree.\n"] * 3
+CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line like one of ours, half a letter
 UNKNOWN, START, END = 0, 1, 2
 SPECIAL = ["<unk>", "<s>", "</s>"]
 AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)])
@@ -197,6 +202,64 @@ def refuse(capsys, *arguments):
 GREEDY = ("--temperature", "0")
 
 
+def template(*pieces):
+    """A post-processor as a tokenizer.json has it, which the library would not make, but reads."""
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [A], "special_tokens": {}}
+
+
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+PANICS = [
+    {"post_processor": template({"SpecialToken": {"id": "[X]", "type_id": 0}}, A)},  # of which nothing says the id
+    {"post_processor": template(B)},  # of one text
+    {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},  # of one letter
+]
+
+
+def panicking(fields):
+    """A tokenizer of one word, with which the code of the library ends in a panic."""
+    made = json.loads(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps(made | fields))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("fields", PANICS)
+    def test_a_panic_is_an_error_in_words(self, fields):
+        codec = PublishedCodec(panicking(fields))
+        with pytest.raises(InputError, match=r"the tokenizer has no (tokens for 'a'|text for the tokens \[0\]): \w+"):
+            list(codec.pieces(codec.encode(b"a")))
+
+    @pytest.mark.parametrize("fields", PANICS)
+    def test_it_is_the_last_line_of_the_command(self, tmp_path, capfd, fields):
+        folder = publish(tmp_path, lm(), panicking(fields))
+        assert main(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]) == 2
+        out, error = capfd.readouterr()
+        assert error.splitlines()[-1].startswith("attnax: the tokenizer has no ") and "Traceback" not in error
+        assert out in ("", "a")
+
+    @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
+    def test_what_the_library_does_not_refuse_passes(self, raised):
+        with pytest.raises(raised) as caught, refusals_as(InputError):
+            raise raised
+        assert type(caught.value) is raised
+
+    def test_a_folder_in_place_of_the_tokenizer_is_refused(self, tmp_path):
+        assert load_tokenizer(tmp_path / "tokenizer.json") is None
+        (tmp_path / "tokenizer.json").mkdir()
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: it is no file"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+
+    def test_a_tokenizer_that_is_not_utf8_is_refused(self, tmp_path):
+        (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+        with pytest.raises(CheckpointError, match=r"it is no tokenizer of the tokenizers library \(.*utf-8"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+
+    def test_a_folder_may_have_any_name(self, tmp_path):
+        folder = tmp_path / os.fsdecode(b"\xff")
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(TOKENIZERS[unigram].to_str(), "utf-8")
+        assert load_tokenizer(folder / "tokenizer.json").get_vocab() == TOKENIZERS[unigram].get_vocab()
+
+
 class TestCodec:
     @pytest.mark.parametrize("kind", KINDS)
     @given(data=st.data())
@@ -347,8 +410,9 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("said", "words"),
         [
-            ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of them; got eos_token_id=</s>"),
+            ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of them; got eos_token_id='</s>'"),
             ({"eos_token_id": [1, True]}, "eos_token_id must be a token or a list"),
+            ({"eos_token_id": "\x1b[31m\n\ud800"}, r"got eos_token_id='\\x1b\[31m\\n\\ud800'\.$"),
             ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token; got bos_token_id=\[1, 2\]"),
         ],
     )
@@ -434,6 +498,30 @@ class TestGenerate:
     def test_a_folder_that_is_neither(self, capsys, tmp_path):
         assert "is neither a run folder nor a published checkpoint" in refuse(capsys, "generate", tmp_path)
 
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+    def test_a_folder_in_place_of_a_file_is_refused(self, published, tmp_path, capsys, name):
+        folder = tmp_path / "copy"
+        shutil.copytree(published, folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        line = refuse(capsys, "generate", folder, "--prompt", "a", "--max-new-tokens", 1)
+        assert re.search(rf"/{name}: (there is no such file|it is no file)\.$", line)
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("[" + "0," * (MAX_JSON_BYTES // 2), "must have at most 16777216 bytes"),
+            ("{", "is not JSON"),
+            ("[]", "must hold a JSON object"),
+        ],
+    )
+    def test_a_config_is_read_as_far_as_json_objects_are(self, tmp_path, capsys, text, words):
+        """Without tensors it is what tells a checkpoint from a run."""
+        (tmp_path / "config.json").write_text(text)
+        for command in ("generate", "inspect"):
+            line = refuse(capsys, command, tmp_path)
+            assert line.startswith(f"attnax: {tmp_path / 'config.json'}: ") and words in line
+
     def test_all_that_is_wrong_is_said(self, capsys, tmp_path):
         folder = modify("llama2", tmp_path, {f"new_{index}": index for index in range(30)})
         copy_of(byte_level).save(str(folder / "tokenizer.json"))
@@ -443,6 +531,77 @@ class TestGenerate:
         folder = modify("llama2", folder, {"hidden_act": "mish"})
         (folder / "model.safetensors").unlink()
         assert "must hold model.safetensors" in refuse(capsys, "generate", folder)
+
+
+def mutate(text, draw):
+    """The bytes of a JSON file with a few of them, or a few of its values, made into something else."""
+    if draw.random() < 0.4:
+        data = bytearray(text.encode())
+        for _ in range(draw.randint(1, 4)):
+            start = draw.randrange(len(data))
+            data[start : start + draw.choice([0, 1, 1, 7])] = draw.choice(
+                [b"", bytes([draw.randrange(256)]), b'"', b"{"]
+            )
+        return bytes(data[: draw.choice([len(data), len(data), draw.randrange(len(data))])])
+    value = [json.loads(text)]
+    for _ in range(draw.randint(1, 3)):
+        holder, key = value, 0
+        # Down to a few levels, so that what governs the whole is met as often as one of many words.
+        for _ in range(draw.randint(0, 5)):
+            if isinstance(holder[key], (dict, list)) and holder[key]:
+                holder = holder[key]
+                key = draw.choice(list(holder)) if isinstance(holder, dict) else draw.randrange(len(holder))
+        if draw.random() < 0.2 and holder is not value:
+            del holder[key]
+        else:
+            holder[key] = draw.choice(STRANGE)
+    return json.dumps(value[0]).encode()
+
+
+STRANGE = [None, True, -1, 0, 1, 309, 2**31, 2**70, 0.5, "", "[X]", CODES, [], {}, [[0]], {"type": "Sequence"}, B, A]
+MUTATIONS = 60
+
+
+@pytest.fixture(scope="module")
+def written_by(published):
+    """`main(["generate", ...])` on a folder whose model is that of `published`, and writes what it is told to."""
+    model, _ = load_pretrained(published)
+
+    def call(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            load = "attnax.cli.published_model.load_pretrained"
+            patch.setattr(load, lambda folder, dtype: (model, load_tokenizer(folder / "tokenizer.json")))
+            tokens = [[token] for token in (*range(3, 300, 40), START, END, 309)]
+            patch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(tokens))
+            return main(["generate", str(folder), "--prompt", "def é</s> x", "--stop", "zz"])
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["generation", "byte_level", "word_pieces"])
+def test_files_of_any_content_are_read_or_refused(published, written_by, tmp_path, capfd, kind):
+    folder = tmp_path / "copy"
+    shutil.copytree(published, folder)
+    if kind == "generation":
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None, "top_p": 0.9}))
+    else:
+        path = folder / "tokenizer.json"
+        path.write_text(copy_of(globals()[kind], AROUND).to_str(), "utf-8")
+    text, draw = path.read_text("utf-8"), random.Random(kind)
+    codes = {written_by(folder)}
+    assert codes == {0}
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutate(text, draw))
+        capfd.readouterr()
+        codes.add(code := written_by(folder))
+        error = capfd.readouterr().err
+        assert code in (0, 2) and "Traceback" not in error, path.read_bytes()
+        assert (code == 0) == (error == ""), error
+        if code == 2:
+            last = error.removesuffix("\n").split("\n")[-1]
+            assert last.startswith(("attnax: ", "  ")) and last.isprintable()
+    assert codes == {0, 2}
 
 
 class TestTranslator:
@@ -584,6 +743,32 @@ class TestInspect:
             load_pretrained(folder)
         assert len(caught.value.problems) == 4
 
+    def test_a_tokenizer_that_cannot_be_read_is_a_problem(self, show, tmp_path):
+        folder = modify("llama2", tmp_path)
+        path = folder / "tokenizer.json"
+        copy_of(byte_level).save(str(path))
+        assert show(folder)[0] == 0
+        path.write_bytes(path.read_bytes()[:-9])
+        code, text = show(folder)
+        (problem,) = text.split("problems (1), so that it cannot be loaded\n ")[1].splitlines()
+        assert code == 1 and problem.startswith(f"{path}: it is no tokenizer of the tokenizers library (")
+        with pytest.raises(CheckpointError) as caught:
+            load_pretrained(folder)
+        assert str(caught.value) == problem
+        path.unlink()
+        path.mkdir()
+        code, text = show(folder)
+        assert code == 1 and "tokenizer.json: it is no file" in text
+
+    def test_a_head_that_differs_from_the_embeddings_is_noticed_on_loading_only(self, show, tmp_path):
+        def change(tensors):
+            return tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+
+        folder = modify("gpt2", tmp_path, (), change)
+        assert show(folder)[0] == 0
+        with pytest.raises(CheckpointError, match="must repeat the embeddings"):
+            load_pretrained(folder)
+
     def test_a_head_that_repeats_the_embeddings_is_beside(self, show, tmp_path):
         def change(tensors):
             return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
@@ -640,9 +825,37 @@ class TestInspect:
         code, text = show(folder)
         assert code == 1 and "1_Pooling/config.json: there is no such file" in text and "encoder" in text.lower()
 
-    def test_names_cannot_speak_to_the_terminal(self, show, tmp_path):
+    def test_tensors_cannot_speak_to_the_terminal(self, show, tmp_path):
         code, text = show(modify("llama2", tmp_path, (), lambda tensors: tensors | {"\x1b[31m": np.ones(3, "f")}))
         assert code == 1 and r"\x1b[31m" in text and "\x1b" not in text
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {CODES: 1},
+            {"architectures": CODES},
+            {"model_type": CODES},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2.0, CODES: 1}},
+            {"rope_parameters": {"rope_type": CODES}},
+            {"hidden_act": CODES},
+        ],
+    )
+    def test_configs_cannot_speak_to_the_terminal(self, tmp_path, capfd, fields):
+        folder = modify("llama2", tmp_path, fields)
+        copy_of(byte_level).save(str(folder / "tokenizer.json"))
+        assert (main(["inspect", str(folder)]), main(["generate", str(folder)])) == (1, 2)
+        for text in capfd.readouterr():
+            assert r"\x1b[31m\nattnax: all is well\ud800" in text
+            assert all(line.isprintable() and not line.startswith("attnax: all is well") for line in text.split("\n"))
+
+    def test_names_that_no_model_has_are_shown_as_they_are(self, show, tmp_path):
+        """Longer than Python reads as a number, a hole in place of one, digits of other scripts."""
+        long, names = "9" * 5000, ["a.{}", "a.0", "a.1", "a.01", "a.\u0663"]
+        extra = {name: np.ones(3, "f") for name in [*names, f"a.{long}"]}
+        code, text = show(modify("gpt2", tmp_path, (), lambda tensors: tensors | extra))
+        assert code == 1
+        for name, count in (("{}", 3), ("{0..1}", 6), ("01", 3), ("\u0663", 3), (long, 3)):
+            assert f"3 float32 {count} a.{name}" in text.splitlines()
 
     def test_a_run_is_shown_too(self, run, show):
         code, text = show(run)
@@ -663,6 +876,8 @@ class TestInspect:
             (["a.4"], "a.4"),
             (["a.0.b.5", "a.0.b.6", "a.1.b.5", "a.1.b.6"], "a.{0..1}.b.{5..6}"),
             (["a2.x", "a2.x"], "a2.x"),
+            (["a.1234567890"], "a.1234567890"),
+            (["a.{}"], "a.{}"),
         ],
     )
     def test_names_that_differ_in_numbers_are_one(self, names, name):

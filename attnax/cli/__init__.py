@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+from attnax.cli.terminal import printable
 from attnax.pretrained.errors import CheckpointError
 from attnax.typing import InputError
 
@@ -53,19 +54,22 @@ def main(arguments: Sequence[str]) -> int:
         return generate(options)
     except CheckpointError as error:
         problems = error.problems if len(error.problems) == 1 else (f"{len(error.problems)} problems.", *error.problems)
-        print(f"attnax: {error.where}: " + "\n  ".join(problems), file=sys.stderr)
-        return 2
+        return _refuse(f"{error.where}: {problems[0]}", *problems[1:])
     except InputError as error:
-        print(f"attnax: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except BrokenPipeError:  # the reader went away, as `head` does: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"attnax: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
-        return 2
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _refuse(*lines: str) -> int:
+    """Says what is wrong, in a line each; returns the exit code."""
+    print("attnax: " + "\n  ".join(map(printable, lines)), file=sys.stderr)
+    return 2
 
 
 def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:

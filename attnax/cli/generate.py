@@ -46,6 +46,7 @@ def generate(options: Generate) -> int:
         if options.num_samples > 1:
             sys.stdout.write(f"--- {len(read)} ---\n")
         sys.stdout.write(prompt)
+        sys.stdout.flush()
         for piece in spell(text.codec.pieces(_noted(row, read[-1]), text.begin(ids)), stops):
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -14,13 +14,17 @@ from flax import nnx
 from attnax.cli.options import Inspect
 from attnax.cli.published_model import is_published
 from attnax.cli.run_folder import RunFolder
+from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
 from attnax.pretrained.checkpoint import Checkpoint
+from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
+from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.training import latest_checkpoint
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
+NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
@@ -38,6 +42,10 @@ def inspect(options: Inspect) -> int:
         _print_run(RunFolder(options.folder))
         return 0
     seen = inspect_folder(options.folder)
+    try:
+        load_tokenizer(options.folder / "tokenizer.json")
+    except CheckpointError as error:
+        seen.refusals.append(error)
     _print_model(seen)
     if seen.checkpoint is not None:
         _print_tensors(seen, seen.checkpoint)
@@ -45,7 +53,7 @@ def inspect(options: Inspect) -> int:
     if problems:
         print(f"\nproblems ({len(problems)}), so that it cannot be loaded")
         for problem in problems:
-            print(f"  {problem}")
+            print(f"  {printable(problem)}")
     return 1 if problems else 0
 
 
@@ -79,7 +87,8 @@ def _print_run(run: RunFolder) -> None:
 
 def _print_model(seen: Inspection) -> None:
     classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
-    _print_fields("transformers", [f"model_type={seen.theirs.get('model_type')!r}, architectures={str(classes)[:200]}"])
+    kind = seen.theirs.get("model_type")
+    _print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
         _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
@@ -136,26 +145,27 @@ def _is_default(field: dataclasses.Field[Any], fields: dict[str, Any]) -> bool:
 
 def _print_fields(title: str, lines: Iterable[str]) -> None:
     for index, line in enumerate(lines):
-        print(f"{'' if index else title:<14}{line}")
+        print(f"{'' if index else title:<14}{printable(line)}")
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
     """A line for all that differ in the number of a layer or an expert only."""
-    groups: dict[tuple[str, ...], list[Entry]] = {}
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        names = NUMBER.sub("{}", entry.ours), NUMBER.sub("{}", entry.theirs[0]) if entry.theirs else ""
-        groups.setdefault((*names, str(entry.shape), entry.dtype), []).append(entry)
+        # What is around the numbers, in parts: no name can spell where one would be.
+        names = [tuple(NUMBER.split(name)) for name in (entry.ours, *entry.theirs[:1])]
+        groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
     for same in groups.values():
         first = same[0]
         theirs = [name for entry in same for name in entry.theirs]
         rows.append(
             (
-                _printable(collapse(entry.ours for entry in same)),
+                printable(collapse(entry.ours for entry in same)),
                 "x".join(map(str, first.shape)) or "1",
                 first.dtype,
                 f"{len(same) * math.prod(first.shape):,}",
-                _printable(collapse(theirs)) if theirs else "",
+                printable(collapse(theirs)) if theirs else "",
             )
         )
     columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
@@ -164,11 +174,6 @@ def _print_table(entries: Sequence[Entry]) -> None:
     for row in rows:
         cells = [f"{row[i]:>{widths[i]}}" if rows[0][i] == "count" else f"{row[i]:<{widths[i]}}" for i in columns]
         print("  ".join(cells).rstrip())
-
-
-def _printable(name: str) -> str:
-    """What a stranger called a tensor, without codes that a terminal would obey."""
-    return name if name.isprintable() else repr(name)
 
 
 def _print_parameters(count: int) -> None:

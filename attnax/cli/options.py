@@ -82,7 +82,7 @@ class Train(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model, streaming the text.
+    """Continue a prompt with a trained model, streaming the text as it is, codes that a terminal obeys included.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and
@@ -201,8 +201,9 @@ _DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
 class Inspect:
     """Show the model in a folder from the headers of its files: config, parameters, memory, and what is not understood.
 
-    No tensor is read. The exit code is 1 if the folder holds a published checkpoint that could not be loaded; all that
-    stands against it is printed, and all that is known nevertheless.
+    The exit code is 1 if the folder holds a published checkpoint that could not be loaded; all that stands against it
+    is printed, its tokenizer.json included, and all that is known nevertheless. No tensor is read, so that a tied head
+    that differs from the embeddings is noticed on loading only.
 
     Attributes:
         folder: published checkpoint (config.json and *.safetensors), or run folder that `attnax train` made.

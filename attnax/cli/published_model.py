@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from attnax.pretrained import load_pretrained
 from attnax.pretrained.inspect import find_family
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.sentence import MODULES
+from attnax.pretrained.tokenizer_file import refusals_as
 from attnax.typing import InputError
 
 __all__ = ["PublishedCodec", "is_published", "open_published"]
@@ -110,35 +110,29 @@ class PublishedCodec:
         return token not in self._silent and self.tokenizer.id_to_token(token) is not None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        with refusals_as(lambda why: InputError(f"the tokenizer has no text for the tokens {str(ids)[:80]}: {why}.")):
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
-        try:
+        with refusals_as(lambda why: InputError(f"the tokenizer has no tokens for {text[:80]!r}: {why}.")):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:
-            if type(error) is not Exception:  # the library raises just that
-                raise
-            raise InputError(f"the tokenizer has no tokens for {text[:80]!r}: {error}.") from error
 
 
 def is_published(folder: Path) -> bool:
     """Whether this is the folder of a published checkpoint, be it whole or not, rather than that of a run.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or its config.json is not one object of JSON of at most 16 MiB.
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}.")
     if any(folder.glob("*.safetensors")):
         return True
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise InputError(f"{folder} is neither a run folder nor a published checkpoint: it has no config.json.")
-    try:
-        return "model_type" in json.loads(config.read_bytes())
-    except (ValueError, RecursionError, TypeError):
-        return False
+    return "model_type" in read_object(config)
 
 
 def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
@@ -154,13 +148,13 @@ def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
         raise InputError(
             f"{folder} holds a {kind.__name__}, which writes no text; generate takes a TransformerLM or a Transformer."
         )
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").exists():
         raise InputError(
             f"{folder} has no tokenizer.json. Where there is another tokenizer, transformers makes one: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     said = theirs
-    if (folder / "generation_config.json").is_file():
+    if (folder / "generation_config.json").exists():
         generation = read_object(folder / "generation_config.json")
         said = theirs | {key: value for key, value in generation.items() if value is not None}
     ends = _tokens(said, "eos_token_id", folder)
@@ -181,12 +175,12 @@ def _tokens(said: Mapping[str, Any], key: str, folder: Path) -> tuple[int, ...]:
     value = said.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and token >= 0 for token in values):
-        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={str(value)[:80]}.")
+        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={repr(value)[:80]}.")
     return tuple(values)
 
 
 def _token(said: Mapping[str, Any], key: str, folder: Path) -> int | None:
     tokens = _tokens(said, key, folder)
     if len(tokens) > 1:
-        raise InputError(f"{folder}: {key} must be one token; got {key}={list(tokens)}.")
+        raise InputError(f"{folder}: {key} must be one token; got {key}={str(list(tokens))[:80]}.")
     return tokens[0] if tokens else None

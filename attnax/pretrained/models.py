@@ -25,6 +25,7 @@ from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import inspect_folder, parameter_name, parameter_shapes
 from attnax.pretrained.safetensors import empty_aligned, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, write_pooling
+from attnax.pretrained.tokenizer_file import load_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -78,7 +79,7 @@ def load_pretrained(
     assert seen.abstract is not None
     (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
     _check_tied(config, family, checkpoint, bindings)
-    tokenizer = _load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     dtype, arrays = stacks(config)[-1].param_dtype, {}
     # The largest first: what is read last, beside all the others, is then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
@@ -188,23 +189,6 @@ def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
     for expert, name in enumerate(binding.theirs):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
-
-
-def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
-    if not path.is_file():
-        return None
-    try:
-        import tokenizers  # of the extra
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            path, "reading it needs the package tokenizers. Install it with: pip install 'attnax[pretrained]'"
-        ) from error
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises just that
-            raise
-        raise CheckpointError(path, f"it is no tokenizer of the tokenizers library ({error}).") from error
 
 
 def _by_name(state: Any) -> dict[str, Any]:
