@@ -59,6 +59,7 @@ def load_pretrained(
     Raises:
         CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
             is not supported; all that is wrong at once.
+        ValueError: a dtype that models do not have.
 
     Example:
         >>> import tempfile
