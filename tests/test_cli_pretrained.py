@@ -1,5 +1,6 @@
 """`attnax generate` and `attnax inspect` on published checkpoints."""
 
+import copy
 import json
 import os
 import random
@@ -556,7 +557,7 @@ def mutate(text, draw):
         if draw.random() < 0.2 and holder is not value:
             del holder[key]
         else:
-            holder[key] = draw.choice(STRANGE)
+            holder[key] = copy.deepcopy(draw.choice(STRANGE))
     return json.dumps(value[0]).encode()
 
 
