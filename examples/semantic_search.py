@@ -139,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> list[list[str]]:
     if not docstrings:
         parser.error(f"--modules must name modules of the standard library; got {' '.join(options.modules)}.")
     embed = load_embed(find_model())
+    print(f"embedding {len(docstrings)} docstrings", flush=True)  # and nothing for a while
     start = time.perf_counter()
     vectors = embed([f"{name}: {text}" for name, text in docstrings])
     seconds = time.perf_counter() - start

@@ -73,7 +73,9 @@ def test_queries_find_what_they_mean_and_the_map_is_drawn(search, tmp_path, caps
     assert [best[0] for best in hits] == ["statistics.median", "shutil.rmtree"]
     assert out.read_bytes().startswith(b"\x89PNG")
     first, *blocks, last = capsys.readouterr().out.split("\n\n")
-    assert first.split()[1:3] == ["docstrings", "of"] and last == f"the map of the hits is in {out}\n"
+    begun, done = first.splitlines()
+    assert begun.split()[0] == "embedding" and done.split()[:3] == [begun.split()[1], "docstrings", "of"]
+    assert last == f"the map of the hits is in {out}\n"
     for query, block, names in zip(queries, blocks, hits, strict=True):
         head, *lines = block.splitlines()
         assert head == query and [line.split()[1] for line in lines] == names

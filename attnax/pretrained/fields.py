@@ -174,7 +174,7 @@ def biases(always: Sequence[str] = (), **flags: tuple[bool, Sequence[str]]) -> F
         layers = list(always)
         for key, (default, names) in flags.items():
             layers += names if _true_or_false(theirs.get(key, default), key) else ()
-        return {"use_bias": tuple(sorted(layers))}
+        return {"use_bias": tuple(sorted(layers)) or False}
 
     def write(config: BlockConfig) -> dict[str, Any]:
         return {key: all(map(config.has_bias, names)) for key, (_, names) in flags.items()}
