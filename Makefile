@@ -26,8 +26,8 @@ test-thorough: $(VENV)/.dev
 test-gpu:
 	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
-# The part of `test-thorough` that CI has time for: every kernel on every case, checkpoints, documents.
-CONTRACT := attention docs gpu_benchmark linear lite nnx_adapter paged pallas pretrained ring score_mods splash
+# The part of `test-thorough` that CI has time for: every softmax kernel on every case, checkpoints, documents.
+CONTRACT := attention docs gpu_benchmark paged pallas pretrained ring score_mods splash
 
 test-contract: $(VENV)/.dev
 	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough $(CONTRACT:%=tests/test_%.py)
