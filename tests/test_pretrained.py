@@ -285,7 +285,6 @@ def copy_with(name, folder, **fields):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "more": 1}}, "rope_type='linear' must have no"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number; got factor=None"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "two names of one thing; got both"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "must have low_freq_factor and high_freq_factor"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": math.e, "mscale": 1, "mscale_all_dim": -10}},
@@ -303,6 +302,12 @@ def copy_with(name, folder, **fields):
 def test_a_config_that_is_not_understood_is_refused_in_words(tmp_path, fields, problem):
     with pytest.raises(CheckpointError, match=problem):
         load_pretrained(copy_with("llama2", tmp_path, **fields))
+
+
+def test_two_names_of_the_rotary_positions_are_one_too_many(tmp_path):
+    for name in ("llama2", "gemma3"):
+        with pytest.raises(CheckpointError, match="two names of one thing; got both"):
+            load_pretrained(copy_with(name, tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}))
 
 
 def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):

@@ -30,6 +30,7 @@ __all__ = [
     "read_layer_types",
     "read_rope",
     "real",
+    "refuse_both_ropes",
     "rope",
     "rope_said",
     "sides",
@@ -319,9 +320,15 @@ def rope_said(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: they are no objects, or two that differ.
     """
     parameters, scaling = (_object(theirs, key) for key in ("rope_parameters", "rope_scaling"))
-    if parameters and scaling and parameters != scaling:
-        raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
+    if parameters != scaling:
+        refuse_both_ropes(parameters, scaling)
     return parameters or scaling
+
+
+def refuse_both_ropes(parameters: Any, scaling: Any) -> None:
+    """Raises ValueError if there are a `rope_parameters` and a `rope_scaling`."""
+    if parameters and scaling:
+        raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
 
 
 _SCALINGS = {  # kind: (fields, their keys), beside rope_type and factor

@@ -22,6 +22,7 @@ from attnax.pretrained.fields import (
     read_layer_types,
     read_rope,
     real,
+    refuse_both_ropes,
     rope,
     whole,
     write_rope_scaling,
@@ -140,8 +141,7 @@ def _local_and_global() -> Field:
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         types = read_layer_types(theirs, every_sixth)
         said = theirs.get("rope_parameters") or {FULL: theirs.get("rope_scaling")}  # as transformers 5 and 4 write it
-        if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
-            raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
+        refuse_both_ropes(theirs.get("rope_parameters"), theirs.get("rope_scaling"))
         if not isinstance(said, dict) or any(not isinstance(value, dict | None) for value in said.values()):
             raise ValueError(f"rope_parameters must be an object of objects; got {quoted(said)}.")
         if said.keys() - {FULL, SLIDING}:
