@@ -27,10 +27,12 @@ test-gpu:
 	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
 # The part of `test-thorough` that CI has time for: every softmax kernel on every case, checkpoints, documents.
-CONTRACT := attention docs gpu_benchmark paged pallas pretrained ring score_mods splash
+CONTRACT := tests/kernels/test_attention.py tests/kernels/test_paged.py tests/kernels/test_pallas.py \
+	tests/kernels/test_ring.py tests/kernels/test_score_mods.py tests/kernels/test_splash.py tests/benchmarks \
+	tests/pretrained tests/test_docs.py
 
 test-contract: $(VENV)/.dev
-	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough $(CONTRACT:%=tests/test_%.py)
+	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m thorough $(CONTRACT)
 
 # Two thousand examples instead of two hundred.
 test-properties: $(VENV)/.dev

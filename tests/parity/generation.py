@@ -1,4 +1,4 @@
-"""Golden values of generation by Hugging Face transformers, stored for tests/test_generation_parity.py.
+"""Golden values of generation by Hugging Face transformers, stored for tests/generation/test_generation_parity.py.
 
     python tests/parity/generation.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/generation.py --write

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 SOURCE = '''"""Module.
 
 More."""
@@ -28,7 +28,7 @@ async def go(): "Goes."
 @pytest.fixture(scope="module")
 def search():
     """The example, with few and small batches, which compile and run sooner."""
-    path = TESTS.parent / "examples" / "semantic_search.py"
+    path = ROOT / "examples" / "semantic_search.py"
     spec = importlib.util.spec_from_file_location("semantic_search", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,7 +43,7 @@ def embed(search):
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(TESTS / "goldens" / "minilm.npz") as file:
+    with np.load(ROOT / "tests" / "goldens" / "minilm.npz") as file:
         return dict(file)
 
 

@@ -32,7 +32,7 @@ from attnax.pretrained.json_object import MAX_JSON_BYTES
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.typing import InputError
 
-FOLDER = Path(__file__).parent / "goldens" / "pretrained"
+FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 TEXT = ["def f(x): return x é ü 日本 😀\n Once upon a time, there was a tree.\n"] * 3
 CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line like one of ours, half a letter

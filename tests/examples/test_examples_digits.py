@@ -11,7 +11,7 @@ pytestmark = pytest.mark.thorough
 
 @pytest.fixture(scope="module")
 def digits():
-    path = Path(__file__).parent.parent / "examples" / "digits.py"
+    path = Path(__file__).parents[2] / "examples" / "digits.py"
     spec = importlib.util.spec_from_file_location("digits", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,7 +12,7 @@ from flax import nnx
 from attnax import Sampler, TransformerLM
 from attnax.generation import Text, beam_search, make_request
 
-with np.load(Path(__file__).parent / "goldens" / "generation.npz") as file:
+with np.load(Path(__file__).parents[1] / "goldens" / "generation.npz") as file:
     GOLDENS = dict(file)
 
 

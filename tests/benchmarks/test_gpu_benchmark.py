@@ -12,7 +12,7 @@ import pytest
 
 from attnax import standard_attention
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.layout import arrange, arranged_shape, reverse
 
-FOLDER = Path(__file__).parent / "goldens" / "pretrained"
+FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 VARIANTS = ("llama_linear", "llama_yarn", *(name for name in NAMES if name.endswith("variant")))
 
