@@ -120,8 +120,8 @@ class Rows(NamedTuple):
 class Place(NamedTuple):
     """Consecutive rows of the batch and heads of an array (B, N, ...)."""
 
-    row: Array
-    head: Array
+    row: Any
+    head: Any
     num_rows: int
     num_heads: int
 
@@ -226,7 +226,8 @@ def _trace(
         ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
         check_mask_result(caller, mask, rows, heads)
         lifted_mask = lift(mask, *indices)
-        lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
+        if count > 1:
+            lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
     if score_mod is not None:
 
         def modify(scores: Array, *indices: Array) -> Array:
@@ -249,6 +250,14 @@ def check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
             f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
             f"for indices of sizes {sizes}. Index its arrays by b, h, q and kv, or pass an array as the mask."
         )
+
+
+class Order(NamedTuple):
+    """Tiles along one axis in the order in which they are computed: full ones, then partial ones; the rest is empty."""
+
+    nth: Callable[[Any], Any]
+    num_full: Any  # an int where that is known
+    num_visited: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,11 +302,14 @@ class Walk:
         """Whether the scores of full tiles are used as they are."""
         return self.functions.score_mod is None
 
-    def indices(self, x: Array, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
+    def indices(self, x: Any, i: Any, j: Any) -> tuple[Array, Array, Array, Array]:
         """(b, h, q, kv) of tile (i, j) from group x on, shapes (Bt,1,1,1), (1,Nt,1,1), (1,1,Tt,1), (1,1,1,St)."""
         rows, heads = self._rows_and_heads(x)
-        q = lax.dynamic_slice_in_dim(self.q_index, i * self.tiles.queries, self.tiles.queries)
-        kv = lax.dynamic_slice_in_dim(self.kv_index, j * self.tiles.keys, self.tiles.keys)
+        q, kv = self.q_index, self.kv_index
+        if self.num_queries > 1:
+            q = _cut_index(q, i, self.tiles.queries)
+        if self.num_keys > 1:
+            kv = _cut_index(kv, j, self.tiles.keys)
         return rows[..., None], heads[..., None], q[None, None, :, None], kv[None, None, None, :]
 
     def keep(self, x: Array, i: Array, j: Array) -> Array | None:
@@ -338,26 +350,32 @@ class Walk:
 
         return masked.reshape(scores.shape), pull
 
-    def keys_for(self, x: Array, i: Array) -> tuple[Array, Any, Any]:
-        """(order, number of full tiles, number of tiles that are not empty) of keys for tile i of queries."""
+    def keys_for(self, x: Any, i: Any) -> Order:
+        """Which tiles of keys are computed for tile i of queries."""
+        if self.num_keys == 1 or self.is_full:
+            return self._all(self.num_keys)
         q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
-        ranges = *(end[i].reshape(1, 1, 1) for end in q), *(end[None, None] for end in kv)
+        ranges = *(_at(end, i).reshape(1, 1, 1) for end in q), *(end[None, None] for end in kv)
         filled = (jnp.arange(self.num_keys) == self.num_keys - 1) & self.is_filled
         return self._order(x, ranges, filled, lambda j: self.keep(x, i, j))
 
-    def queries_for(self, x: Array, j: Array) -> tuple[Array, Any, Any]:
+    def queries_for(self, x: Any, j: Any) -> Order:
         """The same of queries for tile j of keys."""
+        if self.num_queries == 1 or self.is_full:
+            return self._all(self.num_queries)
         q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
-        ranges = *(end[None, None] for end in q), *(end[j].reshape(1, 1, 1) for end in kv)
+        ranges = *(end[None, None] for end in q), *(_at(end, j).reshape(1, 1, 1) for end in kv)
         filled = jnp.broadcast_to((j == self.num_keys - 1) & self.is_filled, self.num_queries)
         return self._order(x, ranges, filled, lambda i: self.keep(x, i, j))
 
+    def _all(self, count: int) -> Order:
+        """Every tile, in its own order."""
+        return Order(lambda n: n, count if self.is_full else 0, count)
+
     def _order(
         self, x: Array, ranges: tuple[Array, ...], filled: Array, keep: Callable[[Array], Array | None]
-    ) -> tuple[Array, Any, Any]:
+    ) -> Order:
         (count,) = filled.shape
-        if self.is_full or count == 1:
-            return jnp.arange(count), count if self.is_full else 0, count
         if self.functions.bounds is None:
             some, every = jnp.ones(count, bool), jnp.ones(count, bool)
         else:
@@ -381,23 +399,23 @@ class Walk:
             codes = lax.map(refined, (vary(jnp.arange(count), axes), codes))
         codes = jnp.where(filled, jnp.maximum(codes, PARTIAL), codes)
         order = jnp.argsort(codes, stable=True)
-        return order, (codes == FULL).sum(), (codes < EMPTY).sum()
+        return Order(partial(_at, order), (codes == FULL).sum(), (codes < EMPTY).sum())
 
-    def places(self, x: Array) -> tuple[Place, Place]:
+    def places(self, x: Any) -> tuple[Place, Place]:
         """Which rows and heads of queries, and of keys, the groups from x on are."""
         _, heads, _, kv_heads, _ = self.shape
         num_rows, num_heads, _, _ = tile_shape(self.tiles, self.shape)
-        x = jnp.asarray(x).astype(jnp.int32)
-        row, kv_head, shared = x // kv_heads, x % kv_heads, heads // kv_heads
+        (row, kv_head), shared = _divide(x, kv_heads), heads // kv_heads
         return (
             Place(row, kv_head * shared, num_rows, num_heads),
             Place(row, kv_head, num_rows, num_heads // shared),
         )
 
-    def _rows_and_heads(self, x: Array) -> tuple[Array, Array]:
+    def _rows_and_heads(self, x: Any) -> tuple[Array, Array]:
         place, _ = self.places(x)
-        rows = place.row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None]
-        heads = place.head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None]
+        first_row, first_head = place.start()
+        rows = first_row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None]
+        heads = first_head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None]
         axes = varying_axes(self.q_index)
         return vary(rows, axes), vary(heads, axes)
 
@@ -419,14 +437,15 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
     tiles, axes, seq_q = plan.forward, varying_axes(query), query.shape[2]
     query, keys = _fill(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
 
-    def row_of_tiles(step: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, i = step // walk.num_queries * tiles.groups, step % walk.num_queries
+    def row_of_tiles(step: Any, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, i = _divide(step, walk.num_queries)
+        x = x * tiles.groups
         q_place, kv_place = walk.places(x)
         query_tile = _flat(_cut(query, q_place, i, tiles.queries), tiles.groups)
-        order, num_full, num_visited = walk.keys_for(x, i)
+        order = walk.keys_for(x, i)
 
-        def tile(is_full: bool, n: Array, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
-            j = order[n]
+        def tile(is_full: bool, n: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+            j = order.nth(n)
             is_plain = is_full and walk.is_plain
             # A full tile's scores are used as they are, so what spoils them must be in the keys.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles, jnp.nan if is_plain else 0.0)
@@ -436,7 +455,7 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
             return _tile.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
 
         state = _vary_all(_tile.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
-        state = _two_loops(tile, num_full, num_visited, state)
+        state = _two_loops(tile, order, state)
         return tuple(
             _put(whole, part, q_place, i, tiles.queries)
             for whole, part in zip(results, _tile.finish(state), strict=True)
@@ -444,8 +463,8 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
 
     zeros = [jnp.zeros(shape, query.dtype) for shape in ((*query.shape[:3], value.shape[3]), query.shape[:3])]
     steps = walk.num_groups // tiles.groups * walk.num_queries
-    out, lse = lax.fori_loop(0, steps, row_of_tiles, tuple(_vary_all(zeros, axes)))
-    return out[:, :, :seq_q], lse[:, :, :seq_q]
+    out, lse = _loop(steps, row_of_tiles, tuple(_vary_all(zeros, axes)))
+    return _first(out, seq_q), _first(lse, seq_q)
 
 
 def backward(
@@ -466,14 +485,15 @@ def backward(
     query_turned, d_out_turned = (jnp.where(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
     unit = 1.0 / _tile.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
 
-    def column_of_tiles(step: Array, sums: Any) -> Any:
-        x, j = step // walk.num_keys * tiles.groups, step % walk.num_keys
+    def column_of_tiles(step: Any, sums: Any) -> Any:
+        x, j = _divide(step, walk.num_keys)
+        x = x * tiles.groups
         q_place, kv_place = walk.places(x)
-        order, num_full, num_visited = walk.queries_for(x, j)
+        order = walk.queries_for(x, j)
 
-        def tile(is_full: bool, n: Array, sums: Any) -> Any:
+        def tile(is_full: bool, n: Any, sums: Any) -> Any:
             (d_query, gradients), d_key, d_value = sums
-            i = order[n]
+            i = order.nth(n)
             is_plain = is_full and walk.is_plain
             # Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles)
@@ -505,7 +525,7 @@ def backward(
 
         (d_query, gradients), d_key, d_value = sums
         column = [jnp.zeros((tiles.groups, size, tiles.keys), dtype) for size in (key.shape[3], value.shape[3])]
-        carried, *column = _two_loops(tile, num_full, num_visited, ((d_query, gradients), *_vary_all(column, axes)))
+        carried, *column = _two_loops(tile, order, ((d_query, gradients), *_vary_all(column, axes)))
         d_key, d_value = (
             _put(whole, part.swapaxes(1, 2) * factor, kv_place, j, tiles.keys)
             for whole, part, factor in zip((d_key, d_value), column, (unit, 1.0), strict=True)
@@ -514,11 +534,11 @@ def backward(
 
     zeros = _vary_all([jnp.zeros(x.shape, dtype) for x in (query, keys.key, keys.value)], axes)
     steps = walk.num_groups // tiles.groups * walk.num_keys
-    (d_query, gradients), *d_keys = lax.fori_loop(
-        0, steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2])
+    (d_query, gradients), *d_keys = _loop(
+        steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2])
     )
-    d_key, d_value = (x[:, :, : key.shape[2]] for x in d_keys)
-    return d_query[:, :, : rows.query.shape[2]], d_key, d_value, gradients
+    d_key, d_value = (_first(x, key.shape[2]) for x in d_keys)
+    return _first(d_query, rows.query.shape[2]), d_key, d_value, gradients
 
 
 def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Rows:
@@ -547,7 +567,7 @@ def _shape(query: Array, key: Array) -> Shape:
 def _walk(plan: Plan, tiles: Tiles, functions: Functions, operands: Operands, shape: Shape) -> Walk:
     # Where a tile is filled up, masks and score mods see the last index again: no array is read out of bounds.
     q_index, kv_index = (
-        jnp.pad(index, (0, -index.shape[0] % size), mode="edge")
+        jnp.pad(index, (0, missing), mode="edge") if (missing := -index.shape[0] % size) else index
         for index, size in ((operands.q_index, tiles.queries), (operands.kv_index, tiles.keys))
     )
     return Walk(tiles, functions, shape, q_index, kv_index, operands.dropout, plan.dropout_rate)
@@ -571,16 +591,27 @@ def _fill(x: Array, size: int, fill: Any = None) -> Array:
     return jnp.pad(x, widths, mode="edge") if fill is None else jnp.pad(x, widths, constant_values=fill)
 
 
-def _cut(x: Array, place: Place, tile: Array, size: int) -> Array:
+def _first(x: Array, length: int) -> Array:
+    """What is left of (B, N, L', ...) without that which `_fill` put behind it."""
+    return x if x.shape[2] == length else x[:, :, :length]
+
+
+def _cut(x: Array, place: Place, tile: Any, size: int) -> Array:
     """Tile (Bt, Nt, size, ...) of (B, N, L', ...)."""
-    start = place.start(tile * size, 0)[: x.ndim]
-    return lax.dynamic_slice(x, start, (place.num_rows, place.num_heads, size, *x.shape[3:]))
+    shape = place.num_rows, place.num_heads, size, *x.shape[3:]
+    if shape == x.shape:
+        return x
+    return lax.dynamic_slice(x, place.start(tile * size, 0)[: x.ndim], shape, allow_negative_indices=False)
 
 
-def _cut_turned(x: Array, place: Place, tile: Array, tiles: Tiles) -> Array:
+def _cut_turned(x: Array, place: Place, tile: Any, tiles: Tiles) -> Array:
     """The same tile of (B, N, width, L'), as (Xt, width, N / K * size)."""
-    start, width = place.start(0, tile * tiles.queries), x.shape[2]
-    cut = lax.dynamic_slice(x, start, (place.num_rows, place.num_heads, width, tiles.queries))
+    width = x.shape[2]
+    shape = place.num_rows, place.num_heads, width, tiles.queries
+    cut = x
+    if shape != x.shape:
+        start = place.start(0, tile * tiles.queries)
+        cut = lax.dynamic_slice(x, start, shape, allow_negative_indices=False)
     return cut.reshape(tiles.groups, -1, width, tiles.queries).swapaxes(1, 2).reshape(tiles.groups, width, -1)
 
 
@@ -596,10 +627,31 @@ def _flat(x: Array, groups: int) -> Array:
     return x.reshape(groups, -1, *x.shape[3:])
 
 
-def _put(whole: Array, part: Array, place: Place, tile: Array, size: int) -> Array:
+def _put(whole: Array, part: Array, place: Place, tile: Any, size: int) -> Array:
     """`whole`, as in `_cut`, with that tile replaced by `part`, whose leading axes may be merged in any way."""
     part = part.reshape(place.num_rows, place.num_heads, size, *whole.shape[3:])
-    return lax.dynamic_update_slice(whole, part, place.start(tile * size, 0)[: whole.ndim])
+    if part.shape == whole.shape:
+        return part
+    start = place.start(tile * size, 0)[: whole.ndim]
+    return lax.dynamic_update_slice(whole, part, start, allow_negative_indices=False)
+
+
+def _divide(step: Any, count: int) -> tuple[Any, Any]:
+    """Quotient and remainder of a number that is not negative: `//` would see to negative ones too."""
+    if isinstance(step, int):
+        return divmod(step, count)
+    whole = jnp.asarray(count, step.dtype)
+    return (step, 0) if count == 1 else (lax.div(step, whole), lax.rem(step, whole))
+
+
+def _at(values: Array, index: Any) -> Array:
+    """The element at an index that is not negative."""
+    return lax.dynamic_index_in_dim(values, index, keepdims=False, allow_negative_indices=False)
+
+
+def _cut_index(index: Array, tile: Any, size: int) -> Array:
+    """The part of (L',) that a tile holds."""
+    return lax.dynamic_slice_in_dim(index, tile * size, size, allow_negative_indices=False)
 
 
 def _ranges(index: Array, size: int) -> tuple[Array, Array]:
@@ -608,13 +660,17 @@ def _ranges(index: Array, size: int) -> tuple[Array, Array]:
     return tiles.min(1), tiles.max(1)
 
 
-def _two_loops(tile: Callable[[bool, Array, Any], Any], num_full: Any, num_visited: Any, state: Any) -> Any:
-    """`tile(is_full, n, state)` for the full tiles, then for the partial ones; an int is known to be no other."""
-    if not isinstance(num_full, int) or num_full > 0:
-        state = lax.fori_loop(0, num_full, partial(tile, True), state)
-    if not isinstance(num_full, int) or num_full < num_visited:
-        state = lax.fori_loop(num_full, num_visited, partial(tile, False), state)
-    return state
+def _two_loops(tile: Callable[[bool, Any, Any], Any], order: Order, state: Any) -> Any:
+    """`tile(is_full, n, state)` for the full tiles, then for the partial ones."""
+    if isinstance(order.num_full, int):  # all of one kind
+        return _loop(order.num_visited, partial(tile, order.num_full > 0), state)
+    state = lax.fori_loop(0, order.num_full, partial(tile, True), state)
+    return lax.fori_loop(order.num_full, order.num_visited, partial(tile, False), state)
+
+
+def _loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`body(step, state)` for every step. One step is no loop: a program of one tile is as small as a dense one."""
+    return body(0, state) if count == 1 else lax.fori_loop(0, count, body, state)
 
 
 def _vary_all(tree: Any, axes: frozenset[str]) -> Any:

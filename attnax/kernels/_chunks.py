@@ -17,7 +17,7 @@ from jax import lax
 
 from attnax.kernels import _tile
 from attnax.kernels._blockwise import check_mask_result, scale_query
-from attnax.kernels._decode import KernelCall, Stored, bind_kernel, decode, kernel_serves
+from attnax.kernels._decode import DeferredCall, KernelCall, Stored, decode, kernel_serves, prepare_kernel
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.kernels._platform import by_platform
@@ -113,7 +113,7 @@ def attend_chunks(
     if stored is not None and rows is None and words is None:
         axes = varying_axes(operands[0].query)
         scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
-        kernel = bind_kernel(caller, query, scale, stored, positions, mask, score_mod, axes)
+        kernel = prepare_kernel(caller, query, scale, stored, positions, mask, score_mod, axes)
     return _attend(*operands, kernel, dropout_rate=dropout_rate)
 
 
@@ -122,7 +122,7 @@ def _attend(
     queries: Queries,
     sources: tuple[Any, ...],
     functions: tuple[Functions, ...],
-    kernel: KernelCall | None,
+    kernel: KernelCall | DeferredCall | None,
     *,
     dropout_rate: float,
 ) -> tuple[Array, Array]:
@@ -130,10 +130,12 @@ def _attend(
     if kernel is None:
         return chunks(queries, sources, functions)
 
-    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: KernelCall) -> tuple[Array, Array]:
-        return decode(kernel) if kernel_serves(kernel) else chunks(queries, sources, functions)
+    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: KernelCall | DeferredCall) -> Any:
+        bound = kernel.bind() if isinstance(kernel, DeferredCall) else kernel
+        serves = bound is not None and kernel_serves(bound)
+        return decode(bound) if bound is not None and serves else chunks(queries, sources, functions)
 
-    def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: KernelCall) -> tuple[Array, Array]:
+    def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: Any) -> tuple[Array, Array]:
         return chunks(queries, sources, functions)
 
     return by_platform(elsewhere, queries, sources, functions, kernel, cuda=on_gpu)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from attnax.kernels import _gpu_tiles, _pointwise, _tile, _tile_lists
-from attnax.kernels._lift import Lifted, vary
+from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
 from attnax.masks import Mask, at_positions
 from attnax.typing import Array, ScoreMod, pytree_dataclass
 
-__all__ = ["KernelCall", "Stored", "bind_kernel", "decode", "kernel_serves"]
+__all__ = ["DeferredCall", "KernelCall", "Stored", "bind_kernel", "decode", "kernel_serves", "prepare_kernel"]
 
 
 @pytree_dataclass
@@ -83,6 +83,43 @@ def bind_kernel(
         None if mod is None else _pointwise.lift_score_mod(caller, mod, axes),
         mask.is_opaque,
     )
+    return jax.tree.map(lambda x: vary(x, axes), call)
+
+
+@pytree_dataclass
+class DeferredCall:
+    """The arguments of `bind_kernel`, kept until a program is lowered for a GPU."""
+
+    query: Array
+    scale: Array
+    stored: Stored
+    positions: Array
+    mask: Deferred | None
+    score_mod: Deferred | None
+    caller: str = dataclasses.field(metadata={"static": True})
+
+    def bind(self) -> KernelCall | None:
+        """The call of the kernel, None where it does not serve the arrays."""
+        mask, score_mod = (None if function is None else function() for function in (self.mask, self.score_mod))
+        axes = varying_axes(self.query)
+        return bind_kernel(self.caller, self.query, self.scale, self.stored, self.positions, mask, score_mod, axes)
+
+
+def prepare_kernel(
+    caller: str,
+    query: Array,
+    scale: Array,
+    stored: Stored,
+    positions: Array,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    axes: frozenset[str],
+) -> KernelCall | DeferredCall | None:
+    """`bind_kernel` with the same arguments, put off where mask and score mod can wait."""
+    deferred = [None if function is None else defer(function) for function in (mask, score_mod)]
+    if any(have is None and function is not None for have, function in zip(deferred, (mask, score_mod), strict=True)):
+        return bind_kernel(caller, query, scale, stored, positions, mask, score_mod, axes)
+    call = DeferredCall(query, scale, stored, positions, deferred[0], deferred[1], caller)
     return jax.tree.map(lambda x: vary(x, axes), call)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
 from attnax.kernels._dropout import dropout_words
 from attnax.kernels._gpu_tiles import Tile
-from attnax.kernels._lift import Lifted, vary, varying_axes
+from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
 from attnax.kernels._platform import by_platform, has_nvidia_gpu
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
@@ -51,9 +51,9 @@ class Plan:
 class KernelOperands:
     """The mask and the score mod as the GPU kernels take them, before they are split."""
 
-    mask: Lifted | None
-    bounds: tuple[Lifted, Lifted] | None  # of the mask, over the tiles forward and backward
-    score_mod: Lifted | None
+    mask: Lifted | Deferred | None
+    bounds: tuple[Lifted, Lifted] | None  # of a lifted mask, over the tiles forward and backward
+    score_mod: Lifted | Deferred | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -178,23 +178,50 @@ def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Ti
 def _bind_kernel(
     caller: str, plan: Plan, arrays: Arrays, mask: Mask | None, score_mod: ScoreMod | None
 ) -> KernelOperands | None:
+    """What a GPU's kernels need; what can wait until a program is lowered for one does."""
     if plan.kernel is None:
         return None
-    query, key, *_ = arrays
-    axes = varying_axes(query)
-    (batch, heads, seq_q, _), seq_kv = query.shape, key.shape[2]
-    bounds = None
-    if mask is not None:
-        grids = [_tile_lists.TileGrid.of(tile, seq_q, seq_kv) for tile in plan.kernel]
-        forward, backward = (_tile_lists.lift_bounds(mask, grid, batch, heads, axes) for grid in grids)
-        bounds = forward, backward
-    operands = KernelOperands(
-        None if mask is None else _pointwise.lift_mask(mask, axes),
-        bounds,
-        None if score_mod is None else _pointwise.lift_score_mod(caller, score_mod, axes),
-        mask is not None and mask.is_opaque,
-    )
+    axes = varying_axes(arrays[0])
+    deferred: Any = None, None
+    if plan.backend == "automatic":
+        deferred = tuple(None if function is None else defer(function) for function in (mask, score_mod))
+    bounds, lifted_mask, lifted_mod = None, deferred[0], deferred[1]
+    if mask is not None and lifted_mask is None:
+        lifted_mask, bounds = _pointwise.lift_mask(mask, axes), _lift_bounds(plan, arrays, mask)
+    if score_mod is not None and lifted_mod is None:
+        lifted_mod = _pointwise.lift_score_mod(caller, score_mod, axes)
+    operands = KernelOperands(lifted_mask, bounds, lifted_mod, mask is not None and mask.is_opaque)
     return jax.tree.map(lambda x: vary(x, axes), operands)
+
+
+def _lift_bounds(plan: Plan, arrays: Arrays, mask: Mask) -> tuple[Lifted, Lifted]:
+    """The bounds of a mask over the tiles of the GPU kernels, forward and backward."""
+    query, key, *_ = arrays
+    (batch, heads, seq_q, _), seq_kv, axes = query.shape, key.shape[2], varying_axes(query)
+    assert plan.kernel is not None
+    grids = [_tile_lists.TileGrid.of(tile, seq_q, seq_kv) for tile in plan.kernel]
+    forward, backward = (_tile_lists.lift_bounds(mask, grid, batch, heads, axes) for grid in grids)
+    return forward, backward
+
+
+def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands) -> tuple[KernelOperands, Any]:
+    """The operands with all functions lifted, and the pullback of what this made of the score mod's floats."""
+    axes = varying_axes(arrays[0])
+    if isinstance(operands.mask, Deferred):
+        mask = operands.mask()
+        operands = dataclasses.replace(
+            operands, mask=_pointwise.lift_mask(mask, axes), bounds=_lift_bounds(plan, arrays, mask)
+        )
+    deferred = operands.score_mod
+    if not isinstance(deferred, Deferred):
+        return operands, lambda gradients: gradients
+
+    def lifted_of(floats: tuple[Array, ...]) -> tuple[tuple[Array, ...], Lifted]:
+        lifted = _pointwise.lift_score_mod("flash_attention", deferred.with_floats(floats)(), axes)
+        return lifted.floats, lifted
+
+    _, pull, lifted = jax.vjp(lifted_of, deferred.floats, has_aux=True)
+    return dataclasses.replace(operands, score_mod=lifted), lambda gradients: pull(gradients)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -289,7 +316,7 @@ def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array
 def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
 
-    setup = _setup(plan, operands, 0)
+    setup, _ = _setup(plan, arrays, operands, 0)
     return _tiles_forward(plan, exact, arrays, operands) if setup is None else _launch.forward(arrays, setup, low=exact)
 
 
@@ -298,7 +325,7 @@ def _kernel_backward(
 ) -> tuple[Any, ...]:
     from attnax.kernels import _launch
 
-    setup, reason = _setup(plan, operands, 1), None
+    (setup, pull), reason = _setup(plan, arrays, operands, 1), None
     if setup is not None and setup.score_mod is not None:
         query, key, *_ = arrays
         batch, heads, seq_q, _ = query.shape
@@ -308,7 +335,7 @@ def _kernel_backward(
     if setup is None or reason is not None:
         return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
     *d_arrays, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
-    return *d_arrays, operands.gradients(kernel=gradients)
+    return *d_arrays, operands.gradients(kernel=pull(gradients))
 
 
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
@@ -328,23 +355,28 @@ def _splash_backward(
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), d_scale, operands.gradients()
 
 
-def _setup(plan: Plan, operands: Operands, which: int) -> Setup | None:
-    """What the kernels of the forward (0) or backward (1) pass need; None where tiles must do.
+def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[Setup | None, Any]:
+    """What the kernels of the forward (0) or backward (1) pass need, None where tiles must do; and a pullback.
+
+    That takes the gradients of the floats that the kernels read to those of the operands.
 
     Raises:
         NotImplementedError: kernels are explicitly wanted, but cannot do it.
     """
     from attnax.kernels import _launch
 
-    reason = why_no_kernel(plan, operands.kernel)
+    kernel, pull = operands.kernel, None
+    if kernel is not None:
+        kernel, pull = _lift_deferred(plan, arrays, kernel)
+    reason = why_no_kernel(plan, kernel)
     if reason is not None:
         if plan.backend == "automatic":
-            return None
+            return None, pull
         raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
-    kernel = operands.kernel
     assert kernel is not None and plan.kernel is not None
     mask, score_mod = kernel.mask, kernel.score_mod
-    return _launch.Setup(
+    assert not isinstance(mask, Deferred) and not isinstance(score_mod, Deferred)
+    setup = _launch.Setup(
         plan.kernel[which],
         None if mask is None else _pointwise.split(mask),
         () if mask is None else mask.values,
@@ -357,6 +389,7 @@ def _setup(plan: Plan, operands: Operands, which: int) -> Setup | None:
         plan.learn_scale,
         plan.backend == "interpret",
     )
+    return setup, pull
 
 
 def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
@@ -368,6 +401,7 @@ def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
             if size < 16 or size & (size - 1):
                 return f"tiles of kernels are powers of 2, at least 16; got {size}"
     for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
+        assert not isinstance(function, Deferred)
         refused = None if function is None else _pointwise.why_not_split(function)
         if refused is not None:
             return f"no kernel can hold this {name}: {refused}"

@@ -20,7 +20,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from attnax.typing import Array, pytree_dataclass
 
-__all__ = ["Lifted", "lift", "vary", "varying_axes"]
+__all__ = ["Deferred", "Lifted", "defer", "lift", "vary", "varying_axes"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +168,58 @@ def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
     results = tuple(flat.jaxpr.outvars)
     program = Program(cut, tuple(inner), tuple(rest), results, _structure(cut, inner, rest, results))
     return Lifted(tuple(jnp.asarray(known[var]) for var in cut), program)
+
+
+@pytree_dataclass
+class Deferred:
+    """A mask or score mod of the library's own, to be traced when a program is lowered for a platform that needs it.
+
+    All that it reads are its arrays, which are operands until then. A function by a user may read values of an
+    enclosing transformation, which are gone by then, so it is lifted at once.
+
+    Attributes:
+        arrays: its leaves that are arrays.
+        others: its structure, and the leaves that are none, None where an array stands.
+    """
+
+    arrays: tuple[Array, ...]
+    others: tuple[Any, tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self) -> Any:
+        """The mask or score mod."""
+        structure, leaves = self.others
+        arrays = iter(self.arrays)
+        return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in leaves])
+
+    @property
+    def floats(self) -> tuple[Array, ...]:
+        """The arrays that get gradients."""
+        return tuple(x for x in self.arrays if _is_float(x))
+
+    def with_floats(self, floats: Sequence[Array]) -> Deferred:
+        """The same with other arrays in these places."""
+        rest = iter(floats)
+        return dataclasses.replace(self, arrays=tuple(next(rest) if _is_float(x) else x for x in self.arrays))
+
+
+def defer(function: Any) -> Deferred | None:
+    """The function as a Deferred, None if something in it is not the library's own."""
+    is_own = True
+
+    def visit(node: Any) -> bool:
+        nonlocal is_own
+        known = isinstance(node, jax.Array | np.ndarray | int | float | bool | tuple | list | dict | type(None))
+        is_own = is_own and (known or type(node).__module__.startswith("attnax."))
+        return False
+
+    leaves, structure = jax.tree.flatten(function, is_leaf=visit)
+    if not is_own:
+        return None
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    arrays = tuple(jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array)
+    return Deferred(
+        arrays, (structure, tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)))
+    )
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -1,0 +1,173 @@
+"""How long a person waits for a first token, and how large the programs of training are.
+
+    python benchmarks/first_token.py            # make bench-first-token
+
+A decoder in the shape of GPT-2 (12 layers, d_model 768, vocabulary 50,257, random weights) writes its first token in a
+process of its own: with nothing compiled before ("cold"), and with JAX's compilation cache filled by an earlier process
+("cache"). The same process then reads prompts of two other lengths, one that is padded to the length of the first and
+one that is not, and writes 64 tokens. Times are seconds; tracing, lowering and XLA are what JAX's monitoring events say,
+nested ones counted once. The second table counts the traced equations (those of inner functions each time they are
+called) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SHAPE = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "max_len": 2048}
+PROMPT, SAME, OTHER = 50, 61, 150  # lengths of prompts; the second pads to the same as the first, the third does not
+NEW_TOKENS = 64
+PHASES = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "XLA",
+}
+
+
+class Clock:
+    """Seconds by phase, and the number of compiled programs, since the last reading."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self.begun = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event in PHASES:
+            now = time.perf_counter()
+            self.spans[PHASES[event]].append((now - seconds, now))
+
+    def read(self) -> dict[str, float]:
+        result = {phase: _covered(self.spans[phase]) for phase in PHASES.values()}
+        result |= {"programs": len(self.spans["XLA"]), "all": time.perf_counter() - self.begun}
+        self.spans.clear()
+        self.begun = time.perf_counter()
+        return result
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union: a trace holds those of the functions in it."""
+    total, end = 0.0, float("-inf")
+    for begin, finish in sorted(spans):
+        total += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return total
+
+
+def measure_tokens() -> dict[str, dict[str, float]]:
+    """Runs in a process of its own."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from attnax import TransformerLM
+
+    model = jax.block_until_ready(TransformerLM(nnx.Rngs(0), **SHAPE))
+    prompts = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, 512)).astype(np.int32)
+    clock, result = Clock(), {}
+    for name, length in (("first token", PROMPT), ("padded alike", SAME), ("padded to more", OTHER)):
+        next(model.stream(prompts[:, :length], max_new_tokens=NEW_TOKENS))
+        result[name] = clock.read()
+    jax.block_until_ready(model.generate(prompts[:, :PROMPT], max_new_tokens=NEW_TOKENS).tokens)
+    result["64 tokens"] = clock.read()
+    return result
+
+
+def measure_step(attention_type: str, length: int) -> dict[str, float]:
+    """Runs in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from attnax import TransformerLM
+
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), attention_type=attention_type, **SHAPE))
+    graphdef, params = nnx.split(model)
+    ids = jax.ShapeDtypeStruct((max(1, 512 // length), length), jnp.int32)
+
+    def loss(params: Any, ids: Any) -> Any:
+        return -nnx.merge(graphdef, params).log_probs(ids)[..., 0].mean()
+
+    clock = Clock()
+    traced = jax.jit(jax.grad(loss)).trace(params, ids)
+    traced.lower().compile()
+    return clock.read() | {"equations": sum(1 for _ in equations(traced.jaxpr.jaxpr))}
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of inner functions each time they are called."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def run(*arguments: str, cache: str | None = None) -> Any:
+    settings = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} if cache else {}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | settings
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+
+
+def medians(results: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(result[name] for result in results) for name in results[0]}
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def report(rounds: int, write: Callable[[str], None]) -> None:
+    columns = ("tracing", "lowering", "XLA", "all")
+    rows: list[tuple[str, ...]] = [("", *columns, "programs")]
+    with tempfile.TemporaryDirectory() as folder:
+        cold = [run("--side", "tokens") for _ in range(rounds)]
+        run("--side", "tokens", cache=folder)
+        cached = [run("--side", "tokens", cache=folder) for _ in range(rounds)]
+    for kind, results in (("cold", cold), ("cache", cached)):
+        for name in results[0]:
+            seconds = medians([result[name] for result in results])
+            cells = [f"{seconds[column]:.2f}" for column in columns]
+            rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
+    write(table(rows))
+    rows = [("training step", "equations", *columns)]
+    for length in (64, 1024):
+        for attention_type in ("standard", "flash"):
+            step = medians([run("--side", attention_type, "--length", str(length)) for _ in range(rounds)])
+            cells = [f"{step[column]:.2f}" for column in columns]
+            rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
+    write("\n" + table(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds until a first token, and what they are spent on.")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind; the table has medians")
+    parser.add_argument("--side", choices=("tokens", "standard", "flash"), help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side is None:
+        report(arguments.rounds, print)
+    elif arguments.side == "tokens":
+        print(json.dumps(measure_tokens()))
+    else:
+        print(json.dumps(measure_step(arguments.side, arguments.length)))
+
+
+if __name__ == "__main__":
+    main()

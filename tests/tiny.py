@@ -1,0 +1,29 @@
+"""Models with weights made by NumPy: initialising one with JAX compiles a program for every shape that it has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def build(make, seed=0):
+    """The module that `make(rngs)` gives, with weights drawn by NumPy.
+
+    Matrices are normal with the variance 1 / fan-in, vectors that begin as ones stay near 1, all else is near 0, so that
+    no option is without effect. Dropout streams get keys of their own.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(int(rng.integers(2**31)))
+        if not np.issubdtype(np.dtype(leaf.dtype), np.inexact) and leaf.dtype != jnp.bfloat16:
+            return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+        values = rng.normal(size=leaf.shape)
+        if len(leaf.shape) >= 2:
+            return jnp.asarray((values / np.sqrt(leaf.shape[-2])).astype(leaf.dtype))
+        is_scale = any(getattr(key, "key", getattr(key, "name", None)) == "scale" for key in path)
+        return jnp.asarray((is_scale + 0.1 * values).astype(leaf.dtype))
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, abstract))
