@@ -11,9 +11,10 @@ train: $(VENV)/.train
 search: $(VENV)/.search
 	$(BIN)/python examples/semantic_search.py
 
-# Most of the time goes into compiling, so these programs are compiled without optimisation; those of `test-properties`, and
-# of pytest without this target, with it.
-QUICK_COMPILER := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Most of the time goes into compiling, so these programs are compiled without optimisation, by XLA's older and quicker
+# emitters; those of `test-properties`, and of pytest without this target, as users compile them.
+QUICK_COMPILER := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 test: $(VENV)/.dev
 	$(QUICK_COMPILER) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not thorough"
