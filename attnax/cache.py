@@ -6,7 +6,8 @@ Every kind of cache obeys `LayerCache`, and attention takes any of them:
 - `RingKVCache`: the token at position p of a row lies in slot p % slots, so that rows of different lengths waste
   nothing, tokens can be taken back, and a layer with a window needs the memory of the window only;
 - `LinearLayerCache`: the sums of linear attention, of one size whatever the length;
-- `attnax.paged_cache.PagedKVCache`: all rows share a pool of blocks.
+- `attnax.paged_cache.PagedKVCache`: all rows share a pool of blocks;
+- `EmptyCache`: any of these before its first token.
 
 Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head of each token has a scale of its own.
 """
@@ -26,6 +27,7 @@ from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, i
 
 __all__ = [
     "SPARE_SLOTS",
+    "EmptyCache",
     "KVLayerCache",
     "LayerCache",
     "LinearLayerCache",
@@ -112,6 +114,32 @@ def select_rows(caches: Caches, rows: Int[ArrayLike, R]) -> Caches:
 def forget(caches: Caches, first: Int[ArrayLike, B]) -> Caches:
     """Takes back each row's tokens from position `first` on, in every cache of a pytree."""
     return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+@pytree_dataclass
+class EmptyCache:
+    """A cache that holds no token yet, said by its type: an array cannot say so in a program that is being traced.
+
+    The tokens of a prompt that enters it attend each other by index, as without a cache, and are stored. A layer gives
+    back the cache itself, which then holds them.
+
+    Attributes:
+        cache: of any kind, without tokens.
+    """
+
+    cache: Any
+
+    def next_positions(self) -> Int[Array, B]:
+        """0 for each row."""
+        return self.cache.next_positions()
+
+    def select_rows(self, rows: Int[ArrayLike, R]) -> EmptyCache:
+        """A cache of the rows named."""
+        return EmptyCache(self.cache.select_rows(rows))
+
+    def forget(self, first: Int[ArrayLike, B]) -> EmptyCache:
+        """The same: there is nothing to take back."""
+        return self
 
 
 @pytree_dataclass

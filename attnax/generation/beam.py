@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import Step, Tokens, prompt_tokens
+from attnax.generation.loop import PlannedCache, Step, Tokens, prompt_tokens, text_length
 from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.typing import Array, Float, Int, pytree_dataclass
@@ -72,16 +72,17 @@ def beam_search(
         step: the model.
         state: its parameters.
         request: what to continue; of its sampler only the penalties apply, to log-probabilities.
-        cache: of the prompts' rows.
+        cache: of the prompts' rows, or a PlannedCache.
         num_beams: beams of each prompt.
-        max_new_tokens: static, at least 1.
+        max_new_tokens: static, what the result has room for; at least that of the request.
         length_penalty: exponent of the length that the log-probability of a text is divided by.
         early_stopping: "first" stops with num_beams texts; "heuristic" when no running beam has a better score than the
             worst of them if it ended now; "never" if no length that it may still reach gives it one.
     """
     batch = request.ids.shape[0]
+    cache = cache.make() if isinstance(cache, PlannedCache) else cache
     logits, cache = step(state, prompt_tokens(request), cache)
-    text = Text.of_prompt(request.ids, request.position_ids, max_new_tokens)
+    text = Text.of_prompt(request.ids, request.position_ids, text_length(request, max_new_tokens))
     rows = jnp.repeat(jnp.arange(batch), num_beams)
     cache, context, logits, text = select_rows((cache, request.context, logits[:, 0], text), rows)
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal yet: only one may go on
@@ -94,16 +95,14 @@ def beam_search(
         hopeful=jnp.ones((batch,), bool),
         cache=cache,
     )
-    choose = partial(
-        _choose, request=request, room=max_new_tokens, length_penalty=length_penalty, early_stopping=early_stopping
-    )
+    choose = partial(_choose, request=request, length_penalty=length_penalty, early_stopping=early_stopping)
 
     def unfinished(search: _Search) -> Array:
         written = search.text.lengths - search.text.prompt_lengths
         running = search.hopeful
         if early_stopping == "first":
             running = running & ~search.ended.all(1)
-        return running.any() & (written < max_new_tokens).any()
+        return running.any() & (written < request.max_new_tokens).any()
 
     def advance(search: _Search) -> _Search:
         text = search.text
@@ -123,7 +122,6 @@ def _choose(
     logits: Array,
     *,
     request: Request,
-    room: int,
     length_penalty: float | Array,
     early_stopping: EarlyStopping,
 ) -> _Search:
@@ -137,7 +135,7 @@ def _choose(
     parents = (jnp.arange(batch)[:, None] * num_beams + index // size).reshape(-1)
     text = search.text.select_rows(parents).append((index % size).reshape(-1))
     written = (text.lengths - text.prompt_lengths).reshape(batch, count)
-    ends = text.ends_with(request.stops).reshape(batch, count) | (written >= room)
+    ends = text.ends_with(request.stops).reshape(batch, count) | (written >= request.max_new_tokens)
 
     # Beyond the best num_beams a text does not end, it is only there to go on with.
     stops = ends & (jnp.arange(count) < num_beams)[None]
@@ -158,7 +156,7 @@ def _choose(
     reached = (text.lengths - text.prompt_lengths).reshape(batch, num_beams)[:, 0].astype(jnp.float32)
     length = reached
     if early_stopping == "never":
-        length = jnp.where(jnp.asarray(length_penalty) > 0, float(room), reached)
+        length = jnp.where(jnp.asarray(length_penalty) > 0, jnp.float32(request.max_new_tokens), reached)
     hope = log_probs[:, 0] / length**length_penalty
     worst = jnp.where(ended.all(1), best.min(1), _WORST)
     return _Search(

@@ -1,13 +1,15 @@
-"""Autoregressive generation: one compiled program that reads the prompt and then loops over the new tokens.
+"""Autoregressive generation: one compiled program reads the prompt, a second loops over the new tokens.
 
-Nothing here knows a model. A `Step` is a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of
-every row and of a cache of what came before.
+They are two so that prompts of different lengths share the loop, and a single token needs none. Nothing here knows a
+model. A `Step` is a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of every row and of a cache
+of what came before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -16,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.request import Request
+from attnax.generation.request import Request, padded_length
 from attnax.generation.text import Text
-from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
+from attnax.typing import Array, Bool, Float, Int, is_concrete, pytree_dataclass
 
-__all__ = ["Generation", "Step", "Tokens", "generate", "stream"]
+__all__ = ["Generation", "PlannedCache", "Step", "Tokens", "generate", "stream"]
 
 
 class Tokens(NamedTuple):
@@ -64,10 +66,19 @@ class Generation(NamedTuple):
     steps: Int[Array, R]
 
 
+@runtime_checkable
+class PlannedCache(Protocol):
+    """A cache that is made within the program that reads the prompt; a pytree without arrays."""
+
+    def make(self) -> Any:
+        """The caches, empty."""
+
+
 @pytree_dataclass
 class Progress:
     """Everything that the loop carries from token to token."""
 
+    keys: Array  # (R,)
     text: Text
     log_probs: Float[Array, "R T"]
     finished: Bool[Array, R]
@@ -76,81 +87,118 @@ class Progress:
 
 
 def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> tuple[Generation, Any]:
-    """Reads the prompt and writes up to `max_new_tokens`, in one program.
+    """Reads the prompt and writes until every row has ended.
 
     Args:
         step: the model.
         state: its parameters.
         request: what to continue, and how.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
-            there are several samples, whose cache has other shapes.
-        max_new_tokens: static, at least 1.
+            there are several samples, whose cache has other shapes. Or a PlannedCache.
+        max_new_tokens: static, what the result has room for; at least that of the request, which is a value.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
-    run = _generate_in_place if request.keys.shape[0] == request.ids.shape[0] else _generate
-    return run(step, state, request, cache, max_new_tokens)
-
-
-def _write_all(step: Step, state: Any, request: Request, cache: Any, max_new_tokens: int) -> tuple[Generation, Any]:
-    progress, context = start(step, state, request, cache, max_new_tokens)
-
-    def go_on(progress: Progress) -> Progress:
-        return advance(step, state, request, progress, context)
-
-    progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
-    return result(progress, request), progress.cache
-
-
-_generate = jax.jit(_write_all, static_argnames=("step", "max_new_tokens"))
-_generate_in_place = jax.jit(_write_all, static_argnames=("step", "max_new_tokens"), donate_argnames="cache")
+    progress, context, written, _ = _begin(request)(step, state, request, cache, max_new_tokens)
+    if is_concrete(progress.finished) and np.asarray(progress.finished).all():
+        return written, progress.cache
+    rest = dataclasses.replace(progress, cache=None)
+    return _write_rest(step, state, request.after_prompt(), rest, progress.cache, context)
 
 
 def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
     """Yields each row's next token, (rows,) int32, as soon as it is drawn; the same tokens as `generate`.
 
-    Stops after `max_new_tokens`, or when every row has ended.
+    Stops after the request's max_new_tokens, or when every row has ended.
     """
-    begin = _start_stream_in_place if request.keys.shape[0] == request.ids.shape[0] else _start_stream
-    progress, context = begin(step, state, request, cache, max_new_tokens)
-    for count in range(max_new_tokens):
-        yield np.asarray(_column(progress, request, jnp.int32(count)))
-        if count + 1 == max_new_tokens or progress.finished.all():
+    progress, context, _, token = _begin(request)(step, state, request, cache, max_new_tokens)
+    request = request.after_prompt()
+    while True:
+        yield np.asarray(token)
+        if np.asarray(progress.finished).all():
             return
-        progress = _continue_stream(step, state, request, progress, context)
+        progress, token = _next_token(step, state, request, progress, context)
+
+
+def begin(
+    step: Step, state: Any, request: Request, cache: Any, room: int
+) -> tuple[Progress, Any, Generation, Int[Array, R]]:
+    """Reads the prompt and draws the first token: the progress, the context of each row, the result so far, the token.
+
+    `room` tokens may follow the prompt.
+    """
+    progress, context = start(step, state, request, cache, room)
+    return progress, context, result(progress, request), progress.text.last(1)[:, 0]
+
+
+_begin_program = jax.jit(begin, static_argnames=("step", "room"))
+_begin_in_place = jax.jit(begin, static_argnames=("step", "room"), donate_argnames="cache")
+
+
+def _begin(request: Request) -> Any:
+    """The program that begins; in place where the rows of the prompts are those of the result."""
+    return _begin_in_place if request.num_samples == 1 else _begin_program
+
+
+@partial(jax.jit, static_argnames="step", donate_argnames="cache")
+def _write_rest(
+    step: Step, state: Any, request: Request, progress: Progress, cache: Any, context: Any
+) -> tuple[Generation, Any]:
+    def go_on(progress: Progress) -> Progress:
+        return advance(step, state, request, progress, context)
+
+    progress = dataclasses.replace(progress, cache=cache)
+    progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
+    return result(progress, request), progress.cache
+
+
+@partial(jax.jit, static_argnames="step", donate_argnames="progress")
+def _next_token(
+    step: Step, state: Any, request: Request, progress: Progress, context: Any
+) -> tuple[Progress, Int[Array, R]]:
+    before = progress.text.lengths
+    progress = advance(step, state, request, progress, context)
+    text = progress.text
+    return progress, jnp.where(text.lengths > before, text.last(1)[:, 0], request.fill)
 
 
 def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
     """Reads the prompt and draws the first token; `room` tokens may follow. Also the context of each row."""
+    cache = cache.make() if isinstance(cache, PlannedCache) else cache
     logits, cache = step(state, prompt_tokens(request), cache)
     context, logits = request.context, logits[:, 0]
-    text = Text.of_prompt(request.ids, request.position_ids, room + spare)
+    text = Text.of_prompt(request.ids, request.position_ids, text_length(request, room + spare))
     cache, context, logits, text = for_samples(request, (cache, context, logits, text))
-    num_rows = request.keys.shape[0]
+    num_rows = request.num_rows
     progress = Progress(
+        keys=request.row_keys(),
         text=text,
         log_probs=jnp.zeros((num_rows, room), jnp.float32),
         finished=jnp.zeros((num_rows,), bool),
         steps=jnp.ones((num_rows,), jnp.int32),
         cache=cache,
     )
-    token = request.sampler(logits, position_keys(request, progress.text), progress.text)
+    token = request.sampler(logits, position_keys(progress.keys, text), text)
     return append(progress, token, logits, request, progress.steps > 0), context
+
+
+def text_length(request: Request, room: int) -> int:
+    """Tokens that the text of a row has room for: one of a few lengths, so that prompts of others share the loop."""
+    return padded_length(request.ids.shape[1] + room)
 
 
 def for_samples(request: Request, rows_of_prompts: Any) -> Any:
     """The rows of the prompts, which are read once, as rows of their samples."""
-    batch, num_rows = request.ids.shape[0], request.keys.shape[0]
-    if num_rows == batch:
+    if request.num_samples == 1:
         return rows_of_prompts
-    return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(batch), num_rows // batch))
+    return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(request.ids.shape[0]), request.num_samples))
 
 
 def prompt_tokens(request: Request) -> Tokens:
     """The prompt as a step reads it; the logits wanted follow the last real token of each row."""
-    last = request.position_ids.argmax(axis=1)
-    return Tokens(request.ids, request.position_ids, last[:, None], request.context)
+    ids, position_ids = jnp.asarray(request.ids), jnp.asarray(request.position_ids)
+    return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], request.context)
 
 
 def advance(step: Step, state: Any, request: Request, progress: Progress, context: Any) -> Progress:
@@ -160,7 +208,7 @@ def advance(step: Step, state: Any, request: Request, progress: Progress, contex
     position_ids = jnp.where(running[:, None], text.last_positions(1), -1)
     tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
     logits, cache = step(state, tokens, progress.cache)
-    token = request.sampler(logits[:, 0], position_keys(request, text), text)
+    token = request.sampler(logits[:, 0], position_keys(progress.keys, text), text)
     progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running)
     return append(progress, token, logits[:, 0], request, running)
 
@@ -172,13 +220,13 @@ def append(progress: Progress, token: Array, logits: Array, request: Request, wh
     index = jnp.where(where, text.lengths - text.prompt_lengths, room)  # past the end: dropped
     log_probs = progress.log_probs.at[jnp.arange(num_rows), index].set(log_prob, mode="drop")
     text = text.append(token, where)
-    ended = text.ends_with(request.stops) | (text.lengths - text.prompt_lengths >= room)
+    ended = text.ends_with(request.stops) | (text.lengths - text.prompt_lengths >= request.max_new_tokens)
     return dataclasses.replace(progress, text=text, log_probs=log_probs, finished=progress.finished | (where & ended))
 
 
-def position_keys(request: Request, text: Text, stream: int | None = None) -> Array:
+def position_keys(keys: Array, text: Text, stream: int | None = None) -> Array:
     """One key a row for the token that comes next; `stream` tells several draws at one position apart."""
-    keys = jax.vmap(jax.random.fold_in)(request.keys, text.lengths)
+    keys = jax.vmap(jax.random.fold_in)(keys, text.lengths)
     return keys if stream is None else jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
 
 
@@ -187,15 +235,3 @@ def result(progress: Progress, request: Request) -> Generation:
     text, room = progress.text, progress.log_probs.shape[1]
     lengths = text.lengths - text.prompt_lengths
     return Generation(text.written(room, request.fill), lengths, progress.log_probs, progress.steps)
-
-
-@jax.jit
-def _column(progress: Progress, request: Request, index: Array) -> Array:
-    text = progress.text
-    ended = index >= text.lengths - text.prompt_lengths
-    return jnp.where(ended, request.fill, text.last_column(index))
-
-
-_start_stream = jax.jit(start, static_argnames=("step", "room"))
-_start_stream_in_place = jax.jit(start, static_argnames=("step", "room"), donate_argnames="cache")
-_continue_stream = jax.jit(advance, static_argnames="step", donate_argnames="progress")

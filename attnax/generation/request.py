@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from attnax.generation.samplers import Sampler
 from attnax.typing import Array, ArrayLike, Bool, Int, is_concrete, pytree_dataclass
 
-__all__ = ["Request", "make_request", "row_keys"]
+__all__ = ["Request", "make_request", "padded_length", "row_keys"]
 
 
 @pytree_dataclass
@@ -23,21 +24,42 @@ class Request:
     Attributes:
         ids: (batch, T) prompt.
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
-        keys: one for each of batch * samples rows. A token at position p is drawn with `fold_in(key, p)`, so a row's
-            text depends on its key and prompt, not on its neighbours.
+        key: one typed key, one a prompt or one a row; None for key 0.
+        max_new_tokens: tokens to write at most.
         sampler: draws tokens.
         stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
         fill: what follows the end.
         context: as in `Tokens`.
+        num_samples: rows of the result for each prompt.
     """
 
-    ids: Int[Array, "B T"]
-    position_ids: Int[Array, "B T"]
-    keys: Array
+    ids: Int[ArrayLike, "B T"]
+    position_ids: Int[ArrayLike, "B T"]
+    key: Array | None
+    max_new_tokens: Int[ArrayLike, ""]
     sampler: Sampler
-    stops: Int[Array, "K n"]
-    fill: Int[Array, ""]
+    stops: Int[ArrayLike, "K n"]
+    fill: Int[ArrayLike, ""]
     context: Any = None
+    num_samples: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        return self.ids.shape[0] * self.num_samples
+
+    def row_keys(self) -> Array:
+        """A key for each row.
+
+        A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on its
+        neighbours.
+        """
+        key = jax.random.key(0) if self.key is None else self.key
+        return row_keys(key, self.ids.shape[0], self.num_samples)
+
+    def after_prompt(self) -> Request:
+        """What is still read when the prompt has been: the same for prompts of every length."""
+        return dataclasses.replace(self, ids=None, position_ids=None, key=None, context=None)
 
 
 def make_request(
@@ -53,8 +75,11 @@ def make_request(
     num_samples: int = 1,
     pad_token: int = 0,
     context: Any = None,
+    pad_to: int | None = None,
 ) -> Request:
     """The arguments of a model's `generate`, checked.
+
+    Nothing is computed by JAX. With `pad_to` the prompt gets padding on the right up to that length.
 
     Raises:
         ValueError: arguments out of range, a row without a token, or sampling without a key.
@@ -88,16 +113,34 @@ def make_request(
                 f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
                 "Pass key=jax.random.key(seed)."
             )
-        key = jax.random.key(0)
+    else:
+        _check_keys(key, known.shape[0], num_samples)
+    missing = ((0, 0), (0, max(0, (pad_to or 0) - known.shape[1])))
     return Request(
-        ids=jnp.asarray(prompt_ids),
-        position_ids=jnp.asarray(np.where(real, np.cumsum(real, axis=1) - 1, -1), jnp.int32),
-        keys=row_keys(key, known.shape[0], num_samples),
+        ids=np.pad(known.astype(np.int32), missing),
+        position_ids=np.pad(
+            np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32), missing, constant_values=-1
+        ),
+        key=key,
+        max_new_tokens=np.int32(max_new_tokens),
         sampler=sampler,
-        stops=jnp.asarray(stops),
-        fill=jnp.int32(ends[0] if ends else pad_token),
+        stops=stops,
+        fill=np.int32(ends[0] if ends else pad_token),
         context=context,
+        num_samples=num_samples,
     )
+
+
+def padded_length(length: int) -> int:
+    """The least of a few lengths that holds `length`, so that as few programs serve all.
+
+    1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
+    """
+    if length == 1:
+        return 1
+    power = max(32, 1 << (length - 1).bit_length())
+    step = power // 8
+    return power if power <= 512 else -(-length // step) * step
 
 
 def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
@@ -108,18 +151,22 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
     Raises:
         ValueError: not a typed key, or another number of them.
     """
+    _check_keys(key, batch, num_samples)
+    if key.shape == (batch * num_samples,):
+        return key
+    if key.shape:
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        return fold(key, jnp.arange(num_samples)).reshape(-1)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch * num_samples))
+
+
+def _check_keys(key: Array, batch: int, num_samples: int) -> None:
     rows = batch * num_samples
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,), (rows,)):
         raise ValueError(
             f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {rows}; "
             f"got shape={key.shape}, dtype={key.dtype}."
         )
-    if key.shape == (rows,):
-        return key
-    if key.shape:
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        return fold(key, jnp.arange(num_samples)).reshape(-1)
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
 def _stops(

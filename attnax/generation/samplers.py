@@ -93,7 +93,7 @@ class Sampler:
             ValueError: a logit_bias that does not fit the vocabulary.
         """
         numbers: dict[str, Any] = {
-            field.name: jnp.asarray(value, jnp.int32 if field.name == "top_k" else jnp.float32)
+            field.name: _number(value, np.int32 if field.name == "top_k" else np.float32)
             for field in dataclasses.fields(self)
             if field.name not in ("no_repeat_ngram", "logits_fn", "logit_bias")
             and (value := getattr(self, field.name)) is not None
@@ -193,6 +193,11 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
 def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> Float[Array, "B V"]:
     """-inf for the tokens that are less than p times as likely as the likeliest of their row."""
     return jnp.where(logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p)), logits, -jnp.inf)
+
+
+def _number(value: Any, dtype: Any) -> Any:
+    """The number as an array; one that is known is NumPy's, since JAX would compile its conversion."""
+    return np.asarray(value, dtype) if is_concrete(value) else value.astype(dtype)
 
 
 def _bias_array(bias: Any, vocab_size: int) -> Any:

@@ -23,6 +23,7 @@ from jax import lax
 from attnax.cache import forget
 from attnax.generation.loop import (
     Generation,
+    PlannedCache,
     Progress,
     Step,
     Tokens,
@@ -84,7 +85,7 @@ def generate_with_draft(
     Returns:
         The generation, whose `steps` say how often the model itself ran, and both caches.
     """
-    run = _generate_in_place if request.keys.shape[0] == request.ids.shape[0] else _generate
+    run = _generate_in_place if request.num_samples == 1 else _generate
     return run(step, state, request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
 
 
@@ -99,6 +100,7 @@ def _write_all(
     num_draft_tokens: int,
 ) -> tuple[Generation, Any, Any]:
     progress, context = start(step, state, request, cache, max_new_tokens, num_draft_tokens)
+    draft_cache = draft_cache.make() if isinstance(draft_cache, PlannedCache) else draft_cache
     _, draft_cache = draft.step(draft.state, prompt_tokens(request)._replace(context=draft.context), draft_cache)
     draft_cache, draft_context = for_samples(request, (draft_cache, draft.context))
 
@@ -132,7 +134,7 @@ def _write_draft(
         wanted = jnp.full((text.lengths.shape[0], 1), num_tokens - 1, jnp.int32)
         logits, cache = draft.step(draft.state, Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
         q = request.sampler.probabilities(logits[:, 0], text)
-        return _draw(q, position_keys(request, text)), q, cache
+        return _draw(q, position_keys(progress.keys, text)), q, cache
 
     def go_on(carry: tuple[Text, Array, Any], _: None) -> tuple[tuple[Text, Array, Any], tuple[Array, Array]]:
         text, token, cache = carry
@@ -164,11 +166,11 @@ def _read_draft(
         text = progress.text  # where a row goes on it holds the draft up to here
         p = request.sampler.probabilities(logits[:, index], text)
         if index == count:  # one more, that was not drafted
-            token, fits = _draw(p, position_keys(request, text, _REPLACE)), ~running
+            token, fits = _draw(p, position_keys(progress.keys, text, _REPLACE)), ~running
         else:
-            uniform = jax.vmap(jax.random.uniform)(position_keys(request, text, _ACCEPT))
+            uniform = jax.vmap(jax.random.uniform)(position_keys(progress.keys, text, _ACCEPT))
             fits = accept_drafted(p, q[:, index], drafted[:, index], uniform)
-            replaced = _draw(_residual(p, q[:, index]), position_keys(request, text, _REPLACE))
+            replaced = _draw(_residual(p, q[:, index]), position_keys(progress.keys, text, _REPLACE))
             token = jnp.where(fits, drafted[:, index], replaced)
         progress = append(progress, token, logits[:, index], request, going_on)
         going_on = going_on & fits & ~progress.finished

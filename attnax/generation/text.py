@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.typing import Array, Bool, Int, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Int, pytree_dataclass
 
 __all__ = ["Text"]
 
@@ -28,9 +28,9 @@ class Text:
     lengths: Int[Array, R]
 
     @classmethod
-    def of_prompt(cls, ids: Int[Array, "R T"], position_ids: Int[Array, "R T"], room: int) -> Text:
-        """The prompt, with room for so many tokens more; a position of -1 is padding."""
-        rows, size = ids.shape[0], ids.shape[1] + room
+    def of_prompt(cls, ids: Int[ArrayLike, "R T"], position_ids: Int[ArrayLike, "R T"], size: int) -> Text:
+        """The prompt, with room for `size` tokens in all; a position of -1 is padding."""
+        ids, position_ids, rows = jnp.asarray(ids), jnp.asarray(position_ids), ids.shape[0]
         lengths = position_ids.max(1, initial=-1) + 1
         where = jnp.where(position_ids < 0, size, position_ids)  # past the end: dropped
         empty = jnp.zeros((rows, size), jnp.int32)

@@ -312,14 +312,14 @@ class Walk:
             kv = _cut_index(kv, j, self.tiles.keys)
         return rows[..., None], heads[..., None], q[None, None, :, None], kv[None, None, None, :]
 
-    def keep(self, x: Array, i: Array, j: Array) -> Array | None:
+    def keep(self, x: Any, i: Any, j: Any) -> Array | None:
         """Where the mask allows the pairs of a tile, at its natural shape (Bt|1, N|1, Tt|1, St|1)."""
         if self.functions.mask is None:
             return None
         keep = self.functions.mask(*self.indices(x, i, j))
         return keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
 
-    def drop(self, x: Array, i: Array, j: Array) -> Callable[[Array], Array] | None:
+    def drop(self, x: Any, i: Any, j: Any) -> Callable[[Array], Array] | None:
         """The dropout of a tile's weights."""
         if self.dropout is None:
             return None
@@ -327,7 +327,7 @@ class Walk:
         return lambda weights: jnp.where(kept.reshape(weights.shape), weights / (1.0 - self.dropout_rate), 0)
 
     def mask_scores(
-        self, scores: Array, key_bias: Array, keep: Array | None, x: Array, i: Array, j: Array
+        self, scores: Array, key_bias: Array, keep: Array | None, x: Any, i: Any, j: Any
     ) -> tuple[Array, Callable[..., Any] | None]:
         """The tile's scores (X, M, St) after score mod and mask, and the pullback of the score mod if there is one."""
         shape, score_mod = tile_shape(self.tiles, self.shape), self.functions.score_mod
@@ -534,9 +534,7 @@ def backward(
 
     zeros = _vary_all([jnp.zeros(x.shape, dtype) for x in (query, keys.key, keys.value)], axes)
     steps = walk.num_groups // tiles.groups * walk.num_keys
-    (d_query, gradients), *d_keys = _loop(
-        steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2])
-    )
+    (d_query, gradients), *d_keys = _loop(steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2]))
     d_key, d_value = (_first(x, key.shape[2]) for x in d_keys)
     return _first(d_query, rows.query.shape[2]), d_key, d_value, gradients
 
@@ -615,7 +613,7 @@ def _cut_turned(x: Array, place: Place, tile: Any, tiles: Tiles) -> Array:
     return cut.reshape(tiles.groups, -1, width, tiles.queries).swapaxes(1, 2).reshape(tiles.groups, width, -1)
 
 
-def _cut_keys(keys: Keys, place: Place, tile: Array, tiles: Tiles, spoil: float = 0.0) -> tuple[Array, Array, Array]:
+def _cut_keys(keys: Keys, place: Place, tile: Any, tiles: Tiles, spoil: float = 0.0) -> tuple[Array, Array, Array]:
     """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `spoil` stands for keys not fine."""
     key, value, bias = (_flat(_cut(x, place, tile, tiles.keys), tiles.groups) for x in keys)
     bad = jnp.isnan(bias)[..., None]

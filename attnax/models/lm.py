@@ -18,7 +18,15 @@ from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.models.transformer import TokenHead, TransformerDecoder
-from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, stream
+from attnax.models.writing import (
+    CacheKind,
+    WriteOptions,
+    Writer,
+    beam_search,
+    generate,
+    prompt_or_positions,
+    stream,
+)
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
@@ -230,6 +238,7 @@ class _Step:
 
     def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
         model = nnx.merge(self.graphdef, state)
-        out = model.decoder.run(tokens.ids, position_ids=tokens.position_ids, caches=cache, deterministic=True)
+        options = prompt_or_positions(tokens, cache)
+        out = model.decoder.run(tokens.ids, caches=cache, deterministic=True, **options)
         # Only the tokens that are wanted go through the head.
         return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches

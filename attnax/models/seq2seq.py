@@ -15,10 +15,19 @@ from flax import nnx
 from attnax.config import EncoderDecoderConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
+from attnax.generation.request import padded_length
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
-from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, stream
+from attnax.models.writing import (
+    CacheKind,
+    WriteOptions,
+    Writer,
+    beam_search,
+    generate,
+    prompt_or_positions,
+    stream,
+)
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
@@ -256,17 +265,21 @@ class Transformer(nnx.Module):
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder, with what its cross-attention reads of the sources."""
-        source_ids, real = jnp.asarray(source_ids), None
+        source_ids = jnp.asarray(source_ids)
         self.encoder.embed.tokens.check(source_ids)
+        real = np.ones(source_ids.shape, bool)
         if source_padding_mask is not None:
-            real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
+            real = np.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
+        length = source_ids.shape[1]
+        # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
+        missing = ((0, 0), (0, max(length, min(padded_length(length), self.encoder.config.max_len)) - length))
         graphdef, state = nnx.split(self)
-        context = _read_source(graphdef, state, source_ids, real), real
+        context = _read_source(graphdef, state, np.pad(np.asarray(source_ids), missing), np.pad(real, missing))
         return Writer(_Step(graphdef), state, self.decoder.config, context)
 
 
-def _starts(source_ids: ArrayLike, start_token: int) -> Array:
-    return jnp.full((source_ids.shape[0], 1), start_token, jnp.int32)
+def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
+    return np.full((source_ids.shape[0], 1), start_token, np.int32)
 
 
 def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
@@ -279,10 +292,13 @@ def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _read_source(graphdef: Any, state: Any, source_ids: Array, real: Array | None) -> tuple[KeysValues, ...]:
+def _read_source(
+    graphdef: Any, state: Any, source_ids: Array, real: Array
+) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
+    """What cross-attention reads of the sources, and which of their tokens are no padding."""
     model = nnx.merge(graphdef, state)
     encoded = model.encoder(source_ids, padding_mask=real, deterministic=True)
-    return model.decoder.keys_values(encoded, None if real is None else count_positions(real.shape, real, None))
+    return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,12 +312,12 @@ class _Step:
         model = nnx.merge(self.graphdef, state)
         out = model.decoder.run(
             tokens.ids,
-            position_ids=tokens.position_ids,
             caches=cache,
             encoder_output=contexts,
-            cross_mask=None if real is None else padding(real),
+            cross_mask=padding(real),
             token_embedding=model._shared_tokens,
             deterministic=True,
+            **prompt_or_positions(tokens, cache),
         )
         hidden = jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)
         return model._logits(hidden), out.caches

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import LayerCache
+from attnax.cache import EmptyCache, LayerCache
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
@@ -65,6 +65,7 @@ class _TokenTransformer(nnx.Module):
     ) -> Output:
         """Reads the tokens; `cross` is what blocks with cross-attention are given beside."""
         input_ids = self._check_ids(input_ids, caches)
+        is_alone = caches is None or isinstance(caches[0], EmptyCache)  # these tokens attend each other only
         real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
@@ -78,8 +79,8 @@ class _TokenTransformer(nnx.Module):
             position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
-            position_ids = count_positions(input_ids.shape, real, caches)
-        if position_ids is not None and caches is None:  # with a cache, attention does this
+            position_ids = count_positions(input_ids.shape, real, None if is_alone else caches)
+        if is_alone and (given or real is not None):  # where a cache holds more, attention does this
             batch, length = input_ids.shape
             if mask is not None:
                 mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
@@ -118,6 +119,11 @@ class _TokenTransformer(nnx.Module):
             raise ValueError(
                 f"{type(self).__name__}: layer_kv_caches must hold one cache a layer; "
                 f"got {len(caches)} for num_layers={self.config.num_layers}."
+            )
+        if caches is not None and len({isinstance(cache, EmptyCache) for cache in caches}) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: either every cache is an EmptyCache or none is; got a mixture. Read a prompt "
+                "into all layers at once."
             )
         return input_ids
 

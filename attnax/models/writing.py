@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, init_decoder_kv_caches_from_config
+from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
-from attnax.generation.loop import Generation, Step
-from attnax.generation.request import Request, make_request
+from attnax.generation.loop import Generation, Step, Tokens
+from attnax.generation.request import Request, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.paged_cache import init_paged_kv_caches_from_config
-from attnax.typing import Array, ArrayLike
+from attnax.typing import Array, ArrayLike, pytree_dataclass
 
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
 
@@ -39,6 +41,16 @@ class Writer(NamedTuple):
     context: Any = None
 
 
+def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
+    """What a decoder is told of the places of `tokens`.
+
+    A prompt that enters empty caches is read by index, with its padding; anything else at positions.
+    """
+    if isinstance(cache[0], EmptyCache):
+        return {"padding_mask": tokens.position_ids >= 0}
+    return {"position_ids": tokens.position_ids}
+
+
 class WriteOptions(TypedDict, total=False):
     """The keywords of a model's `generate` that its `stream` takes too."""
 
@@ -52,6 +64,28 @@ class WriteOptions(TypedDict, total=False):
     cache_dtype: Any
 
 
+@pytree_dataclass
+class CachePlan:
+    """The empty caches of a model, to be made within a program; plans of equal numbers are equal."""
+
+    config: TransformerConfig = dataclasses.field(metadata={"static": True})
+    kind: CacheKind = dataclasses.field(metadata={"static": True})
+    batch_size: int = dataclasses.field(metadata={"static": True})
+    max_len: int = dataclasses.field(metadata={"static": True})
+    dtype: str | None = dataclasses.field(metadata={"static": True})
+    pool_rows: int = dataclasses.field(metadata={"static": True})  # of a pool of pages, which rows share
+
+    def make(self) -> tuple[EmptyCache, ...]:
+        """One cache a layer."""
+        sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
+        if self.kind == "paged":
+            num_blocks = self.pool_rows * -(-self.max_len // _BLOCK)
+            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_BLOCK, num_blocks=num_blocks)
+        else:
+            caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
+        return tuple(map(EmptyCache, caches))
+
+
 def generate(
     writer: Writer,
     prompt_ids: ArrayLike,
@@ -63,13 +97,13 @@ def generate(
 ) -> Generation:
     """What `TransformerLM.generate` promises, for any writer."""
     if draft is None:
-        request, cache = _prepare(writer, prompt_ids, max_new_tokens, **options)
-        written, _ = generation.generate(writer.step, writer.state, request, cache, max_new_tokens=max_new_tokens)
-        return written
+        request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, **options)
+        written, _ = generation.generate(writer.step, writer.state, request, cache, max_new_tokens=room)
+        return _shorten(written, max_new_tokens)
     _check_draft(writer, draft, num_draft_tokens, options)
     options["cache"] = options.get("cache") or "ring"
-    request, cache = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
-    _, draft_cache = _prepare(draft, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
+    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
+    _, draft_cache, _ = _prepare(draft, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
     written, _, _ = generation.generate_with_draft(
         writer.step,
         writer.state,
@@ -77,10 +111,10 @@ def generate(
         cache,
         generation.Draft(draft.step, draft.state, draft.context),
         draft_cache,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=room,
         num_draft_tokens=num_draft_tokens,
     )
-    return written
+    return _shorten(written, max_new_tokens)
 
 
 def stream(
@@ -90,8 +124,8 @@ def stream(
     unknown = sorted(options.keys() - WriteOptions.__annotations__.keys())
     if unknown:
         raise ValueError(f"stream: takes the options of generate, but no draft; got {', '.join(unknown)}.")
-    request, cache = _prepare(writer, prompt_ids, max_new_tokens, **options)
-    return generation.stream(writer.step, writer.state, request, cache, max_new_tokens=max_new_tokens)
+    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, **options)
+    return generation.stream(writer.step, writer.state, request, cache, max_new_tokens=room)
 
 
 def beam_search(
@@ -124,17 +158,34 @@ def beam_search(
             "beam_search: nothing is drawn, so temperature must be 0 and nothing be cut; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
-    request, cache = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
-    return generation.beam_search(
+    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
+    beams = generation.beam_search(
         writer.step,
         writer.state,
         request,
         cache,
         num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        length_penalty=jnp.float32(length_penalty),
+        max_new_tokens=room,
+        length_penalty=np.float32(length_penalty),
         early_stopping=early_stopping,
     )
+    return _shorten(beams, max_new_tokens)
+
+
+Written = TypeVar("Written", Generation, Beams)
+
+
+def _shorten(written: Written, max_new_tokens: int) -> Written:
+    """What was asked for of a result that has room for more, cut outside of JAX, which would compile each cut."""
+
+    def cut(x: Array) -> Array:
+        return jax.device_put(np.ascontiguousarray(np.asarray(x)[..., :max_new_tokens]))
+
+    if written.tokens.shape[-1] == max_new_tokens:
+        return written
+    if isinstance(written, Beams):
+        return written._replace(tokens=cut(written.tokens))
+    return written._replace(tokens=cut(written.tokens), log_probs=cut(written.log_probs))
 
 
 def _prepare(
@@ -147,26 +198,29 @@ def _prepare(
     cache: CacheKind | None = None,
     cache_dtype: Any = None,
     **options: Any,
-) -> tuple[Request, Any]:
-    config, prompt_ids = writer.config, jnp.asarray(prompt_ids)
+) -> tuple[Request, CachePlan, int]:
+    """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
+    config = writer.config
+    if np.ndim(prompt_ids) != 2:
+        prompt_ids = jnp.asarray(prompt_ids)
+    length = padded_length(max(1, prompt_ids.shape[-1]))
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
         max_new_tokens=max_new_tokens,
         pad_token=config.pad_token_id,
         context=writer.context,
+        pad_to=length,
         **options,
     )
-    (batch, length), cache = prompt_ids.shape, cache or "contiguous"
+    batch, cache = prompt_ids.shape[0], cache or "contiguous"
     if cache not in get_args(CacheKind):
         raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
-    _check_table(config, length, max_new_tokens)
-    sizes: dict[str, Any] = {"batch_size": batch, "max_len": length + max_new_tokens + spare, "dtype": cache_dtype}
-    if cache != "paged":
-        return request, init_decoder_kv_caches_from_config(config, **sizes, ring=cache == "ring")
-    rows = num_beams * request.keys.shape[0]  # of the pool, which the rows of a prompt then share out
-    pages = -(-sizes["max_len"] // _BLOCK)
-    return request, init_paged_kv_caches_from_config(config, **sizes, block_size=_BLOCK, num_blocks=rows * pages)
+    _check_table(config, prompt_ids.shape[1], max_new_tokens)
+    room = padded_length(max(64, max_new_tokens))
+    dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
+    plan = CachePlan(config, cache, batch, padded_length(length + room + spare), dtype, num_beams * request.num_rows)
+    return request, plan, room
 
 
 _BLOCK = 16  # tokens of a page

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import LayerCache, LinearLayerCache
+from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
@@ -173,7 +173,7 @@ class MultiHeadAttention(nnx.Module):
             position_ids_kv: positions of the context for RoPE, by default 0 ... S - 1.
             score_mod: applied to the scores after the layer's own.
             kv_cache: of any kind (`attnax.cache`); x is appended to it and attends all of it. Masks and score mods are
-                then read at positions.
+                then read at positions; with an EmptyCache at indices, as without a cache.
             rngs: randomness of the dropout, instead of the stored stream.
 
         Returns:
@@ -278,7 +278,8 @@ class MultiHeadAttention(nnx.Module):
             window = sliding_window(self.config.attention_window, causal=False)
         if context is None and self.config.pos_emb_type == "alibi":
             alibi = alibi_mod(self.config.num_heads)
-        if kv_cache is None and position_ids_q is not None:  # like RoPE they go by positions, whatever the mask goes by
+        is_alone = kv_cache is None or isinstance(kv_cache, EmptyCache)  # x attends itself or the context only
+        if is_alone and position_ids_q is not None:  # like RoPE they go by positions, whatever the mask goes by
             positions = position_ids_q, position_ids_q if position_ids_kv is None else position_ids_kv
             window = None if window is None else at_positions(window, *positions)
             alibi = None if alibi is None else at_positions(alibi, *positions)
@@ -289,6 +290,10 @@ class MultiHeadAttention(nnx.Module):
         dropout_rng = self.dropout.key(deterministic, rngs)
         if kv_cache is not None:
             assert position_ids_q is not None
+            if isinstance(kv_cache, EmptyCache):
+                return self._attend_and_store(
+                    query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache.cache
+                )
             return self._attend_cache(query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache)
         if weights:  # what each key's value contributes, read off with a value of its own for each key
             value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
@@ -322,6 +327,13 @@ class MultiHeadAttention(nnx.Module):
         """What the heads gather from the cache and the new tokens, and the cache with these appended."""
         batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
+            if not isinstance(mask, Causal):
+                raise NotImplementedError(
+                    "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must "
+                    f"be masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
+                )
+            real = jnp.broadcast_to(positions >= 0, (batch, query.shape[2]))
+            mask = causal() & padding(real)
             return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
         if mask is not None:  # read at positions, so an array must know all that the cache can hold
             full = batch, num_heads, cache.num_positions, cache.num_positions
@@ -337,6 +349,24 @@ class MultiHeadAttention(nnx.Module):
         heads = self._attend(query, stored.keys, stored.values, mask, score_mod, dropout_rng)
         return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
 
+    def _attend_and_store(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score_mod: ScoreMod | None,
+        dropout_rng: Array | None,
+        positions: Array,
+        cache: Any,
+    ) -> tuple[Array, Any]:
+        """What the heads gather from the new tokens, and the cache, which held nothing, with these."""
+        if isinstance(cache, LinearLayerCache):
+            return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
+        heads = self._attend(query, key, value, mask, score_mod, dropout_rng)
+        cache, _ = cache.append(key, value, positions)
+        return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
+
     def _attend_sums(
         self,
         query: Array,
@@ -348,16 +378,9 @@ class MultiHeadAttention(nnx.Module):
         positions: Array,
         cache: LinearLayerCache,
     ) -> tuple[Array, LinearLayerCache]:
-        if not isinstance(mask, Causal):
-            raise NotImplementedError(
-                "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must be "
-                f"masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
-            )
-        real = jnp.broadcast_to(positions >= 0, (query.shape[0], query.shape[2]))
         attend = functools.partial(self.attention_fn, query, key, value, state=cache.state, return_state=True)
-        mask = causal() & padding(real)
         heads, state = self._with_options(attend, mask=mask, score_mod=score_mod, dropout_rng=dropout_rng)
-        lengths = jnp.maximum(cache.lengths, jnp.where(real, positions, -1).max(1, initial=-1) + 1)
+        lengths = jnp.maximum(cache.lengths, positions.max(1, initial=-1) + 1)
         return heads, LinearLayerCache(state, lengths)
 
     def _attend(
@@ -413,6 +436,8 @@ class MultiHeadAttention(nnx.Module):
                 "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
+        if isinstance(kv_cache, EmptyCache):
+            kv_cache = kv_cache.cache
         kernel = self.attention_fn
         while isinstance(kernel, functools.partial):
             kernel = kernel.func

@@ -14,7 +14,7 @@ from jax import lax
 from attnax.config import StackConfig
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
-from attnax.typing import Array, Float
+from attnax.typing import Array, Float, is_concrete
 
 __all__ = ["Stack", "with_scan_layers"]
 
@@ -77,37 +77,47 @@ class Stack(nnx.Module):
         for name, entries in given.items():
             for layer, entry in zip(layers, entries, strict=True):
                 layer[name] = entry
-        draws = _draws(self, deterministic)
-        if rngs is not None and draws and ("dropout" in rngs or "default" in rngs):
+        if rngs is not None and not ("dropout" in rngs or "default" in rngs):
+            options["rngs"] = rngs  # a layer that draws says what is missing
+        elif rngs is not None and _draws(self, deterministic):
             for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
                 layer["key"] = key
-        elif rngs is not None:
-            options["rngs"] = rngs
-        stored = rngs is None and draws
         scanned = self.config.num_layers - len(self.blocks)
         caches: list[Any] = []
         aux: dict[str, Any] = {}
         if scanned:
-            x, caches, aux = self._scan(x, layers[:scanned], options, stored)
+            x, caches, aux = self._scan(x, layers[:scanned], options)
+        run_block = self._block_runner(options)
         for block, layer in zip(self.blocks, layers[scanned:], strict=True):
-            x, cache, block_aux = self._run_block(block, x, layer, options, stored)
+            x, cache, block_aux = run_block(block, x, layer)
             caches.append(cache)
             aux = add_aux(aux, block_aux)
         return Output(x, tuple(caches) if caches[0] is not None else None, aux)
 
-    def _run_block(
-        self, block: Any, x: Array, layer: dict[str, Any], options: dict[str, Any], stored: bool
-    ) -> tuple[Array, Any, dict[str, Any]]:
-        if self.config.remat == "none":
-            return block.run(x, **_with_rngs(layer), **options)
-        graphdef, state = nnx.split(block)
-        x, cache, aux, streams = self._as_function(graphdef, options)(x, state, layer)
-        if stored:
-            nnx.update(block, streams)
-        return x, cache, aux
+    def _block_runner(self, options: dict[str, Any]) -> Callable[..., tuple[Array, Any, dict[str, Any]]]:
+        """(block, x, what differs from layer to layer) -> (x, cache, aux).
+
+        In a program that is being traced, equal layers are one function that is traced, differentiated and lowered
+        once. It lives as long as this call: it may hold values that are being traced.
+        """
+        shares = _is_traced() and "rngs" not in options
+        functions: dict[Any, Callable[..., Any]] = {}
+
+        def run(block: Any, x: Array, layer: dict[str, Any]) -> tuple[Array, Any, dict[str, Any]]:
+            if not shares and self.config.remat == "none":
+                return block.run(x, **_with_rngs(layer), **options)
+            graphdef, state = nnx.split(block)
+            if graphdef not in functions:
+                function = self._as_function(graphdef, options)
+                functions[graphdef] = jax.jit(function) if shares else function
+            x, cache, aux, written = functions[graphdef](x, state, layer)
+            nnx.update(block, written)
+            return x, cache, aux
+
+        return run
 
     def _scan(
-        self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any], stored: bool
+        self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any]
     ) -> tuple[Array, list[Any], dict[str, Any]]:
         places = len(self.periods)
         graphdefs, states = zip(*(nnx.split(block) for block in self.periods), strict=True)
@@ -128,18 +138,20 @@ class Stack(nnx.Module):
             cache, block_aux, _ = outputs[layer % places]
             caches.append(jax.tree.map(lambda array, period=layer // places: array[period], cache))
             aux = add_aux(aux, jax.tree.map(lambda array, period=layer // places: array[period], block_aux))
-        for block, (_, _, streams) in zip(self.periods, outputs, strict=True):
-            if stored:
-                nnx.update(block, streams)
+        for block, (_, _, written) in zip(self.periods, outputs, strict=True):
+            nnx.update(block, written)
         return x, caches, aux
 
     def _as_function(self, graphdef: Any, options: dict[str, Any]) -> Callable[..., Any]:
-        """(x, state, layer) -> (x, cache, aux, the state of the dropout streams)."""
+        """(x, state, layer) -> (x, cache, aux, the variables that the call has written)."""
 
         def run(x: Array, state: Any, layer: dict[str, Any]) -> Any:
             block = nnx.merge(graphdef, state)
+            before = _values(block)
             out = block.run(x, **_with_rngs(layer), **options)
-            return (*out, nnx.state(block, nnx.RngState))
+            after = nnx.to_flat_state(nnx.state(block, nnx.Variable))
+            written = [(path, variable) for path, variable in after if before.get(path) is not variable.get_raw_value()]
+            return (*out, nnx.from_flat_state(written))
 
         if self.config.remat == "none":
             return run
@@ -204,3 +216,13 @@ def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
         and not (layer.deterministic if deterministic is None else deterministic)
         for _, layer in nnx.iter_modules(module)
     )
+
+
+def _values(module: nnx.Module) -> dict[Any, Any]:
+    """What the variables of a module hold."""
+    return {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Variable))}
+
+
+def _is_traced() -> bool:
+    """Whether operations go into a program now, rather than being run one by one."""
+    return not is_concrete(jnp.zeros(()))
