@@ -94,11 +94,11 @@ def measure_step(attention_type: str, length: int) -> dict[str, float]:
     from attnax import TransformerLM
 
     model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), attention_type=attention_type, **SHAPE))
-    graphdef, params = nnx.split(model)
+    graphdef, params, others = nnx.split(model, nnx.Param, ...)
     ids = jax.ShapeDtypeStruct((max(1, 512 // length), length), jnp.int32)
 
     def loss(params: Any, ids: Any) -> Any:
-        return -nnx.merge(graphdef, params).log_probs(ids)[..., 0].mean()
+        return -nnx.merge(graphdef, params, others).log_probs(ids, deterministic=True)[..., 0].mean()
 
     clock = Clock()
     traced = jax.jit(jax.grad(loss)).trace(params, ids)

@@ -78,7 +78,7 @@ class PlannedCache(Protocol):
 class Progress:
     """Everything that the loop carries from token to token."""
 
-    keys: Array  # (R,)
+    keys: Array | None  # (R,), None where nothing is drawn
     text: Text
     log_probs: Float[Array, "R T"]
     finished: Bool[Array, R]
@@ -224,8 +224,10 @@ def append(progress: Progress, token: Array, logits: Array, request: Request, wh
     return dataclasses.replace(progress, text=text, log_probs=log_probs, finished=progress.finished | (where & ended))
 
 
-def position_keys(keys: Array, text: Text, stream: int | None = None) -> Array:
+def position_keys(keys: Array | None, text: Text, stream: int | None = None) -> Array | None:
     """One key a row for the token that comes next; `stream` tells several draws at one position apart."""
+    if keys is None:
+        return None
     keys = jax.vmap(jax.random.fold_in)(keys, text.lengths)
     return keys if stream is None else jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
 

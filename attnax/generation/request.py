@@ -24,7 +24,7 @@ class Request:
     Attributes:
         ids: (batch, T) prompt.
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
-        key: one typed key, one a prompt or one a row; None for key 0.
+        key: one typed key, one a prompt or one a row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
         sampler: draws tokens.
         stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
@@ -48,14 +48,13 @@ class Request:
         """Rows of the result."""
         return self.ids.shape[0] * self.num_samples
 
-    def row_keys(self) -> Array:
-        """A key for each row.
+    def row_keys(self) -> Array | None:
+        """A key for each row, None where nothing is drawn.
 
         A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on its
         neighbours.
         """
-        key = jax.random.key(0) if self.key is None else self.key
-        return row_keys(key, self.ids.shape[0], self.num_samples)
+        return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
     def after_prompt(self) -> Request:
         """What is still read when the prompt has been: the same for prompts of every length."""
@@ -108,13 +107,14 @@ def make_request(
         )
     sampler = (Sampler() if sampler is None else sampler).as_arrays(vocab_size)
     if key is None:
-        if float(sampler.temperature) > 0:
+        if sampler.temperature is not None:
             raise ValueError(
                 f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
                 "Pass key=jax.random.key(seed)."
             )
     else:
         _check_keys(key, known.shape[0], num_samples)
+        key = None if sampler.temperature is None else key
     missing = ((0, 0), (0, max(0, (pad_to or 0) - known.shape[1])))
     return Request(
         ids=np.pad(known.astype(np.int32), missing),

@@ -26,7 +26,8 @@ class Sampler:
     whose leaves are the numbers, so that new values compile nothing.
 
     Attributes:
-        temperature: 0 takes the likeliest token; 1 samples the model's own distribution.
+        temperature: 0 takes the likeliest token; 1 samples the model's own distribution. None is 0 for good: a program
+            that holds nothing that draws.
         top_k: keep the k likeliest tokens (and those that tie with the last of them).
         top_p: then keep the likeliest tokens whose probabilities reach p together (nucleus sampling).
         min_p: then keep the tokens that are at least min_p times as likely as the likeliest.
@@ -50,7 +51,7 @@ class Sampler:
         M. Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024, https://arxiv.org/abs/2407.01082.
     """
 
-    temperature: float | Array = 0.0
+    temperature: float | Array | None = 0.0
     top_k: int | Array | None = None
     top_p: float | Array | None = None
     min_p: float | Array | None = None
@@ -87,7 +88,7 @@ class Sampler:
                     raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
     def as_arrays(self, vocab_size: int) -> Sampler:
-        """The same sampler with arrays for numbers, so that 1 and 1.0 are one program.
+        """The same sampler with arrays for numbers, so that 1 and 1.0 are one program; a temperature of 0 becomes None.
 
         Raises:
             ValueError: a logit_bias that does not fit the vocabulary.
@@ -98,6 +99,8 @@ class Sampler:
             if field.name not in ("no_repeat_ngram", "logits_fn", "logit_bias")
             and (value := getattr(self, field.name)) is not None
         }
+        if is_concrete(self.temperature) and not self.temperature:
+            numbers["temperature"] = None
         logits_fn = None if self.logits_fn is None else function_pytree(self.logits_fn)
         bias = None if self.logit_bias is None else _bias_array(self.logit_bias, vocab_size)
         return dataclasses.replace(self, **numbers, logits_fn=logits_fn, logit_bias=bias)
@@ -144,6 +147,8 @@ class Sampler:
 
     def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Penalised logits / temperature, -inf for what is cut off; the draw is from their softmax."""
+        if self.temperature is None:
+            return logits
         scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
         if self.top_k is not None:
             scaled = keep_top_k(scaled, self.top_k)
@@ -156,18 +161,26 @@ class Sampler:
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         """The distribution that `__call__` draws from: all on the likeliest token where temperature is 0."""
         logits = self.penalise(logits, text)
-        return lax.cond(
-            jnp.asarray(self.temperature) == 0,
-            lambda: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32),
-            lambda: jax.nn.softmax(self.cut(logits)),
-        )
 
-    def __call__(self, logits: Float[Array, "B V"], keys: Array, text: Text | None = None) -> Int[Array, B]:
-        """One token a row; `keys` holds one typed key a row."""
+        def likeliest() -> Array:
+            return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32)
+
+        if self.temperature is None:
+            return likeliest()
+        return lax.cond(jnp.asarray(self.temperature) == 0, likeliest, lambda: jax.nn.softmax(self.cut(logits)))
+
+    def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, B]:
+        """One token a row; `keys` holds one typed key a row, None where the temperature is."""
         logits = self.penalise(logits, text)
+
+        def likeliest() -> Array:
+            return logits.argmax(-1).astype(jnp.int32)
+
+        if self.temperature is None:
+            return likeliest()
         return lax.cond(
             jnp.asarray(self.temperature) == 0,
-            lambda: logits.argmax(-1).astype(jnp.int32),
+            likeliest,
             lambda: jax.vmap(jax.random.categorical)(keys, self.cut(logits)).astype(jnp.int32),
         )
 

@@ -168,7 +168,7 @@ def _read_draft(
         if index == count:  # one more, that was not drafted
             token, fits = _draw(p, position_keys(progress.keys, text, _REPLACE)), ~running
         else:
-            uniform = jax.vmap(jax.random.uniform)(position_keys(progress.keys, text, _ACCEPT))
+            uniform = _uniform(position_keys(progress.keys, text, _ACCEPT), num_rows)
             fits = accept_drafted(p, q[:, index], drafted[:, index], uniform)
             replaced = _draw(_residual(p, q[:, index]), position_keys(progress.keys, text, _REPLACE))
             token = jnp.where(fits, drafted[:, index], replaced)
@@ -192,5 +192,12 @@ def _residual(p: Array, q: Array) -> Array:
     return jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding: nothing is rejected
 
 
-def _draw(weights: Array, keys: Array) -> Array:
+def _uniform(keys: Array | None, num_rows: int) -> Array:
+    """A number between 0 and 1 for each row; any where all probabilities are 0 or 1 and nothing is drawn."""
+    return jnp.full(num_rows, 0.5) if keys is None else jax.vmap(jax.random.uniform)(keys)
+
+
+def _draw(weights: Array, keys: Array | None) -> Array:
+    if keys is None:
+        return weights.argmax(-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, jnp.log(weights)).astype(jnp.int32)
