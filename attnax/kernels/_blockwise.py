@@ -356,8 +356,8 @@ class Walk:
             return self._all(self.num_keys)
         q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
         ranges = *(_at(end, i).reshape(1, 1, 1) for end in q), *(end[None, None] for end in kv)
-        filled = (jnp.arange(self.num_keys) == self.num_keys - 1) & self.is_filled
-        return self._order(x, ranges, filled, lambda j: self.keep(x, i, j))
+        last = self.is_filled and jnp.arange(self.num_keys) == self.num_keys - 1
+        return self._order(x, ranges, self.num_keys, last, lambda j: self.keep(x, i, j))
 
     def queries_for(self, x: Any, j: Any) -> Order:
         """The same of queries for tile j of keys."""
@@ -365,17 +365,17 @@ class Walk:
             return self._all(self.num_queries)
         q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
         ranges = *(end[None, None] for end in q), *(_at(end, j).reshape(1, 1, 1) for end in kv)
-        filled = jnp.broadcast_to((j == self.num_keys - 1) & self.is_filled, self.num_queries)
-        return self._order(x, ranges, filled, lambda i: self.keep(x, i, j))
+        last = j == self.num_keys - 1
+        return self._order(x, ranges, self.num_queries, last, lambda i: self.keep(x, i, j))
 
     def _all(self, count: int) -> Order:
         """Every tile, in its own order."""
         return Order(lambda n: n, count if self.is_full else 0, count)
 
     def _order(
-        self, x: Array, ranges: tuple[Array, ...], filled: Array, keep: Callable[[Array], Array | None]
+        self, x: Any, ranges: tuple[Array, ...], count: int, last: Any, keep: Callable[[Array], Array | None]
     ) -> Order:
-        (count,) = filled.shape
+        """From the bounds of `count` tiles; `last` says which of them hold the last keys."""
         if self.functions.bounds is None:
             some, every = jnp.ones(count, bool), jnp.ones(count, bool)
         else:
@@ -383,7 +383,7 @@ class Walk:
             some, every = some.any((0, 1)), every.all((0, 1))
 
         axes = varying_axes(self.q_index)
-        codes = vary(code_of(some, every), axes)
+        codes, tiles = (vary(x, axes) for x in (code_of(some, every), jnp.arange(count, dtype=jnp.int32)))
         if self.functions.is_opaque:
 
             def exact(tile: Array) -> Array:
@@ -396,10 +396,10 @@ class Walk:
                 index, code = tile
                 return lax.cond(code == PARTIAL, exact, lambda _: code, index)
 
-            codes = lax.map(refined, (vary(jnp.arange(count), axes), codes))
+            codes = lax.map(refined, (tiles, codes))
         if self.is_filled:
-            codes = jnp.where(filled, jnp.maximum(codes, PARTIAL), codes)
-        order = jnp.argsort(codes, stable=True)
+            codes = jnp.where(last, jnp.maximum(codes, PARTIAL), codes)
+        _, order = lax.sort((codes, tiles), num_keys=1, is_stable=True)
         return Order(partial(_at, order), (codes == FULL).sum(), (codes < EMPTY).sum())
 
     def places(self, x: Any) -> tuple[Place, Place]:
