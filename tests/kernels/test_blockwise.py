@@ -73,7 +73,7 @@ def dense(name):
     return every_dense()[name]
 
 
-QUICK_VISITS = {("function & causal", False), ("positions", False), ("causal & documents", True)}
+QUICK_VISITS = {("function & causal", False), ("causal & documents", True)}
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,9 @@ def test_memory_of_tiles_that_are_chosen_does_not_grow_with_the_square_of_the_le
     assert long <= 64 * 2**20 and long <= 4 * short
 
 
-@pytest.mark.parametrize(
-    ("name", "block_size"),
-    [
-        contract_unless((name, size) == ("score mod & causal", 5), name, size)
-        for name in ("causal", "score mod & causal", "cross", "padding")
-        for size in (1, 5)
-    ],
-)
+@pytest.mark.parametrize("name", ["causal", "score mod & causal", "cross", "padding"])
+@pytest.mark.parametrize("block_size", [1, 5])
+@pytest.mark.contract
 def test_any_tile_size_gives_values_and_gradients_of_the_definition(name, block_size):
     case = CASES[name]
     arrays = case.arrays()
@@ -197,12 +192,12 @@ class Bias(nnx.Module):
 
 def captured_arrays():
     """Name: (array, function of it that returns a score mod)."""
-    normal = lambda *shape: np.random.default_rng(9).standard_normal(shape, np.float32)
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(9).standard_normal(shape, np.float32))
     return {
         "per head": (normal(6), lambda x: lambda s, b, h, q, kv: s * jnp.exp(x[h])),
         "per key": (normal(6, 13), lambda x: lambda s, b, h, q, kv: s + x[h, kv]),
         "dense": (normal(2, 6, 13, 13), lambda x: lambda s, b, h, q, kv: s + x[b, h, q, kv]),
-        "scalar": (np.float32(-0.7), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
+        "scalar": (jnp.asarray(np.float32(-0.7)), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
         "by bucket": (normal(6, 4), lambda x: lambda s, b, h, q, kv: s + x[h, jnp.clip(q - kv, 0, 3)]),
         "where the score says": (normal(3), lambda x: lambda s, b, h, q, kv: s + x[jnp.where(s > 0, 1, 2)]),
         "complex": (
@@ -245,6 +240,7 @@ def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(names):
         assert oracle.rms_error(x, y) <= 5e-6, name
 
 
+@pytest.mark.contract
 def test_gradients_of_low_precision_tables_are_summed_in_float32():
     query, key, value, cotangent = (normal(i, 1, 2, 256, 5) for i in range(4))
     table = normal(4, 2, 9).astype(jnp.bfloat16)
@@ -308,7 +304,7 @@ def test_a_mask_function_may_return_a_constant_and_must_fit_its_indices():
 
 @pytest.mark.parametrize(
     "how",
-    [contract_unless(how in ("vmap", "shard_map"), how) for how in ("eager", "vmap", "scan", "remat", "shard_map")],
+    [contract_unless(how == "shard_map", how) for how in ("eager", "vmap", "scan", "remat", "shard_map")],
 )
 def test_captured_arrays_get_gradients_inside_every_transformation(how):
     query, key, value, cotangent = CASES["causal"].arrays()
