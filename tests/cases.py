@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,14 +53,14 @@ class Case:
 
     def arrays(self, dtype=jnp.float32, seed=0):
         """query, key, value, cotangent: unit normal."""
-        keys = jax.random.split(jax.random.key(seed), 4)
+        rng = np.random.default_rng(seed)
         shapes = (
             (self.batch, self.num_heads, self.seq_q, self.head_dim),
             (self.batch, self.num_kv_heads, self.seq_kv, self.head_dim),
             (self.batch, self.num_kv_heads, self.seq_kv, self.value_dim),
             (self.batch, self.num_heads, self.seq_q, self.value_dim),
         )
-        return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+        return tuple(jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes)
 
     def dense(self):
         """The mask as a NumPy array (B, N, T, S), or None."""
@@ -85,29 +84,29 @@ CASES: dict[str, Case] = {
     "causal": Case(mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
     "causal, more keys": Case(seq_q=7, seq_kv=11, mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
     "causal, more queries": Case(seq_q=11, seq_kv=7, mask=masks.causal, keep=lambda b, h, q, kv: kv <= q),
-    "padding": Case(mask=lambda: masks.padding(jnp.asarray(_LENGTHS)), keep=lambda b, h, q, kv: kv < _LENGTHS[b]),
+    "padding": Case(mask=lambda: masks.padding(_LENGTHS), keep=lambda b, h, q, kv: kv < _LENGTHS[b]),
     "causal & left padding": Case(
-        mask=lambda: masks.causal() & masks.padding(jnp.arange(13)[None, :] >= jnp.asarray(_LENGTHS)[:, None]),
+        mask=lambda: masks.causal() & masks.padding(np.arange(13) >= _LENGTHS[:, None]),
         keep=lambda b, h, q, kv: kv <= q and kv >= _LENGTHS[b],
     ),
     "function": Case(mask=lambda: _checker, keep=lambda b, h, q, kv: (q + kv + h) % 2 == 0),
     "function & padding": Case(
-        mask=lambda: _checker & masks.padding(jnp.asarray(_LENGTHS)),
+        mask=lambda: _checker & masks.padding(_LENGTHS),
         keep=lambda b, h, q, kv: (q + kv + h) % 2 == 0 and kv < _LENGTHS[b],
     ),
     "array of a head axis": Case(
-        mask=lambda: jnp.asarray(np.indices((6, 1, 13)).sum(0) % 3 > 0),
+        mask=lambda: np.indices((6, 1, 13)).sum(0) % 3 > 0,
         keep=lambda b, h, q, kv: (h + kv) % 3 > 0,
     ),
     "array of two axes": Case(
         mask=lambda: np.indices((13, 13)).sum(0) % 3 > 0, keep=lambda b, h, q, kv: (q + kv) % 3 > 0
     ),
-    "nothing allowed": Case(mask=lambda: jnp.zeros((1, 1), bool), keep=lambda b, h, q, kv: False),
+    "nothing allowed": Case(mask=lambda: np.zeros((1, 1), bool), keep=lambda b, h, q, kv: False),
     "at positions": Case(
         seq_q=3,
         seq_kv=7,
         mask=lambda: masks.at_positions(
-            masks.causal(), jnp.array([[4, 5, -1], [2, 3, 4]]), jnp.array([0, 1, 2, 3, 4, 5, -1])
+            masks.causal(), np.array([[4, 5, -1], [2, 3, 4]]), np.array([0, 1, 2, 3, 4, 5, -1])
         ),
         keep=lambda b, h, q, kv: 0 <= [0, 1, 2, 3, 4, 5, -1][kv] <= [[4, 5, -1], [2, 3, 4]][b][q],
     ),

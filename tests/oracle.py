@@ -41,30 +41,56 @@ def attention(query, key, value, *, keep=None, score_mod=None, scale=None, keep_
     return out, lse
 
 
-def gradients(query, key, value, cotangent, *, keep=None, score_mod=None, scale=None):
-    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax; a score mod must only add."""
+def weights_and_score_gradients(
+    query, key, value, cotangent, *, keep=None, score_mod=None, scale=None, keep_weights=None, dropout_rate=0.0, d_lse=0
+):
+    """(weights after dropout, d_scores), each (B, N, T, S) in float64; `cotangent` is of out, `d_lse` of lse (B, N, T).
+
+    The scores are those that the score mod returns.
+    """
     query, key, value, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent))
-    (batch, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
+    (batch, heads, seq_q, head_dim), (kv_heads, seq_kv) = query.shape, key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
-    keep = np.broadcast_to(True if keep is None else np.asarray(keep), (batch, heads, query.shape[2], key.shape[2]))
-    grads = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    full = batch, heads, seq_q, seq_kv
+    keep = np.broadcast_to(True if keep is None else np.asarray(keep), full)
+    d_lse = np.broadcast_to(np.asarray(d_lse, np.float64), full[:3])
+    all_weights, all_d_scores = np.zeros(full), np.zeros(full)
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = key[b, h * kv_heads // heads], value[b, h * kv_heads // heads]
+            for q in range(seq_q):
+                seen = np.flatnonzero(keep[b, h, q])
+                scores = scale * keys[seen] @ query[b, h, q]
+                if score_mod is not None:
+                    scores = score_mod(scores, b, h, q, seen)
+                seen, scores = seen[scores != -np.inf], scores[scores != -np.inf]
+                if seen.size == 0:
+                    continue
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                kept = 1.0 if keep_weights is None else keep_weights[b, h, q, seen] / (1 - dropout_rate)
+                d_weights = kept * (values[seen] @ cotangent[b, h, q])
+                all_weights[b, h, q, seen] = kept * weights
+                all_d_scores[b, h, q, seen] = weights * (d_weights - weights @ d_weights + d_lse[b, h, q])
+    return all_weights, all_d_scores
+
+
+def gradients(query, key, value, cotangent, *, scale=None, **options):
+    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax; a score mod must only add.
+
+    With options of `weights_and_score_gradients`.
+    """
+    weights, d_scores = weights_and_score_gradients(query, key, value, cotangent, scale=scale, **options)
+    query, key, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, cotangent))
+    (batch, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
+    d_scores = d_scores * (head_dim**-0.5 if scale is None else scale)
+    grads = np.zeros(query.shape), np.zeros(key.shape), np.zeros((*key.shape[:3], cotangent.shape[3]))
     for b in range(batch):
         for h in range(heads):
             g = h * kv_heads // heads
-            for q in range(query.shape[2]):
-                seen = np.flatnonzero(keep[b, h, q])
-                if seen.size == 0:
-                    continue
-                scores = scale * key[b, g, seen] @ query[b, h, q]
-                if score_mod is not None:
-                    scores = score_mod(scores, b, h, q, seen)
-                weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
-                d_weights = value[b, g, seen] @ cotangent[b, h, q]
-                d_scores = weights * (d_weights - weights @ d_weights) * scale
-                grads[0][b, h, q] += d_scores @ key[b, g, seen]
-                grads[1][b, g, seen] += d_scores[:, None] * query[b, h, q]
-                grads[2][b, g, seen] += weights[:, None] * cotangent[b, h, q]
+            grads[0][b, h] = d_scores[b, h] @ key[b, g]
+            grads[1][b, g] += d_scores[b, h].T @ query[b, h]
+            grads[2][b, g] += weights[b, h].T @ cotangent[b, h]
     return grads
 
 

@@ -1,7 +1,6 @@
 """The blockwise engine: what it visits, keeps and compiles, and gradients of everything that is captured."""
 
-import subprocess
-import sys
+import functools
 from functools import partial
 
 import jax
@@ -19,15 +18,15 @@ from attnax.kernels.score_mods import relative_table_mod
 from attnax.typing import pytree_dataclass
 
 SEQ, TILE = 96, 16
-IDS = jnp.asarray(np.repeat([0, 1, 2], [32, 48, 16]))
+IDS = np.repeat([0, 1, 2], [32, 48, 16])
 MASKS = {
     "causal": masks.causal(),
     "window": masks.sliding_window(20),
     "symmetric window": masks.sliding_window(7, causal=False),
-    "prefix": masks.prefix(jnp.array([35])),
+    "prefix": masks.prefix(np.array([35])),
     "documents": masks.documents(IDS),
     "causal & documents": masks.causal() & masks.documents(IDS),
-    "padding": masks.padding(jnp.array([41])),
+    "padding": masks.padding(np.array([41])),
     "not a window": ~masks.sliding_window(40, causal=False),
     "function": lambda b, h, q, kv: (q // 32 == kv // 16) | (kv == q),
     "function & causal": masks.causal() & (lambda b, h, q, kv: (q + kv) % 64 < 20),
@@ -52,25 +51,48 @@ def visited_tiles(run):
     return sorted(visits)
 
 
-def dense(mask, seq=SEQ):
-    grid = masks.index_grid(1, 1, seq, seq)
-    return np.broadcast_to(True if mask is None else masks.as_mask(mask)(*grid), (1, 1, seq, seq))[0, 0]
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def contract_unless(is_quick, *values):
+    return pytest.param(*values, marks=() if is_quick else pytest.mark.contract)
+
+
+@functools.cache
+def every_dense():
+    def run():
+        grid = masks.index_grid(1, 1, SEQ, SEQ)
+        return {name: True if mask is None else masks.as_mask(mask)(*grid) for name, mask in MASKS.items()}
+
+    return jax.tree.map(lambda x: np.broadcast_to(x, (1, 1, SEQ, SEQ))[0, 0], jax.jit(run)())
+
+
+def dense(name):
+    """The mask of that name as an array of all pairs."""
+    return every_dense()[name]
+
+
+QUICK_VISITS = {("function & causal", False), ("causal & documents", True)}
 
 
 @pytest.mark.parametrize(
     ("name", "traced"),
-    [*((name, False) for name in MASKS), *((name, True) for name in ("prefix", "causal & documents", "array"))],
+    [
+        contract_unless(both in QUICK_VISITS, *both)
+        for both in [*((n, False) for n in MASKS), *((n, True) for n in ("prefix", "causal & documents", "array"))]
+    ],
 )
 def test_visited_tiles_are_those_in_which_something_is_attended(name, traced):
     mask = None if MASKS[name] is None else masks.as_mask(MASKS[name])
-    tiles = dense(mask).reshape(SEQ // TILE, TILE, SEQ // TILE, TILE)
+    tiles = dense(name).reshape(SEQ // TILE, TILE, SEQ // TILE, TILE)
     expected = sorted((int(i) * TILE, int(j) * TILE) for i, j in np.argwhere(tiles.any((1, 3))))
-    query, key, value, cotangent = (jax.random.normal(jax.random.key(i), (1, 1, SEQ, 3)) for i in range(4))
+    query, key, value, cotangent = (normal(i, 1, 1, SEQ, 3) for i in range(4))
 
     def run(mod):
         def both(query, given):
             attend = partial(memory_efficient_attention, mask=given if traced else mask, score_mod=mod, block_size=TILE)
-            return jax.vjp(lambda query: attend(query, key, value), query)[1](cotangent)
+            return jax.vjp(lambda query: attend(query, key, value), query)[1](jnp.asarray(cotangent))
 
         return jax.jit(both)(query, mask if traced else None)
 
@@ -85,78 +107,71 @@ def test_full_tiles_are_not_tested():
             return jnp.equal(q // TILE, kv // TILE) & (kv <= q)
 
     jax.tree_util.register_dataclass(Lying, [], [])
-    x = jax.random.normal(jax.random.key(0), (1, 1, SEQ, 3))
+    x = normal(0, 1, 1, SEQ, 3)
     have = memory_efficient_attention(x, x, x, mask=Lying(), block_size=TILE)
-    np.testing.assert_allclose(have, standard_attention(x, x, x, mask=masks.causal()), atol=2e-6)
+    np.testing.assert_allclose(have, oracle.attention(x, x, x, keep=np.tri(SEQ, dtype=bool))[0], atol=2e-6)
 
 
 def test_rows_of_the_batch_skip_on_their_own():
     visits = visited_tiles(
         lambda mod: memory_efficient_attention(
-            *(jnp.ones((3, 1, SEQ, 3)),) * 3,
-            mask=masks.padding(jnp.array([16, 96, 0])),
+            *(np.ones((3, 1, SEQ, 3), np.float32),) * 3,
+            mask=masks.padding(np.array([16, 96, 0])),
             score_mod=mod,
             block_size=TILE,
         )
     )
     # Small tiles hold all three rows, so that what one needs is computed for all.
     assert len(visits) == 36
-    long = jnp.ones((2, 1, 2048, 2))
+    long = np.ones((2, 1, 2048, 2), np.float32)
     visits = visited_tiles(
         lambda mod: memory_efficient_attention(
-            long, long, long, mask=masks.padding(jnp.array([1024, 2048])), score_mod=mod, block_size=1024
+            long, long, long, mask=masks.padding(np.array([1024, 2048])), score_mod=mod, block_size=1024
         )
     )
     assert len(visits) == 2 * 1 + 2 * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": masks.causal()}, {"mask": lambda b, h, q, kv: (q + kv) % 3 == 0}])
-def test_memory_does_not_grow_with_the_square_of_the_length(options):
-    def temporary(seq):
-        arrays = [jax.ShapeDtypeStruct((1, 1, seq, 64), jnp.float32)] * 3
-        loss = lambda *x: flash_attention(*x, **options).sum()
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+def temporary_bytes(seq, head_dim, **options):
+    """What output and gradients of one head need beside arguments and results."""
+    arrays = [jax.ShapeDtypeStruct((1, 1, seq, head_dim), jnp.float32)] * 3
+    loss = lambda *x: flash_attention(*x, **options).sum()
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    short, long = temporary(8192), temporary(32768)
+
+def third(b, h, q, kv):
+    return (q + kv) % 3 == 0
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    short, long = (temporary_bytes(seq, 8, mask=third, block_size=64) for seq in (1024, 4096))
+    assert long <= 2**20 and long <= 4 * short  # all scores are 2**26 bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": masks.causal()}, {"mask": third}])
+@pytest.mark.contract
+def test_memory_of_tiles_that_are_chosen_does_not_grow_with_the_square_of_the_length(options):
+    short, long = (temporary_bytes(seq, 64, **options) for seq in (8192, 32768))
     assert long <= 64 * 2**20 and long <= 4 * short
 
 
 @pytest.mark.parametrize("name", ["causal", "score mod & causal", "cross", "padding"])
-def test_tile_sizes_agree(name):
+@pytest.mark.parametrize("block_size", [1, 5])
+@pytest.mark.contract
+def test_any_tile_size_gives_values_and_gradients_of_the_definition(name, block_size):
     case = CASES[name]
-    query, key, value, cotangent = case.arrays()
+    arrays = case.arrays()
 
-    def run(block_size):
+    def run(query, key, value, cotangent):
         attend = partial(memory_efficient_attention, mask=case.mask(), score_mod=case.score_mod, block_size=block_size)
         out, pull = jax.vjp(attend, query, key, value)
         return out, *pull(cotangent)
 
-    expected = run(None)
-    for block_size in (1, 5):
-        for have, want in zip(run(block_size), expected, strict=True):
-            np.testing.assert_allclose(have, want, atol=3e-6)
-
-
-@pytest.mark.parametrize("block_size", [3, None])
-def test_dropout_drops_the_same_weights_at_every_tile_size_and_in_the_backward_pass(block_size):
-    query, key, value, cotangent = CASES["causal"].arrays()
-
-    def run(attend, query, key, value):
-        return attend(
-            query,
-            key,
-            value,
-            mask=masks.causal(),
-            dropout_rng=jax.random.key(5),
-            dropout_rate=0.4,
-            deterministic=False,
-        )
-
-    out, pull = jax.vjp(partial(run, standard_attention), query, key, value)
-    expected = out, *pull(cotangent)
-    out, pull = jax.vjp(partial(run, partial(memory_efficient_attention, block_size=block_size)), query, key, value)
-    for have, want in zip((out, *pull(cotangent)), expected, strict=True):
-        assert oracle.rms_error(have, want) <= 2e-6
+    mod = case.score_mod and (lambda *x: np.asarray(case.score_mod(*x)))
+    expected = oracle.attention(*arrays[:3], keep=case.dense(), score_mod=mod)[0]
+    exact = oracle.gradients(*arrays, keep=case.dense(), score_mod=mod)
+    for have, want in zip(jax.jit(run)(*arrays), (expected, *exact), strict=True):
+        np.testing.assert_allclose(have, want, atol=3e-6)
 
 
 @pytree_dataclass
@@ -177,12 +192,12 @@ class Bias(nnx.Module):
 
 def captured_arrays():
     """Name: (array, function of it that returns a score mod)."""
-    normal = lambda *shape: jax.random.normal(jax.random.key(9), shape)
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(9).standard_normal(shape, np.float32))
     return {
         "per head": (normal(6), lambda x: lambda s, b, h, q, kv: s * jnp.exp(x[h])),
         "per key": (normal(6, 13), lambda x: lambda s, b, h, q, kv: s + x[h, kv]),
         "dense": (normal(2, 6, 13, 13), lambda x: lambda s, b, h, q, kv: s + x[b, h, q, kv]),
-        "scalar": (normal(), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
+        "scalar": (jnp.asarray(np.float32(-0.7)), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
         "by bucket": (normal(6, 4), lambda x: lambda s, b, h, q, kv: s + x[h, jnp.clip(q - kv, 0, 3)]),
         "where the score says": (normal(3), lambda x: lambda s, b, h, q, kv: s + x[jnp.where(s > 0, 1, 2)]),
         "complex": (
@@ -197,31 +212,47 @@ def captured_arrays():
     }
 
 
-@pytest.mark.parametrize("name", captured_arrays())
-def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name):
-    array, mod = captured_arrays()[name]
-    query, key, value, cotangent = CASES["causal"].arrays()
-
-    def loss(attend, array):
-        return (attend(query, key, value, mask=masks.causal(), score_mod=mod(array)) * cotangent).sum()
-
-    have = jax.jit(jax.grad(partial(loss, partial(memory_efficient_attention, block_size=4))))(array)
-    want = jax.jit(jax.grad(partial(loss, standard_attention)))(array)
-    assert oracle.rms_error(have, want) <= 5e-6
+CAPTURED = captured_arrays()
 
 
+def loss_under(attend, names, arrays, query, key, value, cotangent):
+    """A causal loss under the mean of the mods of these names, as a function of what they capture."""
+    mods = [CAPTURED[name][1](x) for name, x in zip(names, arrays, strict=True)]
+    mean = lambda s, b, h, q, kv: sum(mod(s, b, h, q, kv) for mod in mods) / len(mods)
+    return (
+        attend(query, key, value, mask=masks.causal(), score_mod=mods[0] if len(mods) == 1 else mean) * cotangent
+    ).sum()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [tuple(CAPTURED), *(contract_unless(False, (name,)) for name in CAPTURED)],
+    ids=", ".join,
+)
+def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(names):
+    given = [CAPTURED[name][0] for name in names], *CASES["causal"].arrays()
+    have, want = (
+        jax.jit(jax.grad(partial(loss_under, attend, names)))(*given)
+        for attend in (partial(memory_efficient_attention, block_size=4), standard_attention)
+    )
+    for name, x, y in zip(names, have, want, strict=True):
+        assert np.abs(y).max() > 0, name
+        assert oracle.rms_error(x, y) <= 5e-6, name
+
+
+@pytest.mark.contract
 def test_gradients_of_low_precision_tables_are_summed_in_float32():
-    query, key, value, cotangent = (jax.random.normal(jax.random.key(i), (1, 2, 256, 5)) for i in range(4))
-    table = jax.random.normal(jax.random.key(4), (2, 9))
+    query, key, value, cotangent = (normal(i, 1, 2, 256, 5) for i in range(4))
+    table = normal(4, 2, 9).astype(jnp.bfloat16)
 
     def grad(table):
         mod = relative_table_mod(table)
         attend = partial(memory_efficient_attention, query, key, value, score_mod=mod, block_size=32)
         return (attend() * cotangent).sum()
 
-    exact = jax.jit(jax.grad(grad))(table.astype(jnp.bfloat16).astype(jnp.float32))
-    have = jax.jit(jax.grad(grad))(table.astype(jnp.bfloat16))
-    rounded = np.asarray(exact.astype(jnp.bfloat16), np.float64)
+    exact = jax.jit(jax.grad(grad))(table.astype(np.float32))
+    have = jax.jit(jax.grad(grad))(table)
+    rounded = np.asarray(exact).astype(jnp.bfloat16).astype(np.float64)
     assert have.dtype == jnp.bfloat16
     assert oracle.rms_error(have, exact) <= 1.5 * oracle.rms_error(rounded, exact)
 
@@ -234,42 +265,50 @@ def test_scores_at_places_that_do_not_exist_are_never_met():
         mod = lambda scores, b, h, q, kv: jnp.sign(scores) * jnp.exp(x[h] * jnp.log(abs(scores)))
         return (attend(query, key, value, score_mod=mod) * cotangent).sum()
 
-    arrays = query, key, value, jnp.linspace(0.5, 1.0, 6)
-    have = jax.grad(partial(loss, partial(memory_efficient_attention, block_size=4)), (0, 1, 2, 3))(*arrays)
-    want = jax.grad(partial(loss, standard_attention), (0, 1, 2, 3))(*arrays)
+    arrays = query, key, value, np.linspace(0.5, 1.0, 6, dtype=np.float32)
+    have, want = (
+        jax.jit(jax.grad(partial(loss, attend), (0, 1, 2, 3)))(*arrays)
+        for attend in (partial(memory_efficient_attention, block_size=4), standard_attention)
+    )
     for x, y in zip(have, want, strict=True):
         assert oracle.rms_error(x, y) <= 2e-5
 
 
-def test_64_bits_work():
-    code = """
-import jax, jax.numpy as jnp
-jax.config.update("jax_enable_x64", True)
-from attnax import flash_attention, memory_efficient_attention, masks, standard_attention
-for dtype, most in ((jnp.float64, 1e-14), (jnp.float32, 2e-6)):
-    x = jax.random.normal(jax.random.key(0), (2, 2, 11, 3), dtype)
-    ids = jnp.arange(11) // 4
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(np.float64, 1e-14), pytest.param(np.float32, 2e-6, marks=pytest.mark.contract)]
+)
+def test_64_bits_work(dtype, most):
+    x, ids = normal(0, 2, 2, 11, 3).astype(dtype), np.arange(11) // 4
     mod = lambda s, b, h, q, kv: s - 0.5 * abs(q - kv)
-    run = lambda f, x: (f(x, x, x, mask=masks.causal() & masks.documents(ids), score_mod=mod) ** 2).sum()
-    have = jax.grad(lambda x: run(lambda *a, **k: memory_efficient_attention(*a, block_size=4, **k), x))(x)
-    want = jax.grad(lambda x: run(standard_attention, x))(x)
-    assert have.dtype == dtype and abs(have - want).max() < most * abs(want).max()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+    def run(x):
+        attend = partial(memory_efficient_attention, mask=masks.causal() & masks.documents(ids), block_size=4)
+        out, pull = jax.vjp(partial(attend, score_mod=mod), x, x, x)
+        return out, *pull(2 * out)
+
+    with jax.enable_x64(True):
+        out, *grads = map(np.asarray, jax.jit(run)(x))
+    options = {"keep": np.tri(11, dtype=bool) & np.equal.outer(ids, ids), "score_mod": mod}
+    wanted = oracle.attention(x, x, x, **options)[0], *oracle.gradients(x, x, x, 2 * out, **options)
+    for have, want in zip((out, *grads), wanted, strict=True):
+        assert have.dtype == dtype and abs(have - want).max() < most * abs(want).max()
 
 
 def test_a_mask_function_may_return_a_constant_and_must_fit_its_indices():
-    x = jax.random.normal(jax.random.key(0), (1, 1, 9, 3))
+    x = normal(0, 1, 1, 9, 3)
     have = memory_efficient_attention(x, x, x, mask=lambda b, h, q, kv: True, block_size=4)
-    np.testing.assert_allclose(have, standard_attention(x, x, x), atol=2e-6)
+    np.testing.assert_allclose(have, oracle.attention(x, x, x)[0], atol=2e-6)
     with pytest.raises(ValueError, match=r"shape that its indices broadcast to; got \(4, 4\)"):
         memory_efficient_attention(x, x, x, mask=lambda b, h, q, kv: jnp.tri(4, dtype=bool), block_size=4)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit", "vmap", "scan", "remat", "shard_map"])
+@pytest.mark.parametrize(
+    "how",
+    [contract_unless(how == "shard_map", how) for how in ("eager", "vmap", "scan", "remat", "shard_map")],
+)
 def test_captured_arrays_get_gradients_inside_every_transformation(how):
     query, key, value, cotangent = CASES["causal"].arrays()
-    bias = jax.random.normal(jax.random.key(9), (6, 13))
+    bias = normal(9, 6, 13)
 
     def loss(attend, query, bias):
         out = attend(query, key, value, mask=masks.causal(), score_mod=lambda s, b, h, q, kv: s + jnp.sin(bias)[h, kv])
@@ -300,20 +339,30 @@ def test_captured_arrays_get_gradients_inside_every_transformation(how):
     attend = partial(memory_efficient_attention, block_size=4)
     gradient = jax.grad(transformed(attend), (0, 1))
     have = (gradient if how == "eager" else jax.jit(gradient))(query, bias)
-    want = jax.jit(jax.grad(partial(loss, standard_attention), (0, 1)))(query, bias)
+
+    def exact(bias):
+        """The gradients of query and sin(bias)."""
+        mod = lambda s, b, h, q, kv: s + np.sin(bias[h, kv].astype(np.float64))
+        options = {"keep": np.tri(13, dtype=bool), "score_mod": mod}
+        _, d_scores = oracle.weights_and_score_gradients(query, key, value, cotangent, **options)
+        return oracle.gradients(query, key, value, cotangent, **options)[0], d_scores.sum((0, 2))
+
+    d_query, d_sine = exact(bias)
+    want = d_query, d_sine * np.cos(bias)
     if how in ("vmap", "scan"):
-        other = jax.jit(jax.grad(lambda q, b: loss(standard_attention, q, 2 * b), (0, 1)))(query, bias)
-        want = tuple(x + y for x, y in zip(want, other, strict=True))
+        other_query, other_sine = exact(2 * bias)
+        want = d_query + other_query, d_sine * np.cos(bias) + 2 * other_sine * np.cos(2 * bias)
     for x, y in zip(have, want, strict=True):
         assert oracle.rms_error(x, y) <= 5e-6
 
 
 def test_vmapped_masks_equal_a_loop():
     query, key, value, _ = CASES["full"].arrays()
-    lengths = jnp.array([[3, 13], [0, 7], [11, 1]])
+    lengths = np.array([[3, 13], [0, 7], [11, 1]])
     run = lambda lengths: memory_efficient_attention(query, key, value, mask=masks.padding(lengths), block_size=4)
-    for have, row in zip(jax.vmap(run)(lengths), lengths, strict=True):
-        np.testing.assert_allclose(have, run(row), atol=2e-6)
+    for have, row in zip(jax.jit(jax.vmap(run))(lengths), lengths, strict=True):
+        want, _ = oracle.attention(query, key, value, keep=np.arange(13) < row[:, None, None, None])
+        np.testing.assert_allclose(have, want, atol=2e-6)
 
 
 def test_hessian_vector_products_match_the_definition():
@@ -328,47 +377,46 @@ def test_hessian_vector_products_match_the_definition():
 
 @pytest.mark.parametrize("transform", ["jvp", "reverse of reverse"])
 def test_derivatives_that_do_not_exist_raise(transform):
-    x = jax.random.normal(jax.random.key(0), (1, 1, 9, 3))
+    x = normal(0, 1, 1, 9, 3)
     run = lambda x: memory_efficient_attention(x, x, x, mask=masks.causal(), block_size=4).sum()
     if transform == "jvp":
         with pytest.raises(TypeError, match="custom_vjp"):
-            jax.jvp(run, (x,), (x,))
+            jax.jit(lambda x: jax.jvp(run, (x,), (x,))).lower(x)
     else:
         with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-            jax.grad(lambda x: jax.grad(run)(x).sum())(x)
+            jax.eval_shape(jax.grad(lambda x: jax.grad(run)(x).sum()), x)
 
 
 def test_equal_calls_outside_of_jit_compile_once(count_compilations):
-    x = jax.random.normal(jax.random.key(0), (2, 2, 37, 3))
+    x = normal(0, 2, 2, 37, 3)
 
     def call(window, slope):
         mod = lambda scores, b, h, q, kv: scores - slope * abs(q - kv)
         return flash_attention(x, x, x, mask=masks.sliding_window(window), score_mod=mod)
 
-    call(8, jnp.float32(1.0))
+    call(8, jnp.asarray(np.float32(1.0)))
     del count_compilations[:]
-    call(8, jnp.float32(2.0))
+    call(8, jnp.asarray(np.float32(2.0)))
     assert not count_compilations
-    call(9, jnp.float32(2.0))
+    call(9, jnp.asarray(np.float32(2.0)))
     assert count_compilations
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, contract_unless(False, jnp.float16)])
 def test_low_precision_gradients_are_close_to_correct_rounding(dtype):
     case = CASES["causal"]
     query, key, value, cotangent = case.arrays(dtype)
-    _, pull = jax.vjp(jax.jit(partial(flash_attention, mask=masks.causal())), query, key, value)
-    for have, want in zip(
-        pull(cotangent), oracle.gradients(query, key, value, cotangent, keep=case.dense()), strict=True
-    ):
-        rounded = np.asarray(jnp.asarray(want, jnp.float32).astype(dtype), np.float64)
+    run = lambda *x: jax.vjp(partial(flash_attention, mask=masks.causal()), *x[:3])[1](x[3])
+    exact = oracle.gradients(query, key, value, cotangent, keep=case.dense())
+    for have, want in zip(jax.jit(run)(query, key, value, cotangent), exact, strict=True):
+        rounded = want.astype(np.float32).astype(dtype).astype(np.float64)
         assert have.dtype == dtype
         assert oracle.rms_error(have, want) <= 1.5 * oracle.rms_error(rounded, want)
 
 
 def test_sinks_are_a_function_of_the_log_sum_exp():
     query, key, value, cotangent = CASES["causal"].arrays()
-    sink = jax.random.normal(jax.random.key(3), (1, 6, 1))
+    sink = normal(3, 1, 6, 1)
 
     def gated(sink, query):
         out, lse = flash_attention(query, key, value, mask=masks.causal(), return_lse=True)
@@ -382,7 +430,8 @@ def test_sinks_are_a_function_of_the_log_sum_exp():
         weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1))[..., :-1]
         return (jnp.einsum("BNTS,BNSH->BNTH", weights, values) * cotangent).sum()
 
-    for have, want in zip(jax.grad(gated, (0, 1))(sink, query), jax.grad(explicit, (0, 1))(sink, query), strict=True):
+    both = jax.jit(lambda *x: [jax.grad(f, (0, 1))(*x) for f in (gated, explicit)])(sink, query)
+    for have, want in zip(*both, strict=True):
         assert oracle.rms_error(have, want) <= 2e-6
 
 
@@ -409,13 +458,13 @@ class TestCudnnChoice:
     )
     def test_reasons(self, change, words):
         change = dict(change)
-        x = jnp.ones(change.pop("shape", (1, 2, 128, 64)), change.pop("dtype", jnp.bfloat16))
+        x = np.ones(change.pop("shape", (1, 2, 128, 64)), change.pop("dtype", jnp.bfloat16))
         assert words in why_not_cudnn(x, x, x, **change)
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.0, True])
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_wrong_block_size_is_refused(block_size):
-    x = jnp.ones((1, 1, 3, 2))
+    x = np.ones((1, 1, 3, 2), np.float32)
     with pytest.raises(ValueError, match="flash_attention: block_size must be a whole number, at least 1; got"):
         flash_attention(x, x, x, block_size=block_size)

@@ -1,5 +1,7 @@
 """Linear attention keeps the contract of attention, and its state stands for the keys before."""
 
+import functools
+import itertools
 from functools import partial
 
 import jax
@@ -12,8 +14,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from attnax import masks
 from attnax.cache import LinearState
 from attnax.kernels.linear import linear_attention
-
-pytestmark = pytest.mark.thorough
 
 LENGTHS = np.array([11, 5])
 SHAPES = {  # batch, heads, kv_heads, seq_q, seq_kv, head_dim, value_dim
@@ -28,7 +28,7 @@ SHAPES = {  # batch, heads, kv_heads, seq_q, seq_kv, head_dim, value_dim
     "nothing": (2, 6, 2, 0, 0, 5, 7),
     "several chunks": (1, 2, 1, 131, 131, 3, 5),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES)
+QUICK = ("grouped", True, True), ("more keys", False, False)  # shape, causal, padded
 causality = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
 
@@ -41,8 +41,8 @@ def arrays(shape="grouped", seed=0, dtype=jnp.float32):
         (batch, kv_heads, seq_kv, value_dim),
         (batch, heads, seq_q, value_dim),
     )
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return [jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True)]
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(size, np.float32).astype(dtype)) for size in sizes]
 
 
 def keep_of(query, key, causal, lengths=None):
@@ -80,9 +80,13 @@ def exact(query, key, value, keep, cotangent=None):
     return out if cotangent is None else grads
 
 
-@causality
-@shapes
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padding"])
+@pytest.mark.parametrize(
+    ("shape", "causal", "padded"),
+    [
+        pytest.param(*given, marks=() if given in QUICK else pytest.mark.contract)
+        for given in itertools.product(SHAPES, (True, False), (True, False))
+    ],
+)
 def test_output_and_gradients_match_float64(shape, causal, padded):
     query, key, value, cotangent = arrays(shape)
     lengths = LENGTHS[: len(query)] if padded else None
@@ -98,6 +102,7 @@ def test_output_and_gradients_match_float64(shape, causal, padded):
         assert have.size == 0 or oracle.rms_error(have, want) <= 2e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_size", [1, 3, 13, 64])
 def test_chunk_size_changes_nothing(chunk_size):
     query, key, value, cotangent = arrays()
@@ -108,6 +113,7 @@ def test_chunk_size_changes_nothing(chunk_size):
         np.testing.assert_allclose(have, want, atol=5e-6)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "mask",
     [
@@ -122,9 +128,10 @@ def test_chunk_size_changes_nothing(chunk_size):
 def test_every_way_to_write_a_key_padding_mask_gives_the_same(mask):
     query, key, value, _ = arrays()
     expected = exact(query, key, value, keep_of(query, key, True, LENGTHS))
-    assert oracle.rms_error(linear_attention(query, key, value, mask=mask), expected) <= 1e-6
+    assert oracle.rms_error(jax.jit(partial(linear_attention, mask=mask))(query, key, value), expected) <= 1e-6
 
 
+@pytest.mark.thorough
 def test_a_causal_part_of_the_mask_makes_attention_causal():
     query, key, value, _ = arrays()
     expected = linear_attention(query, key, value)
@@ -133,56 +140,70 @@ def test_a_causal_part_of_the_mask_makes_attention_causal():
     assert not np.allclose(full, expected)
 
 
+@functools.cache
+def compiled(causal, chunk_size):
+    """(out, gradients) under a padding mask, or without a mask if `real` is None."""
+
+    def run(query, key, value, d_out, real=None):
+        mask = None if real is None else masks.padding(real)
+        attend = partial(linear_attention, mask=mask, causal=causal, chunk_size=chunk_size)
+        out, pull = jax.vjp(attend, query, key, value)
+        # The cotangent of a row that is NaN is usually NaN itself.
+        return out, pull(jnp.where(jnp.isnan(out), jnp.nan, d_out))
+
+    jitted = jax.jit(run)
+    return lambda *given: jax.tree.map(np.asarray, jitted(*given))
+
+
+@pytest.mark.contract
 @causality
 def test_rows_with_nothing_to_attend_are_exactly_zero(causal):
-    query, key, value, cotangent = arrays()
-    real = jnp.array([[False] * 13, [False] * 5 + [True] * 8])
-    run = partial(linear_attention, mask=masks.padding(real), causal=causal, chunk_size=3)
-    out, pull = jax.vjp(run, query, key, value)
+    real = np.array([[False] * 13, [False] * 5 + [True] * 8])
+    out, grads = compiled(causal, 3)(*arrays(), real)
     assert (out[0] == 0).all() and (out[1, :, 5:] != 0).any()
     assert not causal or (out[1, :, :5] == 0).all()
-    for grad in pull(cotangent):
-        assert (grad[0] == 0).all() and jnp.isfinite(grad).all() and (grad[1] != 0).any()
-    d_query, d_key, d_value = pull(cotangent)
+    for grad in grads:
+        assert (grad[0] == 0).all() and np.isfinite(grad).all() and (grad[1] != 0).any()
+    d_query, d_key, d_value = grads
     assert (d_key[1, :, :5] == 0).all() and (d_value[1, :, :5] == 0).all()
     assert not causal or (d_query[1, :, :5] == 0).all()
 
 
+@pytest.mark.contract
 @causality
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_poison_in_padding_changes_nothing(bad, causal):
-    query, key, value, cotangent = arrays()
+    query, key, value, cotangent = map(np.asarray, arrays())
     real = np.stack([np.arange(13) < 11, np.arange(13) >= 5])
-    run = partial(linear_attention, mask=masks.padding(real), causal=causal, chunk_size=3)
-    out, pull = jax.vjp(run, query, key, value)
-    spoiled = [jnp.where(real[:, None, :, None], x, bad) for x in (key, value)]
-    out_spoiled, pull_spoiled = jax.vjp(run, query, *spoiled)
+    out, grads = compiled(causal, 3)(query, key, value, cotangent, real)
+    spoiled = [np.where(real[:, None, :, None], x, np.float32(bad)) for x in (key, value)]
+    out_spoiled, grads_spoiled = compiled(causal, 3)(query, *spoiled, cotangent, real)
     np.testing.assert_array_equal(out_spoiled, out)
-    for grad, clean in zip(pull_spoiled(cotangent), pull(cotangent), strict=True):
+    for grad, clean in zip(grads_spoiled, grads, strict=True):
         np.testing.assert_array_equal(grad, clean)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
 def test_poison_reaches_only_the_rows_that_attend_it(bad, where, chunk_size):
-    *inputs, cotangent = arrays()
-    run = partial(linear_attention, chunk_size=chunk_size)
-    clean_out, clean_pull = jax.vjp(run, *inputs)
-    spoiled = list(inputs)
-    spoiled[where] = spoiled[where].at[:, 0, 8, 1].set(bad)
-    out, pull = jax.vjp(run, *spoiled)
-    hit = np.zeros(out.shape, bool)
+    *inputs, cotangent = map(np.array, arrays())
+    run = compiled(True, chunk_size)
+    clean_out, _ = run(*inputs, cotangent)
+    hit = np.zeros(clean_out.shape, bool)
     hit[:, : 1 if where == 0 else 3, 8 : 9 if where == 0 else None] = True
+    _, clean_grads = run(*inputs, np.where(hit, 0, cotangent))  # what is left if those rows do not count
+    inputs[where][:, 0, 8, 1] = bad
+    out, grads = run(*inputs, cotangent)
     np.testing.assert_array_equal(np.isnan(out), hit)
     np.testing.assert_array_equal(out[~hit], clean_out[~hit])
-    # The cotangent of a row that is NaN is usually NaN itself; compare with one that ignores the row.
-    grads = pull(jnp.where(hit, jnp.nan, cotangent))
-    for grad, clean in zip(grads, clean_pull(jnp.where(hit, 0, cotangent)), strict=True):
-        assert jnp.isfinite(grad).all()
-        np.testing.assert_allclose(jnp.delete(grad, 8, axis=2), jnp.delete(clean, 8, axis=2), atol=2e-6)
+    for grad, clean in zip(grads, clean_grads, strict=True):
+        assert np.isfinite(grad).all()
+        np.testing.assert_allclose(np.delete(grad, 8, axis=2), np.delete(clean, 8, axis=2), atol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
 def test_without_causality_poison_reaches_the_rows_that_share_the_head(where):
     *inputs, _ = arrays()
@@ -193,12 +214,14 @@ def test_without_causality_poison_reaches_the_rows_that_share_the_head(where):
     np.testing.assert_array_equal(np.isnan(out), hit)
 
 
+@pytest.mark.thorough
 def test_poisoned_queries_with_nothing_to_attend_are_zero():
     query, key, value, _ = arrays()
     out = linear_attention(query.at[0].set(jnp.nan), key, value, mask=masks.padding(np.array([0, 13])))
     assert (out[0] == 0).all() and jnp.isfinite(out).all()
 
 
+@pytest.mark.thorough
 @causality
 def test_outputs_depend_on_the_keys_that_they_attend_and_no_other(causal):
     query, key, value, _ = arrays()
@@ -210,23 +233,26 @@ def test_outputs_depend_on_the_keys_that_they_attend_and_no_other(causal):
         np.testing.assert_array_equal(moved, keep[:, :, j])
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("splits", [[0, 13], [1, 2, 3, 11], [6], [5, 5, 8], list(range(1, 13))])
 def test_pieces_by_state_equal_the_whole(splits):
     query, key, value, _ = arrays()
     real = np.stack([np.arange(13) < 11, np.arange(13) >= 5])
     run = partial(linear_attention, chunk_size=3, return_state=True)
-    whole, whole_state = run(query, key, value, mask=masks.padding(real))
+    jitted = jax.jit(lambda *x, real, state: run(*x, mask=masks.padding(real), state=state))
+    whole, whole_state = jitted(query, key, value, real=real, state=None)
     state, outs = None, []
     for start, stop in zip([0, *splits], [*splits, 13], strict=True):
-        piece = [x[:, :, start:stop] for x in (query, key, value)]
-        out, state = run(*piece, mask=masks.padding(real[:, start:stop]), state=state)
+        piece = [np.asarray(x)[:, :, start:stop] for x in (query, key, value)]
+        out, state = jitted(*piece, real=real[:, start:stop], state=state)
         outs.append(out)
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=2), whole, atol=2e-6)
+    np.testing.assert_allclose(np.concatenate(outs, axis=2), whole, atol=2e-6)
     assert state.key_sum.dtype == state.key_value_sum.dtype == jnp.float32
     for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(whole_state), strict=True):
         np.testing.assert_allclose(have, want, atol=1e-5)
 
 
+@pytest.mark.contract
 def test_gradients_flow_through_the_state():
     query, key, value, cotangent = arrays()
 
@@ -236,13 +262,14 @@ def test_gradients_flow_through_the_state():
         return jnp.concatenate([first, second], axis=2)
 
     for have, want in zip(
-        jax.vjp(pieces, query, key, value)[1](cotangent),
+        jax.jit(lambda *x: jax.vjp(pieces, *x[:3])[1](x[3]))(query, key, value, cotangent),
         exact(query, key, value, keep_of(query, key, True), cotangent),
         strict=True,
     ):
         assert oracle.rms_error(have, want) <= 2e-6
 
 
+@pytest.mark.thorough
 def test_decoding_is_a_scan_over_the_state():
     query, key, value, _ = arrays()
     _, start = linear_attention(query[:, :, :0], key[:, :, :0], value[:, :, :0], return_state=True)
@@ -255,12 +282,14 @@ def test_decoding_is_a_scan_over_the_state():
     np.testing.assert_allclose(jnp.moveaxis(out, 0, 2), linear_attention(query, key, value), atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_the_state_holds_the_keys_after_the_last_query_too():
     query, key, value, _ = arrays("more keys")
     _, state = linear_attention(query, key, value, return_state=True, chunk_size=3)
     np.testing.assert_allclose(state.key_sum, phi(np.asarray(key)).sum(2), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_poison_stays_in_the_state():
     query, key, value, _ = arrays()
     value = value.at[0, 1, 4, 2].set(jnp.nan)
@@ -270,6 +299,7 @@ def test_poison_stays_in_the_state():
     assert jnp.isnan(out[0, 3:]).all() and jnp.isfinite(out[0, :3]).all() and jnp.isfinite(out[1]).all()
 
 
+@pytest.mark.contract
 @causality
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_close_to_correct_rounding(dtype, causal):
@@ -282,6 +312,7 @@ def test_low_precision_is_close_to_correct_rounding(dtype, causal):
     assert np.sqrt((error**2).mean()) <= 1.5 * np.sqrt((ideal**2).mean()) and error.max() <= 2 * ideal.max()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("query_shift", "key_shift"), [(-30, -10), (-300, 0), (0, -50), (1e4, 1e4), (-700, 1e4)])
 def test_features_far_from_one_keep_output_and_gradients(query_shift, key_shift):
     """exp underflows in float32 below -87; its square, in the derivative of the quotient, below -43."""
@@ -298,6 +329,7 @@ def test_features_far_from_one_keep_output_and_gradients(query_shift, key_shift)
         assert oracle.rms_error(d_query, expected[0]) <= 5e-6 and oracle.rms_error(d_key, expected[1]) <= 5e-6
 
 
+@pytest.mark.thorough
 def test_the_derivative_of_the_feature_map_at_zero_is_one():
     query, key, value, cotangent = arrays()
     query, key = (jnp.where(x > 0.5, x, 0) for x in (query, key))
@@ -307,6 +339,7 @@ def test_the_derivative_of_the_feature_map_at_zero_is_one():
         assert oracle.rms_error(have, want) <= 2e-6
 
 
+@pytest.mark.thorough
 @causality
 def test_eager_equals_compiled(causal):
     query, key, value, _ = arrays()
@@ -314,6 +347,7 @@ def test_eager_equals_compiled(causal):
     np.testing.assert_allclose(run(query, key, value), jax.jit(run)(query, key, value), atol=2e-6)
 
 
+@pytest.mark.thorough
 @causality
 def test_vmap_equals_a_loop(causal):
     rows = [arrays(seed=seed)[:3] for seed in range(3)]
@@ -324,6 +358,7 @@ def test_vmap_equals_a_loop(causal):
         np.testing.assert_allclose(have, run(length, *row), atol=2e-6)
 
 
+@pytest.mark.thorough
 @causality
 def test_runs_inside_shard_map(causal):
     query, key, value, _ = arrays()
@@ -337,6 +372,7 @@ def test_runs_inside_shard_map(causal):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_second_derivatives_match_a_dense_computation():
     query, key, value, cotangent = (x[:1, :2, :5] for x in arrays("multi-head"))
 
@@ -353,6 +389,7 @@ def test_second_derivatives_match_a_dense_computation():
         assert oracle.rms_error(have, want) <= 1e-5
 
 
+@pytest.mark.contract
 def test_memory_of_output_and_gradient_is_linear_in_the_length():
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, 1, length, 64), jnp.float32)
