@@ -226,7 +226,7 @@ def test_a_stream_of_samples_gives_the_same_tokens(model):
     [
         {"cache": "ring"},
         pytest.param({"cache": "paged"}, marks=pytest.mark.contract),
-        {"cache": "paged", "cache_dtype": "float32"},
+        pytest.param({"cache": "paged", "cache_dtype": "float32"}, marks=pytest.mark.contract),
     ],
     ids=str,
 )
@@ -237,9 +237,10 @@ def test_the_kind_of_cache_changes_nothing(model, options):
     np.testing.assert_allclose(given.log_probs, wanted.log_probs, atol=1e-5)
 
 
-def test_eight_bits_cost_little(model):
+@pytest.mark.parametrize("cache", [pytest.param("contiguous", marks=pytest.mark.contract), "paged"])
+def test_eight_bits_cost_little(model, cache):
     exact = model.generate(IDS, **OPTIONS)
-    rounded = model.generate(IDS, **OPTIONS, cache_dtype="int8")
+    rounded = model.generate(IDS, **OPTIONS, cache=cache, cache_dtype="int8")
     error = np.abs(np.asarray(rounded.log_probs)[:, 1] - np.asarray(exact.log_probs)[:, 1])
     assert (error > 0).any() and (error < 0.02).all()
 
@@ -394,26 +395,31 @@ def translator():
 SOURCE, SOURCE_REAL = prompt(2, 6), np.array([[True] * 6, [True, True, True, False, False, False]])
 
 
-def test_samples_and_beams_of_a_source_attend_to_it(translator):
-    """Their log-probabilities are those of the whole model, with the source that is theirs."""
-    sampler = {"temperature": 1.0, "key": jax.random.key(0)}
-    written = translator.generate(SOURCE, 5, 1, num_samples=2, source_padding_mask=SOURCE_REAL, **sampler)
-    beams = translator.beam_search(
-        SOURCE, 5, 1, num_beams=2, length_penalty=0.0, source_padding_mask=SOURCE_REAL, end_token=[]
-    )
+def check_against_the_source(translator, tokens, log_probs):
+    """That the log-probabilities of two rows a source are those of the whole model."""
 
     @jax.jit
     def whole(target):
         source, real = (np.repeat(x, 2, axis=0) for x in (SOURCE, SOURCE_REAL))
         return translator.log_probs(source, target, source_padding_mask=real)
 
-    for tokens, expected in ((written.tokens, written.log_probs), (np.reshape(beams.tokens, (4, 5)), beams.scores)):
-        target = np.concatenate([np.ones((4, 1), np.int32), tokens], axis=1)
-        found = np.take_along_axis(np.asarray(whole(target[:, :-1])), target[:, 1:, None], axis=2)[..., 0]
-        if tokens is not written.tokens:
-            found, expected = found.sum(1), np.reshape(expected, -1)
-        np.testing.assert_allclose(expected, found, atol=1e-5)
+    target = np.concatenate([np.ones((4, 1), np.int32), tokens], axis=1)
+    found = np.take_along_axis(np.asarray(whole(target[:, :-1])), target[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(log_probs, found if np.ndim(log_probs) == 2 else found.sum(1), atol=1e-5)
+
+
+def test_samples_of_a_source_attend_to_it(translator):
+    sampler = {"temperature": 1.0, "key": jax.random.key(0)}
+    written = translator.generate(SOURCE, 5, 1, num_samples=2, source_padding_mask=SOURCE_REAL, **sampler)
+    check_against_the_source(translator, written.tokens, written.log_probs)
     assert len({tuple(row) for row in written.tokens.tolist()}) == 4
+
+
+@pytest.mark.contract
+def test_beams_of_a_source_attend_to_it(translator):
+    options = {"num_beams": 2, "length_penalty": 0.0, "source_padding_mask": SOURCE_REAL}
+    beams = translator.beam_search(SOURCE, 5, 1, **options)
+    check_against_the_source(translator, np.reshape(beams.tokens, (4, 5)), np.reshape(beams.scores, -1))
 
 
 @pytest.mark.contract
@@ -436,7 +442,7 @@ def test_generate_says_that_it_compiles_itself(model):
 
 
 class TestBeams:
-    """All but the last two are one program."""
+    """All but the last three are one program."""
 
     PROMPTS = [PROMPTS[0], PROMPTS[1]]
     IDS, REAL = slowly.lay_out(PROMPTS, 5)
@@ -484,7 +490,8 @@ class TestBeams:
         one = self.search(model, num_beams=1)
         np.testing.assert_array_equal(one.tokens[:, 0], slowly.write(model, self.PROMPTS, 4)[0])
 
-    @pytest.mark.parametrize("kind", [pytest.param("ring", marks=pytest.mark.contract), "paged"])
+    @pytest.mark.contract
+    @pytest.mark.parametrize("kind", ["ring", "paged"])
     def test_the_kind_of_cache_changes_nothing(self, model, kind):
         wanted, given = (self.search(model, cache=cache) for cache in (None, kind))
         np.testing.assert_array_equal(given.tokens, wanted.tokens)
