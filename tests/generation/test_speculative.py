@@ -1,4 +1,7 @@
-"""Drafts: the same tokens at temperature 0, the same distribution at any other, in fewer steps."""
+"""Drafts: the same tokens at temperature 0, the same distribution at any other, in fewer steps.
+
+Most tests are one program: a draft of the model's own shape is told apart by its weights only.
+"""
 
 import dataclasses
 import functools
@@ -7,89 +10,122 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slowly
 from flax import nnx
+from tiny import build
 
 from attnax import Sampler, TransformerConfig, TransformerLM, generation
 from attnax.generation import speculative
 from attnax.typing import pytree_dataclass
 
 CONFIG = TransformerConfig(
-    vocab_size=23, d_model=12, num_heads=3, num_kv_heads=1, num_layers=2, d_ff=20, max_len=40, dropout_rate=0.0,
+    vocab_size=23, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=40, dropout_rate=0.0,
     pos_emb_type="rope",
 )  # fmt: skip
-REAL = np.array([[True] * 5, [False, False, False, True, True]])
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
+IDS, REAL = slowly.lay_out(PROMPTS[::-1], 5)  # the short one with padding on its left
+IDS, REAL = IDS[::-1], REAL[::-1]
+FREE = Sampler(0.0, repetition_penalty=1.0, logit_bias={0: 0.0})
+NEVER = [[22, 22], [21, 21]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return TransformerLM(nnx.Rngs(3), CONFIG)
+    return build(lambda rngs: TransformerLM(rngs, CONFIG), seed=3)
+
+
+def near(model):
+    """A model that agrees with the other now and then: its weights, slightly off."""
+    rng = np.random.default_rng(4)
+    graphdef, state = nnx.split(model)
+    return nnx.merge(
+        graphdef,
+        jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * rng.normal(1, 0.3, x.shape).astype(np.float32)), state),
+    )
 
 
 @pytest.fixture(scope="module")
 def draft(model):
-    """A model that agrees with the other now and then: its first layer, slightly off."""
-    small = TransformerLM(nnx.Rngs(4), dataclasses.replace(CONFIG, num_layers=1))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    blocks = params["decoder"]["stack"]["blocks"]
-    params["decoder"]["stack"]["blocks"] = {0: blocks[0]}
-    nnx.update(small, params)
-    return small
+    return near(model)
 
 
-def prompt(seed=0):
-    return jax.random.randint(jax.random.key(seed), (2, 5), 0, CONFIG.vocab_size)
+def write(model, draft, ids=IDS, sampler=FREE, stops=NEVER, **options):
+    options = {"max_new_tokens": 13, "num_draft_tokens": 2, "padding_mask": REAL} | options
+    return jax.device_get(model.generate(ids, sampler=sampler, stop_sequences=stops, draft=draft, **options))
+
+
+def test_tokens_are_those_without_a_draft(model, draft):
+    drafted = write(model, draft)
+    tokens, log_probs = slowly.write(model, PROMPTS, 13, FREE)
+    np.testing.assert_array_equal(drafted.tokens, tokens)
+    np.testing.assert_allclose(drafted.log_probs, log_probs, atol=1e-5)
+    assert drafted.lengths.tolist() == [13, 13] and all(5 < steps < 13 for steps in drafted.steps)
+
+
+def test_a_draft_that_is_the_model_is_accepted_whole(model):
+    drafted = write(model, model)
+    assert drafted.steps.tolist() == [5, 5] and drafted.lengths.tolist() == [13, 13]  # 1, and 3 in each step after
+
+
+def penalised_and_stopped(model):
+    """A sampler, what ends the rows then, and what is written in all."""
+    sampler = dataclasses.replace(FREE, repetition_penalty=1.3)
+    free, _ = slowly.write(model, PROMPTS, 13, sampler)
+    stops = [free[0, 4:6].tolist(), free[1, 6:8].tolist()]
+    return sampler, stops, *slowly.end(free, stops, fill=0)
+
+
+def test_penalties_and_stops_go_through_a_draft(model, draft):
+    sampler, stops, tokens, lengths = penalised_and_stopped(model)
+    drafted = write(model, draft, sampler=sampler, stops=stops)
+    np.testing.assert_array_equal(drafted.tokens, tokens)
+    assert drafted.lengths.tolist() == lengths and max(lengths) < 13
+    assert (drafted.tokens != slowly.write(model, PROMPTS, 13, FREE)[0]).any()
+
+
+@pytest.mark.contract
+def test_samples_go_through_a_draft(model, draft):
+    sampler, stops, tokens, _ = penalised_and_stopped(model)
+    drafted = write(model, draft, sampler=sampler, stops=stops, num_samples=3)
+    np.testing.assert_array_equal(drafted.tokens, np.repeat(tokens, 3, axis=0))
+
+
+def test_a_row_keeps_its_tokens_whatever_its_place_and_neighbours(model, draft):
+    keys = slowly.keys_of(1, np.arange(2))
+    sampler = dataclasses.replace(FREE, temperature=1.0)
+    straight = write(model, draft, sampler=sampler, key=keys)
+    turned = write(model, draft, IDS[::-1], sampler=sampler, key=keys[np.array([1, 0])], padding_mask=REAL[::-1])
+    np.testing.assert_array_equal(turned.tokens[::-1], straight.tokens)
+    changed = IDS.copy()
+    changed[1] = (changed[1] + 1) % 23
+    other = write(model, draft, changed, sampler=sampler, key=keys)
+    np.testing.assert_array_equal(other.tokens[0], straight.tokens[0])
+    assert (other.tokens[1] != straight.tokens[1]).any()
 
 
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 4])
 @pytest.mark.parametrize(
     "options",
-    [{}, *(pytest.param(x, marks=pytest.mark.thorough) for x in ({"cache": "paged"}, {"window": 3}))],
+    [
+        pytest.param({}, marks=pytest.mark.contract),
+        *(pytest.param(x, marks=pytest.mark.thorough) for x in ({"cache": "paged"}, {"window": 3})),
+    ],
     ids=str,
 )
-def test_greedy_tokens_are_those_without_a_draft(model, draft, count, options):
+def test_a_draft_of_fewer_layers_changes_no_token(count, options):
     options = dict(options)
-    if window := options.pop("window", None):
-        windowed = []
-        for one in (model, draft):
-            windowed.append(TransformerLM(nnx.Rngs(0), dataclasses.replace(one.config, attention_window=window)))
-            nnx.update(windowed[-1], nnx.state(one))
-        model, draft = windowed
-    plain = model.generate(prompt(), max_new_tokens=17, padding_mask=REAL)
-    drafted = model.generate(
-        prompt(), max_new_tokens=17, padding_mask=REAL, draft=draft, num_draft_tokens=count, **options
-    )
-    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
-    np.testing.assert_array_equal(drafted.lengths, plain.lengths)
-    np.testing.assert_allclose(drafted.log_probs, plain.log_probs, atol=1e-5)
-    assert (drafted.steps <= plain.steps).all()
-
-
-def test_a_draft_that_is_the_model_is_accepted_whole(model):
-    drafted = model.generate(prompt(), max_new_tokens=16, draft=model, num_draft_tokens=4)
-    assert drafted.steps.tolist() == [4, 4]  # 1, and 5 in each step after
-
-
-def test_penalties_stops_and_samples_go_through_a_draft(model, draft):
-    sampler = Sampler(0.0, repetition_penalty=1.3, no_repeat_ngram=2)
-    free = model.generate(prompt(), max_new_tokens=12, sampler=sampler)
-    options = {"max_new_tokens": 12, "sampler": sampler, "end_token": int(free.tokens[0, 4])}
-    options["stop_sequences"] = [free.tokens[1, 6:8].tolist()]
-    plain, drafted = model.generate(prompt(), **options), model.generate(prompt(), draft=draft, **options)
-    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
-    assert drafted.lengths.tolist() == plain.lengths.tolist() and max(plain.lengths) < 12
-    several = model.generate(prompt(), num_samples=3, draft=draft, **options)
-    np.testing.assert_array_equal(several.tokens, jnp.repeat(plain.tokens, 3, axis=0))
-
-
-@pytest.mark.thorough
-def test_a_row_keeps_its_tokens_whatever_its_place_and_neighbours(model, draft):
-    keys = jax.random.split(jax.random.key(1), 2)
-    options = {"max_new_tokens": 9, "sampler": Sampler(1.0), "draft": draft}
-    straight = model.generate(prompt(), key=keys, **options)
-    turned = model.generate(prompt()[::-1], key=keys[::-1], **options)
-    np.testing.assert_array_equal(turned.tokens[::-1], straight.tokens)
-    other = model.generate(prompt().at[1].add(1) % 23, key=keys, **options)
-    np.testing.assert_array_equal(other.tokens[0], straight.tokens[0])
+    config = dataclasses.replace(CONFIG, num_layers=2, attention_window=options.pop("window", None))
+    model = build(lambda rngs: TransformerLM(rngs, config))
+    small = build(lambda rngs: TransformerLM(rngs, dataclasses.replace(config, num_layers=1)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    blocks = params["decoder"]["stack"]["blocks"]
+    params["decoder"]["stack"]["blocks"] = {0: blocks[0]}
+    nnx.update(small, params)
+    tokens, log_probs = slowly.write(model, PROMPTS, 17)
+    drafted = write(model, small, sampler=None, stops=(), max_new_tokens=17, num_draft_tokens=count, **options)
+    np.testing.assert_array_equal(drafted.tokens, tokens)
+    np.testing.assert_allclose(drafted.log_probs, log_probs, atol=1e-5)
+    assert drafted.lengths.tolist() == [17, 17] and (drafted.steps <= 17).all()
 
 
 @pytree_dataclass
@@ -113,62 +149,82 @@ def read_table(table, tokens, cache):
     return table[jnp.take_along_axis(tokens.ids, tokens.wanted, axis=1)], cache
 
 
-VOCABULARY, ROWS = 4, 40_000
-TABLE, DRAFT_TABLE = (1.5 * jax.random.normal(jax.random.key(seed), (VOCABULARY, VOCABULARY)) for seed in (0, 1))
+VOCABULARY, ROWS, LENGTH = 3, 20_000, 4
+TABLE, DRAFT_TABLE = (
+    1.5 * np.random.default_rng(seed).standard_normal((VOCABULARY, VOCABULARY)).astype(np.float32) for seed in (0, 1)
+)
+SAMPLERS = {  # the options that it does not give are neutral: one program
+    "plain": Sampler(1.0, top_k=99, top_p=1.0),
+    "warm": Sampler(0.7, top_k=2, top_p=1.0),
+    "cut": Sampler(1.3, top_k=99, top_p=0.8),
+}
 
 
-def pairs(sampler, seed, step):
-    """How often each (first, second, third) token follows a prompt of 0, drafted three at a time."""
+def write_rows(sampler, seed, step=read_table, rows=ROWS):
+    """Numbers that stand for the texts of so many rows after a prompt of 0, drafted two tokens at a time."""
     request = generation.make_request(
-        np.zeros((ROWS, 1), int), vocab_size=VOCABULARY, max_new_tokens=3, sampler=sampler, key=jax.random.key(seed)
+        jnp.asarray(np.zeros((rows, 1), np.int32)),
+        vocab_size=VOCABULARY,
+        max_new_tokens=LENGTH,
+        sampler=sampler,
+        key=jax.random.key(seed),
     )
-    caches = [Forgetful(jnp.zeros(ROWS, jnp.int32)) for _ in range(2)]
-    drafting = generation.Draft(read_table, DRAFT_TABLE)
+    caches = [Forgetful(jnp.asarray(np.zeros(rows, np.int32))) for _ in range(2)]
+    drafting = generation.Draft(read_table, jnp.asarray(DRAFT_TABLE))
     written, _, _ = speculative.generate_with_draft(
-        step, TABLE, request, caches[0], drafting, caches[1], max_new_tokens=3, num_draft_tokens=3
+        step, jnp.asarray(TABLE), request, *(caches[0], drafting, caches[1]), max_new_tokens=LENGTH, num_draft_tokens=2
     )
-    index = (written.tokens * np.array([[VOCABULARY**2, VOCABULARY, 1]])).sum(1)
-    return np.bincount(index, minlength=VOCABULARY**3)
+    return np.asarray(written.tokens) @ VOCABULARY ** np.arange(LENGTH)[::-1]
 
 
-def distance(sampler, seed=0, step=read_table):
-    """Pearson's chi-squared over its degrees of freedom: near 1 where the counts come from the model's distribution."""
+def distance(texts, sampler):
+    """Pearson's chi-squared over its degrees of freedom: near 1 where texts come from the model's distribution."""
     chain = np.asarray(jax.jit(sampler.probabilities)(TABLE), np.float64)
-    expected = ROWS * (chain[0][:, None, None] * chain[:, :, None] * chain[None]).reshape(-1)
-    counts = pairs(sampler, seed, step)
+    expected = chain[0]
+    for _ in range(LENGTH - 1):
+        expected = expected[..., None] * chain
+    expected = len(texts) * expected.reshape(-1)
+    counts = np.bincount(texts, minlength=VOCABULARY**LENGTH)
     possible = expected > 0
     assert counts[~possible].sum() == 0
     freedom = possible.sum() - 1
     return ((counts - expected)[possible] ** 2 / expected[possible]).sum() / freedom, freedom
 
 
-SAMPLERS = {"plain": Sampler(1.0), "warm": Sampler(0.7, top_k=3), "cut": Sampler(1.3, top_p=0.8)}
-
-
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.contract)])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_have_the_distribution_of_the_model(name):
-    for seed in range(2):
-        value, freedom = distance(SAMPLERS[name], seed)
-        assert value < 1 + 4 * np.sqrt(2 / freedom), value  # four standard deviations
-
-
-@pytest.mark.parametrize(
-    "biased",
-    [
-        lambda p, q, token, uniform: jnp.ones_like(uniform, bool),
-        lambda p, q, token, uniform: uniform * 0.9 * look_up(q, token) < look_up(p, token),
-        lambda p, q, token, uniform: uniform < look_up(p, token),
-    ],
-    ids=["always", "a tenth too often", "too rarely, with the wrong replacement"],
-)
-def test_a_biased_rule_would_be_noticed(biased, monkeypatch):
-    monkeypatch.setattr(speculative, "accept_drafted", biased)
-    value, freedom = distance(Sampler(1.0), step=functools.partial(read_table))  # a program of its own
-    assert value > 1 + 8 * np.sqrt(2 / freedom), value
+def test_samples_have_the_distribution_of_the_model(name, seed):
+    value, freedom = distance(write_rows(SAMPLERS[name], seed), SAMPLERS[name])
+    assert value < 1 + 4 * np.sqrt(2 / freedom), value  # four standard deviations
 
 
 def look_up(x, token):
     return jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+
+
+RULES = {
+    "right": lambda p, q, token, uniform: uniform * look_up(q, token) < look_up(p, token),
+    "always": lambda p, q, token, uniform: jnp.ones_like(uniform, bool),
+    "a tenth too often": lambda p, q, token, uniform: uniform * 0.9 * look_up(q, token) < look_up(p, token),
+    "too rarely, with the wrong replacement": lambda p, q, token, uniform: uniform < look_up(p, token),
+}
+
+
+@pytest.mark.contract
+def test_a_biased_rule_would_be_noticed(monkeypatch):
+    """Rows take turns to go by each of the rules, in one program."""
+
+    def accept(*arguments):
+        turn = np.arange(arguments[2].shape[0]) % len(RULES)
+        return jnp.stack([rule(*arguments) for rule in RULES.values()], axis=1)[np.arange(len(turn)), turn]
+
+    monkeypatch.setattr(speculative, "accept_drafted", accept)
+    step = functools.partial(read_table)  # a program of its own
+    texts = write_rows(SAMPLERS["plain"], 0, step, ROWS * len(RULES))
+    for turn, name in enumerate(RULES):
+        value, freedom = distance(texts[turn :: len(RULES)], SAMPLERS["plain"])
+        noticed = value > 1 + 8 * np.sqrt(2 / freedom)
+        assert noticed == (name != "right"), (name, value)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +247,6 @@ def look_up(x, token):
     ],
 )
 def test_what_cannot_be_a_draft_is_refused_in_words(model, fields, options, error, words):
-    other = TransformerLM(nnx.Rngs(0), dataclasses.replace(CONFIG, **fields))
+    other = build(lambda rngs: TransformerLM(rngs, dataclasses.replace(CONFIG, **fields)))
     with pytest.raises(error, match=words):
-        model.generate(prompt(), max_new_tokens=3, draft=other, **options)
+        model.generate(IDS, max_new_tokens=3, draft=other, **options)
