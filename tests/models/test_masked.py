@@ -16,7 +16,7 @@ CONFIG = TransformerConfig(
     vocab_size=23,
     d_model=12,
     num_heads=3,
-    num_layers=2,
+    num_layers=1,
     d_ff=20,
     max_len=11,
     dropout_rate=0.0,
@@ -76,7 +76,7 @@ def test_what_token_types_and_positions_do_not_fit_is_refused(encoder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_may_have_a_bias(tied):
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_token_types=0, num_layers=1)
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_token_types=0)
     lm = build(lambda rngs: TransformerLM(rngs, config))
     before = np.asarray(call(lm, IDS))
     bias = lm.head.bias if tied else lm.head.projection.bias
@@ -85,7 +85,7 @@ def test_a_head_may_have_a_bias(tied):
 
 
 def test_a_masked_language_model_learns_from_both_sides():
-    lm = build(lambda rngs: MaskedLM(rngs, dataclasses.replace(CONFIG, num_layers=1)))
+    lm = build(lambda rngs: MaskedLM(rngs, CONFIG))
     graphdef, state = nnx.split(lm)
 
     @jax.jit

@@ -431,18 +431,25 @@ def test_parallel_sublayers_read_the_same_stream():
     np.testing.assert_allclose(*by_hand_and_called(block, normal(1, 1, 5, 12)), atol=1e-5)
 
 
-def test_a_decoder_block_is_its_three_sublayers():
+def make_decoder_block():
     config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, use_bias=False, pos_emb_type="rope")
-    block = build(lambda rngs: nn.DecoderBlock(rngs, config, encoder_features=7))
-    x, encoded = normal(1, 2, 5, 12), normal(2, 2, 3, 7)
+    return build(lambda rngs: nn.DecoderBlock(rngs, config, encoder_features=7))
+
+
+def decoder_block_arguments():
     seen = np.array([[True, True, False], [True, True, True]])
-    options = {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
+    return normal(1, 2, 5, 12), normal(2, 2, 3, 7), {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
+
+
+def test_a_decoder_block_is_its_three_sublayers():
+    block = make_decoder_block()
+    x, encoded, options = decoder_block_arguments()
 
     @nnx.jit
     def by_hand_and_called(block):
         out = x + block.attention(block.around_attention.norm_in(x), mask=masks.causal())
         out = out + block.cross_attention(
-            block.around_cross_attention.norm_in(out), context=encoded, mask=masks.padding(seen)
+            block.around_cross_attention.norm_in(out), context=encoded, mask=options["cross_mask"]
         )
         expected = out + block.feed_forward(block.around_feed_forward.norm_in(out))
         contexts = block.cross_attention.keys_values(encoded)
@@ -454,14 +461,20 @@ def test_a_decoder_block_is_its_three_sublayers():
     expected, called = by_hand_and_called(block)
     for name, out in called.items():
         np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=name)
-    for size, count in ((1, 5), (2, 4)):  # rotated by the cache's positions, in cross-attention too; or by given ones
-        cache, parts = attnax.init_kv_layer_cache(2, 3, 4, 6), []
-        for start in range(0, count, size):
-            positions = {} if size == 1 else {"position_ids_cross_q": np.arange(start, start + size)}
-            chunk = np.asarray(x)[:, start : start + size]
-            part, cache = call(block, chunk, encoder_output=encoded, self_attn_kv_cache=cache, **options, **positions)
-            parts.append(part)
-        np.testing.assert_allclose(np.concatenate(parts, axis=1), expected[:, :count], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.contract)])
+def test_a_decoder_block_goes_on_over_its_cache(size):
+    """Rotated by the cache's positions, in cross-attention too, or by given ones."""
+    block, (x, encoded, options) = make_decoder_block(), decoder_block_arguments()
+    cache, parts = attnax.init_kv_layer_cache(2, 3, 4, 6), []
+    for start in range(0, 5 // size * size, size):
+        positions = {} if size == 1 else {"position_ids_cross_q": np.arange(start, start + size)}
+        chunk = np.asarray(x)[:, start : start + size]
+        part, cache = call(block, chunk, encoder_output=encoded, self_attn_kv_cache=cache, **options, **positions)
+        parts.append(part)
+    found, expected = np.concatenate(parts, axis=1), np.asarray(call(block, x, encoder_output=encoded, **options))
+    np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
 
 
 def test_what_a_decoder_block_cannot_do_is_said():

@@ -129,8 +129,15 @@ class TestDocumentedModels:
         return nnx.eval_shape(lambda model, x: model(x), self.make(num_layers=1, **fields), images).shape
 
     def test_the_default_is_vit_base(self):
-        params = jax.tree.leaves(nnx.state(self.make(num_classes=1000), nnx.Param))
-        assert sum(leaf.size for leaf in params) == 86_567_656  # as published, ViT-B/16
+        one, two = (
+            sum(
+                leaf.size
+                for leaf in jax.tree.leaves(nnx.state(self.make(num_classes=1000, num_layers=count), nnx.Param))
+            )
+            for count in (1, 2)
+        )
+        layers = VisionTransformerConfig().num_layers  # all alike
+        assert (layers, one + (layers - 1) * (two - one)) == (12, 86_567_656)  # as published, ViT-B/16
         assert self.out_shape(num_classes=1000) == (2, 1000)
 
     def test_without_classes_it_returns_the_tokens(self):
