@@ -120,7 +120,7 @@ def test_score_mods_of_construction_and_call_apply_in_order():
 
 def test_arrays_of_a_stored_score_mod_are_state_of_the_layer():
     bias = jnp.asarray(np.array([0.1, -0.2, 0.3], np.float32))
-    graphdef, state = nnx.split(make_attention(score_mod=HeadBias(bias)))
+    graphdef, state = nnx.split(attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=HeadBias(bias)))
     x = normal(1, 1, 5, 12)
     assert any(leaf.shape == (3,) for leaf in jax.tree.leaves(state))
     grads = jax.jit(jax.grad(lambda state: nnx.merge(graphdef, state)(x).sum(), allow_int=True))(state)

@@ -258,9 +258,10 @@ class TestEncoderDecoder:
     def logits(self, ids, targets, source=None, target=None):
         """Of a call with both masks, where None is all real: one program for many tests."""
         source, target = (np.ones(x.shape, bool) if y is None else y for x, y in ((ids, source), (targets, target)))
-        masks = {"source_padding_mask": source, "target_padding_mask": target}
+        masks = {"source_padding_mask": source[:, None, None, :], "target_padding_mask": target}  # both forms
         return np.asarray(call(self.model(), ids, targets, **masks))
 
+    @pytest.mark.contract
     def test_both_forms_of_a_padding_mask_are_taken(self):
         one, two = (
             self.model().generate(IDS, max_length=4, start_token=1, source_padding_mask=mask).tokens
@@ -302,6 +303,7 @@ class TestEncoderDecoder:
         log_probs = logits.max(-1) - np.log(np.exp(logits).sum(-1))
         np.testing.assert_allclose(log_probs, generation.log_probs, atol=1e-5)
 
+    @pytest.mark.contract
     def test_a_second_generation_compiles_nothing(self, count_compilations):
         model = self.model()
         model.generate(IDS, max_length=3, start_token=1, end_token=2, temperature=0.7, key=jax.random.key(1))
