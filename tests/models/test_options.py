@@ -1,31 +1,41 @@
 """The options of attention, blocks and feed-forwards: each against its formula, dense and in float64."""
 
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import build
 
 import attnax
 from attnax import AttentionType, BlockConfig, MultiHeadAttention, masks, nn, standard_attention
+from attnax.nn.norms import OffsetRMSNorm
 
 BASE = {"d_model": 12, "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "dropout_rate": 0.0}
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def randomized(module, seed=0):
-    """The module with every parameter away from its initial value: biases, norms and sinks too."""
-    params = nnx.state(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    new = [leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    nnx.update(module, jax.tree.unflatten(tree, new))
-    return module
+def attention(**options):
+    """With every parameter away from its initial value: biases, norms and sinks too."""
+    return build(lambda rngs: MultiHeadAttention(rngs, **(BASE | options)))
+
+
+@partial(nnx.jit, static_argnames="deterministic")
+def call(module, *arguments, **options):
+    return module(*arguments, **options)
+
+
+@nnx.jit
+def call_each(modules, *arguments, **options):
+    """The results of several modules by name, from one program."""
+    return {name: module(*arguments, **options) for name, module in modules.items()}
 
 
 def wide(array):
@@ -118,31 +128,33 @@ OPTIONS = {
         "rope_scaling": {"kind": "ntk", "factor": 3.0},
     },
 }
-call = nnx.jit(lambda attn, x, context: attn(x, context=context))
 
 
 @pytest.mark.parametrize("cross", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["self", "cross"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_its_formula(name, cross):
-    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **(BASE | OPTIONS[name])))
+def test_every_option_is_its_formula(cross):
+    attns = {name: attention(**options) for name, options in OPTIONS.items()}
     x, context = normal(1, 2, 7, 12), normal(2, 2, 5, 12) if cross else None
-    expected, _ = expected_attention(attn, x, context)
-    np.testing.assert_allclose(call(attn, x, context), expected, atol=2e-5)
+    for name, out in call_each(attns, x, context=context).items():
+        expected, _ = expected_attention(attns[name], x, context)
+        np.testing.assert_allclose(out, expected, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["plain", "all together"])
-def test_weights_are_those_of_the_formula(name):
-    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **(BASE | OPTIONS[name])))
-    x = normal(1, 2, 7, 12)
-    weights = nnx.jit(MultiHeadAttention.attention_weights)(attn, x)
-    np.testing.assert_allclose(weights, expected_attention(attn, x)[1], atol=2e-6)
+def test_weights_are_those_of_the_formula():
+    attns, x = {name: attention(**OPTIONS[name]) for name in ("plain", "all together")}, normal(1, 2, 7, 12)
 
+    @nnx.jit
+    def weigh(attns):
+        weights = {name: attn.attention_weights(x) for name, attn in attns.items()}
+        return weights, attns["plain"].attention_weights(x, mask=masks.causal(), score_mod=attnax.alibi_mod(6))
 
-def test_weights_of_a_mask_and_a_mod_are_those_of_the_call():
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE)
-    weights = attn.attention_weights(normal(1, 1, 5, 12), mask=masks.causal(), score_mod=attnax.alibi_mod(6))
-    assert (np.triu(weights[0, 0], 1) == 0).all()
-    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
+    weights, causal = weigh(attns)
+    for name, attn in attns.items():
+        np.testing.assert_allclose(weights[name], expected_attention(attn, x)[1], atol=2e-6, err_msg=name)
+    assert (np.triu(causal, 1) == 0).all()  # a mask and a mod of the call
+    np.testing.assert_allclose(np.sum(causal, -1), 1.0, atol=1e-6)
+    scores = np.log(np.asarray(causal)[:, :, 6] / np.asarray(weights["plain"])[:, :, 6])  # but for one number a head
+    added = -wide(attnax.alibi_slopes(6))[:, None] * (6 - np.arange(7))
+    np.testing.assert_allclose(scores - scores[..., :1], (added - added[:, :1])[None].repeat(2, 0), atol=1e-4)
 
 
 SOFTMAX = [
@@ -152,97 +164,106 @@ SOFTMAX = [
 
 
 @pytest.mark.parametrize("kind", SOFTMAX)
-@pytest.mark.parametrize("block_size", [None, 4])
-def test_every_softmax_kernel_gives_the_same(kind, block_size):
-    options = BASE | OPTIONS["all together"]
+def test_every_softmax_kernel_gives_the_same_by_whole_rows_and_by_tiles(kind):
+    x, options = normal(1, 2, 7, 12), {**OPTIONS["all together"], "attention_type": kind}
+    attns = {"whole": attention(**options), "tiles of 4": attention(**options, attention_block_size=4)}
+    for name, out in call_each(attns, x).items():
+        np.testing.assert_allclose(out, expected_attention(attns[name], x)[0], atol=2e-5, err_msg=name)
+
+
+def test_every_parameter_of_attention_learns():
     x, cotangent = normal(1, 2, 7, 12), normal(2, 2, 7, 12)
-    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **options, attention_type=kind, attention_block_size=block_size))
-    np.testing.assert_allclose(call(attn, x, None), expected_attention(attn, x)[0], atol=2e-5)
-    if kind == "flash":
-        graphdef, params, rest = nnx.split(attn, nnx.Param, ...)
-        grads = jax.jit(jax.grad(lambda params: (nnx.merge(graphdef, params, rest)(x) * cotangent).sum()))(params)
-        # A key's bias adds the same to all scores of a query, and the norm takes out its length: nothing remains zero.
-        assert all((g != 0).any() for g in jax.tree.leaves(grads))
+    graphdef, params, rest = nnx.split(attention(**OPTIONS["all together"], attention_block_size=4), nnx.Param, ...)
+    grads = jax.jit(jax.grad(lambda params: (nnx.merge(graphdef, params, rest)(x) * cotangent).sum()))(params)
+    # A key's bias adds the same to all scores of a query, and the norm takes out its length: nothing remains zero.
+    assert all((np.asarray(g) != 0).any() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("kind", ["linear", "lite"])
 def test_kinds_without_a_softmax_call_their_kernels(kind):
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind, linear_attention_chunk_size=3)
+    attn = attention(attention_type=kind, linear_attention_chunk_size=3)
     x = normal(1, 2, 7, 12)
 
     @nnx.jit
-    def by_hand_and_called(attn, mask):
+    def by_hand_and_called(attn):
         query, (key, value) = attn._heads(attn.query, x, 6, None), attn.keys_values(x)
-        if kind == "linear":
-            heads = attnax.linear_attention(query, key, value, causal=mask is not None)
-        else:
-            heads = attnax.lite_attention(query, key, value, attn.attention_fn.gate, mask=mask)
-        return attn.out(heads.swapaxes(1, 2).reshape(2, 7, -1)), attn(x, mask=mask)
+        pairs = {}
+        for name, mask in {"full": None, "causal": masks.causal()}.items():
+            if kind == "linear":
+                heads = attnax.linear_attention(query, key, value, causal=mask is not None)
+            else:
+                heads = attnax.lite_attention(query, key, value, attn.attention_fn.gate, mask=mask)
+            pairs[name] = attn.out(heads.swapaxes(1, 2).reshape(2, 7, -1)), attn(x, mask=mask)
+        return pairs
 
-    for mask in (None, masks.causal()):
-        np.testing.assert_allclose(*by_hand_and_called(attn, mask), atol=1e-5)
+    for name, pair in by_hand_and_called(attn).items():
+        np.testing.assert_allclose(*pair, atol=1e-5, err_msg=name)
 
 
 def test_the_gate_of_lite_attention_learns():
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type="lite")
-    graphdef, params = nnx.split(attn)
+    graphdef, params = nnx.split(attention(attention_type="lite"))
     loss = lambda params: (nnx.merge(graphdef, params)(normal(1, 1, 5, 12)) ** 2).sum()
     grads = jax.jit(jax.grad(loss))(params)
-    assert (nnx.to_pure_dict(grads)["attention_fn"]["gate"]["kernel"] != 0).all()
+    assert (np.asarray(nnx.to_pure_dict(grads)["attention_fn"]["gate"]["kernel"]) != 0).all()
 
 
 @pytest.mark.parametrize("kind", ["linear", "lite"])
 def test_a_cache_of_keys_is_refused_where_it_is_not_read(kind):
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, attention_type=kind)
+    attn, cache = attention(attention_type=kind), attnax.init_kv_layer_cache(1, 2, 4, 5)
     with pytest.raises(NotImplementedError, match=f"{kind} attention does not read a KVLayerCache"):
-        attn(normal(1, 1, 2, 12), kv_cache=attnax.init_kv_layer_cache(1, 2, 4, 5))
+        jax.eval_shape(lambda x: attn(x, kv_cache=cache), normal(1, 1, 2, 12))
 
 
 def test_layers_of_one_config_are_one_program():
     for kind in AttentionType:
-        one, two = (
-            nnx.split(MultiHeadAttention(nnx.Rngs(seed), **BASE, attention_type=kind, attention_block_size=4))[0]
-            for seed in (0, 1)
-        )
+        one, two = (nnx.split(attention(attention_type=kind, attention_block_size=4))[0] for _ in range(2))
         assert one == two and hash(one) == hash(two)
 
 
 def test_attention_dropout_drops_weights_and_nothing_else():
     """Values that are all the same: without dropout every mixture of them is that value."""
-    attn = MultiHeadAttention(nnx.Rngs(0), **(BASE | {"attention_dropout_rate": 0.5, "use_bias": True}))
-    attn.value.kernel[...] = jnp.zeros_like(attn.value.kernel[...])
-    attn.value.bias[...] = jnp.ones_like(attn.value.bias[...])
-    attn.out.kernel[...] = jnp.eye(24, 12)
+    attn = attention(attention_dropout_rate=0.5, use_bias=True)
+    attn.value.kernel[...] = jnp.asarray(np.zeros(attn.value.kernel.shape, np.float32))
+    attn.value.bias[...] = jnp.asarray(np.ones(attn.value.bias.shape, np.float32))
+    attn.out.kernel[...] = jnp.asarray(np.eye(24, 12, dtype=np.float32))
+    attn.out.bias[...] = jnp.asarray(np.zeros(12, np.float32))
     x = normal(1, 1, 101, 12)
-    np.testing.assert_allclose(attn(x), 1.0, atol=1e-6)
-    dropped = attn(x, deterministic=False, rngs=nnx.Rngs(dropout=3))
-    assert 0.05 < float(dropped.std()) < 0.5 and abs(float(dropped.mean()) - 1.0) < 0.02
-    np.testing.assert_array_equal(dropped, attn(x, deterministic=False, rngs=nnx.Rngs(dropout=3)))
+    np.testing.assert_allclose(call(attn, x), 1.0, atol=1e-6)
+    train = nnx.jit(lambda attn, key: attn(x, deterministic=False, rngs=nnx.Rngs(dropout=key)))
+    dropped, again = (np.asarray(train(attn, jax.random.key(3))) for _ in range(2))
+    assert 0.05 < dropped.std() < 0.5 and abs(dropped.mean() - 1.0) < 0.02
+    np.testing.assert_array_equal(dropped, again)
 
 
 def test_linear_attention_trains_under_the_default_dropout_of_a_config():
-    block = nn.EncoderBlock(nnx.Rngs(0), BlockConfig(d_model=12, num_heads=3, d_ff=8, attention_type="linear"))
-    out = nnx.jit(lambda block, x: block(x, deterministic=False))(block, normal(1, 1, 5, 12))
-    assert jnp.isfinite(out).all()
+    config = BlockConfig(d_model=12, num_heads=3, d_ff=8, attention_type="linear")
+    block = build(lambda rngs: nn.EncoderBlock(rngs, config))
+    assert np.isfinite(call(block, normal(1, 1, 5, 12), deterministic=False)).all()
 
 
 def test_a_projected_context_stands_for_the_context():
-    attn = randomized(MultiHeadAttention(nnx.Rngs(0), **BASE, use_rope=True, context_features=5))
+    attn = build(lambda rngs: MultiHeadAttention(rngs, **BASE, use_rope=True, context_features=5))
     x, context = normal(1, 2, 7, 12), normal(2, 2, 3, 5)
     positions = np.array([2, 5, 6])
-    expected = nnx.jit(lambda attn: attn(x, context=context, position_ids_kv=positions))(attn)
+    expected = call(attn, x, context=context, position_ids_kv=positions)
     projected = nnx.jit(lambda attn: attn.keys_values(context, positions))(attn)
-    np.testing.assert_array_equal(call(attn, x, projected), expected)
+    np.testing.assert_array_equal(call(attn, x, context=projected), expected)
 
 
 def test_objects_may_stand_for_the_options():
-    norm = nnx.RMSNorm(4, rngs=nnx.Rngs(0))
-    objects = MultiHeadAttention(
-        nnx.Rngs(0), **BASE, rope=nn.RotaryEmbedding(4), query_norm=norm, key_norm=nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+    objects = build(
+        lambda rngs: MultiHeadAttention(
+            rngs,
+            **BASE,
+            rope=nn.RotaryEmbedding(4),
+            query_norm=nnx.RMSNorm(4, rngs=rngs),
+            key_norm=nnx.RMSNorm(4, rngs=rngs),
+        )
     )
-    options = MultiHeadAttention(nnx.Rngs(0), **BASE, use_rope=True, qk_norm="head")
+    options = attention(use_rope=True, qk_norm="head")
+    nnx.update(options, nnx.state(objects))
     x = normal(1, 1, 5, 12)
-    np.testing.assert_array_equal(objects(x), options(x))
+    np.testing.assert_array_equal(call(objects, x), call(options, x))
 
 
 def test_sinks_need_a_kernel_that_gives_the_log_sum():
@@ -268,11 +289,16 @@ def test_options_of_scores_are_refused_where_there_are_none(kind, fields):
 
 def test_a_scale_is_as_exact_as_the_kernels_in_low_precision():
     """It is applied to float32 scores; a query rescaled in bfloat16 would be rounded twice."""
-    attn = MultiHeadAttention(nnx.Rngs(0), **(BASE | {"attention_scale": 0.55, "dtype": "bfloat16"}))
-    x = normal(1, 1, 7, 12).astype(jnp.bfloat16)
-    query, (key, value) = attn._heads(attn.query, x, 6, None), attn.keys_values(x)
-    heads = standard_attention(query, key, value, scale=0.55)
-    np.testing.assert_array_equal(attn(x), attn.out(heads.swapaxes(1, 2).reshape(1, 7, -1)))
+    attn = attention(attention_scale=0.55, dtype="bfloat16")
+    x = jnp.asarray(np.asarray(normal(1, 1, 7, 12)), jnp.bfloat16)
+
+    @nnx.jit
+    def by_hand(attn):
+        query, (key, value) = attn._heads(attn.query, x, 6, None), attn.keys_values(x)
+        heads = standard_attention(query, key, value, scale=0.55)
+        return attn.out(heads.swapaxes(1, 2).reshape(1, 7, -1))
+
+    np.testing.assert_array_equal(call(attn, x), by_hand(attn))
 
 
 def scaled_by(slopes):
@@ -280,30 +306,32 @@ def scaled_by(slopes):
 
 
 def test_a_stored_score_mod_may_not_hide_arrays():
-    slope = nnx.Param(jnp.ones(6))
-    for held in (slope, jnp.ones(6), [slope]):
+    ones = jnp.asarray(np.ones(6, np.float32))
+    for held in (nnx.Param(ones), ones, [nnx.Param(ones)]):
         with pytest.raises(ValueError, match="must not close over arrays, which get no gradient"):
             MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=scaled_by(held))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_nothing_gives_nothing(shape):
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE, qk_norm="head")
-    assert attn(jnp.zeros((*shape, 12))).shape == (*shape, 12)
-    assert (np.asarray(attn(jnp.ones((2, 3, 12)), context=jnp.zeros((2, 0, 12)))) == 0).all()  # and no bias yet
+def test_nothing_gives_nothing():
+    attn = attention(qk_norm="head", use_bias=False)
+    for shape in ((0, 5, 12), (2, 0, 12)):
+        assert call(attn, np.zeros(shape, np.float32)).shape == shape
+    context = np.zeros((2, 0, 12), np.float32)
+    assert (np.asarray(call(attn, np.ones((2, 3, 12), np.float32), context=context)) == 0).all()
 
 
 def test_a_config_and_sizes_exclude_each_other():
     with pytest.raises(ValueError, match="a config says the sizes; got it with in_features or qkv_features"):
         MultiHeadAttention(nnx.Rngs(0), BlockConfig(**BASE), qkv_features=12)
-    attn = MultiHeadAttention(nnx.Rngs(0), **BASE)
-    x = normal(1, 1, 3, 12)
+    attn = attention()
     with pytest.raises(ValueError, match="got position_ids_kv with KeysValues"):
-        attn(x, context=attn.keys_values(x), position_ids_kv=np.arange(3))
+        jax.eval_shape(
+            lambda x: attn(x, context=attn.keys_values(x), position_ids_kv=np.arange(3)), normal(1, 1, 3, 12)
+        )
 
 
 ACTIVATIONS = {
-    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(__import__("math").erf)(x / np.sqrt(2))),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
@@ -312,47 +340,65 @@ ACTIVATIONS = {
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", *GATED, "swiglu_clipped"])
-def test_every_activation_is_its_formula(name):
-    layer = randomized(nn.FeedForward(nnx.Rngs(0), 5, 7, ff_activation=name))
-    x = normal(1, 3, 5)
+def expected_feed_forward(layer, name, x):
     hidden = project(layer.up, x)
     if name == "swiglu_clipped":
-        x = 6 * x  # far enough to be clipped
-        hidden, gate = project(layer.up, x), np.minimum(project(layer.gate, x), 7)
+        gate = np.minimum(project(layer.gate, x), 7)
         assert gate.max() == 7 and hidden.max() > 7 and hidden.min() < -7
         hidden = gate / (1 + np.exp(-1.702 * gate)) * (np.clip(hidden, -7, 7) + 1)
     elif name in GATED:
         hidden = ACTIVATIONS[GATED[name]](project(layer.gate, x)) * hidden
     else:
         hidden = ACTIVATIONS["silu" if name == "swish" else name](hidden)
-    expected = hidden @ wide(layer.down.kernel[...]) + wide(layer.down.bias[...])
-    np.testing.assert_allclose(nnx.jit(nn.FeedForward.__call__)(layer, x), expected, atol=1e-5)
+    return hidden @ wide(layer.down.kernel[...]) + wide(layer.down.bias[...])
+
+
+def test_every_activation_is_its_formula():
+    names = [*ACTIVATIONS, "swish", *GATED, "swiglu_clipped"]
+    layers = {name: build(lambda rngs, name=name: nn.FeedForward(rngs, 5, 7, ff_activation=name)) for name in names}
+    x = 2 * np.asarray(normal(1, 5, 5))
+    for factor, some in ((1, names[:-1]), (6, names[-1:])):  # six times as far, to be clipped
+        for name, out in call_each({name: layers[name] for name in some}, factor * x).items():
+            expected = expected_feed_forward(layers[name], name, factor * x)
+            np.testing.assert_allclose(out, expected, atol=1e-5, rtol=1e-5 if factor > 1 else 0, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_offset_is_added_to_the_scales_of_rms_norms(dtype):
     fields = {"d_model": 12, "num_heads": 3, "norm_type": "rms", "norm_offset": 1.0, "dtype": dtype}
-    block = nn.EncoderBlock(nnx.Rngs(0), **fields, param_dtype=dtype, qk_norm="head")
-    for norm in (block.around_attention.norm_in, block.attention.query_norm):
-        assert norm.scale[...].dtype == dtype and (norm.scale[...] == 0).all()
-        norm.scale[...] = jnp.asarray(normal(1, *norm.scale.shape) / 100, dtype)
-        x = jnp.asarray(normal(2, 5, norm.num_features), dtype)
-        y = wide(x) / np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + 1e-6) * (1 + wide(norm.scale[...]))
-        assert norm(x).dtype == dtype  # 1 + scale has not been rounded to it
-        np.testing.assert_allclose(wide(norm(x)), y, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-6)
+    block = build(lambda rngs: nn.EncoderBlock(rngs, **fields, param_dtype=dtype, qk_norm="head"))
+    norms, xs = {"block": block.around_attention.norm_in, "heads": block.attention.query_norm}, {}
+    for name, norm in norms.items():
+        assert norm.scale[...].dtype == dtype
+        norm.scale[...] = jnp.asarray(np.asarray(normal(1, *norm.scale.shape)) / 100, dtype)
+        xs[name] = jnp.asarray(np.asarray(normal(2, 5, norm.num_features)), dtype)
+    out = nnx.jit(lambda norms: {name: norm(xs[name]) for name, norm in norms.items()})(norms)
+    for name, norm in norms.items():
+        x = wide(xs[name])
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + wide(norm.scale[...]))
+        assert out[name].dtype == dtype  # 1 + scale has not been rounded to it
+        np.testing.assert_allclose(wide(out[name]), y, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-6)
+
+
+def test_scales_with_an_offset_begin_at_0():
+    norm = OffsetRMSNorm(5, offset=1.0, rngs=nnx.Rngs(0))
+    assert (np.asarray(norm.scale[...]) == 0).all()
 
 
 def sublayers(block):
     return block.attention, block.feed_forward
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "branch"])
+@pytest.mark.parametrize(
+    "placement",
+    # The four of a single residual connection are tested for it, in test_nn.py.
+    ["sandwich", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("pre", "post", "branch"))],
+)
 def test_norms_stand_where_the_config_says(placement):
     config = BlockConfig(
         d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, norm_placement=placement, residual_scale=0.7
     )
-    block = randomized(nn.EncoderBlock(nnx.Rngs(0), config))
+    block = build(lambda rngs: nn.EncoderBlock(rngs, config))
 
     @nnx.jit
     def by_hand_and_called(block, x):
@@ -374,49 +420,61 @@ def test_norms_stand_where_the_config_says(placement):
 
 def test_parallel_sublayers_read_the_same_stream():
     config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, parallel_residual=True)
-    block = randomized(nn.EncoderBlock(nnx.Rngs(0), config))
-    x = normal(1, 1, 5, 12)
-    attend, feed_forward = sublayers(block)
-    expected = x + attend(block.around_attention.norm_in(x)) + feed_forward(block.around_feed_forward.norm_in(x))
-    np.testing.assert_allclose(nnx.jit(nn.EncoderBlock.__call__)(block, x), expected, atol=1e-5)
+    block = build(lambda rngs: nn.EncoderBlock(rngs, config))
+
+    @nnx.jit
+    def by_hand_and_called(block, x):
+        attend, feed_forward = sublayers(block)
+        out = x + attend(block.around_attention.norm_in(x)) + feed_forward(block.around_feed_forward.norm_in(x))
+        return out, block(x)
+
+    np.testing.assert_allclose(*by_hand_and_called(block, normal(1, 1, 5, 12)), atol=1e-5)
+
+
+def make_decoder_block():
+    config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, use_bias=False, pos_emb_type="rope")
+    return build(lambda rngs: nn.DecoderBlock(rngs, config, encoder_features=7))
+
+
+def decoder_block_arguments():
+    seen = np.array([[True, True, False], [True, True, True]])
+    return normal(1, 2, 5, 12), normal(2, 2, 3, 7), {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
 
 
 def test_a_decoder_block_is_its_three_sublayers():
-    config = BlockConfig(d_model=12, num_heads=3, d_ff=8, dropout_rate=0.0, use_bias=False, pos_emb_type="rope")
-    block = randomized(nn.DecoderBlock(nnx.Rngs(0), config, encoder_features=7))
-    x, encoded = normal(1, 2, 5, 12), normal(2, 2, 3, 7)
-    seen = np.array([[True, True, False], [True, True, True]])
-    options = {"self_mask": masks.causal(), "cross_mask": masks.padding(seen)}
+    block = make_decoder_block()
+    x, encoded, options = decoder_block_arguments()
 
     @nnx.jit
-    def by_hand(block, x):
+    def by_hand_and_called(block):
         out = x + block.attention(block.around_attention.norm_in(x), mask=masks.causal())
         out = out + block.cross_attention(
-            block.around_cross_attention.norm_in(out), context=encoded, mask=masks.padding(seen)
+            block.around_cross_attention.norm_in(out), context=encoded, mask=options["cross_mask"]
         )
-        return out + block.feed_forward(block.around_feed_forward.norm_in(out))
+        expected = out + block.feed_forward(block.around_feed_forward.norm_in(out))
+        contexts = block.cross_attention.keys_values(encoded)
+        return expected, {
+            "encoder output": block(x, encoder_output=encoded, **options),
+            "keys and values": block(x, encoder_output=contexts, **options),
+        }
 
-    @nnx.jit
-    def run(block, x, encoded, **more):
-        return block(x, encoder_output=encoded, **options, **more)
+    expected, called = by_hand_and_called(block)
+    for name, out in called.items():
+        np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=name)
 
-    expected = by_hand(block, x)
-    np.testing.assert_allclose(run(block, x, encoded), expected, atol=1e-5)
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.contract)])
+def test_a_decoder_block_goes_on_over_its_cache(size):
+    """Rotated by the cache's positions, in cross-attention too, or by given ones."""
+    block, (x, encoded, options) = make_decoder_block(), decoder_block_arguments()
     cache, parts = attnax.init_kv_layer_cache(2, 3, 4, 6), []
-    for token in range(5):  # rotated by the cache's positions, in cross-attention too
-        part, cache = run(block, x[:, token : token + 1], encoded, self_attn_kv_cache=cache)
+    for start in range(0, 5 // size * size, size):
+        positions = {} if size == 1 else {"position_ids_cross_q": np.arange(start, start + size)}
+        chunk = np.asarray(x)[:, start : start + size]
+        part, cache = call(block, chunk, encoder_output=encoded, self_attn_kv_cache=cache, **options, **positions)
         parts.append(part)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
-    contexts = block.cross_attention.keys_values(encoded)
-    np.testing.assert_allclose(run(block, x, contexts), expected, atol=1e-5)
-    cache = attnax.init_kv_layer_cache(2, 3, 4, 6)
-    parts = []
-    for chunk in (slice(2), slice(2, 4)):
-        part, cache = run(
-            block, x[:, chunk], encoded, self_attn_kv_cache=cache, position_ids_cross_q=np.arange(5)[chunk]
-        )
-        parts.append(part)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected[:, :4], atol=1e-5)
+    found, expected = np.concatenate(parts, axis=1), np.asarray(call(block, x, encoder_output=encoded, **options))
+    np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
 
 
 def test_what_a_decoder_block_cannot_do_is_said():
@@ -424,27 +482,41 @@ def test_what_a_decoder_block_cannot_do_is_said():
         nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "std"),
-    [
-        ("lecun_normal", 400**-0.5),
-        ("he_normal", (2 / 400) ** 0.5),
-        ("xavier_normal", (2 / 700) ** 0.5),
-        ("xavier_uniform", (2 / 700) ** 0.5),
-        ("normal", 0.013),
-    ],
-)
-def test_initial_weights_have_the_size_that_their_name_says(name, std):
-    config = BlockConfig(d_model=400, num_heads=1, d_ff=300, kernel_init=name, init_std=0.013)
-    kernel = nn.FeedForward(nnx.Rngs(0), config).up.kernel[...]
-    assert abs(float(kernel.std()) / std - 1) < 0.01
-    uniform = float(jnp.abs(kernel).max()) < std * 3**0.5 * 1.001
-    assert uniform == (name == "xavier_uniform")
+def test_initial_weights_have_the_size_that_their_name_says():
+    expected = {
+        "lecun_normal": 400**-0.5,
+        "he_normal": (2 / 400) ** 0.5,
+        "xavier_normal": (2 / 700) ** 0.5,
+        "xavier_uniform": (2 / 700) ** 0.5,
+        "normal": 0.013,
+    }
+
+    @jax.jit
+    def kernels():
+        configs = {
+            name: BlockConfig(d_model=400, num_heads=1, d_ff=300, kernel_init=name, init_std=0.013) for name in expected
+        }
+        return {name: nn.FeedForward(nnx.Rngs(0), config).up.kernel[...] for name, config in configs.items()}
+
+    for name, kernel in kernels().items():
+        std = expected[name]
+        assert abs(np.std(kernel) / std - 1) < 0.01, name
+        uniform = np.abs(kernel).max() < std * 3**0.5 * 1.001
+        assert uniform == (name == "xavier_uniform"), name
 
 
 def test_depth_scales_what_is_written_into_the_stream():
     config = attnax.TransformerConfig(vocab_size=7, num_layers=8, d_model=64, num_heads=1, d_ff=64)
-    for residual_init, expected in (("depth", 0.25), ("none", 1.0)):
-        block = nn.EncoderBlock(nnx.Rngs(0), dataclasses.replace(config, residual_init=residual_init))
-        for layer in (block.attention.out, block.feed_forward.down):
-            assert abs(float(layer.kernel[...].std()) * 8 / expected - 1) < 0.05
+
+    @jax.jit
+    def kernels():
+        made = {}
+        for name in ("depth", "none"):
+            block = nn.EncoderBlock(nnx.Rngs(0), dataclasses.replace(config, residual_init=name))
+            made[name] = block.attention.out.kernel[...], block.feed_forward.down.kernel[...]
+        return made
+
+    expected = {"depth": 0.25, "none": 1.0}
+    for name, both in kernels().items():
+        for kernel in both:
+            assert abs(np.std(kernel) * 8 / expected[name] - 1) < 0.05, name

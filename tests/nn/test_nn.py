@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import build
 
 import attnax
 from attnax import masks, nn, reference
@@ -19,44 +20,68 @@ attention = nn.MultiHeadAttention
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def ones(*shape):
+    return jnp.asarray(np.ones(shape, np.float32))
+
+
+def make_attention(**fields):
+    return build(lambda rngs: attention(rngs, **({"in_features": 12, "num_heads": 3} | fields)))
+
+
+apply = nnx.jit(lambda module, *arguments: module(*arguments))
 
 
 def reference_params(attn, d_model, num_heads, num_kv_heads, head_dim):
     """The layer's weights as the reference takes them, with each shared key head written out."""
     share = num_heads // num_kv_heads
-    query = attn.query.kernel[...].reshape(d_model, num_heads, head_dim)
-    key, value = (
-        np.repeat(layer.kernel[...].reshape(d_model, num_kv_heads, head_dim), share, axis=1)
-        for layer in (attn.key, attn.value)
-    )
-    return reference.AttentionParams(
-        query, jnp.asarray(key), jnp.asarray(value), attn.out.kernel[...].reshape(num_heads, head_dim, -1)
-    )
+    query, key, value, out = (np.asarray(layer.kernel[...]) for layer in (attn.query, attn.key, attn.value, attn.out))
+    key, value = (np.repeat(kernel.reshape(d_model, num_kv_heads, head_dim), share, axis=1) for kernel in (key, value))
+    kernels = query.reshape(d_model, num_heads, head_dim), key, value, out.reshape(num_heads, head_dim, -1)
+    return reference.AttentionParams(*map(jnp.asarray, kernels))
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("cross", [False, True])
-def test_attention_equals_the_reference(num_kv_heads, cross):
-    attn = attention(
-        nnx.Rngs(0), num_heads=6, in_features=11, num_kv_heads=num_kv_heads, qkv_features=18, use_bias=False
-    )
+def test_attention_equals_the_reference(cross):
+    attns = {
+        count: make_attention(num_heads=6, in_features=11, num_kv_heads=count, qkv_features=18, use_bias=False)
+        for count in (1, 2, 6)
+    }
+    params = {count: reference_params(attn, 11, 6, count, 3) for count, attn in attns.items()}
     x, context = normal(1, 2, 5, 11), normal(2, 2, 7, 11) if cross else None
     source = x if context is None else context
     mask = np.arange(source.shape[1]) != 2
-    params = reference_params(attn, 11, 6, num_kv_heads, 3)
-    expected = reference.multi_head_attention(
-        params, x, source, source, jnp.broadcast_to(mask, (2, 5, source.shape[1]))
-    )
-    np.testing.assert_allclose(attn(x, context=context, mask=mask), expected, atol=2e-6)
+    whole = jnp.asarray(np.broadcast_to(mask, (2, 5, source.shape[1])))
+
+    @nnx.jit
+    def run(attns, params):
+        return {
+            count: (
+                attn(x, context=context, mask=mask),
+                reference.multi_head_attention(params[count], x, source, source, whole),
+            )
+            for count, attn in attns.items()
+        }
+
+    for count, pair in run(attns, params).items():
+        np.testing.assert_allclose(*pair, atol=2e-6, err_msg=f"num_kv_heads={count}")
+
+
+def assert_same_module(one, two):
+    """Of equal structure, options and parameter shapes: with equal randomness, equal modules."""
+    (graphdef, state), (other_graphdef, other_state) = (nnx.split(nnx.eval_shape(make)) for make in (one, two))
+    assert graphdef == other_graphdef
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, other_state)
 
 
 def test_attention_from_a_config_and_from_keywords_is_the_same():
     config = attnax.BlockConfig(d_model=12, num_heads=3, num_kv_heads=1, dropout_rate=0.0)
-    one = attention(nnx.Rngs(0), config)
-    two = attention(nnx.Rngs(0), in_features=12, num_heads=3, num_kv_heads=1, dropout_rate=0.0)
-    x = normal(1, 1, 5, 12)
-    np.testing.assert_array_equal(one(x), two(x))
+    assert_same_module(
+        lambda: attention(nnx.Rngs(0), config),
+        lambda: attention(nnx.Rngs(0), in_features=12, num_heads=3, num_kv_heads=1, dropout_rate=0.0),
+    )
 
 
 def test_any_attention_function_obeying_the_protocol_fits():
@@ -68,8 +93,8 @@ def test_any_attention_function_obeying_the_protocol_fits():
         seen.update(mask=mask, shape=query.shape, score_mod=score_mod)
         return jnp.broadcast_to(value.mean(2, keepdims=True), query.shape)
 
-    attn = attention(nnx.Rngs(0), in_features=12, num_heads=3, attention_fn=mean_values)
-    out = attn(normal(1, 2, 5, 12), mask=masks.causal())
+    attn = make_attention(attention_fn=mean_values)
+    out = jax.eval_shape(lambda x: attn(x, mask=masks.causal()), normal(1, 2, 5, 12))
     assert out.shape == (2, 5, 12) and seen["shape"] == (2, 3, 5, 4)
     assert seen["mask"].shape == (2, 3, 5, 5) and seen["mask"].dtype == bool
 
@@ -88,23 +113,22 @@ def test_score_mods_of_construction_and_call_apply_in_order():
     shift = lambda scores, b, h, q, kv: scores + kv
     both = lambda scores, b, h, q, kv: scores * 2 + kv
     x = normal(1, 1, 5, 12)
-    expected = attention(nnx.Rngs(0), in_features=12, num_heads=3)(x, score_mod=both)
-    np.testing.assert_allclose(
-        attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=double)(x, score_mod=shift), expected, atol=1e-6
-    )
+    plain, doubling = make_attention(), make_attention(score_mod=double)
+    run = nnx.jit(lambda plain, doubling: (plain(x, score_mod=both), doubling(x, score_mod=shift)))
+    np.testing.assert_allclose(*run(plain, doubling), atol=1e-6)
 
 
 def test_arrays_of_a_stored_score_mod_are_state_of_the_layer():
-    attn = attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=HeadBias(jnp.array([0.1, -0.2, 0.3])))
-    graphdef, state = nnx.split(attn)
+    bias = jnp.asarray(np.array([0.1, -0.2, 0.3], np.float32))
+    graphdef, state = nnx.split(attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=HeadBias(bias)))
     x = normal(1, 1, 5, 12)
     assert any(leaf.shape == (3,) for leaf in jax.tree.leaves(state))
-    grads = jax.grad(lambda state: nnx.merge(graphdef, state)(x).sum(), allow_int=True)(state)
-    assert any(leaf.shape == (3,) and (leaf != 0).all() for leaf in jax.tree.leaves(grads))
+    grads = jax.jit(jax.grad(lambda state: nnx.merge(graphdef, state)(x).sum(), allow_int=True))(state)
+    assert any(leaf.shape == (3,) and (np.asarray(leaf) != 0).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_cache_and_context_exclude_each_other():
-    attn = attention(nnx.Rngs(0), in_features=12, num_heads=3)
+    attn = make_attention()
     cache = attnax.init_kv_layer_cache(1, 3, 4, 5)
     x = normal(1, 1, 2, 12)
     with pytest.raises(ValueError, match="kv_cache is for self-attention"):
@@ -115,9 +139,9 @@ def test_cache_and_context_exclude_each_other():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"x": jnp.ones((5, 12))}, r"x must be \(batch, length, 12\)"),
-        ({"x": jnp.ones((1, 5, 11))}, r"x must be \(batch, length, 12\).*got x.shape=\(1, 5, 11\)"),
-        ({"context": jnp.ones((2, 5, 12))}, r"context must be \(1, length, 12\); got context.shape=\(2, 5, 12\)"),
+        ({"x": np.ones((5, 12))}, r"x must be \(batch, length, 12\)"),
+        ({"x": np.ones((1, 5, 11))}, r"x must be \(batch, length, 12\).*got x.shape=\(1, 5, 11\)"),
+        ({"context": np.ones((2, 5, 12))}, r"context must be \(1, length, 12\); got context.shape=\(2, 5, 12\)"),
         (
             {"position_ids_q": np.arange(4)},
             r"position_ids_q must be integers of shape \(5,\) or \(1, 5\); got shape=\(4,\)",
@@ -125,44 +149,45 @@ def test_cache_and_context_exclude_each_other():
         ({"position_ids_kv": np.ones(5)}, "dtype=float32"),
         ({"mask": np.ones((4, 5), bool)}, "flash_attention: mask must broadcast"),
         (
-            {"mask": np.ones((5, 9), bool), "kv_cache": attnax.init_kv_layer_cache(1, 3, 4, 9)},
+            {"mask": np.ones((5, 9), bool), "slots": 9},
             r"with a cache: mask must broadcast to .*\(1, 3, 9, 9\); got mask.shape=\(1, 1, 5, 9\)",
         ),
     ],
 )
 def test_wrong_attention_input_is_refused_in_words(options, words):
-    attn = attention(nnx.Rngs(0), in_features=12, num_heads=3)
-    options = {"x": jnp.ones((1, 5, 12)), **options}
+    attn, options = make_attention(), {"x": ones(1, 5, 12), **options}
+    if "slots" in options:
+        options["kv_cache"] = attnax.init_kv_layer_cache(1, 3, 4, options.pop("slots"))
     with pytest.raises(ValueError, match=words):
         attn(options.pop("x"), **options)
 
 
-@pytest.mark.parametrize("position", [0, 1, 255, 256, 4095, 131072, 2**31 - 1])
-def test_rope_is_exact_at_any_position(position):
-    expected = np.float64(position) * nn.rope_inv_freq(64)
-    cos, sin = jax.jit(lambda p: nn.rope_cos_sin_from_positions(p, 64))(jnp.array([position]))
-    assert np.abs(cos[0] - np.cos(expected)).max() <= 1e-6 and np.abs(sin[0] - np.sin(expected)).max() <= 1e-6
+def test_rope_is_exact_at_any_position():
+    positions = np.array([0, 1, 255, 256, 4095, 131072, 2**31 - 1], np.int32)
+    expected = positions[:, None].astype(np.float64) * nn.rope_inv_freq(64)
+    cos, sin = jax.jit(lambda p: nn.rope_cos_sin_from_positions(p, 64))(positions)
+    assert np.abs(cos - np.cos(expected)).max() <= 1e-6 and np.abs(sin - np.sin(expected)).max() <= 1e-6
 
 
 def test_rope_table_equals_rope_from_positions():
     for table, looked_up in zip(
-        nn.rope_cos_sin_table(300, 6), nn.rope_cos_sin_from_positions(jnp.arange(300), 6), strict=True
+        nn.rope_cos_sin_table(300, 6), nn.rope_cos_sin_from_positions(np.arange(300), 6), strict=True
     ):
         np.testing.assert_allclose(table, looked_up, atol=3e-7)
 
 
 def test_rope_products_depend_on_the_distance_only():
     rope = nn.RotaryEmbedding(8)
-    query, key = normal(1, 1, 1, 1, 8), normal(2, 1, 1, 1, 8)
-    products = [
-        jnp.vdot(rope(query, jnp.array([[start + 3]])), rope(key, jnp.array([[start]]))) for start in (0, 100, 100000)
-    ]
-    np.testing.assert_allclose(products, products[0], rtol=1e-5)
+    query, key = (np.repeat(normal(seed, 1, 1, 1, 8), 3, axis=2) for seed in (1, 2))
+    start = np.array([[0, 100, 100000]])
+    rotated = jax.jit(lambda query, key: (rope(query, start + 3), rope(key, start)))(query, key)
+    products = np.einsum("bnth,bnth->t", *map(np.asarray, rotated))
+    np.testing.assert_allclose(products, products[0].repeat(3), rtol=1e-5)
 
 
 def test_rope_turns_split_halves():
     cos, sin = nn.rope_cos_sin_table(2, 4, base=100.0)
-    turned = nn.apply_rope(jnp.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0]]), cos, sin)
+    turned = jax.jit(nn.apply_rope)(np.array([[1, 0, 0, 0], [1, 0, 0, 0]], np.float32), cos, sin)
     np.testing.assert_allclose(turned, [[1, 0, 0, 0], [np.cos(1), 0, np.sin(1), 0]], atol=1e-7)
 
 
@@ -170,134 +195,149 @@ def test_rope_past_its_table_raises_and_is_computed_under_jit():
     rope = nn.RotaryEmbedding(4, max_positions=8)
     x = normal(1, 1, 1, 1, 4)
     with pytest.raises(ValueError, match="positions must be below 8; got position 9"):
-        rope(x, jnp.array([[9]]))
+        rope(x, np.array([[9]]))
     with pytest.raises(ValueError, match="positions must be below 8; got a sequence of 9"):
-        rope(jnp.ones((1, 1, 9, 4)))
-    np.testing.assert_allclose(
-        jax.jit(rope)(x, jnp.array([[9]])), nn.RotaryEmbedding(4)(x, jnp.array([[9]])), atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "swiglu", "geglu"])
-def test_feed_forward_is_its_formula(activation):
-    ff = nn.FeedForward(nnx.Rngs(0), 6, 10, ff_activation=activation)
-    x = normal(1, 2, 3, 6)
-    act = {"relu": jax.nn.relu, "silu": jax.nn.silu, "swiglu": jax.nn.silu}.get(
-        activation, lambda x: x * (1 + jax.lax.erf(x / np.sqrt(2))) / 2
-    )
-    up = x @ ff.up.kernel[...] + ff.up.bias[...].reshape(1, 1, -1)
-    hidden = act(up)
-    if activation in ("swiglu", "geglu"):
-        hidden = act(x @ ff.gate.kernel[...] + ff.gate.bias[...].reshape(1, 1, -1)) * up
-    np.testing.assert_allclose(ff(x), hidden @ ff.down.kernel[...], atol=1e-5)
+        rope(ones(1, 1, 9, 4))
+    both = jax.jit(lambda positions: (rope(x, positions), nn.RotaryEmbedding(4)(x, positions)))
+    np.testing.assert_allclose(*both(np.array([[9]])), atol=1e-6)
 
 
 def test_feed_forward_from_a_config():
     config = attnax.BlockConfig(d_model=6, num_heads=1, d_ff=10, dropout_rate=0.0, ff_activation="relu")
-    x = normal(1, 2, 6)
-    np.testing.assert_array_equal(
-        nn.FeedForward(nnx.Rngs(0), config)(x), nn.FeedForward(nnx.Rngs(0), 6, 10, 0.0, "relu")(x)
+    one, two = (
+        build(make)
+        for make in (lambda rngs: nn.FeedForward(rngs, config), lambda rngs: nn.FeedForward(rngs, 6, 10, 0.0, "relu"))
     )
+    np.testing.assert_array_equal(*nnx.jit(lambda one, two, x: (one(x), two(x)))(one, two, normal(1, 2, 6)))
 
 
 def test_layer_norm_survives_a_large_mean():
-    norm = nn.create_norm("layer", 8, nnx.Rngs(0))
-    x = normal(1, 3, 8)
-    np.testing.assert_allclose(norm(x + 1000.0), norm(x), atol=2e-3)
+    norm = build(lambda rngs: nn.create_norm("layer", 8, rngs))
+    x = np.asarray(normal(1, 3, 8))
+    np.testing.assert_allclose(apply(norm, x + 1000), apply(norm, x), atol=2e-3)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
-def test_residual_places_its_norms(placement):
-    config = attnax.BlockConfig(d_model=6, num_heads=1, norm_placement=placement, norm_type="rms", dropout_rate=0.0)
-    residual = Residual(nnx.Rngs(0), config)
-    norm = lambda x: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+def test_residual_places_its_norms():
+    fields = {"d_model": 6, "num_heads": 1, "norm_type": "rms", "dropout_rate": 0.0}
+    placements = ("pre", "post", "sandwich", "branch")
+    residuals = {
+        name: build(lambda rngs, name=name: Residual(rngs, attnax.BlockConfig(norm_placement=name, **fields)))
+        for name in placements
+    }
     x = normal(1, 2, 3, 6)
-    out, extra = residual(x, lambda x: (3 * x + 1, "extra"))
-    expected = {
-        "pre": x + 3 * norm(x) + 1,
-        "post": norm(x + 3 * x + 1),
-        "sandwich": x + norm(3 * norm(x) + 1),
-    }[placement]
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    assert extra == "extra"
+    run = nnx.jit(
+        lambda residuals: {name: residual(x, lambda x: (3 * x + 1, 7)) for name, residual in residuals.items()}
+    )
+    results, x = run(residuals), np.asarray(x)
+    norm = lambda x, norm: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+    for name, residual in residuals.items():
+        into, branch, total = residual.norm_in, residual.norm_branch, residual.norm_sum
+        if name == "pre":
+            expected = x + 3 * norm(x, into) + 1
+        elif name == "post":
+            expected = norm(x + 3 * x + 1, total)
+        elif name == "sandwich":
+            expected = x + norm(3 * norm(x, into) + 1, branch)
+        else:
+            expected = x + norm(3 * x + 1, branch)
+        out, extra = results[name]
+        np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=name)
+        assert int(extra) == 7
 
 
 def test_sinusoids_are_those_of_the_paper():
-    table = nn.PositionalEncoding(7, 4)(jnp.zeros((1, 7, 4)))[0]
+    table = np.asarray(apply(nn.PositionalEncoding(7, 4), np.zeros((1, 7, 4), np.float32)))[0]
     for position, i in itertools.product(range(7), range(2)):
         angle = position / 10000 ** (2 * i / 4)
         np.testing.assert_allclose(table[position, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "positions", [nn.PositionalEncoding(7, 4), nn.LearnedPositionalEmbedding(nnx.Rngs(0), num_positions=7, d_model=4)]
-)
-def test_position_vectors_start_anywhere_and_end_with_their_table(positions):
-    x = jnp.zeros((1, 3, 4))
-    whole = positions(jnp.zeros((1, 7, 4)))
-    np.testing.assert_array_equal(positions(x, 2), whole[:, 2:5])
-    np.testing.assert_array_equal(
-        positions(x, position_ids=jnp.array([[6, 0, -1]]))[0, :2], whole[0, jnp.array([6, 0])]
-    )
+@pytest.mark.parametrize("kind", ["sinusoids", "learned"])
+def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
+    learned = build(lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=4))
+    positions = nn.PositionalEncoding(7, 4) if kind == "sinusoids" else learned
+    x = jnp.asarray(np.zeros((1, 3, 4), np.float32))
+
+    @nnx.jit
+    def run(positions, start):
+        ids = np.array([[6, 0, -1]])
+        whole = positions(jnp.zeros((1, 7, 4)))
+        return whole, positions(x, 2), positions(x, start), positions(x, position_ids=ids)
+
+    whole, fixed, traced, given = (np.asarray(out) for out in run(positions, 2))
+    np.testing.assert_array_equal(fixed, whole[:, 2:5])
+    np.testing.assert_array_equal(traced, whole[:, 2:5])
+    np.testing.assert_array_equal(given[0, :2], whole[0, [6, 0]])
+    assert np.isnan(run(positions, 5)[2])[0, 2].all()
     with pytest.raises(ValueError, match="positions must be at least 0 and below 7; got 7"):
         positions(x, 5)
-    assert jnp.isnan(jax.jit(lambda start: positions(x, start))(5)[0, 2]).all()
 
 
 def test_ids_outside_the_vocabulary_raise_and_are_nan_under_jit():
-    embed = nn.TokenEmbedding(nnx.Rngs(0), 5, 3)
+    embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 3))
     for bad in (5, -1):
         with pytest.raises(ValueError, match=f"token ids must be at least 0 and below 5; got {bad}"):
-            embed(jnp.array([0, bad]))
-        vectors = jax.jit(embed)(jnp.array([0, bad]))
-        assert jnp.isfinite(vectors[0]).all() and jnp.isnan(vectors[1]).all()
+            embed(np.array([0, bad]))
+        vectors = np.asarray(apply(embed, np.array([0, bad])))
+        assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
 
 
 def test_attend_gives_the_logits_of_tied_embeddings():
-    embed = nn.TokenEmbedding(nnx.Rngs(0), 5, 3)
+    embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 3))
     x = normal(1, 2, 4, 3)
-    np.testing.assert_allclose(embed.attend(x), x @ embed.embedding[...].T, atol=1e-6)
+    logits = nnx.jit(lambda embed: embed.attend(x))(embed)
+    np.testing.assert_allclose(logits, np.asarray(x) @ np.asarray(embed.embedding[...]).T, atol=1e-6)
 
 
 class TestDropout:
-    def block(self, **fields):
-        return nn.EncoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=16, dropout_rate=0.5, **fields)
-
-    def test_off_at_first_on_in_training_and_explicit_beats_the_attribute(self):
-        block, x = self.block(), normal(1, 1, 5, 12)
-        still = block(x)
-        np.testing.assert_array_equal(block(x), still)
-        assert not jnp.allclose(block(x, deterministic=False), still)
-        block.train()
-        assert not jnp.allclose(block(x), still)
-        np.testing.assert_array_equal(block(x, deterministic=True), still)
-        block.eval()
-        np.testing.assert_array_equal(block(x), still)
-        assert not jnp.allclose(nnx.view(block, deterministic=False)(x), still)
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda rngs: nn.Dropout(0.5, rngs=rngs),
+            pytest.param(
+                lambda rngs: nn.EncoderBlock(rngs, d_model=12, num_heads=3, d_ff=16, dropout_rate=0.5),
+                marks=pytest.mark.thorough,
+            ),
+        ],
+        ids=["layer", "block"],
+    )
+    def test_off_at_first_on_in_training_and_explicit_beats_the_attribute(self, make):
+        module, x = build(make), normal(1, 1, 5, 12)
+        still = module(x)
+        np.testing.assert_array_equal(module(x), still)
+        assert not np.allclose(module(x, deterministic=False), still)
+        module.train()
+        assert not np.allclose(module(x), still)
+        np.testing.assert_array_equal(module(x, deterministic=True), still)
+        module.eval()
+        np.testing.assert_array_equal(module(x), still)
+        assert not np.allclose(nnx.view(module, deterministic=False)(x), still)
 
     def test_explicit_rngs_beat_stored_ones(self):
-        block, x = self.block(), normal(1, 1, 5, 12)
-        one, two, other = (block(x, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 1, 2))
+        block = build(lambda rngs: nn.EncoderBlock(rngs, d_model=12, num_heads=3, d_ff=16, dropout_rate=0.5))
+        x = normal(1, 1, 5, 12)
+        train = nnx.jit(lambda block, rngs: block(x, deterministic=False, rngs=rngs))
+        one, two, other = (np.asarray(train(block, nnx.Rngs(dropout=seed))) for seed in (1, 1, 2))
         np.testing.assert_array_equal(one, two)
-        assert not jnp.allclose(one, other)
+        assert not np.allclose(one, other)
 
     def test_attention_weights_are_dropped(self):
-        attn = attention(nnx.Rngs(0), in_features=12, num_heads=3, dropout_rate=0.5)
-        x = normal(1, 1, 5, 12)
-        assert not jnp.allclose(attn(x, deterministic=False), attn(x))
+        attn, x = make_attention(dropout_rate=0.5), normal(1, 1, 5, 12)
+        trained, still = nnx.jit(lambda attn: (attn(x, deterministic=False), attn(x)))(attn)
+        assert not np.allclose(trained, still)
 
     def test_without_any_randomness_it_says_so(self):
         dropout = nn.Dropout(0.5)
         with pytest.raises(ValueError, match="dropout needs randomness; got dropout_rate=0.5"):
-            dropout(jnp.ones(3), deterministic=False)
-        assert nn.Dropout(0.0)(jnp.ones(3), deterministic=False).sum() == 3
+            dropout(ones(3), deterministic=False)
+        assert np.sum(nn.Dropout(0.0)(ones(3), deterministic=False)) == 3
 
     def test_rngs_without_a_stream_say_so(self):
         with pytest.raises(ValueError, match="must have a `dropout` stream"):
-            nn.Dropout(0.5)(jnp.ones(3), deterministic=False, rngs=nnx.Rngs(params=0))
+            nn.Dropout(0.5)(ones(3), deterministic=False, rngs=nnx.Rngs(params=0))
 
     def test_rate_zero_stores_no_streams(self):
-        block = nn.EncoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=16, dropout_rate=0.0)
+        block = nnx.eval_shape(lambda: nn.EncoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=16, dropout_rate=0.0))
         assert not jax.tree.leaves(nnx.state(block, nnx.RngState))
 
 
@@ -314,7 +354,8 @@ def test_reference_takes_any_sizes_and_leading_axes(seq_q, seq_kv, d_k, d_v, lea
 
 
 def test_reference_takes_another_activation():
-    weights = reference.attention(jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.ones((5, 2)), activation=lambda s: s * 0 + 1)
+    attend = jax.jit(lambda *arrays: reference.attention(*arrays, activation=lambda s: s * 0 + 1))
+    weights = attend(ones(3, 4), ones(5, 4), ones(5, 2))
     np.testing.assert_allclose(weights, 5.0)
 
 
@@ -323,11 +364,11 @@ def test_reference_checks_shapes():
     with pytest.raises(
         ValueError, match=r"salience: query and key must agree in width; got shapes \(3, 4\) and \(5, 3\)"
     ):
-        reference.attention(jnp.ones((3, 4)), jnp.ones((5, 3)), jnp.ones((5, 2)))
+        reference.attention(ones(3, 4), ones(5, 3), ones(5, 2))
     with pytest.raises(ValueError, match="weigh: there must be one weight a value"):
-        reference.attention(jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.ones((6, 2)))
+        reference.attention(ones(3, 4), ones(5, 4), ones(6, 2))
     with pytest.raises(ValueError, match="project: tokens and weight must agree"):
-        reference.project(jnp.ones((3, 4)), jnp.ones((5, 2, 2)))
+        reference.project(ones(3, 4), ones(5, 2, 2))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -31,10 +31,16 @@ SCALINGS = {
     ),
 }
 each_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+# A scaling is other numbers in one and the same program: `make test` compiles it for three, together.
+some_scalings = pytest.mark.parametrize(
+    "names",
+    [("none", "yarn", "llama3"), pytest.param(tuple(SCALINGS), marks=pytest.mark.thorough)],
+    ids=["some", "all"],
+)
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def llama3(frequency, scaling):
@@ -101,7 +107,7 @@ class TestValuesByHand:
     def test_linear_at_a_position_times_the_factor_is_unscaled_at_the_position(self):
         scaled = rope_cos_sin_table(31, 22, 10007.0, scaling=SCALINGS["linear"])
         for one, other in zip(scaled, rope_cos_sin_table(11, 22, 10007.0), strict=True):
-            np.testing.assert_allclose(one[::3], other, atol=1e-7)
+            np.testing.assert_allclose(np.asarray(one)[::3], other, atol=1e-7)
 
     def test_ntk_keeps_the_first_frequency_and_divides_the_last(self):
         scaled, plain = rope_inv_freq(22, 10007.0, scaling=SCALINGS["ntk"]), rope_inv_freq(22, 10007.0)
@@ -145,12 +151,20 @@ class TestValuesByHand:
         assert rope_attention_factor(given) == 1.0
 
 
-@each_scaling
-def test_any_position_is_exact_to_1e_6(scaling):
+def test_any_position_is_exact_to_1e_6():
     positions = np.array([0, 1, 251, 257, 65537, 131071, 131072, 2**31 - 1], np.int32)
-    looked_up = jax.jit(lambda p: rope_cos_sin_from_positions(p, 26, 10007.0, scaling=scaling))(positions)
-    for one, other in zip(looked_up, expected_cos_sin(positions[:, None], 26, 10007.0, scaling), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+    @jax.jit
+    def look_up(positions):
+        return {
+            name: rope_cos_sin_from_positions(positions, 26, 10007.0, scaling=scaling)
+            for name, scaling in SCALINGS.items()
+        }
+
+    for name, looked_up in look_up(positions).items():
+        expected = expected_cos_sin(positions[:, None], 26, 10007.0, SCALINGS[name])
+        for one, other in zip(looked_up, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6, err_msg=name)
 
 
 @each_scaling
@@ -159,7 +173,7 @@ def test_table_is_exact_to_1e_6(scaling):
     rows = slice(131072, None)
     expected = expected_cos_sin(np.arange(131101)[rows, None], 6, 10007.0, scaling)
     for one, other in zip(table, expected, strict=True):
-        np.testing.assert_allclose(one[rows], other, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(one)[rows], other, rtol=0, atol=1e-6)
 
 
 # One shape for the tests of the layer, so that they share what is compiled.
@@ -170,58 +184,102 @@ def heads(seed, head_dim=11):
     return normal(seed, 2, 3, 5, head_dim)
 
 
-@each_scaling
-def test_rotation_is_the_product_of_complex_numbers(scaling):
+@some_scalings
+def test_rotation_is_the_product_of_complex_numbers(names):
     x = heads(1)
-    cos, sin = expected_cos_sin(POSITIONS[:, None, :, None], 8, 10007.0, scaling)
-    turned = (np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:8])) * (cos + 1j * sin)
-    expected = np.concatenate([turned.real, turned.imag, x[..., 8:]], axis=-1)
-    rotary = RotaryEmbedding(11, base=10007.0, fraction=0.75, scaling=scaling)
-    np.testing.assert_allclose(rotary(x, POSITIONS), expected, atol=5e-6)
+    rotaries = {name: RotaryEmbedding(11, base=10007.0, fraction=0.75, scaling=SCALINGS[name]) for name in names}
+    rotated = jax.jit(lambda x: {name: rotary(x, POSITIONS) for name, rotary in rotaries.items()})(x)
+    x = np.asarray(x)
+    for name, turned in rotated.items():
+        cos, sin = expected_cos_sin(POSITIONS[:, None, :, None], 8, 10007.0, SCALINGS[name])
+        pairs = (x[..., :4] + 1j * x[..., 4:8]) * (cos + 1j * sin)
+        expected = np.concatenate([pairs.real, pairs.imag, x[..., 8:]], axis=-1)
+        np.testing.assert_allclose(turned, expected, atol=5e-6, err_msg=name)
 
 
-@each_scaling
-def test_default_concrete_and_traced_positions_agree(scaling):
-    rotary = RotaryEmbedding(11, base=10007.0, fraction=0.75, scaling=scaling)
+@some_scalings
+def test_default_concrete_and_traced_positions_agree(names):
+    rotaries = {name: RotaryEmbedding(11, base=10007.0, fraction=0.75, scaling=SCALINGS[name]) for name in names}
     x, positions = heads(1), np.arange(5, dtype=np.int32)
-    expected, traced = rotary(x), jax.jit(rotary)
-    found = {
-        "concrete": rotary(x, positions),
-        "each row its own": rotary(x, np.stack([positions] * 2)),
-        "default under jit": traced(x),
-        "concrete under jit": jax.jit(lambda x: rotary(x, positions))(x),
-        "traced": traced(x, positions),
-    }
-    for name, turned in found.items():
-        np.testing.assert_allclose(turned, expected, atol=2e-6, err_msg=name)
+
+    @jax.jit
+    def run(x, traced):
+        return {
+            name: {
+                "default": rotary(x),
+                "concrete": rotary(x, positions),
+                "each row its own": rotary(x, np.stack([positions] * 2)),
+                "traced": rotary(x, traced),
+            }
+            for name, rotary in rotaries.items()
+        }
+
+    found = run(x, positions)
+    found["yarn"]["not compiled"] = rotaries["yarn"](x)
+    found["yarn"]["not compiled, concrete"] = rotaries["yarn"](x, positions)
+    for name in names:
+        expected = found[name].pop("default")
+        for form, turned in found[name].items():
+            np.testing.assert_allclose(turned, expected, atol=2e-6, err_msg=f"{name}, {form}")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["none", "yarn", "llama3"])
-@pytest.mark.parametrize(("head_dim", "fraction", "rotated"), [(8, 1.0, 8), (11, 0.75, 8), (11, 0.2, 2)])
-def test_fraction_turns_the_first_features_and_passes_the_rest(head_dim, fraction, rotated, name, dtype):
-    rotary = RotaryEmbedding(head_dim, fraction=fraction, scaling=SCALINGS[name])
-    x = heads(1, head_dim).astype(dtype)
-    turned = rotary(x, POSITIONS)
-    assert turned.dtype == dtype and rotary.rotated_dim == rotated
-    np.testing.assert_array_equal(turned[..., rotated:], x[..., rotated:])
-    alone = RotaryEmbedding(rotated, scaling=SCALINGS[name])
-    np.testing.assert_array_equal(turned[..., :rotated], alone(x[..., :rotated], POSITIONS))
+@pytest.mark.parametrize(
+    ("names", "dtypes"),
+    [
+        (("yarn",), (jnp.float32, jnp.bfloat16)),
+        pytest.param(("none", "llama3"), (jnp.float32, jnp.bfloat16), marks=pytest.mark.thorough),
+    ],
+)
+def test_fraction_turns_the_first_features_and_passes_the_rest(names, dtypes):
+    sizes = {(8, 1.0): 8, (11, 0.75): 8, (11, 0.2): 2}
+    cases = [(*size, name, dtype) for size in sizes for name in names for dtype in dtypes]
+    arrays = {width: np.asarray(heads(1, width)) for width in (8, 11)}
+
+    @jax.jit
+    def run():
+        results = []
+        for head_dim, fraction, name, dtype in cases:
+            x, rotated = arrays[head_dim].astype(dtype), sizes[head_dim, fraction]
+            rotary, alone = (
+                RotaryEmbedding(head_dim, fraction=fraction, scaling=SCALINGS[name]),
+                RotaryEmbedding(rotated, scaling=SCALINGS[name]),
+            )
+            assert rotary.rotated_dim == rotated
+            results.append((rotary(jnp.asarray(x), POSITIONS), alone(jnp.asarray(x[..., :rotated]), POSITIONS)))
+        return results
+
+    for case, (turned, alone) in zip(cases, run(), strict=True):
+        head_dim, fraction, _, dtype = case
+        rotated, turned = sizes[head_dim, fraction], np.asarray(turned)
+        assert turned.dtype == dtype
+        x = arrays[head_dim].astype(dtype)
+        np.testing.assert_array_equal(turned[..., rotated:], x[..., rotated:], err_msg=str(case))
+        np.testing.assert_array_equal(turned[..., :rotated], alone, err_msg=str(case))
 
 
-@each_scaling
-def test_products_depend_on_the_distance_only(scaling):
-    rotary = RotaryEmbedding(11, fraction=0.75, scaling=scaling)
+@some_scalings
+def test_products_depend_on_the_distance_only(names):
+    rotaries = {name: RotaryEmbedding(11, fraction=0.75, scaling=SCALINGS[name]) for name in names}
     query, key = heads(1), heads(2)
 
+    @jax.jit
+    def rotate(start, distance):
+        at = lambda position: jnp.full(5, position, jnp.int32)
+        return {
+            name: (rotary(query, at(start + distance)), rotary(key, at(start))) for name, rotary in rotaries.items()
+        }
+
     def products(start, distance):
-        positions = np.full(5, start, np.int32)
-        return jnp.einsum("BNTH,BNTH->BNT", rotary(query, positions + distance), rotary(key, positions))
+        return {
+            name: np.einsum("BNTH,BNTH->BNT", *map(np.asarray, pair)) for name, pair in rotate(start, distance).items()
+        }
 
     expected = products(0, 3)
     for start in (101, 131071):
-        np.testing.assert_allclose(products(start, 3), expected, atol=2e-5)
-    assert jnp.abs(products(0, 5) - expected).max() > 1e-2
+        for name, product in products(start, 3).items():
+            np.testing.assert_allclose(product, expected[name], atol=2e-5, err_msg=name)
+    for name, product in products(0, 5).items():
+        assert np.abs(product - expected[name]).max() > 1e-2, name
 
 
 def test_equal_settings_are_equal_and_hash_alike():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import build
 
 import attnax
 from attnax import TransformerConfig, TransformerLM
@@ -34,7 +35,7 @@ FORMS = {
     "scan, remat": dataclasses.replace(CONFIG, scan_layers=True, remat="dots_saveable"),
     "loop, remat": dataclasses.replace(CONFIG, remat="full"),
 }
-IDS = jax.random.randint(jax.random.key(0), (2, 7), 0, 23)
+IDS = np.random.default_rng(0).integers(0, 23, (2, 8))
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +70,46 @@ def test_every_form_is_the_same_model_with_the_same_dropout(runs, form):
         np.testing.assert_allclose(one, two, atol=2e-4, rtol=2e-4)
 
 
+def assert_same_models(made, wanted):
+    """Of equal structure, configs and parameters; random streams differ in what they hold."""
+    (graphdef, state), (wanted_graphdef, wanted_state) = nnx.split(made), nnx.split(wanted)
+    assert graphdef == wanted_graphdef and made.config == wanted.config
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
+        assert one.shape == two.shape and one.dtype == two.dtype
+    params, wanted_params = nnx.state(made, nnx.Param), nnx.state(wanted, nnx.Param)
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(wanted_params), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def test_parameters_convert_both_ways():
+    loop = build(lambda rngs: TransformerLM(rngs, CONFIG))
+    scan = with_scan_layers(loop, True)
+    made = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(1), FORMS["scan"]))
+    assert nnx.graphdef(scan) == nnx.graphdef(made) and scan.config == FORMS["scan"]
+    leaves = (jax.tree.leaves(nnx.state(model)) for model in (scan, made))
+    assert all(one.shape == two.shape and one.dtype == two.dtype for one, two in zip(*leaves, strict=True))
+    assert_same_models(with_scan_layers(scan, False), loop)
+
+
+@pytest.mark.contract
+def test_loop_and_scan_begin_with_the_same_parameters():
     loop, scan = (TransformerLM(nnx.Rngs(1), FORMS[name]) for name in ("loop", "scan"))
-    for made, wanted in ((with_scan_layers(loop, True), scan), (with_scan_layers(scan, False), loop)):
-        (graphdef, state), (wanted_graphdef, wanted_state) = nnx.split(made), nnx.split(wanted)
-        assert graphdef == wanted_graphdef and made.config == wanted.config
-        for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
-            assert one.shape == two.shape and one.dtype == two.dtype
-        for one, two in zip(
-            jax.tree.leaves(nnx.state(made, nnx.Param)), jax.tree.leaves(nnx.state(wanted, nnx.Param)), strict=True
-        ):
-            np.testing.assert_array_equal(one, two)
+    assert_same_models(with_scan_layers(loop, True), scan)
+    assert_same_models(with_scan_layers(scan, False), loop)
 
 
 def test_caches_of_a_scan_are_those_of_the_loop():
-    loop, scan = (TransformerLM(nnx.Rngs(1), FORMS[name]) for name in ("loop", "scan"))
+    loop = build(lambda rngs: TransformerLM(rngs, CONFIG))
+    models = {"loop": loop, "scan": with_scan_layers(loop, True)}
     run = nnx.jit(lambda model, ids, caches: model(ids, layer_kv_caches=caches))
-    caches = [attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2) for _ in range(2)]
+    caches = dict.fromkeys(models, attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2))
     for chunk in (IDS[:, :4], IDS[:, 4:]):
-        logits = []
-        for index, model in enumerate((loop, scan)):
-            out, caches[index] = run(model, chunk, caches[index])
-            logits.append(out)
-        np.testing.assert_allclose(*logits, atol=1e-5)
-    assert len(caches[1]) == 5
-    for one, two in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1]), strict=True):
+        logits = {}
+        for name, model in models.items():
+            logits[name], caches[name] = run(model, chunk, caches[name])
+        np.testing.assert_allclose(logits["scan"], logits["loop"], atol=1e-5)
+    assert len(caches["scan"]) == 5
+    for one, two in zip(jax.tree.leaves(caches["scan"]), jax.tree.leaves(caches["loop"]), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
@@ -113,7 +129,7 @@ def test_stored_streams_go_on_from_call_to_call():
 
 
 def test_a_layer_has_its_own_config():
-    model = TransformerLM(nnx.Rngs(1), CONFIG)
+    model = build(lambda rngs: TransformerLM(rngs, CONFIG))
     windows = [layer.attention.config.attention_window for layer in model.decoder.stack.layers()]
     assert windows == [3, None, 3, None, 3]
     assert [layer.attention.rope is None for layer in model.decoder.stack.layers()] == [False, True, False, True, False]
@@ -167,6 +183,7 @@ def test_layers_of_another_dtype_leave_the_stream_its_own():
 
 
 def test_explicit_randomness_is_not_used_up_where_nothing_is_drawn():
-    rngs = nnx.Rngs(dropout=1)
-    TransformerLM(nnx.Rngs(1), dataclasses.replace(CONFIG, num_layers=1, layer_pattern=()))(IDS, rngs=rngs)
+    rngs, config = nnx.Rngs(dropout=1), dataclasses.replace(CONFIG, num_layers=1, layer_pattern=())
+    model = build(lambda rngs: TransformerLM(rngs, config))
+    jax.eval_shape(lambda ids: model(ids, rngs=rngs), IDS)  # a draw would change what is outside of it, and raise
     assert int(rngs.dropout.count[...]) == 0
