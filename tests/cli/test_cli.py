@@ -154,11 +154,24 @@ def written(run, monkeypatch):
     return texts, tokens, seen
 
 
-def test_generate_streams_a_continuation(write):
+def test_generate_streams_a_text(run, capsys):
+    """Without a prompt, as at the end of the training, whose compiled programs so serve again."""
+
+    def text(*options):
+        capsys.readouterr()
+        assert main(["generate", str(run), *options]) == 0
+        return capsys.readouterr().out
+
+    assert text() == (run / "sample.txt").read_text() + "\n" != "\n"
+    assert text(*GREEDY) == text(*GREEDY, "--seed", "5") != text()
+    seeds = [text("--seed", str(seed), "--temperature", "2") for seed in (1, 1, 2, 3)]
+    assert seeds[0] == seeds[1] and len(set(seeds)) > 1
+
+
+@pytest.mark.contract
+def test_generate_goes_on_with_the_prompt(write):
     greedy = write(*GREEDY)
     assert greedy.startswith("def nu") and len(greedy) > 8 and greedy == write(*GREEDY, "--seed", "5")
-    seeds = [write("--seed", str(seed), "--temperature", "2") for seed in (1, 1, 2, 3)]
-    assert seeds[0] == seeds[1] and len(set(seeds)) > 1
 
 
 @pytest.mark.contract
@@ -557,19 +570,21 @@ class TestWrongInput:
     def test_sums_of_linear_attention_are_no_tokens(self):
         config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
 
-        def text(folder, **fields):
-            model = build(lambda rngs: TransformerLM(rngs, dataclasses.replace(config, **fields)))
+        def text(folder, model):
             return TextModel(Path(folder), model, RunCodec(byte_tokenizer()))
 
-        softmax, linear = {"attention_type": "standard"}, {"attention_type": "linear"}
+        softmax, linear = (
+            build(lambda rngs, kind=kind: TransformerLM(rngs, dataclasses.replace(config, attention_type=kind)))
+            for kind in ("standard", "linear")
+        )
         options = Generate(folder=Path("a"), draft=Path("b"))
         for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
             with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
-                check_model(options, text("a", **model), text("b", **draft))
+                check_model(options, text("a", model), text("b", draft))
         with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
-            check_model(Generate(folder=Path("a"), cache="paged"), text("a", **linear), None)
-        check_model(options, text("a", **softmax), text("b", **softmax))
-        check_model(Generate(folder=Path("a"), cache="ring"), text("a", **linear), None)
+            check_model(Generate(folder=Path("a"), cache="paged"), text("a", linear), None)
+        check_model(options, text("a", softmax), text("b", softmax))
+        check_model(Generate(folder=Path("a"), cache="ring"), text("a", linear), None)
 
     def test_a_draft_with_a_smaller_context(self, run):
         text = open_run(run)
