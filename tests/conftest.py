@@ -12,9 +12,11 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# Properties are tried on a few fixed examples; `pytest --hypothesis-profile thorough` tries ten times as many.
+# Properties are tried on a few fixed examples; `--hypothesis-profile thorough` tries ten times as many, `nightly` a
+# hundred times as many, other ones in each run.
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", parent=settings.get_profile("few"), max_examples=50)
+settings.register_profile("nightly", max_examples=500, deadline=None, database=None)
 settings.load_profile("few")
 
 # Programs and their traces are millions of objects that live to the end; looking through them cost a fifth of the time.

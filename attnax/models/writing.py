@@ -153,7 +153,7 @@ def beam_search(
         raise ValueError(f"beam_search: length_penalty must be finite; got length_penalty={length_penalty}.")
     sampler = options.get("sampler") or Sampler()
     cuts = {name: getattr(sampler, name) for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None}
-    if sampler.temperature is not None and float(sampler.temperature) != 0.0 or cuts:
+    if (sampler.temperature is not None and float(sampler.temperature) != 0.0) or cuts:
         raise ValueError(
             "beam_search: nothing is drawn, so temperature must be 0 and nothing be cut; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."

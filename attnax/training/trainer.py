@@ -124,7 +124,7 @@ class Trainer:
     def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
         return jnp.where(counts, self._losses(params, tokens, deterministic=True)[0], 0.0).sum()
 
-    def _losses(self, params: Any, tokens: Array, **options: Any) -> tuple[Float[Array, "B T"], dict[str, Array]]:
+    def _losses(self, params: Any, tokens: Array, **options: Any) -> tuple[Float[Array, "B T"], dict[str, Any]]:
         """Cross-entropy of every token after the first, in nats, and what the model's layers add."""
         read = tokens[:, :-1]
         if self.document_token is not None:

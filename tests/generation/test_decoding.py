@@ -541,7 +541,8 @@ def test_an_encoder_is_read_once():
     model = build(lambda rngs: attnax.Transformer(rngs, encoder=config, decoder=config))
     source = np.ones((ROWS, 7), int)
     writer = model._writer(source, None)
-    contexts, _ = writer.context
-    assert len(contexts) == 2 and contexts[0].keys.shape == (ROWS, 2, 7, 4)
+    contexts, real = writer.context
+    assert np.asarray(real).sum(1).tolist() == [7] * ROWS
+    assert len(contexts) == 2 and contexts[0].keys.shape[2] >= 7  # padded
     wanted = jax.jit(lambda source: model.decoder.keys_values(model.encoder(source)))(source)
-    np.testing.assert_allclose(contexts[1].values, wanted[1].values, atol=1e-5)
+    np.testing.assert_allclose(contexts[1].values[:, :, :7], wanted[1].values, atol=1e-5)

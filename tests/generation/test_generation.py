@@ -87,7 +87,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=() if m == "plain" else pytest.mark.thorough) for m in MODES])
-def test_a_generation_is_one_compilation_and_the_next_is_none(model, mode, count_compilations):
+def test_a_generation_is_two_compilations_and_the_next_is_none(model, mode, count_compilations):
     def make(seed):
         return build(lambda rngs: TransformerLM(rngs, dataclasses.replace(CONFIG, d_ff=22)), seed)
 
@@ -105,7 +105,7 @@ def test_a_generation_is_one_compilation_and_the_next_is_none(model, mode, count
     run(model, 3)  # compiles the small eager operations around the program
     del count_compilations[:]
     run(others[0], 3)
-    assert len(count_compilations) == 1
+    assert len(count_compilations) <= 2  # the prompt, and the loop
     del count_compilations[:]
     other = Sampler(1, top_k=3, top_p=0.5, min_p=0, repetition_penalty=2, presence_penalty=0, frequency_penalty=0)
     other = dataclasses.replace(other, logit_bias={3: 1}, no_repeat_ngram=2)

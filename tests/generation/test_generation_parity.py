@@ -49,7 +49,7 @@ def text(request):
     prompt, position_ids = ids[:, :half], np.broadcast_to(np.arange(half), (len(ids), half))
     if request.param == "padding":
         prompt, position_ids = (np.pad(x, ((0, 0), (2, 0)), constant_values=-1) for x in (prompt, position_ids))
-    text = Text.of_prompt(jnp.asarray(prompt), jnp.asarray(position_ids), ids.shape[1] - half + 3)
+    text = Text.of_prompt(jnp.asarray(prompt), jnp.asarray(position_ids), ids.shape[1] + 3)
     for token in ids[:, half:].T:
         text = text.append(jnp.asarray(token))
     return text
