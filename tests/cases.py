@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from attnax import (
     flash_attention,
@@ -15,6 +16,12 @@ from attnax import (
     pallas_flash_attention,
     standard_attention,
 )
+
+
+def contract_unless(is_quick, *values):
+    """Values of `pytest.mark.parametrize` that `make test` tries, or else only the whole contract."""
+    return pytest.param(*values, marks=() if is_quick else pytest.mark.contract)
+
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "standard": standard_attention,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BACKENDS, CASES
+from cases import BACKENDS, CASES, contract_unless
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
@@ -29,10 +29,6 @@ QUICK = {
 }
 RATE, KEY = 0.3, jax.random.key(3)
 CAUSAL = np.tri(13, dtype=bool)
-
-
-def contract_unless(is_quick, *values):
-    return pytest.param(*values, marks=() if is_quick else pytest.mark.contract)
 
 
 backends = pytest.mark.parametrize("backend", [contract_unless(name == "tiles of 4", name) for name in BACKENDS])
@@ -193,7 +189,15 @@ def test_results_are_bitwise_repeatable(backend):
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        contract_unless(x == "tiles of 4" and dtype == jnp.float32, x, dtype)
+        pytest.param(
+            x,
+            dtype,
+            marks=[pytest.mark.thorough]
+            if dtype == jnp.float16
+            else []
+            if (x, dtype) == ("tiles of 4", jnp.float32)
+            else [pytest.mark.contract],
+        )
         for x in BACKENDS
         for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
     ],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES
+from cases import CASES, contract_unless
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -53,10 +53,6 @@ def visited_tiles(run):
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def contract_unless(is_quick, *values):
-    return pytest.param(*values, marks=() if is_quick else pytest.mark.contract)
 
 
 @functools.cache
@@ -112,6 +108,7 @@ def test_full_tiles_are_not_tested():
     np.testing.assert_allclose(have, oracle.attention(x, x, x, keep=np.tri(SEQ, dtype=bool))[0], atol=2e-6)
 
 
+@pytest.mark.contract
 def test_rows_of_the_batch_skip_on_their_own():
     visits = visited_tiles(
         lambda mod: memory_efficient_attention(
@@ -148,8 +145,14 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     assert long <= 2**20 and long <= 4 * short  # all scores are 2**26 bytes
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": masks.causal()}, {"mask": third}])
-@pytest.mark.contract
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.thorough),
+        pytest.param({"mask": masks.causal()}, marks=pytest.mark.thorough),
+        pytest.param({"mask": third}, marks=pytest.mark.contract),
+    ],
+)
 def test_memory_of_tiles_that_are_chosen_does_not_grow_with_the_square_of_the_length(options):
     short, long = (temporary_bytes(seq, 64, **options) for seq in (8192, 32768))
     assert long <= 64 * 2**20 and long <= 4 * short
@@ -213,6 +216,7 @@ def captured_arrays():
 
 
 CAPTURED = captured_arrays()
+SEVERAL = "dense", "by bucket", "where the score says", "in a loop", "under jit", "module"
 
 
 def loss_under(attend, names, arrays, query, key, value, cotangent):
@@ -226,7 +230,7 @@ def loss_under(attend, names, arrays, query, key, value, cotangent):
 
 @pytest.mark.parametrize(
     "names",
-    [tuple(CAPTURED), *(contract_unless(False, (name,)) for name in CAPTURED)],
+    [SEVERAL, *(contract_unless(False, (name,)) for name in CAPTURED)],
     ids=", ".join,
 )
 def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(names):

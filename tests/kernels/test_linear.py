@@ -29,6 +29,7 @@ SHAPES = {  # batch, heads, kv_heads, seq_q, seq_kv, head_dim, value_dim
     "several chunks": (1, 2, 1, 131, 131, 3, 5),
 }
 QUICK = ("grouped", True, True), ("more keys", False, False)  # shape, causal, padded
+IN_THE_CONTRACT = {"grouped", "several chunks", "no key"}
 causality = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
 
@@ -83,7 +84,12 @@ def exact(query, key, value, keep, cotangent=None):
 @pytest.mark.parametrize(
     ("shape", "causal", "padded"),
     [
-        pytest.param(*given, marks=() if given in QUICK else pytest.mark.contract)
+        pytest.param(
+            *given,
+            marks=[]
+            if given in QUICK
+            else [pytest.mark.contract if given[0] in IN_THE_CONTRACT else pytest.mark.thorough],
+        )
         for given in itertools.product(SHAPES, (True, False), (True, False))
     ],
 )
@@ -233,7 +239,7 @@ def test_outputs_depend_on_the_keys_that_they_attend_and_no_other(causal):
         np.testing.assert_array_equal(moved, keep[:, :, j])
 
 
-@pytest.mark.contract
+@pytest.mark.thorough
 @pytest.mark.parametrize("splits", [[0, 13], [1, 2, 3, 11], [6], [5, 5, 8], list(range(1, 13))])
 def test_pieces_by_state_equal_the_whole(splits):
     query, key, value, _ = arrays()

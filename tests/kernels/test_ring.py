@@ -36,10 +36,26 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+IN_THE_CONTRACT = {
+    "full",
+    "multi-query",
+    "cross",
+    "causal & left padding",
+    "function",
+    "array of a head axis",
+    "at positions",
+}
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=() if name == "score mod & causal" else pytest.mark.contract)
+        pytest.param(
+            name,
+            marks=[]
+            if name == "score mod & causal"
+            else [pytest.mark.contract if name in IN_THE_CONTRACT else pytest.mark.thorough],
+        )
         for name in CASES
         if name not in ("no query", "no key")
     ],
