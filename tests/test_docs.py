@@ -1,4 +1,4 @@
-"""The pages under docs/ and the examples run, and what a page says that a line gives is what it gives."""
+"""README, the pages under docs/ and the examples run, and what a page says that a line gives is what it gives."""
 
 import ast
 import contextlib
@@ -7,34 +7,58 @@ import io
 import re
 from pathlib import Path
 
+import jax
 import pytest
-
-pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if PYTHON.search(page.read_text())]
+README = ROOT / "README.md"
+PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if PYTHON.search(page.read_text()))]
 
 
-def run_page(page):
-    """Runs the page's blocks in one namespace; returns (line, what its comment says, what it gave) where there is one.
-
-    A comment after an expression says what it prints, or else what it is.
-    """
-    text, namespace, said = page.read_text(), {"__name__": page.stem}, []
+def statements(page):
+    """(statement, the comment behind it or "") of the page's blocks, with the lines of the page."""
+    text = page.read_text()
     for block in PYTHON.finditer(text):
-        before = text.count("\n", 0, block.start(1))
-        source = "\n" * before + block[1]  # so that errors name the line of the page
+        source = "\n" * text.count("\n", 0, block.start(1)) + block[1]
         for statement in ast.parse(source, page).body:
-            if not isinstance(statement, ast.Expr):
-                exec(compile(ast.Module([statement], []), page, "exec"), namespace)
+            rest = source.splitlines()[statement.end_lineno - 1][statement.end_col_offset :]
+            yield statement, rest.strip().removeprefix("# ")
+
+
+def run(statement, page, namespace):
+    """What a statement prints, or else, if it is an expression, what it is."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        if not isinstance(statement, ast.Expr):
+            exec(compile(ast.Module([statement], []), page, "exec"), namespace)
+            return printed.getvalue().strip()
+        value = eval(compile(ast.Expression(statement.value), page, "eval"), namespace)
+    return printed.getvalue().strip() or repr(value)
+
+
+def trace(page):
+    """(line, comment, what it gives) of the page's expressions, traced as in `jax.jit`: nothing is compiled.
+
+    A statement that needs values is left out, and so is what uses the names that it defines.
+    """
+    namespace, undefined, said = {"__name__": page.stem}, set(), []
+
+    def trace_all():
+        for statement, comment in statements(page):
+            names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+            if undefined & {name.id for name in names}:
                 continue
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                value = eval(compile(ast.Expression(statement.value), page, "eval"), namespace)
-            comment = source.splitlines()[statement.end_lineno - 1][statement.end_col_offset :].strip()
-            if comment:
-                gave = printed.getvalue().strip() or repr(value)
-                said.append((statement.end_lineno, comment.removeprefix("# "), gave))
+            try:
+                gave = run(statement, page, namespace)
+            except Exception as error:
+                if "trace" not in str(error).lower():  # JAX and Attnax name a tracer as what is wrong
+                    raise
+                undefined.update(name.id for name in names if isinstance(name.ctx, ast.Store))
+            else:
+                if comment and isinstance(statement, ast.Expr):
+                    said.append((statement.lineno, comment, gave))
+
+    jax.eval_shape(trace_all)
     return said
 
 
@@ -45,14 +69,26 @@ def load_example(name):
     return module
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = run_page(page)
+    namespace, said = {"__name__": page.stem}, []
+    for statement, comment in statements(page):
+        gave = run(statement, page, namespace)
+        if isinstance(statement, ast.Expr) and comment:
+            said.append((statement.lineno, comment, gave))
     assert said
     assert [(line, gave) for line, _, gave in said] == [(line, comment) for line, comment, _ in said]
 
 
+def test_readme_is_traced_with_the_shapes_that_it_says():
+    said = trace(README)
+    assert len(said) >= 5
+    assert [(line, gave) for line, _, gave in said] == [(line, comment) for line, comment, _ in said]
+
+
+@pytest.mark.contract
 def test_component_demo_shows_every_piece(capsys):
     load_example("component_demo").main()
     *table, last = capsys.readouterr().out.splitlines()
@@ -64,6 +100,7 @@ def test_component_demo_shows_every_piece(capsys):
     assert last.endswith("are finite: True")
 
 
+@pytest.mark.contract
 def test_seq2seq_skeleton_learns_to_reverse_a_little(capsys):
     options = {"steps": 120, "batch_size": 128, "max_length": 3, "vocab_size": 6, "d_model": 32, "num_layers": 1}
     right = load_example("seq2seq_skeleton").main(**options, learning_rate=1e-2)

@@ -1,9 +1,8 @@
 """Imports only go down: each file of the package imports from its own layer or below."""
 
 import ast
+import functools
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "attnax"
 LAYERS = {
@@ -32,30 +31,32 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path):
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            names += [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+            assert node.level == 0, f"{path}: imports are absolute"
+            names += [f"{node.module}.{name.name}" for name in node.names]
+    return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path):
-    layer = LAYERS[part_of(path)]
-    for name in imports(path):
-        if name.startswith("attnax."):
-            other = name.split(".")[1]
-            assert other in LAYERS, f"{name}: import from the module that defines it"
-            assert LAYERS[other] <= layer, name
+def test_imports_go_down():
+    for path in FILES:
+        layer = LAYERS[part_of(path)]
+        for name in imports(path):
+            if name.startswith("attnax."):
+                other = name.split(".")[1]
+                assert other in LAYERS, f"{path}, {name}: import from the module that defines it"
+                assert LAYERS[other] <= layer, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_heavy_packages_stay_in_their_place(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    part = part_of(path)
-    assert "flax" not in roots or part not in NO_FLAX
-    assert "jaxtyping" not in roots or part == "typing"
-    assert "matplotlib" not in roots or part == "visualize"
-    assert not roots & {"torch", "transformers", "safetensors"}
+def test_heavy_packages_stay_in_their_place():
+    for path in FILES:
+        roots, part = {name.split(".")[0] for name in imports(path)}, part_of(path)
+        assert "flax" not in roots or part not in NO_FLAX, path
+        assert "jaxtyping" not in roots or part == "typing", path
+        assert "matplotlib" not in roots or part == "visualize", path
+        assert not roots & {"torch", "transformers", "safetensors"}, path

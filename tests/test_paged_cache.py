@@ -111,13 +111,12 @@ def test_documented_example():
         max_blocks_per_seq=4,
         dtype=jnp.float32,
     )
-    free = jnp.arange(16, dtype=jnp.int32)
-    given = []
+    free = np.arange(16, dtype=np.int32)
+    rng, given = np.random.default_rng(0), []
     for seq_idx, n_tokens in enumerate([12, 5]):
         paged, used = allocate_blocks(paged, sequence_idx=seq_idx, num_new_tokens=n_tokens, free_block_ids=free)
         free = free[used:]
-        keys = jax.random.normal(jax.random.key(seq_idx), (n_tokens, num_kv_heads, head_dim))
-        values = jax.random.normal(jax.random.key(seq_idx + 100), (n_tokens, num_kv_heads, head_dim))
+        keys, values = rng.standard_normal((2, n_tokens, num_kv_heads, head_dim), np.float32)
         paged = append_kv(paged, sequence_idx=seq_idx, keys_new=keys, values_new=values)
         given.append((keys, values))
 
@@ -172,7 +171,7 @@ def test_documented_forms_are_ragged_lists():
         row, num_new = int(rng.integers(BATCH)), int(rng.choice([1, CHUNK]))
         if len(rows[row][0]) + num_new > cache.max_len or len(pool) < 2:
             pool += blocks_of(cache)[row]
-            cache = free_rows(cache, np.arange(BATCH) == row)
+            cache = free(cache, np.arange(BATCH) == row)
             rows[row] = tuple(x[:0] for x in rows[row])
         expected, before = pool[:], blocks_of(cache)
         cache, used = allocate_blocks(
@@ -185,11 +184,13 @@ def test_documented_forms_are_ragged_lists():
         rows[row] = tuple(np.concatenate(pair) for pair in zip(rows[row], (keys, values), strict=True))
         assert len(blocks_of(cache)[row]) == -(-len(rows[row][0]) // SIZE)
 
-    all_keys, all_values, lengths = gather_rows(cache)
+    all_keys, all_values, lengths = map(np.asarray, gather(cache))
+    assert len(set(lengths.tolist())) > 2
     for row, (keys, values) in enumerate(rows):
         assert int(lengths[row]) == len(keys)
-        for got, want in zip(gather_kv(cache, jnp.int32(row)), (keys, values, len(keys)), strict=True):
-            np.testing.assert_array_equal(got, want)
+        if row in (0, np.argmax(lengths)):  # it compiles a program for every length
+            for got, want in zip(gather_kv(cache, np.int32(row)), (keys, values, len(keys)), strict=True):
+                np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(all_keys[row, :, : len(keys)], np.moveaxis(keys, 1, 0))
         np.testing.assert_array_equal(all_values[row, :, : len(values)], np.moveaxis(values, 1, 0))
 
@@ -197,35 +198,32 @@ def test_documented_forms_are_ragged_lists():
 def test_documented_and_batched_forms_write_the_same():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
     one_by_one, free_ids = make_cache(), np.arange(BLOCKS)
-    for row in range(BATCH):
-        one_by_one, used = allocate_blocks(one_by_one, sequence_idx=row, num_new_tokens=row, free_block_ids=free_ids)
+    counts = np.array([0, 1, 4, 1, 4])
+    for row, count in enumerate(counts):
+        one_by_one, used = allocate_blocks(one_by_one, sequence_idx=row, num_new_tokens=count, free_block_ids=free_ids)
         free_ids = free_ids[used:]
-        new = (np.moveaxis(x[row, :, :row], 1, 0) for x in (keys, values))
+        new = (np.moveaxis(x[row, :, :count], 1, 0) for x in (keys, values))
         one_by_one = append_kv(one_by_one, row, *new)
-    counts = jnp.arange(BATCH)
-    together = append_rows(allocate_rows(make_cache(), counts), keys, values, counts)
+    together = append(allocate(make_cache(), counts), keys, values, counts)
     jax.tree.map(np.testing.assert_array_equal, one_by_one, together)
 
 
 def test_freed_blocks_are_reused_in_order():
-    cache = allocate_rows(make_cache(), jnp.array([4, 1, 7, 2, 0]))
+    cache = allocate_rows(make_cache(), np.array([4, 1, 7, 2, 0]))
     assert blocks_of(cache) == [[0, 1], [2], [3, 4, 5], [6], []]
     cache = free_rows(cache, np.array([False, True, True, False, False]))
-    cache = allocate_rows(cache, jnp.array([5, 2, 3, 4, 1]))  # lengths are still 0: rows 0 and 3 hold blocks already
+    cache = allocate_rows(cache, np.array([5, 2, 3, 4, 1]))  # lengths are still 0: rows 0 and 3 hold blocks already
     assert blocks_of(cache) == [[0, 1], [2], [3], [6, 4], [5]]
 
 
 def test_freed_tokens_do_not_come_back():
-    cache = append_rows(
-        allocate_rows(make_cache(), CHUNK),
-        jnp.full((BATCH, KV_HEADS, CHUNK, KEY_DIM), jnp.nan),
-        jnp.full((BATCH, KV_HEADS, CHUNK, VALUE_DIM), jnp.nan),
-    )
-    cache = allocate_rows(free_rows(cache, np.ones(BATCH, bool)), CHUNK)
-    keys, values = make_tokens(0, BATCH, KV_HEADS, 1)
-    cache = append_rows(cache, keys, values)
-    for got, want in zip(gather_rows(cache), (keys, values), strict=False):
-        np.testing.assert_array_equal(got[:, :, :1], want)
+    spoiled = [np.full_like(x, np.nan) for x in make_tokens(0, BATCH, KV_HEADS, CHUNK)]
+    cache = append(allocate(make_cache(), CHUNK), *spoiled, CHUNK)
+    cache = allocate(free(cache, np.ones(BATCH, bool)), CHUNK)
+    tokens = make_tokens(0, BATCH, KV_HEADS, CHUNK)
+    cache = append(cache, *tokens, 1)
+    for got, want in zip(map(np.asarray, gather(cache)), tokens, strict=False):
+        np.testing.assert_array_equal(got[:, :, :1], want[:, :, :1])
         assert not got[:, :, 1:].any()
 
 
@@ -239,8 +237,8 @@ def test_one_number_counts_for_every_row():
 
 def test_overflow_under_jit_leaves_everything_else_as_it_was():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
-    append_again = jax.jit(append_rows)
-    before = append_rows(allocate_rows(make_cache(), CHUNK), keys, values, np.array([4, 3, 4, 1, 0]))
+    append_again = jax.jit(append_rows)  # keeps what it is given
+    before = append(allocate(make_cache(), CHUNK), keys, values, np.array([4, 3, 4, 1, 0]))
 
     # 6 slots a row: rows 0 and 2 have no room for 3 more.
     after = append_again(before, *make_tokens(1, BATCH, KV_HEADS, CHUNK), np.array([3, 3, 3, 3, 3]))
@@ -249,37 +247,37 @@ def test_overflow_under_jit_leaves_everything_else_as_it_was():
     blocks = blocks_of(before)
     written = blocks[1] + blocks[3] + blocks[4]
     others = np.setdiff1d(np.arange(BLOCKS), written)
-    for pool_before, pool_after in ((before.key_pool, after.key_pool), (before.value_pool, after.value_pool)):
+    pools = ((before.key_pool, after.key_pool), (before.value_pool, after.value_pool))
+    for pool_before, pool_after in (map(np.asarray, pair) for pair in pools):
         np.testing.assert_array_equal(pool_after[others], pool_before[others])
         assert (pool_after[np.array(written)] != pool_before[np.array(written)]).any()
 
     # Set for good, also when later writes fit, until the row is freed.
-    after = append_again(jax.jit(allocate_rows)(after, 1), keys, values, np.array([1, 0, 0, 0, 0]))
+    after = append_again(allocate(after, np.ones(BATCH, np.int32)), keys, values, np.array([1, 0, 0, 0, 0]))
     assert after.overflowed.tolist() == [True, False, True, False, False]
     assert int(after.seq_lengths[0]) == 5
-    assert jax.jit(free_rows)(after, np.arange(BATCH) == 2).overflowed.tolist() == [True] + [False] * 4
+    assert free(after, np.arange(BATCH) == 2).overflowed.tolist() == [True] + [False] * 4
 
 
 def test_counts_that_are_none_are_overflow_under_jit():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
     wrong = np.array([-1, CHUNK + 1, 2**31 - 1, -(2**31), 0])
-    cache = allocate_rows(make_cache(), CHUNK)
-    after = append(jax.tree.map(jnp.copy, cache), keys, values, wrong)
+    after = append(allocate(make_cache(), CHUNK), keys, values, wrong)
     assert after.overflowed.tolist() == [True, True, True, True, False]
-    assert not after.seq_lengths.any() and not after.key_pool.any()
-    after = allocate(cache, np.array([-1, 22, 2**31 - 1, -(2**31), 21]))
+    assert not np.asarray(after.seq_lengths).any() and not np.asarray(after.key_pool).any()
+    after = allocate(allocate(make_cache(), CHUNK), np.array([-1, 22, 2**31 - 1, -(2**31), 21]))
     assert after.overflowed.tolist() == [True, True, True, True, False]
     assert [len(blocks) for blocks in blocks_of(after)] == [2, 2, 2, 2, 7]
 
 
 def test_rows_past_the_pool_get_nothing_and_rows_that_need_nothing_are_fine():
-    cache = jax.jit(allocate_rows)(make_cache(), jnp.array([21, 21, 0, 0, 3]))  # 7, 7 and 1 of 23 blocks
-    cache = jax.jit(allocate_rows)(cache, jnp.array([0, 1, 25, 21, 5]))  # row 2 has no room; 7 + 1 of 8 blocks
+    cache = allocate(make_cache(), np.array([21, 21, 0, 0, 3]))  # 7, 7 and 1 of 23 blocks
+    cache = allocate(cache, np.array([0, 1, 25, 21, 5]))  # row 2 has no room; 7 + 1 of 8 blocks
     assert [len(blocks) for blocks in blocks_of(cache)] == [7, 7, 0, 7, 2]
     assert cache.overflowed.tolist() == [False, False, True, False, False]
-    cache = jax.jit(allocate_rows)(cache, jnp.array([21, 0, 1, 0, 6]))  # nothing is left
+    cache = allocate(cache, np.array([21, 0, 1, 0, 6]))  # nothing is left
     assert [len(blocks) for blocks in blocks_of(cache)] == [7, 7, 0, 7, 2]
-    cache = jax.jit(allocate_rows)(free_rows(cache, np.arange(BATCH) == 1), jnp.array([0, 12, 12, 0, 7]))
+    cache = allocate(free(cache, np.arange(BATCH) == 1), np.array([0, 12, 12, 0, 7]))
     assert [len(blocks) for blocks in blocks_of(cache)] == [7, 4, 0, 7, 2]  # row 4 does not overtake row 2
     assert cache.overflowed.tolist() == [False, False, True, False, True]
 
@@ -303,38 +301,40 @@ def test_caches_are_pytrees_that_a_loop_carries():
         cache = append_rows(allocate_rows(cache, 1), *(x[:, :, None] for x in token))
         return cache, cache.seq_lengths
 
-    tokens = tuple(jnp.moveaxis(x, 2, 0) for x in (keys, values))
+    tokens = tuple(np.moveaxis(x, 2, 0) for x in (keys, values))
     cache, lengths = jax.jit(partial(jax.lax.scan, step))(make_cache(), tokens)
-    assert lengths[:, 0].tolist() == [1, 2, 3, 4]
-    np.testing.assert_array_equal(gather_rows(cache)[0][:, :, :CHUNK], keys)
+    assert np.asarray(lengths)[:, 0].tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(np.asarray(gather(cache)[0])[:, :, :CHUNK], keys)
 
 
 def test_writes_take_the_dtype_of_the_pool():
-    cache = allocate_rows(make_cache(dtype=jnp.bfloat16), CHUNK)
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
-    cache = append_rows(cache, keys, values)
+    cache = append(allocate(make_cache(dtype=jnp.bfloat16), CHUNK), keys, values, CHUNK)
     assert cache.key_pool.dtype == cache.value_pool.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(gather_rows(cache)[1][:, :, :CHUNK], jnp.asarray(values, jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(gather(cache)[1])[:, :, :CHUNK], values.astype(jnp.bfloat16))
 
 
 def test_gradients_reach_the_tokens_that_were_written():
     counts = np.array([4, 0, 1, 3, 2])
-    cache = allocate_rows(make_cache(), counts)
-    keys, values = map(jnp.asarray, make_tokens(0, BATCH, KV_HEADS, CHUNK))
+    keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
 
-    def total(keys, values):
-        read_keys, read_values, _ = gather_rows(append_rows(cache, keys, values, counts))
-        return read_keys.sum() + 2 * read_values.sum()
+    @jax.jit
+    def gradients(cache, keys, values):
+        def total(keys, values):
+            read_keys, read_values, _ = gather_rows(append_rows(cache, keys, values, counts))
+            return read_keys.sum() + 2 * read_values.sum()
+
+        return jax.grad(total, argnums=(0, 1))(keys, values)
 
     written = np.arange(CHUNK)[None, None, :, None] < counts[:, None, None, None]
-    for factor, gradient in enumerate(jax.grad(total, argnums=(0, 1))(keys, values), start=1):
+    for factor, gradient in enumerate(gradients(allocate(make_cache(), counts), keys, values), start=1):
         np.testing.assert_array_equal(gradient, np.broadcast_to(factor * written, gradient.shape))
 
 
 def test_a_new_cache_is_zero_and_value_dim_defaults_to_head_dim():
     cache = make_cache(value_dim=None)
     assert cache.value_pool.shape == (BLOCKS, SIZE, KV_HEADS, KEY_DIM)
-    assert not cache.key_pool.any() and not cache.value_pool.any() and not cache.overflowed.any()
+    assert not any(np.asarray(x).any() for x in (cache.key_pool, cache.value_pool, cache.overflowed))
     keys, values, length = gather_kv(cache, 0)
     assert keys.shape == values.shape == (0, KV_HEADS, KEY_DIM) and length == 0
 
