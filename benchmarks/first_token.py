@@ -5,9 +5,9 @@
 A decoder in the shape of GPT-2 (12 layers, d_model 768, vocabulary 50,257, random weights) writes its first token in a
 process of its own: with nothing compiled before ("cold"), and with JAX's compilation cache filled by an earlier process
 ("cache"). The same process then reads prompts of two other lengths, one that is padded to the length of the first and
-one that is not, and writes 64 tokens. Times are seconds; tracing, lowering and XLA are what JAX's monitoring events say,
-nested ones counted once. The second table counts the traced equations (those of inner functions each time they are
-called) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
+one that is not, and writes 64 tokens. Times are seconds; tracing, lowering and XLA are what JAX's monitoring events
+say, nested ones counted once. The second table counts the traced equations (those of inner functions each time they
+are called) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SHAPE = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "max_len": 2048}
+SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
+SHAPE["max_len"] = 2048
 PROMPT, SAME, OTHER = 50, 61, 150  # lengths of prompts; the second pads to the same as the first, the third does not
 NEW_TOKENS = 64
 PHASES = {
@@ -44,10 +45,10 @@ class Clock:
         self.begun = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event in PHASES:
             now = time.perf_counter()
-            self.spans[PHASES[event]].append((now - seconds, now))
+            self.spans[PHASES[event]].append((now - duration_secs, now))
 
     def read(self) -> dict[str, float]:
         result = {phase: _covered(self.spans[phase]) for phase in PHASES.values()}
@@ -94,7 +95,8 @@ def measure_step(attention_type: str, length: int) -> dict[str, float]:
     from attnax import TransformerLM
 
     model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), attention_type=attention_type, **SHAPE))
-    graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, others = states
     ids = jax.ShapeDtypeStruct((max(1, 512 // length), length), jnp.int32)
 
     def loss(params: Any, ids: Any) -> Any:
@@ -111,8 +113,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
         for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
+            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
                     yield from equations(inner)
 

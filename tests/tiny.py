@@ -9,8 +9,8 @@ from flax import nnx
 def build(make, seed=0):
     """The module that `make(rngs)` gives, with weights drawn by NumPy.
 
-    Matrices are normal with the variance 1 / fan-in, vectors that begin as ones stay near 1, all else is near 0, so that
-    no option is without effect. Dropout streams get keys of their own.
+    Matrices are normal with the variance 1 / fan-in, vectors that begin as ones stay near 1, all else is near 0, so
+    that no option is without effect. Dropout streams get keys of their own.
     """
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     rng = np.random.default_rng(seed)

@@ -58,7 +58,8 @@ class Request:
 
     def after_prompt(self) -> Request:
         """What is still read when the prompt has been: the same for prompts of every length."""
-        return dataclasses.replace(self, ids=None, position_ids=None, key=None, context=None)
+        ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
+        return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
 
 
 def make_request(
@@ -122,10 +123,10 @@ def make_request(
             np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32), missing, constant_values=-1
         ),
         key=key,
-        max_new_tokens=np.int32(max_new_tokens),
+        max_new_tokens=np.asarray(max_new_tokens, np.int32),
         sampler=sampler,
         stops=stops,
-        fill=np.int32(ends[0] if ends else pad_token),
+        fill=np.asarray(ends[0] if ends else pad_token, np.int32),
         context=context,
         num_samples=num_samples,
     )

@@ -176,7 +176,7 @@ class Sampler:
         def likeliest() -> Array:
             return logits.argmax(-1).astype(jnp.int32)
 
-        if self.temperature is None:
+        if self.temperature is None or keys is None:
             return likeliest()
         return lax.cond(
             jnp.asarray(self.temperature) == 0,

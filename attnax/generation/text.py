@@ -57,7 +57,7 @@ class Text:
         """Where these are; negative before the first token."""
         return jnp.maximum(self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None], -1)
 
-    def written(self, count: int, fill: Int[Array, ""]) -> Int[Array, "R n"]:
+    def written(self, count: int, fill: Int[ArrayLike, ""]) -> Int[Array, "R n"]:
         """The first `count` tokens after each prompt, then `fill`."""
         steps = jnp.arange(count, dtype=jnp.int32)[None]
         index = jnp.minimum(self.prompt_lengths[:, None] + steps, self.ids.shape[1] - 1)
@@ -74,9 +74,9 @@ class Text:
         counts = jnp.zeros((rows, vocab_size), jnp.int32)
         return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
 
-    def ends_with(self, sequences: Int[Array, "K n"]) -> Bool[Array, R]:
+    def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, R]:
         """Whether what was written ends with one of the sequences, which stand right, after fillers of -1."""
-        size = sequences.shape[1]
+        sequences, size = jnp.asarray(sequences), sequences.shape[1]
         if 0 in sequences.shape:
             return jnp.zeros(self.lengths.shape, bool)
         written = self.last_positions(size) >= self.prompt_lengths[:, None]

@@ -80,7 +80,9 @@ class _TokenTransformer(nnx.Module):
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
             position_ids = count_positions(input_ids.shape, real, None if is_alone else caches)
-        if is_alone and (given or real is not None):  # where a cache holds more, attention does this
+        if (
+            is_alone and position_ids is not None and (given or real is not None)
+        ):  # where a cache holds more, attention does this
             batch, length = input_ids.shape
             if mask is not None:
                 mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
