@@ -157,26 +157,32 @@ def test_weights_are_those_of_the_formula():
     np.testing.assert_allclose(scores - scores[..., :1], (added - added[:, :1])[None].repeat(2, 0), atol=1e-4)
 
 
-SOFTMAX = [
-    "flash",
-    *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("standard", "memory_efficient", "pallas_flash")),
-]
+def test_tiles_of_keys_give_the_same_and_every_parameter_learns():
+    x, cotangent = normal(1, 2, 7, 12), normal(2, 2, 7, 12)
+    attn = attention(**OPTIONS["all together"], attention_block_size=4)
+    graphdef, params, rest = nnx.split(attn, nnx.Param, ...)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            out = nnx.merge(graphdef, params, rest)(x)
+            return (out * cotangent).sum(), out
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, out = run(params)
+    np.testing.assert_allclose(out, expected_attention(attn, x)[0], atol=2e-5)
+    # A key's bias adds the same to all scores of a query, and the norm takes out its length: nothing remains zero.
+    assert all((np.asarray(g) != 0).any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("kind", SOFTMAX)
+@pytest.mark.parametrize("kind", ["standard", "memory_efficient", "pallas_flash"])
+@pytest.mark.thorough
 def test_every_softmax_kernel_gives_the_same_by_whole_rows_and_by_tiles(kind):
     x, options = normal(1, 2, 7, 12), {**OPTIONS["all together"], "attention_type": kind}
     attns = {"whole": attention(**options), "tiles of 4": attention(**options, attention_block_size=4)}
     for name, out in call_each(attns, x).items():
         np.testing.assert_allclose(out, expected_attention(attns[name], x)[0], atol=2e-5, err_msg=name)
-
-
-def test_every_parameter_of_attention_learns():
-    x, cotangent = normal(1, 2, 7, 12), normal(2, 2, 7, 12)
-    graphdef, params, rest = nnx.split(attention(**OPTIONS["all together"], attention_block_size=4), nnx.Param, ...)
-    grads = jax.jit(jax.grad(lambda params: (nnx.merge(graphdef, params, rest)(x) * cotangent).sum()))(params)
-    # A key's bias adds the same to all scores of a query, and the norm takes out its length: nothing remains zero.
-    assert all((np.asarray(g) != 0).any() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("kind", ["linear", "lite"])
@@ -272,9 +278,9 @@ def test_sinks_need_a_kernel_that_gives_the_log_sum():
 
     for options in ({"attention_fn": plain}, {"attention_type": "lite"}):
         with pytest.raises(ValueError, match="attention_sinks needs an attention function with return_lse"):
-            MultiHeadAttention(nnx.Rngs(0), **BASE, attention_sinks=True, **options)
+            attention(attention_sinks=True, **options)
     with pytest.raises(ValueError, match="attention_scale needs an attention function with scale"):
-        MultiHeadAttention(nnx.Rngs(0), **BASE, attention_scale=0.3, attention_fn=plain)
+        attention(attention_scale=0.3, attention_fn=plain)
 
 
 @pytest.mark.parametrize("kind", ["linear", "lite"])

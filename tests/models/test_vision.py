@@ -181,7 +181,7 @@ class TestDependence:
         [pytest.param(kind, marks=() if kind == "flash" else pytest.mark.thorough) for kind in AttentionType],
     )
     def test_every_patch_moves_every_token(self, kind):
-        out = call(make(num_classes=None, attention_type=kind), images_with_each_patch_changed())
+        out = call(make(num_classes=None, num_layers=1, attention_type=kind), images_with_each_patch_changed())
         assert moved_by_each_patch(out) == [[True] * (PREFIX + PATCHES)] * PATCHES
 
     def test_every_patch_moves_the_logits(self):
@@ -328,6 +328,7 @@ def test_losses_of_experts_come_out_of_run():
     assert nnx.eval_shape(VisionTransformer.run, make(num_layers=1), make_images()).aux == {}
 
 
+@pytest.mark.contract
 def test_bfloat16_gives_float32_logits_close_to_those_of_float32():
     models = {dtype: make(dtype=dtype, num_layers=1) for dtype in ("bfloat16", "float32")}
     out = call_each(models, make_images())
@@ -344,8 +345,9 @@ def test_dropout_draws_from_the_given_rngs():
     )
     np.testing.assert_array_equal(one, two)
     assert not np.allclose(one, other)
-    one, other = (call(model, images, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 2))
-    np.testing.assert_array_equal(one, other)  # off by itself
+    rngs = nnx.Rngs(dropout=1)
+    jax.eval_shape(lambda images: model(images, rngs=rngs), images)  # a draw would change what is outside, and raise
+    assert int(rngs.dropout.count[...]) == 0  # off by itself
 
 
 def test_a_score_mod_sees_token_indices():

@@ -43,7 +43,7 @@ def reference_params(attn, d_model, num_heads, num_kv_heads, head_dim):
     return reference.AttentionParams(*map(jnp.asarray, kernels))
 
 
-@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("cross", [False, pytest.param(True, marks=pytest.mark.contract)])
 def test_attention_equals_the_reference(cross):
     attns = {
         count: make_attention(num_heads=6, in_features=11, num_kv_heads=count, qkv_features=18, use_bias=False)

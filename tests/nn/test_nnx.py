@@ -291,6 +291,7 @@ class TestEncoderDecoder:
         again = build(lambda rngs: attnax.Transformer(rngs, shared.config))
         np.testing.assert_array_equal(call(again, IDS, IDS[:, :3]), logits)
 
+    @pytest.mark.contract
     def test_log_probs_are_normalised(self):
         log_probs = nnx.jit(attnax.Transformer.log_probs)(self.model(), IDS, IDS[:, :2])
         np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1.0, atol=1e-5)
