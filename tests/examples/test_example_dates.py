@@ -29,7 +29,7 @@ def dates(written_dates):
     return load("dates")
 
 
-@pytest.mark.thorough
+@pytest.mark.contract
 def test_a_short_run_learns_and_draws(dates, tmp_path, capsys):
     out = tmp_path / "dates.png"
     accuracy = dates.main(
