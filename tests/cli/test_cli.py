@@ -246,7 +246,7 @@ def test_a_stop_string_cuts_the_text(write, written, mode):
     assert write(mode, "--stop", "!%", "--stop", "not there") == "def nu?\n"
 
 
-@pytest.mark.contract
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
 def test_stop_strings_end_the_text(write, mode):
     prompt = "    return"
@@ -331,12 +331,12 @@ def test_a_draft_is_handed_to_the_model(other_run, write, written):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.contract
+@pytest.mark.thorough
 def test_a_draft_changes_nothing_at_temperature_0(other_run, write):
     assert write(*GREEDY, "--draft", other_run, "--draft-tokens", 2, "--cache", "paged") == write(*GREEDY)
 
 
-@pytest.mark.contract
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [("--cache", "ring"), ("--cache", "paged", "--cache-dtype", "int8")])
 def test_every_cache_writes_the_same(write, options):
     assert write(*GREEDY, *options, "--log-probs") == write(*GREEDY)

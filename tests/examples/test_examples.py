@@ -12,6 +12,7 @@ def example(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
+@pytest.mark.contract
 def test_custom_mask(tmp_path, capsys):
     assert example("custom_mask")(["--length", "300", "--out", str(tmp_path / "mask.png")]) < 1e-5
     assert "the kernel can skip" in capsys.readouterr().out and (tmp_path / "mask.png").stat().st_size > 1000
