@@ -107,7 +107,7 @@ def test_the_check_tells_a_slightly_wrong_kernel(load, monkeypatch):
     assert max(ratios[0.25]) <= 1.5 and min(ratios[0.252][:3]) > 2.0
 
 
-@pytest.mark.thorough
+@pytest.mark.contract
 def test_rehearsal_checks_times_and_writes(tmp_path):
     figures, table = tmp_path / "figures.json", tmp_path / "table.md"
     options = ["--rehearse", "--sides", "pallas", "cudnn", "--cases", "alibi", "--json", str(figures)]
@@ -126,7 +126,7 @@ def test_rehearsal_checks_times_and_writes(tmp_path):
     assert again.returncode == 0 and json.loads(figures.read_text())["lines"] == [line]
 
 
-@pytest.mark.thorough
+@pytest.mark.contract
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so():
     for options in ([], ["--tiles"]):
