@@ -93,7 +93,7 @@ def main(
     )
     decoder = dataclasses.replace(encoder, vocab_size=len(TARGET_ALPHABET), num_layers=1)
     # The model's structure is fixed; its parameters go into the compiled step and come out of it.
-    graphdef, params, rest = nnx.split(Transformer(nnx.Rngs(seed), encoder, decoder), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(Transformer(nnx.Rngs(seed), encoder=encoder, decoder=decoder), nnx.Param, ...)
     optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate).build()
 
     @partial(jax.jit, donate_argnums=(0, 1))

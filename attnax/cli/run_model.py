@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnax.cli.run_folder import RunFolder
 from attnax.cli.text_model import TextModel
-from attnax.config import Dtype
+from attnax.config import Dtype, TransformerConfig
 from attnax.models import TransformerLM
 from attnax.training import DOCUMENT, Tokenizer, latest_checkpoint, restore_checkpoint
 from attnax.typing import InputError
@@ -56,11 +59,24 @@ def open_run(path: Path, dtype: Dtype | None = None) -> TextModel:
     step = latest_checkpoint(folder.checkpoints)
     if step is None:
         raise InputError(f"{path} has no checkpoint yet.")
-    model = TransformerLM(nnx.Rngs(0), options.model)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    params = restore_checkpoint(folder.checkpoints, step, "params", params, owner=folder.owner)
+    # Initial weights would take JAX longer than the checkpoint, which replaces them.
+    graphdef, state, streams = _abstract(options.model)
+    params = restore_checkpoint(folder.checkpoints, step, "params", nnx.to_pure_dict(state), owner=folder.owner)
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
-        model = TransformerLM(nnx.Rngs(0), dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))
-    nnx.update(model, params)
-    return TextModel(path, model, RunCodec(tokenizer))
+        graphdef, state, streams = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))
+    nnx.replace_by_pure_dict(state, params)
+    return TextModel(path, nnx.merge(graphdef, state, streams), RunCodec(tokenizer))
+
+
+def _abstract(config: TransformerConfig) -> Any:
+    """The structure of a model, the shapes of its parameters, and streams of dropout, of which writing reads none."""
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
+    graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState)
+    params, streams = states
+
+    def stream(x: Any) -> jax.Array:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key(0) if is_key else jax.device_put(np.zeros(x.shape, x.dtype))
+
+    return graphdef, params, jax.tree.map(stream, streams)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import PlannedCache, Step, Tokens, prompt_tokens, text_length
+from attnax.generation.loop import Step, Tokens, made, prompt_tokens, text_length
 from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.typing import Array, Float, Int, pytree_dataclass
@@ -72,7 +72,7 @@ def beam_search(
         step: the model.
         state: its parameters.
         request: what to continue; of its sampler only the penalties apply, to log-probabilities.
-        cache: of the prompts' rows, or a PlannedCache.
+        cache: of the prompts' rows; it may be Planned.
         num_beams: beams of each prompt.
         max_new_tokens: static, what the result has room for; at least that of the request.
         length_penalty: exponent of the length that the log-probability of a text is divided by.
@@ -80,11 +80,11 @@ def beam_search(
             worst of them if it ended now; "never" if no length that it may still reach gives it one.
     """
     batch = request.ids.shape[0]
-    cache = cache.make() if isinstance(cache, PlannedCache) else cache
-    logits, cache = step(state, prompt_tokens(request), cache)
+    cache, context = made(cache, state), made(request.context, state)
+    logits, cache = step(state, prompt_tokens(request, context), cache)
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, max_new_tokens))
     rows = jnp.repeat(jnp.arange(batch), num_beams)
-    cache, context, logits, text = select_rows((cache, request.context, logits[:, 0], text), rows)
+    cache, context, logits, text = select_rows((cache, context, logits[:, 0], text), rows)
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal yet: only one may go on
     search = _Search(
         text=text,

@@ -22,7 +22,7 @@ from attnax.generation.request import Request, padded_length
 from attnax.generation.text import Text
 from attnax.typing import Array, Bool, Float, Int, is_concrete, pytree_dataclass
 
-__all__ = ["Generation", "PlannedCache", "Step", "Tokens", "generate", "stream"]
+__all__ = ["Generation", "Planned", "Step", "Tokens", "generate", "stream"]
 
 
 class Tokens(NamedTuple):
@@ -67,11 +67,11 @@ class Generation(NamedTuple):
 
 
 @runtime_checkable
-class PlannedCache(Protocol):
-    """A cache that is made within the program that reads the prompt; a pytree without arrays."""
+class Planned(Protocol):
+    """A cache or a context that is made within the program that reads the prompt; a pytree."""
 
-    def make(self) -> Any:
-        """The caches, empty."""
+    def make(self, state: Any, /) -> Any:
+        """The empty caches, or what rows attend beside their text, from the parameters of the model."""
 
 
 @pytree_dataclass
@@ -94,7 +94,7 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         state: its parameters.
         request: what to continue, and how.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
-            there are several samples, whose cache has other shapes. Or a PlannedCache.
+            there are several samples, whose cache has other shapes. It may be Planned.
         max_new_tokens: static, what the result has room for; at least that of the request, which is a value.
 
     Returns:
@@ -165,9 +165,9 @@ def _next_token(
 
 def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
     """Reads the prompt and draws the first token; `room` tokens may follow. Also the context of each row."""
-    cache = cache.make() if isinstance(cache, PlannedCache) else cache
-    logits, cache = step(state, prompt_tokens(request), cache)
-    context, logits = request.context, logits[:, 0]
+    cache, context = made(cache, state), made(request.context, state)
+    logits, cache = step(state, prompt_tokens(request, context), cache)
+    logits = logits[:, 0]
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, room + spare))
     cache, context, logits, text = for_samples(request, (cache, context, logits, text))
     num_rows = request.num_rows
@@ -195,10 +195,15 @@ def for_samples(request: Request, rows_of_prompts: Any) -> Any:
     return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(request.ids.shape[0]), request.num_samples))
 
 
-def prompt_tokens(request: Request) -> Tokens:
+def made(value: Any, state: Any) -> Any:
+    """What was planned, made; anything else as it is."""
+    return value.make(state) if isinstance(value, Planned) else value
+
+
+def prompt_tokens(request: Request, context: Any) -> Tokens:
     """The prompt as a step reads it; the logits wanted follow the last real token of each row."""
     ids, position_ids = jnp.asarray(request.ids), jnp.asarray(request.position_ids)
-    return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], request.context)
+    return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], context)
 
 
 def advance(step: Step, state: Any, request: Request, progress: Progress, context: Any) -> Progress:

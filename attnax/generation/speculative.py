@@ -23,12 +23,12 @@ from jax import lax
 from attnax.cache import forget
 from attnax.generation.loop import (
     Generation,
-    PlannedCache,
     Progress,
     Step,
     Tokens,
     append,
     for_samples,
+    made,
     position_keys,
     prompt_tokens,
     result,
@@ -100,9 +100,9 @@ def _write_all(
     num_draft_tokens: int,
 ) -> tuple[Generation, Any, Any]:
     progress, context = start(step, state, request, cache, max_new_tokens, num_draft_tokens)
-    draft_cache = draft_cache.make() if isinstance(draft_cache, PlannedCache) else draft_cache
-    _, draft_cache = draft.step(draft.state, prompt_tokens(request)._replace(context=draft.context), draft_cache)
-    draft_cache, draft_context = for_samples(request, (draft_cache, draft.context))
+    draft_cache, draft_context = (made(value, draft.state) for value in (draft_cache, draft.context))
+    _, draft_cache = draft.step(draft.state, prompt_tokens(request, draft_context), draft_cache)
+    draft_cache, draft_context = for_samples(request, (draft_cache, draft_context))
 
     def go_on(carry: tuple[Progress, Any]) -> tuple[Progress, Any]:
         progress, draft_cache = carry

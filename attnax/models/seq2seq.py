@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -31,7 +30,7 @@ from attnax.models.writing import (
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod, pytree_dataclass
 
 __all__ = ["Transformer"]
 
@@ -265,17 +264,18 @@ class Transformer(nnx.Module):
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder, with what its cross-attention reads of the sources."""
-        source_ids = jnp.asarray(source_ids)
+        source_ids = np.asarray(source_ids)
         self.encoder.embed.tokens.check(source_ids)
         real = np.ones(source_ids.shape, bool)
         if source_padding_mask is not None:
             real = np.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
         # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
-        missing = ((0, 0), (0, max(length, min(padded_length(length), self.encoder.config.max_len)) - length))
+        padded = min(padded_length(max(2, length)), self.encoder.config.max_len)
+        missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
-        context = _read_source(graphdef, state, np.pad(np.asarray(source_ids), missing), np.pad(real, missing))
-        return Writer(_Step(graphdef), state, self.decoder.config, context)
+        source = _Source(np.pad(source_ids, missing), np.pad(real, missing), graphdef)
+        return Writer(_Step(graphdef), state, self.decoder.config, source)
 
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
@@ -291,14 +291,19 @@ def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
     return Sampler(temperature=temperature) if sampler is None else sampler
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _read_source(
-    graphdef: Any, state: Any, source_ids: Array, real: Array
-) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
-    """What cross-attention reads of the sources, and which of their tokens are no padding."""
-    model = nnx.merge(graphdef, state)
-    encoded = model.encoder(source_ids, padding_mask=real, deterministic=True)
-    return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
+@pytree_dataclass
+class _Source:
+    """Sources, to be read by the program that reads the prompts."""
+
+    ids: Int[ArrayLike, "B S"]
+    real: Bool[ArrayLike, "B S"]
+    graphdef: nnx.GraphDef[Transformer] = dataclasses.field(metadata={"static": True})
+
+    def make(self, state: Any, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
+        """What cross-attention reads of the sources, and which of their tokens are no padding."""
+        model, real = nnx.merge(self.graphdef, state), jnp.asarray(self.real)
+        encoded = model.encoder.run(self.ids, padding_mask=real, deterministic=True).hidden
+        return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
 
 
 @dataclasses.dataclass(frozen=True)

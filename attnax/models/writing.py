@@ -32,7 +32,7 @@ class Writer(NamedTuple):
         step: the model as a function.
         state: its parameters.
         config: of what decodes.
-        context: what each row attends beside its text.
+        context: what each row attends beside its text; it may be Planned.
     """
 
     step: Step
@@ -75,7 +75,7 @@ class CachePlan:
     dtype: str | None = dataclasses.field(metadata={"static": True})
     pool_rows: int = dataclasses.field(metadata={"static": True})  # of a pool of pages, which rows share
 
-    def make(self) -> tuple[EmptyCache, ...]:
+    def make(self, state: Any, /) -> tuple[EmptyCache, ...]:
         """One cache a layer."""
         sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
         if self.kind == "paged":

@@ -76,7 +76,7 @@ class OptimizerConfig:
             end_value=self.learning_rate * self.final_learning_rate,
         )
 
-    def weigh(self, aux: dict[str, Array]) -> Array | float:
+    def weigh(self, aux: dict[str, Any]) -> Array | float:
         """What the losses of a model's layers add to the loss; 0 where there are none."""
         weights = {"load_balance_loss": self.load_balance_loss, "router_z_loss": self.router_z_loss}
         return sum((weight * aux[name] for name, weight in weights.items() if name in aux), 0.0)

@@ -541,7 +541,7 @@ def test_an_encoder_is_read_once():
     model = build(lambda rngs: attnax.Transformer(rngs, encoder=config, decoder=config))
     source = np.ones((ROWS, 7), int)
     writer = model._writer(source, None)
-    contexts, real = writer.context
+    contexts, real = jax.jit(writer.context.make)(writer.state)
     assert np.asarray(real).sum(1).tolist() == [7] * ROWS
     assert len(contexts) == 2 and contexts[0].keys.shape[2] >= 7  # padded
     wanted = jax.jit(lambda source: model.decoder.keys_values(model.encoder(source)))(source)

@@ -14,7 +14,7 @@ from tiny import build
 
 import attnax
 from attnax import TransformerConfig, TransformerLM
-from attnax.nn import with_scan_layers
+from attnax.nn import EncoderBlock, Stack, with_scan_layers
 
 CONFIG = TransformerConfig(
     vocab_size=23,
@@ -190,3 +190,38 @@ def test_explicit_randomness_is_not_used_up_where_nothing_is_drawn():
     model = build(lambda rngs: TransformerLM(rngs, config))
     jax.eval_shape(lambda ids: model(ids, rngs=rngs), IDS)  # a draw would change what is outside of it, and raise
     assert int(rngs.dropout.count[...]) == 0
+
+
+class Counting(EncoderBlock):
+    """Counts how often it is traced, and keeps statistics and what it saw."""
+
+    traced = 0
+
+    def __init__(self, rngs, config):
+        super().__init__(rngs, config)
+        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def run(self, x, **options):
+        Counting.traced += 1
+        out = super().run(x, **options)
+        self.sow(nnx.Intermediate, "seen", out.hidden.sum())
+        self.calls[...] += 1
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_equal_layers_are_traced_once_and_keep_what_they_write():
+    config = dataclasses.replace(CONFIG, num_layers=4, layer_pattern=())
+    stack = build(lambda rngs: Stack(rngs, config, Counting))
+    x = np.ones((1, 3, config.d_model), np.float32)
+
+    @nnx.jit
+    def run(stack, x):
+        return stack.run(x, deterministic=True).hidden
+
+    Counting.traced = 0
+    hidden = run(stack, x)
+    assert Counting.traced == 1
+    assert [int(block.calls[...]) for block in stack.blocks] == [1] * 4
+    np.testing.assert_allclose(stack.blocks[-1].seen[0], np.asarray(hidden).sum(), rtol=1e-5)
+    assert len({float(block.seen[0]) for block in stack.blocks}) == 4

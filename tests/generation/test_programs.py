@@ -1,0 +1,157 @@
+"""What a generation compiles: few programs for all lengths, small ones, and nothing for other platforms."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny import build
+
+import attnax
+from attnax import TransformerConfig, TransformerLM
+from attnax.cache import EmptyCache, init_decoder_kv_caches_from_config
+from attnax.generation.request import padded_length
+from attnax.kernels import _decode, _engine, _pointwise
+
+CONFIG = TransformerConfig(
+    vocab_size=31, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=1024, pos_emb_type="rope"
+)
+RNG = np.random.default_rng(0)
+
+
+def prompt(length):
+    return RNG.integers(1, CONFIG.vocab_size, (2, length)).astype(np.int32)
+
+
+def lm(**fields):
+    return build(lambda rngs: TransformerLM(rngs, dataclasses.replace(CONFIG, **fields)))
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 1), (2, 32), (33, 64), (512, 512), (513, 640), (1025, 1280)])
+def test_a_length_is_padded_to_one_of_a_few(length, padded):
+    assert padded_length(length) == padded
+
+
+def test_lengths_are_padded_little_from_512_on():
+    assert all(n <= padded_length(n) <= 1.25 * n for n in range(512, 5000))
+    assert len({padded_length(n) for n in range(1, 513)}) == 6
+
+
+def test_prompts_of_other_lengths_compile_nothing_new(count_compilations):
+    model = lm()
+    del count_compilations[:]  # the keys of its dropout
+    for length, max_new_tokens in ((5, 3), (2, 1), (31, 64), (32, 17)):
+        assert model.generate(prompt(length), max_new_tokens=max_new_tokens).tokens.shape == (2, max_new_tokens)
+    assert len(count_compilations) == 2  # what reads the prompt, and the loop
+    next(model.stream(prompt(7), max_new_tokens=9))
+    assert len(count_compilations) == 2
+    model.generate(prompt(61), max_new_tokens=4)
+    assert len(count_compilations) == 3  # as long a cache: the same loop
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("cache", ["contiguous", "ring", "paged"])
+def test_twelve_programs_serve_all_lengths_up_to_512(cache, count_compilations):
+    lengths = np.linspace(1, 512, 20).astype(int)
+    model = lm()
+    del count_compilations[:]
+    for length, max_new_tokens in zip(lengths, [1, 5, 17, 64] * 5, strict=True):
+        model.generate(prompt(length), max_new_tokens=max_new_tokens, cache=cache)
+    assert len(count_compilations) <= 12
+
+
+@pytest.mark.contract
+def test_twelve_programs_serve_sources_of_all_lengths(count_compilations):
+    model = build(lambda rngs: attnax.Transformer(rngs, encoder=CONFIG, decoder=CONFIG))
+    del count_compilations[:]
+    for length, max_length in zip(np.linspace(1, 512, 20).astype(int), [1, 5, 17, 64] * 5, strict=True):
+        model.generate(prompt(length), max_length, start_token=1)
+    assert len(count_compilations) <= 12
+
+
+@pytest.mark.parametrize("pos_emb_type", ["rope", "alibi"])
+def test_a_prompt_in_empty_caches_is_read_as_at_positions(pos_emb_type):
+    """Padding left, right and between; the windowed layer has a ring."""
+    model = lm(num_layers=2, pos_emb_type=pos_emb_type, layer_pattern=({"attention_window": 4}, {}))
+    real = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 0, 0]], bool)
+    ids = prompt(9)
+
+    @jax.jit
+    def read(model, ids, real):
+        caches = init_decoder_kv_caches_from_config(model.config, batch_size=2, max_len=32)
+        known = model(ids, padding_mask=real, layer_kv_caches=caches)
+        alone = model(ids, padding_mask=real, layer_kv_caches=tuple(map(EmptyCache, caches)))
+        return known, alone, model(ids, padding_mask=real)
+
+    (logits, caches), (alone, alone_caches), forward = jax.tree.map(np.asarray, read(model, ids, real))
+    np.testing.assert_allclose(alone[real], logits[real], atol=1e-5)
+    np.testing.assert_allclose(alone[real], forward[real], atol=1e-6)
+    for have, want in zip(alone_caches, caches, strict=True):
+        np.testing.assert_array_equal(have.positions, want.positions)
+        there = want.positions >= 0
+        np.testing.assert_allclose(have.keys.swapaxes(1, 2)[there], want.keys.swapaxes(1, 2)[there], atol=1e-5)
+
+
+def test_empty_caches_and_others_do_not_mix():
+    model = lm(num_layers=2)
+    first, second = init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=32) * 2
+    with pytest.raises(ValueError, match=r"either every cache is an EmptyCache or none is.*Read a prompt into all"):
+        model(prompt(3), layer_kv_caches=(EmptyCache(first), second))
+
+
+def test_a_prompt_too_long_for_its_cache_gives_nan():
+    model = lm()
+
+    @jax.jit
+    def read(model, ids):
+        caches = init_decoder_kv_caches_from_config(model.config, batch_size=2, max_len=8)
+        return model(ids, layer_kv_caches=tuple(map(EmptyCache, caches)))
+
+    logits, (cache,) = read(model, prompt(9))
+    assert np.isnan(logits).all() and bool(cache.overflowed)
+
+
+def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("traced for a GPU")
+
+    for module, name in (
+        (_pointwise, "lift_mask"),
+        (_pointwise, "lift_score_mod"),
+        (_engine._tile_lists, "lift_bounds"),
+        (_decode, "bind_kernel"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}
+    model = lm(d_model=48, num_kv_heads=3, **kinds)  # heads that the kernel of decoding would serve
+    model.generate(prompt(3), max_new_tokens=2)
+
+    def loss(model, ids):
+        return model.log_probs(ids, padding_mask=ids > 1).mean()
+
+    jax.jit(jax.grad(loss, allow_int=True)).lower(model, prompt(19))
+
+
+def equations(jaxpr):
+    """Their number, those of inner functions each time they are called."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += 1
+        for parameter in equation.params.values():
+            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(value, "jaxpr", value)
+                count += equations(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize(("length", "ratio"), [(64, 1.3), (1024, 2.0)])
+def test_flash_attention_makes_programs_of_training_little_larger(length, ratio):
+    def size(attention_type, num_layers):
+        model = lm(attention_type=attention_type, num_layers=num_layers, num_kv_heads=3)
+        step = jax.grad(lambda model, ids: model.log_probs(ids).mean(), allow_int=True)
+        ids = jax.ShapeDtypeStruct((max(1, 512 // length), length), np.int32)
+        return equations(jax.jit(step).trace(model, ids).jaxpr.jaxpr)
+
+    layer = {kind: size(kind, 2) - size(kind, 1) for kind in ("standard", "flash")}
+    rest = size("standard", 1) - layer["standard"]
+    assert rest + 12 * layer["flash"] <= ratio * (rest + 12 * layer["standard"])
