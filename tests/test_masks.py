@@ -44,54 +44,61 @@ def positions(b, kv):
     return np.stack([POSITIONS, POSITIONS])[b, kv]
 
 
-# Name: (mask, the same in NumPy).
-MASKS = {
-    "causal": (masks.causal(), lambda b, h, q, kv: kv <= q),
-    "lengths": (masks.padding(LENGTHS), lambda b, h, q, kv: kv < LENGTHS[b]),
-    "real tokens": (masks.padding(np.arange(LENGTH) < LENGTHS[:, None]), lambda b, h, q, kv: kv < LENGTHS[b]),
-    "window": (masks.sliding_window(WINDOW), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
-    "array window": (masks.sliding_window(jnp.int32(WINDOW)), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
-    "window of both sides": (masks.sliding_window(WINDOW, causal=False), lambda b, h, q, kv: abs(q - kv) < WINDOW),
-    "prefix": (masks.prefix(PREFIXES), lambda b, h, q, kv: (kv <= q) | (kv < PREFIXES[b])),
-    "documents": (masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] == SORTED[b, kv]),
-    "documents of all rows": (masks.documents(RUNS), lambda b, h, q, kv: RUNS[q] == RUNS[kv]),
-    "shuffled documents": (masks.documents(SHUFFLED), lambda b, h, q, kv: SHUFFLED[b, q] == SHUFFLED[b, kv]),
-    "documents of other keys": (masks.documents(RUNS, SORTED), lambda b, h, q, kv: RUNS[q] == SORTED[b, kv]),
-    "not documents": (~masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] != SORTED[b, kv]),
-    "function": (masks.as_mask(lambda b, h, q, kv: q != kv), lambda b, h, q, kv: q != kv),
-    "all of three": (
-        masks.causal() & masks.padding(LENGTHS) & masks.documents(RUNS),
-        lambda b, h, q, kv: (kv <= q) & (kv < LENGTHS[b]) & (RUNS[q] == RUNS[kv]),
-    ),
-    "either of three": (
-        ~masks.causal() | masks.sliding_window(3) | masks.padding(LENGTHS),
-        lambda b, h, q, kv: (kv > q) | (q - kv < 3) | (kv < LENGTHS[b]),
-    ),
-    "nested": (
-        ~(masks.causal() & ~(masks.documents(SORTED) | ~masks.prefix(PREFIXES)))
-        & (lambda b, h, q, kv: (q + kv) % 3 > 0),
-        lambda b, h, q, kv: ((kv > q) | (SORTED[b, q] == SORTED[b, kv])) & ((q + kv) % 3 > 0),
-    ),
-    "causal at positions": (
-        masks.at_positions(masks.causal(), POSITIONS, POSITIONS),
-        lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) <= positions(b, q)),
-    ),
-    "window at turning positions": (
-        masks.at_positions(masks.sliding_window(WINDOW), np.arange(LENGTH) + 9, RING),
-        lambda b, h, q, kv: (RING[b, kv] <= q + 9) & (q + 9 - RING[b, kv] < WINDOW),
-    ),
-    "present at positions": (masks.at_positions(None, POSITIONS, POSITIONS), lambda b, h, q, kv: positions(b, kv) >= 0),
-    "documents at positions": (
-        masks.at_positions(masks.documents(SORTED), POSITIONS, POSITIONS),
-        lambda b, h, q, kv: (
-            (positions(b, kv) >= 0) & (SORTED[b, np.maximum(positions(b, q), 0)] == SORTED[b, positions(b, kv)])
+@functools.cache  # making them compiles programs: collecting the tests should not
+def all_masks():
+    """Name: (mask, the same in NumPy)."""
+    return {
+        "causal": (masks.causal(), lambda b, h, q, kv: kv <= q),
+        "lengths": (masks.padding(LENGTHS), lambda b, h, q, kv: kv < LENGTHS[b]),
+        "real tokens": (masks.padding(np.arange(LENGTH) < LENGTHS[:, None]), lambda b, h, q, kv: kv < LENGTHS[b]),
+        "window": (masks.sliding_window(WINDOW), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
+        "array window": (masks.sliding_window(jnp.int32(WINDOW)), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
+        "window of both sides": (masks.sliding_window(WINDOW, causal=False), lambda b, h, q, kv: abs(q - kv) < WINDOW),
+        "prefix": (masks.prefix(PREFIXES), lambda b, h, q, kv: (kv <= q) | (kv < PREFIXES[b])),
+        "documents": (masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] == SORTED[b, kv]),
+        "documents of all rows": (masks.documents(RUNS), lambda b, h, q, kv: RUNS[q] == RUNS[kv]),
+        "shuffled documents": (masks.documents(SHUFFLED), lambda b, h, q, kv: SHUFFLED[b, q] == SHUFFLED[b, kv]),
+        "documents of other keys": (masks.documents(RUNS, SORTED), lambda b, h, q, kv: RUNS[q] == SORTED[b, kv]),
+        "not documents": (~masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] != SORTED[b, kv]),
+        "function": (masks.as_mask(lambda b, h, q, kv: q != kv), lambda b, h, q, kv: q != kv),
+        "all of three": (
+            masks.causal() & masks.padding(LENGTHS) & masks.documents(RUNS),
+            lambda b, h, q, kv: (kv <= q) & (kv < LENGTHS[b]) & (RUNS[q] == RUNS[kv]),
         ),
-    ),
-    "not causal at positions": (
-        masks.at_positions(~masks.causal(), POSITIONS, POSITIONS),
-        lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) > positions(b, q)),
-    ),
-}
+        "either of three": (
+            ~masks.causal() | masks.sliding_window(3) | masks.padding(LENGTHS),
+            lambda b, h, q, kv: (kv > q) | (q - kv < 3) | (kv < LENGTHS[b]),
+        ),
+        "nested": (
+            ~(masks.causal() & ~(masks.documents(SORTED) | ~masks.prefix(PREFIXES)))
+            & (lambda b, h, q, kv: (q + kv) % 3 > 0),
+            lambda b, h, q, kv: ((kv > q) | (SORTED[b, q] == SORTED[b, kv])) & ((q + kv) % 3 > 0),
+        ),
+        "causal at positions": (
+            masks.at_positions(masks.causal(), POSITIONS, POSITIONS),
+            lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) <= positions(b, q)),
+        ),
+        "window at turning positions": (
+            masks.at_positions(masks.sliding_window(WINDOW), np.arange(LENGTH) + 9, RING),
+            lambda b, h, q, kv: (RING[b, kv] <= q + 9) & (q + 9 - RING[b, kv] < WINDOW),
+        ),
+        "present at positions": (
+            masks.at_positions(None, POSITIONS, POSITIONS),
+            lambda b, h, q, kv: positions(b, kv) >= 0,
+        ),
+        "documents at positions": (
+            masks.at_positions(masks.documents(SORTED), POSITIONS, POSITIONS),
+            lambda b, h, q, kv: (
+                (positions(b, kv) >= 0) & (SORTED[b, np.maximum(positions(b, q), 0)] == SORTED[b, positions(b, kv)])
+            ),
+        ),
+        "not causal at positions": (
+            masks.at_positions(~masks.causal(), POSITIONS, POSITIONS),
+            lambda b, h, q, kv: (positions(b, kv) >= 0) & (positions(b, kv) > positions(b, q)),
+        ),
+    }
+
+
 EXACT = ("causal", "lengths", "window", "array window", "window of both sides")
 
 
@@ -104,13 +111,13 @@ def read_tiles(many, q_range, kv_range):
 
 @functools.cache
 def formula_of(name):
-    """What a mask of MASKS should be, (2, 1, LENGTH, LENGTH)."""
+    """What that mask should be, (2, 1, LENGTH, LENGTH)."""
     full = 2, 1, LENGTH, LENGTH
-    return np.broadcast_to(MASKS[name][1](*np.indices(full)), full)
+    return np.broadcast_to(all_masks()[name][1](*np.indices(full)), full)
 
 
 def test_a_mask_is_its_formula():
-    for name, array in dense({name: mask for name, (mask, _) in MASKS.items()}, 2, 1, LENGTH, LENGTH).items():
+    for name, array in dense({name: mask for name, (mask, _) in all_masks().items()}, 2, 1, LENGTH, LENGTH).items():
         np.testing.assert_array_equal(array, formula_of(name), err_msg=name)
 
 
@@ -123,8 +130,10 @@ def test_tile_reading_bounds_the_pointwise_reading(data):
     if aligned:  # to the blocks by which ids are summed up
         ranges = [(first // 16 * 16, min(last // 16 * 16 + 15, LENGTH - 1)) for first, last in ranges]
     (q_first, q_last), (kv_first, kv_last) = ranges
-    bounds = read_tiles({name: mask for name, (mask, _) in MASKS.items()}, *(tuple(map(np.int32, x)) for x in ranges))
-    for name in MASKS:
+    bounds = read_tiles(
+        {name: mask for name, (mask, _) in all_masks().items()}, *(tuple(map(np.int32, x)) for x in ranges)
+    )
+    for name in all_masks():
         tile = formula_of(name)[:, 0, q_first : q_last + 1, kv_first : kv_last + 1]
         some, every = (np.broadcast_to(bound, 2) for bound in bounds[name])
         assert (some >= tile.any((1, 2))).all(), name
@@ -136,7 +145,7 @@ def test_tile_reading_bounds_the_pointwise_reading(data):
 
 def test_masks_know_whether_their_tiles_tell_enough():
     opaque = {"real tokens", "function", "nested"}
-    assert {name for name, (mask, _) in MASKS.items() if mask.is_opaque} == opaque
+    assert {name for name, (mask, _) in all_masks().items() if mask.is_opaque} == opaque
 
 
 def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():

@@ -158,7 +158,11 @@ def test_a_mod_is_its_formula(name):
             kernel,
             name,
             id=f"{name}-{kernel_name}",
-            marks=() if kernel is tiles_of_4 and name in (*GRADIENTS_IN_MAKE_TEST, "prefix") else pytest.mark.contract,
+            marks=[pytest.mark.thorough]
+            if kernel is standard_attention
+            else []
+            if name in (*GRADIENTS_IN_MAKE_TEST, "prefix")
+            else [pytest.mark.contract],
         )
         for kernel_name, kernel in (("standard", standard_attention), ("tiles of 4", tiles_of_4))
         for name in ALL

@@ -30,6 +30,12 @@ CASES = {
 QUICK = "causal, fewer queries"
 
 
+def mark_of(name):
+    if name == QUICK:
+        return []
+    return [pytest.mark.contract if name in ("all", "window", "window, fewer keys") else pytest.mark.thorough]
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     make = partial(splash_attention.make_splash_mha_single_device, interpret=True)
@@ -77,9 +83,7 @@ def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
     return results, pullback((cotangent, jnp.zeros_like(results[1])))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == QUICK else pytest.mark.contract) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark_of(name)) for name in CASES])
 def test_results_and_gradients_are_those_of_the_definition(interpreted, name):
     mask, score_mod, seq_q, seq_kv = CASES[name]
     given = *arrays(seq_q, seq_kv), np.float32(0.3)
