@@ -578,8 +578,12 @@ def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
 
 
 def _zero_or_nan(x: Array) -> Array:
-    """0 for each row of numbers, NaN where one of them is not finite: a sum, which a CPU has sooner than `all`."""
-    return (x * 0).sum(-1)
+    """0 for each row of numbers, NaN where one of them is not finite.
+
+    As a product, which a CPU has sooner than `isfinite` and `all`, with a number so small that no sum overflows.
+    """
+    small = jnp.full(x.shape[-1:], 2.0**-100, x.dtype)
+    return lax.dot_general(x, small, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST) * 0
 
 
 def _fill(x: Array, size: int, fill: Any = None) -> Array:
