@@ -346,7 +346,7 @@ class Walk:
 
         def pull(d_scores: Array, gradients: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
             d_raw, gradients = pullbacks[0](d_scores.reshape(shape), gradients)
-            return jnp.where(masked == -jnp.inf, 0, d_raw).reshape(scores.shape), gradients
+            return _tile.select(masked != -jnp.inf, d_raw, 0).reshape(scores.shape), gradients
 
         return masked.reshape(scores.shape), pull
 
@@ -483,7 +483,7 @@ def backward(
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU is half as fast at contracting the first axes of two matrices.
-    query_turned, d_out_turned = (jnp.where(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
+    query_turned, d_out_turned = (_tile.select(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
     unit = 1.0 / _tile.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
@@ -502,7 +502,7 @@ def backward(
                 _flat(_cut(array, q_place, i, tiles.queries), tiles.groups)
                 for array in (query, d_out, lse, delta, fine)
             )
-            query_tile, d_out_tile = (jnp.where(fine_tile[..., None], part, 0) for part in (query_tile, d_out_tile))
+            query_tile, d_out_tile = (_tile.select(fine_tile[..., None], part, 0) for part in (query_tile, d_out_tile))
             scores, pull = _tile.product(query_tile, key_tile, 1, 1), None
             if not is_plain:
                 keep = None if is_full else walk.keep(x, i, j)
@@ -545,8 +545,8 @@ def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Arra
     fine = jnp.isfinite(_zero_or_nan(query) + _zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
     # As a product, not a sum of products: the CPU backend takes 60 times as long for the latter.
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
-    return Rows(query, d_out, lse, jnp.where(fine, delta - d_lse, 0), fine)
+    lse = _tile.select(lse != -jnp.inf, _tile.select(fine, lse, jnp.nan), jnp.inf)
+    return Rows(query, d_out, lse, _tile.select(fine, delta - d_lse, 0), fine)
 
 
 _SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
@@ -625,8 +625,8 @@ def _cut_turned(x: Array, place: Place, tile: Any, tiles: Tiles) -> Array:
 def _cut_keys(keys: Keys, place: Place, tile: Any, tiles: Tiles, spoil: float = 0.0) -> tuple[Array, Array, Array]:
     """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `spoil` stands for keys not fine."""
     key, value, bias = (_flat(_cut(x, place, tile, tiles.keys), tiles.groups) for x in keys)
-    bad = jnp.isnan(bias)[..., None]
-    return jnp.where(bad, spoil, key), jnp.where(bad, 0, value), bias[:, None, :]
+    fine = ~jnp.isnan(bias)[..., None]
+    return _tile.select(fine, key, spoil), _tile.select(fine, value, 0), bias[:, None, :]
 
 
 def _flat(x: Array, groups: int) -> Array:

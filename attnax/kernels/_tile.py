@@ -33,6 +33,7 @@ __all__ = [
     "mask_scores",
     "merge",
     "product",
+    "select",
     "tile_gradients",
     "update",
 ]
@@ -70,7 +71,7 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
     """
     if score_mod is not None:
         # What the mod's derivative is at forbidden pairs must not matter, so they all have the score 0.
-        scores_TS = score_mod(scores_TS if keep is None else jnp.where(keep, scores_TS, 0))
+        scores_TS = score_mod(scores_TS if keep is None else select(keep, scores_TS, 0))
         # Not `>`: a NaN from a mod must be seen, but not where there is no key.
         masked = scores_TS <= jnp.finfo(jnp.float32).min
         if bias is not None:
@@ -79,7 +80,7 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
         scores_TS = scores_TS * LOG2E
     if bias is not None:
         scores_TS = scores_TS + bias
-    return scores_TS if keep is None else jnp.where(keep, scores_TS, -jnp.inf)
+    return scores_TS if keep is None else select(keep, scores_TS, -jnp.inf)
 
 
 def update(
@@ -88,7 +89,7 @@ def update(
     """The state after the keys of one more tile; `masked` says whether its scores may be -inf."""
     peak_T = jnp.maximum(state.max, scores_TS.max(-1))
     # exp2(-inf - -inf) is NaN: a row that attended nothing yet counts from 0.
-    zero_T = jnp.where(peak_T == -jnp.inf, 0, peak_T) if masked else peak_T
+    zero_T = select(peak_T != -jnp.inf, peak_T, 0) if masked else peak_T
     weights_TS = jnp.exp2(scores_TS - zero_T[..., None])
     shrink_T = jnp.exp2(state.max - zero_T)
     sum_T = state.sum * shrink_T + weights_TS.sum(-1)
@@ -100,7 +101,7 @@ def update(
 def merge(left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
     """The state over the keys of both; associative."""
     peak_T = jnp.maximum(left.max, right.max)
-    zero_T = jnp.where(peak_T == -jnp.inf, 0, peak_T)
+    zero_T = select(peak_T != -jnp.inf, peak_T, 0)
     left_T, right_T = jnp.exp2(left.max - zero_T), jnp.exp2(right.max - zero_T)
     return SoftmaxState(
         left.acc * left_T[..., None] + right.acc * right_T[..., None],
@@ -111,9 +112,9 @@ def merge(left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
 
 def finish(state: SoftmaxState) -> tuple[Array, Array]:
     """(out, log-sum-exp in units of log 2): 0 and -inf for a row that attended nothing."""
-    empty_T = state.sum == 0
-    total_T = jnp.where(empty_T, 1, state.sum)
-    return state.acc / total_T[..., None], jnp.where(empty_T, -jnp.inf, state.max + jnp.log2(total_T))
+    any_T = state.sum != 0
+    total_T = select(any_T, state.sum, 1)
+    return state.acc / total_T[..., None], select(any_T, state.max + jnp.log2(total_T), -jnp.inf)
 
 
 def tile_gradients(
@@ -131,10 +132,15 @@ def tile_gradients(
     """
     weights = jnp.exp2(scores - lse)
     if masked:
-        weights = jnp.where(scores == -jnp.inf, 0, weights)
+        weights = select(scores != -jnp.inf, weights, 0)
     if dropout is None:
         return weights, weights * (d_weights - delta)
     return dropout(weights), weights * (dropout(d_weights) - delta)
+
+
+def select(where: Array, x: Array, otherwise: int | float) -> Array:
+    """`x` where that is so, else one number: `jnp.where` in half the equations."""
+    return lax.select(jnp.broadcast_to(where, x.shape), x, lax.full_like(x, otherwise))
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
