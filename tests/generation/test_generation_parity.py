@@ -60,7 +60,7 @@ def test_penalties_and_cuts_leave_the_same_logits(padding):
     prompt, position_ids = ids[:, :half], np.broadcast_to(np.arange(half, dtype=np.int32), (len(ids), half))
     prompt, position_ids = (np.pad(x, ((0, 0), (padding, 0)), constant_values=-1) for x in (prompt, position_ids))
     # One size, padding or not, and numbers that change nothing: more cases share a program.
-    text = write_text(prompt, position_ids, ids[:, half:], ids.shape[1] - half + 3 - padding)
+    text = write_text(prompt, position_ids, ids[:, half:], ids.shape[1] + 3)
     neutral = NEUTRAL | {"temperature": 1.0, "top_k": 99, "min_p": 0.0}
     for case in cases("cut"):
         draw = sampler(case, **neutral).as_arrays(GOLDENS["cut/logits"].shape[-1])
