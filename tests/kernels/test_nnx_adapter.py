@@ -26,18 +26,19 @@ def make_layer(dtype=jnp.float32, seed=0, rngs=None, **options):
     return nnx.MultiHeadAttention(**options, rngs=rngs or nnx.Rngs(seed))
 
 
+def built_layer(dtype=jnp.float32, **options):
+    """The layer with weights made by NumPy."""
+    layer = build(lambda rngs: make_layer(dtype, rngs=rngs, **options))
+    for part in (layer.query, layer.key, layer.value, layer.out):  # `build` takes kernels for matrices
+        kernel = np.asarray(part.kernel[...])
+        fan_in = kernel.shape[0] * (kernel.shape[1] if part is layer.out else 1)
+        part.kernel[...] = jnp.asarray(kernel * np.float32((kernel.shape[1] / fan_in) ** 0.5))
+    return layer
+
+
 def make_pair(dtype=jnp.float32, adapter=None, **options):
     """Flax's layer, and the same parameters over our kernel."""
-
-    def made(**more):
-        layer = build(lambda rngs: make_layer(dtype, rngs=rngs, **options, **more))
-        for part in (layer.query, layer.key, layer.value, layer.out):  # `build` takes kernels for matrices
-            kernel = np.asarray(part.kernel[...])
-            fan_in = kernel.shape[0] * (kernel.shape[1] if part is layer.out else 1)
-            part.kernel[...] = jnp.asarray(kernel * np.float32((kernel.shape[1] / fan_in) ** 0.5))
-        return layer
-
-    return made(), made(attention_fn=adapter or nnx_attention_fn())
+    return built_layer(dtype, **options), built_layer(dtype, attention_fn=adapter or nnx_attention_fn(), **options)
 
 
 def inputs(*shape, dtype=jnp.float32, seed=1):
@@ -133,7 +134,7 @@ def test_decoding_with_flax_cache_matches_flax(dtype):
     x = inputs(BATCH, LENGTH, WIDTH, dtype=dtype)
     for layer in (theirs, ours):
         layer.init_cache(x.shape, dtype)
-    whole = make_layer(dtype, attention_fn=nnx_attention_fn(mask=masks.causal()))(x)
+    whole = built_layer(dtype, attention_fn=nnx_attention_fn(mask=masks.causal()))(x)
     for index in range(LENGTH):
         token = x[:, index : index + 1]
         out = ours(token)
@@ -164,7 +165,8 @@ def test_dropout_is_off_when_deterministic():
     theirs, ours = make_pair(dropout_rate=0.3, deterministic=True)
     x = inputs(BATCH, LENGTH, WIDTH)
     assert difference(ours(x), theirs(x)) <= 2e-6
-    assert difference(ours(x), make_layer(attention_fn=nnx_attention_fn())(x)) == 0
+    with_dropout = make_layer(attention_fn=nnx_attention_fn(), dropout_rate=0.3, deterministic=True)
+    assert difference(with_dropout(x), make_layer(attention_fn=nnx_attention_fn())(x)) == 0
 
 
 @pytest.mark.thorough
