@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ class Case:
             (self.batch, self.num_kv_heads, self.seq_kv, self.value_dim),
             (self.batch, self.num_heads, self.seq_q, self.value_dim),
         )
-        return tuple(jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes)
+        return tuple(jax.device_put(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes)
 
     def dense(self):
         """The mask as a NumPy array (B, N, T, S), or None."""

@@ -19,11 +19,11 @@ def build(make, seed=0):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(int(rng.integers(2**31)))
         if not np.issubdtype(np.dtype(leaf.dtype), np.inexact) and leaf.dtype != jnp.bfloat16:
-            return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
         values = rng.normal(size=leaf.shape)
         if len(leaf.shape) >= 2:
-            return jnp.asarray((values / np.sqrt(leaf.shape[-2])).astype(leaf.dtype))
+            return jax.device_put((values / np.sqrt(leaf.shape[-2])).astype(leaf.dtype))
         is_scale = any(getattr(key, "key", getattr(key, "name", None)) == "scale" for key in path)
-        return jnp.asarray((is_scale + 0.1 * values).astype(leaf.dtype))
+        return jax.device_put((is_scale + 0.1 * values).astype(leaf.dtype))
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, abstract))

@@ -78,7 +78,7 @@ def draw_mask(rng, kind, lengths):
     ids = np.zeros((ROWS, SLOTS), np.int32)
     if kind == "documents":
         ids = np.cumsum(rng.random((ROWS, SLOTS)) < 0.2, axis=1).astype(np.int32)
-    window = jnp.asarray(np.int32(rng.integers(1, 7) if kind == "window" else LENGTH))
+    window = jax.device_put(np.int32(rng.integers(1, 7) if kind == "window" else LENGTH))
 
     def mask(length):  # arrays in it know every position there may be
         near = masks.documents(ids[:, :length]) & masks.sliding_window(window, causal=False)
@@ -184,7 +184,7 @@ def test_a_window_needs_the_memory_of_the_window(position, kind):
 
 
 def ones(*shape):
-    return jnp.asarray(np.ones(shape, np.float32))
+    return jax.device_put(np.ones(shape, np.float32))
 
 
 def keys_values(seed, length, batch=1):

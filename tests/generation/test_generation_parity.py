@@ -108,14 +108,14 @@ def searches():
 
 @pytest.mark.parametrize("group", searches())
 def test_beam_search_finds_the_same_texts(group):
-    ids = jnp.asarray(GOLDENS["table/ids"])
+    ids = jax.device_put(GOLDENS["table/ids"])
     for case in group:
         options = {name: case[name] for name in ("max_new_tokens", "end_token")}
         beams = beam_search(
             table_step,
-            jnp.asarray(GOLDENS["table/tables"]),
+            jax.device_put(GOLDENS["table/tables"]),
             make_request(ids, vocab_size=17, sampler=sampler(case, **NEUTRAL), **options),
-            jnp.asarray(np.zeros((len(ids), 1), np.int32)),
+            jax.device_put(np.zeros((len(ids), 1), np.int32)),
             num_beams=case["num_beams"],
             max_new_tokens=case["max_new_tokens"],
             length_penalty=jnp.float32(case["length_penalty"]),
@@ -173,7 +173,7 @@ def test_greedy_texts_and_log_probabilities_are_the_same(case, gpt2):
     )
     ends = len(case["end_token"] + case["stop_sequences"])
     generation = gpt2.generate(
-        jnp.asarray(GOLDENS["greedy/ids"]),
+        jax.device_put(GOLDENS["greedy/ids"]),
         padding_mask=GOLDENS["greedy/real"] if case["padded"] else None,
         max_new_tokens=tokens.shape[1],
         sampler=sampler(case, **NEUTRAL),
@@ -191,7 +191,7 @@ def test_greedy_texts_and_log_probabilities_are_the_same(case, gpt2):
 @pytest.mark.parametrize("case", parameters("beam", lambda case: case["num_beams"] != 3 and pytest.mark.thorough))
 def test_beam_search_of_a_transformer_finds_the_same_texts(case, gpt2):
     beams = gpt2.beam_search(
-        jnp.asarray(GOLDENS["beam/ids"]),
+        jax.device_put(GOLDENS["beam/ids"]),
         padding_mask=GOLDENS["beam/real"] if case["padded"] else None,
         sampler=sampler(case, **NEUTRAL),
         length_penalty=float(case["length_penalty"]),

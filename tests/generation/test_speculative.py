@@ -40,7 +40,7 @@ def near(model):
     graphdef, state = nnx.split(model)
     return nnx.merge(
         graphdef,
-        jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * rng.normal(1, 0.3, x.shape).astype(np.float32)), state),
+        jax.tree.map(lambda x: jax.device_put(np.asarray(x) * rng.normal(1, 0.3, x.shape).astype(np.float32)), state),
     )
 
 
@@ -163,13 +163,13 @@ SAMPLERS = {  # the options that it does not give are neutral: one program
 def write_rows(sampler, seed, step=read_table, rows=ROWS):
     """Numbers that stand for the texts of so many rows after a prompt of 0, drafted two tokens at a time."""
     request = generation.make_request(
-        jnp.asarray(np.zeros((rows, 1), np.int32)),
+        jax.device_put(np.zeros((rows, 1), np.int32)),
         vocab_size=VOCABULARY,
         max_new_tokens=LENGTH,
         sampler=sampler,
         key=jax.random.key(seed),
     )
-    caches = [Forgetful(jnp.asarray(np.zeros(rows, np.int32))) for _ in range(2)]
+    caches = [Forgetful(jax.device_put(np.zeros(rows, np.int32))) for _ in range(2)]
     drafting = generation.Draft(read_table, jnp.asarray(DRAFT_TABLE))
     written, _, _ = speculative.generate_with_draft(
         step, jnp.asarray(TABLE), request, *(caches[0], drafting, caches[1]), max_new_tokens=LENGTH, num_draft_tokens=2

@@ -195,12 +195,12 @@ class Bias(nnx.Module):
 
 def captured_arrays():
     """Name: (array, function of it that returns a score mod)."""
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(9).standard_normal(shape, np.float32))
+    normal = lambda *shape: jax.device_put(np.random.default_rng(9).standard_normal(shape, np.float32))
     return {
         "per head": (normal(6), lambda x: lambda s, b, h, q, kv: s * jnp.exp(x[h])),
         "per key": (normal(6, 13), lambda x: lambda s, b, h, q, kv: s + x[h, kv]),
         "dense": (normal(2, 6, 13, 13), lambda x: lambda s, b, h, q, kv: s + x[b, h, q, kv]),
-        "scalar": (jnp.asarray(np.float32(-0.7)), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
+        "scalar": (jax.device_put(np.float32(-0.7)), lambda x: lambda s, b, h, q, kv: jnp.tanh(s / x) * x),
         "by bucket": (normal(6, 4), lambda x: lambda s, b, h, q, kv: s + x[h, jnp.clip(q - kv, 0, 3)]),
         "where the score says": (normal(3), lambda x: lambda s, b, h, q, kv: s + x[jnp.where(s > 0, 1, 2)]),
         "complex": (
@@ -401,11 +401,11 @@ def test_equal_calls_outside_of_jit_compile_once(count_compilations):
         mod = lambda scores, b, h, q, kv: scores - slope * abs(q - kv)
         return flash_attention(x, x, x, mask=masks.sliding_window(window), score_mod=mod)
 
-    call(8, jnp.asarray(np.float32(1.0)))
+    call(8, jax.device_put(np.float32(1.0)))
     del count_compilations[:]
-    call(8, jnp.asarray(np.float32(2.0)))
+    call(8, jax.device_put(np.float32(2.0)))
     assert not count_compilations
-    call(9, jnp.asarray(np.float32(2.0)))
+    call(9, jax.device_put(np.float32(2.0)))
     assert count_compilations
 
 

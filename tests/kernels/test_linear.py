@@ -43,7 +43,7 @@ def arrays(shape="grouped", seed=0, dtype=jnp.float32):
         (batch, heads, seq_q, value_dim),
     )
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(size, np.float32).astype(dtype)) for size in sizes]
+    return [jax.device_put(rng.standard_normal(size, np.float32).astype(dtype)) for size in sizes]
 
 
 def keep_of(query, key, causal, lengths=None):

@@ -47,7 +47,7 @@ def arrays(shape="grouped", seed=0, dtype=jnp.float32):
         (batch, heads, length, value_dim),
     )
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(size, np.float32).astype(dtype)) for size in sizes]
+    return [jax.device_put(rng.standard_normal(size, np.float32).astype(dtype)) for size in sizes]
 
 
 def attend(query, key, value, gate, **options):

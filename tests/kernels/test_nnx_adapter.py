@@ -42,26 +42,26 @@ def make_pair(dtype=jnp.float32, adapter=None, **options):
 
 
 def inputs(*shape, dtype=jnp.float32, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
 
 
 def padding_array(dtype):
     real = np.arange(LENGTH) < np.array([[11], [5]])
-    return jnp.asarray(np.broadcast_to(real[:, None, None], (BATCH, 1, LENGTH, LENGTH)).astype(dtype))
+    return jax.device_put(np.broadcast_to(real[:, None, None], (BATCH, 1, LENGTH, LENGTH)).astype(dtype))
 
 
 CALLS = {
     "full": {},
     "is_causal": {"is_causal": True},
     "causal mask of floats": {
-        "mask": jnp.asarray(np.broadcast_to(np.tri(LENGTH, dtype=np.float32), (BATCH, 1, LENGTH, LENGTH)))
+        "mask": jax.device_put(np.broadcast_to(np.tri(LENGTH, dtype=np.float32), (BATCH, 1, LENGTH, LENGTH)))
     },
     "causal mask of booleans": {
-        "mask": jnp.asarray(np.broadcast_to(np.tri(LENGTH, dtype=bool), (BATCH, 1, LENGTH, LENGTH)))
+        "mask": jax.device_put(np.broadcast_to(np.tri(LENGTH, dtype=bool), (BATCH, 1, LENGTH, LENGTH)))
     },
     "mask of integers": {"mask": padding_array(jnp.int32)},
     "is_causal and a mask": {"mask": padding_array(jnp.float32), "is_causal": True},
-    "mask of every head": {"mask": jnp.asarray(np.indices((BATCH, HEADS, LENGTH, LENGTH)).sum(0) % 3)},
+    "mask of every head": {"mask": jax.device_put(np.indices((BATCH, HEADS, LENGTH, LENGTH)).sum(0) % 3)},
 }
 calls = pytest.mark.parametrize("call", CALLS)
 
@@ -101,7 +101,7 @@ def test_self_attention_matches_flax(dtype, call):
 def test_cross_attention_matches_flax(dtype, options):
     theirs, ours = make_pair(dtype, in_kv_features=7, **options)
     x, y = inputs(BATCH, LENGTH, WIDTH, dtype=dtype), inputs(BATCH, KEYS, 7, dtype=dtype, seed=2)
-    keys = jnp.asarray(np.arange(KEYS) < np.array([11, 5]).reshape(BATCH, 1, 1, 1))
+    keys = jax.device_put(np.arange(KEYS) < np.array([11, 5]).reshape(BATCH, 1, 1, 1))
     variants = {}, {"mask": keys}, {"is_causal": True}
     run = nnx.jit(lambda *layers: [[layer(x, y, **call) for call in variants] for layer in layers])
     for out, expected in zip(*run(ours, theirs), strict=True):
@@ -147,7 +147,7 @@ def test_decoding_with_flax_cache_matches_flax(dtype):
 def test_other_numbers_of_batch_axes(batch):
     layer = make_layer(attention_fn=nnx_attention_fn())
     x = inputs(*batch, LENGTH, WIDTH)
-    mask = jnp.asarray(np.arange(LENGTH) < 1 + np.arange(np.prod(batch, dtype=int)).reshape(*batch, 1, 1, 1))
+    mask = jax.device_put(np.arange(LENGTH) < 1 + np.arange(np.prod(batch, dtype=int)).reshape(*batch, 1, 1, 1))
     out = layer(x, mask=mask)
     rows = zip(x.reshape(-1, LENGTH, WIDTH), mask.reshape(-1, 1, 1, LENGTH), strict=True)
     expected = jnp.stack([layer(row[None], mask=keep[None])[0] for row, keep in rows])

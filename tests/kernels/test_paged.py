@@ -40,7 +40,7 @@ def texts():
 
 @functools.cache
 def queries():
-    return jnp.asarray(np.random.default_rng(1).standard_normal((BATCH, HEADS, QUERIES, KEY_DIM), np.float32))
+    return jax.device_put(np.random.default_rng(1).standard_normal((BATCH, HEADS, QUERIES, KEY_DIM), np.float32))
 
 
 def make_cache(key, value, lengths=LENGTHS, *, block_size=3, spare=11, elsewhere=np.nan):
@@ -55,7 +55,7 @@ def make_cache(key, value, lengths=LENGTHS, *, block_size=3, spare=11, elsewhere
         for t in range(length):
             for pool, text in zip(pools, (key, value), strict=True):
                 pool[table[row, t // block_size], t % block_size] = text[row, :, t]
-    overflowed = jnp.asarray(np.zeros(len(lengths), bool))
+    overflowed = jax.device_put(np.zeros(len(lengths), bool))
     return PagedKVCache(*map(jnp.asarray, (*pools, table, np.asarray(lengths, np.int32))), overflowed)
 
 
@@ -66,7 +66,7 @@ def filled(block_size=3):
 
 def new_tokens(text, num=QUERIES):
     """The tokens of each row behind those in the cache."""
-    return jnp.asarray(np.stack([text[row, :, length : length + num] for row, length in enumerate(LENGTHS)]))
+    return jax.device_put(np.stack([text[row, :, length : length + num] for row, length in enumerate(LENGTHS)]))
 
 
 def expected(query, starts, ends, mask=None, score_mod=None, text=None, **options):

@@ -37,11 +37,11 @@ T, S = 37, 53
 def arrays(dtype=jnp.float32, seq_q=T, seq_kv=S, head_dim=20, value_dim=24):
     """query, key, value and cotangent of 2 rows, 6 heads and 2 key heads, in tiles that do not fit."""
     shapes = (2, 6, seq_q, head_dim), (2, 2, seq_kv, head_dim), (2, 2, seq_kv, value_dim), (2, 6, seq_q, value_dim)
-    return tuple(jnp.asarray(np.asarray(normal(*shape, seed=i)).astype(dtype)) for i, shape in enumerate(shapes))
+    return tuple(jax.device_put(np.asarray(normal(*shape, seed=i)).astype(dtype)) for i, shape in enumerate(shapes))
 
 
 def normal(*shape, seed=9):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def lowered(function, *arguments):
@@ -117,10 +117,10 @@ def learned_arrays():
         "T5": (normal(8, 6), lambda x: score_mods.relative_bias_mod(x, max_distance=20), T, S),
         "clipped": (normal(6, 17), score_mods.relative_table_mod, T, S),
         "slopes": (normal(6), score_mods.Alibi, T, S),
-        "cap": (jnp.asarray(np.float32(1.7)), score_mods.soft_cap_mod, T, S),
+        "cap": (jax.device_put(np.float32(1.7)), score_mods.soft_cap_mod, T, S),
         "half of the heads": (normal(3, 5), lambda x: lambda s, b, h, q, kv: s + x[h // 2, (q + kv) % 5], T, S),
         "bfloat16": (
-            jnp.asarray(np.asarray(normal(6, 7)).astype(jnp.bfloat16)),
+            jax.device_put(np.asarray(normal(6, 7)).astype(jnp.bfloat16)),
             lambda x: lambda s, b, h, q, kv: s + x[h, q % 7],
             T,
             S,
@@ -558,6 +558,6 @@ class TestDecode:
             )
             return _decode.decode(call, interpret=True)
 
-        scale = jnp.asarray(np.float32(0.25))
+        scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, stored, jnp.asarray(positions)), want, strict=True):
             np.testing.assert_allclose(have, expected, atol=2e-6)

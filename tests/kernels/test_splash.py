@@ -164,7 +164,7 @@ def test_equal_calls_make_equal_masks():
 REFUSED = {
     "a score mod": ({"score_mod": alibi_mod(4)}, {}, "no score mod but a soft cap of known size"),
     "a learned cap": (
-        {"score_mod": soft_cap_mod(jnp.asarray(np.float32(3.0)))},
+        {"score_mod": soft_cap_mod(jax.device_put(np.float32(3.0)))},
         {},
         "no score mod but a soft cap of known size",
     ),
@@ -175,7 +175,7 @@ REFUSED = {
     "large values": ({}, {"sizes": (8, 257)}, "at most 256"),
     "padding": ({"mask": masks.padding(np.array([3, 5]))}, {}, "no masks but causal ones"),
     "a window both ways": ({"mask": masks.sliding_window(5, causal=False)}, {}, "no masks but causal ones"),
-    "a traced window": ({"mask": masks.sliding_window(jnp.asarray(np.int32(5)))}, {}, "no masks but causal ones"),
+    "a traced window": ({"mask": masks.sliding_window(jax.device_put(np.int32(5)))}, {}, "no masks but causal ones"),
     "causal and more": ({"mask": masks.causal() & (lambda b, h, q, kv: q != kv)}, {}, "no masks but causal ones"),
 }
 

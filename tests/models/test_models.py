@@ -210,7 +210,7 @@ def test_given_positions_and_a_padding_mask_agree():
 def test_nan_in_padding_does_not_reach_real_tokens():
     model = build(lambda rngs: TransformerLM(rngs, dataclasses.replace(CONFIG, tie_embeddings=False)))
     table = model.decoder.embed.tokens.embedding
-    table[...] = jnp.asarray(np.where(np.arange(23)[:, None] == 22, np.nan, table[...]))
+    table[...] = jax.device_put(np.where(np.arange(23)[:, None] == 22, np.nan, table[...]))
     ids = np.array([[22, 22, 1, 2, 3]])
     real = np.array([[False, False, True, True, True]])
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -264,7 +264,7 @@ class TestOverflow:
         model = make(VARIANTS["gpt-like"])
         positions = np.where(np.arange(40) < 19, np.arange(40), -1)[None].astype(np.int32)
         caches = tuple(
-            dataclasses.replace(cache, length=jnp.asarray(np.int32(19)), positions=jnp.asarray(positions))
+            dataclasses.replace(cache, length=jax.device_put(np.int32(19)), positions=jnp.asarray(positions))
             for cache in caches_of(model.decoder.config, batch_size=1, max_len=40)
         )
         with pytest.raises(ValueError, match="positions must be at least 0 and below 19; got 19"):
@@ -272,7 +272,7 @@ class TestOverflow:
 
     @pytest.mark.usefixtures("unchecked_shapes")
     def test_wrong_shapes_are_refused_in_words(self):
-        new = jnp.asarray(np.ones((1, 1, 3, 4), np.float32))
+        new = jax.device_put(np.ones((1, 1, 3, 4), np.float32))
         with pytest.raises(ValueError, match=r"keys_new must have shape .*\(1, 1, 3, 2\); got \(1, 1, 3, 4\)"):
             attnax.update_kv_layer_cache(self.cache(), new, new)
         with pytest.raises(ValueError, match="max_len must be at least 1; got max_len=0"):

@@ -19,7 +19,7 @@ BASE = {"d_model": 12, "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "dropou
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def attention(**options):
@@ -229,10 +229,10 @@ def test_layers_of_one_config_are_one_program():
 def test_attention_dropout_drops_weights_and_nothing_else():
     """Values that are all the same: without dropout every mixture of them is that value."""
     attn = attention(attention_dropout_rate=0.5, use_bias=True)
-    attn.value.kernel[...] = jnp.asarray(np.zeros(attn.value.kernel.shape, np.float32))
-    attn.value.bias[...] = jnp.asarray(np.ones(attn.value.bias.shape, np.float32))
-    attn.out.kernel[...] = jnp.asarray(np.eye(24, 12, dtype=np.float32))
-    attn.out.bias[...] = jnp.asarray(np.zeros(12, np.float32))
+    attn.value.kernel[...] = jax.device_put(np.zeros(attn.value.kernel.shape, np.float32))
+    attn.value.bias[...] = jax.device_put(np.ones(attn.value.bias.shape, np.float32))
+    attn.out.kernel[...] = jax.device_put(np.eye(24, 12, dtype=np.float32))
+    attn.out.bias[...] = jax.device_put(np.zeros(12, np.float32))
     x = normal(1, 1, 101, 12)
     np.testing.assert_allclose(call(attn, x), 1.0, atol=1e-6)
     train = nnx.jit(lambda attn, key: attn(x, deterministic=False, rngs=nnx.Rngs(dropout=key)))
@@ -312,7 +312,7 @@ def scaled_by(slopes):
 
 
 def test_a_stored_score_mod_may_not_hide_arrays():
-    ones = jnp.asarray(np.ones(6, np.float32))
+    ones = jax.device_put(np.ones(6, np.float32))
     for held in (nnx.Param(ones), ones, [nnx.Param(ones)]):
         with pytest.raises(ValueError, match="must not close over arrays, which get no gradient"):
             MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=scaled_by(held))

@@ -220,7 +220,7 @@ class TestPositions:
         table = model.positions.embedding
         assert table.shape == (1 + PATCHES, 12)
         before = np.asarray(embed(model))
-        table[...] = jnp.asarray(np.asarray(table[...]) + np.arange(1, 12, dtype=np.float32)[:, None])
+        table[...] = jax.device_put(np.asarray(table[...]) + np.arange(1, 12, dtype=np.float32)[:, None])
         moved = (np.asarray(embed(model)) - before)[0, :, 0]
         np.testing.assert_allclose(moved, [1, 0, 0, *range(2, 12)], atol=1e-5)
 

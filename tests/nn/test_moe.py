@@ -45,7 +45,7 @@ ACTIVATIONS = {  # of NumPy or JAX, as xp
 
 
 def normal(seed, *shape, dtype="float32", size=1.0):
-    return jnp.asarray(size * np.random.default_rng(seed).normal(size=shape), dtype)
+    return jax.device_put((size * np.random.default_rng(seed).normal(size=shape)).astype(dtype))
 
 
 @cache
@@ -206,8 +206,8 @@ def test_nothing_is_dropped_when_all_tokens_choose_one_expert():
 @pytest.mark.parametrize("router_type", ["softmax", "sigmoid"])
 def test_statistics_of_a_router_that_knows_nothing(router_type):
     run, params, _ = make(router_type=router_type, use_bias=("router",))
-    params["router"]["kernel"][...] = jnp.asarray(np.zeros((D_MODEL, EXPERTS), np.float32))
-    params["router"]["bias"][...] = jnp.asarray(np.zeros(EXPERTS, np.float32))
+    params["router"]["kernel"][...] = jax.device_put(np.zeros((D_MODEL, EXPERTS), np.float32))
+    params["router"]["bias"][...] = jax.device_put(np.zeros(EXPERTS, np.float32))
     _, aux = run(params, normal(99, *TOKENS, D_MODEL))
     assert {value.dtype for value in aux.values()} == {jnp.dtype("float32")}
     np.testing.assert_allclose(aux["load_balance_loss"], 1.0, rtol=1e-6)
@@ -220,7 +220,7 @@ def test_sigmoid_weights_that_underflow_still_sum_to_one():
     run, params, _ = make(router_type="sigmoid", use_bias=("router",))
     x = normal(99, *TOKENS, D_MODEL)
     softmax, _, _ = make(use_bias=("router",))
-    params["router"]["bias"][...] = jnp.asarray(np.full(EXPERTS, -500, np.float32))
+    params["router"]["bias"][...] = jax.device_put(np.full(EXPERTS, -500, np.float32))
     # So far down a sigmoid is an exponential, and renormalised ones are a softmax.
     assert_close(run(params, x)[0], softmax(params, x)[0], 1e-4)
 
@@ -249,7 +249,7 @@ def test_cost_follows_the_choices_and_not_the_experts():
         numbers = []
         for num_experts, num_rows in cases:
             choices = np.random.default_rng(0).integers(0, num_experts, num_rows)
-            sizes = jnp.asarray(np.bincount(choices, minlength=num_experts))
+            sizes = jax.device_put(np.bincount(choices, minlength=num_experts))
             numbers.append(make_tiles(sizes, num_rows, tile_length(num_rows, num_experts)).used)
         return numbers
 
@@ -320,7 +320,7 @@ class TestRandomness:
 
     def test_jitter_stays_within_its_rate(self):
         run, params, _ = make(router_jitter=0.25, num_experts=1, top_k=1)
-        params["router"]["kernel"][...] = jnp.asarray(np.eye(D_MODEL, 1, dtype=np.float32))
+        params["router"]["kernel"][...] = jax.device_put(np.eye(D_MODEL, 1, dtype=np.float32))
         x = np.ones((1, D_MODEL), np.float32)
         factors = [float(run(params, x, jax.random.key(seed))[1]["router_z_loss"]) for seed in range(97)]
         assert 0.75**2 <= min(factors) < 0.8**2 and 1.2**2 < max(factors) <= 1.25**2
@@ -346,7 +346,7 @@ class TestRandomness:
         fields = {"d_model": 1, "d_ff": 997, "num_experts": 1, "top_k": 1, "ff_activation": "relu", "use_bias": False}
         moe = build(lambda rngs: MixtureOfExperts(rngs, **fields, dropout_rate=0.25))
         moe.up[...], moe.down[...] = (
-            jnp.asarray(np.full(shape, value, np.float32))
+            jax.device_put(np.full(shape, value, np.float32))
             for shape, value in (((1, 1, 997), 1), ((1, 997, 1), 1 / 997))
         )
         train = nnx.jit(lambda moe, x: moe(x, deterministic=False, rngs=nnx.Rngs(1))[0])

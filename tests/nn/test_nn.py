@@ -20,11 +20,11 @@ attention = nn.MultiHeadAttention
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def ones(*shape):
-    return jnp.asarray(np.ones(shape, np.float32))
+    return jax.device_put(np.ones(shape, np.float32))
 
 
 def make_attention(**fields):
@@ -53,7 +53,7 @@ def test_attention_equals_the_reference(cross):
     x, context = normal(1, 2, 5, 11), normal(2, 2, 7, 11) if cross else None
     source = x if context is None else context
     mask = np.arange(source.shape[1]) != 2
-    whole = jnp.asarray(np.broadcast_to(mask, (2, 5, source.shape[1])))
+    whole = jax.device_put(np.broadcast_to(mask, (2, 5, source.shape[1])))
 
     @nnx.jit
     def run(attns, params):
@@ -119,7 +119,7 @@ def test_score_mods_of_construction_and_call_apply_in_order():
 
 
 def test_arrays_of_a_stored_score_mod_are_state_of_the_layer():
-    bias = jnp.asarray(np.array([0.1, -0.2, 0.3], np.float32))
+    bias = jax.device_put(np.array([0.1, -0.2, 0.3], np.float32))
     graphdef, state = nnx.split(attention(nnx.Rngs(0), in_features=12, num_heads=3, score_mod=HeadBias(bias)))
     x = normal(1, 1, 5, 12)
     assert any(leaf.shape == (3,) for leaf in jax.tree.leaves(state))
@@ -256,7 +256,7 @@ def test_sinusoids_are_those_of_the_paper():
 def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
     learned = build(lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=4))
     positions = nn.PositionalEncoding(7, 4) if kind == "sinusoids" else learned
-    x = jnp.asarray(np.zeros((1, 3, 4), np.float32))
+    x = jax.device_put(np.zeros((1, 3, 4), np.float32))
 
     @nnx.jit
     def run(positions, start):

@@ -19,7 +19,7 @@ VISION = {"image_size": (4, 6), "patch_size": 2, "num_channels": 1, "num_layers"
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(3).normal(size=shape).astype(np.float32))
 
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

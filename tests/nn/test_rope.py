@@ -40,7 +40,7 @@ some_scalings = pytest.mark.parametrize(
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def llama3(frequency, scaling):
