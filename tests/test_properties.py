@@ -1,6 +1,6 @@
 """Any mask, on every kernel: values and gradients are those of float64. Masks' parameters are traced: 40 programs.
 
-`make test` tries each mask on one kernel, 25 times; `make test-properties` tries it on every kernel, 50 times.
+`make test` tries each mask on one kernel, 25 times; `make properties` tries it on every kernel, 50 times.
 """
 
 import functools

@@ -127,7 +127,7 @@ class TransformerLM(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
-        """Continues each prompt, in one compiled program; later calls of the same shape compile nothing.
+        """Continues each prompt, in two compiled programs, which serve prompts of other lengths too.
 
         Args:
             prompt_ids: (batch, T).

@@ -177,7 +177,7 @@ class Transformer(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
-        """Writes a target for each source, in one compiled loop; later calls of the same shape compile nothing.
+        """Writes a target for each source, in two compiled programs, which serve sources of other lengths too.
 
         Args:
             source_ids: (batch, S).

@@ -20,7 +20,7 @@ from jax.test_util import check_grads
 from attnax import masks
 from attnax.kernels._dropout import dropout_words, keep_weights
 
-# What `make test` runs; the rest of the table is for `make test-contract`.
+# What `make test` runs; the rest of the table is for `make contract`.
 QUICK = {
     "tiles of 4": ("cross", "no key", "array of a head axis"),
     "flash": ("score mod & causal", "no query"),
