@@ -95,8 +95,11 @@ def draw_chunks(rng, lengths, whole):
     )
     yield PREFILL, first
     done += first
+    left = (SLOTS - PREFILL) // CHUNK  # chunks that a cache has slots for, padding included
     while (done < lengths).any():
+        left -= 1
         counts = np.minimum(rng.integers(0, CHUNK + 1, ROWS), lengths - done)
+        counts = np.maximum(counts, lengths - done - CHUNK * left)
         done += counts
         yield CHUNK, counts
 
