@@ -201,9 +201,8 @@ def _prepare(
 ) -> tuple[Request, CachePlan, int]:
     """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
     config = writer.config
-    if np.ndim(prompt_ids) != 2:
-        prompt_ids = jnp.asarray(prompt_ids)
-    length = padded_length(max(1, prompt_ids.shape[-1]))
+    prompt_ids = prompt_ids if hasattr(prompt_ids, "shape") else np.asarray(prompt_ids)
+    length = padded_length(max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1))
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,

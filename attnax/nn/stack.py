@@ -209,11 +209,14 @@ def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
-    """Whether a call needs randomness."""
+    """Whether a call may need randomness; of a user's modules that is not known."""
     return any(
-        isinstance(layer, Dropout)
-        and layer.rate > 0.0
-        and not (layer.deterministic if deterministic is None else deterministic)
+        not type(layer).__module__.startswith(("attnax.", "flax."))
+        or (
+            isinstance(layer, Dropout)
+            and layer.rate > 0.0
+            and not (layer.deterministic if deterministic is None else deterministic)
+        )
         for _, layer in nnx.iter_modules(module)
     )
 

@@ -225,3 +225,26 @@ def test_equal_layers_are_traced_once_and_keep_what_they_write():
     assert [int(block.calls[...]) for block in stack.blocks] == [1] * 4
     np.testing.assert_allclose(stack.blocks[-1].seen[0], np.asarray(hidden).sum(), rtol=1e-5)
     assert len({float(block.seen[0]) for block in stack.blocks}) == 4
+
+
+class Noisy(EncoderBlock):
+    """Draws though it holds no dropout."""
+
+    def run(self, x, *, rngs=None, **options):
+        out = super().run(x, **options)
+        return out._replace(hidden=out.hidden + jax.random.normal(rngs.dropout(), (1, 1, 1)))
+
+
+def test_a_block_by_a_user_gets_randomness_of_its_own_in_every_layer():
+    config = dataclasses.replace(CONFIG, num_layers=2, layer_pattern=())
+    graphdef, state = nnx.split(build(lambda rngs: Stack(rngs, config, Noisy)))
+
+    @jax.jit
+    def run(state, x, key):
+        stack, rngs = nnx.merge(graphdef, state), nnx.Rngs(dropout=key)
+        return stack.run(x, rngs=rngs, deterministic=True).hidden
+
+    x = np.ones((1, 3, config.d_model), np.float32)
+    one, again, other = (np.asarray(run(state, x, jax.random.key(seed))) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert abs(one - other).min() > 1e-3
