@@ -75,7 +75,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
 
 bench-first-token: $(VENV)/.train
-	$(BIN)/python benchmarks/first_token.py
+	$(BIN)/python benchmarks/first_token.py --markdown docs/first-token-cpu.md
 
 bench-train: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

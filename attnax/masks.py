@@ -84,6 +84,11 @@ class Mask:
         """
         return True, False
 
+    @property
+    def num_positions(self) -> int | None:
+        """How many positions the mask's arrays know; None if it serves any number."""
+        return None
+
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError if the mask holds arrays that do not fit (B, N, T, S) = `full`."""
 
@@ -124,6 +129,11 @@ class And(Mask):
         right_any, right_all = self.right.tile(b, h, q_range, kv_range)
         return jnp.logical_and(left_any, right_any), jnp.logical_and(left_all, right_all)
 
+    @property
+    def num_positions(self) -> int | None:
+        known = [n for n in (self.left.num_positions, self.right.num_positions) if n is not None]
+        return min(known, default=None)
+
     def check(self, caller: str, full: Full) -> None:
         self.left.check(caller, full)
         self.right.check(caller, full)
@@ -145,6 +155,10 @@ class Not(Mask):
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         some, every = self.mask.tile(b, h, q_range, kv_range)
         return jnp.logical_not(every), jnp.logical_not(some)
+
+    @property
+    def num_positions(self) -> int | None:
+        return self.mask.num_positions
 
     def check(self, caller: str, full: Full) -> None:
         self.mask.check(caller, full)
@@ -198,6 +212,10 @@ class Documents(Mask):
         some = (q_least <= kv_most) & (kv_least <= q_most)
         return some, (q_least == kv_most) & (kv_least == q_most)
 
+    @property
+    def num_positions(self) -> int | None:
+        return min(self.q_ids.shape[1], self.kv_ids.shape[1])
+
     def check(self, caller: str, full: Full) -> None:
         for name, ids, length in (("document_ids", self.q_ids, full[2]), ("kv_ids", self.kv_ids, full[3])):
             if ids.shape[0] not in (1, full[0]) or (length is not None and ids.shape[1] != length):
@@ -242,6 +260,10 @@ class Dense(Mask):
             mode="fill", fill_value=False
         )
 
+    @property
+    def num_positions(self) -> int | None:
+        return min((size for size in self.array.shape[2:] if size > 1), default=None)
+
     def check(self, caller: str, full: Full) -> None:
         check_mask_shape(caller, self.array.shape, full)
 
@@ -282,6 +304,10 @@ class AtPositions(Mask):
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         tile = None if self.mask is None else self.mask.tile
         return tile_at_positions(tile, self.q_positions, self.kv_positions, b, h, q_range, kv_range)
+
+    @property
+    def num_positions(self) -> int | None:
+        return min(self.q_positions.shape[1], self.kv_positions.shape[1])
 
     def check(self, caller: str, full: Full) -> None:
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)

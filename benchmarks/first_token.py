@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
@@ -135,7 +137,17 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def report(rounds: int, write: Callable[[str], None]) -> None:
+def machine() -> str:
+    """What a reader needs to compare figures."""
+    import jax
+
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    kind = "with" if "avx512f" in flags else "without"
+    return f"{os.cpu_count()} CPU cores {kind} AVX-512, jax {jax.__version__}, Python {platform.python_version()}"
+
+
+def report(rounds: int) -> str:
+    """Both tables."""
     columns = ("tracing", "lowering", "XLA", "all")
     rows: list[tuple[str, ...]] = [("", *columns, "programs")]
     with tempfile.TemporaryDirectory() as folder:
@@ -147,24 +159,29 @@ def report(rounds: int, write: Callable[[str], None]) -> None:
             seconds = medians([result[name] for result in results])
             cells = [f"{seconds[column]:.2f}" for column in columns]
             rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
-    write(table(rows))
+    tokens = table(rows)
     rows = [("training step", "equations", *columns)]
     for length in (64, 1024):
         for attention_type in ("standard", "flash"):
             step = medians([run("--side", attention_type, "--length", str(length)) for _ in range(rounds)])
             cells = [f"{step[column]:.2f}" for column in columns]
             rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
-    write("\n" + table(rows))
+    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{table(rows)}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds until a first token, and what they are spent on.")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind; the table has medians")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--side", choices=("tokens", "standard", "flash"), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side is None:
-        report(arguments.rounds, print)
+        text = report(arguments.rounds)
+        print(text)
+        if arguments.markdown is not None:
+            title = "# Seconds until a first token, and the size of programs\n\n"
+            arguments.markdown.write_text(f"{title}`make bench-first-token` wrote this page. {text}")
     elif arguments.side == "tokens":
         print(json.dumps(measure_tokens()))
     else:

@@ -77,6 +77,6 @@ def _abstract(config: TransformerConfig) -> Any:
 
     def stream(x: Any) -> jax.Array:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return jax.random.key(0) if is_key else jax.device_put(np.zeros(x.shape, x.dtype))
+        return jnp.broadcast_to(jax.random.key(0), x.shape) if is_key else jax.device_put(np.zeros(x.shape, x.dtype))
 
     return graphdef, params, jax.tree.map(stream, streams)

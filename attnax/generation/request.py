@@ -14,7 +14,7 @@ import numpy as np
 from attnax.generation.samplers import Sampler
 from attnax.typing import Array, ArrayLike, Bool, Int, is_concrete, pytree_dataclass
 
-__all__ = ["Request", "make_request", "padded_length", "row_keys"]
+__all__ = ["Request", "make_request", "padded_length", "place_like", "row_keys"]
 
 
 @pytree_dataclass
@@ -117,11 +117,10 @@ def make_request(
         _check_keys(key, known.shape[0], num_samples)
         key = None if sampler.temperature is None else key
     missing = ((0, 0), (0, max(0, (pad_to or 0) - known.shape[1])))
+    positions = np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32)
     return Request(
-        ids=np.pad(known.astype(np.int32), missing),
-        position_ids=np.pad(
-            np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32), missing, constant_values=-1
-        ),
+        ids=place_like(prompt_ids, np.pad(known.astype(np.int32), missing)),
+        position_ids=place_like(prompt_ids, np.pad(positions, missing, constant_values=-1)),
         key=key,
         max_new_tokens=np.asarray(max_new_tokens, np.int32),
         sampler=sampler,
@@ -132,8 +131,13 @@ def make_request(
     )
 
 
+def place_like(given: Any, made: np.ndarray) -> ArrayLike:
+    """What was made of an array by a user, on the devices on which that was put."""
+    return jax.device_put(made, given.sharding) if isinstance(given, jax.Array) and given.committed else made
+
+
 def padded_length(length: int) -> int:
-    """The least of a few lengths that holds `length`, so that as few programs serve all.
+    """The least of a few lengths that holds `length`, so that a few programs serve all.
 
     1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
     """

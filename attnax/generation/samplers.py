@@ -23,11 +23,11 @@ class Sampler:
     """Draws a token from softmax(logits / temperature), after penalties and cut to the likeliest tokens.
 
     What is given is applied in the order of the attributes below, penalties first; None leaves a step out. A pytree
-    whose leaves are the numbers, so that new values compile nothing.
+    whose leaves are the numbers, so that new values compile nothing, but for a temperature of 0: what is greedy is a
+    program of its own, without anything that draws.
 
     Attributes:
-        temperature: 0 takes the likeliest token; 1 samples the model's own distribution. None is 0 for good: a program
-            that holds nothing that draws.
+        temperature: 0 takes the likeliest token, and so does None; 1 samples the model's own distribution.
         top_k: keep the k likeliest tokens (and those that tie with the last of them).
         top_p: then keep the likeliest tokens whose probabilities reach p together (nucleus sampling).
         min_p: then keep the tokens that are at least min_p times as likely as the likeliest.
@@ -38,9 +38,9 @@ class Sampler:
         frequency_penalty: subtracted once for each time a token was written.
         no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included. Where that, or a
             logits_fn, forbids every token, token 0 follows.
-        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`; after the
-            penalties, before the cuts. One that holds arrays should be a callable pytree; a lambda that is made anew is
-            compiled anew.
+        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`, of which only
+            `lengths` say how long it is; after the penalties, before the cuts. One that holds arrays should be a
+            callable pytree; a lambda that is made anew is compiled anew.
 
     Raises:
         ValueError: a number out of range, in words.
@@ -147,9 +147,9 @@ class Sampler:
 
     def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Penalised logits / temperature, -inf for what is cut off; the draw is from their softmax."""
-        if self.temperature is None:
-            return logits
-        scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
+        scaled = logits
+        if self.temperature is not None:
+            scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
         if self.top_k is not None:
             scaled = keep_top_k(scaled, self.top_k)
         if self.top_p is not None:
@@ -176,8 +176,9 @@ class Sampler:
         def likeliest() -> Array:
             return logits.argmax(-1).astype(jnp.int32)
 
-        if self.temperature is None or keys is None:
+        if self.temperature is None:
             return likeliest()
+        assert keys is not None
         return lax.cond(
             jnp.asarray(self.temperature) == 0,
             likeliest,

@@ -52,7 +52,7 @@ class KernelOperands:
     """The mask and the score mod as the GPU kernels take them, before they are split."""
 
     mask: Lifted | Deferred | None
-    bounds: tuple[Lifted, Lifted] | None  # of a lifted mask, over the tiles forward and backward
+    bounds: tuple[Lifted, Lifted] | None  # of the mask, over the tiles forward and backward; None while it is deferred
     score_mod: Lifted | Deferred | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
 
@@ -178,7 +178,7 @@ def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Ti
 def _bind_kernel(
     caller: str, plan: Plan, arrays: Arrays, mask: Mask | None, score_mod: ScoreMod | None
 ) -> KernelOperands | None:
-    """What a GPU's kernels need; what can wait until a program is lowered for one does."""
+    """What a GPU's kernels need. Masks and score mods of the library's own are traced when a GPU is lowered for."""
     if plan.kernel is None:
         return None
     axes = varying_axes(arrays[0])
@@ -187,31 +187,30 @@ def _bind_kernel(
         deferred = tuple(None if function is None else defer(function) for function in (mask, score_mod))
     bounds, lifted_mask, lifted_mod = None, deferred[0], deferred[1]
     if mask is not None and lifted_mask is None:
-        lifted_mask, bounds = _pointwise.lift_mask(mask, axes), _lift_bounds(plan, arrays, mask)
+        lifted_mask = _pointwise.lift_mask(mask, axes)
+        bounds = _lift_bounds(plan, arrays, mask, 0), _lift_bounds(plan, arrays, mask, 1)
     if score_mod is not None and lifted_mod is None:
         lifted_mod = _pointwise.lift_score_mod(caller, score_mod, axes)
     operands = KernelOperands(lifted_mask, bounds, lifted_mod, mask is not None and mask.is_opaque)
     return jax.tree.map(lambda x: vary(x, axes), operands)
 
 
-def _lift_bounds(plan: Plan, arrays: Arrays, mask: Mask) -> tuple[Lifted, Lifted]:
-    """The bounds of a mask over the tiles of the GPU kernels, forward and backward."""
+def _lift_bounds(plan: Plan, arrays: Arrays, mask: Mask, which: int) -> Lifted:
+    """The bounds of a mask over the tiles of the GPU kernels, forward (0) or backward (1)."""
     query, key, *_ = arrays
     (batch, heads, seq_q, _), seq_kv, axes = query.shape, key.shape[2], varying_axes(query)
     assert plan.kernel is not None
-    grids = [_tile_lists.TileGrid.of(tile, seq_q, seq_kv) for tile in plan.kernel]
-    forward, backward = (_tile_lists.lift_bounds(mask, grid, batch, heads, axes) for grid in grids)
-    return forward, backward
+    grid = _tile_lists.TileGrid.of(plan.kernel[which], seq_q, seq_kv)
+    return _tile_lists.lift_bounds(mask, grid, batch, heads, axes)
 
 
-def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands) -> tuple[KernelOperands, Any]:
-    """The operands with all functions lifted, and the pullback of what this made of the score mod's floats."""
+def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands, which: int) -> tuple[KernelOperands, Any]:
+    """The operands of one pass with all functions lifted, and the pullback of what this made of the mod's floats."""
     axes = varying_axes(arrays[0])
     if isinstance(operands.mask, Deferred):
         mask = operands.mask()
-        operands = dataclasses.replace(
-            operands, mask=_pointwise.lift_mask(mask, axes), bounds=_lift_bounds(plan, arrays, mask)
-        )
+        bounds = (_lift_bounds(plan, arrays, mask, which),) * 2  # those of the other pass are not read
+        operands = dataclasses.replace(operands, mask=_pointwise.lift_mask(mask, axes), bounds=bounds)
     deferred = operands.score_mod
     if not isinstance(deferred, Deferred):
         return operands, lambda gradients: gradients
@@ -356,9 +355,9 @@ def _splash_backward(
 
 
 def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[Setup | None, Any]:
-    """What the kernels of the forward (0) or backward (1) pass need, None where tiles must do; and a pullback.
+    """What the kernels of the forward (0) or backward (1) pass need, None where tiles must do, and a pullback.
 
-    That takes the gradients of the floats that the kernels read to those of the operands.
+    The pullback turns gradients of the floats that the kernels read into those of the operands.
 
     Raises:
         NotImplementedError: kernels are explicitly wanted, but cannot do it.
@@ -367,7 +366,7 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
 
     kernel, pull = operands.kernel, None
     if kernel is not None:
-        kernel, pull = _lift_deferred(plan, arrays, kernel)
+        kernel, pull = _lift_deferred(plan, arrays, kernel, which)
     reason = why_no_kernel(plan, kernel)
     if reason is not None:
         if plan.backend == "automatic":

@@ -179,7 +179,7 @@ class Deferred:
 
     Attributes:
         arrays: its leaves that are arrays.
-        others: its structure, and the leaves that are none, None where an array stands.
+        others: its structure, and its leaves with None where an array stands.
     """
 
     arrays: tuple[Array, ...]
@@ -208,7 +208,7 @@ def defer(function: Any) -> Deferred | None:
 
     def visit(node: Any) -> bool:
         nonlocal is_own
-        known = isinstance(node, jax.Array | np.ndarray | int | float | bool | tuple | list | dict | type(None))
+        known = isinstance(node, jax.Array | np.ndarray | int | float) or type(node) in (tuple, list, dict, type(None))
         is_own = is_own and (known or type(node).__module__.startswith("attnax."))
         return False
 

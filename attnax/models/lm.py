@@ -227,7 +227,7 @@ class TransformerLM(nnx.Module):
 
     def _writer(self) -> Writer:
         graphdef, state = nnx.split(self)
-        return Writer(_Step(graphdef), state, self.config)
+        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask)
 
 
 @dataclasses.dataclass(frozen=True)

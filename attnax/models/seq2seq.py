@@ -14,7 +14,7 @@ from flax import nnx
 from attnax.config import EncoderDecoderConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
-from attnax.generation.request import padded_length
+from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
@@ -30,7 +30,7 @@ from attnax.models.writing import (
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod, is_concrete, pytree_dataclass
 
 __all__ = ["Transformer"]
 
@@ -264,18 +264,26 @@ class Transformer(nnx.Module):
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder, with what its cross-attention reads of the sources."""
-        source_ids = np.asarray(source_ids)
+        if np.ndim(source_ids) != 2 or not is_concrete(source_ids):
+            raise ValueError(
+                "generate: source_ids must be known, of shape (batch, length); "
+                f"got {'a traced array' if not is_concrete(source_ids) else np.shape(source_ids)}."
+            )
+        placed, source_ids = source_ids, np.asarray(source_ids)
         self.encoder.embed.tokens.check(source_ids)
         real = np.ones(source_ids.shape, bool)
         if source_padding_mask is not None:
             real = np.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
         # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
-        padded = min(padded_length(max(2, length)), self.encoder.config.max_len)
+        mask = self.encoder.self_mask
+        is_fixed = mask is not None and mask.num_positions is not None
+        padded = length if is_fixed else min(padded_length(max(2, length)), self.encoder.config.max_len)
         missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
-        source = _Source(np.pad(source_ids, missing), np.pad(real, missing), graphdef)
-        return Writer(_Step(graphdef), state, self.decoder.config, source)
+        ids, padded_real = (place_like(placed, np.pad(x, missing)) for x in (source_ids, real))
+        context = _Source(ids, padded_real, graphdef)
+        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
 
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:

@@ -80,16 +80,18 @@ class _TokenTransformer(nnx.Module):
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
             position_ids = count_positions(input_ids.shape, real, None if is_alone else caches)
-        if (
-            is_alone and position_ids is not None and (given or real is not None)
-        ):  # where a cache holds more, attention does this
+        has_places = given or real is not None or caches is not None  # which may be others than 0, 1, 2, ...
+        if position_ids is not None and is_alone and has_places:  # what a cache holds is read at positions by attention
             batch, length = input_ids.shape
             if mask is not None:
-                mask.check(type(self).__name__, (batch, self.config.num_heads, length, length))
-            if not given and real is not None and (mask is None or isinstance(mask, Causal)):
-                mask = padding(real) if mask is None else mask & padding(real)  # counting keeps the order of indices
-            else:
+                known = length if caches is None else None  # positions of a cache may be any
+                mask.check(type(self).__name__, (batch, self.config.num_heads, known, known))
+            keeps_order = not given and (mask is None or isinstance(mask, Causal))  # counting keeps that of the indices
+            if not keeps_order:
                 mask = at_positions(mask, position_ids, position_ids)
+            elif caches is None:  # with a cache, attention hides the padding
+                assert real is not None
+                mask = padding(real) if mask is None else mask & padding(real)
             score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
         if call_mask is not None:
             mask = as_mask(call_mask) if mask is None else mask & call_mask

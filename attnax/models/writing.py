@@ -17,8 +17,9 @@ from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, make_request, padded_length
 from attnax.generation.samplers import Sampler
+from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
-from attnax.typing import Array, ArrayLike, pytree_dataclass
+from attnax.typing import Array, ArrayLike, is_concrete, pytree_dataclass
 
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
 
@@ -33,12 +34,14 @@ class Writer(NamedTuple):
         state: its parameters.
         config: of what decodes.
         context: what each row attends beside its text; it may be Planned.
+        self_mask: who attends whom in its text.
     """
 
     step: Step
     state: Any
     config: TransformerConfig
     context: Any = None
+    self_mask: Mask | None = None
 
 
 def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
@@ -179,7 +182,9 @@ def _shorten(written: Written, max_new_tokens: int) -> Written:
     """What was asked for of a result that has room for more, cut outside of JAX, which would compile each cut."""
 
     def cut(x: Array) -> Array:
-        return jax.device_put(np.ascontiguousarray(np.asarray(x)[..., :max_new_tokens]))
+        if not is_concrete(x) or not x.is_fully_addressable:
+            return x[..., :max_new_tokens]
+        return jax.device_put(np.ascontiguousarray(np.asarray(x)[..., :max_new_tokens]), x.sharding)
 
     if written.tokens.shape[-1] == max_new_tokens:
         return written
@@ -202,7 +207,10 @@ def _prepare(
     """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
     config = writer.config
     prompt_ids = prompt_ids if hasattr(prompt_ids, "shape") else np.asarray(prompt_ids)
-    length = padded_length(max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1))
+    length = max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1)
+    # A mask that holds arrays knows so many positions: prompt and new tokens, as they are.
+    is_fixed = writer.self_mask is not None and writer.self_mask.num_positions is not None
+    length = length if is_fixed else padded_length(length)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
@@ -216,9 +224,12 @@ def _prepare(
     if cache not in get_args(CacheKind):
         raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
     _check_table(config, prompt_ids.shape[1], max_new_tokens)
-    room = padded_length(max(64, max_new_tokens))
+    room = max_new_tokens if is_fixed else padded_length(max(64, max_new_tokens))
+    slots = length + room + spare
+    if not is_fixed:  # padding behind a prompt takes no slot, so what is long need not be padded twice
+        slots = padded_length(slots if slots <= 1024 else prompt_ids.shape[1] + max(64, max_new_tokens) + spare)
     dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
-    plan = CachePlan(config, cache, batch, padded_length(length + room + spare), dtype, num_beams * request.num_rows)
+    plan = CachePlan(config, cache, batch, slots, dtype, num_beams * request.num_rows)
     return request, plan, room
 
 

@@ -291,9 +291,7 @@ class MultiHeadAttention(nnx.Module):
         if kv_cache is not None:
             assert position_ids_q is not None
             if isinstance(kv_cache, EmptyCache):
-                return self._attend_and_store(
-                    query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache.cache
-                )
+                return self._attend_and_store(query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache)
             return self._attend_cache(query, key, value, mask, score_mod, dropout_rng, position_ids_q, kv_cache)
         if weights:  # what each key's value contributes, read off with a value of its own for each key
             value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
@@ -327,13 +325,6 @@ class MultiHeadAttention(nnx.Module):
         """What the heads gather from the cache and the new tokens, and the cache with these appended."""
         batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
-            if not isinstance(mask, Causal):
-                raise NotImplementedError(
-                    "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must "
-                    f"be masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
-                )
-            real = jnp.broadcast_to(positions >= 0, (batch, query.shape[2]))
-            mask = causal() & padding(real)
             return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
         if mask is not None:  # read at positions, so an array must know all that the cache can hold
             full = batch, num_heads, cache.num_positions, cache.num_positions
@@ -347,7 +338,7 @@ class MultiHeadAttention(nnx.Module):
         if score_mod is not None:
             score_mod = at_positions(score_mod, positions, stored.positions)
         heads = self._attend(query, stored.keys, stored.values, mask, score_mod, dropout_rng)
-        return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
+        return _nan_where_lost(heads, cache), cache
 
     def _attend_and_store(
         self,
@@ -358,14 +349,16 @@ class MultiHeadAttention(nnx.Module):
         score_mod: ScoreMod | None,
         dropout_rng: Array | None,
         positions: Array,
-        cache: Any,
+        empty: EmptyCache,
     ) -> tuple[Array, Any]:
         """What the heads gather from the new tokens, and the cache, which held nothing, with these."""
-        if isinstance(cache, LinearLayerCache):
-            return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
-        heads = self._attend(query, key, value, mask, score_mod, dropout_rng)
-        cache, _ = cache.append(key, value, positions)
-        return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads), cache  # a dropped write must be seen
+        if isinstance(empty.cache, LinearLayerCache):
+            return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, empty.cache)
+        positions = jnp.broadcast_to(positions, (query.shape[0], query.shape[2]))
+        real = padding(positions >= 0)
+        heads = self._attend(query, key, value, real if mask is None else mask & real, score_mod, dropout_rng)
+        cache = empty.store(key, value, positions)
+        return _nan_where_lost(heads, cache), cache
 
     def _attend_sums(
         self,
@@ -378,6 +371,12 @@ class MultiHeadAttention(nnx.Module):
         positions: Array,
         cache: LinearLayerCache,
     ) -> tuple[Array, LinearLayerCache]:
+        if not isinstance(mask, Causal):
+            raise NotImplementedError(
+                "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must be "
+                f"masks.causal(); got mask={mask!r}. Use a softmax kernel for any other."
+            )
+        mask = causal() & padding(jnp.broadcast_to(positions >= 0, (query.shape[0], query.shape[2])))
         attend = functools.partial(self.attention_fn, query, key, value, state=cache.state, return_state=True)
         heads, state = self._with_options(attend, mask=mask, score_mod=score_mod, dropout_rng=dropout_rng)
         lengths = jnp.maximum(cache.lengths, positions.max(1, initial=-1) + 1)
@@ -498,6 +497,11 @@ def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return _Configured(linear_attention, causal=False, chunk_size=config.linear_attention_chunk_size)
         case AttentionType.LITE:
             return LiteAttention(rngs, config)
+
+
+def _nan_where_lost(heads: Array, cache: Any) -> Array:
+    """The heads, NaN where a write to the cache was dropped, which must not pass unseen."""
+    return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads)
 
 
 def _as_attribute(function: Any) -> Any:

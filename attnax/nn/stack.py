@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -97,10 +98,11 @@ class Stack(nnx.Module):
     def _block_runner(self, options: dict[str, Any]) -> Callable[..., tuple[Array, Any, dict[str, Any]]]:
         """(block, x, what differs from layer to layer) -> (x, cache, aux).
 
-        In a program that is being traced, equal layers are one function that is traced, differentiated and lowered
-        once. It lives as long as this call: it may hold values that are being traced.
+        In a program that is being traced, equal layers of the library's own are one function that is traced,
+        differentiated and lowered once. It lives as long as this call: it may hold values that are being traced. What a
+        user's block does beside its result is not known, so that is called each time.
         """
-        shares = _is_traced() and "rngs" not in options
+        shares = _is_traced() and "rngs" not in options and all(map(_is_own, self.blocks))
         functions: dict[Any, Callable[..., Any]] = {}
 
         def run(block: Any, x: Array, layer: dict[str, Any]) -> tuple[Array, Any, dict[str, Any]]:
@@ -219,6 +221,20 @@ def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
         )
         for _, layer in nnx.iter_modules(module)
     )
+
+
+def _is_own(module: nnx.Module) -> bool:
+    """Whether a module and all in it, functions too, are the library's or Flax's."""
+    parts: list[Any] = [part for _, part in nnx.iter_modules(module)]
+    functions = [getattr(part, name, None) for part in parts for name in ("attention_fn", "rope", "score_mod")]
+    for part in [*map(type, parts), *functions]:
+        inner = part
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        owner = inner if hasattr(inner, "__module__") else type(inner)
+        if inner is not None and not str(owner.__module__).startswith(("attnax.", "flax.")):
+            return False
+    return True
 
 
 def _values(module: nnx.Module) -> dict[Any, Any]:

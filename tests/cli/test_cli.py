@@ -33,6 +33,7 @@ from attnax.cli.generate import spell
 from attnax.cli.options import Generate
 from attnax.cli.run_folder import RunFolder
 from attnax.cli.run_model import RunCodec, open_run
+from attnax.cli.run_model import _abstract as abstract
 from attnax.cli.text_model import TextModel
 from attnax.generation import Beams, Generation
 from attnax.training import DOCUMENT, byte_tokenizer
@@ -690,3 +691,11 @@ def test_help_names_every_option(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--data" in text and "--num-kv-heads" in text and "--learning-rate" in text and "standard library" in text
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_run_opens_without_initial_weights(scan_layers):
+    config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, d_ff=16, scan_layers=scan_layers)
+    graphdef, params, streams = abstract(config)
+    weights = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), params)
+    assert nnx.merge(graphdef, weights, streams)(np.zeros((1, 3), np.int32), deterministic=True).shape == (1, 3, 11)

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import build
 
 import attnax
@@ -155,3 +157,75 @@ def test_flash_attention_makes_programs_of_training_little_larger(length, ratio)
     layer = {kind: size(kind, 2) - size(kind, 1) for kind in ("standard", "flash")}
     rest = size("standard", 1) - layer["standard"]
     assert rest + 12 * layer["flash"] <= ratio * (rest + 12 * layer["standard"])
+
+
+@pytest.mark.parametrize("kind", ["array", "documents"])
+def test_a_mask_that_knows_so_many_positions_serves_as_many_tokens(kind):
+    """Its lengths are not padded: prompt and new tokens together are those of the mask."""
+    array, ids = np.tri(8, dtype=bool)[None, None], np.zeros((2, 8), np.int32)
+    mask = jax.device_put(array) if kind == "array" else attnax.masks.causal() & attnax.masks.documents(ids)
+    model = build(lambda rngs: TransformerLM(rngs, CONFIG))
+    tokens = prompt(5)
+    want = model.generate(tokens, max_new_tokens=3).tokens
+    model.decoder.self_mask = nnx.data(attnax.masks.as_mask(mask))
+    np.testing.assert_array_equal(model.generate(tokens, max_new_tokens=3).tokens, want)
+
+
+def test_prompts_stay_where_they_were_put():
+    model, devices = lm(), jax.devices()[:2]
+    rows = NamedSharding(jax.sharding.Mesh(devices, ("rows",)), PartitionSpec("rows"))
+    tokens = prompt(5)
+    want = model.generate(tokens, max_new_tokens=3)
+    have = model.generate(jax.device_put(tokens, rows), max_new_tokens=3)
+    for name in ("tokens", "lengths"):
+        assert getattr(have, name).sharding.is_equivalent_to(rows, getattr(have, name).ndim), name
+    np.testing.assert_array_equal(have.tokens, want.tokens)
+    there = jax.device_put(model, devices[1])
+    assert {x.device for x in there.generate(tokens, max_new_tokens=3)} == {devices[1]}
+
+
+@pytest.mark.contract
+def test_a_generation_runs_inside_other_transformations():
+    graphdef, state = nnx.split(lm())
+    tokens = prompt(5)
+
+    def write(state):
+        return nnx.merge(graphdef, state).generate(tokens, max_new_tokens=3).tokens
+
+    want = np.asarray(write(state))
+    np.testing.assert_array_equal(jax.jit(write)(state), want)
+    twice = jax.tree.map(lambda x: jax.numpy.stack([x, x]), state)
+    np.testing.assert_array_equal(jax.vmap(write)(twice), [want, want])
+    with jax.disable_jit():
+        np.testing.assert_array_equal(write(state), want)
+
+
+def test_sources_and_prompts_of_a_wrong_shape_are_refused_in_words(unchecked_shapes):
+    model = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=CONFIG))
+    with pytest.raises(ValueError, match=r"source_ids must be known, of shape \(batch, length\); got \(3,\)"):
+        model.generate(np.ones(3, int), 2, start_token=1)
+    for wrong in (np.int32(1), np.zeros((1, 0), int), np.zeros(3, int)):
+        with pytest.raises(ValueError, match="prompt_ids must be"):
+            lm().generate(wrong, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("attention_type", ["flash", "linear"])
+def test_padding_told_by_positions_alone_stays_out_of_an_empty_cache(attention_type):
+    layer = build(lambda rngs: attnax.MultiHeadAttention(rngs, num_heads=2, d_model=8, attention_type=attention_type))
+    x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
+    positions = np.array([[-1, -1, 0, 1, 2], [0, 1, 2, -1, -1]])
+    config = dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=2, d_model=8, attention_type=attention_type)
+
+    @jax.jit
+    def read(layer, x):
+        (cache,) = init_decoder_kv_caches_from_config(config, batch_size=2, max_len=16)
+        options = {"mask": attnax.masks.causal(), "position_ids_q": positions}
+        results = []
+        for kind in (cache, EmptyCache(cache)):
+            out, after = layer(x, kv_cache=kind, **options)
+            results.append((out, layer(x[:, :1], mask=attnax.masks.causal(), kv_cache=after)[0]))
+        return results
+
+    (want, want_next), (have, have_next) = jax.tree.map(np.asarray, read(layer, x))
+    np.testing.assert_allclose(have[positions >= 0], want[positions >= 0], atol=1e-5)
+    np.testing.assert_allclose(have_next, want_next, atol=1e-5)

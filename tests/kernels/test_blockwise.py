@@ -475,3 +475,10 @@ def test_a_wrong_block_size_is_refused(block_size):
     x = np.ones((1, 1, 3, 2), np.float32)
     with pytest.raises(ValueError, match="flash_attention: block_size must be a whole number, at least 1; got"):
         flash_attention(x, x, x, block_size=block_size)
+
+
+def test_jit_may_be_disabled():
+    x = normal(0, 1, 2, 5, 3)
+    want = flash_attention(x, x, x, mask=masks.causal())
+    with jax.disable_jit():
+        np.testing.assert_allclose(flash_attention(x, x, x, mask=masks.causal()), want, atol=1e-6)

@@ -3,6 +3,7 @@
 import functools
 import re
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -561,3 +562,22 @@ class TestDecode:
         scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, stored, jnp.asarray(positions)), want, strict=True):
             np.testing.assert_allclose(have, expected, atol=2e-6)
+
+
+class InSegment(NamedTuple):
+    """A user's mask that is a tuple, with a value that may be traced."""
+
+    ids: jax.Array
+
+    def __call__(self, b, h, q, kv):
+        return self.ids[q] == self.ids[kv]
+
+
+@pytest.mark.contract
+def test_a_users_mask_of_any_type_is_read_before_its_values_are_gone():
+    x = normal(1, 2, 33, 16)
+
+    def attend(x, ids):
+        return flash_attention(x, x, x, mask=masks.causal() & InSegment(ids * 2))
+
+    assert lowered(attend, x, np.arange(33, dtype=np.int32) // 8) == {"forward"}

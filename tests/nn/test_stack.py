@@ -192,39 +192,46 @@ def test_explicit_randomness_is_not_used_up_where_nothing_is_drawn():
     assert int(rngs.dropout.count[...]) == 0
 
 
-class Counting(EncoderBlock):
-    """Counts how often it is traced, and keeps statistics and what it saw."""
+def test_equal_layers_are_traced_once(monkeypatch):
+    traced, run = [], EncoderBlock.run
+    monkeypatch.setattr(EncoderBlock, "run", lambda *args, **options: traced.append(1) or run(*args, **options))
+    config = dataclasses.replace(CONFIG, num_layers=4, layer_pattern=({}, {"attention_window": 3}))
+    model = build(lambda rngs: TransformerLM(rngs, config))
+    step = jax.grad(lambda model, ids: model(ids, deterministic=True).sum(), allow_int=True)
+    jax.jit(step).lower(model, np.zeros((1, 5), np.int32))
+    assert len(traced) == 2
 
-    traced = 0
+
+class Remembering(EncoderBlock):
+    """Keeps statistics, what it saw, and an attribute that is no Variable."""
 
     def __init__(self, rngs, config):
         super().__init__(rngs, config)
         self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.last = nnx.data(None)
 
-    def run(self, x, **options):
-        Counting.traced += 1
+    def run(self, x, *, flag=True, **options):
         out = super().run(x, **options)
         self.sow(nnx.Intermediate, "seen", out.hidden.sum())
         self.calls[...] += 1
+        self.last = nnx.data(out.hidden.sum() if flag else None)
         return out
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
-def test_equal_layers_are_traced_once_and_keep_what_they_write():
-    config = dataclasses.replace(CONFIG, num_layers=4, layer_pattern=())
-    stack = build(lambda rngs: Stack(rngs, config, Counting))
-    x = np.ones((1, 3, config.d_model), np.float32)
+def test_a_block_by_a_user_keeps_what_it_writes():
+    config = dataclasses.replace(CONFIG, num_layers=2, layer_pattern=())
+    stack = build(lambda rngs: Stack(rngs, config, Remembering))
 
     @nnx.jit
     def run(stack, x):
-        return stack.run(x, deterministic=True).hidden
+        hidden = stack.run(x, deterministic=True, each={"flag": [True, False]}).hidden
+        return hidden, stack.blocks[0].last
 
-    Counting.traced = 0
-    hidden = run(stack, x)
-    assert Counting.traced == 1
-    assert [int(block.calls[...]) for block in stack.blocks] == [1] * 4
+    hidden, last = run(stack, np.ones((1, 3, config.d_model), np.float32))
+    assert [int(block.calls[...]) for block in stack.blocks] == [1] * 2
     np.testing.assert_allclose(stack.blocks[-1].seen[0], np.asarray(hidden).sum(), rtol=1e-5)
-    assert len({float(block.seen[0]) for block in stack.blocks}) == 4
+    np.testing.assert_array_equal(last, stack.blocks[0].seen[0])
 
 
 class Noisy(EncoderBlock):
