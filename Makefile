@@ -41,6 +41,7 @@ test-all: $(VENV)/.dev
 # Random masks and mutated files, other ones in every run.
 nightly: $(VENV)/.dev
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
+	ATTNAX_SEED=$$(date +%s); export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:

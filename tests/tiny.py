@@ -1,9 +1,14 @@
 """Models with weights made by NumPy: initialising one with JAX compiles a program for every shape that it has."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+SEED = int(os.environ.get("ATTNAX_SEED", "0"))
+"""Of the draws that a long run makes anew: `make nightly` gives another one each time."""
 
 
 def build(make, seed=0):
