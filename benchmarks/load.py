@@ -4,8 +4,8 @@
 
 Each side loads in processes of its own, alternated; memory is how much the peak of the process grew from before the
 call, in which its libraries and the first array are already there. The file is in the page cache. The first
-token counts from before the load; Attnax compiles for it: all layers, one of them (`with_scan_layers`), or nothing,
-where an earlier process left its program in JAX's compilation cache.
+token counts from before the load; Attnax compiles what reads the prompt for it: all layers, one of them
+(`with_scan_layers`), or nothing, where an earlier process left its program in JAX's compilation cache.
 """
 
 from __future__ import annotations
