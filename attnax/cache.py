@@ -133,13 +133,16 @@ class EmptyCache:
         """0 for each row."""
         return self.cache.next_positions()
 
-    def store(self, keys: Array, values: Array, positions: Int[Array, "B T"]) -> Any:
-        """The cache itself with the tokens of a prompt; padding behind the last of them takes no slot."""
+    def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
+        """The cache itself with the tokens of a prompt, given as to `append`.
+
+        Padding behind the last token of all rows takes no slot.
+        """
         cache, _ = self.cache.append(keys, values, positions)
         if not isinstance(cache, KVLayerCache):
             return cache
-        slots = jnp.arange(1, positions.shape[1] + 1, dtype=jnp.int32)
-        length = jnp.where((positions >= 0).any(0), slots, 0).max(initial=0)
+        real = (jnp.atleast_2d(positions) >= 0).any(0)
+        length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
         return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
     def select_rows(self, rows: Int[ArrayLike, R]) -> EmptyCache:

@@ -229,3 +229,18 @@ def test_padding_told_by_positions_alone_stays_out_of_an_empty_cache(attention_t
     (want, want_next), (have, have_next) = jax.tree.map(np.asarray, read(layer, x))
     np.testing.assert_allclose(have[positions >= 0], want[positions >= 0], atol=1e-5)
     np.testing.assert_allclose(have_next, want_next, atol=1e-5)
+
+
+def test_padding_behind_a_prompt_takes_no_slot_of_a_contiguous_cache():
+    positions = np.array([[-1, 0, 1, -1, -1], [0, 1, -1, 2, -1]], np.int32)
+    new = RNG.normal(size=(2, 1, 5, 4)).astype(np.float32)
+
+    @jax.jit
+    def store(new):
+        (cache,) = init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=5)
+        cache = EmptyCache(cache).store(new, new, positions)
+        return cache.append(new[:, :, :1], new[:, :, :1], np.array([[2], [3]]))[0]
+
+    cache = store(new)
+    assert int(cache.length) == 5 and not bool(cache.overflowed)
+    np.testing.assert_array_equal(cache.positions, [[-1, 0, 1, -1, 2], [0, 1, -1, 2, 3]])
