@@ -43,7 +43,7 @@ test-all: $(VENV)/.dev
 # Random masks and mutated files, other ones in every run.
 nightly: $(VENV)/.dev
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
-	ATTNAX_SEED=$$(date +%s); export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
+	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:
@@ -113,7 +113,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 $(VENV)/.made:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-		|| { echo "Attnax needs Python 3.11 or newer, and $(PYTHON) is none. Type: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+		|| { echo "$(PYTHON) is not there, or older than the Python 3.11 that Attnax needs."; \
+			echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
 	@echo "Setting up $(VENV): half a minute, more on a slow network."
 	@$(PYTHON) -m venv $(VENV) \
 		|| { echo "$(PYTHON) has no venv. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }

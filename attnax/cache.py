@@ -124,10 +124,24 @@ class EmptyCache:
     back the cache itself, which then holds them.
 
     Attributes:
-        cache: of any kind, without tokens.
+        cache: of any kind, without tokens; layers raise ValueError where it is known to hold some.
     """
 
     cache: Any
+
+    def check(self, caller: str) -> None:
+        """Raises ValueError if it holds no cache, or one that is known to hold tokens."""
+        if not isinstance(self.cache, LayerCache) or isinstance(self.cache, EmptyCache):
+            raise ValueError(
+                f"{caller}: an EmptyCache must hold a cache of one layer; got {type(self.cache).__name__}. "
+                "Wrap each of them, tuple(map(EmptyCache, caches))."
+            )
+        ends = self.cache.next_positions()
+        if is_concrete(ends) and ends.max(initial=0) > 0:
+            raise ValueError(
+                f"{caller}: an EmptyCache must hold no token; got one with {int(ends.max())} in a row. "
+                "Give the cache itself."
+            )
 
     def next_positions(self) -> Int[Array, B]:
         """0 for each row."""

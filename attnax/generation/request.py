@@ -87,7 +87,7 @@ def make_request(
     if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
         raise ValueError(
             "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
-            f"got {prompt_ids.shape}."
+            f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
         )
     if not is_concrete(prompt_ids):
         raise ValueError(

@@ -206,7 +206,14 @@ def _prepare(
 ) -> tuple[Request, CachePlan, int]:
     """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
     config = writer.config
-    prompt_ids = prompt_ids if hasattr(prompt_ids, "shape") else np.asarray(prompt_ids)
+    if not hasattr(prompt_ids, "shape"):
+        try:
+            prompt_ids = np.asarray(prompt_ids)
+        except ValueError as error:
+            raise ValueError(
+                "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and tell "
+                "which tokens are real by padding_mask."
+            ) from error
     length = max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1)
     # A mask that holds arrays knows so many positions: prompt and new tokens, as they are.
     is_fixed = writer.self_mask is not None and writer.self_mask.num_positions is not None

@@ -436,6 +436,7 @@ class MultiHeadAttention(nnx.Module):
                 f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
             )
         if isinstance(kv_cache, EmptyCache):
+            kv_cache.check("MultiHeadAttention")
             kv_cache = kv_cache.cache
         kernel = self.attention_fn
         while isinstance(kernel, functools.partial):

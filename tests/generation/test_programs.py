@@ -101,6 +101,21 @@ def test_empty_caches_and_others_do_not_mix():
         model(prompt(3), layer_kv_caches=(EmptyCache(first), second))
 
 
+def test_a_cache_that_is_known_to_hold_tokens_is_not_empty():
+    (cache,) = init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=8)
+    held = dataclasses.replace(cache, positions=jax.device_put(np.arange(16, dtype=np.int32).reshape(2, 8) % 8))
+    EmptyCache(cache).check("caller")
+    for wrong, message in (
+        (held, "caller: an EmptyCache must hold no token; got one with 8 in a row. Give the cache itself."),
+        (EmptyCache(cache), "must hold a cache of one layer; got EmptyCache. Wrap each of them"),
+        (None, "must hold a cache of one layer; got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EmptyCache(wrong).check("caller")
+    with pytest.raises(ValueError, match="must hold no token"):
+        lm()(prompt(3), layer_kv_caches=(EmptyCache(held),))
+
+
 def test_a_prompt_too_long_for_its_cache_gives_nan():
     model = lm()
 
@@ -207,6 +222,8 @@ def test_sources_and_prompts_of_a_wrong_shape_are_refused_in_words(unchecked_sha
     for wrong in (np.int32(1), np.zeros((1, 0), int), np.zeros(3, int)):
         with pytest.raises(ValueError, match="prompt_ids must be"):
             lm().generate(wrong, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt_ids must be of one length; got lists of several. Pad them"):
+        lm().generate([[1, 2, 3], [4, 5]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("attention_type", ["flash", "linear"])
