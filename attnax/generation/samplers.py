@@ -178,7 +178,10 @@ class Sampler:
 
         if self.temperature is None:
             return likeliest()
-        assert keys is not None
+        if keys is None:
+            raise ValueError(
+                "Sampler: drawing needs keys; got keys=None. Pass one typed key a row, or temperature=None."
+            )
         return lax.cond(
             jnp.asarray(self.temperature) == 0,
             likeliest,

@@ -101,6 +101,11 @@ def test_empty_caches_and_others_do_not_mix():
         model(prompt(3), layer_kv_caches=(EmptyCache(first), second))
 
 
+def test_drawing_without_keys_is_refused_in_words():
+    with pytest.raises(ValueError, match="Sampler: drawing needs keys; got keys=None"):
+        attnax.Sampler(0.5)(jax.device_put(np.zeros((1, 3), np.float32)), None)
+
+
 def test_a_cache_that_is_known_to_hold_tokens_is_not_empty():
     (cache,) = init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=8)
     held = dataclasses.replace(cache, positions=jax.device_put(np.arange(16, dtype=np.int32).reshape(2, 8) % 8))
