@@ -18,7 +18,7 @@ from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_list
 from attnax.kernels._dropout import dropout_words
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
-from attnax.kernels._platform import by_platform, has_nvidia_gpu
+from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_triton
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
 from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass
@@ -313,26 +313,31 @@ def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array
 
 
 def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    setup, _ = _setup(plan, arrays, operands, 0)
+    if setup is None:
+        return _tiles_forward(plan, exact, arrays, operands)
     from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
 
-    setup, _ = _setup(plan, arrays, operands, 0)
-    return _tiles_forward(plan, exact, arrays, operands) if setup is None else _launch.forward(arrays, setup, low=exact)
+    return _launch.forward(arrays, setup, low=exact)
 
 
 def _kernel_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
+    tiles = partial(_tiles_backward, plan, arrays, operands, out, lse, d_out, d_lse)
+    setup, pull = _setup(plan, arrays, operands, 1)
+    if setup is None:
+        return tiles()
     from attnax.kernels import _launch
 
-    (setup, pull), reason = _setup(plan, arrays, operands, 1), None
-    if setup is not None and setup.score_mod is not None:
+    if setup.score_mod is not None:
         query, key, *_ = arrays
         batch, heads, seq_q, _ = query.shape
         reason = _launch.why_not_learn(setup.score_mod, setup.mod_values, (batch, heads, seq_q, key.shape[2]))
-    if reason is not None and plan.backend != "automatic":
-        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
-    if setup is None or reason is not None:
-        return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
+        if reason is not None and plan.backend == "automatic":
+            return tiles()
+        if reason is not None:
+            raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
     *d_arrays, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
     return *d_arrays, operands.gradients(kernel=pull(gradients))
 
@@ -362,8 +367,6 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     Raises:
         NotImplementedError: kernels are explicitly wanted, but cannot do it.
     """
-    from attnax.kernels import _launch
-
     kernel, pull = operands.kernel, None
     if kernel is not None:
         kernel, pull = _lift_deferred(plan, arrays, kernel, which)
@@ -373,6 +376,8 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
             return None, pull
         raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
     assert kernel is not None and plan.kernel is not None
+    from attnax.kernels import _launch
+
     mask, score_mod = kernel.mask, kernel.score_mod
     assert not isinstance(mask, Deferred) and not isinstance(score_mod, Deferred)
     setup = _launch.Setup(
@@ -404,4 +409,4 @@ def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
         refused = None if function is None else _pointwise.why_not_split(function)
         if refused is not None:
             return f"no kernel can hold this {name}: {refused}"
-    return None
+    return None if plan.backend == "interpret" else why_no_triton()

@@ -15,7 +15,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["by_platform", "has_nvidia_gpu"]
+__all__ = ["by_platform", "has_nvidia_gpu", "why_no_triton"]
 
 Branch = Callable[..., Any]
 
@@ -50,6 +50,15 @@ def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
 def has_nvidia_gpu() -> bool:
     """Whether this process computes on an NVIDIA GPU by default."""
     return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
+def why_no_triton() -> str | None:
+    """Why no kernel of `pallas` can be compiled for a GPU, whatever the call; None if this JAX can."""
+    try:  # Pallas takes long to import, and is seldom wanted
+        from jax.experimental.pallas import triton  # noqa: F401
+    except ImportError:
+        return f"the Pallas kernels need Pallas' Triton backend, which JAX {jax.__version__} does not have"
+    return None
 
 
 _by_platform_p = Primitive("attnax_by_platform")

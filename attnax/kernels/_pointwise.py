@@ -40,7 +40,7 @@ _ELEMENTWISE = frozenset((
 ))
 # fmt: on
 # These change neither the values nor their natural shape.
-_SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "squeeze"))
+_SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "reshard", "squeeze"))
 
 
 class RefusedError(NotImplementedError):

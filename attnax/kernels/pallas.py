@@ -12,7 +12,7 @@ inside as `_pointwise.split` gives them. No program writes what another one comp
 A row or key that is not finite may harm only those who attend it. Where `careful` says that a batch row holds one, all
 its tiles are visited with the test for that; elsewhere none is.
 
-This file holds every line that knows the Triton backend of Pallas.
+This file, and `why_no_triton` in `_platform`, hold every line that knows the Triton backend of Pallas.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from attnax.kernels import _tile
 from attnax.kernels._dropout import keep_weights
@@ -605,7 +604,13 @@ def run(
         kernel,
         grid=grid,
         out_shape={key: jax.ShapeDtypeStruct(shape, dtype, **varying) for key, (shape, dtype) in shapes.items()},
-        compiler_params=plgpu.CompilerParams(num_warps=call.tile.num_warps, num_stages=call.tile.num_stages),
+        compiler_params=None if call.interpret else _compiler_params(call.tile),
         interpret=call.interpret,
         name=name,
     )(inputs)
+
+
+def _compiler_params(tile: Tile) -> Any:
+    from jax.experimental.pallas import triton  # not every JAX has it, and interpreted kernels do without
+
+    return triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import oracle
 import pytest
 from cases import CASES, contract_unless
 from jax import export, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from test_blockwise import CAPTURED, MASKS, SEQ, dense
 
 from attnax import (
@@ -45,9 +46,16 @@ def normal(*shape, seed=9):
     return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def lowered(function, *arguments):
+def nvidia_gpus(count=1, axis_type=AxisType.Auto):
+    """The mesh that a program must be traced and lowered under where there is no GPU; Pallas asks which one it is."""
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+    return AbstractMesh((count,), ("gpus",), (axis_type,), abstract_device=gpu)
+
+
+def lowered(function, *arguments, mesh=None):
     """The names of the kernels in a program that is lowered for NVIDIA GPUs."""
-    return kernels_in(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+    with jax.sharding.use_abstract_mesh(mesh or nvidia_gpus()):
+        return kernels_in(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
 
 
 def kernels_in(text):
@@ -249,6 +257,40 @@ def test_arrays_that_no_kernel_takes_are_refused_in_words(change, words):
     assert words in reason
 
 
+def test_a_mesh_around_a_call_takes_no_kernel_from_it():
+    # There JAX puts a resharding into a mod that chooses between an array and a number.
+    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+        mod = lambda s, b, h, q, kv: jnp.where(s > 0, s, 0)
+        assert why_not_pallas(*arrays()[:3], score_mod=mod, platform="cuda") is None
+
+
+class TestWithoutTriton:
+    """A JAX whose Pallas has no Triton backend any more."""
+
+    @pytest.fixture(autouse=True)
+    def hide(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+
+    def test_the_reason_says_so(self):
+        words = f"need Pallas' Triton backend, which JAX {jax.__version__} does not have"
+        query, key, value, _ = arrays(seq_q=3, seq_kv=3)
+        assert words in why_not_pallas(query, key, value, platform="cuda")
+        with pytest.raises(NotImplementedError, match=words):
+            lowered(pallas_flash_attention, query, key, value)
+
+    def test_programs_for_a_gpu_run_in_tiles(self):
+        query, key, value, cotangent = arrays(seq_q=13, seq_kv=13)
+        run = gradient(partial(flash_attention, mask=masks.causal()))
+        assert lowered(run, query, key, value, cotangent) == set()
+        cache = jax.eval_shape(lambda: init_kv_layer_cache(2, 2, 16, max_len=101))
+        assert lowered(cached_attention, normal(2, 6, 1, 16), cache, np.arange(1)) == set()
+
+    def test_interpreted_kernels_do_without(self):
+        query, key, value, _ = arrays(seq_q=3, seq_kv=3)
+        jax.eval_shape(partial(interpreted, mask=masks.causal()), query, key, value)
+
+
 def test_tiles_that_no_kernel_takes_are_refused_in_words():
     with pytest.raises(NotImplementedError, match="tiles of kernels are powers of 2, at least 16; got 24"):
         interpreted(*arrays()[:3], block_q=24)
@@ -431,7 +473,10 @@ def test_the_choice_follows_the_platform_that_is_lowered_for():
     on_cpu = run.trace(query, key, value, cotangent).lower(lowering_platforms=("cpu",)).as_text()
     assert kernels_in(on_cpu) == set()
     custom_call = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=[custom_call])(query, key, value, cotangent)
+    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+        both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=[custom_call])(
+            query, key, value, cotangent
+        )
     assert kernels_in(both.mlir_module()) == {"forward", "d_query", "d_key_value"}
     for x, y in zip(both.call(query, key, value, cotangent), run(query, key, value, cotangent), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
@@ -448,7 +493,7 @@ def test_a_block_size_asks_for_tiles_on_every_platform():
 @pytest.mark.contract
 def test_kernels_lower_inside_every_transformation(how):
     query, key, value, cotangent = arrays(seq_q=13, seq_kv=13)
-    bias = normal(6, 13)
+    bias, mesh = normal(6, 13), nvidia_gpus()
 
     def run(query, key, value, cotangent, bias):
         mod = lambda s, b, h, q, kv: s + bias[h, kv]
@@ -464,12 +509,13 @@ def test_kernels_lower_inside_every_transformation(how):
         run = lambda *x: jax.grad(jax.checkpoint(lambda q: flash_attention(q, *x[1:3]).sum()))(x[0])
     elif how != "remat":
         axis_type = AxisType.Explicit if how.startswith("explicit") else AxisType.Auto
-        mesh, rows = jax.make_mesh((2,), ("rows",), axis_types=(axis_type,)), PartitionSpec("rows")
+        mesh, rows = nvidia_gpus(2, axis_type), PartitionSpec("gpus")
         run = jax.shard_map(run, mesh=mesh, in_specs=(*(rows,) * 4, PartitionSpec()), out_specs=rows)
-        query, key, value, cotangent = (
-            jax.device_put(x, NamedSharding(mesh, rows)) for x in (query, key, value, cotangent)
+        query, key, value, cotangent, bias = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+            for x, spec in zip((query, key, value, cotangent, bias), (*(rows,) * 4, PartitionSpec()), strict=True)
         )
-    assert lowered(run, query, key, value, cotangent, bias) == {"forward", "d_query", "d_key_value"}
+    assert lowered(run, query, key, value, cotangent, bias, mesh=mesh) == {"forward", "d_query", "d_key_value"}
 
 
 @functools.cache
