@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 __all__ = ["by_platform", "has_nvidia_gpu", "why_no_triton"]
@@ -41,7 +41,7 @@ def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
         return lambda *leaves: jax.tree.leaves(run(*leaves))
 
     # Constants of `default` may be values of an enclosing transformation, so they are operands too.
-    jaxpr = ClosedJaxpr(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
+    jaxpr = type(traced)(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
     branches = tuple((name, flat(branch)) for name, branch in platforms.items())
     results = _by_platform_p.bind(*traced.consts, *leaves, default=jaxpr, platforms=branches)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
@@ -70,12 +70,12 @@ def _run(*arguments: Any, **params: Any) -> Any:
         return jax.jit(partial(_by_platform_p.bind, **params))(*arguments)
 
 
-def _avals(*_: Any, default: ClosedJaxpr, platforms: Any) -> Any:
+def _avals(*_: Any, default: Any, platforms: Any) -> Any:
     return default.out_avals, default.effects
 
 
 def _lower(platform: str | None) -> Any:
-    def run(*arguments: Any, default: ClosedJaxpr, platforms: tuple[tuple[str, Branch], ...]) -> Any:
+    def run(*arguments: Any, default: Any, platforms: tuple[tuple[str, Branch], ...]) -> Any:
         return dict(platforms).get(platform or "", jaxpr_as_fun(default))(*arguments)
 
     return mlir.lower_fun(run, multiple_results=True)
@@ -88,7 +88,7 @@ def _lower_for_tpu(context: Any, *arguments: Any, platforms: Any, **params: Any)
 
 
 def _batch(
-    arguments: Any, axes: Any, *, default: ClosedJaxpr, platforms: tuple[tuple[str, Branch], ...]
+    arguments: Any, axes: Any, *, default: Any, platforms: tuple[tuple[str, Branch], ...]
 ) -> tuple[Any, Any]:
     def mapped(branch: Branch) -> Branch:
         return jax.vmap(branch, axes)
@@ -99,7 +99,7 @@ def _batch(
     return results, [0] * len(results)
 
 
-def _jvp(primals: Any, tangents: Any, *, default: ClosedJaxpr, platforms: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, default: Any, platforms: Any) -> Any:
     known = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
     def run(*moving: Any) -> Any:
