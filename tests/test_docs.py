@@ -1,4 +1,4 @@
-"""README, the pages under docs/ and the examples run, and what a page says that a line gives is what it gives."""
+"""README, the pages under docs/ and the examples run; a line gives what the page says, and a link leads somewhere."""
 
 import ast
 import contextlib
@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-README = ROOT / "README.md"
+README, GETTING_STARTED = ROOT / "README.md", ROOT / "docs" / "getting-started.md"
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if PYTHON.search(page.read_text()))]
 
 
@@ -39,7 +40,7 @@ def run(statement, page, namespace):
 def trace(page):
     """(line, comment, what it gives) of the page's expressions, traced as in `jax.jit`: nothing is compiled.
 
-    A statement that needs values is left out, and so is what uses the names that it defines.
+    A statement that needs values is left out, and so is what uses the names that it defines, or is such a value.
     """
     namespace, undefined, said = {"__name__": page.stem}, set(), []
 
@@ -55,7 +56,7 @@ def trace(page):
                     raise
                 undefined.update(name.id for name in names if isinstance(name.ctx, ast.Store))
             else:
-                if comment and isinstance(statement, ast.Expr):
+                if comment and isinstance(statement, ast.Expr) and "Tracer" not in gave:
                     said.append((statement.lineno, comment, gave))
 
     jax.eval_shape(trace_all)
@@ -82,10 +83,32 @@ def test_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatch):
     assert [(line, gave) for line, _, gave in said] == [(line, comment) for line, comment, _ in said]
 
 
-def test_readme_is_traced_with_the_shapes_that_it_says():
-    said = trace(README)
-    assert len(said) >= 5
+@pytest.mark.parametrize(("page", "fewest"), [(README, 3), (GETTING_STARTED, 12)], ids=["README", "getting-started"])
+def test_page_is_traced_with_the_shapes_that_it_says(page, fewest):
+    said = trace(page)
+    assert len(said) >= fewest
     assert [(line, gave) for line, _, gave in said] == [(line, comment) for line, comment, _ in said]
+
+
+def anchors(page):
+    """The ends of links to the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings():
+    broken, links = [], 0
+    for page in (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for link in ("".join(found) for found in LINK.findall(page.read_text())):
+            if "://" in link:
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            links += 1
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append((page.name, link))
+    assert links > 50
+    assert broken == []
 
 
 @pytest.mark.contract
