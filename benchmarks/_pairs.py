@@ -4,6 +4,9 @@ Machines are shared and their speed drifts, so only ratios taken in one run mean
 prints a line of JSON when it is warm, then for every empty line that it reads does its work once and prints
 `{"seconds": ...}`. A side of many cases is sent each case as a line of JSON, gets ready for it, and answers as when it
 starts. While one side works, the others are stopped.
+
+Attnax runs in the environment that the benchmark was started in, PyTorch in `.venv-torch` where `make` has put it there:
+each with the Python and the versions that suit it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Work = Callable[[], Any]
+
+_TORCH_PYTHON = Path(__file__).parents[1] / ".venv-torch" / "bin" / "python"
+
+
+def side_command(script: str, side: str, *, torch: bool = False) -> list[str]:
+    """The command of a side of a benchmark, in the environment of PyTorch if it is `torch`'s."""
+    return [_python(torch), script, "--side", side]
+
+
+def peer_version(package: str) -> str | None:
+    """The version of a package in the environment of PyTorch's sides; None if it is not there."""
+    code = f"from importlib import metadata; print(metadata.version({package!r}))"
+    run = subprocess.run([_python(True), "-c", code], capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _python(torch: bool) -> str:
+    return str(_TORCH_PYTHON) if torch and _TORCH_PYTHON.exists() else sys.executable
 
 
 def serve(work: Work, **about: Any) -> None:
@@ -74,7 +96,7 @@ class Side:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
         )
 
     def answer(self) -> dict[str, Any]:

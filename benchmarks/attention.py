@@ -1,6 +1,6 @@
 """Attention beside jax.nn and PyTorch on the CPU: masks, biases, documents; forward and backward; time and memory.
 
-    python benchmarks/attention.py                                   # needs torch for its two sides
+    python benchmarks/attention.py                                   # with `make bench`'s .venv-torch, or torch here
     python benchmarks/attention.py --cases causal window --lengths 1024 --json figures.json --markdown table.md
 
 The sides are flash_attention and, if asked for, standard_attention of Attnax; jax.nn.dot_product_attention;
@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import importlib.util
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _pairs import Side, Work, serve_cases, started, take_turns
+from _pairs import Side, Work, peer_version, serve_cases, side_command, started, take_turns
 
 HEADS, HEAD_DIM = 8, 64
 WINDOW, CLIP, CAP = 512, 128, 30.0
@@ -628,18 +627,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.side:
         run_side(options.side)
         return 0
-    sides, has_torch = list(options.sides), importlib.util.find_spec("torch") is not None
-    missing = [] if has_torch else [side for side in sides if side in ("sdpa", "flex")]
+    sides, torch = list(options.sides), peer_version("torch")
+    missing = [side for side in sides if side in ("sdpa", "flex") and torch is None]
     tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if options.pages == "huge" else {}
-    torch = version("torch") if has_torch else "not installed"
     title = (
-        f"{platform.machine()}, 2 threads, {options.pages} pages, jax {version('jax')}, torch {torch}; float32, "
-        f"batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
+        f"{platform.machine()}, 2 threads, {options.pages} pages, jax {version('jax')}, torch {torch or 'not installed'}; "
+        f"float32, batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
     )
     print(title, flush=True)
     figures: dict[Job, dict[str, dict[str, Any]]] = {}
     table = [header(sides)]
-    with started({name: [__file__, "--side", name] for name in sides if name not in missing}, tunables) as processes:
+    commands = {name: side_command(__file__, name, torch=name in ("sdpa", "flex")) for name in sides}
+    with started({name: commands[name] for name in sides if name not in missing}, tunables) as processes:
         for job, wanted in jobs_of(options).items():
             rows = measure(job, {name: side for name, side in processes.items() if name in wanted}, options.rounds)
             rows |= {name: {"reason": "not installed"} for name in missing}

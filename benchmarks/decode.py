@@ -1,6 +1,6 @@
 """How fast a language model writes, beside Hugging Face transformers, and what a cache costs in time and memory.
 
-    python benchmarks/decode.py                  # needs torch and transformers; `make bench-decode` installs them
+    python benchmarks/decode.py                  # needs torch and transformers; `make bench-decode` installs them apart
     python benchmarks/decode.py --parts steps    # one of the three parts
     python benchmarks/decode.py --quick          # tiny sizes, to see that all of it runs
 
@@ -269,12 +269,12 @@ def torch_case(case: dict[str, Any]) -> Prepared:
 
 def measure(names: tuple[str, ...], cases: list[dict[str, Any]], rounds: int) -> list[dict[str, list[float]]]:
     """Seconds of each round of each side, for every case."""
-    from _pairs import started, take_turns
+    from _pairs import side_command, started, take_turns
 
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1"}
     environment["TRANSFORMERS_VERBOSITY"] = "error"
     seconds = []
-    with started({name: [__file__, "--side", name] for name in names}, environment) as sides:
+    with started({name: side_command(__file__, name, torch=name == HUGGING_FACE) for name in names}, environment) as sides:
         for case in cases:
             for side in sides.values():
                 side.ask(json.dumps(case))
@@ -287,9 +287,9 @@ def measure(names: tuple[str, ...], cases: list[dict[str, Any]], rounds: int) ->
 
 def ask(case: dict[str, Any], side: str = CONTIGUOUS) -> dict[str, Any]:
     """What a side says about a case that is not timed."""
-    from _pairs import started
+    from _pairs import side_command, started
 
-    with started({side: [__file__, "--side", side]}) as sides:
+    with started({side: side_command(__file__, side)}) as sides:
         return sides[side].ask(json.dumps(case))
 
 
@@ -410,7 +410,10 @@ def main() -> None:
         serve_cases(torch_case if options.side == HUGGING_FACE else lambda case: attnax_case(case, options.side))
         return
     plan, rounds = (QUICK, 1) if options.quick else (FULL, options.rounds)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    from _pairs import peer_version
+
+    peers = (f"{name} {peer_version(name)}" for name in ("torch", "transformers"))
+    versions = ", ".join([f"jax {version('jax')}", *peers])
     lines = [
         "# Decoding on the CPU",
         "",

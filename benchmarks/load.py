@@ -1,6 +1,6 @@
 """Time and memory to load a Llama-shaped checkpoint of about 500 MB, and time to its first token, beside transformers.
 
-    python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them
+    python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them apart
 
 Each side loads in processes of its own, alternated; memory is how much the peak of the process grew from before the
 call, in which its libraries and the first array are already there. The file is in the page cache. The first
@@ -17,11 +17,12 @@ import os
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from _pairs import side_command
 
 SIZES = {"vocab_size": 16000, "d_model": 1024, "num_heads": 16, "num_kv_heads": 4, "num_layers": 8, "d_ff": 3072}
 SCANNED, CACHED = "attnax, layers scanned", "attnax, compiled before"
@@ -98,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def run(side: str) -> Any:
-            command = [sys.executable, __file__, "--side", side, "--folder", folder]
+            command = [*side_command(__file__, side, torch=side == "transformers"), "--folder", folder]
             cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             environment = os.environ | (cache if side == CACHED else {})
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

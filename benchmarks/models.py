@@ -1,6 +1,6 @@
 """The forward pass of every model at batch 1 beside the same model in PyTorch, and what scan_layers saves.
 
-    python benchmarks/models.py           # needs torch; `make bench-models` installs it
+    python benchmarks/models.py           # needs torch; `make bench-models` installs it apart
 
 Both sides have the same sizes, float32, pre-norm, exact GELU, and run in turns in processes of their own. PyTorch's
 side is built of torch.nn.TransformerEncoder and torch.nn.Transformer, as its users build it, and runs eager and
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     options = parser.parse_args()
-    from _pairs import serve_cases, started, take_turns
+    from _pairs import peer_version, serve_cases, side_command, started, take_turns
 
     if options.side == "attnax":
         serve_cases(attnax_case)
@@ -152,7 +152,7 @@ def main() -> None:
         serve_cases(lambda case: torch_case(case, options.side == "torch-compile"))
         return
     lines = [
-        f"{platform.machine()}, 2 cores, float32, jax {version('jax')}, torch {version('torch')}; medians (minima)",
+        f"{platform.machine()}, 2 cores, float32, jax {version('jax')}, torch {peer_version('torch')}; medians (minima)",
         "",
     ]
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -165,7 +165,7 @@ def main() -> None:
         "| forward, batch 1 | tokens | " + " ms | ".join(names) + " ms | ratio to the faster |",
         "|---|---|---|---|---|---|",
     ]
-    with started({name: [__file__, "--side", name] for name in names}, environment) as sides:
+    with started({name: side_command(__file__, name, torch=name != "attnax") for name in names}, environment) as sides:
         for case, size in CASES.items():
             for side in sides.values():
                 side.ask(json.dumps({"name": case, "size": size}))
@@ -179,7 +179,7 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     lines += ["", "| 24 layers, forward + backward | compile s | step ms |", "|---|---|---|"]
-    with started({name: [__file__, "--side", "attnax"] for name in ("loop", "scan")}, environment) as sides:
+    with started({name: side_command(__file__, "attnax") for name in ("loop", "scan")}, environment) as sides:
         about = {name: side.ask(json.dumps({"name": name, "size": DEPTH})) for name, side in sides.items()}
         seconds = take_turns(sides, options.rounds)
         for name in sides:

@@ -293,12 +293,12 @@ def main() -> None:
     if options.side:
         side(Plan(**json.loads(options.side)))
         return
-    from _pairs import started
+    from _pairs import side_command, started
 
     given = {name: getattr(options, name) for name in counts}
     fields = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
     plan = Plan(**fields)
-    command = [__file__, "--side", json.dumps(dataclasses.asdict(plan))]
+    command = side_command(__file__, json.dumps(dataclasses.asdict(plan)))
     with started({"attnax": command}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}) as sides:
         about = sides["attnax"].about
     lines = [

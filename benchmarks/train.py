@@ -1,6 +1,6 @@
 """A training step of Attnax beside PyTorch: the same decoder, the same batch, AdamW, clipping, on the CPU.
 
-    python benchmarks/train.py                  # needs torch; `make bench-train` installs it
+    python benchmarks/train.py                  # needs torch; `make bench-train` installs it apart
     python benchmarks/train.py --pages small    # without huge pages for malloc, for both sides
 
 The model has 6 layers, d_model 384, 6 heads, SwiGLU of 1024, RoPE, RMSNorm, tied embeddings; batch 8 of 256 tokens,
@@ -141,9 +141,10 @@ def main() -> None:
         torch_side(compiled=options.side == "torch-compile")
         return
 
-    from _pairs import compare
+    from _pairs import compare, peer_version, side_command
 
-    sides = {name: [__file__, "--side", name] for name in ("attnax", "torch", "torch-compile")}
+    names = ("attnax", "torch", "torch-compile")
+    sides = {name: side_command(__file__, name, torch=name != "attnax") for name in names}
     tunables = "glibc.malloc.hugetlb=1" if options.pages == "huge" else ""
     seconds, about = compare(sides, rounds=options.rounds, environment={"GLIBC_TUNABLES": tunables})
     tokens = BATCH * LENGTH * STEPS
@@ -158,7 +159,7 @@ def main() -> None:
     }
     best = min((name for name in figures if name != "attnax"), key=lambda name: figures[name]["step_ms_median"])
     ratio = figures["attnax"]["tokens_per_second"] / figures[best]["tokens_per_second"]
-    print(f"{platform.machine()}, {options.pages} pages, jax {version('jax')}, torch {version('torch')}")
+    print(f"{platform.machine()}, {options.pages} pages, jax {version('jax')}, torch {peer_version('torch')}")
     print(f"{'':14}{'parameters':>12}{'first loss':>12}{'min ms':>10}{'median ms':>11}{'tokens/s':>10}")
     for name, row in figures.items():
         print(
