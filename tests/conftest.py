@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import jaxtyping
@@ -23,7 +24,6 @@ settings.load_profile("few")
 gc.set_threshold(200_000, 50, 50)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Before anything imports attnax: its annotated functions check shapes and dtypes from here on.
 _hook = jaxtyping.install_import_hook("attnax", "beartype.beartype")

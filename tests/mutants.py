@@ -1,0 +1,378 @@
+"""Whether the tests notice when the code is wrong: random mutants, each against the tests that concern it.
+
+    python tests/mutants.py                 # `make mutants` installs cosmic-ray and runs this
+    python tests/mutants.py --again         # survivors once more, after tests were added
+    python tests/mutants.py --parts nn --count 50 --seed 1
+
+cosmic-ray makes the mutants. Its own runner has one command and one time limit for all of them, so that each would meet
+the whole suite; here each meets the tests of its part of the package, those of `make test` first, and only what survives
+them the rest. Beside cosmic-ray's mutations there are three that take away what a call asks for, which a change of an
+operator never does: a keyword argument, a call whose result nobody uses, a branch.
+
+A place in the code is drawn first, then one of its mutations, by hashes of the line: a change elsewhere does not change
+the sample. Each worker has a copy of the tree in build/mutants. Results are kept there; who starts again goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import concurrent.futures
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from parso.python import tree
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "mutants"
+QUICK = "not contract and not thorough"  # the tests of `make test`
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Files of the package, and the tests that concern them."""
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+PARTS = {
+    "masks": Part(("masks.py",), ("test_masks.py", "kernels", "test_properties.py")),
+    "caches": Part(("*cache.py", "int8_rows.py"), ("test_paged_cache.py", "kernels", "generation")),
+    "kernels": Part(("kernels/*.py",), ("kernels", "test_masks.py", "test_paged_cache.py", "generation")),
+    "nn": Part(("nn/*.py",), ("nn", "models", "generation")),
+    "generation": Part(("generation/*.py",), ("generation", "models", "cli")),
+    "training": Part(("training/*.py",), ("training", "cli")),
+}
+
+
+class TakesAway(Operator):
+    """A mutation that puts something else in the place of a node."""
+
+    instead: str
+
+    def is_target(self, node: Any) -> bool:
+        raise NotImplementedError
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        if self.is_target(node):
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        return tree.Name(self.instead, node.start_pos, node.get_first_leaf().prefix)
+
+    @classmethod
+    def examples(cls) -> tuple[()]:
+        return ()
+
+
+class DropKeyword(TakesAway):
+    """f(x, y=1) -> f(x)."""
+
+    instead = "**{}"
+
+    def is_target(self, node: Any) -> bool:
+        return node.type == "argument" and node.children[1] == "="
+
+
+class DropCall(TakesAway):
+    """A call whose result nobody uses -> pass."""
+
+    instead = "pass"
+
+    def is_target(self, node: Any) -> bool:
+        is_call = (
+            node.type == "atom_expr" and node.children[-1].type == "trailer" and node.children[-1].children[0] == "("
+        )
+        return is_call and node.parent.type in ("simple_stmt", "suite")
+
+
+class _FixCondition(TakesAway):
+    def is_target(self, node: Any) -> bool:
+        parent = node.parent
+        if parent is None:
+            return False
+        if parent.type == "ternary":
+            return node is parent.children[2]
+        return parent.type == "if_stmt" and parent.children[parent.children.index(node) - 1] in ("if", "elif")
+
+
+class Never(_FixCondition):
+    """if x -> if False."""
+
+    instead = "False"
+
+
+class Always(_FixCondition):
+    """if x -> if True."""
+
+    instead = "True"
+
+
+def operators() -> dict[str, Operator]:
+    """Those of cosmic-ray that need no arguments, and ours."""
+    names = [name for name in plugins.operator_names() if not plugins.get_operator(name).arguments()]
+    theirs = {name.removeprefix("core/"): plugins.get_operator(name)() for name in names if not name.endswith("/NoOp")}
+    return {**theirs, **{kind.__name__: kind() for kind in (DropKeyword, DropCall, Never, Always)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    part: str
+    path: str  # of the file, from the root
+    operator: str
+    occurrence: int
+    line: int
+    key: str  # of the file as it is, and the change
+
+    def code(self) -> str:
+        """The whole file, changed."""
+        changed = mutate_code((ROOT / self.path).read_text(), operators()[self.operator], self.occurrence)
+        assert changed is not None
+        return str(changed)
+
+    def diff(self) -> str:
+        """The lines that differ."""
+        lines = difflib.unified_diff(
+            (ROOT / self.path).read_text().splitlines(), self.code().splitlines(), n=0, lineterm=""
+        )
+        return "\n".join(line for line in lines if line[:3] not in ("---", "+++") and line[:2] != "@@")
+
+
+def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """From where to where stands what only type checkers read, or what only looks for mistakes of ours."""
+    silent: list[Any] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+            silent += [node.returns, *(argument.annotation for argument in every if argument is not None)]
+            if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                silent += [*node.decorator_list, node]
+        elif isinstance(node, ast.AnnAssign):
+            silent.append(node.annotation)
+        elif (
+            isinstance(node, ast.Assert)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            or (isinstance(node, ast.keyword) and node.arg == "strict")
+        ):
+            silent.append(node)
+    return [((x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)) for x in silent if x is not None]
+
+
+def all_mutants(part: str, seed: int) -> Iterator[tuple[str, Mutant]]:
+    """A mutant for each place of a part that can be changed, with the hash that it is drawn by."""
+    package, kinds = ROOT / "attnax", operators()
+    for path in sorted({path for pattern in PARTS[part].files for path in package.glob(pattern)}):
+        source, name = path.read_text(), str(path.relative_to(ROOT))
+        silent, text = silent_spans(source), source.splitlines()
+        nodes = list(ast_nodes(get_ast(source)))
+        places: dict[Any, list[tuple[str, int]]] = collections.defaultdict(list)
+        for kind, operator in kinds.items():
+            spans = [(*span, node) for node in nodes for span in operator.mutation_positions(node)]
+            for occurrence, (start, end, _) in enumerate(spans):
+                if not any(first <= start < last for first, last in silent):
+                    places[start, end].append((kind, occurrence))
+        seen: collections.Counter[str] = collections.Counter()
+        for (start, end), changes in sorted(places.items()):
+            place = f"{seed} {name} {text[start[0] - 1].strip()} {start[1]} {end[1]}"
+            seen[place] += 1
+            drawn = _hash(f"{place} {seen[place]}")
+            kind, occurrence = changes[int(drawn, 16) % len(changes)]
+            yield drawn, Mutant(part, name, kind, occurrence, start[0], _hash(f"{source} {kind} {occurrence}"))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Worker:
+    """A copy of the tree to break, and the tests of it."""
+
+    def __init__(self, number: int) -> None:
+        self.folder = WORK / f"worker-{number}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
+        )
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+
+    def run(self, tests: list[str], marks: str, limit: float | None) -> tuple[str, float]:
+        """How the tests end: "survived", "killed" or "timed out"; and seconds."""
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            # What a mutant does not change is compiled once for all of them.
+            "JAX_COMPILATION_CACHE_DIR": str(WORK / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", marks]
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [*command, *(f"tests/{test}" for test in tests)],
+            cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return "timed out", time.monotonic() - start
+        return "survived" if code == 0 else "killed", time.monotonic() - start
+
+    def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
+        """What the tests with these marks say of a mutant."""
+        path = self.folder / mutant.path
+        before = path.read_text()
+        path.write_text(mutant.code())
+        try:
+            outcome, seconds = self.run(ordered(mutant), marks, limit)
+        finally:
+            path.write_text(before)
+        return {"outcome": outcome, "seconds": round(seconds, 1)}
+
+
+def ordered(mutant: Mutant) -> list[str]:
+    """The tests of a mutant's part, those that have the name of its file first."""
+    tests, stem = PARTS[mutant.part].tests, Path(mutant.path).stem.strip("_")
+    near = sorted((ROOT / "tests").rglob(f"test_*{stem}*.py"))
+    return [*(str(path.relative_to(ROOT / "tests")) for path in near), *tests]
+
+
+class Results:
+    """A file with a line for each answer; the last one about something counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, dict[str, dict[str, Any]]()
+        if path.exists():
+            for line in path.read_text().splitlines():
+                self.found |= json.loads(line)
+
+    def add(self, name: str, value: dict[str, Any]) -> None:
+        self.found[name] = value
+        with self.path.open("a") as file:
+            file.write(json.dumps({name: value}) + "\n")
+
+
+def measure(workers: list[Worker], parts: list[str], marks: str, results: Results) -> None:
+    """How long the tests of each part take where nothing is broken, with all workers at work."""
+    missing = [part for part in parts if f"{part}: {marks}" not in results.found]
+    free: queue.Queue[Worker] = queue.Queue()
+    for worker in workers:
+        free.put(worker)
+
+    def one(part: str) -> None:
+        worker = free.get()
+        for _ in range(2):  # the first one compiles
+            outcome, seconds = worker.run(list(PARTS[part].tests), marks, None)
+        free.put(worker)
+        if outcome != "survived":
+            raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
+        print(f"{part}: {seconds:.0f} s", flush=True)
+        results.add(f"{part}: {marks}", {"seconds": seconds})
+
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(one, missing))
+
+
+def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
+    """Lets all workers judge mutants that were not judged by the tests with these marks yet."""
+    missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
+    measure(workers, sorted({mutant.part for mutant in missing}), marks, results)
+    free: queue.Queue[Worker] = queue.Queue()
+    for worker in workers:
+        free.put(worker)
+
+    def one(mutant: Mutant) -> None:
+        worker = free.get()
+        result = worker.judge(mutant, marks, 3 * results.found[f"{mutant.part}: {marks}"]["seconds"])
+        free.put(worker)
+        results.add(f"{mutant.key}: {marks}", result)
+        print(
+            f"{result['outcome']:9} {result['seconds']:5.0f} s  {mutant.path}:{mutant.line} {mutant.operator}",
+            flush=True,
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(one, missing))
+
+
+def report(mutants: list[Mutant], results: Results) -> None:
+    """Shares by part, and each survivor."""
+    outcomes = {mutant: [] for mutant in mutants}
+    for mutant in mutants:
+        for marks in (QUICK, f"not ({QUICK})"):
+            outcomes[mutant].append(results.found.get(f"{mutant.key}: {marks}", {}).get("outcome", ""))
+    survivors = [
+        mutant for mutant, (first, then) in outcomes.items() if first == "survived" and then in ("", "survived")
+    ]
+    for mutant in survivors:
+        print(f"\n{mutant.path}:{mutant.line} {mutant.operator}\n{mutant.diff()}")
+    print("\n| | mutants | killed by make test | and by test-all | timed out | survived |\n|---|---|---|---|---|---|")
+    for name in (*PARTS, "all"):
+        mine = [outcome for mutant, outcome in outcomes.items() if name in (mutant.part, "all")]
+        if mine:
+            counts = [sum(first == "killed" for first, _ in mine), sum(then == "killed" for _, then in mine)]
+            counts.append(sum("timed out" in both for both in mine))
+            print(f"| {name} | {len(mine)} | {' | '.join(map(str, counts))} | {len(mine) - sum(counts)} |")
+    judged = [first for first, _ in outcomes.values() if first in ("killed", "survived")]
+    killed = judged.count("killed")
+    late = sum(then == "killed" for _, then in outcomes.values())
+    print(
+        f"\nmake test kills {killed / len(judged):.1%}, test-all {(killed + late) / len(judged):.1%} (time-outs apart)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="only the tests of `make test`")
+    parser.add_argument("--again", action="store_true", help="forget what survived")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    drawn = sorted(
+        (each for part in options.parts for each in all_mutants(part, options.seed)), key=lambda each: each[0]
+    )
+    print(f"{options.count} of {len(drawn)} places", flush=True)
+    mutants = [mutant for _, mutant in drawn[: options.count]]
+    WORK.mkdir(parents=True, exist_ok=True)
+    results = Results(WORK / "results.jsonl")
+    if not options.report:
+        if options.again:
+            for name, value in list(results.found.items()):
+                if value.get("outcome") == "survived":
+                    del results.found[name]
+        workers = [Worker(number) for number in range(options.workers)]
+        judge_all(workers, mutants, QUICK, results)
+        if not options.quick:
+            left = [mutant for mutant in mutants if results.found[f"{mutant.key}: {QUICK}"]["outcome"] == "survived"]
+            judge_all(workers, left, f"not ({QUICK})", results)
+    report(mutants, results)
+
+
+if __name__ == "__main__":
+    main()
