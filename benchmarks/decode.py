@@ -274,7 +274,9 @@ def measure(names: tuple[str, ...], cases: list[dict[str, Any]], rounds: int) ->
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1"}
     environment["TRANSFORMERS_VERBOSITY"] = "error"
     seconds = []
-    with started({name: side_command(__file__, name, torch=name == HUGGING_FACE) for name in names}, environment) as sides:
+    with started(
+        {name: side_command(__file__, name, torch=name == HUGGING_FACE) for name in names}, environment
+    ) as sides:
         for case in cases:
             for side in sides.values():
                 side.ask(json.dumps(case))

@@ -4,10 +4,10 @@
     python tests/mutants.py --again         # survivors once more, after tests were added
     python tests/mutants.py --parts nn --count 50 --seed 1
 
-cosmic-ray makes the mutants. Its own runner has one command and one time limit for all of them, so that each would meet
-the whole suite; here each meets the tests of its part of the package, those of `make test` first, and only what survives
-them the rest. Beside cosmic-ray's mutations there are three that take away what a call asks for, which a change of an
-operator never does: a keyword argument, a call whose result nobody uses, a branch.
+cosmic-ray makes the mutants. Its own runner has one command and one time limit for all of them, so that each would
+meet the whole suite; here each meets the tests of its part of the package, those of `make test` first, and only what
+survives them the rest. Beside cosmic-ray's mutations some take away what is asked for, as no change of an operator
+does: a keyword argument, a call whose result nobody uses, a branch.
 
 A place in the code is drawn first, then one of its mutations, by hashes of the line: a change elsewhere does not change
 the sample. Each worker has a copy of the tree in build/mutants. Results are kept there; who starts again goes on.
@@ -19,6 +19,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -97,10 +98,9 @@ class DropCall(TakesAway):
     instead = "pass"
 
     def is_target(self, node: Any) -> bool:
-        is_call = (
-            node.type == "atom_expr" and node.children[-1].type == "trailer" and node.children[-1].children[0] == "("
-        )
-        return is_call and node.parent.type in ("simple_stmt", "suite")
+        if node.type != "atom_expr" or node.parent.type not in ("simple_stmt", "suite"):
+            return False
+        return bool(node.children[-1].type == "trailer" and node.children[-1].children[0] == "(")
 
 
 class _FixCondition(TakesAway):
@@ -138,22 +138,22 @@ class Mutant:
 
     part: str
     path: str  # of the file, from the root
-    operator: str
-    occurrence: int
     line: int
-    key: str  # of the file as it is, and the change
+    operator: str
+    before: str  # the whole file
+    after: str
 
-    def code(self) -> str:
-        """The whole file, changed."""
-        changed = mutate_code((ROOT / self.path).read_text(), operators()[self.operator], self.occurrence)
-        assert changed is not None
-        return str(changed)
+    @property
+    def key(self) -> str:
+        """What results are kept under: the file as it is, and the change."""
+        return _hash(self.before + self.after)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line} {self.operator}"
 
     def diff(self) -> str:
         """The lines that differ."""
-        lines = difflib.unified_diff(
-            (ROOT / self.path).read_text().splitlines(), self.code().splitlines(), n=0, lineterm=""
-        )
+        lines = difflib.unified_diff(self.before.splitlines(), self.after.splitlines(), n=0, lineterm="")
         return "\n".join(line for line in lines if line[:3] not in ("---", "+++") and line[:2] != "@@")
 
 
@@ -175,11 +175,12 @@ def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
             or (isinstance(node, ast.keyword) and node.arg == "strict")
         ):
             silent.append(node)
-    return [((x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)) for x in silent if x is not None]
+    # A decorator begins before its name.
+    return [((x.lineno, x.col_offset - 1), (x.end_lineno, x.end_col_offset)) for x in silent if x is not None]
 
 
-def all_mutants(part: str, seed: int) -> Iterator[tuple[str, Mutant]]:
-    """A mutant for each place of a part that can be changed, with the hash that it is drawn by."""
+def places_of(part: str, seed: int) -> Iterator[tuple[str, tuple[str, str, int, list[tuple[str, int]]]]]:
+    """The places of a part that can be changed: part, path, line and changes, behind the hash that each is drawn by."""
     package, kinds = ROOT / "attnax", operators()
     for path in sorted({path for pattern in PARTS[part].files for path in package.glob(pattern)}):
         source, name = path.read_text(), str(path.relative_to(ROOT))
@@ -187,17 +188,32 @@ def all_mutants(part: str, seed: int) -> Iterator[tuple[str, Mutant]]:
         nodes = list(ast_nodes(get_ast(source)))
         places: dict[Any, list[tuple[str, int]]] = collections.defaultdict(list)
         for kind, operator in kinds.items():
-            spans = [(*span, node) for node in nodes for span in operator.mutation_positions(node)]
-            for occurrence, (start, end, _) in enumerate(spans):
+            spans = (span for node in nodes for span in operator.mutation_positions(node))
+            for occurrence, (start, end) in enumerate(spans):
                 if not any(first <= start < last for first, last in silent):
                     places[start, end].append((kind, occurrence))
         seen: collections.Counter[str] = collections.Counter()
         for (start, end), changes in sorted(places.items()):
             place = f"{seed} {name} {text[start[0] - 1].strip()} {start[1]} {end[1]}"
             seen[place] += 1
-            drawn = _hash(f"{place} {seen[place]}")
-            kind, occurrence = changes[int(drawn, 16) % len(changes)]
-            yield drawn, Mutant(part, name, kind, occurrence, start[0], _hash(f"{source} {kind} {occurrence}"))
+            yield _hash(f"{place} {seen[place]}"), (part, name, start[0], changes)
+
+
+def draw(parts: list[str], seed: int, count: int) -> list[Mutant]:
+    """One mutant for each of `count` places."""
+    places = sorted(place for part in parts for place in places_of(part, seed))
+    mutants: list[Mutant] = []
+    for drawn, (part, name, line, changes) in places:
+        kind, occurrence = changes[int(drawn, 16) % len(changes)]
+        before = (ROOT / name).read_text()
+        after = str(mutate_code(before, operators()[kind], occurrence))
+        with contextlib.suppress(SyntaxError):  # not every star is a product
+            ast.parse(after)
+            mutants.append(Mutant(part, name, line, kind, before, after))
+        if len(mutants) == count:
+            break
+    print(f"{len(mutants)} of {len(places)} places", flush=True)
+    return mutants
 
 
 def _hash(text: str) -> str:
@@ -210,9 +226,8 @@ class Worker:
     def __init__(self, number: int) -> None:
         self.folder = WORK / f"worker-{number}"
         shutil.rmtree(self.folder, ignore_errors=True)
-        listed = subprocess.run(
-            ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
-        )
+        command = ["git", "ls-files", "-zco", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         for name in filter(None, listed.stdout.decode().split("\0")):
             if (ROOT / name).is_file():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -229,10 +244,9 @@ class Worker:
         }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", marks]
         start = time.monotonic()
-        process = subprocess.Popen(
-            [*command, *(f"tests/{test}" for test in tests)],
-            cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        command += [f"tests/{test}" for test in tests]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **quiet)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -244,12 +258,11 @@ class Worker:
     def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
         """What the tests with these marks say of a mutant."""
         path = self.folder / mutant.path
-        before = path.read_text()
-        path.write_text(mutant.code())
+        path.write_text(mutant.after)
         try:
             outcome, seconds = self.run(ordered(mutant), marks, limit)
         finally:
-            path.write_text(before)
+            path.write_text(mutant.before)
         return {"outcome": outcome, "seconds": round(seconds, 1)}
 
 
@@ -309,10 +322,7 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
         result = worker.judge(mutant, marks, 3 * results.found[f"{mutant.part}: {marks}"]["seconds"])
         free.put(worker)
         results.add(f"{mutant.key}: {marks}", result)
-        print(
-            f"{result['outcome']:9} {result['seconds']:5.0f} s  {mutant.path}:{mutant.line} {mutant.operator}",
-            flush=True,
-        )
+        print(f"{result['outcome']:9} {result['seconds']:5.0f} s  {mutant}", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
         list(pool.map(one, missing))
@@ -324,11 +334,9 @@ def report(mutants: list[Mutant], results: Results) -> None:
     for mutant in mutants:
         for marks in (QUICK, f"not ({QUICK})"):
             outcomes[mutant].append(results.found.get(f"{mutant.key}: {marks}", {}).get("outcome", ""))
-    survivors = [
-        mutant for mutant, (first, then) in outcomes.items() if first == "survived" and then in ("", "survived")
-    ]
-    for mutant in survivors:
-        print(f"\n{mutant.path}:{mutant.line} {mutant.operator}\n{mutant.diff()}")
+    for mutant, (first, then) in outcomes.items():
+        if first == "survived" and then in ("", "survived"):
+            print(f"\n{mutant}\n{mutant.diff()}")
     print("\n| | mutants | killed by make test | and by test-all | timed out | survived |\n|---|---|---|---|---|---|")
     for name in (*PARTS, "all"):
         mine = [outcome for mutant, outcome in outcomes.items() if name in (mutant.part, "all")]
@@ -339,9 +347,8 @@ def report(mutants: list[Mutant], results: Results) -> None:
     judged = [first for first, _ in outcomes.values() if first in ("killed", "survived")]
     killed = judged.count("killed")
     late = sum(then == "killed" for _, then in outcomes.values())
-    print(
-        f"\nmake test kills {killed / len(judged):.1%}, test-all {(killed + late) / len(judged):.1%} (time-outs apart)"
-    )
+    shares = f"make test kills {killed / len(judged):.1%}, test-all {(killed + late) / len(judged):.1%}"
+    print(f"\n{shares} (time-outs apart)")
 
 
 def main() -> None:
@@ -354,11 +361,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget what survived")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
-    drawn = sorted(
-        (each for part in options.parts for each in all_mutants(part, options.seed)), key=lambda each: each[0]
-    )
-    print(f"{options.count} of {len(drawn)} places", flush=True)
-    mutants = [mutant for _, mutant in drawn[: options.count]]
+    mutants = draw(options.parts, options.seed, options.count)
     WORK.mkdir(parents=True, exist_ok=True)
     results = Results(WORK / "results.jsonl")
     if not options.report:

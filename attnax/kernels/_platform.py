@@ -87,9 +87,7 @@ def _lower_for_tpu(context: Any, *arguments: Any, platforms: Any, **params: Any)
     return _lower("tpu")(context, *arguments, platforms=platforms if num_devices == 1 else (), **params)
 
 
-def _batch(
-    arguments: Any, axes: Any, *, default: Any, platforms: tuple[tuple[str, Branch], ...]
-) -> tuple[Any, Any]:
+def _batch(arguments: Any, axes: Any, *, default: Any, platforms: tuple[tuple[str, Branch], ...]) -> tuple[Any, Any]:
     def mapped(branch: Branch) -> Branch:
         return jax.vmap(branch, axes)
 

@@ -107,6 +107,7 @@ OPTIONS = {
     "soft cap": {"attention_soft_cap": 0.7},
     "scale": {"attention_scale": 0.11},
     "alibi": {"pos_emb_type": "alibi"},
+    "alibi behind a soft cap": {"pos_emb_type": "alibi", "attention_soft_cap": 0.7},
     "sinks": {"attention_sinks": True},
     "norm of heads": {"qk_norm": "head"},
     "norm of projections": {"qk_norm": "projection"},

@@ -131,6 +131,25 @@ def test_stored_streams_go_on_from_call_to_call():
             np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_remat_is_a_checkpoint_around_each_layer_with_the_policy_that_is_named(form):
+    config = FORMS[form]
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config)))
+    program = jax.make_jaxpr(lambda state: nnx.merge(graphdef, state)(IDS, deterministic=True))(state)
+    policies = [eqn.params["policy"] for eqn in equations(program.jaxpr) if eqn.primitive.name == "remat2"]
+    dots = jax.checkpoint_policies.dots_saveable  # of the two layers of a period, and of the one that is left over
+    assert policies == {"loop": [], "scan": [], "scan, remat": 3 * [dots], "loop, remat": 5 * [None]}[form]
+
+
+def equations(jaxpr):
+    """All equations of a program, those inside of others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(tuple(eqn.params.values())):
+            if hasattr(inner, "eqns"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
 def test_a_layer_has_its_own_config():
     model = build(lambda rngs: TransformerLM(rngs, CONFIG))
     windows = [layer.attention.config.attention_window for layer in model.decoder.stack.layers()]

@@ -258,6 +258,23 @@ class TestTrainer:
         large, _ = trainer.step(trainer.init(), batch)
         leaves_close(state.params, large.params, atol=1e-5)
 
+    def test_accumulated_gradients_are_averaged(self):
+        """Clipping and Adam hide it where gradients are larger than Adam's epsilon, 1e-8."""
+
+        @jax.jit
+        def updates(gradient):
+            found = []
+            for passes in (1, 2):
+                optimizer = OptimizerConfig(warmup=0.0, accumulate=passes).build()
+                state = optimizer.init(gradient)
+                for _ in range(passes):
+                    update, state = optimizer.update(gradient, state, jnp.zeros_like(gradient))
+                found.append(update)
+            return found
+
+        once, twice = updates(np.full(3, 1e-9, np.float32))
+        np.testing.assert_allclose(twice, once, rtol=1e-5)
+
     def test_packed_documents_are_scored_as_each_is_alone(self):
         """Learned positions and a mask: a row of three documents, against each in a row of its own."""
         model = dataclasses.replace(MODEL, pos_emb_type="learned")
@@ -298,6 +315,7 @@ class TestTrainer:
             "vector": np.ones(2, "f"),
             "up_bias": np.ones((3, 2), "f"),
             "scale": np.ones((3, 2), "f"),
+            "sinks": np.ones((3, 2), "f"),
         }
 
         @jax.jit

@@ -1,0 +1,40 @@
+"""Attention to a cache reads the slots in use and no others; that it is exact, the tests of decoding show."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from attnax import cached_attention
+from attnax.cache import KVLayerCache, RingKVCache
+
+SLOTS = 400  # four chunks of 128, the last of which overlaps
+
+
+def filled(kind, count):
+    """A cache of 2 rows whose first `count` slots hold tokens, in the second row one fewer."""
+    positions = np.arange(SLOTS)[None] * np.ones((2, 1), np.int32)
+    positions = np.where(positions < np.array([[count], [max(0, count - 1)]]), positions, -1).astype(np.int32)
+    rows = np.random.default_rng(0).standard_normal((2, 2, 1, SLOTS, 2), np.float32)
+    if kind == "contiguous":
+        return KVLayerCache(*rows, np.int32(count), positions, np.bool_(False))
+    return RingKVCache(*rows, positions, np.zeros(2, bool), None)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring"])
+def test_only_chunks_in_use_are_read(kind):
+    visits = []
+
+    def mod(scores, b, h, q, kv):
+        jax.debug.callback(lambda: visits.append(1))  # once for each chunk
+        return scores
+
+    run = jax.jit(partial(cached_attention, score_mod=mod))
+    query, counts = np.ones((2, 1, 1, 2), np.float32), {}
+    for tokens in (0, 1, 128, 129, 300, SLOTS):
+        del visits[:]
+        run(query, filled(kind, tokens), np.array([SLOTS], np.int32)).block_until_ready()
+        jax.effects_barrier()
+        counts[tokens] = len(visits)
+    assert counts == {0: 0, 1: 1, 128: 1, 129: 2, 300: 3, SLOTS: 4}
