@@ -5,8 +5,8 @@ prints a line of JSON when it is warm, then for every empty line that it reads d
 `{"seconds": ...}`. A side of many cases is sent each case as a line of JSON, gets ready for it, and answers as when it
 starts. While one side works, the others are stopped.
 
-Attnax runs in the environment that the benchmark was started in, PyTorch in `.venv-torch` where `make` has put it there:
-each with the Python and the versions that suit it.
+Attnax runs in the environment that the benchmark was started in, PyTorch in `.venv-torch` where `make` has put it
+there: each with the Python and the versions that suit it.
 """
 
 from __future__ import annotations

@@ -631,8 +631,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [side for side in sides if side in ("sdpa", "flex") and torch is None]
     tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if options.pages == "huge" else {}
     title = (
-        f"{platform.machine()}, 2 threads, {options.pages} pages, jax {version('jax')}, torch {torch or 'not installed'}; "
-        f"float32, batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
+        f"{platform.machine()}, 2 threads, {options.pages} pages, jax {version('jax')}, "
+        f"torch {torch or 'not installed'}; float32, batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
     )
     print(title, flush=True)
     figures: dict[Job, dict[str, dict[str, Any]]] = {}

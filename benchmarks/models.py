@@ -151,8 +151,9 @@ def main() -> None:
     if options.side:
         serve_cases(lambda case: torch_case(case, options.side == "torch-compile"))
         return
+    versions = f"jax {version('jax')}, torch {peer_version('torch')}"
     lines = [
-        f"{platform.machine()}, 2 cores, float32, jax {version('jax')}, torch {peer_version('torch')}; medians (minima)",
+        f"{platform.machine()}, 2 cores, float32, {versions}; medians (minima)",
         "",
     ]
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

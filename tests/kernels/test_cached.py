@@ -24,17 +24,22 @@ def filled(kind, count):
 
 @pytest.mark.parametrize("kind", ["contiguous", "ring"])
 def test_only_chunks_in_use_are_read(kind):
-    visits = []
+    """Where they hold no token the mask is not even asked; where it lets nobody attend them, they are not read."""
+    tested, read = [], []
+
+    def mask(b, h, q, kv):
+        jax.debug.callback(lambda: tested.append(1))
+        return kv < 200
 
     def mod(scores, b, h, q, kv):
-        jax.debug.callback(lambda: visits.append(1))  # once for each chunk
+        jax.debug.callback(lambda: read.append(1))
         return scores
 
-    run = jax.jit(partial(cached_attention, score_mod=mod))
+    run = jax.jit(partial(cached_attention, mask=mask, score_mod=mod))
     query, counts = np.ones((2, 1, 1, 2), np.float32), {}
     for tokens in (0, 1, 128, 129, 300, SLOTS):
-        del visits[:]
+        del tested[:], read[:]
         run(query, filled(kind, tokens), np.array([SLOTS], np.int32)).block_until_ready()
         jax.effects_barrier()
-        counts[tokens] = len(visits)
-    assert counts == {0: 0, 1: 1, 128: 1, 129: 2, 300: 3, SLOTS: 4}
+        counts[tokens] = len(tested), len(read)
+    assert counts == {0: (0, 0), 1: (1, 1), 128: (1, 1), 129: (2, 2), 300: (3, 2), SLOTS: (4, 2)}
