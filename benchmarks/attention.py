@@ -630,9 +630,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sides, torch = list(options.sides), peer_version("torch")
     missing = [side for side in sides if side in ("sdpa", "flex") and torch is None]
     tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if options.pages == "huge" else {}
+    versions = f"jax {version('jax')}, torch {torch or 'not installed'}"
     title = (
-        f"{platform.machine()}, 2 threads, {options.pages} pages, jax {version('jax')}, "
-        f"torch {torch or 'not installed'}; float32, batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
+        f"{platform.machine()}, 2 threads, {options.pages} pages, {versions}; float32, "
+        f" batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
     )
     print(title, flush=True)
     figures: dict[Job, dict[str, dict[str, Any]]] = {}
