@@ -74,6 +74,10 @@ nightly: $(VENV)/.dev
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
 	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 
+# Random changes of the code, each of which the tests must notice; goes on where it was stopped.
+mutants: $(VENV)/.mutants
+	$(QUICK_COMPILER) $(BIN)/python tests/mutants.py
+
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:
 	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
@@ -167,6 +171,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt | same-python
 	@$(call INSTALL,$(VENV),-e ".[dev]")
 	@$(call INSTALL,$(VENV),$(MODEL))
 	@touch $@ $(VENV)/.train $(VENV)/.search
+
+$(VENV)/.mutants: $(VENV)/.dev
+	@$(call INSTALL,$(VENV),cosmic_ray)
+	@touch $@
 
 $(TORCH)/.made: pyproject.toml constraints.txt
 	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(call FIND_PYTHON,11))

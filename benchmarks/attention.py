@@ -633,7 +633,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = f"jax {version('jax')}, torch {torch or 'not installed'}"
     title = (
         f"{platform.machine()}, 2 threads, {options.pages} pages, {versions}; float32, "
-        f" batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
+        f"batch * heads {HEADS}, head_dim {HEAD_DIM}; {options.rounds} rounds"
     )
     print(title, flush=True)
     figures: dict[Job, dict[str, dict[str, Any]]] = {}
