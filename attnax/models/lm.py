@@ -77,7 +77,7 @@ class TransformerLM(nnx.Module):
         mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,

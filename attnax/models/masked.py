@@ -60,7 +60,7 @@ class MaskedLM(nnx.Module):
         *,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         token_type_ids: Int[ArrayLike, "B T"] | None = None,
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,

@@ -133,7 +133,7 @@ def _cos_sin(
     return cos.astype(out_dtype), sin.astype(out_dtype)
 
 
-def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, ...], sin: Float[Array, ...]) -> Float[Array, "*L H"]:
+def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "*L H"]:
     """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32, returned in the dtype of x.
 
     Args:
@@ -194,7 +194,7 @@ class RotaryEmbedding:
     def __call__(
         self,
         x: Float[Array, "B N T H"],
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
         """X turned by `position_ids`, by default 0 ... T - 1."""
         if x.shape[-1] != self.head_dim:
