@@ -421,7 +421,7 @@ class TransformerDecoder(_TokenTransformer):
 
 
 class TokenHead(nnx.Module):
-    """Float32 logits of hidden states: a projection of its own, or products with the token embeddings.
+    """float32 logits of hidden states: a projection of its own, or products with the token embeddings.
 
     Args:
         rngs: for the initial weights.

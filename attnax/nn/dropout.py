@@ -47,7 +47,7 @@ class Dropout(nnx.Dropout):
     def __call__(  # type: ignore[override]  # one rngs type instead of three
         self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
-        """X with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
+        """x with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
         key = self.key(deterministic, rngs)
         return x if key is None else super().__call__(x, deterministic=False, rngs=key)
 
@@ -65,7 +65,7 @@ class Jitter(Dropout):
     def __call__(  # type: ignore[override]  # one rngs type instead of three
         self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
-        """X with its elements jittered, or x itself where jitter is off."""
+        """x with its elements jittered, or x itself where jitter is off."""
         key = self.key(deterministic, rngs)
         if key is None:
             return x
