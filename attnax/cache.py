@@ -92,17 +92,17 @@ class LayerCache(Protocol):
     that the new tokens may attend (the same, but for a ring that would overwrite some of it), and `tokens(dtype)`.
     """
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> Any:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
         """A cache of the rows named, which may be more or fewer, in any order and repeated."""
 
-    def forget(self, first: Int[ArrayLike, B]) -> Any:
+    def forget(self, first: Int[ArrayLike, "B"]) -> Any:
         """Takes back each row's tokens from position `first` on."""
 
 
-def select_rows(caches: Caches, rows: Int[ArrayLike, R]) -> Caches:
+def select_rows(caches: Caches, rows: Int[ArrayLike, "R"]) -> Caches:
     """The rows named of every cache in a pytree; other arrays in it have their rows along axis 0."""
 
     def select(node: Any) -> Any:
@@ -111,7 +111,7 @@ def select_rows(caches: Caches, rows: Int[ArrayLike, R]) -> Caches:
     return jax.tree.map(select, caches, is_leaf=lambda node: isinstance(node, LayerCache))
 
 
-def forget(caches: Caches, first: Int[ArrayLike, B]) -> Caches:
+def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
     """Takes back each row's tokens from position `first` on, in every cache of a pytree."""
     return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
 
@@ -143,7 +143,7 @@ class EmptyCache:
                 "Give the cache itself."
             )
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """0 for each row."""
         return self.cache.next_positions()
 
@@ -159,11 +159,11 @@ class EmptyCache:
         length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
         return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> EmptyCache:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> EmptyCache:
         """A cache of the rows named."""
         return EmptyCache(self.cache.select_rows(rows))
 
-    def forget(self, first: Int[ArrayLike, B]) -> EmptyCache:
+    def forget(self, first: Int[ArrayLike, "B"]) -> EmptyCache:
         """The same: there is nothing to take back."""
         return self
 
@@ -206,7 +206,7 @@ class KVLayerCache:
         """No slot from here on holds a token."""
         return self.length
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
@@ -219,11 +219,11 @@ class KVLayerCache:
         """All slots, as arrays."""
         return _slots_as_arrays(self, dtype)
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> KVLayerCache:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> KVLayerCache:
         """A cache of the rows named."""
         return _select_slots(self, rows)
 
-    def forget(self, first: Int[ArrayLike, B]) -> KVLayerCache:
+    def forget(self, first: Int[ArrayLike, "B"]) -> KVLayerCache:
         """Takes back each row's tokens from position `first` on; their slots stay taken."""
         return _forget_slots(self, first)
 
@@ -245,7 +245,7 @@ class RingKVCache:
     keys: Float[Array, "B K S H"] | Int8Rows
     values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
-    overflowed: Bool[Array, B]
+    overflowed: Bool[Array, "B"]
     window: int | None = dataclasses.field(metadata={"static": True})
 
     @property
@@ -263,7 +263,7 @@ class RingKVCache:
         """No slot from here on holds a token."""
         return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
@@ -317,12 +317,12 @@ class RingKVCache:
         """All slots, as arrays."""
         return _slots_as_arrays(self, dtype)
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> RingKVCache:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> RingKVCache:
         """A cache of the rows named."""
         cache = _select_slots(self, rows)
         return dataclasses.replace(cache, overflowed=self.overflowed[jnp.asarray(rows)])
 
-    def forget(self, first: Int[ArrayLike, B]) -> RingKVCache:
+    def forget(self, first: Int[ArrayLike, "B"]) -> RingKVCache:
         """Takes back each row's tokens from position `first` on, whose slots are free again.
 
         With a window, what these had overwritten does not come back: that is no loss as long as no more than
@@ -356,18 +356,18 @@ class LinearLayerCache:
     """
 
     state: LinearState
-    lengths: Int[Array, B]
+    lengths: Int[Array, "B"]
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
         return self.lengths
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> LinearLayerCache:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> LinearLayerCache:
         """A cache of the rows named."""
         rows = check_rows("LinearLayerCache.select_rows", rows, self.lengths.shape[0])
         return jax.tree.map(lambda x: x[rows], self)
 
-    def forget(self, first: Int[ArrayLike, B]) -> LinearLayerCache:
+    def forget(self, first: Int[ArrayLike, "B"]) -> LinearLayerCache:
         """Raises NotImplementedError: a sum does not know its terms."""
         raise NotImplementedError(
             "LinearLayerCache: the sums of linear attention cannot take tokens back. Use a softmax kernel, or decode "
@@ -533,7 +533,7 @@ def update_kv_layer_cache(
     values_new: Float[Array, "B K T Hv"],
     start: int | Int[ArrayLike, ""] | None = None,
     *,
-    positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+    positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
 ) -> KVLayerCache:
     """Writes T tokens into slots start ... start + T - 1.
 
@@ -586,7 +586,7 @@ SPARE_SLOTS = 16  # of the ring of a window: the chunk of a draft is written bef
 Slots = TypeVar("Slots", KVLayerCache, RingKVCache)
 
 
-def check_rows(caller: str, rows: Int[ArrayLike, R], batch: int) -> Array:
+def check_rows(caller: str, rows: Int[ArrayLike, "R"], batch: int) -> Array:
     """Raises ValueError for rows that are no integers, or concrete and not there."""
     rows = jnp.asarray(rows)
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
@@ -601,13 +601,13 @@ def _slots_as_arrays(cache: KVLayerCache | RingKVCache | StoredTokens, dtype: An
     return StoredTokens(keys, values, cache.positions, cache.window)
 
 
-def _select_slots(cache: Slots, rows: Int[ArrayLike, R]) -> Slots:
+def _select_slots(cache: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
     rows = check_rows("select_rows", rows, cache.positions.shape[0])
     keys, values, positions = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values, cache.positions))
     return dataclasses.replace(cache, keys=keys, values=values, positions=positions)
 
 
-def _forget_slots(cache: Slots, first: Int[ArrayLike, B]) -> Slots:
+def _forget_slots(cache: Slots, first: Int[ArrayLike, "B"]) -> Slots:
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.positions.shape[:1])
     positions = jnp.where(cache.positions < first[:, None], cache.positions, -1)
     return dataclasses.replace(cache, positions=positions)

@@ -374,7 +374,7 @@ def causal() -> Mask:
     return Causal()
 
 
-def padding(real: Int[ArrayLike, B] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
+def padding(real: Int[ArrayLike, "B"] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
     """Nothing attends padding keys.
 
     Args:
@@ -428,7 +428,7 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
     return SlidingWindow(window_size, 1 if causal else window_size)
 
 
-def prefix(lengths: Int[ArrayLike, B]) -> Mask:
+def prefix(lengths: Int[ArrayLike, "B"]) -> Mask:
     """Prefix language model: `causal() | padding(lengths)`, the first `lengths[b]` tokens of a row are seen by all.
 
     Example:
@@ -447,8 +447,8 @@ def prefix(lengths: Int[ArrayLike, B]) -> Mask:
 
 
 def documents(
-    document_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
-    kv_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+    document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
 ) -> Mask:
     """Packed rows: a token attends only tokens of its own document. Combine with `causal()` as needed.
 
@@ -500,19 +500,19 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
 @overload
 def at_positions(
     mask_or_mod: Mask | None,
-    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
 ) -> Mask: ...
 @overload
 def at_positions(
     mask_or_mod: ScoreMod,
-    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
 ) -> ScoreMod: ...
 def at_positions(
     mask_or_mod: Mask | ScoreMod | None,
-    q_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, S] | Int[ArrayLike, "#B S"],
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
 ) -> Mask | ScoreMod:
     """Reads a mask or a score mod at true positions instead of array indices.
 
@@ -584,7 +584,7 @@ def make_sliding_window_mask(
     return mask(*index_grid(1, 1, seq_q, seq_q if seq_kv is None else seq_kv))
 
 
-def make_document_mask(document_ids: Int[ArrayLike, T] | Int[ArrayLike, "B T"]) -> Bool[Array, "B 1 T T"]:
+def make_document_mask(document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "B T"]) -> Bool[Array, "B 1 T T"]:
     """`documents(document_ids)` as an array."""
     ids = jnp.atleast_2d(jnp.asarray(document_ids))
     return documents(ids)(*index_grid(ids.shape[0], 1, ids.shape[1], ids.shape[1]))

@@ -56,8 +56,8 @@ class PagedKVCache:
     key_pool: Float[Array, "P Z K H"] | Int8Rows
     value_pool: Float[Array, "P Z K Hv"] | Int8Rows
     block_table: Int[Array, "B M"]
-    seq_lengths: Int[Array, B]
-    overflowed: Bool[Array, B]
+    seq_lengths: Int[Array, "B"]
+    overflowed: Bool[Array, "B"]
 
     @property
     def block_size(self) -> int:
@@ -74,7 +74,7 @@ class PagedKVCache:
         """The positions that masks given as arrays must know."""
         return self.max_len
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
         return self.seq_lengths
 
@@ -119,7 +119,7 @@ class PagedKVCache:
         positions = jnp.where(slots < lengths[:, None], slots, -1)
         return StoredTokens(keys.astype(dtype), values.astype(dtype), positions)
 
-    def select_rows(self, rows: Int[ArrayLike, R]) -> PagedKVCache:
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> PagedKVCache:
         """A cache of the rows named, each with its own copy of the blocks; the pool stays as large as it is.
 
         Raises:
@@ -148,7 +148,7 @@ class PagedKVCache:
             overflowed=self.overflowed[rows] | ~fits,
         )
 
-    def forget(self, first: Int[ArrayLike, B]) -> PagedKVCache:
+    def forget(self, first: Int[ArrayLike, "B"]) -> PagedKVCache:
         """Takes back each row's tokens from position `first` on; the row keeps their blocks."""
         return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, jnp.asarray(first, jnp.int32)))
 
@@ -254,7 +254,7 @@ def allocate_blocks(
     *,
     sequence_idx: SupportsIndex,
     num_new_tokens: SupportsIndex,
-    free_block_ids: Int[ArrayLike, F],
+    free_block_ids: Int[ArrayLike, "F"],
 ) -> tuple[PagedKVCache, int]:
     """Gives one sequence the blocks that it lacks for `num_new_tokens` more, from the front of `free_block_ids`.
 
@@ -379,7 +379,7 @@ def gather_kv(
     return _read(cache.key_pool, blocks)[:length], _read(cache.value_pool, blocks)[:length], length
 
 
-def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, B] | Int[ArrayLike, ""] | int) -> PagedKVCache:
+def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int[ArrayLike, ""] | int) -> PagedKVCache:
     """Gives every row the blocks that it lacks for its next tokens, from those that no row holds.
 
     Rows are served in order, free blocks in the order of their ids. From the first row for which the pool does not
@@ -424,7 +424,7 @@ def append_rows(
     cache: PagedKVCache,
     keys_new: Float[ArrayLike, "B K T H"],
     values_new: Float[ArrayLike, "B K T Hv"],
-    num_new_tokens: Int[ArrayLike, B] | Int[ArrayLike, ""] | int | None = None,
+    num_new_tokens: Int[ArrayLike, "B"] | Int[ArrayLike, ""] | int | None = None,
 ) -> PagedKVCache:
     """Writes tokens behind the last one of every row, into blocks that the rows were given before.
 
@@ -478,7 +478,7 @@ def append_rows(
     )
 
 
-def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"], Int[Array, B]]:
+def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"], Int[Array, "B"]]:
     """The tokens of every row in one piece, in the layout of attention functions.
 
     This copies batch * max_len tokens; `masks.padding(lengths)` keeps queries off the slots past each length.
@@ -499,7 +499,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
     return rows(cache.key_pool), rows(cache.value_pool), cache.seq_lengths
 
 
-def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, B]) -> PagedKVCache:
+def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
     """Empties rows, so that their blocks are free again; the pools stay as they are.
 
     Args:
@@ -600,7 +600,7 @@ def _counts(caller: str, name: str, counts: Any, cache: PagedKVCache, limit: int
 
 def _sequence(
     caller: str, batched: str, cache: PagedKVCache, sequence_idx: Any, *others: Any
-) -> tuple[int, int, Int[ArrayLike, M]]:
+) -> tuple[int, int, Int[ArrayLike, "M"]]:
     """Index, length and row of the block table of one sequence, as known values.
 
     Raises:

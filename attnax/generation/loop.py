@@ -61,9 +61,9 @@ class Generation(NamedTuple):
     """
 
     tokens: Int[Array, "R T"]
-    lengths: Int[Array, R]
+    lengths: Int[Array, "R"]
     log_probs: Float[Array, "R T"]
-    steps: Int[Array, R]
+    steps: Int[Array, "R"]
 
 
 @runtime_checkable
@@ -81,8 +81,8 @@ class Progress:
     keys: Array | None  # (R,), None where nothing is drawn
     text: Text
     log_probs: Float[Array, "R T"]
-    finished: Bool[Array, R]
-    steps: Int[Array, R]
+    finished: Bool[Array, "R"]
+    steps: Int[Array, "R"]
     cache: Any
 
 
@@ -123,7 +123,7 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
 
 def begin(
     step: Step, state: Any, request: Request, cache: Any, room: int
-) -> tuple[Progress, Any, Generation, Int[Array, R]]:
+) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
     """Reads the prompt and draws the first token: the progress, the context of each row, the result so far, the token.
 
     `room` tokens may follow the prompt.
@@ -156,7 +156,7 @@ def _write_rest(
 @partial(jax.jit, static_argnames="step", donate_argnames="progress")
 def _next_token(
     step: Step, state: Any, request: Request, progress: Progress, context: Any
-) -> tuple[Progress, Int[Array, R]]:
+) -> tuple[Progress, Int[Array, "R"]]:
     before = progress.text.lengths
     progress = advance(step, state, request, progress, context)
     text = progress.text

@@ -169,7 +169,7 @@ class Sampler:
             return likeliest()
         return lax.cond(jnp.asarray(self.temperature) == 0, likeliest, lambda: jax.nn.softmax(self.cut(logits)))
 
-    def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, B]:
+    def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, "B"]:
         """One token a row; `keys` holds one typed key a row, None where the temperature is."""
         logits = self.penalise(logits, text)
 

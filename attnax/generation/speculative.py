@@ -179,8 +179,8 @@ def _read_draft(
 
 
 def accept_drafted(
-    p: Float[Array, "R V"], q: Float[Array, "R V"], token: Int[Array, R], uniform: Float[Array, R]
-) -> Bool[Array, R]:
+    p: Float[Array, "R V"], q: Float[Array, "R V"], token: Int[Array, "R"], uniform: Float[Array, "R"]
+) -> Bool[Array, "R"]:
     """True with probability min(1, p(token) / q(token)), for `uniform` in [0, 1)."""
     p, q = (jnp.take_along_axis(x, token[:, None], axis=1)[:, 0] for x in (p, q))
     return uniform * q < p

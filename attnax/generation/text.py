@@ -24,8 +24,8 @@ class Text:
     """
 
     ids: Int[Array, "R L"]
-    prompt_lengths: Int[Array, R]
-    lengths: Int[Array, R]
+    prompt_lengths: Int[Array, "R"]
+    lengths: Int[Array, "R"]
 
     @classmethod
     def of_prompt(cls, ids: Int[ArrayLike, "R T"], position_ids: Int[ArrayLike, "R T"], size: int) -> Text:
@@ -37,11 +37,11 @@ class Text:
         text = empty.at[jnp.arange(rows)[:, None], where].set(ids.astype(jnp.int32), mode="drop")
         return cls(text, lengths, lengths)
 
-    def select_rows(self, rows: Int[Array, Q]) -> Text:
+    def select_rows(self, rows: Int[Array, "Q"]) -> Text:
         """The text of the rows named."""
         return jax.tree.map(lambda x: x[rows], self)
 
-    def append(self, token: Int[Array, R], where: Bool[Array, R] | None = None) -> Text:
+    def append(self, token: Int[Array, "R"], where: Bool[Array, "R"] | None = None) -> Text:
         """One more token in the rows where that is so, by default in all."""
         rows, size = self.ids.shape
         index = self.lengths if where is None else jnp.where(where, self.lengths, size)
@@ -74,7 +74,7 @@ class Text:
         counts = jnp.zeros((rows, vocab_size), jnp.int32)
         return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
 
-    def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, R]:
+    def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, "R"]:
         """Whether what was written ends with one of the sequences, which stand right, after fillers of -1."""
         sequences, size = jnp.asarray(sequences), sequences.shape[1]
         if 0 in sequences.shape:
@@ -101,7 +101,7 @@ class Text:
         banned = banned.at[jnp.arange(rows)[:, None], follows].set(True, mode="drop")
         return banned & (self.lengths >= size - 1)[:, None]
 
-    def last_column(self, index: Int[Array, ""]) -> Int[Array, R]:
+    def last_column(self, index: Int[Array, ""]) -> Int[Array, "R"]:
         """Each row's token `index` after its prompt."""
         where = self.prompt_lengths + index
         return lax.squeeze(jnp.take_along_axis(self.ids, where[:, None], axis=1), (1,))

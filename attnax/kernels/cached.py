@@ -39,11 +39,11 @@ _CHUNK = 128  # slots that are read at once
 def cached_attention(
     query: Float[ArrayLike, "B N T H"],
     cache: KVLayerCache | RingKVCache | StoredTokens | PagedKVCache,
-    query_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"],
+    query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     scale: float | Float[Array, ""] | None = None,

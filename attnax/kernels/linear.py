@@ -66,7 +66,7 @@ def linear_attention(
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     causal: bool = True,

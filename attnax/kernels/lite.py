@@ -23,7 +23,7 @@ def lite_attention(
     gate_proj: Callable[[Array], Array],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     score_mod: ScoreMod | None = None,

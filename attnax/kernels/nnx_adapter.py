@@ -83,7 +83,7 @@ class NnxAttention:
         value: Float[ArrayLike, "*batch S K Hv"],
         *,
         mask: Any = None,
-        dropout_rng: Shaped[Array, ...] | None = None,
+        dropout_rng: Shaped[Array, "..."] | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         deterministic: bool = True,

@@ -92,12 +92,12 @@ def paged_attention(
     sequence_idx: int | Int[ArrayLike, ""] | None = None,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     scale: float | Float[Array, ""] | None = None,
     return_lse: bool = False,
-    query_positions: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+    query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
 ) -> Float[Array, "*batch N T Hv"] | tuple[Float[Array, "*batch N T Hv"], Float[Array, "*batch N T"]]:
     """softmax(scale * query @ keys^T) @ values, over the tokens that each row of a paged cache holds.
 

@@ -69,7 +69,7 @@ def ring_attention(
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
-    dropout_rng: Shaped[Array, ...] | None = None,
+    dropout_rng: Shaped[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     scale: float | Float[Array, ""] | None = None,

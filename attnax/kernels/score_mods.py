@@ -182,7 +182,7 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     return MaskedScoreMod(function_pytree(rest), functools.reduce(lambda left, right: left & right, forbidding))
 
 
-def alibi_slopes(num_heads: int) -> Float[Array, N]:
+def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
     """ALiBi's slopes, `2 ** (-8 * (i + 1) / num_heads)` for head i, in float32.
 
     Where num_heads is no power of two: the slopes of the next lower power of two, then every other slope of twice that
@@ -232,7 +232,7 @@ def alibi_mod(num_heads: int) -> ScoreMod:
     return Alibi(alibi_slopes(num_heads))
 
 
-def additive_bias_mod(bias: Float[ArrayLike, ...]) -> ScoreMod:
+def additive_bias_mod(bias: Float[ArrayLike, "..."]) -> ScoreMod:
     """`scores + bias[b, h, q, kv]`, read tile by tile; axes of size 1 hold for all.
 
     Args:
@@ -284,12 +284,12 @@ def soft_cap_mod(cap: float | int | Float[ArrayLike, ""]) -> ScoreMod:
 
 
 def relative_bucket(
-    distance: Int[ArrayLike, ...] | int,
+    distance: Int[ArrayLike, "..."] | int,
     *,
     num_buckets: int = 32,
     max_distance: int = 128,
     bidirectional: bool = True,
-) -> Int[Array, ...]:
+) -> Int[Array, "..."]:
     """T5's bucket of `distance = kv - q`: half of the buckets hold one distance each, half grow geometrically.
 
     For n = |distance| and B buckets: n below B/2, else `B/2 + floor(log(n / (B/2)) / log(max_distance / (B/2)) * B/2)`,
@@ -414,7 +414,7 @@ def sliding_window_mod(window_size: int | Int[ArrayLike, ""], *, causal: bool = 
     return MaskedScoreMod(None, masks.sliding_window(window_size, causal=causal))
 
 
-def prefix_lm_mod(prefix_lengths: Int[ArrayLike, B]) -> ScoreMod:
+def prefix_lm_mod(prefix_lengths: Int[ArrayLike, "B"]) -> ScoreMod:
     """-inf where `kv > q` and `kv >= prefix_lengths[b]`: `attnax.masks.prefix` as a score mod.
 
     Example:
@@ -426,7 +426,7 @@ def prefix_lm_mod(prefix_lengths: Int[ArrayLike, B]) -> ScoreMod:
     return MaskedScoreMod(None, masks.prefix(prefix_lengths))
 
 
-def document_mask_mod(document_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"]) -> ScoreMod:
+def document_mask_mod(document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"]) -> ScoreMod:
     """-inf where `document_ids[b, q] != document_ids[b, kv]`: `attnax.masks.documents` as a score mod.
 
     Args:
@@ -445,7 +445,7 @@ def document_mask_mod(document_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"]) 
     return MaskedScoreMod(None, masks.documents(document_ids))
 
 
-def mask_mod_to_score_mod(mask_mod: Mask | MaskMod | Bool[ArrayLike, ...]) -> ScoreMod:
+def mask_mod_to_score_mod(mask_mod: Mask | MaskMod | Bool[ArrayLike, "..."]) -> ScoreMod:
     """-inf where `mask_mod(b, h, q, kv)` is False, for any mask: an object, a function or a boolean array.
 
     Raises:
@@ -462,7 +462,7 @@ def mask_mod_to_score_mod(mask_mod: Mask | MaskMod | Bool[ArrayLike, ...]) -> Sc
 
 
 def mask_mod_to_boolean_mask(
-    mask_mod: Mask | MaskMod | Bool[ArrayLike, ...], *, batch: int, num_heads: int, seq_q: int, seq_kv: int
+    mask_mod: Mask | MaskMod | Bool[ArrayLike, "..."], *, batch: int, num_heads: int, seq_q: int, seq_kv: int
 ) -> Bool[Array, "{batch} {num_heads} {seq_q} {seq_kv}"]:
     """`mask_mod(b, h, q, kv)` of every pair, as an array (batch, num_heads, seq_q, seq_kv).
 

@@ -77,12 +77,12 @@ class TransformerLM(nnx.Module):
         mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple[Any, ...]]:
-        """Float32 logits (batch, T, vocab_size), or with caches the pair of them and the new caches.
+        """float32 logits (batch, T, vocab_size), or with caches the pair of them and the new caches.
 
         The arguments are those of `TransformerDecoder`.
         """
@@ -104,7 +104,7 @@ class TransformerLM(nnx.Module):
         return out._replace(hidden=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Float32 logits of the decoder's hidden states."""
+        """float32 logits of the decoder's hidden states."""
         return self.head(hidden, self.decoder.embed.tokens)
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:

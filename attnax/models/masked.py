@@ -60,12 +60,12 @@ class MaskedLM(nnx.Module):
         *,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         token_type_ids: Int[ArrayLike, "B T"] | None = None,
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
+        """float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
         return self.run(
             input_ids,
             padding_mask=padding_mask,
@@ -82,7 +82,7 @@ class MaskedLM(nnx.Module):
         return out._replace(hidden=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Float32 logits of the encoder's hidden states."""
+        """float32 logits of the encoder's hidden states."""
         activation, _ = ACTIVATIONS[self.config.ff_activation]
         return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed.tokens)
 

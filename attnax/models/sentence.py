@@ -56,7 +56,7 @@ class SentenceEncoder(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B D"]:
-        """Float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
+        """float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
 
         A row that is nothing but padding has the vector 0 with pool="mean".
         """

@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits (batch, T, vocab_size) of the token that follows each target token.
+        """float32 logits (batch, T, vocab_size) of the token that follows each target token.
 
         Args:
             source_ids: (batch, S), of the encoder's vocabulary.

@@ -182,7 +182,7 @@ class TransformerEncoder(_TokenTransformer):
         mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         token_type_ids: Int[ArrayLike, "B T"] | None = None,
         score_mod: ScoreMod | None = None,
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
@@ -305,11 +305,11 @@ class TransformerDecoder(_TokenTransformer):
         mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None = None,
         cross_mask: Mask | MaskMod | ArrayLike | None = None,
-        encoder_position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
@@ -412,7 +412,7 @@ class TransformerDecoder(_TokenTransformer):
     def keys_values(
         self,
         encoder_output: Float[Array, "B S De"],
-        encoder_position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
     ) -> tuple[KeysValues, ...]:
         """What every layer's cross-attention makes of an encoder's output, to be computed once for many calls."""
         return tuple(
@@ -421,7 +421,7 @@ class TransformerDecoder(_TokenTransformer):
 
 
 class TokenHead(nnx.Module):
-    """Float32 logits of hidden states: a projection of its own, or products with the token embeddings.
+    """float32 logits of hidden states: a projection of its own, or products with the token embeddings.
 
     Args:
         rngs: for the initial weights.

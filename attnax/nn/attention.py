@@ -153,8 +153,8 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "B S Dc"] | KeysValues | None = None,
         mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
-        position_ids_q: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
-        position_ids_kv: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
         kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
@@ -300,7 +300,7 @@ class MultiHeadAttention(nnx.Module):
     def keys_values(
         self,
         context: Float[Array, "B S Dc"],
-        position_ids: Int[ArrayLike, S] | Int[ArrayLike, "#B S"] | None = None,
+        position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
     ) -> KeysValues:
         """The keys and values of a context, which calls take in its place; positions as `position_ids_kv` of a call."""
         batch, length, _ = self._check_tokens("context", context, self.key, None)

@@ -45,9 +45,9 @@ class Dropout(nnx.Dropout):
         return self.rngs()
 
     def __call__(  # type: ignore[override]  # one rngs type instead of three
-        self, x: Float[Array, ...], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, ...]:
-        """X with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
+        self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "..."]:
+        """x with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
         key = self.key(deterministic, rngs)
         return x if key is None else super().__call__(x, deterministic=False, rngs=key)
 
@@ -63,9 +63,9 @@ class Jitter(Dropout):
     field: ClassVar[str] = "router_jitter"
 
     def __call__(  # type: ignore[override]  # one rngs type instead of three
-        self, x: Float[Array, ...], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, ...]:
-        """X with its elements jittered, or x itself where jitter is off."""
+        self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "..."]:
+        """x with its elements jittered, or x itself where jitter is off."""
         key = self.key(deterministic, rngs)
         if key is None:
             return x

@@ -91,7 +91,7 @@ class PositionalEncoding(nnx.Module):
         *,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """X plus the vectors of positions start ... start + T - 1, or of `position_ids`.
+        """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
             ValueError: a concrete position past max_len; under jit its vector is NaN.
@@ -134,7 +134,7 @@ class LearnedPositionalEmbedding(nnx.Module):
         *,
         position_ids: Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """X plus the vectors of positions start ... start + T - 1, or of `position_ids`.
+        """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
             ValueError: a concrete position past the table; under jit its vector is NaN.

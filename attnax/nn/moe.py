@@ -97,7 +97,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, ...]]]:
+    ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, "..."]]]:
         """What its experts make of every token, and how the router spread the tokens.
 
         Args:

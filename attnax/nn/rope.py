@@ -38,7 +38,7 @@ __all__ = [
 
 
 def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host, lowered by `scaling`.
+    """base ** (-2i / head_dim) for i < head_dim / 2: radians per position, float64 on the host, lowered by `scaling`.
 
     Args:
         head_dim: even; with "ntk" at least 4.
@@ -133,7 +133,7 @@ def _cos_sin(
     return cos.astype(out_dtype), sin.astype(out_dtype)
 
 
-def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, ...], sin: Float[Array, ...]) -> Float[Array, "*L H"]:
+def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "*L H"]:
     """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32, returned in the dtype of x.
 
     Args:
@@ -194,9 +194,9 @@ class RotaryEmbedding:
     def __call__(
         self,
         x: Float[Array, "B N T H"],
-        position_ids: Int[ArrayLike, T] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
-        """X turned by `position_ids`, by default 0 ... T - 1."""
+        """x turned by `position_ids`, by default 0 ... T - 1."""
         if x.shape[-1] != self.head_dim:
             raise ValueError(
                 f"RotaryEmbedding: x must have head_dim={self.head_dim} features; got x.shape={tuple(x.shape)}."

@@ -1,0 +1,159 @@
+"""Annotations of arrays are checked: what cannot be looked up passes for `Any` in the tests, without a word."""
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jaxtyping
+import numpy as np
+
+import attnax
+
+KINDS = {"Bool": np.bool_, "Float": np.float32, "Int": np.int32, "Shaped": np.float32}
+ARRAY = re.compile(rf"""\b({"|".join(KINDS)})\[(Array|ArrayLike), ["'](.*?)["']\]""")
+ANY_NUMBER = ("*", "...")  # how a word begins that stands for any number of axes
+
+
+@functools.cache
+def modules():
+    """All but the command line, which has no arrays and imports much."""
+    names = [info.name for info in pkgutil.walk_packages(attnax.__path__, "attnax.")]
+    return [importlib.import_module(name) for name in names if not re.search(r"\.(cli|__main__)\b", name)]
+
+
+def array_types(tree):
+    """The `Float[Array, "B T"]` in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in KINDS:
+            yield node
+
+
+def array_annotations(tree):
+    for node in ast.walk(tree):
+        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if annotation is not None and any(array_types(annotation)):
+                yield annotation
+
+
+def test_axes_are_quoted_and_what_stands_beside_them_is_defined_before():
+    wrong, count = [], 0
+    for module in modules():
+        tree = ast.parse(Path(module.__file__).read_text())
+        ends = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        for annotation in array_annotations(tree):
+            quoted = all(ARRAY.fullmatch(ast.unparse(node)) for node in array_types(annotation))
+            names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} - set(vars(builtins))
+            defined = all(hasattr(module, name) and ends.get(name, 0) < annotation.lineno for name in names)
+            if not (quoted and defined):
+                wrong.append(f"{module.__file__}:{annotation.lineno}: {ast.unparse(annotation)}")
+            count += 1
+    assert wrong == []
+    assert count > 400
+
+
+def public_functions():
+    """(name, function) of modules and of their classes, but for names with an underscore."""
+    for module in modules():
+        for name, thing in vars(module).items():
+            if getattr(thing, "__module__", None) != module.__name__:
+                continue
+            for member in dir(thing) if inspect.isclass(thing) else [""]:
+                function = inspect.getattr_static(thing, member) if member else thing
+                function = getattr(function, "__func__", function)
+                ours = callable(function) and str(getattr(function, "__module__", None)).startswith("attnax.")
+                whole = f"{module.__name__}.{name}.{member}".removesuffix(".")
+                rebuilt = member == "__init__" and hasattr(thing, "__no_type_check__")  # by JAX, around anything
+                if ours and not rebuilt and not re.search(r"\._(?!_call__|_init__)", whole):
+                    yield whole, function
+
+
+def make_array(kind, of, axes, more=0, dtype=None):
+    """Zeros of the type, 1 along each axis, with `more` axes than it allows."""
+    rank = sum(not axis.startswith(ANY_NUMBER) for axis in axes.split())
+    array = np.zeros((1,) * (rank + more), dtype or KINDS[kind])
+    return array if of == "ArrayLike" else jax.device_put(array)
+
+
+def wrong_values(annotation):
+    """Arrays with an axis too many; of another dtype, where any number of axes will do; text, where any array will."""
+    options = ARRAY.findall(annotation)
+    ranks = {(kind, len(axes.split())) for kind, _, axes in options}
+    for kind, of, axes in options:
+        if kind == "Shaped":
+            yield "text"
+        elif any(axis.startswith(ANY_NUMBER) for axis in axes.split()):
+            yield make_array(kind, of, axes, dtype=np.complex64)
+        elif (kind, len(axes.split()) + 1) not in ranks:
+            yield make_array(kind, of, axes, more=1)
+
+
+def stand_in(annotation, names):
+    """A value that passes for one of the type."""
+    if found := ARRAY.search(annotation):
+        return make_array(*found.groups())
+    hint = eval(annotation, names)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if {typing.Any, types.NoneType} & set(options) or isinstance(hint, typing.TypeVar):
+        return None
+    kind = typing.get_origin(options[0]) or options[0]
+    known = {int: 1, str: "text", typing.SupportsIndex: 1, Callable: print}
+    if kind in known:
+        return known[kind]
+    return tuple.__new__(kind, [None] * len(kind._fields)) if issubclass(kind, tuple) else object.__new__(kind)
+
+
+def call_with(function, name, value):
+    """`function`, unbound, with `value` for `name`, and stand-ins where it needs more."""
+    arguments, keywords = [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.name == name:
+            argument = value
+        elif parameter.default is not parameter.empty:
+            argument = parameter.default
+        elif parameter.annotation is parameter.empty:
+            argument = None  # self
+        else:
+            argument = stand_in(parameter.annotation, inspect.unwrap(function).__globals__)
+        if parameter.kind == parameter.KEYWORD_ONLY:
+            keywords[parameter.name] = argument
+        else:
+            arguments.append(argument)
+    function(*arguments, **keywords)
+
+
+def what_is_said(function, name, value):
+    try:
+        call_with(function, name, value)
+    except Exception as error:
+        return error
+
+
+def test_every_public_function_refuses_an_array_with_an_axis_too_many():
+    wrong, checked = {}, set()
+    for whole, function in public_functions():
+        for name, parameter in inspect.signature(function).parameters.items():
+            for value in wrong_values(str(parameter.annotation)):
+                said = what_is_said(function, name, value)
+                if not isinstance(said, jaxtyping.TypeCheckError) or f"parameter '{name}'" not in str(said):
+                    wrong[whole, name, np.shape(value)] = said
+                checked.add(whole)
+    assert wrong == {}
+    assert len(checked) > 100
+
+
+def test_every_public_name_is_among_these_functions():
+    found = {function for _, function in public_functions()}
+    public = [module for module in (attnax, *modules()) if "._" not in module.__name__]
+    named = [getattr(module, name) for module in public for name in getattr(module, "__all__", ())]
+    assert set(filter(inspect.isfunction, named)) <= found
