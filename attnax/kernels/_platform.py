@@ -55,7 +55,7 @@ def has_nvidia_gpu() -> bool:
 def why_no_triton() -> str | None:
     """Why no kernel of `pallas` can be compiled for a GPU, whatever the call; None if this JAX can."""
     try:  # Pallas takes long to import, and is seldom wanted
-        from jax.experimental.pallas import triton  # noqa: F401
+        import jax.experimental.pallas.triton as _backend  # noqa: F401
     except ImportError:
         return f"the Pallas kernels need Pallas' Triton backend, which JAX {jax.__version__} does not have"
     return None

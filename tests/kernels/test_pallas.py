@@ -270,7 +270,6 @@ class TestWithoutTriton:
     @pytest.fixture(autouse=True)
     def hide(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
 
     def test_the_reason_says_so(self):
         words = f"need Pallas' Triton backend, which JAX {jax.__version__} does not have"
