@@ -157,6 +157,19 @@ def test_masks_know_whether_their_tiles_tell_enough():
     assert {name for name, (mask, _) in all_masks().items() if mask.is_opaque} == opaque
 
 
+def test_masks_know_how_many_positions_their_arrays_serve():
+    dense = np.ones((1, 1, 3, 5), bool)
+    known = {
+        None: masks.causal() & masks.sliding_window(3) & masks.padding(np.array([3])),
+        7: masks.documents(np.arange(7)),
+        5: masks.as_mask(dense[:, :, :1]),  # one row for all queries
+        3: masks.causal() & ~masks.as_mask(dense) & masks.documents(np.arange(7)),
+        2: masks.at_positions(masks.causal(), np.arange(4), np.arange(2)),
+        4: masks.at_positions(masks.documents(np.arange(2)), np.arange(4), np.arange(9)),
+    }
+    assert {number: mask.num_positions for number, mask in known.items()} == {number: number for number in known}
+
+
 def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():
     slots = np.where(np.arange(LENGTH) % 2 == 0, -1, np.arange(LENGTH))
     mask = masks.at_positions(masks.causal(), np.arange(LENGTH), slots)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from attnax import MultiHeadAttention, masks, standard_attention
+from attnax.kernels import paged
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels.paged import paged_attention
 from attnax.masks import MaskedScoreMod
@@ -410,6 +411,13 @@ def test_memory_does_not_grow_with_the_pool(options):
 
     small, large = temporary_bytes(1021), temporary_bytes(16381)
     assert large < small + 2**18  # the larger pool has 2**22 bytes more; the block table, 2**17
+
+
+@pytest.mark.parametrize(("block_size", "pages"), [(8, 16), (63, 2), (100, 1), (200, 1)])
+def test_a_chunk_is_as_many_whole_pages_as_128_keys_hold(block_size, pages):
+    sizes = {"num_kv_heads": 1, "head_dim": 2, "batch_size": 1, "max_blocks_per_seq": 20}
+    cache = jax.eval_shape(lambda: init_paged_kv_cache(num_blocks=20, block_size=block_size, **sizes))
+    assert paged._pages_in_chunk(cache) == pages
 
 
 def long_cache():

@@ -156,6 +156,20 @@ def test_any_number_of_devices_gives_values_and_gradients_of_one(num_devices, ax
         assert oracle.rms_error(have, want) <= 3e-6
 
 
+def test_dropout_has_the_bits_of_one_device_and_only_where_it_is_asked_for():
+    query, key, value = (normal(i, 1, 2, 16, 3) for i in range(3))
+    options = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.4}
+
+    def run(attend, *arrays):
+        return attend(*arrays, **options, deterministic=False), attend(*arrays, **options)
+
+    want = jax.jit(partial(run, standard_attention))(query, key, value)
+    ring = partial(run, partial(ring_attention, axis_name="seq"))
+    have = on_devices(ring, ring_mesh(2), query, key, value, out_specs=(SEQ, SEQ))
+    np.testing.assert_allclose(have, want, atol=2e-6)
+    assert np.abs(want[0] - want[1]).max() > 0.1
+
+
 def test_documents_and_arrays_are_global():
     query, key, value = (normal(i, 2, 2, 16, 3) for i in range(3))
     rng = np.random.default_rng(3)

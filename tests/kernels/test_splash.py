@@ -250,6 +250,11 @@ def test_both_passes_lower_for_a_tpu_without_one(name, dtype):
     assert all(kernel in text for kernel in kernels)
 
 
+def test_blocks_are_the_largest_that_divide_the_length():
+    lengths = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 768: 384, 1280: 256, 1536: 512}
+    assert {length: _splash._block_size(length) for length in lengths} == lengths
+
+
 def test_a_program_that_jax_cuts_over_several_tpus_runs_in_tiles():
     x = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
     for count, kernels in ((1, 1), (2, 0)):

@@ -273,6 +273,29 @@ def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
         positions(x, 5)
 
 
+def test_embeddings_of_a_model_are_their_sum_scaled_and_in_the_dtype():
+    config = attnax.TransformerConfig(
+        vocab_size=5,
+        d_model=4,
+        num_heads=1,
+        max_len=7,
+        pos_emb_type="learned",
+        num_token_types=2,
+        embedding_scale=3.5,
+        dropout_rate=0.0,
+        dtype="bfloat16",
+    )
+    ids, types = np.array([[3, 0, 4]]), np.array([[1, 0, 1]])
+    embed = build(lambda rngs: nn.TransformerEmbedding(rngs, config))
+    tables = embed.tokens.embedding, embed.types.embedding, embed.positions.embedding
+    tokens, of_types, places = (np.asarray(table[...], np.float32) for table in tables)
+    run = nnx.jit(lambda embed: (embed(ids, token_type_ids=types), embed(ids)))
+    for out, kinds in zip(run(embed), (types, np.zeros_like(types)), strict=True):
+        assert out.dtype == jnp.bfloat16
+        want = 3.5 * tokens[ids] + of_types[kinds] + places[:3]
+        np.testing.assert_allclose(out.astype(np.float32), want, rtol=0.02, atol=0.05)
+
+
 def test_ids_outside_the_vocabulary_raise_and_are_nan_under_jit():
     embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 3))
     for bad in (5, -1):

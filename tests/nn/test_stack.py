@@ -150,6 +150,14 @@ def equations(jaxpr):
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
+def test_a_scanned_stack_holds_whole_periods_and_runs_the_layers_that_are_left_over_apart():
+    for layers, turns, left in ((1, 0, 1), (2, 1, 0), (5, 2, 1), (7, 3, 1), (8, 4, 0)):
+        config = dataclasses.replace(CONFIG, num_layers=layers, scan_layers=True)
+        stack = nnx.eval_shape(lambda config=config: TransformerLM(nnx.Rngs(0), config)).decoder.stack
+        assert len(stack.blocks) == left
+        assert [period.attention.query.kernel.shape[0] for period in stack.periods] == ([turns, turns] if turns else [])
+
+
 def test_a_layer_has_its_own_config():
     model = build(lambda rngs: TransformerLM(rngs, CONFIG))
     windows = [layer.attention.config.attention_window for layer in model.decoder.stack.layers()]
