@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention, why_not_cudnn
+from attnax.kernels import _blockwise
 from attnax.kernels.score_mods import relative_table_mod
 from attnax.typing import pytree_dataclass
 
@@ -62,6 +63,12 @@ def every_dense():
         return {name: True if mask is None else masks.as_mask(mask)(*grid) for name, mask in MASKS.items()}
 
     return jax.tree.map(lambda x: np.broadcast_to(x, (1, 1, SEQ, SEQ))[0, 0], jax.jit(run)())
+
+
+@pytest.mark.parametrize(("length", "size"), [(7, 7), (512, 512), (513, 272), (1025, 352), (1500, 512), (5000, 512)])
+def test_a_length_is_cut_into_the_fewest_tiles_as_evenly_as_whole_16s_allow(length, size):
+    assert _blockwise._even(length, 512) == size
+    assert -(-length // size) == -(-length // 512)
 
 
 def dense(name):

@@ -255,6 +255,18 @@ def test_blocks_are_the_largest_that_divide_the_length():
     assert {length: _splash._block_size(length) for length in lengths} == lengths
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_bad_row_reaches_those_who_attend_it_and_no_others(backwards):
+    bad = np.random.default_rng(0).random((2, 3, 20)) < 0.1
+    every = {None: 17, masks.SlidingWindow(5, 1): 17, masks.SlidingWindow(1, 1): 17, masks.causal(): 23}
+    for mask, length in every.items():
+        q, kv = np.indices((20, length) if backwards else (length, 20))
+        attends = np.ones(q.shape, bool) if mask is None else np.asarray(mask(0, 0, q, kv))
+        reached = _splash._reach(jnp.asarray(bad), mask, length, backwards=backwards)
+        want = (attends if backwards else attends.T) & bad[..., None]
+        np.testing.assert_array_equal(reached, want.any(2))
+
+
 def test_a_program_that_jax_cuts_over_several_tpus_runs_in_tiles():
     x = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
     for count, kernels in ((1, 1), (2, 0)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build
@@ -127,6 +128,13 @@ def bpe():
 
 ANY_BYTES = st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass"))
 BYTES = byte_tokenizer()
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_take_as_many_bytes_as_the_vocabulary_needs(size, dtype):
+    vocabulary = {chr(number): number for number in range(256)} | {f"{number:x}": number for number in range(256, size)}
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[])))
+    assert tokenizer.vocab_size == size and tokenizer.encode(b"text").dtype == dtype
 
 
 def check_survival(tokenizer, text):
@@ -327,6 +335,11 @@ class TestTrainer:
         updates = jax.tree.map(np.asarray, two_steps(params))
         assert (updates.pop("matrix") < 0).all()
         assert all((update == 0).all() for update in updates.values())  # also where layers or experts are stacked
+
+    def test_a_configuration_is_a_value(self):
+        assert {OptimizerConfig(): "default"}[OptimizerConfig(steps=1000)] == "default"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            OptimizerConfig().steps = 3
 
     def test_bits_are_those_of_the_chain_rule(self, trainer):
         """Text shorter than a window: the sum of the log-probabilities of one forward pass."""
