@@ -17,7 +17,7 @@ from cases import BACKENDS, CASES, contract_unless
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from attnax import masks
+from attnax import masks, standard_attention
 from attnax.kernels._dropout import dropout_words, keep_weights
 
 # What `make test` runs; the rest of the table is for `make contract`.
@@ -226,6 +226,16 @@ def test_low_precision_is_close_to_correct_rounding(backend, dtype):
     error, ideal = np.abs(np.asarray(out).astype(np.float64) - exact), np.abs(rounded - exact)
     assert out.dtype == dtype
     assert np.sqrt((error**2).mean()) <= 1.5 * np.sqrt((ideal**2).mean()) and error.max() <= 2 * ideal.max()
+
+
+def test_a_query_that_attends_a_bad_number_is_all_nan_and_the_others_are_as_without_it():
+    query, key, value = (np.random.default_rng(n).standard_normal((2, 2, 5, 3), np.float32) for n in range(3))
+    bad = value.copy()
+    bad[1, 0, 3, 1] = np.nan
+    run = jax.jit(lambda value: standard_attention(query, key, value, mask=masks.causal()))
+    out, want = np.asarray(run(bad)), np.array(run(value))
+    want[1, 0, 3:] = np.nan
+    np.testing.assert_array_equal(out, want)
 
 
 def test_dropout_drops_what_it_dropped_in_earlier_versions():

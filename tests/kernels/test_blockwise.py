@@ -466,6 +466,7 @@ class TestCudnnChoice:
             ({"mask": masks.padding(np.array([5]))}, "rows empty"),
             ({"mask": masks.sliding_window(5, causal=False)}, "rows empty"),
             ({"mask": masks.causal()}, "no NVIDIA GPU"),
+            ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # which is off
             ({"mask": masks.sliding_window(32)}, "no NVIDIA GPU"),
             ({}, "no NVIDIA GPU"),
         ],

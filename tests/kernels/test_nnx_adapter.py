@@ -95,6 +95,18 @@ def test_self_attention_matches_flax(dtype, call):
     assert difference(out, expected) <= TOLERANCE[dtype]
 
 
+def test_masks_of_construction_and_of_the_call_are_joined():
+    query, key = inputs(BATCH, LENGTH, HEADS, 5), inputs(BATCH, LENGTH, HEADS, 5, seed=2)
+    given = padding_array(jnp.float32)
+    out, want = jax.jit(
+        lambda query, key: [
+            nnx_attention_fn(mask=mask)(query, key, key, mask=call, is_causal=is_causal)
+            for mask, call, is_causal in ((masks.causal(), given, False), (None, given, True))
+        ]
+    )(query, key)
+    np.testing.assert_array_equal(out, want)
+
+
 @pytest.mark.contract
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=["", "grouped", "norms"])

@@ -250,6 +250,20 @@ def test_both_passes_lower_for_a_tpu_without_one(name, dtype):
     assert all(kernel in text for kernel in kernels)
 
 
+@pytest.mark.parametrize("before", [None, 1, 5, 16, 40])
+def test_the_mask_of_a_block_is_its_formula_and_one_entry_where_all_pairs_agree(before):
+    mask = _splash._causal_mask()((64, 64), (None if before is None else before - 1, 0), 0)
+    q, kv = np.indices((64, 64))
+    want = (kv <= q) & (q - kv < (before or 64))
+    for size in (8, 16):
+        for i in range(0, 64, size):
+            for j in range(0, 64, size):
+                block = np.s_[i : i + size, j : j + size]
+                have, formula = mask[block], want[block]
+                np.testing.assert_array_equal(np.broadcast_to(have, formula.shape), formula)
+                assert (have.shape == (1, 1)) == (formula.all() or not formula.any())
+
+
 def test_blocks_are_the_largest_that_divide_the_length():
     lengths = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 768: 384, 1280: 256, 1536: 512}
     assert {length: _splash._block_size(length) for length in lengths} == lengths

@@ -296,6 +296,35 @@ def test_embeddings_of_a_model_are_their_sum_scaled_and_in_the_dtype():
         np.testing.assert_allclose(out.astype(np.float32), want, rtol=0.02, atol=0.05)
 
 
+def bfloat16_layers():
+    """Each with what it is called with."""
+    dtypes = {"dtype": "bfloat16", "param_dtype": "float16"}
+    block = {"d_model": 12, "num_heads": 3, "d_ff": 8, **dtypes}
+    x, ids = jax.ShapeDtypeStruct((1, 4, 12), jnp.float32), np.zeros((1, 4), int)
+    image, sizes = (
+        jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
+        {"image_size": 8, "patch_size": 4, "num_channels": 3},
+    )
+    return {
+        "attention": (lambda rngs: attention(rngs, in_features=12, num_heads=3, qk_norm="head", **dtypes), x),
+        "feed-forward": (lambda rngs: nn.FeedForward(rngs, 12, 8, ff_activation="swiglu", **dtypes), x),
+        "experts": (lambda rngs: nn.MixtureOfExperts(rngs, d_model=12, d_ff=8, num_experts=3, top_k=2, **dtypes), x),
+        "encoder block": (lambda rngs: nn.EncoderBlock(rngs, norm_type="rms", **block), x.update(dtype="bfloat16")),
+        "tokens": (lambda rngs: nn.TokenEmbedding(rngs, 5, 12, **dtypes), ids),
+        "patches": (lambda rngs: nn.PatchEmbedding(rngs, d_model=12, **sizes, **dtypes), image),
+    }
+
+
+@pytest.mark.parametrize("name", bfloat16_layers())
+def test_layers_compute_in_their_dtype_with_parameters_of_theirs(name):
+    make, given = bfloat16_layers()[name]
+    module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(module, nnx.Param))} == {np.dtype("float16")}
+    out = jax.eval_shape(lambda state, given: nnx.merge(graphdef, state)(given), state, given)
+    assert jax.tree.leaves(out)[0].dtype == jnp.bfloat16
+
+
 def test_ids_outside_the_vocabulary_raise_and_are_nan_under_jit():
     embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 3))
     for bad in (5, -1):
