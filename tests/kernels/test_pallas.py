@@ -221,7 +221,7 @@ TABLE = np.ones((6, 2), np.float32)
         (lambda s, b, h, q, kv: lax.erf(s), "erf"),
         (lambda s, b, h, q, kv: s + jnp.asarray(TABLE)[h].sum(-1), "gather of slices; index all 2 axes"),
         (lambda s, b, h, q, kv: jax.nn.relu(s), "custom_jvp_call"),
-        (lambda s, b, h, q, kv: (s[..., None] * np.ones(3, np.float32)).sum(-1), "mul with an axis of size 3"),
+        (lambda s, b, h, q, kv: (s[..., None] * np.ones((1, 1, 1, 1, 3), "f")).sum(-1), "mul with an axis of size 3"),
     ],
 )
 def test_reasons_name_the_operation(mod, words):
