@@ -238,6 +238,19 @@ def test_a_query_that_attends_a_bad_number_is_all_nan_and_the_others_are_as_with
     np.testing.assert_array_equal(out, want)
 
 
+def test_the_log_sum_of_a_query_without_keys_has_no_gradient():
+    query, key = (np.random.default_rng(n).standard_normal((1, 1, 3, 2), np.float32) for n in range(2))
+    strictly = masks.as_mask(lambda b, h, q, kv: kv < q)  # the first query attends nothing
+
+    def total(query, key):
+        _, lse = standard_attention(query, key, key, mask=strictly, return_lse=True)
+        return jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    d_query, d_key = map(np.asarray, jax.jit(jax.grad(total, (0, 1)))(query, key))
+    assert (d_query[0, 0, 0] == 0).all() and (d_key[0, 0, 2] == 0).all()
+    assert (d_query[0, 0, 1:] != 0).all() and (d_key[0, 0, :2] != 0).all()
+
+
 def test_dropout_drops_what_it_dropped_in_earlier_versions():
     """An experiment is repeated with its key, so the bits may not change."""
     kept = keep_weights(jax.device_put(np.array([3, 5], np.uint32)), 0.5, *np.indices((2, 2, 4, 8)))

@@ -95,6 +95,11 @@ def test_self_attention_matches_flax(dtype, call):
     assert difference(out, expected) <= TOLERANCE[dtype]
 
 
+def test_the_adapter_is_a_value_without_arrays_but_those_of_its_mask():
+    assert jax.tree.leaves(nnx_attention_fn()) == [] and nnx_attention_fn() == nnx_attention_fn()
+    assert len(jax.tree.leaves(nnx_attention_fn(mask=masks.padding(np.array([3]))))) == 1
+
+
 def test_masks_of_construction_and_of_the_call_are_joined():
     query, key = inputs(BATCH, LENGTH, HEADS, 5), inputs(BATCH, LENGTH, HEADS, 5, seed=2)
     given = padding_array(jnp.float32)

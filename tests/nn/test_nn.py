@@ -284,10 +284,12 @@ def test_embeddings_of_a_model_are_their_sum_scaled_and_in_the_dtype():
         embedding_scale=3.5,
         dropout_rate=0.0,
         dtype="bfloat16",
+        param_dtype="float16",
     )
     ids, types = np.array([[3, 0, 4]]), np.array([[1, 0, 1]])
     embed = build(lambda rngs: nn.TransformerEmbedding(rngs, config))
     tables = embed.tokens.embedding, embed.types.embedding, embed.positions.embedding
+    assert {table.dtype for table in tables} == {np.dtype("float16")}
     tokens, of_types, places = (np.asarray(table[...], np.float32) for table in tables)
     run = nnx.jit(lambda embed: (embed(ids, token_type_ids=types), embed(ids)))
     for out, kinds in zip(run(embed), (types, np.zeros_like(types)), strict=True):
