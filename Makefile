@@ -26,12 +26,13 @@ train: $(VENV)/.train
 search: $(VENV)/.search
 	$(BIN)/python examples/semantic_search.py
 
-# Most of the time goes into compiling, so these programs are compiled without optimisation, and by XLA's older and quicker
-# emitters where JAX still has them (before 0.11); those of `properties`, and of pytest without these targets, as users
-# compile them.
-OLDER_EMITTERS = $(shell $(BIN)/python -c "import jax; print('--xla_cpu_use_fusion_emitters=false' * (jax.__version_info__ < (0, 11)))")
+# Most of the time goes into compiling, so these programs are compiled without optimisation, and without what compiles
+# slowly: before JAX 0.11 XLA's newer emitters, from then on its fusions for the YNN library. Those of `properties`, and of
+# pytest without these targets, are compiled as users compile them.
+QUICKER = $(shell $(BIN)/python -c "import jax; print('--xla_cpu_use_fusion_emitters=false' \
+	if jax.__version_info__ < (0, 11) else '--xla_cpu_experimental_ynn_fusion_type=')")
 QUICK_COMPILER = XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
-	--xla_cpu_parallel_codegen_split_count=1 $(OLDER_EMITTERS)"
+	--xla_cpu_parallel_codegen_split_count=1 $(QUICKER)"
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # Every feature once, by its cheapest witness.
