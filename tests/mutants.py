@@ -30,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +243,9 @@ class Worker:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", marks]
-        start = time.monotonic()
         command += [f"tests/{test}" for test in tests]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        start = time.monotonic()
         process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **quiet)
         try:
             code = process.wait(limit)
@@ -288,44 +288,44 @@ class Results:
             file.write(json.dumps({name: value}) + "\n")
 
 
-def measure(workers: list[Worker], parts: list[str], marks: str, results: Results) -> None:
-    """How long the tests of each part take where nothing is broken, with all workers at work."""
-    missing = [part for part in parts if f"{part}: {marks}" not in results.found]
+def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Iterable[Any]) -> None:
+    """Does `work` for each item by whichever worker is free."""
     free: queue.Queue[Worker] = queue.Queue()
     for worker in workers:
         free.put(worker)
 
-    def one(part: str) -> None:
+    def one(item: Any) -> None:
         worker = free.get()
-        for _ in range(2):  # the first one compiles
+        try:
+            work(worker, item)
+        finally:
+            free.put(worker)
+
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(one, items))
+
+
+def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
+    """Lets the tests with these marks judge the mutants that they have not judged yet."""
+    missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
+    parts = {mutant.part for mutant in missing if f"{mutant.part}: {marks}" not in results.found}
+
+    def measure(worker: Worker, part: str) -> None:
+        """How long the tests take where nothing is broken."""
+        for _ in range(2):  # the first time they compile
             outcome, seconds = worker.run(list(PARTS[part].tests), marks, None)
-        free.put(worker)
         if outcome != "survived":
             raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
         print(f"{part}: {seconds:.0f} s", flush=True)
         results.add(f"{part}: {marks}", {"seconds": seconds})
 
-    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(one, missing))
-
-
-def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
-    """Lets all workers judge mutants that were not judged by the tests with these marks yet."""
-    missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
-    measure(workers, sorted({mutant.part for mutant in missing}), marks, results)
-    free: queue.Queue[Worker] = queue.Queue()
-    for worker in workers:
-        free.put(worker)
-
-    def one(mutant: Mutant) -> None:
-        worker = free.get()
+    def judge(worker: Worker, mutant: Mutant) -> None:
         result = worker.judge(mutant, marks, 3 * results.found[f"{mutant.part}: {marks}"]["seconds"])
-        free.put(worker)
         results.add(f"{mutant.key}: {marks}", result)
         print(f"{result['outcome']:9} {result['seconds']:5.0f} s  {mutant}", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(one, missing))
+    share(workers, measure, sorted(parts))
+    share(workers, judge, missing)
 
 
 def report(mutants: list[Mutant], results: Results) -> None:
