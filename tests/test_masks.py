@@ -170,6 +170,14 @@ def test_masks_know_how_many_positions_their_arrays_serve():
     assert {number: mask.num_positions for number, mask in known.items()} == {number: number for number in known}
 
 
+def test_positions_alone_and_around_a_mask_are_checked_against_the_lengths():
+    for mask in (None, masks.documents(np.arange(9))):
+        at = masks.at_positions(mask, np.arange(3), np.arange(5))
+        at.check("attend", (2, 1, 3, 5))
+        with pytest.raises(ValueError, match="attend: "):
+            at.check("attend", (2, 1, 4, 5))
+
+
 def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():
     slots = np.where(np.arange(LENGTH) % 2 == 0, -1, np.arange(LENGTH))
     mask = masks.at_positions(masks.causal(), np.arange(LENGTH), slots)
