@@ -1,5 +1,6 @@
 # Every target sets up what it needs; `constraints.txt` pins the versions that the tests ran with.
 VENV := .venv
+$(if $(strip $(VENV)),,$(error VENV= must name a folder))
 BIN := $(VENV)/bin
 
 # The first of some Pythons 3.x that runs here; pyenv has commands on PATH that do not, and others in its own folder alone.
@@ -17,7 +18,12 @@ OLDEST = $(or $(call FIND_PYTHON,11),python3.11)
 # PyTorch is for comparison only, and has its own environment, with the oldest Python: the peers want other versions.
 TORCH := .venv-torch
 
-.PHONY: train search test smoke oldest unpinned contract properties ci test-all nightly mutants
+# Without a target.
+help:
+	@echo "make train   a small language model learns from real text and writes some"
+	@echo "make test    every feature once; CONTRIBUTING.md has the other targets"
+
+.PHONY: help train search test smoke oldest unpinned contract properties ci test-all nightly mutants
 .PHONY: test-gpu parity lint types wheel same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
@@ -31,7 +37,7 @@ search: $(VENV)/.search
 # slowly: before JAX 0.11 XLA's newer emitters, from then on its fusions for the YNN library. Those of `properties`, and of
 # pytest without these targets, are compiled as users compile them.
 QUICKER = $(shell $(BIN)/python -c "import jax; print('--xla_cpu_use_fusion_emitters=false' \
-	if jax.__version_info__ < (0, 11) else '--xla_cpu_experimental_ynn_fusion_type=')")
+	if jax.__version_info__ < (0, 11) else '--xla_cpu_experimental_ynn_fusion_type=')" 2>/dev/null)
 QUICK_COMPILER = XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
 	--xla_cpu_parallel_codegen_split_count=1 $(QUICKER)"
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
@@ -137,16 +143,17 @@ bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
+# The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.
 CONSTRAINTS := -c constraints.txt
-INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(2) \
+INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat $(CONSTRAINTS) $(2) \
 	|| { echo "Could not install. Attnax needs a Python package index: is there a network, or a mirror in pip's settings?"; exit 1; }
 
-CHECK_PYTHON = "$(1)" -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+CHECK_PYTHON = "$(1)" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null \
 	|| { echo "$(1) is not there, or older than the Python 3.11 that Attnax needs."; \
 		echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
 
 # Makes an environment with an interpreter.
-MAKE_VENV = { echo "Setting up $(1) with $$("$(2)" --version): half a minute, more on a slow network."; "$(2)" -m venv $(1); } \
+MAKE_VENV = { echo "Setting up $(1) with $$("$(2)" --version): a minute or two, more on a slow network."; "$(2)" -m venv $(1); } \
 	|| { echo "$(2) cannot make environments. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(1); exit 1; }
 
 $(VENV)/.made:
@@ -156,6 +163,7 @@ $(VENV)/.made:
 
 # Whoever asks for a Python gets it, and not the one that was there before.
 same-python: $(VENV)/.made
+	@$(call CHECK_PYTHON,$(PYTHON))
 	@test -z "$(ASKED)" || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" \
 		|| { echo "$(VENV) was made with $$($(BIN)/python --version), and you ask for $$("$(PYTHON)" --version)."; \
 			echo "Type: make clean, or add a folder of its own, as VENV=.venv-other."; exit 1; }
