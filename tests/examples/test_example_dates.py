@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_days_in_the_same_order(written_dates):
 @pytest.mark.thorough
 def test_no_text_is_written_for_two_days(written_dates):
     styles = written_dates.find_styles(written_dates.LOCALES)
-    assert len(styles) == 221
+    assert len(styles) > 200  # Babel knows some more in each release
     meanings = {}
     for day in [date.fromordinal(n) for n in range(date(2023, 1, 1).toordinal(), date(2025, 1, 1).toordinal())]:
         for style in styles:
