@@ -150,20 +150,20 @@ INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --c
 
 CHECK_PYTHON = "$(1)" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null \
 	|| { echo "$(1) is not there, or older than the Python 3.11 that Attnax needs."; \
-		echo "Type: make $(MAKECMDGOALS) PYTHON=python3.11, or where yours is."; exit 1; }
+		echo "Type: make $(MAKECMDGOALS) $(2)=python3.11, or where yours is."; exit 1; }
 
 # Makes an environment with an interpreter.
 MAKE_VENV = { echo "Setting up $(1) with $$("$(2)" --version): a minute or two, more on a slow network."; "$(2)" -m venv $(1); } \
 	|| { echo "$(2) cannot make environments. On Debian and Ubuntu, type: apt-get install python3-venv"; rm -rf $(1); exit 1; }
 
 $(VENV)/.made:
-	@$(call CHECK_PYTHON,$(PYTHON))
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
 	@$(call MAKE_VENV,$(VENV),$(PYTHON))
 	@touch $@
 
 # Whoever asks for a Python gets it, and not the one that was there before.
 same-python: $(VENV)/.made
-	@$(call CHECK_PYTHON,$(PYTHON))
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
 	@test -z "$(ASKED)" || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" \
 		|| { echo "$(VENV) was made with $$($(BIN)/python --version), and you ask for $$("$(PYTHON)" --version)."; \
 			echo "Type: make clean, or add a folder of its own, as VENV=.venv-other."; exit 1; }
@@ -190,7 +190,7 @@ $(VENV)/.mutants: $(VENV)/.dev
 	@touch $@
 
 $(TORCH)/.made: pyproject.toml constraints.txt
-	@$(call CHECK_PYTHON,$(OLDEST))
+	@$(call CHECK_PYTHON,$(OLDEST),OLDEST)
 	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(OLDEST))
 	@$(call INSTALL,$(TORCH),torch==2.13.0 transformers==5.24.0 -e ".[pretrained]")
 	@$(call INSTALL,$(TORCH),$(MODEL))

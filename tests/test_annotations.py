@@ -135,8 +135,9 @@ def call_with(function, name, value):
 def what_is_said(function, name, value):
     try:
         call_with(function, name, value)
-    except Exception as error:
-        return error
+    except jaxtyping.TypeCheckError as error:
+        return str(error)
+    return "nothing"
 
 
 def test_every_public_function_refuses_an_array_with_an_axis_too_many():
@@ -145,7 +146,7 @@ def test_every_public_function_refuses_an_array_with_an_axis_too_many():
         for name, parameter in inspect.signature(function).parameters.items():
             for value in wrong_values(str(parameter.annotation)):
                 said = what_is_said(function, name, value)
-                if not isinstance(said, jaxtyping.TypeCheckError) or f"parameter '{name}'" not in str(said):
+                if f"parameter '{name}'" not in said:
                     wrong[whole, name, np.shape(value)] = said
                 checked.add(whole)
     assert wrong == {}
