@@ -23,7 +23,7 @@ from jax import lax
 
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
 from attnax.int8_rows import Int8Rows, Rows, decode_rows, encode_rows, zero_rows
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass, wide_dtype
 
 __all__ = [
     "SPARE_SLOTS",
@@ -479,7 +479,7 @@ def init_linear_layer_cache(
         head_dim=head_dim,
         value_head_dim=value_head_dim,
     )
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = wide_dtype(dtype)
     state = LinearState(
         key_value_sum=jnp.zeros((batch_size, num_kv_heads, head_dim, value_head_dim), dtype),
         key_sum=jnp.zeros((batch_size, num_kv_heads, head_dim), dtype),

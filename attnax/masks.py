@@ -29,6 +29,7 @@ from attnax.typing import (
     ScoreMod,
     check_mask_shape,
     check_positions,
+    explain_tracing,
     function_pytree,
     is_concrete,
     pytree_dataclass,
@@ -64,7 +65,18 @@ Range = tuple[Index, Index]
 """First and last index of a tile along one axis, both included."""
 
 
-class Mask:
+class NoTruth:
+    """What is a value at every pair, so that `and`, `or`, `not` and `if`, which ask for one, can only be mistakes."""
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{type(self).__name__}: a mask or score mod has a value for each pair, and no truth that `and`, `or`, "
+            "`not` and `if` could ask for. Combine masks by `&`, `|` and `~`, score mods by compose_score_mods, and "
+            "ask `is None` whether there is one."
+        )
+
+
+class Mask(NoTruth):
     """A boolean function of (batch, head, query, key) that also knows its value over tiles."""
 
     @property
@@ -197,20 +209,21 @@ class SlidingWindow(Mask):
 
 @pytree_dataclass
 class Documents(Mask):
-    """Tokens attend the tokens of the same id."""
+    """Tokens attend the tokens of the same id; a negative id is padding, which attends nothing and is not attended."""
 
     q_ids: Array  # (B|1, T)
     kv_ids: Array  # (B|1, S)
     is_opaque = False
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        return jnp.equal(_read(self.q_ids, b, q), _read(self.kv_ids, b, kv))
+        q_id = _read(self.q_ids, b, q)
+        return jnp.equal(q_id, _read(self.kv_ids, b, kv)) & jnp.greater_equal(q_id, 0)
 
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         q_least, q_most = _range_bounds(self.q_ids, b, q_range)
         kv_least, kv_most = _range_bounds(self.kv_ids, b, kv_range)
-        some = (q_least <= kv_most) & (kv_least <= q_most)
-        return some, (q_least == kv_most) & (kv_least == q_most)
+        some = (jnp.maximum(q_least, 0) <= kv_most) & (jnp.maximum(kv_least, 0) <= q_most)
+        return some, (q_least == kv_most) & (kv_least == q_most) & (q_least >= 0)
 
     @property
     def num_positions(self) -> int | None:
@@ -275,7 +288,8 @@ class Pointwise(Mask):
     function: MaskMod  # a pytree
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        allowed = jnp.asarray(self.function(b, h, q, kv))
+        with explain_tracing("mask", "a mask function"):
+            allowed = jnp.asarray(self.function(b, h, q, kv))
         if allowed.dtype != jnp.bool_:
             raise ValueError(
                 f"mask: a mask function must return booleans, True to attend; got dtype={allowed.dtype}. "
@@ -316,7 +330,7 @@ class AtPositions(Mask):
 
 
 @pytree_dataclass
-class ScoreModAtPositions:
+class ScoreModAtPositions(NoTruth):
     """A score mod read at true positions."""
 
     score_mod: ScoreMod  # a pytree
@@ -339,7 +353,7 @@ class ScoreModAtPositions:
 
 
 @pytree_dataclass
-class MaskedScoreMod:
+class MaskedScoreMod(NoTruth):
     """A score mod that is, or contains, a mask: `score_mod` first, then -inf where `mask` forbids the pair.
 
     Kernels take the two apart, so that a mask given as a score mod saves as much as one given as `mask=`.
@@ -453,7 +467,8 @@ def documents(
     """Packed rows: a token attends only tokens of its own document. Combine with `causal()` as needed.
 
     Args:
-        document_ids: (length,) or (batch, length), in any order; tiles are skipped best where ids are sorted.
+        document_ids: (length,) or (batch, length), in any order; tiles are skipped best where ids are sorted. A
+            negative id marks padding: it attends nothing, and nothing attends it.
         kv_ids: the same for the keys, where they are not the queries.
 
     Raises:
@@ -638,7 +653,7 @@ def takes_mask_objects(attention_fn: Function) -> Function:
 def mask_argument(
     caller: str, attention_fn: Callable[..., Any], mask: Mask | None, full: tuple[int, int, int, int]
 ) -> Mask | Array | None:
-    """`mask` in the form that `attention_fn` takes; `full` is (B, N, T, S)."""
+    """`mask` in the form that `attention_fn` takes: itself, or an array that broadcasts to (B, N, T, S) = `full`."""
     if mask is None:
         return None
     kernel = attention_fn
@@ -647,7 +662,8 @@ def mask_argument(
     if getattr(kernel, "takes_mask_objects", False):
         return mask  # and checks it, against lengths that only it may know: a ring's are global
     mask.check(caller, full)
-    return jnp.broadcast_to(mask(*index_grid(*full)), full)
+    array = mask(*index_grid(*full))
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)  # not `full`: a window is the same for all heads
 
 
 def tile_at_positions(

@@ -6,8 +6,9 @@ and are plain arrays where it is not, so that kernels need nothing but jax and n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
@@ -48,13 +49,15 @@ __all__ = [
     "MaskMod",
     "ScoreMod",
     "Shaped",
+    "apply_score_mod",
     "check_attention",
     "check_mask_shape",
     "check_positions",
-    "check_scores",
+    "explain_tracing",
     "function_pytree",
     "is_concrete",
     "pytree_dataclass",
+    "wide_dtype",
 ]
 
 
@@ -83,7 +86,8 @@ class InputError(ValueError):
 class MaskMod(Protocol):
     """`(b, h, q, kv) -> bool`: may query `q` attend key `kv`, in batch row `b` and head `h`?
 
-    Indices are integer arrays of any shapes that broadcast together; True means attend.
+    Indices are integer arrays of any shapes that broadcast together; True means attend. The result for a pair may
+    depend on the indices of that pair and on arrays read by them.
     """
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index, /) -> Any: ...
@@ -93,9 +97,12 @@ class MaskMod(Protocol):
 class ScoreMod(Protocol):
     """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
 
-    Indices broadcast against `scores`; never use `scores.shape`, which is a tile's. A result of -inf
-    (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated too: the result does not
-    matter there, but keep derivatives with respect to arrays finite (`slope * sqrt(abs(q - kv))`, not `sqrt(q - kv)`).
+    Indices broadcast against `scores`; never use `scores.shape`, which is a tile's. The result at a pair may depend on
+    the score and the indices of that pair, and on arrays read by them; what mixes pairs (a row's maximum, a mean over
+    heads) only `standard_attention` computes, and other kernels refuse. A result of -inf
+    (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated too, with a score of 0:
+    the result does not matter there, but keep derivatives with respect to arrays finite (`slope * sqrt(abs(q - kv))`,
+    not `sqrt(q - kv)`).
     """
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index, /) -> Array: ...
@@ -136,6 +143,11 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | Array | None
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or the floating dtype itself if that has more bits: what scores and sums are in."""
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether the value of `x` can be read now (it is not being traced by a transformation)."""
     return not isinstance(x, jax.core.Tracer)
@@ -157,13 +169,28 @@ def check_mask_shape(caller: str, shape: Sequence[int], full: Full) -> None:
         )
 
 
-def check_scores(caller: str, result: Any, scores: Array) -> Array:
-    """What a score mod made of `scores`, in their dtype.
+@contextlib.contextmanager
+def explain_tracing(caller: str, name: str) -> Iterator[None]:
+    """Says what to write where a function given by a user asks for the value of an index or a score."""
+    try:
+        yield
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        asked = "NumPy" if isinstance(error, jax.errors.TracerArrayConversionError) else "Python"
+        raise ValueError(
+            f"{caller}: {name} is traced, so its indices and scores have no values that {asked} could ask for. Index a "
+            "NumPy array as jnp.asarray(array)[...], call jax.numpy instead of numpy, and write jnp.where for `if`, "
+            "`&`, `|` and `~` for `and`, `or` and `not`."
+        ) from error
+
+
+def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: Any) -> Array:
+    """What a score mod makes of `scores`, in their dtype.
 
     Raises:
         ValueError: it is of another shape, or holds no floating numbers.
     """
-    result = jnp.asarray(result)
+    with explain_tracing(caller, "score_mod"):
+        result = jnp.asarray(score_mod(scores, *indices))
     if result.shape != scores.shape:
         raise ValueError(
             f"{caller}: score_mod must return scores of the shape that it is given; got {result.shape} "

@@ -214,7 +214,7 @@ def advance(step: Step, state: Any, request: Request, progress: Progress, contex
     tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
     logits, cache = step(state, tokens, progress.cache)
     token = request.sampler(logits[:, 0], position_keys(progress.keys, text), text)
-    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running)
+    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
     return append(progress, token, logits[:, 0], request, running)
 
 

@@ -46,7 +46,9 @@ class Text:
         rows, size = self.ids.shape
         index = self.lengths if where is None else jnp.where(where, self.lengths, size)
         ids = self.ids.at[jnp.arange(rows), index].set(token.astype(jnp.int32), mode="drop")
-        return dataclasses.replace(self, ids=ids, lengths=self.lengths + (1 if where is None else where))
+        return dataclasses.replace(
+            self, ids=ids, lengths=self.lengths + (1 if where is None else where.astype(jnp.int32))
+        )
 
     def last(self, count: int) -> Int[Array, "R n"]:
         """The last `count` tokens of each row; the first one again for tokens before it."""

@@ -22,7 +22,7 @@ from attnax.kernels._dropout import keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
 from attnax.kernels._tile_lists import EMPTY, FULL, PARTIAL, code_of
 from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod, check_scores, pytree_dataclass
+from attnax.typing import Array, ScoreMod, apply_score_mod, pytree_dataclass, wide_dtype
 
 __all__ = [
     "Operands",
@@ -30,7 +30,6 @@ __all__ = [
     "backward",
     "bind",
     "check_block_size",
-    "check_mask_result",
     "choose_tiles",
     "forward",
     "prepare_rows",
@@ -148,7 +147,7 @@ def check_block_size(caller: str, block_size: int | tuple[int | None, int | None
 def scale_query(query: Array, scale: Any, *, natural: bool) -> Array:
     """The query in at least float32, scaled; scores are then `natural`, as mods see them, or in units of log 2."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
+    query = query.astype(wide_dtype(query.dtype))
     query = query + _zero_or_nan(query)[..., None]  # an infinity spoils as NaN does
     return query * jnp.asarray(scale if natural else scale * _tile.LOG2E, query.dtype)
 
@@ -181,7 +180,7 @@ def bind(
     words: Array | None,
 ) -> tuple[tuple[Array, ...], Operands]:
     """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does."""
-    shape, dtype = _shape(*arrays[:2]), jnp.promote_types(arrays[0].dtype, jnp.float32)
+    shape, dtype = _shape(*arrays[:2]), wide_dtype(arrays[0].dtype)
     axes = frozenset().union(*map(varying_axes, arrays))
     known = None
     while axes != known:  # what the functions capture may vary over more axes than the arguments do
@@ -224,32 +223,16 @@ def _trace(
             return jnp.broadcast_to(some, (rows, heads, count)), jnp.broadcast_to(every, (rows, heads, count))
 
         ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
-        check_mask_result(caller, mask, rows, heads)
         lifted_mask = lift(mask, *indices)
         if count > 1:
             lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
     if score_mod is not None:
 
         def modify(scores: Array, *indices: Array) -> Array:
-            return check_scores(caller, score_mod(scores, *indices), scores)
+            return apply_score_mod(caller, score_mod, scores, *indices)
 
         lifted_mod = lift(modify, example(*full, dtype=dtype), *indices)
     return Functions(lifted_mask, lifted_bounds, lifted_mod, mask is not None and mask.is_opaque)
-
-
-def check_mask_result(caller: str, mask: Mask, rows: int, heads: int) -> None:
-    """Raises ValueError if the mask's result has a size that its indices do not have: an array over all pairs, say."""
-    sizes = rows, heads, 1009, 1013
-    shape = jnp.shape(
-        jax.eval_shape(
-            mask, *(jax.ShapeDtypeStruct((1,) * i + (n,) + (1,) * (3 - i), jnp.int32) for i, n in enumerate(sizes))
-        )
-    )
-    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], sizes[::-1], strict=False)):
-        raise ValueError(
-            f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
-            f"for indices of sizes {sizes}. Index its arrays by b, h, q and kv, or pass an array as the mask."
-        )
 
 
 class Order(NamedTuple):

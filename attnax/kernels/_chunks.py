@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels import _tile
-from attnax.kernels._blockwise import check_mask_result, scale_query
+from attnax.kernels._blockwise import scale_query
 from attnax.kernels._decode import DeferredCall, KernelCall, Stored, decode, kernel_serves, prepare_kernel
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._pairs import check_pairs
 from attnax.kernels._platform import by_platform
 from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod, check_scores, pytree_dataclass
+from attnax.typing import Array, ScoreMod, apply_score_mod, pytree_dataclass
 
 __all__ = ["Chunk", "Source", "attend_chunks"]
 
@@ -226,6 +227,7 @@ def _bind(
     """The operands of `_attend`, all of which vary over the mesh axes over which any of them does."""
     batch, heads, seq_q, _ = queries.query.shape
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((queries, sources))))
+    check_pairs(caller, mask, score_mod, (batch, heads, seq_q, sources[0].chunk_size), axes)
     known = None
     while axes != known:  # what the functions capture may vary over more axes than the arguments do
         known = axes
@@ -259,10 +261,8 @@ def _trace(
 
     def modify(scores: Array, *indices: Array) -> Array:
         assert score_mod is not None
-        return check_scores(caller, score_mod(scores, *indices), scores)
+        return apply_score_mod(caller, score_mod, scores, *indices)
 
-    if mask is not None:
-        check_mask_result(caller, mask, batch, heads)
     indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
     return Functions(
         None if mask is None else lift(keep, *indices),

@@ -18,10 +18,11 @@ from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_list
 from attnax.kernels._dropout import dropout_words
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
+from attnax.kernels._pairs import check_pairs
 from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_triton
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass
+from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass, wide_dtype
 
 if TYPE_CHECKING:
     from attnax.kernels._launch import Setup
@@ -136,9 +137,10 @@ def prepare(
     _blockwise.check_block_size(caller, block_size)
     full = *query.shape[:3], key.shape[2]
     mask, score_mod = resolve_masks(caller, options.get("mask"), options.get("score_mod"), full)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide_dtype(query.dtype)
     if 0 in (*full, value.shape[3]):
         return jnp.zeros((*full[:3], value.shape[3]), query.dtype), jnp.full(full[:3], -jnp.inf, dtype)
+    check_pairs(caller, mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
     learn_scale = not is_concrete(scale)
     scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
     tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
@@ -247,7 +249,7 @@ def _attention_forward(
 
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     arrays, operands, out, lse, low = residuals
-    out = out.astype(lse.dtype) + (0 if low is None else low)
+    out = out.astype(lse.dtype) + (0 if low is None else low.astype(lse.dtype))
     results = _by_platform(
         plan,
         partial(_tiles_backward, plan),

@@ -27,7 +27,7 @@ from attnax.kernels.pallas import (
     d_key_value_kernel,
     d_pairs_kernel,
     d_query_kernel,
-    d_small_table_kernel,
+    d_table_kernel,
     forward_kernel,
     run,
 )
@@ -36,7 +36,9 @@ from attnax.typing import Array
 __all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
 
 _PROGRAMS = 264  # two for each multiprocessor of an H100
-_SMALL_TABLE = 1024  # elements that a program keeps the gradient of in its registers
+_TABLE_CHUNK = 4096  # elements, at most, that a program keeps the gradient of in its registers
+_SMALL_TABLE = 1024  # elements of a table by several indices, of which a tile may read any
+_PROGRAMS = 1024  # of a table's gradient: enough for any GPU, and each writes its share of the table
 
 
 Arrays = tuple[Array, Array, Array, Array]
@@ -137,7 +139,7 @@ def backward(
     bad = ~fine.reshape(batch, call.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
-        careful=inputs.careful | bad,
+        careful=inputs.careful | bad.astype(jnp.int32),
         d_out=_whole_rows(d_out, length, 0),
         lse=_whole_rows(lse, length, jnp.inf),
         delta=_whole_rows(delta, length, 0),
@@ -214,17 +216,20 @@ def _table_gradient(call: Call, inputs: Inputs, n: int, shape: tuple[int, ...]) 
     else:
         sizes = [shape[axis] for axis in read.axes]
         count = math.prod(sizes)
-        shapes = {"table": ((batch, heads, call.grid.num_q, _next_power_of_2(count)), jnp.float32)}
-        grid = call.grid.num_q, heads, batch
-        total = run("attnax_d_table", partial(d_small_table_kernel, call, n), call, grid, inputs, shapes)["table"]
-        total = total.sum(2)[..., :count].reshape(batch, heads, *sizes)
+        size = min(_TABLE_CHUNK, _next_power_of_2(count))
+        chunks = -(-count // size)
+        groups = min(call.grid.num_q, max(1, _PROGRAMS // (batch * heads * chunks)))
+        shapes = {"table": ((batch, heads, chunks, groups, size), jnp.float32)}
+        grid = groups * chunks, heads, batch
+        total = run("attnax_d_table", partial(d_table_kernel, call, n), call, grid, inputs, shapes)["table"]
+        total = total.sum(3).reshape(batch, heads, -1)[..., :count].reshape(batch, heads, *sizes)
     return add_slabs(shape, read.axes, total, index)
 
 
 def _how_to_learn(score_mod: Split, read: Read, full: tuple[int, int, int, int]) -> str | None:
     """How a kernel computes the gradient of a table that is read by pair; None if none does.
 
-    "pairs" where each pair has an element of its own, "small" where the program can hold all elements.
+    "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
     """
     shape, index = read.shape, score_mod.index_of(read, full)
     if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
@@ -233,7 +238,8 @@ def _how_to_learn(score_mod: Split, read: Read, full: tuple[int, int, int, int])
         for q_axis, kv_axis in (read.axes, read.axes[::-1]):
             if _is_each(index[q_axis], 2, full[2]) and _is_each(index[kv_axis], 3, full[3]):
                 return "pairs" if shape[q_axis] >= full[2] and shape[kv_axis] >= full[3] else None
-    return "small" if math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE else None
+    is_small = math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE
+    return "table" if len(read.axes) == 1 or is_small else None
 
 
 def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:

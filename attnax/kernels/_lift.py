@@ -9,7 +9,8 @@ that is run tile by tile on the values cut through.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,17 +19,28 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.typing import Array, pytree_dataclass
+from attnax.typing import Array, pytree_dataclass, wide_dtype
 
-__all__ = ["Deferred", "Lifted", "defer", "lift", "vary", "varying_axes"]
+__all__ = [
+    "Deferred",
+    "Lifted",
+    "defer",
+    "flatten",
+    "is_own",
+    "lift",
+    "needed_for",
+    "sum_in_float32",
+    "trace_rule",
+    "vary",
+    "varying_axes",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Straight-line code on (captured values, arguments).
 
-    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new (unless it holds functions
-    of its own, as `jax.nn.relu` and loops do: those are equal only to themselves).
+    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new.
     """
 
     captured: tuple[Var, ...]
@@ -67,9 +79,7 @@ class Lifted:
 
     def gradients(self) -> tuple[Array, ...]:
         """Zeros to accumulate the gradients of `floats` in, at least float32: a sum of many tiles needs it."""
-        return tuple(
-            vary(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), varying_axes(x)) for x in self.floats
-        )
+        return tuple(vary(jnp.zeros(x.shape, wide_dtype(x.dtype)), varying_axes(x)) for x in self.floats)
 
     def finish(self, gradients: Sequence[Array]) -> tuple[Array, ...]:
         """The accumulated gradients in the dtypes of `floats`."""
@@ -148,7 +158,7 @@ def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
     """
     traced = jax.make_jaxpr(function)(*arguments)
     # Calls are inlined so that what they do with captured arrays alone is seen.
-    flat = jax.make_jaxpr(lambda captured, *rest: _inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
+    flat = jax.make_jaxpr(lambda captured, *rest: inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
     count = len(traced.consts)
     inner = flat.jaxpr.invars[count:]
     known = dict(zip((*flat.jaxpr.constvars, *flat.jaxpr.invars[:count]), (*flat.consts, *traced.consts), strict=True))
@@ -202,19 +212,25 @@ class Deferred:
         return dataclasses.replace(self, arrays=tuple(next(rest) if _is_float(x) else x for x in self.arrays))
 
 
-def defer(function: Any) -> Deferred | None:
-    """The function as a Deferred, None if something in it is not the library's own."""
-    is_own = True
+def is_own(function: Any) -> bool:
+    """Whether a mask or score mod is made of the library's own parts alone."""
+    own = True
 
     def visit(node: Any) -> bool:
-        nonlocal is_own
+        nonlocal own
         known = isinstance(node, jax.Array | np.ndarray | int | float) or type(node) in (tuple, list, dict, type(None))
-        is_own = is_own and (known or type(node).__module__.startswith("attnax."))
+        own = own and (known or type(node).__module__.startswith("attnax."))
         return False
 
-    leaves, structure = jax.tree.flatten(function, is_leaf=visit)
-    if not is_own:
+    jax.tree.flatten(function, is_leaf=visit)
+    return own
+
+
+def defer(function: Any) -> Deferred | None:
+    """The function as a Deferred, None if something in it is not the library's own."""
+    if not is_own(function):
         return None
+    leaves, structure = jax.tree.flatten(function)
     is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
     arrays = tuple(jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array)
     return Deferred(
@@ -234,16 +250,56 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(x, new, to="varying") if new else x
 
 
-def _inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, the gradients of whose captured float16 and bfloat16 arrays are summed in float32."""
+    try:
+        traced = jax.make_jaxpr(function)(*arguments)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        return function(*arguments)  # it asks for values, which it has outside of jit
+    if not any(_is_narrow(jnp.result_type(x)) for x in traced.consts):
+        return function(*arguments)
+    (result,) = inline(traced.jaxpr, traced.consts, arguments)
+    return result
+
+
+# fmt: off
+_MOVES = frozenset((
+    "broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "tile",
+    "transpose",
+))
+# fmt: on
+
+
+def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
+    """The program's results, calls inlined; `rules=False`: those too that have a derivative of their own.
+
+    What only moves numbers of less than 32 bits moves them in float32, which is as exact, and the gradient that one
+    element gets from many places is summed there.
+    """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
+    wide: dict[Var, Any] = {}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "pjit"):
-            inner = eqn.params["jaxpr"]
-            results = _inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars])
+        name, source = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
+        is_narrow = isinstance(source, Var) and _is_narrow(source.aval.dtype)
+        if name in ("jit", "pjit") or (name in ("custom_jvp_call", "custom_vjp_call") and not rules):
+            inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+            results = inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars], rules=rules)
             env.update(zip(eqn.outvars, results, strict=True))
+        elif isinstance(source, Var) and is_narrow and name in _MOVES:
+            x = wide[source] if source in wide else jnp.asarray(env[source]).astype(jnp.float32)
+            rest = (_read(env, var) for var in eqn.invars[1:])
+            (target,) = eqn.outvars
+            wide[target] = eqn.primitive.bind(x, *rest, **eqn.primitive.get_bind_params(eqn.params))
+            env[target] = wide[target].astype(source.aval.dtype)
+        elif isinstance(source, Var) and source in wide and name == "convert_element_type":
+            env[eqn.outvars[0]] = wide[source].astype(eqn.params["new_dtype"])
         else:
             _step(eqn, env)
     return [_read(env, var) for var in jaxpr.outvars]
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
 
 
 def _read(env: dict[Var, Any], var: Any) -> Any:
@@ -287,8 +343,21 @@ def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array)
     )
 
 
+class UniqueError(Exception):
+    """A program that holds what only is itself."""
+
+
 def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
     """Equal for programs that do the same to operands of the same types; unique if that cannot be told."""
+    try:
+        structure = _structure_of((*cut, *inner), equations, results)
+        hash(structure)
+    except (TypeError, UniqueError):  # a parameter, such as a NumPy array, that only is itself
+        return object()
+    return len(cut), structure
+
+
+def _structure_of(inputs: Sequence[Var], equations: Sequence[JaxprEqn], results: Sequence[Any]) -> Hashable:
     numbers: dict[Var, int] = {}
 
     def name(var: Any) -> Hashable:
@@ -296,17 +365,79 @@ def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[Jax
             return str(var.aval), np.asarray(var.val).tobytes()
         return numbers.setdefault(var, len(numbers)), str(var.aval)
 
-    structure = (
-        tuple(map(name, cut)),
-        tuple(map(name, inner)),
+    return (
+        tuple(map(name, inputs)),
         tuple(
-            (eqn.primitive, tuple(eqn.params.items()), tuple(map(name, eqn.invars)), tuple(map(name, eqn.outvars)))
+            (eqn.primitive, _structure_of_params(eqn), *(tuple(map(name, v)) for v in (eqn.invars, eqn.outvars)))
             for eqn in equations
         ),
         tuple(map(name, results)),
     )
-    try:
-        hash(structure)
-    except TypeError:  # a parameter, such as a NumPy array, that only is itself
-        return object()
-    return structure
+
+
+def _structure_of_params(eqn: JaxprEqn) -> Hashable:
+    """The parameters, programs among them by what they do: a loop's, or the rule that a function has as derivative."""
+    params: dict[str, Any] = dict(eqn.params)
+    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+        params = {"call": params["call_jaxpr"], "rule": trace_rule(eqn)}
+    return tuple((key, _structure_of_param(value)) for key, value in params.items())
+
+
+def _structure_of_param(value: Any) -> Hashable:
+    if isinstance(value, tuple | list):
+        return tuple(map(_structure_of_param, value))
+    program = getattr(value, "jaxpr", value)
+    if not isinstance(program, Jaxpr):
+        return value  # type: ignore[no-any-return]
+    if getattr(value, "consts", ()):
+        raise UniqueError
+    return _structure_of((*program.constvars, *program.invars), program.eqns, program.outvars)
+
+
+def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any]) -> list[JaxprEqn]:
+    """The equations that lead to some results."""
+    kept: list[JaxprEqn] = []
+    wanted = {var for var in results if isinstance(var, Var)}
+    for eqn in reversed(equations):
+        if any(var in wanted for var in eqn.outvars):
+            kept.append(eqn)
+            wanted |= {var for var in eqn.invars if isinstance(var, Var)}
+    return kept[::-1]
+
+
+def trace_rule(eqn: JaxprEqn) -> Any:
+    """The derivative of a function that brings its own, as a program without calls.
+
+    Of a `custom_jvp` it takes the operands and the tangents of those that are floating, of a `custom_vjp` the operands
+    and the cotangents of the results; it gives the others. Functions with derivatives of their own that it calls, often
+    the same one, are inlined: it is not differentiated itself.
+    """
+    bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
+    operands, results = (
+        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs] for vs in (eqn.invars, eqn.outvars)
+    )
+    moving = [i for i, x in enumerate(operands) if _is_float(x)]
+
+    def of_moving(values: list[Any], new: Sequence[Any]) -> Any:
+        values = list(values)
+        for i, x in zip(moving, new, strict=True):
+            values[i] = x
+        return bind(*values)
+
+    def push(values: list[Any], tangents: list[Any]) -> Any:
+        at = [values[i] for i in moving]
+        return jax.jvp(lambda *new: of_moving(values, new), at, tangents)[1]
+
+    def pull(values: list[Any], cotangents: list[Any]) -> Any:
+        return jax.vjp(lambda *new: of_moving(values, new), *(values[i] for i in moving))[1](cotangents)
+
+    if eqn.primitive.name == "custom_jvp_call":
+        return flatten(jax.make_jaxpr(push)(operands, [operands[i] for i in moving]), rules=False)
+    return flatten(jax.make_jaxpr(pull)(operands, results), rules=False)
+
+
+def flatten(program: Any, *, rules: bool) -> Any:
+    """A traced program with calls inlined, `rules=False` those too that have a derivative of their own, as needed."""
+    examples = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in program.jaxpr.invars]
+    flat = jax.make_jaxpr(lambda *x: inline(program.jaxpr, program.consts, x, rules=rules))(*examples)
+    return flat.replace(jaxpr=flat.jaxpr.replace(eqns=needed_for(flat.jaxpr.eqns, flat.jaxpr.outvars)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,27 +20,21 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import Lifted, lift, vary
+from attnax.kernels._lift import Lifted, flatten, lift, needed_for, trace_rule, vary
+from attnax.kernels._pairs import ELEMENTWISE
 from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod, check_scores
+from attnax.typing import Array, ScoreMod, apply_score_mod, wide_dtype
 
 __all__ = ["Read", "Split", "add_slabs", "lift_mask", "lift_score_mod", "split", "why_not_split"]
 
 # Sizes that no real axis has: they tell queries from keys in the shapes of a traced function.
 _QUERIES, _KEYS = 1009, 1013
 
-# fmt: off
-_ELEMENTWISE = frozenset((
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "convert_element_type", "copy", "cos", "cosh", "div",
-    "eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic",
-    "lt", "max", "min", "mul", "ne", "neg", "not", "or", "population_count", "pow", "rem", "rsqrt",
-    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
-    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-))
-# fmt: on
 # These change neither the values nor their natural shape.
 _SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "reshard", "squeeze"))
+
+
+_CUSTOM = "custom_jvp_call"
 
 
 class RefusedError(NotImplementedError):
@@ -56,7 +50,7 @@ def lift_score_mod(caller: str, score_mod: ScoreMod, axes: frozenset[str]) -> Li
     """A score mod for `split`."""
 
     def modify(scores: Array, *indices: Array) -> Array:
-        return check_scores(caller, score_mod(scores, *indices), scores)
+        return apply_score_mod(caller, score_mod, scores, *indices)
 
     return lift(modify, _example((1, 1, _QUERIES, _KEYS), jnp.float32, axes), *_example_indices(axes))
 
@@ -200,7 +194,7 @@ def split(lifted: Lifted) -> Split:
             raise RefusedError(
                 f"it uses a captured array of shape {_kind(var)[0]} as a whole; index it by b, h, q and kv"
             )
-    return Split(lifted, tuple(_needed(program.equations, wanted)), tuple(inside), tuple(wanted), tuple(reads))
+    return Split(lifted, tuple(needed_for(program.equations, wanted)), tuple(inside), tuple(wanted), tuple(reads))
 
 
 def why_not_split(lifted: Lifted) -> str | None:
@@ -210,17 +204,6 @@ def why_not_split(lifted: Lifted) -> str | None:
     except RefusedError as refusal:
         return str(refusal)
     return None
-
-
-def _needed(equations: Sequence[JaxprEqn], variables: Iterable[Var]) -> list[JaxprEqn]:
-    """The equations that lead to `variables`."""
-    kept: list[JaxprEqn] = []
-    wanted = set(variables)
-    for eqn in reversed(equations):
-        if any(var in wanted for var in eqn.outvars):
-            kept.append(eqn)
-            wanted |= {var for var in eqn.invars if isinstance(var, Var)}
-    return kept[::-1]
 
 
 def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, frozenset[str]]) -> tuple[int, ...]:
@@ -245,10 +228,14 @@ def _check(eqn: JaxprEqn, captured: set[Var]) -> None:
         last = len(shapes[-1]) - 1
         if eqn.params["dimension"] != last or any(shape[-1] != 1 for shape in shapes[:-1]):
             raise RefusedError("concatenate")
+    elif name == _CUSTOM:
+        for program in _call_and_rule(eqn):
+            for inner in program.jaxpr.eqns:
+                _check(inner, set())
     elif name in _SHAPE:
         if _marks(shapes[0]) != [mark for mark in _marks(shapes[-1]) if mark in _marks(shapes[0])]:
             raise RefusedError(f"{name} to shape {shapes[-1]}")
-    elif name not in _ELEMENTWISE:
+    elif name not in ELEMENTWISE:
         raise RefusedError(name)
     if any(isinstance(var, Var) and jnp.issubdtype(_kind(var)[1], jnp.complexfloating) for var in eqn.outvars):
         raise RefusedError("complex numbers")
@@ -301,6 +288,8 @@ def _evaluate(
             env[eqn.outvars[0]] = _gather(eqn, read(eqn.invars[1]), load)
         elif name == "concatenate":
             env[eqn.outvars[0]] = tuple(map(read, eqn.invars))
+        elif name == _CUSTOM:
+            env.update(zip(eqn.outvars, _call_with_rule(eqn, [read(var) for var in eqn.invars]), strict=True))
         elif name in _SHAPE:
             value = read(eqn.invars[0])
             # A captured array of one element may have any number of axes.
@@ -311,6 +300,37 @@ def _evaluate(
             shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in values))
             values = [x if jnp.shape(x) == shape else jnp.broadcast_to(x, shape) for x in map(_rank(shape), values)]
             env[eqn.outvars[0]] = eqn.primitive.bind(*values, **eqn.params)
+
+
+def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:
+    """The programs of a function with a derivative of its own: its result, and the result's tangent."""
+    programs = flatten(eqn.params["call_jaxpr"], rules=True), trace_rule(eqn)
+    if any(program.consts for program in programs):
+        raise RefusedError(f"{eqn.primitive.name} with arrays of its own")
+    return programs
+
+
+def _call_with_rule(eqn: JaxprEqn, values: Sequence[Array]) -> Sequence[Array]:
+    """The results of such a function, which keeps its derivative."""
+    of_call, of_rule = _call_and_rule(eqn)
+
+    def evaluate(program: Any, *values: Array) -> list[Array]:
+        env: dict[Any, Any] = dict(zip(program.jaxpr.invars, values, strict=True))
+        _evaluate(program.jaxpr.eqns, env, _no_load)
+        return [jnp.asarray(x.val if isinstance(x, Literal) else env[x], x.aval.dtype) for x in program.jaxpr.outvars]
+
+    @jax.custom_jvp
+    def call(*values: Array) -> list[Array]:
+        return evaluate(of_call, *values)
+
+    @call.defjvp
+    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[list[Array], list[Array]]:
+        moving = (t for x, t in zip(primals, tangents, strict=True) if jnp.issubdtype(x.dtype, jnp.floating))
+        results = call(*primals)
+        changes = evaluate(of_rule, *primals, *moving)
+        return results, [jnp.broadcast_to(d, x.shape) for d, x in zip(changes, results, strict=True)]
+
+    return call(*values)
 
 
 def _rank(shape: tuple[int, ...]) -> Callable[[Array], Array]:
@@ -379,7 +399,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 def _segment_sums(values: Array, segments: Array, count: int) -> Array:
     """(count,) sums in float32 at least of the values of each segment; no atomics, whose order is left to chance."""
-    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    dtype = wide_dtype(values.dtype)
     order = jnp.argsort(segments, stable=True)
     values, segments = values[order].astype(dtype), segments[order]
     change = segments[1:] != segments[:-1]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.typing import Array
+from attnax.typing import Array, wide_dtype
 
 __all__ = [
     "LOG2E",
@@ -155,5 +155,5 @@ def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array
         right.astype(dtype),
         (((len(batch) + left_axis,), (len(batch) + right_axis,)), (batch, batch)),
         precision=lax.Precision.HIGHEST,  # no TF32
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        preferred_element_type=wide_dtype(dtype),
     )

@@ -31,7 +31,7 @@ FULL, PARTIAL, EMPTY = 0, 1, 2
 
 def code_of(some: Array, every: Array) -> Array:
     """The code of a tile, from whether any and whether all of its pairs attend."""
-    return EMPTY - some.astype(jnp.int32) - (some & every)
+    return EMPTY - some.astype(jnp.int32) - (some & every).astype(jnp.int32)
 
 
 class TileGrid(NamedTuple):

@@ -212,11 +212,12 @@ def pallas_flash_attention(
     block_q: int | None = None,
     block_kv: int | None = None,
     interpret: bool = False,
+    force_fallback: bool = False,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs, with mask and score mod inside of it.
 
     Lowered for any other platform, the tiles run in the engine of `memory_efficient_attention`, whose arguments,
-    results and errors these are but for the last three. On a GPU, products of float32 arrays are in float32 (no TF32);
+    results and errors these are but for the last four. On a GPU, products of float32 arrays are in float32 (no TF32);
     those of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
 
     Args:
@@ -234,8 +235,10 @@ def pallas_flash_attention(
         block_q: queries of a tile, by default chosen by shape; on a GPU a power of 2, at least 16.
         block_kv: keys of a tile, likewise.
         interpret: run the GPU's kernel as ordinary JAX on any platform, slowly, to look into it.
+        force_fallback: run the tiles of `memory_efficient_attention` on any platform.
 
     Raises:
+        ValueError: both interpret and force_fallback.
         NotImplementedError: on a GPU, or interpreted, what `why_not_pallas` gives.
 
     Example:
@@ -245,6 +248,11 @@ def pallas_flash_attention(
         >>> pallas_flash_attention(x, x, x, block_q=16, block_kv=32).shape
         (1, 4, 37, 8)
     """
+    if interpret and force_fallback:
+        raise ValueError(
+            "pallas_flash_attention: interpret runs the GPU's kernel and force_fallback does without; "
+            "got interpret=True, force_fallback=True. Leave one of the two out."
+        )
     return attend(
         "pallas_flash_attention",
         query,
@@ -258,7 +266,7 @@ def pallas_flash_attention(
         scale=scale,
         return_lse=return_lse,
         block_size=(block_q, block_kv),
-        backend="interpret" if interpret else "pallas",
+        backend="tiles" if force_fallback else "interpret" if interpret else "pallas",
     )
 
 

@@ -20,6 +20,7 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
+    wide_dtype,
 )
 
 __all__ = ["linear_attention"]
@@ -153,7 +154,7 @@ def linear_attention(
             f"{'return_state=True' if state is None else 'a state'}. Pass causal=True or all keys in one call."
         )
     if state is not None:
-        _check_state(state, batch, num_kv_heads, head_dim, value_dim, jnp.promote_types(query.dtype, jnp.float32))
+        _check_state(state, batch, num_kv_heads, head_dim, value_dim, wide_dtype(query.dtype))
 
     # Heads that share keys sit side by side on an axis of their own.
     query = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, seq_q, head_dim)
@@ -226,7 +227,7 @@ def _phi(x: Array) -> Array:
 def _query_features(query: Array) -> tuple[Array, Array]:
     """The phi of each query up to a factor, and which queries are finite."""
     ok = jnp.isfinite(query).all(-1)
-    query = jnp.where(ok[..., None], query.astype(jnp.promote_types(query.dtype, jnp.float32)), 0)
+    query = jnp.where(ok[..., None], query.astype(wide_dtype(query.dtype)), 0)
     # Below 0 phi is exp, where a shift is a factor, which the division cancels: shifted, no query underflows.
     peak = lax.stop_gradient(query.max(-1, keepdims=True))
     return _phi(query - jnp.minimum(peak, 0)), ok
@@ -234,7 +235,7 @@ def _query_features(query: Array) -> tuple[Array, Array]:
 
 def _key_features(key: Array, value: Array, real: Array) -> tuple[Array, Array, Array]:
     """The phi(key) and value, both 0 for keys that do not count, and which real keys (B, K, S) are not finite."""
-    dtype = jnp.promote_types(key.dtype, jnp.float32)
+    dtype = wide_dtype(key.dtype)
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     real = real[:, None]
     ok = (finite & real)[..., None]

@@ -10,7 +10,7 @@ from jax import lax
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, check_attention
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, check_attention, wide_dtype
 
 __all__ = ["lite_attention"]
 
@@ -95,7 +95,7 @@ def lite_attention(
     causal, real = split_mask("lite_attention", mask, (batch, num_heads, length, length))
 
     # Heads that share keys sit side by side on an axis of their own: (B, K, G, T, ...).
-    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
     grouped = batch, num_kv_heads, num_heads // num_kv_heads, length
     query, key, value = (
         x.astype(dtype) for x in (query.reshape(*grouped, head_dim), key[:, :, None], value[:, :, None])

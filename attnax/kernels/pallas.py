@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ __all__ = [
     "d_key_value_kernel",
     "d_pairs_kernel",
     "d_query_kernel",
-    "d_small_table_kernel",
+    "d_table_kernel",
     "forward_kernel",
     "run",
 ]
@@ -528,34 +527,50 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
     outputs["d_value"][where] = d_value.astype(inputs.value.dtype)
 
 
-def d_small_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
-    """The gradient of what one read takes from a small table, summed over the keys of a tile of queries."""
-    kernel, score_mod = Kernel(call, inputs), call.score_mod
+def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """The gradient of what one read takes from a table, summed over some tiles of queries and all their keys.
+
+    A program holds a chunk of the table. A tile reads few elements of a table by distance: only those between the first
+    and the last are looked for, one after the other.
+    """
+    kernel, score_mod, num_q = Kernel(call, inputs), call.score_mod, call.grid.num_q
     assert score_mod is not None
-    i, h, b = (pl.program_id(axis) for axis in range(3))
-    start, read = Place(b, h, i, 0), score_mod.reads[n]
-    queries, sizes = kernel.queries(start), [read.shape[axis] for axis in read.axes]
-    size = pl.next_power_of_2(math.prod(sizes))
-    elements = jnp.arange(size, dtype=jnp.int32)
+    group, h, b = (pl.program_id(axis) for axis in range(3))
+    _, _, chunks, groups, size = outputs["table"].shape
+    group, chunk = group // chunks, group % chunks
+    read, begin = score_mod.reads[n], chunk * size
+    elements = begin + jnp.arange(size, dtype=jnp.int32)
 
-    def visit(mode: int, j: Any, total: Array) -> Array:
-        place = start._replace(j=j)
-        *_, d_learned = kernel.gradients(
-            place, mode, queries, kernel.keys(place), "tables", own_queries=True, own_keys=True
-        )
-        share = d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
-        where = kernel.index_of(read, place, share.shape)
-        element = jnp.int32(0)
-        for axis, length in zip(read.axes, sizes, strict=True):
-            element = element * length + where[axis]
+    def row(i: Any, total: Array) -> Array:
+        start = Place(b, h, i, 0)
+        queries = kernel.queries(start)
 
-        def add(e: Any, total: Array) -> Array:
-            return jnp.where(elements == e, total + jnp.where(element == e, share, 0.0).sum(), total)
+        def visit(mode: int, j: Any, total: Array) -> Array:
+            place = start._replace(j=j)
+            where = kernel.index_of(read, place, (call.grid.block_q, call.grid.block_kv))
+            element = jnp.int32(0)
+            for axis in read.axes:
+                element = element * read.shape[axis] + where[axis]
+            first, last = jnp.maximum(element.min(), begin), jnp.minimum(element.max() + 1, begin + size)
 
-        return lax.fori_loop(0, math.prod(sizes), add, total)
+            def tile(_: Any, total: Array) -> Array:
+                *_, d_learned = kernel.gradients(
+                    place, mode, queries, kernel.keys(place), "tables", own_queries=True, own_keys=True
+                )
+                share = d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
 
-    total = kernel.visit_keys(visit, start, jnp.zeros(size, jnp.float32))
-    outputs["table"][b, h, i, :] = total
+                def add(e: Any, total: Array) -> Array:
+                    return jnp.where(elements == e, total + jnp.where(element == e, share, 0.0).sum(), total)
+
+                return lax.fori_loop(first, last, add, total)
+
+            return lax.fori_loop(jnp.int32(0), jnp.where(first < last, 1, 0).astype(jnp.int32), tile, total)
+
+        return kernel.visit_keys(visit, start, total)
+
+    count = -(-num_q // groups)
+    rows = group * count, jnp.minimum((group + 1) * count, num_q)
+    outputs["table"][b, h, chunk, group, :] = lax.fori_loop(*rows, row, jnp.zeros(size, jnp.float32))
 
 
 def d_pairs_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:

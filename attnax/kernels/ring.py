@@ -29,10 +29,22 @@ from attnax.kernels._blockwise import (
     scale_query,
 )
 from attnax.kernels._dropout import dropout_words
+from attnax.kernels._engine import attend
 from attnax.kernels._lift import vary, varying_axes
+from attnax.kernels._pairs import check_pairs
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped, check_attention
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    check_attention,
+    wide_dtype,
+)
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
@@ -92,7 +104,8 @@ def ring_attention(
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        axis_name: the mesh axis along which the sequence is cut.
+        axis_name: the mesh axis along which the sequence is cut; None if it is not: this device holds all of it, and
+            the call is `memory_efficient_attention`.
         zigzag: the sequence was put into `zigzag_order`, which gives each device the same work under a causal mask.
         block_size: queries and keys of a tile, by default chosen by shape.
 
@@ -116,19 +129,33 @@ def ring_attention(
         H. Liu et al., "Ring Attention with Blockwise Transformers", 2023, https://arxiv.org/abs/2310.01889.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    options = AttentionOptions(
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
+    if axis_name is None:
+        return attend(
+            "ring_attention",
+            query,
+            key,
+            value,
+            mask=mask,
+            return_lse=return_lse,
+            block_size=block_size,
+            backend="tiles",
+            **options,
+        )
     size = _axis_size(axis_name)
-    assert axis_name is not None
     check_attention(
         "ring_attention",
         query,
         key,
         value,
         mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,  # its shape is global
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
+        **options,
     )
     check_block_size("ring_attention", block_size)
     batch, heads, seq_q, _ = query.shape
@@ -139,10 +166,12 @@ def ring_attention(
             f"got {seq_q} queries and {seq_kv} keys on a device."
         )
     mask, score_mod = resolve_masks("ring_attention", mask, score_mod, (batch, heads, seq_q * size, seq_kv * size))
-    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
     if 0 in (batch, seq_q, seq_kv, value_dim):
         out = jnp.zeros((batch, heads, seq_q, value_dim), out_dtype)
         return (out, jnp.full(out.shape[:3], -jnp.inf, dtype)) if return_lse else out
+    axes = frozenset().union(*map(varying_axes, (query, key, value)))
+    check_pairs("ring_attention", mask, score_mod, (batch, heads, seq_q * size, seq_kv * size), axes)
     pieces = 2 if zigzag else 1  # a tile of two pieces would have no useful bounds
     tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
     plan = Plan(*tiles, 0.0 if deterministic else dropout_rate)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax import masks
-from attnax.masks import Mask, MaskedScoreMod, as_mask, index_grid, split_score_mod
+from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
 from attnax.typing import (
     Array,
     ArrayLike,
@@ -51,7 +51,7 @@ __all__ = [
 
 
 @pytree_dataclass
-class ComposedScoreMod:
+class ComposedScoreMod(NoTruth):
     """Applies its mods, each a pytree, from the first to the last; what one of them masks stays masked."""
 
     mods: tuple[ScoreMod, ...]
@@ -72,13 +72,13 @@ class ComposedScoreMod:
 
 
 @pytree_dataclass
-class Alibi:
+class Alibi(NoTruth):
     """Scores minus `slopes[h] * |q - kv|`."""
 
     slopes: Array  # (N,)
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        return scores - self.slopes.astype(scores.dtype)[h] * jnp.abs(jnp.subtract(q, kv))
+        return scores - self.slopes.astype(scores.dtype)[h] * jnp.abs(jnp.subtract(q, kv)).astype(scores.dtype)
 
     def check(self, caller: str, full: Full) -> None:
         """Raises ValueError unless there is a slope for each head."""
@@ -86,7 +86,7 @@ class Alibi:
 
 
 @pytree_dataclass
-class AdditiveBias:
+class AdditiveBias(NoTruth):
     """Scores plus `bias[b, h, q, kv]`."""
 
     bias: Array  # (B|1, N|1, T|1, S|1)
@@ -107,7 +107,7 @@ class AdditiveBias:
 
 
 @pytree_dataclass
-class SoftCap:
+class SoftCap(NoTruth):
     """`cap * tanh(scores / cap)`."""
 
     cap: float | Array
@@ -117,7 +117,7 @@ class SoftCap:
 
 
 @pytree_dataclass
-class BucketedBias:
+class BucketedBias(NoTruth):
     """Scores plus `table[bucket, h]` for T5's bucket of `kv - q`."""
 
     table: Array  # (num_buckets, N)
@@ -139,7 +139,7 @@ class BucketedBias:
 
 
 @pytree_dataclass
-class ClippedBias:
+class ClippedBias(NoTruth):
     """Scores plus `table[h, clip(q - kv, -clip, clip) + clip]`."""
 
     table: Array  # (N, 2 * clip + 1)
@@ -154,7 +154,7 @@ class ClippedBias:
 
 
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
-    """One score mod that applies `mods` in order, skipping None; None if there is nothing to apply.
+    """One score mod that applies `mods` in order, skipping None: a single one is itself, and of none there is None.
 
     What a mod forbids stays forbidden, whatever the mods after it do. Masks (`causal_mod()` and the like) are taken out
     of their places and applied together, last, where kernels find them.
@@ -166,9 +166,12 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
         >>> [float(mod(jnp.float32(3.0), 0, 0, 1, kv)) for kv in range(3)]
         [8.0, 8.0, -inf]
     """
+    present = [mod for mod in mods if mod is not None]
+    if len(present) == 1:
+        return present[0]
     parts: list[ScoreMod] = []
     forbidding: list[Mask] = []
-    for mod in mods:
+    for mod in present:
         changing, mask = split_score_mod(mod)
         if isinstance(changing, ComposedScoreMod):
             parts += changing.mods
@@ -322,7 +325,7 @@ def relative_bucket(
     reach = abs(distance) if bidirectional else -distance
     bucket = jnp.zeros_like(distance)
     for begin in begins:
-        bucket = bucket + (reach >= begin)
+        bucket = bucket + (reach >= begin).astype(jnp.int32)
     return bucket + jnp.where(distance > 0, num_buckets // 2, 0) if bidirectional else bucket
 
 
@@ -430,7 +433,7 @@ def document_mask_mod(document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"]
     """-inf where `document_ids[b, q] != document_ids[b, kv]`: `attnax.masks.documents` as a score mod.
 
     Args:
-        document_ids: (length,) or (batch, length), in any order.
+        document_ids: (length,) or (batch, length), in any order; a negative id is padding, which attends nothing.
 
     Raises:
         ValueError: ids that are no integers of these shapes; on use, ids of another length than queries and keys.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, Unpack, overload
 
 import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._lift import sum_in_float32
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
@@ -17,8 +19,9 @@ from attnax.typing import (
     MaskMod,
     ScoreMod,
     Shaped,
+    apply_score_mod,
     check_attention,
-    check_scores,
+    wide_dtype,
 )
 
 __all__ = ["standard_attention"]
@@ -112,7 +115,7 @@ def standard_attention(
     indices = index_grid(*full)
 
     # A masked weight is 0, but 0 * NaN is NaN: work on cleaned rows and add NaN back to the pairs that may see them.
-    out_dtype, dtype = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
     query_ok = jnp.isfinite(query).all(-1)
     key_ok = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     query, key, value = (
@@ -133,7 +136,7 @@ def standard_attention(
     if score_mod is not None:
         # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
         scores = jnp.where(keep, scores, 0)
-        scores = check_scores("standard_attention", score_mod(scores, *indices), scores)
+        scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
     key_poison = jnp.repeat(jnp.where(key_ok, 0, jnp.nan), num_heads // num_kv_heads, axis=1)[:, :, None, :]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnax.config import Pool
 from attnax.models.transformer import TransformerEncoder
-from attnax.typing import Array, ArrayLike, Bool, Float, Int
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, wide_dtype
 
 __all__ = ["SentenceEncoder"]
 
@@ -62,7 +62,7 @@ class SentenceEncoder(nnx.Module):
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = self.encoder.run(input_ids, padding_mask=padding_mask, token_type_ids=token_type_ids, **options).hidden
-        hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        hidden = hidden.astype(wide_dtype(hidden.dtype))
         real = jnp.ones(hidden.shape[:2], bool) if padding_mask is None else jnp.asarray(padding_mask)
         if self.pool == "cls":  # padding may stand left
             first = jnp.argmax(real, axis=1)[:, None, None]

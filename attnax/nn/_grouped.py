@@ -24,7 +24,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from attnax.kernels._lift import vary, varying_axes
-from attnax.typing import Array
+from attnax.typing import Array, wide_dtype
 
 __all__ = ["grouped_product", "make_tiles", "tile_length"]
 
@@ -122,7 +122,7 @@ def _one_program(function: Function) -> Function:
 
 @_one_program
 def _forward(x: Array, weights: Array, bias: Array | None, sizes: Array) -> Array:
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x.dtype)
 
     def step(tile: Tile, out: Array) -> Array:
         matrix = weights[tile.group].astype(x.dtype)
@@ -137,7 +137,7 @@ def _forward(x: Array, weights: Array, bias: Array | None, sizes: Array) -> Arra
 
 @_one_program
 def _d_input(d_out: Array, weights: Array, sizes: Array) -> Array:
-    dtype = jnp.promote_types(d_out.dtype, jnp.float32)
+    dtype = wide_dtype(d_out.dtype)
 
     def step(tile: Tile, d_x: Array) -> Array:
         matrix = weights[tile.group].astype(d_out.dtype)
@@ -151,7 +151,7 @@ def _d_input(d_out: Array, weights: Array, sizes: Array) -> Array:
 @_one_program
 def _d_weights(x: Array, d_out: Array, sizes: Array) -> tuple[Array, Array]:
     """Gradients of weights and bias, in float32 at least."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x.dtype)
 
     def step(tile: Tile, grads: tuple[Array, Array]) -> tuple[Array, Array]:
         # Both: a row of another group may hold a NaN, and 0 * NaN is one.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from attnax.config import BlockConfig, Initializer
-from attnax.typing import Array, Float
+from attnax.typing import Array, Float, wide_dtype
 
 __all__ = ["Linear", "make_initializer"]
 
@@ -47,7 +46,7 @@ class Linear(nnx.Linear):
             kernel_init=make_initializer(config.kernel_init, config.init_std, scale),
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            preferred_element_type=jnp.promote_types(config.dtype, jnp.float32) if logits else None,
+            preferred_element_type=wide_dtype(config.dtype) if logits else None,
             rngs=rngs,
         )
 

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attnax.config import BlockConfig, NormKind
-from attnax.typing import Array, Float
+from attnax.typing import Array, Float, wide_dtype
 
-__all__ = ["OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "rms_norm_of"]
+__all__ = ["LayerNorm", "OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "rms_norm_of"]
 
-RMSNorm = nnx.RMSNorm
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` that also computes where JAX promotes no dtypes: Flax mixes those of x and of its statistics."""
+
+    def __call__(self, x: Float[Array, "*L D"], *, mask: Array | None = None) -> Float[Array, "*L D"]:
+        """The normalised features."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, mask=mask)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm`, likewise."""
+
+    def __call__(self, x: Float[Array, "*L D"], *, mask: Array | None = None) -> Float[Array, "*L D"]:
+        """The normalised features."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, mask=mask)
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -38,8 +55,8 @@ class OffsetRMSNorm(nnx.Module):
         param_dtype: Any = "float32",
     ):
         self.num_features, self.offset, self.dtype = num_features, offset, dtype
-        wide = jnp.promote_types(dtype, jnp.float32)
-        self.norm = nnx.RMSNorm(num_features, epsilon=epsilon, dtype=wide, use_scale=False, rngs=rngs)
+        wide = wide_dtype(dtype)
+        self.norm = RMSNorm(num_features, epsilon=epsilon, dtype=wide, use_scale=False, rngs=rngs)
         self.scale = nnx.Param(jnp.full((num_features,), 1.0 - offset, param_dtype))
 
     def __call__(self, x: Float[Array, "*L D"]) -> Float[Array, "*L D"]:
@@ -65,9 +82,9 @@ def create_norm(
         ValueError: another norm_type.
     """
     if norm_type == "rms":
-        return nnx.RMSNorm(d_model, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        return RMSNorm(d_model, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     if norm_type == "layer":
-        return nnx.LayerNorm(
+        return LayerNorm(
             d_model,
             epsilon=epsilon,
             use_bias=use_bias,
@@ -99,4 +116,4 @@ def rms_norm_of(config: BlockConfig, num_features: int, rngs: nnx.Rngs) -> nnx.M
     fields: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
     if config.norm_offset:
         return OffsetRMSNorm(num_features, offset=config.norm_offset, rngs=rngs, **fields)
-    return nnx.RMSNorm(num_features, rngs=rngs, **fields)
+    return RMSNorm(num_features, rngs=rngs, **fields)

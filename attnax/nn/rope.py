@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.config import RopeScaling
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete
+from attnax.typing import Array, ArrayLike, Float, Int, is_concrete, wide_dtype
 
 __all__ = [
     "RotaryEmbedding",
@@ -142,7 +142,7 @@ def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Arr
         sin: the same.
     """
     cos, sin = (table.reshape((1,) * (x.ndim - table.ndim) + table.shape) for table in (cos, sin))
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide_dtype(x.dtype)), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
