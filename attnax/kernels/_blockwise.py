@@ -163,7 +163,8 @@ def choose_tiles(
         queries = _even(seq_q, most_queries) if block_q is None else min(block_q, seq_q)
         keys = _even(seq_kv, most_keys) if block_kv is None else min(block_kv, seq_kv)
         whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-        whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
+        if isinstance(batch, int):
+            whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
         groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)
         return Tiles(groups, queries, keys)
 

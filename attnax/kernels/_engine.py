@@ -170,6 +170,8 @@ def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Ti
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
         return None
+    if not isinstance(query.shape[0], int):  # of a symbol Pallas makes no blocks
+        return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
     tiles = [_gpu_tiles.choose(kind, size, query.dtype.itemsize * 8) for kind in ("forward", "backward")]
     forward, backward = (
@@ -402,7 +404,8 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
 def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
     """Why the GPU kernels do not serve a call; None if they do."""
     if operands is None or plan.kernel is None:
-        return f"kernels take float32, bfloat16 and float16, and heads of at most {_gpu_tiles.LARGEST_HEAD}"
+        most = _gpu_tiles.LARGEST_HEAD
+        return f"kernels take float32, bfloat16 and float16, heads of at most {most} and a batch that is no symbol"
     for tile in plan.kernel:
         for size in (tile.block_q, tile.block_kv):
             if size < 16 or size & (size - 1):
