@@ -120,7 +120,7 @@ DINOV2_REGISTERS = dataclasses.replace(
     VIT,
     model_type="dinov2_with_registers",
     architecture="Dinov2WithRegistersModel",
-    constants=VIT.constants | {"position_antialias": True},
+    constants={**VIT.constants, "position_antialias": True},
     fields=(
         *_FIELDS,
         _feed_forward(),
