@@ -532,9 +532,11 @@ class VisionTransformerConfig(StackConfig):
         num_classes: width of the head; None has no head and returns the tokens.
         use_cls_token: a learned token goes first.
         num_register_tokens: further learned tokens, after the class token, that no head reads.
-        pool: the head reads the class token ("cls") or the mean of the patches ("mean").
+        pool: the head reads the class token ("cls", which needs use_cls_token) or the mean of the patches ("mean").
         pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones of row and column added to
             the patches, or "none".
+        position_antialias: for fewer patches `with_image_size` averages learned positions over those between, as
+            DINOv2 with registers does, rather than passing them over, as ViT and DINOv2 do.
     """
 
     d_model: int = 768
@@ -550,6 +552,7 @@ class VisionTransformerConfig(StackConfig):
     use_cls_token: bool = True
     num_register_tokens: int = 0
     pool: Pool = "cls"
+    position_antialias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -561,8 +564,8 @@ class VisionTransformerConfig(StackConfig):
         self._require_whole("num_register_tokens", least=0)
         self._require_choice(pool=Pool)
         self._require(
-            self.pool == "mean" or self.use_cls_token or self.num_classes is None,
-            "a head on pool='cls' needs use_cls_token",
+            self.pool == "mean" or self.use_cls_token,
+            "pool must be 'mean' without use_cls_token",
             "pool",
             "use_cls_token",
         )

@@ -51,7 +51,7 @@ def distort(image: jax.Array, key: jax.Array) -> jax.Array:
 
 def draw_attention(vit: VisionTransformer, images: np.ndarray, labels: np.ndarray, path: Path) -> None:
     """Each image above what its class token looks at in the last layer, averaged over the heads."""
-    rows, columns = vit.patches.grid
+    rows, columns = vit.patches.grid_size
     weights = np.asarray(jax.jit(vit.attention_weights)(images)[:, :, 0, -rows * columns :].mean(axis=1))
     guesses = np.asarray(jax.jit(vit)(images).argmax(-1))
     figure = Figure(figsize=(len(images), 2.3), layout="constrained")

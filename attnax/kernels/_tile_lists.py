@@ -197,8 +197,8 @@ def tile_codes(
 
 def _all_tiles(grid: TileGrid, batch: int, heads: int) -> tuple[Array, ...]:
     """(b, h, first and last query, first and last key) of all tiles, along an axis each."""
-    index = jnp.arange(max(batch, heads), dtype=jnp.int32)
-    return index[:batch, None, None, None], index[None, :heads, None, None], *grid.ends()
+    b, h = (jnp.arange(count, dtype=jnp.int32) for count in (batch, heads))
+    return b[:, None, None, None], h[None, :, None, None], *grid.ends()
 
 
 def _codes_of_pairs(grid: TileGrid, tiles: tuple[Array, ...], mask: Split, values: tuple[Array, ...]) -> Array:

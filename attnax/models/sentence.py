@@ -58,18 +58,16 @@ class SentenceEncoder(nnx.Module):
     ) -> Float[Array, "B D"]:
         """float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
 
-        A row that is nothing but padding has the vector 0 with pool="mean".
+        A row without a token that is no padding has the vector 0.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = self.encoder.run(input_ids, padding_mask=padding_mask, token_type_ids=token_type_ids, **options).hidden
         hidden = hidden.astype(wide_dtype(hidden.dtype))
         real = jnp.ones(hidden.shape[:2], bool) if padding_mask is None else jnp.asarray(padding_mask)
         if self.pool == "cls":  # padding may stand left
-            first = jnp.argmax(real, axis=1)[:, None, None]
-            vectors = jnp.take_along_axis(hidden, first, axis=1)[:, 0]
-        else:
-            count = jnp.maximum(real.sum(1, keepdims=True), 1)
-            vectors = jnp.where(real[..., None], hidden, 0).sum(1) / count.astype(hidden.dtype)
+            real &= jnp.cumsum(real, axis=1) == 1
+        count = jnp.maximum(real.sum(1, keepdims=True), 1)
+        vectors = jnp.where(real[..., None], hidden, 0).sum(1) / count.astype(hidden.dtype)
         if not self.normalize:
             return vectors
         # The root is taken of a number above 0, so that a vector 0 has a gradient too.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnax.config import VisionTransformerConfig, resolve_config
@@ -68,13 +68,12 @@ class VisionTransformer(nnx.Module):
         self.registers = nnx.data(_learned_tokens(rngs, config, config.num_register_tokens))
         self.positions: Any = nnx.data(None)
         if config.pos_emb_type == "sinusoidal":
-            self.positions = nnx.data(GridPositionalEncoding(self.patches.grid, config.d_model))
+            self.positions = nnx.data(GridPositionalEncoding(self.patches.grid_size, config.d_model))
         elif config.pos_emb_type == "learned":
-            rows, columns = self.patches.grid
             self.positions = nnx.data(
                 LearnedPositionalEmbedding(
                     rngs,
-                    num_positions=int(config.use_cls_token) + rows * columns,
+                    num_positions=int(config.use_cls_token) + self.patches.num_patches,
                     d_model=config.d_model,
                     param_dtype=config.param_dtype,
                 )
@@ -129,8 +128,7 @@ class VisionTransformer(nnx.Module):
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
         if self.head is None:
             return out._replace(hidden=tokens)
-        rows, columns = self.patches.grid
-        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens[:, -rows * columns :].mean(axis=1)
+        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens[:, -self.patches.num_patches :].mean(axis=1)
         return out._replace(hidden=self.head(pooled))
 
     def attention_weights(
@@ -185,6 +183,7 @@ class VisionTransformer(nnx.Module):
 def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:
     """A copy of `model` for images of another size, its learned positions interpolated bicubically between patches.
 
+    They are interpolated as published models are in transformers, antialiased if the config has `position_antialias`.
     The position of the class token and all other parameters stay as they are.
 
     Args:
@@ -202,23 +201,52 @@ def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int])
         >>> vit = VisionTransformer(nnx.Rngs(0), **size, num_classes=10)
         >>> with_image_size(vit, (12, 10))(jnp.zeros((1, 12, 10, 3))).shape
         (1, 10)
+
+    References:
+        R. Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981,
+        https://doi.org/10.1109/TASSP.1981.1163711.
     """
     image_size = dataclasses.replace(model.config, image_size=cast("Any", image_size)).image_size
-    (rows, columns), model = model.patches.grid, nnx.clone(model)
+    grid_size, model = model.patches.grid_size, nnx.clone(model)
     modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
     for module in modules:
         if isinstance(getattr(module, "config", None), VisionTransformerConfig):
             module.config = dataclasses.replace(module.config, image_size=image_size)
     model.patches.image_size = image_size
     if isinstance(model.positions, GridPositionalEncoding):
-        model.positions = GridPositionalEncoding(model.patches.grid, model.config.d_model)
+        model.positions = GridPositionalEncoding(model.patches.grid_size, model.config.d_model)
     elif model.positions is not None:
         table = model.positions.embedding
         first, patches = jnp.split(table[...], [int(model.config.use_cls_token)])
-        grid = patches.reshape(rows, columns, -1).astype(jnp.float32)
-        grid = jax.image.resize(grid, (*model.patches.grid, grid.shape[2]), "bicubic").astype(patches.dtype)
-        model.positions.embedding = table.replace(jnp.concatenate([first, grid.reshape(-1, grid.shape[2])]))
+        patches = _resize(patches.reshape(*grid_size, -1), model.patches.grid_size, model.config.position_antialias)
+        model.positions.embedding = table.replace(jnp.concatenate([first, patches.reshape(-1, patches.shape[2])]))
     return model
+
+
+def _resize(table: Array, grid_size: tuple[int, int], antialias: bool) -> Array:
+    """The table (rows, columns, D) on another grid, computed in at least float32."""
+    rows, columns = (_bicubic(*counts, antialias) for counts in zip(table.shape[:2], grid_size, strict=True))
+    exact = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    resized = jnp.einsum("Rr,rcD,Cc->RCD", rows, exact, columns, precision="highest")
+    return resized.astype(table.dtype)
+
+
+def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Row n says how much of each of `old` places is in place n of `new`, as in torch.nn.functional.interpolate.
+
+    Both stretch from edge to edge. Without antialiasing the cubic goes through 4 places, whatever the step, and those
+    outside are the edge's; with it the cubic is as wide as the step and leaves those outside out.
+    """
+    step = old / new
+    width, a = (max(step, 1.0), -0.5) if antialias else (1.0, -0.75)
+    places = np.arange(old) if antialias else np.arange(-2, old + 2)
+    x = np.abs((np.arange(new)[:, None] + 0.5) * step - 0.5 - places) / width
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:
+        return weights / weights.sum(axis=1, keepdims=True)
+    return weights @ (places.clip(0, old - 1)[:, None] == np.arange(old))
 
 
 def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int) -> nnx.Param[Array] | None:

@@ -57,6 +57,8 @@ def grouped_product(x: Array, weights: Array, bias: Array | None, sizes: Array) 
 
 def tile_length(num_rows: int, num_groups: int) -> int:
     """Rows of a tile: about as many as a group has, so that neither tiles nor their unused rows are many."""
+    if not isinstance(num_rows, int):  # a symbol, which has no powers of 2
+        return jax.core.min_dim(num_rows, MAX_TILE)
     mean = -(-num_rows // num_groups)
     return min(num_rows, MAX_TILE, 1 << (mean - 1).bit_length())
 
@@ -72,7 +74,7 @@ class Tiles(NamedTuple):
 
 def make_tiles(sizes: Array, num_rows: int, length: int) -> Tiles:
     """The tiles of groups of `sizes` rows, at most num_rows / length + the number of groups that have rows."""
-    most = min(num_rows, sizes.shape[0])
+    most = jax.core.min_dim(num_rows, sizes.shape[0])
     tile = jnp.arange((num_rows - most) // length + most)
     counts = -(-sizes // length)
     group_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(counts)

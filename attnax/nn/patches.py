@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,9 +75,14 @@ class PatchEmbedding(nnx.Module):
         )
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid_size)
 
     def __call__(self, images: Float[ArrayLike, "B height width channels"]) -> Float[Array, "B P D"]:
         """The patches of `images`, (batch, rows * columns, d_model).
@@ -96,10 +102,11 @@ class PatchEmbedding(nnx.Module):
                 f"PatchEmbedding: images must be floating; got images.dtype={images.dtype}. "
                 "Scale them first, as in images.astype('float32') / 255."
             )
-        (rows, columns), (height, width) = self.grid, self.patch_size
-        pixels = images.reshape(-1, rows, height, columns, width, self.num_channels).swapaxes(2, 3)
-        vectors = self.projection(pixels.reshape(-1, self.projection.in_features))  # one matrix product, as in Linear
-        return vectors.reshape(images.shape[0], rows * columns, -1)
+        (rows, columns), (height, width) = self.grid_size, self.patch_size
+        pixels = images.reshape(images.shape[0], rows, height, columns, width, self.num_channels).swapaxes(2, 3)
+        vectors = pixels.reshape(images.shape[0] * self.num_patches, self.projection.in_features)
+        vectors = self.projection(vectors)  # one matrix product, as in Linear
+        return vectors.reshape(images.shape[0], self.num_patches, self.projection.out_features)
 
 
 class GridPositionalEncoding(nnx.Module):

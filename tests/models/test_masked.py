@@ -103,12 +103,12 @@ def test_a_masked_language_model_learns_from_both_sides():
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_padding_is_no_part_of_a_sentence(encoder, pool):
     embed = SentenceEncoder(encoder, pool=pool)
-    ids = np.concatenate([IDS, np.roll(IDS[:1], 2, axis=1)])
-    right = np.arange(7) < np.array([[5], [7]])
-    vectors = call(embed, ids, padding_mask=np.concatenate([right, np.roll(right[:1], 2, axis=1)]))
+    ids = np.concatenate([IDS, np.roll(IDS[:1], 2, axis=1), IDS[:1]])
+    right = np.arange(7) < np.array([[5], [7], [0]])
+    vectors = call(embed, ids, padding_mask=np.insert(right, 2, np.roll(right[0], 2), axis=0))
     np.testing.assert_allclose(call(embed, IDS[:1, :5]), vectors[:1], atol=1e-6)
     np.testing.assert_allclose(vectors[2], vectors[0], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 1, 0], atol=1e-6)
 
 
 def test_a_sentence_of_padding_has_a_vector_and_a_gradient(encoder):

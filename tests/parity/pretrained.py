@@ -9,11 +9,13 @@ Each folder of tests/goldens/pretrained is a checkpoint as transformers writes i
     outputs             logits or hidden states of the real tokens
     tokens, log_probs   of a language model: what it writes after each row at temperature 0, and its log-probabilities
     images              of a vision model, (rows, height, width, channels)
+    positions_HxW       its table of positions for images of H times W pixels, if its own are square
     target_ids          of an encoder-decoder: tokens (rows, length), none of them padding, that `outputs` are of
 
 and where `gradients` asks for it `gradients.safetensors`, the gradient of the mean of all outputs squared.
 
-`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that.
+`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that. It
+compares what vision models of the published sizes make of images of other sizes too.
 Weights are NumPy's random numbers, so torch's may change without new files.
 """
 
@@ -33,6 +35,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from attnax.models import with_image_size
 from attnax.pretrained import load_pretrained, save_pretrained
 from attnax.pretrained.families import FAMILIES
 
@@ -124,6 +127,12 @@ T5 = {
     "relative_attention_num_buckets": 10,
     "relative_attention_max_distance": 11,
     "layer_norm_epsilon": 1e-2,
+}
+SIZES = (6, 6), (15, 15), (6, 21)
+PUBLISHED_SIZES = {
+    "ViTModel": {"image_size": 224, "patch_size": 16, "intermediate_size": 37},
+    "Dinov2Model": {"image_size": 518, "patch_size": 14},
+    "Dinov2WithRegistersModel": {"image_size": 518, "patch_size": 14},
 }
 MASK_TOKEN = ("embeddings.mask_token",)
 CASES = {
@@ -268,12 +277,13 @@ CASES = {
     "distilbert_masked": Case("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu", "pad_token_id": 3}),
     "vit": Case(
         "ViTModel",
-        IMAGE | {"image_size": [6, 9], "intermediate_size": 37, "hidden_act": "relu"},
+        IMAGE | {"intermediate_size": 37, "hidden_act": "relu"},
         options={"add_pooling_layer": False},
     ),
     "vit_classes": Case(
         "ViTForImageClassification",
-        IMAGE | {"patch_size": [1, 3], "intermediate_size": 37, "qkv_bias": False, "num_labels": 7},
+        IMAGE
+        | {"image_size": [6, 9], "patch_size": [1, 3], "intermediate_size": 37, "qkv_bias": False, "num_labels": 7},
     ),
     "dinov2": Case(
         "Dinov2Model",
@@ -365,7 +375,17 @@ def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
     )
     with torch.no_grad():
         out = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)))
-    return {"images": images, "outputs": (out.logits if "logits" in out else out.last_hidden_state).numpy()}
+    arrays = {"images": images, "outputs": (out.logits if "logits" in out else out.last_hidden_state).numpy()}
+    if isinstance(model.config.image_size, int):  # transformers takes the grid of positions for a square
+        arrays |= {f"positions_{height}x{width}": make_positions(model, height, width) for height, width in SIZES}
+    return arrays
+
+
+def make_positions(model: transformers.PreTrainedModel, height: int, width: int) -> np.ndarray:
+    """The table of positions for images of another size."""
+    count = (height // model.config.patch_size) * (width // model.config.patch_size)
+    tokens = torch.empty(1, 1 + count, model.config.hidden_size)  # for its shape
+    return model.base_model.embeddings.interpolate_pos_encoding(tokens, height, width)[0].detach().numpy()
 
 
 def model_sides(model: transformers.PreTrainedModel) -> list[int]:
@@ -458,6 +478,23 @@ def round_trip(name: str, stored: Path) -> Iterator[str]:
                 yield "after a round trip the outputs differ"
 
 
+def other_sizes() -> Iterator[str]:
+    """Narrow vision models of the published sizes see images of other sizes."""
+    fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    for architecture, more in PUBLISHED_SIZES.items():
+        model = make_model(Case(architecture, fields | more), seed=0)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            ours, _ = load_pretrained(folder)
+        options = {"interpolate_pos_encoding": True} if architecture == "ViTModel" else {}
+        for size in ((224, 224), (448, 448), (224, 448), (448, 112)):
+            images = np.random.default_rng(6).normal(size=(1, *size, 3)).astype(np.float32)
+            with torch.no_grad():
+                out = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)), **options)
+            if not close(out.last_hidden_state.numpy(), np.asarray(with_image_size(ours, size)(images))):
+                yield f"{architecture} differs for images of {size} pixels"
+
+
 def unmoved_fields() -> Iterator[str]:
     """Fields that a mapping reads and that have their default in every case."""
     defaults: dict[str, Any] = {}
@@ -496,7 +533,7 @@ def main() -> None:
                 problems += [f"{name}: {problem}" for problem in differences(FOLDER / name, Path(folder))]
         problems += [f"{name}: {problem}" for problem in round_trip(name, FOLDER / name)]
     if not arguments.names:
-        problems += unmoved_fields()
+        problems += [*other_sizes(), *unmoved_fields()]
         problems += [f"{path.name}: no such case" for path in FOLDER.iterdir() if path.name not in CASES]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     if problems:

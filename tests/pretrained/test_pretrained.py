@@ -20,7 +20,7 @@ from flax import nnx
 from tiny import SEED, build
 
 from attnax import Transformer, TransformerLM, masks
-from attnax.models import SentenceEncoder
+from attnax.models import SentenceEncoder, with_image_size
 from attnax.nn import with_scan_layers
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.families import FAMILIES
@@ -133,6 +133,15 @@ def test_greedy_texts_of_padded_prompts_are_the_same(name):
         written = model.generate(golden["ids"], padding_mask=golden["real"], max_new_tokens=length)
     np.testing.assert_array_equal(written.tokens, golden["tokens"])
     np.testing.assert_allclose(written.log_probs, golden["log_probs"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_registers", "vit"])
+def test_positions_at_other_image_sizes_are_the_same(name):
+    golden = {key: table for key, table in outputs_of(name).items() if key.startswith("positions_")}
+    assert len(golden) == 3
+    for key, table in golden.items():
+        size = tuple(map(int, key.removeprefix("positions_").split("x")))
+        np.testing.assert_allclose(with_image_size(load(name), size).positions.embedding[...], table, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

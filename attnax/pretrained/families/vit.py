@@ -120,6 +120,7 @@ DINOV2_REGISTERS = dataclasses.replace(
     VIT,
     model_type="dinov2_with_registers",
     architecture="Dinov2WithRegistersModel",
+    constants={**VIT.constants, "position_antialias": True},
     fields=(
         *_FIELDS,
         _feed_forward(),
@@ -155,6 +156,7 @@ DINOV2 = dataclasses.replace(
     DINOV2_REGISTERS,
     model_type="dinov2",
     architecture="Dinov2Model",
+    constants=VIT.constants,
     fields=DINOV2_REGISTERS.fields[:-1],
     bases=("", "dinov2."),
 )
