@@ -313,6 +313,16 @@ class TestTrainer:
         assert float(metrics.loss) - np.asarray(losses).mean() == pytest.approx(sum(weighed), abs=1e-6)
         assert min(weighed) > 1e-4
 
+    def test_statistics_of_packed_documents_are_those_of_each_beside_padding(self):
+        model = dataclasses.replace(MODEL, num_experts=3, top_k=1)
+        trainer = Trainer(model, OptimizerConfig(), document_token=0)
+        params = trainer.init().params
+        row = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32)  # the last token is only predicted
+        documents = np.array([[5, 6, 8], [0, 7, 8], [0, 9, 3]], np.int32)
+        real = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], bool)
+        apart = jax.jit(lambda params: trainer._merge(params).run(documents, padding_mask=real).aux)(params)
+        leaves_close(jax.jit(trainer._losses)(params, row)[1], apart, atol=2e-6)
+
     def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
         config = OptimizerConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.2, weight_decay=0.5)
         rates = jax.jit(jax.vmap(config.schedule()))(np.array([0, 5, 10, 55, 100])).tolist()
