@@ -64,10 +64,10 @@ class TokenEmbedding(nnx.Module):
         _check_ids(input_ids, self.vocab_size, "TokenEmbedding", "token ids")
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Products of x with every row, summed in float32."""
+        """Products of x with every row, in float32, or in float64 for a float64 x."""
         table = self.embedding[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
-        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
@@ -105,9 +105,8 @@ class PositionalEncoding(nnx.Module):
         angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
         positions = _positions(x, start, position_ids)
-        return x + _look_up(jnp.asarray(table, jnp.float32), positions, "PositionalEncoding", "positions").astype(
-            x.dtype
-        )
+        vectors = jnp.asarray(table, jnp.promote_types(x.dtype, jnp.float32))
+        return x + _look_up(vectors, positions, "PositionalEncoding", "positions").astype(x.dtype)
 
 
 class LearnedPositionalEmbedding(nnx.Module):

@@ -202,6 +202,16 @@ def test_rope_past_its_table_raises_and_is_computed_under_jit():
     np.testing.assert_allclose(*both(np.array([[9]])), atol=1e-6)
 
 
+def test_sinusoids_and_tied_logits_of_float64_are_as_exact_as_float64():
+    with jax.enable_x64(True):
+        x = jax.device_put(np.random.default_rng(0).normal(size=(1, 7, 4)))
+        angles = np.arange(7)[:, None] * 10000.0 ** -np.array([0, 0.5])
+        sinusoids = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(7, 4)
+        np.testing.assert_allclose(nn.PositionalEncoding(7, 4)(x), x + sinusoids[None], atol=1e-12)
+        tokens = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 4, param_dtype="float64"))
+        np.testing.assert_allclose(tokens.attend(x), np.asarray(x) @ np.asarray(tokens.embedding).T, atol=1e-12)
+
+
 def test_feed_forward_from_a_config():
     config = attnax.BlockConfig(d_model=6, num_heads=1, d_ff=10, dropout_rate=0.0, ff_activation="relu")
     one, two = (

@@ -335,3 +335,20 @@ class TestErrorsInWords:
             rotary(normal(1, 1, 1, 1, 8), jnp.array([11]))
         with pytest.raises(ValueError, match="positions must be below 11; got a sequence of 13"):
             rotary(normal(1, 1, 1, 13, 8))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["in order", "given"])
+def test_float64_is_turned_in_float64_and_float32_is_not(given):
+    with jax.enable_x64(True):
+        x = jax.device_put(np.random.default_rng(0).normal(size=(1, 1, 5, 6)))
+        positions = np.array([0, 1, 255, 256, 4099]) if given else np.arange(5)
+        rotary = RotaryEmbedding(6)
+        turn = jax.jit(lambda x, positions: rotary(x, positions if given else None))
+        angles = positions[:, None] * rope_inv_freq(6)
+        first, second = np.split(np.asarray(x), 2, axis=-1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        turned = turn(x, positions)
+        assert turned.dtype == jnp.float64
+        np.testing.assert_allclose(turned, expected, atol=1e-12)
+        assert turn(x.astype(jnp.float32), positions).dtype == jnp.float32
