@@ -52,6 +52,7 @@ __all__ = [
     "check_mask_shape",
     "check_positions",
     "check_scores",
+    "check_shape",
     "function_pytree",
     "is_concrete",
     "pytree_dataclass",
@@ -253,3 +254,17 @@ def check_attention(
             f"{caller}: dropout needs a key; got dropout_rate={dropout_rate}, deterministic=False, dropout_rng=None. "
             "Pass dropout_rng=jax.random.key(...) or deterministic=True."
         )
+
+
+def check_shape(caller: str, name: str, array: Any, *wanted: tuple[int | str, ...], integers: bool = False) -> None:
+    """Raises ValueError unless an array, or a number, is of one of the shapes; a word stands for any size."""
+    shape, dtype = jnp.shape(array), jnp.result_type(array) if integers else None
+    fits = any(
+        len(shape) == len(want)
+        and all(isinstance(size, str) or size == have for size, have in zip(want, shape, strict=True))
+        for want in wanted
+    )
+    if not fits or (integers and not jnp.issubdtype(dtype, jnp.integer)):
+        shapes = " or ".join(f"({', '.join(map(str, want))}{',' if len(want) == 1 else ''})" for want in wanted)
+        kind, given = ("integers of shape ", f", dtype={dtype}") if integers else ("of shape ", "")
+        raise ValueError(f"{caller}: {name} must be {kind}{shapes}; got {name}.shape={shape}{given}.")

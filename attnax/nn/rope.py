@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.config import RopeScaling
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete
+from attnax.typing import Array, ArrayLike, Float, Int, check_shape, is_concrete
 
 __all__ = [
     "RotaryEmbedding",
@@ -163,7 +163,7 @@ class RotaryEmbedding:
 
     Raises:
         ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at
-            or past max_positions, or x has not head_dim features.
+            or past max_positions, or x or position_ids are of another shape.
     """
 
     def __init__(
@@ -198,10 +198,11 @@ class RotaryEmbedding:
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
         """x turned by `position_ids`, by default 0 ... T - 1."""
-        if x.shape[-1] != self.head_dim:
-            raise ValueError(
-                f"RotaryEmbedding: x must have head_dim={self.head_dim} features; got x.shape={tuple(x.shape)}."
-            )
+        check_shape("RotaryEmbedding", "x", x, ("batch", "heads", "length", self.head_dim))
+        if position_ids is not None:
+            batch, length = x.shape[0], x.shape[2]
+            shapes = (length,), (1, length), (batch, length)
+            check_shape("RotaryEmbedding", "position_ids", position_ids, *shapes, integers=True)
         dtype = jnp.promote_types(x.dtype, jnp.float32) if self.dtype is None else self.dtype
         if position_ids is None:
             length = x.shape[2]

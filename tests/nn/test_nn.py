@@ -283,6 +283,52 @@ def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
         positions(x, 5)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("kind", ["PositionalEncoding", "LearnedPositionalEmbedding"])
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((3, 4), {}, r"x must be of shape \(batch, length, 4\); got x.shape=\(3, 4\)"),
+        ((1, 2, 3, 4), {}, r"x must be .*; got x.shape=\(1, 2, 3, 4\)"),
+        ((2, 3, 5), {}, r"x must be .*; got x.shape=\(2, 3, 5\)"),
+        ((1, 2, 3, 4), {"position_ids": np.zeros((1, 3), int)}, "x must be "),
+        ((2, 3, 4), {"start": np.zeros(1, int)}, r"start must be integers of shape \(\); got start.shape=\(1,\)"),
+        ((2, 3, 4), {"start": np.zeros(3, int)}, r"start must be .*; got start.shape=\(3,\)"),
+        ((2, 3, 4), {"start": 1.0}, "start must be integers .*, dtype=float"),
+        ((2, 3, 4), {"position_ids": np.zeros((1, 1, 3), int)}, r"position_ids must be .* \(1, 3\) or \(2, 3\); got"),
+        ((2, 3, 4), {"position_ids": np.zeros((1, 2), int)}, "position_ids must be integers of shape"),
+    ],
+)
+def test_position_vectors_refuse_other_shapes_in_words(kind, shape, options, words):
+    positions = nn.PositionalEncoding(7, 4)
+    if kind == "LearnedPositionalEmbedding":
+        positions = build(lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=4))
+    with pytest.raises(ValueError, match=f"{kind}: {words}"):
+        positions(np.zeros(shape, np.float32), **options)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((3,), {}, r"input_ids must be of shape \(batch, length\); got input_ids.shape=\(3,\)"),
+        ((1, 2, 3), {}, r"input_ids must be .*; got input_ids.shape=\(1, 2, 3\)"),
+        (
+            (2, 3),
+            {"position_ids": np.zeros((1, 2, 3), int)},
+            r"position_ids must be of shape \(1, 3\) or \(2, 3\); got",
+        ),
+        ((2, 3), {"token_type_ids": np.zeros((1, 2, 3), int)}, r"token_type_ids must be of shape \(2, 3\); got"),
+        ((2, 3), {"token_type_ids": np.zeros((1, 3), int)}, r"token_type_ids must be of shape \(2, 3\); got"),
+    ],
+)
+def test_embeddings_of_a_model_refuse_other_shapes_in_words(shape, options, words):
+    config = attnax.TransformerConfig(vocab_size=5, d_model=4, num_heads=1, pos_emb_type="rope", num_token_types=2)
+    embed = nnx.eval_shape(lambda: nn.TransformerEmbedding(nnx.Rngs(0), config))
+    with pytest.raises(ValueError, match=f"TransformerEmbedding: {words}"):
+        embed(np.zeros(shape, int), **options)
+
+
 def test_embeddings_of_a_model_are_scaled_tokens_with_types_and_places_in_the_dtype():
     config = attnax.TransformerConfig(
         vocab_size=5,

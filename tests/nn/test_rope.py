@@ -325,9 +325,21 @@ class TestErrorsInWords:
         with pytest.raises(ValueError, match="ntk must have a second frequency to lower; got head_dim=2. Use linear"):
             RotaryEmbedding(4, fraction=0.5, scaling=SCALINGS["ntk"])
 
-    def test_another_head_dim(self):
-        with pytest.raises(ValueError, match=r"x must have head_dim=8 features; got x.shape=\(1, 2, 3, 10\)"):
-            RotaryEmbedding(8, fraction=0.5)(normal(1, 1, 2, 3, 10))
+    @pytest.mark.usefixtures("unchecked_shapes")
+    @pytest.mark.parametrize(
+        ("shape", "positions", "words"),
+        [
+            ((1, 2, 3, 10), None, r"x must be of shape \(batch, heads, length, 8\); got x.shape=\(1, 2, 3, 10\)"),
+            ((2, 3, 8), None, r"x must be of shape \(batch, heads, length, 8\); got x.shape=\(2, 3, 8\)"),
+            ((1, 1, 2, 3, 8), None, r"x must be .*; got x.shape=\(1, 1, 2, 3, 8\)"),
+            ((2, 2, 3, 8), np.zeros((2, 1, 3), int), r"position_ids must be integers of shape \(3,\) or \(1, 3\) or"),
+            ((2, 2, 3, 8), np.zeros(4, int), r"position_ids must be .*; got position_ids.shape=\(4,\)"),
+            ((2, 2, 3, 8), np.zeros(3), "position_ids must be integers .*, dtype=float"),
+        ],
+    )
+    def test_other_shapes(self, shape, positions, words):
+        with pytest.raises(ValueError, match=f"RotaryEmbedding: {words}"):
+            RotaryEmbedding(8, fraction=0.5)(np.zeros(shape, np.float32), positions)
 
     def test_positions_past_the_last(self):
         rotary = RotaryEmbedding(8, 11, fraction=0.5, scaling=SCALINGS["linear"])

@@ -22,6 +22,7 @@ from attnax.training import (
     TokenStream,
     Trainer,
     byte_tokenizer,
+    find_documents,
     latest_checkpoint,
     read_corpus,
     restore_checkpoint,
@@ -298,6 +299,13 @@ class TestTrainer:
         for document, (start, end) in zip(documents, places, strict=True):
             np.testing.assert_allclose(losses[start:end], document[: end - start], atol=1e-5)
         assert (np.abs(unpacked - losses)[3:] > 1e-4).any()
+
+    @pytest.mark.usefixtures("unchecked_shapes")
+    @pytest.mark.parametrize("shape", [(3,), (1, 2, 3)])
+    def test_documents_are_found_in_rows_or_it_is_refused_in_words(self, shape):
+        words = r"find_documents: tokens must be integers of shape \(batch, length\); got tokens.shape="
+        with pytest.raises(ValueError, match=words):
+            find_documents(np.zeros(shape, int), 0)
 
     def test_losses_of_a_mixture_count_by_their_weights(self, monkeypatch):
         monkeypatch.setattr(
