@@ -17,7 +17,7 @@ from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
@@ -103,6 +103,15 @@ class EncoderBlock(nnx.Module):
 
     Called as `EncoderBlock(rngs, config)` or `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`.
 
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a BlockConfig, or d_model.
+        num_heads: beside d_model.
+        d_ff: the same.
+        attention_fn: as in `MultiHeadAttention`.
+        score_mod: the same; one of a call comes after it.
+        **fields: the fields of BlockConfig.
+
     Raises:
         ValueError: a field that BlockConfig lacks, or a value that it refuses.
 
@@ -115,9 +124,19 @@ class EncoderBlock(nnx.Module):
         (1, 5, 12)
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, **fields: Any):
-        config = resolve_config(BlockConfig, config, fields)
-        self.attention = MultiHeadAttention(rngs, config)
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: BlockConfig | int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
+        *,
+        attention_fn: AttentionFn | None = None,
+        score_mod: ScoreMod | None = None,
+        **fields: Any,
+    ):
+        config = _block_config(config, num_heads, d_ff, fields)
+        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
         self.around_attention = Residual(rngs, config)
         self.feed_forward = _feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
@@ -188,9 +207,13 @@ class DecoderBlock(nnx.Module):
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a BlockConfig. Windows, ALiBi and lite attention are for self-attention; beside the latter,
+        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention; beside the latter,
             cross-attention is FLASH.
+        num_heads: beside d_model.
+        d_ff: the same.
         encoder_features: width of the encoder's output, by default d_model.
+        attention_fn: of self-attention, as in `MultiHeadAttention`.
+        score_mod: the same; one of a call comes after it.
         **fields: the fields of BlockConfig.
 
     Raises:
@@ -208,12 +231,16 @@ class DecoderBlock(nnx.Module):
     def __init__(
         self,
         rngs: nnx.Rngs,
-        config: BlockConfig | None = None,
+        config: BlockConfig | int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
         *,
         encoder_features: int | None = None,
+        attention_fn: AttentionFn | None = None,
+        score_mod: ScoreMod | None = None,
         **fields: Any,
     ):
-        config = resolve_config(BlockConfig, config, fields)
+        config = _block_config(config, num_heads, d_ff, fields)
         if config.parallel_residual:
             raise ValueError(
                 "DecoderBlock: cross-attention reads what self-attention wrote; got parallel_residual=True. "
@@ -222,7 +249,7 @@ class DecoderBlock(nnx.Module):
         cross = config
         if config.attention_type == AttentionType.LITE:
             cross = dataclasses.replace(config, attention_type=AttentionType.FLASH)
-        self.attention = MultiHeadAttention(rngs, config)
+        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
         self.around_attention = Residual(rngs, config)
         self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
         self.around_cross_attention = Residual(rngs, config)
@@ -322,6 +349,16 @@ class DecoderBlock(nnx.Module):
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
         return Output(x, cache, aux)
+
+
+def _block_config(
+    config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
+) -> BlockConfig:
+    """The config of a block, whose sizes may be given by position."""
+    given = {"d_model": config} if isinstance(config, int) else {}
+    given |= {"num_heads": num_heads, "d_ff": d_ff}
+    fields = fields | {name: size for name, size in given.items() if size is not None}
+    return resolve_config(BlockConfig, None if isinstance(config, int) else config, fields)
 
 
 def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:

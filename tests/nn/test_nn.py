@@ -1,6 +1,7 @@
 """Layers: against the reference, exact positions, and wrong input in words."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -479,6 +480,20 @@ def test_reference_checks_shapes():
         reference.project(ones(3, 4), ones(5, 2, 2))
 
 
+@pytest.mark.parametrize("block", [nn.EncoderBlock, nn.DecoderBlock])
+def test_a_block_keeps_a_score_mod_and_a_kernel(block):
+    own = functools.partial(attnax.memory_efficient_attention, block_size=2)
+    cap = attnax.soft_cap_mod(0.1)
+    sizes, x = {"d_model": 12, "num_heads": 3, "d_ff": 20, "dropout_rate": 0.0}, normal(1, 1, 5, 12)
+    keeps = build(lambda rngs: block(rngs, **sizes, score_mod=cap, attention_fn=own))
+    plain = build(lambda rngs: block(rngs, **sizes))
+    options = {"encoder_output": x} if block is nn.DecoderBlock else {}
+    run = nnx.jit(lambda one, two, x: (one(x, **options), two(x, score_mod=cap, **options), two(x, **options)))
+    kept, called, without = run(keeps, plain, x)
+    np.testing.assert_allclose(kept, called, atol=1e-6)
+    assert keeps.attention.attention_fn is own and np.abs(kept - without).max() > 1e-3
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 class TestConfig:
     @pytest.mark.parametrize(
@@ -507,7 +522,7 @@ class TestConfig:
                 {"use_pre_norm": True, "norm_placement": "post"},
                 "another way to say norm_placement; give one of the two",
             ),
-            ({"config": 3}, "config must be a BlockConfig; got int"),
+            ({"config": "3"}, "config must be a BlockConfig; got str"),
         ],
     )
     def test_wrong_fields_are_refused_in_words(self, fields, words):
@@ -517,6 +532,34 @@ class TestConfig:
     def test_config_and_fields_exclude_each_other(self):
         with pytest.raises(ValueError, match="give a config or fields, not both"):
             nn.EncoderBlock(nnx.Rngs(0), attnax.BlockConfig(), d_model=3)
+        with pytest.raises(ValueError, match="give a config or fields, not both"):
+            nn.DecoderBlock(nnx.Rngs(0), attnax.BlockConfig(), 3)
+
+    @pytest.mark.parametrize("block", [nn.EncoderBlock, nn.DecoderBlock])
+    def test_a_block_takes_its_sizes_by_position(self, block):
+        one, two = (
+            nnx.eval_shape(make)
+            for make in (
+                lambda: block(nnx.Rngs(0), 12, 3, 20, norm_type="rms"),
+                lambda: block(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=20, norm_type="rms"),
+            )
+        )
+        assert nnx.graphdef(one) == nnx.graphdef(two) and one.feed_forward.up.kernel.shape == (12, 20)
+
+    def test_an_encoder_decoder_takes_its_configs_by_position(self):
+        encoder = attnax.TransformerConfig(vocab_size=3, d_model=8, num_heads=2, d_ff=4, num_layers=1)
+        decoder = dataclasses.replace(encoder, vocab_size=5)
+        model = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder, decoder))
+        assert model.config == attnax.EncoderDecoderConfig(encoder=encoder, decoder=decoder)
+        with pytest.raises(ValueError, match="decoder must be given"):
+            attnax.Transformer(nnx.Rngs(0), encoder)
+        with pytest.raises(ValueError, match="give a config or fields, not both; got config and decoder"):
+            attnax.Transformer(nnx.Rngs(0), model.config, decoder)
+
+    def test_fields_have_names(self):
+        words = r"TransformerConfig: every field must be given by its name; got \(11, 8\) without one"
+        with pytest.raises(ValueError, match=words):
+            attnax.TransformerConfig(11, 8)
 
     def test_a_model_needs_a_model_config(self):
         with pytest.raises(ValueError, match="must be a TransformerConfig; got BlockConfig"):
@@ -530,6 +573,7 @@ class TestConfig:
 
     def test_documented_flags_are_translated(self):
         assert attnax.BlockConfig(use_pre_norm=False).norm_placement == "post"
+        assert attnax.BlockConfig(pre_norm=False) == attnax.BlockConfig(use_pre_norm=False)
         assert attnax.BlockConfig(use_pre_norm=True, use_rope=True).pos_emb_type == "rope"
 
     def test_qkv_features_must_divide(self):
