@@ -258,13 +258,17 @@ def check_attention(
 
 def check_shape(caller: str, name: str, array: Any, *wanted: tuple[int | str, ...], integers: bool = False) -> None:
     """Raises ValueError unless an array, or a number, is of one of the shapes; a word stands for any size."""
-    shape, dtype = jnp.shape(array), jnp.result_type(array) if integers else None
+    shape = jnp.shape(array)
     fits = any(
         len(shape) == len(want)
         and all(isinstance(size, str) or size == have for size, have in zip(want, shape, strict=True))
         for want in wanted
     )
-    if not fits or (integers and not jnp.issubdtype(dtype, jnp.integer)):
+    kind, given = "of shape ", ""
+    if integers:
+        dtype = jnp.result_type(array)
+        fits = fits and bool(jnp.issubdtype(dtype, jnp.integer))
+        kind, given = "integers of shape ", f", dtype={dtype}"
+    if not fits:
         shapes = " or ".join(f"({', '.join(map(str, want))}{',' if len(want) == 1 else ''})" for want in wanted)
-        kind, given = ("integers of shape ", f", dtype={dtype}") if integers else ("of shape ", "")
         raise ValueError(f"{caller}: {name} must be {kind}{shapes}; got {name}.shape={shape}{given}.")

@@ -355,10 +355,11 @@ def _block_config(
     config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
 ) -> BlockConfig:
     """The config of a block, whose sizes may be given by position."""
-    given = {"d_model": config} if isinstance(config, int) else {}
-    given |= {"num_heads": num_heads, "d_ff": d_ff}
-    fields = fields | {name: size for name, size in given.items() if size is not None}
-    return resolve_config(BlockConfig, None if isinstance(config, int) else config, fields)
+    sizes = {"num_heads": num_heads, "d_ff": d_ff}
+    if isinstance(config, int):
+        sizes["d_model"], config = config, None
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return resolve_config(BlockConfig, config, fields | given)
 
 
 def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:
