@@ -191,12 +191,12 @@ class EncoderBlock(nnx.Module):
             return _feed(self.feed_forward, x, mask, position_ids, cache, mode)
 
         if self.parallel:
-            attended, cache = self.around_attention.branch(x, attend, **mode)
+            attended, new_cache = self.around_attention.branch(x, attend, **mode)
             fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
-            return Output(x + attended + fed, cache, aux)
-        x, cache = self.around_attention(x, attend, **mode)
+            return Output(x + attended + fed, new_cache, aux)
+        x, new_cache = self.around_attention(x, attend, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, cache, aux)
+        return Output(x, new_cache, aux)
 
 
 class DecoderBlock(nnx.Module):
@@ -345,10 +345,10 @@ class DecoderBlock(nnx.Module):
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
             return _feed(self.feed_forward, x, self_mask, position_ids_self, cache, mode)
 
-        x, cache = self.around_attention(x, attend, **mode)
+        x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, cache, aux)
+        return Output(x, new_cache, aux)
 
 
 def _block_config(

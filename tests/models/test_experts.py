@@ -16,6 +16,7 @@ from attnax import (
     TransformerLM,
     combine_masks,
     init_decoder_kv_caches_from_config,
+    init_kv_layer_cache,
     make_causal_mask,
     masks,
 )
@@ -131,6 +132,10 @@ def test_a_block_knows_padding_by_its_mask_or_its_positions():
         "an array at positions": {"mask": masks.at_positions(masks.as_mask(arrays), index, index)},
         "positions of a mask": {"mask": masks.at_positions(causal, padded, padded)},
         "positions": {"mask": causal, "position_ids": padded},
+        "lengths, into an empty cache": {
+            "mask": causal & masks.padding(np.array([3])),
+            "cache": EmptyCache(init_kv_layer_cache(1, 3, 4, 4)),
+        },
     }
     run = nnx.jit(lambda block, x: {name: block.run(x, **options).aux for name, options in forms.items()})
     have = run(block, x)
@@ -141,3 +146,21 @@ def test_a_block_knows_padding_by_its_mask_or_its_positions():
         if told:
             for key, value in aux.items():
                 np.testing.assert_allclose(value, want[key], atol=1e-6, err_msg=f"{name}: {key}")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mask": np.ones((3, 1, 1, 4), bool)}, "mask must broadcast to"),
+        ({"mask": masks.padding(np.ones((2, 5), bool))}, "mask must broadcast to"),
+        ({"mask": masks.padding(np.array([3]))}, "one length a batch row"),
+        ({"position_ids": np.zeros((2, 5), int)}, "position_ids_q must be integers of shape"),
+    ],
+)
+def test_masks_and_positions_that_do_not_fit_are_still_refused_in_words(options, words):
+    block = build(
+        lambda rngs: EncoderBlock(rngs, d_model=12, num_heads=3, d_ff=8, num_experts=5, parallel_residual=True)
+    )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda x: block(x, **options), jax.ShapeDtypeStruct((2, 4, 12), "float32"))
