@@ -51,7 +51,7 @@ smoke: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough" \
 		tests/kernels tests/nn tests/models tests/generation/test_programs.py tests/test_package.py
 
-# Every softmax kernel on every case, every checkpoint, every block of code in the documents.
+# Every softmax kernel on every case, every checkpoint and example, every block of code in the documents.
 contract: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m contract
 
@@ -73,7 +73,7 @@ unpinned:
 # What a change must pass, on the main Python and on the oldest.
 ci: test contract properties lint types wheel oldest
 
-# Everything, before a release: what `ci` leaves out too, and each example as its users run it.
+# Everything, before a release: what `ci` leaves out too.
 test-all: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST)
 	$(MAKE) properties lint types wheel

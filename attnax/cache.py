@@ -23,7 +23,18 @@ from jax import lax
 
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
 from attnax.int8_rows import Int8Rows, Rows, decode_rows, encode_rows, zero_rows
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass, wide_dtype
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Int,
+    check_positions,
+    check_shape,
+    is_concrete,
+    pytree_dataclass,
+    wide_dtype,
+)
 
 __all__ = [
     "SPARE_SLOTS",
@@ -551,6 +562,8 @@ def update_kv_layer_cache(
     """
     batch, num_new = _check_new_tokens("update_kv_layer_cache", cache, keys_new, values_new)
     max_len = cache.max_len
+    if start is not None:
+        check_shape("update_kv_layer_cache", "start", start, (), integers=True)
     start = cache.length if start is None else jnp.asarray(start, jnp.int32)
     if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
         raise ValueError(
@@ -608,7 +621,8 @@ def _select_slots(cache: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
 
 
 def _forget_slots(cache: Slots, first: Int[ArrayLike, "B"]) -> Slots:
-    first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.positions.shape[:1])
+    check_shape("forget", "first", first, cache.positions.shape[:1], integers=True)
+    first = jnp.asarray(first, jnp.int32)
     positions = jnp.where(cache.positions < first[:, None], cache.positions, -1)
     return dataclasses.replace(cache, positions=positions)
 

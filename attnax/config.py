@@ -71,7 +71,9 @@ class _InWords(type):
     dataclass of its own.
     """
 
-    def __call__(cls, **fields: Any) -> Any:
+    def __call__(cls, *values: Any, **fields: Any) -> Any:
+        if values:
+            raise ValueError(f"{cls.__name__}: every field must be given by its name; got {values!r} without one.")
         fields = _known_fields(cls, fields)
         return super().__call__(**{name: _FORMS.get(name, _as_it_is)(value) for name, value in fields.items()})
 
@@ -649,13 +651,13 @@ _FORMS: dict[str, Any] = {
 }
 _FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
     "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
+    "pre_norm": ("norm_placement", {True: "pre", False: "post"}),
     "use_rope": ("pos_emb_type", {True: "rope", False: None}),  # False: what the class has by default
 }
 _OLD_NAMES = {
     "max_seq_len": "max_len",
     "activation": "ff_activation",
     "layer_norm_eps": "norm_eps",
-    "pre_norm": "use_pre_norm",
 }
 
 

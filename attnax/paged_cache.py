@@ -19,7 +19,17 @@ import numpy as np
 from attnax.cache import StoredTokens, check_rows
 from attnax.config import TransformerConfig
 from attnax.int8_rows import Int8Rows, decode_rows, encode_rows, zero_rows
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, check_positions, is_concrete, pytree_dataclass
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Int,
+    check_positions,
+    check_shape,
+    is_concrete,
+    pytree_dataclass,
+)
 
 __all__ = [
     "PagedKVCache",
@@ -150,6 +160,7 @@ class PagedKVCache:
 
     def forget(self, first: Int[ArrayLike, "B"]) -> PagedKVCache:
         """Takes back each row's tokens from position `first` on; the row keeps their blocks."""
+        check_shape("forget", "first", first, self.seq_lengths.shape, integers=True)
         return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, jnp.asarray(first, jnp.int32)))
 
 

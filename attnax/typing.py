@@ -53,6 +53,7 @@ __all__ = [
     "check_attention",
     "check_mask_shape",
     "check_positions",
+    "check_shape",
     "explain_tracing",
     "function_pytree",
     "is_concrete",
@@ -280,3 +281,21 @@ def check_attention(
             f"{caller}: dropout needs a key; got dropout_rate={dropout_rate}, deterministic=False, dropout_rng=None. "
             "Pass dropout_rng=jax.random.key(...) or deterministic=True."
         )
+
+
+def check_shape(caller: str, name: str, array: Any, *wanted: tuple[int | str, ...], integers: bool = False) -> None:
+    """Raises ValueError unless an array, or a number, is of one of the shapes; a word stands for any size."""
+    shape = jnp.shape(array)
+    fits = any(
+        len(shape) == len(want)
+        and all(isinstance(size, str) or size == have for size, have in zip(want, shape, strict=True))
+        for want in wanted
+    )
+    kind, given = "of shape ", ""
+    if integers:
+        dtype = jnp.result_type(array)
+        fits = fits and bool(jnp.issubdtype(dtype, jnp.integer))
+        kind, given = "integers of shape ", f", dtype={dtype}"
+    if not fits:
+        shapes = " or ".join(f"({', '.join(map(str, want))}{',' if len(want) == 1 else ''})" for want in wanted)
+        raise ValueError(f"{caller}: {name} must be {kind}{shapes}; got {name}.shape={shape}{given}.")

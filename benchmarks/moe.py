@@ -38,7 +38,7 @@ def functional(module: nnx.Module) -> tuple[Step, Any]:
 
 def weights_of(params: Any, x: jax.Array) -> jax.Array:
     """(tokens, experts), 0 for the experts not chosen."""
-    chosen, experts = jax.lax.top_k(x @ params["router"]["kernel"][...], TOP_K)
+    chosen, experts = jax.lax.top_k(x @ params["router"][...], TOP_K)
     one_hot = jax.nn.one_hot(experts, params["up"].shape[0])
     return (jax.nn.softmax(chosen)[..., None] * one_hot).sum(1)
 

@@ -1,8 +1,7 @@
-"""README, the pages under docs/ and the examples run; a line gives what the page says, and a link leads somewhere."""
+"""README and the pages under docs/ run; a line gives what the page says, and a link leads somewhere."""
 
 import ast
 import contextlib
-import importlib.util
 import io
 import re
 from pathlib import Path
@@ -63,13 +62,6 @@ def trace(page):
     return said
 
 
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.contract
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatch):
@@ -109,24 +101,3 @@ def test_links_lead_to_files_and_headings():
                 broken.append((page.name, link))
     assert links > 50
     assert broken == []
-
-
-@pytest.mark.contract
-def test_component_demo_shows_every_piece(capsys):
-    load_example("component_demo").main()
-    *table, last = capsys.readouterr().out.splitlines()
-    shapes = {line[:38].strip(): line[line.rindex("(") :] for line in table}
-    assert len(shapes) == 16
-    assert shapes["scaled dot-product attention"] == "(2, 4, 5, 8)"
-    assert shapes["encoder"] == "(2, 7, 32)" and shapes["decoder"] == "(2, 5, 32)"
-    assert shapes["encoder-decoder, log-probabilities"] == shapes["language model, log-probabilities"] == "(2, 5, 100)"
-    assert last.endswith("are finite: True")
-
-
-@pytest.mark.contract
-def test_seq2seq_skeleton_learns_to_reverse_a_little(capsys):
-    options = {"steps": 120, "batch_size": 128, "max_length": 3, "vocab_size": 6, "d_model": 32, "num_layers": 1}
-    right = load_example("seq2seq_skeleton").main(**options, learning_rate=1e-2)
-    printed = capsys.readouterr().out
-    assert printed.count("loss") == 10 and f"{256 * right:.0f} of 256 right" in printed
-    assert right > 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from attnax.generation.text import Text
-from attnax.typing import Array, ArrayLike, Float, Int, function_pytree, is_concrete, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Float, Int, check_shape, function_pytree, is_concrete, pytree_dataclass
 
 __all__ = ["Sampler"]
 
@@ -115,8 +115,9 @@ class Sampler:
         """The logits after everything that comes before the temperature, float32.
 
         Raises:
-            ValueError: penalties without a text.
+            ValueError: penalties without a text, or logits of another shape.
         """
+        check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
         if text is None and self.reads_text:
             raise ValueError("Sampler: penalties, n-grams and logits_fn need the text so far; got text=None.")
         logits, size = logits.astype(jnp.float32), logits.shape[-1]
@@ -147,6 +148,7 @@ class Sampler:
 
     def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Penalised logits / temperature, -inf for what is cut off; the draw is from their softmax."""
+        check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
         scaled = logits
         if self.temperature is not None:
             scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
@@ -182,6 +184,7 @@ class Sampler:
             raise ValueError(
                 "Sampler: drawing needs keys; got keys=None. Pass one typed key a row, or temperature=None."
             )
+        check_shape("Sampler", "keys", keys, logits.shape[:1])
         return lax.cond(
             jnp.asarray(self.temperature) == 0,
             likeliest,

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.typing import Array, ArrayLike, Bool, Int, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Int, check_shape, pytree_dataclass
 
 __all__ = ["Text"]
 
 
 @pytree_dataclass
 class Text:
-    """Tokens of R rows, each of its own length, in arrays of a fixed size.
+    """Tokens of R rows, each of its own length, in arrays of a fixed size. Arrays of other shapes are ValueErrors.
 
     Attributes:
         ids: int32 (R, L), the token at each position; from `lengths` on they mean nothing.
@@ -30,6 +30,8 @@ class Text:
     @classmethod
     def of_prompt(cls, ids: Int[ArrayLike, "R T"], position_ids: Int[ArrayLike, "R T"], size: int) -> Text:
         """The prompt, with room for `size` tokens in all; a position of -1 is padding."""
+        check_shape("Text", "ids", ids, ("rows", "length"), integers=True)
+        check_shape("Text", "position_ids", position_ids, ids.shape, integers=True)
         ids, position_ids, rows = jnp.asarray(ids), jnp.asarray(position_ids), ids.shape[0]
         lengths = position_ids.max(1, initial=-1) + 1
         where = jnp.where(position_ids < 0, size, position_ids)  # past the end: dropped
@@ -39,11 +41,15 @@ class Text:
 
     def select_rows(self, rows: Int[Array, "Q"]) -> Text:
         """The text of the rows named."""
+        check_shape("Text", "rows", rows, ("rows",), integers=True)
         return jax.tree.map(lambda x: x[rows], self)
 
     def append(self, token: Int[Array, "R"], where: Bool[Array, "R"] | None = None) -> Text:
         """One more token in the rows where that is so, by default in all."""
         rows, size = self.ids.shape
+        check_shape("Text", "token", token, (rows,), integers=True)
+        if where is not None:
+            check_shape("Text", "where", where, (rows,))
         index = self.lengths if where is None else jnp.where(where, self.lengths, size)
         ids = self.ids.at[jnp.arange(rows), index].set(token.astype(jnp.int32), mode="drop")
         return dataclasses.replace(
@@ -61,6 +67,7 @@ class Text:
 
     def written(self, count: int, fill: Int[ArrayLike, ""]) -> Int[Array, "R n"]:
         """The first `count` tokens after each prompt, then `fill`."""
+        check_shape("Text", "fill", fill, (), integers=True)
         steps = jnp.arange(count, dtype=jnp.int32)[None]
         index = jnp.minimum(self.prompt_lengths[:, None] + steps, self.ids.shape[1] - 1)
         real = steps < (self.lengths - self.prompt_lengths)[:, None]
@@ -78,6 +85,7 @@ class Text:
 
     def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, "R"]:
         """Whether what was written ends with one of the sequences, which stand right, after fillers of -1."""
+        check_shape("Text", "sequences", sequences, ("sequences", "length"), integers=True)
         sequences, size = jnp.asarray(sequences), sequences.shape[1]
         if 0 in sequences.shape:
             return jnp.zeros(self.lengths.shape, bool)
@@ -105,5 +113,6 @@ class Text:
 
     def last_column(self, index: Int[Array, ""]) -> Int[Array, "R"]:
         """Each row's token `index` after its prompt."""
+        check_shape("Text", "index", index, (), integers=True)
         where = self.prompt_lengths + index
         return lax.squeeze(jnp.take_along_axis(self.ids, where[:, None], axis=1), (1,))

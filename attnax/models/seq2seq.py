@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.config import EncoderDecoderConfig, resolve_config
+from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.request import padded_length, place_like
@@ -38,12 +38,14 @@ __all__ = ["Transformer"]
 class Transformer(nnx.Module):
     """Reads a source with an encoder and writes a target with a decoder that attends it.
 
-    Called as `Transformer(rngs, config)` or with the fields of EncoderDecoderConfig as keywords.
+    Called as `Transformer(rngs, config)`, with two configs as `Transformer(rngs, encoder, decoder)`, or with the fields
+    of EncoderDecoderConfig as keywords.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: an EncoderDecoderConfig.
-        **fields: its fields: `encoder` and `decoder`, each a TransformerConfig, and `share_embeddings`.
+        config: an EncoderDecoderConfig, or the encoder's TransformerConfig.
+        decoder: the decoder's TransformerConfig.
+        **fields: the other fields: `encoder`, and `share_embeddings`.
 
     Raises:
         ValueError: something else than two TransformerConfigs, or two that cannot share embeddings and should.
@@ -63,7 +65,17 @@ class Transformer(nnx.Module):
         A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: EncoderDecoderConfig | None = None, **fields: Any):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: EncoderDecoderConfig | TransformerConfig | None = None,
+        decoder: TransformerConfig | Mapping[str, Any] | None = None,
+        **fields: Any,
+    ):
+        if decoder is not None:
+            fields["decoder"] = decoder
+        if isinstance(config, TransformerConfig):
+            config, fields = None, {"encoder": config, **fields}
         config = resolve_config(EncoderDecoderConfig, config, fields)
         self.encoder = TransformerEncoder(rngs, config.encoder)
         self.decoder = TransformerDecoder(

@@ -6,19 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import LayerCache
+from attnax.cache import EmptyCache, LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
-from attnax.masks import Mask
+from attnax.masks import And, AtPositions, Dense, Lengths, Mask, as_mask
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
@@ -30,7 +29,8 @@ class Output(NamedTuple):
         hidden: (batch, T, d_model); logits (batch, T, vocab_size) from a language model.
         caches: the new cache of a block, the tuple of them of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
-            tuple of one array a mixture. They count every token, padding too.
+            tuple of one array a mixture. They count real tokens only: not those whose position is negative, nor those
+            that `mask` lets no query attend.
     """
 
     hidden: Array
@@ -103,6 +103,15 @@ class EncoderBlock(nnx.Module):
 
     Called as `EncoderBlock(rngs, config)` or `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`.
 
+    Args:
+        rngs: for the initial weights and the stored dropout streams.
+        config: a BlockConfig, or d_model.
+        num_heads: beside d_model.
+        d_ff: the same.
+        attention_fn: as in `MultiHeadAttention`.
+        score_mod: the same; one of a call comes after it.
+        **fields: the fields of BlockConfig.
+
     Raises:
         ValueError: a field that BlockConfig lacks, or a value that it refuses.
 
@@ -115,9 +124,19 @@ class EncoderBlock(nnx.Module):
         (1, 5, 12)
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, **fields: Any):
-        config = resolve_config(BlockConfig, config, fields)
-        self.attention = MultiHeadAttention(rngs, config)
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: BlockConfig | int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
+        *,
+        attention_fn: AttentionFn | None = None,
+        score_mod: ScoreMod | None = None,
+        **fields: Any,
+    ):
+        config = _block_config(config, num_heads, d_ff, fields)
+        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
         self.around_attention = Residual(rngs, config)
         self.feed_forward = _feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
@@ -169,15 +188,15 @@ class EncoderBlock(nnx.Module):
             )
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _with_aux(self.feed_forward(x, **mode))
+            return _feed(self.feed_forward, x, mask, position_ids, cache, mode)
 
         if self.parallel:
-            attended, cache = self.around_attention.branch(x, attend, **mode)
+            attended, new_cache = self.around_attention.branch(x, attend, **mode)
             fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
-            return Output(x + attended + fed, cache, aux)
-        x, cache = self.around_attention(x, attend, **mode)
+            return Output(x + attended + fed, new_cache, aux)
+        x, new_cache = self.around_attention(x, attend, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, cache, aux)
+        return Output(x, new_cache, aux)
 
 
 class DecoderBlock(nnx.Module):
@@ -188,9 +207,13 @@ class DecoderBlock(nnx.Module):
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a BlockConfig. Windows, ALiBi and lite attention are for self-attention; beside the latter,
+        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention; beside the latter,
             cross-attention is FLASH.
+        num_heads: beside d_model.
+        d_ff: the same.
         encoder_features: width of the encoder's output, by default d_model.
+        attention_fn: of self-attention, as in `MultiHeadAttention`.
+        score_mod: the same; one of a call comes after it.
         **fields: the fields of BlockConfig.
 
     Raises:
@@ -208,12 +231,16 @@ class DecoderBlock(nnx.Module):
     def __init__(
         self,
         rngs: nnx.Rngs,
-        config: BlockConfig | None = None,
+        config: BlockConfig | int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
         *,
         encoder_features: int | None = None,
+        attention_fn: AttentionFn | None = None,
+        score_mod: ScoreMod | None = None,
         **fields: Any,
     ):
-        config = resolve_config(BlockConfig, config, fields)
+        config = _block_config(config, num_heads, d_ff, fields)
         if config.parallel_residual:
             raise ValueError(
                 "DecoderBlock: cross-attention reads what self-attention wrote; got parallel_residual=True. "
@@ -222,7 +249,7 @@ class DecoderBlock(nnx.Module):
         cross = config
         if config.attention_type == AttentionType.LITE:
             cross = dataclasses.replace(config, attention_type=AttentionType.FLASH)
-        self.attention = MultiHeadAttention(rngs, config)
+        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
         self.around_attention = Residual(rngs, config)
         self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
         self.around_cross_attention = Residual(rngs, config)
@@ -316,20 +343,69 @@ class DecoderBlock(nnx.Module):
             return out, None
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _with_aux(self.feed_forward(x, **mode))
+            return _feed(self.feed_forward, x, self_mask, position_ids_self, cache, mode)
 
-        x, cache = self.around_attention(x, attend, **mode)
+        x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, cache, aux)
+        return Output(x, new_cache, aux)
+
+
+def _block_config(
+    config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
+) -> BlockConfig:
+    """The config of a block, whose sizes may be given by position."""
+    sizes = {"num_heads": num_heads, "d_ff": d_ff}
+    if isinstance(config, int):
+        sizes["d_model"], config = config, None
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return resolve_config(BlockConfig, config, fields | given)
 
 
 def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:
     return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
 
 
-def _with_aux(result: Any) -> tuple[Array, dict[str, Any]]:
-    if isinstance(result, jax.Array):
-        return result, {}
-    out, aux = result
+def _feed(
+    layer: Any,
+    x: Array,
+    mask: Mask | MaskMod | ArrayLike | None,
+    position_ids: ArrayLike | None,
+    cache: LayerCache | None,
+    mode: dict[str, Any],
+) -> tuple[Array, dict[str, Any]]:
+    """What a feed-forward makes of x, and aux; a mixture is told which tokens are padding."""
+    if not isinstance(layer, MixtureOfExperts):
+        return layer(x, **mode), {}
+    out, aux = layer(x, padding_mask=_real_tokens(x, mask, position_ids, cache), **mode)
     return out, aux | {"expert_load": (aux["expert_load"],)}  # a mixture's experts are its own: not to be added up
+
+
+def _real_tokens(
+    x: Array, mask: Mask | MaskMod | ArrayLike | None, position_ids: ArrayLike | None, cache: LayerCache | None
+) -> Array | None:
+    """Which tokens of x are no padding, (batch, T), as positions and mask tell; None where neither says anything."""
+    real = None if position_ids is None else jnp.atleast_2d(jnp.asarray(position_ids)) >= 0
+    if mask is not None and (cache is None or isinstance(cache, EmptyCache)):  # else it is about what the cache holds
+        real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
+    return None if real is None else jnp.broadcast_to(real, x.shape[:2])
+
+
+def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
+    """Whether any query may attend each key, (1 or batch, 1 or T); None where the mask does not tell at a glance."""
+    match mask:
+        case And(left, right):
+            return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))
+        case AtPositions(inner, _, positions) if not at_positions:
+            return _both(positions >= 0, None if inner is None else _attended_keys(inner, positions, at_positions=True))
+        case Lengths(lengths):
+            return keys < lengths[:, None]
+        case Dense(array):
+            by_index = array.any((1, 2))
+            rows = jnp.arange(array.shape[0])[:, None]
+            return Dense(by_index[:, None, None, :])(rows, 0, 0, keys) if at_positions else by_index
+    return None
+
+
+def _both(left: Array | None, right: Array | None) -> Array | None:
+    return right if left is None else left if right is None else left & right

@@ -13,7 +13,7 @@ from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, is_concrete
+from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, check_shape, is_concrete
 
 __all__ = [
     "LearnedPositionalEmbedding",
@@ -64,10 +64,10 @@ class TokenEmbedding(nnx.Module):
         _check_ids(input_ids, self.vocab_size, "TokenEmbedding", "token ids")
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Products of x with every row, summed in float32."""
+        """Products of x with every row, in float32, or in float64 for a float64 x."""
         table = self.embedding[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
-        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
@@ -94,20 +94,14 @@ class PositionalEncoding(nnx.Module):
         """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
-            ValueError: a concrete position past max_len; under jit its vector is NaN.
+            ValueError: a concrete position past max_len (under jit its vector is NaN), or arrays of other shapes.
         """
-        if x.shape[-1] != self.d_model:
-            raise ValueError(
-                f"PositionalEncoding: x must be (batch, length, {self.d_model}); got x.shape={x.shape}. "
-                "Its arguments are (max_len, d_model)."
-            )
+        positions = _positions("PositionalEncoding", x, self.d_model, start, position_ids)
         frequency = 10000.0 ** -(np.arange(0, self.d_model, 2, dtype=np.float64) / self.d_model)
         angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
-        positions = _positions(x, start, position_ids)
-        return x + _look_up(jnp.asarray(table, jnp.float32), positions, "PositionalEncoding", "positions").astype(
-            x.dtype
-        )
+        vectors = jnp.asarray(table, jnp.promote_types(x.dtype, jnp.float32))
+        return x + _look_up(vectors, positions, "PositionalEncoding", "positions").astype(x.dtype)
 
 
 class LearnedPositionalEmbedding(nnx.Module):
@@ -137,10 +131,10 @@ class LearnedPositionalEmbedding(nnx.Module):
         """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
 
         Raises:
-            ValueError: a concrete position past the table; under jit its vector is NaN.
+            ValueError: a concrete position past the table (under jit its vector is NaN), or arrays of other shapes.
         """
-        positions = _positions(x, start, position_ids)
         table = self.embedding[...][self.offset :]
+        positions = _positions("LearnedPositionalEmbedding", x, table.shape[1], start, position_ids)
         return x + _look_up(table, positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
 
 
@@ -219,9 +213,15 @@ class TransformerEmbedding(nnx.Module):
             rngs: of the dropout.
 
         Raises:
-            ValueError: a concrete id or position past its table (under jit its vector is NaN), token types without
-                a table, or no table of tokens or two.
+            ValueError: a concrete id or position past its table (under jit its vector is NaN), arrays of other shapes,
+                token types without a table, or no table of tokens or two.
         """
+        check_shape("TransformerEmbedding", "input_ids", input_ids, ("batch", "length"))
+        batch, length = input_ids.shape
+        if position_ids is not None:
+            check_shape("TransformerEmbedding", "position_ids", position_ids, (1, length), (batch, length))
+        if token_type_ids is not None:
+            check_shape("TransformerEmbedding", "token_type_ids", token_type_ids, (batch, length))
         if (self.tokens is None) == (tokens is None):
             raise ValueError(
                 "TransformerEmbedding: tokens must be given where it has none of its own, and only there; "
@@ -269,8 +269,16 @@ class RelativePositionBias(nnx.Module):
         return relative_bias_mod(self.table[...], max_distance=self.max_distance, bidirectional=self.bidirectional)
 
 
-def _positions(x: Array, start: int | ArrayLike, position_ids: ArrayLike | None) -> ArrayLike:
-    """(1 or B, T), still concrete if the arguments are; padding, at -1, gets position 0: nothing looks at it."""
+def _positions(caller: str, x: Array, width: int, start: int | ArrayLike, position_ids: ArrayLike | None) -> ArrayLike:
+    """(1 or B, T), still concrete if the arguments are; padding, at -1, gets position 0: nothing looks at it.
+
+    Raises:
+        ValueError: x is not (B, T, width), or the positions do not fit it.
+    """
+    check_shape(caller, "x", x, ("batch", "length", width))
+    check_shape(caller, "start", start, (), integers=True)
+    if position_ids is not None:
+        check_shape(caller, "position_ids", position_ids, (1, x.shape[1]), x.shape[:2], integers=True)
     if position_ids is None:
         return start + np.arange(x.shape[1])[None, :]
     return np.maximum(np.asarray(position_ids), 0) if is_concrete(position_ids) else jnp.maximum(position_ids, 0)

@@ -14,8 +14,8 @@ from attnax.config import BlockConfig, resolve_config
 from attnax.nn._grouped import grouped_product
 from attnax.nn.dropout import Dropout, Jitter
 from attnax.nn.feedforward import ACTIVATIONS, FeedForward, activate
-from attnax.nn.linear import Linear, make_initializer
-from attnax.typing import Array, Float
+from attnax.nn.linear import make_initializer
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["MixtureOfExperts"]
 
@@ -23,10 +23,11 @@ __all__ = ["MixtureOfExperts"]
 class MixtureOfExperts(nnx.Module):
     """sum_e w_e(x) expert_e(x) over the top_k experts that a router chooses for x, each a feed-forward of its own.
 
-    A router scores the experts, by the softmax or the sigmoid of logits = x @ router; the weights are the top_k scores,
-    with `router_renormalize` divided by their sum. Nothing is dropped: an expert takes all the tokens that choose it.
-    What a token costs follows top_k, not num_experts (`benchmarks/moe.py`). Shared experts are one dense feed-forward
-    of num_shared_experts * d_ff that every token goes through, added with weight 1.
+    A router scores the experts, by the softmax or the sigmoid of logits = x @ router + router_bias; the weights are the
+    top_k scores, with `router_renormalize` divided by their sum. `router` is a parameter (d_model, num_experts).
+    Nothing is dropped: an expert takes all the tokens that choose it. What a token costs follows top_k, not num_experts
+    (`benchmarks/moe.py`). Shared experts are one dense feed-forward of num_shared_experts * d_ff that every token goes
+    through, added with weight 1.
 
     Called as `MixtureOfExperts(rngs, config)` or `MixtureOfExperts(rngs, **fields)`.
 
@@ -81,10 +82,11 @@ class MixtureOfExperts(nnx.Module):
             return nnx.data(nnx.Param(jnp.zeros((experts, features), config.param_dtype)) if has_bias else None)
 
         gated = ACTIVATIONS[config.ff_activation][1]
-        # float32: bfloat16 rounds scores that lie close together to one number.
-        router_config = dataclasses.replace(config, dtype="float64" if config.dtype == "float64" else "float32")
-        self.router = Linear(rngs, router_config, d_model, experts, bias="router")
-        self.router.precision = "highest"  # accelerators would multiply float32 in fewer bits
+        make_router = make_initializer(config.kernel_init, config.init_std)
+        self.router = nnx.Param(make_router(rngs.params(), (d_model, experts), config.param_dtype))
+        self.router_bias = nnx.data(None)
+        if config.has_bias("router"):
+            self.router_bias = nnx.Param(jnp.zeros((experts,), config.param_dtype))
         self.up, self.up_bias = matrices(d_model, d_ff), biases(d_ff)
         self.gate = nnx.data(matrices(d_model, d_ff) if gated else None)
         self.gate_bias = biases(d_ff) if gated else nnx.data(None)
@@ -96,19 +98,25 @@ class MixtureOfExperts(nnx.Module):
             self.shared = FeedForward(rngs, dataclasses.replace(config, d_ff=config.num_shared_experts * d_ff))
 
     def __call__(
-        self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "*L D"],
+        *,
+        padding_mask: Bool[ArrayLike, "*L"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, "..."]]]:
         """What its experts make of every token, and how the router spread the tokens.
 
         Args:
             x: (..., d_model).
+            padding_mask: (...), True for real tokens, which alone the statistics count; by default all are.
             deterministic: no dropout and no jitter; None means the attribute that `train()` and `eval()` set, initially
                 True.
             rngs: randomness of dropout and jitter, instead of the stored streams.
 
         Returns:
-            (..., d_model), and float32 arrays over all tokens of x (over no token, 0). A token that holds a NaN spoils
-            its own row, and the first three:
+            (..., d_model), and float32 arrays over the real tokens of x (over none, 0). A token that holds a NaN spoils
+            its own row, and a real one the first three:
             `load_balance_loss`: num_experts * sum_e load_e * mean probability_e, 1 when balanced; to be added to a
             training loss with a weight of about 0.01 (Switch, equation 4).
             `router_z_loss`: mean of logsumexp(logits)^2, with a weight of about 0.001 (ST-MoE, equation 5).
@@ -117,13 +125,23 @@ class MixtureOfExperts(nnx.Module):
             Probabilities are the scores divided by their sum.
 
         Raises:
-            ValueError: x is not of width d_model, or dropout or jitter is on and has no randomness.
+            ValueError: x is not of width d_model, padding_mask does not fit it, or dropout or jitter is on and has no
+                randomness.
         """
         config = self.config
         if x.ndim == 0 or x.shape[-1] != config.d_model:
             raise ValueError(f"MixtureOfExperts: x must be (..., {config.d_model}); got x.shape={x.shape}.")
+        real = None
+        if padding_mask is not None:
+            real = jnp.asarray(padding_mask)
+            if real.shape != x.shape[:-1] or real.dtype != jnp.bool_:
+                raise ValueError(
+                    f"MixtureOfExperts: padding_mask must be boolean {x.shape[:-1]}, True for real tokens; "
+                    f"got padding_mask.shape={real.shape}, dtype={real.dtype}."
+                )
+            real = real.reshape(-1)
         tokens = x.reshape(-1, config.d_model)
-        logits = self.router(self.jitter(tokens.astype(self.router.dtype), deterministic=deterministic, rngs=rngs))
+        logits = self._logits(tokens, deterministic, rngs)
         scores = jax.nn.log_softmax(logits) if config.router_type == "softmax" else jax.nn.log_sigmoid(logits)
         chosen, experts = lax.top_k(scores, config.top_k)
         # Of logarithms: sigmoids may be so small that their sum is 0.
@@ -136,7 +154,18 @@ class MixtureOfExperts(nnx.Module):
         out = (outs * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
         if self.shared is not None:
             out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
-        return out, _statistics(logits, scores, sizes)
+        return out, _statistics(logits, scores, experts, real)
+
+    def _logits(
+        self, tokens: Float[Array, "M D"], deterministic: bool | None, rngs: nnx.Rngs | None
+    ) -> Float[Array, "M E"]:
+        """What the router makes of tokens."""
+        # float32: bfloat16 rounds scores that lie close together to one number.
+        dtype = jnp.float64 if self.config.dtype == "float64" else jnp.float32
+        tokens = self.jitter(tokens.astype(dtype), deterministic=deterministic, rngs=rngs)
+        # "highest": accelerators would multiply float32 in fewer bits.
+        logits = jnp.matmul(tokens, self.router[...].astype(dtype), precision="highest")
+        return logits if self.router_bias is None else logits + self.router_bias[...].astype(dtype)[None]
 
     def _experts(
         self, rows: Float[Array, "R D"], sizes: Array, deterministic: bool | None, rngs: nnx.Rngs | None
@@ -153,15 +182,21 @@ class MixtureOfExperts(nnx.Module):
         return product(hidden, self.down, self.down_bias)
 
 
-def _statistics(logits: Float[Array, "M E"], scores: Float[Array, "M E"], sizes: Array) -> dict[str, Array]:
-    """What `MixtureOfExperts` says about its routing; scores are logarithms, sizes the assignments of each expert."""
+def _statistics(
+    logits: Float[Array, "M E"], scores: Float[Array, "M E"], experts: Int[Array, "M C"], real: Bool[Array, "M"] | None
+) -> dict[str, Array]:
+    """What `MixtureOfExperts` says about its routing of the real tokens; scores are logarithms."""
     num_tokens, num_experts = scores.shape
+    real = jnp.ones(num_tokens, bool) if real is None else real
+    # Selected, not weighted: what padding holds may be NaN. An index past the end is not counted.
+    load = jnp.bincount(jnp.where(real[:, None], experts, num_experts).reshape(-1), length=num_experts)
+    load = load / jnp.maximum(load.sum(), 1)
     log_probability = jax.nn.log_softmax(scores)
     probability = jnp.exp(log_probability)
-    load = sizes / jnp.maximum(sizes.sum(), 1)
 
     def mean(values: Array) -> Array:
-        return values.sum(0) / max(num_tokens, 1)
+        chosen = jnp.where(real.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+        return chosen.sum(0) / jnp.maximum(real.sum(), 1)
 
     statistics = {
         "load_balance_loss": num_experts * (load * mean(probability)).sum(),

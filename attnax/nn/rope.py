@@ -2,7 +2,7 @@
 
 Angles are computed on the host in float64: in float32 the angle of position 131072 would be off by 0.004 radians.
 Positions known only under jit are looked up digit by digit (base 256) and the rotations multiplied, which is exact
-to float32 rounding for any int32 position, with four tables of 256 rows.
+to float32 rounding for any int32 position, with four tables of 256 rows. What is float64 is turned in float64.
 
 A `RopeScaling` lowers frequencies, so that a model reaches further than the length it was trained at.
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.config import RopeScaling
-from attnax.typing import Array, ArrayLike, Float, Int, is_concrete, wide_dtype
+from attnax.typing import Array, ArrayLike, Float, Int, check_shape, is_concrete, wide_dtype
 
 __all__ = [
     "RotaryEmbedding",
@@ -123,18 +123,19 @@ def _cos_sin(
 ) -> tuple[Array, Array]:
     inv_freq = rope_inv_freq(head_dim, base, scaling=scaling)
     position = jnp.maximum(position, 0)
-    cos, sin = jnp.asarray(rope_attention_factor(scaling), jnp.float32), jnp.zeros((), jnp.float32)
+    dtype = jnp.promote_types(out_dtype, jnp.float32)
+    cos, sin = jnp.asarray(rope_attention_factor(scaling), dtype), jnp.zeros((), dtype)
     for digit in range(4):
         angles = (np.arange(256, dtype=np.float64) * 256**digit)[:, None] * inv_freq
         index = (position >> (8 * digit)) & 255
-        digit_cos = jnp.asarray(np.cos(angles), jnp.float32)[index]
-        digit_sin = jnp.asarray(np.sin(angles), jnp.float32)[index]
+        digit_cos = jnp.asarray(np.cos(angles), dtype)[index]
+        digit_sin = jnp.asarray(np.sin(angles), dtype)[index]
         cos, sin = cos * digit_cos - sin * digit_sin, sin * digit_cos + cos * digit_sin
     return cos.astype(out_dtype), sin.astype(out_dtype)
 
 
 def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "*L H"]:
-    """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32, returned in the dtype of x.
+    """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in at least float32, returned in x's dtype.
 
     Args:
         x: (..., T, head_dim).
@@ -156,13 +157,13 @@ class RotaryEmbedding:
         head_dim: features of a head.
         max_positions: a concrete position from here on is an error; None sets no limit.
         base: of the wavelengths.
-        dtype: of cosines and sines.
+        dtype: of cosines and sines, by default float32, for a float64 x float64.
         fraction: above 0, at most 1, such that an even number of features is turned.
         scaling: of the frequencies, for lengths past the one trained at.
 
     Raises:
         ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at
-            or past max_positions, or x has not head_dim features.
+            or past max_positions, or x or position_ids are of another shape.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class RotaryEmbedding:
         max_positions: int | None = None,
         *,
         base: float = 10000.0,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
         fraction: float = 1.0,
         scaling: RopeScaling | None = None,
     ):
@@ -197,10 +198,12 @@ class RotaryEmbedding:
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
     ) -> Float[Array, "B N T H"]:
         """x turned by `position_ids`, by default 0 ... T - 1."""
-        if x.shape[-1] != self.head_dim:
-            raise ValueError(
-                f"RotaryEmbedding: x must have head_dim={self.head_dim} features; got x.shape={tuple(x.shape)}."
-            )
+        check_shape("RotaryEmbedding", "x", x, ("batch", "heads", "length", self.head_dim))
+        if position_ids is not None:
+            batch, length = x.shape[0], x.shape[2]
+            shapes = (length,), (1, length), (batch, length)
+            check_shape("RotaryEmbedding", "position_ids", position_ids, *shapes, integers=True)
+        dtype = jnp.promote_types(x.dtype, jnp.float32) if self.dtype is None else self.dtype
         if position_ids is None:
             length = x.shape[2]
             if self.max_positions is not None and length > self.max_positions:
@@ -208,10 +211,10 @@ class RotaryEmbedding:
                     f"rope: positions must be below {self.max_positions}; got a sequence of {length}. "
                     "Use a longer table."
                 )
-            cos, sin = rope_cos_sin_table(length, self.rotated_dim, self.base, self.dtype, scaling=self.scaling)
+            cos, sin = rope_cos_sin_table(length, self.rotated_dim, self.base, dtype, scaling=self.scaling)
         else:
             cos, sin = rope_cos_sin_from_positions(
-                position_ids, self.rotated_dim, self.base, self.max_positions, self.dtype, scaling=self.scaling
+                position_ids, self.rotated_dim, self.base, self.max_positions, dtype, scaling=self.scaling
             )
             cos, sin = cos[..., None, :, :], sin[..., None, :, :]
         if self.rotated_dim == self.head_dim:

@@ -16,7 +16,7 @@ from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.training.corpus import TokenStream
 from attnax.training.optimizer import OptimizerConfig
-from attnax.typing import Array, Float, Int, pytree_dataclass
+from attnax.typing import Array, Float, Int, check_shape, pytree_dataclass
 
 __all__ = ["Metrics", "TrainState", "Trainer", "find_documents"]
 
@@ -139,6 +139,9 @@ def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[
 
     A row may begin within a document; what is there of it is document 0 and counts from 0.
 
+    Raises:
+        ValueError: tokens that are not (batch, length).
+
     Example:
         >>> import jax.numpy as jnp
         >>> from attnax.training import find_documents
@@ -146,6 +149,7 @@ def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[
         >>> documents.tolist(), positions.tolist()
         ([[0, 0, 1, 1, 2, 2]], [[0, 1, 0, 1, 0, 1]])
     """
+    check_shape("find_documents", "tokens", tokens, ("batch", "length"), integers=True)
     starts = tokens == document_token
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     begun = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,38 +1,20 @@
 """The example of the encoder-decoder runs, at a small size, and its dates can be read without their locales."""
 
-import importlib.util
-import sys
 from datetime import date
-from pathlib import Path
 
+import dates
 import numpy as np
 import pytest
+import written_dates
 
 LOCALES = "ar_EG en hr ja pl zh"
 
 
-def load(name):
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def written_dates():
-    return load("written_dates")
-
-
-@pytest.fixture(scope="module")
-def dates(written_dates):
-    return load("dates")
-
-
 @pytest.mark.contract
-def test_a_short_run_learns_and_draws(dates, tmp_path, capsys):
+@pytest.mark.parametrize("main", ["dates"], indirect=True)
+def test_a_short_run_learns_and_draws(main, tmp_path, capsys):
     out = tmp_path / "dates.png"
-    accuracy = dates.main(
+    accuracy = main(
         steps=101, batch_size=32, learning_rate=1e-2, d_model=16, num_layers=1, num_test=23, locales=LOCALES, out=out
     )
     first, *progress, last = capsys.readouterr().out.splitlines()
@@ -45,20 +27,20 @@ def test_a_short_run_learns_and_draws(dates, tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_day_is_written_once_so_that_no_split_shares_one(written_dates):
+def test_every_day_is_written_once_so_that_no_split_shares_one():
     isos = [iso for _, iso in written_dates.make_pairs(LOCALES, seed=0)]
     assert len(set(isos)) == len(isos) == 73049
     assert (min(isos), max(isos)) == ("1900-01-01", "2099-12-31")
 
 
 @pytest.mark.thorough
-def test_a_seed_gives_the_same_days_in_the_same_order(written_dates):
+def test_a_seed_gives_the_same_days_in_the_same_order():
     one, again, other = (written_dates.make_pairs(LOCALES, seed) for seed in (0, 0, 1))
     assert one == again != other
 
 
 @pytest.mark.thorough
-def test_no_text_is_written_for_two_days(written_dates):
+def test_no_text_is_written_for_two_days():
     styles = written_dates.find_styles(written_dates.LOCALES)
     assert len(styles) > 200  # Babel knows some more in each release
     meanings = {}
@@ -67,7 +49,7 @@ def test_no_text_is_written_for_two_days(written_dates):
             assert meanings.setdefault(style(day), day) == day
 
 
-def test_styles_use_the_digits_of_the_locale_and_leave_out_what_needs_it(written_dates):
+def test_styles_use_the_digits_of_the_locale_and_leave_out_what_needs_it():
     write = lambda locales: [style(date(2021, 4, 3)) for style in written_dates.find_styles(locales)]
     assert write("ar_EG") == ["السبت، ٣ أبريل ٢٠٢١", "٣ أبريل ٢٠٢١"]
     assert write("en") == ["Saturday, April 3, 2021", "April 3, 2021", "Apr 3, 2021"]
@@ -75,5 +57,5 @@ def test_styles_use_the_digits_of_the_locale_and_leave_out_what_needs_it(written
     assert write("zh") == ["2021年4月3日星期六", "2021年4月3日", "2021/4/3"]
 
 
-def test_encoding_pads_and_marks_what_the_alphabet_lacks(dates):
+def test_encoding_pads_and_marks_what_the_alphabet_lacks():
     np.testing.assert_array_equal(dates.encode(["ab", "bca"], "\0ab", 4), [[1, 2, 0, 0], [2, 0, 1, 0]])

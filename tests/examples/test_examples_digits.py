@@ -1,26 +1,15 @@
 """The example of the vision transformer runs, at a small size."""
 
-import importlib.util
-from pathlib import Path
-
+import digits
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.thorough
 
-
-@pytest.fixture(scope="module")
-def digits():
-    path = Path(__file__).parents[2] / "examples" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_short_run_learns_and_draws(digits, tmp_path, capsys):
+@pytest.mark.contract
+@pytest.mark.parametrize("main", ["digits"], indirect=True)
+def test_a_short_run_learns_and_draws(main, tmp_path, capsys):
     out = tmp_path / "digits.png"
-    accuracy = digits.main(epochs=5, learning_rate=5e-3, d_model=32, num_layers=1, out=out)
+    accuracy = main(epochs=5, learning_rate=5e-3, d_model=32, num_layers=1, out=out)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed] == [*(["epoch", str(n)] for n in range(1, 6)), ["test", "accuracy"]]
     assert printed[-1] == f"test accuracy {accuracy:.4f}"
@@ -28,7 +17,8 @@ def test_a_short_run_learns_and_draws(digits, tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_split_is_fixed_by_its_seed_and_keeps_every_image(digits):
+@pytest.mark.thorough
+def test_the_split_is_fixed_by_its_seed_and_keeps_every_image():
     one, again, other = (digits.load_splits(seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one[1].images, again[1].images)
     assert not np.array_equal(one[1].labels, other[1].labels)

@@ -5,12 +5,12 @@ In `make test` a tiny model of one layer, which reads bytes, stands in its place
 
 import ast
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import semantic_search
 import tokenizers
 from tiny import build
 
@@ -36,12 +36,10 @@ async def go(): "Goes."
 @pytest.fixture(scope="module")
 def search():
     """The example, with few and small batches, which compile and run sooner."""
-    path = ROOT / "examples" / "semantic_search.py"
-    spec = importlib.util.spec_from_file_location("semantic_search", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.WIDTHS, module.BATCH_TOKENS = (32, 256), 256
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(semantic_search, "WIDTHS", (32, 256))
+        patch.setattr(semantic_search, "BATCH_TOKENS", 256)
+        yield semantic_search
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +83,11 @@ def check_printed(printed, queries, hits, out):
     return blocks
 
 
-def test_the_nearest_are_printed_best_first_and_the_map_is_drawn(search, tiny, tmp_path, capsys):
+@pytest.mark.parametrize("main", ["semantic_search"], indirect=True)
+def test_the_nearest_are_printed_best_first_and_the_map_is_drawn(main, tiny, tmp_path, capsys):
     out, queries = tmp_path / "search.png", [RMTREE, "the middle"]
     options = ["--query", queries[0], "--query", queries[1], "--top", "2", "--out", str(out)]
-    hits = search.main([*options, "--modules", "shutil", "statistics"])
+    hits = main([*options, "--modules", "shutil", "statistics"])
     assert hits[0][0] == "shutil.rmtree" and [len(best) for best in hits] == [2, 2]
     blocks = check_printed(capsys.readouterr().out, queries, hits, out)
     assert "1.000  shutil.rmtree  Recursively delete a directory tree." in blocks[0]

@@ -456,6 +456,25 @@ class TestRing:
             self.ring(2, window=0)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("first", [np.zeros((ROWS, 1), int), np.zeros(1, int), 0, np.zeros(ROWS)])
+def test_forgetting_takes_one_position_a_row_or_is_refused_in_words(kind, first):
+    [cache] = make_caches(kind, BASE)
+    with pytest.raises(ValueError, match=r"forget: first must be integers of shape \(2,\); got first.shape="):
+        attnax.cache.forget(cache, first)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("start", [np.zeros(1, int), np.zeros((2, 1), int), 0.0])
+def test_a_cache_is_written_from_one_slot_on_or_it_is_refused_in_words(start):
+    cache = attnax.init_kv_layer_cache(1, 1, 2, 3)
+    with pytest.raises(
+        ValueError, match=r"update_kv_layer_cache: start must be integers of shape \(\); got start.shape"
+    ):
+        attnax.update_kv_layer_cache(cache, ones(1, 1, 1, 2), ones(1, 1, 1, 2), start)
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
 def test_an_overflow_gives_nan_and_only_to_the_rows_that_lost_tokens(kind):
     model, graphdef, state = causal_model()

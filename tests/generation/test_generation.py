@@ -387,6 +387,63 @@ class TestPenalties:
             penalised(Sampler(logits_fn=lambda logits, text: logits[:, :1]), self.LOGITS, self.TEXT)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 3)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda logits: Sampler().penalise(logits),
+        lambda logits: Sampler().cut(logits),
+        lambda logits: Sampler().probabilities(logits),
+        lambda logits: Sampler(None)(logits, None),
+        lambda logits: Sampler(0.5)(logits, None),
+    ],
+    ids=["penalise", "cut", "probabilities", "greedy", "drawn"],
+)
+def test_a_sampler_refuses_logits_of_other_shapes_in_words(call, shape):
+    with pytest.raises(ValueError, match=r"Sampler: logits must be of shape \(rows, vocab_size\); got logits.shape="):
+        call(np.zeros(shape, np.float32))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda text: text.of_prompt(zeros(3), zeros(3), 5), r"ids must be integers of shape \(rows, length\)"),
+        (lambda text: text.of_prompt(zeros(1, 2, 3), zeros(1, 2, 3), 5), "ids must be integers"),
+        (
+            lambda text: text.of_prompt(zeros(2, 3), zeros(1, 2, 3), 5),
+            r"position_ids must be integers of shape \(2, 3\)",
+        ),
+        (
+            lambda text: text.select_rows(zeros(1, 2)),
+            r"rows must be integers of shape \(rows,\); got rows.shape=\(1, 2\)",
+        ),
+        (lambda text: text.append(zeros(2, 1)), r"token must be integers of shape \(2,\); got token.shape=\(2, 1\)"),
+        (
+            lambda text: text.append(zeros(2), zeros(2, 1) == 0),
+            r"where must be of shape \(2,\); got where.shape=\(2, 1\)",
+        ),
+        (lambda text: text.written(1, zeros(1)), r"fill must be integers of shape \(\); got fill.shape=\(1,\)"),
+        (lambda text: text.last_column(zeros(1)), r"index must be integers of shape \(\); got index.shape=\(1,\)"),
+        (lambda text: text.ends_with(zeros(3)), r"sequences must be integers of shape \(sequences, length\); got"),
+        (lambda text: text.ends_with(zeros(1, 2, 3)), "sequences must be integers"),
+    ],
+)
+def test_a_text_refuses_other_shapes_in_words(call, words):
+    with pytest.raises(ValueError, match=f"Text: {words}"):
+        call(Text(zeros(2, 7), zeros(2), zeros(2)))
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.int32)
+
+
+def test_drawing_takes_one_key_a_row(unchecked_shapes):
+    with pytest.raises(ValueError, match=r"Sampler: keys must be of shape \(2,\); got keys.shape=\(\)"):
+        Sampler(0.5)(jax.device_put(np.zeros((2, 3), np.float32)), jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
 def translator():
     return build(lambda rngs: Transformer(rngs, encoder=CONFIG, decoder=CONFIG))

@@ -86,7 +86,7 @@ def every_expert(params, x, config, xp=jnp):
     up = product("up", "MD,EDF->MEF", tokens)
     hidden = act(product("gate", "MD,EDF->MEF", tokens)) * up if "gate" in values else act(up)
     outs = product("down", "MEF,EFD->MED", hidden)
-    logits = add(tokens @ values["router"]["kernel"], values["router"].get("bias"))
+    logits = add(tokens @ values["router"], values.get("router_bias"))
     exponentials = xp.exp(logits - logits.max(-1, keepdims=True))
     softmax = exponentials / exponentials.sum(-1, keepdims=True)
     scores = softmax if config.router_type == "softmax" else 1 / (1 + xp.exp(-logits))
@@ -191,7 +191,7 @@ def test_float16_is_taken():
 
 def test_nothing_is_dropped_when_all_tokens_choose_one_expert():
     run, params, config = make(top_k=1, use_bias=("router",))
-    params["router"]["bias"][...] = jnp.asarray(40.0 * (np.arange(EXPERTS) == 3), jnp.float32)
+    params["router_bias"][...] = jnp.asarray(40.0 * (np.arange(EXPERTS) == 3), jnp.float32)
     x = normal(99, *TOKENS, D_MODEL)
     have = results(run, params, x)
     assert_close(have, results(definition(config), params, x))
@@ -206,8 +206,8 @@ def test_nothing_is_dropped_when_all_tokens_choose_one_expert():
 @pytest.mark.parametrize("router_type", ["softmax", "sigmoid"])
 def test_statistics_of_a_router_that_knows_nothing(router_type):
     run, params, _ = make(router_type=router_type, use_bias=("router",))
-    params["router"]["kernel"][...] = jax.device_put(np.zeros((D_MODEL, EXPERTS), np.float32))
-    params["router"]["bias"][...] = jax.device_put(np.zeros(EXPERTS, np.float32))
+    params["router"][...] = jax.device_put(np.zeros((D_MODEL, EXPERTS), np.float32))
+    params["router_bias"][...] = jax.device_put(np.zeros(EXPERTS, np.float32))
     _, aux = run(params, normal(99, *TOKENS, D_MODEL))
     assert {value.dtype for value in aux.values()} == {jnp.dtype("float32")}
     np.testing.assert_allclose(aux["load_balance_loss"], 1.0, rtol=1e-6)
@@ -220,7 +220,7 @@ def test_sigmoid_weights_that_underflow_still_sum_to_one():
     run, params, _ = make(router_type="sigmoid", use_bias=("router",))
     x = normal(99, *TOKENS, D_MODEL)
     softmax, _, _ = make(use_bias=("router",))
-    params["router"]["bias"][...] = jax.device_put(np.full(EXPERTS, -500, np.float32))
+    params["router_bias"][...] = jax.device_put(np.full(EXPERTS, -500, np.float32))
     # So far down a sigmoid is an exponential, and renormalised ones are a softmax.
     assert_close(run(params, x)[0], softmax(params, x)[0], 1e-4)
 
@@ -320,7 +320,7 @@ class TestRandomness:
 
     def test_jitter_stays_within_its_rate(self):
         run, params, _ = make(router_jitter=0.25, num_experts=1, top_k=1)
-        params["router"]["kernel"][...] = jax.device_put(np.eye(D_MODEL, 1, dtype=np.float32))
+        params["router"][...] = jax.device_put(np.eye(D_MODEL, 1, dtype=np.float32))
         x = np.ones((1, D_MODEL), np.float32)
         factors = [float(run(params, x, jax.random.key(seed))[1]["router_z_loss"]) for seed in range(97)]
         assert 0.75**2 <= min(factors) < 0.8**2 and 1.2**2 < max(factors) <= 1.25**2
@@ -473,7 +473,37 @@ def test_initial_experts_are_of_the_size_of_a_linear_layer():
         for matrices, fan in zip(both, fans[name], strict=True):
             np.testing.assert_allclose(np.std(matrices, (1, 2)), fan**-0.5, rtol=0.1, err_msg=name)
     moe = nnx.eval_shape(lambda: make("lecun_normal"))
-    assert moe.router.bias is None and moe.up_bias.shape == (13, 97)
+    assert moe.router_bias is None and moe.up_bias.shape == (13, 97)
+
+
+def test_padding_of_any_value_is_in_no_statistic_and_changes_no_output_of_a_token():
+    moe, x, real = (
+        build(lambda rngs: MixtureOfExperts(rngs, **BASE)),
+        np.array(normal(99, 2, 5, D_MODEL)),
+        np.ones((2, 5), bool),
+    )
+    x[0, 2:4], real[0, 2:4] = np.nan, False
+    call = nnx.jit(lambda moe, x, real: moe(x, padding_mask=real))
+    (have, aux), (want, same) = call(moe, jax.device_put(x), real), nnx.jit(lambda moe, x: moe(x))(moe, x[real])
+    assert_close((have[real], aux), (want, same))
+    assert all((np.asarray(value) == 0).all() for value in call(moe, jax.device_put(x), ~real & False)[1].values())
+
+
+def test_the_router_is_a_parameter_that_may_be_read_and_replaced():
+    moe, x = build(lambda rngs: MixtureOfExperts(rngs, **BASE)), normal(99, 3, D_MODEL)
+    assert isinstance(moe.router, nnx.Param) and moe.router.shape == (D_MODEL, EXPERTS)
+    assert jnp.asarray(moe.router).shape == (D_MODEL, EXPERTS)
+    moe.router = nnx.Param(jax.device_put(np.zeros((D_MODEL, EXPERTS), np.float32)))
+    np.testing.assert_allclose(moe(x)[1]["router_entropy"], np.log(EXPERTS), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("padding", [np.ones((3, 1), bool), np.ones(4, bool), np.ones(3, np.int32)])
+def test_a_padding_mask_that_does_not_fit_is_refused_in_words(padding):
+    moe = nnx.eval_shape(lambda: MixtureOfExperts(nnx.Rngs(0), **BASE))
+    words = r"MixtureOfExperts: padding_mask must be boolean \(3,\), True for real tokens; got padding_mask.shape="
+    with pytest.raises(ValueError, match=words):
+        moe(np.ones((3, D_MODEL), np.float32), padding_mask=padding)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -1,6 +1,7 @@
 """Layers: against the reference, exact positions, and wrong input in words."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -202,6 +203,16 @@ def test_rope_past_its_table_raises_and_is_computed_under_jit():
     np.testing.assert_allclose(*both(np.array([[9]])), atol=1e-6)
 
 
+def test_sinusoids_and_tied_logits_of_float64_are_as_exact_as_float64():
+    with jax.enable_x64(True):
+        x = jax.device_put(np.random.default_rng(0).normal(size=(1, 7, 4)))
+        angles = np.arange(7)[:, None] * 10000.0 ** -np.array([0, 0.5])
+        sinusoids = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(7, 4)
+        np.testing.assert_allclose(nn.PositionalEncoding(7, 4)(x), x + sinusoids[None], atol=1e-12)
+        tokens = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 4, param_dtype="float64"))
+        np.testing.assert_allclose(tokens.attend(x), np.asarray(x) @ np.asarray(tokens.embedding).T, atol=1e-12)
+
+
 def test_feed_forward_from_a_config():
     config = attnax.BlockConfig(d_model=6, num_heads=1, d_ff=10, dropout_rate=0.0, ff_activation="relu")
     one, two = (
@@ -271,6 +282,52 @@ def test_position_vectors_start_anywhere_and_end_with_their_table(kind):
     assert np.isnan(run(positions, 5)[2])[0, 2].all()
     with pytest.raises(ValueError, match="positions must be at least 0 and below 7; got 7"):
         positions(x, 5)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("kind", ["PositionalEncoding", "LearnedPositionalEmbedding"])
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((3, 4), {}, r"x must be of shape \(batch, length, 4\); got x.shape=\(3, 4\)"),
+        ((1, 2, 3, 4), {}, r"x must be .*; got x.shape=\(1, 2, 3, 4\)"),
+        ((2, 3, 5), {}, r"x must be .*; got x.shape=\(2, 3, 5\)"),
+        ((1, 2, 3, 4), {"position_ids": np.zeros((1, 3), int)}, "x must be "),
+        ((2, 3, 4), {"start": np.zeros(1, int)}, r"start must be integers of shape \(\); got start.shape=\(1,\)"),
+        ((2, 3, 4), {"start": np.zeros(3, int)}, r"start must be .*; got start.shape=\(3,\)"),
+        ((2, 3, 4), {"start": 1.0}, "start must be integers .*, dtype=float"),
+        ((2, 3, 4), {"position_ids": np.zeros((1, 1, 3), int)}, r"position_ids must be .* \(1, 3\) or \(2, 3\); got"),
+        ((2, 3, 4), {"position_ids": np.zeros((1, 2), int)}, "position_ids must be integers of shape"),
+    ],
+)
+def test_position_vectors_refuse_other_shapes_in_words(kind, shape, options, words):
+    positions = nn.PositionalEncoding(7, 4)
+    if kind == "LearnedPositionalEmbedding":
+        positions = build(lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=4))
+    with pytest.raises(ValueError, match=f"{kind}: {words}"):
+        positions(np.zeros(shape, np.float32), **options)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((3,), {}, r"input_ids must be of shape \(batch, length\); got input_ids.shape=\(3,\)"),
+        ((1, 2, 3), {}, r"input_ids must be .*; got input_ids.shape=\(1, 2, 3\)"),
+        (
+            (2, 3),
+            {"position_ids": np.zeros((1, 2, 3), int)},
+            r"position_ids must be of shape \(1, 3\) or \(2, 3\); got",
+        ),
+        ((2, 3), {"token_type_ids": np.zeros((1, 2, 3), int)}, r"token_type_ids must be of shape \(2, 3\); got"),
+        ((2, 3), {"token_type_ids": np.zeros((1, 3), int)}, r"token_type_ids must be of shape \(2, 3\); got"),
+    ],
+)
+def test_embeddings_of_a_model_refuse_other_shapes_in_words(shape, options, words):
+    config = attnax.TransformerConfig(vocab_size=5, d_model=4, num_heads=1, pos_emb_type="rope", num_token_types=2)
+    embed = nnx.eval_shape(lambda: nn.TransformerEmbedding(nnx.Rngs(0), config))
+    with pytest.raises(ValueError, match=f"TransformerEmbedding: {words}"):
+        embed(np.zeros(shape, int), **options)
 
 
 def test_embeddings_of_a_model_are_scaled_tokens_with_types_and_places_in_the_dtype():
@@ -423,6 +480,20 @@ def test_reference_checks_shapes():
         reference.project(ones(3, 4), ones(5, 2, 2))
 
 
+@pytest.mark.parametrize("block", [nn.EncoderBlock, nn.DecoderBlock])
+def test_a_block_keeps_a_score_mod_and_a_kernel(block):
+    own = functools.partial(attnax.memory_efficient_attention, block_size=2)
+    cap = attnax.soft_cap_mod(0.1)
+    sizes, x = {"d_model": 12, "num_heads": 3, "d_ff": 20, "dropout_rate": 0.0}, normal(1, 1, 5, 12)
+    keeps = build(lambda rngs: block(rngs, **sizes, score_mod=cap, attention_fn=own))
+    plain = build(lambda rngs: block(rngs, **sizes))
+    options = {"encoder_output": x} if block is nn.DecoderBlock else {}
+    run = nnx.jit(lambda one, two, x: (one(x, **options), two(x, score_mod=cap, **options), two(x, **options)))
+    kept, called, without = run(keeps, plain, x)
+    np.testing.assert_allclose(kept, called, atol=1e-6)
+    assert keeps.attention.attention_fn is own and np.abs(kept - without).max() > 1e-3
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 class TestConfig:
     @pytest.mark.parametrize(
@@ -451,7 +522,7 @@ class TestConfig:
                 {"use_pre_norm": True, "norm_placement": "post"},
                 "another way to say norm_placement; give one of the two",
             ),
-            ({"config": 3}, "config must be a BlockConfig; got int"),
+            ({"config": "3"}, "config must be a BlockConfig; got str"),
         ],
     )
     def test_wrong_fields_are_refused_in_words(self, fields, words):
@@ -461,6 +532,34 @@ class TestConfig:
     def test_config_and_fields_exclude_each_other(self):
         with pytest.raises(ValueError, match="give a config or fields, not both"):
             nn.EncoderBlock(nnx.Rngs(0), attnax.BlockConfig(), d_model=3)
+        with pytest.raises(ValueError, match="give a config or fields, not both"):
+            nn.DecoderBlock(nnx.Rngs(0), attnax.BlockConfig(), 3)
+
+    @pytest.mark.parametrize("block", [nn.EncoderBlock, nn.DecoderBlock])
+    def test_a_block_takes_its_sizes_by_position(self, block):
+        one, two = (
+            nnx.eval_shape(make)
+            for make in (
+                lambda: block(nnx.Rngs(0), 12, 3, 20, norm_type="rms"),
+                lambda: block(nnx.Rngs(0), d_model=12, num_heads=3, d_ff=20, norm_type="rms"),
+            )
+        )
+        assert nnx.graphdef(one) == nnx.graphdef(two) and one.feed_forward.up.kernel.shape == (12, 20)
+
+    def test_an_encoder_decoder_takes_its_configs_by_position(self):
+        encoder = attnax.TransformerConfig(vocab_size=3, d_model=8, num_heads=2, d_ff=4, num_layers=1)
+        decoder = dataclasses.replace(encoder, vocab_size=5)
+        model = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder, decoder))
+        assert model.config == attnax.EncoderDecoderConfig(encoder=encoder, decoder=decoder)
+        with pytest.raises(ValueError, match="decoder must be given"):
+            attnax.Transformer(nnx.Rngs(0), encoder)
+        with pytest.raises(ValueError, match="give a config or fields, not both; got config and decoder"):
+            attnax.Transformer(nnx.Rngs(0), model.config, decoder)
+
+    def test_fields_have_names(self):
+        words = r"TransformerConfig: every field must be given by its name; got \(11, 8\) without one"
+        with pytest.raises(ValueError, match=words):
+            attnax.TransformerConfig(11, 8)
 
     def test_a_model_needs_a_model_config(self):
         with pytest.raises(ValueError, match="must be a TransformerConfig; got BlockConfig"):
@@ -474,6 +573,7 @@ class TestConfig:
 
     def test_documented_flags_are_translated(self):
         assert attnax.BlockConfig(use_pre_norm=False).norm_placement == "post"
+        assert attnax.BlockConfig(pre_norm=False) == attnax.BlockConfig(use_pre_norm=False)
         assert attnax.BlockConfig(use_pre_norm=True, use_rope=True).pos_emb_type == "rope"
 
     def test_qkv_features_must_divide(self):

@@ -325,9 +325,21 @@ class TestErrorsInWords:
         with pytest.raises(ValueError, match="ntk must have a second frequency to lower; got head_dim=2. Use linear"):
             RotaryEmbedding(4, fraction=0.5, scaling=SCALINGS["ntk"])
 
-    def test_another_head_dim(self):
-        with pytest.raises(ValueError, match=r"x must have head_dim=8 features; got x.shape=\(1, 2, 3, 10\)"):
-            RotaryEmbedding(8, fraction=0.5)(normal(1, 1, 2, 3, 10))
+    @pytest.mark.usefixtures("unchecked_shapes")
+    @pytest.mark.parametrize(
+        ("shape", "positions", "words"),
+        [
+            ((1, 2, 3, 10), None, r"x must be of shape \(batch, heads, length, 8\); got x.shape=\(1, 2, 3, 10\)"),
+            ((2, 3, 8), None, r"x must be of shape \(batch, heads, length, 8\); got x.shape=\(2, 3, 8\)"),
+            ((1, 1, 2, 3, 8), None, r"x must be .*; got x.shape=\(1, 1, 2, 3, 8\)"),
+            ((2, 2, 3, 8), np.zeros((2, 1, 3), int), r"position_ids must be integers of shape \(3,\) or \(1, 3\) or"),
+            ((2, 2, 3, 8), np.zeros(4, int), r"position_ids must be .*; got position_ids.shape=\(4,\)"),
+            ((2, 2, 3, 8), np.zeros(3), "position_ids must be integers .*, dtype=float"),
+        ],
+    )
+    def test_other_shapes(self, shape, positions, words):
+        with pytest.raises(ValueError, match=f"RotaryEmbedding: {words}"):
+            RotaryEmbedding(8, fraction=0.5)(np.zeros(shape, np.float32), positions)
 
     def test_positions_past_the_last(self):
         rotary = RotaryEmbedding(8, 11, fraction=0.5, scaling=SCALINGS["linear"])
@@ -335,3 +347,20 @@ class TestErrorsInWords:
             rotary(normal(1, 1, 1, 1, 8), jnp.array([11]))
         with pytest.raises(ValueError, match="positions must be below 11; got a sequence of 13"):
             rotary(normal(1, 1, 1, 13, 8))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["in order", "given"])
+def test_float64_is_turned_in_float64_and_float32_is_not(given):
+    with jax.enable_x64(True):
+        x = jax.device_put(np.random.default_rng(0).normal(size=(1, 1, 5, 6)))
+        positions = np.array([0, 1, 255, 256, 4099]) if given else np.arange(5)
+        rotary = RotaryEmbedding(6)
+        turn = jax.jit(lambda x, positions: rotary(x, positions if given else None))
+        angles = positions[:, None] * rope_inv_freq(6)
+        first, second = np.split(np.asarray(x), 2, axis=-1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        turned = turn(x, positions)
+        assert turned.dtype == jnp.float64
+        np.testing.assert_allclose(turned, expected, atol=1e-12)
+        assert turn(x.astype(jnp.float32), positions).dtype == jnp.float32

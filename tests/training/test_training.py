@@ -22,6 +22,7 @@ from attnax.training import (
     TokenStream,
     Trainer,
     byte_tokenizer,
+    find_documents,
     latest_checkpoint,
     read_corpus,
     restore_checkpoint,
@@ -299,6 +300,13 @@ class TestTrainer:
             np.testing.assert_allclose(losses[start:end], document[: end - start], atol=1e-5)
         assert (np.abs(unpacked - losses)[3:] > 1e-4).any()
 
+    @pytest.mark.usefixtures("unchecked_shapes")
+    @pytest.mark.parametrize("shape", [(3,), (1, 2, 3)])
+    def test_documents_are_found_in_rows_or_it_is_refused_in_words(self, shape):
+        words = r"find_documents: tokens must be integers of shape \(batch, length\); got tokens.shape="
+        with pytest.raises(ValueError, match=words):
+            find_documents(np.zeros(shape, int), 0)
+
     def test_losses_of_a_mixture_count_by_their_weights(self, monkeypatch):
         monkeypatch.setattr(
             "attnax.training.trainer.TransformerLM",
@@ -312,6 +320,16 @@ class TestTrainer:
         _, metrics = trainer.step(state, batch)
         assert float(metrics.loss) - np.asarray(losses).mean() == pytest.approx(sum(weighed), abs=1e-6)
         assert min(weighed) > 1e-4
+
+    def test_statistics_of_packed_documents_are_those_of_each_beside_padding(self):
+        model = dataclasses.replace(MODEL, num_experts=3, top_k=1)
+        trainer = Trainer(model, OptimizerConfig(), document_token=0)
+        params = trainer.init().params
+        row = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32)  # the last token is only predicted
+        documents = np.array([[5, 6, 8], [0, 7, 8], [0, 9, 3]], np.int32)
+        real = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], bool)
+        apart = jax.jit(lambda params: trainer._merge(params).run(documents, padding_mask=real).aux)(params)
+        leaves_close(jax.jit(trainer._losses)(params, row)[1], apart, atol=2e-6)
 
     def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
         config = OptimizerConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.2, weight_decay=0.5)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from attnax.pretrained.families.llama import ATTENTION, FIELDS, HEAD, LLAMA, NORMS
-from attnax.pretrained.family import Rule, linear, within
+from attnax.pretrained.family import Rule, within
 from attnax.pretrained.fields import alternate_layers, biases, flag, layers, only, rope, whole
 
 __all__ = ["GPT_OSS"]
@@ -37,8 +37,9 @@ GPT_OSS = dataclasses.replace(
             ATTENTION,
             NORMS,
             (Rule("self_attn.sinks", ("attention.sinks",)),),
-            linear("mlp.router", "feed_forward.router"),
             (
+                Rule("mlp.router.weight", ("feed_forward.router",), "O I -> I O"),
+                Rule("mlp.router.bias", ("feed_forward.router_bias",)),
                 Rule("mlp.experts.gate_up_proj", ("feed_forward.gate", "feed_forward.up"), "E D (F 2) -> E D (2 F)"),
                 Rule(
                     "mlp.experts.gate_up_proj_bias",

@@ -59,7 +59,7 @@ def experts(mixture: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
         "{base}layers.{layer}." + mixture,
         "decoder.stack.blocks.{layer}.feed_forward",
         (
-            Rule("gate.weight", ("router.kernel",), "O I -> I O"),
+            Rule("gate.weight", ("router",), "O I -> I O"),
             Rule(f"experts.{{expert}}.{gate}.weight", ("gate",), "E F D -> E D F"),
             Rule(f"experts.{{expert}}.{up}.weight", ("up",), "E F D -> E D F"),
             Rule(f"experts.{{expert}}.{down}.weight", ("down",), "E D F -> E F D"),
