@@ -160,7 +160,7 @@ def _read_draft(
     wanted = jnp.broadcast_to(steps, (num_rows, count + 1))
     logits, cache = step(state, Tokens(ids, position_ids, wanted, context), progress.cache)
 
-    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running)
+    progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
     going_on = running  # rows that accepted everything so far
     for index in range(count + 1):
         text = progress.text  # where a row goes on it holds the draft up to here

@@ -9,20 +9,26 @@ from attnax.typing import Array, Index
 
 
 def dropout_words(dropout_rng: Array) -> Array:
-    """The two uint32 words that stand for a key in `keep_weights`."""
-    return jax.random.bits(dropout_rng, (2,), jnp.uint32)
+    """What stands for a key in `keep_weights`, (4,) uint32: two random words, and the first row and head, here 0."""
+    return jnp.concatenate([jax.random.bits(dropout_rng, (2,), jnp.uint32), jnp.zeros(2, jnp.uint32)])
+
+
+def words_of_shard(words: Array, row: Array, head: Array) -> Array:
+    """The same for a shard, which begins at a row of the batch and a head of the whole."""
+    return jnp.concatenate([words[:2], jnp.stack([row, head]).astype(jnp.uint32)])
 
 
 def keep_weights(
-    words: Array | tuple[Array, Array], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
+    words: Array | tuple[Array, ...], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
 ) -> Array:
-    """True where the attention weight of (b, h, q, kv) is kept; indices are global and broadcast together.
+    """True where the attention weight of (b, h, q, kv) is kept; indices are those of the shard, and broadcast together.
 
     A row word is hashed from (key, b, h, q) once a row; an element costs one more finaliser, which is far
     cheaper than a counter-based generator per element.
     """
     b, h, q, kv = (jnp.asarray(index).astype(jnp.uint32) for index in (b, h, q, kv))
-    word_0, word_1 = words
+    word_0, word_1, first_row, first_head = words
+    b, h = b + first_row, h + first_head
     row = _mix(_mix(_mix(q + word_0) ^ (h * jnp.uint32(0x9E3779B9))) + b * jnp.uint32(0x85EBCA6B) + word_1)
     bits = _mix(row ^ _mix(kv + word_1))
     return bits >= jnp.uint32(min(round(dropout_rate * 2**32), 2**32 - 1))

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
-from attnax.kernels._dropout import dropout_words
+from attnax.kernels._dropout import dropout_words, words_of_shard
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
 from attnax.kernels._pairs import check_pairs
 from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_triton
+from attnax.kernels._shards import Offset, Shards, find_shards
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
 from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass, wide_dtype
@@ -104,7 +105,7 @@ def attend(
         reason = why_no_kernel(call.plan, call.operands.kernel) if needs_kernel else None
         if reason is not None:
             raise NotImplementedError(f"{caller}: {reason}. Use flash_attention.")
-        out, lse = _attention(call.plan, *call.arrays, call.operands.learned, call.operands)
+        out, lse = _run(call)
     else:
         out, lse = call
     return (out, lse) if return_lse else out
@@ -116,6 +117,35 @@ class Call(NamedTuple):
     plan: Plan
     arrays: Arrays  # query, key, value, scale
     operands: Operands
+    shards: tuple[Shards, Offset] | None  # of a mesh with Explicit axes, and what stands for a shard's place
+
+
+def _run(call: Call) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of a call."""
+    if call.shards is None:
+        return _attention(call.plan, *call.arrays, call.operands.learned, call.operands)
+    shards, anywhere = call.shards
+    # What stands for the place of a shard among the arrays that masks and score mods captured.
+    is_place = [(x is anywhere.row, x is anywhere.head) for x in jax.tree.leaves(call.operands)]
+
+    def attend(offset: Offset, query: Array, key: Array, value: Array, rest: Any) -> tuple[Array, Array]:
+        scale, operands = rest
+        leaves, structure = jax.tree.flatten(operands)
+        operands = jax.tree.unflatten(
+            structure,
+            [
+                offset.row if is_row else offset.head if is_head else x
+                for x, (is_row, is_head) in zip(leaves, is_place, strict=True)
+            ],
+        )
+        words = operands.tiles.dropout
+        if words is not None:
+            words = words_of_shard(words, offset.row, offset.head)
+        operands = operands._replace(tiles=operands.tiles._replace(dropout=words))
+        return _attention(call.plan, query, key, value, scale, operands.learned, operands)  # type: ignore[no-any-return]
+
+    query, key, value, scale = call.arrays
+    return shards.run(attend, query, key, value, (scale, call.operands))  # type: ignore[no-any-return]
 
 
 def prepare(
@@ -143,6 +173,13 @@ def prepare(
     check_pairs(caller, mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
     learn_scale = not is_concrete(scale)
     scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
+    whole, shards = (query, key, value), find_shards(caller, query, key, value)
+    offset = None
+    if shards is not None:
+        offset = Offset(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        mask, score_mod = offset.mask(shards.whole(mask)), offset.score_mod(shards.whole(score_mod))
+        query, key, value = shards.local(query), shards.local(key, of_keys=True), shards.local(value, of_keys=True)
+        full = *query.shape[:3], key.shape[2]
     tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
     kernel = None if backend == "tiles" else _kernel_tiles(query, value, block_size)
     splash = None
@@ -162,7 +199,10 @@ def prepare(
     index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
     bound, of_tiles = _blockwise.bind(caller, tiles, (query, key, value, scale), mask, score_mod, index, words)
     arrays: Arrays = bound[0], bound[1], bound[2], bound[3]
-    return Call(plan, arrays, Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod)))
+    operands = Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
+    if shards is None or offset is None:
+        return Call(plan, arrays, operands, None)
+    return Call(plan, (*whole, scale), operands, (shards, offset))
 
 
 def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Tile] | None:

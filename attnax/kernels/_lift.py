@@ -167,11 +167,11 @@ def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
     for eqn in flat.jaxpr.eqns:
         variables = [var for var in eqn.invars if isinstance(var, Var)]
         if eqn.effects or not all(var in known or var in constant for var in variables):
-            rest.append(eqn)
+            rest.append(_anywhere(eqn))
         elif any(var in known for var in variables):
             _step(eqn, known, constant)
         else:
-            rest.append(eqn)
+            rest.append(_anywhere(eqn))
             constant.update(dict.fromkeys(eqn.outvars, eqn))
     used = [*(var for eqn in rest for var in eqn.invars), *flat.jaxpr.outvars]
     cut = tuple(dict.fromkeys(var for var in used if isinstance(var, Var) and var in known and var not in constant))
@@ -240,6 +240,8 @@ def defer(function: Any) -> Deferred | None:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes of an enclosing `shard_map` over which the value may differ."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return frozenset()
     aval = jax.typeof(x)
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
 
@@ -311,8 +313,17 @@ def _step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | No
     for var in eqn.invars:
         if later is not None and isinstance(var, Var) and var not in env:
             _step(later[var], env, later)
+    if eqn.primitive.name == "reshard":  # of a tile there is nothing to move
+        env[eqn.outvars[0]] = _read(env, eqn.invars[0])
+        return
     results = eqn.primitive.bind(*(_read(env, var) for var in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
     env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
+
+
+def _anywhere(eqn: JaxprEqn) -> JaxprEqn:
+    """The equation without the mesh that it was traced under: a tile of it runs on the shard of a device."""
+    meshes = {key: None for key, value in eqn.params.items() if isinstance(value, jax.sharding.Sharding)}
+    return eqn.replace(params=eqn.params | meshes) if meshes else eqn
 
 
 def _is_float(x: Array) -> bool:

@@ -117,7 +117,8 @@ def cached_attention(
         mask = window if mask is None else mask & window
     result: Any
     if not by_chunks:
-        dtype = jnp.promote_types(query.dtype, _stored_dtype(cache))  # as they are kept, not rounded to the query
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(query.dtype, _stored_dtype(cache))  # as they are kept, not rounded to the query
         stored = cache.tokens(dtype)
         mask = at_positions(mask, positions, stored.positions)
         score_mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)

@@ -106,9 +106,7 @@ class NnxAttention:
                 f"got query.shape={query.shape}, key.shape={key.shape}, value.shape={value.shape}."
             )
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        query, key, value = (
-            jnp.asarray(x, dtype).reshape(math.prod(batch), *x.shape[-3:]).swapaxes(1, 2) for x in (query, key, value)
-        )
+        query, key, value = (_merge(jnp.asarray(x, dtype), len(batch)).swapaxes(1, 2) for x in (query, key, value))
         full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         joined = self.mask
         if mask is not None:
@@ -131,7 +129,12 @@ class NnxAttention:
             dropout_rate=dropout_rate,
             deterministic=deterministic,
         ).swapaxes(1, 2)
-        return out.reshape(*batch, *out.shape[1:])
+        return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
+
+
+def _merge(x: Array, num_axes: int) -> Array:
+    """The first axes as one; a single one stays, however a mesh cuts it."""
+    return x if num_axes == 1 else x.reshape(math.prod(x.shape[:num_axes]), *x.shape[num_axes:])
 
 
 def _one_batch_axis(mask: Any, batch: tuple[int, ...]) -> Mask:

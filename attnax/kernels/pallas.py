@@ -90,7 +90,7 @@ class Inputs(NamedTuple):
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
     careful: Any  # (B, K) int32, or None: visit all tiles with care
-    dropout: Any  # (2,) uint32, or None
+    dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
     mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
     mod: tuple[Any, ...]
@@ -202,7 +202,7 @@ class Kernel:
         if self.inputs.dropout is None:
             return None
         rate = self.call.dropout_rate
-        words = self.inputs.dropout[0], self.inputs.dropout[1]
+        words = tuple(self.inputs.dropout[n] for n in range(4))
         kept = keep_weights(words, rate, *self.index(place))
         return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels._dropout import dropout_words, keep_weights
-from attnax.kernels._lift import sum_in_float32
+from attnax.kernels._lift import Lifted, lift, sum_in_float32
+from attnax.kernels._pairs import check_pairs
+from attnax.kernels._shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
@@ -109,10 +113,53 @@ def standard_attention(
         deterministic=deterministic,
         scale=scale,
     )
+    full = (*query.shape[:3], key.shape[2])
+    mask, score_mod = resolve_masks("standard_attention", mask, score_mod, full)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    words = None if dropout_rng is None or deterministic or dropout_rate == 0.0 else dropout_words(dropout_rng)
+    attend = partial(_attend, dropout_rate)
+    shards = find_shards("standard_attention", query, key, value)
+    if shards is None:
+        out, lse = attend(index_grid(*full), query, key, value, mask, score_mod, scale, words)
+    else:
+        check_pairs("standard_attention, on the shards of a mesh", mask, score_mod, full, frozenset())
+        here = shards.local(query)
+        scores = jax.ShapeDtypeStruct((*here.shape[:3], full[3]), wide_dtype(query.dtype))
+        mask, score_mod = _lift(shards.whole(mask), shards.whole(score_mod), scores)
+
+        def on_shard(offset: Offset, query: Array, key: Array, value: Array, rest: tuple[Any, ...]) -> Any:
+            b, h, q, kv = index_grid(*query.shape[:3], key.shape[2])
+            return attend((*offset.moved(b, h), q, kv), query, key, value, *rest)
+
+        out, lse = shards.run(on_shard, query, key, value, (mask, score_mod, scale, words))
+    return (out, lse) if return_lse else out
+
+
+def _lift(mask: Any, score_mod: Any, scores: jax.ShapeDtypeStruct) -> tuple[Lifted | None, Lifted | None]:
+    """The mask and the score mod for scores of this shape, with the arrays that they capture as operands."""
+    indices = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in index_grid(*scores.shape)]
+    change = partial(apply_score_mod, "standard_attention", score_mod)
+    return (
+        None if mask is None else lift(mask, *indices),
+        None if score_mod is None else lift(change, scores, *indices),
+    )
+
+
+def _attend(
+    dropout_rate: float,
+    indices: tuple[Array, Array, Array, Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Callable[..., Array] | None,
+    score_mod: ScoreMod | None,
+    scale: Any,
+    words: Array | None,
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of queries and keys at `indices`, (b, h, q, kv) of every pair."""
     batch, num_heads, seq_q, head_dim = query.shape
     num_kv_heads, seq_kv, value_dim = value.shape[1:]
     full = (batch, num_heads, seq_q, seq_kv)
-    indices = index_grid(*full)
 
     # A masked weight is 0, but 0 * NaN is NaN: work on cleaned rows and add NaN back to the pairs that may see them.
     out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
@@ -127,10 +174,9 @@ def standard_attention(
     query = query.reshape(groups, rows, head_dim)
     key, value = key.reshape(groups, seq_kv, head_dim), value.reshape(groups, seq_kv, value_dim)
     scores = jnp.einsum("XMH,XSH->XMS", query, key, precision=lax.Precision.HIGHEST)
-    scores = scores.reshape(full) * (head_dim**-0.5 if scale is None else scale)
+    scores = scores.reshape(full) * jnp.asarray(scale, dtype)
 
     keep = jnp.ones((1, 1, 1, 1), bool)
-    mask, score_mod = resolve_masks("standard_attention", mask, score_mod, full)
     if mask is not None:
         keep = mask(*indices)
     if score_mod is not None:
@@ -147,9 +193,8 @@ def standard_attention(
     weights = jnp.where(keep, jnp.exp(scores - peak), 0)
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
-    if dropout_rate > 0.0 and not deterministic:
-        assert dropout_rng is not None
-        kept = keep_weights(dropout_words(dropout_rng), dropout_rate, *indices)
+    if words is not None:
+        kept = keep_weights(words, dropout_rate, *indices)
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0)
 
     weights = weights.reshape(groups, rows, seq_kv)
@@ -159,7 +204,5 @@ def standard_attention(
     # reaches no key that the row may not attend.
     out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan)
     out = jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(out_dtype)
-    if not return_lse:
-        return out
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
     return out, lse[..., 0]

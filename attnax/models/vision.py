@@ -17,7 +17,7 @@ from attnax.nn.linear import Linear, make_initializer
 from attnax.nn.norms import norm_of
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Float, ScoreMod
+from attnax.typing import Array, ArrayLike, Float, ScoreMod, wide_dtype
 
 __all__ = ["VisionTransformer", "with_image_size"]
 
@@ -226,7 +226,7 @@ def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int])
 def _resize(table: Array, grid_size: tuple[int, int], antialias: bool) -> Array:
     """The table (rows, columns, D) on another grid, computed in at least float32."""
     rows, columns = (_bicubic(*counts, antialias) for counts in zip(table.shape[:2], grid_size, strict=True))
-    exact = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    exact = table.astype(wide_dtype(table.dtype))
     resized = jnp.einsum("Rr,rcD,Cc->RCD", rows, exact, columns, precision="highest")
     return resized.astype(table.dtype)
 

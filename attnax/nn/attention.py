@@ -410,7 +410,7 @@ class MultiHeadAttention(nnx.Module):
             return heads
         heads, lse = heads
         share = jax.nn.sigmoid(lse - self.sinks[...].astype(lse.dtype)[None, :, None])  # of the keys beside the sink
-        return (heads * share[..., None]).astype(heads.dtype)
+        return (heads.astype(share.dtype) * share[..., None]).astype(heads.dtype)
 
     def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
         batch, length, _ = x.shape

@@ -13,7 +13,7 @@ from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, check_shape, is_concrete
+from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, check_shape, is_concrete, wide_dtype
 
 __all__ = [
     "LearnedPositionalEmbedding",
@@ -67,7 +67,7 @@ class TokenEmbedding(nnx.Module):
         """Products of x with every row, in float32, or in float64 for a float64 x."""
         table = self.embedding[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
-        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=wide_dtype(x.dtype))
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
@@ -100,7 +100,7 @@ class PositionalEncoding(nnx.Module):
         frequency = 10000.0 ** -(np.arange(0, self.d_model, 2, dtype=np.float64) / self.d_model)
         angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
-        vectors = jnp.asarray(table, jnp.promote_types(x.dtype, jnp.float32))
+        vectors = jnp.asarray(table, wide_dtype(x.dtype))
         return x + _look_up(vectors, positions, "PositionalEncoding", "positions").astype(x.dtype)
 
 

@@ -151,7 +151,7 @@ class MixtureOfExperts(nnx.Module):
         order = jnp.argsort(assigned)
         rows = self._experts(tokens.astype(config.dtype)[order // config.top_k], sizes, deterministic, rngs)
         outs = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*chosen.shape, config.d_model)
-        out = (outs * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
+        out = (outs.astype(weights.dtype) * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
         if self.shared is not None:
             out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
         return out, _statistics(logits, scores, experts, real)
@@ -196,7 +196,7 @@ def _statistics(
 
     def mean(values: Array) -> Array:
         chosen = jnp.where(real.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
-        return chosen.sum(0) / jnp.maximum(real.sum(), 1)
+        return chosen.sum(0) / jnp.maximum(real.sum(), 1).astype(values.dtype)
 
     statistics = {
         "load_balance_loss": num_experts * (load * mean(probability)).sum(),

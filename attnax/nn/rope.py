@@ -123,7 +123,7 @@ def _cos_sin(
 ) -> tuple[Array, Array]:
     inv_freq = rope_inv_freq(head_dim, base, scaling=scaling)
     position = jnp.maximum(position, 0)
-    dtype = jnp.promote_types(out_dtype, jnp.float32)
+    dtype = wide_dtype(out_dtype)
     cos, sin = jnp.asarray(rope_attention_factor(scaling), dtype), jnp.zeros((), dtype)
     for digit in range(4):
         angles = (np.arange(256, dtype=np.float64) * 256**digit)[:, None] * inv_freq
@@ -203,7 +203,7 @@ class RotaryEmbedding:
             batch, length = x.shape[0], x.shape[2]
             shapes = (length,), (1, length), (batch, length)
             check_shape("RotaryEmbedding", "position_ids", position_ids, *shapes, integers=True)
-        dtype = jnp.promote_types(x.dtype, jnp.float32) if self.dtype is None else self.dtype
+        dtype = wide_dtype(x.dtype) if self.dtype is None else self.dtype
         if position_ids is None:
             length = x.shape[2]
             if self.max_positions is not None and length > self.max_positions:

@@ -1,0 +1,180 @@
+"""Attention local to the shards of a mesh with Explicit axes: batch and heads may be cut, nothing is gathered.
+
+With Explicit axes the type of an array says how it is cut. A kernel reads that from its operands and runs, under
+`jax.shard_map`, on what each device holds; masks and score mods go on seeing the indices of the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import P, lax
+from jax.sharding import AxisType, NamedSharding
+
+from attnax.masks import Mask
+from attnax.typing import Array, Index, ScoreMod, is_concrete, pytree_dataclass
+
+__all__ = ["Offset", "Shards", "find_shards"]
+
+
+@pytree_dataclass
+class Offset:
+    """Where a shard begins, in rows of the batch and in heads."""
+
+    row: Array  # () int32
+    head: Array  # () int32
+
+    def mask(self, mask: Mask | None) -> Mask | None:
+        """The mask as a shard sees it."""
+        return None if mask is None else ShardMask(mask, self)
+
+    def score_mod(self, score_mod: ScoreMod | None) -> ScoreMod | None:
+        """The score mod as a shard sees it."""
+        return None if score_mod is None else ShardScoreMod(score_mod, self)
+
+    def moved(self, b: Index, h: Index) -> tuple[Array, Array]:
+        """A row and a head of the shard as those of the whole."""
+        return jnp.add(b, self.row), jnp.add(h, self.head)
+
+
+@pytree_dataclass
+class ShardMask(Mask):
+    """A mask of the whole, read by a shard."""
+
+    mask: Mask
+    offset: Offset
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask.is_opaque
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return self.mask(*self.offset.moved(b, h), q, kv)
+
+    def tile(self, b: Index, h: Index, q_range: Any, kv_range: Any) -> tuple[Any, Any]:
+        return self.mask.tile(*self.offset.moved(b, h), q_range, kv_range)
+
+
+@pytree_dataclass
+class ShardScoreMod:
+    """A score mod of the whole, read by a shard."""
+
+    score_mod: ScoreMod
+    offset: Offset
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return self.score_mod(scores, *self.offset.moved(b, h), q, kv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How query, key and value are cut; a name of mesh axes is what stands in a `PartitionSpec`."""
+
+    mesh: Any
+    batch: Any
+    heads: Any
+    kv_heads: Any
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes that cut something."""
+        return frozenset((*_names(self.batch), *_names(self.heads)))
+
+    def local(self, x: Any, *, of_keys: bool = False) -> jax.ShapeDtypeStruct:
+        """The shape of what a device holds."""
+        rows, heads = self._count(self.batch), self._count(self.kv_heads if of_keys else self.heads)
+        return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
+
+    def whole(self, tree: Any) -> Any:
+        """Masks and score mods whose arrays every device holds as a whole."""
+        return jax.tree.map(lambda x: self._cut(x, P()) if isinstance(x, jax.Array) else x, tree)
+
+    def run(self, attend: Callable[..., Any], query: Array, key: Array, value: Array, operands: Any) -> Any:
+        """`attend(offset, query, key, value, operands)` on each device, whose results have axes (B, N, ...)."""
+        spec, of_keys = P(self.batch, self.heads), P(self.batch, self.kv_heads)
+
+        def local(query: Array, *others: Any) -> Any:
+            first = (_place(names) * size for names, size in zip((self.batch, self.heads), query.shape, strict=False))
+            return attend(Offset(*(jnp.asarray(x, jnp.int32) for x in first)), query, *others)
+
+        run = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(spec, of_keys, of_keys, P()),
+            out_specs=spec,
+            axis_names=set(self.axes),
+            check_vma=False,  # what masks and score mods do was traced outside
+        )
+        arrays = self._cut(query, spec), self._cut(key, of_keys), self._cut(value, of_keys)
+        return run(*arrays, self.whole(operands))
+
+    def _count(self, names: Any) -> int:
+        return math.prod(self.mesh.shape[name] for name in _names(names))
+
+    def _cut(self, x: Array, spec: P) -> Array:
+        """The array, cut like that: without a word between devices where it is cut less."""
+        have = jax.typeof(x).sharding
+        if _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+
+
+def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards | None:
+    """How Explicit mesh axes cut the operands; None if they do not.
+
+    Raises:
+        NotImplementedError: they cut a sequence or the width of heads, or heads where keys have others.
+    """
+    cuts = {name: _cut_by(x) for name, x in (("query", query), ("key", key), ("value", value))}
+    if not any(any(cut) for cut in cuts.values()):
+        return None
+    got = ", ".join(f"{name}: {P(*cut)}" for name, cut in cuts.items())
+    if any(cut[2] or cut[3] for cut in cuts.values()):
+        raise NotImplementedError(
+            f"{caller}: mesh axes may cut batch and heads; got {got}. Where the sequence is cut use ring_attention in "
+            "jax.shard_map; give each device whole heads."
+        )
+    batches, heads = ({cut[axis] for cut in cuts.values()} - {()} for axis in (0, 1))
+    of_keys = {cuts[name][1] for name in ("key", "value")} - {()}
+    if len(batches) > 1 or len(heads) > 1 or (of_keys and not cuts["query"][1]):
+        raise NotImplementedError(
+            f"{caller}: query, key and value must be cut alike; got {got}. Use jax.sharding.reshard."
+        )
+    mesh = next(x for x, cut in zip((query, key, value), cuts.values(), strict=True) if any(cut))
+    mesh = mesh.sharding.mesh if is_concrete(mesh) else jax.typeof(mesh).sharding.mesh
+    by_head = next(iter(heads), ())
+    count = math.prod(mesh.shape[name] for name in by_head)
+    if key.shape[1] % count and key.shape[1] > 1:
+        raise NotImplementedError(
+            f"{caller}: the {key.shape[1]} heads of keys cannot be cut {count} times, as those of the query are; got "
+            f"{got}. Cut the heads less, or repeat the keys."
+        )
+    cut_keys = by_head if key.shape[1] % count == 0 else ()
+    return Shards(mesh, next(iter(batches), None), by_head or None, cut_keys or None)
+
+
+def _cut_by(x: Array) -> tuple[tuple[str, ...], ...]:
+    """For each axis of an array the Explicit mesh axes that cut it."""
+    sharding = jax.typeof(x).sharding
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    return tuple(
+        tuple(name for name in _names(entry) if types[name] == AxisType.Explicit and sharding.mesh.shape[name] > 1)
+        for entry in _entries(sharding.spec, x.ndim)
+    )
+
+
+def _entries(spec: Any, ndim: int) -> tuple[Any, ...]:
+    return tuple(_names(entry) for entry in (*spec, *(None,) * (ndim - len(spec))))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _place(names: Any) -> Any:
+    return lax.axis_index(_names(names)) if names else 0
