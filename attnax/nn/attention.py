@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from attnax.kernels.lite import lite_attention
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window
+from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
@@ -56,7 +56,8 @@ class MultiHeadAttention(nnx.Module):
         attention_fn: what computes the attention of the projected, rotated heads, by default what the config's
             `attention_type` names.
         score_mod: applied to the scores of every call, before a per-call one. One that holds arrays must be a
-            callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
+            callable pytree or an nnx.Module, so that the arrays are part of the layer's state; so must rope and
+            attention_fn. NumPy arrays are constants.
         rope: turns queries and keys, a function `(heads, position_ids) -> heads`, by default the config's.
         query_norm: norm of the queries before that, over a head or over all of them by its `num_features`.
         key_norm: the same for the keys.
@@ -64,7 +65,8 @@ class MultiHeadAttention(nnx.Module):
             `use_rope`.
 
     Raises:
-        ValueError: options that do not fit together.
+        ValueError: options that do not fit together, or a function that reads a floating JAX array which is no leaf of
+            it, in the call where it was made for the sizes of a call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,8 +135,8 @@ class MultiHeadAttention(nnx.Module):
         self.rope = _as_attribute(rope)
         attention_fn = _attention_function(rngs, config) if attention_fn is None else attention_fn
         self.attention_fn = _as_attribute(attention_fn)
-        _refuse_captured_arrays(score_mod)
         self.score_mod = _as_attribute(score_mod)
+        self._refuse_hidden_arrays()
         for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
             if getattr(config, field) and keyword not in inspect.signature(attention_fn).parameters:
                 raise ValueError(
@@ -272,6 +274,12 @@ class MultiHeadAttention(nnx.Module):
             self._check_tokens("context", context, self.key, batch)
             key, value = self.keys_values(context, position_ids_kv)
 
+        refuse_hidden_arrays(
+            "MultiHeadAttention",
+            "score_mod",
+            self.score_mod,
+            _scores(batch, self.config.num_heads, seq_q, key.shape[2]),
+        )
         mask = None if mask is None else as_mask(mask)
         window, alibi = None, None
         if context is None and self.config.attention_window is not None:
@@ -420,6 +428,22 @@ class MultiHeadAttention(nnx.Module):
             projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
+    def _refuse_hidden_arrays(self) -> None:
+        """Raises ValueError for a function whose arrays the layer could not see, so that they would get no gradient.
+
+        Axes of length 1 go with arrays of any size; a score mod is looked at again at the sizes of a call.
+        """
+        config = self.config
+        heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
+        query, key, value = (
+            jax.ShapeDtypeStruct((1, number, 1, size), config.dtype)
+            for number, size in (*heads, (config.kv_heads, config.value_head_size))
+        )
+        scores = _scores(1, config.num_heads, 1, 1)
+        refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
+        refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
+        refuse_hidden_arrays_of_kernel("MultiHeadAttention", self.attention_fn, (query, key, value), scores)
+
     def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
         fits = tokens.ndim == 3 and tokens.shape[2] == layer.in_features and batch in (None, tokens.shape[0])
         if not fits:
@@ -505,24 +529,16 @@ def _nan_where_lost(heads: Array, cache: Any) -> Array:
     return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads)
 
 
+def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a score mod is called with for all pairs."""
+    shapes = (batch, 1, 1, 1), (1, num_heads, 1, 1), (1, 1, seq_q, 1), (1, 1, 1, seq_kv)
+    indices = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+    return jax.ShapeDtypeStruct((batch, num_heads, seq_q, seq_kv), jnp.float32), *indices
+
+
 def _as_attribute(function: Any) -> Any:
     """The function as an attribute of a module: state if it holds arrays."""
     return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
-
-
-def _refuse_captured_arrays(score_mod: ScoreMod | None) -> None:
-    """Raises ValueError for a function whose arrays a module could not see, so that they would get no gradient."""
-    cells = getattr(score_mod, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells if cell != types.CellType()]
-    if any(isinstance(leaf, jax.Array | nnx.Variable | nnx.Module) for leaf in jax.tree.leaves(held, is_leaf=_is_nnx)):
-        raise ValueError(
-            "MultiHeadAttention: a score_mod that a layer keeps must not close over arrays, which get no gradient; "
-            f"got score_mod={score_mod!r}. Make it a registered dataclass or an nnx.Module, or give it to the call."
-        )
-
-
-def _is_nnx(node: Any) -> bool:
-    return isinstance(node, nnx.Variable | nnx.Module)
 
 
 def _head_dim(qkv_features: int, num_heads: int) -> int:
