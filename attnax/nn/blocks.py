@@ -13,6 +13,7 @@ from flax import nnx
 from attnax.cache import LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import Mask
+from attnax.nn._run import run_of
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
@@ -164,7 +165,7 @@ class EncoderBlock(nnx.Module):
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, Any]:
-            return self.attention.run(
+            return run_of(self.attention)(
                 x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
             )
 
@@ -300,12 +301,12 @@ class DecoderBlock(nnx.Module):
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, Any]:
-            return self.attention.run(
+            return run_of(self.attention)(
                 x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
             )
 
         def attend_encoder(x: Array) -> tuple[Array, None]:
-            out, _ = self.cross_attention.run(
+            out, _ = run_of(self.cross_attention)(
                 x,
                 context=encoder_output,
                 mask=cross_mask,
