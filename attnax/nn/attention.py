@@ -12,6 +12,7 @@ from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
+from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.linear import linear_attention
@@ -167,7 +168,9 @@ class MultiHeadAttention(nnx.Module):
             x: (batch, T, in_features).
             context: (batch, S, context_features) for cross-attention, or what `keys_values` made of it; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S), with a cache to (batch, num_heads, max_len, max_len).
+                (batch, num_heads, T, S). With a cache its column j is position j, where padding does not count: as many
+                columns as there are tokens so far are enough, and what lies beyond may not be attended. Its rows are
+                those of x, unless there are max_len of them, which are positions.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
                 what follows the cache, where -1 marks padding. Without a cache, masks and score mods are read at
@@ -334,7 +337,8 @@ class MultiHeadAttention(nnx.Module):
         batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
             return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
-        if mask is not None:  # read at positions, so an array must know all that the cache can hold
+        if mask is not None:
+            mask = mask_of_cache(mask, positions, cache.num_positions)
             full = batch, num_heads, cache.num_positions, cache.num_positions
             mask.check("MultiHeadAttention, with a cache", full)
         cache, seen = cache.append(key, value, positions)

@@ -250,7 +250,7 @@ class DecoderBlock(nnx.Module):
         Args:
             x: (batch, T, d_model).
             encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            self_mask: who attends whom within x.
+            self_mask: who attends whom within x, and with a cache before it; as `mask` of `MultiHeadAttention`.
             cross_mask: which tokens of x attend which of the encoder, by index.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or what follows the cache.
