@@ -113,7 +113,8 @@ class _TokenTransformer(nnx.Module):
             if isinstance(cross["encoder_output"], tuple):
                 each["encoder_output"] = options.pop("encoder_output")
         out = self.stack.run(x, each=each, score_mod=score_mod, **options, **mode)
-        return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
+        with jax.named_scope("norm"):
+            return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
 
     def _check_ids(self, input_ids: ArrayLike, caches: tuple[LayerCache, ...] | None) -> Array:
         input_ids = jnp.asarray(input_ids)
@@ -445,6 +446,7 @@ class TokenHead(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((config.vocab_size,), config.param_dtype))
         self.scale, self.soft_cap = config.logit_scale, config.logit_soft_cap
 
+    @jax.named_scope("head")
     def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
         """The logits; `tokens` holds the embeddings of the tokens that they are about."""
         logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
@@ -25,7 +26,7 @@ from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions, is_concrete
 
 __all__ = ["KeysValues", "MultiHeadAttention"]
 
@@ -64,6 +65,10 @@ class MultiHeadAttention(nnx.Module):
         key_norm: the same for the keys.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
+
+    In a program operations are named "attention" and after the attention function, and policies of `jax.checkpoint` may
+    save by name what they compute: "attention_query", "attention_key" and "attention_value", projected and rotated, and
+    "attention_out", what the heads gather. `jax.checkpoint_policies.save_only_these_names("attention_out")` is one.
 
     Raises:
         ValueError: options that do not fit together, or a function that reads a floating JAX array which is no leaf of
@@ -201,6 +206,7 @@ class MultiHeadAttention(nnx.Module):
         )
         return out if cache is None else (out, cache)
 
+    @jax.named_scope("attention")
     def run(
         self,
         x: Float[Array, "B T D"],
@@ -218,6 +224,7 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_cache = self._gather(
             x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
         )
+        heads = _named("attention_out", heads)
         return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
     def attention_weights(
@@ -276,6 +283,7 @@ class MultiHeadAttention(nnx.Module):
         else:
             self._check_tokens("context", context, self.key, batch)
             key, value = self.keys_values(context, position_ids_kv)
+        query, key, value = map(_named, ("attention_query", "attention_key", "attention_value"), (query, key, value))
 
         refuse_hidden_arrays(
             "MultiHeadAttention",
@@ -415,9 +423,10 @@ class MultiHeadAttention(nnx.Module):
             options["scale"] = self.config.attention_scale
         if self.sinks is not None:
             options["return_lse"] = True
-        heads = attend(
-            dropout_rng=dropout_rng, dropout_rate=self.dropout.rate, deterministic=dropout_rng is None, **options
-        )
+        with jax.named_scope(_name_of(attend)):
+            heads = attend(
+                dropout_rng=dropout_rng, dropout_rate=self.dropout.rate, deterministic=dropout_rng is None, **options
+            )
         if self.sinks is None:
             return heads
         heads, lse = heads
@@ -526,6 +535,17 @@ def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return _Configured(linear_attention, causal=False, chunk_size=config.linear_attention_chunk_size)
         case AttentionType.LITE:
             return LiteAttention(rngs, config)
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _named(name: str, x: Array) -> Array:
+    """x, which a policy of `jax.checkpoint` may save by that name: a program of its own where nothing is traced."""
+    return x if is_concrete(x) else checkpoint_name(x, name)
 
 
 def _nan_where_lost(heads: Array, cache: Any) -> Array:

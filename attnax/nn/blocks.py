@@ -77,9 +77,8 @@ class Residual(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """What `sublayer` adds to x, and whatever else it returns."""
-        branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
-        if self.norm_branch is not None:
-            branch = self.norm_branch(branch)
+        branch, extra = sublayer(_normalised(self.norm_in, x))
+        branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
             branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
         branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
@@ -96,7 +95,7 @@ class Residual(nnx.Module):
         """The new stream, and whatever else `sublayer` returns."""
         branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
         x = x + branch
-        return (x if self.norm_sum is None else self.norm_sum(x).astype(x.dtype)), extra
+        return _normalised(self.norm_sum, x).astype(x.dtype), extra
 
 
 class EncoderBlock(nnx.Module):
@@ -305,6 +304,7 @@ class DecoderBlock(nnx.Module):
                 x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
             )
 
+        @jax.named_scope("cross")
         def attend_encoder(x: Array) -> tuple[Array, None]:
             out, _ = run_of(self.cross_attention)(
                 x,
@@ -323,6 +323,11 @@ class DecoderBlock(nnx.Module):
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
         return Output(x, cache, aux)
+
+
+@jax.named_scope("norm")
+def _normalised(norm: Any, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:

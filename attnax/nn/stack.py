@@ -99,8 +99,9 @@ class Stack(nnx.Module):
         if scanned:
             x, caches, aux = self._scan(x, layers[:scanned], options)
         run_block = self._block_runner(options)
-        for block, layer in zip(self.blocks, layers[scanned:], strict=True):
-            x, cache, block_aux = run_block(block, x, layer)
+        for index, block in enumerate(self.blocks, scanned):
+            with jax.named_scope(f"layer_{index}"):
+                x, cache, block_aux = run_block(block, x, layers[index])
             caches.append(cache)
             aux = add_aux(aux, block_aux)
         return Output(x, tuple(caches) if caches[0] is not None else None, aux)
@@ -138,8 +139,9 @@ class Stack(nnx.Module):
 
         def run_period(x: Array, inputs: Any) -> tuple[Array, Any]:
             outputs = []
-            for function, state, layer in zip(functions, *inputs, strict=True):
-                x, *output = function(x, state, layer)
+            for place, (function, state, layer) in enumerate(zip(functions, *inputs, strict=True)):
+                with jax.named_scope(f"period_{place}"):
+                    x, *output = function(x, state, layer)
                 outputs.append(output)
             return x, outputs
 
@@ -167,7 +169,10 @@ class Stack(nnx.Module):
 
         if self.config.remat == "none":
             return run
-        policy = None if self.config.remat == "full" else getattr(jax.checkpoint_policies, self.config.remat)
+        policies, remat = jax.checkpoint_policies, self.config.remat
+        if remat == "attention_out":
+            return jax.checkpoint(run, policy=policies.save_only_these_names(remat))
+        policy = None if remat == "full" else getattr(policies, remat)
         return jax.checkpoint(run, policy=policy)
 
 
