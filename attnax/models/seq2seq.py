@@ -271,16 +271,16 @@ class Transformer(nnx.Module):
                 f"got {type(self).__name__} with a __call__ or run of its own, which would be ignored. "
                 "Override run of the encoder or the decoder."
             )
-        if np.ndim(source_ids) != 2 or not is_concrete(source_ids):
+        if np.ndim(source_ids) != 2:
             raise ValueError(
-                "generate: source_ids must be known, of shape (batch, length); "
-                f"got {'a traced array' if not is_concrete(source_ids) else np.shape(source_ids)}."
+                f"generate: source_ids must be of shape (batch, length); got source_ids.shape={np.shape(source_ids)}."
             )
-        placed, source_ids = source_ids, np.asarray(source_ids)
+        xp = np if is_concrete(source_ids) and is_concrete(source_padding_mask) else jnp
+        placed, source_ids = source_ids, xp.asarray(source_ids)
         self.encoder.embed.tokens.check(source_ids)
-        real = np.ones(source_ids.shape, bool)
+        real = xp.ones(source_ids.shape, bool)
         if source_padding_mask is not None:
-            real = np.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
+            real = xp.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
         # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
         mask = self.encoder.self_mask
@@ -288,7 +288,7 @@ class Transformer(nnx.Module):
         padded = length if is_fixed else min(padded_length(max(2, length)), self.encoder.config.max_len)
         missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
-        ids, padded_real = (place_like(placed, np.pad(x, missing)) for x in (source_ids, real))
+        ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
         return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
 
