@@ -111,7 +111,8 @@ class TransformerLM(nnx.Module):
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token that follows each position; options as in a call without caches."""
-        return jax.nn.log_softmax(self(input_ids, **options))
+        logits: Any = self(input_ids, **options)
+        return jax.nn.log_softmax(logits)
 
     def generate(
         self,

@@ -95,8 +95,9 @@ class _TokenTransformer(nnx.Module):
                 assert real is not None
                 mask = padding(real) if mask is None else mask & padding(real)
             score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
-        if not is_alone and mask is not None:  # an array given as self_mask has positions as its rows
-            known = getattr(caches[0], "num_positions", None)
+        if caches is not None and not is_alone and mask is not None:  # the rows of a self_mask are positions
+            bounds = [getattr(cache, "num_positions", None) for cache in caches]
+            known = min((bound for bound in bounds if bound is not None), default=None)
             mask.check(type(self).__name__, (input_ids.shape[0], self.config.num_heads, known, known))
         if call_mask is not None:
             mask = as_mask(call_mask) if mask is None else mask & call_mask

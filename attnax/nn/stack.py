@@ -238,12 +238,11 @@ def _read_only_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if not isinstance(value, bool):  # a mode, which `nnx.view` sets in a copy of its own
             _refuse_change()
-        super(read_only, self).__setattr__(name, value)
+        cls.__setattr__(self, name, value)
 
-    members = {"__setattr__": set_attribute, "__delattr__": _refuse_change}
+    members: dict[str, Any] = {"__setattr__": set_attribute, "__delattr__": _refuse_change}
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    read_only = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
-    return read_only
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
 def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
