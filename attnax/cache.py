@@ -99,9 +99,18 @@ class StoredTokens:
 class LayerCache(Protocol):
     """What every cache of one layer can do; none changes in place.
 
+    Where and in which form keys and values lie is a kind's own: `tokens` reads any of them.
+
     Those that store tokens also have `append(keys, values, positions)`, which gives the new cache and what holds all
-    that the new tokens may attend (the same, but for a ring that would overwrite some of it), and `tokens(dtype)`.
+    that the new tokens may attend (the same, but for a ring that would overwrite some of it).
     """
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """The tokens as arrays (batch, num_kv_heads, S, head_dim) with their positions, in any order.
+
+        Raises:
+            NotImplementedError: the cache stores no tokens.
+        """
 
     def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
@@ -157,6 +166,11 @@ class EmptyCache:
     def next_positions(self) -> Int[Array, "B"]:
         """0 for each row."""
         return self.cache.next_positions()
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """Slots without a token."""
+        stored: StoredTokens = self.cache.tokens(dtype)
+        return stored
 
     def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
         """The cache itself with the tokens of a prompt, given as to `append`.
@@ -368,6 +382,12 @@ class LinearLayerCache:
 
     state: LinearState
     lengths: Int[Array, "B"]
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """Raises NotImplementedError: a sum does not know its terms."""
+        raise NotImplementedError(
+            "LinearLayerCache: the sums of linear attention store no tokens. Use a softmax kernel to read them."
+        )
 
     def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""

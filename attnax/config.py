@@ -29,7 +29,7 @@ QkNorm = Literal["none", "head", "projection"]
 RouterType = Literal["softmax", "sigmoid"]
 Initializer = Literal["lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", "normal"]
 ResidualInit = Literal["depth", "none"]
-Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+Remat = Literal["none", "full", "attention_out", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 Pool = Literal["cls", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -388,8 +388,9 @@ class StackConfig(BlockConfig):
             `({"attention_window": 512}, {})` every other layer is local.
         scan_layers: parameters of all periods of the pattern are stacked and the program loops over them: it compiles
             in a time that does not depend on the depth.
-        remat: what the backward pass computes again rather than keeps: "none", "full" (all of a block) or the name of
-            one of JAX's checkpoint policies.
+        remat: what the backward pass computes again rather than keeps: "none", "full" (all of a block),
+            "attention_out" (all but what the heads of attention gather) or the name of one of JAX's checkpoint
+            policies.
     """
 
     num_layers: int = 6

@@ -114,6 +114,8 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
     """
     progress, context, _, token = _begin(request)(step, state, request, cache, max_new_tokens)
     request = request.after_prompt()
+    if not is_concrete(token):
+        raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
     while True:
         yield np.asarray(token)
         if np.asarray(progress.finished).all():

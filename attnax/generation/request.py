@@ -79,29 +79,36 @@ def make_request(
 ) -> Request:
     """The arguments of a model's `generate`, checked.
 
-    Nothing is computed by JAX. With `pad_to` the prompt gets padding on the right up to that length.
+    Nothing is computed by JAX, unless the prompt or its padding is traced: then ids outside of the vocabulary, which
+    models read as NaN, and rows without a token cannot be refused. With `pad_to` the prompt gets padding on the right
+    up to that length.
 
     Raises:
-        ValueError: arguments out of range, a row without a token, or sampling without a key.
+        ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
+            or samples, end token or stop sequence.
     """
     if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
         raise ValueError(
             "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
             f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
         )
-    if not is_concrete(prompt_ids):
-        raise ValueError(
-            "generate: prompt_ids must be known; got a traced array. It compiles a program of its own: call it outside "
-            "of jit, or attnax.generation.generate within."
-        )
-    for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+    static = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
+    for name, value in (static | {"end_token": end_token, "stop_sequences": stop_sequences}).items():
+        if not all(map(is_concrete, jax.tree.leaves(value))):
+            raise ValueError(
+                f"generate: {name} must be known, since sizes depend on it; got a traced array. "
+                "Make it static under jit."
+            )
+    for name, count in static.items():
         if count < 1:
             raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
-    known = np.asarray(prompt_ids)
-    _check_tokens("token ids", known, vocab_size)
+    xp = np if is_concrete(prompt_ids) and is_concrete(padding_mask) else jnp
+    known = xp.asarray(prompt_ids)
+    _check_tokens("token ids", prompt_ids, vocab_size)
     ends, stops = _stops(end_token, stop_sequences, vocab_size)
-    real = np.ones(known.shape, bool) if padding_mask is None else np.asarray(padding_mask)
-    if real.shape != known.shape or real.dtype != bool or not real.any(axis=1).all():
+    real = xp.ones(known.shape, bool) if padding_mask is None else xp.asarray(padding_mask)
+    is_empty = is_concrete(padding_mask) and padding_mask is not None and not np.asarray(padding_mask).any(-1).all()
+    if real.shape != known.shape or real.dtype != bool or is_empty:
         raise ValueError(
             f"generate: padding_mask must be boolean {known.shape} with a real token in every row; "
             f"got shape={real.shape}, dtype={real.dtype}."
@@ -117,10 +124,10 @@ def make_request(
         _check_keys(key, known.shape[0], num_samples)
         key = None if sampler.temperature is None else key
     missing = ((0, 0), (0, max(0, (pad_to or 0) - known.shape[1])))
-    positions = np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32)
+    positions = xp.where(real, xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
     return Request(
-        ids=place_like(prompt_ids, np.pad(known.astype(np.int32), missing)),
-        position_ids=place_like(prompt_ids, np.pad(positions, missing, constant_values=-1)),
+        ids=place_like(prompt_ids, xp.pad(known.astype(np.int32), missing)),
+        position_ids=place_like(prompt_ids, xp.pad(positions, missing, constant_values=-1)),
         key=key,
         max_new_tokens=np.asarray(max_new_tokens, np.int32),
         sampler=sampler,
@@ -131,9 +138,10 @@ def make_request(
     )
 
 
-def place_like(given: Any, made: np.ndarray) -> ArrayLike:
+def place_like(given: Any, made: ArrayLike) -> ArrayLike:
     """What was made of an array by a user, on the devices on which that was put."""
-    return jax.device_put(made, given.sharding) if isinstance(given, jax.Array) and given.committed else made
+    is_placed = isinstance(given, jax.Array) and is_concrete(given) and given.committed
+    return jax.device_put(made, given.sharding) if is_placed else made
 
 
 def padded_length(length: int) -> int:
@@ -193,8 +201,11 @@ def _stops(
 
 
 def _check_tokens(name: str, ids: Any, vocab_size: int) -> None:
-    if np.size(ids) == 0 or not np.issubdtype(np.asarray(ids).dtype, np.integer):
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+    if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"generate: {name} must be whole numbers, at least one; got {ids}.")
+    if not is_concrete(ids):
+        return
     low, high = int(np.min(ids)), int(np.max(ids))
     if low < 0 or high >= vocab_size:
         raise ValueError(f"generate: {name} must be at least 0 and below {vocab_size}; got {low if low < 0 else high}.")

@@ -11,6 +11,7 @@ from jax import lax
 
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
 from attnax.int8_rows import Int8Rows, Rows, decode_rows
+from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels._chunks import Chunk, attend_chunks
 from attnax.kernels._decode import Stored
 from attnax.kernels.flash import flash_attention
@@ -60,8 +61,10 @@ def cached_attention(
             gives). A ring of a window lets queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result holds no meaning.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that knows every position
-            of the cache, so that it broadcasts to (batch, num_heads, max_len, max_len).
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of that is
+            position j; one with fewer columns than max_len is about the first positions, and what lies beyond may not
+            be attended. Its rows are the T queries in order, unless there are max_len of them, which are positions. An
+            axis of size 1 holds for all.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout.
         dropout_rate: probability of dropping each attention weight.
@@ -109,8 +112,8 @@ def cached_attention(
         options |= {"mask": mask, "score_mod": score_mod, "query_positions": positions}
         return paged_attention(query, cache, **options)
     full = (batch, query.shape[1], cache.num_positions, cache.num_positions)
-    mask = None if mask is None else as_mask(mask)
     if mask is not None:
+        mask = mask_of_cache(as_mask(mask), positions, cache.num_positions)
         mask.check("cached_attention, which reads masks at positions", full)
     if not isinstance(cache, PagedKVCache) and cache.window is not None:
         window = sliding_window(cache.window, causal=False)

@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 
 from attnax.int8_rows import Int8Rows, decode_rows
+from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels._chunks import Chunk, Source, attend_chunks
 from attnax.kernels._decode import Stored
-from attnax.masks import Mask, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, as_mask, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
 from attnax.typing import (
     Array,
@@ -126,9 +127,12 @@ def paged_attention(
         cache: its pools may have another floating dtype. A row whose `overflowed` is set gives NaN.
         sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. Where it is
             traced and there is no such row, the result is NaN.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that knows every position,
-            so that it broadcasts to (batch, num_heads, max_len, max_len), in the third form with max_len + T. An array
-            over the T new tokens alone is refused: pass a Mask or a function. A query with nothing to attend gives 0.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of that is
+            position j; one with fewer columns than max_len (in the third form max_len + T) is about the first
+            positions, and what lies beyond may not be attended. Its rows are the T queries in order, unless there are
+            as many as positions, which they then are. An axis of size 1 holds for all. In the third form an array over
+            the T new tokens alone is refused where the cache is known to hold others: pass a Mask or a function. A
+            query with nothing to attend gives 0.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
         dropout_rate: probability of dropping each attention weight; which ones depends on b, h and positions.
@@ -194,9 +198,6 @@ def paged_attention(
         deterministic=deterministic,
         scale=scale,
     )
-    positions = cache.max_len + key.shape[2]
-    caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
-    mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
     rate = 0.0 if deterministic else dropout_rate
     starts = cache.seq_lengths - (query.shape[2] if new is None else 0)
     q_positions = starts[:, None] + jnp.arange(query.shape[2], dtype=jnp.int32)[None]
@@ -205,6 +206,12 @@ def paged_attention(
             "paged_attention", "query_positions", query_positions, query.shape[0], query.shape[2]
         )
         q_positions = jnp.broadcast_to(q_positions, (query.shape[0], query.shape[2]))
+    if mask is not None:
+        _check_columns(mask, cache, new)
+        mask = mask_of_cache(as_mask(mask), q_positions, cache.max_len + key.shape[2])
+    positions = cache.max_len + key.shape[2]
+    caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
+    mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
     out_dtype = query.dtype
     sources: tuple[Source, ...] = (_pages_to_read(mask, cache, rows, q_positions, query.shape[1]),)
     if new is not None:
@@ -392,6 +399,18 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         raise ValueError(
             "paged_attention: query and the pools of the cache must be floating; got {}, {} and {}.".format(*dtypes)
+        )
+
+
+def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) -> None:
+    """Raises ValueError for an array that is about new tokens where others come before them."""
+    if new is None or not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
+        return
+    if 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
+        raise ValueError(
+            "paged_attention: columns of an array are positions, and tokens in the cache come before the new ones; "
+            f"got mask.shape={mask.shape} for {new[0].shape[2]} new tokens behind "
+            f"seq_lengths={cache.seq_lengths.tolist()}. Pass a Mask or a function, or an array over all positions."
         )
 
 

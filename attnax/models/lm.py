@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
@@ -27,6 +28,7 @@ from attnax.models.writing import (
     prompt_or_positions,
     stream,
 )
+from attnax.nn._run import overrides_call, run_of
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
@@ -100,7 +102,7 @@ class TransformerLM(nnx.Module):
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
         """`TransformerDecoder.run` with logits in `hidden`."""
-        out = self.decoder.run(input_ids, **options)
+        out = run_of(self.decoder)(input_ids, **options)
         return out._replace(hidden=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
@@ -109,7 +111,8 @@ class TransformerLM(nnx.Module):
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token that follows each position; options as in a call without caches."""
-        return jax.nn.log_softmax(self.run(input_ids, **options).hidden)
+        logits: Any = self(input_ids, **options)
+        return jax.nn.log_softmax(logits)
 
     def generate(
         self,
@@ -226,6 +229,11 @@ class TransformerLM(nnx.Module):
         )
 
     def _writer(self) -> Writer:
+        if inspect.ismethod(vars(self).get("run")):
+            raise NotImplementedError(
+                "generate: run as an attribute of the object is bound to the parameters of now, which a program would "
+                "keep; got model.run. Override run in a subclass."
+            )
         graphdef, state = nnx.split(self)
         return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask)
 
@@ -239,6 +247,36 @@ class _Step:
     def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
         model = nnx.merge(self.graphdef, state)
         options = prompt_or_positions(tokens, cache)
-        out = model.decoder.run(tokens.ids, caches=cache, deterministic=True, **options)
-        # Only the tokens that are wanted go through the head.
-        return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches
+        if overrides_call(model):
+            logits, caches = _called(model, tokens.ids, options | {"layer_kv_caches": cache})
+        elif getattr(model.run, "__func__", None) is not _RUN:
+            logits, caches, _ = model.run(tokens.ids, caches=cache, deterministic=True, **options)
+        else:  # only the tokens that are wanted go through the head
+            out = run_of(model.decoder)(tokens.ids, caches=cache, deterministic=True, **options)
+            return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches
+        return jnp.take_along_axis(logits, tokens.wanted[..., None], axis=1), caches
+
+
+_RUN = TransformerLM.run
+
+
+def _called(model: TransformerLM, ids: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+    """(logits, caches) by the `__call__` of a subclass.
+
+    Raises:
+        NotImplementedError: it takes no caches, or returns something else.
+    """
+    advice = (
+        f"generate: it writes by {type(model).__name__}.__call__, which must take input_ids, padding_mask, "
+        "position_ids, layer_kv_caches and deterministic, and return (logits, caches); {}. "
+        "Or override run, and it writes by that."
+    )
+    options = {"deterministic": True, **options}
+    try:
+        inspect.signature(type(model).__call__).bind(model, ids, **options)
+    except TypeError as error:
+        raise NotImplementedError(advice.format(f"got one where {error}")) from None
+    result = model(ids, **options)
+    if not isinstance(result, tuple) or len(result) != 2 or jnp.shape(result[0])[:2] != ids.shape:
+        raise NotImplementedError(advice.format(f"got {type(result).__name__}"))
+    return result

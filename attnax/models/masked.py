@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
 from attnax.models.transformer import TokenHead, TransformerEncoder
+from attnax.nn._run import run_of
 from attnax.nn.blocks import Output
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.nn.linear import Linear
@@ -78,7 +79,7 @@ class MaskedLM(nnx.Module):
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
         """`TransformerEncoder.run` with logits in `hidden`."""
-        out = self.encoder.run(input_ids, **options)
+        out = run_of(self.encoder)(input_ids, **options)
         return out._replace(hidden=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
@@ -88,4 +89,4 @@ class MaskedLM(nnx.Module):
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Log-probabilities of the token at each position; options as in a call."""
-        return jax.nn.log_softmax(self.run(input_ids, **options).hidden)
+        return jax.nn.log_softmax(self(input_ids, **options))

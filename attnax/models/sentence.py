@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnax.config import Pool
 from attnax.models.transformer import TransformerEncoder
+from attnax.nn._run import run_of
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, wide_dtype
 
 __all__ = ["SentenceEncoder"]
@@ -61,7 +62,9 @@ class SentenceEncoder(nnx.Module):
         A row without a token that is no padding has the vector 0.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        hidden = self.encoder.run(input_ids, padding_mask=padding_mask, token_type_ids=token_type_ids, **options).hidden
+        hidden = run_of(self.encoder)(
+            input_ids, padding_mask=padding_mask, token_type_ids=token_type_ids, **options
+        ).hidden
         hidden = hidden.astype(wide_dtype(hidden.dtype))
         real = jnp.ones(hidden.shape[:2], bool) if padding_mask is None else jnp.asarray(padding_mask)
         if self.pool == "cls":  # padding may stand left

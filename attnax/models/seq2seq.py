@@ -27,6 +27,7 @@ from attnax.models.writing import (
     prompt_or_positions,
     stream,
 )
+from attnax.nn._run import overrides_call, run_of
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
@@ -152,8 +153,8 @@ class Transformer(nnx.Module):
         source_ids, real = jnp.asarray(source_ids), None
         if source_padding_mask is not None:
             real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
-        encoded = self.encoder.run(source_ids, padding_mask=real, **mode)
-        out = self.decoder.run(
+        encoded = run_of(self.encoder)(source_ids, padding_mask=real, **mode)
+        out = run_of(self.decoder)(
             target_ids,
             padding_mask=target_padding_mask,
             score_mod=score_mod,
@@ -276,16 +277,22 @@ class Transformer(nnx.Module):
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder, with what its cross-attention reads of the sources."""
-        if np.ndim(source_ids) != 2 or not is_concrete(source_ids):
-            raise ValueError(
-                "generate: source_ids must be known, of shape (batch, length); "
-                f"got {'a traced array' if not is_concrete(source_ids) else np.shape(source_ids)}."
+        if overrides_call(self) or getattr(self.run, "__func__", None) is not _RUN:
+            raise NotImplementedError(
+                f"generate: a target is written token by token, by encoder.run and decoder.run; "
+                f"got {type(self).__name__} with a __call__ or run of its own, which would be ignored. "
+                "Override run of the encoder or the decoder."
             )
-        placed, source_ids = source_ids, np.asarray(source_ids)
+        if np.ndim(source_ids) != 2:
+            raise ValueError(
+                f"generate: source_ids must be of shape (batch, length); got source_ids.shape={np.shape(source_ids)}."
+            )
+        xp = np if is_concrete(source_ids) and is_concrete(source_padding_mask) else jnp
+        placed, source_ids = source_ids, xp.asarray(source_ids)
         self.encoder.embed.tokens.check(source_ids)
-        real = np.ones(source_ids.shape, bool)
+        real = xp.ones(source_ids.shape, bool)
         if source_padding_mask is not None:
-            real = np.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
+            real = xp.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
         # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
         mask = self.encoder.self_mask
@@ -293,9 +300,12 @@ class Transformer(nnx.Module):
         padded = length if is_fixed else min(padded_length(max(2, length)), self.encoder.config.max_len)
         missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
-        ids, padded_real = (place_like(placed, np.pad(x, missing)) for x in (source_ids, real))
+        ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
         return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
+
+
+_RUN = Transformer.run
 
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
@@ -322,7 +332,7 @@ class _Source:
     def make(self, state: Any, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
         """What cross-attention reads of the sources, and which of their tokens are no padding."""
         model, real = nnx.merge(self.graphdef, state), jnp.asarray(self.real)
-        encoded = model.encoder.run(self.ids, padding_mask=real, deterministic=True).hidden
+        encoded = run_of(model.encoder)(self.ids, padding_mask=real, deterministic=True).hidden
         return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
 
 
@@ -335,7 +345,7 @@ class _Step:
     def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
         contexts, real = tokens.context
         model = nnx.merge(self.graphdef, state)
-        out = model.decoder.run(
+        out = run_of(model.decoder)(
             tokens.ids,
             caches=cache,
             encoder_output=contexts,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
@@ -69,10 +71,10 @@ class _TokenTransformer(nnx.Module):
         real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
-        if mask is not None and caches is not None:
+        if mask is not None and caches is not None and not isinstance(mask, jax.Array | np.ndarray):
             raise ValueError(
-                f"{type(self).__name__}: mask says who attends whom among these tokens, and caches hold others; "
-                "got both. Give the mask as self_mask, which is read at positions."
+                f"{type(self).__name__}: with caches, mask must be a boolean array over all tokens so far; "
+                f"got {type(mask).__name__}. Give it as self_mask, which is read at positions."
             )
         call_mask, mask, given = mask, self.self_mask, position_ids is not None
         if position_ids is not None:
@@ -93,6 +95,10 @@ class _TokenTransformer(nnx.Module):
                 assert real is not None
                 mask = padding(real) if mask is None else mask & padding(real)
             score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
+        if caches is not None and not is_alone and mask is not None:  # the rows of a self_mask are positions
+            bounds = [getattr(cache, "num_positions", None) for cache in caches]
+            known = min((bound for bound in bounds if bound is not None), default=None)
+            mask.check(type(self).__name__, (input_ids.shape[0], self.config.num_heads, known, known))
         if call_mask is not None:
             mask = as_mask(call_mask) if mask is None else mask & call_mask
 
@@ -108,7 +114,8 @@ class _TokenTransformer(nnx.Module):
             if isinstance(cross["encoder_output"], tuple):
                 each["encoder_output"] = options.pop("encoder_output")
         out = self.stack.run(x, each=each, score_mod=score_mod, **options, **mode)
-        return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
+        with jax.named_scope("norm"):
+            return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
 
     def _check_ids(self, input_ids: ArrayLike, caches: tuple[LayerCache, ...] | None) -> Array:
         input_ids = jnp.asarray(input_ids)
@@ -193,7 +200,8 @@ class TransformerEncoder(_TokenTransformer):
         Args:
             input_ids: (batch, T).
             mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. Not with caches.
+                `masks.documents(ids)` for packed rows. With caches a boolean array (batch, heads, T, tokens so far), of
+                which column j is position j; in an EmptyCache, index j.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
@@ -318,7 +326,8 @@ class TransformerDecoder(_TokenTransformer):
         Args:
             input_ids: (batch, T).
             mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. Not with caches.
+                `masks.documents(ids)` for packed rows. With caches a boolean array (batch, heads, T, tokens so far), of
+                which column j is position j; in an EmptyCache, index j.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
@@ -438,6 +447,7 @@ class TokenHead(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((config.vocab_size,), config.param_dtype))
         self.scale, self.soft_cap = config.logit_scale, config.logit_soft_cap
 
+    @jax.named_scope("head")
     def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
         """The logits; `tokens` holds the embeddings of the tokens that they are about."""
         logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
+from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.linear import linear_attention
@@ -20,11 +21,12 @@ from attnax.kernels.lite import lite_attention
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window
+from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions, is_concrete
 
 __all__ = ["KeysValues", "MultiHeadAttention"]
 
@@ -56,15 +58,21 @@ class MultiHeadAttention(nnx.Module):
         attention_fn: what computes the attention of the projected, rotated heads, by default what the config's
             `attention_type` names.
         score_mod: applied to the scores of every call, before a per-call one. One that holds arrays must be a
-            callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
+            callable pytree or an nnx.Module, so that the arrays are part of the layer's state; so must rope and
+            attention_fn. NumPy arrays are constants.
         rope: turns queries and keys, a function `(heads, position_ids) -> heads`, by default the config's.
         query_norm: norm of the queries before that, over a head or over all of them by its `num_features`.
         key_norm: the same for the keys.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
 
+    In a program operations are named "attention" and after the attention function, and policies of `jax.checkpoint` may
+    save by name what they compute: "attention_query", "attention_key" and "attention_value", projected and rotated, and
+    "attention_out", what the heads gather. `jax.checkpoint_policies.save_only_these_names("attention_out")` is one.
+
     Raises:
-        ValueError: options that do not fit together.
+        ValueError: options that do not fit together, or a function that reads a floating JAX array which is no leaf of
+            it, in the call where it was made for the sizes of a call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,8 +141,8 @@ class MultiHeadAttention(nnx.Module):
         self.rope = _as_attribute(rope)
         attention_fn = _attention_function(rngs, config) if attention_fn is None else attention_fn
         self.attention_fn = _as_attribute(attention_fn)
-        _refuse_captured_arrays(score_mod)
         self.score_mod = _as_attribute(score_mod)
+        self._refuse_hidden_arrays()
         for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
             if getattr(config, field) and keyword not in inspect.signature(attention_fn).parameters:
                 raise ValueError(
@@ -165,7 +173,9 @@ class MultiHeadAttention(nnx.Module):
             x: (batch, T, in_features).
             context: (batch, S, context_features) for cross-attention, or what `keys_values` made of it; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S), with a cache to (batch, num_heads, max_len, max_len).
+                (batch, num_heads, T, S). With a cache its column j is position j, where padding does not count: as many
+                columns as there are tokens so far are enough, and what lies beyond may not be attended. Its rows are
+                those of x, unless there are max_len of them, which are positions.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
                 what follows the cache, where -1 marks padding. Without a cache, masks and score mods are read at
@@ -196,6 +206,7 @@ class MultiHeadAttention(nnx.Module):
         )
         return out if cache is None else (out, cache)
 
+    @jax.named_scope("attention")
     def run(
         self,
         x: Float[Array, "B T D"],
@@ -213,6 +224,7 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_cache = self._gather(
             x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
         )
+        heads = _named("attention_out", heads)
         return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
     def attention_weights(
@@ -271,7 +283,14 @@ class MultiHeadAttention(nnx.Module):
         else:
             self._check_tokens("context", context, self.key, batch)
             key, value = self.keys_values(context, position_ids_kv)
+        query, key, value = map(_named, ("attention_query", "attention_key", "attention_value"), (query, key, value))
 
+        refuse_hidden_arrays(
+            "MultiHeadAttention",
+            "score_mod",
+            self.score_mod,
+            _scores(batch, self.config.num_heads, seq_q, key.shape[2]),
+        )
         mask = None if mask is None else as_mask(mask)
         window, alibi = None, None
         if context is None and self.config.attention_window is not None:
@@ -326,7 +345,8 @@ class MultiHeadAttention(nnx.Module):
         batch, num_heads, _, _ = query.shape
         if isinstance(cache, LinearLayerCache):
             return self._attend_sums(query, key, value, mask, score_mod, dropout_rng, positions, cache)
-        if mask is not None:  # read at positions, so an array must know all that the cache can hold
+        if mask is not None:
+            mask = mask_of_cache(mask, positions, cache.num_positions)
             full = batch, num_heads, cache.num_positions, cache.num_positions
             mask.check("MultiHeadAttention, with a cache", full)
         cache, seen = cache.append(key, value, positions)
@@ -403,9 +423,10 @@ class MultiHeadAttention(nnx.Module):
             options["scale"] = self.config.attention_scale
         if self.sinks is not None:
             options["return_lse"] = True
-        heads = attend(
-            dropout_rng=dropout_rng, dropout_rate=self.dropout.rate, deterministic=dropout_rng is None, **options
-        )
+        with jax.named_scope(_name_of(attend)):
+            heads = attend(
+                dropout_rng=dropout_rng, dropout_rate=self.dropout.rate, deterministic=dropout_rng is None, **options
+            )
         if self.sinks is None:
             return heads
         heads, lse = heads
@@ -419,6 +440,22 @@ class MultiHeadAttention(nnx.Module):
             width = norm.num_features
             projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
+
+    def _refuse_hidden_arrays(self) -> None:
+        """Raises ValueError for a function whose arrays the layer could not see, so that they would get no gradient.
+
+        Axes of length 1 go with arrays of any size; a score mod is looked at again at the sizes of a call.
+        """
+        config = self.config
+        heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
+        query, key, value = (
+            jax.ShapeDtypeStruct((1, number, 1, size), config.dtype)
+            for number, size in (*heads, (config.kv_heads, config.value_head_size))
+        )
+        scores = _scores(1, config.num_heads, 1, 1)
+        refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
+        refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
+        refuse_hidden_arrays_of_kernel("MultiHeadAttention", self.attention_fn, (query, key, value), scores)
 
     def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
         fits = tokens.ndim == 3 and tokens.shape[2] == layer.in_features and batch in (None, tokens.shape[0])
@@ -500,29 +537,32 @@ def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return LiteAttention(rngs, config)
 
 
+def _name_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _named(name: str, x: Array) -> Array:
+    """x, which a policy of `jax.checkpoint` may save by that name: a program of its own where nothing is traced."""
+    return x if is_concrete(x) else checkpoint_name(x, name)
+
+
 def _nan_where_lost(heads: Array, cache: Any) -> Array:
     """The heads, NaN where a write to the cache was dropped, which must not pass unseen."""
     return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, heads)
 
 
+def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a score mod is called with for all pairs."""
+    shapes = (batch, 1, 1, 1), (1, num_heads, 1, 1), (1, 1, seq_q, 1), (1, 1, 1, seq_kv)
+    indices = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+    return jax.ShapeDtypeStruct((batch, num_heads, seq_q, seq_kv), jnp.float32), *indices
+
+
 def _as_attribute(function: Any) -> Any:
     """The function as an attribute of a module: state if it holds arrays."""
     return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
-
-
-def _refuse_captured_arrays(score_mod: ScoreMod | None) -> None:
-    """Raises ValueError for a function whose arrays a module could not see, so that they would get no gradient."""
-    cells = getattr(score_mod, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells if cell != types.CellType()]
-    if any(isinstance(leaf, jax.Array | nnx.Variable | nnx.Module) for leaf in jax.tree.leaves(held, is_leaf=_is_nnx)):
-        raise ValueError(
-            "MultiHeadAttention: a score_mod that a layer keeps must not close over arrays, which get no gradient; "
-            f"got score_mod={score_mod!r}. Make it a registered dataclass or an nnx.Module, or give it to the call."
-        )
-
-
-def _is_nnx(node: Any) -> bool:
-    return isinstance(node, nnx.Variable | nnx.Module)
 
 
 def _head_dim(qkv_features: int, num_heads: int) -> int:

@@ -12,6 +12,7 @@ from flax import nnx
 from attnax.cache import EmptyCache, LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Lengths, Mask, as_mask
+from attnax.nn._run import run_of
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
@@ -76,9 +77,8 @@ class Residual(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """What `sublayer` adds to x, and whatever else it returns."""
-        branch, extra = sublayer(x if self.norm_in is None else self.norm_in(x))
-        if self.norm_branch is not None:
-            branch = self.norm_branch(branch)
+        branch, extra = sublayer(_normalised(self.norm_in, x))
+        branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
             branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
         branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
@@ -95,7 +95,7 @@ class Residual(nnx.Module):
         """The new stream, and whatever else `sublayer` returns."""
         branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
         x = x + branch
-        return (x if self.norm_sum is None else self.norm_sum(x).astype(x.dtype)), extra
+        return _normalised(self.norm_sum, x).astype(x.dtype), extra
 
 
 class EncoderBlock(nnx.Module):
@@ -183,7 +183,7 @@ class EncoderBlock(nnx.Module):
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, Any]:
-            return self.attention.run(
+            return run_of(self.attention)(
                 x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
             )
 
@@ -276,7 +276,7 @@ class DecoderBlock(nnx.Module):
         Args:
             x: (batch, T, d_model).
             encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            self_mask: who attends whom within x.
+            self_mask: who attends whom within x, and with a cache before it; as `mask` of `MultiHeadAttention`.
             cross_mask: which tokens of x attend which of the encoder, by index.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or what follows the cache.
@@ -327,12 +327,13 @@ class DecoderBlock(nnx.Module):
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def attend(x: Array) -> tuple[Array, Any]:
-            return self.attention.run(
+            return run_of(self.attention)(
                 x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
             )
 
+        @jax.named_scope("cross")
         def attend_encoder(x: Array) -> tuple[Array, None]:
-            out, _ = self.cross_attention.run(
+            out, _ = run_of(self.cross_attention)(
                 x,
                 context=encoder_output,
                 mask=cross_mask,
@@ -360,6 +361,11 @@ def _block_config(
         sizes["d_model"], config = config, None
     given = {name: size for name, size in sizes.items() if size is not None}
     return resolve_config(BlockConfig, config, fields | given)
+
+
+@jax.named_scope("norm")
+def _normalised(norm: Any, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:

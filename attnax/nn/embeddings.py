@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -192,6 +193,7 @@ class TransformerEmbedding(nnx.Module):
         self.scale = config.embedding_scale
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
+    @jax.named_scope("embedding")
     def __call__(
         self,
         input_ids: Int[ArrayLike, "B T"],

@@ -94,6 +94,7 @@ class FeedForward(nnx.Module):
         self.down = linear(config.d_ff, config.d_model, scale=config.residual_init_scale)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(
         self, x: Float[Array, "*L D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*L D"]:

@@ -97,6 +97,7 @@ class MixtureOfExperts(nnx.Module):
         if config.num_shared_experts:
             self.shared = FeedForward(rngs, dataclasses.replace(config, d_ff=config.num_shared_experts * d_ff))
 
+    @jax.named_scope("mixture_of_experts")
     def __call__(
         self,
         x: Float[Array, "*L D"],

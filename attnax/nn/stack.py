@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from attnax.config import StackConfig
+from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
 from attnax.typing import Array, Float, is_concrete
@@ -45,7 +47,15 @@ class Stack(nnx.Module):
         self.blocks = nnx.List(blocks[whole:])
 
     def layers(self) -> list[Any]:
-        """The blocks from first to last, one a layer; with scan_layers they are copies."""
+        """The blocks from first to last, one a layer; those of `periods` are copies.
+
+        To replace a part of a copy raises ValueError: that would be lost. So is what is written to its parameters.
+        """
+        scanned = self.config.num_layers - len(self.blocks)
+        return [_read_only(block) if layer < scanned else block for layer, block in enumerate(self._unstacked())]
+
+    def _unstacked(self) -> list[Any]:
+        """The blocks from first to last, those of `periods` as copies."""
         count = self.config.num_layers - len(self.blocks)
         places = len(self.periods)
         stacked = [_take(self.periods[layer % places], layer // places) for layer in range(count)]
@@ -89,8 +99,9 @@ class Stack(nnx.Module):
         if scanned:
             x, caches, aux = self._scan(x, layers[:scanned], options)
         run_block = self._block_runner(options)
-        for block, layer in zip(self.blocks, layers[scanned:], strict=True):
-            x, cache, block_aux = run_block(block, x, layer)
+        for index, block in enumerate(self.blocks, scanned):
+            with jax.named_scope(f"layer_{index}"):
+                x, cache, block_aux = run_block(block, x, layers[index])
             caches.append(cache)
             aux = add_aux(aux, block_aux)
         return Output(x, tuple(caches) if caches[0] is not None else None, aux)
@@ -107,7 +118,7 @@ class Stack(nnx.Module):
 
         def run(block: Any, x: Array, layer: dict[str, Any]) -> tuple[Array, Any, dict[str, Any]]:
             if not shares and self.config.remat == "none":
-                return block.run(x, **_with_rngs(layer), **options)
+                return run_of(block)(x, **_with_rngs(layer), **options)
             graphdef, state = nnx.split(block)
             if graphdef not in functions:
                 function = self._as_function(graphdef, options)
@@ -128,8 +139,9 @@ class Stack(nnx.Module):
 
         def run_period(x: Array, inputs: Any) -> tuple[Array, Any]:
             outputs = []
-            for function, state, layer in zip(functions, *inputs, strict=True):
-                x, *output = function(x, state, layer)
+            for place, (function, state, layer) in enumerate(zip(functions, *inputs, strict=True)):
+                with jax.named_scope(f"period_{place}"):
+                    x, *output = function(x, state, layer)
                 outputs.append(output)
             return x, outputs
 
@@ -150,14 +162,17 @@ class Stack(nnx.Module):
         def run(x: Array, state: Any, layer: dict[str, Any]) -> Any:
             block = nnx.merge(graphdef, state)
             before = _values(block)
-            out = block.run(x, **_with_rngs(layer), **options)
+            out = run_of(block)(x, **_with_rngs(layer), **options)
             after = nnx.to_flat_state(nnx.state(block, nnx.Variable))
             written = [(path, variable) for path, variable in after if before.get(path) is not variable.get_raw_value()]
             return (*out, nnx.from_flat_state(written))
 
         if self.config.remat == "none":
             return run
-        policy = None if self.config.remat == "full" else getattr(jax.checkpoint_policies, self.config.remat)
+        policies, remat = jax.checkpoint_policies, self.config.remat
+        if remat == "attention_out":
+            return jax.checkpoint(run, policy=policies.save_only_these_names(remat))
+        policy = None if remat == "full" else getattr(policies, remat)
         return jax.checkpoint(run, policy=policy)
 
 
@@ -179,7 +194,7 @@ def with_scan_layers(model: Model, scan_layers: bool) -> Model:
     """
     model = nnx.clone(model)
     modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
-    stacks = [(module, module.layers()) for module in modules if isinstance(module, Stack)]
+    stacks = [(module, module._unstacked()) for module in modules if isinstance(module, Stack)]
     modules += [module for _, layers in stacks for layer in layers for _, module in nnx.iter_modules(layer)]
     for module in modules:
         if isinstance(getattr(module, "config", None), StackConfig):
@@ -201,6 +216,33 @@ def _stack_arrays(*arrays: Array) -> Array:
 def _take(block: nnx.Module, index: int) -> nnx.Module:
     graphdef, state = nnx.split(block)
     return nnx.merge(graphdef, jax.tree.map(lambda array: array[index], state))
+
+
+def _refuse_change(*_: Any) -> None:
+    raise ValueError(
+        "Stack.layers: with scan_layers layers share stacked parameters, and these are copies, so a change would be "
+        "lost. Change stack.periods, whose parameters have one entry a layer along axis 0, or make the model with "
+        "scan_layers=False (attnax.nn.with_scan_layers)."
+    )
+
+
+def _read_only(block: nnx.Module) -> nnx.Module:
+    """The block, made to raise ValueError where a part of it is to be replaced."""
+    for _, part in nnx.iter_modules(block):
+        part.__class__ = _read_only_class(type(part))
+    return block
+
+
+@functools.cache  # one a class, so that equal copies stay equal
+def _read_only_class(cls: type[nnx.Module]) -> type[nnx.Module]:
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if not isinstance(value, bool):  # a mode, which `nnx.view` sets in a copy of its own
+            _refuse_change()
+        cls.__setattr__(self, name, value)
+
+    members: dict[str, Any] = {"__setattr__": set_attribute, "__delattr__": _refuse_change}
+    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
 def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:

@@ -505,6 +505,18 @@ def test_positions_that_do_not_count_on_are_refused_by_pages():
     assert late.overflowed.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+def test_a_cache_gives_its_tokens_whatever_it_is(kind):
+    cache = make_caches(kind, BASE, max_len=24)[0]
+    for each in (cache, attnax.cache.EmptyCache(cache)):
+        assert isinstance(each, attnax.cache.LayerCache)
+        stored = jax.eval_shape(lambda each: each.tokens(jnp.bfloat16), each)
+        assert stored.keys.shape == (ROWS, 2, 24, 4) and stored.values.dtype == jnp.bfloat16
+    sums = make_caches("contiguous", dataclasses.replace(BASE, attention_type="linear"))[0]
+    with pytest.raises(NotImplementedError, match="the sums of linear attention store no tokens"):
+        sums.tokens(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("kind", "dtype"))
 def append_and_select(kind, dtype, keys, values, positions, rows):
     """All tokens of a cache before and after rows of it were selected."""

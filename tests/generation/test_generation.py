@@ -493,9 +493,34 @@ def test_an_encoder_decoder_generates_in_every_way(translator):
     np.testing.assert_array_equal(drafted.tokens, greedy.tokens)
 
 
-def test_generate_says_that_it_compiles_itself(model):
-    with pytest.raises(ValueError, match="prompt_ids must be known; got a traced array"):
-        jax.jit(lambda ids: model.generate(ids, max_new_tokens=2))(prompt())
+def test_generate_may_be_a_part_of_a_program(model):
+    real = np.ones(np.shape(prompt()), bool)
+    real[:, 0] = False
+    options = {"max_new_tokens": 2, "end_token": 3}
+
+    @jax.jit
+    def run(ids, real):
+        return model.generate(ids, padding_mask=real, **options)
+
+    have, want = run(prompt(), real), model.generate(prompt(), padding_mask=real, **options)
+    np.testing.assert_array_equal(have.tokens, want.tokens)
+    np.testing.assert_allclose(have.log_probs, want.log_probs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("name", ["max_new_tokens", "num_samples", "end_token", "stop_sequences"])
+def test_a_traced_number_on_which_sizes_depend_is_refused_in_words(model, name):
+    def run(x):
+        value = [[x]] if name == "stop_sequences" else x
+        return model.generate(prompt(), **({"max_new_tokens": 2} | {name: value}))
+
+    with pytest.raises(ValueError, match=f"generate: {name} must be known, since sizes depend on it; got a traced"):
+        jax.eval_shape(run, 2)
+
+
+def test_a_stream_of_traced_tokens_is_refused_in_words(model):
+    with pytest.raises(ValueError, match="stream: tokens must be known to be yielded; got traced ones"):
+        jax.eval_shape(lambda ids: next(model.stream(ids, max_new_tokens=2)), prompt())
 
 
 class TestBeams:

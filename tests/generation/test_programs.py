@@ -222,7 +222,7 @@ def test_a_generation_runs_inside_other_transformations():
 
 def test_sources_and_prompts_of_a_wrong_shape_are_refused_in_words(unchecked_shapes):
     model = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=CONFIG))
-    with pytest.raises(ValueError, match=r"source_ids must be known, of shape \(batch, length\); got \(3,\)"):
+    with pytest.raises(ValueError, match=r"source_ids must be of shape \(batch, length\); got source_ids.shape=\(3,\)"):
         model.generate(np.ones(3, int), 2, start_token=1)
     for wrong in (np.int32(1), np.zeros((1, 0), int), np.zeros(3, int)):
         with pytest.raises(ValueError, match="prompt_ids must be"):

@@ -134,6 +134,9 @@ class Forgetful:
 
     rows: jax.Array
 
+    def tokens(self, dtype):
+        raise NotImplementedError
+
     def next_positions(self):
         return self.rows
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,23 @@ def filled(kind, count):
     if kind == "contiguous":
         return KVLayerCache(*rows, np.int32(count), positions, np.bool_(False))
     return RingKVCache(*rows, positions, np.zeros(2, bool), None)
+
+
+@pytest.mark.parametrize("queries", [3, 19])  # by chunks, and in tiles
+def test_an_array_is_about_the_queries_and_the_first_positions(queries):
+    rng = np.random.default_rng(1)
+    query = rng.standard_normal((2, 1, queries, 2), np.float32)
+    array = jax.device_put(rng.random((2, 1, queries, 137)) < 0.5)
+    positions = 100 + np.arange(queries)[::-1].astype(np.int32)
+
+    def mask(b, h, q, kv):
+        return (kv < 137) & array[b, 0, 99 + queries - q, jnp.minimum(kv, 136)]
+
+    @jax.jit
+    def run(cache):
+        return [cached_attention(query, cache, positions, mask=each) for each in (array, mask)]
+
+    np.testing.assert_allclose(*run(filled("contiguous", 300)), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "ring"])

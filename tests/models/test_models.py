@@ -363,7 +363,7 @@ def test_a_mask_of_the_call_is_read_at_indices(variant):
 
 
 def test_a_mask_of_the_call_is_refused_with_caches():
-    with pytest.raises(ValueError, match="mask says who attends whom among these tokens, and caches hold others"):
+    with pytest.raises(ValueError, match="with caches, mask must be a boolean array over .* so far; got Causal"):
         caches = caches_of(SHALLOW, batch_size=1)
         make(SHALLOW)(tokens(1, 7), mask=attnax.masks.causal(), layer_kv_caches=caches)
 

@@ -13,7 +13,9 @@ from tiny import build
 
 import attnax
 from attnax import AttentionType, BlockConfig, MultiHeadAttention, masks, nn, standard_attention
+from attnax.kernels.paged import paged_attention
 from attnax.nn.norms import OffsetRMSNorm
+from attnax.paged_cache import init_paged_kv_cache
 
 BASE = {"d_model": 12, "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "dropout_rate": 0.0}
 
@@ -308,15 +310,144 @@ def test_a_scale_is_as_exact_as_the_kernels_in_low_precision():
     np.testing.assert_array_equal(call(attn, x), by_hand(attn))
 
 
-def scaled_by(slopes):
-    return lambda scores, b, h, q, kv: scores * slopes[h]
+ONES = jax.device_put(np.ones(6, np.float32))
+ORDER = ONES.astype(int)
+PARAM = nnx.Param(ONES)
 
 
-def test_a_stored_score_mod_may_not_hide_arrays():
-    ones = jax.device_put(np.ones(6, np.float32))
-    for held in (nnx.Param(ones), ones, [nnx.Param(ones)]):
-        with pytest.raises(ValueError, match="must not close over arrays, which get no gradient"):
-            MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=scaled_by(held))
+class Holder:
+    def __init__(self, held):
+        self.held = held
+
+    def scale(self, scores, b, h, q, kv):
+        return scores * self.held[h]
+
+
+def layer(**options):
+    """Made without its weights."""
+    return nnx.eval_shape(lambda: MultiHeadAttention(nnx.Rngs(0), **BASE, **options))
+
+
+def scaled_by(slopes, scores, b, h, q, kv):
+    return scores * slopes[h]
+
+
+def closing_over(slopes):
+    return lambda scores, b, h, q, kv: scores * slopes[0][h]
+
+
+def scaled_by_default(scores, b, h, q, kv, slopes=(ONES,)):
+    return scores * slopes[0][h]
+
+
+@jax.custom_jvp
+def doubled(scores):
+    return scores * ONES[0]
+
+
+doubled.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slopes:
+    slopes: jax.Array
+
+    def __call__(self, scores, b, h, q, kv):
+        return scores * self.slopes[h]
+
+
+HIDING = {
+    "closure": closing_over([PARAM]),
+    "bound method": Holder(ONES).scale,
+    "global": lambda scores, b, h, q, kv: scores * ONES[h],
+    "global parameter": lambda scores, b, h, q, kv: scores * PARAM[h],
+    "default": scaled_by_default,
+    "partial": partial(scaled_by, ONES),
+    "nested": lambda scores, *indices: scaled_by_default(scores, *indices) + 1,
+    "composed": attnax.compose_score_mods(attnax.soft_cap_mod(3.0), scaled_by_default),
+    "at positions": masks.at_positions(scaled_by_default, np.arange(3), np.arange(3)),
+    "jit": jax.jit(scaled_by_default),
+    "branch": lambda scores, *_: jax.lax.cond(scores.sum() > 0, lambda: scores, lambda: scores * ONES[0]),
+    "custom derivative": lambda scores, *_: doubled(scores),
+    "as a whole": lambda scores, *_: scores * ONES[None, :, None, None],
+}
+"""Score mods that read a JAX array which is no leaf of them."""
+
+
+@pytest.mark.parametrize("how", HIDING)
+def test_a_stored_score_mod_may_not_hide_arrays(how):
+    with pytest.raises(ValueError, match=r"score_mod must not hide arrays.*reads float32.*may be a NumPy array"):
+        layer(score_mod=HIDING[how])
+
+
+def test_a_stored_score_mod_may_not_hide_what_is_traced():
+    def make(array, mod):
+        MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=mod(array))
+
+    jax.eval_shape(partial(make, mod=Slopes), ONES)
+    with pytest.raises(ValueError, match="score_mod must not hide arrays"):
+        jax.eval_shape(partial(make, mod=partial(partial, scaled_by)), ONES)
+
+
+def made_anew(scores, b, h, q, kv):
+    with jax.ensure_compile_time_eval():
+        slopes = jnp.arange(6.0) + 1
+    return scores * slopes[h]
+
+
+CONSTANT = {
+    "numpy": lambda scores, b, h, q, kv: scores * jnp.asarray(np.ones(6, np.float32))[h],
+    "list": lambda scores, b, h, q, kv: scores * jnp.array([1.0] * 6)[h],
+    "integers": lambda scores, b, h, q, kv, order=ORDER: scores * order[h],
+    "made anew": made_anew,
+    "leaf": Slopes(ONES),
+    "leaf of a partial": jax.tree_util.Partial(scaled_by, ONES),
+    "not for this size": lambda scores, *_: scores.reshape(2, 6, 15) * np.ones((2, 6, 15), np.float32),
+}
+
+
+@pytest.mark.parametrize("what", CONSTANT)
+def test_a_stored_score_mod_may_read_constants_and_leaves(what):
+    layer(score_mod=CONSTANT[what])
+
+
+def test_a_stored_score_mod_made_for_the_sizes_of_a_call_is_checked_in_it():
+    whole = jax.device_put(np.ones((2, 6, 15), np.float32))
+
+    def mod(scores, *_):
+        return (scores.reshape(2, 6, 15) + whole).reshape(2, 6, 3, 5)
+
+    def attend(x, context):
+        attn = MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=mod, attention_type="standard")
+        with pytest.raises(ValueError, match="score_mod must not hide arrays"):
+            attn(x, context=context)
+
+    jax.eval_shape(attend, normal(1, 2, 3, 12), normal(2, 2, 5, 12))
+
+
+def test_a_stored_attention_function_may_not_hide_arrays():
+    def tempered(query, key, value, **options):
+        return standard_attention(query * ONES[0], key, value, **options)
+
+    for hiding in (
+        tempered,
+        partial(standard_attention, score_mod=Slopes(ONES)),
+        partial(partial(standard_attention, score_mod=scaled_by_default), return_lse=False),
+        partial(standard_attention, scale=ONES[0]),
+    ):
+        with pytest.raises(ValueError, match=r"(attention_fn|score_mod) must not hide arrays, which get no gradient"):
+            layer(attention_fn=hiding)
+    cache = init_paged_kv_cache(
+        num_blocks=2, block_size=4, num_kv_heads=6, head_dim=2, batch_size=1, max_blocks_per_seq=2
+    )
+    for fine in (partial(paged_attention, cache=cache), jax.tree_util.Partial(standard_attention, scale=ONES[0])):
+        layer(attention_fn=fine)
+
+
+def test_a_stored_rotation_may_not_hide_arrays():
+    with pytest.raises(ValueError, match="rope must not hide arrays"):
+        layer(rope=lambda heads, positions: heads * ONES[0])
 
 
 def test_nothing_gives_nothing():

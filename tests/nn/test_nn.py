@@ -150,8 +150,8 @@ def test_cache_and_context_exclude_each_other():
         ({"position_ids_kv": np.ones(5)}, "dtype=float32"),
         ({"mask": np.ones((4, 5), bool)}, "flash_attention: mask must broadcast"),
         (
-            {"mask": np.ones((5, 9), bool), "slots": 9},
-            r"with a cache: mask must broadcast to .*\(1, 3, 9, 9\); got mask.shape=\(1, 1, 5, 9\)",
+            {"mask": np.ones((4, 9), bool), "slots": 9},
+            r"with a cache: mask must broadcast to .*\(1, 3, 9, 9\); got mask.shape=\(1, 1, 4, 9\)",
         ),
     ],
 )

@@ -1,0 +1,104 @@
+"""Arrays that a function reads and a module does not see: constants of every program, so that nobody trains them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnax.kernels._lift import defer
+
+__all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
+
+
+def refuse_hidden_arrays(
+    caller: str, name: str, function: Any, arguments: Sequence[Any], *, visible: Sequence[Any] = (), **options: Any
+) -> None:
+    """Raises ValueError for a function that reads a floating JAX array which is no leaf of it, however it gets there.
+
+    NumPy arrays, integers and what the function makes itself are constants. A function that does not take arguments of
+    these shapes is let through: it may use an array as a whole, which fits the sizes of the call alone.
+
+    Args:
+        caller: who keeps the function.
+        name: of the argument.
+        function: None, a function or a callable pytree. The library's own hide nothing.
+        arguments: shapes and dtypes to trace it at.
+        visible: arrays that it may read beside its leaves.
+        **options: keywords to call it with.
+    """
+    if function is None or defer(function) is not None:
+        return
+    own = {id(leaf) for leaf in (*_leaves(function), *visible)}
+    hidden = [x for x in _floating_constants(function, arguments, options) if id(x) not in own]
+    if hidden:  # what is made anew each time is another array in another trace
+        again = {id(x): x for x in _floating_constants(function, arguments, options)}
+        hidden = [x for x in hidden if id(x) in again]
+    if hidden:
+        raise _refusal(caller, name, function, hidden[0])
+
+
+def refuse_hidden_arrays_of_kernel(
+    caller: str, attention_fn: Any, arguments: Sequence[Any], scores: Sequence[Any]
+) -> None:
+    """The same for an attention function; what a `functools.partial` binds is seen by nobody either, but a `cache`.
+
+    Args:
+        caller: who keeps the function.
+        attention_fn: an AttentionFn.
+        arguments: query, key and value to trace it at.
+        scores: what to trace a score mod at that it binds.
+    """
+    kernel, visible = attention_fn, _leaves(attention_fn)
+    while isinstance(kernel, functools.partial):
+        for name, value in (dict(enumerate(kernel.args)) | kernel.keywords).items():
+            arrays = _leaves(value)
+            if name == "cache":
+                visible = visible + arrays
+            elif unseen := [x for x in arrays if _is_floating(x) and not any(x is leaf for leaf in visible)]:
+                raise _refusal(caller, "attention_fn", attention_fn, unseen[0])
+            if name == "score_mod":
+                refuse_hidden_arrays(caller, "score_mod", value, scores)
+        kernel = kernel.func
+    if not str(getattr(kernel, "__module__", type(kernel).__module__)).startswith("attnax."):
+        options = {"dropout_rng": None, "dropout_rate": 0.0, "deterministic": True, "mask": None, "score_mod": None}
+        refuse_hidden_arrays(caller, "attention_fn", attention_fn, arguments, visible=visible, **options)
+
+
+def _refusal(caller: str, name: str, function: Any, array: Any) -> ValueError:
+    instead = {"score_mod": ", or give it to the call", "attention_fn": ", and give a score mod as score_mod"}
+    return ValueError(
+        f"{caller}: {name} must not hide arrays, which get no gradient; got {name}="
+        f"{getattr(function, '__qualname__', type(function).__name__)}, which reads {jax.typeof(array).str_short()} "
+        "that is no leaf of it. Make it a registered dataclass or an nnx.Module that holds the array"
+        f"{instead.get(name, '')}. A constant may be a NumPy array."
+    )
+
+
+def _leaves(function: Any) -> list[Any]:
+    return jax.tree.leaves(nnx.state(function) if isinstance(function, nnx.Module) else function)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> list[Any]:
+    """The JAX arrays and tracers that a trace of the function captures; NumPy arrays have a type of their own there."""
+    try:
+        traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
+    except Exception:  # a user's function may raise anything at sizes that it was not made for
+        return []
+    found: list[Any] = []
+    rest: list[Any] = [traced]
+    while rest:
+        program = rest.pop()
+        found += getattr(program, "consts", ())
+        for equation in program.eqns:
+            found += [var.val for var in equation.invars if hasattr(var, "val")]
+            rest += [x for x in jax.tree.leaves(list(equation.params.values())) if hasattr(x, "eqns")]
+    return [x for x in found if _is_floating(x)]
