@@ -175,7 +175,9 @@ def explain_tracing(caller: str, name: str) -> Iterator[None]:
     """Says what to write where a function given by a user asks for the value of an index or a score."""
     try:
         yield
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "truth value" not in str(error):
+            raise
         asked = "NumPy" if isinstance(error, jax.errors.TracerArrayConversionError) else "Python"
         raise ValueError(
             f"{caller}: {name} is traced, so its indices and scores have no values that {asked} could ask for. Index a "

@@ -20,6 +20,7 @@ from jax import lax
 from attnax.kernels import _tile
 from attnax.kernels._dropout import keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._no_reverse import without_reverse
 from attnax.kernels._tile_lists import EMPTY, FULL, PARTIAL, code_of
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, apply_score_mod, pytree_dataclass, wide_dtype
@@ -656,7 +657,12 @@ def _two_loops(tile: Callable[[bool, Any, Any], Any], order: Order, state: Any) 
     if isinstance(order.num_full, int):  # all of one kind
         return _loop(order.num_visited, partial(tile, order.num_full > 0), state)
     state = lax.fori_loop(0, order.num_full, partial(tile, True), state)
-    return lax.fori_loop(order.num_full, order.num_visited, partial(tile, False), state)
+    state = lax.fori_loop(order.num_full, order.num_visited, partial(tile, False), state)
+    return without_reverse(
+        state,
+        "attention in tiles has one derivative in reverse mode, and forward-mode derivatives of that (jax.jvp of "
+        "jax.grad). Use standard_attention, which has every one.",
+    )
 
 
 def _loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:

@@ -20,6 +20,7 @@ from attnax.kernels._blockwise import scale_query
 from attnax.kernels._decode import DeferredCall, KernelCall, Stored, decode, kernel_serves, prepare_kernel
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels._lift import Lifted, lift, vary, varying_axes
+from attnax.kernels._no_reverse import without_reverse
 from attnax.kernels._pairs import check_pairs
 from attnax.kernels._platform import by_platform
 from attnax.masks import Mask
@@ -158,6 +159,11 @@ def _attend_chunks(
             return _visit(state, source.chunk(n), of_source, queries, dropout_rate)
 
         state = lax.fori_loop(0, source.num_chunks, visit, state)
+    state = without_reverse(
+        state,
+        "attention to a cache has no reverse-mode derivative: how much of it is read depends on what it holds. Train "
+        "with memory_efficient_attention, or flash_attention, on arrays.",
+    )
     out, lse = _tile.finish(state)
     return out.reshape(batch, heads, seq_q, value_dim), lse.reshape(batch, heads, seq_q) / _tile.LOG2E
 

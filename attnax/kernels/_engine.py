@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
 from attnax.kernels._dropout import dropout_words, words_of_shard
@@ -286,6 +287,8 @@ def _attention_forward(
     plan: Plan, query: Array, key: Array, value: Array, scale: Array, learned: tuple[Array, ...], operands: Operands
 ) -> tuple[tuple[Array, Array], Any]:
     out, lse, low = _forward(plan, (query, key, value, scale), operands, exact=True)
+    # By name a policy of `jax.checkpoint` saves what the backward pass reads, and the forward pass is not run again.
+    out, lse, low = checkpoint_name((out, lse, low), "attention_out")
     return (out, lse / _tile.LOG2E), ((query, key, value, scale), operands, out, lse, low)
 
 

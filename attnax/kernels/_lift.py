@@ -326,7 +326,7 @@ def _anywhere(eqn: JaxprEqn) -> JaxprEqn:
     return eqn.replace(params=eqn.params | meshes) if meshes else eqn
 
 
-def _is_float(x: Array) -> bool:
+def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
@@ -362,8 +362,7 @@ def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[Jax
     """Equal for programs that do the same to operands of the same types; unique if that cannot be told."""
     try:
         structure = _structure_of((*cut, *inner), equations, results)
-        hash(structure)
-    except (TypeError, UniqueError):  # a parameter, such as a NumPy array, that only is itself
+    except UniqueError:
         return object()
     return len(cut), structure
 
@@ -399,7 +398,9 @@ def _structure_of_param(value: Any) -> Hashable:
         return tuple(map(_structure_of_param, value))
     program = getattr(value, "jaxpr", value)
     if not isinstance(program, Jaxpr):
-        return value  # type: ignore[no-any-return]
+        if not isinstance(value, Hashable):  # such as a NumPy array, which only is itself
+            raise UniqueError
+        return value
     if getattr(value, "consts", ()):
         raise UniqueError
     return _structure_of((*program.constvars, *program.invars), program.eqns, program.outvars)

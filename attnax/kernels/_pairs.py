@@ -20,7 +20,7 @@ from attnax.kernels._lift import is_own, vary
 from attnax.masks import Mask
 from attnax.typing import ScoreMod, apply_score_mod
 
-__all__ = ["ELEMENTWISE", "check_pairs", "why_not_pairs"]
+__all__ = ["ELEMENTWISE", "MixedPairsError", "check_pairs", "why_not_pairs"]
 
 # fmt: off
 ELEMENTWISE = frozenset((
@@ -68,6 +68,10 @@ class Value(NamedTuple):
     steps: frozenset[Any] = frozenset()
 
 
+class MixedPairsError(NotImplementedError):
+    """A mask or score mod that only `standard_attention` computes."""
+
+
 class RefusedError(Exception):
     """The function mixes pairs; the message says by what."""
 
@@ -79,7 +83,7 @@ Rule = Callable[[JaxprEqn, Sequence[Value]], Sequence[Value]]
 def check_pairs(
     caller: str, mask: Mask | None, score_mod: ScoreMod | None, full: tuple[int, ...], axes: frozenset[str]
 ) -> None:
-    """Raises NotImplementedError if the mask or the score mod mixes pairs; those of the library's own do not.
+    """Raises MixedPairsError if the mask or the score mod mixes pairs; those of the library's own do not.
 
     Args:
         caller: the kernel, for the message.
@@ -91,7 +95,7 @@ def check_pairs(
     for name, function in (("mask", mask), ("score_mod", score_mod)):
         reason = None if function is None else why_not_pairs(caller, function, full, axes, has_scores=name != "mask")
         if reason is not None:
-            raise NotImplementedError(
+            raise MixedPairsError(
                 f"{caller}: {name} must look at one pair of query and key at a time, which is what lets it run tile by "
                 f"tile; this one {reason}. Index arrays by b, h, q and kv, or use standard_attention "
                 "(AttentionType.STANDARD), which computes all scores at once."

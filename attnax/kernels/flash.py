@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
+from attnax.kernels._pairs import MixedPairsError
 from attnax.kernels._platform import has_nvidia_gpu
 from attnax.masks import Causal, Mask, SlidingWindow, resolve_masks, takes_mask_objects
 from attnax.typing import (
@@ -295,14 +296,18 @@ def why_not_pallas(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jax
         >>> from attnax import why_not_pallas
         >>> x = jnp.ones((1, 4, 37, 8))
         >>> why_not_pallas(x, x, x)
         'the Pallas kernel is for NVIDIA GPUs; this process computes on cpu'
-        >>> why_not_pallas(x, x, x, score_mod=lambda scores, b, h, q, kv: jnp.sort(scores), platform="cuda")
-        'no kernel can hold this score mod: sort'
+        >>> why_not_pallas(x, x, x, score_mod=lambda scores, b, h, q, kv: scores + jax.lax.erf(scores), platform="cuda")
+        'no kernel can hold this score mod: erf'
     """
-    call = prepare("why_not_pallas", query, key, value, block_size=None, backend="pallas", **options)
+    try:
+        call = prepare("why_not_pallas", query, key, value, block_size=None, backend="pallas", **options)
+    except MixedPairsError as error:
+        return str(error).removeprefix("why_not_pallas: ")
     reason = why_no_kernel(call.plan, call.operands.kernel) if isinstance(call, Call) else None
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return f"the Pallas kernel is for NVIDIA GPUs; this process computes on {jax.default_backend()}"

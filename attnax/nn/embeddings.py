@@ -11,6 +11,7 @@ from flax import nnx
 
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
+from attnax.nn._rows import take_rows
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
@@ -292,7 +293,7 @@ def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
     _check_ids(ids, size, caller, what)
     ids = jnp.asarray(ids, jnp.int32)
     # A negative index would count from the end: send it past the end, where the fill value is.
-    return table.at[jnp.where(ids < 0, size, ids)].get(mode="fill", fill_value=jnp.nan)
+    return take_rows(table, jnp.where(ids < 0, size, ids), mode="fill", fill_value=jnp.nan)
 
 
 def _check_ids(ids: ArrayLike, size: int, caller: str, what: str) -> None:

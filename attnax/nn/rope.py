@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.config import RopeScaling
+from attnax.nn._rows import take_rows
 from attnax.typing import Array, ArrayLike, Float, Int, check_shape, is_concrete, wide_dtype
 
 __all__ = [
@@ -128,8 +129,7 @@ def _cos_sin(
     for digit in range(4):
         angles = (np.arange(256, dtype=np.float64) * 256**digit)[:, None] * inv_freq
         index = (position >> (8 * digit)) & 255
-        digit_cos = jnp.asarray(np.cos(angles), dtype)[index]
-        digit_sin = jnp.asarray(np.sin(angles), dtype)[index]
+        digit_cos, digit_sin = (take_rows(jnp.asarray(x, dtype), index) for x in (np.cos(angles), np.sin(angles)))
         cos, sin = cos * digit_cos - sin * digit_sin, sin * digit_cos + cos * digit_sin
     return cos.astype(out_dtype), sin.astype(out_dtype)
 
