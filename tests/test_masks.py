@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnax import masks, standard_attention
+from attnax import (
+    alibi_mod,
+    causal_mod,
+    compose_score_mods,
+    masks,
+    memory_efficient_attention,
+    soft_cap_mod,
+    standard_attention,
+)
 from attnax.masks import (
     combine_masks,
     make_causal_mask,
@@ -31,7 +39,7 @@ def is_mask(x):
 LENGTH = 53  # three blocks of ids or positions and a part of a fourth
 LENGTHS = np.array([29, 11])
 WINDOW, PREFIXES = 7, np.array([17, 41])
-SORTED = np.array([[0] * 16 + [1] * 3 + [2] * 29 + [7] * 5, [-3] * 2 + [0] * 50 + [4]])
+SORTED = np.array([[0] * 16 + [1] * 3 + [2] * 29 + [7] * 5, [3] * 2 + [5] * 50 + [9]])
 SHUFFLED = np.random.default_rng(0).integers(0, 3, (2, LENGTH))
 RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids in an order of their own
 POSITIONS = np.where(np.arange(LENGTH) < 19, -1, np.arange(LENGTH) - 19)  # left padding
@@ -278,12 +286,39 @@ def test_combined_arrays_are_an_array_and_anything_else_a_mask():
     assert combine_masks(None, masks.causal()) == masks.causal()
 
 
-def test_functions_that_do_not_take_masks_get_a_dense_array():
+def test_a_mask_has_no_truth():
+    mod = soft_cap_mod(3.0)
+    both, array = masks.causal() & masks.padding(LENGTHS), masks.as_mask(np.ones(3, bool))
+    for value in (masks.causal(), both, ~both, both | array, array):
+        for ask in (bool, lambda x: x and masks.causal(), lambda x: x or masks.causal(), lambda x: not x):
+            with pytest.raises(TypeError, match="Combine masks by `&`, `|` and `~`"):
+                ask(value)
+    for value in (mod, causal_mod(), compose_score_mods(mod, alibi_mod(2)), masks.at_positions(mod, RUNS, RUNS)):
+        with pytest.raises(TypeError, match="score mods by compose_score_mods"):
+            bool(value)
+
+
+def test_padding_among_documents_attends_nothing_and_is_attended_by_nothing():
+    ids = np.array([[0, 0, -1, 1, -1, -7], [-1, 2, 2, 2, 0, -1]])
+    want = (ids[:, None, :, None] == ids[:, None, None, :]) & (ids >= 0)[:, None, :, None]
+    np.testing.assert_array_equal(make_document_mask(ids), want)
+    mask, first = masks.documents(np.repeat(ids, 16, axis=1)), np.arange(0, 96, 16)
+    for rows in (0, 1):
+        some, every = mask.tile(rows, 0, (first, first + 15), (first, first + 15))
+        np.testing.assert_array_equal((some, every), [ids[rows] >= 0] * 2)
+    x = jax.device_put(np.random.default_rng(0).standard_normal((2, 1, 6, 3), np.float32))
+    out = memory_efficient_attention(x, x, x, mask=masks.documents(ids), block_size=2)
+    assert not np.asarray(out)[np.broadcast_to((ids < 0)[:, None], (2, 1, 6))].any()
+
+
+def test_functions_that_do_not_take_masks_get_an_array_as_small_as_the_mask():
     full = (2, 3, 5, 7)
     plain = lambda query, key, value, *, mask: mask
     assert masks.mask_argument("test", partial(standard_attention, scale=2.0), masks.causal(), full) == masks.causal()
     array = masks.mask_argument("test", plain, masks.causal(), full)
-    assert array.shape == full and array.dtype == jnp.bool_
+    assert array.shape == (1, 1, 5, 7) and array.dtype == jnp.bool_
+    constant = masks.mask_argument("test", plain, masks.as_mask(lambda b, h, q, kv: True), full)
+    assert constant.shape == (1, 1, 1, 1)
     assert masks.mask_argument("test", plain, None, full) is None
 
 

@@ -175,13 +175,16 @@ def choose_tiles(
 def bind(
     caller: str,
     plan: Plan,
-    arrays: tuple[Array, ...],
+    arrays: tuple[Any, ...],
     mask: Mask | None,
     score_mod: ScoreMod | None,
     index: tuple[Array, Array],
     words: Array | None,
-) -> tuple[tuple[Array, ...], Operands]:
-    """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does."""
+) -> tuple[tuple[Any, ...], Operands]:
+    """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does.
+
+    Of arrays that a `shard_map` is still to cut the shapes of their shards will do.
+    """
     shape, dtype = _shape(*arrays[:2]), wide_dtype(arrays[0].dtype)
     axes = frozenset().union(*map(varying_axes, arrays))
     known = None
@@ -543,7 +546,7 @@ def _even(length: int, most: int) -> int:
     return length if count == 1 else -(-length // (16 * count)) * 16
 
 
-def _shape(query: Array, key: Array) -> Shape:
+def _shape(query: Any, key: Any) -> Shape:
     batch, heads, seq_q, _ = query.shape
     return batch, heads, seq_q, key.shape[1], key.shape[2]
 

@@ -199,14 +199,14 @@ def prepare(
     words = dropout_words(dropout_rng) if tiles.dropout_rate > 0.0 and dropout_rng is not None else None
     index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
     bound, of_tiles = _blockwise.bind(caller, tiles, (query, key, value, scale), mask, score_mod, index, words)
-    arrays: Arrays = bound[0], bound[1], bound[2], bound[3]
+    arrays: Any = bound[0], bound[1], bound[2], bound[3]
     operands = Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
     if shards is None or offset is None:
         return Call(plan, arrays, operands, None)
     return Call(plan, (*whole, scale), operands, (shards, offset))
 
 
-def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Tile] | None:
+def _kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] | None:
     """Tiles of the GPU kernels, None where they do not serve the arrays."""
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
@@ -222,7 +222,7 @@ def _kernel_tiles(query: Array, value: Array, block_size: Any) -> tuple[Tile, Ti
 
 
 def _bind_kernel(
-    caller: str, plan: Plan, arrays: Arrays, mask: Mask | None, score_mod: ScoreMod | None
+    caller: str, plan: Plan, arrays: Any, mask: Mask | None, score_mod: ScoreMod | None
 ) -> KernelOperands | None:
     """What a GPU's kernels need. Masks and score mods of the library's own are traced when a GPU is lowered for."""
     if plan.kernel is None:
@@ -241,7 +241,7 @@ def _bind_kernel(
     return jax.tree.map(lambda x: vary(x, axes), operands)
 
 
-def _lift_bounds(plan: Plan, arrays: Arrays, mask: Mask, which: int) -> Lifted:
+def _lift_bounds(plan: Plan, arrays: Any, mask: Mask, which: int) -> Lifted:
     """The bounds of a mask over the tiles of the GPU kernels, forward (0) or backward (1)."""
     query, key, *_ = arrays
     (batch, heads, seq_q, _), seq_kv, axes = query.shape, key.shape[2], varying_axes(query)

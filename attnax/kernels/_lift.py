@@ -246,7 +246,7 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
 
 
-def vary(x: Array, axes: frozenset[str]) -> Array:
+def vary(x: Any, axes: frozenset[str]) -> Any:
     """`x`, marked as varying over `axes` too."""
     new = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, new, to="varying") if new else x

@@ -105,10 +105,20 @@ def check_pairs(
 def why_not_pairs(
     caller: str, function: Any, full: tuple[int, ...], axes: frozenset[str] = frozenset(), *, has_scores: bool
 ) -> str | None:
-    """What a mask `(b, h, q, kv)` or score mod `(scores, b, h, q, kv)` does beyond its own pair; None if nothing."""
+    """What a mask `(b, h, q, kv)` or score mod `(scores, b, h, q, kv)` does beyond its own pair; None if nothing.
+
+    Raises:
+        ValueError: the result has another shape than that to which the indices broadcast.
+    """
     if is_own(function) or 0 in full:
         return None
     programs = [_trace(caller, function, full, axes, has_scores)]
+    (shape,) = (var.aval.shape for var in programs[0].jaxpr.outvars)
+    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
+        raise ValueError(
+            f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
+            f"for indices of sizes {full}. Index its arrays by b, h, q and kv, or pass an array as the mask."
+        )
     try:
         _check_program(programs[0], full, has_scores)
         # Every size is another one in a tile. And nothing can mix an axis of size 1, nor need it broadcast.
@@ -151,8 +161,6 @@ def _check_program(program: Any, full: tuple[int, ...], has_scores: bool) -> Non
             raise RefusedError(f"gives {foreign.pop()} along the {kind}")
         if _size(axis) not in (1, size):
             raise RefusedError(f"gives {_size(axis)} results for {size} {kind}")
-    if len(result.axes) > 4:
-        raise RefusedError(f"gives a result of {len(result.axes)} axes")
 
 
 def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:

@@ -33,7 +33,7 @@ def nnx_attention_fn(
     - dropout draws a bit for each weight, whatever `broadcast_dropout` says: the rate is the same, but rows of the
       batch and heads do not share their bits;
     - sums are in float32 and products at the highest precision, whatever `precision` says;
-    - `sow_weights=True` raises NotImplementedError.
+    - `sow_weights=True` and `input_positions` raise NotImplementedError.
 
     Args:
         attention_fn: obeys `attnax.AttentionFn`.
@@ -49,7 +49,7 @@ def nnx_attention_fn(
     Raises:
         ValueError: `mask` is none of these, or in the call, shapes do not fit, or `is_causal` with one query for
             several keys, as in decoding: it counts from index 0, and the layer masks its cache by itself.
-        NotImplementedError: in the call, `sow_weights=True`.
+        NotImplementedError: in the call, `sow_weights=True` or `input_positions`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,6 +91,7 @@ class NnxAttention:
         precision: Any = None,
         module: Any = None,
         is_causal: bool = False,
+        input_positions: Any = None,
     ) -> Float[Array, "*batch T N Hv"]:
         """As `flax.nnx.MultiHeadAttention` calls it; says nothing new about its arguments."""
         if module is not None:
@@ -98,6 +99,11 @@ class NnxAttention:
                 "nnx_attention_fn: the attention weights are never kept, so there are none to sow; got "
                 f"sow_weights=True (module={type(module).__name__}). Compute them with "
                 "attnax.visualize.attention_weights."
+            )
+        if input_positions is not None:
+            raise NotImplementedError(
+                "nnx_attention_fn: positions turn queries and keys, which this function leaves as they are; got "
+                "input_positions. Use attnax.MultiHeadAttention with use_rope=True, or turn them before."
             )
         batch = query.shape[:-3]
         if min(query.ndim, key.ndim, value.ndim) < 3 or not batch == key.shape[:-3] == value.shape[:-3]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from attnax.config import BlockConfig, Initializer
@@ -51,7 +52,8 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, x: Float[Array, "*L I"]) -> Float[Array, "*L O"]:  # type: ignore[override]
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+        with jax.numpy_dtype_promotion("standard"):  # Flax adds a narrow bias to wide logits
+            return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
 
 
 def make_initializer(name: Initializer, std: float, scale: float = 1.0, batch_axis: tuple[int, ...] = ()) -> Any:

@@ -17,7 +17,7 @@ from cases import BACKENDS, CASES, contract_unless
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from attnax import masks, standard_attention
+from attnax import flash_attention, masks, standard_attention
 from attnax.kernels._dropout import dropout_words, keep_weights
 
 # What `make test` runs; the rest of the table is for `make contract`.
@@ -427,6 +427,56 @@ def test_runs_inside_scan_and_shard_map(backend, axis_type):
         query, key, value = (jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value))
         run = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec)
     np.testing.assert_allclose(jax.jit(run)(query, key, value), expected, atol=2e-6)
+
+
+NARROW = {
+    "read by distance": lambda x: lambda s, b, h, q, kv: s + x[h, abs(q - kv) % 5],
+    "read by head": lambda x: lambda s, b, h, q, kv: s * x[h, 0],
+    "everywhere": lambda x: lambda s, b, h, q, kv: s + jnp.where(kv < q, x[0, 1], x[0, 2] * 0),
+    "as a leaf": lambda x: jax.tree_util.Partial(lambda x, s, b, h, q, kv: s + x.T[(q + kv) % 5, h], x),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", NARROW)
+def test_gradients_of_narrow_arrays_are_summed_in_float32(name, dtype):
+    x = jax.device_put(np.random.default_rng(0).standard_normal((1, 2, 150, 4), np.float32))
+    table = jax.device_put(np.random.default_rng(1).standard_normal((2, 5), np.float32).astype(dtype))
+
+    def loss(table, attention_fn):
+        return (attention_fn(x, x, x, score_mod=NARROW[name](table), mask=masks.causal()) ** 2).sum()
+
+    gradients = jax.jit(lambda *tables: [jax.grad(loss)(*both) for both in zip(tables, KERNELS, strict=True)])
+    want, *have = gradients(table.astype(jnp.float32), table, table)
+    for gradient in have:
+        assert gradient.dtype == dtype
+        assert oracle.rms_error(gradient, want) <= 4e-3
+
+
+KERNELS = standard_attention, standard_attention, flash_attention
+
+
+def test_a_second_derivative_in_reverse_mode_names_what_has_it():
+    x = jax.ShapeDtypeStruct((1, 2, 13, 4), jnp.float32)
+    loss = lambda x: (BACKENDS["tiles of 4"](x, x, x, mask=masks.causal()) ** 2).sum()
+    with pytest.raises(NotImplementedError, match="Use standard_attention, which has every one"):
+        jax.eval_shape(jax.grad(lambda x: jax.grad(loss)(x).sum()), x)
+    jax.eval_shape(lambda x: jax.jvp(jax.grad(loss), (x,), (x,)), x)
+    jax.eval_shape(jax.grad(lambda x: jax.grad(lambda x: standard_attention(x, x, x).sum())(x).sum()), x)
+
+
+def test_a_policy_of_remat_saves_what_the_backward_pass_reads():
+    x = jax.ShapeDtypeStruct((1, 2, 13, 4), jnp.float32)
+
+    def products(**options):
+        attend = jax.checkpoint(lambda x: BACKENDS["tiles of 4"](jnp.sin(x), x, x), **options)
+        program = jax.jit(jax.grad(lambda x: jnp.sin(attend(x)).sum())).lower(x)
+        return program.as_text().count("dot_general")
+
+    saved = jax.checkpoint_policies.save_only_these_names("attention_out")
+    assert (
+        products(policy=saved) < products() == products(policy=jax.checkpoint_policies.save_only_these_names("other"))
+    )
 
 
 @pytest.mark.thorough

@@ -126,6 +126,14 @@ def learned_arrays():
         "T5": (normal(8, 6), lambda x: score_mods.relative_bias_mod(x, max_distance=20), T, S),
         "clipped": (normal(6, 17), score_mods.relative_table_mod, T, S),
         "slopes": (normal(6), score_mods.Alibi, T, S),
+        "distance": (normal(2001), lambda x: lambda s, b, h, q, kv: s + x[q - kv + 1000], T, S),
+        "chunks of distances": (normal(6, 5001), lambda x: lambda s, b, h, q, kv: s + x[h, q - kv + 4090], T, S),
+        "rules": (
+            normal(6),
+            lambda x: lambda s, b, h, q, kv: jax.nn.relu(s * x[h]) + jax.nn.log_sigmoid(s - x[h]),
+            T,
+            S,
+        ),
         "cap": (jax.device_put(np.float32(1.7)), score_mods.soft_cap_mod, T, S),
         "half of the heads": (normal(3, 5), lambda x: lambda s, b, h, q, kv: s + x[h // 2, (q + kv) % 5], T, S),
         "bfloat16": (
@@ -157,12 +165,12 @@ def under_mod(name, attend, query, key, value, captured, **options):
 
 
 HELD = [name for name in LEARNED if name not in NO_KERNEL]
-CHEAPEST = "bias of heads"
-IN_THE_CONTRACT = {"per key", "dense", "by bucket", "keys first", "at positions"}
+QUICK = {"bias of heads", "distance", "rules"}
+IN_THE_CONTRACT = {"distance", "rules", "per key", "dense", "by bucket", "keys first", "at positions"}
 
 
-def mark_of(name, quick=None):
-    if name == quick:
+def mark_of(name, quick=()):
+    if name in quick:
         return []
     return [pytest.mark.contract if name in IN_THE_CONTRACT else pytest.mark.thorough]
 
@@ -170,7 +178,7 @@ def mark_of(name, quick=None):
 @pytest.mark.parametrize(
     ("name", "mask"),
     [
-        *(pytest.param(name, masks.causal(), id=name, marks=mark_of(name, CHEAPEST)) for name in HELD),
+        *(pytest.param(name, masks.causal(), id=name, marks=mark_of(name, QUICK)) for name in HELD),
         # Queries that two tiles hold count once here too.
         pytest.param("T5", None, id="T5 without a mask", marks=pytest.mark.contract),
         pytest.param("clipped", None, id="clipped without a mask", marks=pytest.mark.thorough),
@@ -220,7 +228,7 @@ TABLE = np.ones((6, 2), np.float32)
         (lambda s, b, h, q, kv: jnp.sort(s), "sort"),
         (lambda s, b, h, q, kv: lax.erf(s), "erf"),
         (lambda s, b, h, q, kv: s + jnp.asarray(TABLE)[h].sum(-1), "gather of slices; index all 2 axes"),
-        (lambda s, b, h, q, kv: jax.nn.relu(s), "custom_jvp_call"),
+        (lambda s, b, h, q, kv: jax.nn.gelu(jax.nn.relu(s), approximate=False), "erf"),
         (lambda s, b, h, q, kv: (s[..., None] * np.ones((1, 1, 1, 1, 3), "f")).sum(-1), "mul with an axis of size 3"),
     ],
 )

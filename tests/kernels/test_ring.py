@@ -254,7 +254,27 @@ def test_a_layer_runs_on_a_ring():
     np.testing.assert_allclose(have, nnx.jit(lambda layer, x: layer(x, mask=mask))(alone, x), atol=2e-6)
 
 
-@pytest.mark.parametrize("axis_name", [None, "rows", ("seq",)])
+def test_a_sequence_that_is_not_cut_is_on_one_device():
+    query, key, value = normal(0, 2, 4, 13, 8), normal(1, 2, 2, 13, 8), normal(2, 2, 2, 13, 8)
+    options = {"mask": masks.causal(), "score_mod": lambda s, b, h, q, kv: s - 0.1 * (h + 1) * (q - kv)}
+
+    def loss(attention_fn, *arrays):
+        out, lse = attention_fn(*arrays, **options, return_lse=True)
+        return (out**2).sum() + lse.sum()
+
+    have, want = (
+        jax.jit(jax.value_and_grad(partial(loss, fn), (0, 1, 2)))(query, key, value)
+        for fn in (ring_attention, standard_attention)
+    )
+    for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    make = lambda rngs, fn=None: MultiHeadAttention(rngs, num_heads=2, in_features=8, attention_fn=fn)
+    layer, ring = build(make), build(partial(make, fn=ring_attention))
+    x = normal(3, 1, 5, 8)
+    np.testing.assert_allclose(ring(x, mask=masks.causal()), layer(x, mask=masks.causal()), atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_name", ["rows", ("seq",)])
 def test_an_unknown_axis_is_an_error(axis_name):
     x = np.ones((1, 1, 8, 2), np.float32)
     if axis_name == ("seq",):  # outside of any shard_map no name is known

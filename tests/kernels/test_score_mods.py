@@ -246,6 +246,12 @@ def test_buckets_may_be_denser_than_distances():
     np.testing.assert_array_equal(actual, t5_bucket(distance, 16, 11, False))
 
 
+def test_a_single_mod_composed_is_itself():
+    for mod in (lambda s, b, h, q, kv: s, causal_mod(), compose_score_mods(soft_cap_mod(3.0), causal_mod())):
+        assert compose_score_mods(None, mod) is mod
+        assert compose_score_mods(mod, None) is mod
+
+
 def test_composed_mods_apply_in_order_and_skip_none():
     add, double = lambda s, b, h, q, kv: s + 1.0, lambda s, b, h, q, kv: s * 2.0
     assert compose_score_mods() is compose_score_mods(None, None) is None

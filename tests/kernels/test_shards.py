@@ -1,0 +1,153 @@
+"""Under a mesh with Explicit axes attention is local to the shards of batch and heads, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import P
+
+from attnax import (
+    TransformerLM,
+    alibi_mod,
+    flash_attention,
+    masks,
+    pallas_flash_attention,
+    ring_attention,
+    standard_attention,
+)
+from attnax.kernels.nnx_adapter import nnx_attention_fn
+
+B, N, K, T = 4, 8, 4, 11
+IDS = np.random.default_rng(1).integers(-1, 3, (B, T))
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+ARRAYS = normal(0, B, N, T, 6), normal(1, B, K, T, 6), normal(2, B, K, T, 6)
+TABLE = normal(3, N, T)
+
+
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "model"))
+
+
+def options(kind, table):
+    match kind:
+        case "plain":
+            return {"mask": masks.causal()}
+        case "own":
+            return {"mask": masks.documents(IDS) & masks.padding(np.array([11, 7, 3, 9])), "score_mod": alibi_mod(N)}
+        case "given":
+            dropout = {"dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "deterministic": False}
+            mask = lambda b, h, q, kv: (kv <= q + h) | (b == 1)
+            return {"mask": mask, "score_mod": lambda s, b, h, q, kv: s + table[h, jnp.abs(q - kv)], **dropout}
+
+
+def loss(attention_fn, kind, query, key, value, table):
+    out, lse = attention_fn(query, key, value, **options(kind, table), return_lse=True)
+    return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "spec", "of_keys"),
+    [
+        ("flash", "plain", P("data", "model"), P("data", "model")),
+        ("flash", "own", P("data"), P("data")),
+        ("flash", "given", P("data", "model"), P("data", "model")),
+        ("flash", "given", P(None, ("data", "model")), P()),
+        ("standard", "given", P("data", "model"), P("data", "model")),
+        ("standard", "own", P(None, "model"), P()),
+    ],
+    ids=str,
+)
+def test_shards_compute_what_one_device_does_and_gather_nothing(name, kind, spec, of_keys):
+    attention_fn = {"flash": flash_attention, "standard": standard_attention}[name]
+    run = jax.value_and_grad(functools.partial(loss, attention_fn, kind), (0, 1, 2, 3))
+    arrays = ARRAYS if of_keys != P() else (ARRAYS[0], *(x[:, :1] for x in ARRAYS[1:]))
+    want = jax.jit(run)(*arrays, TABLE)
+    with jax.set_mesh(mesh()):
+        specs = spec, of_keys, of_keys, P()
+        placed = [jax.device_put(x, s) for x, s in zip((*arrays, TABLE), specs, strict=True)]
+        program = jax.jit(run).lower(*placed).compile()
+        have = program(*placed)
+    for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    assert "all-gather" not in program.as_text()
+    assert "all-to-all" not in program.as_text()
+
+
+def test_the_result_is_cut_as_the_query_outside_of_jit_too():
+    x = jax.device_put(ARRAYS[1], jax.NamedSharding(mesh(), P("data", "model")))
+    assert jax.typeof(flash_attention(x, x, x)).sharding.spec == P("data", "model", None, None)
+
+
+@pytest.mark.parametrize("kernel", [flash_attention, standard_attention])
+def test_what_cannot_be_local_is_refused_in_words(kernel):
+    with jax.set_mesh(mesh()):
+        for spec in (P(None, None, "data"), P(None, None, None, "data")):
+            with pytest.raises(NotImplementedError, match="ring_attention"):
+                jax.eval_shape(kernel, *(jax.device_put(np.zeros((2, 2, 4, 4)), spec) for _ in range(3)))
+        with pytest.raises(NotImplementedError, match="the 3 heads of keys cannot be cut 4 times"):
+            query, key = (jax.device_put(np.zeros((2, n, 4, 4)), P(None, cut)) for n, cut in ((12, "model"), (3, None)))
+            jax.eval_shape(kernel, query, key, key)
+        with pytest.raises(NotImplementedError, match="must be cut alike"):
+            query, key = (jax.device_put(np.zeros((8, 8, 4, 4)), P(cut)) for cut in ("model", "data"))
+            jax.eval_shape(kernel, query, key, key)
+        with pytest.raises(NotImplementedError, match="mixes heads by reduce_sum"):
+            x = jax.device_put(np.zeros((2, 8, 4, 4)), P(None, "model"))
+            jax.eval_shape(functools.partial(kernel, score_mod=lambda s, *_: s - s.mean(1, keepdims=True)), x, x, x)
+
+
+def test_kernels_for_gpus_are_lowered_for_shards():
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    gpus = AbstractMesh(
+        (2, 4),
+        ("data", "model"),
+        axis_types=(AxisType.Explicit,) * 2,
+        abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda"),
+    )
+    spec = jax.NamedSharding(gpus, P("data", "model"))
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec) for x in ARRAYS]
+    run = jax.jit(functools.partial(pallas_flash_attention, mask=masks.causal(), score_mod=alibi_mod(N)))
+    with jax.sharding.use_abstract_mesh(gpus):
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "attnax_forward" in text
+
+
+def test_layers_of_flax_and_language_models_run_on_cut_batches():
+    x, ids = normal(0, 4, 6, 16), np.random.default_rng(0).integers(0, 11, (4, 6))
+    layer = nnx.MultiHeadAttention(
+        num_heads=2, in_features=16, decode=False, attention_fn=nnx_attention_fn(), rngs=nnx.Rngs(0)
+    )
+    model = TransformerLM(nnx.Rngs(0), vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=8, pos_emb_type="rope")
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def run(params, x, ids):
+        logits = nnx.merge(graph, params, rest)(ids, padding_mask=ids > 0)
+        return layer(x, is_causal=True), (jax.nn.log_softmax(logits) ** 2).mean()
+
+    gradient = jax.grad(lambda params, x, ids: run(params, x, ids)[1])
+    both = jax.jit(lambda params, x, ids: (run(params, x, ids), gradient(params, x, ids)))
+    want = both(params, x, ids)
+    with jax.set_mesh(mesh()):
+        (out, value), gradients = both(params, jax.device_put(x, P("data")), jax.device_put(ids, P("data")))
+    assert jax.typeof(out).sharding.spec[0] == "data"
+    for one, other in zip(jax.tree.leaves(((out, value), gradients)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_a_ring_is_what_a_cut_sequence_takes():
+    order = jax.make_mesh((2,), ("seq",))
+    spec = P(None, None, "seq")
+    x = normal(0, 1, 2, 6, 4)
+    attend = functools.partial(ring_attention, axis_name="seq", mask=masks.causal())
+    with jax.set_mesh(order):
+        cut = jax.device_put(x, spec)
+        have = jax.jit(jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec))(cut, cut, cut)
+    np.testing.assert_allclose(have, standard_attention(x, x, x, mask=masks.causal()), atol=1e-6)

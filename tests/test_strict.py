@@ -1,0 +1,165 @@
+"""Nothing in the library mixes dtypes: all of it runs where JAX promotes none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnax import (
+    AttentionType,
+    Transformer,
+    TransformerConfig,
+    TransformerEncoder,
+    TransformerLM,
+    VisionTransformer,
+    additive_bias_mod,
+    alibi_mod,
+    cached_attention,
+    causal_mod,
+    compose_score_mods,
+    document_mask_mod,
+    flash_attention,
+    init_kv_layer_cache,
+    linear_attention,
+    masks,
+    memory_efficient_attention,
+    pallas_flash_attention,
+    prefix_lm_mod,
+    relative_bias_mod,
+    relative_table_mod,
+    ring_attention,
+    sliding_window_mod,
+    soft_cap_mod,
+    standard_attention,
+    update_kv_layer_cache,
+)
+from attnax.generation import Sampler
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def cached(query, key, value, **options):
+    cache = update_kv_layer_cache(init_kv_layer_cache(1, 2, 4, max_len=11, dtype=jnp.bfloat16), key, value)
+    few = cached_attention(query[:, :, :2], cache, np.arange(2), **options)
+    return few, cached_attention(jnp.tile(query, (1, 1, 4, 1)), cache, np.arange(20), **options)
+
+
+KERNELS = {
+    "standard": standard_attention,
+    "flash": flash_attention,
+    "tiles": functools.partial(memory_efficient_attention, block_size=2),
+    "pallas": functools.partial(pallas_flash_attention, interpret=True),
+    "ring": ring_attention,
+}
+IDS = np.array([0, 0, 1, 1, -1])
+
+
+def options(ids):
+    """Of calls over 5 tokens; `ids` are those of the documents, one for each position there may be."""
+    bias = additive_bias_mod(np.ones((1, 2, 1, 1), np.float32).astype(jnp.bfloat16))
+    mods = [alibi_mod(2), relative_bias_mod(np.ones((32, 2), np.float32)), soft_cap_mod(3.0), bias, causal_mod()]
+    mods += [relative_bias_mod(np.ones((32, 2), np.float32), bidirectional=False), prefix_lm_mod(np.array([2]))]
+    mods += [relative_table_mod(np.ones((2, 5), np.float32)), sliding_window_mod(3), document_mask_mod(ids)]
+    who = [masks.padding(np.array([3])), masks.at_positions(masks.causal(), np.arange(len(ids)), np.arange(len(ids)))]
+    return [
+        {"score_mod": compose_score_mods(*mods)},
+        {"mask": masks.prefix(np.array([2])) & who[0] & ~who[1] | np.ones(len(ids), bool), "scale": 0.3},
+        {"dropout_rng": jax.random.key(0), "dropout_rate": 0.3, "deterministic": False},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in KERNELS for dtype in ("float32", "bfloat16") if (name, dtype) != ("pallas", "float32")],
+)
+def test_kernels(name, dtype):
+    x = jax.ShapeDtypeStruct((1, 2, 5, 4), dtype)
+    for given in options(IDS):
+
+        def loss(x, given=given):
+            out, lse = KERNELS[name](x, x, x, **given, return_lse=True)
+            return out.astype(jnp.float32).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+        jax.eval_shape(jax.grad(loss), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_caches_and_linear_attention(dtype):
+    x = jax.ShapeDtypeStruct((1, 2, 5, 4), dtype)
+    for given in options(np.arange(11) // 4):
+        jax.eval_shape(functools.partial(cached, **given), x, x, x)
+    jax.eval_shape(functools.partial(linear_attention, causal=True), x, x, x)
+    jax.eval_shape(linear_attention, x, x, x)
+
+
+SIZES = {"vocab_size": 11, "d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 16}
+MODELS = {
+    "rope": {"pos_emb_type": "rope", "qk_norm": "head", "attention_sinks": True, "attention_soft_cap": 5.0},
+    "experts": {"pos_emb_type": "alibi", "num_experts": 4, "num_shared_experts": 1, "router_jitter": 0.1},
+    "post-norm": {"pos_emb_type": "learned", "norm_placement": "post", "norm_type": "layer", "attention_window": 3},
+    "standard": {"pos_emb_type": "sinusoidal", "attention_type": AttentionType.STANDARD, "dropout_rate": 0.1},
+    "linear": {"pos_emb_type": "none", "attention_type": AttentionType.LINEAR, "scan_layers": True},
+    "relative": {"pos_emb_type": "relative", "tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_language_models(name, dtype):
+    def run(ids):
+        model = TransformerLM(nnx.Rngs(0), dtype=dtype, **SIZES, **MODELS[name])
+        out = model.run(ids, padding_mask=ids > 0, deterministic=False, rngs=nnx.Rngs(1))
+        return out.hidden, out.aux, model.log_probs(ids)
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+
+
+def test_generation():
+    sampler = Sampler(temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.2)
+
+    def run(ids):
+        model = TransformerLM(nnx.Rngs(0), dtype="bfloat16", **SIZES, pos_emb_type="rope")
+        key = jax.random.key(0)
+        return [
+            model.generate(ids, max_new_tokens=3, **given).tokens
+            for given in (
+                {"sampler": sampler, "key": key, "padding_mask": ids > 0, "end_token": 3},
+                {"draft": model},
+                {"cache": "paged"},
+                {"cache_dtype": "int8"},
+            )
+        ]
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct((2, 4), jnp.int32))
+
+
+def test_other_models():
+    config = TransformerConfig(**SIZES, dtype="bfloat16")
+    images = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_classes": 3,
+        "d_model": 8,
+        "num_heads": 2,
+        "num_layers": 1,
+        "d_ff": 8,
+    }
+
+    def run(ids, pixels):
+        both = Transformer(nnx.Rngs(0), config, config)
+        encoder = TransformerEncoder(nnx.Rngs(0), config)
+        return (
+            both(ids, ids),
+            both.generate(ids, max_length=4, start_token=1).tokens,
+            encoder(ids, padding_mask=ids > 0),
+            VisionTransformer(nnx.Rngs(0), **images, dtype="bfloat16")(pixels),
+        )
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct((2, 4), jnp.int32), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
