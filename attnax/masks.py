@@ -49,6 +49,7 @@ __all__ = [
     "make_padding_mask",
     "make_sliding_window_mask",
     "mask_argument",
+    "names_residuals",
     "padding",
     "prefix",
     "resolve_masks",
@@ -647,6 +648,12 @@ def resolve_masks(
 def takes_mask_objects(attention_fn: Function) -> Function:
     """Marks an attention function whose `mask=` may be a Mask; any other gets a dense boolean array."""
     attention_fn.takes_mask_objects = True  # type: ignore[attr-defined]
+    return attention_fn
+
+
+def names_residuals(attention_fn: Function) -> Function:
+    """Marks an attention function that names what its backward pass reads, "attention_out", for `jax.checkpoint`."""
+    attention_fn.names_residuals = True  # type: ignore[attr-defined]
     return attention_fn
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import is_own, vary
+from attnax.kernels._lift import is_own, needed_for, vary
 from attnax.masks import Mask
 from attnax.typing import ScoreMod, apply_score_mod
 
@@ -171,7 +171,7 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
     def read(var: Any) -> Value:
         return _of_array(var.aval) if isinstance(var, Literal) else known[var]
 
-    for eqn in jaxpr.eqns:
+    for eqn in needed_for(jaxpr.eqns, jaxpr.outvars):  # what only prints may look at anything
         name = eqn.primitive.name
         inputs = [read(var) for var in eqn.invars]
         rule = _RULES.get(name, _elementwise if name in _ELEMENTWISE_HERE else None)
@@ -182,7 +182,7 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
         elif name == "call_hi_primitive" and hasattr(eqn.params["_prim"], "expand"):  # an operation made of others
             arguments = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars)
             outputs = _follow_call(jax.make_jaxpr(eqn.params["_prim"].expand)(*arguments), inputs)
-        elif eqn.outvars and any(map(_kinds, inputs)):
+        elif any(map(_kinds, inputs)):
             raise RefusedError(f"uses {name}, of which it is not known whether it mixes pairs")
         else:
             outputs = [_of_array(var.aval) for var in eqn.outvars]
@@ -603,9 +603,10 @@ def _check_same(one: Any, other: Any) -> None:
 
 def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
     by_size = RefusedError("reads the sizes of its arguments, which are a tile's")
-    if len(one.eqns) != len(other.eqns) or len(one.constvars) != len(other.constvars):
+    equations = needed_for(one.eqns, one.outvars), needed_for(other.eqns, other.outvars)
+    if len(equations[0]) != len(equations[1]) or len(one.constvars) != len(other.constvars):
         raise by_size
-    for left, right in zip(one.eqns, other.eqns, strict=True):
+    for left, right in zip(*equations, strict=True):
         name = left.primitive.name
         if name != right.primitive.name or len(left.invars) != len(right.invars):
             raise by_size

@@ -77,8 +77,9 @@ def cached_attention(
         T). NaN where the cache has overflowed.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit together. Reverse-mode derivatives of a few queries raise
-            too, JAX's own error for a loop of unknown length: train without a cache.
+        ValueError: shapes, dtypes or options that do not fit together.
+        NotImplementedError: a mask or score mod that mixes pairs; the reverse-mode derivative of a few queries, for
+            which a loop of unknown length runs: train without a cache.
 
     Example:
         >>> import jax.numpy as jnp

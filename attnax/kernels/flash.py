@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
 from attnax.kernels._pairs import MixedPairsError
 from attnax.kernels._platform import has_nvidia_gpu
-from attnax.masks import Causal, Mask, SlidingWindow, resolve_masks, takes_mask_objects
+from attnax.masks import Causal, Mask, SlidingWindow, names_residuals, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
     ArrayLike,
@@ -52,6 +52,7 @@ def memory_efficient_attention(
     block_size: int | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
+@names_residuals
 @takes_mask_objects
 def memory_efficient_attention(
     query: Float[ArrayLike, "B N T H"],
@@ -95,8 +96,9 @@ def memory_efficient_attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
         TypeError: forward-mode differentiation (`jax.jvp`); `standard_attention` has every derivative. Forward over
-            reverse (`jax.jvp` of `jax.grad`) works; reverse over reverse is a ValueError of JAX's where there are
-            several tiles.
+            reverse (`jax.jvp` of `jax.grad`) works.
+        NotImplementedError: reverse over reverse, where there are several tiles; a mask or score mod that mixes pairs
+            (see `attnax.ScoreMod`), which `standard_attention` computes; a mesh that cuts the sequence.
 
     Example:
         >>> import jax.numpy as jnp
@@ -146,6 +148,7 @@ def flash_attention(
     block_size: int | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
+@names_residuals
 @takes_mask_objects
 def flash_attention(
     query: Float[ArrayLike, "B N T H"],
@@ -197,6 +200,7 @@ def flash_attention(
     )
 
 
+@names_residuals
 @takes_mask_objects
 def pallas_flash_attention(
     query: Float[ArrayLike, "B N T H"],

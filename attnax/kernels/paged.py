@@ -149,9 +149,10 @@ def paged_attention(
         not hold, or in blocks of other rows, has no effect.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit together, a row that does not exist. Reverse-mode
-            derivatives raise too, JAX's own error for a loop of unknown length: train with
-            `attnax.memory_efficient_attention`, if need be on the result of `gather_rows`. Forward mode works.
+        ValueError: shapes, dtypes or options that do not fit together, a row that does not exist.
+        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, of a loop of unknown
+            length: train with `attnax.memory_efficient_attention`, if need be on the result of `gather_rows`. Forward
+            mode works.
 
     Example:
         >>> import functools

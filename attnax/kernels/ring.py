@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attnax.kernels import _tile
 from attnax.kernels._blockwise import (
@@ -33,7 +34,7 @@ from attnax.kernels._engine import attend
 from attnax.kernels._lift import vary, varying_axes
 from attnax.kernels._pairs import check_pairs
 from attnax.kernels.standard import standard_attention
-from attnax.masks import Mask, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
     ArrayLike,
@@ -73,6 +74,7 @@ def ring_attention(
     block_size: int | None = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
+@names_residuals
 @takes_mask_objects
 def ring_attention(
     query: Float[ArrayLike, "B N T H"],
@@ -114,6 +116,7 @@ def ring_attention(
 
     Raises:
         ValueError: `axis_name` is no mesh axis here, or shapes, dtypes or options do not fit together.
+        NotImplementedError: a mask or score mod that mixes pairs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -258,7 +261,7 @@ def _ring_forward(
 
     start = _state(*forward(plan, query, key, value, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
-    out, lse = _tile.finish(state)
+    out, lse = checkpoint_name(_tile.finish(state), "attention_out")
     return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
 
 

@@ -224,7 +224,8 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_cache = self._gather(
             x, context, mask, deterministic, position_ids_q, position_ids_kv, score_mod, kv_cache, rngs
         )
-        heads = _named("attention_out", heads)
+        if not getattr(_kernel_of(self.attention_fn), "names_residuals", False):
+            heads = _named("attention_out", heads)
         return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
     def attention_weights(
@@ -537,9 +538,14 @@ def _attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return LiteAttention(rngs, config)
 
 
-def _name_of(function: Any) -> str:
+def _kernel_of(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def _name_of(function: Any) -> str:
+    function = _kernel_of(function)
     return str(getattr(function, "__name__", type(function).__name__))
 
 

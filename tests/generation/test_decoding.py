@@ -249,7 +249,7 @@ def test_reverse_mode_through_a_cache_raises(max_len):
         cache = attnax.update_kv_layer_cache(attnax.init_kv_layer_cache(1, 2, 4, max_len), key, value)
         return attnax.cached_attention(query, cache, np.arange(4), mask=masks.causal()).sum()
 
-    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+    with pytest.raises(NotImplementedError, match="no reverse-mode derivative.*memory_efficient_attention"):
         jax.eval_shape(jax.grad(loss), *keys_values(2, 4))
 
 

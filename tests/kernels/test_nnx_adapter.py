@@ -293,6 +293,11 @@ class TestErrors:
         with pytest.raises(NotImplementedError, match=r"none to sow; got sow_weights=True.*attention_weights"):
             layer(inputs(BATCH, LENGTH, WIDTH), sow_weights=True)
 
+    def test_input_positions(self):
+        query = np.ones((BATCH, 5, 3, 7), np.float32)
+        with pytest.raises(NotImplementedError, match="positions turn queries and keys.*use_rope=True"):
+            nnx_attention_fn()(query, query, query, input_positions=np.arange(5))
+
     def test_is_causal_while_decoding(self):
         # As layers did before Flax 0.12.12.
         query, key = np.ones((BATCH, 1, 3, 7), np.float32), np.ones((BATCH, 13, 3, 7), np.float32)

@@ -320,6 +320,13 @@ def test_without_a_gpu_the_platform_is_the_reason_and_the_tiles_run():
     )
 
 
+def test_the_fallback_may_be_asked_for():
+    query, key, value, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays())
+    assert lowered(partial(pallas_flash_attention, force_fallback=True), query, key, value) == set()
+    with pytest.raises(ValueError, match="got interpret=True, force_fallback=True. Leave one of the two out"):
+        jax.eval_shape(partial(interpreted, force_fallback=True), query, key, value)
+
+
 MASKED = [name for name, mask in MASKS.items() if mask is not None]
 
 

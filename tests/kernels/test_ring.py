@@ -270,7 +270,7 @@ def test_a_sequence_that_is_not_cut_is_on_one_device():
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
     make = lambda rngs, fn=None: MultiHeadAttention(rngs, num_heads=2, in_features=8, attention_fn=fn)
     layer, ring = build(make), build(partial(make, fn=ring_attention))
-    x = normal(3, 1, 5, 8)
+    x = jax.device_put(normal(3, 1, 5, 8))
     np.testing.assert_allclose(ring(x, mask=masks.causal()), layer(x, mask=masks.causal()), atol=1e-6)
 
 

@@ -97,7 +97,7 @@ def test_any_attention_function_obeying_the_protocol_fits():
     attn = make_attention(attention_fn=mean_values)
     out = jax.eval_shape(lambda x: attn(x, mask=masks.causal()), normal(1, 2, 5, 12))
     assert out.shape == (2, 5, 12) and seen["shape"] == (2, 3, 5, 4)
-    assert seen["mask"].shape == (2, 3, 5, 5) and seen["mask"].dtype == bool
+    assert seen["mask"].shape == (1, 1, 5, 5) and seen["mask"].dtype == bool
 
 
 @jax.tree_util.register_dataclass
