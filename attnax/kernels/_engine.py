@@ -143,10 +143,10 @@ def _run(call: Call) -> tuple[Array, Array]:
         if words is not None:
             words = words_of_shard(words, offset.row, offset.head)
         operands = operands._replace(tiles=operands.tiles._replace(dropout=words))
-        return _attention(call.plan, query, key, value, scale, operands.learned, operands)  # type: ignore[no-any-return]
+        return _attention(call.plan, query, key, value, scale, operands.learned, operands)
 
     query, key, value, scale = call.arrays
-    return shards.run(attend, query, key, value, (scale, call.operands))  # type: ignore[no-any-return]
+    return shards.run(attend, query, key, value, (scale, call.operands))
 
 
 def prepare(

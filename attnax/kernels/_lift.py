@@ -25,6 +25,7 @@ __all__ = [
     "Deferred",
     "Lifted",
     "defer",
+    "example_of",
     "flatten",
     "is_own",
     "lift",
@@ -282,17 +283,17 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
     wide: dict[Var, Any] = {}
     for eqn in jaxpr.eqns:
         name, source = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
-        is_narrow = isinstance(source, Var) and _is_narrow(source.aval.dtype)
+        dtype: Any = getattr(source.aval, "dtype", None) if isinstance(source, Var) else None
         if name in ("jit", "pjit") or (name in ("custom_jvp_call", "custom_vjp_call") and not rules):
             inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
             results = inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars], rules=rules)
             env.update(zip(eqn.outvars, results, strict=True))
-        elif isinstance(source, Var) and is_narrow and name in _MOVES:
+        elif isinstance(source, Var) and name in _MOVES and _is_narrow(dtype):
             x = wide[source] if source in wide else jnp.asarray(env[source]).astype(jnp.float32)
             rest = (_read(env, var) for var in eqn.invars[1:])
             (target,) = eqn.outvars
             wide[target] = eqn.primitive.bind(x, *rest, **eqn.primitive.get_bind_params(eqn.params))
-            env[target] = wide[target].astype(source.aval.dtype)
+            env[target] = wide[target].astype(dtype)
         elif isinstance(source, Var) and source in wide and name == "convert_element_type":
             env[eqn.outvars[0]] = wide[source].astype(eqn.params["new_dtype"])
         else:
@@ -425,9 +426,7 @@ def trace_rule(eqn: JaxprEqn) -> Any:
     the same one, are inlined: it is not differentiated itself.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
-    operands, results = (
-        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs] for vs in (eqn.invars, eqn.outvars)
-    )
+    operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))
     moving = [i for i, x in enumerate(operands) if _is_float(x)]
 
     def of_moving(values: list[Any], new: Sequence[Any]) -> Any:
@@ -448,8 +447,13 @@ def trace_rule(eqn: JaxprEqn) -> Any:
     return flatten(jax.make_jaxpr(pull)(operands, results), rules=False)
 
 
+def example_of(var: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a variable."""
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
 def flatten(program: Any, *, rules: bool) -> Any:
     """A traced program with calls inlined, `rules=False` those too that have a derivative of their own, as needed."""
-    examples = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in program.jaxpr.invars]
+    examples = map(example_of, program.jaxpr.invars)
     flat = jax.make_jaxpr(lambda *x: inline(program.jaxpr, program.consts, x, rules=rules))(*examples)
     return flat.replace(jaxpr=flat.jaxpr.replace(eqns=needed_for(flat.jaxpr.eqns, flat.jaxpr.outvars)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import is_own, needed_for, vary
+from attnax.kernels._lift import example_of, is_own, needed_for, vary
 from attnax.masks import Mask
 from attnax.typing import ScoreMod, apply_score_mod
 
@@ -113,7 +113,7 @@ def why_not_pairs(
     if is_own(function) or 0 in full:
         return None
     programs = [_trace(caller, function, full, axes, has_scores)]
-    (shape,) = (var.aval.shape for var in programs[0].jaxpr.outvars)
+    (shape,) = (_shape(var) for var in programs[0].jaxpr.outvars)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
         raise ValueError(
             f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
@@ -180,8 +180,7 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
         elif name in _CALLS:
             outputs = _follow_call(eqn.params[_CALLS[name]], inputs)
         elif name == "call_hi_primitive" and hasattr(eqn.params["_prim"], "expand"):  # an operation made of others
-            arguments = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars)
-            outputs = _follow_call(jax.make_jaxpr(eqn.params["_prim"].expand)(*arguments), inputs)
+            outputs = _follow_call(jax.make_jaxpr(eqn.params["_prim"].expand)(*map(example_of, eqn.invars)), inputs)
         elif any(map(_kinds, inputs)):
             raise RefusedError(f"uses {name}, of which it is not known whether it mixes pairs")
         else:
@@ -192,6 +191,10 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
 
 def _follow_call(inner: Any, inputs: Sequence[Value]) -> list[Value]:
     return _follow(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
 
 
 def _axis(kind: str, size: int) -> Axis:
@@ -275,7 +278,7 @@ def _broadcast(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 def _reshape(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     rest = [factor for axis in inputs[0].axes for factor in axis][::-1]
     axes = []
-    for size in eqn.outvars[0].aval.shape:
+    for size in _shape(eqn.outvars[0]):
         axis, missing = [], size
         while missing > 1:
             factor = rest.pop()
@@ -285,9 +288,7 @@ def _reshape(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
             if missing % factor.size:
                 kinds = {x.kind for x in (factor, *rest) if x.kind in _PAIRS}
                 if kinds:
-                    raise RefusedError(
-                        f"mixes {' and '.join(sorted(kinds))} by a reshape to {eqn.outvars[0].aval.shape}"
-                    )
+                    raise RefusedError(f"mixes {' and '.join(sorted(kinds))} by a reshape to {_shape(eqn.outvars[0])}")
                 return [_of_array(eqn.outvars[0].aval)]
             axis.append(factor)
             missing //= factor.size
@@ -302,9 +303,7 @@ def _squeeze(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 def _expand_dims(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     rest, new = iter(inputs[0].axes), set(eqn.params["dimensions"])
-    return [
-        Value(tuple(() if i in new else next(rest) for i in range(len(eqn.outvars[0].aval.shape))), inputs[0].steps)
-    ]
+    return [Value(tuple(() if i in new else next(rest) for i in range(len(_shape(eqn.outvars[0])))), inputs[0].steps)]
 
 
 def _transpose(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
@@ -329,7 +328,7 @@ def _along(*names: str) -> Rule:
         results = []
         for var in eqn.outvars:
             axes = list(operand.axes)
-            axes[along] = _axis("array", var.aval.shape[along])
+            axes[along] = _axis("array", _shape(var)[along])
             results.append(Value(tuple(axes), operand.steps))
         return results
 
@@ -342,7 +341,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     outputs = []
     for var in eqn.outvars:
         axes = []
-        for i, size in enumerate(var.aval.shape):
+        for i, size in enumerate(_shape(var)):
             axis = operand.axes[i]
             moves = _moves(eqn, i, size, _size(axis))
             if moves:
@@ -429,7 +428,7 @@ def _gather(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
             _mixed(eqn, axis)
         if i not in taken:
             window.append(axis if whole else _axis("array", size))
-    rank, of_window, rest = len(eqn.outvars[0].aval.shape), iter(window), iter(of_indices)
+    rank, of_window, rest = len(_shape(eqn.outvars[0])), iter(window), iter(of_indices)
     axes = (next(of_window) if i in numbers.offset_dims else next(rest) for i in range(rank))
     return [Value(tuple(axes), operand.steps | indices.steps)]
 
@@ -479,7 +478,7 @@ def _iota(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 def _random_bits(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     """Also of `random_split` and `random_unwrap`: axes of their own behind those of the keys."""
-    shape = eqn.outvars[0].aval.shape[len(inputs[0].axes) :]
+    shape = _shape(eqn.outvars[0])[len(inputs[0].axes) :]
     return [Value((*inputs[0].axes, *(_axis("array", size) for size in shape)), inputs[0].steps)]
 
 
@@ -615,12 +614,10 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
                 raise by_size
             if isinstance(x, Literal) and isinstance(y, Literal) and not _equal(x.val, y.val):
                 raise by_size
-        same_shapes = [var.aval.shape for var in left.invars] == [var.aval.shape for var in right.invars]
+        same_shapes = [_shape(var) for var in left.invars] == [_shape(var) for var in right.invars]
         if name == "iota" or name.startswith("reduce_"):
             axes = left.params.get("axes", (left.params.get("dimension"),))
-            shapes = (
-                eqn.outvars[0].aval.shape if name == "iota" else eqn.invars[0].aval.shape for eqn in (left, right)
-            )
+            shapes = (_shape(eqn.outvars[0]) if name == "iota" else _shape(eqn.invars[0]) for eqn in (left, right))
             if len({tuple(shape[axis] for axis in axes) for shape in shapes}) > 1:
                 raise by_size
         for key in left.params:
@@ -632,7 +629,7 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
                 raise by_size
 
 
-def _programs(param: Any) -> list[Jaxpr]:
+def _programs(param: Any) -> list[Any]:
     parts = param if isinstance(param, tuple | list) else (param,)
     return [getattr(part, "jaxpr", part) for part in parts if hasattr(part, "jaxpr") or isinstance(part, Jaxpr)]
 

@@ -145,8 +145,9 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
         raise NotImplementedError(
             f"{caller}: query, key and value must be cut alike; got {got}. Use jax.sharding.reshard."
         )
-    mesh = next(x for x, cut in zip((query, key, value), cuts.values(), strict=True) if any(cut))
-    mesh = mesh.sharding.mesh if is_concrete(mesh) else jax.typeof(mesh).sharding.mesh
+    cut_array = next(x for x, cut in zip((query, key, value), cuts.values(), strict=True) if any(cut))
+    mesh: Any = cut_array.sharding if is_concrete(cut_array) else jax.typeof(cut_array).sharding
+    mesh = mesh.mesh
     by_head = next(iter(heads), ())
     count = math.prod(mesh.shape[name] for name in by_head)
     if key.shape[1] % count and key.shape[1] > 1:

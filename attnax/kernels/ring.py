@@ -133,6 +133,7 @@ def ring_attention(
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     options = AttentionOptions(
+        mask=mask,
         score_mod=score_mod,
         dropout_rng=dropout_rng,
         dropout_rate=dropout_rate,
@@ -145,21 +146,15 @@ def ring_attention(
             query,
             key,
             value,
-            mask=mask,
             return_lse=return_lse,
             block_size=block_size,
             backend="tiles",
             **options,
         )
     size = _axis_size(axis_name)
-    check_attention(
-        "ring_attention",
-        query,
-        key,
-        value,
-        mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,  # its shape is global
-        **options,
-    )
+    if isinstance(mask, jax.Array | np.ndarray):
+        options["mask"] = np.zeros((), mask.dtype)  # its shape is global
+    check_attention("ring_attention", query, key, value, **options)
     check_block_size("ring_attention", block_size)
     batch, heads, seq_q, _ = query.shape
     kv_heads, seq_kv, value_dim = value.shape[1:]

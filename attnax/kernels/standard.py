@@ -113,7 +113,8 @@ def standard_attention(
         deterministic=deterministic,
         scale=scale,
     )
-    full = (*query.shape[:3], key.shape[2])
+    batch, num_heads, seq_q, _ = query.shape
+    full = batch, num_heads, seq_q, key.shape[2]
     mask, score_mod = resolve_masks("standard_attention", mask, score_mod, full)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     words = None if dropout_rng is None or deterministic or dropout_rate == 0.0 else dropout_words(dropout_rng)
@@ -125,17 +126,18 @@ def standard_attention(
         check_pairs("standard_attention, on the shards of a mesh", mask, score_mod, full, frozenset())
         here = shards.local(query)
         scores = jax.ShapeDtypeStruct((*here.shape[:3], full[3]), wide_dtype(query.dtype))
-        mask, score_mod = _lift(shards.whole(mask), shards.whole(score_mod), scores)
+        lifted = _lift(shards.whole(mask), shards.whole(score_mod), scores)
 
         def on_shard(offset: Offset, query: Array, key: Array, value: Array, rest: tuple[Any, ...]) -> Any:
-            b, h, q, kv = index_grid(*query.shape[:3], key.shape[2])
+            rows, heads, *_ = query.shape
+            b, h, q, kv = index_grid(rows, heads, seq_q, key.shape[2])
             return attend((*offset.moved(b, h), q, kv), query, key, value, *rest)
 
-        out, lse = shards.run(on_shard, query, key, value, (mask, score_mod, scale, words))
+        out, lse = shards.run(on_shard, query, key, value, (*lifted, scale, words))
     return (out, lse) if return_lse else out
 
 
-def _lift(mask: Any, score_mod: Any, scores: jax.ShapeDtypeStruct) -> tuple[Lifted | None, Lifted | None]:
+def _lift(mask: Any, score_mod: Any, scores: Any) -> tuple[Lifted | None, Lifted | None]:
     """The mask and the score mod for scores of this shape, with the arrays that they capture as operands."""
     indices = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in index_grid(*scores.shape)]
     change = partial(apply_score_mod, "standard_attention", score_mod)

@@ -17,7 +17,7 @@ __all__ = ["LayerNorm", "OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "r
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm` that also computes where JAX promotes no dtypes: Flax mixes those of x and of its statistics."""
 
-    def __call__(self, x: Float[Array, "*L D"], *, mask: Array | None = None) -> Float[Array, "*L D"]:
+    def __call__(self, x: Float[Array, "*L D"], mask: Array | None = None) -> Float[Array, "*L D"]:
         """The normalised features."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, mask=mask)
@@ -26,7 +26,7 @@ class LayerNorm(nnx.LayerNorm):
 class RMSNorm(nnx.RMSNorm):
     """`nnx.RMSNorm`, likewise."""
 
-    def __call__(self, x: Float[Array, "*L D"], *, mask: Array | None = None) -> Float[Array, "*L D"]:
+    def __call__(self, x: Float[Array, "*L D"], mask: Array | None = None) -> Float[Array, "*L D"]:
         """The normalised features."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, mask=mask)
