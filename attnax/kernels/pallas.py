@@ -564,7 +564,7 @@ def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
 
                 return lax.fori_loop(first, last, add, total)
 
-            return lax.fori_loop(jnp.int32(0), jnp.where(first < last, 1, 0).astype(jnp.int32), tile, total)
+            return lax.fori_loop(jnp.int32(0), (first < last).astype(jnp.int32), tile, total)
 
         return kernel.visit_keys(visit, start, total)
 
