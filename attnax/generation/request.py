@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from attnax.generation.samplers import Sampler
 from attnax.typing import Array, ArrayLike, Bool, Int, is_concrete, pytree_dataclass
@@ -86,11 +87,17 @@ def make_request(
     Raises:
         ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
             or samples, end token or stop sequence.
+        NotImplementedError: a traced prompt that Explicit mesh axes cut.
     """
     if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
         raise ValueError(
             "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
             f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
+        )
+    if not is_concrete(prompt_ids) and any(jax.typeof(prompt_ids).sharding.spec):
+        raise NotImplementedError(
+            f"generate: mesh axes that are Explicit may not cut a traced prompt; got {jax.typeof(prompt_ids)}. "
+            "Give each device all of it, jax.sharding.reshard(prompt_ids, jax.P()), or its rows in jax.shard_map."
         )
     static = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
     for name, value in (static | {"end_token": end_token, "stop_sequences": stop_sequences}).items():
@@ -139,9 +146,16 @@ def make_request(
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
-    """What was made of an array by a user, on the devices on which that was put."""
-    is_placed = isinstance(given, jax.Array) and is_concrete(given) and given.committed
-    return jax.device_put(made, given.sharding) if is_placed else made
+    """What was made of an array by a user, on the devices on which that was put.
+
+    Of a mesh with Explicit axes every device gets all of it: caches are not cut there yet.
+    """
+    if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
+        return made
+    sharding = given.sharding
+    if isinstance(sharding, jax.NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        sharding = jax.NamedSharding(sharding.mesh, jax.P())
+    return jax.device_put(made, sharding)
 
 
 def padded_length(length: int) -> int:

@@ -107,11 +107,19 @@ class Shards:
             mesh=self.mesh,
             in_specs=(spec, of_keys, of_keys, P()),
             out_specs=spec,
-            axis_names=set(self.axes),
+            axis_names=self._manual,
             check_vma=False,  # what masks and score mods do was traced outside
         )
         arrays = self._cut(query, spec), self._cut(key, of_keys), self._cut(value, of_keys)
         return run(*arrays, self.whole(operands))
+
+    @property
+    def _manual(self) -> set[str]:
+        """The axes of the `shard_map`; before JAX 0.11 one that is not compiled must have all that are Explicit."""
+        if jax.__version_info__ >= (0, 11):
+            return set(self.axes)
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return {name for name, kind in types if kind == AxisType.Explicit}
 
     def _count(self, names: Any) -> int:
         return math.prod(self.mesh.shape[name] for name in _names(names))

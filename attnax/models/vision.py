@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -258,4 +259,6 @@ def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int)
 
 def _repeat(tokens: nnx.Param[Array], x: Array) -> Array:
     """The tokens for each row of x."""
-    return jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens.shape))
+    repeated = jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens.shape))
+    cut = jax.typeof(x).sharding  # of the batch, by Explicit axes of a mesh
+    return jax.sharding.reshard(repeated, cut) if any(cut.spec) else repeated

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -103,10 +105,13 @@ class PatchEmbedding(nnx.Module):
                 "Scale them first, as in images.astype('float32') / 255."
             )
         (rows, columns), (height, width) = self.grid_size, self.patch_size
-        pixels = images.reshape(images.shape[0], rows, height, columns, width, self.num_channels).swapaxes(2, 3)
-        vectors = pixels.reshape(images.shape[0] * self.num_patches, self.projection.in_features)
+        batch, cut = images.shape[0], jax.typeof(images).sharding  # of the batch, by Explicit axes of a mesh
+        by_batch = jax.NamedSharding(cut.mesh, jax.P(cut.spec[0])) if any(cut.spec) else None
+        reshape = partial(jnp.reshape, out_sharding=by_batch)
+        pixels = reshape(images, (batch, rows, height, columns, width, self.num_channels)).swapaxes(2, 3)
+        vectors = reshape(pixels, (batch * self.num_patches, self.projection.in_features))
         vectors = self.projection(vectors)  # one matrix product, as in Linear
-        return vectors.reshape(images.shape[0], self.num_patches, self.projection.out_features)
+        return reshape(vectors, (batch, self.num_patches, self.projection.out_features))
 
 
 class GridPositionalEncoding(nnx.Module):

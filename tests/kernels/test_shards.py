@@ -10,7 +10,11 @@ from flax import nnx
 from jax import P
 
 from attnax import (
+    Transformer,
+    TransformerConfig,
+    TransformerEncoder,
     TransformerLM,
+    VisionTransformer,
     alibi_mod,
     flash_attention,
     masks,
@@ -140,6 +144,29 @@ def test_layers_of_flax_and_language_models_run_on_cut_batches():
     assert jax.typeof(out).sharding.spec[0] == "data"
     for one, other in zip(jax.tree.leaves(((out, value), gradients)), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_every_model_takes_a_cut_batch_and_generates_from_one():
+    sizes = {"vocab_size": 11, "d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 16}
+    config = TransformerConfig(**sizes)
+    images = {"image_size": 4, "patch_size": 2, "num_classes": 3, **{k: sizes[k] for k in list(sizes)[1:5]}}
+
+    def run(ids, pixels):
+        return (
+            TransformerEncoder(nnx.Rngs(0), config)(ids, padding_mask=ids > 0),
+            Transformer(nnx.Rngs(0), config, config)(ids, ids),
+            VisionTransformer(nnx.Rngs(0), **images, num_register_tokens=1)(pixels),
+        )
+
+    with jax.set_mesh(mesh()):
+        ids = jax.device_put(np.ones((4, 6), np.int32), P("data"))
+        results = jax.eval_shape(run, ids, jax.device_put(np.ones((4, 4, 4, 3), np.float32), P("data")))
+        assert [x.sharding.spec[0] for x in results] == ["data"] * 3
+        model = TransformerLM(nnx.Rngs(0), **sizes)
+        want = model.generate(np.ones((4, 6), np.int32), max_new_tokens=2)
+        np.testing.assert_array_equal(model.generate(ids, max_new_tokens=2).tokens, want.tokens)
+        with pytest.raises(NotImplementedError, match="may not cut a traced prompt"):
+            jax.eval_shape(lambda ids: model.generate(ids, max_new_tokens=2).tokens, ids)
 
 
 def test_a_ring_is_what_a_cut_sequence_takes():
