@@ -25,7 +25,7 @@ __all__ = [
     "Deferred",
     "Lifted",
     "defer",
-    "example_of",
+    "expansion_of",
     "flatten",
     "is_own",
     "lift",
@@ -284,8 +284,10 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
     for eqn in jaxpr.eqns:
         name, source = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
         dtype: Any = getattr(source.aval, "dtype", None) if isinstance(source, Var) else None
+        inner = expansion_of(eqn)
         if name in ("jit", "pjit") or (name in ("custom_jvp_call", "custom_vjp_call") and not rules):
             inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+        if inner is not None:
             results = inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars], rules=rules)
             env.update(zip(eqn.outvars, results, strict=True))
         elif isinstance(source, Var) and name in _MOVES and _is_narrow(dtype):
@@ -299,6 +301,12 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
         else:
             _step(eqn, env)
     return [_read(env, var) for var in jaxpr.outvars]
+
+
+def expansion_of(eqn: JaxprEqn) -> Any:
+    """The program that an operation made of others stands for, as `jnp.searchsorted` is from JAX 0.12 on; else None."""
+    expand = getattr(eqn.params.get("_prim"), "expand", None)
+    return None if expand is None else jax.make_jaxpr(expand)(*map(_example_of, eqn.invars))
 
 
 def _is_narrow(dtype: Any) -> bool:
@@ -426,7 +434,7 @@ def trace_rule(eqn: JaxprEqn) -> Any:
     the same one, are inlined: it is not differentiated itself.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
-    operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))
+    operands, results = (list(map(_example_of, variables)) for variables in (eqn.invars, eqn.outvars))
     moving = [i for i, x in enumerate(operands) if _is_float(x)]
 
     def of_moving(values: list[Any], new: Sequence[Any]) -> Any:
@@ -447,13 +455,13 @@ def trace_rule(eqn: JaxprEqn) -> Any:
     return flatten(jax.make_jaxpr(pull)(operands, results), rules=False)
 
 
-def example_of(var: Any) -> jax.ShapeDtypeStruct:
+def _example_of(var: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a variable."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def flatten(program: Any, *, rules: bool) -> Any:
     """A traced program with calls inlined, `rules=False` those too that have a derivative of their own, as needed."""
-    examples = map(example_of, program.jaxpr.invars)
+    examples = map(_example_of, program.jaxpr.invars)
     flat = jax.make_jaxpr(lambda *x: inline(program.jaxpr, program.consts, x, rules=rules))(*examples)
     return flat.replace(jaxpr=flat.jaxpr.replace(eqns=needed_for(flat.jaxpr.eqns, flat.jaxpr.outvars)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import example_of, is_own, needed_for, vary
+from attnax.kernels._lift import expansion_of, is_own, needed_for, vary
 from attnax.masks import Mask
 from attnax.typing import ScoreMod, apply_score_mod
 
@@ -181,8 +181,8 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
             outputs = list(rule(eqn, inputs))
         elif name in _CALLS:
             outputs = _follow_call(eqn.params[_CALLS[name]], inputs)
-        elif name == "call_hi_primitive" and hasattr(eqn.params["_prim"], "expand"):  # an operation made of others
-            outputs = _follow_call(jax.make_jaxpr(eqn.params["_prim"].expand)(*map(example_of, eqn.invars)), inputs)
+        elif (expansion := expansion_of(eqn)) is not None:
+            outputs = _follow_call(expansion, inputs)
         elif any(map(_kinds, inputs)):
             raise RefusedError(f"uses {name}, of which it is not known whether it mixes pairs")
         else:

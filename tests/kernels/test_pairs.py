@@ -51,7 +51,7 @@ def of_every_pair(s, b, h, q, kv):
 
 
 def a_while_loop_of_each(s, *_):
-    of_one = lambda x: lax.while_loop(lambda c: c < 5, lambda c: c * 2 + 1, x)
+    of_one = lambda x: lax.while_loop(lambda c: c < 5, lambda c: jnp.abs(c) * 2 + 1, x)
     return jax.vmap(jax.vmap(of_one))(s.reshape(-1, s.shape[-1])).reshape(s.shape)
 
 
@@ -148,6 +148,21 @@ MIXED_MASKS = {
 def test_what_looks_at_one_pair_is_taken_whatever_it_is_made_of(name):
     for full in (FULL, (1, 1, 5, 7), (1, 1, 1, 1)):
         assert why_not_pairs("here", ELEMENTWISE[name], full, has_scores=True) is None
+
+
+def test_all_of_them_together_are_the_same_in_tiles():
+    x = jax.device_put(np.random.default_rng(0).standard_normal((1, 3, 13, 4), np.float32))
+
+    def mod(s, b, h, q, kv):
+        return sum(jnp.tanh(function(s, b, h, q, kv)) for function in ELEMENTWISE.values())
+
+    def run(x):
+        kernels = standard_attention, functools.partial(memory_efficient_attention, block_size=4), flash_attention
+        return [kernel(x, x, x, score_mod=mod) for kernel in kernels]
+
+    want, *have = jax.jit(run)(x)
+    for out in have:
+        np.testing.assert_allclose(out, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("full", [FULL, (2, 3, 6, 8), (4, 4, 4, 4)], ids=str)
