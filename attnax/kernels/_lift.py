@@ -270,6 +270,7 @@ _MOVES = frozenset((
     "broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "tile",
     "transpose",
 ))
+_BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter", "pow", "rem", "sub"))
 # fmt: on
 
 
@@ -277,7 +278,7 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
     """The program's results, calls inlined; `rules=False`: those too that have a derivative of their own.
 
     What only moves numbers of less than 32 bits moves them in float32, which is as exact, and the gradient that one
-    element gets from many places is summed there.
+    element gets from many places is summed there. So is that of an operand with fewer elements than the result.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -298,6 +299,11 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
             env[target] = wide[target].astype(dtype)
         elif isinstance(source, Var) and source in wide and name == "convert_element_type":
             env[eqn.outvars[0]] = wide[source].astype(eqn.params["new_dtype"])
+        elif name in _BROADCASTS and _is_narrow(_example_of(eqn.outvars[0]).dtype):
+            (target,) = eqn.outvars
+            shape = _example_of(target).shape
+            operands = (x.val if isinstance(x, Literal) else _spread(env[x], wide.get(x), shape) for x in eqn.invars)
+            env[target] = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
         else:
             _step(eqn, env)
     return [_read(env, var) for var in jaxpr.outvars]
@@ -307,6 +313,14 @@ def expansion_of(eqn: JaxprEqn) -> Any:
     """The program that an operation made of others stands for, as `jnp.searchsorted` is from JAX 0.12 on; else None."""
     expand = getattr(eqn.params.get("_prim"), "expand", None)
     return None if expand is None else jax.make_jaxpr(expand)(*map(_example_of, eqn.invars))
+
+
+def _spread(x: Any, wide: Any, shape: tuple[int, ...]) -> Any:
+    """An operand of an equation that gives `shape`: one that the equation would spread is spread here, in float32."""
+    if np.shape(x) in ((), shape):
+        return x
+    wide = jnp.asarray(x).astype(jnp.float32) if wide is None else wide
+    return jnp.broadcast_to(wide, shape).astype(x.dtype)
 
 
 def _is_narrow(dtype: Any) -> bool:

@@ -7,6 +7,7 @@ is followed from the arguments on, and an operation that mixes an axis of the pa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -123,14 +124,17 @@ def why_not_pairs(
         )
     try:
         _check_program(programs[0], full, has_scores)
-        # Every size is another one in a tile. And nothing can mix an axis of size 1, nor need it broadcast.
-        for others in [tuple(size + more for size in full) for more in ((1, 2) if 1 in full else (1,))]:
+        # Every size is another one in a tile: one more here, and few where a function looks whether there are many.
+        for others in (tuple(size + 1 for size in full), tuple(3 if size == 1 else 2 for size in full)):
             try:
                 programs.append(_trace(caller, function, others, axes, has_scores))
             except (TypeError, ValueError) as error:
                 raise RefusedError(f"works with {full} scores, and not with {others} ({error})") from error
             _check_program(programs[-1], others, has_scores)
-        _check_same(*programs[-2:])
+        if 1 in full:  # an axis of size 1 needs no broadcast and can be mixed with nothing
+            del programs[0]
+        for one, other in itertools.pairwise(programs):
+            _check_same(one, other)
     except RefusedError as refusal:
         return str(refusal)
     return None
@@ -320,21 +324,21 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     return [Value(kept, operand.steps)] * len(eqn.outvars)
 
 
-def _along(*names: str) -> Rule:
-    """Of an operation along one axis, named by a parameter: every place may depend on all others along it."""
+def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
+    """Of an operation along one axis: every place may depend on all others along it."""
+    along, operand = _axis_along(eqn), _join(eqn, inputs)
+    _mixed(eqn, operand.axes[along])
+    results = []
+    for var in eqn.outvars:
+        axes = list(operand.axes)
+        axes[along] = _axis("array", _shape(var)[along])
+        results.append(Value(tuple(axes), operand.steps))
+    return results
 
-    def rule(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-        along = next(eqn.params[name] for name in names if name in eqn.params)
-        operand = _join(eqn, inputs)
-        _mixed(eqn, operand.axes[along])
-        results = []
-        for var in eqn.outvars:
-            axes = list(operand.axes)
-            axes[along] = _axis("array", _shape(var)[along])
-            results.append(Value(tuple(axes), operand.steps))
-        return results
 
-    return rule
+def _axis_along(eqn: JaxprEqn) -> int:
+    """The axis of an operation along one, which has another name in each."""
+    return next(int(eqn.params[name]) for name in ("dimension", "axis", "operand_axis") if name in eqn.params)
 
 
 def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
@@ -513,12 +517,7 @@ def _while(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 def _scan(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     params, length = eqn.params, eqn.params["length"]
-    if "ft_in" in params:  # JAX 0.12
-        consts, carry, xs = map(list, params["ft_in"].update(inputs).unpack())
-    else:
-        first = params["num_consts"]
-        last = first + params["num_carry"]
-        consts, carry, xs = list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+    consts, carry, xs = _parts_of_scan(eqn, inputs)
     loops = {axis: Loop() for axis in (x.axes[0] for x in xs) if any(f.kind in _PAIRS for f in axis)}
     inner, moved = getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), range(len(consts), len(consts) + len(carry))
     if any(inner.invars[i] is not inner.outvars[i - len(consts)] for i in moved):
@@ -539,6 +538,16 @@ def _scan(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
         lead = _join_axes(eqn, over) if over else _axis("array", length)
         stacked.append(Value((lead, *y.axes), y.steps - set(loops.values())))
     return [*carried, *stacked]
+
+
+def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """(constants, carry, what is scanned over)."""
+    if "ft_in" in eqn.params:  # JAX 0.12
+        consts, carry, xs = map(list, eqn.params["ft_in"].update(inputs).unpack())
+        return consts, carry, xs
+    first = eqn.params["num_consts"]
+    last = first + eqn.params["num_carry"]
+    return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
 
 
 class Loop:
@@ -576,17 +585,17 @@ _RULES: dict[str, Rule] = {
     "rev": _reorder,
     "scan": _scan,
     "slice": _reorder,
-    "sort": _along("dimension"),
+    "sort": _along,
     "split": _reorder,
     "squeeze": _squeeze,
     "stack": _stack,
     "tile": _tile,
-    "top_k": _along("axis", "operand_axis"),
+    "top_k": _along,
     "transpose": _transpose,
     "unstack": _unstack,
     "while": _while,
 }
-_RULES |= dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis"))
+_RULES |= dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along)
 _RULES |= dict.fromkeys((f"reduce_{name}" for name in ("sum", "max", "min", "prod", "and", "or", "xor")), _reduce)
 _RULES |= dict.fromkeys(
     ("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"), _scatter
@@ -617,18 +626,45 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
             if isinstance(x, Literal) and isinstance(y, Literal) and not _equal(x.val, y.val):
                 raise by_size
         same_shapes = [_shape(var) for var in left.invars] == [_shape(var) for var in right.invars]
-        if name == "iota" or name.startswith("reduce_"):
-            axes = left.params.get("axes", (left.params.get("dimension"),))
-            shapes = (_shape(eqn.outvars[0]) if name == "iota" else _shape(eqn.invars[0]) for eqn in (left, right))
-            if len({tuple(shape[axis] for axis in axes) for shape in shapes}) > 1:
-                raise by_size
+        if _sizes_used(left) != _sizes_used(right):
+            raise by_size
         for key in left.params:
             mine, others = left.params[key], right.params[key]
             for a, b in zip(_programs(mine), _programs(others), strict=True):
                 _check_same_program(a, b)
-            numeric = isinstance(mine, int | float | tuple) and not list(_programs(mine))
-            if numeric and (same_shapes or name in ELEMENTWISE) and name != "broadcast_in_dim" and mine != others:
+            is_shape = isinstance(mine, tuple) or (name, key) == ("scan", "length")
+            if is_shape and (list(_programs(mine)) or not (same_shapes or name in ELEMENTWISE)):
+                continue  # follows the sizes
+            is_number = isinstance(mine, int | float | tuple | np.dtype)
+            if is_number and name != "broadcast_in_dim" and repr(mine) != repr(others):  # NaN is itself
                 raise by_size
+
+
+def _sizes_used(eqn: JaxprEqn) -> tuple[Any, ...]:
+    """Sizes of an equation's axes that its result depends on; none of them is an axis of the pairs, or it was refused.
+
+    A filled array is the same at every place, and yet its sum tells how many there are.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    shapes = [_shape(var) for var in eqn.invars]
+    if name == "iota":
+        return (_shape(eqn.outvars[0])[params["dimension"]],)
+    if name == "scan":
+        _, carry, _ = _parts_of_scan(eqn, eqn.invars)
+        return (params["length"],) if carry else ()
+    if name == "dot_general":
+        return tuple(shapes[0][axis] for axis in params["dimension_numbers"][0][0])
+    if name in ("gather", "dynamic_slice"):
+        batched = params["dimension_numbers"].operand_batching_dims if name == "gather" else ()
+        sizes = enumerate(zip(shapes[0], params["slice_sizes"], strict=True))
+        return tuple(size for axis, (size, kept) in sizes if size != kept and axis not in batched)
+    rule = _RULES.get(name)
+    if rule is _reduce:
+        return tuple(shapes[0][axis] for axis in params["axes"])
+    if rule is _along:
+        return (shapes[0][_axis_along(eqn)],)
+    known = rule is not None or name in _ELEMENTWISE_HERE or name in _CALLS or name == "call_hi_primitive"
+    return () if known else tuple(shapes)
 
 
 def _programs(param: Any) -> list[Any]:

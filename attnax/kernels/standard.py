@@ -187,7 +187,10 @@ def _attend(
         scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
-    key_poison = jnp.repeat(jnp.where(key_ok, 0, jnp.nan), num_heads // num_kv_heads, axis=1)[:, :, None, :]
+    # Not by jnp.repeat, which no shard of a mesh with Explicit axes can call outside of jit.
+    key_poison = jnp.where(key_ok, 0, jnp.nan)[:, :, None, None, :]
+    key_poison = jnp.broadcast_to(key_poison, (batch, num_kv_heads, num_heads // num_kv_heads, 1, seq_kv))
+    key_poison = key_poison.reshape(batch, num_heads, 1, seq_kv)
     scores = jnp.where(keep, scores + (query_poison + key_poison), -jnp.inf)
 
     peak = scores.max(-1, keepdims=True, initial=-jnp.inf)

@@ -433,6 +433,7 @@ NARROW = {
     "read by distance": lambda x: lambda s, b, h, q, kv: s + x[h, abs(q - kv) % 5],
     "read by head": lambda x: lambda s, b, h, q, kv: s * x[h, 0],
     "everywhere": lambda x: lambda s, b, h, q, kv: s + jnp.where(kv < q, x[0, 1], x[0, 2] * 0),
+    "in a product": lambda x: lambda s, b, h, q, kv: s + x[h, 0] * (abs(q - kv) % 2),
     "as a leaf": lambda x: jax.tree_util.Partial(lambda x, s, b, h, q, kv: s + x.T[(q + kv) % 5, h], x),
 }
 

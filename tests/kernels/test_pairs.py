@@ -97,6 +97,7 @@ ELEMENTWISE = {
     "written into": lambda s, *_: jnp.zeros((*s.shape, 3)).at[..., 1].set(s).sum(-1),
     "table": lambda s, b, h, q, kv: s * jnp.asarray(TABLE)[:, 0][h] + TABLE.sum() + jnp.asarray(TABLE).max(0)[kv % 9],
     "special": lambda s, *_: jax.scipy.special.erf(s) + jax.nn.silu(s) + jnp.searchsorted(TABLE[0], s),
+    "rounded": lambda s, *_: lax.reduce_precision(s, 8, 10) + jnp.take(TABLE[0], 3) + jnp.argmax(TABLE[0]),
 }
 
 MIXED = {
@@ -123,6 +124,16 @@ MIXED = {
     "number of keys as floating": lambda s, *_: s / jnp.ones_like(s).sum(-1, keepdims=True),
     "shape": lambda s, b, h, q, kv: jnp.where(kv >= s.shape[-1] - 3, s, 0),
     "loop of as many steps": lambda s, *_: sum(s * i for i in range(s.shape[-1])),
+    "sum of as many ones": lambda s, b, h, q, kv: s * (jnp.ones(kv.size) @ jnp.ones(kv.size)),
+    "scan over as many ones": lambda s, b, h, q, kv: (
+        s + lax.scan(lambda c, x: (c + x, None), 0.0, jnp.ones(kv.size))[0]
+    ),
+    "read beyond as many ones": lambda s, b, h, q, kv: s + jnp.ones(kv.size).at[kv + 2].get(mode="fill", fill_value=0),
+    "as many steps": lambda s, *_: lax.fori_loop(0, s.shape[-1], lambda _, x: x * 1.5, s),
+    "fill value": lambda s, b, h, q, kv: s + jnp.asarray(TABLE[0]).at[kv + 5].get(mode="fill", fill_value=kv.size),
+    "number of queries in a table": lambda s, b, h, q, kv: s + jnp.asarray(TABLE)[0, q.size % 9],
+    "other if there are many": lambda s, *_: s * 2 if s.shape[-1] > 2 else s,
+    "dtype if there are many": lambda s, *_: s.astype(jnp.bfloat16 if s.shape[-2] > 2 else jnp.float16) + s,
     "places": lambda s, *_: s + jnp.arange(s.shape[-1])[None, None, None],
     "noise": lambda s, *_: s + jax.random.normal(jax.random.key(0), s.shape),
     "turned": lambda s, b, h, q, kv: s + q.reshape(1, 1, 1, -1)[..., : s.shape[-1]].sum(),

@@ -90,6 +90,13 @@ def test_the_result_is_cut_as_the_query_outside_of_jit_too():
     assert jax.typeof(flash_attention(x, x, x)).sharding.spec == P("data", "model", None, None)
 
 
+def test_one_of_two_axes_may_cut_outside_of_jit_too():
+    want = jax.jit(standard_attention)(*ARRAYS)
+    with jax.set_mesh(jax.make_mesh((2, 1), ("data", "model"))):
+        have = standard_attention(*(jax.device_put(x, P("data")) for x in ARRAYS))
+    np.testing.assert_allclose(have, want, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("kernel", [flash_attention, standard_attention])
 def test_what_cannot_be_local_is_refused_in_words(kernel):
     with jax.set_mesh(mesh()):
