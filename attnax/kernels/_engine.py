@@ -171,14 +171,16 @@ def prepare(
     dtype = wide_dtype(query.dtype)
     if 0 in (*full, value.shape[3]):
         return jnp.zeros((*full[:3], value.shape[3]), query.dtype), jnp.full(full[:3], -jnp.inf, dtype)
+    shards = find_shards(caller, query, key, value)
+    if shards is not None:
+        mask, score_mod = shards.whole(mask), shards.whole(score_mod)
     check_pairs(caller, mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
     learn_scale = not is_concrete(scale)
     scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
-    whole, shards = (query, key, value), find_shards(caller, query, key, value)
-    offset = None
+    whole, offset = (query, key, value), None
     if shards is not None:
         offset = Offset(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        mask, score_mod = offset.mask(shards.whole(mask)), offset.score_mod(shards.whole(score_mod))
+        mask, score_mod = offset.mask(mask), offset.score_mod(score_mod)
         query, key, value = shards.local(query), shards.local(key, of_keys=True), shards.local(value, of_keys=True)
         full = *query.shape[:3], key.shape[2]
     tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)

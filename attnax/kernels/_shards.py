@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,22 @@ class Shards:
         return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
-        """Masks and score mods whose arrays every device holds as a whole."""
-        return jax.tree.map(lambda x: self._cut(x, P()) if isinstance(x, jax.Array) else x, tree)
+        """Masks and score mods whose arrays, those that functions close over too, every device holds as a whole."""
+        return jax.tree.map(self._whole, tree, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial))
+
+    def _whole(self, x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            return self._cut(x, P())
+        if isinstance(x, jax.tree_util.Partial):
+            return jax.tree_util.Partial(self._whole(x.func), *self.whole(x.args), **self.whole(x.keywords))
+        if isinstance(x, types.FunctionType) and x.__closure__ and types.CellType() not in x.__closure__:
+            cells = tuple(types.CellType(self.whole(cell.cell_contents)) for cell in x.__closure__)
+            if all(new.cell_contents is old.cell_contents for new, old in zip(cells, x.__closure__, strict=True)):
+                return x
+            made = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, cells)
+            made.__kwdefaults__ = x.__kwdefaults__
+            return made
+        return x
 
     def run(self, attend: Callable[..., Any], query: Array, key: Array, value: Array, operands: Any) -> Any:
         """`attend(offset, query, key, value, operands)` on each device, whose results have axes (B, N, ...)."""

@@ -123,10 +123,11 @@ def standard_attention(
     if shards is None:
         out, lse = attend(index_grid(*full), query, key, value, mask, score_mod, scale, words)
     else:
-        check_pairs("standard_attention, on the shards of a mesh", mask, score_mod, full, frozenset())
+        functions = shards.whole(mask), shards.whole(score_mod)
+        check_pairs("standard_attention, on the shards of a mesh", *functions, full, frozenset())
         here = shards.local(query)
         scores = jax.ShapeDtypeStruct((*here.shape[:3], full[3]), wide_dtype(query.dtype))
-        lifted = _lift(shards.whole(mask), shards.whole(score_mod), scores)
+        lifted = _lift(*functions, scores)
 
         def on_shard(offset: Offset, query: Array, key: Array, value: Array, rest: tuple[Any, ...]) -> Any:
             rows, heads, *_ = query.shape

@@ -126,6 +126,12 @@ def learned_arrays():
         "T5": (normal(8, 6), lambda x: score_mods.relative_bias_mod(x, max_distance=20), T, S),
         "clipped": (normal(6, 17), score_mods.relative_table_mod, T, S),
         "slopes": (normal(6), score_mods.Alibi, T, S),
+        "narrow in a product": (
+            jax.device_put(np.asarray(normal(6)).astype(jnp.bfloat16)),
+            lambda x: lambda s, b, h, q, kv: s + x[h] * abs(q - kv) * 0.01,
+            T,
+            S,
+        ),
         "distance": (normal(2001), lambda x: lambda s, b, h, q, kv: s + x[q - kv + 1000], T, S),
         "chunks of distances": (normal(6, 5001), lambda x: lambda s, b, h, q, kv: s + x[h, q - kv + 4090], T, S),
         "rules": (
@@ -166,7 +172,16 @@ def under_mod(name, attend, query, key, value, captured, **options):
 
 HELD = [name for name in LEARNED if name not in NO_KERNEL]
 QUICK = {"bias of heads", "distance", "rules"}
-IN_THE_CONTRACT = {"distance", "rules", "per key", "dense", "by bucket", "keys first", "at positions"}
+IN_THE_CONTRACT = {
+    "narrow in a product",
+    "distance",
+    "rules",
+    "per key",
+    "dense",
+    "by bucket",
+    "keys first",
+    "at positions",
+}
 
 
 def mark_of(name, quick=()):

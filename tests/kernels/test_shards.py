@@ -85,6 +85,22 @@ def test_shards_compute_what_one_device_does_and_gather_nothing(name, kind, spec
     assert "all-to-all" not in program.as_text()
 
 
+@pytest.mark.parametrize("kernel", [flash_attention, standard_attention])
+def test_functions_may_close_over_arrays_that_are_cut(kernel):
+    def loss(x, ids, slopes):
+        same = lambda b, h, q, kv: ids[b, q] == ids[b, kv]
+        mask = lambda b, h, q, kv: same(b, h, q, kv) & (kv <= q)
+        return (kernel(x, x, x, mask=mask, score_mod=lambda s, b, h, q, kv: s - slopes[h] * (q - kv)) ** 2).sum()
+
+    arrays, specs = (ARRAYS[1], np.abs(IDS), TABLE[:K, 0]), (P("data"), P("data"), P("model"))
+    run = jax.jit(jax.grad(loss, (0, 2)))
+    want = run(*arrays)
+    with jax.set_mesh(mesh()):
+        have = run(*(jax.device_put(x, spec) for x, spec in zip(arrays, specs, strict=True)))
+    for one, other in zip(have, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
 def test_the_result_is_cut_as_the_query_outside_of_jit_too():
     x = jax.device_put(ARRAYS[1], jax.NamedSharding(mesh(), P("data", "model")))
     assert jax.typeof(flash_attention(x, x, x)).sharding.spec == P("data", "model", None, None)
