@@ -438,7 +438,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, contract_unless(False, jnp.float16)])
 @pytest.mark.parametrize("name", NARROW)
 def test_gradients_of_narrow_arrays_are_summed_in_float32(name, dtype):
     x = jax.device_put(np.random.default_rng(0).standard_normal((1, 2, 150, 4), np.float32))

@@ -106,6 +106,7 @@ def test_the_result_is_cut_as_the_query_outside_of_jit_too():
     assert jax.typeof(flash_attention(x, x, x)).sharding.spec == P("data", "model", None, None)
 
 
+@pytest.mark.contract
 def test_one_of_two_axes_may_cut_outside_of_jit_too():
     want = jax.jit(standard_attention)(*ARRAYS)
     with jax.set_mesh(jax.make_mesh((2, 1), ("data", "model"))):
