@@ -78,7 +78,7 @@ class Residual(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `sublayer` adds to x, and whatever else it returns."""
+        """What `sublayer` adds to x, and the second thing that `sublayer` returns."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
         branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
@@ -94,7 +94,7 @@ class Residual(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The new stream, and whatever else `sublayer` returns."""
+        """The new stream, and the second thing that `sublayer` returns."""
         branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
         x = x + branch
         return _normalised(self.norm_sum, x).astype(x.dtype), extra
@@ -103,7 +103,8 @@ class Residual(nnx.Module):
 class EncoderBlock(nnx.Module):
     """Self-attention, then a feed-forward; under a causal mask, the block of a decoder-only model.
 
-    Called as `EncoderBlock(rngs, config)` or `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`.
+    Called as `EncoderBlock(rngs, config)`, `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)` or
+    `EncoderBlock(rngs, 512, 8, 2048, ...)`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
