@@ -99,14 +99,14 @@ class StoredTokens:
 class LayerCache(Protocol):
     """What every cache of one layer can do; none changes in place.
 
-    Where and in which form keys and values lie is a kind's own: `tokens` reads any of them.
+    Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them.
 
     Those that store tokens also have `append(keys, values, positions)`, which gives the new cache and what holds all
     that the new tokens may attend (the same, but for a ring that would overwrite some of it).
     """
 
     def tokens(self, dtype: Any) -> StoredTokens:
-        """The tokens as arrays (batch, num_kv_heads, S, head_dim) with their positions, in any order.
+        """The tokens as arrays (batch, num_kv_heads, S, head_dim) of `dtype` with their positions, in any order.
 
         Raises:
             NotImplementedError: the cache stores no tokens.

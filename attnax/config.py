@@ -389,8 +389,7 @@ class StackConfig(BlockConfig):
         scan_layers: parameters of all periods of the pattern are stacked and the program loops over them: it compiles
             in a time that does not depend on the depth.
         remat: what the backward pass computes again rather than keeps: "none", "full" (all of a block),
-            "attention_out" (all but what the heads of attention gather) or the name of one of JAX's checkpoint
-            policies.
+            "attention_out" (all but the output of the attention heads) or the name of one of JAX's checkpoint policies.
     """
 
     num_layers: int = 6
@@ -538,8 +537,8 @@ class VisionTransformerConfig(StackConfig):
         pool: the head reads the class token ("cls", which needs use_cls_token) or the mean of the patches ("mean").
         pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones of row and column added to
             the patches, or "none".
-        position_antialias: for fewer patches `with_image_size` averages learned positions over those between, as
-            DINOv2 with registers does, rather than passing them over, as ViT and DINOv2 do.
+        position_antialias: `with_image_size` interpolates learned positions with antialiasing, so that a smaller grid
+            averages over positions rather than skipping some. DINOv2 with registers does; ViT and DINOv2 do not.
     """
 
     d_model: int = 768

@@ -67,13 +67,13 @@ Range = tuple[Index, Index]
 
 
 class NoTruth:
-    """What is a value at every pair, so that `and`, `or`, `not` and `if`, which ask for one, can only be mistakes."""
+    """Of masks and score mods, which have a value at every pair: `and`, `or`, `not` and `if` raise TypeError."""
 
     def __bool__(self) -> bool:
         raise TypeError(
-            f"{type(self).__name__}: a mask or score mod has a value for each pair, and no truth that `and`, `or`, "
-            "`not` and `if` could ask for. Combine masks by `&`, `|` and `~`, score mods by compose_score_mods, and "
-            "ask `is None` whether there is one."
+            f"{type(self).__name__}: a mask or score mod has a value for each pair, and no truth value for `and`, "
+            "`or`, `not` and `if`. Combine masks by `&`, `|` and `~` and score mods by compose_score_mods; write "
+            "`is None` to test whether there is one."
         )
 
 

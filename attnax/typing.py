@@ -172,7 +172,11 @@ def check_mask_shape(caller: str, shape: Sequence[int], full: Full) -> None:
 
 @contextlib.contextmanager
 def explain_tracing(caller: str, name: str) -> Iterator[None]:
-    """Says what to write where a function given by a user asks for the value of an index or a score."""
+    """Turns the error of a user's function that asks for the value of an index or score into one in words.
+
+    Raises:
+        ValueError: what the function must write instead.
+    """
     try:
         yield
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, ValueError) as error:

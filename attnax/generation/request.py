@@ -80,9 +80,9 @@ def make_request(
 ) -> Request:
     """The arguments of a model's `generate`, checked.
 
-    Nothing is computed by JAX, unless the prompt or its padding is traced: then ids outside of the vocabulary, which
-    models read as NaN, and rows without a token cannot be refused. With `pad_to` the prompt gets padding on the right
-    up to that length.
+    JAX computes nothing here unless the prompt or its padding is traced. Of traced ones neither rows without a token
+    nor ids outside of the vocabulary are refused; models read such ids as NaN. With `pad_to` the prompt gets padding on
+    the right up to that length.
 
     Raises:
         ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
@@ -146,9 +146,9 @@ def make_request(
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
-    """What was made of an array by a user, on the devices on which that was put.
+    """An array made from a user's, on the devices of that one.
 
-    Of a mesh with Explicit axes every device gets all of it: caches are not cut there yet.
+    On a mesh with Explicit axes every device gets all of it, since caches are not cut.
     """
     if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
         return made

@@ -15,7 +15,9 @@ __all__ = ["Text"]
 
 @pytree_dataclass
 class Text:
-    """Tokens of R rows, each of its own length, in arrays of a fixed size. Arrays of other shapes are ValueErrors.
+    """Tokens of R rows, each of its own length, in arrays of a fixed size.
+
+    Methods raise ValueError for arrays of another shape.
 
     Attributes:
         ids: int32 (R, L), the token at each position; from `lengths` on they mean nothing.

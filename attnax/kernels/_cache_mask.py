@@ -1,4 +1,4 @@
-"""Arrays as masks of a call with a cache, whose other masks are read at positions."""
+"""Mask arrays in a call with a cache, where masks are read at positions rather than indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["mask_of_cache"]
 
 @pytree_dataclass
 class RowsOfCall(Mask):
-    """An array with a row for each query of a call and a column for each position, read at positions."""
+    """A mask array with a row for each query of a call and a column for each position."""
 
     array: Array  # (B|1, N|1, T, S)
     q_positions: Array  # (B|1, T)
@@ -32,15 +32,15 @@ class RowsOfCall(Mask):
 
 
 def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> Mask:
-    """`mask`, to be read at positions, with its arrays as a call with a cache takes them.
+    """`mask` with each array in it made to be read at positions.
 
-    An array with fewer columns than the cache has positions is about the first ones, and nothing attends those beyond.
-    One with a row for each query of the call has them in the order of the queries, unless it has one for each position.
+    Columns are positions. An array with fewer of them than the cache has is about the first positions, and gets False
+    for those beyond. Rows are positions where there are as many as the cache has, else the queries in order.
 
     Args:
         mask: given to the call.
-        q_positions: (B|1, T).
-        num_positions: of the cache, None if there is no bound.
+        q_positions: (B|1, T), the position of each query.
+        num_positions: how many positions the cache can hold, None if there is no bound.
     """
 
     def convert(node: Any) -> Any:

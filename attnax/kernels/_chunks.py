@@ -161,8 +161,8 @@ def _attend_chunks(
         state = lax.fori_loop(0, source.num_chunks, visit, state)
     state = without_reverse(
         state,
-        "attention to a cache has no reverse-mode derivative: how much of it is read depends on what it holds. Train "
-        "with memory_efficient_attention, or flash_attention, on arrays.",
+        "attention to a cache has no reverse-mode derivative: how much of the cache is read depends on what it holds. "
+        "Train with memory_efficient_attention, or flash_attention, on arrays.",
     )
     out, lse = _tile.finish(state)
     return out.reshape(batch, heads, seq_q, value_dim), lse.reshape(batch, heads, seq_q) / _tile.LOG2E

@@ -118,7 +118,7 @@ class Call(NamedTuple):
     plan: Plan
     arrays: Arrays  # query, key, value, scale
     operands: Operands
-    shards: tuple[Shards, Offset] | None  # of a mesh with Explicit axes, and what stands for a shard's place
+    shards: tuple[Shards, Offset] | None  # of a mesh with Explicit axes, with zeros that stand for a shard's place
 
 
 def _run(call: Call) -> tuple[Array, Array]:
@@ -126,7 +126,7 @@ def _run(call: Call) -> tuple[Array, Array]:
     if call.shards is None:
         return _attention(call.plan, *call.arrays, call.operands.learned, call.operands)
     shards, anywhere = call.shards
-    # What stands for the place of a shard among the arrays that masks and score mods captured.
+    # Masks and score mods were traced with `anywhere` as the place of their shard: each shard puts its own place there.
     is_place = [(x is anywhere.row, x is anywhere.head) for x in jax.tree.leaves(call.operands)]
 
     def attend(offset: Offset, query: Array, key: Array, value: Array, rest: Any) -> tuple[Array, Array]:
@@ -213,7 +213,7 @@ def _kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] 
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
         return None
-    if not isinstance(query.shape[0], int):  # of a symbol Pallas makes no blocks
+    if not isinstance(query.shape[0], int):  # Pallas makes no blocks of a symbolic batch
         return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
     tiles = [_gpu_tiles.choose(kind, size, query.dtype.itemsize * 8) for kind in ("forward", "backward")]
@@ -450,7 +450,7 @@ def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
     """Why the GPU kernels do not serve a call; None if they do."""
     if operands is None or plan.kernel is None:
         most = _gpu_tiles.LARGEST_HEAD
-        return f"kernels take float32, bfloat16 and float16, heads of at most {most} and a batch that is no symbol"
+        return f"kernels take float32, bfloat16 and float16, heads of at most {most} and no symbolic batch"
     for tile in plan.kernel:
         for size in (tile.block_q, tile.block_kv):
             if size < 16 or size & (size - 1):

@@ -258,7 +258,7 @@ def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return function(*arguments)  # it asks for values, which it has outside of jit
+        return function(*arguments)  # the function asks for values, which outside of jit it gets
     if not any(_is_narrow(jnp.result_type(x)) for x in traced.consts):
         return function(*arguments)
     (result,) = inline(traced.jaxpr, traced.consts, arguments)
@@ -275,10 +275,10 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 
 
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results, calls inlined; `rules=False`: those too that have a derivative of their own.
+    """The program's results with calls inlined, with `rules=False` also those that have a derivative of their own.
 
-    What only moves numbers of less than 32 bits moves them in float32, which is as exact, and the gradient that one
-    element gets from many places is summed there. So is that of an operand with fewer elements than the result.
+    Operations that only move numbers move float16 and bfloat16 in float32, which is as exact, so that the gradient that
+    one element gets from many places is summed in float32. The same holds where an operation spreads an operand.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -310,13 +310,13 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
 
 
 def expansion_of(eqn: JaxprEqn) -> Any:
-    """The program that an operation made of others stands for, as `jnp.searchsorted` is from JAX 0.12 on; else None."""
+    """The program of an operation that JAX makes of others (`jnp.searchsorted` from JAX 0.12 on), else None."""
     expand = getattr(eqn.params.get("_prim"), "expand", None)
     return None if expand is None else jax.make_jaxpr(expand)(*map(_example_of, eqn.invars))
 
 
 def _spread(x: Any, wide: Any, shape: tuple[int, ...]) -> Any:
-    """An operand of an equation that gives `shape`: one that the equation would spread is spread here, in float32."""
+    """An operand of an equation whose result has `shape`, spread to it in float32 unless the operand is a number."""
     if np.shape(x) in ((), shape):
         return x
     wide = jnp.asarray(x).astype(jnp.float32) if wide is None else wide
@@ -336,7 +336,7 @@ def _step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | No
     for var in eqn.invars:
         if later is not None and isinstance(var, Var) and var not in env:
             _step(later[var], env, later)
-    if eqn.primitive.name == "reshard":  # of a tile there is nothing to move
+    if eqn.primitive.name == "reshard":  # a tile is on one device
         env[eqn.outvars[0]] = _read(env, eqn.invars[0])
         return
     results = eqn.primitive.bind(*(_read(env, var) for var in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
@@ -378,7 +378,7 @@ def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array)
 
 
 class UniqueError(Exception):
-    """A program that holds what only is itself."""
+    """A program with a parameter that equals nothing but itself."""
 
 
 def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
@@ -421,7 +421,7 @@ def _structure_of_param(value: Any) -> Hashable:
         return tuple(map(_structure_of_param, value))
     program = getattr(value, "jaxpr", value)
     if not isinstance(program, Jaxpr):
-        if not isinstance(value, Hashable):  # such as a NumPy array, which only is itself
+        if not isinstance(value, Hashable):  # such as a NumPy array
             raise UniqueError
         return value
     if getattr(value, "consts", ()):

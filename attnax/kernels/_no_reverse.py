@@ -1,4 +1,4 @@
-"""Results of loops of unknown length, which have no reverse-mode derivative: who asks for one is told what to call."""
+"""Marks the results of loops of unknown length, whose reverse-mode derivative then raises in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["without_reverse"]
 
 
 def without_reverse(tree: Any, message: str) -> Any:
-    """The arrays as they are; their reverse-mode derivative raises NotImplementedError, their forward one works."""
+    """The arrays unchanged; their reverse-mode derivative raises NotImplementedError(message), forward mode works."""
     return jax.tree.map(lambda x: _no_reverse_p.bind(x, message=message), tree)
 
 

@@ -1,8 +1,8 @@
-"""Whether a mask or score mod looks at one pair of query and key at a time, which is what lets it run tile by tile.
+"""Finds out whether a mask or score mod looks at one pair of query and key at a time, so that it can run in tiles.
 
 A tile holds some rows of the batch, heads, queries and keys. A function that takes a row's maximum, rolls, or mixes
-heads would see those of the tile and not those of the row. Here the function's program is read: each axis of each value
-is followed from the arguments on, and an operation that mixes an axis of the pairs is refused by name.
+heads would see a tile's values instead of the row's. This module reads the function's program: it follows each axis of
+each value from the arguments on, and refuses an operation that mixes an axis of the pairs, by name.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _CALLS = {
 
 
 class Factor(NamedTuple):
-    """A part of an axis: `reshape` makes one axis of several, and several of one.
+    """A part of an axis: `reshape` merges axes into one and splits one into several.
 
-    Its kind is the name of an axis of the pairs; "array" for an axis of an array or of features, along which values
-    differ; "same" for one along which they do not.
+    `kind` is the name of an axis of the pairs; "array" for an axis of an array or of features, along which values
+    differ; "same" for an axis along which they do not.
     """
 
     kind: str
@@ -84,7 +84,7 @@ Rule = Callable[[JaxprEqn, Sequence[Value]], Sequence[Value]]
 def check_pairs(
     caller: str, mask: Mask | None, score_mod: ScoreMod | None, full: tuple[int, ...], axes: frozenset[str]
 ) -> None:
-    """Raises MixedPairsError if the mask or the score mod mixes pairs; those of the library's own do not.
+    """Raises MixedPairsError if the mask or the score mod mixes pairs; the library's own masks and mods do not.
 
     Args:
         caller: the kernel, for the message.
@@ -113,7 +113,7 @@ def why_not_pairs(
     """
     if is_own(function) or 0 in full:
         return None
-    if axes:  # the example arguments are arrays there, so they are kept small
+    if axes:  # in a `shard_map` the example arguments are arrays, so they are kept small
         full = tuple(min(size, 256) for size in full)
     programs = [_trace(caller, function, full, axes, has_scores)]
     (shape,) = (_shape(var) for var in programs[0].jaxpr.outvars)
@@ -124,7 +124,7 @@ def why_not_pairs(
         )
     try:
         _check_program(programs[0], full, has_scores)
-        # Every size is another one in a tile: one more here, and few where a function looks whether there are many.
+        # In a tile every size is another. Traces with one more, and with few for functions that test if there are many.
         for others in (tuple(size + 1 for size in full), tuple(3 if size == 1 else 2 for size in full)):
             try:
                 programs.append(_trace(caller, function, others, axes, has_scores))
@@ -177,7 +177,7 @@ def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> 
     def read(var: Any) -> Value:
         return _of_array(var.aval) if isinstance(var, Literal) else known[var]
 
-    for eqn in needed_for(jaxpr.eqns, jaxpr.outvars):  # what only prints may look at anything
+    for eqn in needed_for(jaxpr.eqns, jaxpr.outvars):  # equations that only print may mix pairs
         name = eqn.primitive.name
         inputs = [read(var) for var in eqn.invars]
         rule = _RULES.get(name, _elementwise if name in _ELEMENTWISE_HERE else None)
@@ -325,7 +325,7 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """Of an operation along one axis: every place may depend on all others along it."""
+    """The rule of an operation along one axis, where every place may depend on all others."""
     along, operand = _axis_along(eqn), _join(eqn, inputs)
     _mixed(eqn, operand.axes[along])
     results = []
@@ -337,12 +337,12 @@ def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _axis_along(eqn: JaxprEqn) -> int:
-    """The axis of an operation along one, which has another name in each."""
+    """The axis that an operation of `_along` works along, a parameter whose name differs by operation."""
     return next(int(eqn.params[name]) for name in ("dimension", "axis", "operand_axis") if name in eqn.params)
 
 
 def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """Of cut, padded, joined and turned arrays: along an axis of the pairs nothing may move."""
+    """The rule of operations that cut, pad, join and reverse arrays: along an axis of the pairs nothing may move."""
     operand = _join(eqn, (_marked(value, i, eqn) for i, value in enumerate(inputs)))
     outputs = []
     for var in eqn.outvars:
@@ -359,7 +359,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _marked(value: Value, operand: int, eqn: JaxprEqn) -> Value:
-    """An operand of `concatenate` or `pad`, whose sizes differ along the axis that they join."""
+    """An operand of `_reorder`; one of `concatenate` without the joined axis, whose size differs by operand."""
     name = eqn.primitive.name
     if name != "concatenate":
         return value
@@ -440,7 +440,7 @@ def _gather(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _scatter(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """Into an array by indices of its own, along whose other axes the update lies."""
+    """The rule of scatters, whose indices may not depend on the pairs; the update may, along axes not indexed."""
     (operand, indices, update), numbers = inputs, eqn.params["dimension_numbers"]
     for axis in indices.axes:
         _mixed(eqn, axis)
@@ -483,7 +483,7 @@ def _iota(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _random_bits(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """Also of `random_split` and `random_unwrap`: axes of their own behind those of the keys."""
+    """The rule of `random_bits`, `random_split` and `random_unwrap`, which add axes behind those of the keys."""
     shape = _shape(eqn.outvars[0])[len(inputs[0].axes) :]
     return [Value((*inputs[0].axes, *(_axis("array", size) for size in shape)), inputs[0].steps)]
 
@@ -506,7 +506,7 @@ def _while(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
     def step(carry: Sequence[Value]) -> list[Value]:
         (going,) = _follow_call(eqn.params["cond_jaxpr"], (*of_cond, *carry))
-        # Of a `vmap` every element goes on for itself: the condition has the first axes of all that is carried.
+        # Under `vmap` each element has a condition of its own, whose axes are the first ones of all that is carried.
         return [
             _join(eqn, (value, Value((*going.axes, *value.axes[len(going.axes) :]), going.steps)))
             for value in _follow_call(eqn.params["body_jaxpr"], (*of_body, *carry))
@@ -551,7 +551,7 @@ def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], lis
 
 
 class Loop:
-    """A loop over an axis of the pairs, which carries nothing from step to step; equal to itself alone."""
+    """A loop over an axis of the pairs that carries nothing from step to step; each is equal only to itself."""
 
 
 def _until_stable(eqn: JaxprEqn, step: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]) -> list[Value]:
@@ -603,7 +603,7 @@ _RULES |= dict.fromkeys(
 
 
 def _check_same(one: Any, other: Any) -> None:
-    """Raises RefusedError if two traces of a function, at different sizes, do something else than follow the sizes."""
+    """Raises RefusedError if two traces of a function, at different sizes, differ by more than these sizes."""
     for left, right in zip(one.consts, other.consts, strict=False):
         same = left is right or (np.shape(left) == np.shape(right) and _equal(left, right))
         if not same:
@@ -641,9 +641,10 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
 
 
 def _sizes_used(eqn: JaxprEqn) -> tuple[Any, ...]:
-    """Sizes of an equation's axes that its result depends on; none of them is an axis of the pairs, or it was refused.
+    """Sizes of the axes that an equation mixes, so that its result may depend on how many places there are.
 
-    A filled array is the same at every place, and yet its sum tells how many there are.
+    None is an axis of the pairs, which `_check_program` refused before. But an array filled by the sizes of the
+    arguments has an axis "same", and its sum tells how long it is.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [_shape(var) for var in eqn.invars]
@@ -673,7 +674,7 @@ def _programs(param: Any) -> list[Any]:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Whether two constants are the same; those that are being traced are, where they stand at the same place."""
+    """Whether two constants at the same place of two programs are equal; traced ones are taken to be."""
     if left is right or isinstance(left, jax.core.Tracer) or isinstance(right, jax.core.Tracer):
         return True
     if any(jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) for x in (left, right)):

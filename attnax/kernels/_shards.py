@@ -1,7 +1,7 @@
 """Attention local to the shards of a mesh with Explicit axes: batch and heads may be cut, nothing is gathered.
 
 With Explicit axes the type of an array says how it is cut. A kernel reads that from its operands and runs, under
-`jax.shard_map`, on what each device holds; masks and score mods go on seeing the indices of the whole.
+`jax.shard_map`, on what each device holds; masks and score mods still see the indices of the whole.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ShardScoreMod:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How query, key and value are cut; a name of mesh axes is what stands in a `PartitionSpec`."""
+    """How query, key and value are cut; `batch`, `heads` and `kv_heads` are entries of a `PartitionSpec`."""
 
     mesh: Any
     batch: Any
@@ -87,12 +87,12 @@ class Shards:
         return frozenset((*_names(self.batch), *_names(self.heads)))
 
     def local(self, x: Any, *, of_keys: bool = False) -> jax.ShapeDtypeStruct:
-        """The shape of what a device holds."""
+        """The shape and dtype of a device's shard of x."""
         rows, heads = self._count(self.batch), self._count(self.kv_heads if of_keys else self.heads)
         return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
-        """Masks and score mods whose arrays, those that functions close over too, every device holds as a whole."""
+        """Masks and score mods with every array uncut, those in the closures of functions too."""
         return jax.tree.map(self._whole, tree, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial))
 
     def _whole(self, x: Any) -> Any:
@@ -123,14 +123,14 @@ class Shards:
             in_specs=(spec, of_keys, of_keys, P()),
             out_specs=spec,
             axis_names=self._manual,
-            check_vma=False,  # what masks and score mods do was traced outside
+            check_vma=False,  # masks and score mods were traced outside, where nothing varies
         )
         arrays = self._cut(query, spec), self._cut(key, of_keys), self._cut(value, of_keys)
         return run(*arrays, self.whole(operands))
 
     @property
     def _manual(self) -> set[str]:
-        """The axes of the `shard_map`; before JAX 0.11 one that is not compiled must have all that are Explicit."""
+        """The axes of the `shard_map`; outside of jit, JAX before 0.11 takes only all Explicit axes together."""
         if jax.__version_info__ >= (0, 11):
             return set(self.axes)
         types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
@@ -140,7 +140,7 @@ class Shards:
         return math.prod(self.mesh.shape[name] for name in _names(names))
 
     def _cut(self, x: Array, spec: P) -> Array:
-        """The array, cut like that: without a word between devices where it is cut less."""
+        """The array, cut by `spec`; without communication where it is cut less than that."""
         have = jax.typeof(x).sharding
         if _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
             return x

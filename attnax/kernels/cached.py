@@ -61,10 +61,9 @@ def cached_attention(
             gives). A ring of a window lets queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result holds no meaning.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of that is
-            position j; one with fewer columns than max_len is about the first positions, and what lies beyond may not
-            be attended. Its rows are the T queries in order, unless there are max_len of them, which are positions. An
-            axis of size 1 holds for all.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
+            array is position j; if it has fewer columns than max_len, positions beyond them are not attended. Its rows
+            are the T queries in order; max_len rows are positions. An axis of size 1 holds for all.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout.
         dropout_rate: probability of dropping each attention weight.
@@ -78,8 +77,8 @@ def cached_attention(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: a mask or score mod that mixes pairs; the reverse-mode derivative of a few queries, for
-            which a loop of unknown length runs: train without a cache.
+        NotImplementedError: a mask or score mod that mixes pairs; the reverse-mode derivative of a few queries, which
+            are computed by a loop of unknown length: train without a cache.
 
     Example:
         >>> import jax.numpy as jnp

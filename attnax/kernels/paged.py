@@ -127,12 +127,11 @@ def paged_attention(
         cache: its pools may have another floating dtype. A row whose `overflowed` is set gives NaN.
         sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. Where it is
             traced and there is no such row, the result is NaN.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of that is
-            position j; one with fewer columns than max_len (in the third form max_len + T) is about the first
-            positions, and what lies beyond may not be attended. Its rows are the T queries in order, unless there are
-            as many as positions, which they then are. An axis of size 1 holds for all. In the third form an array over
-            the T new tokens alone is refused where the cache is known to hold others: pass a Mask or a function. A
-            query with nothing to attend gives 0.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
+            array is position j; if it has fewer columns than max_len (in the third form max_len + T), positions beyond
+            them are not attended. Its rows are the T queries in order; as many rows as that are positions. An axis of
+            size 1 holds for all. In the third form an array over the T new tokens alone is refused where the cache is
+            known to hold others: pass a Mask or a function. A query with nothing to attend gives 0.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
         dropout_rate: probability of dropping each attention weight; which ones depends on b, h and positions.
@@ -150,9 +149,9 @@ def paged_attention(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, a row that does not exist.
-        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, of a loop of unknown
-            length: train with `attnax.memory_efficient_attention`, if need be on the result of `gather_rows`. Forward
-            mode works.
+        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, since the loop over pages
+            has no known length: train with `attnax.memory_efficient_attention`, if need be on the result of
+            `gather_rows`. Forward mode works.
 
     Example:
         >>> import functools

@@ -530,8 +530,8 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
 def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
     """The gradient of what one read takes from a table, summed over some tiles of queries and all their keys.
 
-    A program holds a chunk of the table. A tile reads few elements of a table by distance: only those between the first
-    and the last are looked for, one after the other.
+    A program holds a chunk of the table. For each tile it sums, one after the other, the elements from the first to the
+    last that the tile reads: these are few in a table by distance.
     """
     kernel, score_mod, num_q = Kernel(call, inputs), call.score_mod, call.grid.num_q
     assert score_mod is not None

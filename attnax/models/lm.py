@@ -231,8 +231,8 @@ class TransformerLM(nnx.Module):
     def _writer(self) -> Writer:
         if inspect.ismethod(vars(self).get("run")):
             raise NotImplementedError(
-                "generate: run as an attribute of the object is bound to the parameters of now, which a program would "
-                "keep; got model.run. Override run in a subclass."
+                "generate: a method assigned to model.run is bound to the parameters that the model has now, and a "
+                "program would keep them; got model.run. Override run in a subclass."
             )
         graphdef, state = nnx.split(self)
         return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask)
@@ -257,25 +257,24 @@ class _Step:
         return jnp.take_along_axis(logits, tokens.wanted[..., None], axis=1), caches
 
 
-_RUN = TransformerLM.run
+_RUN = TransformerLM.run  # as it is here: another one assigned to the class counts as overridden
 
 
 def _called(model: TransformerLM, ids: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-    """(logits, caches) by the `__call__` of a subclass.
+    """(logits, caches) of the `__call__` that a subclass overrides.
 
     Raises:
-        NotImplementedError: it takes no caches, or returns something else.
+        NotImplementedError: that `__call__` takes no caches, or returns something else.
     """
     advice = (
-        f"generate: it writes by {type(model).__name__}.__call__, which must take input_ids, padding_mask, "
-        "position_ids, layer_kv_caches and deterministic, and return (logits, caches); {}. "
-        "Or override run, and it writes by that."
+        f"generate: {type(model).__name__}.__call__ must take input_ids, padding_mask, position_ids, layer_kv_caches "
+        "and deterministic, and return (logits, caches); {}. Or override run, which generate then calls."
     )
     options = {"deterministic": True, **options}
     try:
         inspect.signature(type(model).__call__).bind(model, ids, **options)
     except TypeError as error:
-        raise NotImplementedError(advice.format(f"got one where {error}")) from None
+        raise NotImplementedError(advice.format(f"got a signature that does not: {error}")) from None
     result = model(ids, **options)
     if not isinstance(result, tuple) or len(result) != 2 or jnp.shape(result[0])[:2] != ids.shape:
         raise NotImplementedError(advice.format(f"got {type(result).__name__}"))

@@ -59,7 +59,7 @@ class SentenceEncoder(nnx.Module):
     ) -> Float[Array, "B D"]:
         """float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
 
-        A row without a token that is no padding has the vector 0.
+        A row of padding alone has the vector 0.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = run_of(self.encoder)(

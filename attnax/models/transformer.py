@@ -200,8 +200,8 @@ class TransformerEncoder(_TokenTransformer):
         Args:
             input_ids: (batch, T).
             mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. With caches a boolean array (batch, heads, T, tokens so far), of
-                which column j is position j; in an EmptyCache, index j.
+                `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
+                far), whose column j is position j, with an EmptyCache index j.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
@@ -326,8 +326,8 @@ class TransformerDecoder(_TokenTransformer):
         Args:
             input_ids: (batch, T).
             mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. With caches a boolean array (batch, heads, T, tokens so far), of
-                which column j is position j; in an EmptyCache, index j.
+                `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
+                far), whose column j is position j, with an EmptyCache index j.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the

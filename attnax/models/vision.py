@@ -184,8 +184,8 @@ class VisionTransformer(nnx.Module):
 def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:
     """A copy of `model` for images of another size, its learned positions interpolated bicubically between patches.
 
-    They are interpolated as published models are in transformers, antialiased if the config has `position_antialias`.
-    The position of the class token and all other parameters stay as they are.
+    The interpolation is that of published models in transformers, with antialiasing if the config has
+    `position_antialias`. The position of the class token and all other parameters stay as they are.
 
     Args:
         model: a VisionTransformer.
@@ -225,7 +225,7 @@ def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int])
 
 
 def _resize(table: Array, grid_size: tuple[int, int], antialias: bool) -> Array:
-    """The table (rows, columns, D) on another grid, computed in at least float32."""
+    """The table (rows, columns, D) interpolated to another grid, in at least float32."""
     rows, columns = (_bicubic(*counts, antialias) for counts in zip(table.shape[:2], grid_size, strict=True))
     exact = table.astype(wide_dtype(table.dtype))
     resized = jnp.einsum("Rr,rcD,Cc->RCD", rows, exact, columns, precision="highest")
@@ -233,10 +233,11 @@ def _resize(table: Array, grid_size: tuple[int, int], antialias: bool) -> Array:
 
 
 def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
-    """Row n says how much of each of `old` places is in place n of `new`, as in torch.nn.functional.interpolate.
+    """(new, old) weights of the old places in each new place, as in torch.nn.functional.interpolate.
 
-    Both stretch from edge to edge. Without antialiasing the cubic goes through 4 places, whatever the step, and those
-    outside are the edge's; with it the cubic is as wide as the step and leaves those outside out.
+    Both grids reach from edge to edge. Without antialiasing the cubic covers 4 places whatever the step, and places
+    outside of the grid repeat the edge. With it the cubic is stretched by the step where that is above 1, and places
+    outside get no weight.
     """
     step = old / new
     width, a = (max(step, 1.0), -0.5) if antialias else (1.0, -0.75)
@@ -260,5 +261,5 @@ def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int)
 def _repeat(tokens: nnx.Param[Array], x: Array) -> Array:
     """The tokens for each row of x."""
     repeated = jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens.shape))
-    cut = jax.typeof(x).sharding  # of the batch, by Explicit axes of a mesh
+    cut = jax.typeof(x).sharding  # Explicit axes of a mesh may cut the batch
     return jax.sharding.reshard(repeated, cut) if any(cut.spec) else repeated

@@ -1,4 +1,4 @@
-"""Arrays that a function reads and a module does not see: constants of every program, so that nobody trains them."""
+"""Finds JAX arrays that a function reads and a module does not hold: they are constants, which get no gradient."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
 def refuse_hidden_arrays(
     caller: str, name: str, function: Any, arguments: Sequence[Any], *, visible: Sequence[Any] = (), **options: Any
 ) -> None:
-    """Raises ValueError for a function that reads a floating JAX array which is no leaf of it, however it gets there.
+    """Raises ValueError for a function that reads a floating JAX array that is none of its leaves, from wherever.
 
-    NumPy arrays, integers and what the function makes itself are constants. A function that does not take arguments of
-    these shapes is let through: it may use an array as a whole, which fits the sizes of the call alone.
+    NumPy arrays, integers and arrays that the function makes itself are constants. A function that fails at these
+    shapes is let through: an array that it uses as a whole fits only the sizes of the call that it was written for.
 
     Args:
-        caller: who keeps the function.
-        name: of the argument.
+        caller: the class that keeps the function, for the message.
+        name: the argument by which it came, for the message.
         function: None, a function or a callable pytree. The library's own hide nothing.
-        arguments: shapes and dtypes to trace it at.
-        visible: arrays that it may read beside its leaves.
-        **options: keywords to call it with.
+        arguments: shapes and dtypes to trace the function at.
+        visible: arrays that the function may read beside its leaves.
+        **options: keywords to call the function with.
     """
     if function is None or defer(function) is not None:
         return
     own = {id(leaf) for leaf in (*_leaves(function), *visible)}
     hidden = [x for x in _floating_constants(function, arguments, options) if id(x) not in own]
-    if hidden:  # what is made anew each time is another array in another trace
+    if hidden:  # an array that the function makes itself is another object in a second trace
         again = {id(x): x for x in _floating_constants(function, arguments, options)}
         hidden = [x for x in hidden if id(x) in again]
     if hidden:
@@ -45,13 +45,13 @@ def refuse_hidden_arrays(
 def refuse_hidden_arrays_of_kernel(
     caller: str, attention_fn: Any, arguments: Sequence[Any], scores: Sequence[Any]
 ) -> None:
-    """The same for an attention function; what a `functools.partial` binds is seen by nobody either, but a `cache`.
+    """The same for an attention function. Arrays that a `functools.partial` binds are hidden too, except in a `cache`.
 
     Args:
-        caller: who keeps the function.
+        caller: the class that keeps the function, for the message.
         attention_fn: an AttentionFn.
-        arguments: query, key and value to trace it at.
-        scores: what to trace a score mod at that it binds.
+        arguments: shapes and dtypes of query, key and value to trace the function at.
+        scores: the same of the arguments of a score mod that the function binds.
     """
     kernel, visible = attention_fn, _leaves(attention_fn)
     while isinstance(kernel, functools.partial):
@@ -88,7 +88,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> list[Any]:
-    """The JAX arrays and tracers that a trace of the function captures; NumPy arrays have a type of their own there."""
+    """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays keep their own type."""
     try:
         traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):  # it was not made for these sizes

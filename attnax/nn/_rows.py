@@ -1,4 +1,4 @@
-"""Rows of a table, however a mesh with Explicit axes cuts the indices."""
+"""Looks up rows of a table by indices that a mesh with Explicit axes may cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["take_rows"]
 
 
 def take_rows(table: Array, index: Array, **options: Any) -> Array:
-    """`table.at[index].get(**options)`, cut as the index is: every device holds the table and looks up its own."""
+    """`table.at[index].get(**options)`, cut as the index is: each device holds the whole table and reads its rows."""
     table, cut = jnp.asarray(table), jax.typeof(index).sharding
     if any(cut.spec):
         table = jax.sharding.reshard(table, jax.NamedSharding(cut.mesh, jax.P()))

@@ -1,4 +1,4 @@
-"""Modules have `run` underneath and `__call__` on top, and what is around a module calls `run`."""
+"""A module computes in `run`, and its `__call__` is sugar on top: the modules around it call `run`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["overrides_call", "run_of"]
 
 
 def run_of(module: Any) -> Callable[..., Any]:
-    """`module.run`.
+    """`module.run`, for a caller that would otherwise ignore an overridden `__call__`.
 
     Raises:
-        NotImplementedError: its class, or the object itself, has another `__call__` with the old `run`, or with none.
+        NotImplementedError: the module's class, or the object itself, overrides `__call__` without `run`.
     """
     if overrides_call(module) or "__call__" in vars(module):
         raise NotImplementedError(
@@ -24,7 +24,7 @@ def run_of(module: Any) -> Callable[..., Any]:
 
 
 def overrides_call(module: Any) -> bool:
-    """Whether the class of a module changes `__call__` further down than `run`."""
+    """Whether a subclass overrides `__call__` without `run`: `__call__` comes from a class that is more derived."""
     classes = type(module).__mro__
     depths = [
         next((depth for depth, cls in enumerate(classes) if name in vars(cls)), len(classes))

@@ -57,22 +57,23 @@ class MultiHeadAttention(nnx.Module):
         context_features: width of the context, by default in_features.
         attention_fn: what computes the attention of the projected, rotated heads, by default what the config's
             `attention_type` names.
-        score_mod: applied to the scores of every call, before a per-call one. One that holds arrays must be a
-            callable pytree or an nnx.Module, so that the arrays are part of the layer's state; so must rope and
-            attention_fn. NumPy arrays are constants.
+        score_mod: applied to the scores of every call, before a per-call one. A score_mod, rope or attention_fn that
+            holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
+            NumPy arrays are constants.
         rope: turns queries and keys, a function `(heads, position_ids) -> heads`, by default the config's.
         query_norm: norm of the queries before that, over a head or over all of them by its `num_features`.
         key_norm: the same for the keys.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
 
-    In a program operations are named "attention" and after the attention function, and policies of `jax.checkpoint` may
-    save by name what they compute: "attention_query", "attention_key" and "attention_value", projected and rotated, and
-    "attention_out", what the heads gather. `jax.checkpoint_policies.save_only_these_names("attention_out")` is one.
+    A profile shows the operations under "attention" and the name of the attention function. Policies of
+    `jax.checkpoint` may save arrays by name: "attention_query", "attention_key" and "attention_value", projected and
+    rotated, and "attention_out", the output of the heads. One such policy is
+    `jax.checkpoint_policies.save_only_these_names("attention_out")`.
 
     Raises:
-        ValueError: options that do not fit together, or a function that reads a floating JAX array which is no leaf of
-            it, in the call where it was made for the sizes of a call.
+        ValueError: options that do not fit together, or a score_mod, rope or attention_fn that reads a floating JAX
+            array which is none of its leaves. A score_mod that works at the sizes of a call alone raises in that call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -173,9 +174,9 @@ class MultiHeadAttention(nnx.Module):
             x: (batch, T, in_features).
             context: (batch, S, context_features) for cross-attention, or what `keys_values` made of it; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S). With a cache its column j is position j, where padding does not count: as many
-                columns as there are tokens so far are enough, and what lies beyond may not be attended. Its rows are
-                those of x, unless there are max_len of them, which are positions.
+                (batch, num_heads, T, S). With a cache column j of an array is position j of the row's text, padding
+                left out. The array may have as few columns as there are tokens so far: positions beyond them are not
+                attended. Its rows are the tokens of x; max_len rows are positions.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
                 what follows the cache, where -1 marks padding. Without a cache, masks and score mods are read at
@@ -443,9 +444,9 @@ class MultiHeadAttention(nnx.Module):
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def _refuse_hidden_arrays(self) -> None:
-        """Raises ValueError for a function whose arrays the layer could not see, so that they would get no gradient.
+        """Raises ValueError for a function with arrays that are not in the layer's state and so would get no gradient.
 
-        Axes of length 1 go with arrays of any size; a score mod is looked at again at the sizes of a call.
+        Axes of length 1 broadcast against arrays of any size. A call looks at the score mod again, at its sizes.
         """
         config = self.config
         heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -550,7 +551,7 @@ def _name_of(function: Any) -> str:
 
 
 def _named(name: str, x: Array) -> Array:
-    """x, which a policy of `jax.checkpoint` may save by that name: a program of its own where nothing is traced."""
+    """x, which a policy of `jax.checkpoint` may save by that name; untraced arrays need none, and no program."""
     return x if is_concrete(x) else checkpoint_name(x, name)
 
 
@@ -560,7 +561,7 @@ def _nan_where_lost(heads: Array, cache: Any) -> Array:
 
 
 def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What a score mod is called with for all pairs."""
+    """Shapes and dtypes of the arguments of a score mod for all pairs: scores, b, h, q, kv."""
     shapes = (batch, 1, 1, 1), (1, num_heads, 1, 1), (1, 1, seq_q, 1), (1, 1, 1, seq_kv)
     indices = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
     return jax.ShapeDtypeStruct((batch, num_heads, seq_q, seq_kv), jnp.float32), *indices

@@ -31,8 +31,9 @@ class Output(NamedTuple):
         hidden: (batch, T, d_model); logits (batch, T, vocab_size) from a language model.
         caches: the new cache of a block, the tuple of them of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
-            tuple of one array a mixture. They count real tokens only: not those whose position is negative, nor those
-            that `mask` lets no query attend.
+            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
+            that no query may attend by `masks.padding`, an array or positions in the mask of the call; other masks
+            and functions are not looked at.
     """
 
     hidden: Array
@@ -77,7 +78,7 @@ class Residual(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `sublayer` adds to x, and whatever else it returns."""
+        """What `sublayer` adds to x, and the second thing that `sublayer` returns."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
         branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
@@ -93,7 +94,7 @@ class Residual(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The new stream, and whatever else `sublayer` returns."""
+        """The new stream, and the second thing that `sublayer` returns."""
         branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
         x = x + branch
         return _normalised(self.norm_sum, x).astype(x.dtype), extra
@@ -102,15 +103,16 @@ class Residual(nnx.Module):
 class EncoderBlock(nnx.Module):
     """Self-attention, then a feed-forward; under a causal mask, the block of a decoder-only model.
 
-    Called as `EncoderBlock(rngs, config)` or `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`.
+    Called as `EncoderBlock(rngs, config)`, `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)` or
+    `EncoderBlock(rngs, 512, 8, 2048, ...)`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a BlockConfig, or d_model.
-        num_heads: beside d_model.
+        num_heads: of BlockConfig, where config is d_model.
         d_ff: the same.
         attention_fn: as in `MultiHeadAttention`.
-        score_mod: the same; one of a call comes after it.
+        score_mod: the same; a call's score mod is applied after it.
         **fields: the fields of BlockConfig.
 
     Raises:
@@ -210,11 +212,11 @@ class DecoderBlock(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention; beside the latter,
             cross-attention is FLASH.
-        num_heads: beside d_model.
+        num_heads: of BlockConfig, where config is d_model.
         d_ff: the same.
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
-        score_mod: the same; one of a call comes after it.
+        score_mod: the same; a call's score mod is applied after it.
         **fields: the fields of BlockConfig.
 
     Raises:
@@ -381,7 +383,7 @@ def _feed(
     cache: LayerCache | None,
     mode: dict[str, Any],
 ) -> tuple[Array, dict[str, Any]]:
-    """What a feed-forward makes of x, and aux; a mixture is told which tokens are padding."""
+    """(out, aux) of a feed-forward; a mixture of experts is told which tokens are padding."""
     if not isinstance(layer, MixtureOfExperts):
         return layer(x, **mode), {}
     out, aux = layer(x, padding_mask=_real_tokens(x, mask, position_ids, cache), **mode)
@@ -391,15 +393,16 @@ def _feed(
 def _real_tokens(
     x: Array, mask: Mask | MaskMod | ArrayLike | None, position_ids: ArrayLike | None, cache: LayerCache | None
 ) -> Array | None:
-    """Which tokens of x are no padding, (batch, T), as positions and mask tell; None where neither says anything."""
+    """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
     real = None if position_ids is None else jnp.atleast_2d(jnp.asarray(position_ids)) >= 0
-    if mask is not None and (cache is None or isinstance(cache, EmptyCache)):  # else it is about what the cache holds
+    # With a cache that may hold tokens the columns of the mask are positions, not tokens of x.
+    if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
         real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
     return None if real is None else jnp.broadcast_to(real, x.shape[:2])
 
 
 def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
-    """Whether any query may attend each key, (1 or batch, 1 or T); None where the mask does not tell at a glance."""
+    """True for keys that some query may attend, (1 or batch, 1 or T); None for a mask that would need all pairs."""
     match mask:
         case And(left, right):
             return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))

@@ -110,7 +110,7 @@ class MixtureOfExperts(nnx.Module):
 
         Args:
             x: (..., d_model).
-            padding_mask: (...), True for real tokens, which alone the statistics count; by default all are.
+            padding_mask: boolean (...), True for real tokens, by default all. Only the statistics depend on it.
             deterministic: no dropout and no jitter; None means the attribute that `train()` and `eval()` set, initially
                 True.
             rngs: randomness of dropout and jitter, instead of the stored streams.
@@ -160,7 +160,7 @@ class MixtureOfExperts(nnx.Module):
     def _logits(
         self, tokens: Float[Array, "M D"], deterministic: bool | None, rngs: nnx.Rngs | None
     ) -> Float[Array, "M E"]:
-        """What the router makes of tokens."""
+        """x @ router + router_bias, in at least float32, with jitter of x in training."""
         # float32: bfloat16 rounds scores that lie close together to one number.
         dtype = jnp.float64 if self.config.dtype == "float64" else jnp.float32
         tokens = self.jitter(tokens.astype(dtype), deterministic=deterministic, rngs=rngs)
@@ -186,7 +186,7 @@ class MixtureOfExperts(nnx.Module):
 def _statistics(
     logits: Float[Array, "M E"], scores: Float[Array, "M E"], experts: Int[Array, "M C"], real: Bool[Array, "M"] | None
 ) -> dict[str, Array]:
-    """What `MixtureOfExperts` says about its routing of the real tokens; scores are logarithms."""
+    """The statistics that `MixtureOfExperts` documents, over the real tokens; scores are logarithms."""
     num_tokens, num_experts = scores.shape
     real = jnp.ones(num_tokens, bool) if real is None else real
     # Selected, not weighted: what padding holds may be NaN. An index past the end is not counted.

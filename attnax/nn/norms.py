@@ -15,7 +15,7 @@ __all__ = ["LayerNorm", "OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "r
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` that also computes where JAX promotes no dtypes: Flax mixes those of x and of its statistics."""
+    """`nnx.LayerNorm` that also works with strict dtype promotion: Flax mixes the dtypes of x and its statistics."""
 
     def __call__(self, x: Float[Array, "*L D"], mask: Array | None = None) -> Float[Array, "*L D"]:
         """The normalised features."""
@@ -24,7 +24,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`nnx.RMSNorm`, likewise."""
+    """`nnx.RMSNorm` that also works with strict dtype promotion."""
 
     def __call__(self, x: Float[Array, "*L D"], mask: Array | None = None) -> Float[Array, "*L D"]:
         """The normalised features."""

@@ -83,7 +83,7 @@ class PatchEmbedding(nnx.Module):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """How many patches an image has."""
         return math.prod(self.grid_size)
 
     def __call__(self, images: Float[ArrayLike, "B height width channels"]) -> Float[Array, "B P D"]:
@@ -105,7 +105,7 @@ class PatchEmbedding(nnx.Module):
                 "Scale them first, as in images.astype('float32') / 255."
             )
         (rows, columns), (height, width) = self.grid_size, self.patch_size
-        batch, cut = images.shape[0], jax.typeof(images).sharding  # of the batch, by Explicit axes of a mesh
+        batch, cut = images.shape[0], jax.typeof(images).sharding  # Explicit axes may cut the batch
         by_batch = jax.NamedSharding(cut.mesh, jax.P(cut.spec[0])) if any(cut.spec) else None
         reshape = partial(jnp.reshape, out_sharding=by_batch)
         pixels = reshape(images, (batch, rows, height, columns, width, self.num_channels)).swapaxes(2, 3)

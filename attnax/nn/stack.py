@@ -49,7 +49,8 @@ class Stack(nnx.Module):
     def layers(self) -> list[Any]:
         """The blocks from first to last, one a layer; those of `periods` are copies.
 
-        To replace a part of a copy raises ValueError: that would be lost. So is what is written to its parameters.
+        Copies change nothing in the stack. Replacing a part of one raises ValueError; values written to its parameters,
+        and `train()` or `eval()` of one, are lost without an error.
         """
         scanned = self.config.num_layers - len(self.blocks)
         return [_read_only(block) if layer < scanned else block for layer, block in enumerate(self._unstacked())]
@@ -227,16 +228,16 @@ def _refuse_change(*_: Any) -> None:
 
 
 def _read_only(block: nnx.Module) -> nnx.Module:
-    """The block, made to raise ValueError where a part of it is to be replaced."""
+    """The block, whose parts raise ValueError where one of theirs is replaced or deleted."""
     for _, part in nnx.iter_modules(block):
         part.__class__ = _read_only_class(type(part))
     return block
 
 
-@functools.cache  # one a class, so that equal copies stay equal
+@functools.cache  # one class for each, so that the copies of equal blocks are equal
 def _read_only_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        if not isinstance(value, bool):  # a mode, which `nnx.view` sets in a copy of its own
+        if not isinstance(value, bool):  # modes are bools, which `nnx.view` sets in a copy of its own
             _refuse_change()
         cls.__setattr__(self, name, value)
 

@@ -51,10 +51,10 @@ def test_generate_writes_by_what_a_subclass_overrides(model):
     assert (np.asarray(make(model).generate(IDS, max_new_tokens=3).tokens) == 7).all()
 
 
-def test_generate_writes_by_a_run_of_the_object():
+def test_generate_refuses_a_run_that_is_bound_to_the_object():
     model = make()
     model.run = OwnRun.run.__get__(model, OwnRun)
-    with pytest.raises(NotImplementedError, match="run as an attribute of the object is bound"):
+    with pytest.raises(NotImplementedError, match="a method assigned to model.run is bound"):
         model.generate(IDS, max_new_tokens=3)
 
 
@@ -73,10 +73,11 @@ class WithoutPair(TransformerLM):
 
 
 @pytest.mark.parametrize(
-    ("model", "got"), [(WithoutCaches, "got one where got an unexpected keyword"), (WithoutPair, "got .*Tracer")]
+    ("model", "got"),
+    [(WithoutCaches, "got a signature that does not: got an unexpected keyword"), (WithoutPair, "got .*Tracer")],
 )
 def test_a_call_by_which_nothing_can_be_written_is_refused(model, got):
-    with pytest.raises(NotImplementedError, match=f"must take input_ids.*{got}.*Or override run"):
+    with pytest.raises(NotImplementedError, match=f"__call__ must take input_ids.*{got}.*Or override run"):
         make(model).generate(IDS, max_new_tokens=3)
 
 
