@@ -666,9 +666,15 @@ def _known_fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
     required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
     for flag, (name, meaning) in _FLAGS.items():
         if flag in fields and name in required:
+            value = fields.pop(flag)
             if name in fields:
-                raise ValueError(f"{kind.__name__}: {flag} is another way to say {name}; give one of the two.")
-            chosen = meaning[bool(fields.pop(flag))]
+                raise ValueError(
+                    f"{kind.__name__}: {flag} is another way to say {name}; got {flag}={value!r}, "
+                    f"{name}={fields[name]!r}. Give one of the two."
+                )
+            if value not in (True, False):
+                raise ValueError(f"{kind.__name__}: {flag} must be True or False; got {flag}={value!r}.")
+            chosen = meaning[bool(value)]
             if chosen is not None:
                 fields[name] = chosen
     for name in fields.keys() - required.keys():

@@ -38,6 +38,7 @@ from attnax import (
     update_kv_layer_cache,
 )
 from attnax.generation import Sampler
+from attnax.nn.moe import MixtureOfExperts
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,12 @@ def test_language_models(name, dtype):
         return out.hidden, out.aux, model.log_probs(ids)
 
     jax.eval_shape(run, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+
+
+def test_statistics_of_experts_in_float64():
+    with jax.enable_x64(True):
+        moe = lambda x: MixtureOfExperts(nnx.Rngs(0), d_model=8, d_ff=8, num_experts=4, dtype="float64")(x)[1]
+        jax.eval_shape(moe, jax.ShapeDtypeStruct((2, 5, 8), jnp.float64))
 
 
 def test_generation():

@@ -42,6 +42,7 @@ def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> 
         q_positions: (B|1, T), the position of each query.
         num_positions: how many positions the cache can hold, None if there is no bound.
     """
+    short: list[int] = []
 
     def convert(node: Any) -> Any:
         if not isinstance(node, Dense):
@@ -50,8 +51,13 @@ def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> 
         rows, columns = array.shape[2:]
         if num_positions is not None and 1 < columns < num_positions:
             array = jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, num_positions - columns)))
+            short.append(columns)
         if rows in (1, num_positions) or rows != q_positions.shape[1]:
             return Dense(array)
         return RowsOfCall(array, q_positions)
 
-    return jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions))
+    converted: Mask = jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions))
+    if num_positions is None or not short:
+        return converted
+    # Beyond an array nothing is attended, whatever is made of it: `~` too.
+    return converted & Dense((jnp.arange(num_positions) < min(short))[None, None, None])

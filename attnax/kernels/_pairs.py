@@ -115,7 +115,12 @@ def why_not_pairs(
         return None
     if axes:  # in a `shard_map` the example arguments are arrays, so they are kept small
         full = tuple(min(size, 256) for size in full)
-    programs = [_trace(caller, function, full, axes, has_scores)]
+    try:
+        programs = [_trace(caller, function, full, axes, has_scores)]
+    except TypeError as error:
+        if not axes:
+            raise
+        return f"does not work with {full} scores, as many as are looked at in a shard_map ({error})"
     (shape,) = (_shape(var) for var in programs[0].jaxpr.outvars)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
         raise ValueError(

@@ -93,15 +93,24 @@ class Shards:
 
     def whole(self, tree: Any) -> Any:
         """Masks and score mods with every array uncut, those in the closures of functions too."""
-        return jax.tree.map(self._whole, tree, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial))
+        return self._whole(tree, ())
 
-    def _whole(self, x: Any) -> Any:
+    def _whole(self, tree: Any, around: tuple[Any, ...]) -> Any:
+        """`around` are the functions whose closures it is in: a recursive one is in its own."""
+        return jax.tree.map(
+            lambda x: self._whole_leaf(x, around), tree, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial)
+        )
+
+    def _whole_leaf(self, x: Any, around: tuple[Any, ...]) -> Any:
         if isinstance(x, jax.Array):
             return self._cut(x, P())
         if isinstance(x, jax.tree_util.Partial):
-            return jax.tree_util.Partial(self._whole(x.func), *self.whole(x.args), **self.whole(x.keywords))
+            function, arguments, keywords = self._whole((x.func, x.args, x.keywords), around)
+            return jax.tree_util.Partial(function, *arguments, **keywords)
+        if any(x is function for function in around):
+            return x
         if isinstance(x, types.FunctionType) and x.__closure__ and types.CellType() not in x.__closure__:
-            cells = tuple(types.CellType(self.whole(cell.cell_contents)) for cell in x.__closure__)
+            cells = tuple(types.CellType(self._whole(cell.cell_contents, (*around, x))) for cell in x.__closure__)
             if all(new.cell_contents is old.cell_contents for new, old in zip(cells, x.__closure__, strict=True)):
                 return x
             made = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, cells)

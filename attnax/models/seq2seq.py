@@ -76,6 +76,8 @@ class Transformer(nnx.Module):
         if decoder is not None:
             fields["decoder"] = decoder
         if isinstance(config, TransformerConfig):
+            if "encoder" in fields:
+                raise ValueError("Transformer: encoder must be given once; got it by position and by name.")
             config, fields = None, {"encoder": config, **fields}
         config = resolve_config(EncoderDecoderConfig, config, fields)
         self.encoder = TransformerEncoder(rngs, config.encoder)

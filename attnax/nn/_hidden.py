@@ -91,7 +91,8 @@ def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], 
     """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays keep their own type."""
     try:
         traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):  # it was not made for these sizes
+    # It was not made for these sizes, or not for this machine.
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
         return []
     found: list[Any] = []
     rest: list[Any] = [traced]

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
-from attnax.masks import And, AtPositions, Dense, Lengths, Mask, as_mask
+from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
 from attnax.nn._run import run_of
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
@@ -360,7 +361,11 @@ def _block_config(
 ) -> BlockConfig:
     """The config of a block, whose sizes may be given by position."""
     sizes = {"num_heads": num_heads, "d_ff": d_ff}
-    if isinstance(config, int):
+    if isinstance(config, int | np.integer):
+        if "d_model" in fields:
+            raise ValueError(
+                f"BlockConfig: d_model must be given once; got {config} by position and d_model={fields['d_model']}."
+            )
         sizes["d_model"], config = config, None
     given = {name: size for name, size in sizes.items() if size is not None}
     return resolve_config(BlockConfig, config, fields | given)
@@ -386,7 +391,8 @@ def _feed(
     """(out, aux) of a feed-forward; a mixture of experts is told which tokens are padding."""
     if not isinstance(layer, MixtureOfExperts):
         return layer(x, **mode), {}
-    out, aux = layer(x, padding_mask=_real_tokens(x, mask, position_ids, cache), **mode)
+    real = _real_tokens(x, mask, position_ids, cache)
+    out, aux = layer(x, **mode) if real is None else layer(x, padding_mask=real, **mode)
     return out, aux | {"expert_load": (aux["expert_load"],)}  # a mixture's experts are its own: not to be added up
 
 
@@ -410,6 +416,8 @@ def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Ar
             return _both(positions >= 0, None if inner is None else _attended_keys(inner, positions, at_positions=True))
         case Lengths(lengths):
             return keys < lengths[:, None]
+        case Documents(_, ids):
+            return None if at_positions else ids >= 0
         case Dense(array):
             by_index = array.any((1, 2))
             rows = jnp.arange(array.shape[0])[:, None]

@@ -191,7 +191,7 @@ def _statistics(
     real = jnp.ones(num_tokens, bool) if real is None else real
     # Selected, not weighted: what padding holds may be NaN. An index past the end is not counted.
     load = jnp.bincount(jnp.where(real[:, None], experts, num_experts).reshape(-1), length=num_experts)
-    load = load / jnp.maximum(load.sum(), 1)
+    load = load.astype(scores.dtype) / jnp.maximum(load.sum(), 1).astype(scores.dtype)
     log_probability = jax.nn.log_softmax(scores)
     probability = jnp.exp(log_probability)
 

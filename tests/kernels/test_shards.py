@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import P
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from attnax import (
     Transformer,
@@ -101,6 +102,24 @@ def test_functions_may_close_over_arrays_that_are_cut(kernel):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
+def test_a_recursive_function_may_be_closed_over():
+    def power(x, n):
+        return x if n == 0 else x * power(x, n - 1)
+
+    with jax.set_mesh(mesh()):
+        x = jax.device_put(ARRAYS[1], P("data"))
+        run = functools.partial(flash_attention, score_mod=lambda s, *_: power(s, 2))
+        assert jax.eval_shape(run, x, x, x).shape == x.shape
+
+
+def test_a_whole_array_is_refused_in_words_inside_of_shard_map_too():
+    auto = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, bias = jax.ShapeDtypeStruct((2, 1, 300, 4), jnp.float32), np.ones((1, 1, 300, 300), np.float32)
+    run = functools.partial(flash_attention, score_mod=lambda s, *_: s + bias)
+    with pytest.raises(NotImplementedError, match="does not work with .* scores"):
+        jax.eval_shape(jax.shard_map(run, mesh=auto, in_specs=P("data"), out_specs=P("data")), x, x, x)
+
+
 def test_the_result_is_cut_as_the_query_outside_of_jit_too():
     x = jax.device_put(ARRAYS[1], jax.NamedSharding(mesh(), P("data", "model")))
     assert jax.typeof(flash_attention(x, x, x)).sharding.spec == P("data", "model", None, None)
@@ -132,8 +151,6 @@ def test_what_cannot_be_local_is_refused_in_words(kernel):
 
 
 def test_kernels_for_gpus_are_lowered_for_shards():
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-
     gpus = AbstractMesh(
         (2, 4),
         ("data", "model"),

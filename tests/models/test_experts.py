@@ -128,6 +128,7 @@ def test_a_block_knows_padding_by_its_mask_or_its_positions():
         "nothing": {"mask": causal},
         "lengths": {"mask": causal & masks.padding(np.array([3]))},
         "booleans": {"mask": masks.padding(real) & causal},
+        "documents": {"mask": causal & masks.documents(np.where(real, 0, -1))},
         "an array": {"mask": arrays},
         "lengths at positions": {"mask": masks.at_positions(causal & masks.padding(np.array([3])), index, index)},
         "an array at positions": {"mask": masks.at_positions(masks.as_mask(arrays), index, index)},

@@ -426,6 +426,13 @@ def test_a_stored_score_mod_made_for_the_sizes_of_a_call_is_checked_in_it():
     jax.eval_shape(attend, normal(1, 2, 3, 12), normal(2, 2, 5, 12))
 
 
+def test_a_stored_score_mod_may_fail_where_no_call_is_made():
+    def mod(scores, *_):
+        raise RuntimeError("this machine lacks something")
+
+    MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=mod)
+
+
 def test_a_stored_attention_function_may_not_hide_arrays():
     def tempered(query, key, value, **options):
         return standard_attention(query * ONES[0], key, value, **options)

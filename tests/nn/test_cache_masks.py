@@ -10,7 +10,16 @@ from flax import nnx
 from tiny import build
 
 import attnax
-from attnax import MultiHeadAttention, TransformerConfig, TransformerLM
+from attnax import (
+    MultiHeadAttention,
+    TransformerConfig,
+    TransformerLM,
+    cached_attention,
+    init_kv_layer_cache,
+    masks,
+    standard_attention,
+    update_kv_layer_cache,
+)
 from attnax.cache import EmptyCache
 
 SLOTS, CALLS, PADS = 16, (4, 6, 7), 2  # the second row has padding on the left
@@ -73,6 +82,15 @@ def test_an_array_over_the_tokens_so_far_masks_as_without_a_cache(kind, attentio
     out, tolerance = np.asarray(run(attn, jax.device_put(SEEN))), 2e-2 if kind == "8 bits" else 2e-6
     for row, expected, first in zip(out, without_a_cache(window), (0, PADS), strict=True):
         np.testing.assert_allclose(row[first:], expected, atol=tolerance)
+
+
+def test_nothing_beyond_an_array_is_attended_whatever_is_made_of_it():
+    x = jax.device_put(np.random.default_rng(0).standard_normal((1, 2, 3, 4), np.float32))
+    cache = update_kv_layer_cache(init_kv_layer_cache(1, 2, 4, max_len=9), x, x)
+    none = masks.as_mask(np.zeros((1, 1, 1, 2), bool))  # knows two positions of the three that are held
+    have = cached_attention(x[:, :, :1], cache, np.array([2]), mask=~none)
+    want = standard_attention(x[:, :, :1], x[:, :, :2], x[:, :, :2])
+    np.testing.assert_allclose(have, want, atol=1e-6)
 
 
 def test_a_mask_of_a_call_goes_with_the_caches_of_a_model():

@@ -520,8 +520,9 @@ class TestConfig:
             ({"use_rope": True, "pos_emb_type": "learned"}, "use_rope is another way to say pos_emb_type"),
             (
                 {"use_pre_norm": True, "norm_placement": "post"},
-                "another way to say norm_placement; give one of the two",
+                "another way to say norm_placement; got use_pre_norm=True, norm_placement='post'. Give one of the two",
             ),
+            ({"pre_norm": "no"}, "pre_norm must be True or False; got pre_norm='no'"),
             ({"config": "3"}, "config must be a BlockConfig; got str"),
         ],
     )
@@ -545,6 +546,10 @@ class TestConfig:
             )
         )
         assert nnx.graphdef(one) == nnx.graphdef(two) and one.feed_forward.up.kernel.shape == (12, 20)
+        with pytest.raises(ValueError, match="d_model must be given once; got 12 by position and d_model=24"):
+            block(nnx.Rngs(0), 12, 3, 20, d_model=24)
+        with pytest.raises(ValueError, match="d_model must be a whole number"):
+            block(nnx.Rngs(0), np.int64(12), 3, 20)
 
     def test_an_encoder_decoder_takes_its_configs_by_position(self):
         encoder = attnax.TransformerConfig(vocab_size=3, d_model=8, num_heads=2, d_ff=4, num_layers=1)
@@ -555,6 +560,8 @@ class TestConfig:
             attnax.Transformer(nnx.Rngs(0), encoder)
         with pytest.raises(ValueError, match="give a config or fields, not both; got config and decoder"):
             attnax.Transformer(nnx.Rngs(0), model.config, decoder)
+        with pytest.raises(ValueError, match="encoder must be given once"):
+            attnax.Transformer(nnx.Rngs(0), encoder, decoder, encoder=encoder)
 
     def test_fields_have_names(self):
         words = r"TransformerConfig: every field must be given by its name; got \(11, 8\) without one"
