@@ -229,7 +229,7 @@ def test_the_layer_passes_mask_objects_on():
 @pytest.mark.thorough
 def test_an_attention_function_without_mask_objects_gets_booleans():
     def strict(query, key, value, *, mask, **options):
-        assert mask.dtype == jnp.bool and mask.shape == (BATCH, HEADS, LENGTH, LENGTH)
+        assert mask.dtype == jnp.bool and mask.shape == (1, 1, LENGTH, LENGTH)
         return standard_attention(query, key, value, mask=mask, **options)
 
     theirs, ours = make_pair(adapter=nnx_attention_fn(strict))

@@ -582,7 +582,7 @@ REVERSE = {
 @pytest.mark.parametrize("through", REVERSE)
 def test_reverse_mode_raises(through):
     run = lambda x: REVERSE[through](x, filled()).sum()
-    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+    with pytest.raises(NotImplementedError, match="no reverse-mode derivative.*memory_efficient_attention"):
         jax.grad(run)(jnp.float32(1.0))
 
 
