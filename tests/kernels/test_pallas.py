@@ -27,7 +27,7 @@ from attnax import (
     update_kv_layer_cache,
     why_not_pallas,
 )
-from attnax.kernels import _decode, _gpu_tiles, _pointwise, _tile_lists, score_mods
+from attnax.kernels import _decode, _gpu_tiles, _pairs, _pointwise, _tile_lists, score_mods
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels.paged import _as_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -470,7 +470,7 @@ def elementwise():
     compared = ("eq", "ge", "gt", "le", "lt", "ne")
     bits = ("and", "or", "xor")
     shifts = ("shift_left", "shift_right_arithmetic", "shift_right_logical")
-    for name in _pointwise._ELEMENTWISE:
+    for name in _pairs.ELEMENTWISE:
         f = getattr(lax, f"bitwise_{name}" if name in bits else name, None)
         if name in special:
             yield name, special[name]
