@@ -30,6 +30,7 @@ __all__ = [
     "is_own",
     "lift",
     "needed_for",
+    "spread",
     "sum_in_float32",
     "trace_rule",
     "vary",
@@ -302,7 +303,7 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
         elif name in _BROADCASTS and _is_narrow(_example_of(eqn.outvars[0]).dtype):
             (target,) = eqn.outvars
             shape = _example_of(target).shape
-            operands = (x.val if isinstance(x, Literal) else _spread(env[x], wide.get(x), shape) for x in eqn.invars)
+            operands = (x.val if isinstance(x, Literal) else _spread_wide(env, wide, x, shape) for x in eqn.invars)
             env[target] = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
         else:
             _step(eqn, env)
@@ -315,11 +316,17 @@ def expansion_of(eqn: JaxprEqn) -> Any:
     return None if expand is None else jax.make_jaxpr(expand)(*map(_example_of, eqn.invars))
 
 
-def _spread(x: Any, wide: Any, shape: tuple[int, ...]) -> Any:
-    """An operand of an equation whose result has `shape`, spread to it in float32 unless the operand is a number."""
-    if np.shape(x) in ((), shape):
-        return x
-    wide = jnp.asarray(x).astype(jnp.float32) if wide is None else wide
+def _spread_wide(env: dict[Var, Any], wide: dict[Var, Any], var: Var, shape: tuple[int, ...]) -> Any:
+    """The value of a variable at all places of `shape`; a number stays one."""
+    value = env[var]
+    return spread(jnp.asarray(value), shape, wide.get(var)) if np.shape(value) else value
+
+
+def spread(x: Array, shape: tuple[int, ...], wide: Array | None = None) -> Array:
+    """x at all places of `shape`. A narrow x is spread in float32, as `wide` if that is known: so is its gradient."""
+    if x.shape == shape or not _is_narrow(x.dtype):
+        return jnp.broadcast_to(x, shape)
+    wide = x.astype(jnp.float32) if wide is None else wide
     return jnp.broadcast_to(wide, shape).astype(x.dtype)
 
 

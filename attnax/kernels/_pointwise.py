@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import Lifted, flatten, lift, needed_for, trace_rule, vary
+from attnax.kernels._lift import Lifted, flatten, lift, needed_for, spread, trace_rule, vary
 from attnax.kernels._pairs import ELEMENTWISE
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, apply_score_mod, wide_dtype
@@ -298,15 +298,8 @@ def _evaluate(
             values = [read(var) for var in eqn.invars]
             values = [x.reshape(()) if jnp.size(x) == 1 and jnp.ndim(x) else x for x in values]
             shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in values))
-            values = [x if jnp.shape(x) == shape else _spread(x, shape) for x in map(_rank(shape), values)]
+            values = [x if jnp.shape(x) == shape else spread(x, shape) for x in map(_rank(shape), values)]
             env[eqn.outvars[0]] = eqn.primitive.bind(*values, **eqn.params)
-
-
-def _spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """`x` at all places of `shape`; the gradient of a narrow one is summed in float32."""
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-        return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
-    return jnp.broadcast_to(x, shape)
 
 
 def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:

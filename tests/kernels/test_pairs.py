@@ -152,6 +152,7 @@ MIXED_MASKS = {
     "greatest key": lambda b, h, q, kv: kv >= kv.max() - 5,
     "number of keys": lambda b, h, q, kv: kv >= kv.size - 5,
     "any": lambda b, h, q, kv: jnp.any(q >= kv),
+    "whether there are many": lambda b, h, q, kv: kv.size > 5,
     "whole array": lambda b, h, q, kv: np.tri(q.size, kv.size, dtype=bool),
 }
 
