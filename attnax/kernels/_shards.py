@@ -7,6 +7,7 @@ With Explicit axes the type of an array says how it is cut. A kernel reads that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -92,31 +93,33 @@ class Shards:
         return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
-        """Masks and score mods with every array uncut, those in the closures of functions too."""
+        """Masks and score mods with every array uncut, also what functions close over, bind or have as defaults."""
         return self._whole(tree, ())
 
     def _whole(self, tree: Any, around: tuple[Any, ...]) -> Any:
         """`around` are the functions whose closures it is in: a recursive one is in its own."""
         return jax.tree.map(
-            lambda x: self._whole_leaf(x, around), tree, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial)
+            lambda x: self._whole_leaf(x, around), tree, is_leaf=lambda node: isinstance(node, functools.partial)
         )
 
     def _whole_leaf(self, x: Any, around: tuple[Any, ...]) -> Any:
         if isinstance(x, jax.Array):
             return self._cut(x, P())
-        if isinstance(x, jax.tree_util.Partial):
+        if isinstance(x, functools.partial):
             function, arguments, keywords = self._whole((x.func, x.args, x.keywords), around)
-            return jax.tree_util.Partial(function, *arguments, **keywords)
-        if any(x is function for function in around):
+            return type(x)(function, *arguments, **keywords)
+        is_seen = any(x is function for function in around)
+        if is_seen or not isinstance(x, types.FunctionType) or types.CellType() in (x.__closure__ or ()):
             return x
-        if isinstance(x, types.FunctionType) and x.__closure__ and types.CellType() not in x.__closure__:
-            cells = tuple(types.CellType(self._whole(cell.cell_contents, (*around, x))) for cell in x.__closure__)
-            if all(new.cell_contents is old.cell_contents for new, old in zip(cells, x.__closure__, strict=True)):
-                return x
-            made = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, cells)
-            made.__kwdefaults__ = x.__kwdefaults__
-            return made
-        return x
+        held = [cell.cell_contents for cell in x.__closure__ or ()], x.__defaults__, x.__kwdefaults__
+        whole = self._whole(held, (*around, x))
+        if all(new is old for new, old in zip(jax.tree.leaves(whole), jax.tree.leaves(held), strict=True)):
+            return x
+        contents, defaults, keywords = whole
+        cells = tuple(map(types.CellType, contents)) if x.__closure__ else None
+        made = types.FunctionType(x.__code__, x.__globals__, x.__name__, defaults, cells)
+        made.__kwdefaults__ = keywords
+        return made
 
     def run(self, attend: Callable[..., Any], query: Array, key: Array, value: Array, operands: Any) -> Any:
         """`attend(offset, query, key, value, operands)` on each device, whose results have axes (B, N, ...)."""

@@ -28,7 +28,7 @@ from attnax.models.writing import (
     prompt_or_positions,
     stream,
 )
-from attnax.nn._run import overrides_call, run_of
+from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
@@ -133,7 +133,7 @@ class TransformerLM(nnx.Module):
         """Continues each prompt, in two compiled programs, which serve prompts of other lengths too.
 
         Args:
-            prompt_ids: (batch, T).
+            prompt_ids: (batch, T). Where Explicit axes of a mesh cut them, every device generates all rows.
             max_new_tokens: tokens to write at most.
             sampler: how tokens are drawn, by default the likeliest each.
             key: one typed key, or one a row; needed with a temperature. A row's text depends on its key and prompt
@@ -249,7 +249,7 @@ class _Step:
         options = prompt_or_positions(tokens, cache)
         if overrides_call(model):
             logits, caches = _called(model, tokens.ids, options | {"layer_kv_caches": cache})
-        elif getattr(model.run, "__func__", None) is not _RUN:
+        elif not runs(model, _RUN):
             logits, caches, _ = model.run(tokens.ids, caches=cache, deterministic=True, **options)
         else:  # only the tokens that are wanted go through the head
             out = run_of(model.decoder)(tokens.ids, caches=cache, deterministic=True, **options)

@@ -27,7 +27,7 @@ from attnax.models.writing import (
     prompt_or_positions,
     stream,
 )
-from attnax.nn._run import overrides_call, run_of
+from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
@@ -279,7 +279,7 @@ class Transformer(nnx.Module):
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder, with what its cross-attention reads of the sources."""
-        if overrides_call(self) or getattr(self.run, "__func__", None) is not _RUN:
+        if overrides_call(self) or not runs(self, _RUN):
             raise NotImplementedError(
                 f"generate: a target is written token by token, by encoder.run and decoder.run; "
                 f"got {type(self).__name__} with a __call__ or run of its own, which would be ignored. "

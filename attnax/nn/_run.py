@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["overrides_call", "run_of"]
+__all__ = ["overrides_call", "run_of", "runs"]
 
 
 def run_of(module: Any) -> Callable[..., Any]:
@@ -21,6 +21,11 @@ def run_of(module: Any) -> Callable[..., Any]:
         )
     run: Callable[..., Any] = module.run
     return run
+
+
+def runs(module: Any, run: Callable[..., Any]) -> bool:
+    """Whether `module.run` is this function: no subclass overrides it, and nobody assigned another."""
+    return getattr(module.run, "__func__", None) is run
 
 
 def overrides_call(module: Any) -> bool:

@@ -87,11 +87,12 @@ def test_shards_compute_what_one_device_does_and_gather_nothing(name, kind, spec
 
 
 @pytest.mark.parametrize("kernel", [flash_attention, standard_attention])
-def test_functions_may_close_over_arrays_that_are_cut(kernel):
+def test_functions_may_hold_arrays_that_are_cut(kernel):
     def loss(x, ids, slopes):
         same = lambda b, h, q, kv: ids[b, q] == ids[b, kv]
         mask = lambda b, h, q, kv: same(b, h, q, kv) & (kv <= q)
-        return (kernel(x, x, x, mask=mask, score_mod=lambda s, b, h, q, kv: s - slopes[h] * (q - kv)) ** 2).sum()
+        nearer = lambda slopes, s, b, h, q, kv, scale=slopes: s - slopes[h] * scale[h] * (q - kv)
+        return (kernel(x, x, x, mask=mask, score_mod=functools.partial(nearer, slopes)) ** 2).sum()
 
     arrays, specs = (ARRAYS[1], np.abs(IDS), TABLE[:K, 0]), (P("data"), P("data"), P("model"))
     run = jax.jit(jax.grad(loss, (0, 2)))
