@@ -204,10 +204,20 @@ _HOMES = {
     "typing": ("AttentionFn", "MaskMod", "ScoreMod"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("generation", "kernels", "masks", "models", "nn", "pretrained", "reference", "training", "typing")
+_SUBMODULES = (
+    "generation",
+    "kernels",
+    "masks",
+    "models",
+    "nn",
+    "pretrained",
+    "reference",
+    "text",
+    "training",
+    "typing",
+)
 
-# Not `training`, which needs the extra of that name: `from attnax import *` must work without it.
-__all__ = sorted([*_HOME_OF, *(name for name in _SUBMODULES if name != "training")])  # noqa: PLE0605  # the TYPE_CHECKING imports above name them
+__all__ = sorted([*_HOME_OF, *_SUBMODULES])  # noqa: PLE0605  # the TYPE_CHECKING imports above name them
 
 
 def __getattr__(name: str) -> Any:

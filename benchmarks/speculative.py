@@ -63,7 +63,8 @@ class Text:
 
 
 def read_text(plan: Plan) -> Text:
-    from attnax.training import TokenStream, byte_tokenizer, read_corpus
+    from attnax.text import byte_tokenizer
+    from attnax.training import TokenStream, read_corpus
 
     corpus, tokenizer = read_corpus(), byte_tokenizer()
     train = tokenizer.encode_documents([document.text for document in corpus.train])

@@ -17,7 +17,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from attnax import TransformerConfig, TransformerLM
-from attnax.training import OptimizerConfig, TokenStream, Trainer, byte_tokenizer, read_corpus
+from attnax.text import byte_tokenizer
+from attnax.training import OptimizerConfig, TokenStream, Trainer, read_corpus
 
 CONFIG = TransformerConfig(
     vocab_size=257,

@@ -10,6 +10,7 @@ LAYERS = {
     "typing": 0,
     "reference": 0,
     "int8_rows": 0,
+    "lazy": 0,
     "masks": 1,
     "cache": 1,
     "paged_cache": 1,
@@ -18,13 +19,25 @@ LAYERS = {
     "generation": 3,
     "models": 4,
     "pretrained": 5,
+    "text": 5,
     "training": 5,
     "visualize": 5,
     "cli": 6,
     "__main__": 7,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-NO_FLAX = ("config", "typing", "reference", "int8_rows", "masks", "cache", "paged_cache", "kernels", "generation")
+NO_FLAX = (
+    "config",
+    "typing",
+    "reference",
+    "int8_rows",
+    "lazy",
+    "masks",
+    "cache",
+    "paged_cache",
+    "kernels",
+    "generation",
+)
 
 
 def part_of(path):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from attnax.cli.options import Generate
-from attnax.cli.published_model import is_published, open_published
-from attnax.cli.run_model import open_run
-from attnax.cli.text_model import TextModel, prompt_array
 from attnax.config import AttentionType, Dtype
 from attnax.generation import Sampler
+from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
+from attnax.training.run_model import open_run
 from attnax.typing import InputError
 
 MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published models are for more than memory may hold
@@ -29,8 +27,7 @@ def generate(options: Generate) -> int:
     _check_model(options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
     sampler = _make_sampler(options, text.config.vocab_size)
-    stops = [_encode(stop) for stop in options.stop]
-    how = _how(options, text, room, stops)
+    how = _how(options, text, room)
     prompt = _encode(options.prompt).decode("utf-8", "replace") if text.goes_on else ""
 
     rows: Iterable[Iterable[int]]
@@ -47,7 +44,7 @@ def generate(options: Generate) -> int:
             sys.stdout.write(f"--- {len(read)} ---\n")
         sys.stdout.write(prompt)
         sys.stdout.flush()
-        for piece in spell(text.codec.pieces(_noted(row, read[-1]), text.begin(ids)), stops):
+        for piece in spell(_noted(row, read[-1]), TextStream(text.codec.decoder(text.begin(ids)), options.stop)):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -75,31 +72,7 @@ def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler
     """
     ids, room = _read_prompt(text, None, prompt, max_new_tokens)
     tokens = _stream(text, ids, sampler, seed, text.options(room) | {"end_token": text.codec.ends})
-    return spell(text.codec.pieces(tokens, text.begin(ids)))
-
-
-def spell(pieces: Iterable[bytes], stops: Sequence[bytes] = ()) -> Iterator[str]:
-    """The text of `pieces`, in pieces of whole characters, up to the stop that is complete first.
-
-    Bytes that may yet become a stop are held back until they cannot.
-
-    Args:
-        pieces: read one at a time, and no further than the stop; a character may be spread over several.
-        stops: end the text, in whatever pieces they come.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held = b""
-    for piece in pieces:
-        held += piece
-        # If one piece completes several, the first to end counts, as if bytes had come one by one.
-        found = [(start + len(stop), start) for stop in stops if (start := held.find(stop)) >= 0]
-        if found:
-            held = held[: min(found)[1]]
-            break
-        kept = max((_begun(held, stop) for stop in stops), default=0)
-        yield decoder.decode(held[: len(held) - kept])
-        held = held[len(held) - kept :]
-    yield decoder.decode(held, final=True)
+    return spell(tokens, TextStream(text.codec.decoder(text.begin(ids))))
 
 
 def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
@@ -107,12 +80,6 @@ def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
     for token in tokens:
         read.append(token)
         yield token
-
-
-def _begun(text: bytes, stop: bytes) -> int:
-    """How many bytes at the end of `text` are the beginning of `stop`."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 def _encode(text: str) -> bytes:
@@ -206,9 +173,9 @@ def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
         raise InputError(str(error)) from error
 
 
-def _how(options: Generate, text: TextModel, room: int, stops: Sequence[bytes]) -> dict[str, Any]:
+def _how(options: Generate, text: TextModel, room: int) -> dict[str, Any]:
     size = text.config.vocab_size  # the tokenizer may have tokens that the model lacks
-    sequences = [text.codec.encode_stop(stop) for stop in stops]
+    sequences = [text.codec.encode_stop(stop) for stop in options.stop]
     return text.options(room) | {
         "end_token": [token for token in text.codec.ends if token < size],
         "stop_sequences": [ids for ids in sequences if ids and max(ids) < size],
@@ -260,6 +227,6 @@ def _rows(tokens: jax.Array, lengths: jax.Array) -> list[list[int]]:
 def _score(text: TextModel, ids: list[int], rows: list[list[int]]) -> Iterator[str]:
     """A line for each text: what the model gives the tokens after the prompt."""
     for row, total in zip(rows, text.log_prob(ids, rows), strict=True):
-        size = sum(map(len, text.codec.pieces(row, text.begin(ids))))
+        size = text.codec.num_bytes(row, text.begin(ids))
         line = f"log-probability {total:.2f}, {len(row)} tokens, {size} bytes"
         yield f"{line}, {-total / math.log(2) / size:.2f} bits per byte" if size else line

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from attnax.cli.options import Inspect
-from attnax.cli.published_model import is_published
-from attnax.cli.run_folder import RunFolder
 from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
@@ -21,7 +19,8 @@ from attnax.pretrained.checkpoint import Checkpoint
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
 from attnax.pretrained.tokenizer_file import load_tokenizer
-from attnax.training import latest_checkpoint
+from attnax.text import is_published
+from attnax.training import RunFolder, latest_checkpoint
 
 # Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")

@@ -19,24 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from attnax.cli.generate import write_text
-from attnax.cli.options import RunOptions, Train
-from attnax.cli.run_folder import RunFolder
-from attnax.cli.run_model import open_run
+from attnax.cli.options import Train
 from attnax.generation import Sampler
+from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
-    DOCUMENT,
     Corpus,
     Document,
-    Tokenizer,
+    RunFolder,
+    RunOptions,
     TokenStream,
     Trainer,
     TrainState,
-    byte_tokenizer,
     latest_checkpoint,
+    open_run,
     read_corpus,
     restore_checkpoint,
     save_checkpoint,
-    train_bpe,
 )
 from attnax.typing import InputError
 from attnax.visualize import plot_training

@@ -1,26 +1,39 @@
-"""Training a language model on text: corpus, tokenizer, steps, checkpoints."""
+"""Training a language model on text: corpus, steps, checkpoints, run folders.
 
-from attnax.training.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
-from attnax.training.corpus import Corpus, Document, TokenStream, read_corpus
-from attnax.training.optimizer import OptimizerConfig
-from attnax.training.tokenizer import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
-from attnax.training.trainer import Metrics, Trainer, TrainState, find_documents
+Names are loaded when first used: a run's folder is read without the packages that training needs.
+"""
 
-__all__ = [
-    "DOCUMENT",
-    "Corpus",
-    "Document",
-    "Metrics",
-    "OptimizerConfig",
-    "TokenStream",
-    "Tokenizer",
-    "TrainState",
-    "Trainer",
-    "byte_tokenizer",
-    "find_documents",
-    "latest_checkpoint",
-    "read_corpus",
-    "restore_checkpoint",
-    "save_checkpoint",
-    "train_bpe",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint
+    from attnax.training.checkpoints import restore_checkpoint as restore_checkpoint
+    from attnax.training.checkpoints import save_checkpoint as save_checkpoint
+    from attnax.training.corpus import Corpus as Corpus
+    from attnax.training.corpus import Document as Document
+    from attnax.training.corpus import TokenStream as TokenStream
+    from attnax.training.corpus import read_corpus as read_corpus
+    from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from attnax.training.run_folder import RunFolder as RunFolder
+    from attnax.training.run_folder import RunOptions as RunOptions
+    from attnax.training.run_model import open_run as open_run
+    from attnax.training.trainer import Metrics as Metrics
+    from attnax.training.trainer import Trainer as Trainer
+    from attnax.training.trainer import TrainState as TrainState
+    from attnax.training.trainer import find_documents as find_documents
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "checkpoints": ("latest_checkpoint", "restore_checkpoint", "save_checkpoint"),
+        "corpus": ("Corpus", "Document", "TokenStream", "read_corpus"),
+        "optimizer": ("OptimizerConfig",),
+        "run_folder": ("RunFolder", "RunOptions"),
+        "run_model": ("open_run",),
+        "trainer": ("Metrics", "TrainState", "Trainer", "find_documents"),
+    },
+)

@@ -11,8 +11,7 @@ from tiny_run import TINY
 
 from attnax import TransformerLM
 from attnax.cli import main
-from attnax.cli.run_folder import RunFolder
-from attnax.training import read_corpus, save_checkpoint
+from attnax.training import RunFolder, read_corpus, save_checkpoint
 
 
 @pytest.fixture(scope="session")

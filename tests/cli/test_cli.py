@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import build
 from tiny_run import TINY
 
@@ -29,14 +27,11 @@ from attnax import Sampler, TransformerConfig, TransformerLM, cli
 from attnax.cli import main
 from attnax.cli.generate import _check_model as check_model
 from attnax.cli.generate import _read_prompt as read_prompt
-from attnax.cli.generate import spell
 from attnax.cli.options import Generate
-from attnax.cli.run_folder import RunFolder
-from attnax.cli.run_model import RunCodec, open_run
-from attnax.cli.run_model import _abstract as abstract
-from attnax.cli.text_model import TextModel
 from attnax.generation import Beams, Generation
-from attnax.training import DOCUMENT, byte_tokenizer
+from attnax.text import DOCUMENT, ByteCodec, TextModel, TextStream, byte_tokenizer
+from attnax.training import RunFolder, open_run
+from attnax.training.run_model import _abstract as abstract
 from attnax.typing import InputError
 
 
@@ -205,7 +200,7 @@ def test_no_token_stands_twice_where_no_ngram_of_one_may(run, write):
     _, tokenizer = load_model(run)
     ids = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunCodec, "pieces", lambda self, tokens, before: ids.extend(tokens) or iter(()))
+        patch.setattr(TextStream, "feed", lambda self, token: ids.append(token) or "")
         write(*GREEDY, "--no-repeat-ngram", 1)
     ids += tokenizer.encode(b"def nu").tolist()
     assert len(set(ids)) == len(ids) > 9
@@ -256,26 +251,6 @@ def test_stop_strings_end_the_text(write, mode):
     assert stop.isascii()  # the model has learned so much
     out = write(*GREEDY, "--prompt", prompt, mode, "--stop", stop, "--stop", "not there")
     assert out == prompt + text[: text.index(stop)] + "\n"
-
-
-@given(st.lists(st.sampled_from([b"a", b"b", b"c", b"ab", b"bc", b"abca", b"\xc3", b"\xa9"]), max_size=12), st.data())
-def test_a_stop_cuts_the_text_in_whatever_tokens_it_comes(tokens, data):
-    """As if the bytes came one by one, and nothing that comes after the stop is read."""
-    stops = data.draw(st.lists(st.sampled_from([b"bca", b"c", b"abab", b"bb", b"\xc3\xa9a"]), unique=True, max_size=3))
-
-    text, want, ended = b"".join(tokens), b"".join(tokens), False
-    for end in range(len(text) + 1):
-        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if starts:
-            want, ended = text[: min(starts)], True
-            break
-    left = iter(tokens)
-    pieces = list(spell(left, stops))
-    read = tokens[: len(tokens) - len(list(left))]
-    assert "".join(pieces) == want.decode("utf-8", "replace")
-    assert ended or len(read) == len(tokens)
-    if ended:
-        assert len(b"".join(read[:-1])) < end <= len(b"".join(read))
 
 
 def test_samples_stand_under_their_numbers(write, written):
@@ -508,6 +483,7 @@ class TestWrongInput:
                 "--no-repeat-ngram must be at most 32, the model's context; got 33",
             ),
             ("generate {run} --stop=", "--stop must not be empty"),
+            ("generate {run} --stop \udcff", r"--stop must be text in UTF-8; got '\udcff'"),
             ("generate {run} --num-samples 0", "--num-samples must be at least 1; got 0"),
             ("generate {run} --beams 0", "--beams must be at least 1; got 0"),
             ("generate {run} --beams 301", "--beams must be at most 300, the tokens of the vocabulary; got 301"),
@@ -572,7 +548,7 @@ class TestWrongInput:
         config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
 
         def text(folder, model):
-            return TextModel(Path(folder), model, RunCodec(byte_tokenizer()))
+            return TextModel(Path(folder), model, ByteCodec(byte_tokenizer()))
 
         softmax, linear = (
             build(lambda rngs, kind=kind: TransformerLM(rngs, dataclasses.replace(config, attention_type=kind)))

@@ -13,98 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
+from small_tokenizers import (
+    AROUND,
+    END,
+    PANICS,
+    START,
+    TOKENIZERS,
+    UNKNOWN,
+    A,
+    B,
+    byte_level,
+    copy_of,
+    panicking,
+    unigram,
+    word_pieces,
+)
 from tiny import build
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from attnax import Transformer, TransformerConfig, TransformerLM
 from attnax.cli import generate as generate_module
 from attnax.cli import main
 from attnax.cli.inspect import collapse
-from attnax.cli.published_model import PublishedCodec, open_published
-from attnax.cli.run_model import open_run
-from attnax.cli.text_model import Translator
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
 from attnax.pretrained.json_object import MAX_JSON_BYTES
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
+from attnax.text import Translator, open_published
+from attnax.training import open_run
 from attnax.typing import InputError
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
-TEXT = ["def f(x): return x é ü 日本 😀\n Once upon a time, there was a tree.\n"] * 3
 CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line like one of ours, half a letter
-UNKNOWN, START, END = 0, 1, 2
-SPECIAL = ["<unk>", "<s>", "</s>"]
-AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)])
-
-
-def byte_level():
-    """As GPT-2 and Llama 3: characters may be spread over tokens."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT, trainer(trainers.BpeTrainer, 290, initial_alphabet=alphabet))
-    return tokenizer
-
-
-def unigram():
-    """As sentencepiece: spaces are letters, and the first is left out."""
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(TEXT, trainer(trainers.UnigramTrainer, 60, unk_token="<unk>"))
-    learned = json.loads(tokenizer.to_str())["model"]["vocab"]  # in another order each time
-    tokenizer.model = models.Unigram([*map(tuple, learned[:3]), *sorted(map(tuple, learned[3:]))], unk_id=UNKNOWN)
-    return tokenizer
-
-
-def byte_fallback():
-    """As Llama 2: what has no token is spelled in bytes, which are characters all together or not at all."""
-    learned = tokenizers.Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator(["def f(x): return x Once upon a time"] * 3, trainer(trainers.BpeTrainer, 50))
-    made = json.loads(learned.to_str())["model"]
-    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(set(made["vocab"]) - set(SPECIAL))]
-    vocabulary = {name: token for token, name in enumerate(names)}
-    merges = [tuple(merge) for merge in made["merges"]]
-    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    spaces = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([spaces[0], decoders.ByteFallback(), decoders.Fuse(), spaces[1]])
-    return tokenizer
-
-
-def word_pieces():
-    """As BERT: in lower case, with spaces and none before a continuation or a full stop."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(TEXT, trainer(trainers.WordPieceTrainer, 60))
-    return tokenizer
-
-
-def trainer(kind, size, **options):
-    return kind(vocab_size=size, special_tokens=SPECIAL, show_progress=False, **options)
-
-
-KINDS = [byte_level, unigram, byte_fallback, word_pieces]
-TOKENIZERS = {kind: kind() for kind in KINDS}
-
-
-def copy_of(kind, around=None):
-    """A tokenizer of its own, with what it puts around a text."""
-    tokenizer = tokenizers.Tokenizer.from_str(TOKENIZERS[kind].to_str())
-    if around is not None:
-        tokenizer.post_processor = around
-    return tokenizer
 
 
 def lm(seed=0, **fields):
@@ -215,32 +156,7 @@ def refuse(capsys, *arguments):
 GREEDY = ("--temperature", "0")
 
 
-def template(*pieces):
-    """A post-processor as a tokenizer.json has it, which the library would not make, but reads."""
-    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [A], "special_tokens": {}}
-
-
-A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-PANICS = [
-    {"post_processor": template({"SpecialToken": {"id": "[X]", "type_id": 0}}, A)},  # of which nothing says the id
-    {"post_processor": template(B)},  # of one text
-    {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},  # of one letter
-]
-
-
-def panicking(fields):
-    """A tokenizer of one word, with which the code of the library ends in a panic."""
-    made = json.loads(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
-    return tokenizers.Tokenizer.from_str(json.dumps(made | fields))
-
-
 class TestRefusals:
-    @pytest.mark.parametrize("fields", PANICS)
-    def test_a_panic_is_an_error_in_words(self, fields):
-        codec = PublishedCodec(panicking(fields))
-        with pytest.raises(InputError, match=r"the tokenizer has no (tokens for 'a'|text for the tokens \[0\]): \w+"):
-            list(codec.pieces(codec.encode(b"a")))
-
     @pytest.mark.parametrize("fields", PANICS)
     def test_it_is_the_last_line_of_the_command(self, tmp_path, capfd, monkeypatch, fields):
         monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter([[0]]))
@@ -272,89 +188,6 @@ class TestRefusals:
         folder.mkdir()
         (folder / "tokenizer.json").write_text(TOKENIZERS[unigram].to_str(), "utf-8")
         assert load_tokenizer(folder / "tokenizer.json").get_vocab() == TOKENIZERS[unigram].get_vocab()
-
-
-class TestCodec:
-    @pytest.mark.parametrize("kind", KINDS)
-    @given(data=st.data())
-    def test_pieces_are_what_decoding_all_tokens_gives(self, kind, data):
-        """Whatever a model writes: characters in parts, special tokens, tokens that the tokenizer lacks."""
-        tokenizer = copy_of(kind)
-        size = tokenizer.get_vocab_size()
-        text = data.draw(st.sampled_from(["", "return", "x é", "Once upon"]))
-        before = tokenizer.encode(text).ids
-        some = st.lists(st.integers(0, size + 9), max_size=12)
-        spelled = st.text(st.sampled_from("é ü日本😀▁ \nfx.,\ufffd"), max_size=6).map(
-            lambda text: tokenizer.encode(text).ids
-        )
-        tokens = [token for part in data.draw(st.lists(some | spelled, max_size=5)) for token in part]
-        pieces = list(PublishedCodec(tokenizer).pieces(iter(tokens), before))
-        assert len(pieces) == len(tokens) + 1
-        whole, start = tokenizer.decode([*before, *tokens]), tokenizer.decode(before)
-        if not whole.startswith(start):  # bytes that spoil those at the end of the prompt, which is printed already
-            assert kind is byte_fallback and whole[: len(start)].endswith("\ufffd")
-        assert "".join(piece.decode() for piece in pieces) == whole[len(start) :]  # each of whole characters
-
-    def test_pieces_come_as_soon_as_they_are_certain(self):
-        codec = PublishedCodec(copy_of(byte_fallback))
-        space, f, *bytes_of_eszett = codec.tokenizer.encode("fß").ids[-4:]
-        assert len(bytes_of_eszett) == 2
-        pieces = codec.pieces(iter([f, space, *bytes_of_eszett, f]), [f])
-        assert list(pieces) == [b"f", b" ", b"", b"", "ßf".encode(), b""]
-        codec = PublishedCodec(copy_of(byte_level))
-        euro = codec.tokenizer.encode("€x").ids
-        assert list(codec.pieces(iter(euro))) == [b"", b"", "€".encode(), b"x", b""]
-
-    @pytest.mark.parametrize("kind", [unigram, byte_fallback])
-    def test_the_space_after_the_prompt_is_kept(self, kind):
-        codec = PublishedCodec(copy_of(kind))
-        ids = codec.encode(b"a return")
-        before = codec.encode(b"a")
-        assert ids[: len(before)] == before
-        assert b"".join(codec.pieces(ids[len(before) :], before)) == b" return"
-
-    def test_tokens_that_end_a_text_are_not_printed(self):
-        tokenizer = copy_of(byte_level)
-        x, y = tokenizer.encode("x").ids + tokenizer.encode("y").ids
-        assert b"".join(PublishedCodec(tokenizer, ends=(y,)).pieces([x, y])) == b"x"
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_a_prompt_gets_the_start_and_not_the_end_of_a_text(self, kind):
-        plain, around = copy_of(kind), copy_of(kind, AROUND)
-        ids = plain.encode("return").ids
-        assert PublishedCodec(plain).encode(b"return") == ids
-        assert PublishedCodec(around).encode(b"return") == [START, *ids]
-        assert PublishedCodec(around, whole=True).encode(b"return") == [START, *ids, END]
-        assert PublishedCodec(around).encode(b"") == [START]
-
-    def test_ends_that_a_person_wrote_stay(self):
-        codec = PublishedCodec(copy_of(byte_level, AROUND))
-        assert codec.encode(b"</s>") == [START, END]
-
-    def test_a_tokenizer_that_pads_or_cuts_does_neither(self):
-        tokenizer = copy_of(byte_level, AROUND)
-        tokenizer.enable_padding(length=40)
-        tokenizer.enable_truncation(3)
-        assert PublishedCodec(tokenizer).encode(b"return x") == [START, *copy_of(byte_level).encode("return x").ids]
-
-    def test_an_empty_prompt_needs_something_to_start_with(self):
-        assert PublishedCodec(copy_of(byte_level), start=7).encode(b"") == [7]
-        with pytest.raises(InputError, match="--prompt must not be empty: neither the tokenizer nor a bos_token_id"):
-            PublishedCodec(copy_of(byte_level)).encode(b"")
-
-    def test_what_has_no_token_is_refused(self):
-        words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
-        with pytest.raises(InputError, match="the tokenizer has no tokens for 'b'"):
-            PublishedCodec(words).encode(b"b")
-
-    def test_bytes_that_are_no_text_are_replaced(self):
-        codec = PublishedCodec(copy_of(byte_level))
-        assert codec.encode(b"x\xff") == codec.encode("x\ufffd".encode())
-
-    def test_stops_are_tokens_only_where_these_spell_them(self):
-        lower = PublishedCodec(copy_of(word_pieces))
-        assert lower.encode_stop(b"return") and not lower.encode_stop(b"Return")
-        assert not lower.encode_stop(b"\xff")
 
 
 class TestGenerate:
@@ -430,7 +263,7 @@ class TestGenerate:
             (folder / "generation_config.json").write_text(json.dumps(generation))
         seen = []
         monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: seen.append(options) or iter(()))
-        write(folder, "--stop", "zz", "--stop", "\udcff")
+        write(folder, "--stop", "zz")
         assert seen[0]["end_token"] == ends and len(seen[0]["stop_sequences"]) == 1
 
     @pytest.mark.parametrize(
@@ -601,7 +434,7 @@ def written_by(published):
 
     def call(folder):
         with pytest.MonkeyPatch.context() as patch:
-            load = "attnax.cli.published_model.load_pretrained"
+            load = "attnax.text.published.load_pretrained"
             patch.setattr(load, lambda folder, dtype: (model, load_tokenizer(folder / "tokenizer.json")))
             tokens = [[token] for token in (*range(3, 300, 40), START, END, 309)]
             patch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(tokens))
@@ -610,8 +443,11 @@ def written_by(published):
     return call
 
 
+KINDS_BY_NAME = {"byte_level": byte_level, "word_pieces": word_pieces}
+
+
 @pytest.mark.parametrize("mutations", [12, pytest.param(60, marks=pytest.mark.contract)])
-@pytest.mark.parametrize("kind", ["generation", "byte_level", "word_pieces"])
+@pytest.mark.parametrize("kind", ["generation", *KINDS_BY_NAME])
 def test_files_of_any_content_are_read_or_refused(published, written_by, tmp_path, capfd, kind, mutations):
     folder = tmp_path / "copy"
     shutil.copytree(published, folder)
@@ -620,7 +456,7 @@ def test_files_of_any_content_are_read_or_refused(published, written_by, tmp_pat
         path.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None, "top_p": 0.9}))
     else:
         path = folder / "tokenizer.json"
-        path.write_text(copy_of(globals()[kind], AROUND).to_str(), "utf-8")
+        path.write_text(copy_of(KINDS_BY_NAME[kind], AROUND).to_str(), "utf-8")
     text, draw = path.read_text("utf-8"), random.Random(kind)
     codes = {written_by(folder)}
     assert codes == {0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cli.run_folder import RunFolder
-from attnax.cli.text_model import TextModel
 from attnax.config import Dtype, TransformerConfig
 from attnax.models import TransformerLM
-from attnax.training import DOCUMENT, Tokenizer, latest_checkpoint, restore_checkpoint
+from attnax.text import ByteCodec, TextModel
+from attnax.training.checkpoints import latest_checkpoint, restore_checkpoint
+from attnax.training.run_folder import RunFolder
 from attnax.typing import InputError
 
-__all__ = ["RunCodec", "open_run"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RunCodec:
-    """The tokens of a run: each is bytes of its own, and the document token leads every text and ends it."""
-
-    tokenizer: Tokenizer
-    ends = (DOCUMENT,)
-
-    @property
-    def vocabulary(self) -> Mapping[str, int]:
-        """What each token is."""
-        return self.tokenizer.vocabulary
-
-    def encode(self, prompt: bytes) -> list[int]:
-        """The document token, and those of the prompt."""
-        return [DOCUMENT, *self.encode_stop(prompt)]
-
-    def encode_stop(self, stop: bytes) -> list[int]:
-        """The tokens of `stop`."""
-        ids: list[int] = self.tokenizer.encode(stop).tolist()
-        return ids
-
-    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[bytes]:
-        """The bytes of each token, whatever comes before it."""
-        return (self.tokenizer.decode([token]) for token in tokens)
+__all__ = ["open_run"]
 
 
 def open_run(path: Path, dtype: Dtype | None = None) -> TextModel:
@@ -66,7 +39,7 @@ def open_run(path: Path, dtype: Dtype | None = None) -> TextModel:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
         graphdef, state, streams = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))
     nnx.replace_by_pure_dict(state, params)
-    return TextModel(path, nnx.merge(graphdef, state, streams), RunCodec(tokenizer))
+    return TextModel(path, nnx.merge(graphdef, state, streams), ByteCodec(tokenizer))
 
 
 def _abstract(config: TransformerConfig) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +14,10 @@ from flax import nnx
 
 from attnax.config import TransformerConfig
 from attnax.models import Transformer, TransformerLM
+from attnax.text.codec import Codec
 from attnax.typing import Array, InputError
 
-__all__ = ["Codec", "TextModel", "Translator", "prompt_array"]
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """How text becomes tokens, and tokens text."""
-
-    @property
-    def ends(self) -> Sequence[int]:
-        """Tokens that end a text."""
-
-    @property
-    def vocabulary(self) -> Mapping[str, int]:
-        """What each token is; models may only work on the same tokens where this is equal."""
-
-    def encode(self, prompt: bytes) -> list[int]:
-        """What the model reads: the tokens of a prompt, and what a text starts with.
-
-        Raises:
-            InputError: it cannot be said in tokens, or there are none.
-        """
-
-    def encode_stop(self, stop: bytes) -> list[int]:
-        """Tokens that surely spell a text with `stop` in it, or none where that cannot be said."""
-
-    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[bytes]:
-        """What each token adds to the text, as soon as that is certain, and at the end what is left.
-
-        Args:
-            tokens: read one at a time.
-            before: those that they go on with.
-        """
+__all__ = ["TextModel", "Translator", "prompt_array"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""Text and tokens: tokenizers, text from tokens piece by piece, and models that write text.
+
+Names are loaded when first used: a tokenizer needs no Flax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from attnax.text.byte_codec import ByteCodec as ByteCodec
+    from attnax.text.codec import ByteDecoder as ByteDecoder
+    from attnax.text.codec import Codec as Codec
+    from attnax.text.codec import Decoder as Decoder
+    from attnax.text.codec import TextStream as TextStream
+    from attnax.text.codec import spell as spell
+    from attnax.text.model import TextModel as TextModel
+    from attnax.text.model import Translator as Translator
+    from attnax.text.model import prompt_array as prompt_array
+    from attnax.text.published import is_published as is_published
+    from attnax.text.published import open_published as open_published
+    from attnax.text.published_codec import PublishedCodec as PublishedCodec
+    from attnax.text.tokenizer import DOCUMENT as DOCUMENT
+    from attnax.text.tokenizer import NUM_BYTE_TOKENS as NUM_BYTE_TOKENS
+    from attnax.text.tokenizer import Tokenizer as Tokenizer
+    from attnax.text.tokenizer import byte_tokenizer as byte_tokenizer
+    from attnax.text.tokenizer import train_bpe as train_bpe
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "byte_codec": ("ByteCodec",),
+        "codec": ("ByteDecoder", "Codec", "Decoder", "TextStream", "spell"),
+        "model": ("TextModel", "Translator", "prompt_array"),
+        "published": ("is_published", "open_published"),
+        "published_codec": ("PublishedCodec",),
+        "tokenizer": ("DOCUMENT", "NUM_BYTE_TOKENS", "Tokenizer", "byte_tokenizer", "train_bpe"),
+    },
+)

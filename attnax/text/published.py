@@ -1,0 +1,87 @@
+"""The model of a published checkpoint, which writes text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnax.config import Dtype
+from attnax.models import Transformer, TransformerLM
+from attnax.models.sentence import SentenceEncoder
+from attnax.pretrained import load_pretrained
+from attnax.pretrained.inspect import find_family
+from attnax.pretrained.json_object import read_object
+from attnax.pretrained.sentence import MODULES
+from attnax.text.model import TextModel, Translator
+from attnax.text.published_codec import PublishedCodec
+from attnax.typing import InputError
+
+__all__ = ["is_published", "open_published"]
+
+
+def is_published(folder: Path) -> bool:
+    """Whether this is the folder of a published checkpoint, be it whole or not, rather than that of a run.
+
+    Raises:
+        InputError: it is neither, or its config.json is not one object of JSON of at most 16 MiB.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}.")
+    if any(folder.glob("*.safetensors")):
+        return True
+    config = folder / "config.json"
+    if not config.exists():
+        raise InputError(f"{folder} is neither a run folder nor a published checkpoint: it has no config.json.")
+    return "model_type" in read_object(config)
+
+
+def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
+    """The model of a published checkpoint and its tokens, in the dtype of its tensors unless another is given.
+
+    Raises:
+        InputError: it cannot be loaded, writes no text, or has no tokenizer.json.
+    """
+    theirs = read_object(folder / "config.json")
+    kind = find_family(theirs, folder / "config.json").model
+    if kind not in (TransformerLM, Transformer):
+        kind = SentenceEncoder if (folder / MODULES).is_file() else kind
+        raise InputError(
+            f"{folder} holds a {kind.__name__}, which writes no text; generate takes a TransformerLM or a Transformer."
+        )
+    if not (folder / "tokenizer.json").exists():
+        raise InputError(
+            f"{folder} has no tokenizer.json. Where there is another tokenizer, transformers makes one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    said = theirs
+    if (folder / "generation_config.json").exists():
+        generation = read_object(folder / "generation_config.json")
+        said = theirs | {key: value for key, value in generation.items() if value is not None}
+    ends = _tokens(said, "eos_token_id", folder)
+    start = _token(said, "bos_token_id", folder)
+    first = _token(said, "decoder_start_token_id", folder)
+    model, tokenizer = load_pretrained(folder, dtype=dtype)
+    assert tokenizer is not None
+    if not isinstance(model, Transformer):
+        return TextModel(folder, model, PublishedCodec(tokenizer, ends, start))
+    first = start if first is None else first
+    if first is None:
+        raise InputError(f"{folder / 'config.json'} must have a decoder_start_token_id, with which a text starts.")
+    return Translator(folder, model, PublishedCodec(tokenizer, ends, start, whole=True), first)
+
+
+def _tokens(said: Mapping[str, Any], key: str, folder: Path) -> tuple[int, ...]:
+    """The ids under a key, one or several or none."""
+    value = said.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and token >= 0 for token in values):
+        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={repr(value)[:80]}.")
+    return tuple(values)
+
+
+def _token(said: Mapping[str, Any], key: str, folder: Path) -> int | None:
+    tokens = _tokens(said, key, folder)
+    if len(tokens) > 1:
+        raise InputError(f"{folder}: {key} must be one token; got {key}={str(list(tokens))[:80]}.")
+    return tokens[0] if tokens else None

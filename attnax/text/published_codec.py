@@ -1,0 +1,249 @@
+"""The codec of the tokenizers of published checkpoints."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from attnax.pretrained.tokenizer_file import refusals_as
+from attnax.text.codec import REPLACEMENT, Decoder
+from attnax.typing import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["PublishedCodec"]
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_CONTEXT = 8  # tokens that decide on spaces between, and on the bytes of a character that is not whole
+_LONGEST_RUN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedCodec:
+    """The tokens of a `tokenizers.Tokenizer`, whose special ones are read and not printed.
+
+    Attributes:
+        tokenizer: which then neither pads nor cuts.
+        ends: tokens that end a text.
+        start: what an empty text starts with, where the tokenizer puts nothing before a text.
+        whole: a prompt is a whole text, and keeps the end that the tokenizer puts after one.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    ends: tuple[int, ...] = ()
+    start: int | None = None
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int]:
+        """What each token is."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return vocabulary
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        """Tokens that are not printed."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset([*self.ends, *(token for token, what in added.items() if what.special)])
+
+    @cached_property
+    def spells_bytes(self) -> bool:
+        """Whether what has no token of its own is spelled in tokens such as <0xE2>."""
+        token = self.tokenizer.token_to_id("<0x41>")
+        return token is not None and self.decode([token]) == "A"
+
+    def encode(self, prompt: bytes) -> list[int]:
+        """The tokens of the prompt, after those that the tokenizer puts before a text and it does not begin with."""
+        text = prompt.decode("utf-8", "replace")
+        around = self._encode(text or "a")
+        count = len(list(itertools.takewhile(bool, around.special_tokens_mask)))
+        start = [] if count == len(around.ids) else around.ids[:count]
+        ids = self._encode(text, add_special_tokens=False).ids
+        begins_with_start = ids[: len(start)] == start
+        if self.whole:
+            ids = self._encode(text).ids[len(start) if begins_with_start else 0 :]
+        elif not begins_with_start:
+            # What the tokenizer puts after a text, such as BERT's [SEP], would end this one before it is written.
+            ids = start + ids
+        if ids:
+            return ids
+        if self.start is None:
+            raise InputError(
+                "--prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json says what a text "
+                "starts with."
+            )
+        return [self.start]
+
+    def encode_stop(self, stop: str) -> list[int]:
+        """The tokens of `stop`, unless they spell something else, as those of a lower-case tokenizer may."""
+        ids = self._encode(stop, add_special_tokens=False).ids
+        return ids if stop in self.decode(ids) else []
+
+    def decoder(self, before: Sequence[int] = ()) -> Decoder:
+        """Gives what each token adds to `tokenizer.decode` of all, as soon as no token to come can change it."""
+        return _RunDecoder(self, before) if self.spells_bytes else _WindowDecoder(self, before)
+
+    def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
+        """The bytes, in UTF-8, of the text that the tokens add."""
+        decoder = self.decoder(before)
+        return sum(len(piece.encode()) for piece in (*map(decoder.feed, tokens), decoder.finish()))
+
+    def is_shown(self, token: int) -> bool:
+        """Whether the token has a text; vocabularies of models may be padded."""
+        return token not in self._silent and self.tokenizer.id_to_token(token) is not None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the tokens, special ones included.
+
+        Raises:
+            InputError: the tokenizer refuses them.
+        """
+        with refusals_as(lambda why: InputError(f"the tokenizer has no text for the tokens {str(ids)[:80]}: {why}.")):
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        with refusals_as(lambda why: InputError(f"the tokenizer has no tokens for {text[:80]!r}: {why}.")):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+class _WindowDecoder:
+    """Decodes each token together with a few before it; what their text has more than before is the token's.
+
+    U+FFFD at the end is uncertain: the bytes of a character may be several tokens.
+    """
+
+    def __init__(self, codec: PublishedCodec, before: Sequence[int]):
+        self._codec = codec
+        self._window = [token for token in before if codec.is_shown(token)][-_CONTEXT:]
+        self._told = codec.decode(self._window)
+
+    def feed(self, token: int) -> str:
+        if not self._codec.is_shown(token):
+            return ""
+        self._window.append(token)
+        text = self._codec.decode(self._window)
+        new = self._tell(text, text.removesuffix(REPLACEMENT))
+        if len(self._window) > 2 * _CONTEXT:
+            self._cut(_CONTEXT, uncertain=len(text) - len(self._told))
+        return new
+
+    def finish(self) -> str:
+        text = self._codec.decode(self._window)
+        return self._tell(text, text)
+
+    def _tell(self, text: str, certain: str) -> str:
+        """What `certain`, of the text of the window, has more than was told."""
+        # A prompt that ends inside a character was told with U+FFFD, of which the character takes the place.
+        same = _num_shared(self._told, text)
+        if len(certain) <= same:
+            return ""
+        self._told = certain
+        return certain[same:]
+
+    def _cut(self, kept: int, uncertain: int = 0) -> None:
+        self._window = self._window[-kept:]
+        text = self._codec.decode(self._window)
+        self._told = text[: len(text) - uncertain]
+
+
+def _num_shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class _RunDecoder(_WindowDecoder):
+    """As `_WindowDecoder`, for tokenizers that spell bytes: those in a row are characters all together or not at all.
+
+    A run of bytes is told when it ends, or once it cannot be characters any more; a very long one where a character
+    ends.
+    """
+
+    def __init__(self, codec: PublishedCodec, before: Sequence[int]):
+        self._run = _Run()
+        shown = [token for token in before if codec.is_shown(token)]
+        for token in shown:
+            self._run.add(_byte_of(codec, token))
+        super().__init__(codec, shown)
+        self._window = shown[-self._run.num_tokens() :]
+        # A character that was begun was told as one U+FFFD, whatever `decode` makes of the run that it is in.
+        whole = self._window[: len(self._window) - self._run.num_begun]
+        self._told = codec.decode(whole) + (REPLACEMENT if self._run.num_begun else "")
+
+    def feed(self, token: int) -> str:
+        if not self._codec.is_shown(token):
+            return ""
+        was_spoiled = self._run.is_spoiled
+        self._window.append(token)
+        self._run.add(_byte_of(self._codec, token))
+        if was_spoiled and self._run.is_spoiled:
+            self._cut(1)
+            return REPLACEMENT
+        if self._run.is_open:
+            return ""
+        text = self._codec.decode(self._window)
+        new = self._tell(text, text)
+        kept = self._run.num_tokens()
+        if kept < _CONTEXT or len(self._window) > 2 * _CONTEXT:
+            self._cut(kept)
+        return new
+
+
+class _Run:
+    """The tokens of one byte each at the end of a text.
+
+    Attributes:
+        is_spoiled: whether they can be no characters any more.
+        is_open: whether they may be characters, or not, by what follows.
+        num_begun: bytes of a character that is not whole.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.is_spoiled = self.is_open = self._is_cut = False
+        self._size = self._size_of_last = self.num_begun = 0  # bytes of the run, of its last whole character, after it
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, byte: bytes | None) -> None:
+        """A token follows, of a byte or of something else."""
+        if byte is None:
+            self._begin()
+        if byte is None or self.is_spoiled:
+            return
+        try:
+            character = self._decoder.decode(byte)
+        except UnicodeDecodeError:
+            self.is_spoiled, self.is_open, self.num_begun = True, False, 0
+            return
+        self._size += 1
+        self.num_begun += 1
+        if character:
+            self._size_of_last, self.num_begun = self.num_begun, 0
+        self.is_open = self._size < _LONGEST_RUN or not character
+        if not self.is_open:
+            self._is_cut, self._size = True, self._size_of_last
+
+    def num_tokens(self) -> int:
+        """How many tokens at the end decide on what can follow."""
+        if self.is_spoiled:
+            return 1
+        return self._size if self._is_cut else self._size + _CONTEXT
+
+
+def _byte_of(codec: PublishedCodec, token: int) -> bytes | None:
+    """The byte that a token is, if it is one."""
+    match = _BYTE.fullmatch(str(codec.tokenizer.id_to_token(token)))
+    return None if match is None else bytes.fromhex(match[1])
