@@ -18,11 +18,31 @@ class Train(RunOptions):
 
     Attributes:
         out: run folder to make. By default the next free runs/NNN.
-        resume: run folder to go on with after an interruption; its own options apply, and no others can be given.
+        resume: run folder to go on with after an interruption; its own options apply, and of the others only --step,
+            --max-skipped and --compile-cache can be given.
+        step: with --resume, the checkpoint to go on from. By default the newest.
+        compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
     out: Path | None = None
     resume: Path | None = None
+    step: int | None = None
+    compile_cache: bool = True
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range, or flags that a run that goes on has already."""
+        super().check()
+        if self.out is not None and self.out == Path():
+            raise InputError("--out must not be empty. Leave it out for the next free runs/NNN.")
+        if self.resume is None:
+            if self.step is not None:
+                raise InputError("--step needs --resume.")
+            return
+        own = dataclasses.replace(
+            self, max_skipped=Train.max_skipped, step=None, compile_cache=Train.compile_cache, resume=None
+        )
+        if own != Train():
+            raise InputError("--resume goes on with the run's own options; leave the other flags out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,15 @@
-"""What strangers wrote, made fit for a terminal."""
+"""What the commands share on their way to a terminal."""
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+import os
+import shutil
+import sys
+from pathlib import Path
+
+__all__ = ["command_name", "compile_cache", "keep_programs", "printable"]
+
+_MOST_BYTES = 1 << 30  # of kept programs; those that were used least lately go first
 
 
 def printable(text: str) -> str:
@@ -14,3 +21,41 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def command_name() -> str:
+    """What to type for `attnax`: its path, where it is not on PATH."""
+    script = Path(sys.executable).parent / "attnax"
+    if shutil.which("attnax") or not script.exists():
+        return "attnax" if shutil.which("attnax") else f"{sys.executable} -m attnax"
+    here = Path.cwd()
+    return str(script.relative_to(here)) if script.is_relative_to(here) else str(script)
+
+
+def keep_programs(wanted: bool) -> None:
+    """Has JAX keep compiled programs in the user's cache folder, unless the user has set a folder for that.
+
+    Args:
+        wanted: without it, nothing is changed.
+    """
+    import jax
+
+    if not wanted or compile_cache() is not None:
+        return
+    said = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (said if said.is_absolute() else Path.home() / ".cache") / "attnax" / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # such as a home that is read-only: everything works without
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+
+
+def compile_cache() -> str | None:
+    """Where JAX keeps compiled programs, if anywhere."""
+    import jax
+
+    folder: str | None = jax.config.values["jax_compilation_cache_dir"]
+    return folder or None

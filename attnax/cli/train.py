@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import lzma
+import math
 import signal
 import sys
 import time
@@ -18,47 +20,71 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.options import Train
 from attnax.generation import Sampler
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
     Corpus,
+    DivergenceError,
     Document,
     RunFolder,
     RunOptions,
     TokenStream,
     Trainer,
     TrainState,
+    checkpoint_steps,
+    delete_interrupted_checkpoints,
     latest_checkpoint,
     open_run,
     read_corpus,
     restore_checkpoint,
     save_checkpoint,
+    whole_checkpoint,
+    write_whole,
 )
 from attnax.typing import InputError
 from attnax.visualize import plot_training
 
+_SAMPLER = Sampler(0.8, top_p=0.95)  # of the text at the end, as that of `attnax generate`
+_SAVED = ("params", "opt_state", "passes", "skipped")  # checkpoints are between updates, whose sums are then empty
+
 
 def train(options: Train) -> int:
-    """Runs the command; returns 0, or 128 + the number of the signal that interrupted it."""
-    session = _start(options) if options.resume is None else _reopen(options, options.resume)
-    with _interruptible() as received:
-        finished = session.train(received)
-    if not finished:
-        print(f"interrupted; go on with: attnax train --resume {session.run.path}")
-        return 128 + received[0]
-    try:
-        session.finish()
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: attnax train --resume {session.run.path}")
-        return 128 + signal.SIGINT
+    """Runs the command; returns 0, 1 if the training diverged, or 128 + the number of the signal that stopped it."""
+    terminal.keep_programs(options.compile_cache)
+    session = _start(options) if options.resume is None else _open(options.resume)
+    with session.run.locked():
+        if options.resume is not None:
+            session.restore(options.step)
+        session.max_skipped = max(options.max_skipped, session.options.max_skipped)
+        go_on = f"{terminal.command_name()} train --resume {session.run.path}"
+        try:
+            with _interruptible() as received:
+                finished = session.train(received)
+            if not finished:
+                print(f"interrupted; go on with: {go_on}")
+                return 128 + received[0]
+            session.finish()
+        except DivergenceError as error:
+            print(f"attnax: {error} {session.words_for_divergence(go_on)}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(
+                f"{error.filename or session.run.path}: {reason}. After step {session.step}; mend it, and go on with: "
+                f"{go_on}"
+            ) from error
+        except KeyboardInterrupt:
+            print(f"interrupted; go on with: {go_on}")
+            return 128 + signal.SIGINT
     return 0
 
 
 def _start(options: Train) -> _Session:
     """Everything that can be refused is looked at before the run folder is made."""
-    if options.out is not None and options.out.exists():
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"{options.out} exists already; nothing was overwritten. Name another --out.")
     corpus = _read(options.data, options.held_out)
     texts = _texts(corpus.train)
@@ -67,14 +93,11 @@ def _start(options: Train) -> _Session:
     data = None if options.data is None else str(Path(options.data).absolute())
     settings = dataclasses.replace(options, model=model, data=data)
     session = _Session(settings, corpus, tokenizer)
-    session.run = RunFolder.create(options.out)
-    session.run.save(settings, corpus, tokenizer)
+    session.run = RunFolder.create(options.out, settings, corpus, tokenizer)
     return session
 
 
-def _reopen(options: Train, folder: Path) -> _Session:
-    if options != Train(resume=folder):
-        raise InputError("--resume goes on with the run's own options; leave the other flags out.")
+def _open(folder: Path) -> _Session:
     run = RunFolder(folder)
     settings, tokenizer, corpus_digest = run.load()
     if run.result.exists():
@@ -84,7 +107,6 @@ def _reopen(options: Train, folder: Path) -> _Session:
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
     session = _Session(settings, corpus, tokenizer)
     session.run = run
-    session.restore()
     return session
 
 
@@ -119,74 +141,141 @@ class _Session:
             options.seed,
             document_token=DOCUMENT if options.pack else None,
         )
+        self._try()
         self.state = self.trainer.init()
+        self.max_skipped = options.max_skipped
         self.seconds = 0.0  # trained before this process
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
+
+    def _try(self) -> None:
+        """Raises InputError for a model that cannot be trained, or not write: all is traced, and nothing computed."""
+        window, trainer = self.options.model.max_len, self.trainer
+        batch = jax.ShapeDtypeStruct((self.options.optimizer.batch_size, window + 1), np.int32)
+        try:
+            state = jax.eval_shape(trainer.init)
+            trainer.step.trace(state, batch)
+            jax.eval_shape(
+                lambda params: trainer.merge(params).generate(
+                    np.zeros((1, 1), np.int32), max_new_tokens=window - 1, sampler=_SAMPLER, key=jax.random.key(0)
+                ),
+                state.params,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"this model cannot be trained: {error}") from error
 
     @property
     def step(self) -> int:
         """Updates made."""
         return int(self.state.passes) // self.options.optimizer.accumulate
 
-    def restore(self) -> None:
-        """Goes back to the newest checkpoint; without one, to the start."""
-        step = latest_checkpoint(self.run.checkpoints)
-        if step is not None:
-            parts = vars(self.state).items()  # params apart, so that generation reads nothing else
-            self.state = TrainState(
-                **{
-                    name: restore_checkpoint(self.run.checkpoints, step, name, like, owner=self.run.owner)
-                    for name, like in parts
-                }
+    def restore(self, step: int | None = None) -> None:
+        """Goes back to the checkpoint of `step`, by default the newest; without one, to the start.
+
+        Raises:
+            InputError: there is none of this step, or it is damaged; the message names the newest that is whole.
+        """
+        folder, owner = self.run.checkpoints, self.run.owner
+        delete_interrupted_checkpoints(folder)
+        steps = checkpoint_steps(folder)
+        if step is not None and step not in steps:
+            raise InputError(
+                f"--step must be one of {', '.join(map(str, steps)) or 'none'}, of which {self.run.path} has "
+                f"checkpoints; got {step}."
             )
-        rows = [row for row in self.run.rewind_metrics(step or 0) if "seconds" in row]
-        self.seconds = rows[-1]["seconds"] if rows else 0.0
+        chosen = step if step is not None else max(steps, default=None)
+        if chosen is not None:
+            fresh = vars(self.state)  # params are saved apart, so that generation reads nothing else
+            try:
+                parts = {name: restore_checkpoint(folder, chosen, name, fresh[name], owner=owner) for name in _SAVED}
+            except InputError as error:
+                older = whole_checkpoint(folder, chosen, owner=owner)
+                if older is None:
+                    raise
+                again = f"{terminal.command_name()} train --resume {self.run.path} --step {older}"
+                raise InputError(f"{error} That of step {older} is whole; go on from it with: {again}") from error
+            self.state = TrainState(**fresh | parts)
+        rows = self.run.rewind_metrics(chosen or 0)
+        self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
+        if chosen and not rows:
+            print(f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {chosen}")
 
     def train(self, received: list[int]) -> bool:
-        """Goes on to the last update; False if a signal came in, after a checkpoint was saved."""
+        """Goes on to the last update; False if a signal came in, after a checkpoint was saved.
+
+        Raises:
+            DivergenceError: a loss, a gradient or the parameters are not finite.
+        """
         optimizer = self.options.optimizer
         tokens_per_step = optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
         schedule, started = optimizer.schedule(), time.perf_counter() - self.seconds
         print(f"run        {self.run.path}")
-        progress = tqdm(
-            total=optimizer.steps * tokens_per_step,
-            initial=self.step * tokens_per_step,
-            unit="tok",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )
-        with progress:
+        kept = terminal.compile_cache()
+        print("compiling  the first step" + ("" if kept is None else f"; programs are kept in {kept}"), flush=True)
+        with contextlib.ExitStack() as stack:
+            progress = None
             for step in range(self.step + 1, optimizer.steps + 1):
-                loss, grad_norm = self._update(step)
+                updates = step - 1 - int(self.state.skipped)
+                loss, grad_norm, skipped = self._update(step)
                 row = {"step": step, "tokens": step * tokens_per_step}
                 self.run.append_metrics(
                     **row,
                     loss=loss,
                     grad_norm=grad_norm,
-                    learning_rate=float(schedule(step - 1)),
+                    learning_rate=float(schedule(updates)),
                     seconds=round(time.perf_counter() - started, 3),
+                    **({"skipped": skipped} if skipped else {}),
                 )
-                progress.set_description(f"loss {loss:.3f}", refresh=False)
-                progress.update(tokens_per_step)
                 stop = bool(received)
                 pause = step % self.options.checkpoint_every == 0 or step == optimizer.steps
-                if pause or stop:
-                    save_checkpoint(self.run.checkpoints, step, vars(self.state), owner=self.run.owner)
                 if pause:
                     bits = self.trainer.bits(self.state.params, self.probe)
+                    if not math.isfinite(bits):
+                        raise DivergenceError(f"step {step}: the loss on held-out text is {bits}.")
+                    # Before the checkpoint: a process that is killed between them looks again.
                     self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
+                if pause or stop:
+                    saved = {name: getattr(self.state, name) for name in _SAVED}
+                    save_checkpoint(self.run.checkpoints, step, saved, owner=self.run.owner)
+                if progress is None:  # after the first step, so that its rate is without compiling
+                    progress = stack.enter_context(_progress(optimizer.steps, step, tokens_per_step))
+                else:
+                    progress.update(tokens_per_step)
+                    if pause:
+                        progress.unpause()
+                progress.set_description(f"loss {loss:.3f}", refresh=False)
                 if stop:  # read once: a signal that comes after the checkpoint waits for the next step
                     return False
         return True
 
-    def _update(self, step: int) -> tuple[float, float]:
-        """Mean loss of the accumulated batches, and the norm of the last gradient."""
+    def _update(self, step: int) -> tuple[float, float, int]:
+        """Mean loss of the accumulated batches, the norm of their gradient, and the updates skipped in all.
+
+        Raises:
+            DivergenceError: they are not finite, and no more updates may be skipped; or the parameters are not.
+        """
         optimizer, losses = self.options.optimizer, []
         for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
             batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
             self.state, metrics = self.trainer.step(self.state, batch)
             losses.append(float(metrics.loss))
-        return float(np.mean(losses)), float(metrics.grad_norm)
+        loss, grad_norm, skipped = float(np.mean(losses)), float(metrics.grad_norm), int(self.state.skipped)
+        if metrics.is_skipped:
+            if skipped > self.max_skipped:
+                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
+                raise DivergenceError(f"step {step}: {what}, and the update was not made.")
+        elif not metrics.is_finite:
+            raise DivergenceError(f"step {step}: the update made parameters that are not finite.")
+        return loss, grad_norm, skipped
+
+    def words_for_divergence(self, go_on: str) -> str:
+        """What to try, and what is kept."""
+        model, optimizer = self.options.model, self.options.optimizer
+        tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
+        if model.param_dtype == "float16" or model.dtype == "float16":
+            tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
+        step = latest_checkpoint(self.run.checkpoints)
+        kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
+        return f"Try {', '.join(tries)}. {kept} To leave out up to N such updates, go on with: {go_on} --max-skipped N"
 
     def finish(self) -> None:
         """Scores all held-out text, lets the model write, and keeps the figures with the run."""
@@ -198,16 +287,31 @@ class _Session:
             "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
             "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         }
-        plot_training(self.run.read_metrics(), self.run.path / "loss.png")
-        self.run.result.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        sample = "".join(write_text(open_run(self.run.path), "", None, Sampler(0.8, top_p=0.95), self.options.seed))
+        if not math.isfinite(bits):
+            raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
+        metrics = self.run.read_metrics()
+        if any("loss" in row for row in metrics):
+            plot_training(metrics, self.run.path / "loss.png")
+        sample = "".join(write_text(open_run(self.run.path), "", None, _SAMPLER, self.options.seed))
         (self.run.path / "sample.txt").write_text(sample, "utf-8")
+        write_whole(self.run.result, json.dumps(figures, indent=2) + "\n")  # the last: it says that the run is done
         print(f"\n{sample}\n")
-        print(f"go on with  attnax generate {self.run.path} --prompt 'def '")
+        print(f"go on with  {terminal.command_name()} generate {self.run.path} --prompt 'def '")
         print(
             "held-out {held_out_bits_per_byte:.2f} bits per byte "
             "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)
         )
+
+
+def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:
+    """A line that says how far the run is, at the step that is given."""
+    return tqdm(
+        total=steps * tokens_per_step,
+        initial=step * tokens_per_step,
+        unit="tok",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
 
 
 @contextmanager

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING
 from attnax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
+    from attnax.training.checkpoints import delete_interrupted_checkpoints as delete_interrupted_checkpoints
     from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint
     from attnax.training.checkpoints import restore_checkpoint as restore_checkpoint
     from attnax.training.checkpoints import save_checkpoint as save_checkpoint
+    from attnax.training.checkpoints import whole_checkpoint as whole_checkpoint
     from attnax.training.corpus import Corpus as Corpus
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
     from attnax.training.corpus import read_corpus as read_corpus
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
     from attnax.training.run_folder import RunOptions as RunOptions
+    from attnax.training.run_folder import write_whole as write_whole
     from attnax.training.run_model import open_run as open_run
+    from attnax.training.trainer import DivergenceError as DivergenceError
     from attnax.training.trainer import Metrics as Metrics
     from attnax.training.trainer import Trainer as Trainer
     from attnax.training.trainer import TrainState as TrainState
@@ -29,11 +35,18 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checkpoints": ("latest_checkpoint", "restore_checkpoint", "save_checkpoint"),
+        "checkpoints": (
+            "checkpoint_steps",
+            "delete_interrupted_checkpoints",
+            "latest_checkpoint",
+            "restore_checkpoint",
+            "save_checkpoint",
+            "whole_checkpoint",
+        ),
         "corpus": ("Corpus", "Document", "TokenStream", "read_corpus"),
         "optimizer": ("OptimizerConfig",),
-        "run_folder": ("RunFolder", "RunOptions"),
+        "run_folder": ("LockedError", "RunFolder", "RunOptions", "write_whole"),
         "run_model": ("open_run",),
-        "trainer": ("Metrics", "TrainState", "Trainer", "find_documents"),
+        "trainer": ("DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"),
     },
 )

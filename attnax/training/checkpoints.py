@@ -1,15 +1,20 @@
 """Checkpoints through Orbax, with what Orbax leaves out: a checksum of every file and the exact type of every array.
 
-`folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last: a checkpoint without it was
-interrupted and does not count.
+`folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last and deleted first: a checkpoint without
+it was interrupted, does not count, and is deleted when the next one is saved.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +22,14 @@ import jax
 
 from attnax.typing import InputError
 
-__all__ = ["latest_checkpoint", "restore_checkpoint", "save_checkpoint"]
+__all__ = [
+    "checkpoint_steps",
+    "delete_interrupted_checkpoints",
+    "latest_checkpoint",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "whole_checkpoint",
+]
 
 Tree = TypeVar("Tree")
 
@@ -25,36 +37,70 @@ Tree = TypeVar("Tree")
 def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner: str = "", keep: int = 2) -> None:
     """Writes the pytrees of `items` as step number `step`, then deletes all but the newest `keep` checkpoints.
 
+    Checkpoints of later steps are deleted too: they are of a course of the training that was given up.
+
     Args:
         folder: of the checkpoints; made if it is missing.
         step: counts up from 0.
         items: pytrees of arrays by name; each can be restored without the others.
         owner: what the checkpoint belongs to; `restore_checkpoint` asks for the same.
         keep: checkpoints to leave.
+
+    Raises:
+        OSError: the disk has no room, or refuses; the checkpoints before this one are kept.
     """
     import orbax.checkpoint as ocp  # half a second that only saving and restoring should pay
 
     target = folder.absolute() / str(step)
     _delete(folder, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_room(folder, items)
     manifest: dict[str, Any] = {"owner": owner, "types": {}, "sha256": {}}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item, tree in items.items():
-            arrays = _named_arrays(tree)
-            checkpointer.save(target / item, arrays)
-            checkpointer.wait_until_finished()
-            manifest["types"][item] = {name: _type(array) for name, array in arrays.items()}
-            manifest["sha256"][item] = _digests(target / item)
-    temporary = folder / f"{step}.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(folder / f"{step}.json")
-    for old in _steps(folder)[:-keep]:
-        _delete(folder, old)
+    try:
+        with _errors_of_the_disk(folder), ocp.StandardCheckpointer() as checkpointer:
+            for item, tree in items.items():
+                arrays = _named_arrays(tree)
+                checkpointer.save(target / item, arrays)
+                checkpointer.wait_until_finished()
+                manifest["types"][item] = {name: _type(array) for name, array in arrays.items()}
+                manifest["sha256"][item] = _digests(target / item)
+            temporary = folder / f"{step}.json.tmp"
+            temporary.write_text(json.dumps(manifest, indent=1))
+            temporary.replace(folder / f"{step}.json")
+    except OSError:
+        _delete(folder, step)
+        raise
+    _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step][-keep:])
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints, in order; of the interrupted ones none."""
+    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
+
+
+def delete_interrupted_checkpoints(folder: Path) -> None:
+    """Deletes what processes left that were killed while they saved or deleted a checkpoint."""
+    if folder.is_dir():
+        _delete_others(folder, checkpoint_steps(folder))
 
 
 def latest_checkpoint(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    steps = _steps(folder)
+    """The step of the newest checkpoint, or None."""
+    steps = checkpoint_steps(folder)
     return steps[-1] if steps else None
+
+
+def whole_checkpoint(folder: Path, before: int, *, owner: str = "") -> int | None:
+    """The step of the newest checkpoint before step `before` none of whose files has changed, or None."""
+    for step in reversed(checkpoint_steps(folder)):
+        if step < before:
+            try:
+                for item in _manifest(folder, step, owner)["sha256"]:
+                    _check_files(folder, step, item, owner)
+            except InputError:
+                continue
+            return step
+    return None
 
 
 def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:
@@ -73,21 +119,7 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner:
     import orbax.checkpoint as ocp
 
     target = folder.absolute() / str(step)
-    try:
-        manifest = json.loads((folder / f"{step}.json").read_text())
-        saved, digests = dict(manifest["types"][item]), dict(manifest["sha256"][item])
-        saved_owner = manifest["owner"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
-    if saved_owner != owner:
-        raise InputError(f"the checkpoint {target} belongs to another run.")
-    found = _digests(target / item)
-    if found != digests:
-        names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
-        raise InputError(
-            f"the checkpoint {target} is damaged: {names[0]} is not what was saved"
-            + (f", nor are {len(names) - 1} other files." if len(names) > 1 else ".")
-        )
+    saved = _check_files(folder, step, item, owner)
     wanted = {name: _type(array) for name, array in _named_arrays(like).items()}
     if saved != wanted:
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -119,12 +151,80 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
+def _manifest(folder: Path, step: int, owner: str) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        InputError: it cannot be read, or belongs to another.
+    """
+    target = folder.absolute() / str(step)
+    try:
+        manifest = json.loads((folder / f"{step}.json").read_text())
+        found = {name: {item: dict(of) for item, of in manifest[name].items()} for name in ("types", "sha256")}
+        saved_owner = manifest["owner"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
+    if saved_owner != owner:
+        raise InputError(f"the checkpoint {target} belongs to another run.")
+    return found
+
+
+def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, Any]:
+    """The types of an item's arrays.
+
+    Raises:
+        InputError: a file is missing or changed.
+    """
+    target, manifest = folder.absolute() / str(step), _manifest(folder, step, owner)
+    if any(item not in part for part in manifest.values()):
+        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).")
+    digests, found = manifest["sha256"][item], _digests(target / item)
+    if found != digests:
+        names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
+        raise InputError(
+            f"the checkpoint {target} is damaged: {names[0]} is not what was saved"
+            + (f", nor are {len(names) - 1} other files." if len(names) > 1 else ".")
+        )
+    types: dict[str, Any] = manifest["types"][item]
+    return types
+
+
+_NUMBER = re.compile(r"[0-9]+(?=\Z|\.)")
 
 
 def _delete(folder: Path, step: int) -> None:
     """The manifest goes first: what is left of an interrupted deletion does not count as a checkpoint."""
-    (folder / f"{step}.json").unlink(missing_ok=True)
+    for name in (f"{step}.json", f"{step}.json.tmp"):
+        (folder / name).unlink(missing_ok=True)
     if (folder / str(step)).exists():
         shutil.rmtree(folder / str(step))
+
+
+def _delete_others(folder: Path, kept: Sequence[int]) -> None:
+    for step in {int(match[0]) for path in folder.iterdir() if (match := _NUMBER.match(path.name))}.difference(kept):
+        _delete(folder, step)
+
+
+def _require_room(folder: Path, items: Mapping[str, Any]) -> None:
+    """Raises OSError where the disk has less room than the arrays take."""
+    needed = sum(array.nbytes for tree in items.values() for array in jax.tree.leaves(tree))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"a checkpoint takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(folder))
+
+
+@contextlib.contextmanager
+def _errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """What the disk refuses inside is an OSError: TensorStore says it in a ValueError, and Orbax in long logs."""
+    log = logging.getLogger("absl")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"\[os_error_code='([0-9]+)'\]", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
+    finally:
+        log.disabled = was_disabled

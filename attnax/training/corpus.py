@@ -14,7 +14,9 @@ import numpy as np
 
 from attnax.typing import InputError
 
-__all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
+__all__ = ["FORMATS", "Corpus", "Document", "TokenStream", "is_run_folder", "read_corpus"]
+
+FORMATS = "attnax run"  # what the format in the config.json of a run folder begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
         held_out: the fraction of documents to hold out.
 
     Raises:
-        InputError: nothing is there, it cannot be read, or there is too little text to split.
+        InputError: nothing is there, it cannot be read, it is a run folder, or there is too little text to split.
     """
     root, paths = _find(data)
     documents, skipped = [], 0
@@ -106,11 +108,15 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
         found: Iterable[Path] = (
             path for path in root.rglob("*.py") if not any(part in packages for part in path.relative_to(root).parts)
         )
+    elif not data:
+        raise InputError("read_corpus: data must not be empty; None is the source of Python's standard library.")
     elif (path := Path(data)).is_file():
         root, found = path.parent, [path]
     elif path.is_dir():
         root = path
-        runs = {metrics.parent for metrics in path.rglob("metrics.jsonl")}  # what `attnax train` itself wrote
+        if is_run_folder(path):
+            raise InputError(f"{data} is a run folder; name the text that it was trained on.")
+        runs = {config.parent for config in path.rglob("config.json") if is_run_folder(config.parent)}
         found = (
             p
             for p in path.rglob("*")
@@ -126,6 +132,15 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
     if not paths:
         raise InputError(f"no files in {root if data is None else data}.")
     return root, paths
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a config.json of `attnax train` is there, of whatever version."""
+    try:
+        with (path / "config.json").open("rb") as file:
+            return FORMATS.encode() in file.read(200)
+    except OSError:
+        return False
 
 
 def _hash_fraction(name: str) -> float:

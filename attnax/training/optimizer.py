@@ -82,7 +82,7 @@ class OptimizerConfig:
         return sum((weight * aux[name] for name, weight in weights.items() if name in aux), 0.0)
 
     def build(self) -> optax.GradientTransformation:
-        """The optimizer; with accumulation, a call of its `update` takes one forward pass's gradients."""
+        """The optimizer; a call of its `update` is one update, whose gradients `Trainer` has accumulated."""
         import jax
         import optax
 
@@ -92,10 +92,7 @@ class OptimizerConfig:
             weight_decay=self.weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         )
-        optimizer = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
-        if self.accumulate == 1:
-            return optimizer
-        return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:

@@ -16,9 +16,9 @@ from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.training.corpus import TokenStream
 from attnax.training.optimizer import OptimizerConfig
-from attnax.typing import Array, Float, Int, check_shape, pytree_dataclass
+from attnax.typing import Array, Bool, Float, Int, check_shape, pytree_dataclass
 
-__all__ = ["Metrics", "TrainState", "Trainer", "find_documents"]
+__all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"]
 
 
 @pytree_dataclass
@@ -29,18 +29,36 @@ class TrainState:
         params: the parameters of the model.
         opt_state: of the optimizer.
         passes: int32 scalar, forward and backward passes made; `accumulate` of them are one update.
+        skipped: int32 scalar, updates that were not made because their loss or gradient was not finite.
+        sums: of an update that is not due yet, its gradients so far and whether they are finite; empty where each pass
+            is an update.
     """
 
     params: Any
     opt_state: Any
     passes: Int[Array, ""]
+    skipped: Int[Array, ""]
+    sums: Any
+
+
+class DivergenceError(ArithmeticError):
+    """A loss, a gradient or parameters that are not finite: what follows could not be learned from."""
 
 
 class Metrics(NamedTuple):
-    """Of one forward and backward pass."""
+    """Of one forward and backward pass.
+
+    Attributes:
+        loss: of the pass.
+        grad_norm: of the mean gradient of the update, this pass included.
+        is_skipped: whether an update was due and was not made, since its loss or gradient is not finite.
+        is_finite: whether loss and gradient are finite, and after an update the parameters.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    is_skipped: Bool[Array, ""]
+    is_finite: Bool[Array, ""]
 
 
 class Trainer:
@@ -79,7 +97,7 @@ class Trainer:
         rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
         graphdef, params, *rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
         self._initial = nnx.to_pure_dict(params)
-        self._merge = lambda params: nnx.merge(graphdef, params, *rest)
+        self._graphdef, self._rest = graphdef, rest
         self._update = optimizer.build()
         self.step = jax.jit(self._step, donate_argnums=0)
         self._score = jax.jit(self._score_windows)
@@ -87,7 +105,13 @@ class Trainer:
     def init(self) -> TrainState:
         """The state before the first step; a function of the seed."""
         params = jax.tree.map(jnp.copy, self._initial)  # a step donates what it is given
-        return TrainState(params, self._update.init(params), jnp.zeros((), jnp.int32))
+        passes, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return TrainState(params, self._update.init(params), passes, skipped, self._no_sums(params))
+
+    def merge(self, params: Any) -> TransformerLM:
+        """The model with these parameters."""
+        model: TransformerLM = nnx.merge(self._graphdef, params, *self._rest)
+        return model
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
         """Bits that the model needs for all tokens of `stream` but the first, each with 3/4 of a window before it.
@@ -109,7 +133,10 @@ class Trainer:
         return nats / math.log(2)
 
     def _step(self, state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Metrics]:
-        """One forward and backward pass over windows of tokens, and an update when enough are accumulated."""
+        """One forward and backward pass over windows of tokens, and an update when enough are accumulated.
+
+        An update whose loss or gradient is not finite in any of its passes is not made.
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
 
         def mean_loss(params: Any) -> Array:
@@ -117,9 +144,39 @@ class Trainer:
             return losses.mean() + self.optimizer.weigh(aux)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = self._update.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.passes + 1), Metrics(loss, optax.tree.norm(grads))
+        accumulate, is_finite = self.optimizer.accumulate, jnp.isfinite(loss)
+        count = state.passes % accumulate + 1
+        mean = grads
+        if state.sums:
+            was_finite, sums = state.sums
+            grads, is_finite = jax.tree.map(jnp.add, sums, grads), is_finite & was_finite
+            mean = jax.tree.map(lambda total: total / count, grads)
+        norm = optax.tree.norm(mean)
+        is_finite &= jnp.isfinite(norm)
+
+        def update() -> tuple[Any, Any, Any]:
+            updates, opt_state = self._update.update(mean, state.opt_state, state.params)
+            made = optax.apply_updates(state.params, updates), opt_state
+            kept = state.params, state.opt_state
+            # Chosen one number at a time, so that the arrays are still updated in place.
+            chosen = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), made, kept)
+            return *chosen, self._no_sums(state.params)
+
+        def wait() -> tuple[Any, Any, Any]:
+            return state.params, state.opt_state, (is_finite, grads)
+
+        is_due = count == accumulate
+        params, opt_state, sums = jax.lax.cond(is_due, update, wait) if state.sums else update()
+        is_skipped = is_due & ~is_finite
+        for leaf in jax.tree.leaves(params):
+            is_finite &= jnp.isfinite(leaf).all()
+        made = TrainState(params, opt_state, state.passes + 1, state.skipped + is_skipped, sums)
+        return made, Metrics(loss, norm, is_skipped, is_finite)
+
+    def _no_sums(self, params: Any) -> Any:
+        if self.optimizer.accumulate == 1:
+            return ()
+        return jnp.ones((), bool), jax.tree.map(jnp.zeros_like, params)
 
     def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
         return jnp.where(counts, self._losses(params, tokens, deterministic=True)[0], 0.0).sum()
@@ -130,7 +187,7 @@ class Trainer:
         if self.document_token is not None:
             documents, positions = find_documents(read, self.document_token)
             options |= {"mask": masks.documents(documents), "position_ids": positions}
-        out = self._merge(params).run(read, **options)
+        out = self.merge(params).run(read, **options)
         return optax.softmax_cross_entropy_with_integer_labels(out.hidden, tokens[:, 1:]), out.aux
 
 

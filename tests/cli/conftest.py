@@ -10,8 +10,17 @@ from tiny import build
 from tiny_run import TINY
 
 from attnax import TransformerLM
-from attnax.cli import main
+from attnax.cli import main, terminal
 from attnax.training import RunFolder, read_corpus, save_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_programs_are_kept(tmp_path_factory):
+    """In this process none, and in those that tests start none where the user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "keep_programs", lambda wanted: None)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +55,8 @@ def draw_run(run):
         options, its_own, _ = RunFolder(run).load()
         tokenizer = its_own if tokenizer is None else tokenizer
         model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
-        made = RunFolder.create(folder)
-        made.save(dataclasses.replace(options, seed=seed, model=model), read_corpus(options.data), tokenizer)
+        settings = dataclasses.replace(options, seed=seed, model=model)
+        made = RunFolder.create(folder, settings, read_corpus(options.data), tokenizer)
         params = nnx.state(build(lambda rngs: TransformerLM(rngs, model), seed), nnx.Param)
         save_checkpoint(made.checkpoints, 1, {"params": nnx.to_pure_dict(params)}, owner=made.owner)
         return folder

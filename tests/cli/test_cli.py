@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,7 @@ from attnax.cli.generate import _read_prompt as read_prompt
 from attnax.cli.options import Generate
 from attnax.generation import Beams, Generation
 from attnax.text import DOCUMENT, ByteCodec, TextModel, TextStream, byte_tokenizer
-from attnax.training import RunFolder, open_run
+from attnax.training import RunFolder, open_run, read_corpus
 from attnax.training.run_model import _abstract as abstract
 from attnax.typing import InputError
 
@@ -67,8 +66,6 @@ def test_a_run_leaves_everything_that_it_promises(trained):
 
 
 def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
-    from attnax.training import read_corpus
-
     text = b"".join(document.text for document in read_corpus(str(corpus)).held_out)
     result = json.loads((run / "result.json").read_text())
     gzip = subprocess.run(["gzip", "-9", "-n"], input=text, capture_output=True, check=True).stdout
@@ -76,10 +73,16 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
     assert result["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip) / len(text), rel=0.01)
 
 
-def test_runs_are_numbered(tmp_path, monkeypatch):
+def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
+    """From what a process left that was killed before its run began."""
+    parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "000").mkdir(parents=True)
-    assert [RunFolder.create(None).path.name for _ in range(2)] == ["001", "002"]
+    for number, name in enumerate(("config.json", "tokenizer.json")):
+        (tmp_path / "runs" / f"{number:03d}").mkdir(parents=True)
+        (tmp_path / "runs" / f"{number:03d}" / name).write_text("cut")
+    with RunFolder(tmp_path / "runs" / "002").locked():
+        assert [RunFolder.create(None, *parts).path.name for _ in range(2)] == ["001", "003"]
+    assert RunFolder(tmp_path / "runs" / "001").load()[0] == parts[0]
 
 
 def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
@@ -383,7 +386,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "append_metrics", interrupt)
         assert main(["train", "--data", str(corpus), "--out", str(out), *TINY]) == 130
-    assert f"go on with: attnax train --resume {out}" in capsys.readouterr().out
+    assert f"attnax train --resume {out}" in capsys.readouterr().out
     assert not (out / "result.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 1
     assert main(["train", "--resume", str(out)]) == 0
     check_same_figures(out, run)
@@ -404,7 +407,7 @@ def test_a_process_that_is_interrupted_saves_and_ends(run, corpus, tmp_path):
     if process.returncode == 0:
         pytest.fail("the run ended before the signal came; make TINY longer")
     assert process.returncode == 130, stderr
-    assert f"go on with: attnax train --resume {out}" in stdout and "Traceback" not in stderr
+    assert f"attnax train --resume {out}" in stdout and "Traceback" not in stderr
     assert not (out / "result.json").exists()
     assert main(["train", "--resume", str(out)]) == 0
     check_same_figures(out, run)
@@ -640,11 +643,19 @@ def test_the_command_starts_itself_again_once_with_huge_pages(monkeypatch):
     assert len(started) == 1
 
 
-def test_without_its_packages_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(cli.__file__)
-    assert stop.value.code == "attnax: the command needs tyro. Install it with: pip install 'attnax[train]'"
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("tyro", "pretrained", ["--help"]),
+        ("tokenizers", "pretrained", ["generate", "x"]),
+        ("matplotlib", "train", ["train"]),
+    ],
+)
+def test_without_its_packages_the_command_says_what_to_install(package, extra, arguments):
+    code = f"import sys; sys.modules[{package!r}] = None; from attnax.cli import main; sys.exit(main({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    words = f"attnax: this needs the package {package}. Install it with: pip install 'attnax[{extra}]'\n"
+    assert (done.returncode, done.stderr) == (2, words)
 
 
 def test_bench_runs_the_repositorys_benchmark(monkeypatch, capsys, tmp_path):

@@ -80,10 +80,19 @@ class TestCorpus:
 
     def test_run_folders_are_not_text_to_learn_from(self, tmp_path):
         before = read_corpus(str(self.fill(tmp_path))).fingerprint
-        (tmp_path / "runs" / "000" / "checkpoints").mkdir(parents=True)
-        for name in ("config.json", "metrics.jsonl", "checkpoints/5.json"):
-            (tmp_path / "runs" / "000" / name).write_text("{}")
+        run = tmp_path / "runs" / "000"
+        (run / "checkpoints").mkdir(parents=True)
+        for name, text in (("config.json", '{"format": "attnax run 9"}'), ("checkpoints/5.json", "{}")):
+            (run / name).write_text(text)
         assert read_corpus(str(tmp_path)).fingerprint == before
+        with pytest.raises(InputError, match="000 is a run folder; name the text that it was trained on"):
+            read_corpus(str(run))
+
+    def test_metrics_and_configs_of_others_are_text(self, tmp_path):
+        for name in ("metrics.jsonl", "config.json"):
+            (self.fill(tmp_path) / name).write_text('{"format": 3}\n')
+        corpus = read_corpus(str(tmp_path))
+        assert len(corpus.train) + len(corpus.held_out) == 62
 
     def test_a_file_of_one_line_is_cut_too(self, tmp_path):
         (tmp_path / "line.txt").write_text("word " * 1000)
@@ -101,6 +110,7 @@ class TestCorpus:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
+            ("", "data must not be empty; None is the source of Python's standard library"),
             ("missing", "no such file or folder"),
             ("missing/*.txt", "no files in"),
             ("empty", "no files in"),
@@ -115,7 +125,7 @@ class TestCorpus:
         if "short" in name:
             (tmp_path / "blank" / "short.txt").write_text("x")
         with pytest.raises(InputError, match=words):
-            read_corpus(str(tmp_path / name))
+            read_corpus(str(tmp_path / name) if name else "")
 
 
 class TestTokenStream:
@@ -174,7 +184,7 @@ class TestTrainer:
         before, batch = trainer.init(), self.batches(1)[0]
 
         def loss(params):
-            logits = trainer._merge(params)(batch[:, :-1])
+            logits = trainer.merge(params)(batch[:, :-1])
             targets = jax.nn.one_hot(batch[:, 1:], 17)
             return -(jax.nn.log_softmax(logits) * targets).sum(-1).mean()
 
@@ -200,26 +210,39 @@ class TestTrainer:
         start = jax.tree.map(np.asarray, state.params)
         state, _ = small.step(state, parts[0])
         leaves_close(state.params, start, atol=0)
-        state, _ = small.step(state, parts[1])
-        large, _ = trainer.step(trainer.init(), batch)
+        state, metrics = small.step(state, parts[1])
+        large, expected = trainer.step(trainer.init(), batch)
         leaves_close(state.params, large.params, atol=1e-5)
+        assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)  # a mean, no sum
 
-    def test_accumulated_gradients_are_averaged(self):
-        """Clipping and Adam hide it where gradients are larger than Adam's epsilon, 1e-8."""
+    def test_updates_that_are_not_finite_are_skipped_and_counted(self, trainer):
+        """In any pass of an update; the next one is as if there had been none, but for its dropout."""
+        good, bad = trainer.init(), trainer.init()
+        first, second = self.batches(2)
+        bad = dataclasses.replace(bad, params=jax.tree.map(lambda x: x * np.nan, bad.params))
+        _, metrics = trainer.step(bad, first)
+        assert metrics.is_skipped and not metrics.is_finite and np.isnan(metrics.loss)
+        small = Trainer(MODEL, dataclasses.replace(trainer.optimizer, accumulate=2))
+        want, metrics = small.step(small.step(small.init(), first)[0], second)
+        assert metrics.is_finite and not metrics.is_skipped
+        state = small.init()
+        state, metrics = small.step(dataclasses.replace(state, sums=(jnp.array(False), state.sums[1])), first)
+        assert not metrics.is_skipped and not metrics.is_finite
+        state, metrics = small.step(state, second)
+        assert metrics.is_skipped and int(state.skipped) == 1
+        leaves_close(state.params, small.init().params, atol=0)
+        state, metrics = small.step(small.step(state, first)[0], second)
+        assert metrics.is_finite and not metrics.is_skipped and int(state.skipped) == 1
+        leaves_close(state.params, want.params, atol=0)
+        leaves_close(state.opt_state, want.opt_state, atol=0)
+        _, metrics = trainer.step(good, first)
+        assert metrics.is_finite and not metrics.is_skipped
 
-        @jax.jit
-        def updates(gradient):
-            found = []
-            for passes in (1, 2):
-                optimizer = OptimizerConfig(warmup=0.0, accumulate=passes).build()
-                state = optimizer.init(gradient)
-                for _ in range(passes):
-                    update, state = optimizer.update(gradient, state, jnp.zeros_like(gradient))
-                found.append(update)
-            return found
-
-        once, twice = updates(np.full(3, 1e-9, np.float32))
-        np.testing.assert_allclose(twice, once, rtol=1e-5)
+    def test_parameters_that_overflow_are_noticed(self):
+        model = dataclasses.replace(MODEL, param_dtype="float16")
+        trainer = Trainer(model, OptimizerConfig(warmup=0.0, learning_rate=1e6))
+        _, metrics = trainer.step(trainer.init(), self.batches(1)[0])
+        assert np.isfinite(metrics.loss) and not metrics.is_skipped and not metrics.is_finite
 
     def test_packed_documents_are_scored_as_each_is_alone(self):
         """Learned positions and a mask: a row of three documents, against each in a row of its own."""
@@ -265,7 +288,7 @@ class TestTrainer:
         row = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32)  # the last token is only predicted
         documents = np.array([[5, 6, 8], [0, 7, 8], [0, 9, 3]], np.int32)
         real = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], bool)
-        apart = jax.jit(lambda params: trainer._merge(params).run(documents, padding_mask=real).aux)(params)
+        apart = jax.jit(lambda params: trainer.merge(params).run(documents, padding_mask=real).aux)(params)
         leaves_close(jax.jit(trainer._losses)(params, row)[1], apart, atol=2e-6)
 
     def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
@@ -299,7 +322,7 @@ class TestTrainer:
     def test_bits_are_those_of_the_chain_rule(self, trainer):
         """Text shorter than a window: the sum of the log-probabilities of one forward pass."""
         params, tokens = trainer.init().params, np.arange(6, dtype=np.uint16)
-        read = jax.jit(lambda params, ids: trainer._merge(params).log_probs(ids))
+        read = jax.jit(lambda params, ids: trainer.merge(params).log_probs(ids))
         log_probs = np.asarray(read(params, tokens[None, :-1].astype(np.int32)))[0]
         expected = -sum(float(log_probs[index, index + 1]) for index in range(5)) / math.log(2)
         assert trainer.bits(params, TokenStream(tokens, 7)) == pytest.approx(expected, rel=1e-5)

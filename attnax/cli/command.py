@@ -1,0 +1,116 @@
+"""What `attnax` does with its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from attnax.cli.terminal import printable
+from attnax.pretrained.errors import CheckpointError
+from attnax.typing import InputError
+
+if TYPE_CHECKING:
+    from attnax.cli.options import Bench, Generate, Inspect, Train
+
+_EXTRAS = {  # that install what a command needs
+    "tyro": "pretrained",
+    "tokenizers": "pretrained",
+    "huggingface_hub": "pretrained",
+    "filelock": "train",
+    "matplotlib": "train",
+    "optax": "train",
+    "orbax": "train",
+    "tqdm": "train",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is a line on standard error, and 2.
+
+    Of a published checkpoint everything that is wrong gets a line.
+    """
+    try:
+        from attnax.cli.options import Bench, Inspect, Train
+
+        options = _parse(arguments)
+        options.check()
+        if isinstance(options, Train):
+            from attnax.cli.train import train  # after parsing, so that --help does not wait for JAX
+
+            return train(options)
+        if isinstance(options, Bench):
+            from attnax.cli.bench import bench
+
+            return bench(options)
+        if isinstance(options, Inspect):
+            from attnax.cli.inspect import inspect
+
+            return inspect(options)
+        from attnax.cli.generate import generate
+
+        return generate(options)
+    except CheckpointError as error:
+        problems = error.problems if len(error.problems) == 1 else (f"{len(error.problems)} problems.", *error.problems)
+        return _refuse(f"{error.where}: {problems[0]}", *problems[1:])
+    except InputError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        return _refuse(f"this needs the package {name}. Install it with: pip install 'attnax[{_EXTRAS[name]}]'")
+    except BrokenPipeError:  # the reader went away, as `head` does: nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _refuse(*lines: str) -> int:
+    """Says what is wrong, in a line each; returns the exit code."""
+    print("attnax: " + "\n  ".join(map(printable, lines)), file=sys.stderr)
+    return 2
+
+
+def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
+    """The options; what tyro has to say against them in a box of several lines is said in one."""
+    import tyro
+
+    from attnax.cli.options import Bench, Generate, Inspect, Train
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Annotated[Train, tyro.conf.subcommand("train")]
+                | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+                | Annotated[Bench, tyro.conf.subcommand("bench")],
+                prog="attnax",
+                description="Train a language model on text, write with it or a published one, and time attention.",
+                args=list(arguments),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # without the colours of a terminal
+        lines = [line.strip("│ ") for line in plain.splitlines()]
+        # A title, a rule, what is wrong, a rule, advice; the title is part of the first rule in UTF-8.
+        is_rule = [line.startswith("╭") or (line != "" and not line.strip("─-╰╯")) for line in lines]
+        rules = [index for index, rule in enumerate(is_rule) if rule]
+        message = " ".join(lines[rules[0] + 1 : rules[1]])
+        message = re.sub(
+            r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message
+        )  # tyro's name, not a flag
+        raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
+    except ValueError as error:  # a configuration that refuses its values
+        raise InputError(str(error)) from error

@@ -1,0 +1,353 @@
+"""Runs that are stopped at any place: what was learned is kept, and the next command says what to do.
+
+The trainer here compiles nothing: its weights count, and its losses are functions of the batches.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import TINY
+
+from attnax.cli import main, terminal
+from attnax.cli import train as train_module
+from attnax.cli.train import _Session as Session
+from attnax.training import Metrics, RunFolder, TrainState, checkpoints, run_folder
+from attnax.training.checkpoints import checkpoint_steps
+
+NAN = float("nan")
+
+
+class QuickTrainer:
+    """Weights that count the tokens they have seen. Steps in `bad` give a loss that is not finite."""
+
+    bad, bad_bits, overflow = (), (), ()
+
+    def __init__(self, model, optimizer, seed, *, document_token):
+        self.optimizer = optimizer
+
+    def init(self):
+        zero = np.zeros((), np.int32)
+        return TrainState({"w": np.zeros(3, np.float32)}, {"m": np.zeros(3, np.float32)}, zero, zero, ())
+
+    def step(self, state, batch):
+        number = int(state.passes) + 1
+        loss = NAN if number in self.bad else float(batch.sum() % 97)
+        new = state.params["w"] + np.float32(loss)
+        params = state.params if number in self.bad else {"w": np.asarray(new)}
+        skipped = np.int32(state.skipped + (number in self.bad))
+        fine = number not in self.bad and number not in self.overflow
+        made = TrainState(params, {"m": np.asarray(params["w"] * 2)}, np.int32(number), skipped, ())
+        return made, Metrics(loss, abs(loss), np.bool_(number in self.bad), np.bool_(fine))
+
+    def bits(self, params, stream):
+        return NAN if self.bad_bits else float(params["w"].sum())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(train_module, "Trainer", QuickTrainer)
+    monkeypatch.setattr(Session, "_try", lambda self: None)
+    monkeypatch.setattr(train_module, "open_run", lambda path: None)
+    monkeypatch.setattr(train_module, "write_text", lambda *arguments: iter(["a text"]))
+    monkeypatch.setattr(train_module, "plot_training", lambda metrics, path: path.write_bytes(b"png"))
+
+
+@pytest.fixture
+def start(corpus, tmp_path):
+    """Trains with these flags, in a folder of this name."""
+
+    def call(name, *flags):
+        return main(["train", "--data", str(corpus), "--out", str(tmp_path / name), *TINY, *flags])
+
+    return call
+
+
+class Killed(BaseException):
+    """As kill -9: nothing of ours runs after it."""
+
+
+def kill_at(monkeypatch, place, name, count=1):
+    """The process dies when a function is called for the `count`-th time."""
+    original, calls = getattr(place, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if len(calls) == count:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(place, name, call)
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def check_same(folder, whole):
+    assert rows(folder) == rows(whole)
+    assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "10.json", "12", "12.json"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+PLACES = {
+    "in the first update": (QuickTrainer, "step", 1),
+    "in an update": (QuickTrainer, "step", 8),
+    "before the look at held-out text": (QuickTrainer, "bits", 2),
+    "between that and the checkpoint": (train_module, "save_checkpoint", 2),
+    "while old checkpoints are deleted": (checkpoints.shutil, "rmtree", 1),
+    "before the picture": (train_module, "plot_training", 1),
+    "before the text": (train_module, "write_text", 1),
+    "before the result": (train_module, "write_whole", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(start, tmp_path, monkeypatch, capsys, place):
+    assert start("whole") == 0
+    with monkeypatch.context() as patch:
+        kill_at(patch, *PLACES[place])
+        with pytest.raises(Killed):
+            start("run")
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    check_same(tmp_path / "run", tmp_path / "whole")
+    assert "is finished" in refuse(capsys, "train", "--resume", tmp_path / "run")
+
+
+def refuse(capsys, *arguments):
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("attnax: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("place", ["_save", "write_whole"])
+def test_a_run_that_was_killed_before_it_began_is_started_again_as_before(start, tmp_path, monkeypatch, capsys, place):
+    with monkeypatch.context() as patch:
+        kill_at(patch, RunFolder if place == "_save" else run_folder, place)
+        with pytest.raises(Killed):
+            start("run")
+    line = refuse(capsys, "train", "--resume", tmp_path / "run")
+    assert "holds no run yet: its process was stopped before it began. Start it again as before." in line
+    assert start("run") == 0 and start("whole") == 0
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("bad", [1, 7])
+    def test_it_stops_at_its_step_and_keeps_the_last_checkpoint(self, start, tmp_path, monkeypatch, capsys, bad):
+        monkeypatch.setattr(QuickTrainer, "bad", (bad,))
+        assert start("run") == 1
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        kept = "The checkpoint of step 5 is kept." if bad > 5 else "No checkpoint was saved yet."
+        assert (
+            f"attnax: step {bad}: the loss is nan, and the update was not made. Try a smaller --learning-rate" in line
+        )
+        assert kept in line and f"--resume {tmp_path / 'run'} --max-skipped N" in line and "float16" not in line
+        assert checkpoint_steps(tmp_path / "run" / "checkpoints") == ([5] if bad > 5 else [])
+        assert main(["train", "--resume", str(tmp_path / "run"), "--max-skipped", "1"]) == 0
+        assert [row["skipped"] for row in rows(tmp_path / "run") if "skipped" in row] == [1] * (13 - bad)
+
+    def test_updates_are_skipped_up_to_a_number_and_counted(self, start, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(QuickTrainer, "bad", (3, 4, 8))
+        assert start("run", "--max-skipped", "2") == 1
+        assert "step 8: the loss is nan" in capsys.readouterr().err
+        assert start("other", "--max-skipped", "3") == 0
+        made = [row for row in rows(tmp_path / "other") if "loss" in row]
+        assert [row.get("skipped", 0) for row in made] == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+        assert start("whole") == 1
+        rates = [row["learning_rate"] for row in made]
+        assert rates[2] == rates[3] == rates[4] and len(set(rates)) == 12 - 3  # of the updates that were made
+
+    @pytest.mark.parametrize("field", ["bad_bits", "overflow"])
+    def test_no_checkpoint_is_saved_of_weights_that_are_not_finite(self, start, tmp_path, monkeypatch, capsys, field):
+        monkeypatch.setattr(QuickTrainer, field, (5,))
+        assert start("run", "--param-dtype", "float16") == 1
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ("held-out text is nan" if field == "bad_bits" else "parameters that are not finite") in line
+        assert "bfloat16 or float32 in place of float16" in line
+        assert (
+            not checkpoint_steps(tmp_path / "run" / "checkpoints") and not (tmp_path / "run" / "result.json").exists()
+        )
+
+
+class TestDamage:
+    @pytest.fixture
+    def stopped(self, start, tmp_path, monkeypatch):
+        """A run that has the checkpoints of steps 5 and 10."""
+        with monkeypatch.context() as patch:
+            kill_at(patch, QuickTrainer, "step", 12)
+            with pytest.raises(Killed):
+                start("run")
+        return tmp_path / "run"
+
+    def test_the_command_that_takes_the_older_checkpoint_is_said(self, start, stopped, tmp_path, capsys):
+        path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        line = refuse(capsys, "train", "--resume", stopped)
+        assert "is damaged" in line and "That of step 5 is whole; go on from it with: " in line
+        command = line.partition("go on from it with: ")[2]
+        assert command.endswith(f"train --resume {stopped} --step 5")
+        assert main(["train", "--resume", str(stopped), "--step", "5"]) == 0
+        assert start("whole") == 0
+        check_same(stopped, tmp_path / "whole")
+
+    def test_a_later_checkpoint_that_was_given_up_does_not_come_back(self, stopped, monkeypatch):
+        with monkeypatch.context() as patch:
+            kill_at(patch, QuickTrainer, "step", 3)
+            with pytest.raises(Killed):
+                main(["train", "--resume", str(stopped), "--step", "5"])
+        assert checkpoint_steps(stopped / "checkpoints") == [5, 10]
+        checkpoints.save_checkpoint(stopped / "checkpoints", 7, {"params": {"w": np.zeros(3)}})
+        assert checkpoint_steps(stopped / "checkpoints") == [5, 7]
+
+    def test_steps_that_have_no_checkpoint_are_refused(self, stopped, capsys):
+        line = refuse(capsys, "train", "--resume", stopped, "--step", 7)
+        assert "--step must be one of 5, 10, of which" in line and line.endswith("got 7.")
+        assert "--step needs --resume" in refuse(capsys, "train", "--step", 7)
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (None, None),
+            ("", None),
+            ('{"step": 1, "tokens": 2}\n{"step": 2, "to', None),
+            ("nonsense\n", r"metrics.jsonl is damaged: line 1: Expecting value"),
+            ("[3]\n", "line 1 has no step and tokens"),
+            ('{"step": 1, "tokens": 2}\n{"loss": 2}\n', "line 2 has no step and tokens"),
+            ("\ud800\n", "line 1"),
+        ],
+    )
+    def test_metrics_that_are_missing_or_cut(self, stopped, capsys, text, words):
+        path = stopped / "metrics.jsonl"
+        path.unlink() if text is None else path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        if words is not None:
+            assert re.search(words, refuse(capsys, "train", "--resume", stopped))
+            return
+        assert main(["train", "--resume", str(stopped)]) == 0
+        assert [row["step"] for row in rows(stopped) if "loss" in row] == [11, 12]
+        assert ("has no rows any more; they begin after step 10" in capsys.readouterr().out) == (not text)
+
+    def test_a_run_without_losses_has_no_picture(self, start, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            kill_at(patch, train_module, "write_text")
+            with pytest.raises(Killed):
+                start("run")
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        (tmp_path / "run" / "loss.png").unlink()
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+        assert not (tmp_path / "run" / "loss.png").exists() and (tmp_path / "run" / "sample.txt").exists()
+
+    def test_a_newer_version_is_named(self, stopped, capsys):
+        path = stopped / "config.json"
+        config = json.loads(path.read_text())
+
+        def save(**fields):
+            made = {name: value for name, value in (config | fields).items() if name != "sha256"}
+            path.write_text(json.dumps(made | {"sha256": run_folder._digest(made)}))
+            return refuse(capsys, "train", "--resume", stopped)
+
+        options = config["options"]
+        assert config["attnax"] == run_folder.__version__
+        line = save(attnax="9.1", options=options | {"model": options["model"] | {"x1": 1, "x2": 2, "x3": 3, "x4": 4}})
+        assert "was written by attnax 9.1, and this is" in line and "it has options x1, x2, x3 and 1 more" in line
+        assert "its format is 'attnax run 2'" in save(attnax="9.1", format="attnax run 2")
+        assert "written by another version of attnax" in save(options=options | {"later": 1})
+        assert "not written by attnax train" in save(format="something else")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3))
+        assert start("run") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"attnax: {tmp_path / 'run' / 'checkpoints'}: No space left on device: a checkpoint takes")
+    assert f"After step 5; mend it, and go on with: {terminal.command_name()} train --resume {tmp_path / 'run'}" in line
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        assert start("other") == 2
+    assert f"attnax: {tmp_path / 'other'}: No space left on device" in capsys.readouterr().err
+
+
+def raising(error):
+    def call(*arguments, **options):
+        raise error
+
+    return call
+
+
+def test_what_the_disk_refuses_while_a_checkpoint_is_written_is_an_oserror(tmp_path, monkeypatch, caplog):
+    import orbax.checkpoint as ocp
+
+    words = "RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device [os_error_code='28']"
+    checkpoints.save_checkpoint(tmp_path, 1, {"params": {"w": np.zeros(3)}})
+    for error, kind in ((ValueError(words), OSError), (ValueError("another"), ValueError)):
+        monkeypatch.setattr(ocp.StandardCheckpointer, "save", raising(error))
+        with pytest.raises(kind) as caught:
+            checkpoints.save_checkpoint(tmp_path, 2, {"params": {"w": np.zeros(3)}})
+        assert kind is ValueError or caught.value.errno == errno.ENOSPC
+    assert checkpoint_steps(tmp_path) == [1]
+
+
+def test_one_process_trains_in_a_folder_and_the_other_is_told_whose_it_is(start, tmp_path, monkeypatch, capsys):
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        kill_at(patch, QuickTrainer, "step", 7)
+        with pytest.raises(Killed):
+            start("run")
+    code = (
+        "import sys; from pathlib import Path; from attnax.training import RunFolder\n"
+        f"with RunFolder(Path({str(run.path)!r})).locked(): print(1, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.read(1) == b"1"
+        line = refuse(capsys, "train", "--resume", run.path)
+        assert f"{run.path} is being trained by process {other.pid} on " in line
+        other.kill()  # whoever dies holds nothing
+    assert main(["train", "--resume", str(run.path)]) == 0
+
+
+def test_the_command_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert terminal.command_name() == f"{sys.executable} -m attnax"
+    script = tmp_path / ".venv" / "bin" / "attnax"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    assert terminal.command_name() == ".venv/bin/attnax"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert terminal.command_name() == "attnax"
+
+
+def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypatch):
+    """Whose time is that of compiling."""
+    made = []
+    original = train_module._progress
+
+    def progress(steps, step, tokens):
+        made.append(step)
+        return original(steps, step, tokens)
+
+    monkeypatch.setattr(train_module, "_progress", progress)
+    assert start("run") == 0 and made == [1]
+
+
+def test_states_are_saved_between_updates():
+    assert {field.name for field in dataclasses.fields(TrainState)} - set(train_module._SAVED) == {"sums"}
+    assert jax.tree.leaves(TrainState({}, {}, 0, 0, ()).sums) == []
