@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["is_inert"]
+__all__ = ["ANY_VALUE", "HARMLESS_VALUES", "is_inert"]
 
-_ANY_VALUE = frozenset(
+ANY_VALUE = frozenset(
     {
         # who wrote the file, for whom, and the class for those who run code of others
         *("auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version", "model_name", "base_model_name"),
         *("finetuned_from", "trust_remote_code", "attn_implementation", "experts_implementation", "keys_to_ignore"),
         # the files of the first versions of transformers, and what their classes in TensorFlow did
         *("tie_weights_", "n_special", "predict_special_tokens", "output_past", "tf_legacy_loss", "xla_device"),
-        *("is_composition", "use_return_dict", "output_scores", "return_dict_in_generate"),
+        *("is_composition", "output_scores", "return_dict_in_generate"),
         # texts: how long they may be, and which tokens stand for what
         *("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "model_max_length", "language"),
         *("unk_token_id", "cls_token_id", "mask_token_id", "pad_token", "bos_token", "eos_token", "vocab_file"),
@@ -45,7 +45,7 @@ _ANY_VALUE = frozenset(
         *("summary_first_dropout", "pooler_hidden_act", "pooler_hidden_size"),
     }
 )
-_HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
+HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     # what some other family does, and this file does not
     **dict.fromkeys(
         (
@@ -64,6 +64,6 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 
 def is_inert(key: str, value: Any) -> bool:
     """Whether a key that the family does not have changes nothing: null, of some program's own, or one of the table."""
-    if value is None or key.startswith("_") or key in _ANY_VALUE:
+    if value is None or key.startswith("_") or key in ANY_VALUE:
         return True
-    return any(type(value) is type(harmless) and value == harmless for harmless in _HARMLESS_VALUES.get(key, ()))
+    return any(type(value) is type(harmless) and value == harmless for harmless in HARMLESS_VALUES.get(key, ()))
