@@ -58,7 +58,7 @@ def find_adapter(folder: Path) -> CheckpointError | None:
 
 def find_quantised(where: Path, theirs: Mapping[str, Any], names: Iterable[str]) -> CheckpointError | None:
     """That the tensors, by config.json or by their names, are not numbers as they are."""
-    said = next((theirs[key] for key in QUANTISATION if theirs.get(key) is not None), None)
+    said = next((theirs[key] for key in QUANTISATION if theirs.get(key)), None)
     example = next(filter(_QUANTISED.search, names), None)
     if said is None and example is None:
         return None
