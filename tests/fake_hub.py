@@ -27,10 +27,13 @@ def fake_hub(models: Mapping[str, Mapping[str, Path | str]]):
         def do_GET(self):
             asked.append(self.path)
             path = self.path.partition("?")[0].strip("/").split("/")
-            if path[:2] == ["api", "models"]:
-                self.answer_api("/".join(path[2:4]), path[4:])
-            else:
-                self.answer_file("/".join(path[:2]), path[3], "/".join(path[4:]))
+            match path:
+                case ["api", "models", owner, name, *rest]:
+                    self.answer_api(f"{owner}/{name}", rest)
+                case [owner, name, "resolve", revision, *file]:
+                    self.answer_file(f"{owner}/{name}", revision, "/".join(file))
+                case _:
+                    self.answer(404, b"{}")
 
         def do_HEAD(self):
             self.do_GET()
