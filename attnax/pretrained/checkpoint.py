@@ -106,7 +106,7 @@ def open_checkpoint(folder: Path, theirs: Mapping[str, Any]) -> Checkpoint:
         return Checkpoint(folder, read_header(folder / SINGLE_FILE))
     if (folder / INDEX).is_file():
         return Checkpoint(folder, _read_shards(folder))
-    raise no_tensors(folder, (path.name for path in folder.iterdir()), theirs, WANTED)
+    raise no_tensors(folder, (path.name for path in folder.glob("*")), theirs, WANTED)
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:

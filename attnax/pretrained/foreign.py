@@ -14,7 +14,7 @@ __all__ = ["ADAPTER", "QUANTISATION", "find_adapter", "find_quantised", "no_tens
 
 ADAPTER = "adapter_config.json"
 QUANTISATION = ("quantization_config", "quantization", "compression_config")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,79}")
 _PEFT_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -45,12 +45,12 @@ def find_adapter(folder: Path) -> CheckpointError | None:
         config = read_object(folder / ADAPTER)
     except CheckpointError as error:
         return error
-    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    kind, base = quoted(config.get("peft_type")), quoted(config.get("base_model_name_or_path"))
     name = _PEFT_CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
     return CheckpointError(
         folder,
-        f"it is an adapter ({kind if kind in ('LORA', 'DORA') else quoted(kind)}) of the model {quoted(base)}, not a "
-        f"model. Merge them with PyTorch and peft, and load what that writes: from peft import {name}; "
+        f"it is an adapter (peft_type={kind}) of the model {base}, not a model. Merge them with PyTorch and peft, and "
+        f"load what that writes: from peft import {name}; "
         f"{name}.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder). Where the folder "
         f"holds the merged model already, remove {ADAPTER}.",
     )
@@ -65,7 +65,7 @@ def find_quantised(where: Path, theirs: Mapping[str, Any], names: Iterable[str])
     config = said if isinstance(said, dict) else {}
     method = config.get("quant_method")
     if isinstance(method, str):
-        reason = method
+        reason = quoted(method)[1:-1]
     elif config.get("load_in_4bit") or config.get("load_in_8bit"):
         reason = method = "bitsandbytes"
     elif "quantization" in theirs:
@@ -102,13 +102,16 @@ def no_tensors(where: object, names: Iterable[str], theirs: Mapping[str, Any], w
     """
     found, name = sorted(names), transformers_class(theirs)
     convert = f"from transformers import {name}; {name}.from_pretrained({str(where)!r}"
-    for file in found:
-        if file.endswith(_PICKLES):
-            return CheckpointError(
-                where,
-                f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust "
-                f"it, convert it with transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json.",
-            )
+    pickles = [file for file in found if file.endswith(_PICKLES)]
+    known = [file for file in pickles if file.startswith("pytorch_model")]  # transformers reads no others
+    if pickles:
+        file = (known or pickles)[0]
+        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "what wrote it"
+        return CheckpointError(
+            where,
+            f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust it, "
+            f"convert it with {how}.",
+        )
     for file in found:
         if file.endswith(".gguf"):
             return CheckpointError(
@@ -116,5 +119,5 @@ def no_tensors(where: object, names: Iterable[str], theirs: Mapping[str, Any], w
                 f"only .safetensors files are read; got {file}. Take the model that it was made from, or have "
                 f"transformers write it in full: {convert}, gguf_file={file!r}).save_pretrained(new_folder).",
             )
-    others = [file for file in found if file.endswith(".safetensors")]
+    others = [file for file in found if file.endswith((".safetensors", ".h5", ".msgpack"))]
     return CheckpointError(where, f"it must hold {wanted}{f'; got {others[0]}' if others else ''}.")

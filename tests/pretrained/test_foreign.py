@@ -44,11 +44,16 @@ def test_without_a_class_the_hint_has_one_with_a_head(architectures, tmp_path):
     ("file", "problem"),
     [
         ("llama.Q4_K_M.gguf", r"got llama.Q4_K_M.gguf. Take .* gguf_file='llama.Q4_K_M.gguf'\).save_pretrained"),
+        (
+            "model.pt",
+            "got model.pt, of a format whose files can run code. Where you trust it, convert it with what wrote",
+        ),
+        ("tf_model.h5", "it must hold model.safetensors, or .*; got tf_model.h5"),
         ("consolidated.safetensors", "it must hold model.safetensors, or .*; got consolidated.safetensors"),
     ],
 )
 def test_files_of_other_names_are_named(file, problem, tmp_path):
-    copy_with("gpt2", tmp_path)
+    copy_with("phi3", tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / file)
     with pytest.raises(CheckpointError, match=problem):
         load_pretrained(tmp_path)
@@ -99,13 +104,13 @@ def test_an_adapter_says_that_it_is_one_and_names_its_base(beside, tmp_path):
     save_file({"base_model.model.x.lora_A.weight": np.zeros((2, 2), "f")}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
         CheckpointError,
-        match=r"an adapter \(LORA\) of the model 'meta-llama/Llama-3.2-1B', not a model. .*merge_and_unl",
+        match=r"an adapter \(peft_type='LORA'\) of the model 'meta-llama/Llama-3.2-1B', not a model. .*merge_and_unl",
     ):
         load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("[]", "must hold a JSON object"), ("{}", r"adapter \(None\) of the model N")]
+    ("text", "problem"), [("[]", "must hold a JSON object"), ("{}", r"adapter \(peft_type=None\) of the model N")]
 )
 def test_a_damaged_adapter_is_an_error_in_words(text, problem, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text)

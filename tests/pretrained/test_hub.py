@@ -120,5 +120,5 @@ def test_a_model_on_the_hub_without_safetensors_says_what_it_has():
 
 
 def test_an_adapter_on_the_hub_says_that_it_is_one():
-    with pytest.raises(CheckpointError, match=r"it is an adapter \(LORA\) of the model 'a/b', not a model"):
+    with pytest.raises(CheckpointError, match=r"it is an adapter \(peft_type='LORA'\) of the model 'a/b', not a model"):
         load_pretrained("tiny/adapter")
