@@ -140,7 +140,7 @@ def steps_of(model: Any) -> Any:
         def go_on(carry: Any, position: Any) -> tuple[Any, Any]:
             ids, cache = carry
             out = nnx.merge(graphdef, state).run(ids, position_ids=position[None], caches=cache, deterministic=True)
-            return (out.hidden.argmax(-1), out.caches), jnp.isfinite(out.hidden).all()
+            return (out.logits.argmax(-1), out.caches), jnp.isfinite(out.logits).all()
 
         cache = tuple(holding(layer, filled) for layer in cache)
         (_, cache), finite = jax.lax.scan(go_on, (ids, cache), filled + jnp.arange(STEPS))
@@ -200,7 +200,7 @@ def forced_log_probs(model: Any, ids: Any, prompt: int, dtype: str) -> Any:
     def read(state: Any, ids: Any) -> Any:
         def step(cache: Any, ids: Any) -> tuple[Any, Any]:
             out = nnx.merge(graphdef, state).run(ids, caches=cache, deterministic=True)
-            return out.caches, jax.nn.log_softmax(out.hidden[:, -1])
+            return out.caches, jax.nn.log_softmax(out.logits[:, -1])
 
         cache = init_decoder_kv_caches_from_config(
             model.config, batch_size=ids.shape[0], max_len=ids.shape[1], dtype=dtype

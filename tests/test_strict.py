@@ -115,7 +115,7 @@ def test_language_models(name, dtype):
     def run(ids):
         model = TransformerLM(nnx.Rngs(0), dtype=dtype, **SIZES, **MODELS[name])
         out = model.run(ids, padding_mask=ids > 0, deterministic=False, rngs=nnx.Rngs(1))
-        return out.hidden, out.aux, model.log_probs(ids)
+        return out.logits, out.aux, model.log_probs(ids)
 
     jax.eval_shape(run, jax.ShapeDtypeStruct((2, 5), jnp.int32))
 

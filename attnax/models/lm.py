@@ -98,12 +98,12 @@ class TransformerLM(nnx.Module):
             caches=layer_kv_caches,
             rngs=rngs,
         )
-        return out.hidden if out.caches is None else (out.hidden, out.caches)
+        return out.logits if out.caches is None else (out.logits, out.caches)
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
-        """`TransformerDecoder.run` with logits in `hidden`."""
+        """`TransformerDecoder.run` with `logits` beside."""
         out = run_of(self.decoder)(input_ids, **options)
-        return out._replace(hidden=self.logits(out.hidden))
+        return out._replace(logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """float32 logits of the decoder's hidden states."""
@@ -250,7 +250,13 @@ class _Step:
         if overrides_call(model):
             logits, caches = _called(model, tokens.ids, options | {"layer_kv_caches": cache})
         elif not runs(model, _RUN):
-            logits, caches, _ = model.run(tokens.ids, caches=cache, deterministic=True, **options)
+            out = model.run(tokens.ids, caches=cache, deterministic=True, **options)
+            if out.logits is None:
+                raise NotImplementedError(
+                    f"generate: {type(model).__name__}.run must return an Output with logits; got logits=None. Return "
+                    "out._replace(logits=self.logits(out.hidden))."
+                )
+            logits, caches = out.logits, out.caches
         else:  # only the tokens that are wanted go through the head
             out = run_of(model.decoder)(tokens.ids, caches=cache, deterministic=True, **options)
             return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches

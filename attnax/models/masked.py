@@ -75,12 +75,12 @@ class MaskedLM(nnx.Module):
             token_type_ids=token_type_ids,
             score_mod=score_mod,
             rngs=rngs,
-        ).hidden
+        ).logits
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
-        """`TransformerEncoder.run` with logits in `hidden`."""
+        """`TransformerEncoder.run` with `logits` beside."""
         out = run_of(self.encoder)(input_ids, **options)
-        return out._replace(hidden=self.logits(out.hidden))
+        return out._replace(logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """float32 logits of the encoder's hidden states."""

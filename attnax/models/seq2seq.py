@@ -137,7 +137,7 @@ class Transformer(nnx.Module):
             deterministic=deterministic,
             score_mod=score_mod,
             rngs=rngs,
-        ).hidden
+        ).logits
 
     def run(
         self,
@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
-        """The call with logits in `hidden` and the losses of both halves in `aux`."""
+        """The call with the hidden states of the decoder beside the logits, and the losses of both halves in `aux`."""
         mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         source_ids, real = jnp.asarray(source_ids), None
         if source_padding_mask is not None:
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
             token_embedding=self._shared_tokens,
             **mode,
         )
-        return Output(self._logits(out.hidden), None, add_aux(encoded.aux, out.aux))
+        return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
     def log_probs(
         self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any

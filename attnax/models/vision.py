@@ -113,7 +113,8 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: images of another shape, or not floating.
         """
-        return self.run(images, deterministic=deterministic, score_mod=score_mod, rngs=rngs).hidden
+        out = self.run(images, deterministic=deterministic, score_mod=score_mod, rngs=rngs)
+        return out.hidden if self.head is None else out.logits
 
     def run(
         self,
@@ -123,14 +124,15 @@ class VisionTransformer(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Output:
-        """The call with its result in one form: logits or tokens in `hidden`, losses of experts in `aux`."""
+        """The call with its result in one form: tokens in `hidden`, `logits` or None, losses of experts in `aux`."""
         x = self._embed(images, deterministic=deterministic, rngs=rngs)
         out = self.stack.run(x, score_mod=score_mod, deterministic=deterministic, rngs=rngs)
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
+        out = out._replace(hidden=tokens)
         if self.head is None:
-            return out._replace(hidden=tokens)
+            return out
         pooled = tokens[:, 0] if self.config.pool == "cls" else tokens[:, -self.patches.num_patches :].mean(axis=1)
-        return out._replace(hidden=self.head(pooled))
+        return out._replace(logits=self.head(pooled))
 
     def attention_weights(
         self,

@@ -26,20 +26,22 @@ __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
 
 class Output(NamedTuple):
-    """What a block or a stack computes.
+    """What a block, a stack or a model computes.
 
     Attributes:
-        hidden: (batch, T, d_model); logits (batch, T, vocab_size) from a language model.
+        hidden: (batch, T, d_model), of a model what its head reads.
         caches: the new cache of a block, the tuple of them of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
             tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
             that no query may attend by `masks.padding`, an array or positions in the mask of the call; other masks
             and functions are not looked at.
+        logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
 
     hidden: Array
     caches: Any
     aux: dict[str, Any]
+    logits: Any = None
 
 
 def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:

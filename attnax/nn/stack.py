@@ -119,7 +119,8 @@ class Stack(nnx.Module):
 
         def run(block: Any, x: Array, layer: dict[str, Any]) -> tuple[Array, Any, dict[str, Any]]:
             if not shares and self.config.remat == "none":
-                return run_of(block)(x, **_with_rngs(layer), **options)
+                out = run_of(block)(x, **_with_rngs(layer), **options)
+                return out.hidden, out.caches, out.aux
             graphdef, state = nnx.split(block)
             if graphdef not in functions:
                 function = self._as_function(graphdef, options)
@@ -166,7 +167,7 @@ class Stack(nnx.Module):
             out = run_of(block)(x, **_with_rngs(layer), **options)
             after = nnx.to_flat_state(nnx.state(block, nnx.Variable))
             written = [(path, variable) for path, variable in after if before.get(path) is not variable.get_raw_value()]
-            return (*out, nnx.from_flat_state(written))
+            return out.hidden, out.caches, out.aux, nnx.from_flat_state(written)
 
         if self.config.remat == "none":
             return run

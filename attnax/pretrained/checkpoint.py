@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.foreign import no_tensors
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS, TensorInfo, read_header, read_tensor
 
-__all__ = ["SINGLE_FILE", "Checkpoint", "open_checkpoint"]
+__all__ = ["SINGLE_FILE", "WANTED", "Checkpoint", "open_checkpoint"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WANTED = f"{SINGLE_FILE}, or {INDEX} and the files that it names"
 _BARE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.safetensors")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +61,23 @@ class Checkpoint:
         """The tensor in floating `dtype`; `check` has seen to it that it is floating itself."""
         return read_tensor(self.tensors[name]).astype(dtype, copy=False)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], harmless: Iterable[str] = ()) -> list[str]:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], harmless: Iterable[str] = (), heads: Collection[str] = ()
+    ) -> list[str]:
         """What keeps the tensors from being floating ones of the shapes in `expected`, one sentence each.
 
         Args:
             expected: shapes by name.
             harmless: names that may be there beside.
+            heads: names that would not be expected where the head is the embeddings.
         """
         problems = []
         for name, shape in expected.items():
             info = self.tensors.get(name)
             if info is None:
-                problems.append(f"{name!r} is missing; a floating tensor of shape {shape} was expected.")
+                hint = " Where the head is the embeddings, set tie_word_embeddings to true in config.json."
+                problem = f"{name!r} is missing; a floating tensor of shape {shape} was expected."
+                problems.append(problem + hint if name in heads else problem)
             elif info.shape != shape or not _is_floating(info):
                 problems.append(f"{name!r} is {info}; a floating tensor of shape {shape} was expected.")
         unexpected = self.tensors.keys() - expected.keys() - set(harmless)
@@ -85,8 +91,12 @@ def _is_floating(info: TensorInfo) -> bool:
     return bool(jnp.issubdtype(info.dtype, jnp.floating)) and info.dtype.itemsize > 1
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, theirs: Mapping[str, Any]) -> Checkpoint:
     """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
+
+    Args:
+        folder: with the files.
+        theirs: its config.json, for what to do where it holds files of other formats.
 
     Raises:
         CheckpointError: there is neither, a file is damaged, the index and the files do not agree, or the index names a
@@ -96,14 +106,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, read_header(folder / SINGLE_FILE))
     if (folder / INDEX).is_file():
         return Checkpoint(folder, _read_shards(folder))
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            folder,
-            f"only .safetensors files are read; got {pickles[0]}, of a format whose files can run code. Where you "
-            "trust it, convert it with transformers: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
-        )
-    raise CheckpointError(folder, f"it must hold {SINGLE_FILE}, or {INDEX} and the files that it names.")
+    raise no_tensors(folder, (path.name for path in folder.glob("*")), theirs, WANTED)
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:

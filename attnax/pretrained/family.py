@@ -16,6 +16,7 @@ from attnax.config import BIASES, BlockConfig, EncoderDecoderConfig, StackConfig
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.fields import COMMON, HARMLESS, Field
+from attnax.pretrained.inert import is_inert
 from attnax.pretrained.layout import Shape, arrange, arranged_shape, reverse
 
 __all__ = ["Binding", "Family", "ModelConfig", "Rule", "embedding", "linear", "norm", "stacks", "within"]
@@ -162,7 +163,16 @@ class Family:
     @property
     def known_keys(self) -> frozenset[str]:
         """The keys of config.json that are read or change nothing."""
-        return HARMLESS.union(self.harmless, *(field.keys for field in self._all_fields))
+        return HARMLESS.union(self.harmless, self.read_keys)
+
+    @property
+    def read_keys(self) -> frozenset[str]:
+        """The keys of config.json that say what a model computes."""
+        return frozenset(key for field in self._all_fields for key in field.keys)
+
+    def inert_keys(self, theirs: Mapping[str, Any]) -> list[str]:
+        """The keys in a config.json that the family does not have, and that change nothing all the same."""
+        return sorted(key for key in theirs.keys() - self.known_keys if is_inert(key, theirs[key]))
 
     @property
     def _all_fields(self) -> tuple[Field, ...]:
@@ -183,8 +193,10 @@ class Family:
             except ValueError as error:
                 problems.append(str(error))
         problems += [
-            f"{key}={quoted(theirs[key])} is no field of {self.model_type} that is known here; nor is what it does."
-            for key in theirs.keys() - self.known_keys
+            f"{key}={quoted(theirs[key])} is no field of {self.model_type} that is known here; nor is what it does. "
+            f"If it does nothing: load_pretrained(ignore=({quoted(key)},)), "
+            f"attnax generate --ignore {quoted(key)[1:-1]}."
+            for key in theirs.keys() - self.known_keys - set(self.inert_keys(theirs))
         ]
         if not problems:
             try:

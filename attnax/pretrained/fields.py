@@ -146,6 +146,8 @@ def only(key: str, value: Any) -> Field:
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         got = theirs.get(key, value)
+        if got is None and not value:
+            return {}
         if type(got) is not type(value) or got != value:
             raise ValueError(f"{key} must be {value!r}, which is all that is supported; got {key}={quoted(got)}.")
         return {}

@@ -5,35 +5,51 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from attnax.pretrained.checkpoint import WANTED
 from attnax.pretrained.errors import CheckpointError, quoted
+from attnax.pretrained.foreign import ADAPTER, no_tensors
+from attnax.pretrained.json_object import read_object
 
 __all__ = ["find_folder"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # No format that can run code, no code, and not the same weights again for other programs.
 _FILES = [
-    *("config.json", "generation_config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"),
+    *("config.json", "generation_config.json", "modules.json", "1_Pooling/config.json", ADAPTER),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "preprocessor_config.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 ]
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder `name`, or that of the model of this name in the cache of the hub, where it is loaded into if needed.
 
+    The cache, the network and who asks are what huggingface_hub's variables say: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT,
+    HF_TOKEN.
+
+    Args:
+        name: of a folder, or if there is none and it is a string, of a model.
+        revision: of a model: a branch, a tag or a commit; by default its main branch.
+
     Raises:
-        CheckpointError: there is no such folder and the hub cannot be asked, or knows none.
+        CheckpointError: there is no such folder, and the hub cannot be asked, knows no such model, or has none of the
+            files that are read; or a revision of a folder.
     """
     folder = Path(name)
     try:
         if str(name) and folder.is_dir():
+            if revision is not None:
+                raise CheckpointError(
+                    name, f"a revision is of a model on the hub, and this is a folder; got revision={revision!r}."
+                )
             return folder
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(quoted(str(name)), f"there is no such folder ({error}).") from error
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(name, "there is no such folder.")
     try:
         import huggingface_hub  # of the extra
-        from huggingface_hub.errors import HfHubHTTPError
     except ModuleNotFoundError as error:
         raise CheckpointError(
             name,
@@ -41,11 +57,42 @@ def find_folder(name: str | Path) -> Path:
         ) from error
     try:
         # What is cached is not loaded again.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-    except (HfHubHTTPError, OSError, ValueError) as error:  # it cannot be reached, or has no such model
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            name,
-            "there is no such folder, nor such a model in the cache of the Hugging Face hub, and the hub gave none "
-            f"({type(error).__name__}: {reason}). Load it where there is a network, and give its folder.",
-        ) from error
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except Exception as error:  # its own, the system's, or those of the HTTP library that its version has
+        raise CheckpointError(name, _reason(name, revision, error)) from error
+    if not any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
+        try:
+            names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+        except Exception:  # as above: then it is not known what is there in their place
+            names = []
+        config = folder / "config.json"
+        raise no_tensors(name, names, read_object(config) if config.exists() else {}, WANTED)
+    return folder
+
+
+def _reason(name: str, revision: str | None, error: Exception) -> str:
+    """Why the hub gave no model, and what to do."""
+    from huggingface_hub import constants, errors
+
+    said = next(iter(str(error).strip().splitlines()), "")
+    log_in = "then: hf auth login"
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner asks who wants it. Ask on {constants.ENDPOINT}/{name}, {log_in} ({said})."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "there is no such folder, and the hub has no such model for all to read. If you may read it, make a token "
+            f"on {constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub has this model, but no such revision of it; got revision={revision!r}."
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"the hub refuses your token or lacks it. Make one on its page, {log_in} ({said})."
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "there is no such folder, nor all of such a model in the cache of the Hugging Face hub, and HF_HUB_OFFLINE "
+            "is set. Unset it, or load the model where there is a network and give its folder."
+        )
+    return (
+        "there is no such folder, nor such a model in the cache of the Hugging Face hub, and the hub gave none "
+        f"({type(error).__name__}: {said}). Load it where there is a network, and give its folder."
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
 from attnax.pretrained.fields import MOST_LAYERS
+from attnax.pretrained.foreign import QUANTISATION, find_adapter, find_quantised
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS
 from attnax.pretrained.sentence import read_pooling
@@ -39,6 +41,7 @@ class Inspection:
         abstract: our model as `nnx.split` gives it, with shapes in place of arrays.
         bindings: which tensors are which parameters.
         pooling: what makes a `SentenceEncoder` of it.
+        inert: keys of config.json that the family does not have, and that change nothing.
         refusals: what keeps it from being loaded; none is what `load_pretrained` asks for.
     """
 
@@ -50,6 +53,7 @@ class Inspection:
     abstract: tuple[nnx.GraphDef[Any], Any] | None = None
     bindings: Sequence[Binding] = ()
     pooling: Mapping[str, Any] | None = None
+    inert: Sequence[str] = ()
     refusals: list[CheckpointError] = dataclasses.field(default_factory=list)
 
     @property
@@ -69,6 +73,14 @@ class Inspection:
             return []
         return sorted(self.family.beside(self.config, self.checkpoint.tensors) - self.expected.keys())
 
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """What is refused inside is noted."""
+        try:
+            yield
+        except CheckpointError as error:
+            self.refusals.append(error)
+
     def require(self) -> tuple[Family, Checkpoint, Any]:
         """Family, tensors and config of a checkpoint that can be loaded.
 
@@ -85,7 +97,7 @@ class Inspection:
         return self.family, self.checkpoint, self.config
 
 
-def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
+def inspect_folder(folder: Path, dtype: Any = None, ignore: Collection[str] = ()) -> Inspection:
     """Everything about a checkpoint that its config.json and the headers of its files say.
 
     What is wrong is noted, and the rest understood as if it were not, as far as that can be done.
@@ -93,41 +105,63 @@ def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
     Args:
         folder: of the checkpoint.
         dtype: of the model, by default that of the tensors.
+        ignore: keys of config.json that are passed over.
     """
     seen = Inspection(folder)
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        seen.refusals.append(adapter)
+        return seen
     where = folder / "config.json"
-    try:
-        seen.checkpoint = open_checkpoint(folder)
-    except CheckpointError as error:
-        seen.refusals.append(error)
-    try:
+    with seen.noting():
         seen.theirs = read_object(where)
-        seen.family = find_family(seen.theirs, where)
-    except CheckpointError as error:
-        seen.refusals.insert(0, error)
         seen.family = _likely_family(seen.theirs)
+        seen.family = find_family(seen.theirs, where)
+    with seen.noting():
+        seen.theirs = _without(seen.theirs, ignore, seen.family, where)
+    with seen.noting():
+        seen.checkpoint = open_checkpoint(folder, seen.theirs)
+    names = () if seen.checkpoint is None else seen.checkpoint.tensors
+    quantised = find_quantised(where, seen.theirs, names)
+    if quantised is not None:
+        seen.refusals.insert(0, quantised)
     if seen.family is None:
         return seen
-    try:
-        if seen.checkpoint is not None:
+    if seen.checkpoint is not None:
+        with seen.noting():
             seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
-    except CheckpointError as error:
-        seen.refusals.append(error)
-    try:
-        seen.config = seen.family.read_config(seen.theirs, where)
-    except CheckpointError as error:
-        seen.refusals.append(error)
-        seen.config = _likely_config(seen.family, seen.theirs)
-    try:
-        seen.pooling = read_pooling(folder) if seen.family.model is TransformerEncoder else None
-    except CheckpointError as error:
-        seen.refusals.append(error)
-    if seen.checkpoint is not None and seen.config is not None:
-        try:
+    theirs = {key: value for key, value in seen.theirs.items() if quantised is None or key not in QUANTISATION}
+    seen.inert = seen.family.inert_keys(theirs)
+    seen.config = _likely_config(seen.family, theirs)
+    with seen.noting():
+        seen.config = seen.family.read_config(theirs, where)
+    if seen.family.model is TransformerEncoder:
+        with seen.noting():
+            seen.pooling = read_pooling(folder)
+    if seen.checkpoint is not None and seen.config is not None and quantised is None:
+        with seen.noting():
             _bind(seen, seen.family, seen.checkpoint, dtype)
-        except CheckpointError as error:
-            seen.refusals.append(error)
     return seen
+
+
+def _without(theirs: Mapping[str, Any], ignore: Collection[str], family: Family | None, where: Path) -> dict[str, Any]:
+    """The config.json without keys that a person passes over.
+
+    Raises:
+        CheckpointError: it has no such key, or the key is read.
+    """
+    if isinstance(ignore, str):
+        raise ValueError(f"load_pretrained: ignore must be several keys; got ignore={ignore!r}. Give ({ignore!r},).")
+    read = {"model_type", "architectures"} | (set() if family is None else family.read_keys)
+    problems = [f"it has no key {key!r} to ignore." for key in ignore if key not in theirs]
+    problems += [
+        f"{key!r} cannot be ignored: it says what the model computes. Change it in the file."
+        for key in ignore
+        if key in theirs and key in read
+    ]
+    if problems:
+        raise CheckpointError(where, problems)
+    return {key: value for key, value in theirs.items() if key not in ignore}
 
 
 def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
@@ -174,7 +208,7 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
     except ValueError as error:
         raise CheckpointError(checkpoint.folder / "config.json", str(error)) from error
     seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
-    problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors))
+    problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors), family.tied)
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
 from attnax.nn.stack import Stack, with_scan_layers
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
-from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Binding, Family, stacks
 from attnax.pretrained.hub import find_folder
@@ -36,7 +37,12 @@ Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: Any = None, sharding: Sharding | None = None
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    sharding: Sharding | None = None,
+    ignore: Collection[str] = (),
+    revision: str | None = None,
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
@@ -50,6 +56,9 @@ def load_pretrained(
         dtype: of parameters and computation, by default that of the tensors.
         sharding: where parameters go: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
             such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
+        ignore: keys of config.json to pass over, such as one that is not known here and changes nothing. A key that is
+            read cannot be one of them.
+        revision: of a model on the hub: a branch, a tag or a commit; by default its main branch.
 
     Returns:
         The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder of it where the
@@ -58,8 +67,11 @@ def load_pretrained(
 
     Raises:
         CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
-            is not supported; all that is wrong at once.
+            is not supported; all that is wrong at once. The hub cannot be asked, or does not give the model.
         ValueError: a dtype that models do not have.
+
+    Warns:
+        UserWarning: config.json has keys that the family does not have, but which are known to change nothing.
 
     Example:
         >>> import tempfile
@@ -74,9 +86,15 @@ def load_pretrained(
         >>> model.config.d_ff, tokenizer
         (16, None)
     """
-    folder = find_folder(folder)
-    seen = inspect_folder(folder, dtype)
+    folder = find_folder(folder, revision)
+    seen = inspect_folder(folder, dtype, ignore)
     family, checkpoint, config = seen.require()
+    if seen.inert:
+        warnings.warn(
+            f"load_pretrained: {folder / 'config.json'} has keys that no {family.model_type} reads, and which change "
+            f"nothing in what it computes: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
+            stacklevel=2,
+        )
     assert seen.abstract is not None
     (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
     _check_tied(config, family, checkpoint, bindings)

@@ -188,7 +188,7 @@ class Trainer:
             documents, positions = find_documents(read, self.document_token)
             options |= {"mask": masks.documents(documents), "position_ids": positions}
         out = self.merge(params).run(read, **options)
-        return optax.softmax_cross_entropy_with_integer_labels(out.hidden, tokens[:, 1:]), out.aux
+        return optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]), out.aux
 
 
 def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

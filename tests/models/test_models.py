@@ -12,6 +12,7 @@ from tiny import build
 
 import attnax
 from attnax import TransformerConfig, TransformerDecoder, TransformerLM
+from attnax.models import MaskedLM, VisionTransformer
 
 CONFIG = TransformerConfig(
     vocab_size=23,
@@ -407,3 +408,25 @@ def test_per_row_results_do_not_depend_on_the_neighbours():
 def test_wrong_input_is_refused_in_words(call, words):
     with pytest.raises(ValueError, match=words.replace("?", r"\?")):
         call(make(CONFIG))
+
+
+IMAGES = {"image_size": 4, "patch_size": 2, "d_model": 12, "num_heads": 3, "num_layers": 1, "d_ff": 5}
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "logits"),
+    [
+        (lambda rngs: TransformerLM(rngs, SHALLOW), [(2, 5)], (2, 5, 23)),
+        (lambda rngs: MaskedLM(rngs, SHALLOW), [(2, 5)], (2, 5, 23)),
+        (lambda rngs: attnax.Transformer(rngs, SHALLOW, SHALLOW), [(2, 7), (2, 5)], (2, 5, 23)),
+        (lambda rngs: VisionTransformer(rngs, num_classes=7, **IMAGES), [(2, 4, 4, 3)], (2, 7)),
+        (lambda rngs: VisionTransformer(rngs, num_classes=None, **IMAGES), [(2, 4, 4, 3)], None),
+    ],
+    ids=["language", "masked", "encoder-decoder", "vision with classes", "vision"],
+)
+def test_run_gives_hidden_states_and_logits_apart(make, inputs, logits):
+    arrays = [jax.ShapeDtypeStruct(shape, "float32" if len(shape) == 4 else "int32") for shape in inputs]
+    out, called = jax.eval_shape(lambda *arrays: ((model := make(nnx.Rngs(0))).run(*arrays), model(*arrays)), *arrays)
+    assert out.hidden.shape == (2, 5, 12)
+    assert (None if out.logits is None else out.logits.shape) == logits
+    assert called.shape == (out.hidden.shape if logits is None else logits)

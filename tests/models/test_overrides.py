@@ -35,12 +35,12 @@ class OwnCall(TransformerLM):
 class OwnRun(TransformerLM):
     def run(self, input_ids, **options):
         out = super().run(input_ids, **options)
-        return out._replace(hidden=only_seven(out.hidden))
+        return out._replace(logits=only_seven(out.logits))
 
 
 class CallAboveOwnRun(OwnRun):
     def __call__(self, input_ids):
-        return self.run(input_ids).hidden.argmax(-1)
+        return self.run(input_ids).logits.argmax(-1)
 
     def run(self, input_ids, **options):
         return super().run(input_ids, **options)
@@ -56,6 +56,16 @@ def test_generate_refuses_a_run_that_is_bound_to_the_object():
     model.run = OwnRun.run.__get__(model, OwnRun)
     with pytest.raises(NotImplementedError, match="a method assigned to model.run is bound"):
         model.generate(IDS, max_new_tokens=3)
+
+
+class RunWithoutLogits(TransformerLM):
+    def run(self, input_ids, **options):
+        return self.decoder.run(input_ids, **options)
+
+
+def test_generate_refuses_a_run_without_logits():
+    with pytest.raises(NotImplementedError, match="RunWithoutLogits.run must return an Output with logits; got"):
+        make(RunWithoutLogits).generate(IDS, max_new_tokens=3)
 
 
 def test_log_probs_are_those_of_an_overridden_call():

@@ -14,8 +14,9 @@ Each folder of tests/goldens/pretrained is a checkpoint as transformers writes i
 
 and where `gradients` asks for it `gradients.safetensors`, the gradient of the mean of all outputs squared.
 
-`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that. It
-compares what vision models of the published sizes make of images of other sizes too.
+`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that, and
+the checkpoint with keys that Attnax passes over. It compares what vision models of the published sizes make of images
+of other sizes too.
 Weights are NumPy's random numbers, so torch's may change without new files.
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +40,8 @@ from safetensors.numpy import load_file, save_file
 from attnax.models import with_image_size
 from attnax.pretrained import load_pretrained, save_pretrained
 from attnax.pretrained.families import FAMILIES
+from attnax.pretrained.inert import ANY_VALUE, HARMLESS_VALUES
+from attnax.pretrained.inspect import inspect_folder
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NEW_TOKENS = 7
@@ -478,6 +482,40 @@ def round_trip(name: str, stored: Path) -> Iterator[str]:
                 yield "after a round trip the outputs differ"
 
 
+VALUES = {  # of keys of which transformers takes no others
+    "auto_map": {"AutoConfig": "module.Config"},
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+    "cache_implementation": "static",
+    "early_stopping": True,
+    "suppress_tokens": [5],
+    "begin_suppress_tokens": [5],
+    "forced_bos_token_id": 6,
+    "forced_eos_token_id": 6,
+}
+
+
+def inert_keys(name: str, stored: Path) -> Iterator[str]:
+    """Keys that Attnax passes over, with values that it passes over: transformers must compute what it did."""
+    family = inspect_folder(stored).family
+    assert family is not None
+    fields = {key: VALUES.get(key, 0.5) for key in ANY_VALUE} | {
+        key: value[0] for key, value in HARMLESS_VALUES.items()
+    }
+    fields = {key: value for key, value in fields.items() if key not in family.known_keys}
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(stored, folder, dirs_exist_ok=True)
+        config = json.loads((stored / "config.json").read_text())
+        (Path(folder) / "config.json").write_text(json.dumps(config | fields | {"_made_up": 1}))
+        model = getattr(transformers, case.architecture).from_pretrained(folder, dtype=torch.float32, **case.options)
+    if model.can_generate():
+        model.generation_config = transformers.GenerationConfig()
+    with np.load(stored / "outputs.npz") as outputs:
+        if not close(outputs["outputs"], make_outputs(model.eval())["outputs"]):
+            yield "with inert keys the outputs differ"
+
+
 def other_sizes() -> Iterator[str]:
     """Narrow vision models of the published sizes see images of other sizes."""
     fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
@@ -531,7 +569,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 make_golden(name, Path(folder))
                 problems += [f"{name}: {problem}" for problem in differences(FOLDER / name, Path(folder))]
-        problems += [f"{name}: {problem}" for problem in round_trip(name, FOLDER / name)]
+        more = (*round_trip(name, FOLDER / name), *inert_keys(name, FOLDER / name))
+        problems += [f"{name}: {problem}" for problem in more]
     if not arguments.names:
         problems += [*other_sizes(), *unmoved_fields()]
         problems += [f"{path.name}: no such case" for path in FOLDER.iterdir() if path.name not in CASES]

@@ -173,7 +173,7 @@ def write_shards(folder, places, **files):
 
 def test_shards_are_one_checkpoint(tmp_path):
     write_shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors", "c": "x.safetensors"}, x="ac", y="b")
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, {})
     assert sorted(checkpoint.tensors) == ["a", "b", "c"]
     assert checkpoint.read("b", "float32").tolist() == [1.0, 1.0, 1.0]
 
@@ -189,28 +189,28 @@ def test_a_shard_is_a_bare_name_in_its_folder(tmp_path, file):
     write_shards(tmp_path / "checkpoint", {}, x="a")
     write_shards(folder, {"a": file})
     with pytest.raises(CheckpointError, match="weight_map may name .safetensors files in its own folder only"):
-        open_checkpoint(folder)
+        open_checkpoint(folder, {})
 
 
 def test_an_index_and_its_files_must_agree(tmp_path):
     write_shards(tmp_path, {"a": "x.safetensors", "b": "x.safetensors", "z": "gone.safetensors"}, x="ac")
     (tmp_path / "torn.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, {})
     assert [problem.split(" ")[0] for problem in caught.value.problems] == ["gone.safetensors:", "'b'", "'c'"]
     write_shards(tmp_path, {"a": "x.safetensors", "b": 3})
     with pytest.raises(CheckpointError, match="weight_map must be an object"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, {})
 
 
 def test_other_formats_are_refused_with_a_hint(tmp_path):
     with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, {})
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(
         CheckpointError, match=r"only \.safetensors files are read; got pytorch_model\.bin.*can run code"
     ):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, {})
 
 
 def test_missing_unexpected_and_wrong_tensors_are_told_together(tmp_path):
@@ -223,13 +223,13 @@ def test_missing_unexpected_and_wrong_tensors_are_told_together(tmp_path):
     }
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     expected = dict.fromkeys(("short", "whole", "fine", "gone"), (2, 3))
-    assert open_checkpoint(tmp_path).check(expected, harmless=["buffer"]) == [
+    assert open_checkpoint(tmp_path, {}).check(expected, harmless=["buffer"]) == [
         "'short' is float32(3,); a floating tensor of shape (2, 3) was expected.",
         "'whole' is int32(2, 3); a floating tensor of shape (2, 3) was expected.",
         "'gone' is missing; a floating tensor of shape (2, 3) was expected.",
         "'extra' is float32(2, 3); no such tensor was expected.",
     ]
-    assert open_checkpoint(tmp_path).read("fine", "float32").dtype == np.float32
+    assert open_checkpoint(tmp_path, {}).read("fine", "float32").dtype == np.float32
 
 
 def odd_value(rng):
@@ -314,7 +314,7 @@ def test_of_mutated_files_only_our_own_exception_comes_out(tmp_path, seed, count
     for _ in range(count):
         path.write_bytes((mutate_header if rng.integers(2) else mutate_bytes)(rng, content))
         try:
-            checkpoint = open_checkpoint(tmp_path)
+            checkpoint = open_checkpoint(tmp_path, {})
             checkpoint.check({name: tensor.shape for name, tensor in tensors.items()})
             held = sum(read_tensor(info).nbytes for info in checkpoint.tensors.values())
             assert held < path.stat().st_size  # nothing is larger than what was there

@@ -21,7 +21,7 @@ _FIELDS = (
     whole("num_channels", "num_channels", 3),
     biases(always=("feed_forward", "norm", "out"), qkv_bias=(True, ("query", "key", "value"))),
 )
-_HARMLESS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_HARMLESS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings")
 _EMBEDDINGS = (
     Rule("{base}embeddings.cls_token", ("class_token",), "1 T D -> T D"),
     Rule("{base}embeddings.position_embeddings", ("positions.embedding",), "1 T D -> T D"),

@@ -1,0 +1,123 @@
+"""Folders that hold something else than the tensors of a whole model: what it is, and how to make one of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnax.pretrained.errors import CheckpointError, quoted
+from attnax.pretrained.json_object import read_object
+
+__all__ = ["ADAPTER", "QUANTISATION", "find_adapter", "find_quantised", "no_tensors", "transformers_class"]
+
+ADAPTER = "adapter_config.json"
+QUANTISATION = ("quantization_config", "quantization", "compression_config")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,79}")
+_PEFT_CLASSES = {
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+_FULL_SIZE = {  # how transformers undoes it, by the method
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
+}
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|weight_packed|weight_scale|weight_scale_inv|SCB|absmax|quant_map)$|_(blocks|scales)$"
+)
+
+
+def transformers_class(theirs: Mapping[str, Any]) -> str:
+    """The class in transformers that reads a checkpoint with this config.json, its head included."""
+    architectures = theirs.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return first if isinstance(first, str) and _CLASS.fullmatch(first) else "AutoModelForCausalLM"
+
+
+def find_adapter(folder: Path) -> CheckpointError | None:
+    """That the folder holds what was added to a model, of which transformers would take the base and add it again."""
+    if not (folder / ADAPTER).exists():
+        return None
+    try:
+        config = read_object(folder / ADAPTER)
+    except CheckpointError as error:
+        return error
+    kind, base = quoted(config.get("peft_type")), quoted(config.get("base_model_name_or_path"))
+    name = _PEFT_CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
+    return CheckpointError(
+        folder,
+        f"it is an adapter (peft_type={kind}) of the model {base}, not a model. Merge them with PyTorch and peft, and "
+        f"load what that writes: from peft import {name}; "
+        f"{name}.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder). Where the folder "
+        f"holds the merged model already, remove {ADAPTER}.",
+    )
+
+
+def find_quantised(where: Path, theirs: Mapping[str, Any], names: Iterable[str]) -> CheckpointError | None:
+    """That the tensors, by config.json or by their names, are not numbers as they are."""
+    said = next((theirs[key] for key in QUANTISATION if theirs.get(key)), None)
+    example = next(filter(_QUANTISED.search, names), None)
+    if said is None and example is None:
+        return None
+    config = said if isinstance(said, dict) else {}
+    method = config.get("quant_method")
+    if isinstance(method, str):
+        reason = quoted(method)[1:-1]
+    elif config.get("load_in_4bit") or config.get("load_in_8bit"):
+        reason = method = "bitsandbytes"
+    elif "quantization" in theirs:
+        reason = "mlx"
+    elif said is not None:
+        reason = f"quantization_config={quoted(said)}"
+    else:
+        reason = f"it has {quoted(example)}"
+    problem = f"it is quantised ({reason}), and only tensors of plain numbers are read. Take the model it was made from"
+    name = transformers_class(theirs)
+    if method in _FULL_SIZE:
+        config_class = _FULL_SIZE[method].partition("(")[0]
+        problem += (
+            f", or have transformers write it in full: from transformers import {name}, {config_class}; "
+            f"{name}.from_pretrained({str(where.parent)!r}, quantization_config={_FULL_SIZE[method]})"
+            ".save_pretrained(new_folder)"
+        )
+    elif method == "bitsandbytes":
+        problem += (
+            f", or have transformers write it in full: from transformers import {name}; "
+            f"{name}.from_pretrained({str(where.parent)!r}).dequantize().save_pretrained(new_folder)"
+        )
+    return CheckpointError(where, problem + ".")
+
+
+def no_tensors(where: object, names: Iterable[str], theirs: Mapping[str, Any], wanted: str) -> CheckpointError:
+    """What to do with a folder of files with these `names`, none of which is read.
+
+    Args:
+        where: the folder, or its name on the hub.
+        names: of its files.
+        theirs: its config.json.
+        wanted: the files that it must hold.
+    """
+    found, name = sorted(names), transformers_class(theirs)
+    convert = f"from transformers import {name}; {name}.from_pretrained({str(where)!r}"
+    pickles = [file for file in found if file.endswith(_PICKLES)]
+    known = [file for file in pickles if file.startswith("pytorch_model")]  # transformers reads no others
+    if pickles:
+        file = (known or pickles)[0]
+        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "what wrote it"
+        return CheckpointError(
+            where,
+            f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust it, "
+            f"convert it with {how}.",
+        )
+    for file in found:
+        if file.endswith(".gguf"):
+            return CheckpointError(
+                where,
+                f"only .safetensors files are read; got {file}. Take the model that it was made from, or have "
+                f"transformers write it in full: {convert}, gguf_file={file!r}).save_pretrained(new_folder).",
+            )
+    others = [file for file in found if file.endswith((".safetensors", ".h5", ".msgpack"))]
+    return CheckpointError(where, f"it must hold {wanted}{f'; got {others[0]}' if others else ''}.")

@@ -1,0 +1,124 @@
+"""Names of models on the hub, asked of one on this machine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_hub import GATED, fake_hub
+from huggingface_hub import constants
+
+from attnax.pretrained import CheckpointError, load_pretrained
+from attnax.pretrained.hub import find_folder
+
+FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
+
+BESIDE = ("tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Models of which each test takes another, so that the cache of one is not that of the next."""
+    folders = tmp_path_factory.mktemp("hub")
+    whole = folders / "whole"
+    shutil.copytree(FOLDER / "gpt2", whole)
+    for file in (*BESIDE, "preprocessor_config.json", "pytorch_model.bin", "onnx/model.safetensors"):
+        (whole / file).parent.mkdir(exist_ok=True)
+        (whole / file).write_text("{}")
+    old, pickles, adapter, empty = (folders / name for name in ("old", "pickles", "adapter", "empty"))
+    for folder in (old, pickles, adapter, empty):
+        folder.mkdir()
+    shutil.copy(FOLDER / "gpt2" / "model.safetensors", old)
+    config = json.loads((FOLDER / "gpt2" / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.25}))
+    shutil.copy(FOLDER / "gpt2" / "config.json", pickles)
+    (pickles / "pytorch_model.bin").write_text("")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    (adapter / "adapter_model.safetensors").write_text("")
+    (empty / "README.md").write_text("")
+    models = {"tiny/gpt2": {"main": whole, "v1": old}, "tiny/pickles": {"main": pickles}}
+    models |= {"tiny/adapter": {"main": adapter}, "tiny/empty": {"main": empty}, "tiny/gated": {"main": GATED}}
+    with fake_hub(models) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def environment(hub, tmp_path, monkeypatch):
+    """As if HF_ENDPOINT and HF_HOME had been set before the import."""
+    url, asked = hub
+    asked.clear()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+def test_a_name_is_loaded_from_the_hub_and_then_without_it(monkeypatch):
+    folder = find_folder("tiny/gpt2")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names >= {"config.json", "model.safetensors", "preprocessor_config.json", *BESIDE}
+    assert not names & {"pytorch_model.bin", "onnx/model.safetensors"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_folder("tiny/gpt2") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert find_folder("tiny/gpt2") == folder
+
+
+def test_a_revision_is_that_of_the_hub():
+    assert load_pretrained("tiny/gpt2", revision="v1")[0].config.norm_eps == 0.25
+    with pytest.raises(
+        CheckpointError, match="tiny/gpt2: the hub has this model, but no such revision of it; got rev.*v9"
+    ):
+        load_pretrained("tiny/gpt2", revision="v9")
+
+
+def test_a_folder_has_no_revisions(hub):
+    with pytest.raises(
+        CheckpointError, match="revision is of a model on the hub, and this is a folder; got revision='v1'"
+    ):
+        load_pretrained(FOLDER / "gpt2", revision="v1")
+    assert not hub[1]
+
+
+def test_a_name_that_the_hub_does_not_know_is_an_error_in_words():
+    with pytest.raises(
+        CheckpointError, match="tiny/none: there is no such folder, and the hub has no such model.*auth login"
+    ):
+        load_pretrained("tiny/none")
+
+
+def test_a_model_that_its_owner_guards_says_how_to_get_it():
+    with pytest.raises(
+        CheckpointError, match="its owner asks who wants it. Ask on http.*/tiny/gated, then: hf auth login"
+    ):
+        load_pretrained("tiny/gated")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_in_words(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        CheckpointError, match="nor such a model in the cache.* the hub gave none .*Load it where there is"
+    ):
+        load_pretrained("tiny/gpt2")
+
+
+def test_a_name_that_is_not_in_the_cache_without_a_network_is_an_error_in_words(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set. Unset it"):
+        load_pretrained("tiny/gpt2")
+    assert not hub[1]
+
+
+def test_a_model_on_the_hub_without_safetensors_says_what_it_has():
+    with pytest.raises(
+        CheckpointError, match=r"tiny/pickles: .*pytorch_model.bin.*GPT2LMHeadModel.from_pretrained\('tiny/pic"
+    ):
+        load_pretrained("tiny/pickles")
+    with pytest.raises(CheckpointError, match="tiny/empty: it must hold model.safetensors, or"):
+        load_pretrained("tiny/empty")
+
+
+def test_an_adapter_on_the_hub_says_that_it_is_one():
+    with pytest.raises(CheckpointError, match=r"it is an adapter \(peft_type='LORA'\) of the model 'a/b', not a model"):
+        load_pretrained("tiny/adapter")
