@@ -21,7 +21,7 @@ from attnax.pretrained.family import Binding, Family, ModelConfig, stacks
 from attnax.pretrained.fields import MOST_LAYERS
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS
-from attnax.pretrained.sentence import read_pooling
+from attnax.pretrained.sentence import MODULES, read_pooling
 
 __all__ = ["Inspection", "find_family", "inspect_folder", "parameter_name", "parameter_shapes"]
 
@@ -102,7 +102,7 @@ def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
         seen.refusals.append(error)
     try:
         seen.theirs = read_object(where)
-        seen.family = find_family(seen.theirs, where)
+        seen.family = find_family(seen.theirs, where, encoder=(folder / MODULES).exists())
     except CheckpointError as error:
         seen.refusals.insert(0, error)
         seen.family = _likely_family(seen.theirs)
@@ -130,8 +130,14 @@ def inspect_folder(folder: Path, dtype: Any = None) -> Inspection:
     return seen
 
 
-def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
+def find_family(theirs: Mapping[str, Any], where: Path, *, encoder: bool = False) -> Family:
     """The family that a config.json names.
+
+    Args:
+        theirs: the config.json.
+        where: it is.
+        encoder: whether it is that of the encoder, whatever head its architecture has beside; as sentence-transformers
+            takes it. Without effect where no encoder has the model_type.
 
     Raises:
         CheckpointError: it names none.
@@ -141,12 +147,13 @@ def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
     if not candidates:
         known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
         raise CheckpointError(where, f"model_type must be one of {known}; got model_type={quoted(kind)}.")
-    if not architectures:
-        return candidates[0]
+    encoders = [family for family in candidates if encoder and family.model is TransformerEncoder]
+    if encoders or not architectures:
+        return [*encoders, *candidates][0]
     for family in candidates:
-        if architectures == [family.architecture]:
+        if architectures in [[name] for name in (family.architecture, *family.aliases)]:
             return family
-    known = ", ".join(family.architecture for family in candidates)
+    known = ", ".join(name for family in candidates for name in (family.architecture, *family.aliases))
     raise CheckpointError(where, f"architectures must be one of {known}; got architectures={quoted(architectures)}.")
 
 
@@ -167,16 +174,38 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
         CheckpointError: the tensors are not those of the config.
     """
     config = family.adapt(seen.config, seen.theirs, checkpoint.tensors.keys())
-    config = seen.config = _with_dtype(config, _check_dtype(checkpoint, dtype))
+    _check_head(seen, family, config)
+    beside = family.beside(config, checkpoint.tensors) - set(family.repeats(config))
+    config = seen.config = _with_dtype(config, _check_dtype(checkpoint, beside, dtype))
     _check_counts(config, checkpoint)
     try:
         seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
     except ValueError as error:
         raise CheckpointError(checkpoint.folder / "config.json", str(error)) from error
     seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
+    checkpoint = seen.checkpoint = _with_embeddings(checkpoint, seen.bindings, family.repeats(config))
     problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors))
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
+
+
+def _check_head(seen: Inspection, family: Family, config: ModelConfig) -> None:
+    """Raises CheckpointError where the files are those of a class without a head, and the embeddings are none."""
+    architecture = (seen.theirs.get("architectures") or [family.architecture])[0]
+    assert seen.checkpoint is not None
+    has_head = not seen.checkpoint.tensors.keys().isdisjoint(family.tied)
+    if architecture in family.aliases and not has_head and not getattr(stacks(config)[-1], "tie_embeddings", True):
+        problem = f"{architecture} has no head, and its embeddings are not tied to be one; there is no model for it."
+        raise CheckpointError(seen.folder / "config.json", f"{problem} {family.architecture} has one.")
+
+
+def _with_embeddings(checkpoint: Checkpoint, bindings: Sequence[Binding], repeats: Sequence[str]) -> Checkpoint:
+    """The checkpoint whose embeddings are a tensor that must repeat them, where they are not there themselves."""
+    names = {binding.theirs[0] for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding")}
+    others = [name for name in repeats if name in checkpoint.tensors]
+    if not others or not names.isdisjoint(checkpoint.tensors):
+        return checkpoint
+    return checkpoint.rename(lambda name: names.pop() if name == others[0] else name)
 
 
 class _OneKey(nnx.Rngs):
@@ -193,10 +222,10 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
-def _check_dtype(checkpoint: Checkpoint, dtype: Any) -> str:
+def _check_dtype(checkpoint: Checkpoint, beside: set[str], dtype: Any) -> str:
     given, known = dtype, get_args(Dtype)
     try:
-        dtype = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
+        dtype = checkpoint.dtype(beside) if dtype is None else jnp.dtype(dtype)
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in known:

@@ -273,6 +273,10 @@ CASES = {
         "RobertaModel", ENCODER | {"hidden_act": "relu", "type_vocab_size": 1}, options={"add_pooling_layer": False}
     ),
     "roberta_masked": Case("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 3, "pad_token_id": 2}),
+    "xlm_roberta": Case(
+        "XLMRobertaModel", ENCODER | {"hidden_act": "relu", "type_vocab_size": 1}, options={"add_pooling_layer": False}
+    ),
+    "xlm_roberta_masked": Case("XLMRobertaForMaskedLM", ENCODER | {"type_vocab_size": 3, "pad_token_id": 2}),
     "distilbert": Case("DistilBertModel", DISTILBERT),
     "distilbert_masked": Case("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu", "pad_token_id": 3}),
     "vit": Case(
@@ -302,6 +306,11 @@ CASES = {
         untied=True,
     ),
     "t5_encoder": Case("T5EncoderModel", T5 | {"feed_forward_proj": "gated-silu", "pad_token_id": 2}),
+    "mt5": Case("MT5ForConditionalGeneration", T5 | {"n_positions": 31, "pad_token_id": 2}, untied=True),
+    "mt5_variant": Case(
+        "MT5ForConditionalGeneration", T5 | {"num_decoder_layers": 1, "feed_forward_proj": "gated-relu"}
+    ),
+    "mt5_encoder": Case("MT5EncoderModel", T5 | {"feed_forward_proj": "relu", "pad_token_id": 2}),
     "dinov2_registers_variant": Case(
         "Dinov2WithRegistersModel",
         IMAGE | {"hidden_act": "relu", "qkv_bias": False, "layerscale_value": 0.5, "mlp_ratio": 1},

@@ -37,6 +37,7 @@ def _scale() -> Field:
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    aliases=("GPT2Model",),
     model=TransformerLM,
     config=TransformerConfig,
     constants={"norm_type": "layer", "pos_emb_type": "learned", "dropout_rate": 0.0},
