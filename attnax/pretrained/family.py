@@ -128,7 +128,8 @@ class Family:
     Attributes:
         model_type: in config.json.
         architecture: the class in transformers whose results the model gives.
-        aliases: other classes whose files it reads: they have one more head, or no head where this one's is tied.
+        aliases: other classes whose files it reads: by an older name, with one more head, or with none where this
+            one's is tied.
         model: our class, called as `model(rngs, config)`.
         config: the class of its config, or a function of the same fields that makes one.
         constants: fields of the config that are the same in all models of the family.

@@ -408,7 +408,8 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
         raise ValueError(f"rope_type={kind!r} must have {' and '.join(missing)}.")
     if "original_max_position_embeddings" in names:
         given.setdefault("original_max_position_embeddings", max_len)
-    fields = {name: _SCALING_FORMS.get(name, _number)(given[key], key) for key, name in names.items() if key in given}
+    fields: dict[str, Any] = {"kind": kind}
+    fields |= {name: _SCALING_FORMS.get(name, _number)(given[key], key) for key, name in names.items() if key in given}
     if kind == "yarn" and "factor" in said and said["factor"] is None:
         given["factor"] = _whole_number(max_len, "max_position_embeddings") / fields["original_max_len"]
     factor = _number(given.get("factor"), "factor")
@@ -422,7 +423,7 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
         if over <= 0.0 or under <= 0.0:
             raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {all_dim}.")
         fields.setdefault("attention_factor", over / under)
-    return RopeScaling(kind=kind, factor=factor, **fields)
+    return RopeScaling(factor=factor, **fields)
 
 
 def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

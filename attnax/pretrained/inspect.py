@@ -191,21 +191,21 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
 
 def _check_head(seen: Inspection, family: Family, config: ModelConfig) -> None:
     """Raises CheckpointError where the files are those of a class without a head, and the embeddings are none."""
-    architecture = (seen.theirs.get("architectures") or [family.architecture])[0]
+    alias = next((name for name in family.aliases if seen.theirs.get("architectures") == [name]), None)
     assert seen.checkpoint is not None
     has_head = not seen.checkpoint.tensors.keys().isdisjoint(family.tied)
-    if architecture in family.aliases and not has_head and not getattr(stacks(config)[-1], "tie_embeddings", True):
-        problem = f"{architecture} has no head, and its embeddings are not tied to be one; there is no model for it."
-        raise CheckpointError(seen.folder / "config.json", f"{problem} {family.architecture} has one.")
+    if alias is not None and not has_head and not getattr(stacks(config)[-1], "tie_embeddings", True):
+        problem = f"the files of this {alias} have no head, and the embeddings are not tied to be one"
+        raise CheckpointError(seen.folder / "config.json", f"{problem}; {family.architecture} must have one.")
 
 
 def _with_embeddings(checkpoint: Checkpoint, bindings: Sequence[Binding], repeats: Sequence[str]) -> Checkpoint:
     """The checkpoint whose embeddings are a tensor that must repeat them, where they are not there themselves."""
-    names = {binding.theirs[0] for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding")}
+    tables = [binding.theirs[0] for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding")]
     others = [name for name in repeats if name in checkpoint.tensors]
-    if not others or not names.isdisjoint(checkpoint.tensors):
+    if not others or tables[0] in checkpoint.tensors:
         return checkpoint
-    return checkpoint.rename(lambda name: names.pop() if name == others[0] else name)
+    return checkpoint.rename(lambda name: tables[0] if name == others[0] else name)
 
 
 class _OneKey(nnx.Rngs):

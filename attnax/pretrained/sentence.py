@@ -115,8 +115,8 @@ def fit_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, config: Transfo
     length = said.get("max_seq_length")
     if length is None and settings.exists():
         length = read_object(settings).get("model_max_length")
-    limits = [length, None if config.pos_emb_type == "relative" else config.max_len]
-    limits = [limit for limit in limits if type(limit) is int and 0 < limit < 2**31]  # a huge one is none
+    limits = [] if config.pos_emb_type == "relative" else [config.max_len]
+    limits += [length] if type(length) is int and 0 < length < 2**31 else []  # a huge one is none
     with refusals_as(lambda reason: CheckpointError(file, f"max_seq_length does not fit the tokenizer ({reason}).")):
         if limits:
             tokenizer.enable_truncation(min(limits))

@@ -475,7 +475,7 @@ def round_trip(name: str, stored: Path) -> Iterator[str]:
     architecture = getattr(transformers, case.architecture)
     with tempfile.TemporaryDirectory() as folder:
         model, _ = load_pretrained(stored)
-        save_pretrained(model, folder, family=architecture.config_class.model_type)
+        save_pretrained(model, folder)
         options = case.options | {"output_loading_info": True, "dtype": torch.float32}
         again, info = architecture.from_pretrained(folder, **options)
         left = {key: set(value) - set(case.left_out) for key, value in info.items()}
@@ -507,7 +507,7 @@ def other_sizes() -> Iterator[str]:
 def unmoved_fields() -> Iterator[str]:
     """Fields that a mapping reads and that have their default in every case."""
     defaults: dict[str, Any] = {}
-    moved: set[tuple[str, str]] = set()
+    moved = {("mt5", "tie_word_embeddings")}  # which transformers has forced to be true
     for name, case in CASES.items():
         kind = getattr(transformers, case.architecture).config_class
         defaults[kind.model_type] = default = kind().to_dict()
@@ -517,7 +517,7 @@ def unmoved_fields() -> Iterator[str]:
         default = defaults[family.model_type]
         for field in family.fields:
             says_nothing = field.read({key: default[key] for key in field.keys if key in default}) == {}
-            if field.keys and not says_nothing and all((family.model_type, key) not in moved for key in field.keys):
+            if field.keys and not says_nothing and moved.isdisjoint((family.model_type, key) for key in field.keys):
                 yield f"{'/'.join(field.keys)} of {family.model_type} has its default in every case"
 
 

@@ -316,7 +316,7 @@ def copy_with(name, folder, **fields):
         ({"model_type": ["llama"]}, "model_type must be one of"),
         (
             {"architectures": ["LlamaForTokenClassification"]},
-            "architectures must be one of LlamaForCausalLM, LlamaModel; got",
+            "architectures must be one of LlamaForCausalLM, LlamaModel, .*; got",
         ),
         ({"shiny_new_trick": 7}, "shiny_new_trick=7 is no field of llama that is known here"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is no field of llama"),
@@ -497,7 +497,7 @@ def test_files_without_a_head_are_read_where_it_is_tied(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(config_of("gpt2") | {"architectures": ["GPT2Model"], "tie_word_embeddings": False})
     )
-    with pytest.raises(CheckpointError, match="GPT2Model has no head, .* GPT2LMHeadModel has one"):
+    with pytest.raises(CheckpointError, match="this GPT2Model have no head, .* GPT2LMHeadModel must have one"):
         load_pretrained(tmp_path)
 
 

@@ -150,9 +150,10 @@ def _local_and_global() -> Field:
         if said.keys() - {FULL, SLIDING}:
             raise ValueError(f"rope_parameters must be those of {FULL} and {SLIDING}; got {quoted(list(said))}.")
         longest = theirs.get("max_position_embeddings")
-        full = read_rope((said.get(FULL) or {}) | older, theirs.get("rope_theta", 1e6), longest)
+        plain, base = said.get(FULL) or {}, theirs.get("rope_theta", 1e6)
+        full = read_rope({**plain, **older}, base, longest)
         if said and older:
-            refuse_other_rope(full, read_rope(said.get(FULL) or {}, theirs.get("rope_theta", 1e6), longest))
+            refuse_other_rope(full, read_rope(plain, base, longest))
         local = read_rope(said.get(SLIDING) or {}, theirs.get("rope_local_base_freq", 1e4), longest)
         return layer_fields([full if kind == FULL else local | window.read(theirs) for kind in types])
 
