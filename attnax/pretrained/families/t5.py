@@ -91,8 +91,8 @@ def _head(*, scales: bool) -> Field:
                 raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
         if scales and "tie_word_embeddings" in theirs and tied and "scale_decoder_outputs" not in theirs:
             raise ValueError(
-                "tie_word_embeddings=True is of mT5, whose logits are not scaled, where scale_decoder_outputs is not "
-                "said. Set model_type to 'mt5' and the architecture to one of mT5, or scale_decoder_outputs to true."
+                "tie_word_embeddings=True is of mT5 where scale_decoder_outputs is not there. Set model_type to 'mt5', "
+                "with an architecture of mT5, or scale_decoder_outputs: true for T5, false for version 1.1 and later."
             )
         return said
 
