@@ -572,6 +572,18 @@ def test_an_untied_head_is_not_read_as_embeddings(tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("bert_masked", "BertModel"), ("vit_classes", "ViTModel")])
+def test_a_head_beside_an_encoder_is_not_read(tmp_path, name, encoder):
+    model, _ = load_pretrained(copy_with(name, tmp_path, architectures=[encoder]))
+    whole = load(name)
+    ours, theirs = (
+        dict(nnx.to_flat_state(nnx.state(each, nnx.Param))) for each in (model, getattr(whole, "encoder", whole))
+    )
+    heads = {path for path in theirs if path[0] == "head"}
+    assert ours.keys() == theirs.keys() - heads
+    assert all(np.array_equal(ours[path][...], theirs[path][...]) for path in ours)
+
+
 @pytest.mark.parametrize("name", ["t5", "mt5"])
 def test_the_encoder_is_read_from_the_files_of_the_whole(tmp_path, name):
     architecture = config_of(f"{name}_encoder")["architectures"]
