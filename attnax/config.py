@@ -434,7 +434,8 @@ class TransformerConfig(StackConfig):
 
     Attributes:
         vocab_size: number of token ids.
-        max_len: longest sequence in tokens; also the number of learned or sinusoidal positions.
+        max_len: longest sequence in tokens, but for "relative" positions, which have no longest; also the number of
+            learned or sinusoidal positions.
         pos_emb_type: "sinusoidal" or "learned" vectors added to the embeddings, "rope" inside attention, "alibi" or
             "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
         relative_buckets: rows of the table of "relative".

@@ -93,7 +93,7 @@ def encode(model, ids, real):
 def load_embed(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to their vectors (texts, d_model), which have length 1."""
     model, tokenizer = load_pretrained(folder)
-    # As sentence-transformers does it for this model; tokenizer.json would cut and pad all texts to 128 tokens.
+    # No batch is wider; sentence-transformers cuts texts for this model there too.
     tokenizer.enable_truncation(WIDTHS[-1])
     tokenizer.no_padding()
 

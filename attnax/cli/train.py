@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import math
+import os
 import signal
 import sys
 import time
@@ -17,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.options import Train
+from attnax.config import TransformerConfig
 from attnax.generation import Sampler
+from attnax.models import TransformerLM
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
     Corpus,
@@ -135,6 +140,7 @@ class _Session:
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
+        _require_memory(options)
         self.trainer = Trainer(
             options.model,
             options.optimizer,
@@ -301,6 +307,32 @@ class _Session:
             "held-out {held_out_bits_per_byte:.2f} bits per byte "
             "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)
         )
+
+
+def _require_memory(options: RunOptions) -> None:
+    """Raises InputError for a model that cannot fit: its weights, gradient and moments, and what a token needs."""
+    model, optimizer = options.model, options.optimizer
+    period = len(model.layer_pattern or (None,))
+    shallow, deep = (_num_parameters(dataclasses.replace(model, num_layers=layers)) for layers in (period, 2 * period))
+    count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
+    tokens = optimizer.batch_size * model.max_len
+    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
+    needed += 4 * tokens * (model.vocab_size + model.num_layers * model.d_model)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > limit:
+        raise InputError(
+            f"this model of {count:,} parameters needs at least {needed / 1e9:,.1f} GB to learn {tokens:,} tokens at a "
+            f"time, and this machine has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
+        )
+
+
+def _num_parameters(config: TransformerConfig) -> int:
+    try:
+        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
+    except ValueError as error:
+        raise InputError(f"this model cannot be trained: {error}") from error
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:

@@ -297,9 +297,10 @@ class Transformer(nnx.Module):
             real = xp.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
         # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
-        mask = self.encoder.self_mask
+        config, mask = self.encoder.config, self.encoder.self_mask
         is_fixed = mask is not None and mask.num_positions is not None
-        padded = length if is_fixed else min(padded_length(max(2, length)), self.encoder.config.max_len)
+        padded = length if is_fixed else padded_length(max(2, length))
+        padded = padded if config.pos_emb_type == "relative" else min(padded, config.max_len)
         missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
         ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))

@@ -121,7 +121,8 @@ class _TokenTransformer(nnx.Module):
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"{type(self).__name__}: input_ids must be (batch, length); got shape {input_ids.shape}.")
-        if caches is None and input_ids.shape[1] > self.config.max_len:
+        is_limited = caches is None and self.config.pos_emb_type != "relative"
+        if is_limited and input_ids.shape[1] > self.config.max_len:
             raise ValueError(
                 f"{type(self).__name__}: a sequence must not be longer than max_len={self.config.max_len}; "
                 f"got {input_ids.shape[1]} tokens."

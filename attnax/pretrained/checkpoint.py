@@ -36,10 +36,10 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorInfo]
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The narrowest dtype that holds all floating tensors."""
-        dtypes = {info.dtype for info in self.tensors.values() if _is_floating(info)}
+    def dtype(self, beside: Iterable[str] = ()) -> np.dtype[Any]:
+        """The narrowest dtype that holds all floating tensors but those that are there beside."""
+        counted = self.tensors.keys() - set(beside)
+        dtypes = {self.tensors[name].dtype for name in counted if _is_floating(self.tensors[name])}
         if np.dtype(np.float64) in dtypes:  # which JAX may not have, and would then promote to float32
             return np.dtype(np.float64)
         return jnp.result_type(*(dtypes or {np.dtype(np.float32)}))
@@ -94,13 +94,15 @@ def _is_floating(info: TensorInfo) -> bool:
 def open_checkpoint(folder: Path, theirs: Mapping[str, Any]) -> Checkpoint:
     """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
 
+    Tensors in these files that the index does not name are read like those that it names.
+
     Args:
         folder: with the files.
         theirs: its config.json, for what to do where it holds files of other formats.
 
     Raises:
-        CheckpointError: there is neither, a file is damaged, the index and the files do not agree, or the index names a
-            file that is not in the folder itself.
+        CheckpointError: there is neither, a file is damaged, a tensor is not in the file that the index names or is in
+            two files, or the index names a file that is not in the folder itself.
     """
     if (folder / SINGLE_FILE).is_file():
         return Checkpoint(folder, read_header(folder / SINGLE_FILE))
@@ -133,8 +135,8 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
             continue
         named = {name for name, place in places.items() if place == file}
         problems += [f"{name!r} is not in {file}, where weight_map has it." for name in sorted(named - held.keys())]
-        problems += [f"{name!r} is in {file}, where weight_map has it not." for name in sorted(held.keys() - named)]
-        tensors |= held
+        problems += [f"{name!r} is in {file}, and in another file too." for name in sorted(held.keys() & tensors)]
+        tensors |= held  # those too that weight_map does not name
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(index, f"its files must hold at most {MAX_TENSORS} tensors.")
     if problems:

@@ -129,6 +129,8 @@ class Family:
     Attributes:
         model_type: in config.json.
         architecture: the class in transformers whose results the model gives.
+        aliases: other classes whose files it reads: by an older name, with one more head, or with none where this
+            one's is tied.
         model: our class, called as `model(rngs, config)`.
         config: the class of its config, or a function of the same fields that makes one.
         constants: fields of the config that are the same in all models of the family.
@@ -138,6 +140,8 @@ class Family:
             leaves out. The first is written.
         rules: the tensors. One for parameters that a model lacks is passed over.
         buffers: endings of names of tensors that may be there beside, and hold no parameters.
+        body: beginnings of which all tensors of the model have one in a file that holds a head too; none of the head's
+            do, and they may be there beside.
         tied: tensors that repeat the embeddings where they are tied.
         repeated: tensors that repeat the embeddings always.
         adapt: from a config, its config.json and the names of the tensors the config that it is with those, where
@@ -147,6 +151,7 @@ class Family:
 
     model_type: str
     architecture: str
+    aliases: tuple[str, ...] = ()
     model: Any
     config: Callable[..., ModelConfig]
     constants: Mapping[str, Any]
@@ -155,6 +160,7 @@ class Family:
     bases: tuple[str, ...] = ("",)
     rules: tuple[Rule, ...]
     buffers: tuple[str, ...] = ()
+    body: tuple[str, ...] = ()
     tied: tuple[str, ...] = ("lm_head.weight",)
     repeated: tuple[str, ...] = ()
     adapt: Callable[[Any, Mapping[str, Any], Collection[str]], Any] = lambda config, theirs, names: config
@@ -279,10 +285,12 @@ class Family:
         tied = getattr(stacks(config)[-1], "tie_embeddings", False)
         return (*self.repeated, *self.tied) if tied else self.repeated
 
-    def beside(self, config: ModelConfig, names: Iterable[str]) -> set[str]:
+    def beside(self, config: ModelConfig, names: Collection[str]) -> set[str]:
         """The names that may be there although they hold no parameters of their own."""
         repeats = self.repeats(config)
-        return {name for name in names if name in repeats or name.endswith(self.buffers)}
+        beside = {name for name in names if name in repeats or name.endswith(self.buffers)}
+        body = {name for name in names if name.startswith(self.body)}
+        return beside | (set(names) - body) if body else beside
 
     def current_name(self, name: str) -> str:
         """What a name in an old file is today."""

@@ -17,6 +17,7 @@ __all__ = [
     "HARMLESS",
     "MOST_LAYERS",
     "PLAIN",
+    "ROPE_KEYS",
     "SLIDING",
     "Field",
     "alternate_layers",
@@ -30,7 +31,7 @@ __all__ = [
     "read_layer_types",
     "read_rope",
     "real",
-    "refuse_both_ropes",
+    "refuse_other_rope",
     "rope",
     "rope_said",
     "sides",
@@ -293,15 +294,22 @@ def rope(
         scaling: the rope_scaling where none is given.
         kinds: of scaling that the family has.
     """
-    keys = (base, "rope_scaling", "rope_parameters", *(() if fraction is None else fraction[:1]))
+    keys = (base, *ROPE_KEYS, *(() if fraction is None else fraction[:1]))
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        said = dict(rope_said(theirs) or scaling or {})
-        ours: dict[str, Any] = {}
+    def read_said(said: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+        said, ours = dict(said), {}
         if fraction is not None:
             key, default = fraction
             ours["rope_fraction"] = _number(said.pop("partial_rotary_factor", theirs.get(key, default)), key)
-        ours |= read_rope(said, theirs.get(base, theta), theirs.get("max_position_embeddings"))
+        if theirs.get("original_max_position_embeddings") is not None:  # comes first, as in transformers
+            said["original_max_position_embeddings"] = theirs["original_max_position_embeddings"]
+        return ours | read_rope(said, theirs.get(base, theta), theirs.get("max_position_embeddings"))
+
+    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        parameters, older = (rope_said(theirs, key) for key in ("rope_parameters", "rope_scaling"))
+        ours = read_said(older or parameters or scaling or {}, theirs)
+        if parameters and older:
+            refuse_other_rope(ours, read_said(parameters, theirs))
         kind = "default" if ours["rope_scaling"] is None else ours["rope_scaling"].kind
         if kind not in kinds:
             raise ValueError(f"rope_type must be one of {', '.join(kinds)}; got rope_type={quoted(kind)}.")
@@ -312,25 +320,36 @@ def rope(
         theirs = {base: config.rope_base, "rope_scaling": write_rope_scaling(config.rope_scaling) or none}
         return theirs if fraction is None else theirs | {fraction[0]: config.rope_fraction}
 
-    return Field((*keys, "max_position_embeddings"), read, write)
+    return Field(keys, read, write)
 
 
-def rope_said(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_parameters`, or `rope_scaling` as older files call it.
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "original_max_position_embeddings", "max_position_embeddings")
+"""Keys of every config.json with rotary positions."""
+
+
+def rope_said(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object by the name of `rope_parameters`, or of `rope_scaling` as older files call it; empty for null.
 
     Raises:
-        ValueError: they are no objects, or two that differ.
+        ValueError: it is no object.
     """
-    parameters, scaling = (_object(theirs, key) for key in ("rope_parameters", "rope_scaling"))
-    if parameters != scaling:
-        refuse_both_ropes(parameters, scaling)
-    return parameters or scaling
+    value = theirs.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{key} must be an object or null; got {key}={quoted(value)}.")
+    return value or {}
 
 
-def refuse_both_ropes(parameters: Any, scaling: Any) -> None:
-    """Raises ValueError if there are a `rope_parameters` and a `rope_scaling`."""
-    if parameters and scaling:
-        raise ValueError("rope_parameters and rope_scaling are two names of one thing; got both. Leave one out.")
+def refuse_other_rope(older: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError where `rope_scaling`, which transformers takes, says other than `rope_parameters`."""
+    if older != parameters:
+        raise ValueError(
+            "rope_parameters and rope_scaling are two names of one thing, and must say the same where both are there; "
+            f"got {_shown(parameters)} and {_shown(older)}. Leave one out; transformers takes rope_scaling."
+        )
+
+
+def _shown(rope: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in rope.items())
 
 
 _SCALINGS = {  # kind: (fields, their keys), beside rope_type and factor
@@ -358,6 +377,13 @@ def read_rope(said: Mapping[str, Any], theta: Any, max_len: Any) -> dict[str, An
     return {"rope_base": base, "rope_scaling": read_rope_scaling(said, max_len)}
 
 
+_INERT = {
+    *(key for names in _SCALINGS.values() for key in names),
+    *("factor", "mscale", "mscale_all_dim", "short_factor", "long_factor", "mrope_section", "finetuned"),
+}
+"""Keys that may be there where the kind has no use for them, as transformers has it."""
+
+
 def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | None:
     """The scaling that a `rope_scaling` describes.
 
@@ -373,31 +399,33 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
     given.pop("type", None)
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"rope_type must be one of {', '.join(_SCALINGS)}; got rope_type={quoted(kind)}.")
+    unknown = sorted(key for key in given if key not in _INERT and (key, given[key]) != ("partial_rotary_factor", 1.0))
+    if unknown:
+        raise ValueError(f"rope_type={kind!r} must have no {quoted(unknown)}.")
     if kind == "default":
-        _refuse_keys(given, kind)
         return None
     names = _SCALINGS[kind]
-    fields: dict[str, Any] = {"kind": kind, "factor": _number(given.pop("factor", None), "factor")}
-    if fields["factor"] < 1.0:
-        raise ValueError(f"factor must be at least 1; got factor={fields['factor']}.")
-    if "original_max_position_embeddings" in names:
-        given.setdefault("original_max_position_embeddings", max_len)
-    if kind == "yarn" and given.keys() >= {"mscale", "mscale_all_dim"}:
-        # Said by two others in place of itself, by models after DeepSeek-V2.
-        mscale, all_dim = (_number(given.pop(key), key) for key in ("mscale", "mscale_all_dim"))
-        if mscale and all_dim:
-            over, under = (0.1 * scale * math.log(fields["factor"]) + 1.0 for scale in (mscale, all_dim))
-            if over <= 0.0 or under <= 0.0:
-                raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {all_dim}.")
-            given.setdefault("attention_factor", over / under)
     missing = [key for key in ("low_freq_factor", "high_freq_factor") if key in names and key not in given]
     if missing:
         raise ValueError(f"rope_type={kind!r} must have {' and '.join(missing)}.")
-    for key, name in names.items():
-        if key in given:
-            fields[name] = _SCALING_FORMS.get(name, _number)(given.pop(key), key)
-    _refuse_keys(given, kind)
-    return RopeScaling(**fields)
+    if "original_max_position_embeddings" in names:
+        given.setdefault("original_max_position_embeddings", max_len)
+    fields: dict[str, Any] = {"kind": kind}
+    fields |= {name: _SCALING_FORMS.get(name, _number)(given[key], key) for key, name in names.items() if key in given}
+    if kind == "yarn" and "factor" in said and said["factor"] is None:
+        given["factor"] = _whole_number(max_len, "max_position_embeddings") / fields["original_max_len"]
+    factor = _number(given.get("factor"), "factor")
+    if factor < 1.0:
+        raise ValueError(f"factor must be at least 1; got factor={factor}.")
+    mscale, all_dim = (_number(given.get(key, 0), key) for key in ("mscale", "mscale_all_dim"))
+    if (
+        kind == "yarn" and mscale and all_dim
+    ):  # say the attention_factor in place of itself, in models after DeepSeek-V2
+        over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in (mscale, all_dim))
+        if over <= 0.0 or under <= 0.0:
+            raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {all_dim}.")
+        fields.setdefault("attention_factor", over / under)
+    return RopeScaling(factor=factor, **fields)
 
 
 def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -431,13 +459,6 @@ def _get(theirs: Mapping[str, Any], key: str, default: Any) -> Any:
     return theirs.get(key, default)
 
 
-def _object(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = theirs.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{key} must be an object or null; got {key}={quoted(value)}.")
-    return value or {}
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
@@ -461,8 +482,3 @@ def _true_or_false(value: Any, key: str) -> bool:
 
 
 _SCALING_FORMS: dict[str, Callable[[Any, str], Any]] = {"original_max_len": _whole_number, "truncate": _true_or_false}
-
-
-def _refuse_keys(left: Mapping[str, Any], kind: str) -> None:
-    if left:
-        raise ValueError(f"rope_type={quoted(kind)} must have no {quoted(sorted(left))}.")

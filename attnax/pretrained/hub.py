@@ -15,7 +15,9 @@ __all__ = ["find_folder"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # No format that can run code, no code, and not the same weights again for other programs.
 _FILES = [
-    *("config.json", "generation_config.json", "modules.json", "1_Pooling/config.json", ADAPTER),
+    *("config.json", "generation_config.json", ADAPTER),
+    *("modules.json", "1_Pooling/config.json", "2_Normalize/config.json", "sentence_*_config.json"),
+    "config_sentence_transformers.json",
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "preprocessor_config.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -50,6 +52,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(name, "there is no such folder.")
     try:
         import huggingface_hub  # of the extra
+        from huggingface_hub.errors import HTTPError  # of its HTTP library
     except ModuleNotFoundError as error:
         raise CheckpointError(
             name,
@@ -58,12 +61,12 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         # What is cached is not loaded again.
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    except Exception as error:  # its own, the system's, or those of the HTTP library that its version has
+    except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(name, _reason(name, revision, error)) from error
     if not any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
         try:
             names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        except Exception:  # as above: then it is not known what is there in their place
+        except (HTTPError, OSError, ValueError):  # then it is not known what is there in their place
             names = []
         config = folder / "config.json"
         raise no_tensors(name, names, read_object(config) if config.exists() else {}, WANTED)

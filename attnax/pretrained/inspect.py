@@ -23,7 +23,7 @@ from attnax.pretrained.fields import MOST_LAYERS
 from attnax.pretrained.foreign import QUANTISATION, find_adapter, find_quantised
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.safetensors import MAX_TENSORS
-from attnax.pretrained.sentence import read_pooling
+from attnax.pretrained.sentence import MODULES, read_pooling
 
 __all__ = ["Inspection", "find_family", "inspect_folder", "parameter_name", "parameter_shapes"]
 
@@ -116,7 +116,7 @@ def inspect_folder(folder: Path, dtype: Any = None, ignore: Collection[str] = ()
     with seen.noting():
         seen.theirs = read_object(where)
         seen.family = _likely_family(seen.theirs)
-        seen.family = find_family(seen.theirs, where)
+        seen.family = find_family(seen.theirs, where, encoder=(folder / MODULES).exists())
     with seen.noting():
         seen.theirs = _without(seen.theirs, ignore, seen.family, where)
     with seen.noting():
@@ -164,8 +164,14 @@ def _without(theirs: Mapping[str, Any], ignore: Collection[str], family: Family 
     return {key: value for key, value in theirs.items() if key not in ignore}
 
 
-def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
+def find_family(theirs: Mapping[str, Any], where: Path, *, encoder: bool = False) -> Family:
     """The family that a config.json names.
+
+    Args:
+        theirs: the config.json.
+        where: it is.
+        encoder: whether it is that of the encoder, whatever head its architecture has beside; as sentence-transformers
+            takes it. Without effect where no encoder has the model_type.
 
     Raises:
         CheckpointError: it names none.
@@ -175,12 +181,13 @@ def find_family(theirs: Mapping[str, Any], where: Path) -> Family:
     if not candidates:
         known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
         raise CheckpointError(where, f"model_type must be one of {known}; got model_type={quoted(kind)}.")
-    if not architectures:
-        return candidates[0]
+    encoders = [family for family in candidates if encoder and family.model is TransformerEncoder]
+    if encoders or not architectures:
+        return [*encoders, *candidates][0]
     for family in candidates:
-        if architectures == [family.architecture]:
+        if architectures in [[name] for name in (family.architecture, *family.aliases)]:
             return family
-    known = ", ".join(family.architecture for family in candidates)
+    known = ", ".join(name for family in candidates for name in (family.architecture, *family.aliases))
     raise CheckpointError(where, f"architectures must be one of {known}; got architectures={quoted(architectures)}.")
 
 
@@ -201,16 +208,38 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
         CheckpointError: the tensors are not those of the config.
     """
     config = family.adapt(seen.config, seen.theirs, checkpoint.tensors.keys())
-    config = seen.config = _with_dtype(config, _check_dtype(checkpoint, dtype))
+    _check_head(seen, family, config)
+    beside = family.beside(config, checkpoint.tensors) - set(family.repeats(config))
+    config = seen.config = _with_dtype(config, _check_dtype(checkpoint, beside, dtype))
     _check_counts(config, checkpoint)
     try:
         seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
     except ValueError as error:
         raise CheckpointError(checkpoint.folder / "config.json", str(error)) from error
     seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
+    checkpoint = seen.checkpoint = _with_embeddings(checkpoint, seen.bindings, family.repeats(config))
     problems = checkpoint.check(seen.expected, family.beside(config, checkpoint.tensors), family.tied)
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
+
+
+def _check_head(seen: Inspection, family: Family, config: ModelConfig) -> None:
+    """Raises CheckpointError where the files are those of a class without a head, and the embeddings are none."""
+    alias = next((name for name in family.aliases if seen.theirs.get("architectures") == [name]), None)
+    assert seen.checkpoint is not None
+    has_head = not seen.checkpoint.tensors.keys().isdisjoint(family.tied)
+    if alias is not None and not has_head and not getattr(stacks(config)[-1], "tie_embeddings", True):
+        problem = f"the files of this {alias} have no head, and the embeddings are not tied to be one"
+        raise CheckpointError(seen.folder / "config.json", f"{problem}; {family.architecture} must have one.")
+
+
+def _with_embeddings(checkpoint: Checkpoint, bindings: Sequence[Binding], repeats: Sequence[str]) -> Checkpoint:
+    """The checkpoint whose embeddings are a tensor that must repeat them, where they are not there themselves."""
+    tables = [binding.theirs[0] for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding")]
+    others = [name for name in repeats if name in checkpoint.tensors]
+    if not others or tables[0] in checkpoint.tensors:
+        return checkpoint
+    return checkpoint.rename(lambda name: tables[0] if name == others[0] else name)
 
 
 class _OneKey(nnx.Rngs):
@@ -227,10 +256,10 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
-def _check_dtype(checkpoint: Checkpoint, dtype: Any) -> str:
+def _check_dtype(checkpoint: Checkpoint, beside: set[str], dtype: Any) -> str:
     given, known = dtype, get_args(Dtype)
     try:
-        dtype = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
+        dtype = checkpoint.dtype(beside) if dtype is None else jnp.dtype(dtype)
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in known:

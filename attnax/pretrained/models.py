@@ -25,7 +25,7 @@ from attnax.pretrained.family import Binding, Family, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import inspect_folder, parameter_name, parameter_shapes
 from attnax.pretrained.safetensors import empty_aligned, same_data, write_tensors
-from attnax.pretrained.sentence import MODULES, write_pooling
+from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
 from attnax.pretrained.tokenizer_file import load_tokenizer
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def load_pretrained(
         revision: of a model on the hub: a branch, a tag or a commit; by default its main branch.
 
     Returns:
-        The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder of it where the
-        folder has the `modules.json` of sentence-transformers), and a `tokenizers.Tokenizer`, or None where the folder
-        has no `tokenizer.json`.
+        The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder where the folder
+        has the `modules.json` of sentence-transformers), whose `loaded_as` is the `model_type`; and a
+        `tokenizers.Tokenizer`, or None where the folder has no `tokenizer.json`. That of a SentenceEncoder cuts texts
+        and lowers their case as sentence-transformers does.
 
     Raises:
         CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
@@ -99,6 +100,8 @@ def load_pretrained(
     (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
     _check_tied(config, family, checkpoint, bindings)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if tokenizer is not None and pooling is not None:
+        fit_tokenizer(tokenizer, folder, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
     # The largest first: what is read last, beside all the others, is then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
@@ -107,6 +110,7 @@ def load_pretrained(
             arrays[name] = jax.device_put(value, where)  # transposes faster than NumPy does
     flat = [(path, variable.replace(arrays[parameter_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model.loaded_as = family.model_type  # static, so that copies and `nnx.split` keep it
     return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
 
 
@@ -118,8 +122,8 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Args:
         model: such as a TransformerLM, whether loaded or made here, if some family has a place for all that it is.
         folder: made if it is missing; files of these names in it are replaced.
-        family: a `model_type` of transformers to write it as, by default the first that has a place for all of it; one
-            that was loaded as a mistral may so become a llama, if that computes the same.
+        family: a `model_type` of transformers to write it as. By default that which it was loaded as (`loaded_as` of
+            the model, which copies keep), if it still has a place for all of it, or else the first that has.
 
     Raises:
         CheckpointError: no family, or not the given one, has a place for something in the model.
@@ -164,7 +168,9 @@ def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, A
     if not candidates:
         known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
         raise CheckpointError("save_pretrained", f"model must be one of {known}; got {name}.")
+    loaded_as = getattr(model, "loaded_as", None)
     named = [family for family in candidates if model_type in (None, family.model_type)]
+    named.sort(key=lambda family: family.model_type != loaded_as)
     if not named:
         known = ", ".join(family.model_type for family in candidates)
         raise CheckpointError("save_pretrained", f"family of a {name} must be one of {known}; got {model_type!r}.")

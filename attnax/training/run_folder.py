@@ -83,6 +83,11 @@ class RunOptions:
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
+        for part in (self, self.model, self.optimizer):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if type(value) is int and value >= 2**31 and field.name != "seed":
+                    raise InputError(f"--{field.name.replace('_', '-')} must be below 2 ** 31; got {value}.")
         if not 0.0 < self.held_out < 1.0:
             raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.checkpoint_every < 1:

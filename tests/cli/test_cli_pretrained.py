@@ -700,7 +700,10 @@ class TestInspect:
     def test_pooling_is_shown(self, show, tmp_path):
         folder = modify("bert", tmp_path)
         kinds = ("Transformer", "Pooling")
-        modules = [{"type": f"m.{kind}", "path": path} for kind, path in zip(kinds, ("", "1_Pooling"), strict=True)]
+        modules = [
+            {"type": f"sentence_transformers.models.{kind}", "path": path}
+            for kind, path in zip(kinds, ("", "1_Pooling"), strict=True)
+        ]
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))

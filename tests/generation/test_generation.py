@@ -449,6 +449,13 @@ def translator():
     return build(lambda rngs: Transformer(rngs, encoder=CONFIG, decoder=CONFIG))
 
 
+def test_sources_longer_than_max_len_are_read_where_positions_are_relative():
+    config = dataclasses.replace(CONFIG, pos_emb_type="relative", num_layers=1, max_len=5)
+    model, source = build(lambda rngs: Transformer(rngs, encoder=config, decoder=config)), np.arange(9)[None]
+    written = model.generate(source, 1, start_token=1)
+    assert written.tokens[0, 0] == nnx.jit(Transformer.__call__)(model, source, np.array([[1]]))[0, 0].argmax()
+
+
 SOURCE, SOURCE_REAL = prompt(2, 6), np.array([[True] * 6, [True, True, True, False, False, False]])
 
 

@@ -19,7 +19,7 @@ import tokenizers
 from flax import nnx
 from tiny import SEED, build
 
-from attnax import Transformer, TransformerLM, masks
+from attnax import Transformer, TransformerEncoder, TransformerLM, masks
 from attnax.models import SentenceEncoder, with_image_size
 from attnax.nn import with_scan_layers
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
@@ -30,6 +30,7 @@ from attnax.pretrained.layout import arrange, arranged_shape, reverse
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 BFLOAT16 = ("gemma", "llama3")
+KIND = ("model_type", "architectures")
 # Between them they have every kind of block, position, mask, mixture and head; the others say it in other names.
 DIFFERENT = (
     *("bert", "dinov2_registers", "distilbert_masked", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "llama3"),
@@ -146,7 +147,9 @@ def test_positions_at_other_image_sizes_are_the_same(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_what_was_read(name, tmp_path):
-    save_pretrained(load(name), tmp_path, family=config_of(name)["model_type"])
+    save_pretrained(load(name), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {key: config[key] for key in KIND} == {key: config_of(name)[key] for key in KIND}
     read, written = tensors_of(FOLDER / name), tensors_of(tmp_path)
     left_out = {"embeddings.mask_token"} & read.keys()
     assert read.keys() - left_out == written.keys()
@@ -159,7 +162,7 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
 @pytest.mark.contract
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_read_again(name, tmp_path):
-    save_pretrained(load(name), tmp_path, family=config_of(name)["model_type"])
+    save_pretrained(load(name), tmp_path)
     model, tokenizer = load_pretrained(tmp_path)
     assert tokenizer is None
     check_same(model, load(name))
@@ -316,7 +319,10 @@ def copy_with(name, folder, **fields):
     [
         ({"model_type": "llama5"}, "model_type must be one of llama, .*; got model_type='llama5'"),
         ({"model_type": ["llama"]}, "model_type must be one of"),
-        ({"architectures": ["LlamaForTokenClassification"]}, "architectures must be one of LlamaForCausalLM; got"),
+        (
+            {"architectures": ["LlamaForTokenClassification"]},
+            "architectures must be one of LlamaForCausalLM, LlamaModel, .*; got",
+        ),
         ({"shiny_new_trick": 7}, "shiny_new_trick=7 is no field of llama that is known here"),
         ({"hidden_size": "36"}, "hidden_size must be a whole number of at least 0 .*; got hidden_size='36'"),
         ({"hidden_size": None}, "hidden_size must be a whole number"),
@@ -349,10 +355,68 @@ def test_a_config_that_is_not_understood_is_refused_in_words(tmp_path, fields, p
         load_pretrained(copy_with("llama2", tmp_path, **fields))
 
 
-def test_two_names_of_the_rotary_positions_are_one_too_many(tmp_path):
+def test_two_names_of_the_rotary_positions_must_say_the_same(tmp_path):
     for name in ("llama2", "gemma3"):
-        with pytest.raises(CheckpointError, match="two names of one thing; got both"):
+        with pytest.raises(CheckpointError, match="must say the same where both are there; got rope_base"):
             load_pretrained(copy_with(name, tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}))
+
+
+LLAMA3_ROPE = dict(config_of("llama3")["rope_parameters"])
+YARN_ROPE = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 19}
+YARN_FACTOR = {"attention_factor": 0.1 * math.log(3.0) + 1.0}
+YARN_RATIO = {"attention_factor": (0.07 * math.log(3.0) + 1.0) / (0.04 * math.log(3.0) + 1.0)}
+DEFAULT_ROPE = {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [
+        ({"rope_parameters": {"rope_theta": 10000.0}, "rope_scaling": DEFAULT_ROPE}, {}),
+        (
+            {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": DEFAULT_ROPE, "rope_theta": 5.0},
+            {"rope_theta": 5.0},
+        ),
+        ({"rope_parameters": LLAMA3_ROPE, "rope_scaling": LLAMA3_ROPE}, {"rope_parameters": LLAMA3_ROPE}),
+        ({"rope_parameters": LLAMA3_ROPE, "rope_scaling": None}, {"rope_parameters": LLAMA3_ROPE}),
+        ({"rope_parameters": None, "rope_scaling": LLAMA3_ROPE}, {"rope_parameters": LLAMA3_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"mscale": 0.7} | YARN_FACTOR}, {"rope_scaling": YARN_ROPE | YARN_FACTOR}),
+        ({"rope_scaling": YARN_ROPE | {"mscale": 0.7}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"mscale_all_dim": 0.7}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0}}, {"rope_scaling": YARN_ROPE}),
+        (
+            {"rope_scaling": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.4}},
+            {"rope_scaling": YARN_ROPE | YARN_RATIO},
+        ),
+        ({"rope_scaling": YARN_ROPE | {"finetuned": True}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"low_freq_factor": 5.0, "beta_fast": None}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"type": "linear"}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"factor": None}}, {"rope_scaling": YARN_ROPE | {"factor": 67 / 19}}),
+        (
+            {"rope_scaling": YARN_ROPE, "original_max_position_embeddings": 31},
+            {"rope_scaling": YARN_ROPE | {"original_max_position_embeddings": 31}},
+        ),
+        ({"rope_scaling": LLAMA3_ROPE | {"beta_fast": 5.0} | YARN_FACTOR}, {"rope_scaling": LLAMA3_ROPE}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "truncate": False, "partial_rotary_factor": 1.0}},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        ({"rope_scaling": DEFAULT_ROPE | {"factor": 5.0}, "original_max_position_embeddings": 5}, {}),
+    ],
+)
+def test_what_is_said_of_rotary_positions_means_what_it_means_in_transformers(said, same):
+    plain = {key: value for key, value in config_of("llama2").items() if key != "rope_parameters"}
+    family = find_family(plain, Path("config.json"))
+    got, expected = (family.read_config(plain | fields, "config.json") for fields in (said, same))
+    assert got == expected
+
+
+def test_rope_scaling_beside_the_rotary_positions_of_each_kind_of_layer_is_that_of_global_ones():
+    config = config_of("gemma3")
+    family = find_family(config, Path("config.json"))
+    expected = family.read_config(config, "config.json")
+    for beside in ({"type": "linear", "factor": 2.5}, {"rope_theta": 3000.0}, {}):
+        more = {"rope_scaling": beside, "original_max_position_embeddings": 5}
+        assert family.read_config(config | more, "config.json") == expected
 
 
 def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
@@ -418,6 +482,40 @@ def test_poolers_and_old_names_of_bert_are_known(tmp_path):
     check_same(load_pretrained(tmp_path)[0], load("bert"))
 
 
+def test_a_file_of_bert_with_both_heads_is_a_masked_language_model(tmp_path):
+    copy_with("bert_masked", tmp_path, architectures=["BertForPreTraining"])
+    tensors = tensors_of(tmp_path)
+    tensors |= {
+        f"cls.seq_relationship.{part}": np.ones((2, 30)[: 3 - len(part) // 3], "f") for part in ("weight", "bias")
+    }
+    tensors["bert.pooler.dense.weight"] = np.ones((30, 30), "f")
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_same(load_pretrained(tmp_path)[0], load("bert_masked"))
+
+
+def test_files_without_a_head_are_read_where_it_is_tied(tmp_path):
+    copy_with("gpt2", tmp_path, architectures=["GPT2Model"])
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tmp_path).items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_same(load_pretrained(tmp_path)[0], load("gpt2"))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config_of("gpt2") | {"architectures": ["GPT2Model"], "tie_word_embeddings": False})
+    )
+    with pytest.raises(CheckpointError, match="this GPT2Model have no head, .* GPT2LMHeadModel must have one"):
+        load_pretrained(tmp_path)
+
+
+def test_buffers_that_an_index_does_not_name_are_known(tmp_path):
+    shutil.copytree(FOLDER / "llama3", tmp_path, dirs_exist_ok=True)
+    shard = min(tmp_path.glob("model-*.safetensors"))
+    tensors = safetensors.numpy.load_file(shard)
+    safetensors.numpy.save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, "f")}, shard)
+    check_same(load_pretrained(tmp_path)[0], load("llama3"))
+    safetensors.numpy.save_file(tensors | {"model.more": np.ones(5, "f")}, shard)
+    with pytest.raises(CheckpointError, match=r"'model.more' is float32\(5,\); no such tensor was expected"):
+        load_pretrained(tmp_path)
+
+
 def test_files_of_t5_from_before_version_5_are_read(tmp_path):
     """With an untied head tie_word_embeddings is false; the table may be there three times."""
     fields = {"tie_word_embeddings": False}
@@ -433,7 +531,8 @@ def test_files_of_t5_from_before_version_5_are_read(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="'lm_head.weight' is missing"):
         load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="'lm_head.weight' must repeat the embeddings"):
         load_pretrained(tmp_path)
@@ -444,6 +543,73 @@ def test_files_of_t5_from_before_version_5_are_read(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'decoder.embed_tokens.weight' must repeat the embeddings.* tensor\.$"):
         load_pretrained(tmp_path)
+
+
+def move(tensors, **names):
+    """The tensors, some of them by other names."""
+    return {names.get(name.replace(".", "_"), name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "other"),
+    [
+        ("t5_variant", "shared_weight", "decoder.embed_tokens.weight"),  # as Madlad-400 has it
+        ("t5_variant", "shared_weight", "encoder.embed_tokens.weight"),
+        ("t5", "shared_weight", "lm_head.weight"),
+        ("t5_encoder", "shared_weight", "encoder.embed_tokens.weight"),
+        ("gpt2", "transformer_wte_weight", "lm_head.weight"),
+        ("bert_masked", "bert_embeddings_word_embeddings_weight", "cls.predictions.decoder.weight"),
+    ],
+)
+def test_embeddings_are_read_by_the_name_of_a_tensor_that_is_tied_to_them(tmp_path, name, table, other):
+    shutil.copytree(FOLDER / name, tmp_path, dirs_exist_ok=True)
+    safetensors.numpy.save_file(move(tensors_of(tmp_path), **{table: other}), tmp_path / "model.safetensors")
+    check_same(load_pretrained(tmp_path)[0], load(name))
+
+
+def test_an_untied_head_is_not_read_as_embeddings(tmp_path):
+    shutil.copytree(FOLDER / "llama2", tmp_path, dirs_exist_ok=True)
+    tensors = tensors_of(tmp_path)
+    del tensors["model.embed_tokens.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'model.embed_tokens.weight' is missing"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("bert_masked", "BertModel"), ("vit_classes", "ViTModel")])
+def test_a_head_beside_an_encoder_is_not_read(tmp_path, name, encoder):
+    model, _ = load_pretrained(copy_with(name, tmp_path, architectures=[encoder]))
+    whole = load(name)
+    ours, theirs = (
+        dict(nnx.to_flat_state(nnx.state(each, nnx.Param))) for each in (model, getattr(whole, "encoder", whole))
+    )
+    heads = {path for path in theirs if path[0] == "head"}
+    assert ours.keys() == theirs.keys() - heads
+    assert all(np.array_equal(ours[path][...], theirs[path][...]) for path in ours)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_the_encoder_is_read_from_the_files_of_the_whole(tmp_path, name):
+    architecture = config_of(f"{name}_encoder")["architectures"]
+    encoder, _ = load_pretrained(copy_with(name, tmp_path, architectures=architecture))
+    whole = load(name)
+    assert type(encoder) is TransformerEncoder and encoder.config == whole.config.encoder
+    check_parameters(encoder, whole.encoder)
+
+
+def test_relative_positions_have_no_longest_sequence(tmp_path):
+    golden = outputs_of("t5_encoder")
+    model, _ = load_pretrained(copy_with("t5_encoder", tmp_path, n_positions=5))
+    check_outputs(run(model, golden), golden)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == 5
+
+
+def test_an_mt5_by_the_name_of_t5_is_refused(tmp_path):
+    """T5 would divide its logits by the root of the width."""
+    kind = {key: config_of("t5")[key] for key in KIND}
+    with pytest.raises(CheckpointError, match="tie_word_embeddings=True is of mT5.*Set model_type to 'mt5'"):
+        load_pretrained(copy_with("mt5_variant", tmp_path, **kind))
 
 
 def test_configs_of_t5_that_contradict_themselves_are_refused(tmp_path):
@@ -516,20 +682,111 @@ def test_sentences_are_pooled_as_sentence_transformers_does(tmp_path, pool, norm
         save_pretrained(model.encoder, tmp_path / "written")
 
 
+NEW_TYPES = ("base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling",
+             "base.modules.normalize.Normalize")  # fmt: skip
+NEW_MODULES = [
+    module | {"type": f"sentence_transformers.{name}"} for module, name in zip(MODULES, NEW_TYPES, strict=True)
+]
+NEW_TRANSFORMER = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+NEW_POOLING = {"embedding_dimension": 30, "pooling_mode": "mean", "include_prompt": True}
+
+
+def sentence_folder(folder, name="bert", modules=NEW_MODULES, pooling=NEW_POOLING, **files):
+    """A golden as version 6.2 of sentence-transformers writes it, with these JSON files besides."""
+    shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
+    for module in ("1_Pooling", "2_Normalize"):
+        (folder / module).mkdir(exist_ok=True)
+    for file, content in {"modules": modules, "1_Pooling/config": pooling, **files}.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("modules", "problem"),
+    ("pooling", "pool"),
     [
-        ({}, "must hold a JSON list; got a dict"),
-        ([1], "its modules must be Transformer, Pooling, Normalize"),
-        ([*MODULES, MODULES[2]], "its modules must be"),
-        ([MODULES[0], MODULES[1] | {"path": "../1_Pooling"}], "its modules must be .* second is in 1_Pooling"),
+        (NEW_POOLING, "mean"),
+        (NEW_POOLING | {"pooling_mode": ["cls"]}, "cls"),
+        ({"word_embedding_dimension": 30}, "mean"),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": False}, "mean"),
     ],
 )
-def test_other_modules_of_sentence_transformers_are_refused(tmp_path, modules, problem):
-    shutil.copytree(FOLDER / "bert", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
+def test_the_pool_of_sentences_is_that_of_sentence_transformers(tmp_path, pooling, pool):
+    said = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    files = {"sentence_bert_config": NEW_TRANSFORMER, "2_Normalize/config": said}
+    model, _ = load_pretrained(sentence_folder(tmp_path, pooling=pooling, **files))
+    assert (type(model), model.pool, model.normalize) == (SentenceEncoder, pool, True)
+
+
+@pytest.mark.parametrize("name", ["bert_masked", "roberta_masked", "xlm_roberta_masked", "distilbert_masked", "t5"])
+def test_sentences_are_those_of_the_encoder_whatever_its_head(tmp_path, name):
+    sentence_folder(tmp_path, name)
+    config = config_of(name) | {"architectures": ["AnyForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = tensors_of(tmp_path) | {"classifier.weight": np.ones((2, 30), "float16")}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    check_parameters(load_pretrained(tmp_path)[0].encoder, load(name).encoder)
+
+
+@pytest.mark.parametrize(
+    ("files", "cut"),
+    [
+        ({"sentence_bert_config": {"max_seq_length": 7, "do_lower_case": True}}, 7),
+        ({"sentence_roberta_config": {"max_seq_length": 7, "do_lower_case": True}}, 7),
+        ({"sentence_bert_config": {"do_lower_case": True}, "tokenizer_config": {"model_max_length": 7}}, 7),
+        ({"sentence_bert_config": {"max_seq_length": 999, "do_lower_case": True}}, 23),
+        ({"sentence_bert_config": {"do_lower_case": True}, "tokenizer_config": {"model_max_length": 10**30}}, 23),
+    ],
+)
+def test_texts_are_cut_and_lowered_as_sentence_transformers_does(tmp_path, files, cut):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.enable_truncation(3)
+    words.enable_padding(length=64)
+    sentence_folder(tmp_path, **files)
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_pretrained(tmp_path)[1]
+    assert [row.ids for row in tokenizer.encode_batch(["b", "B " * 30])] == [[1] + [0] * (cut - 1), [1] * cut]
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"modules": {}}, "must hold a JSON list; got a dict"),
+        ({"modules": [1]}, "its modules must be Transformer, Pooling, Normalize"),
+        ({"modules": [*MODULES, MODULES[2]]}, "its modules must be"),
+        (
+            {"modules": [MODULES[0], MODULES[1] | {"path": "../1_Pooling"}]},
+            "its modules must be .* second in 1_Pooling",
+        ),
+        (
+            {"modules": [MODULES[0] | {"type": "custom.Transformer"}, MODULES[1]]},
+            "got .'custom.Transformer', 'Pooling'",
+        ),
+        (
+            {"modules": [*MODULES[:2], {"path": "2_Dense", "type": "sentence_transformers.base.modules.dense.Dense"}]},
+            "its modules must be .*; got .'Transformer', 'Pooling', 'Dense'",
+        ),
+        (
+            {"pooling": NEW_POOLING | {"pooling_mode": ["mean", "max"]}},
+            "pooling_mode must be 'mean' or 'cls'; got .'mean",
+        ),
+        ({"pooling": {"pooling_mode_max_tokens": True}}, "pooling_mode must be 'mean' or 'cls'; got .'max'"),
+        ({"pooling": NEW_POOLING | {"pooling_mode": {}}}, "pooling_mode must be 'mean' or 'cls'; got"),
+        ({"pooling": NEW_POOLING | {"include_prompt": False}}, "include_prompt must be true; got include_prompt=False"),
+        ({"pooling": NEW_POOLING | {"more": 1}}, "more=1 is no field of a Pooling"),
+        ({"sentence_bert_config": NEW_TRANSFORMER | {"transformer_task": "fill-mask"}}, "transformer_task must be"),
+        ({"sentence_bert_config": {"modality_config": {"text": {}}}}, "modality_config must be"),
+        ({"2_Normalize/config": {"module_input_name": "token_embeddings"}}, "module_input_name must be 'sentence_emb"),
+    ],
+)
+def test_what_sentence_transformers_does_more_is_refused(tmp_path, files, problem):
     with pytest.raises(CheckpointError, match=problem):
-        load_pretrained(tmp_path)
+        load_pretrained(sentence_folder(tmp_path, **files))
 
 
 SIZES = {"vocab_size": 11, "d_model": 12, "num_heads": 3, "num_layers": 3, "d_ff": 20, "max_len": 16}
@@ -547,6 +804,21 @@ def test_a_model_is_written_as_the_family_that_has_a_place_for_all_of_it(tmp_pat
         read, _ = load_pretrained(tmp_path)
         assert read.config == dataclasses.replace(model.config, dropout_rate=0.0)
         check_parameters(read, model)
+
+
+def test_a_model_is_written_as_what_it_was_loaded_as_while_that_fits(tmp_path):
+    def written(model, **options):
+        save_pretrained(model, tmp_path, **options)
+        return json.loads((tmp_path / "config.json").read_text())["model_type"]
+
+    model, scan = load("mistral_variant"), nnx.jit(with_scan_layers, static_argnums=1)
+    for other in (nnx.merge(*nnx.split(model)), nnx.clone(model), copy.deepcopy(model), scan(model, True)):
+        assert written(other) == "mistral"
+    assert written(model, family="llama") == "llama"
+    other = nnx.clone(model)
+    other.config = dataclasses.replace(model.config, rope_fraction=4 / 6)
+    assert written(other) == "phi3"  # mistral rotates whole heads
+    assert written(SentenceEncoder(load("xlm_roberta"))) == "xlm-roberta"
 
 
 def test_layers_that_are_scanned_are_written_as_others(tmp_path):

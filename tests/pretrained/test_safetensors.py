@@ -192,8 +192,14 @@ def test_a_shard_is_a_bare_name_in_its_folder(tmp_path, file):
         open_checkpoint(folder, {})
 
 
+def test_a_tensor_of_a_shard_that_the_index_does_not_name_is_read(tmp_path):
+    write_shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x="ac", y="b", z="d")
+    assert sorted(open_checkpoint(tmp_path).tensors) == ["a", "b", "c"]
+
+
 def test_an_index_and_its_files_must_agree(tmp_path):
-    write_shards(tmp_path, {"a": "x.safetensors", "b": "x.safetensors", "z": "gone.safetensors"}, x="ac")
+    places = {"a": "x.safetensors", "b": "x.safetensors", "z": "gone.safetensors", "d": "y.safetensors"}
+    write_shards(tmp_path, places, x="ac", y="cd")
     (tmp_path / "torn.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path, {})

@@ -12,8 +12,8 @@ from attnax.pretrained.families.mixtral import MIXTRAL
 from attnax.pretrained.families.olmo2 import OLMO2
 from attnax.pretrained.families.phi3 import PHI3
 from attnax.pretrained.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from attnax.pretrained.families.roberta import ROBERTA, ROBERTA_MASKED
-from attnax.pretrained.families.t5 import T5, T5_ENCODER
+from attnax.pretrained.families.roberta import ROBERTA, ROBERTA_MASKED, XLM_ROBERTA, XLM_ROBERTA_MASKED
+from attnax.pretrained.families.t5 import MT5, MT5_ENCODER, T5, T5_ENCODER
 from attnax.pretrained.families.vit import DINOV2, DINOV2_REGISTERS, VIT, VIT_CLASSES
 
 __all__ = ["FAMILIES"]
@@ -37,6 +37,8 @@ FAMILIES = (
     BERT_MASKED,
     ROBERTA,
     ROBERTA_MASKED,
+    XLM_ROBERTA,
+    XLM_ROBERTA_MASKED,
     DISTILBERT,
     DISTILBERT_MASKED,
     VIT,
@@ -45,5 +47,7 @@ FAMILIES = (
     DINOV2_REGISTERS,
     T5,
     T5_ENCODER,
+    MT5,
+    MT5_ENCODER,
 )
 """In the order in which a family is looked for that a model can be written as."""

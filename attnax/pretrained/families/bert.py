@@ -54,6 +54,7 @@ RULES = (
 BERT_MASKED = Family(
     model_type="bert",
     architecture="BertForMaskedLM",
+    aliases=("BertForPreTraining",),
     model=MaskedLM,
     config=TransformerConfig,
     constants=CONSTANTS | {"tie_embeddings": True, "use_bias": (*BIASES, "head")},
@@ -87,7 +88,7 @@ BERT_MASKED = Family(
 
 
 def encoder_of(masked: Family, architecture: str) -> Family:
-    """The family without the head: its tensors have no prefix, and what they were trained with may be there beside."""
+    """The family without the head: its tensors have no prefix, and any head may be there beside."""
     rules = tuple(
         dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours))
         for rule in masked.rules
@@ -96,12 +97,14 @@ def encoder_of(masked: Family, architecture: str) -> Family:
     return dataclasses.replace(
         masked,
         architecture=architecture,
+        aliases=(),
         model=TransformerEncoder,
         constants={**masked.constants, "use_bias": BIASES, "tie_embeddings": False},
         fields=tuple(field for field in masked.fields if field.keys != ("tie_word_embeddings",)),
         harmless=(*masked.harmless, "tie_word_embeddings"),
         bases=tuple(reversed(masked.bases)),
         rules=rules,
+        body=masked.bases[:1],
     )
 
 

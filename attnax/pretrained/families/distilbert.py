@@ -12,6 +12,7 @@ DISTILBERT_MASKED = dataclasses.replace(
     BERT_MASKED,
     model_type="distilbert",
     architecture="DistilBertForMaskedLM",
+    aliases=(),
     constants={**BERT_MASKED.constants, "norm_eps": 1e-12},
     fields=(
         whole("vocab_size", "vocab_size"),

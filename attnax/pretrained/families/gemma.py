@@ -10,6 +10,7 @@ from attnax.pretrained.families.llama import ATTENTION, FIELDS, GATED_FEED_FORWA
 from attnax.pretrained.family import norm, within
 from attnax.pretrained.fields import (
     FULL,
+    ROPE_KEYS,
     SLIDING,
     Field,
     alternate_layers,
@@ -22,8 +23,9 @@ from attnax.pretrained.fields import (
     read_layer_types,
     read_rope,
     real,
-    refuse_both_ropes,
+    refuse_other_rope,
     rope,
+    rope_said,
     whole,
     write_rope_scaling,
 )
@@ -83,6 +85,7 @@ GEMMA = dataclasses.replace(
     LLAMA,
     model_type="gemma",
     architecture="GemmaForCausalLM",
+    aliases=("GemmaModel",),
     constants={**LLAMA.constants, "norm_offset": 1.0, "ff_activation": "geglu_tanh"},
     fields=(
         *_FIELDS,
@@ -103,6 +106,7 @@ GEMMA2 = dataclasses.replace(
     GEMMA,
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
+    aliases=("Gemma2Model",),
     constants={**GEMMA.constants, "norm_placement": "sandwich"},
     fields=(
         *_GEMMA2_FIELDS,
@@ -140,14 +144,16 @@ def _local_and_global() -> Field:
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         types = read_layer_types(theirs, every_sixth)
-        said = theirs.get("rope_parameters") or {FULL: theirs.get("rope_scaling")}  # as transformers 5 and 4 write it
-        refuse_both_ropes(theirs.get("rope_parameters"), theirs.get("rope_scaling"))
-        if not isinstance(said, dict) or any(not isinstance(value, dict | None) for value in said.values()):
+        said, older = (rope_said(theirs, key) for key in ("rope_parameters", "rope_scaling"))  # of transformers 5 and 4
+        if any(not isinstance(value, dict | None) for value in said.values()):
             raise ValueError(f"rope_parameters must be an object of objects; got {quoted(said)}.")
         if said.keys() - {FULL, SLIDING}:
             raise ValueError(f"rope_parameters must be those of {FULL} and {SLIDING}; got {quoted(list(said))}.")
         longest = theirs.get("max_position_embeddings")
-        full = read_rope(said.get(FULL) or {}, theirs.get("rope_theta", 1e6), longest)
+        plain, base = said.get(FULL) or {}, theirs.get("rope_theta", 1e6)
+        full = read_rope({**plain, **older}, base, longest)
+        if said and older:
+            refuse_other_rope(full, read_rope(plain, base, longest))
         local = read_rope(said.get(SLIDING) or {}, theirs.get("rope_local_base_freq", 1e4), longest)
         return layer_fields([full if kind == FULL else local | window.read(theirs) for kind in types])
 
@@ -167,14 +173,15 @@ def _local_and_global() -> Field:
             },
         }
 
-    keys = ("layer_types", "num_hidden_layers", "sliding_window", "sliding_window_pattern", "max_position_embeddings")
-    return Field((*keys, "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"), read, write)
+    keys = ("layer_types", "num_hidden_layers", "sliding_window", "sliding_window_pattern", *ROPE_KEYS)
+    return Field((*keys, "rope_theta", "rope_local_base_freq"), read, write)
 
 
 GEMMA3 = dataclasses.replace(
     GEMMA2,
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    aliases=("Gemma3TextModel",),
     constants={**GEMMA2.constants, "qk_norm": "head"},
     fields=(
         *_GEMMA2_FIELDS,

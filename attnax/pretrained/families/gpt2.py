@@ -37,6 +37,7 @@ def _scale() -> Field:
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    aliases=("GPT2Model", "GPT2DoubleHeadsModel"),
     model=TransformerLM,
     config=TransformerConfig,
     constants={"norm_type": "layer", "pos_emb_type": "learned", "dropout_rate": 0.0},
@@ -75,5 +76,9 @@ GPT2 = Family(
         *norm("{base}ln_f", "decoder.norm"),
         Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),
     ),
-    buffers=("attn.bias", "attn.masked_bias"),
+    # What chooses between texts is not read.
+    buffers=(
+        *("attn.bias", "attn.masked_bias"),
+        *("multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias"),
+    ),
 )

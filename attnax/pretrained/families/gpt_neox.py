@@ -12,6 +12,7 @@ GPT_NEOX = dataclasses.replace(
     LLAMA,
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
+    aliases=("GPTNeoXModel",),
     constants={**LLAMA.constants, "norm_type": "layer"},
     fields=(
         *(field for field in FIELDS if field.keys not in (("num_key_value_heads",), ("rms_norm_eps",))),

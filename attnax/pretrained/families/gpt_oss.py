@@ -15,6 +15,7 @@ GPT_OSS = dataclasses.replace(
     LLAMA,
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
+    aliases=("GptOssModel",),
     constants={**LLAMA.constants, "attention_sinks": True, "ff_activation": "swiglu_clipped"},
     fields=(
         *FIELDS,

@@ -70,6 +70,7 @@ def experts(mixture: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    aliases=("LlamaModel", "LLaMAForCausalLM"),
     model=TransformerLM,
     config=TransformerConfig,
     constants={"norm_type": "rms", "pos_emb_type": "rope", "dropout_rate": 0.0},

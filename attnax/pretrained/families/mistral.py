@@ -11,6 +11,7 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
+    aliases=("MistralModel",),
     fields=(
         *FIELDS,
         whole("head_dim", "head_dim", None),

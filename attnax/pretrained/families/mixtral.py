@@ -12,6 +12,7 @@ MIXTRAL = dataclasses.replace(
     MISTRAL,
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    aliases=("MixtralModel",),
     fields=(
         *FIELDS,
         whole("head_dim", "head_dim", None),

@@ -12,6 +12,7 @@ OLMO2 = dataclasses.replace(
     LLAMA,
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
+    aliases=("Olmo2Model",),
     constants={**LLAMA.constants, "norm_placement": "branch", "qk_norm": "projection"},
     fields=(
         *FIELDS,

@@ -12,6 +12,7 @@ PHI3 = dataclasses.replace(
     LLAMA,
     model_type="phi3",
     architecture="Phi3ForCausalLM",
+    aliases=("Phi3Model",),
     fields=(
         *FIELDS,
         whole("sliding_window", "attention_window", None),
@@ -21,7 +22,7 @@ PHI3 = dataclasses.replace(
         biases(),
         only("attention_bias", False),
     ),
-    harmless=("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"),
+    harmless=("resid_pdrop", "embd_pdrop"),
     rules=(
         *within(
             "{base}layers.{layer}",

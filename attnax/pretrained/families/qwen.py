@@ -45,6 +45,7 @@ QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    aliases=("Qwen2Model",),
     fields=(*_FIELDS, biases(always=("query", "key", "value"))),
     harmless=("use_mrope",),
 )
@@ -54,6 +55,7 @@ QWEN3 = dataclasses.replace(
     LLAMA,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    aliases=("Qwen3Model",),
     constants={**LLAMA.constants, "qk_norm": "head"},
     fields=(*_FIELDS, *_QWEN3_FIELDS),
     harmless=(),
@@ -112,6 +114,7 @@ QWEN3_MOE = dataclasses.replace(
     QWEN3,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    aliases=("Qwen3MoeModel",),
     fields=(
         *(field for field in FIELDS if field.keys != ("intermediate_size",)),
         _sparse_layers(),

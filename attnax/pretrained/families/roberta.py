@@ -1,4 +1,4 @@
-"""RoBERTa: BERT whose positions are counted from the row after that of the padding token."""
+"""RoBERTa and XLM-RoBERTa: BERT whose positions are counted from the row after that of the padding token."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from attnax.pretrained.families.bert import BERT_MASKED, FIELDS, HARMLESS, RULES
 from attnax.pretrained.family import Rule, linear, norm
 from attnax.pretrained.fields import PLAIN, Field, choice, only, whole
 
-__all__ = ["ROBERTA", "ROBERTA_MASKED"]
+__all__ = ["ROBERTA", "ROBERTA_MASKED", "XLM_ROBERTA", "XLM_ROBERTA_MASKED"]
 
 
 def _positions() -> Field:
@@ -34,6 +34,7 @@ ROBERTA_MASKED = dataclasses.replace(
     BERT_MASKED,
     model_type="roberta",
     architecture="RobertaForMaskedLM",
+    aliases=(),
     constants={**BERT_MASKED.constants, "ff_activation": "gelu"},
     fields=(
         *FIELDS,
@@ -58,3 +59,5 @@ ROBERTA = encoder_of(
     ),
     "RobertaModel",
 )
+XLM_ROBERTA_MASKED = dataclasses.replace(ROBERTA_MASKED, model_type="xlm-roberta", architecture="XLMRobertaForMaskedLM")
+XLM_ROBERTA = dataclasses.replace(ROBERTA, model_type="xlm-roberta", architecture="XLMRobertaModel")

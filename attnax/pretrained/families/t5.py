@@ -1,4 +1,4 @@
-"""T5, its versions 1.1 and Flan: the encoder-decoder, and its encoder alone."""
+"""T5, its versions 1.1 and Flan, and mT5: the encoder-decoder, and its encoder alone."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from attnax.pretrained.errors import quoted
 from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
 from attnax.pretrained.fields import Field, choice, only, pad_token, real, unread, whole
 
-__all__ = ["T5", "T5_ENCODER"]
+__all__ = ["MT5", "MT5_ENCODER", "T5", "T5_ENCODER"]
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -32,13 +32,13 @@ CONSTANTS: dict[str, Any] = {
 }
 
 
-def _feed_forward() -> Field:
+def _feed_forward(default: str) -> Field:
     """`feed_forward_proj`, and what transformers writes beside to say the same."""
-    name = choice("feed_forward_proj", "ff_activation", ACTIVATIONS, "relu")
+    name = choice("feed_forward_proj", "ff_activation", ACTIVATIONS, default)
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         ours = name.read(theirs)
-        gate, _, function = theirs.get("feed_forward_proj", "relu").rpartition("-")
+        gate, _, function = theirs.get("feed_forward_proj", default).rpartition("-")
         function = "gelu_new" if (gate, function) == ("gated", "gelu") else function
         for key, implied in (("dense_act_fn", function), ("is_gated_act", gate == "gated")):
             if theirs.get(key, implied) != implied:
@@ -50,20 +50,27 @@ def _feed_forward() -> Field:
     return Field((*name.keys, "dense_act_fn", "is_gated_act"), read, name.write)
 
 
-FIELDS = (
-    whole("vocab_size", "vocab_size", 32128),
-    whole("d_model", "d_model", 512),
-    dataclasses.replace(whole("d_kv", "head_dim", 64), write=lambda config: {"d_kv": config.head_size}),
-    whole("d_ff", "d_ff", 2048),
-    whole("num_layers", "num_layers", 6),
-    whole("num_heads", "num_heads", 8),
-    whole("relative_attention_num_buckets", "relative_buckets", 32),
-    whole("relative_attention_max_distance", "relative_max_distance", 128),
-    real("layer_norm_epsilon", "norm_eps", 1e-6),
-    whole("n_positions", "max_len", 512),
-    _feed_forward(),
-    pad_token(),
-)
+def _fields(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, feed_forward: str) -> tuple[Field, ...]:
+    """The fields of an encoder, with defaults."""
+    return (
+        whole("vocab_size", "vocab_size", vocab_size),
+        whole("d_model", "d_model", 512),
+        dataclasses.replace(whole("d_kv", "head_dim", 64), write=lambda config: {"d_kv": config.head_size}),
+        whole("d_ff", "d_ff", d_ff),
+        whole("num_layers", "num_layers", num_layers),
+        whole("num_heads", "num_heads", num_heads),
+        whole("relative_attention_num_buckets", "relative_buckets", 32),
+        whole("relative_attention_max_distance", "relative_max_distance", 128),
+        real("layer_norm_epsilon", "norm_eps", 1e-6),
+        whole("n_positions", "max_len", 512),  # no limit, since positions are relative
+        _feed_forward(feed_forward),
+        pad_token(),
+    )
+
+
+FIELDS = _fields(32128, 2048, 6, 8, "relu")
+MT5_FIELDS = _fields(250112, 1024, 8, 6, "gated-gelu")
+_EMBEDDINGS = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 HARMLESS = ("dropout_rate", "output_past")
 
 
@@ -72,23 +79,29 @@ def _num_decoder_layers() -> Field:
     return Field(depth.keys, depth.read, lambda config: {"num_decoder_layers": config.decoder.num_layers})
 
 
-def _head() -> Field:
-    """Whether the head is tied, and whether its logits are divided by the root of the width."""
-    keys = ("tie_word_embeddings", "scale_decoder_outputs")
+def _head(*, scales: bool) -> Field:
+    """Whether the head is tied, and whether its logits are divided by the root of the width if `scales`."""
+    keys = ("tie_word_embeddings", "scale_decoder_outputs") if scales else ("tie_word_embeddings",)
 
     def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
         tied = theirs.get("tie_word_embeddings", True)
-        said = {"tied": tied, "scaled": theirs.get("scale_decoder_outputs", tied)}
-        for key, value in zip(keys, said.values(), strict=True):
+        said = {"tied": tied, "scaled": scales and theirs.get("scale_decoder_outputs", tied)}
+        for key, value in zip(keys, said.values(), strict=False):
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
+        if scales and "tie_word_embeddings" in theirs and tied and "scale_decoder_outputs" not in theirs:
+            raise ValueError(
+                "tie_word_embeddings=True is of mT5 where scale_decoder_outputs is not there. Set model_type to 'mt5', "
+                "with an architecture of mT5, or scale_decoder_outputs: true for T5, false for version 1.1 and later."
+            )
         return said
 
     def write(config: EncoderDecoderConfig) -> dict[str, Any]:
-        scales = {1.0: False, config.decoder.d_model**-0.5: True}
-        if config.decoder.logit_scale not in scales:
-            raise ValueError(f"logit_scale must be 1 or d_model ** -0.5; got logit_scale={config.decoder.logit_scale}.")
-        return dict(zip(keys, (config.decoder.tie_embeddings, scales[config.decoder.logit_scale]), strict=True))
+        scaled = {1.0: False} | ({config.decoder.d_model**-0.5: True} if scales else {})
+        if config.decoder.logit_scale not in scaled:
+            known = "1 or d_model ** -0.5" if scales else "1"
+            raise ValueError(f"logit_scale must be {known}; got logit_scale={config.decoder.logit_scale}.")
+        return dict(zip(keys, (config.decoder.tie_embeddings, scaled[config.decoder.logit_scale]), strict=False))
 
     return Field(keys, read, write)
 
@@ -111,7 +124,8 @@ def _pair(*, num_decoder_layers: int | None, tied: bool, scaled: bool, **fields:
 
 def _untie(config: EncoderDecoderConfig, theirs: Mapping[str, Any], names: Collection[str]) -> EncoderDecoderConfig:
     """Files of transformers 5 say tie_word_embeddings=true in any case; they hold a head where it is not."""
-    if "scale_decoder_outputs" not in theirs or "lm_head.weight" not in names:
+    is_new = "scale_decoder_outputs" in theirs or theirs.get("model_type") == "mt5"
+    if not is_new or "lm_head.weight" not in names or _EMBEDDINGS.isdisjoint(names):
         return config
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False))
 
@@ -159,10 +173,11 @@ DECODER = (
 T5 = Family(
     model_type="t5",
     architecture="T5ForConditionalGeneration",
+    aliases=("T5Model", "T5WithLMHeadModel"),
     model=Transformer,
     config=_pair,
     constants=CONSTANTS,
-    fields=(*map(_of_encoder, FIELDS), _num_decoder_layers(), _head(), only("is_encoder_decoder", True)),
+    fields=(*map(_of_encoder, FIELDS), _num_decoder_layers(), _head(scales=True), only("is_encoder_decoder", True)),
     harmless=HARMLESS,
     rules=(*ENCODER, *DECODER),
     # Of the first version's files; nothing reads it.
@@ -182,6 +197,25 @@ T5_ENCODER = Family(
     rules=tuple(
         dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours)) for rule in ENCODER
     ),
+    body=("encoder.", "shared."),
     tied=(),
     repeated=("encoder.embed_tokens.weight",),
+)
+MT5 = dataclasses.replace(
+    T5,
+    model_type="mt5",
+    architecture="MT5ForConditionalGeneration",
+    aliases=("MT5Model",),
+    fields=(
+        *map(_of_encoder, MT5_FIELDS),
+        _num_decoder_layers(),
+        _head(scales=False),
+        only("is_encoder_decoder", True),
+    ),
+)
+MT5_ENCODER = dataclasses.replace(
+    T5_ENCODER,
+    model_type="mt5",
+    architecture="MT5EncoderModel",
+    fields=(*MT5_FIELDS, unread("is_encoder_decoder")),
 )

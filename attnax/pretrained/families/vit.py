@@ -50,6 +50,7 @@ VIT = Family(
     ),
     harmless=(*_HARMLESS, "encoder_stride", "pooler_output_size", "pooler_act"),
     bases=("", "vit."),
+    body=("vit.",),
     rules=(
         *_EMBEDDINGS,
         *within(
@@ -85,6 +86,7 @@ VIT_CLASSES = dataclasses.replace(
     architecture="ViTForImageClassification",
     fields=(*VIT.fields, _classes()),
     bases=("vit.", ""),
+    body=(),
     rules=(*VIT.rules, *linear("classifier", "head")),
 )
 
@@ -134,6 +136,7 @@ DINOV2_REGISTERS = dataclasses.replace(
         *("apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices"),
     ),
     bases=("", "dinov2_with_registers."),
+    body=("dinov2_with_registers.",),
     rules=(
         *_EMBEDDINGS,
         Rule("{base}embeddings.register_tokens", ("registers",), "1 T D -> T D"),
@@ -159,4 +162,5 @@ DINOV2 = dataclasses.replace(
     constants=VIT.constants,
     fields=DINOV2_REGISTERS.fields[:-1],
     bases=("", "dinov2."),
+    body=("dinov2.",),
 )
