@@ -91,6 +91,9 @@ def _start(options: Train) -> _Session:
     """Everything that can be refused is looked at before the run folder is made."""
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"{options.out} exists already; nothing was overwritten. Name another --out.")
+    for name in ("dtype", "param_dtype"):
+        if getattr(options.model, name) == "float64" and not jax.config.read("jax_enable_x64"):
+            raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     corpus = _read(options.data, options.held_out)
     texts = _texts(corpus.train)
     tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else train_bpe(texts, options.model.vocab_size)

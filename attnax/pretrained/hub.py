@@ -52,7 +52,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(name, "there is no such folder.")
     try:
         import huggingface_hub  # of the extra
-        from huggingface_hub.errors import HTTPError  # of its HTTP library
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library, whichever
     except ModuleNotFoundError as error:
         raise CheckpointError(
             name,

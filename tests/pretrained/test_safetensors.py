@@ -194,7 +194,7 @@ def test_a_shard_is_a_bare_name_in_its_folder(tmp_path, file):
 
 def test_a_tensor_of_a_shard_that_the_index_does_not_name_is_read(tmp_path):
     write_shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x="ac", y="b", z="d")
-    assert sorted(open_checkpoint(tmp_path).tensors) == ["a", "b", "c"]
+    assert sorted(open_checkpoint(tmp_path, {}).tensors) == ["a", "b", "c"]
 
 
 def test_an_index_and_its_files_must_agree(tmp_path):
