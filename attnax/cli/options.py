@@ -32,8 +32,8 @@ class Train(RunOptions):
 class Generate:
     """Continue a prompt with a trained model, streaming the text as it is, codes that a terminal obeys included.
 
-    What is not given is as the generation_config.json of a published checkpoint says. A flag of drawing draws, though it
-    says otherwise: --temperature, --top-k, --top-p, --min-p, --seed or --num-samples.
+    What is not given is as the generation_config.json of a published checkpoint says. A flag of drawing draws, whatever
+    that says: --temperature, --top-k, --top-p, --min-p, --seed or --num-samples.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and
@@ -43,8 +43,8 @@ class Generate:
         temperature: 0 always takes the likeliest token, 1 samples the model's own distribution. By default 0.8 where no
             file says how to draw.
         top_k: sample from the k likeliest tokens only.
-        top_p: sample from the likeliest tokens that reach this probability together. By default 0.95 where no file says how
-            to draw.
+        top_p: sample from the likeliest tokens that reach this probability together. By default 0.95 where no file says
+            how to draw.
         min_p: sample from the tokens that are at least so many times as likely as the likeliest.
         repetition_penalty: above 1, tokens that stand in the text, prompt included, become less likely.
         presence_penalty: subtracted from the logits of tokens that were written.

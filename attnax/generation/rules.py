@@ -20,13 +20,13 @@ class TokenRules:
     Attributes:
         bad_words: (K, n) sequences of tokens that do not stand in the text, prompt included; they stand right, after
             fillers of -1.
-        end_tokens: (E,) that do not follow before `min_new_tokens` were written.
+        end_tokens: (M,) that do not follow before `min_new_tokens` were written.
         min_new_tokens: an integer.
         forced_first: the token that is written first.
-        forced_last: (L,) one of which is written last, where `max_new_tokens` is reached.
+        forced_last: (N,) one of which is written last, where `max_new_tokens` is reached.
         max_new_tokens: an integer.
         suppress_tokens: (S,) that never follow.
-        begin_suppress_tokens: (S,) that do not follow when `begin_index` tokens are written.
+        begin_suppress_tokens: (T,) that do not follow when `begin_index` tokens are written.
         begin_index: an integer, 0 for the first token.
 
     Example:
@@ -40,13 +40,13 @@ class TokenRules:
     """
 
     bad_words: Int[ArrayLike, "K n"] | None = None
-    end_tokens: Int[ArrayLike, "E"] | None = None
+    end_tokens: Int[ArrayLike, "M"] | None = None
     min_new_tokens: Int[ArrayLike, ""] | int = 0
     forced_first: Int[ArrayLike, ""] | int | None = None
-    forced_last: Int[ArrayLike, "L"] | None = None
+    forced_last: Int[ArrayLike, "N"] | None = None
     max_new_tokens: Int[ArrayLike, ""] | int = 0
     suppress_tokens: Int[ArrayLike, "S"] | None = None
-    begin_suppress_tokens: Int[ArrayLike, "S"] | None = None
+    begin_suppress_tokens: Int[ArrayLike, "T"] | None = None
     begin_index: Int[ArrayLike, ""] | int = 0
 
     def __call__(self, logits: Float[Array, "R V"], text: Text) -> Float[Array, "R V"]:
@@ -74,8 +74,8 @@ class TokenRules:
         return logits
 
 
-def _among(tokens: Int[ArrayLike, "K"], size: int) -> Bool[Array, "V"]:
-    return jnp.zeros(size, bool).at[tokens].set(True, mode="drop")
+def _among(tokens: Int[ArrayLike, "M"], size: int) -> Bool[Array, "1 V"]:
+    return jnp.zeros((1, size), bool).at[0, tokens].set(True, mode="drop")
 
 
 def _completed(text: Text, sequences: Int[Array, "K n"], size: int) -> Bool[Array, "R V"]:

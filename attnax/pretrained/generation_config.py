@@ -28,7 +28,7 @@ _EARLY_STOPPING: dict[Any, EarlyStopping] = {False: "heuristic", True: "first", 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How a checkpoint is to write: what its `generation_config.json` says, with the names and defaults of transformers.
+    """How a checkpoint is to write: what its `generation_config.json` says, in names and with defaults of transformers.
 
     `dataclasses.replace` changes a setting.
 
@@ -267,7 +267,7 @@ def _settings(path: Path, theirs: Mapping[str, Any], beside: GenerationSettings)
         rule, read = _READERS[key]
         try:
             said[key] = read(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{key} must be {rule}; got {key}={quoted(value)}.")
     if problems:
         raise CheckpointError(path, problems)
@@ -399,7 +399,7 @@ _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bos_token_id": ("one token", _one_token),
     "decoder_start_token_id": ("one token", _one_token),
 }
-"""What a value must be, and what reads it: ValueError or TypeError for another."""
+"""What a value must be, and what reads it, or raises for another."""
 
 _TOKENS = ("eos_token_id", "bos_token_id", "decoder_start_token_id")
 
