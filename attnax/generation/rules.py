@@ -33,7 +33,7 @@ class TokenRules:
         >>> import jax.numpy as jnp
         >>> from attnax import Sampler
         >>> from attnax.generation import Text, TokenRules
-        >>> sampler = Sampler(logits_fn=TokenRules(suppress_tokens=jnp.array([3, 1])))
+        >>> sampler = Sampler(temperature=None, logits_fn=TokenRules(suppress_tokens=jnp.array([3, 1])))
         >>> text = Text.of_prompt(jnp.array([[2]]), jnp.array([[0]]), 8)
         >>> sampler(jnp.array([[0.0, 1.0, 2.0, 3.0]]), None, text).tolist()
         [2]

@@ -179,7 +179,7 @@ class GenerationSettings:
         Raises:
             InputError: tokens that must follow are not among the `vocab_size`.
         """
-        begins = length == 1 and self.forced_bos_token_id is not None
+        first = self.forced_bos_token_id if length == 1 else None
         for key in ("forced_bos_token_id", "forced_eos_token_id"):
             if any(token >= vocab_size for token in _listed(getattr(self, key))):
                 raise InputError(f"{key} must be below vocab_size={vocab_size}; got {key}={getattr(self, key)}.")
@@ -192,14 +192,17 @@ class GenerationSettings:
             rules["bad_words"] = np.asarray([[-1] * (longest - len(word)) + list(word) for word in words], np.int32)
         if ends and least:
             rules |= {"end_tokens": _array(ends), "min_new_tokens": np.int32(least)}
-        if begins:
-            rules["forced_first"] = np.int32(self.forced_bos_token_id)
+        if first is not None:
+            rules["forced_first"] = np.int32(first)
         if self.forced_eos_token_id:
             rules |= {"forced_last": _array(self.forced_eos_token_id), "max_new_tokens": np.int32(max_new_tokens)}
         if self.suppress_tokens:
             rules["suppress_tokens"] = _array(self.suppress_tokens)
         if self.begin_suppress_tokens:
-            rules |= {"begin_suppress_tokens": _array(self.begin_suppress_tokens), "begin_index": np.int32(begins)}
+            rules |= {
+                "begin_suppress_tokens": _array(self.begin_suppress_tokens),
+                "begin_index": np.int32(first is not None),
+            }
         bias = {token: value for token, value in self.sequence_bias if token < vocab_size}
         return {"logit_bias": bias or None, "logits_fn": TokenRules(**rules) if rules else None}
 
