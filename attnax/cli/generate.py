@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from attnax.cli.options import Generate
+from attnax.cli.terminal import printable
 from attnax.config import AttentionType, Dtype
 from attnax.generation import Sampler
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
@@ -23,10 +24,15 @@ MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published m
 def generate(options: Generate) -> int:
     """Runs the command; the text goes to standard output as it is drawn, or when it is whole."""
     text = open_text_model(options.folder, options.dtype)
+    options = options.settle(text.settings)
+    assert options.seed is not None and options.num_samples is not None
+    complaint = text.settings.complaint()
+    if complaint is not None:
+        print(f"attnax: {printable(f'{options.folder}: {complaint}')}", file=sys.stderr)
     draft = None if options.draft is None else _open_draft(options, text)
     _check_model(options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
-    sampler = _make_sampler(options, text.config.vocab_size)
+    sampler = _make_sampler(options, text, ids, room)
     how = _how(options, text, room)
     prompt = _encode(options.prompt).decode("utf-8", "replace") if text.goes_on else ""
 
@@ -153,11 +159,14 @@ def _read_prompt(
             f"--max-new-tokens {max_new_tokens} is too many: after the prompt's {taken} tokens the {owner}'s "
             f"context of {context} has room for {room}."
         )
-    return ids, max_new_tokens or min(room, MOST_NEW_TOKENS)
+    if max_new_tokens is None:
+        max_new_tokens = min(room, MOST_NEW_TOKENS, text.settings.room(taken) or room)
+    return ids, max_new_tokens
 
 
-def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
+def _make_sampler(options: Generate, text: TextModel, ids: list[int], room: int) -> Sampler:
     """Raises InputError for a number that is out of range once it is a float32."""
+    size = text.config.vocab_size
     draws: dict[str, Any] = {}  # a beam search draws nothing
     if options.beams is None:
         draws = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
@@ -168,7 +177,8 @@ def _make_sampler(options: Generate, vocab_size: int) -> Sampler:
             presence_penalty=options.presence_penalty,
             frequency_penalty=options.frequency_penalty,
             no_repeat_ngram=options.no_repeat_ngram,
-        ).as_arrays(vocab_size)
+            **text.settings.constraints(size, len(text.begin(ids)), room),
+        ).as_arrays(size)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -197,6 +207,7 @@ def _sample(
     sampler: Sampler,
     how: dict[str, Any],
 ) -> list[list[int]]:
+    assert options.seed is not None
     written = text.model.generate(
         prompt_array(ids),
         sampler=sampler,
@@ -214,9 +225,8 @@ def _search(
 ) -> list[list[int]]:
     """The best texts of a beam search, the best first."""
     assert options.beams is not None
-    found = text.model.beam_search(
-        prompt_array(ids), num_beams=options.beams, length_penalty=options.length_penalty, sampler=sampler, **how
-    )
+    search = text.settings.search() | {"length_penalty": options.length_penalty}
+    found = text.model.beam_search(prompt_array(ids), num_beams=options.beams, sampler=sampler, **search, **how)
     return _rows(found.tokens[0], found.lengths[0])[: options.num_samples]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from attnax.training.run_folder import RunOptions, check_seed
 from attnax.typing import InputError
+
+if TYPE_CHECKING:
+    from attnax.pretrained.generation_config import GenerationSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,24 +52,29 @@ class Train(RunOptions):
 class Generate:
     """Continue a prompt with a trained model, streaming the text as it is, codes that a terminal obeys included.
 
+    What is not given is as the generation_config.json of a published checkpoint says. A flag of drawing draws, whatever
+    that says: --temperature, --top-k, --top-p, --min-p, --seed or --num-samples.
+
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and
             tokenizer.json as Hugging Face publishes them.
         prompt: text to continue, or for an encoder-decoder to read. By default the model starts a text of its own.
         max_new_tokens: tokens to write at most. By default what fits into the model's context, but not above 4096.
-        temperature: 0 always takes the likeliest token, 1 samples the model's own distribution.
+        temperature: 0 always takes the likeliest token, 1 samples the model's own distribution. By default 0.8 where no
+            file says how to draw.
         top_k: sample from the k likeliest tokens only.
-        top_p: sample from the likeliest tokens that reach this probability together.
+        top_p: sample from the likeliest tokens that reach this probability together. By default 0.95 where no file says
+            how to draw.
         min_p: sample from the tokens that are at least so many times as likely as the likeliest.
         repetition_penalty: above 1, tokens that stand in the text, prompt included, become less likely.
         presence_penalty: subtracted from the logits of tokens that were written.
         frequency_penalty: subtracted once for each time that a token was written.
         no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included.
         stop: a string that ends the text and is not printed; give the flag once for each.
-        seed: of the sampling.
-        num_samples: texts to write, printed one after another; with --beams, how many of the best.
+        seed: of the sampling. By default 0.
+        num_samples: texts to write, printed one after another; with --beams, how many of the best. By default 1.
         beams: search for the likeliest text with so many beginnings at a time instead of sampling.
-        length_penalty: with --beams, a text's score is its log-probability / length ** this.
+        length_penalty: with --beams, a text's score is its log-probability / length ** this. By default 1.
         draft: folder, of either kind, of a small model with the same tokenizer, which drafts tokens for this one to
             check at once.
         draft_tokens: tokens drafted each time.
@@ -83,19 +91,19 @@ class Generate:
     folder: tyro.conf.Positional[Path]
     prompt: str = ""
     max_new_tokens: int | None = None
-    temperature: float = 0.8
+    temperature: float | None = None
     top_k: int | None = None
-    top_p: float | None = 0.95
+    top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     no_repeat_ngram: int | None = None
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    seed: int = 0
-    num_samples: int = 1
+    seed: int | None = None
+    num_samples: int | None = None
     beams: int | None = None
-    length_penalty: float = 1.0
+    length_penalty: float | None = None
     draft: Path | None = None
     draft_tokens: int = 4
     cache: Literal["contiguous", "ring", "paged"] | None = None
@@ -109,7 +117,7 @@ class Generate:
         """Raises InputError for a value out of range, or options that exclude each other."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}.")
-        if not 0.0 <= self.temperature <= _LARGEST:
+        if self.temperature is not None and not 0.0 <= self.temperature <= _LARGEST:
             raise InputError(f"--temperature must be at least 0 and finite; got {self.temperature}.")
         if self.top_k is not None and not 1 <= self.top_k < 2**31:
             raise InputError(f"--top-k must be at least 1 and below 2 ** 31; got {self.top_k}.")
@@ -134,13 +142,42 @@ class Generate:
         for stop in self.stop:
             if not stop.isascii() and any("\ud800" <= letter <= "\udfff" for letter in stop):
                 raise InputError(f"--stop must be text in UTF-8; got {stop!r}.")
-        check_seed(self.seed)
+        if self.seed is not None:
+            check_seed(self.seed)
         self._check_together()
+
+    def settle(self, said: GenerationSettings) -> Generate:
+        """The options, with what a checkpoint says, or else the command's own defaults, where none was given.
+
+        A beam search that it asks for gives way to a flag of drawing, --draft or --stream; so does its greedy text to a
+        flag of drawing.
+        """
+        asks = any(getattr(self, name) is not None for name in _DRAWING) or (self.num_samples or 1) > 1
+        beams = self.beams
+        if beams is None and said.num_beams > 1 and not (asks or self.draft is not None or self.stream):
+            beams = said.num_beams
+        drawing = {"temperature": 0.8, "top_p": 0.95}
+        if said.says_how:
+            drawing = dataclasses.replace(said, do_sample=said.do_sample or asks).drawing()
+        others = said.penalties() | {"beams": beams, "length_penalty": said.length_penalty, "seed": 0}
+        settled = dataclasses.replace(
+            self,
+            stop=self.stop or said.stop_strings,
+            **{key: value for key, value in (drawing | others).items() if getattr(self, key) is None},
+        )
+        samples = 1
+        if beams is not None:
+            samples = min(said.num_return_sequences, beams)
+        elif settled.temperature and not self.stream:
+            samples = said.num_return_sequences
+        return settled if self.num_samples is not None else dataclasses.replace(settled, num_samples=samples)
 
     def _check_together(self) -> None:
         changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
         if self.temperature == 0.0:
             changed.discard("temperature")
+        if self.num_samples == 1:
+            changed.discard("num_samples")
         excluded = [
             ("stream", "no_stream", "give one of them"),
             ("beams", "draft", "a beam search has no draft"),
@@ -157,7 +194,7 @@ class Generate:
         for name, needed in (("length_penalty", "beams"), ("draft_tokens", "draft")):
             if name in changed and needed not in changed:
                 raise InputError(f"{_flag(name)} needs {_flag(needed)}.")
-        if self.beams is not None and self.num_samples > self.beams:
+        if self.beams is not None and self.num_samples is not None and self.num_samples > self.beams:
             raise InputError(f"--num-samples must be at most --beams {self.beams}; got {self.num_samples}.")
 
 

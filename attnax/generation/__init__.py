@@ -3,6 +3,7 @@
 from attnax.generation.beam import Beams, beam_search
 from attnax.generation.loop import Generation, Step, Tokens, generate, stream
 from attnax.generation.request import Request, make_request
+from attnax.generation.rules import TokenRules
 from attnax.generation.samplers import Sampler
 from attnax.generation.speculative import Draft, generate_with_draft
 from attnax.generation.text import Text
@@ -15,6 +16,7 @@ __all__ = [
     "Sampler",
     "Step",
     "Text",
+    "TokenRules",
     "Tokens",
     "beam_search",
     "generate",

@@ -14,6 +14,7 @@ from flax import nnx
 
 from attnax.config import TransformerConfig
 from attnax.models import Transformer, TransformerLM
+from attnax.pretrained.generation_config import GenerationSettings
 from attnax.text.codec import Codec
 from attnax.typing import Array, InputError
 
@@ -28,11 +29,13 @@ class TextModel:
         folder: that it came from.
         model: such as `TransformerLM`.
         codec: of its tokens.
+        settings: how its authors let it write.
     """
 
     folder: Path
     model: Any
     codec: Codec
+    settings: GenerationSettings = dataclasses.field(default_factory=GenerationSettings, kw_only=True)
     goes_on: ClassVar[bool] = True  # the prompt stands before what is written
 
     @property

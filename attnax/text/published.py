@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from attnax.config import Dtype
 from attnax.models import Transformer, TransformerLM
 from attnax.models.sentence import SentenceEncoder
 from attnax.pretrained import load_pretrained
+from attnax.pretrained.generation_config import read_generation_config
 from attnax.pretrained.inspect import find_family
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.sentence import MODULES
@@ -54,34 +53,14 @@ def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
             f"{folder} has no tokenizer.json. Where there is another tokenizer, transformers makes one: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    said = theirs
-    if (folder / "generation_config.json").exists():
-        generation = read_object(folder / "generation_config.json")
-        said = theirs | {key: value for key, value in generation.items() if value is not None}
-    ends = _tokens(said, "eos_token_id", folder)
-    start = _token(said, "bos_token_id", folder)
-    first = _token(said, "decoder_start_token_id", folder)
+    settings = read_generation_config(folder)
     model, tokenizer = load_pretrained(folder, dtype=dtype)
     assert tokenizer is not None
+    ends, start = settings.eos_token_id, settings.bos_token_id
     if not isinstance(model, Transformer):
-        return TextModel(folder, model, PublishedCodec(tokenizer, ends, start))
-    first = start if first is None else first
+        return TextModel(folder, model, PublishedCodec(tokenizer, ends, start), settings=settings)
+    first = settings.start_token
     if first is None:
         raise InputError(f"{folder / 'config.json'} must have a decoder_start_token_id, with which a text starts.")
-    return Translator(folder, model, PublishedCodec(tokenizer, ends, start, whole=True), first)
-
-
-def _tokens(said: Mapping[str, Any], key: str, folder: Path) -> tuple[int, ...]:
-    """The ids under a key, one or several or none."""
-    value = said.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in values):
-        raise InputError(f"{folder}: {key} must be a token or a list of them; got {key}={repr(value)[:80]}.")
-    return tuple(values)
-
-
-def _token(said: Mapping[str, Any], key: str, folder: Path) -> int | None:
-    tokens = _tokens(said, key, folder)
-    if len(tokens) > 1:
-        raise InputError(f"{folder}: {key} must be one token; got {key}={str(list(tokens))[:80]}.")
-    return tokens[0] if tokens else None
+    codec = PublishedCodec(tokenizer, ends, start, whole=True)
+    return Translator(folder, model, codec, first, settings=settings)

@@ -1,5 +1,6 @@
 """Generation gives what Hugging Face transformers gives; tests/parity/generation.py wrote down what that is."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from flax import nnx
 
 from attnax import Sampler, TransformerLM
-from attnax.generation import Text, beam_search, make_request
+from attnax.generation import Text, TokenRules, beam_search, make_request
+from attnax.pretrained import load_generation_config
 
 with np.load(Path(__file__).parents[1] / "goldens" / "generation.npz") as file:
     GOLDENS = dict(file)
@@ -198,3 +200,52 @@ def test_beam_search_of_a_transformer_finds_the_same_texts(case, gpt2):
         **{name: case[name] for name in ("num_beams", "max_new_tokens", "early_stopping", "end_token")},
     )
     check_beams(beams, "beam", case)
+
+
+def filled(rules):
+    """The rules with all but `forced_first`, which no value makes neutral, in arrays of one shape."""
+
+    def pad(tokens, size):
+        return np.resize(np.asarray([29] if tokens is None else tokens, np.int32), size)  # the model has no token 29
+
+    rules = rules or TokenRules(forced_first=None)
+    words = np.full((1, 2), 29) if rules.bad_words is None else rules.bad_words
+    return dataclasses.replace(
+        rules,
+        bad_words=np.resize(words, (160, 2)).astype(np.int32),
+        **{
+            name: pad(getattr(rules, name), 29)
+            for name in ("end_tokens", "forced_last", "suppress_tokens", "begin_suppress_tokens")
+        },
+        **{name: np.int32(getattr(rules, name)) for name in ("min_new_tokens", "max_new_tokens", "begin_index")},
+    )
+
+
+def tier_of_settings(case):
+    """All that are left share one program."""
+    if "early_stopping" in case["file"]:
+        return pytest.mark.thorough
+    alone = "no_repeat_ngram_size" in case["file"] or len(case["ids"]) == 1
+    return pytest.mark.contract if alone or "num_beams" in case["file"] else None
+
+
+@pytest.mark.parametrize("case", parameters("settings", tier_of_settings))
+def test_a_generation_config_writes_the_same_texts(case, gpt2, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps(case["file"]))
+    settings, ids = load_generation_config(tmp_path), np.asarray([case["ids"]], np.int32)
+    options = settings.arguments(gpt2, ids)
+    fields = {"repetition_penalty": options["sampler"].repetition_penalty or 1.0}
+    fields |= {
+        "logit_bias": options["sampler"].logit_bias or {0: 0.0},
+        "logits_fn": filled(options["sampler"].logits_fn),
+    }
+    options["sampler"] = dataclasses.replace(options["sampler"], **fields)
+    options["end_token"] = np.resize(options["end_token"], 29).tolist()
+    written = (gpt2.beam_search if settings.num_beams > 1 else gpt2.generate)(ids, **options)
+    tokens, lengths = (np.asarray(x).reshape(-1, *x.shape[2 if settings.num_beams > 1 else 1 :]) for x in written[:2])
+    expected = GOLDENS["settings/tokens"][case["index"]]
+    assert (expected[settings.num_return_sequences :] == -1).all()
+    for row, length, want in zip(tokens[: settings.num_return_sequences], lengths, expected, strict=False):
+        assert row[:length].tolist() == want[:length].tolist()
+        assert set(want[length:].tolist()) <= {-1, 0, settings.eos_token_id[0]}  # what pads texts there

@@ -3,12 +3,13 @@
     python tests/parity/generation.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/generation.py --write
 
-The file holds four groups. Each is a list of cases (JSON, in Attnax's words) and arrays with one entry a case:
+The file holds five groups. Each is a list of cases (JSON, in Attnax's words) and arrays with one entry a case:
 
     cut      logits after the processors that transformers puts together for sampling
     table    beam searches of a model that is two tables: logits = tables[0][last token] + tables[1][last but one]
     greedy   greedy texts of a tiny GPT-2 and their log-probabilities
     beam     beam searches of that GPT-2
+    settings texts of that GPT-2 with nothing but a generation_config.json, which is what a case is beside its prompt
 
 Weights, tables and prompts are NumPy's random numbers, so torch's may change without a new file.
 """
@@ -262,6 +263,42 @@ def beam_group(rng: np.random.Generator, model: GPT2LMHeadModel) -> Arrays:
     return {"cases": to_json(cases), "ids": ids, "real": real, **stack(beams)}
 
 
+def settings_group(model: GPT2LMHeadModel) -> Arrays:
+    prompt, one = [7, 3, 19, 7], [11]
+    ends, most = [18, 9], list(range(0, 29, 2))
+    plain: Case = {"eos_token_id": ends, "pad_token_id": 0, "max_length": 13}
+    common = plain | {"eos_token_id": [28, 4]}  # which it does not write at once
+    search = common | {"num_beams": 3}
+    files: list[tuple[list[int], Case]] = [
+        (prompt, plain),
+        (prompt, {"eos_token_id": ends, "do_sample": False, "temperature": 0.3, "top_k": 2, "max_new_tokens": 5}),
+        (prompt, common | {"repetition_penalty": 1.6}),
+        (prompt, common | {"suppress_tokens": most}),
+        (prompt, common | {"begin_suppress_tokens": most}),
+        (prompt, common | {"bad_words_ids": [[18], [5], [7, 24], *([x, y] for x in most for y in range(0, 29, 3))]}),
+        (prompt, common | {"sequence_bias": [[[5], 4.0], [[11], -9.0]], "repetition_penalty": 1.3}),
+        (prompt, plain | {"min_new_tokens": 4}),
+        (prompt, common | {"eos_token_id": most, "min_length": 10}),
+        (prompt, common | {"forced_eos_token_id": 28, "max_length": 9}),
+        (one, plain | {"forced_eos_token_id": ends, "min_length": 6, "repetition_penalty": 1.2}),
+        (prompt, common | {"no_repeat_ngram_size": 2}),
+        (one, common | {"forced_bos_token_id": 13, "begin_suppress_tokens": most}),
+        (prompt, search | {"length_penalty": -1.0, "eos_token_id": ends}),
+        (prompt, search | {"length_penalty": 2.0, "suppress_tokens": most, "num_return_sequences": 2}),
+        (prompt, search | {"repetition_penalty": 1.5, "begin_suppress_tokens": most, "min_length": 9}),
+        (prompt, search | {"early_stopping": True, "num_return_sequences": 3, "eos_token_id": ends}),
+    ]
+    cases, texts = [], []
+    for ids, file in files:
+        model.generation_config = GenerationConfig.from_dict(file)
+        new = model.generate(torch.tensor([ids]))[:, len(ids) :].numpy()
+        tokens = np.full((MAX_BEAMS, 13), -1, np.int8)
+        tokens[: len(new), : new.shape[1]] = new
+        cases.append({"ids": ids, "file": file})
+        texts.append(tokens)
+    return {"cases": to_json(cases), "tokens": np.stack(texts)}
+
+
 def to_json(cases: list[Case]) -> np.ndarray:
     return np.array(json.dumps(cases))
 
@@ -279,6 +316,7 @@ def make_goldens() -> Arrays:
         "table": table_group(np.random.default_rng(8)),
         "greedy": greedy_group(np.random.default_rng(4), gpt2),
         "beam": beam_group(np.random.default_rng(5), gpt2),
+        "settings": settings_group(gpt2),
         "gpt2": {name: parameter.detach().numpy() for name, parameter in gpt2.named_parameters()},
     }
     return {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}

@@ -1,0 +1,88 @@
+"""Which tokens may follow, and which must: what transformers' `generate` forbids and forces, as a `logits_fn`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from attnax.generation.text import Text
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, pytree_dataclass
+
+__all__ = ["TokenRules"]
+
+
+@pytree_dataclass
+class TokenRules:
+    """A `logits_fn` of a `Sampler`: -inf for tokens that may not follow, and for all but those that must.
+
+    None leaves a rule out; they are applied in the order of the attributes, which is that of transformers. Tokens that
+    the model lacks are passed over. New values compile nothing, new shapes do.
+
+    Attributes:
+        bad_words: (K, n) sequences of tokens that do not stand in the text, prompt included; they stand right, after
+            fillers of -1.
+        end_tokens: (M,) that do not follow before `min_new_tokens` were written.
+        min_new_tokens: an integer.
+        forced_first: the token that is written first.
+        forced_last: (N,) one of which is written last, where `max_new_tokens` is reached.
+        max_new_tokens: an integer.
+        suppress_tokens: (S,) that never follow.
+        begin_suppress_tokens: (T,) that do not follow when `begin_index` tokens are written.
+        begin_index: an integer, 0 for the first token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import Sampler
+        >>> from attnax.generation import Text, TokenRules
+        >>> sampler = Sampler(temperature=None, logits_fn=TokenRules(suppress_tokens=jnp.array([3, 1])))
+        >>> text = Text.of_prompt(jnp.array([[2]]), jnp.array([[0]]), 8)
+        >>> sampler(jnp.array([[0.0, 1.0, 2.0, 3.0]]), None, text).tolist()
+        [2]
+    """
+
+    bad_words: Int[ArrayLike, "K n"] | None = None
+    end_tokens: Int[ArrayLike, "M"] | None = None
+    min_new_tokens: Int[ArrayLike, ""] | int = 0
+    forced_first: Int[ArrayLike, ""] | int | None = None
+    forced_last: Int[ArrayLike, "N"] | None = None
+    max_new_tokens: Int[ArrayLike, ""] | int = 0
+    suppress_tokens: Int[ArrayLike, "S"] | None = None
+    begin_suppress_tokens: Int[ArrayLike, "T"] | None = None
+    begin_index: Int[ArrayLike, ""] | int = 0
+
+    def __call__(self, logits: Float[Array, "R V"], text: Text) -> Float[Array, "R V"]:
+        """The logits that the rules leave."""
+        size, written = logits.shape[-1], (text.lengths - text.prompt_lengths)[:, None]
+
+        def forbid(logits: Array, tokens: ArrayLike, where: Array | bool = True) -> Array:
+            return jnp.where(where & _among(tokens, size), -jnp.inf, logits)
+
+        def force(logits: Array, tokens: ArrayLike, where: Array) -> Array:
+            return jnp.where(where, jnp.where(_among(tokens, size), 0.0, -jnp.inf), logits)
+
+        if self.bad_words is not None:
+            logits = jnp.where(_completed(text, jnp.asarray(self.bad_words), size), -jnp.inf, logits)
+        if self.end_tokens is not None:
+            logits = forbid(logits, self.end_tokens, written < self.min_new_tokens)
+        if self.forced_first is not None:
+            logits = force(logits, jnp.asarray(self.forced_first)[None], written == 0)
+        if self.forced_last is not None:
+            logits = force(logits, self.forced_last, written == self.max_new_tokens - 1)
+        if self.suppress_tokens is not None:
+            logits = forbid(logits, self.suppress_tokens)
+        if self.begin_suppress_tokens is not None:
+            logits = forbid(logits, self.begin_suppress_tokens, written == self.begin_index)
+        return logits
+
+
+def _among(tokens: Int[ArrayLike, "M"], size: int) -> Bool[Array, "1 V"]:
+    return jnp.zeros((1, size), bool).at[0, tokens].set(True, mode="drop")
+
+
+def _completed(text: Text, sequences: Int[Array, "K n"], size: int) -> Bool[Array, "R V"]:
+    """The tokens that would be the last of one of the sequences."""
+    begun, last = sequences[:, :-1], sequences[:, -1]
+    count = begun.shape[1]
+    same = (text.last(count)[:, None] == begun[None]) & (text.last_positions(count) >= 0)[:, None]
+    follows = jnp.where((same | (begun < 0)[None]).all(-1), last[None], size)
+    rows = jnp.arange(follows.shape[0])[:, None]
+    return jnp.zeros((follows.shape[0], size), bool).at[rows, follows].set(True, mode="drop")
