@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
 
+from attnax.cli import terminal
 from attnax.cli.options import Generate
-from attnax.cli.terminal import printable
 from attnax.config import AttentionType, Dtype
 from attnax.generation import Sampler
+from attnax.pretrained.hub import find_folder
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
 from attnax.training.run_model import open_run
 from attnax.typing import InputError
@@ -23,12 +24,13 @@ MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published m
 
 def generate(options: Generate) -> int:
     """Runs the command; the text goes to standard output as it is drawn, or when it is whole."""
-    text = open_text_model(options.folder, options.dtype)
+    terminal.keep_programs(options.compile_cache)
+    text = open_text_model(options.folder, options.dtype, revision=options.revision, ignore=options.ignore)
     options = options.settle(text.settings)
     assert options.seed is not None and options.num_samples is not None
     complaint = text.settings.complaint()
     if complaint is not None:
-        print(f"attnax: {printable(f'{options.folder}: {complaint}')}", file=sys.stderr)
+        terminal.warn(f"{options.folder}: {complaint}")
     draft = None if options.draft is None else _open_draft(options, text)
     _check_model(options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
@@ -36,6 +38,7 @@ def generate(options: Generate) -> int:
     how = _how(options, text, room)
     prompt = _encode(options.prompt).decode("utf-8", "replace") if text.goes_on else ""
 
+    terminal.say_wait(terminal.compiling())
     rows: Iterable[Iterable[int]]
     if options.beams is not None:
         rows = _search(text, ids, options, sampler, how)
@@ -61,13 +64,26 @@ def generate(options: Generate) -> int:
     return 0
 
 
-def open_text_model(folder: Path, dtype: Dtype | None = None) -> TextModel:
-    """The model in a run folder or a published checkpoint.
+def open_text_model(
+    name: str, dtype: Dtype | None = None, *, revision: str | None = None, ignore: Collection[str] = ()
+) -> TextModel:
+    """The model in a run folder or a published checkpoint, or of this name on the hub.
 
     Raises:
         InputError: there is none that writes text.
     """
-    return open_published(folder, dtype) if is_published(folder) else open_run(folder, dtype)
+    terminal.say_wait(f"loading    {name}")
+    folder = find_folder(name, revision)
+    if not is_published(folder):
+        if ignore:
+            raise InputError(f"--ignore is of a published checkpoint, and {name} is a run folder.")
+        return open_run(folder, dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        text = open_published(folder, dtype, ignore=ignore)
+    for warning in caught:
+        terminal.warn(str(warning.message))
+    return text
 
 
 def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler: Sampler, seed: int) -> Iterator[str]:

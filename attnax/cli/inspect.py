@@ -17,6 +17,7 @@ from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
 from attnax.pretrained.checkpoint import Checkpoint
 from attnax.pretrained.errors import CheckpointError
+from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
 from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
@@ -37,12 +38,13 @@ class Entry(NamedTuple):
 
 def inspect(options: Inspect) -> int:
     """Prints all that can be known; returns 1 if the checkpoint could not be loaded."""
-    if not is_published(options.folder):
-        _print_run(RunFolder(options.folder))
+    folder = find_folder(options.folder, options.revision)
+    if not is_published(folder):
+        _print_run(RunFolder(folder))
         return 0
-    seen = inspect_folder(options.folder)
+    seen = inspect_folder(folder, ignore=options.ignore)
     try:
-        load_tokenizer(options.folder / "tokenizer.json")
+        load_tokenizer(folder / "tokenizer.json")
     except CheckpointError as error:
         seen.refusals.append(error)
     _print_model(seen)
@@ -93,6 +95,8 @@ def _print_model(seen: Inspection) -> None:
         _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
     if seen.config is not None:
         _print_fields("config", _changed(seen.config))
+    if seen.inert:
+        _print_fields("passed over", [", ".join(map(str, seen.inert))])
 
 
 def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:

@@ -56,8 +56,8 @@ class Generate:
     that says: --temperature, --top-k, --top-p, --min-p, --seed or --num-samples.
 
     Attributes:
-        folder: run folder that `attnax train` made, or a published checkpoint: config.json, *.safetensors and
-            tokenizer.json as Hugging Face publishes them.
+        folder: run folder that `attnax train` made, or a published checkpoint: a folder of config.json, *.safetensors
+            and tokenizer.json, or the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B.
         prompt: text to continue, or for an encoder-decoder to read. By default the model starts a text of its own.
         max_new_tokens: tokens to write at most. By default what fits into the model's context, but not above 4096.
         temperature: 0 always takes the likeliest token, 1 samples the model's own distribution. By default 0.8 where no
@@ -75,8 +75,8 @@ class Generate:
         num_samples: texts to write, printed one after another; with --beams, how many of the best. By default 1.
         beams: search for the likeliest text with so many beginnings at a time instead of sampling.
         length_penalty: with --beams, a text's score is its log-probability / length ** this. By default 1.
-        draft: folder, of either kind, of a small model with the same tokenizer, which drafts tokens for this one to
-            check at once.
+        draft: folder or name, of either kind, of a small model with the same tokenizer, which drafts tokens for this
+            one to check at once.
         draft_tokens: tokens drafted each time.
         cache: how keys and values are kept. By default contiguous, with --draft ring.
         cache_dtype: of keys and values. By default the model's; int8 keeps 8-bit integers, each vector with a scale.
@@ -86,9 +86,12 @@ class Generate:
         stream: print the text as it is drawn, which is the default where it can be done: not with --beams, --draft or
             more than one sample.
         no_stream: print the text when it is whole.
+        revision: of a model on the hub: a branch, a tag or a commit.
+        ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
+        compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     prompt: str = ""
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -104,7 +107,7 @@ class Generate:
     num_samples: int | None = None
     beams: int | None = None
     length_penalty: float | None = None
-    draft: Path | None = None
+    draft: str | None = None
     draft_tokens: int = 4
     cache: Literal["contiguous", "ring", "paged"] | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
@@ -112,6 +115,9 @@ class Generate:
     log_probs: tyro.conf.FlagCreatePairsOff[bool] = False
     stream: tyro.conf.FlagCreatePairsOff[bool] = False
     no_stream: tyro.conf.FlagCreatePairsOff[bool] = False
+    revision: str | None = None
+    ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    compile_cache: bool = True
 
     def check(self) -> None:
         """Raises InputError for a value out of range, or options that exclude each other."""
@@ -211,10 +217,15 @@ class Inspect:
     that differs from the embeddings is noticed on loading only.
 
     Attributes:
-        folder: published checkpoint (config.json and *.safetensors), or run folder that `attnax train` made.
+        folder: published checkpoint (a folder of config.json and *.safetensors, or the name of a model on the Hugging
+            Face hub), or run folder that `attnax train` made.
+        revision: of a model on the hub: a branch, a tag or a commit.
+        ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
+    revision: str | None = None
+    ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Nothing can be out of range."""

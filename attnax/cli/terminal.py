@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["command_name", "compile_cache", "keep_programs", "printable"]
+__all__ = ["command_name", "compile_cache", "compiling", "keep_programs", "printable", "say_wait", "warn"]
 
 _MOST_BYTES = 1 << 30  # of kept programs; those that were used least lately go first
 
@@ -21,6 +21,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def say_wait(line: str) -> None:
+    """A line for the person who waits at a terminal, beside the text that the command writes."""
+    if sys.stderr.isatty():
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """A line on standard error about something that a person may not expect."""
+    print("attnax: " + printable(line), file=sys.stderr, flush=True)
 
 
 def command_name() -> str:
@@ -59,3 +70,9 @@ def compile_cache() -> str | None:
 
     folder: str | None = jax.config.values["jax_compilation_cache_dir"]
     return folder or None
+
+
+def compiling() -> str:
+    """What is said before programs are compiled: where they are kept."""
+    kept = compile_cache()
+    return "compiling" if kept is None else f"compiling  (programs are kept in {kept})"

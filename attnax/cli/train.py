@@ -92,7 +92,7 @@ def _start(options: Train) -> _Session:
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"{options.out} exists already; nothing was overwritten. Name another --out.")
     for name in ("dtype", "param_dtype"):
-        if getattr(options.model, name) == "float64" and not jax.config.read("jax_enable_x64"):
+        if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     corpus = _read(options.data, options.held_out)
     texts = _texts(corpus.train)
@@ -218,8 +218,7 @@ class _Session:
         tokens_per_step = optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
         schedule, started = optimizer.schedule(), time.perf_counter() - self.seconds
         print(f"run        {self.run.path}")
-        kept = terminal.compile_cache()
-        print("compiling  the first step" + ("" if kept is None else f"; programs are kept in {kept}"), flush=True)
+        print(terminal.compiling(), flush=True)
         with contextlib.ExitStack() as stack:
             progress = None
             for step in range(self.step + 1, optimizer.steps + 1):

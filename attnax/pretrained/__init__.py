@@ -1,13 +1,26 @@
-"""Published checkpoints: folders of `config.json` and `*.safetensors`, read into models and written from them."""
+"""Published checkpoints: folders of `config.json` and `*.safetensors`, read into models and written from them.
 
-from attnax.pretrained.errors import CheckpointError
-from attnax.pretrained.generation_config import GenerationSettings, load_generation_config
-from attnax.pretrained.models import load_pretrained, save_pretrained
+Names are loaded when first used.
+"""
 
-__all__ = [
-    "CheckpointError",
-    "GenerationSettings",
-    "load_generation_config",
-    "load_pretrained",
-    "save_pretrained",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from attnax.pretrained.errors import CheckpointError as CheckpointError
+    from attnax.pretrained.generation_config import GenerationSettings as GenerationSettings
+    from attnax.pretrained.generation_config import load_generation_config as load_generation_config
+    from attnax.pretrained.models import load_pretrained as load_pretrained
+    from attnax.pretrained.models import save_pretrained as save_pretrained
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "errors": ("CheckpointError",),
+        "generation_config": ("GenerationSettings", "load_generation_config"),
+        "models": ("load_pretrained", "save_pretrained"),
+    },
+)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from attnax.config import Dtype
 from attnax.models import Transformer, TransformerLM
 from attnax.models.sentence import SentenceEncoder
 from attnax.pretrained import load_pretrained
+from attnax.pretrained.foreign import ADAPTER, find_adapter
 from attnax.pretrained.generation_config import read_generation_config
 from attnax.pretrained.inspect import find_family
 from attnax.pretrained.json_object import read_object
@@ -27,7 +29,7 @@ def is_published(folder: Path) -> bool:
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}.")
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")) or (folder / ADAPTER).exists():
         return True
     config = folder / "config.json"
     if not config.exists():
@@ -35,12 +37,20 @@ def is_published(folder: Path) -> bool:
     return "model_type" in read_object(config)
 
 
-def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
+def open_published(folder: Path, dtype: Dtype | None = None, *, ignore: Collection[str] = ()) -> TextModel:
     """The model of a published checkpoint and its tokens, in the dtype of its tensors unless another is given.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of parameters and computation.
+        ignore: keys of config.json that are passed over.
 
     Raises:
         InputError: it cannot be loaded, writes no text, or has no tokenizer.json.
     """
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        raise adapter
     theirs = read_object(folder / "config.json")
     kind = find_family(theirs, folder / "config.json").model
     if kind not in (TransformerLM, Transformer):
@@ -54,7 +64,7 @@ def open_published(folder: Path, dtype: Dtype | None = None) -> TextModel:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     settings = read_generation_config(folder)
-    model, tokenizer = load_pretrained(folder, dtype=dtype)
+    model, tokenizer = load_pretrained(folder, dtype=dtype, ignore=ignore)
     assert tokenizer is not None
     ends, start = settings.eos_token_id, settings.bos_token_id
     if not isinstance(model, Transformer):

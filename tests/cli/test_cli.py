@@ -496,7 +496,7 @@ class TestWrongInput:
                 "generate {run} --draft {run} --draft-tokens 17",
                 "--draft-tokens must be at least 1 and at most 16; got 17",
             ),
-            ("generate {run} --draft nowhere", "no such folder: nowhere"),
+            ("generate {run} --draft ./nowhere", "./nowhere: there is no such folder"),
             ("generate {run} --cache circular", "invalid choice 'circular' for argument '--cache'"),
             ("generate {run} --cache-dtype int4", "invalid choice 'int4' for argument '--cache-dtype'"),
             ("train --steps 0", "steps must be at least 1; got steps=0"),
@@ -557,14 +557,14 @@ class TestWrongInput:
             build(lambda rngs, kind=kind: TransformerLM(rngs, dataclasses.replace(config, attention_type=kind)))
             for kind in ("standard", "linear")
         )
-        options = Generate(folder=Path("a"), draft=Path("b"))
+        options = Generate(folder="a", draft="b")
         for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
             with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
                 check_model(options, text("a", model), text("b", draft))
         with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
-            check_model(Generate(folder=Path("a"), cache="paged"), text("a", linear), None)
+            check_model(Generate(folder="a", cache="paged"), text("a", linear), None)
         check_model(options, text("a", softmax), text("b", softmax))
-        check_model(Generate(folder=Path("a"), cache="ring"), text("a", linear), None)
+        check_model(Generate(folder="a", cache="ring"), text("a", linear), None)
 
     def test_a_draft_with_a_smaller_context(self, run):
         text = open_run(run)

@@ -540,7 +540,7 @@ def written_by(published):
     def call(folder):
         with pytest.MonkeyPatch.context() as patch:
             load = "attnax.text.published.load_pretrained"
-            patch.setattr(load, lambda folder, dtype: (model, load_tokenizer(folder / "tokenizer.json")))
+            patch.setattr(load, lambda folder, **options: (model, load_tokenizer(folder / "tokenizer.json")))
             tokens = [[token] for token in (*range(3, 300, 40), START, END, 309)]
             patch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(tokens))
             return main(["generate", str(folder), "--prompt", "def é</s> x", "--stop", "zz"])

@@ -42,12 +42,12 @@ CASES = [(name, value) for name, kind in options() if name not in NOT_OF_A_START
 CASES.remove(("data", "None"))  # all of the standard library, whose tokens take half a minute to learn
 
 
-class Begun(Exception):
+class BegunError(Exception):
     """The run folder would have been made."""
 
 
 def begin(*arguments):
-    raise Begun
+    raise BegunError
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def start(corpus, monkeypatch, capsys):
         capsys.readouterr()
         try:
             assert main(["train", "--data", str(corpus), *TINY, *flags]) == 2
-        except Begun:
+        except BegunError:
             return None
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("attnax: ")

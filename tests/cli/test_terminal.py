@@ -1,0 +1,206 @@
+"""What a person at a terminal meets: encodings, closed streams, Ctrl-C, names on a hub, and what is waited for."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import fake_hub
+from small_tokenizers import byte_level, copy_of
+from tiny import build
+
+from attnax import TransformerLM
+from attnax.cli import main, terminal
+from attnax.pretrained import save_pretrained
+
+
+def run_python(code, *, closed=False, **variables):
+    command = [sys.executable, "-c", code]
+    if closed:
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **variables}, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny published model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    sizes = {"vocab_size": 310, "d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 64}
+    kind = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
+    save_pretrained(build(lambda rngs: TransformerLM(rngs, **sizes, **kind)), folder)
+    copy_of(byte_level).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+WRITES = """
+import sys
+from attnax import TransformerLM
+from attnax.cli import main
+TransformerLM.stream = lambda self, ids, **options: iter(())
+sys.exit(main(["generate", sys.argv[1], "--prompt", "é日"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("ascii", rb"\xe9\u65e5"), ("latin-1", b"\xe9\\u65e5"), ("utf-8", "é日".encode())]
+)
+def test_what_an_encoding_lacks_is_spelled(model, encoding, expected):
+    code = WRITES.replace("sys.argv[1]", repr(str(model)))
+    done = run_python(code, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected + b"\n", b"")
+
+
+def test_a_closed_output_is_written_to_in_vain(model):
+    done = run_python(WRITES.replace("sys.argv[1]", repr(str(model))), closed=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = run_python(f"from attnax.cli import main; main(['inspect', {str(model)!r}])", closed=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_while_packages_are_imported_is_quiet():
+    code = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tyro":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["attnax", "--help"]
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+from attnax.cli import entry
+entry()
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, b"", b"")
+
+
+def test_published_models_need_no_package_of_the_training(model):
+    absent = "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'tqdm'])); "
+    done = run_python(absent + WRITES.replace("sys.argv[1]", repr(str(model))))
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = run_python(absent + f"from attnax.cli import main; main(['inspect', {str(model)!r}])")
+    assert done.returncode == 0 and done.stdout and not done.stderr
+    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("pretrained = [")[2].partition("]")[0]
+    assert {"tyro", "tokenizers", "huggingface_hub"} == {line.strip(' ",').partition(">")[0] for line in extras.split()}
+
+
+def test_what_is_waited_for_is_said_at_a_terminal_only(model, monkeypatch, capsys):
+    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+    monkeypatch.setattr(terminal, "compile_cache", lambda: "/somewhere")
+    assert main(["generate", str(model), "--prompt", "x"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["generate", str(model), "--prompt", "x"]) == 0
+    out, error = capsys.readouterr()
+    assert out == "x\n"
+    assert error.splitlines() == [f"loading    {model}", "compiling  (programs are kept in /somewhere)"]
+    monkeypatch.setattr(terminal, "compile_cache", lambda: None)
+    assert terminal.compiling() == "compiling"
+
+
+KEEP = """
+import os, sys
+from attnax.cli import terminal
+terminal.keep_programs({wanted})
+print(terminal.compile_cache())
+"""
+
+
+def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    def folder(wanted=True, **variables):
+        home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "JAX_COMPILATION_CACHE_DIR": ""}
+        done = run_python(KEEP.format(wanted=wanted), **home | variables)
+        assert not done.stderr
+        return done.stdout.decode().strip()
+
+    assert folder() == f"{tmp_path}/.cache/attnax/programs" == folder(XDG_CACHE_HOME="relative")
+    assert folder(XDG_CACHE_HOME=f"{tmp_path}/mine") == f"{tmp_path}/mine/attnax/programs"
+    assert folder(JAX_COMPILATION_CACHE_DIR="/set/by/hand") == "/set/by/hand"
+    assert folder(wanted=False) == "None"
+    (tmp_path / "file").touch()
+    assert folder(XDG_CACHE_HOME=f"{tmp_path}/file") == "None"
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [([], True), (["--no-compile-cache"], False)])
+def test_the_cache_folder_can_be_switched_off(model, monkeypatch, flags, wanted):
+    asked = []
+    monkeypatch.setattr(terminal, "keep_programs", asked.append)
+    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+    assert main(["generate", str(model), "--prompt", "x", *flags]) == 0
+    assert main(["train", "--data", "", *flags]) == 2
+    assert asked == [wanted]
+
+
+@pytest.fixture(scope="module")
+def hub(model, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "llama"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"unheard_of": 3, "n_special": 0}))
+    with fake_hub({"tiny/llama": {"main": model, "v2": other}}) as (url, asked):
+        home = str(tmp_path_factory.mktemp("hf"))
+        yield {"HF_ENDPOINT": url, "HF_HOME": home, "NO_PROXY": "127.0.0.1"}, asked
+
+
+def test_a_name_on_the_hub_is_as_good_as_a_folder(hub):
+    """With huggingface_hub's own variables, its cache and its offline mode."""
+    variables, asked = hub
+    code = WRITES.replace('"generate", sys.argv[1]', '"generate", "tiny/llama", "--draft", "tiny/llama"').replace(
+        "TransformerLM.stream =", "TransformerLM.generate ="
+    )
+    code = code.replace("iter(())", "NONE").replace(
+        "TransformerLM.generate",
+        "import numpy as np; from attnax.generation import Generation\n"
+        "NONE = Generation(*(np.zeros((1, 1), int), np.zeros(1, int), np.zeros((1, 1)), np.zeros(1, int)))\n"
+        "TransformerLM.generate",
+    )
+    done = run_python(code, **variables)
+    assert (done.returncode, done.stdout.decode()) == (0, "é日\n"), done.stderr
+    assert any("model.safetensors" in path for path in asked)
+    asked.clear()
+    done = run_python("from attnax.cli import main; main(['inspect', 'tiny/llama'])", **variables, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and b"LlamaForCausalLM" in done.stdout and not asked
+    done = run_python(
+        "from attnax.cli import main\n"
+        "a = main(['inspect', 'tiny/llama', '--revision', 'v2'])\n"
+        "b = main(['inspect', 'tiny/llama', '--revision', 'v2', '--ignore', 'unheard_of'])\n"
+        "c = main(['inspect', 'tiny/nothing'])\n"
+        "d = main(['generate', 'tiny/llama', '--revision', 'v3'])\n"
+        "print(a, b, c, d)",
+        **variables,
+    )
+    out, error = done.stdout.decode(), done.stderr.decode()
+    assert out.splitlines()[-1] == "1 0 2 2"
+    assert "unheard_of" in out and "passed over   n_special" in out
+    assert "tiny/nothing: there is no such folder, and the hub has no such model" in error and "Traceback" not in error
+    assert "no such revision of it; got revision='v3'" in error
+
+
+def test_keys_that_are_passed_over_are_a_line_on_standard_error(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"unheard_of": 3, "n_special": 0}))
+    assert main(["generate", str(folder), "--prompt", "x"]) == 2
+    assert "attnax generate --ignore unheard_of" in capsys.readouterr().err
+    assert main(["generate", str(folder), "--prompt", "x", "--ignore", "unheard_of"]) == 0
+    out, error = capsys.readouterr()
+    assert out == "x\n" and error.startswith("attnax: ") and "n_special" in error and error.count("\n") == 1
+
+
+def test_what_is_of_a_checkpoint_is_refused_for_a_run(run, capsys):
+    assert main(["generate", str(run), "--ignore", "x"]) == 2
+    assert "--ignore is of a published checkpoint" in capsys.readouterr().err
+    assert main(["generate", str(run), "--revision", "x"]) == 2
+    assert "a revision is of a model on the hub" in capsys.readouterr().err
+    assert main(["inspect", ""]) == 2 and "there is no such folder" in capsys.readouterr().err
+
+
+def test_an_adapter_says_that_it_is_one(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    assert main(["generate", str(tmp_path)]) == 2
+    assert "it is an adapter (peft_type='LORA') of the model 'a/b'" in capsys.readouterr().err
