@@ -246,12 +246,17 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws a run's training loss, and its held-out bits per byte, over the tokens seen, as a PNG.
 
     Args:
-        metrics: rows with "tokens" and either "loss" (nats per token) or "held_out_bits_per_byte".
+        metrics: rows with "tokens" and either "loss" (nats per token; None is left out) or "held_out_bits_per_byte".
         path: of the PNG.
+
+    Raises:
+        ValueError: no row has a loss.
     """
+    losses = [(row["tokens"], row["loss"]) for row in metrics if row.get("loss") is not None]
+    if not losses:
+        raise ValueError(f"plot_training: metrics must have a row with a loss; got {len(metrics)} rows without.")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    losses = [(row["tokens"], row["loss"]) for row in metrics if "loss" in row]
     tokens, values = zip(*losses, strict=True)
     axes.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens, _smooth(values), color="tab:blue", label="training loss")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from attnax import masks, visualize
 from attnax.masks import MaskedScoreMod
-from attnax.visualize import TileCounts, attention_weights, plot_attention, plot_mask
+from attnax.visualize import TileCounts, attention_weights, plot_attention, plot_mask, plot_training
 
 ALIBI = lambda scores, b, h, q, kv: scores - 0.1 * (h + 1) * abs(q - kv)
 
@@ -209,3 +209,11 @@ class TestErrors:
     def test_attention_weights(self):
         with pytest.raises(ValueError, match="must be a multiple of the number of key heads; got 3 and 2"):
             jax.eval_shape(attention_weights, np.ones((1, 3, 5, 7)), np.ones((1, 2, 5, 7)))
+
+
+def test_a_run_without_losses_cannot_be_drawn_and_skipped_updates_are_left_out(tmp_path):
+    with pytest.raises(ValueError, match="plot_training: metrics must have a row with a loss; got 1 rows without"):
+        plot_training([{"tokens": 3, "held_out_bits_per_byte": 1.0}], tmp_path / "loss.png")
+    rows = [{"tokens": 3, "loss": 2.0}, {"tokens": 6, "loss": None}, {"tokens": 9, "loss": 1.0}]
+    plot_training(rows, tmp_path / "loss.png")
+    read_picture(tmp_path / "loss.png")

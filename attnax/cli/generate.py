@@ -25,7 +25,9 @@ MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published m
 def generate(options: Generate) -> int:
     """Runs the command; the text goes to standard output as it is drawn, or when it is whole."""
     terminal.keep_programs(options.compile_cache)
-    text = open_text_model(options.folder, options.dtype, revision=options.revision, ignore=options.ignore)
+    text = open_text_model(
+        options.folder, options.dtype, step=options.step, revision=options.revision, ignore=options.ignore
+    )
     options = options.settle(text.settings)
     assert options.seed is not None and options.num_samples is not None
     complaint = text.settings.complaint()
@@ -65,19 +67,26 @@ def generate(options: Generate) -> int:
 
 
 def open_text_model(
-    name: str, dtype: Dtype | None = None, *, revision: str | None = None, ignore: Collection[str] = ()
+    name: str,
+    dtype: Dtype | None = None,
+    *,
+    step: int | None = None,
+    revision: str | None = None,
+    ignore: Collection[str] = (),
 ) -> TextModel:
     """The model in a run folder or a published checkpoint, or of this name on the hub.
 
     Raises:
-        InputError: there is none that writes text.
+        InputError: there is none that writes text, or an option is of the other kind.
     """
     terminal.say_wait(f"loading    {name}")
     folder = find_folder(name, revision)
     if not is_published(folder):
         if ignore:
             raise InputError(f"--ignore is of a published checkpoint, and {name} is a run folder.")
-        return open_run(folder, dtype)
+        return open_run(folder, dtype, step)
+    if step is not None:
+        raise InputError(f"--step is of a run folder, and {name} is a published checkpoint.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         text = open_published(folder, dtype, ignore=ignore)

@@ -86,6 +86,7 @@ class Generate:
         stream: print the text as it is drawn, which is the default where it can be done: not with --beams, --draft or
             more than one sample.
         no_stream: print the text when it is whole.
+        step: of a run, the checkpoint that writes. By default the newest.
         revision: of a model on the hub: a branch, a tag or a commit.
         ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
@@ -115,6 +116,7 @@ class Generate:
     log_probs: tyro.conf.FlagCreatePairsOff[bool] = False
     stream: tyro.conf.FlagCreatePairsOff[bool] = False
     no_stream: tyro.conf.FlagCreatePairsOff[bool] = False
+    step: int | None = None
     revision: str | None = None
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     compile_cache: bool = True

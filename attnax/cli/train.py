@@ -8,7 +8,6 @@ import gzip
 import json
 import lzma
 import math
-import os
 import signal
 import sys
 import time
@@ -18,17 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.options import Train
-from attnax.config import TransformerConfig
 from attnax.generation import Sampler
-from attnax.models import TransformerLM
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
     Corpus,
@@ -44,6 +39,8 @@ from attnax.training import (
     latest_checkpoint,
     open_run,
     read_corpus,
+    require_memory,
+    require_traces,
     restore_checkpoint,
     save_checkpoint,
     whole_checkpoint,
@@ -75,6 +72,8 @@ def train(options: Train) -> int:
         except DivergenceError as error:
             print(f"attnax: {error} {session.words_for_divergence(go_on)}", file=sys.stderr)
             return 1
+        except BrokenPipeError:  # nothing more can be said
+            raise
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(
@@ -143,34 +142,18 @@ class _Session:
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
-        _require_memory(options)
+        require_memory(options.model, options.optimizer)
         self.trainer = Trainer(
             options.model,
             options.optimizer,
             options.seed,
             document_token=DOCUMENT if options.pack else None,
         )
-        self._try()
+        require_traces(self.trainer, _SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped
         self.seconds = 0.0  # trained before this process
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
-
-    def _try(self) -> None:
-        """Raises InputError for a model that cannot be trained, or not write: all is traced, and nothing computed."""
-        window, trainer = self.options.model.max_len, self.trainer
-        batch = jax.ShapeDtypeStruct((self.options.optimizer.batch_size, window + 1), np.int32)
-        try:
-            state = jax.eval_shape(trainer.init)
-            trainer.step.trace(state, batch)
-            jax.eval_shape(
-                lambda params: trainer.merge(params).generate(
-                    np.zeros((1, 1), np.int32), max_new_tokens=window - 1, sampler=_SAMPLER, key=jax.random.key(0)
-                ),
-                state.params,
-            )
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(f"this model cannot be trained: {error}") from error
 
     @property
     def step(self) -> int:
@@ -218,7 +201,8 @@ class _Session:
         tokens_per_step = optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
         schedule, started = optimizer.schedule(), time.perf_counter() - self.seconds
         print(f"run        {self.run.path}")
-        print(terminal.compiling(), flush=True)
+        if self.step < optimizer.steps:
+            print(terminal.compiling(), flush=True)
         with contextlib.ExitStack() as stack:
             progress = None
             for step in range(self.step + 1, optimizer.steps + 1):
@@ -227,8 +211,8 @@ class _Session:
                 row = {"step": step, "tokens": step * tokens_per_step}
                 self.run.append_metrics(
                     **row,
-                    loss=loss,
-                    grad_norm=grad_norm,
+                    loss=_finite(loss),
+                    grad_norm=_finite(grad_norm),
                     learning_rate=float(schedule(updates)),
                     seconds=round(time.perf_counter() - started, 3),
                     **({"skipped": skipped} if skipped else {}),
@@ -298,7 +282,7 @@ class _Session:
         if not math.isfinite(bits):
             raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
         metrics = self.run.read_metrics()
-        if any("loss" in row for row in metrics):
+        if any(row.get("loss") is not None for row in metrics):
             plot_training(metrics, self.run.path / "loss.png")
         sample = "".join(write_text(open_run(self.run.path), "", None, _SAMPLER, self.options.seed))
         (self.run.path / "sample.txt").write_text(sample, "utf-8")
@@ -311,30 +295,9 @@ class _Session:
         )
 
 
-def _require_memory(options: RunOptions) -> None:
-    """Raises InputError for a model that cannot fit: its weights, gradient and moments, and what a token needs."""
-    model, optimizer = options.model, options.optimizer
-    period = len(model.layer_pattern or (None,))
-    shallow, deep = (_num_parameters(dataclasses.replace(model, num_layers=layers)) for layers in (period, 2 * period))
-    count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
-    tokens = optimizer.batch_size * model.max_len
-    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
-    needed += 4 * tokens * (model.vocab_size + model.num_layers * model.d_model)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > limit:
-        raise InputError(
-            f"this model of {count:,} parameters needs at least {needed / 1e9:,.1f} GB to learn {tokens:,} tokens at a "
-            f"time, and this machine has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
-        )
-
-
-def _num_parameters(config: TransformerConfig) -> int:
-    try:
-        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
-    except ValueError as error:
-        raise InputError(f"this model cannot be trained: {error}") from error
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
     from attnax.training.corpus import read_corpus as read_corpus
+    from attnax.training.feasible import require_memory as require_memory
+    from attnax.training.feasible import require_traces as require_traces
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
@@ -44,6 +46,7 @@ __all__, __getattr__, __dir__ = lazy_names(
             "whole_checkpoint",
         ),
         "corpus": ("Corpus", "Document", "TokenStream", "read_corpus"),
+        "feasible": ("require_memory", "require_traces"),
         "optimizer": ("OptimizerConfig",),
         "run_folder": ("LockedError", "RunFolder", "RunOptions", "write_whole"),
         "run_model": ("open_run",),

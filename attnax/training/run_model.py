@@ -14,27 +14,41 @@ from flax import nnx
 from attnax.config import Dtype, TransformerConfig
 from attnax.models import TransformerLM
 from attnax.text import ByteCodec, TextModel
-from attnax.training.checkpoints import latest_checkpoint, restore_checkpoint
+from attnax.training.checkpoints import checkpoint_steps, restore_checkpoint, whole_checkpoint
 from attnax.training.run_folder import RunFolder
 from attnax.typing import InputError
 
 __all__ = ["open_run"]
 
 
-def open_run(path: Path, dtype: Dtype | None = None) -> TextModel:
-    """The model of a run at its newest checkpoint, in the run's dtype unless another is given.
+def open_run(path: Path, dtype: Dtype | None = None, step: int | None = None) -> TextModel:
+    """The model of a run, in the run's dtype unless another is given.
+
+    Args:
+        path: of the run folder.
+        dtype: of parameters and computation.
+        step: of the checkpoint, by default the newest.
 
     Raises:
-        InputError: not a run, no checkpoint, or a damaged one.
+        InputError: not a run, no such checkpoint, or a damaged one; the message names the newest that is whole.
     """
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
-    step = latest_checkpoint(folder.checkpoints)
-    if step is None:
+    steps = checkpoint_steps(folder.checkpoints)
+    if not steps:
         raise InputError(f"{path} has no checkpoint yet.")
+    if step is not None and step not in steps:
+        raise InputError(f"--step must be one of {', '.join(map(str, steps))}, the checkpoints of {path}; got {step}.")
+    step = steps[-1] if step is None else step
     # Initial weights would take JAX longer than the checkpoint, which replaces them.
     graphdef, state, streams = _abstract(options.model)
-    params = restore_checkpoint(folder.checkpoints, step, "params", nnx.to_pure_dict(state), owner=folder.owner)
+    try:
+        params = restore_checkpoint(folder.checkpoints, step, "params", nnx.to_pure_dict(state), owner=folder.owner)
+    except InputError as error:
+        older = whole_checkpoint(folder.checkpoints, step, owner=folder.owner)
+        if older is None:
+            raise
+        raise InputError(f"{error} That of step {older} is whole: give --step {older}.") from error
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
         graphdef, state, streams = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))

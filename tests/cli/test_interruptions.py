@@ -19,7 +19,6 @@ from tiny_run import TINY
 
 from attnax.cli import main, terminal
 from attnax.cli import train as train_module
-from attnax.cli.train import _Session as Session
 from attnax.training import Metrics, RunFolder, TrainState, checkpoints, run_folder
 from attnax.training.checkpoints import checkpoint_steps
 
@@ -55,7 +54,7 @@ class QuickTrainer:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(train_module, "Trainer", QuickTrainer)
-    monkeypatch.setattr(Session, "_try", lambda self: None)
+    monkeypatch.setattr(train_module, "require_traces", lambda trainer, sampler: None)
     monkeypatch.setattr(train_module, "open_run", lambda path: None)
     monkeypatch.setattr(train_module, "write_text", lambda *arguments: iter(["a text"]))
     monkeypatch.setattr(train_module, "plot_training", lambda metrics, path: path.write_bytes(b"png"))
@@ -158,6 +157,8 @@ class TestDivergence:
         assert kept in line and f"--resume {tmp_path / 'run'} --max-skipped N" in line and "float16" not in line
         assert checkpoint_steps(tmp_path / "run" / "checkpoints") == ([5] if bad > 5 else [])
         assert main(["train", "--resume", str(tmp_path / "run"), "--max-skipped", "1"]) == 0
+        assert all(row.get("loss", 0) is not None or row["skipped"] for row in rows(tmp_path / "run"))
+        assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
         assert [row["skipped"] for row in rows(tmp_path / "run") if "skipped" in row] == [1] * (13 - bad)
 
     def test_updates_are_skipped_up_to_a_number_and_counted(self, start, tmp_path, monkeypatch, capsys):
@@ -197,6 +198,8 @@ class TestDamage:
         path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert "That of step 5 is whole: give --step 5." in refuse(capsys, "generate", stopped)
+        assert "--step must be one of 5, 10, the checkpoints of" in refuse(capsys, "generate", stopped, "--step", 7)
         line = refuse(capsys, "train", "--resume", stopped)
         assert "is damaged" in line and "That of step 5 is whole; go on from it with: " in line
         command = line.partition("go on from it with: ")[2]

@@ -1,0 +1,78 @@
+"""Whether a model can be trained at all, said before the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnax.config import TransformerConfig
+from attnax.generation import Sampler
+from attnax.models import TransformerLM
+from attnax.training.optimizer import OptimizerConfig
+from attnax.training.trainer import Trainer
+from attnax.typing import InputError
+
+__all__ = ["require_memory", "require_traces"]
+
+
+def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None:
+    """Counts weights, their gradient and moments, and what each token needs at least.
+
+    Raises:
+        InputError: the machine, or its first accelerator, has less memory than that.
+    """
+    period = len(model.layer_pattern or (None,))
+    shallow, deep = (_num_parameters(dataclasses.replace(model, num_layers=layers)) for layers in (period, 2 * period))
+    count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
+    tokens = optimizer.batch_size * model.max_len
+    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
+    needed += 4 * tokens * (model.vocab_size + model.num_layers * model.d_model)
+    limit = _memory()
+    if needed > limit:
+        raise InputError(
+            f"this model of {count:,} parameters needs at least {needed / 1e9:,.1f} GB to learn {tokens:,} tokens at a "
+            f"time, and this machine has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
+        )
+
+
+def require_traces(trainer: Trainer, sampler: Sampler) -> None:
+    """Traces a step of the training and a text of the model; nothing is computed.
+
+    Raises:
+        InputError: one of them cannot be done.
+    """
+    window = trainer.model.max_len
+    batch = jax.ShapeDtypeStruct((trainer.optimizer.batch_size, window + 1), np.int32)
+    start = np.zeros((1, 1), np.int32)
+    options: dict[str, Any] = {"max_new_tokens": window - 1, "sampler": sampler, "key": jax.random.key(0)}
+    try:
+        state = jax.eval_shape(trainer.init)
+        trainer.step.trace(state, batch)
+        jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), state.params)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"this model cannot be trained: {error}") from error
+
+
+def _num_parameters(config: TransformerConfig) -> int:
+    try:
+        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
+    except ValueError as error:
+        raise InputError(f"this model cannot be trained: {error}") from error
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _memory() -> float:
+    """In bytes, of the device that JAX computes on; infinite where nothing says it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    if hasattr(os, "sysconf"):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf
