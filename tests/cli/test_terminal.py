@@ -1,5 +1,6 @@
 """What a person at a terminal meets: encodings, closed streams, Ctrl-C, names on a hub, and what is waited for."""
 
+import io
 import json
 import os
 import shutil
@@ -18,10 +19,8 @@ from attnax.cli import main, terminal
 from attnax.pretrained import save_pretrained
 
 
-def run_python(code, *, closed=False, **variables):
+def run_python(code, **variables):
     command = [sys.executable, "-c", code]
-    if closed:
-        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
     return subprocess.run(command, capture_output=True, env={**os.environ, **variables}, check=False)
 
 
@@ -36,6 +35,32 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def silent(monkeypatch):
+    """Models write nothing after their prompt."""
+    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("ascii", rb"\xe9\u65e5"), ("latin-1", b"\xe9\\u65e5"), ("utf-8", "é日".encode())]
+)
+def test_what_an_encoding_lacks_is_spelled(model, silent, monkeypatch, encoding, expected):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    assert main(["generate", str(model), "--prompt", "é日"]) == 0
+    assert written.getvalue() == expected + b"\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_closed_stream_is_written_to_in_vain(model, silent, monkeypatch, command):
+    """Python has no stream where the process was started without one, as by >&-."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([command, str(model)] + ["--prompt", "x"] * (command == "generate")) == 0
+    assert main(["generate", "./nowhere"]) == 2
+    sys.stdout.close(), sys.stderr.close()
+
+
 WRITES = """
 import sys
 from attnax import TransformerLM
@@ -43,22 +68,6 @@ from attnax.cli import main
 TransformerLM.stream = lambda self, ids, **options: iter(())
 sys.exit(main(["generate", sys.argv[1], "--prompt", "é日"]))
 """
-
-
-@pytest.mark.parametrize(
-    ("encoding", "expected"), [("ascii", rb"\xe9\u65e5"), ("latin-1", b"\xe9\\u65e5"), ("utf-8", "é日".encode())]
-)
-def test_what_an_encoding_lacks_is_spelled(model, encoding, expected):
-    code = WRITES.replace("sys.argv[1]", repr(str(model)))
-    done = run_python(code, PYTHONIOENCODING=encoding)
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected + b"\n", b"")
-
-
-def test_a_closed_output_is_written_to_in_vain(model):
-    done = run_python(WRITES.replace("sys.argv[1]", repr(str(model))), closed=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    done = run_python(f"from attnax.cli import main; main(['inspect', {str(model)!r}])", closed=True)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_ctrl_c_while_packages_are_imported_is_quiet():
@@ -78,6 +87,7 @@ entry()
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, b"", b"")
 
 
+@pytest.mark.contract
 def test_published_models_need_no_package_of_the_training(model):
     absent = "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'tqdm'])); "
     done = run_python(absent + WRITES.replace("sys.argv[1]", repr(str(model))))
@@ -88,8 +98,7 @@ def test_published_models_need_no_package_of_the_training(model):
     assert {"tyro", "tokenizers", "huggingface_hub"} == {line.strip(' ",').partition(">")[0] for line in extras.split()}
 
 
-def test_what_is_waited_for_is_said_at_a_terminal_only(model, monkeypatch, capsys):
-    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+def test_what_is_waited_for_is_said_at_a_terminal_only(model, silent, monkeypatch, capsys):
     monkeypatch.setattr(terminal, "compile_cache", lambda: "/somewhere")
     assert main(["generate", str(model), "--prompt", "x"]) == 0 and capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -101,34 +110,36 @@ def test_what_is_waited_for_is_said_at_a_terminal_only(model, monkeypatch, capsy
     assert terminal.compiling() == "compiling"
 
 
-KEEP = """
-import os, sys
-from attnax.cli import terminal
-terminal.keep_programs({wanted})
-print(terminal.compile_cache())
-"""
-
-
 def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
-    def folder(wanted=True, **variables):
-        home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "JAX_COMPILATION_CACHE_DIR": ""}
-        done = run_python(KEEP.format(wanted=wanted), **home | variables)
-        assert not done.stderr
-        return done.stdout.decode().strip()
-
-    assert folder() == f"{tmp_path}/.cache/attnax/programs" == folder(XDG_CACHE_HOME="relative")
-    assert folder(XDG_CACHE_HOME=f"{tmp_path}/mine") == f"{tmp_path}/mine/attnax/programs"
-    assert folder(JAX_COMPILATION_CACHE_DIR="/set/by/hand") == "/set/by/hand"
-    assert folder(wanted=False) == "None"
+    code = """
+import json, os, sys
+import jax
+from attnax.cli import terminal
+found = []
+for variables, set_by_hand, wanted in json.loads(sys.argv[1]):
+    os.environ.update({"XDG_CACHE_HOME": ""} | variables)
+    jax.config.update("jax_compilation_cache_dir", set_by_hand)
+    terminal.keep_programs(wanted)
+    found.append(terminal.compile_cache())
+print(json.dumps(found))
+"""
     (tmp_path / "file").touch()
-    assert folder(XDG_CACHE_HOME=f"{tmp_path}/file") == "None"
+    cases = [
+        ({}, None, True, f"{tmp_path}/.cache/attnax/programs"),
+        ({"XDG_CACHE_HOME": "relative"}, None, True, f"{tmp_path}/.cache/attnax/programs"),
+        ({"XDG_CACHE_HOME": f"{tmp_path}/mine"}, None, True, f"{tmp_path}/mine/attnax/programs"),
+        ({}, "/set/by/hand", True, "/set/by/hand"),  # as JAX_COMPILATION_CACHE_DIR does
+        ({}, None, False, None),
+        ({"XDG_CACHE_HOME": f"{tmp_path}/file"}, None, True, None),
+    ]
+    done = run_python(code.replace("sys.argv[1]", repr(json.dumps([case[:3] for case in cases]))), HOME=str(tmp_path))
+    assert json.loads(done.stdout) == [expected for *_, expected in cases], done.stderr
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [([], True), (["--no-compile-cache"], False)])
-def test_the_cache_folder_can_be_switched_off(model, monkeypatch, flags, wanted):
+def test_the_cache_folder_can_be_switched_off(model, silent, monkeypatch, flags, wanted):
     asked = []
     monkeypatch.setattr(terminal, "keep_programs", asked.append)
-    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
     assert main(["generate", str(model), "--prompt", "x", *flags]) == 0
     assert main(["train", "--data", "", *flags]) == 2
     assert asked == [wanted]
@@ -145,6 +156,7 @@ def hub(model, tmp_path_factory):
         yield {"HF_ENDPOINT": url, "HF_HOME": home, "NO_PROXY": "127.0.0.1"}, asked
 
 
+@pytest.mark.contract
 def test_a_name_on_the_hub_is_as_good_as_a_folder(hub):
     """With huggingface_hub's own variables, its cache and its offline mode."""
     variables, asked = hub
@@ -179,8 +191,7 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(hub):
     assert "no such revision of it; got revision='v3'" in error
 
 
-def test_keys_that_are_passed_over_are_a_line_on_standard_error(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(()))
+def test_keys_that_are_passed_over_are_a_line_on_standard_error(model, silent, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
