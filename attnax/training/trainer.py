@@ -154,19 +154,15 @@ class Trainer:
         norm = optax.tree.norm(mean)
         is_finite &= jnp.isfinite(norm)
 
-        def update() -> tuple[Any, Any, Any]:
+        def update() -> tuple[Any, Any]:
             updates, opt_state = self._update.update(mean, state.opt_state, state.params)
-            made = optax.apply_updates(state.params, updates), opt_state
-            kept = state.params, state.opt_state
-            # Chosen one number at a time, so that the arrays are still updated in place.
-            chosen = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), made, kept)
-            return *chosen, self._no_sums(state.params)
-
-        def wait() -> tuple[Any, Any, Any]:
-            return state.params, state.opt_state, (is_finite, grads)
+            return optax.apply_updates(state.params, updates), opt_state
 
         is_due = count == accumulate
-        params, opt_state, sums = jax.lax.cond(is_due, update, wait) if state.sums else update()
+        params, opt_state = jax.lax.cond(is_due & is_finite, update, lambda: (state.params, state.opt_state))
+        sums = ()
+        if state.sums:
+            sums = jax.lax.cond(is_due, lambda: self._no_sums(state.params), lambda: (is_finite, grads))
         is_skipped = is_due & ~is_finite
         for leaf in jax.tree.leaves(params):
             is_finite &= jnp.isfinite(leaf).all()
