@@ -106,7 +106,7 @@ def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
 @pytest.mark.contract
 def test_a_run_of_packed_bytes_that_was_given_no_folder_takes_the_next(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "000").mkdir(parents=True)
+    (tmp_path / "runs" / "000" / "of another").mkdir(parents=True)
     assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
     config = json.loads((tmp_path / "runs" / "001" / "config.json").read_text())
     assert config["options"]["model"]["vocab_size"] == 257 and (tmp_path / "runs" / "001" / "result.json").exists()
