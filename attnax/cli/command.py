@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}.")
+        return _refuse(f"{error.filename or 'standard output'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import warnings
@@ -16,7 +17,7 @@ from attnax.config import AttentionType, Dtype
 from attnax.generation import Sampler
 from attnax.pretrained.hub import find_folder
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
-from attnax.training.run_model import open_run
+from attnax.training import DamagedCheckpointError, open_run
 from attnax.typing import InputError
 
 MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published models are for more than memory may hold
@@ -28,13 +29,15 @@ def generate(options: Generate) -> int:
     text = open_text_model(
         options.folder, options.dtype, step=options.step, revision=options.revision, ignore=options.ignore
     )
-    options = options.settle(text.settings)
+    given, options = options, options.settle(text.settings)
+    if options.no_repeat_ngram is not None and given.no_repeat_ngram is None and options.no_repeat_ngram > text.context:
+        options = dataclasses.replace(options, no_repeat_ngram=None)  # no text is as long
     assert options.seed is not None and options.num_samples is not None
-    complaint = text.settings.complaint()
+    complaint = text.settings.complaint(obeyed=() if options.beams is not None else ("do_sample",))
     if complaint is not None:
         terminal.warn(f"{options.folder}: {complaint}")
     draft = None if options.draft is None else _open_draft(options, text)
-    _check_model(options, text, draft)
+    _check_model(given, options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
     sampler = _make_sampler(options, text, ids, room)
     how = _how(options, text, room)
@@ -84,7 +87,10 @@ def open_text_model(
     if not is_published(folder):
         if ignore:
             raise InputError(f"--ignore is of a published checkpoint, and {name} is a run folder.")
-        return open_run(folder, dtype, step)
+        try:
+            return open_run(folder, dtype, step)
+        except DamagedCheckpointError as error:
+            raise InputError(f"{error}" + ("" if error.whole is None else f" Give --step {error.whole}.")) from error
     if step is not None:
         raise InputError(f"--step is of a run folder, and {name} is a published checkpoint.")
     with warnings.catch_warnings(record=True) as caught:
@@ -137,14 +143,15 @@ def _open_draft(options: Generate, text: TextModel) -> TextModel:
     return draft
 
 
-def _check_model(options: Generate, text: TextModel, draft: TextModel | None) -> None:
-    """Raises InputError for options that this model cannot follow."""
-    size, context = text.config.vocab_size, text.config.max_len
+def _check_model(given: Generate, options: Generate, text: TextModel, draft: TextModel | None) -> None:
+    """Raises InputError for options, given or settled, that this model cannot follow."""
+    size, context = text.config.vocab_size, text.context
     if options.beams is not None and options.beams > size:
-        raise InputError(f"--beams must be at most {size}, the tokens of the vocabulary; got {options.beams}.")
-    if options.no_repeat_ngram is not None and options.no_repeat_ngram > context:
+        name = "--beams" if given.beams is not None else "num_beams of generation_config.json"
+        raise InputError(f"{name} must be at most {size}, the tokens of the vocabulary; got {options.beams}.")
+    if given.no_repeat_ngram is not None and given.no_repeat_ngram > context:
         raise InputError(
-            f"--no-repeat-ngram must be at most {context}, the model's context; got {options.no_repeat_ngram}."
+            f"--no-repeat-ngram must be at most {context}, the model's context; got {given.no_repeat_ngram}."
         )
     for used in (text, draft):
         if used is None or all(layer.attention_type != AttentionType.LINEAR for layer in _layers(used)):
@@ -171,8 +178,8 @@ def _read_prompt(
     used = {"model": text} if draft is None else {"model": text, "draft": draft}
     for model in used.values():
         model.check(ids)
-    owner = min(used, key=lambda owner: used[owner].config.max_len)
-    context, taken = used[owner].config.max_len, len(text.begin(ids))
+    owner = min(used, key=lambda owner: used[owner].context)
+    context, taken = used[owner].context, len(text.begin(ids))
     room = context - taken
     if room < 1:
         raise InputError(
@@ -185,7 +192,8 @@ def _read_prompt(
             f"context of {context} has room for {room}."
         )
     if max_new_tokens is None:
-        max_new_tokens = min(room, MOST_NEW_TOKENS, text.settings.room(taken) or room)
+        usual = text.settings.room(taken) or (room if room < math.inf else text.config.max_len)
+        max_new_tokens = int(min(room, MOST_NEW_TOKENS, usual))
     return ids, max_new_tokens
 
 

@@ -173,6 +173,8 @@ class Generate:
             stop=self.stop or said.stop_strings,
             **{key: value for key, value in (drawing | others).items() if getattr(self, key) is None},
         )
+        if self.length_penalty is not None and beams is None:
+            raise InputError("--length-penalty needs --beams.")
         samples = 1
         if beams is not None:
             samples = min(said.num_return_sequences, beams)
@@ -199,9 +201,8 @@ class Generate:
             raise InputError(
                 "--draft and --cache contiguous exclude each other: tokens are taken back; use ring or paged."
             )
-        for name, needed in (("length_penalty", "beams"), ("draft_tokens", "draft")):
-            if name in changed and needed not in changed:
-                raise InputError(f"{_flag(name)} needs {_flag(needed)}.")
+        if "draft_tokens" in changed and self.draft is None:
+            raise InputError("--draft-tokens needs --draft.")
         if self.beams is not None and self.num_samples is not None and self.num_samples > self.beams:
             raise InputError(f"--num-samples must be at most --beams {self.beams}; got {self.num_samples}.")
 

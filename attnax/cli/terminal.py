@@ -69,7 +69,7 @@ def compile_cache() -> str | None:
     import jax
 
     folder: str | None = jax.config.values["jax_compilation_cache_dir"]
-    return folder or None
+    return folder if folder and jax.config.values["jax_enable_compilation_cache"] else None
 
 
 def compiling() -> str:

@@ -27,23 +27,22 @@ from attnax.generation import Sampler
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
     Corpus,
+    DamagedCheckpointError,
     DivergenceError,
     Document,
     RunFolder,
     RunOptions,
     TokenStream,
     Trainer,
-    TrainState,
     checkpoint_steps,
-    delete_interrupted_checkpoints,
+    delete_checkpoints_after,
     latest_checkpoint,
     open_run,
     read_corpus,
     require_memory,
     require_traces,
-    restore_checkpoint,
+    restore_items,
     save_checkpoint,
-    whole_checkpoint,
     write_whole,
 )
 from attnax.typing import InputError
@@ -60,7 +59,7 @@ def train(options: Train) -> int:
     with session.run.locked():
         if options.resume is not None:
             session.restore(options.step)
-        session.max_skipped = max(options.max_skipped, session.options.max_skipped)
+        session.max_skipped = options.max_skipped or session.options.max_skipped
         go_on = f"{terminal.command_name()} train --resume {session.run.path}"
         try:
             with _interruptible() as received:
@@ -70,16 +69,13 @@ def train(options: Train) -> int:
                 return 128 + received[0]
             session.finish()
         except DivergenceError as error:
-            print(f"attnax: {error} {session.words_for_divergence(go_on)}", file=sys.stderr)
+            skip = f" Or leave out up to N such updates: {go_on} --max-skipped N" if error.is_skippable else ""
+            terminal.warn(f"{error} {session.words_for_divergence()}{skip}")
             return 1
-        except BrokenPipeError:  # nothing more can be said
-            raise
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(
-                f"{error.filename or session.run.path}: {reason}. After step {session.step}; mend it, and go on with: "
-                f"{go_on}"
-            ) from error
+            if error.filename is None:  # of no file of the run
+                raise
+            raise InputError(f"{error.filename}: {error.strerror}. Mend it, then go on with: {go_on}") from error
         except KeyboardInterrupt:
             print(f"interrupted; go on with: {go_on}")
             return 128 + signal.SIGINT
@@ -163,33 +159,27 @@ class _Session:
     def restore(self, step: int | None = None) -> None:
         """Goes back to the checkpoint of `step`, by default the newest; without one, to the start.
 
+        Later checkpoints are given up.
+
         Raises:
-            InputError: there is none of this step, or it is damaged; the message names the newest that is whole.
+            InputError: there is none of this step, or it is damaged; the message says how to go on from an older one.
         """
-        folder, owner = self.run.checkpoints, self.run.owner
-        delete_interrupted_checkpoints(folder)
-        steps = checkpoint_steps(folder)
-        if step is not None and step not in steps:
-            raise InputError(
-                f"--step must be one of {', '.join(map(str, steps)) or 'none'}, of which {self.run.path} has "
-                f"checkpoints; got {step}."
-            )
-        chosen = step if step is not None else max(steps, default=None)
-        if chosen is not None:
-            fresh = vars(self.state)  # params are saved apart, so that generation reads nothing else
+        folder, done = self.run.checkpoints, 0
+        if step is not None or checkpoint_steps(folder):
+            likes = {name: getattr(self.state, name) for name in _SAVED}
             try:
-                parts = {name: restore_checkpoint(folder, chosen, name, fresh[name], owner=owner) for name in _SAVED}
-            except InputError as error:
-                older = whole_checkpoint(folder, chosen, owner=owner)
-                if older is None:
-                    raise
-                again = f"{terminal.command_name()} train --resume {self.run.path} --step {older}"
-                raise InputError(f"{error} That of step {older} is whole; go on from it with: {again}") from error
-            self.state = TrainState(**fresh | parts)
-        rows = self.run.rewind_metrics(chosen or 0)
+                done, parts = restore_items(folder, likes, step=step, owner=self.run.owner)
+            except DamagedCheckpointError as error:
+                if error.whole is None:
+                    raise InputError(f"{error} Start a new run.") from error
+                again = f"{terminal.command_name()} train --resume {self.run.path} --step {error.whole}"
+                raise InputError(f"{error} Go on from it with: {again}") from error
+            self.state = dataclasses.replace(self.state, **parts)
+        delete_checkpoints_after(folder, done)
+        rows = self.run.rewind_metrics(done)
         self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
-        if chosen and not rows:
-            print(f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {chosen}")
+        if done and not rows:
+            print(f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {done}")
 
     def train(self, received: list[int]) -> bool:
         """Goes on to the last update; False if a signal came in, after a checkpoint was saved.
@@ -207,8 +197,8 @@ class _Session:
             progress = None
             for step in range(self.step + 1, optimizer.steps + 1):
                 updates = step - 1 - int(self.state.skipped)
-                loss, grad_norm, skipped = self._update(step)
-                row = {"step": step, "tokens": step * tokens_per_step}
+                loss, grad_norm, error = self._update(step)
+                skipped, row = int(self.state.skipped), {"step": step, "tokens": step * tokens_per_step}
                 self.run.append_metrics(
                     **row,
                     loss=_finite(loss),
@@ -217,6 +207,8 @@ class _Session:
                     seconds=round(time.perf_counter() - started, 3),
                     **({"skipped": skipped} if skipped else {}),
                 )
+                if error is not None:
+                    raise error
                 stop = bool(received)
                 pause = step % self.options.checkpoint_every == 0 or step == optimizer.steps
                 if pause:
@@ -239,35 +231,34 @@ class _Session:
                     return False
         return True
 
-    def _update(self, step: int) -> tuple[float, float, int]:
-        """Mean loss of the accumulated batches, the norm of their gradient, and the updates skipped in all.
-
-        Raises:
-            DivergenceError: they are not finite, and no more updates may be skipped; or the parameters are not.
-        """
+    def _update(self, step: int) -> tuple[float, float, DivergenceError | None]:
+        """Mean loss of the accumulated batches, the norm of their gradient, and what stops the run, if anything."""
         optimizer, losses = self.options.optimizer, []
         for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
             batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
             self.state, metrics = self.trainer.step(self.state, batch)
             losses.append(float(metrics.loss))
-        loss, grad_norm, skipped = float(np.mean(losses)), float(metrics.grad_norm), int(self.state.skipped)
-        if metrics.is_skipped:
-            if skipped > self.max_skipped:
-                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
-                raise DivergenceError(f"step {step}: {what}, and the update was not made.")
-        elif not metrics.is_finite:
-            raise DivergenceError(f"step {step}: the update made parameters that are not finite.")
-        return loss, grad_norm, skipped
+        loss, grad_norm, error = float(np.mean(losses)), float(metrics.grad_norm), None
+        if metrics.is_skipped and int(self.state.skipped) > self.max_skipped:
+            what = "the parameters would not be finite"
+            if not math.isfinite(grad_norm):
+                what = f"the norm of the gradient is {grad_norm}"
+            if not math.isfinite(loss):
+                what = f"the loss is {loss}"
+            error = DivergenceError(f"step {step}: {what}, and the update was not made.", is_skippable=True)
+        elif not (metrics.is_finite or metrics.is_skipped):
+            error = DivergenceError(f"step {step}: the update made parameters that are not finite.")
+        return loss, grad_norm, error
 
-    def words_for_divergence(self, go_on: str) -> str:
+    def words_for_divergence(self) -> str:
         """What to try, and what is kept."""
         model, optimizer = self.options.model, self.options.optimizer
         tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
-        if model.param_dtype == "float16" or model.dtype == "float16":
+        if "float16" in (model.param_dtype, model.dtype):
             tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
         step = latest_checkpoint(self.run.checkpoints)
         kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
-        return f"Try {', '.join(tries)}. {kept} To leave out up to N such updates, go on with: {go_on} --max-skipped N"
+        return f"In a new run, try {', '.join(tries)}. {kept}"
 
     def finish(self) -> None:
         """Scores all held-out text, lets the model write, and keeps the figures with the run."""
@@ -278,6 +269,7 @@ class _Session:
             "held_out_bits_per_byte": bits / len(held_out),
             "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
             "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
+            "skipped_updates": int(self.state.skipped),
         }
         if not math.isfinite(bits):
             raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
@@ -289,6 +281,8 @@ class _Session:
         write_whole(self.run.result, json.dumps(figures, indent=2) + "\n")  # the last: it says that the run is done
         print(f"\n{sample}\n")
         print(f"go on with  {terminal.command_name()} generate {self.run.path} --prompt 'def '")
+        if figures["skipped_updates"]:
+            print("{skipped_updates} updates were left out: they were not finite".format(**figures))
         print(
             "held-out {held_out_bits_per_byte:.2f} bits per byte "
             "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)

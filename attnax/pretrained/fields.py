@@ -69,8 +69,14 @@ HARMLESS = frozenset(
         # texts rather than the model: tokens, tasks
         *("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix"),
         *("task_specific_params", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),
-        # how transformers writes a text
+        # how transformers writes a text, which generation_config.py reads
         *("do_sample", "temperature", "top_k", "top_p", "max_length", "min_length", "num_beams", "repetition_penalty"),
+        *("max_new_tokens", "early_stopping", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
+        *("encoder_no_repeat_ngram_size", "num_beam_groups", "diversity_penalty", "typical_p", "penalty_alpha"),
+        *("epsilon_cutoff", "eta_cutoff", "min_p", "min_new_tokens", "bad_words_ids", "suppress_tokens"),
+        *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+        *("exponential_decay_length_penalty", "cache_implementation", "guidance_scale"),
+        *("sequence_bias", "encoder_repetition_penalty", "stop_strings", "max_time"),
         # how transformers computes, and what it returns
         *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
         *("_attn_implementation", "_attn_implementation_autoset", "chunk_size_feed_forward", "gradient_checkpointing"),
@@ -395,6 +401,8 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
         ValueError: a kind or a key that is not supported, or a value that makes no sense.
     """
     given = {key: value for key, value in said.items() if value is not None}
+    if "truncate" in said and said["truncate"] is None:  # which transformers takes as false
+        given["truncate"] = False
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     if not isinstance(kind, str) or kind not in _SCALINGS:
@@ -418,9 +426,8 @@ def read_rope_scaling(said: Mapping[str, Any], max_len: Any) -> RopeScaling | No
     if factor < 1.0:
         raise ValueError(f"factor must be at least 1; got factor={factor}.")
     mscale, all_dim = (_number(given.get(key, 0), key) for key in ("mscale", "mscale_all_dim"))
-    if (
-        kind == "yarn" and mscale and all_dim
-    ):  # say the attention_factor in place of itself, in models after DeepSeek-V2
+    if kind == "yarn" and mscale and all_dim:
+        # In models after DeepSeek-V2 these say the attention_factor.
         over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in (mscale, all_dim))
         if over <= 0.0 or under <= 0.0:
             raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {all_dim}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,12 +206,17 @@ class GenerationSettings:
         bias = {token: value for token, value in self.sequence_bias if token < vocab_size}
         return {"logit_bias": bias or None, "logits_fn": TokenRules(**rules) if rules else None}
 
-    def complaint(self) -> str | None:
-        """What the file says and is not obeyed, in one sentence, or None."""
-        if not self.unsupported:
+    def complaint(self, obeyed: Collection[str] = ()) -> str | None:
+        """What the file says and is not obeyed, in one sentence, or None.
+
+        Args:
+            obeyed: keys that the caller follows after all.
+        """
+        left = {key: value for key, value in self.unsupported.items() if key not in obeyed}
+        if not left:
             return None
-        named = ", ".join(f"{key}={quoted(value)}" for key, value in self.unsupported.items())
-        return f"how the checkpoint is to write is obeyed but for what has no place here: {named}."
+        named = ", ".join(f"{key}={quoted(value)}" for key, value in left.items())
+        return f"{NAME}: not supported, and left out: {named}."
 
 
 def load_generation_config(folder: str | Path) -> GenerationSettings:

@@ -50,6 +50,10 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(quoted(str(name)), f"there is no such folder ({error}).") from error
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(name, "there is no such folder.")
+    if "/" in name and folder.parent.is_dir():  # such as runs/001
+        raise CheckpointError(
+            name, f"there is no such folder in {folder.parent}, and because of that folder the hub is not asked for it."
+        )
     try:
         import huggingface_hub  # of the extra
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library, whichever

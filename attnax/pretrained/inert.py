@@ -20,25 +20,14 @@ ANY_VALUE = frozenset(
         # texts: how long they may be, and which tokens stand for what
         *("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "model_max_length", "language"),
         *("unk_token_id", "cls_token_id", "mask_token_id", "pad_token", "bos_token", "eos_token", "vocab_file"),
-        # how transformers writes a text
-        *("max_new_tokens", "early_stopping", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
-        *("encoder_no_repeat_ngram_size", "num_beam_groups", "diversity_penalty", "typical_p", "penalty_alpha"),
-        *("epsilon_cutoff", "eta_cutoff", "min_p", "min_new_tokens", "bad_words_ids", "suppress_tokens"),
-        *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
-        *("exponential_decay_length_penalty", "cache_implementation", "guidance_scale"),
         # how it is computed, the same numbers
         *("use_flash_attn", "use_flash_attention", "use_flash_attention_2", "flash_attention", "use_xformers"),
         *("pretraining_tp", "tensor_parallel", "pad_vocab_size_multiple", "unpad_inputs", "fused_mlp"),
         # training; models come without dropout
         *("neftune_noise_alpha", "dropout", "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"),
         *("attention_dropout_prob", "activation_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "layerdrop"),
-        *(
-            "embedding_dropout",
-            "classifier_dropout_prob",
-            "pooler_dropout",
-            "label_smoothing",
-            "initializer_cutoff_factor",
-        ),
+        *("embedding_dropout", "classifier_dropout_prob", "pooler_dropout", "label_smoothing", "aux_loss_alpha"),
+        *("initializer_cutoff_factor", "custom_pipelines"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "loss_type"),
         # heads that are not read
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
@@ -52,13 +41,17 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
             *("rope_interleaved", "tie_encoder_decoder", "use_sliding_window", "use_mrope", "alibi", "use_alibi"),
             *("qk_norm", "use_qk_norm", "qk_layernorm", "mlp_bias", "attention_bias", "use_parallel_residual"),
             *("use_dynamic_ntk", "use_logn_attn", "is_quantized", "use_bidirectional_attention", "use_moe"),
+            *("embd_layer_norm", "lm_head_bias"),
         ),
         (False,),
     ),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),
+    **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (0,)),
     "partial_rotary_factor": (1, 1.0),
     "is_llama_config": (True,),
     "adapters": ({},),
+    "quantization_config": ({},),
 }
 
 

@@ -187,6 +187,11 @@ def find_family(theirs: Mapping[str, Any], where: Path, *, encoder: bool = False
     for family in candidates:
         if architectures in [[name] for name in (family.architecture, *family.aliases)]:
             return family
+    others = [family.model_type for family in FAMILIES if architectures == [family.architecture]]
+    if others:
+        raise CheckpointError(
+            where, f"architectures={quoted(architectures)} is of model_type {others[0]!r}; got model_type={kind!r}."
+        )
     known = ", ".join(name for family in candidates for name in (family.architecture, *family.aliases))
     raise CheckpointError(where, f"architectures must be one of {known}; got architectures={quoted(architectures)}.")
 

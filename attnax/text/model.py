@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +44,11 @@ class TextModel:
         """Of what writes."""
         config: TransformerConfig = self.model.config
         return config
+
+    @property
+    def context(self) -> int | float:
+        """Tokens of the longest text; infinite where positions are relative, which have no longest."""
+        return _longest(self.config)
 
     def begin(self, ids: Sequence[int]) -> list[int]:
         """What stands before the first token that is written, given the prompt's."""
@@ -104,7 +110,7 @@ class Translator(TextModel):
         encoder = self.model.encoder.config
         _check_ids(ids, encoder, self.folder)
         _check_ids([self.start], self.config, self.folder)
-        if len(ids) > encoder.max_len:
+        if len(ids) > _longest(encoder):
             raise InputError(
                 f"the prompt is too long: it has {len(ids)} tokens, and the encoder of {self.folder} reads at most "
                 f"{encoder.max_len}."
@@ -113,6 +119,10 @@ class Translator(TextModel):
     def _log_probs(self, ids: Sequence[int], texts: Array) -> Array:
         source = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (len(texts), len(ids)))
         return nnx.jit(Transformer.log_probs)(self.model, source, texts)
+
+
+def _longest(config: TransformerConfig) -> int | float:
+    return math.inf if config.pos_emb_type == "relative" else config.max_len
 
 
 def _check_ids(ids: Sequence[int], config: TransformerConfig, folder: Path) -> None:

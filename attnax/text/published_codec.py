@@ -79,8 +79,8 @@ class PublishedCodec:
             return ids
         if self.start is None:
             raise InputError(
-                "--prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json says what a text "
-                "starts with."
+                "the prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json says what a "
+                "text starts with."
             )
         return [self.start]
 
@@ -90,7 +90,10 @@ class PublishedCodec:
         return ids if stop in self.decode(ids) else []
 
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
-        """Gives what each token adds to `tokenizer.decode` of all, as soon as no token to come can change it."""
+        """Gives what each token adds to `tokenizer.decode` of all, as soon as no token to come can change it.
+
+        A tokenizer that rewrites what several tokens spell together is decoded as it comes.
+        """
         return _RunDecoder(self, before) if self.spells_bytes else _WindowDecoder(self, before)
 
     def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
@@ -108,6 +111,8 @@ class PublishedCodec:
         Raises:
             InputError: the tokenizer refuses them.
         """
+        if not ids:
+            return ""
         with refusals_as(lambda why: InputError(f"the tokenizer has no text for the tokens {str(ids)[:80]}: {why}.")):
             text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
@@ -181,23 +186,39 @@ class _RunDecoder(_WindowDecoder):
         whole = self._window[: len(self._window) - self._run.num_begun]
         self._told = codec.decode(whole) + (REPLACEMENT if self._run.num_begun else "")
 
+        self._held = 0  # bytes that were fed and not told
+
     def feed(self, token: int) -> str:
         if not self._codec.is_shown(token):
             return ""
-        was_spoiled = self._run.is_spoiled
-        self._window.append(token)
-        self._run.add(_byte_of(self._codec, token))
-        if was_spoiled and self._run.is_spoiled:
+        byte, was_open = _byte_of(self._codec, token), self._run.is_open
+        is_whole = not self._run.num_begun
+        self._run.add(byte)
+        spoiled = ""
+        if self._run.is_spoiled or (byte is None and was_open and not is_whole):
+            # Of the run, what stood in the prompt is shown already.
+            spoiled, self._held = REPLACEMENT * (self._held + (byte is not None)), 0
             self._cut(1)
-            return REPLACEMENT
-        if self._run.is_open:
-            return ""
+        self._window.append(token)
+        if byte is not None:
+            if self._run.is_spoiled:
+                self._cut(1)
+                return spoiled
+            if self._run.is_open:
+                self._held += 1
+                return ""
+        self._held = 0
         text = self._codec.decode(self._window)
         new = self._tell(text, text)
         kept = self._run.num_tokens()
         if kept < _CONTEXT or len(self._window) > 2 * _CONTEXT:
             self._cut(kept)
-        return new
+        return spoiled + new
+
+    def finish(self) -> str:
+        if self._run.num_begun:
+            return REPLACEMENT * self._held
+        return super().finish()
 
 
 class _Run:

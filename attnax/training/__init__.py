@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from attnax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from attnax.training.checkpoints import DamagedCheckpointError as DamagedCheckpointError
     from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
-    from attnax.training.checkpoints import delete_interrupted_checkpoints as delete_interrupted_checkpoints
+    from attnax.training.checkpoints import delete_checkpoints_after as delete_checkpoints_after
     from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint
     from attnax.training.checkpoints import restore_checkpoint as restore_checkpoint
+    from attnax.training.checkpoints import restore_items as restore_items
     from attnax.training.checkpoints import save_checkpoint as save_checkpoint
-    from attnax.training.checkpoints import whole_checkpoint as whole_checkpoint
     from attnax.training.corpus import Corpus as Corpus
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
@@ -39,11 +40,12 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "checkpoints": (
             "checkpoint_steps",
-            "delete_interrupted_checkpoints",
+            "delete_checkpoints_after",
             "latest_checkpoint",
             "restore_checkpoint",
             "save_checkpoint",
-            "whole_checkpoint",
+            "DamagedCheckpointError",
+            "restore_items",
         ),
         "corpus": ("Corpus", "Document", "TokenStream", "read_corpus"),
         "feasible": ("require_memory", "require_traces"),

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +23,13 @@ import jax
 from attnax.typing import InputError
 
 __all__ = [
+    "DamagedCheckpointError",
     "checkpoint_steps",
-    "delete_interrupted_checkpoints",
+    "delete_checkpoints_after",
     "latest_checkpoint",
     "restore_checkpoint",
+    "restore_items",
     "save_checkpoint",
-    "whole_checkpoint",
 ]
 
 Tree = TypeVar("Tree")
@@ -78,10 +79,10 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
 
 
-def delete_interrupted_checkpoints(folder: Path) -> None:
-    """Deletes what processes left that were killed while they saved or deleted a checkpoint."""
+def delete_checkpoints_after(folder: Path, step: int) -> None:
+    """Deletes checkpoints of later steps, and what processes left that were killed while they saved or deleted one."""
     if folder.is_dir():
-        _delete_others(folder, checkpoint_steps(folder))
+        _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step])
 
 
 def latest_checkpoint(folder: Path) -> int | None:
@@ -90,17 +91,53 @@ def latest_checkpoint(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def whole_checkpoint(folder: Path, before: int, *, owner: str = "") -> int | None:
-    """The step of the newest checkpoint before step `before` none of whose files has changed, or None."""
-    for step in reversed(checkpoint_steps(folder)):
-        if step < before:
-            try:
-                for item in _manifest(folder, step, owner)["sha256"]:
-                    _check_files(folder, step, item, owner)
-            except InputError:
-                continue
-            return step
-    return None
+class DamagedCheckpointError(InputError):
+    """A checkpoint that cannot be read.
+
+    Attributes:
+        whole: the step of the newest one before it that can, or None.
+    """
+
+    def __init__(self, message: str, whole: int | None):
+        self.whole = whole
+        super().__init__(f"{message} " + (f"That of step {whole} is whole." if whole is not None else "None is whole."))
+
+
+def restore_items(
+    folder: Path, likes: Mapping[str, Any], *, step: int | None = None, owner: str = ""
+) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint, and its items.
+
+    Args:
+        folder: of the checkpoints, of which there is one.
+        likes: pytrees as in `restore_checkpoint`, by the names of the items.
+        step: of the checkpoint, by default the newest.
+        owner: as saved.
+
+    Raises:
+        InputError: there is none of this step.
+        DamagedCheckpointError: it is not whole; which is, the message says.
+    """
+    steps = checkpoint_steps(folder)
+    if step is not None and step not in steps:
+        raise InputError(f"{folder}: step must be one of {', '.join(map(str, steps))}; got step={step}.")
+    chosen = max(steps) if step is None else step
+    try:
+        return chosen, {
+            item: restore_checkpoint(folder, chosen, item, like, owner=owner) for item, like in likes.items()
+        }
+    except InputError as error:
+        older = (other for other in reversed(steps) if other < chosen and _is_whole(folder, other, likes, owner))
+        raise DamagedCheckpointError(str(error), next(older, None)) from error
+
+
+def _is_whole(folder: Path, step: int, items: Iterable[str], owner: str) -> bool:
+    try:
+        for item in items:
+            _check_files(folder, step, item, owner)
+    except InputError:
+        return False
+    return True
 
 
 def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from attnax.training.run_format import is_run_folder
 from attnax.typing import InputError
 
-__all__ = ["FORMATS", "Corpus", "Document", "TokenStream", "is_run_folder", "read_corpus"]
-
-FORMATS = "attnax run"  # what the format in the config.json of a run folder begins with
+__all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
     held out. A single file is cut into about fifty pieces of whole lines, which are split the same way.
 
     Args:
-        data: a file, a folder (all its files, but for hidden ones and run folders) or a glob; None is the source of
-            the running interpreter's standard library.
+        data: a file, a folder (all its files, but for hidden ones) or a glob, without what is in run folders; None is
+            the source of the running interpreter's standard library.
         held_out: the fraction of documents to hold out.
 
     Raises:
@@ -116,12 +115,7 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
         root = path
         if is_run_folder(path):
             raise InputError(f"{data} is a run folder; name the text that it was trained on.")
-        runs = {config.parent for config in path.rglob("config.json") if is_run_folder(config.parent)}
-        found = (
-            p
-            for p in path.rglob("*")
-            if not any(part.startswith(".") for part in p.relative_to(path).parts) and runs.isdisjoint(p.parents)
-        )
+        found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     elif any(character in data for character in "*?["):
         # Names count from where the pattern begins, so that they say nothing of the machine.
         fixed = takewhile(lambda part: not any(character in part for character in "*?["), path.parts)
@@ -129,18 +123,17 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
     else:
         raise InputError(f"no such file or folder: {data}.")
     paths = sorted(path for path in found if path.is_file())
+    runs = {folder for folder in {path.parent for path in paths} if _is_within_run(folder, root)}
+    paths = [path for path in paths if path.parent not in runs]
     if not paths:
         raise InputError(f"no files in {root if data is None else data}.")
     return root, paths
 
 
-def is_run_folder(path: Path) -> bool:
-    """Whether a config.json of `attnax train` is there, of whatever version."""
-    try:
-        with (path / "config.json").open("rb") as file:
-            return FORMATS.encode() in file.read(200)
-    except OSError:
-        return False
+def _is_within_run(folder: Path, root: Path) -> bool:
+    """Whether a folder under `root` is a run folder or in one."""
+    between = [folder, *folder.parents] if root in folder.parents else []
+    return any(map(is_run_folder, between[: between.index(root)] if between else []))
 
 
 def _hash_fraction(name: str) -> float:
@@ -183,7 +176,7 @@ class TokenStream:
         if self.num_windows < 1:
             raise InputError(
                 f"the text is too short: its {len(self.tokens):,} tokens do not fill one window of {self.window}. "
-                "Give more text or a smaller --max-len."
+                "Give more text or a smaller max_len."
             )
 
     def batch(self, index: int, batch_size: int, seed: int) -> np.ndarray:

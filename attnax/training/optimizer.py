@@ -92,7 +92,22 @@ class OptimizerConfig:
             weight_decay=self.weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         )
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
+        return _in_float32(optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw))
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with moments of float32 at least: Adam's epsilon is 0 in float16."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+        return optimizer.update(widen(gradients), state, None if params is None else widen(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(widen(params)), update)
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:

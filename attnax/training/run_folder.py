@@ -25,13 +25,13 @@ from typing import Any, Literal
 from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.text.tokenizer import Tokenizer
-from attnax.training.corpus import FORMATS, Corpus
+from attnax.training.corpus import Corpus
 from attnax.training.optimizer import OptimizerConfig
+from attnax.training.run_format import FORMAT, is_format
 from attnax.typing import InputError
 
 __all__ = ["LockedError", "RunFolder", "RunOptions", "check_seed", "write_whole"]
 
-FORMAT = f"{FORMATS} 1"
 LOCK, LOCK_OWNER = ".lock", ".lock.owner"
 _BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "config.json.tmp"}
 
@@ -154,7 +154,8 @@ class RunFolder:
         raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
 
     def _is_free(self) -> bool:
-        return {found.name for found in self.path.iterdir()} <= _BEFORE_CONFIG
+        names = {found.name for found in self.path.iterdir()}
+        return not names or (LOCK in names and names <= _BEFORE_CONFIG)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
@@ -213,7 +214,7 @@ class RunFolder:
             config = json.loads(config_path.read_text("utf-8"))
         except ValueError as error:
             raise InputError(f"{config_path} is damaged: {error}.") from error
-        if not isinstance(config, dict) or not str(config.get("format")).startswith(FORMATS):
+        if not isinstance(config, dict) or not is_format(config.get("format")):
             raise InputError(f"{config_path} was not written by attnax train.")
         version = config.get("attnax")
         if config.get("format") != FORMAT:
@@ -253,27 +254,29 @@ class RunFolder:
 
     def append_metrics(self, **row: Any) -> None:
         """Adds a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that an interruption cut short is left out.
+        """The rows of metrics.jsonl; what an interruption left at its end is not among them.
 
         Raises:
-            InputError: a line is no row of metrics.
+            InputError: a line before the last row is none.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        rows = []
+        rows, problem = [], None
         for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
+            row = _read_row(line)
+            if row is None:
+                problem = problem or f"{path} is damaged: line {number} has no step and tokens."
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} is damaged: line {number}: {error}.") from error
-            if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in ("step", "tokens")):
-                raise InputError(f"{path} is damaged: line {number} has no step and tokens.")
+            if problem is not None:  # and rows after it: no interruption left that
+                raise InputError(f"{problem} Delete the line, or the file: the run goes on without.")
             rows.append(row)
         return rows
 
@@ -282,6 +285,16 @@ class RunFolder:
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return rows
+
+
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics, or None for what is none."""
+    try:
+        row = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and all(type(row.get(name)) is int for name in ("step", "tokens"))
+    return row if is_row else None
 
 
 def write_whole(path: Path, text: str) -> None:

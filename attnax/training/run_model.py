@@ -14,7 +14,7 @@ from flax import nnx
 from attnax.config import Dtype, TransformerConfig
 from attnax.models import TransformerLM
 from attnax.text import ByteCodec, TextModel
-from attnax.training.checkpoints import checkpoint_steps, restore_checkpoint, whole_checkpoint
+from attnax.training.checkpoints import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
 from attnax.typing import InputError
 
@@ -34,21 +34,13 @@ def open_run(path: Path, dtype: Dtype | None = None, step: int | None = None) ->
     """
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
-    steps = checkpoint_steps(folder.checkpoints)
-    if not steps:
+    if not checkpoint_steps(folder.checkpoints):
         raise InputError(f"{path} has no checkpoint yet.")
-    if step is not None and step not in steps:
-        raise InputError(f"--step must be one of {', '.join(map(str, steps))}, the checkpoints of {path}; got {step}.")
-    step = steps[-1] if step is None else step
     # Initial weights would take JAX longer than the checkpoint, which replaces them.
     graphdef, state, streams = _abstract(options.model)
-    try:
-        params = restore_checkpoint(folder.checkpoints, step, "params", nnx.to_pure_dict(state), owner=folder.owner)
-    except InputError as error:
-        older = whole_checkpoint(folder.checkpoints, step, owner=folder.owner)
-        if older is None:
-            raise
-        raise InputError(f"{error} That of step {older} is whole: give --step {older}.") from error
+    likes = {"params": nnx.to_pure_dict(state)}
+    _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
+    params = items["params"]
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
         graphdef, state, streams = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype))

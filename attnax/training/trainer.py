@@ -29,7 +29,7 @@ class TrainState:
         params: the parameters of the model.
         opt_state: of the optimizer.
         passes: int32 scalar, forward and backward passes made; `accumulate` of them are one update.
-        skipped: int32 scalar, updates that were not made because their loss or gradient was not finite.
+        skipped: int32 scalar, updates that were not made because something in them was not finite.
         sums: of an update that is not due yet, its gradients so far and whether they are finite; empty where each pass
             is an update.
     """
@@ -42,7 +42,15 @@ class TrainState:
 
 
 class DivergenceError(ArithmeticError):
-    """A loss, a gradient or parameters that are not finite: what follows could not be learned from."""
+    """A loss, a gradient or parameters that are not finite: nothing can be learned from there.
+
+    Attributes:
+        is_skippable: whether that was seen in an update that was not made, so that the training could go on.
+    """
+
+    def __init__(self, message: str, *, is_skippable: bool = False):
+        self.is_skippable = is_skippable
+        super().__init__(message)
 
 
 class Metrics(NamedTuple):
@@ -51,7 +59,7 @@ class Metrics(NamedTuple):
     Attributes:
         loss: of the pass.
         grad_norm: of the mean gradient of the update, this pass included.
-        is_skipped: whether an update was due and was not made, since its loss or gradient is not finite.
+        is_skipped: whether an update was due and was not made, since something in it is not finite.
         is_finite: whether loss and gradient are finite, and after an update the parameters.
     """
 
@@ -135,7 +143,8 @@ class Trainer:
     def _step(self, state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Metrics]:
         """One forward and backward pass over windows of tokens, and an update when enough are accumulated.
 
-        An update whose loss or gradient is not finite in any of its passes is not made.
+        An update whose loss or gradient is not finite in any of its passes is not made, nor is one after which
+        parameters of float16 would not be.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
 
@@ -154,18 +163,23 @@ class Trainer:
         norm = optax.tree.norm(mean)
         is_finite &= jnp.isfinite(norm)
 
-        def update() -> tuple[Any, Any]:
+        kept = state.params, state.opt_state, jnp.array(True)
+
+        def update() -> tuple[Any, Any, Array]:
             updates, opt_state = self._update.update(mean, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+            made = optax.apply_updates(state.params, updates), opt_state
+            fits = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(made[0])]).all()
+            if _is_narrow(state.params):  # a second copy of all that only float16 needs, whose largest number is 65504
+                made = jax.tree.map(lambda new, old: jnp.where(fits, new, old), made, kept[:2])
+            return *made, fits
 
         is_due = count == accumulate
-        params, opt_state = jax.lax.cond(is_due & is_finite, update, lambda: (state.params, state.opt_state))
+        params, opt_state, fits = jax.lax.cond(is_due & is_finite, update, lambda: kept)
+        is_finite &= fits
         sums = ()
         if state.sums:
             sums = jax.lax.cond(is_due, lambda: self._no_sums(state.params), lambda: (is_finite, grads))
-        is_skipped = is_due & ~is_finite
-        for leaf in jax.tree.leaves(params):
-            is_finite &= jnp.isfinite(leaf).all()
+        is_skipped = is_due & ~is_finite & (fits | _is_narrow(state.params))
         made = TrainState(params, opt_state, state.passes + 1, state.skipped + is_skipped, sums)
         return made, Metrics(loss, norm, is_skipped, is_finite)
 
@@ -185,6 +199,11 @@ class Trainer:
             options |= {"mask": masks.documents(documents), "position_ids": positions}
         out = self.merge(params).run(read, **options)
         return optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]), out.aux
+
+
+def _is_narrow(params: Any) -> bool:
+    """Whether a finite gradient may make parameters that are not."""
+    return any(float(jnp.finfo(leaf.dtype).max) < 1e30 for leaf in jax.tree.leaves(params))
 
 
 def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

@@ -74,14 +74,16 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
 
 
 def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
-    """From what a process left that was killed before its run began."""
+    """From what a process left that was killed before its run began; a person's tokenizer is no such thing."""
     parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer()
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(("config.json", "tokenizer.json")):
+    for number, names in enumerate((["config.json"], [".lock", "tokenizer.json"], ["tokenizer.json"])):
         (tmp_path / "runs" / f"{number:03d}").mkdir(parents=True)
-        (tmp_path / "runs" / f"{number:03d}" / name).write_text("cut")
-    with RunFolder(tmp_path / "runs" / "002").locked():
-        assert [RunFolder.create(None, *parts).path.name for _ in range(2)] == ["001", "003"]
+        for name in names:
+            (tmp_path / "runs" / f"{number:03d}" / name).write_text("cut")
+    (tmp_path / "runs" / "003").mkdir()
+    with RunFolder(tmp_path / "runs" / "003").locked():
+        assert [RunFolder.create(None, *parts).path.name for _ in range(2)] == ["001", "004"]
     assert RunFolder(tmp_path / "runs" / "001").load()[0] == parts[0]
 
 
@@ -560,11 +562,11 @@ class TestWrongInput:
         options = Generate(folder="a", draft="b")
         for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
             with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
-                check_model(options, text("a", model), text("b", draft))
+                check_model(options, options, text("a", model), text("b", draft))
         with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
-            check_model(Generate(folder="a", cache="paged"), text("a", linear), None)
-        check_model(options, text("a", softmax), text("b", softmax))
-        check_model(Generate(folder="a", cache="ring"), text("a", linear), None)
+            check_model(*[Generate(folder="a", cache="paged")] * 2, text("a", linear), None)
+        check_model(options, options, text("a", softmax), text("b", softmax))
+        check_model(*[Generate(folder="a", cache="ring")] * 2, text("a", linear), None)
 
     def test_a_draft_with_a_smaller_context(self, run):
         text = open_run(run)

@@ -40,7 +40,7 @@ from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
 from attnax.pretrained.json_object import MAX_JSON_BYTES
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
-from attnax.text import Translator, open_published
+from attnax.text import PublishedCodec, Translator, open_published
 from attnax.training import open_run
 from attnax.typing import InputError
 
@@ -282,7 +282,7 @@ class TestGenerate:
 
     def test_an_empty_prompt_starts_with_the_configs_token(self, tmp_path, write, capsys, monkeypatch):
         folder = publish(tmp_path, lm(), copy_of(byte_level))
-        assert "--prompt must not be empty" in refuse(capsys, "generate", folder)
+        assert "the prompt must not be empty" in refuse(capsys, "generate", folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 9}))
         seen = []
@@ -494,7 +494,19 @@ class TestGenerationConfig:
     def test_what_has_no_place_is_a_line_on_standard_error(self, settled):
         _, _, error = settled({"guidance_scale": 1.5, CODES: 1})
         (line,) = error.splitlines()
-        assert line.startswith("attnax: ") and "has no place here: guidance_scale=1.5, " in line and line.isprintable()
+        assert line.startswith("attnax: ") and line.isprintable()
+        assert "not supported, and left out: guidance_scale=1.5, " in line
+
+    def test_messages_name_the_file_where_no_flag_was_given(self, settled, capsys):
+        with pytest.raises(AssertionError):
+            settled({"num_beams": 3000})
+        assert "num_beams of generation_config.json must be at most 310" in capsys.readouterr().err
+        _, options, _ = settled({"no_repeat_ngram_size": 300})
+        assert options["sampler"].no_repeat_ngram is None  # no text is as long
+        name, _, error = settled({"num_beams": 3, "do_sample": True}, "--stream")
+        assert (name, error) == ("stream", "")
+        name, options, _ = settled({"num_beams": 3}, "--length-penalty", "2")
+        assert (name, float(options["length_penalty"])) == ("beam_search", 2.0)
 
     def test_values_out_of_range_are_refused(self, published, tmp_path, capsys):
         folder = shutil.copytree(published, tmp_path / "copy")
@@ -573,7 +585,7 @@ def test_files_of_any_content_are_read_or_refused(published, written_by, tmp_pat
         codes.add(code := written_by(folder))
         error = capfd.readouterr().err
         assert code in (0, 2) and "Traceback" not in error, path.read_bytes()
-        assert code == 2 or error == "" or re.fullmatch(r"attnax: .* has no place here: .*\.\n", error), error
+        assert code == 2 or error == "" or re.fullmatch(r"attnax: .* not supported, and left out: .*\.\n", error), error
         if code == 2:
             last = error.removesuffix("\n").split("\n")[-1]
             assert last.startswith(("attnax: ", "  ")) and last.isprintable()
@@ -622,17 +634,27 @@ class TestTranslator:
         out = written(*options).out
         assert written(*options, "--draft", translator).out == written("--beams", 1, "--max-new-tokens", 9).out == out
 
-    def test_each_half_has_a_context(self, translator, written, capsys, monkeypatch):
+    def test_relative_positions_have_no_longest_text(self, translator, written, monkeypatch):
+        """Beyond the n_positions of 13, which is how much is written where nothing says it."""
         rooms = []
         monkeypatch.setattr(
-            Transformer, "stream", lambda self, ids, **options: rooms.append(options["max_length"]) or iter(())
+            Transformer,
+            "stream",
+            lambda self, ids, **options: rooms.append((ids.shape[1] > 20, options["max_length"])) or iter(()),
         )
         written()
-        assert rooms == [12]
-        line = refuse(capsys, "generate", translator, "--prompt", "a tree " * 9)
-        assert f"the encoder of {translator} reads at most 13" in line
-        line = refuse(capsys, "generate", translator, "--prompt", "a", "--max-new-tokens", 13)
-        assert "has room for 12" in line
+        written("--prompt", "a tree " * 9, "--max-new-tokens", 40, "--no-repeat-ngram", 30)
+        assert rooms == [(False, 13), (True, 40)]
+
+    def test_each_half_has_a_context_where_positions_have_a_longest(self):
+        half = TransformerConfig(vocab_size=67, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=13)
+        model = build(lambda rngs: Transformer(rngs, encoder=half, decoder=half))
+        text = Translator(Path("a"), model, PublishedCodec(copy_of(unigram), whole=True), 1)
+        assert text.context == 13
+        with pytest.raises(InputError, match="the encoder of a reads at most 13"):
+            text.check([3] * 14)
+        with pytest.raises(InputError, match="--max-new-tokens 13 is too many: .* has room for 12"):
+            generate_module._read_prompt(text, None, "a", 13)
 
     def test_a_language_model_is_no_draft_of_it(self, translator, published, capsys):
         line = refuse(capsys, "generate", translator, "--prompt", "a", "--draft", published)

@@ -151,9 +151,7 @@ class TestDivergence:
         assert start("run") == 1
         line = capsys.readouterr().err.strip().splitlines()[-1]
         kept = "The checkpoint of step 5 is kept." if bad > 5 else "No checkpoint was saved yet."
-        assert (
-            f"attnax: step {bad}: the loss is nan, and the update was not made. Try a smaller --learning-rate" in line
-        )
+        assert f"attnax: step {bad}: the loss is nan, and the update was not made. In a new run, try a smaller" in line
         assert kept in line and f"--resume {tmp_path / 'run'} --max-skipped N" in line and "float16" not in line
         assert checkpoint_steps(tmp_path / "run" / "checkpoints") == ([5] if bad > 5 else [])
         assert main(["train", "--resume", str(tmp_path / "run"), "--max-skipped", "1"]) == 0
@@ -184,6 +182,9 @@ class TestDivergence:
         )
 
 
+ROW = '{"step": 1, "tokens": 2}\n'
+
+
 class TestDamage:
     @pytest.fixture
     def stopped(self, start, tmp_path, monkeypatch):
@@ -198,28 +199,29 @@ class TestDamage:
         path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "That of step 5 is whole: give --step 5." in refuse(capsys, "generate", stopped)
-        assert "--step must be one of 5, 10, the checkpoints of" in refuse(capsys, "generate", stopped, "--step", 7)
+        assert "That of step 5 is whole. Give --step 5." in refuse(capsys, "generate", stopped)
+        assert "step must be one of 5, 10; got step=7." in refuse(capsys, "generate", stopped, "--step", 7)
         line = refuse(capsys, "train", "--resume", stopped)
-        assert "is damaged" in line and "That of step 5 is whole; go on from it with: " in line
-        command = line.partition("go on from it with: ")[2]
+        assert "is damaged" in line and "That of step 5 is whole. Go on from it with: " in line
+        command = line.partition("Go on from it with: ")[2]
         assert command.endswith(f"train --resume {stopped} --step 5")
         assert main(["train", "--resume", str(stopped), "--step", "5"]) == 0
         assert start("whole") == 0
         check_same(stopped, tmp_path / "whole")
 
-    def test_a_later_checkpoint_that_was_given_up_does_not_come_back(self, stopped, monkeypatch):
+    def test_a_later_checkpoint_that_was_given_up_does_not_come_back(self, start, stopped, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             kill_at(patch, QuickTrainer, "step", 3)
             with pytest.raises(Killed):
                 main(["train", "--resume", str(stopped), "--step", "5"])
-        assert checkpoint_steps(stopped / "checkpoints") == [5, 10]
-        checkpoints.save_checkpoint(stopped / "checkpoints", 7, {"params": {"w": np.zeros(3)}})
-        assert checkpoint_steps(stopped / "checkpoints") == [5, 7]
+        assert checkpoint_steps(stopped / "checkpoints") == [5]
+        assert main(["train", "--resume", str(stopped)]) == 0
+        assert start("whole") == 0
+        check_same(stopped, tmp_path / "whole")
 
     def test_steps_that_have_no_checkpoint_are_refused(self, stopped, capsys):
         line = refuse(capsys, "train", "--resume", stopped, "--step", 7)
-        assert "--step must be one of 5, 10, of which" in line and line.endswith("got 7.")
+        assert "step must be one of 5, 10; got step=7." in line
         assert "--step needs --resume" in refuse(capsys, "train", "--step", 7)
 
     @pytest.mark.parametrize(
@@ -228,10 +230,11 @@ class TestDamage:
             (None, None),
             ("", None),
             ('{"step": 1, "tokens": 2}\n{"step": 2, "to', None),
-            ("nonsense\n", r"metrics.jsonl is damaged: line 1: Expecting value"),
-            ("[3]\n", "line 1 has no step and tokens"),
-            ('{"step": 1, "tokens": 2}\n{"loss": 2}\n', "line 2 has no step and tokens"),
-            ("\ud800\n", "line 1"),
+            ('{"step": 1, "tokens": 2}\n\0\0\0\0\n', None),  # as a power cut may leave it
+            ("nonsense\n" + ROW, r"metrics.jsonl is damaged: line 1 has no step and tokens. Delete the line, or"),
+            ("[3]\n" + ROW, "line 1 has no step and tokens"),
+            (ROW + '{"loss": 2}\n' + ROW, "line 2 has no step and tokens"),
+            ("\ud800\n" + ROW, "line 1"),
         ],
     )
     def test_metrics_that_are_missing_or_cut(self, stopped, capsys, text, words):
@@ -267,7 +270,7 @@ class TestDamage:
         assert config["attnax"] == run_folder.__version__
         line = save(attnax="9.1", options=options | {"model": options["model"] | {"x1": 1, "x2": 2, "x3": 3, "x4": 4}})
         assert "was written by attnax 9.1, and this is" in line and "it has options x1, x2, x3 and 1 more" in line
-        assert "its format is 'attnax run 2'" in save(attnax="9.1", format="attnax run 2")
+        assert "its format is 'attnax run 3'" in save(attnax="9.1", format="attnax run 3")
         assert "written by another version of attnax" in save(options=options | {"later": 1})
         assert "not written by attnax train" in save(format="something else")
 
@@ -279,12 +282,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch,
         assert start("run") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"attnax: {tmp_path / 'run' / 'checkpoints'}: No space left on device: a checkpoint takes")
-    assert f"After step 5; mend it, and go on with: {terminal.command_name()} train --resume {tmp_path / 'run'}" in line
+    assert f"Mend it, then go on with: {terminal.command_name()} train --resume {tmp_path / 'run'}" in line
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_metrics", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        patch.setattr(json, "dumps", only_rows(raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), json.dumps))
         assert start("other") == 2
-    assert f"attnax: {tmp_path / 'other'}: No space left on device" in capsys.readouterr().err
+    assert f"attnax: {tmp_path / 'other'}/metrics.jsonl: No space left on device" in capsys.readouterr().err
+
+
+def only_rows(instead, original):
+    """A function in place of `json.dumps`, which rows of metrics are given to while their file is open."""
+    return lambda value, **options: instead() if "grad_norm" in value else original(value, **options)
 
 
 def raising(error):
@@ -354,3 +362,23 @@ def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypa
 def test_states_are_saved_between_updates():
     assert {field.name for field in dataclasses.fields(TrainState)} - set(train_module._SAVED) == {"sums"}
     assert jax.tree.leaves(TrainState({}, {}, 0, 0, ()).sums) == []
+
+
+def test_a_persons_folder_is_not_overwritten(start, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tokenizer.json").write_text('{"mine": 1}')
+    assert start("mine") == 2 and "exists already; nothing was overwritten" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "tokenizer.json").read_text() == '{"mine": 1}'
+
+
+def test_skipped_updates_are_said_at_the_end(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(QuickTrainer, "bad", (3, 4))
+    assert start("run", "--max-skipped", "2") == 0
+    assert "\n2 updates were left out: they were not finite\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_updates"] == 2
+
+
+def test_only_what_can_be_skipped_is_offered(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(QuickTrainer, "overflow", (5,))
+    assert start("run") == 1 and "--max-skipped" not in capsys.readouterr().err
+    assert rows(tmp_path / "run")[-1]["step"] == 5  # the step that failed is among the metrics

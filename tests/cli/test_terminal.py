@@ -1,5 +1,6 @@
 """What a person at a terminal meets: encodings, closed streams, Ctrl-C, names on a hub, and what is waited for."""
 
+import errno
 import io
 import json
 import os
@@ -49,6 +50,20 @@ def test_what_an_encoding_lacks_is_spelled(model, silent, monkeypatch, encoding,
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
     assert main(["generate", str(model), "--prompt", "é日"]) == 0
     assert written.getvalue() == expected + b"\n"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))  # as a person asked
+    assert main(["generate", str(model), "--prompt", "é日"]) == 0
+    assert (b"?" in written.getvalue()) == (encoding != "utf-8")
+
+
+def test_an_output_that_is_full_is_named(model, monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(["generate", str(model), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == "attnax: standard output: No space left on device.\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "inspect"])

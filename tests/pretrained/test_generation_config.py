@@ -164,7 +164,7 @@ def test_what_has_no_place_is_named_in_one_warning(read, said, named):
     with pytest.warns(UserWarning) as caught:
         read(said)
     (warning,) = caught
-    assert str(warning.message).endswith(f"is obeyed but for what has no place here: {named}.")
+    assert str(warning.message).endswith(f"not supported, and left out: {named}.")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def environment(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
 
+def test_the_hub_is_not_asked_for_what_should_be_in_a_folder(hub, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="runs/001: there is no such folder in runs, and because of that folder"):
+        find_folder("runs/001")
+    assert not hub[1]
+
+
 def test_a_name_is_loaded_from_the_hub_and_then_without_it(monkeypatch):
     folder = find_folder("tiny/gpt2")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

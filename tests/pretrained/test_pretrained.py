@@ -382,6 +382,7 @@ DEFAULT_ROPE = {"rope_type": "default"}
         ({"rope_scaling": YARN_ROPE | {"mscale": 0.7} | YARN_FACTOR}, {"rope_scaling": YARN_ROPE | YARN_FACTOR}),
         ({"rope_scaling": YARN_ROPE | {"mscale": 0.7}}, {"rope_scaling": YARN_ROPE}),
         ({"rope_scaling": YARN_ROPE | {"mscale_all_dim": 0.7}}, {"rope_scaling": YARN_ROPE}),
+        ({"rope_scaling": YARN_ROPE | {"truncate": None}}, {"rope_scaling": YARN_ROPE | {"truncate": False}}),
         ({"rope_scaling": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0}}, {"rope_scaling": YARN_ROPE}),
         (
             {"rope_scaling": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.4}},

@@ -1,6 +1,5 @@
 """Codecs: text piece by piece is the text of all tokens, and a prompt gets what a text starts with."""
 
-import codecs
 import re
 
 import pytest
@@ -20,7 +19,7 @@ from small_tokenizers import (
     unigram,
     word_pieces,
 )
-from tokenizers import models
+from tokenizers import decoders, models
 
 from attnax.text import ByteCodec, ByteDecoder, PublishedCodec, TextStream, byte_tokenizer, spell
 from attnax.typing import InputError
@@ -32,27 +31,15 @@ def decode(codec, tokens, before=()):
     return [*map(decoder.feed, tokens), decoder.finish()]
 
 
-def added(tokenizer, before, tokens):
-    """What the text of `tokens` has that was not shown with `before`, where U+FFFD stood for what was no character."""
-    shown, whole = tokenizer.decode(before), tokenizer.decode(tokens)
-    for size in range(1, 4):  # where bytes fall back, one that begins a character spoils those before it
-        begun, earlier = before[len(before) - size :], tokenizer.decode(before[:-size])
-        if shown.endswith("\ufffd") and not earlier.endswith("\ufffd") and is_begun(tokenizer, begun):
-            shown = earlier + "\ufffd"
-    while not whole.startswith(shown):
-        shown = shown[:-1]
-    return whole[len(shown) :]
+def added(start, whole):
+    """What a text has that was not shown; U+FFFD stood for a character that was not whole."""
+    while not whole.startswith(start):
+        start = start[:-1]
+    return whole[len(start) :]
 
 
-def is_begun(tokenizer, tokens):
-    names = [str(tokenizer.id_to_token(token)) for token in tokens]
-    if not all(re.fullmatch("<0x..>", name) for name in names):
-        return False
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        return decoder.decode(bytes(int(name[1:-1], 16) for name in names)) == ""
-    except UnicodeDecodeError:
-        return False
+def is_byte(tokenizer, token):
+    return re.fullmatch("<0x..>", str(tokenizer.id_to_token(token))) is not None
 
 
 def byte_tokens(tokenizer, data):
@@ -79,11 +66,13 @@ class TestDecoding:
         )
         tokens = [token for part in data.draw(st.lists(some | spelled, max_size=5)) for token in part]
         cut = data.draw(st.integers(0, len(tokens)))  # a prompt may end inside a character
+        while cut and is_byte(tokenizer, tokens[cut - 1]):  # what comes next may spoil what a prompt has shown
+            cut -= 1
         before, after = tokens[:cut], tokens[cut:]
         codec = PublishedCodec(tokenizer)
         pieces = decode(codec, after, before)
         assert len(pieces) == len(after) + 1
-        expected = added(tokenizer, before, tokens)
+        expected = added(tokenizer.decode(before), tokenizer.decode(tokens))
         assert "".join(pieces) == expected and codec.num_bytes(after, before) == len(expected.encode())
 
     @pytest.mark.parametrize("kind", [byte_level, byte_fallback])
@@ -117,6 +106,32 @@ class TestDecoding:
         for cut in range(2, 5):
             assert decode(codec, tokens[cut:], tokens[:cut]) == ["", "", "", "😀", "!", ""][cut - 1 :]
             assert decode(codec, tokens[1:2], tokens[:cut]) == ["", "\ufffd"]  # the first U+FFFD is shown already
+
+    def test_what_a_prompt_has_shown_is_not_shown_again(self):
+        """Though in the text of all tokens a byte that is no character spoils all that are beside it."""
+        codec = PublishedCodec(copy_of(byte_fallback))
+        (f,) = codec.tokenizer.encode("f").ids[-1:]
+        shown = byte_tokens(codec.tokenizer, "日本".encode() * 5)
+        bad, lead, first = byte_tokens(codec.tokenizer, b"\xff\xe6\x97")
+        for before, after, expected in (
+            (shown, [bad, bad, f], ["\ufffd", "\ufffd", "f", ""]),
+            (shown, [lead, f], ["", "\ufffdf", ""]),
+            (shown, [lead], ["", "\ufffd"]),
+            (shown, [lead, first, bad], ["", "", "\ufffd\ufffd\ufffd", ""]),
+            ([*shown, lead], [f], ["f", ""]),
+            ([*shown, lead], [bad, f], ["\ufffd", "f", ""]),
+            ([*shown, bad], [lead, f], ["\ufffd", "f", ""]),
+            ([*shown, lead], [*shown[1:3], f], ["", "", "日f", ""]),
+        ):
+            assert decode(codec, after, before) == expected
+            assert codec.num_bytes(after, before) == len("".join(expected).encode())
+
+    def test_a_decoder_that_takes_no_empty_text_is_not_given_one(self):
+        tokenizer = copy_of(unigram)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+        codec = PublishedCodec(tokenizer)
+        ids = tokenizer.encode("return x").ids
+        assert "".join(decode(codec, ids)) == tokenizer.decode(ids) and decode(codec, []) == [""]
 
     @pytest.mark.parametrize("kind", [byte_level, byte_fallback])
     @pytest.mark.parametrize("data", [b"\xc3", "é".encode(), b"\xff"])
@@ -226,7 +241,7 @@ class TestEncoding:
 
     def test_an_empty_prompt_needs_something_to_start_with(self):
         assert PublishedCodec(copy_of(byte_level), start=7).encode(b"") == [7]
-        with pytest.raises(InputError, match="--prompt must not be empty: neither the tokenizer nor a bos_token_id"):
+        with pytest.raises(InputError, match="the prompt must not be empty: neither the tokenizer nor a bos_token_id"):
             PublishedCodec(copy_of(byte_level)).encode(b"")
 
     def test_what_has_no_token_is_refused(self):

@@ -87,6 +87,8 @@ class TestCorpus:
         assert read_corpus(str(tmp_path)).fingerprint == before
         with pytest.raises(InputError, match="000 is a run folder; name the text that it was trained on"):
             read_corpus(str(run))
+        (run / "sample.txt").write_text("what it wrote")
+        assert read_corpus(str(tmp_path / "**" / "*.txt")).fingerprint == before
 
     def test_metrics_and_configs_of_others_are_text(self, tmp_path):
         for name in ("metrics.jsonl", "config.json"):
@@ -238,11 +240,29 @@ class TestTrainer:
         _, metrics = trainer.step(good, first)
         assert metrics.is_finite and not metrics.is_skipped
 
-    def test_parameters_that_overflow_are_noticed(self):
+    def test_parameters_that_would_overflow_in_float16_are_left(self):
         model = dataclasses.replace(MODEL, param_dtype="float16")
         trainer = Trainer(model, OptimizerConfig(warmup=0.0, learning_rate=1e6))
+        state, metrics = trainer.step(trainer.init(), self.batches(1)[0])
+        assert np.isfinite(metrics.loss) and metrics.is_skipped and not metrics.is_finite and int(state.skipped) == 1
+        leaves_close(state.params, trainer.init().params, atol=0)
+
+    def test_parameters_of_float16_learn(self):
+        """Their moments are of float32: Adam's epsilon is 0 in float16, and 0 / 0 would be next to it."""
+        model = dataclasses.replace(MODEL, param_dtype="float16")
+        trainer = Trainer(model, OptimizerConfig(steps=50, warmup=0.0, learning_rate=1e-2))
+        state, losses = trainer.init(), []
+        for batch in self.batches(20):
+            state, metrics = trainer.step(state, batch)
+            assert metrics.is_finite
+            losses.append(float(metrics.loss))
+        assert losses[-1] < losses[0] - 0.5
+        assert all(leaf.dtype == np.float16 for leaf in jax.tree.leaves(state.params))
+
+    def test_an_update_that_overflows_in_float32_is_said(self):
+        trainer = Trainer(MODEL, OptimizerConfig(warmup=0.0, learning_rate=3e38, weight_decay=1e9))
         _, metrics = trainer.step(trainer.init(), self.batches(1)[0])
-        assert np.isfinite(metrics.loss) and not metrics.is_skipped and not metrics.is_finite
+        assert not metrics.is_skipped and not metrics.is_finite
 
     def test_packed_documents_are_scored_as_each_is_alone(self):
         """Learned positions and a mask: a row of three documents, against each in a row of its own."""

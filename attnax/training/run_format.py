@@ -1,0 +1,26 @@
+"""The mark of a run folder: the format that its config.json names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORMAT", "is_format", "is_run_folder"]
+
+_FAMILY = "attnax run "
+FORMAT = f"{_FAMILY}2"
+
+
+def is_format(value: Any) -> bool:
+    """Whether a config.json with this format was written by `attnax train`, of whatever version."""
+    return isinstance(value, str) and value.startswith(_FAMILY)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a config.json of `attnax train` is there, of whatever version."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and is_format(config.get("format"))
