@@ -88,6 +88,7 @@ sys.exit(main(["generate", sys.argv[1], "--prompt", "é日"]))
 def test_ctrl_c_while_packages_are_imported_is_quiet():
     code = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore for what runs in their background
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "tyro":
