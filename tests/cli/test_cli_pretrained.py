@@ -322,9 +322,12 @@ class TestGenerate:
     def test_the_commands_dtype_reaches_model_and_draft(self, published, write, monkeypatch):
         seen = []
         original = generate_module.open_text_model
-        monkeypatch.setattr(
-            generate_module, "open_text_model", lambda *arguments: seen.append(original(*arguments)) or seen[-1]
-        )
+
+        def note(*arguments, **options):
+            seen.append(original(*arguments, **options))
+            return seen[-1]
+
+        monkeypatch.setattr(generate_module, "open_text_model", note)
         write(published, "--draft", published, "--dtype", "bfloat16", "--max-new-tokens", 3)
         assert [text.config.dtype for text in seen] == ["bfloat16", "bfloat16"]
 
