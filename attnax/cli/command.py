@@ -29,6 +29,9 @@ _EXTRAS = {  # that install what a command needs
     "tqdm": "train",
 }
 
+_COMMANDS = ("train", "generate", "inspect", "bench")
+_CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words
+
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is a line on standard error, and 2.
@@ -111,6 +114,10 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
         message = re.sub(
             r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message
         )  # tyro's name, not a flag
-        raise InputError(f"{message.rstrip('.')}. See attnax --help.") from None
+        message = _CHOICES.sub(r"cannot read '\2' as \1", message)
+        command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
+        if arguments and not command and not arguments[0].startswith("-"):
+            message = f"there is no command {arguments[0]!r}; the commands are {', '.join(_COMMANDS)}"
+        raise InputError(f"{message.rstrip('.')}. See attnax{command} --help.") from None
     except ValueError as error:  # a configuration that refuses its values
         raise InputError(str(error)) from error

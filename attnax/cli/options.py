@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -92,7 +92,7 @@ class Generate:
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     prompt: str = ""
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -226,7 +226,7 @@ class Inspect:
         ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
     """
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     revision: str | None = None
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 

@@ -55,11 +55,8 @@ _SAVED = ("params", "opt_state", "passes", "skipped")  # checkpoints are between
 def train(options: Train) -> int:
     """Runs the command; returns 0, 1 if the training diverged, or 128 + the number of the signal that stopped it."""
     terminal.keep_programs(options.compile_cache)
-    session = _start(options) if options.resume is None else _open(options.resume)
-    with session.run.locked():
-        if options.resume is not None:
-            session.restore(options.step)
-        session.max_skipped = options.max_skipped or session.options.max_skipped
+    with contextlib.ExitStack() as stack:
+        session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = f"{terminal.command_name()} train --resume {session.run.path}"
         try:
             with _interruptible() as received:
@@ -82,10 +79,10 @@ def train(options: Train) -> int:
     return 0
 
 
-def _start(options: Train) -> _Session:
-    """Everything that can be refused is looked at before the run folder is made."""
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise InputError(f"{options.out} exists already; nothing was overwritten. Name another --out.")
+def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
+    """A new run, locked. Everything that can be refused is looked at before its folder is made."""
+    if options.out is not None and options.out.exists():
+        RunFolder(options.out).require_free()
     for name in ("dtype", "param_dtype"):
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
@@ -97,25 +94,30 @@ def _start(options: Train) -> _Session:
     settings = dataclasses.replace(options, model=model, data=data)
     session = _Session(settings, corpus, tokenizer)
     session.run = RunFolder.create(options.out, settings, corpus, tokenizer)
+    stack.enter_context(session.run.locked())
     return session
 
 
-def _open(folder: Path) -> _Session:
+def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session:
+    """The run in a folder, locked, at its checkpoint."""
     run = RunFolder(folder)
     settings, tokenizer, corpus_digest = run.load()
     if run.result.exists():
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
+    stack.enter_context(run.locked())
     corpus = _read(settings.data, settings.held_out)
     if corpus.fingerprint != corpus_digest:
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
     session = _Session(settings, corpus, tokenizer)
     session.run = run
+    session.max_skipped = options.max_skipped or settings.max_skipped
+    session.restore(options.step)
     return session
 
 
 def _read(data: str | None, held_out: float) -> Corpus:
     corpus = read_corpus(data, held_out=held_out)
-    parts = (f"{len(part):,} files, {_size(part) / 1e6:,.2f} MB" for part in (corpus.train, corpus.held_out))
+    parts = (f"{len(part):,} documents, {_size(part) / 1e6:,.3g} MB" for part in (corpus.train, corpus.held_out))
     print("corpus     {} to learn from; {} held out".format(*parts))
     if corpus.skipped:
         print(f"           {corpus.skipped:,} binary files skipped")
@@ -211,6 +213,7 @@ class _Session:
                     raise error
                 stop = bool(received)
                 pause = step % self.options.checkpoint_every == 0 or step == optimizer.steps
+                paused = time.time()
                 if pause:
                     bits = self.trainer.bits(self.state.params, self.probe)
                     if not math.isfinite(bits):
@@ -223,9 +226,10 @@ class _Session:
                 if progress is None:  # after the first step, so that its rate is without compiling
                     progress = stack.enter_context(_progress(optimizer.steps, step, tokens_per_step))
                 else:
+                    seconds = time.time() - paused  # which are not of the training
+                    progress.start_t += seconds
+                    progress.last_print_t += seconds
                     progress.update(tokens_per_step)
-                    if pause:
-                        progress.unpause()
                 progress.set_description(f"loss {loss:.3f}", refresh=False)
                 if stop:  # read once: a signal that comes after the checkpoint waits for the next step
                     return False
@@ -245,7 +249,8 @@ class _Session:
                 what = f"the norm of the gradient is {grad_norm}"
             if not math.isfinite(loss):
                 what = f"the loss is {loss}"
-            error = DivergenceError(f"step {step}: {what}, and the update was not made.", is_skippable=True)
+            made = "the update was not made" if self.max_skipped == 0 else f"of {self.max_skipped} to skip none is left"
+            error = DivergenceError(f"step {step}: {what}, and {made}.", is_skippable=True)
         elif not (metrics.is_finite or metrics.is_skipped):
             error = DivergenceError(f"step {step}: the update made parameters that are not finite.")
         return loss, grad_norm, error
@@ -258,7 +263,7 @@ class _Session:
             tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
         step = latest_checkpoint(self.run.checkpoints)
         kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
-        return f"In a new run, try {', '.join(tries)}. {kept}"
+        return f"In a new run, try {' or '.join(tries)}. {kept}"
 
     def finish(self) -> None:
         """Scores all held-out text, lets the model write, and keeps the figures with the run."""
@@ -280,7 +285,8 @@ class _Session:
         (self.run.path / "sample.txt").write_text(sample, "utf-8")
         write_whole(self.run.result, json.dumps(figures, indent=2) + "\n")  # the last: it says that the run is done
         print(f"\n{sample}\n")
-        print(f"go on with  {terminal.command_name()} generate {self.run.path} --prompt 'def '")
+        prompt = " --prompt 'def '" if self.options.data is None else ""
+        print(f"go on with  {terminal.command_name()} generate {self.run.path}{prompt}")
         if figures["skipped_updates"]:
             print("{skipped_updates} updates were left out: they were not finite".format(**figures))
         print(

@@ -61,7 +61,8 @@ def open_published(folder: Path, dtype: Dtype | None = None, *, ignore: Collecti
     if not (folder / "tokenizer.json").exists():
         raise InputError(
             f"{folder} has no tokenizer.json. Where there is another tokenizer, transformers makes one: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder). One of the tokenizers library is saved by "
+            "its own save('.../tokenizer.json')."
         )
     settings = read_generation_config(folder)
     model, tokenizer = load_pretrained(folder, dtype=dtype, ignore=ignore)

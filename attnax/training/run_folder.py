@@ -153,6 +153,11 @@ class RunFolder:
                 raise InputError(f"cannot make the run folder {error.filename or path}: {error.strerror}.") from error
         raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
 
+    def require_free(self) -> None:
+        """Raises InputError for what exists and is no free folder."""
+        if not self.path.is_dir() or not self._is_free():
+            raise InputError(f"{self.path} exists already; nothing was overwritten. Name another --out.")
+
     def _is_free(self) -> bool:
         names = {found.name for found in self.path.iterdir()}
         return not names or (LOCK in names and names <= _BEFORE_CONFIG)

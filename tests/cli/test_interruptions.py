@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -162,7 +163,7 @@ class TestDivergence:
     def test_updates_are_skipped_up_to_a_number_and_counted(self, start, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(QuickTrainer, "bad", (3, 4, 8))
         assert start("run", "--max-skipped", "2") == 1
-        assert "step 8: the loss is nan" in capsys.readouterr().err
+        assert "step 8: the loss is nan, and of 2 to skip none is left." in capsys.readouterr().err
         assert start("other", "--max-skipped", "3") == 0
         made = [row for row in rows(tmp_path / "other") if "loss" in row]
         assert [row.get("skipped", 0) for row in made] == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
@@ -347,16 +348,19 @@ def test_the_command_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
 
 
 def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypatch):
-    """Whose time is that of compiling."""
-    made = []
+    """Whose time is that of compiling; nor is that of looks at held-out text in it."""
+    made, bits = [], QuickTrainer.bits
+    monkeypatch.setattr(QuickTrainer, "bits", lambda *arguments: time.sleep(0.2) or bits(*arguments))
     original = train_module._progress
 
     def progress(steps, step, tokens):
-        made.append(step)
-        return original(steps, step, tokens)
+        made.append((step, original(steps, step, tokens), time.time()))
+        return made[-1][1]
 
     monkeypatch.setattr(train_module, "_progress", progress)
-    assert start("run") == 0 and made == [1]
+    assert start("run") == 0
+    ((step, bar, begun),) = made
+    assert step == 1 and bar.n == bar.total and bar.start_t - begun > 0.5  # three looks
 
 
 def test_states_are_saved_between_updates():
