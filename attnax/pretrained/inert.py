@@ -47,11 +47,9 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),
     **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
-    **dict.fromkeys(("num_experts", "num_local_experts"), (0,)),
     "partial_rotary_factor": (1, 1.0),
     "is_llama_config": (True,),
     "adapters": ({},),
-    "quantization_config": ({},),
 }
 
 

@@ -38,7 +38,7 @@ PUBLISHED = {
     "t5": {"tie_encoder_decoder": False, "early_stopping": True, "length_penalty": 2.0, "no_repeat_ngram_size": 3},
     "vit": {"tie_word_embeddings": True},
     "gemma3": {"use_bidirectional_attention": None},
-    "qwen3": {"quantization_config": {}, "num_experts": 0, "aux_loss_alpha": 0.1, "embd_layer_norm": False},
+    "qwen3": {"aux_loss_alpha": 0.1, "embd_layer_norm": False},
     "mistral": {"is_decoder": None, "pruned_heads": None, "use_sliding_window": False, "bad_words_ids": None},
 }
 
