@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         options = _parse(arguments)
         options.check()
         if isinstance(options, Train):
-            from attnax.cli.train import train  # after parsing, so that --help does not wait for JAX
+            from attnax.cli.train import train  # after parsing, so that --help does not wait for Flax
 
             return train(options)
         if isinstance(options, Bench):

@@ -36,9 +36,11 @@ def warn(line: str) -> None:
 
 def command_name() -> str:
     """What to type for `attnax`: its path, where it is not on PATH."""
+    if shutil.which("attnax"):
+        return "attnax"
     script = Path(sys.executable).parent / "attnax"
-    if shutil.which("attnax") or not script.exists():
-        return "attnax" if shutil.which("attnax") else f"{sys.executable} -m attnax"
+    if not script.exists():
+        return f"{sys.executable} -m attnax"
     here = Path.cwd()
     return str(script.relative_to(here)) if script.is_relative_to(here) else str(script)
 
@@ -57,8 +59,9 @@ def keep_programs(wanted: bool) -> None:
     folder = (said if said.is_absolute() else Path.home() / ".cache") / "attnax" / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # such as a home that is read-only: everything works without
+    except OSError as error:
+        warn(f"{folder} cannot be made ({error.strerror}), so compiled programs are not kept.")
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny import build
-from tiny_run import TINY
+from tiny_run import TINY, refuse
 
 from attnax import Sampler, TransformerConfig, TransformerLM, cli
 from attnax.cli import main
@@ -38,15 +38,6 @@ def load_model(run):
     """The model of a run, and its tokenizer."""
     text = open_run(run)
     return text.model, text.codec.tokenizer
-
-
-def refuse(capsys, *arguments):
-    """The one line with which a command ends that was refused."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("attnax: ")
-    return lines[0]
 
 
 def test_a_run_leaves_everything_that_it_promises(trained):

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny_run import TINY
+from tiny_run import TINY, refuse
 
 from attnax.cli import main, terminal
 from attnax.cli import train as train_module
@@ -123,14 +123,6 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(start, tmp_path, mo
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     check_same(tmp_path / "run", tmp_path / "whole")
     assert "is finished" in refuse(capsys, "train", "--resume", tmp_path / "run")
-
-
-def refuse(capsys, *arguments):
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("attnax: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize("place", ["_save", "write_whole"])

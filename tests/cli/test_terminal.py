@@ -150,6 +150,10 @@ print(json.dumps(found))
     ]
     done = run_python(code.replace("sys.argv[1]", repr(json.dumps([case[:3] for case in cases]))), HOME=str(tmp_path))
     assert json.loads(done.stdout) == [expected for *_, expected in cases], done.stderr
+    words = (
+        f"attnax: {tmp_path}/file/attnax/programs cannot be made (Not a directory), so compiled programs are not kept."
+    )
+    assert done.stderr.decode().splitlines() == [words]
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [([], True), (["--no-compile-cache"], False)])

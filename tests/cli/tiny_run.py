@@ -1,7 +1,18 @@
-"""The flags of a run that is small."""
+"""The flags of a run that is small, and what a command says that is refused."""
+
+from attnax.cli import main
 
 TINY = [
     *("--d-model", "16", "--num-heads", "2", "--num-kv-heads", "1", "--d-ff", "24", "--num-layers", "1"),
     *("--max-len", "32", "--vocab-size", "300", "--batch-size", "4", "--learning-rate", "0.03"),
     *("--steps", "12", "--checkpoint-every", "5"),
 ]
+
+
+def refuse(capsys, *arguments):
+    """The one line with which a command ends that was refused."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("attnax: ")
+    return lines[0]

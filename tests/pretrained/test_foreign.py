@@ -1,23 +1,13 @@
 """Folders that hold no whole model say what they hold, and what to type."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_copies import copy_with
 from safetensors.numpy import load_file, save_file
 
 from attnax.pretrained import CheckpointError, load_pretrained
-
-FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
-
-
-def copy_with(name, folder, **fields):
-    shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-    return folder
 
 
 def test_the_hint_for_pickles_keeps_the_head(tmp_path):

@@ -1,25 +1,12 @@
 """Keys of a config.json that its family does not have: passed over, ignored when a person says so, or refused."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
+from golden_copies import FOLDER, copy_with
 
 from attnax.pretrained import CheckpointError, load_pretrained
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.inert import is_inert
 from attnax.pretrained.inspect import inspect_folder
-
-FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
-
-
-def copy_with(name, folder, **fields):
-    shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-    return folder
-
 
 PUBLISHED = {
     "distilbert_masked": {"tie_weights_": True},
