@@ -296,7 +296,7 @@ class Kernel:
         where: Any = (place.b, place.h, place.i)
         full: Any = grid.num_kv - (not grid.even_kv)
         if not grid.even_q:  # as in a list: a tile that is not whole is never full
-            full = jnp.where(place.i == grid.num_q - 1, 0, full)
+            full = _either(place.i == grid.num_q - 1, 0, full)
         return _visit(visit, self.inputs.tiles, where, grid.num_kv, full, self.careful(place.b, place.h), state, part)
 
     def visit_queries(self, visit: Visitor, place: Place, state: Any) -> Any:
@@ -312,7 +312,7 @@ class Kernel:
             return 1
         rows, heads = codes.shape[:2]
         code = codes[place.b if rows > 1 else 0, place.h if heads > 1 else 0, place.i, place.j]
-        return jnp.where(code == EMPTY, 0, 1)
+        return _either(code == EMPTY, 0, 1)
 
     def index_of(self, read: Read, place: Place, shape: tuple[int, ...]) -> list[Array]:
         """Where the score mod reads, for each axis of the table; the indices do not depend on scores."""
@@ -415,9 +415,14 @@ def _visit(
 
     if careful is None:
         return loop(first, last, _CAREFUL, state)
-    state = loop(first, jnp.where(careful, first, middle), _FULL, state)
-    state = loop(middle, jnp.where(careful, middle, last), _PARTIAL, state)
-    return loop(jnp.where(careful, first, last), last, _CAREFUL, state)
+    state = loop(first, _either(careful, first, middle), _FULL, state)
+    state = loop(middle, _either(careful, middle, last), _PARTIAL, state)
+    return loop(_either(careful, first, last), last, _CAREFUL, state)
+
+
+def _either(condition: Any, x: Any, otherwise: Any) -> Any:
+    """One of two whole numbers. Lowered to Triton, a Python number would have the dtype of the condition."""
+    return jnp.where(condition, jnp.int32(x), jnp.int32(otherwise))
 
 
 def _is_fine(*arrays: Array) -> Array:
@@ -591,8 +596,8 @@ def d_pairs_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
             return total + d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
 
         visited, careful = kernel.is_visited(place), kernel.careful(place.b, place.h)
-        total = lax.fori_loop(0, jnp.where(careful, 0, visited), partial(visit, _PARTIAL), total)
-        return lax.fori_loop(0, jnp.where(careful, visited, 0), partial(visit, _CAREFUL), total)
+        total = lax.fori_loop(0, _either(careful, 0, visited), partial(visit, _PARTIAL), total)
+        return lax.fori_loop(0, _either(careful, visited, 0), partial(visit, _CAREFUL), total)
 
     def add_row(b: Any, total: Array) -> Array:
         return lax.fori_loop(0, num_heads, partial(add, b), total)
