@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 def gpu_mesh(count: int = 1, axis_type: Any = AxisType.Auto, name: str = "NVIDIA H100 80GB HBM3") -> AbstractMesh:
-    """What a program must be traced and lowered under where there is no GPU: from JAX 0.11.1 on Pallas asks which it is."""
+    """What a program is traced and lowered under where there is no GPU: from JAX 0.11.1 on Pallas asks which it is."""
     gpu = AbstractDevice(name, 132, "cuda")
     return AbstractMesh((count,), ("gpus",), (axis_type,), abstract_device=gpu)
 
