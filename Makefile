@@ -23,7 +23,7 @@ help:
 	@echo "make train   a small language model learns from real text and writes some"
 	@echo "make test    every feature once; CONTRIBUTING.md has the other targets"
 
-.PHONY: help train search test smoke oldest unpinned contract properties ci test-all nightly mutants
+.PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
 .PHONY: test-gpu parity lint types wheel same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
@@ -78,8 +78,14 @@ test-all: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST)
 	$(MAKE) properties lint types wheel
 
-# Random masks and mutated files, other ones in every run.
+# Every Triton module of the full product, on this JAX.
+modules: $(VENV)/.dev
+	PYTHONPATH=benchmarks:tests/triton JAX_PLATFORMS=cpu $(BIN)/python tests/triton/every_module.py
+
+# Random masks and mutated files, other ones in every run; every GPU kernel, on the oldest JAX too.
 nightly: $(VENV)/.dev
+	$(MAKE) modules
+	$(MAKE) modules VENV=.venv-3.11 PYTHON="$(OLDEST)"
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
 	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 

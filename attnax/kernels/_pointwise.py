@@ -33,7 +33,8 @@ _QUERIES, _KEYS = 1009, 1013
 # These change neither the values nor their natural shape.
 _SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "reshard", "squeeze"))
 
-
+_NARROW = jnp.float16, jnp.bfloat16
+_CASTS = "bitcast_convert_type", "convert_element_type"  # whose parameters name the dtype of the result
 _CUSTOM = "custom_jvp_call"
 
 
@@ -299,7 +300,16 @@ def _evaluate(
             values = [x.reshape(()) if jnp.size(x) == 1 and jnp.ndim(x) else x for x in values]
             shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in values))
             values = [x if jnp.shape(x) == shape else spread(x, shape) for x in map(_rank(shape), values)]
-            env[eqn.outvars[0]] = eqn.primitive.bind(*values, **eqn.params)
+            env[eqn.outvars[0]] = _bind(eqn, values)
+
+
+def _bind(eqn: JaxprEqn, values: list[Array]) -> Array:
+    """The result of an elementwise equation. Triton divides no 16-bit floats and has no functions of them."""
+    dtype = _kind(eqn.outvars[0])[1]
+    if dtype not in _NARROW or eqn.primitive.name in _CASTS:
+        return eqn.primitive.bind(*values, **eqn.params)
+    wide = (x.astype(jnp.float32) if x.dtype in _NARROW else x for x in values)
+    return eqn.primitive.bind(*wide, **eqn.params).astype(dtype)
 
 
 def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from _lowered import gpu_mesh, kernels_of, parse
 from cases import CASES, contract_unless
 from jax import export, lax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_blockwise import CAPTURED, MASKS, SEQ, dense
 
 from attnax import (
@@ -46,20 +47,16 @@ def normal(*shape, seed=9):
     return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def nvidia_gpus(count=1, axis_type=AxisType.Auto):
-    """The mesh that a program must be traced and lowered under where there is no GPU; Pallas asks which one it is."""
-    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-    return AbstractMesh((count,), ("gpus",), (axis_type,), abstract_device=gpu)
-
-
 def lowered(function, *arguments, mesh=None):
-    """The names of the kernels in a program that is lowered for NVIDIA GPUs."""
-    with jax.sharding.use_abstract_mesh(mesh or nvidia_gpus()):
-        return kernels_in(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+    """The names of the kernels in a program that is lowered for NVIDIA GPUs; they are valid and need no atomics."""
+    kernels = kernels_of(function, *arguments, mesh=mesh)
+    for kernel in kernels:
+        assert "atomic" not in str(parse(kernel))
+    return {kernel.name.removeprefix("attnax_") for kernel in kernels}
 
 
 def kernels_in(text):
-    assert "atomic" not in text
+    """The names of the kernels in the text of a program."""
     return set(re.findall(r"attnax_(\w+)", text)) - {"by_platform"}
 
 
@@ -283,7 +280,7 @@ def test_arrays_that_no_kernel_takes_are_refused_in_words(change, words):
 
 def test_a_mesh_around_a_call_takes_no_kernel_from_it():
     # There JAX puts a resharding into a mod that chooses between an array and a number.
-    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+    with jax.sharding.use_abstract_mesh(gpu_mesh()):
         mod = lambda s, b, h, q, kv: jnp.where(s > 0, s, 0)
         assert why_not_pallas(*arrays()[:3], score_mod=mod, platform="cuda") is None
 
@@ -491,13 +488,17 @@ def elementwise():
 
 
 @pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("how", ["scores", "16 bits", "head"])
 @pytest.mark.contract
-def test_every_operation_that_kernels_hold_lowers_with_its_derivative(part):
+def test_every_operation_that_kernels_hold_lowers_with_its_derivative(how, part):
     query, key, value, cotangent = arrays(jnp.bfloat16, 13, 13, 16, 16)
     some = dict(sorted(elementwise(), key=lambda both: both[0])[part::6])
+    if how == "16 bits":  # written for 32
+        some = {name: function for name, function in some.items() if name not in ("bitcast_convert_type", "clamp")}
 
     def mod(scores, b, h, q, kv):
-        return scores * 0.5 + sum(function(scores) for function in some.values())
+        x = {"scores": scores, "16 bits": scores.astype(jnp.bfloat16), "head": (h - 1) * 0.3}[how]
+        return scores * 0.5 + sum(function(x).astype(jnp.float32) for function in some.values())
 
     assert why_not_pallas(query, key, value, score_mod=mod, platform="cuda") is None, some
     run = gradient(partial(flash_attention, score_mod=mod))
@@ -510,7 +511,7 @@ def test_the_choice_follows_the_platform_that_is_lowered_for():
     on_cpu = run.trace(query, key, value, cotangent).lower(lowering_platforms=("cpu",)).as_text()
     assert kernels_in(on_cpu) == set()
     custom_call = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+    with jax.sharding.use_abstract_mesh(gpu_mesh()):
         both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=[custom_call])(
             query, key, value, cotangent
         )
@@ -530,7 +531,7 @@ def test_a_block_size_asks_for_tiles_on_every_platform():
 @pytest.mark.contract
 def test_kernels_lower_inside_every_transformation(how):
     query, key, value, cotangent = arrays(seq_q=13, seq_kv=13)
-    bias, mesh = normal(6, 13), nvidia_gpus()
+    bias, mesh = normal(6, 13), gpu_mesh()
 
     def run(query, key, value, cotangent, bias):
         mod = lambda s, b, h, q, kv: s + bias[h, kv]
@@ -546,7 +547,7 @@ def test_kernels_lower_inside_every_transformation(how):
         run = lambda *x: jax.grad(jax.checkpoint(lambda q: flash_attention(q, *x[1:3]).sum()))(x[0])
     elif how != "remat":
         axis_type = AxisType.Explicit if how.startswith("explicit") else AxisType.Auto
-        mesh, rows = nvidia_gpus(2, axis_type), PartitionSpec("gpus")
+        mesh, rows = gpu_mesh(2, axis_type), PartitionSpec("gpus")
         run = jax.shard_map(run, mesh=mesh, in_specs=(*(rows,) * 4, PartitionSpec()), out_specs=rows)
         query, key, value, cotangent, bias = (
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
