@@ -29,7 +29,20 @@ from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is
 if TYPE_CHECKING:
     from attnax.kernels._launch import Setup
 
-__all__ = ["Backend", "Call", "attend", "prepare", "why_no_kernel"]
+__all__ = [
+    "Backend",
+    "Call",
+    "Operands",
+    "Plan",
+    "attend",
+    "attend_part",
+    "bind",
+    "finish_parts",
+    "kernel_tiles",
+    "part_backward",
+    "prepare",
+    "why_no_kernel",
+]
 
 Arrays = tuple[Array, Array, Array, Array]
 """query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
@@ -48,6 +61,7 @@ class Plan:
     splash: tuple[Mask | None, ScoreMod | None] | None  # what a TPU's kernels are told, where they serve the call
     has_score_mod: bool
     learn_scale: bool
+    is_part: bool = False  # the indices of queries and keys are those of the operands, and results are wide
 
 
 @pytree_dataclass
@@ -69,19 +83,30 @@ class Operands(NamedTuple):
     @property
     def learned(self) -> tuple[Array, ...]:
         """The floating arrays that get gradients: those of the tiles, then those of the kernels."""
-        return (*self.tiles.learned, *self._of_kernel)
+        return (*self.tiles.learned, *self.of_kernel)
 
     @property
-    def _of_kernel(self) -> tuple[Array, ...]:
+    def of_kernel(self) -> tuple[Array, ...]:
+        """Those of the kernels."""
         score_mod = None if self.kernel is None else self.kernel.score_mod
         return () if score_mod is None else score_mod.floats
 
-    def gradients(
-        self, *, tiles: tuple[Array, ...] | None = None, kernel: tuple[Array, ...] | None = None
-    ) -> tuple[Array, ...]:
-        """The gradients of `learned`, of which one engine computed its own; the other's are 0."""
-        of_tiles = tuple(map(jnp.zeros_like, self.tiles.learned)) if tiles is None else tiles
-        return (*of_tiles, *(tuple(map(jnp.zeros_like, self._of_kernel)) if kernel is None else kernel))
+    def sums(self) -> Sums:
+        """Zeros to accumulate the gradients of `learned` in, of which one engine computes its own."""
+        of_kernel = (vary(jnp.zeros(x.shape, wide_dtype(x.dtype)), varying_axes(x)) for x in self.of_kernel)
+        return Sums(self.tiles.gradients(), tuple(of_kernel))
+
+    def gradients(self, *, kernel: tuple[Array, ...] | None = None) -> tuple[Array, ...]:
+        """The gradients of `learned`: those of the kernels, and 0."""
+        of_tiles = tuple(map(jnp.zeros_like, self.tiles.learned))
+        return (*of_tiles, *(tuple(map(jnp.zeros_like, self.of_kernel)) if kernel is None else kernel))
+
+
+class Sums(NamedTuple):
+    """Gradients of learned arrays, in float32 at least, summed over parts of the keys."""
+
+    tiles: tuple[Array, ...]
+    kernel: tuple[Array, ...]
 
 
 BlockSize = int | tuple[int | None, int | None] | None
@@ -184,7 +209,7 @@ def prepare(
         query, key, value = shards.local(query), shards.local(key, of_keys=True), shards.local(value, of_keys=True)
         full = *query.shape[:3], key.shape[2]
     tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
-    kernel = None if backend == "tiles" else _kernel_tiles(query, value, block_size)
+    kernel = None if backend == "tiles" else kernel_tiles(query, value, block_size)
     splash = None
     if backend == "automatic":
         reason = why_not_splash(
@@ -200,15 +225,28 @@ def prepare(
     plan = Plan(tiles, backend, kernel, splash, score_mod is not None, learn_scale)
     words = dropout_words(dropout_rng) if tiles.dropout_rate > 0.0 and dropout_rng is not None else None
     index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
-    bound, of_tiles = _blockwise.bind(caller, tiles, (query, key, value, scale), mask, score_mod, index, words)
-    arrays: Any = bound[0], bound[1], bound[2], bound[3]
-    operands = Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
+    arrays, operands = bind(caller, plan, (query, key, value, scale), mask, score_mod, index, words)
     if shards is None or offset is None:
         return Call(plan, arrays, operands, None)
     return Call(plan, (*whole, scale), operands, (shards, offset))
 
 
-def _kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] | None:
+def bind(
+    caller: str,
+    plan: Plan,
+    arrays: tuple[Any, Any, Any, Array],
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    index: tuple[Array, Array],
+    words: Array | None,
+) -> tuple[tuple[Any, Any, Any, Array], Operands]:
+    """The arrays, or the shapes of shards, and what else all engines need; `index` are those of queries and keys."""
+    bound, of_tiles = _blockwise.bind(caller, plan.tiles, arrays, mask, score_mod, index, words)
+    arrays = bound[0], bound[1], bound[2], bound[3]
+    return arrays, Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
+
+
+def kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] | None:
     """Tiles of the GPU kernels, None where they do not serve the arrays."""
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
@@ -334,26 +372,59 @@ def _by_platform(
     return by_platform(tiles, *args, **platforms)
 
 
+def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, Array]:
+    """(out, log-sum-exp in units of log 2), in float32 at least, of the queries over some of the keys."""
+    out, lse, _ = _forward(plan, arrays, operands, exact=False)
+    return out, lse
+
+
+def part_backward(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array, sums: Sums
+) -> tuple[Array, Array, Array, Sums]:
+    """What some of the keys add to the gradients, in float32 at least.
+
+    Args:
+        plan: one whose `is_part` holds.
+        arrays: query, these keys, their values, and the scale.
+        operands: the rest.
+        out: of the queries over all keys.
+        lse: likewise, in units of log 2.
+        d_out: cotangent of out.
+        d_lse: cotangent of the natural log-sum-exp.
+        sums: what other parts gave.
+
+    Returns:
+        the shares of the gradients of scale * query over scale, of key and of value, and the sums with this part's.
+    """
+    arguments = arrays, operands, out, lse, d_out, d_lse, sums
+    tiles, kernel = partial(_tiles_part, plan), partial(_kernel_part, plan)
+    if plan.backend == "automatic":
+        return by_platform(tiles, *arguments, cuda=kernel)
+    return (kernel if plan.backend == "interpret" else tiles)(*arguments)
+
+
 def _tiles_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     query, key, value = _in_float32(plan, *arrays)
     out, lse = _blockwise.forward(plan.tiles, query, key, value, operands.tiles)
-    rounded = out.astype(arrays[0].dtype)
+    rounded = out if plan.is_part else out.astype(arrays[0].dtype)
     return rounded, lse, (out - rounded.astype(out.dtype)).astype(rounded.dtype) if exact else None
 
 
 def _tiles_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
+    d_raw, *d_keys, sums = _tiles_part(plan, arrays, operands, out, lse, d_out, d_lse, operands.sums())
+    d_query, d_scale, gradients = finish_parts(plan, arrays, operands, d_raw, sums)
+    return d_query, *(d.astype(x.dtype) for d, x in zip(d_keys, arrays[1:3], strict=True)), d_scale, gradients
+
+
+def _tiles_part(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array, sums: Sums
+) -> tuple[Array, Array, Array, Sums]:
     scaled, key, value = _in_float32(plan, *arrays)
     rows = _blockwise.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
-    d_scaled, *d_keys, gradients = _blockwise.backward(
-        plan.tiles, rows, key, value, operands.tiles, operands.tiles.gradients()
-    )
-    query, *_, scale = arrays
-    unit = 1.0 if plan.has_score_mod else _tile.LOG2E
-    d_scale = (d_scaled * query.astype(out.dtype)).sum() * unit if plan.learn_scale else jnp.zeros_like(scale)
-    d_arrays = (d.astype(x.dtype) for d, x in zip((d_scaled * (scale * unit), *d_keys), arrays, strict=False))
-    return *d_arrays, d_scale, operands.gradients(tiles=operands.tiles.finish(gradients))
+    d_scaled, d_key, d_value, of_tiles = _blockwise.backward(plan.tiles, rows, key, value, operands.tiles, sums.tiles)
+    return d_scaled * (1.0 if plan.has_score_mod else _tile.LOG2E), d_key, d_value, sums._replace(tiles=of_tiles)
 
 
 def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array) -> tuple[Array, Array, Array]:
@@ -374,22 +445,49 @@ def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands)
 def _kernel_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
-    tiles = partial(_tiles_backward, plan, arrays, operands, out, lse, d_out, d_lse)
     setup, pull = _setup(plan, arrays, operands, 1)
     if setup is None:
-        return tiles()
+        return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
     from attnax.kernels import _launch
 
-    if setup.score_mod is not None:
-        query, key, *_ = arrays
-        batch, heads, seq_q, _ = query.shape
-        reason = _launch.why_not_learn(setup.score_mod, setup.mod_values, (batch, heads, seq_q, key.shape[2]))
-        if reason is not None and plan.backend == "automatic":
-            return tiles()
-        if reason is not None:
-            raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
-    *d_arrays, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
-    return *d_arrays, operands.gradients(kernel=pull(gradients))
+    d_query, d_key, d_value, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
+    query, *_, scale = arrays
+    d_scale = jnp.zeros_like(scale)
+    if plan.learn_scale:
+        d_query, d_scale = _scale_gradients(query, scale, d_query)
+    return d_query, d_key, d_value, d_scale, operands.gradients(kernel=pull(gradients))
+
+
+def _kernel_part(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array, sums: Sums
+) -> tuple[Array, Array, Array, Sums]:
+    setup, pull = _setup(plan, arrays, operands, 1)
+    if setup is None:
+        return _tiles_part(plan, arrays, operands, out, lse, d_out, d_lse, sums)
+    from attnax.kernels import _launch
+
+    d_query, d_key, d_value, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
+    of_kernel = tuple(x + y.astype(x.dtype) for x, y in zip(sums.kernel, pull(gradients), strict=True))
+    return d_query, d_key, d_value, sums._replace(kernel=of_kernel)
+
+
+def finish_parts(
+    plan: Plan, arrays: Arrays, operands: Operands, d_raw: Array, sums: Sums
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """The gradients of query, scale and `operands.learned`, from the sums over all parts of the keys."""
+    query, *_, scale = arrays
+    d_query, d_scale = (
+        _scale_gradients(query, scale, d_raw)
+        if plan.learn_scale
+        else ((d_raw * scale).astype(query.dtype), jnp.zeros_like(scale))
+    )
+    of_kernel = tuple(x.astype(y.dtype) for x, y in zip(sums.kernel, operands.of_kernel, strict=True))
+    return d_query, d_scale, (*operands.tiles.finish(sums.tiles), *of_kernel)
+
+
+def _scale_gradients(query: Array, scale: Array, d_raw: Array) -> tuple[Array, Array]:
+    """The gradients of query and scale from that of their product."""
+    return (d_raw * scale).astype(query.dtype), (d_raw * query.astype(d_raw.dtype)).sum()
 
 
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
@@ -430,19 +528,31 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
 
     mask, score_mod = kernel.mask, kernel.score_mod
     assert not isinstance(mask, Deferred) and not isinstance(score_mod, Deferred)
+    bounds: Any = None if kernel.bounds is None else kernel.bounds[which]
+    positions = (operands.tiles.q_index, operands.tiles.kv_index) if plan.is_part else None
+    if positions is not None and mask is not None:
+        bounds = _tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
     setup = _launch.Setup(
         plan.kernel[which],
         None if mask is None else _pointwise.split(mask),
         () if mask is None else mask.values,
-        None if kernel.bounds is None else kernel.bounds[which],
+        bounds,
         kernel.is_opaque,
         None if score_mod is None else _pointwise.split(score_mod),
         () if score_mod is None else score_mod.values,
+        positions,
         operands.tiles.dropout,
         plan.tiles.dropout_rate,
-        plan.learn_scale,
-        plan.backend == "interpret",
+        learn_scale=plan.learn_scale or plan.is_part,
+        is_wide=plan.is_part,
+        interpret=plan.backend == "interpret",
     )
+    if which == 1 and setup.score_mod is not None:
+        reason = _launch.why_not_learn(setup, arrays)
+        if reason is not None:
+            if plan.backend == "automatic":
+                return None, pull
+            raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
     return setup, pull
 
 

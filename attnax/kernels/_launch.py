@@ -56,9 +56,11 @@ class Setup:
     is_opaque: bool
     score_mod: Split | None
     mod_values: tuple[Array, ...]
+    positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
     words: Array | None = None  # of the dropout
     dropout_rate: float = 0.0
-    learn_scale: bool = False
+    learn_scale: bool = False  # the gradient of the query is not scaled, and in float32
+    is_wide: bool = False  # results are in float32
     interpret: bool = False  # run kernels as ordinary JAX, on any platform
 
 
@@ -73,7 +75,7 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
     call, inputs = _prepare(arrays, setup)
     (batch, heads, seq_q, _), seq = call.full, inputs.query.shape[2]
     shapes: Shapes = {
-        "out": ((batch, heads, seq, inputs.value.shape[-1]), query.dtype),
+        "out": ((batch, heads, seq, inputs.value.shape[-1]), jnp.float32 if setup.is_wide else query.dtype),
         "lse": ((batch, heads, seq), jnp.float32),
     }
     if low:
@@ -118,8 +120,8 @@ def _num_parts(programs: int, num_kv: int) -> int:
 
 def backward(
     arrays: Arrays, setup: Setup, out: Array, lse: Array, d_out: Array, d_lse: Array
-) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
-    """The gradients of query, key, value, scale and the score mod's floating values.
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """The gradients of query (see `Setup.learn_scale`), key, value and the score mod's floating values.
 
     Args:
         arrays: as in `forward`.
@@ -129,7 +131,7 @@ def backward(
         d_out: cotangent of out.
         d_lse: cotangent of the natural log-sum-exp.
     """
-    query, key, value, scale = arrays
+    query, key, value, _ = arrays
     fine = jnp.isfinite(query).all(-1) & jnp.isfinite(d_out).all(-1) & jnp.isfinite(d_lse)
     fine &= jnp.isfinite(lse) | (lse == -jnp.inf)
     delta = jnp.where(fine, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
@@ -151,18 +153,17 @@ def backward(
     by_query = run(
         "attnax_d_query", partial(d_query_kernel, call), call, (call.grid.num_q, heads, batch), inputs, shapes
     )
-    shapes = {"d_key": (key_shape, key.dtype), "d_value": (value_shape, value.dtype)}
+    shapes = {
+        name: (padded, jnp.float32 if setup.is_wide else key.dtype)
+        for name, padded in (("d_key", key_shape), ("d_value", value_shape))
+    }
     shapes |= {f"mod {n}": ((batch, heads, key_shape[2]), jnp.float32) for n in kernel.learned("columns")}
     grid = call.grid.num_kv, call.kv_heads, batch
     by_key = run("attnax_d_key_value", partial(d_key_value_kernel, call), call, grid, inputs, shapes)
     d_query = by_query["d_query"][:, :, :seq_q, : query.shape[-1]]
-    d_scale = jnp.zeros_like(scale)
-    if setup.learn_scale:
-        d_scale = (d_query * query.astype(jnp.float32)).sum()
-        d_query = (d_query * scale).astype(query.dtype)
     d_key = by_key["d_key"][:, :, :seq_kv, : key.shape[-1]]
     d_value = by_key["d_value"][:, :, :seq_kv, : value.shape[-1]]
-    return d_query, d_key, d_value, d_scale, _mod_gradients(call, inputs, setup, {**by_query, **by_key})
+    return d_query, d_key, d_value, _mod_gradients(call, inputs, setup, {**by_query, **by_key})
 
 
 def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
@@ -174,7 +175,9 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
 
     def operands(given: list[Array]) -> list[Array]:
         changed = dict(zip(floats, given, strict=True))
-        computed = score_mod.compute_operands([changed.get(n, x) for n, x in enumerate(values)], call.full)
+        computed = score_mod.compute_operands(
+            [changed.get(n, x) for n, x in enumerate(values)], call.full, setup.positions
+        )
         return [x for x in computed if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     numbers = sorted((*kernel.learned("rows"), *kernel.learned("columns")))
@@ -190,12 +193,12 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
     for n in kernel.learned("tables"):
         read = score_mod.reads[n]
         position = floats.index(read.table)
-        share = _table_gradient(call, inputs, n, values[read.table].shape)
+        share = _table_gradient(call, inputs, setup, n, values[read.table].shape)
         gradients[position] = gradients[position] + share.astype(gradients[position].dtype)
     return tuple(gradients)
 
 
-def _table_gradient(call: Call, inputs: Inputs, n: int, shape: tuple[int, ...]) -> Array:
+def _table_gradient(call: Call, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
     """The gradient of a table from what one read takes of it."""
     score_mod = call.score_mod
     assert score_mod is not None
@@ -204,7 +207,7 @@ def _table_gradient(call: Call, inputs: Inputs, n: int, shape: tuple[int, ...]) 
         x if x is None else np.clip(x, 0, size - 1)
         for x, size in zip(score_mod.index_of(read, call.full), shape, strict=True)
     ]
-    if _how_to_learn(score_mod, read, call.full) == "pairs":
+    if _how_to_learn(setup, read, call.full) == "pairs":
         outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
         slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
         grid = call.grid.num_q * call.grid.num_kv, slab[1], slab[0]
@@ -226,15 +229,16 @@ def _table_gradient(call: Call, inputs: Inputs, n: int, shape: tuple[int, ...]) 
     return add_slabs(shape, read.axes, total, index)
 
 
-def _how_to_learn(score_mod: Split, read: Read, full: tuple[int, int, int, int]) -> str | None:
+def _how_to_learn(setup: Setup, read: Read, full: tuple[int, int, int, int]) -> str | None:
     """How a kernel computes the gradient of a table that is read by pair; None if none does.
 
     "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
     """
-    shape, index = read.shape, score_mod.index_of(read, full)
+    assert setup.score_mod is not None
+    shape, index = read.shape, setup.score_mod.index_of(read, full)
     if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
         return None
-    if len(read.axes) == 2:
+    if len(read.axes) == 2 and setup.positions is None:
         for q_axis, kv_axis in (read.axes, read.axes[::-1]):
             if _is_each(index[q_axis], 2, full[2]) and _is_each(index[kv_axis], 3, full[3]):
                 return "pairs" if shape[q_axis] >= full[2] and shape[kv_axis] >= full[3] else None
@@ -248,13 +252,17 @@ def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
     return index is not None and index.shape == want.shape and bool((index == want).all())
 
 
-def why_not_learn(score_mod: Split, values: tuple[Array, ...], full: tuple[int, int, int, int]) -> str | None:
+def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
     """Why no kernel gives the gradients of what a score mod captured; None if one does."""
-    for read in score_mod.reads:
-        if jnp.issubdtype(values[read.table].dtype, jnp.inexact) and _how_to_learn(score_mod, read, full) is None:
+    assert setup.score_mod is not None
+    (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
+    for read in setup.score_mod.reads:
+        table = setup.mod_values[read.table]
+        is_float = jnp.issubdtype(table.dtype, jnp.inexact)
+        if is_float and _how_to_learn(setup, read, (batch, heads, seq_q, seq_kv)) is None:
             return (
-                f"the gradient of a captured array of shape {values[read.table].shape} that is read by query and key "
-                "together, but neither at [q, kv] nor small"
+                f"the gradient of a captured array of shape {table.shape} that is read by query and key together, "
+                "but neither at [q, kv] nor small"
             )
     return None
 
@@ -270,7 +278,16 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     codes = tiles = turned = careful = None
     if mask is not None:
         assert setup.bounds is not None
-        codes = tile_codes(grid, batch, heads, setup.bounds, mask, setup.mask_values, is_opaque=setup.is_opaque)
+        codes = tile_codes(
+            grid,
+            batch,
+            heads,
+            setup.bounds,
+            mask,
+            setup.mask_values,
+            is_opaque=setup.is_opaque,
+            positions=setup.positions,
+        )
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
@@ -278,10 +295,17 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         careful = (~fine).astype(jnp.int32)
         key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
 
+    positions = None
+    if setup.positions is not None:
+        q, kv = (
+            jnp.pad(x, (0, length - x.size), mode="edge") for x, length in zip(setup.positions, lengths, strict=True)
+        )
+        positions = q, kv
+
     def operands(function: Split | None, values: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         if function is None:
             return (), ()
-        whole = (_fill(x, lengths) for x in function.compute_operands(values, full))
+        whole = (_fill(x, lengths) for x in function.compute_operands(values, full, setup.positions))
         return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in function.reads)
 
     inputs = Inputs(
@@ -297,6 +321,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         *operands(mask, setup.mask_values),
         *operands(score_mod, setup.mod_values),
         pages=pages,
+        positions=positions,
     )
     call = Call(
         full, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import Lifted, flatten, lift, needed_for, spread, trace_rule, vary
+from attnax.kernels._lift import Lifted, flatten, lift, needed_for, spread, trace_rule, vary, varying_axes
 from attnax.kernels._pairs import ELEMENTWISE
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, apply_score_mod, wide_dtype
@@ -98,9 +98,19 @@ class Split:
     operands: tuple[Var, ...]
     reads: tuple[Read, ...]
 
-    def compute_operands(self, values: Sequence[Array], full: tuple[int, int, int, int]) -> tuple[Array, ...]:
-        """The operands for all of (B, N, T, S) = `full`, each (B|1, N|1, T|1, S|1); differentiable in `values`."""
+    def compute_operands(
+        self,
+        values: Sequence[Array],
+        full: tuple[int, int, int, int],
+        positions: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, ...]:
+        """The operands for all of (B, N, T, S) = `full`, each (B|1, N|1, T|1, S|1); differentiable in `values`.
+
+        `positions` (T,) and (S,) are the indices of queries and keys, by default 0, 1, and so on.
+        """
         indices = [lax.broadcasted_iota(jnp.int32, _only(axis, size), axis) for axis, size in enumerate(full)]
+        if positions is not None:
+            indices[2:] = positions[0][None, None, :, None], positions[1][None, None, None]
         env: dict[Any, Any] = dict(zip(self.lifted.program.captured, values, strict=True))
         env.update(zip(self._indices, indices, strict=True))
         _evaluate(self.before, env, lambda eqn, index: _take(env[eqn.invars[0]], tuple(index)))
@@ -300,6 +310,8 @@ def _evaluate(
             values = [x.reshape(()) if jnp.size(x) == 1 and jnp.ndim(x) else x for x in values]
             shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in values))
             values = [x if jnp.shape(x) == shape else spread(x, shape) for x in map(_rank(shape), values)]
+            axes = frozenset().union(*map(varying_axes, values))
+            values = [vary(x, axes) for x in values]
             env[eqn.outvars[0]] = _bind(eqn, values)
 
 
@@ -448,5 +460,6 @@ def add_slabs(shape: tuple[int, ...], axes: tuple[int, ...], slabs: Array, index
         old = lax.dynamic_slice(total, start, block)
         return lax.dynamic_update_slice(total, old + slab.reshape(block), start), None
 
-    total, _ = lax.scan(add, jnp.zeros(shape, slabs.dtype), (slabs.reshape(rows * heads, *slabs.shape[2:]), starts))
+    nothing = vary(jnp.zeros(shape, slabs.dtype), varying_axes(slabs))
+    total, _ = lax.scan(add, nothing, (slabs.reshape(rows * heads, *slabs.shape[2:]), starts))
     return total

@@ -168,6 +168,7 @@ def tile_codes(
     values: tuple[Array, ...],
     *,
     is_opaque: bool,
+    positions: tuple[Array, Array] | None = None,
 ) -> Array:
     """FULL, PARTIAL or EMPTY for every tile, (B', N', num_q, num_kv) int32.
 
@@ -181,6 +182,7 @@ def tile_codes(
         mask: the mask itself.
         values: what it captured.
         is_opaque: whether its bounds do not tell enough.
+        positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """
     axes = frozenset().union(*map(varying_axes, (*bounds.values, *values)))
     tiles = tuple(vary(x, axes) for x in _all_tiles(grid, batch, heads))
@@ -188,7 +190,7 @@ def tile_codes(
     codes = code_of(some, every)
     codes = codes.reshape((1,) * (4 - codes.ndim) + codes.shape)
     if is_opaque:
-        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values), codes)
+        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values, positions), codes)
     not_whole_q = (jnp.arange(grid.num_q) == grid.num_q - 1) & (not grid.even_q)
     not_whole_kv = (jnp.arange(grid.num_kv) == grid.num_kv - 1) & (not grid.even_kv)
     not_whole = (not_whole_q[:, None] | not_whole_kv[None, :])[None, None]
@@ -201,14 +203,22 @@ def _all_tiles(grid: TileGrid, batch: int, heads: int) -> tuple[Array, ...]:
     return b[:, None, None, None], h[None, :, None, None], *grid.ends()
 
 
-def _codes_of_pairs(grid: TileGrid, tiles: tuple[Array, ...], mask: Split, values: tuple[Array, ...]) -> Array:
+def _codes_of_pairs(
+    grid: TileGrid,
+    tiles: tuple[Array, ...],
+    mask: Split,
+    values: tuple[Array, ...],
+    positions: tuple[Array, Array] | None,
+) -> Array:
     """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
     b, h, q_first, q_last, kv_first, kv_last = tiles
     steps = jnp.arange(grid.block_kv, dtype=jnp.int32)[None]
-    kv = jnp.minimum(kv_first.reshape(-1, 1) + steps, kv_last.reshape(-1, 1)).reshape(1, 1, 1, -1)
+    kv = jnp.minimum(kv_first.reshape(-1, 1) + steps, kv_last.reshape(-1, 1)).reshape(-1)
+    kv = (kv if positions is None else positions[1][kv])[None, None, None]
 
     def row(ends: tuple[Array, Array]) -> Array:
-        q = jnp.minimum(ends[0] + jnp.arange(grid.block_q, dtype=jnp.int32), ends[1]).reshape(1, 1, -1, 1)
+        q = jnp.minimum(ends[0] + jnp.arange(grid.block_q, dtype=jnp.int32), ends[1])
+        q = (q if positions is None else positions[0][q])[None, None, :, None]
         keep = mask.everywhere(values, b, h, q, kv)
         keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
         keep = jnp.broadcast_to(keep, (*keep.shape[:2], grid.block_q, kv.size))

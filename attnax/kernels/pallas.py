@@ -98,6 +98,7 @@ class Inputs(NamedTuple):
     d_out: Any = None  # (B, N, T, V)
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN for a row that spoils
     delta: Any = None  # (B, N, T), see `_tile.tile_gradients`
+    positions: Any = None  # (T,) and (S,) int32: what masks and score mods see of queries and keys; None for 0, 1, ...
     pages: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
 
 
@@ -166,10 +167,14 @@ class Kernel:
     def index(self, place: Place) -> tuple[Any, Any, Array, Array]:
         """(b, h, q, kv) as masks and score mods see them."""
         grid = self.call.grid
-        q = self.q_first(place.i) + jnp.arange(grid.block_q, dtype=jnp.int32)
-        kv = self.kv_first(place.j) + jnp.arange(grid.block_kv, dtype=jnp.int32)
-        q = q if grid.seq_q >= grid.block_q else jnp.minimum(q, grid.seq_q - 1)
-        kv = kv if grid.seq_kv >= grid.block_kv else jnp.minimum(kv, grid.seq_kv - 1)
+        q_first, kv_first, positions = self.q_first(place.i), self.kv_first(place.j), self.inputs.positions
+        if positions is None:
+            q = q_first + jnp.arange(grid.block_q, dtype=jnp.int32)
+            kv = kv_first + jnp.arange(grid.block_kv, dtype=jnp.int32)
+            q = q if grid.seq_q >= grid.block_q else jnp.minimum(q, grid.seq_q - 1)
+            kv = kv if grid.seq_kv >= grid.block_kv else jnp.minimum(kv, grid.seq_kv - 1)
+        else:
+            q, kv = positions[0][pl.ds(q_first, grid.block_q)], positions[1][pl.ds(kv_first, grid.block_kv)]
         return place.b, place.h, place.lay(q, of_queries=True), place.lay(kv, of_queries=False)
 
     def cut(self, refs: tuple[Any, ...], variables: tuple[Any, ...], place: Place) -> list[Array]:
@@ -467,7 +472,7 @@ def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, An
     spoilt_rows = jnp.where(fine | (state.sum == 0), 0.0, jnp.nan)
     out, lse = out + spoilt_rows[:, None], lse + spoilt_rows
     outputs["lse"][rows] = lse
-    high = out.astype(inputs.query.dtype)
+    high = out.astype(outputs["out"].dtype)
     outputs["out"][(*rows, slice(None))] = high
     if "low" in outputs:
         outputs["low"][(*rows, slice(None))] = (out - high.astype(jnp.float32)).astype(high.dtype)
@@ -528,8 +533,8 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
     sums = tuple(jnp.zeros((grid.block_kv, x.shape[-1]), jnp.float32) for x in keys)
     d_key, d_value = lax.fori_loop(0, call.shared, head, sums)
     where = b, kv_head, columns, slice(None)
-    outputs["d_key"][where] = (d_key * inputs.scale[0]).astype(inputs.key.dtype)
-    outputs["d_value"][where] = d_value.astype(inputs.value.dtype)
+    outputs["d_key"][where] = (d_key * inputs.scale[0]).astype(outputs["d_key"].dtype)
+    outputs["d_value"][where] = d_value.astype(outputs["d_value"].dtype)
 
 
 def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
 
-Each device computes the tiles of its queries with the keys that are there, merges the softmax states, and passes the
-keys on. The backward pass is a second ring on which the keys' gradients travel along and arrive at home. No device ever
-holds more than its share, forward or backward; a hop whose keys the mask forbids costs only the journey.
+Each device attends from its queries to the keys that are there, by the engine of `flash_attention`, merges the softmax
+states, and passes the keys on. The backward pass is a second ring on which the keys' gradients travel along and arrive
+at home. No device ever holds more than its share, forward or backward; a hop whose keys the mask forbids costs only the
+journey.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from attnax.kernels import _tile
-from attnax.kernels._blockwise import (
+from attnax.kernels._blockwise import Plan as Tiles
+from attnax.kernels._blockwise import check_block_size, choose_tiles
+from attnax.kernels._dropout import dropout_words
+from attnax.kernels._engine import (
+    Backend,
     Operands,
     Plan,
-    backward,
+    attend,
+    attend_part,
     bind,
-    check_block_size,
-    choose_tiles,
-    forward,
-    prepare_rows,
-    scale_query,
+    finish_parts,
+    kernel_tiles,
+    part_backward,
 )
-from attnax.kernels._dropout import dropout_words
-from attnax.kernels._engine import attend
 from attnax.kernels._lift import vary, varying_axes
 from attnax.kernels._pairs import check_pairs
 from attnax.kernels.standard import standard_attention
@@ -44,6 +46,7 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
+    is_concrete,
     wide_dtype,
 )
 
@@ -107,7 +110,7 @@ def ring_attention(
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
         axis_name: the mesh axis along which the sequence is cut; None if it is not: this device holds all of it, and
-            the call is `memory_efficient_attention`.
+            the call is `flash_attention`.
         zigzag: the sequence was put into `zigzag_order`, which gives each device the same work under a causal mask.
         block_size: queries and keys of a tile, by default chosen by shape.
 
@@ -140,6 +143,7 @@ def ring_attention(
         deterministic=deterministic,
         scale=scale,
     )
+    backend: Backend = "automatic" if block_size is None else "tiles"
     if axis_name is None:
         return attend(
             "ring_attention",
@@ -148,38 +152,11 @@ def ring_attention(
             value,
             return_lse=return_lse,
             block_size=block_size,
-            backend="tiles",
+            backend=backend,
             **options,
         )
-    size = _axis_size(axis_name)
-    if isinstance(mask, jax.Array | np.ndarray):
-        options["mask"] = np.zeros((), mask.dtype)  # its shape is global
-    check_attention("ring_attention", query, key, value, **options)
-    check_block_size("ring_attention", block_size)
-    batch, heads, seq_q, _ = query.shape
-    kv_heads, seq_kv, value_dim = value.shape[1:]
-    if zigzag and (seq_q % 2 or seq_kv % 2):
-        raise ValueError(
-            "ring_attention: zigzag gives each device two pieces, so its length must be even; "
-            f"got {seq_q} queries and {seq_kv} keys on a device."
-        )
-    mask, score_mod = resolve_masks("ring_attention", mask, score_mod, (batch, heads, seq_q * size, seq_kv * size))
-    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
-    if 0 in (batch, seq_q, seq_kv, value_dim):
-        out = jnp.zeros((batch, heads, seq_q, value_dim), out_dtype)
-        return (out, jnp.full(out.shape[:3], -jnp.inf, dtype)) if return_lse else out
-    axes = frozenset().union(*map(varying_axes, (query, key, value)))
-    check_pairs("ring_attention", mask, score_mod, (batch, heads, seq_q * size, seq_kv * size), axes)
-    pieces = 2 if zigzag else 1  # a tile of two pieces would have no useful bounds
-    tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
-    plan = Plan(*tiles, 0.0 if deterministic else dropout_rate)
-    words = dropout_words(dropout_rng) if plan.dropout_rate > 0.0 and dropout_rng is not None else None
-    arrays = scale_query(query, scale, natural=score_mod is not None), key.astype(dtype), value.astype(dtype)
-    ring = Ring(axis_name, size, zigzag)
-    index = ring.index(0, seq_q), ring.index(0, seq_kv)
-    bound, operands = bind("ring_attention", plan, arrays, mask, score_mod, index, words)
-    out, lse = _ring(plan, ring, *bound, operands.learned, operands)
-    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+    out, lse = _attend(query, key, value, axis_name, zigzag, block_size, backend, **options)
+    return (out, lse) if return_lse else out
 
 
 def ring_attention_reference(
@@ -217,6 +194,61 @@ def zigzag_order(seq_len: int, num_devices: int) -> np.ndarray:
     return np.concatenate([pieces[[rank, -1 - rank]].ravel() for rank in range(num_devices)])
 
 
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    axis_name: str,
+    zigzag: bool,
+    block_size: int | None,
+    backend: Backend,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of `ring_attention` over a mesh axis."""
+    size = _axis_size(axis_name)
+    mask, scale = options.get("mask"), options.get("scale")
+    checked: Any = options
+    if isinstance(mask, jax.Array | np.ndarray):
+        checked = {**options, "mask": np.zeros((), mask.dtype)}  # its shape is global
+    check_attention("ring_attention", query, key, value, **checked)
+    check_block_size("ring_attention", block_size)
+    batch, heads, seq_q, _ = query.shape
+    kv_heads, seq_kv, value_dim = value.shape[1:]
+    if zigzag and (seq_q % 2 or seq_kv % 2):
+        raise ValueError(
+            "ring_attention: zigzag gives each device two pieces, so its length must be even; "
+            f"got {seq_q} queries and {seq_kv} keys on a device."
+        )
+    full = batch, heads, seq_q * size, seq_kv * size
+    mask, score_mod = resolve_masks("ring_attention", mask, options.get("score_mod"), full)
+    dtype = wide_dtype(query.dtype)
+    if 0 in (batch, seq_q, seq_kv, value_dim):
+        return jnp.zeros((*query.shape[:3], value_dim), query.dtype), jnp.full(query.shape[:3], -jnp.inf, dtype)
+    check_pairs("ring_attention", mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
+    pieces = 2 if zigzag else 1  # a tile of two pieces would have no useful bounds
+    tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
+    rate, rng = (
+        0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
+        options.get("dropout_rng"),
+    )
+    plan = Plan(
+        Tiles(*tiles, rate),
+        backend,
+        None if backend == "tiles" else kernel_tiles(query, value, block_size),
+        None,
+        score_mod is not None,
+        not is_concrete(scale),
+        is_part=True,
+    )
+    words = dropout_words(rng) if rate > 0.0 and rng is not None else None
+    scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
+    ring = Ring(axis_name, size, zigzag)
+    index = ring.index(0, seq_q), ring.index(0, seq_kv)
+    arrays, operands = bind("ring_attention", plan, (query, key, value, scale), mask, score_mod, index, words)
+    out, lse = _ring(plan, ring, *arrays, operands.learned, operands)
+    return out.astype(query.dtype), lse
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """The devices along a mesh axis; each sends to the next."""
@@ -233,6 +265,11 @@ class Ring:
         piece = jnp.arange(length // 2, dtype=jnp.int32)
         return jnp.concatenate([rank * len(piece) + piece, (2 * self.size - 1 - rank) * len(piece) + piece])
 
+    def operands(self, operands: Operands, hop: Any, key: Array, query: Array) -> Operands:
+        """The operands with the indices of the keys that are here after `hop` hops."""
+        index = vary(self.index(hop, key.shape[2]), varying_axes(query))
+        return operands._replace(tiles=operands.tiles._replace(kv_index=index))
+
     def send(self, tree: Any) -> Any:
         """Every array of this device to the next one, and the previous one's here."""
         return lax.ppermute(tree, self.axis_name, [(rank, (rank + 1) % self.size) for rank in range(self.size)])
@@ -240,41 +277,58 @@ class Ring:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring_of(
-    plan: Plan, ring: Ring, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+    plan: Plan,
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: Array,
+    learned: tuple[Array, ...],
+    operands: Operands,
 ) -> tuple[Array, Array]:
-    return _ring_forward(plan, ring, query, key, value, learned, operands)[0]
+    return _ring_forward(plan, ring, query, key, value, scale, learned, operands)[0]
 
 
 def _ring_forward(
-    plan: Plan, ring: Ring, query: Array, key: Array, value: Array, learned: tuple[Array, ...], operands: Operands
+    plan: Plan,
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: Array,
+    learned: tuple[Array, ...],
+    operands: Operands,
 ) -> tuple[tuple[Array, Array], Any]:
     def hop(count: Any, carry: Any) -> Any:
         state, shard = carry
         key, value = ring.send(shard)
-        here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
-        return _tile.merge(state, _state(*forward(plan, query, key, value, here))), (key, value)
+        here = ring.operands(operands, count, key, query)
+        return _tile.merge(state, _state(*attend_part(plan, (query, key, value, scale), here))), (key, value)
 
-    start = _state(*forward(plan, query, key, value, operands)), (key, value)
+    start = _state(*attend_part(plan, (query, key, value, scale), operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = checkpoint_name(_tile.finish(state), "attention_out")
-    return (out, lse / _tile.LOG2E), (query, key, value, operands, out, lse)
+    return (out, lse / _tile.LOG2E), ((query, key, value, scale), operands, out, lse)
 
 
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    query, key, value, operands, out, lse = residuals
-    rows = prepare_rows(query, out, lse, *cotangents)
+    arrays, operands, out, lse = residuals
+    query, key, value, scale = arrays
+
+    def backward(key: Array, value: Array, operands: Operands, sums: Any) -> Any:
+        return part_backward(plan, (query, key, value, scale), operands, out, lse, *cotangents, sums)
 
     def hop(count: Any, carry: Any) -> Any:
-        d_query, gradients, travelling = carry
+        d_query, sums, travelling = carry
         key, value, d_key, d_value = ring.send(travelling)
-        here = operands._replace(kv_index=_like(ring.index(count, key.shape[2]), query))
-        *shares, gradients = backward(plan, rows, key, value, here, gradients)
-        return d_query + shares[0], gradients, (key, value, d_key + shares[1], d_value + shares[2])
+        *shares, sums = backward(key, value, ring.operands(operands, count, key, query), sums)
+        return d_query + shares[0], sums, (key, value, d_key + shares[1], d_value + shares[2])
 
-    d_query, d_key, d_value, gradients = backward(plan, rows, key, value, operands, operands.gradients())
-    start = d_query, gradients, (key, value, d_key, d_value)
-    d_query, gradients, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, start)
-    return d_query, *ring.send(d_shard), operands.finish(gradients), None
+    d_query, d_key, d_value, sums = backward(key, value, operands, operands.sums())
+    d_query, sums, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, (d_query, sums, (key, value, d_key, d_value)))
+    d_query, d_scale, d_learned = finish_parts(plan, arrays, operands, d_query, sums)
+    d_key, d_value = (d.astype(x.dtype) for d, x in zip(ring.send(d_shard), (key, value), strict=True))
+    return d_query, d_key, d_value, d_scale, d_learned, None
 
 
 _ring_of.defvjp(_ring_forward, _ring_backward)
@@ -284,10 +338,6 @@ _ring = jax.jit(_ring_of, static_argnums=(0, 1))
 def _state(out: Array, lse: Array) -> _tile.SoftmaxState:
     """A finished result as a state again: all its keys as one."""
     return _tile.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
-
-
-def _like(x: Array, other: Array) -> Array:
-    return vary(x, varying_axes(other))
 
 
 def _axis_size(axis_name: Any) -> int:

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from _lowered import gpu_mesh, kernels_of, parse
 from cases import CASES
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import build
 
 from attnax import MultiHeadAttention, masks, ring_attention, ring_attention_reference, standard_attention, zigzag_order
+from attnax.kernels import ring
 
 SEQ = PartitionSpec(None, None, "seq")
 
@@ -154,6 +156,82 @@ def test_any_number_of_devices_gives_values_and_gradients_of_one(num_devices, ax
     for have, want, i in zip(results, expected, (0, 0, 0, 1, 1, None), strict=True):
         have = np.asarray(have) if i is None else np.asarray(have)[:, :, np.argsort(orders[i])]
         assert oracle.rms_error(have, want) <= 3e-6
+
+
+class TestOnGpus:
+    """Each hop runs the GPU kernels: with a window, dropout, a learned scale, and mods of a key and of a distance."""
+
+    LENGTHS = 48, 80  # of queries and keys
+
+    def shapes(self):
+        queries, keys = self.LENGTHS
+        return (2, 6, queries, 16), (2, 2, keys, 16), (2, 2, keys, 16)
+
+    def run(self, attend, query, key, value, bias):
+        """out, lse, and the gradients of query, key, value, bias, a table by distance and the scale."""
+
+        def attention(query, key, value, bias, table, scale):
+            return attend(
+                query,
+                key,
+                value,
+                mask=masks.sliding_window(29),
+                score_mod=lambda s, b, h, q, kv: s + jnp.exp(bias[h, kv]) + table[q - kv + 100],
+                dropout_rng=jax.random.key(1),
+                dropout_rate=0.2,
+                deterministic=False,
+                scale=scale,
+            )
+
+        (out, lse), pull = jax.vjp(attention, query, key, value, bias, jnp.linspace(0, 2, 200), jnp.float32(0.3))
+        *d_arrays, d_scale = pull((jnp.ones_like(out), jnp.full_like(lse, 0.1)))
+        return out, lse[..., None], *d_arrays, d_scale.reshape(1)
+
+    def test_its_kernels_are_lowered_and_valid(self):
+        cut, whole = PartitionSpec(None, None, "gpus"), PartitionSpec()
+        mesh, attend = gpu_mesh(2), partial(ring_attention, axis_name="gpus", return_lse=True)
+        specs = (cut,) * 3, (cut,) * 5
+        run = jax.shard_map(
+            partial(self.run, attend), mesh=mesh, in_specs=(*specs[0], whole), out_specs=(*specs[1], *(whole,) * 3)
+        )
+        arrays = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, cut)) for shape in self.shapes()
+        )
+        bias = jax.ShapeDtypeStruct((6, self.LENGTHS[1]), jnp.float32, sharding=NamedSharding(mesh, whole))
+        kernels = kernels_of(run, *arrays, bias, mesh=mesh)
+        # For the keys of the device itself, and for those that come.
+        assert [kernel.name.removeprefix("attnax_") for kernel in kernels] == [
+            *["forward"] * 2,
+            *["d_query", "d_key_value", "d_table"] * 2,
+        ]
+        for kernel in kernels:
+            parse(kernel)
+
+    @pytest.mark.contract
+    @pytest.mark.parametrize("zigzag", [False, True])
+    def test_its_kernels_give_values_and_gradients_of_one_device(self, zigzag):
+        mesh, total = ring_mesh(4), PartitionSpec("seq")
+        arrays, bias = [normal(n, *shape) for n, shape in enumerate(self.shapes())], normal(5, 6, self.LENGTHS[1])
+        orders = [zigzag_order(n, 4) if zigzag else np.arange(n) for n in self.LENGTHS]
+
+        def attend(query, key, value, **options):
+            return ring._attend(query, key, value, "seq", zigzag, None, "interpret", **options)
+
+        # Interpreted kernels do not say over which axes their results vary, so sums over devices are taken here.
+        run = jax.shard_map(
+            partial(self.run, attend),
+            mesh=mesh,
+            in_specs=(*(SEQ,) * 3, PartitionSpec()),
+            out_specs=(*(SEQ,) * 5, *(total,) * 3),
+            check_vma=False,
+        )
+        cut = [x[:, :, orders[min(n, 1)]] for n, x in enumerate(arrays)]
+        have = jax.jit(run)(*(jax.device_put(x, NamedSharding(mesh, SEQ)) for x in cut), bias)
+        want = jax.jit(partial(self.run, partial(standard_attention, return_lse=True)))(*arrays, bias)
+        for x, y, which in zip(have, want, (0, 0, 0, 1, 1, None, None, None), strict=True):
+            x = np.asarray(x)
+            x = x.reshape(4, *y.shape).sum(0) if which is None else x[:, :, np.argsort(orders[which])]
+            assert oracle.rms_error(x, y) <= 3e-6
 
 
 def test_dropout_has_the_bits_of_one_device_and_only_where_it_is_asked_for():
