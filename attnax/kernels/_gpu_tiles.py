@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-__all__ = ["LARGEST_HEAD", "TILES", "Tile", "choose"]
+__all__ = ["LARGEST_HEAD", "TILES", "Tile", "choose", "shared_memory"]
 
 
 class Tile(NamedTuple):
@@ -30,8 +31,16 @@ TILES = {
 }
 LARGEST_HEAD = max(size for _, size in TILES)
 
+_KNOWN = {r"\bA(100|30)\b": 163, r"\b(H[128]00|H20|GH200|G?B[23]00)\b": 227}  # KiB, by the name of a card
+_ANY = 99
 
-def choose(kind: str, head_dim: int, bits: int = 16) -> Tile:
+
+def shared_memory(device_kind: str) -> int:
+    """Bytes that a program may take of a card's shared memory, at least, by its name ("NVIDIA H100 80GB HBM3")."""
+    return 1024 * next((size for name, size in _KNOWN.items() if re.search(name, device_kind)), _ANY)
+
+
+def choose(kind: str, head_dim: int, bits: int = 16, shared: int = 0) -> Tile:
     """The tile of "forward", "backward" or "decode" for heads of this size; 32-bit numbers have smaller ones."""
     size = min(size for of, size in TILES if of == kind and size >= head_dim)
     tile = TILES[kind, size]
