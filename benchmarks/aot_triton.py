@@ -263,14 +263,15 @@ def _cell(cell: dict[str, Any] | None, card: Card) -> str:
 
 
 def search(compiler: Compiler, kind: str, case: Case, choices: dict[str, tuple[int, ...]]) -> None:
-    """Prints what every tile needs on every card: KiB of shared memory, and bytes of spill stores."""
-    print(f"{kind}, {case}: on {', '.join(f'sm_{card.capability}' for card in CARDS)}")
+    """Prints what every tile needs on the cards: KiB of shared memory, and bytes of spill stores."""
+    cards = [card for card in CARDS if card.capability in choices["capability"]]
+    print(f"{kind}, {case}: on {', '.join(f'sm_{card.capability}' for card in cards)}")
     for block_q, block_kv in itertools.product(choices["block_q"], choices["block_kv"]):
         for kernel in case.kernels(UNKNOWN, (block_q, block_kv)):
             if kind_of(kernel.name) != kind:
                 continue
             for warps, stages in itertools.product(choices["warps"], choices["stages"]):
-                cells = [compiler(kernel, card, warps, stages) for card in CARDS]
+                cells = [compiler(kernel, card, warps, stages) for card in cards]
                 said = [cell.get("error") or f"{cell['shared'] / 1024:.0f} KiB {cell['spills']:5d} B" for cell in cells]
                 print(
                     f"{kernel.name:20} {block_q:3}x{block_kv:3} {warps} warps {stages} stages: " + ", ".join(said),
@@ -287,18 +288,15 @@ def main() -> None:
     parser.add_argument("--search", nargs=2, metavar=("KIND", "HEAD_DIM"), help="forward, backward or decode")
     parser.add_argument("--case", default="causal", help=f"of a search: {', '.join((*CALLS, *DECODING))}")
     parser.add_argument("--dtype", default="bfloat16", help="of a search")
-    for name, default in (
-        ("block_q", (128, 64)),
-        ("block_kv", (128, 64, 32)),
-        ("warps", (4, 8)),
-        ("stages", (1, 2, 3)),
-    ):
+    tiles = {"block_q": (128, 64), "block_kv": (128, 64, 32), "warps": (4, 8), "stages": (1, 2, 3)}
+    tiles["capability"] = tuple(card.capability for card in CARDS)
+    for name, default in tiles.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help="of a search")
     options = parser.parse_args()
     compiler = Compiler(options.python, options.cache)
     if options.search:
         kind, head_dim = options.search
-        choices = {name: tuple(getattr(options, name)) for name in ("block_q", "block_kv", "warps", "stages")}
+        choices = {name: tuple(getattr(options, name)) for name in tiles}
         search(compiler, kind, Case(options.case, int(head_dim), options.dtype), choices)
         return
     table = []
