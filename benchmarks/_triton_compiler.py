@@ -51,7 +51,7 @@ def compile_module(text: str, capability: int, num_warps: int, num_stages: int) 
 
 
 def _simplified(path: str, target: GPUTarget, options: dict[str, Any]) -> str:
-    """A module after the passes that `triton.compile` leaves out for a file, and XLA does not: sums go into products."""
+    """A module after passes that XLA runs, and `triton.compile` leaves out for a file: sums go into products."""
     backend, context = make_backend(target), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)

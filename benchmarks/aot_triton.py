@@ -30,12 +30,13 @@ from _lowered import Kernel, gpu_mesh, kernels_of, parse
 from attnax import masks, pallas_flash_attention
 from attnax.cache import init_kv_layer_cache
 from attnax.kernels import _gpu_tiles, score_mods
+from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import init_paged_kv_cache
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, HEADS, KV_HEADS, LENGTH = 2, 4, 2, 512
+BATCH, HEADS, KV_HEADS, LENGTH, PAGE = 2, 4, 2, 512, 16
 
 
 class Card(NamedTuple):
@@ -48,7 +49,7 @@ class Card(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of shared memory that a program may take."""
-        return _gpu_tiles.shared_memory(self.name)
+        return _gpu_tiles.shared_memory(self.capability)
 
 
 CARDS = (
@@ -57,7 +58,7 @@ CARDS = (
     Card(90, "NVIDIA H100 80GB HBM3", "wgmma"),
     Card(100, "NVIDIA B200", "tcgen05"),
 )
-UNKNOWN = "NVIDIA A10"  # has the tiles of a card that is not known
+UNKNOWN = CARDS[1]  # has the tiles of a card that is not known
 
 
 class Case(NamedTuple):
@@ -67,9 +68,14 @@ class Case(NamedTuple):
     head_dim: int
     dtype: str = "bfloat16"
 
-    def kernels(self, card: str, block_size: tuple[int, int] | None = None) -> list[Kernel]:
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return jnp.dtype(self.dtype).itemsize * 8
+
+    def kernels(self, card: Card, block_size: tuple[int, int] | None = None) -> list[Kernel]:
         """Those of its program, lowered for a card."""
-        dtype, mesh = jnp.dtype(self.dtype), gpu_mesh(name=card)
+        dtype, mesh = jnp.dtype(self.dtype), gpu_mesh(name=card.name)
         if self.words in DECODING:
             return kernels_of(*DECODING[self.words](self.head_dim, dtype), mesh=mesh)
         options, captured, length = CALLS[self.words]
@@ -129,7 +135,7 @@ def _paged(head_dim: int, dtype: Any) -> tuple[Any, ...]:
         partial(
             init_paged_kv_cache,
             num_blocks=64,
-            block_size=16,
+            block_size=PAGE,
             num_kv_heads=KV_HEADS,
             head_dim=head_dim,
             batch_size=BATCH,
@@ -174,13 +180,13 @@ class Compiler:
             )
         return dict(json.loads(line))
 
-    def __call__(self, kernel: Kernel, card: Card, num_warps: int | None = None, num_stages: int | None = None) -> Any:
+    def __call__(self, kernel: Kernel, card: Card, num_warps: int, num_stages: int) -> dict[str, Any]:
         """What `_triton_compiler.compile_module` returns."""
         job = {
             "text": str(parse(kernel)),
             "capability": card.capability,
-            "num_warps": num_warps or kernel.num_warps,
-            "num_stages": num_stages or kernel.num_stages,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
         }
         line = json.dumps(job)
         known = self.cache / (hashlib.sha256(f"{self.versions} {line}".encode()).hexdigest()[:32] + ".json")
@@ -189,7 +195,7 @@ class Compiler:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
             known.write_text(json.dumps(self._answer()))
-        return json.loads(known.read_text())
+        return dict(json.loads(known.read_text()))
 
 
 def kind_of(name: str) -> str:
@@ -203,19 +209,24 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
     The tile of a card that is not known is compiled for all.
     """
     for case in cases:
-        found: dict[tuple[str, Any], dict[str, Any]] = {}
-        for name in (UNKNOWN, *(card.name for card in CARDS if card.name != UNKNOWN)):
-            targets = CARDS if name == UNKNOWN else [card for card in CARDS if card.name == name]
-            for kernel in case.kernels(name):
-                bits = jnp.dtype(case.dtype).itemsize * 8
-                tile = _gpu_tiles.choose(kind_of(kernel.name), case.head_dim, bits, _gpu_tiles.shared_memory(name))
-                tile = tile._replace(num_warps=kernel.num_warps, num_stages=kernel.num_stages)
+        found: dict[tuple[str, Tile], dict[str, Any]] = {}
+        for chosen_for in (UNKNOWN, *(card for card in CARDS if card != UNKNOWN)):
+            for kernel in case.kernels(chosen_for):
+                tile = _gpu_tiles.choose(kind_of(kernel.name), case.head_dim, case.bits, chosen_for.capability)
+                tile = tile._replace(block_kv=PAGE) if case.words == "paged decoding" else tile
                 cells = found.setdefault((kernel.name, tile), {})
-                for card in targets:
+                for card in CARDS if chosen_for == UNKNOWN else (chosen_for,):
                     if card.name not in cells:
-                        cells[card.name] = compiler(kernel, card)
-        for (kernel_name, tile), cells in found.items():
-            yield {**case._asdict(), "kernel": kernel_name.removeprefix("attnax_"), "tile": list(tile), "cards": cells}
+                        cells[card.name] = compiled(compiler, kernel, case, tile, card)
+        for (name, tile), cells in found.items():
+            yield {**case._asdict(), "kernel": name.removeprefix("attnax_"), "tile": list(tile), "cards": cells}
+
+
+def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: Card) -> dict[str, Any]:
+    """What the compiler says of a kernel with warps and stages of a tile, and what `_gpu_tiles` expects at most."""
+    size = case.head_dim, case.head_dim
+    bound = _gpu_tiles.shared_bytes(kind_of(kernel.name), tile, *size, case.bits, card.capability)
+    return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
 
 
 def overflows(row: dict[str, Any]) -> list[str]:
@@ -224,7 +235,11 @@ def overflows(row: dict[str, Any]) -> list[str]:
     return [
         card.name
         for card in CARDS
-        if card.name in cells and ("error" in cells[card.name] or cells[card.name]["shared"] > card.shared)
+        if card.name in cells
+        and (
+            cells[card.name].get("shared", cells[card.name]["bound"] + 1) > cells[card.name]["bound"]
+            or cells[card.name]["bound"] > card.shared
+        )
     ]
 
 
@@ -239,9 +254,9 @@ def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         f"By `make aot-triton`: jax {jax.__version__}, {tools}. No kernel was run.",
         "",
-        "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and what does the products if",
-        "that is not the instruction in the head of the column. A tile is queries x keys, warps, stages; a row with all cells",
-        "has the tile of a card that is not known, and an empty cell is a card with another tile for this kernel, in another row.",
+        "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and what computes the",
+        "products if it is not the instruction that its column names. A tile is queries x keys, warps, stages. A row with",
+        "all cells has the tile of a card that is not known; an empty cell is a card that has another one for this kernel.",
         f"Batch {BATCH}, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, forward and gradient.",
         "",
         f"| case | head size | dtype | kernel | tile | {cards} |",
@@ -271,12 +286,13 @@ def search(compiler: Compiler, kind: str, case: Case, choices: dict[str, tuple[i
             if kind_of(kernel.name) != kind:
                 continue
             for warps, stages in itertools.product(choices["warps"], choices["stages"]):
-                cells = [compiler(kernel, card, warps, stages) for card in cards]
-                said = [cell.get("error") or f"{cell['shared'] / 1024:.0f} KiB {cell['spills']:5d} B" for cell in cells]
-                print(
-                    f"{kernel.name:20} {block_q:3}x{block_kv:3} {warps} warps {stages} stages: " + ", ".join(said),
-                    flush=True,
-                )
+                tile = Tile(block_q, block_kv, warps, stages)
+                cells = [compiled(compiler, kernel, case, tile, card) for card in cards]
+                print(f"{kernel.name:20} {tuple(tile)}:", ", ".join(map(_found, cells)), flush=True)
+
+
+def _found(cell: dict[str, Any]) -> str:
+    return cell.get("error") or f"{cell['shared'] / 1024:.1f} of {cell['bound'] / 1024:.0f} KiB {cell['spills']:4d} B"
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ class Inputs(NamedTuple):
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
     careful: Any  # (B, K) int32: whether anything is not finite; None where nobody looked
-    fine: Any  # (B, K, S) int8: which keys and values are finite; None likewise, and the kernel looks
+    fine: Any  # (B, K, S) int32: which keys and values are finite; None likewise, and the kernel looks
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
     mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
