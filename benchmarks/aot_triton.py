@@ -8,7 +8,7 @@
 A program is lowered here, and its modules are compiled by `_triton_compiler.py` in an environment that has triton. No
 kernel runs: this says nothing of results or speed. XLA compiles the same modules with a Triton of its own, so that its
 figures can differ a little. What was compiled before is read from `.cache/aot-triton`. The exit code is 1 if a module
-needs more shared memory than a card has.
+needs more shared memory than a card has, or than `_gpu_tiles.shared_bytes` says.
 """
 
 from __future__ import annotations
@@ -229,18 +229,14 @@ def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: C
     return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
 
 
-def overflows(row: dict[str, Any]) -> list[str]:
-    """The cards that have too little shared memory for a row, or for which it does not compile."""
-    cells = row["cards"]
-    return [
-        card.name
-        for card in CARDS
-        if card.name in cells
-        and (
-            cells[card.name].get("shared", cells[card.name]["bound"] + 1) > cells[card.name]["bound"]
-            or cells[card.name]["bound"] > card.shared
-        )
-    ]
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: it does not compile, takes more than `_gpu_tiles` expects, or more than a card has."""
+    found = []
+    for card in CARDS:
+        cell = row["cards"].get(card.name)
+        if cell is not None and not cell.get("shared", card.shared + 1) <= cell["bound"] <= card.shared:
+            found.append(f"{card.name}: {_cell(cell, card)}; at most {cell['bound']} bytes were expected")
+    return found
 
 
 def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
@@ -255,8 +251,8 @@ def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
         f"By `make aot-triton`: jax {jax.__version__}, {tools}. No kernel was run.",
         "",
         "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and what computes the",
-        "products if it is not the instruction that its column names. A tile is queries x keys, warps, stages. A row with",
-        "all cells has the tile of a card that is not known; an empty cell is a card that has another one for this kernel.",
+        "products if it is not the instruction that its column names. A tile is queries x keys, warps, stages. A row",
+        "with all cells has the tile of a card that is not known; an empty cell is a card that has another one.",
         f"Batch {BATCH}, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, forward and gradient.",
         "",
         f"| case | head size | dtype | kernel | tile | {cards} |",
@@ -328,8 +324,9 @@ def main() -> None:
         options.json.write_text(json.dumps({"versions": compiler.versions, "rows": table}, indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(markdown(table, compiler.versions))
-    if too_large := [row for row in table if overflows(row)]:
-        raise SystemExit(f"{len(too_large)} of {len(table)} rows do not fit: {too_large[0]}")
+    wrong = [f"{list(row.values())[:5]}, {fault}" for row in table for fault in faults(row)]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def shared_bytes(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int
     head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (head_dim, value_dim))
 
     def need(held: int, moving: int, width: int, turned: int) -> int:
-        """With a tile of `held` rows of `width` that stays, and of `moving` rows of keys and values that come and go."""
+        """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
         # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
         reads_shared = 90 <= card < 120 and held >= 64
         buffers = tile.num_stages if reads_shared else max(1, tile.num_stages - 1)
