@@ -17,6 +17,8 @@ OLDEST = $(or $(call FIND_PYTHON,11),python3.11)
 
 # PyTorch is for comparison only, and has its own environment, with the oldest Python: the peers want other versions.
 TORCH := .venv-torch
+# Triton's compiler, which needs no GPU.
+TRITON := .venv-triton
 
 # Without a target.
 help:
@@ -25,7 +27,7 @@ help:
 
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
 .PHONY: test-gpu parity lint types wheel same-python
-.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
+.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu aot-triton clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -148,6 +150,10 @@ bench-speculative: $(VENV)/.dev
 bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
+# What each GPU kernel needs of four generations of cards, by Triton's compiler, on any machine: ten minutes.
+aot-triton: $(VENV)/.dev $(TRITON)/.made
+	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators-triton.md
+
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
 # The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.
 CONSTRAINTS := -c constraints.txt
@@ -202,5 +208,12 @@ $(TORCH)/.made: pyproject.toml constraints.txt
 	@$(call INSTALL,$(TORCH),$(MODEL))
 	@touch $@
 
+# Not in constraints.txt: PyTorch pins another one.
+$(TRITON)/.made: Makefile
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
+	@test -x $(TRITON)/bin/python || $(call MAKE_VENV,$(TRITON),$(PYTHON))
+	@$(call INSTALL,$(TRITON),triton==3.9.0)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TORCH) .venv-3.11 .venv-unpinned .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) $(TRITON) .venv-3.11 .venv-unpinned .cache build *.egg-info

@@ -410,12 +410,15 @@ def candidates(kind: str, *, rehearse: bool) -> list[Any]:
 
 
 def measure_tiles(options: argparse.Namespace) -> int:
-    """Prints the fastest tile for each pass and head size, as a line of the table; backward with the best forward."""
-    from attnax.kernels._gpu_tiles import TILES
+    """Prints the fastest tile for each pass and head size, as a line of the table; backward with the best forward.
+
+    A tile of `LARGER` is one that `fits` does not allow for a card that is not known.
+    """
+    from attnax.kernels._gpu_tiles import LARGER, TILES
 
     for job in jobs_of(options):
         for kind in ("forward", "backward"):
-            key = min(key for key in TILES if key[0] == kind and key[1] >= job.head_dim)
+            key = min(key for key in TILES if key[:2] == (kind, 16) and key[2] >= job.head_dim)
             times = time_tiles(job, key, candidates(kind, rehearse=options.rehearse), rehearse=options.rehearse)
             for tile, seconds in times.items():
                 words = seconds if isinstance(seconds, str) else f"{1e3 * seconds:.3f} ms"
@@ -424,25 +427,27 @@ def measure_tiles(options: argparse.Namespace) -> int:
             if not able:
                 print(f"gpu.py: no candidate works for {key}", file=sys.stderr)
                 return 1
-            TILES[key] = min(able, key=lambda tile: able[tile])
-            print(f'    ("{kind}", {key[1]}): Tile{tuple(TILES[key])},', flush=True)
+            TILES[key] = LARGER[key] = min(able, key=lambda tile: able[tile])
+            print(f'    ("{kind}", 16, {key[2]}): Tile{tuple(TILES[key])},', flush=True)
     return 0
 
 
-def time_tiles(job: Job, key: tuple[str, int], tiles: Sequence[Any], *, rehearse: bool) -> dict[Any, float | str]:
+def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, rehearse: bool) -> dict[Any, float | str]:
     """Seconds of the Pallas kernels with each tile in the table, or why it is none for this device."""
     import jax
 
-    from attnax.kernels._gpu_tiles import TILES
+    from attnax.kernels._gpu_tiles import LARGER, TILES
 
     sets, extra = [jax_inputs(job, n) for n in range(SETS)], jax.device_put(job.extra)
     attend = attnax_attention(job, attnax_kernel("pallas", interpret=rehearse))
-    before, lowered = TILES[key], []
+    before, lowered = (dict(TILES), dict(LARGER)), []
     for tile in tiles:
-        TILES[key] = tile
+        TILES[key] = LARGER[key] = tile
         jax.clear_caches()  # which know nothing of the table
         lowered.append(jax.jit(jax_results(attend, backward=key[0] == "backward")).lower(*sets[0], extra))
-    TILES[key] = before
+    for table, entries in zip((TILES, LARGER), before, strict=True):
+        table.clear()
+        table.update(entries)
 
     def compiled(program: Any) -> Any:
         try:

@@ -37,6 +37,7 @@ class KernelCall:
     bounds: _tile_lists.BoundsAtPositions
     score_mod: Lifted | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
+    tile: _gpu_tiles.Tile = dataclasses.field(metadata={"static": True})
 
 
 def bind_kernel(
@@ -70,9 +71,11 @@ def bind_kernel(
     # Anything else would have to be copied into another shape at each step.
     if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > _gpu_tiles.LARGEST_HEAD:
         return None
-    bounds = _tile_lists.lift_bounds_at_positions(
-        mask, (positions, stored.positions), _grid(query, stored), query.shape[1], axes
-    )
+    tile = _tile_of(query, stored)
+    if tile is None:
+        return None
+    grid = _tile_lists.TileGrid.of(tile, query.shape[2], stored.positions.shape[1])
+    bounds = _tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions), grid, query.shape[1], axes)
     mask = at_positions(mask, positions, stored.positions)
     mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
     call = KernelCall(
@@ -83,6 +86,7 @@ def bind_kernel(
         bounds,
         None if mod is None else _pointwise.lift_score_mod(caller, mod, axes),
         mask.is_opaque,
+        tile,
     )
     return jax.tree.map(lambda x: vary(x, axes), call)
 
@@ -136,7 +140,7 @@ def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
 
     mod, stored = call.score_mod, call.stored
     setup = _launch.Setup(
-        _tile_of(call.query, stored),
+        call.tile,
         _pointwise.split(call.mask),
         call.mask.values,
         call.bounds,
@@ -149,11 +153,15 @@ def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
     return out, lse / _tile.LOG2E
 
 
-def _tile_of(query: Array, stored: Stored) -> _gpu_tiles.Tile:
-    size = max(stored.keys.shape[-1], stored.values.shape[-1])
-    tile = _gpu_tiles.choose("decode", size, query.dtype.itemsize * 8)
-    return tile if stored.pages is None else tile._replace(block_kv=stored.keys.shape[1])
-
-
-def _grid(query: Array, stored: Stored) -> _tile_lists.TileGrid:
-    return _tile_lists.TileGrid.of(_tile_of(query, stored), query.shape[2], stored.positions.shape[1])
+def _tile_of(query: Array, stored: Stored) -> _gpu_tiles.Tile | None:
+    """The tile, of as many keys as a page; None if no card that the program may run on is known to hold one."""
+    sizes, bits, card = (
+        (stored.keys.shape[-1], stored.values.shape[-1]),
+        query.dtype.itemsize * 8,
+        _gpu_tiles.running_card(),
+    )
+    tile = _gpu_tiles.choose("decode", max(sizes), bits, card)
+    if stored.pages is not None:
+        tile = tile._replace(block_kv=stored.keys.shape[1])
+    fewer = (tile._replace(num_stages=stages) for stages in range(tile.num_stages, 0, -1))
+    return next((tile for tile in fewer if _gpu_tiles.fits("decode", tile, *sizes, bits, card)), None)

@@ -254,7 +254,8 @@ def kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] |
     if not isinstance(query.shape[0], int):  # Pallas makes no blocks of a symbolic batch
         return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-    tiles = [_gpu_tiles.choose(kind, size, query.dtype.itemsize * 8) for kind in ("forward", "backward")]
+    bits, card = query.dtype.itemsize * 8, _gpu_tiles.running_card()
+    tiles = [_gpu_tiles.choose(kind, size, bits, card) for kind in ("forward", "backward")]
     forward, backward = (
         tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv) for tile in tiles
     )

@@ -1,10 +1,19 @@
-"""Tile sizes of the GPU kernels; `benchmarks/gpu.py --tiles` measures those of both passes again."""
+"""Tile sizes of the GPU kernels, and the shared memory that they take.
+
+`benchmarks/aot_triton.py --search` finds which tiles fit, and `make aot-triton` holds what is here against Triton's
+compiler; on a GPU `benchmarks/gpu.py --tiles` measures which are fast.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-__all__ = ["LARGEST_HEAD", "TILES", "Tile", "choose"]
+import jax
+
+from attnax.kernels._platform import has_nvidia_gpu
+
+__all__ = ["LARGER", "LARGEST_HEAD", "TILES", "Tile", "choose", "fits", "running_card", "shared_bytes", "shared_memory"]
 
 
 class Tile(NamedTuple):
@@ -16,25 +25,94 @@ class Tile(NamedTuple):
     num_stages: int  # tiles of keys and values that are on their way at once
 
 
-# For 16-bit arrays, by the greatest head size that an entry is for.
+# For any card, by kind, bits of a number, and the greatest head size that an entry is for.
 TILES = {
-    ("forward", 64): Tile(128, 64, 4, 3),
-    ("forward", 128): Tile(128, 128, 8, 3),
-    ("forward", 256): Tile(128, 32, 8, 2),
-    ("backward", 64): Tile(64, 64, 4, 2),
-    ("backward", 128): Tile(64, 64, 4, 2),
-    ("backward", 256): Tile(64, 32, 4, 1),
-    ("decode", 64): Tile(16, 64, 4, 3),
-    ("decode", 128): Tile(16, 64, 4, 3),
-    ("decode", 256): Tile(16, 32, 4, 2),
+    ("forward", 16, 64): Tile(128, 64, 8, 3),
+    ("forward", 16, 128): Tile(128, 64, 8, 2),
+    ("forward", 16, 256): Tile(64, 32, 8, 2),
+    ("backward", 16, 64): Tile(64, 64, 8, 2),
+    ("backward", 16, 128): Tile(64, 64, 8, 2),
+    ("backward", 16, 256): Tile(32, 32, 8, 2),
+    ("decode", 16, 64): Tile(16, 64, 4, 3),
+    ("decode", 16, 128): Tile(16, 64, 4, 3),
+    ("decode", 16, 256): Tile(16, 32, 4, 2),
+    ("forward", 32, 64): Tile(64, 32, 8, 2),
+    ("forward", 32, 128): Tile(32, 32, 8, 2),
+    ("forward", 32, 256): Tile(32, 16, 8, 2),
+    ("backward", 32, 64): Tile(32, 32, 8, 1),
+    ("backward", 32, 128): Tile(32, 32, 8, 1),
+    ("backward", 32, 256): Tile(16, 16, 4, 1),
+    ("decode", 32, 64): Tile(16, 32, 4, 3),
+    ("decode", 32, 128): Tile(16, 32, 4, 3),
+    ("decode", 32, 256): Tile(16, 16, 4, 2),
 }
-LARGEST_HEAD = max(size for _, size in TILES)
+
+# Instead of those, for a card that is known to have at least `_LARGE` bytes of shared memory.
+LARGER = {
+    ("forward", 16, 128): Tile(128, 64, 8, 3),
+    ("backward", 16, 256): Tile(64, 32, 8, 2),
+}
+
+LARGEST_HEAD = max(size for *_, size in TILES)
+_KIB = 1024
+_LARGE = 163 * _KIB
+_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, of the cards that have more than others
+_LEAST = 99
+_SLACK = 2 * _KIB  # for sums over rows, and barriers
+_NAMES = {"A100": 80, "A30": 80, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100, "B300": 103}
 
 
-def choose(kind: str, head_dim: int, bits: int = 16) -> Tile:
-    """The tile of "forward", "backward" or "decode" for heads of this size; 32-bit numbers have smaller ones."""
-    size = min(size for of, size in TILES if of == kind and size >= head_dim)
-    tile = TILES[kind, size]
-    if bits == 16:
-        return tile
-    return tile._replace(block_q=max(16, tile.block_q // 2), block_kv=max(16, tile.block_kv // 2))
+def running_card() -> int:
+    """Ten times the compute capability of the GPU that programs traced here and now run on; 0 where it is not known.
+
+    The mesh that a program is traced under may name it (`jax.sharding.AbstractDevice`); else it is this process's.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return next((_NAMES[word] for word in re.findall(r"\w+", device.device_kind) if word in _NAMES), 0)
+    return round(10 * float(jax.devices()[0].compute_capability)) if has_nvidia_gpu() else 0
+
+
+def shared_memory(card: int) -> int:
+    """Bytes of shared memory that a program may take on a card, at least."""
+    return _SHARED.get(card, _LEAST) * _KIB
+
+
+def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0) -> Tile:
+    """The tile of "forward", "backward" or "decode" for heads of this size: one that any card holds, or this one."""
+    key = min(key for key in TILES if key[:2] == (kind, bits) and key[2] >= head_dim)
+    return LARGER[key] if key in LARGER and shared_memory(card) >= _LARGE else TILES[key]
+
+
+def fits(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0) -> bool:
+    """Whether a card has the shared memory that the kernels of a kind need; card 0: whether all of them have it."""
+    cards = [card] if card else [86, *_SHARED]
+    return all(shared_bytes(kind, tile, head_dim, value_dim, bits, of) <= shared_memory(of) for of in cards)
+
+
+def shared_bytes(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int, card: int) -> int:
+    """An upper bound of the bytes of shared memory that the kernels of a kind take on a card.
+
+    Args:
+        kind: "forward", "backward" or "decode".
+        tile: theirs.
+        head_dim: of queries and keys.
+        value_dim: of values.
+        bits: of a number.
+        card: ten times its compute capability.
+    """
+    head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (head_dim, value_dim))
+
+    def need(held: int, moving: int, width: int, turned: int) -> int:
+        """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
+        # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
+        reads_shared = 90 <= card < 120 and held >= 64
+        buffers = tile.num_stages if reads_shared else max(1, tile.num_stages - 1)
+        copies = turned if reads_shared and card >= 100 else 0
+        on_its_way = (buffers + copies) * moving * (head_dim + value_dim)
+        return (held * width + on_its_way + (1 + turned) * held * moving) * bits // 8 + _SLACK
+
+    if kind != "backward":
+        return need(tile.block_q, tile.block_kv, head_dim, 0)
+    both = (tile.block_q, tile.block_kv), (tile.block_kv, tile.block_q)
+    return max(need(*blocks, head_dim + value_dim, 1) for blocks in both)

@@ -95,7 +95,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
     call, inputs = _prepare(arrays, setup, pages)
-    inputs = inputs._replace(careful=None)  # looking at all keys first would take as long as attending them
+    inputs = inputs._replace(careful=None, fine=None)  # looking at all keys first would take as long as attending them
     (batch, heads, seq_q, _), grid = call.full, call.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
     rows = batch, heads, parts, inputs.query.shape[2]
@@ -275,7 +275,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     full, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     mask, score_mod = setup.mask, setup.score_mod
-    codes = tiles = turned = careful = None
+    codes = tiles = turned = careful = fine = None
     if mask is not None:
         assert setup.bounds is not None
         codes = tile_codes(
@@ -291,8 +291,10 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
-        fine = jnp.isfinite(key).all((2, 3)) & jnp.isfinite(value).all((2, 3))
-        careful = (~fine).astype(jnp.int32)
+        fine = jnp.isfinite(key).all(3) & jnp.isfinite(value).all(3)
+        careful = (~fine.all(2)).astype(jnp.int32)
+        # Not int8: Triton lays out a product by the narrowest number that its operands depend on.
+        fine = _whole_rows(fine.astype(jnp.int32), lengths[1], 1)
         key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
 
     positions = None
@@ -317,6 +319,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         turned,
         codes,
         careful,
+        fine,
         setup.words,
         *operands(mask, setup.mask_values),
         *operands(score_mod, setup.mod_values),

@@ -9,8 +9,8 @@ inside as `_pointwise.split` gives them. No program writes what another one comp
     d_key_value   dk, dv, columns   a program for each tile of keys, loops over the heads that share them and queries
     d_tables      a mod's tables    a program for each tile of queries, or for each tile of pairs
 
-A row or key that is not finite may harm only those who attend it. Where `careful` says that a batch row holds one, all
-its tiles are visited with the test for that; elsewhere none is.
+A row or key that is not finite may harm only those who attend it. Where `careful` says that a batch row holds one, none
+of its tiles counts as full: in partial ones such keys are not loaded, and a NaN stands for them.
 
 This file, and `why_no_triton` in `_platform`, hold every line that knows the Triton backend of Pallas.
 """
@@ -49,9 +49,7 @@ __all__ = [
     "run",
 ]
 
-Visitor = Callable[[int, Any, Any], Any]
-
-_FULL, _PARTIAL, _CAREFUL = range(3)  # how a tile is visited
+Visitor = Callable[[bool, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +87,8 @@ class Inputs(NamedTuple):
     tiles: TileList | None  # for each tile of queries; None where all are full
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
-    careful: Any  # (B, K) int32, or None: visit all tiles with care
+    careful: Any  # (B, K) int32: whether anything is not finite; None where nobody looked
+    fine: Any  # (B, K, S) int32: which keys and values are finite; None likewise, and the kernel looks
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
     mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
@@ -150,19 +149,37 @@ class Kernel:
             else jnp.maximum(0, jnp.minimum(j * grid.block_kv, grid.seq_kv - grid.block_kv))
         )
 
-    def rows(self, ref: Any, place: Place) -> Array:
-        """The tile's queries of (B, N, T, ...)."""
-        return ref[
-            (place.b, place.h, pl.ds(self.q_first(place.i), self.call.grid.block_q), *[slice(None)] * (ref.ndim - 3))
-        ]
+    def load(self, ref: Any, where: tuple[Any, ...], rows: Array | None) -> Array:
+        """A matrix of an array, zeros in place of those of its rows that are not to be loaded."""
+        if rows is None:
+            return ref[where]
+        if self.call.interpret:
+            return jnp.where(rows[:, None], ref[where], 0)
+        from jax.experimental.pallas import triton  # not every JAX has it, and interpreted kernels do without
 
-    def keys(self, place: Place) -> tuple[Array, Array]:
-        """The tile's keys and values."""
-        kv_head, pages = place.h // self.call.shared, self.inputs.pages
-        where = place.b, kv_head, pl.ds(self.kv_first(place.j), self.call.grid.block_kv), slice(None)
-        if pages is not None:
-            where = jnp.maximum(pages[place.b, place.j], 0), slice(None), kv_head, slice(None)
-        return self.inputs.key[where], self.inputs.value[where]
+        return triton.load(ref.at[where], mask=jnp.broadcast_to(rows[:, None], (rows.size, ref.shape[-1])), other=0)
+
+    def keys(self, place: Place, *, full: bool = False) -> tuple[Array, Array, Array | None]:
+        """The tile's keys and values, and which of them are finite: zeros stand for others. Of a full one all are."""
+        kv_head, inputs = place.h // self.call.shared, self.inputs
+        columns = place.b, kv_head, pl.ds(self.kv_first(place.j), self.call.grid.block_kv)
+        where: tuple[Any, ...] = (*columns, slice(None))
+        if inputs.pages is not None:
+            where = jnp.maximum(inputs.pages[place.b, place.j], 0), slice(None), kv_head, slice(None)
+        fine = None if full or inputs.fine is None else inputs.fine[columns] != 0
+        key, value = (self.load(ref, where, fine) for ref in (inputs.key, inputs.value))
+        if not full and fine is None:
+            fine = _is_fine(key, value)
+            key, value = (jnp.where(fine[:, None], x, 0) for x in (key, value))
+        return key, value, fine
+
+    def queries(self, place: Place, *, full: bool = False) -> Queries:
+        """What the backward pass reads of the tile's queries; who attends a full one is finite."""
+        inputs, rows = self.inputs, (place.b, place.h, pl.ds(self.q_first(place.i), self.call.grid.block_q))
+        lse = inputs.lse[rows]
+        fine = None if full else ~jnp.isnan(lse)
+        query, d_out = (self.load(ref, (*rows, slice(None)), fine) for ref in (inputs.query, inputs.d_out))
+        return Queries(query, d_out, lse, inputs.delta[rows])
 
     def index(self, place: Place) -> tuple[Any, Any, Array, Array]:
         """(b, h, q, kv) as masks and score mods see them."""
@@ -211,11 +228,11 @@ class Kernel:
         kept = keep_weights(words, rate, *self.index(place))
         return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
 
-    def bias(self, place: Place, spoilt: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
-        """What `_tile.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for spoilt keys."""
+    def bias(self, place: Place, fine: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
+        """What `_tile.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for keys that spoil."""
         grid, bias = self.call.grid, None
-        if spoilt is not None:
-            bias = jnp.where(place.lay(spoilt, of_queries=False), jnp.nan, 0.0)
+        if fine is not None:
+            bias = jnp.where(place.lay(fine, of_queries=False), 0.0, jnp.nan)
         if own_keys and not grid.even_kv:
             kv = self.kv_first(place.j) + jnp.arange(grid.block_kv, dtype=jnp.int32)
             outside = place.lay((kv < place.j * grid.block_kv) | (kv >= grid.seq_kv), of_queries=False)
@@ -227,7 +244,7 @@ class Kernel:
         return bias
 
     def scores(
-        self, left: Array, right: Array, place: Place, mode: int, bias: Array | None, learn: str | None = None
+        self, left: Array, right: Array, place: Place, bias: Array | None, *, full: bool, learn: str | None = None
     ) -> tuple[Array, Any]:
         """The tile's scores as `_tile` takes them, and the pullback of the score mod if there is one.
 
@@ -236,9 +253,9 @@ class Kernel:
         """
         score_mod = self.call.score_mod
         scores = _tile.product(left, right, 1, 1) * (self.inputs.scale[0] * (_tile.LOG2E if score_mod is None else 1.0))
-        keep = None if mode == _FULL else self.keep(place)
+        keep = None if full else self.keep(place)
         if score_mod is None:
-            return (scores if mode == _FULL else _tile.mask_scores(scores, keep, bias)), None
+            return (scores if full else _tile.mask_scores(scores, keep, bias)), None
         pulls = []
 
         def modify(scores: Array) -> Array:
@@ -261,42 +278,35 @@ class Kernel:
     def gradients(
         self,
         place: Place,
-        mode: int,
         queries: Queries,
-        keys: tuple[Array, Array],
+        key: Array,
+        value: Array,
         learn: str,
         *,
-        own_queries: bool,
-        own_keys: bool,
-    ) -> tuple[Queries, Array, Array, Array, tuple[Array, ...]]:
-        """(queries, keys, weights, gradient of the raw scores, gradients of what `learn` names) of a tile."""
-        (query, d_out, lse, delta), (key, value) = queries, keys
-        if mode == _CAREFUL:
-            # Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
-            fine = _is_fine(key, value)
-            key, value = (jnp.where(fine[:, None], x, 0) for x in (key, value))
-            query, d_out = (jnp.where(~jnp.isnan(lse)[:, None], x, 0) for x in (query, d_out))
-        bias = None if mode == _FULL else self.bias(place, None, own_queries=own_queries, own_keys=own_keys)
+        full: bool = False,
+        own_queries: bool = False,
+        own_keys: bool = False,
+    ) -> tuple[Array, Array, tuple[Array, ...]]:
+        """(weights, gradient of the raw scores, gradients of what `learn` names) of a tile.
+
+        Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
+        """
+        query, d_out, lse, delta = queries
+        bias = None if full else self.bias(place, None, own_queries=own_queries, own_keys=own_keys)
         left, right, d_left, d_right = (key, query, value, d_out) if place.turned else (query, key, d_out, value)
-        scores, pull = self.scores(left, right, place, mode, bias, learn)
+        scores, pull = self.scores(left, right, place, bias, full=full, learn=learn)
         weights, d_scores = _tile.tile_gradients(
             scores,
             place.lay(lse, of_queries=True),
             place.lay(delta, of_queries=True),
             _tile.product(d_left, d_right, 1, 1),
-            masked=mode != _FULL or not self.call.is_plain,
+            masked=not full or not self.call.is_plain,
             dropout=self.drop(place),
         )
-        d_raw, d_learned = (d_scores, ()) if pull is None else pull(d_scores)
-        return Queries(query, d_out, lse, delta), key, weights, d_raw, d_learned
-
-    def queries(self, place: Place) -> Queries:
-        """What the backward pass reads of the tile's queries."""
-        inputs = self.inputs
-        return Queries(*(self.rows(ref, place) for ref in (inputs.query, inputs.d_out, inputs.lse, inputs.delta)))
+        return (weights, d_scores, ()) if pull is None else (weights, *pull(d_scores))
 
     def visit_keys(self, visit: Visitor, place: Place, state: Any, part: tuple[Any, int] = (0, 1)) -> Any:
-        """`visit(mode, j, state)` for the tiles of keys that the tile of queries attends, or a part of them."""
+        """`visit(full, j, state)` for the tiles of keys that the tile of queries attends, or a part of them."""
         grid = self.call.grid
         where: Any = (place.b, place.h, place.i)
         full: Any = grid.num_kv - (not grid.even_kv)
@@ -305,7 +315,7 @@ class Kernel:
         return _visit(visit, self.inputs.tiles, where, grid.num_kv, full, self.careful(place.b, place.h), state, part)
 
     def visit_queries(self, visit: Visitor, place: Place, state: Any) -> Any:
-        """`visit(mode, i, state)` for the tiles of queries that attend the tile of keys."""
+        """`visit(full, i, state)` for the tiles of queries that attend the tile of keys."""
         grid = self.call.grid
         where, full = (place.b, place.h, place.j), grid.num_q - (not grid.even_q)
         return _visit(visit, self.inputs.turned, where, grid.num_q, full, self.careful(place.b, place.h), state)
@@ -334,7 +344,7 @@ class Kernel:
         return found[0]
 
     def careful(self, b: Any, h: Any) -> Any:
-        """Whether keys or queries of this head are to be looked at; None for always."""
+        """Whether no tile of this head counts as full; None for always."""
         careful = self.inputs.careful
         return None if careful is None else careful[b, h // self.call.shared] != 0
 
@@ -387,7 +397,7 @@ def _visit(
     state: Any,
     part: tuple[Any, int] = (0, 1),
 ) -> Any:
-    """`visit(mode, tile, state)` for the tiles that a list names, or for all of `count`.
+    """`visit(full, tile, state)` for the tiles that a list names, or for all of `count`.
 
     Args:
         visit: what is done.
@@ -395,7 +405,7 @@ def _visit(
         where: the place of this program.
         count: tiles if there is no list.
         num_full: of them.
-        careful: whether to take care everywhere; None for yes.
+        careful: whether none counts as full; None for yes.
         state: what is carried.
         part: (n, of): only the n-th of so many equal parts.
     """
@@ -413,16 +423,14 @@ def _visit(
     n, parts = part
     share = (num_visited + parts - 1) // parts
     first, last = jnp.minimum(n * share, num_visited), jnp.minimum((n + 1) * share, num_visited)
-    middle = jnp.clip(num_full, first, last)
+    middle = first if careful is None else _either(careful, first, jnp.clip(num_full, first, last))
 
-    def loop(first: Any, last: Any, mode: int, state: Any) -> Any:
-        return lax.fori_loop(first, last, lambda n, state: visit(mode, tile(n), state), state)
+    def loop(first: Any, last: Any, state: Any, *, full: bool) -> Any:
+        return lax.fori_loop(first, last, lambda n, state: visit(full, tile(n), state), state)
 
-    if careful is None:
-        return loop(first, last, _CAREFUL, state)
-    state = loop(first, _either(careful, first, middle), _FULL, state)
-    state = loop(middle, _either(careful, middle, last), _PARTIAL, state)
-    return loop(_either(careful, first, last), last, _CAREFUL, state)
+    if careful is not None:
+        state = loop(first, middle, state, full=True)
+    return loop(middle, last, state, full=False)
 
 
 def _either(condition: Any, x: Any, otherwise: Any) -> Any:
@@ -442,25 +450,21 @@ def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, An
     step, h, b = (pl.program_id(axis) for axis in range(3))
     i = grid.num_q - 1 - step // parts  # under a causal mask the last tiles have most to do, so they begin
     start = Place(b, h, i, 0)
-    query = kernel.rows(inputs.query, start)
+    rows = b, h, pl.ds(kernel.q_first(i), grid.block_q)
+    query = inputs.query[(*rows, slice(None))]
     fine = _is_fine(query)
     query = jnp.where(fine[:, None], query, 0)
 
-    def visit(mode: int, j: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+    def visit(full: bool, j: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
         place = start._replace(j=j)
-        key, value = kernel.keys(place)
-        spoilt = None
-        if mode == _CAREFUL:
-            spoilt = ~_is_fine(key, value)
-            key, value = (jnp.where(spoilt[:, None], 0, x) for x in (key, value))
-        bias = None if mode == _FULL else kernel.bias(place, spoilt, own_queries=False, own_keys=True)
-        scores, _ = kernel.scores(query, key, place, mode, bias)
-        masked = mode != _FULL or not call.is_plain
+        key, value, fine = kernel.keys(place, full=full)
+        bias = None if full else kernel.bias(place, fine, own_queries=False, own_keys=True)
+        scores, _ = kernel.scores(query, key, place, bias, full=full)
+        masked = not full or not call.is_plain
         return _tile.update(state, scores, value, masked=masked, dropout=kernel.drop(place))
 
     state = _tile.initial_state((grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
     state = kernel.visit_keys(visit, start, state, (step % parts, parts))
-    rows = b, h, pl.ds(kernel.q_first(i), grid.block_q)
     if "acc" in outputs:
         spoilt_rows = jnp.where(fine, 0.0, jnp.nan)
         at = (b, h, step % parts, rows[2])
@@ -485,12 +489,11 @@ def d_query_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
     start = Place(b, h, grid.num_q - 1 - step, 0)
     queries, learn = kernel.queries(start), kernel.learned("rows")
 
-    def visit(mode: int, j: Any, state: Any) -> Any:
+    def visit(full: bool, j: Any, state: Any) -> Any:
         place = start._replace(j=j)
         d_query, learned = state
-        _, key, _, d_raw, d_learned = kernel.gradients(
-            place, mode, queries, kernel.keys(place), "rows", own_queries=False, own_keys=True
-        )
+        key, value, _ = kernel.keys(place, full=full)
+        _, d_raw, d_learned = kernel.gradients(place, queries, key, value, "rows", full=full, own_keys=True)
         d_query = d_query + _tile.product(d_raw, key, 1, 0)
         return d_query, tuple(x + y.astype(x.dtype) for x, y in zip(learned, d_learned, strict=True))
 
@@ -508,17 +511,19 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
     """The gradients of a tile of keys and values, and of the score mod's operands for them."""
     kernel, grid = Kernel(call, inputs), call.grid
     j, kv_head, b = (pl.program_id(axis) for axis in range(3))
-    keys, learn = kernel.keys(Place(b, kv_head * call.shared, 0, j)), kernel.learned("columns")
+    key, value, _ = kernel.keys(Place(b, kv_head * call.shared, 0, j))
+    learn = kernel.learned("columns")
     columns = pl.ds(kernel.kv_first(j), grid.block_kv)
 
     def head(n: Any, sums: Any) -> Any:
         h = kv_head * call.shared + n
 
-        def visit(mode: int, i: Any, state: Any) -> Any:
+        def visit(full: bool, i: Any, state: Any) -> Any:
             place = Place(b, h, i, j, turned=True)
             (d_key, d_value), learned = state
-            queries, _, weights, d_raw, d_learned = kernel.gradients(
-                place, mode, kernel.queries(place), keys, "columns", own_queries=True, own_keys=False
+            queries = kernel.queries(place, full=full)
+            weights, d_raw, d_learned = kernel.gradients(
+                place, queries, key, value, "columns", full=full, own_queries=True
             )
             d_value = d_value + _tile.product(weights, queries.d_out, 1, 0)
             d_key = d_key + _tile.product(d_raw, queries.query, 1, 0)
@@ -530,7 +535,7 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
             outputs[f"mod {operand}"][b, h, columns] = x.reshape(grid.block_kv)
         return sums
 
-    sums = tuple(jnp.zeros((grid.block_kv, x.shape[-1]), jnp.float32) for x in keys)
+    sums = tuple(jnp.zeros((grid.block_kv, x.shape[-1]), jnp.float32) for x in (key, value))
     d_key, d_value = lax.fori_loop(0, call.shared, head, sums)
     where = b, kv_head, columns, slice(None)
     outputs["d_key"][where] = (d_key * inputs.scale[0]).astype(outputs["d_key"].dtype)
@@ -555,7 +560,7 @@ def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
         start = Place(b, h, i, 0)
         queries = kernel.queries(start)
 
-        def visit(mode: int, j: Any, total: Array) -> Array:
+        def visit(full: bool, j: Any, total: Array) -> Array:
             place = start._replace(j=j)
             where = kernel.index_of(read, place, (call.grid.block_q, call.grid.block_kv))
             element = jnp.int32(0)
@@ -564,8 +569,9 @@ def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
             first, last = jnp.maximum(element.min(), begin), jnp.minimum(element.max() + 1, begin + size)
 
             def tile(_: Any, total: Array) -> Array:
+                key, value, _ = kernel.keys(place, full=full)
                 *_, d_learned = kernel.gradients(
-                    place, mode, queries, kernel.keys(place), "tables", own_queries=True, own_keys=True
+                    place, queries, key, value, "tables", full=full, own_queries=True, own_keys=True
                 )
                 share = d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
 
@@ -594,15 +600,12 @@ def d_pairs_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
     def add(b: Any, h: Any, total: Array) -> Array:
         place = Place(row + b, head + h, i, j)
 
-        def visit(mode: int, _: Any, total: Array) -> Array:
-            *_, d_learned = kernel.gradients(
-                place, mode, kernel.queries(place), kernel.keys(place), "tables", own_queries=False, own_keys=False
-            )
+        def visit(_: Any, total: Array) -> Array:
+            key, value, _ = kernel.keys(place)
+            *_, d_learned = kernel.gradients(place, kernel.queries(place), key, value, "tables")
             return total + d_learned[kernel.learned("tables").index(n)].astype(jnp.float32)
 
-        visited, careful = kernel.is_visited(place), kernel.careful(place.b, place.h)
-        total = lax.fori_loop(0, _either(careful, 0, visited), partial(visit, _PARTIAL), total)
-        return lax.fori_loop(0, _either(careful, visited, 0), partial(visit, _CAREFUL), total)
+        return lax.fori_loop(0, kernel.is_visited(place), visit, total)
 
     def add_row(b: Any, total: Array) -> Array:
         return lax.fori_loop(0, num_heads, partial(add, b), total)

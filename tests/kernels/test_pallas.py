@@ -28,7 +28,7 @@ from attnax import (
     update_kv_layer_cache,
     why_not_pallas,
 )
-from attnax.kernels import _decode, _gpu_tiles, _pairs, _pointwise, _tile_lists, score_mods
+from attnax.kernels import _decode, _pairs, _pointwise, _tile_lists, score_mods
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels.paged import _as_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -309,13 +309,6 @@ class TestWithoutTriton:
     def test_interpreted_kernels_do_without(self):
         query, key, value, _ = arrays(seq_q=3, seq_kv=3)
         jax.eval_shape(partial(interpreted, mask=masks.causal()), query, key, value)
-
-
-def test_tiles_are_those_of_the_next_larger_head_and_smaller_for_wider_numbers():
-    for (kind, size), tile in _gpu_tiles.TILES.items():
-        assert _gpu_tiles.choose(kind, size) == tile == _gpu_tiles.choose(kind, size - 1)
-        half = _gpu_tiles.choose(kind, size, 32)
-        assert half == (max(16, tile.block_q // 2), max(16, tile.block_kv // 2), tile.num_warps, tile.num_stages)
 
 
 def test_tiles_that_no_kernel_takes_are_refused_in_words():

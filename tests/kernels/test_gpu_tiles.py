@@ -1,0 +1,86 @@
+"""Which tiles the GPU kernels have: some that any card holds, larger ones where the card is known."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from attnax.kernels import _decode, _engine, _gpu_tiles
+from attnax.kernels._gpu_tiles import LARGER, TILES, Tile, choose, fits, running_card, shared_bytes, shared_memory
+
+KNOWN = [80, 90, 100]
+
+
+def on(name):
+    """The mesh of a program for a card of this name."""
+    card = AbstractDevice(name, 132, "cuda")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("gpus",), (AxisType.Auto,), abstract_device=card))
+
+
+@pytest.mark.parametrize("key", TILES, ids=str)
+def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
+    kind, bits, size = key
+    assert choose(kind, size, bits) == choose(kind, size - 1, bits) == choose(kind, size, bits, 86) == TILES[key]
+    assert fits(kind, TILES[key], size, size, bits)
+
+
+@pytest.mark.parametrize("card", KNOWN)
+@pytest.mark.parametrize("key", LARGER, ids=str)
+def test_a_card_that_is_known_to_hold_a_larger_tile_has_it(key, card):
+    kind, bits, size = key
+    assert choose(kind, size, bits, card) == LARGER[key] != TILES[key]
+    assert fits(kind, LARGER[key], size, size, bits, card)
+
+
+@pytest.mark.parametrize("card", [86, *KNOWN])
+@pytest.mark.parametrize("kind", ["forward", "backward", "decode"])
+def test_what_is_larger_takes_no_less_shared_memory(kind, card):
+    sizes = (16, 64), (32, 128), (1, 3), (64, 256), (32, 128), (16, 32)
+
+    def need(block_q, block_kv, stages, head_dim, value_dim, bits):
+        return shared_bytes(kind, Tile(block_q, block_kv, 8, stages), head_dim, value_dim, bits, card)
+
+    for choice in list(itertools.product(*sizes))[::5]:
+        for axis, (small, large) in enumerate(sizes):
+            if choice[axis] == small:
+                assert need(*choice) <= need(*choice[:axis], large, *choice[axis + 1 :])
+
+
+@pytest.mark.parametrize(
+    "name, card",
+    [
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA H100 80GB HBM3", 90),
+        ("NVIDIA B200", 100),
+        ("NVIDIA A10", 0),
+        ("NVIDIA GeForce RTX 4090", 0),
+    ],
+)
+def test_the_mesh_of_a_program_names_its_card(name, card):
+    assert running_card() == 0
+    with on(name):
+        assert running_card() == card
+        query = jax.ShapeDtypeStruct((1, 2, 512, 256), jnp.bfloat16)
+        tiles = _engine._kernel_tiles(query, query, None)
+    assert tiles == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
+
+
+def test_a_card_that_is_not_known_has_the_least_shared_memory():
+    assert shared_memory(0) == shared_memory(86) == min(map(shared_memory, range(130))) == 99 * 1024
+    assert [shared_memory(card) // 1024 for card in KNOWN] == [163, 227, 227]
+
+
+def test_pages_that_no_card_holds_are_left_to_the_chunks():
+    def paged(page):
+        pages = jnp.zeros((1, page, 1, 128), jnp.bfloat16)
+        stored = _decode.Stored(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+        return _decode._tile_of(jnp.zeros((1, 4, 1, 128), jnp.bfloat16), stored)
+
+    most = _gpu_tiles.choose("decode", 128)
+    assert paged(16) == most._replace(block_kv=16)
+    assert paged(128).num_stages < most.num_stages
+    assert paged(512) is None
+    with on("NVIDIA H100 80GB HBM3"):
+        assert paged(128).num_stages == most.num_stages
