@@ -149,6 +149,25 @@ class Kernel:
             else jnp.maximum(0, jnp.minimum(j * grid.block_kv, grid.seq_kv - grid.block_kv))
         )
 
+    def own(self, n: Any, *, of_queries: bool) -> Array | None:
+        """Which queries, or keys, of a tile no tile before it holds; None for all."""
+        grid = self.call.grid
+        if of_queries:
+            first, block, is_alone = self.q_first(n), grid.block_q, grid.even_q or grid.num_q == 1
+        else:
+            first, block, is_alone = self.kv_first(n), grid.block_kv, grid.even_kv or grid.num_kv == 1
+        return None if is_alone else first + jnp.arange(block, dtype=jnp.int32) >= n * block
+
+    def write(self, ref: Any, where: tuple[Any, ...], x: Array, own: Array | None) -> None:
+        """Writes the rows of `x` that are this program's own, so that no other one writes other last bits of them."""
+        if own is None or self.call.interpret:
+            ref[where] = x
+            return
+        from jax.experimental.pallas import triton  # as in `_compiler_params`
+
+        mask = own if own.ndim == x.ndim else own[:, None]
+        triton.store(ref.at[where], x, mask=jnp.broadcast_to(mask, x.shape))
+
     def load(self, ref: Any, where: tuple[Any, ...], rows: Array | None) -> Array:
         """A matrix of an array, zeros in place of those of its rows that are not to be loaded."""
         if rows is None:
@@ -465,21 +484,23 @@ def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, An
 
     state = _tile.initial_state((grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
     state = kernel.visit_keys(visit, start, state, (step % parts, parts))
+    own = kernel.own(i, of_queries=True)
     if "acc" in outputs:
         spoilt_rows = jnp.where(fine, 0.0, jnp.nan)
         at = (b, h, step % parts, rows[2])
-        outputs["acc"][(*at, slice(None))] = state.acc
-        outputs["max"][at] = state.max
-        outputs["sum"][at] = state.sum + jnp.where(state.sum == 0, 0.0, spoilt_rows)
+        kernel.write(outputs["acc"], (*at, slice(None)), state.acc, own)
+        kernel.write(outputs["max"], at, state.max, own)
+        kernel.write(outputs["sum"], at, state.sum + jnp.where(state.sum == 0, 0.0, spoilt_rows), own)
         return
     out, lse = _tile.finish(state)
     spoilt_rows = jnp.where(fine | (state.sum == 0), 0.0, jnp.nan)
     out, lse = out + spoilt_rows[:, None], lse + spoilt_rows
-    outputs["lse"][rows] = lse
+    kernel.write(outputs["lse"], rows, lse, own)
     high = out.astype(outputs["out"].dtype)
-    outputs["out"][(*rows, slice(None))] = high
+    kernel.write(outputs["out"], (*rows, slice(None)), high, own)
     if "low" in outputs:
-        outputs["low"][(*rows, slice(None))] = (out - high.astype(jnp.float32)).astype(high.dtype)
+        low = (out - high.astype(jnp.float32)).astype(high.dtype)
+        kernel.write(outputs["low"], (*rows, slice(None)), low, own)
 
 
 def d_query_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
@@ -500,11 +521,11 @@ def d_query_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
     d_query = jnp.zeros((grid.block_q, inputs.query.shape[-1]), jnp.float32)
     state = d_query, tuple(jnp.zeros((grid.block_q, 1), jnp.float32) for _ in learn)
     d_query, learned = kernel.visit_keys(visit, start, state)
-    rows = b, h, pl.ds(kernel.q_first(start.i), grid.block_q)
+    rows, own = (b, h, pl.ds(kernel.q_first(start.i), grid.block_q)), kernel.own(start.i, of_queries=True)
     d_query = d_query if call.learn_scale else d_query * inputs.scale[0]
-    outputs["d_query"][(*rows, slice(None))] = d_query.astype(outputs["d_query"].dtype)
+    kernel.write(outputs["d_query"], (*rows, slice(None)), d_query.astype(outputs["d_query"].dtype), own)
     for n, x in zip(learn, learned, strict=True):
-        outputs[f"mod {n}"][rows] = x.reshape(grid.block_q)
+        kernel.write(outputs[f"mod {n}"], rows, x.reshape(grid.block_q), own)
 
 
 def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
@@ -513,7 +534,7 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
     j, kv_head, b = (pl.program_id(axis) for axis in range(3))
     key, value, _ = kernel.keys(Place(b, kv_head * call.shared, 0, j))
     learn = kernel.learned("columns")
-    columns = pl.ds(kernel.kv_first(j), grid.block_kv)
+    columns, own = pl.ds(kernel.kv_first(j), grid.block_kv), kernel.own(j, of_queries=False)
 
     def head(n: Any, sums: Any) -> Any:
         h = kv_head * call.shared + n
@@ -532,14 +553,14 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
         state = sums, tuple(jnp.zeros((grid.block_kv, 1), jnp.float32) for _ in learn)
         sums, learned = kernel.visit_queries(visit, Place(b, h, 0, j), state)
         for operand, x in zip(learn, learned, strict=True):
-            outputs[f"mod {operand}"][b, h, columns] = x.reshape(grid.block_kv)
+            kernel.write(outputs[f"mod {operand}"], (b, h, columns), x.reshape(grid.block_kv), own)
         return sums
 
     sums = tuple(jnp.zeros((grid.block_kv, x.shape[-1]), jnp.float32) for x in (key, value))
     d_key, d_value = lax.fori_loop(0, call.shared, head, sums)
     where = b, kv_head, columns, slice(None)
-    outputs["d_key"][where] = (d_key * inputs.scale[0]).astype(outputs["d_key"].dtype)
-    outputs["d_value"][where] = d_value.astype(outputs["d_value"].dtype)
+    kernel.write(outputs["d_key"], where, (d_key * inputs.scale[0]).astype(outputs["d_key"].dtype), own)
+    kernel.write(outputs["d_value"], where, d_value.astype(outputs["d_value"].dtype), own)
 
 
 def d_table_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
@@ -612,9 +633,12 @@ def d_pairs_kernel(call: Call, n: int, inputs: Inputs, outputs: dict[str, Any]) 
 
     total = jnp.zeros((grid.block_q, grid.block_kv), jnp.float32)
     total = lax.fori_loop(0, num_rows, add_row, total)
-    outputs["table"][row, head, pl.ds(kernel.q_first(i), grid.block_q), pl.ds(kernel.kv_first(j), grid.block_kv)] = (
-        total
-    )
+    where = row, head, pl.ds(kernel.q_first(i), grid.block_q), pl.ds(kernel.kv_first(j), grid.block_kv)
+    rows_own, columns_own = kernel.own(i, of_queries=True), kernel.own(j, of_queries=False)
+    own = None if rows_own is None else rows_own[:, None]
+    if columns_own is not None:
+        own = columns_own[None, :] if own is None else own & columns_own[None, :]
+    kernel.write(outputs["table"], where, total, own)
 
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]

@@ -63,7 +63,7 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
     with on(name):
         assert running_card() == card
         query = jax.ShapeDtypeStruct((1, 2, 512, 256), jnp.bfloat16)
-        tiles = _engine._kernel_tiles(query, query, None)
+        tiles = _engine.kernel_tiles(query, query, None)
     assert tiles == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 
