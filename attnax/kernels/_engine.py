@@ -351,7 +351,7 @@ def _by_platform(
         return tiles(*args)
     if plan.backend == "interpret":
         return kernel(*args)
-    platforms = {"cuda": kernel}
+    platforms: dict[str, Any] = {"cuda": kernel}
     if plan.splash is not None:
         platforms["tpu"] = splash
     if plan.cudnn is None or why_not_cudnn_here(*args[0][:3]) is not None:

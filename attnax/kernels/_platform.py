@@ -97,7 +97,8 @@ def _lower(*names: str) -> Any:
 
 def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any, **params: Any) -> Any:
     """cuDNN's function, but where JAX would have to cut its kernels over devices, and did not see them in time."""
-    module, names = context.module_context, ("cudnn", "cuda")
+    module = context.module_context
+    names: tuple[str, ...] = ("cudnn", "cuda")
     if callable(dict(zip(platforms, branches, strict=True)).get("cudnn")):
         axes = module.axis_context
         if hasattr(axes, "mesh"):  # of a shard_map

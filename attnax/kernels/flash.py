@@ -350,7 +350,8 @@ def why_not_cudnn(
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention("flash_attention", query, key, value, **options)
-    full = *query.shape[:3], key.shape[2]
+    batch, heads, seq_q, _ = query.shape
+    full = batch, heads, seq_q, key.shape[2]
     mask, score_mod = resolve_masks("flash_attention", options.get("mask"), options.get("score_mod"), full)
     reason = why_not_cudnn_call(
         query,
