@@ -444,7 +444,7 @@ def _splash_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
     assert plan.splash is not None
-    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, d_out)
+    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, out, lse / _tile.LOG2E, d_out)
     query, key, value, scale = arrays
     d_scale = (d_scaled * query.astype(scale.dtype)).sum() if plan.learn_scale else jnp.zeros_like(scale)
     d_query = (d_scaled * scale).astype(query.dtype)
