@@ -18,13 +18,17 @@ OLDEST = $(or $(call FIND_PYTHON,11),python3.11)
 # PyTorch is for comparison only, and has its own environment, with the oldest Python: the peers want other versions.
 TORCH := .venv-torch
 
+# Compilers for accelerators that are not there, each with an environment of its own.
+TPU := .venv-tpu
+CUDA := .venv-cuda
+
 # Without a target.
 help:
 	@echo "make train   a small language model learns from real text and writes some"
 	@echo "make test    every feature once; CONTRIBUTING.md has the other targets"
 
 .PHONY: help train search test smoke oldest unpinned contract properties ci test-all nightly mutants
-.PHONY: test-gpu parity lint types wheel same-python
+.PHONY: test-gpu aot aot-quick aot-cuda parity lint types wheel same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
@@ -142,6 +146,21 @@ bench-speculative: $(VENV)/.dev
 bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
+# Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped in words where there is no compiler.
+# `aot-quick` is causal attention on one TPU, in less than a minute.
+AOT = @if "$(PYTHON)" benchmarks/aot.py $(1) --can; then \
+	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/aot.py $(1) $(3); fi
+
+aot:
+	$(call AOT,tpu,$(TPU),--markdown docs/accelerators-tpu.md)
+
+aot-quick:
+	$(call AOT,tpu,$(TPU),--quick)
+
+# Downloads 2 GB of NVIDIA's libraries, and takes 5 GB on the disk.
+aot-cuda:
+	$(call AOT,cuda,$(CUDA),--markdown docs/accelerators-cuda.md)
+
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
 # The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.
 CONSTRAINTS := -c constraints.txt
@@ -196,5 +215,17 @@ $(TORCH)/.made: pyproject.toml constraints.txt
 	@$(call INSTALL,$(TORCH),$(MODEL))
 	@touch $@
 
+$(TPU)/.made: pyproject.toml constraints.txt
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
+	@test -x $(TPU)/bin/python || $(call MAKE_VENV,$(TPU),$(PYTHON))
+	@$(call INSTALL,$(TPU),"jax[tpu]" -e .)
+	@touch $@
+
+$(CUDA)/.made: pyproject.toml constraints.txt
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
+	@test -x $(CUDA)/bin/python || $(call MAKE_VENV,$(CUDA),$(PYTHON))
+	@$(call INSTALL,$(CUDA),"jax-cuda13-plugin[with-cuda]" jax-cuda13-pjrt -e .)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TORCH) .venv-3.11 .venv-unpinned .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) $(TPU) $(CUDA) .venv-3.11 .venv-unpinned .cache build *.egg-info

@@ -111,6 +111,7 @@ def splash_backward(
     With those that are known in their place nothing reads the forward pass that is traced here, and XLA drops it.
     """
     given = _make_finite(query, key, value, scale, mask)
+    d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
     bad_queries = given.bad_queries | ~_is_finite(d_out)
     d_out, out = (jnp.where(bad_queries[..., None], 0, x).astype(query.dtype) for x in (d_out, out))
     lse = jnp.where(bad_queries, 0, lse).astype(jnp.float32)
