@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -52,7 +53,7 @@ def lowered(function, *arguments, platform="cuda", mesh=None):
 
 
 def kernels_in(text):
-    return set(re.findall(r"attnax_\w+(?=\")|__cudnn\$\w+|CustomSPMDPartitioning", text))
+    return set(re.findall(r"attnax_(?:forward|d_\w+)|__cudnn\$\w+|CustomSPMDPartitioning", text))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,18 @@ def test_with_cudnn_it_is_in_programs_for_a_gpu(mask):
     both = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     assert kernels_in(lowered(gradient(attend), *arrays())) == both
     assert kernels_in(lowered(gradient(attend), *arrays(), platform="cpu")) == set()
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_one_export_holds_tiles_for_a_cpu_and_cudnn_for_a_gpu():
+    query, key, value = (jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in arrays())
+    run = jax.jit(gradient(partial(flash_attention, mask=masks.causal())))
+    calls = [export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{which}") for which in ("", "Backward")]
+    with jax.sharding.use_abstract_mesh(gpus()):
+        both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=calls)(query, key, value)
+    assert kernels_in(both.mlir_module()) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    for x, y in zip(both.call(query, key, value), run(query, key, value), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.usefixtures("cudnn")
