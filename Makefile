@@ -20,14 +20,18 @@ TORCH := .venv-torch
 # Triton's compiler, which needs no GPU.
 TRITON := .venv-triton
 
+# Compilers for accelerators that are not there, each with an environment of its own.
+TPU := .venv-tpu
+CUDA := .venv-cuda
+
 # Without a target.
 help:
 	@echo "make train   a small language model learns from real text and writes some"
 	@echo "make test    every feature once; CONTRIBUTING.md has the other targets"
 
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
-.PHONY: test-gpu parity lint types wheel same-python
-.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu aot-triton clean
+.PHONY: test-gpu aot aot-quick aot-cuda aot-triton parity lint types wheel same-python
+.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -154,6 +158,21 @@ bench-gpu:
 aot-triton: $(VENV)/.dev $(TRITON)/.made
 	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators-triton.md
 
+# Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped in words where there is no compiler.
+# `aot-quick` is causal attention on one TPU, in less than a minute.
+AOT = @if "$(PYTHON)" benchmarks/aot.py $(1) --can; then \
+	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/aot.py $(1) $(3); fi
+
+aot:
+	$(call AOT,tpu,$(TPU),--markdown docs/accelerators-tpu.md)
+
+aot-quick:
+	$(call AOT,tpu,$(TPU),--quick)
+
+# Downloads 2 GB of NVIDIA's libraries, and takes 5 GB on the disk.
+aot-cuda:
+	$(call AOT,cuda,$(CUDA),--markdown docs/accelerators-cuda.md)
+
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
 # The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.
 CONSTRAINTS := -c constraints.txt
@@ -215,5 +234,17 @@ $(TRITON)/.made: Makefile
 	@$(call INSTALL,$(TRITON),triton==3.9.0)
 	@touch $@
 
+$(TPU)/.made: pyproject.toml constraints.txt
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
+	@test -x $(TPU)/bin/python || $(call MAKE_VENV,$(TPU),$(PYTHON))
+	@$(call INSTALL,$(TPU),"jax[tpu]" -e .)
+	@touch $@
+
+$(CUDA)/.made: pyproject.toml constraints.txt
+	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
+	@test -x $(CUDA)/bin/python || $(call MAKE_VENV,$(CUDA),$(PYTHON))
+	@$(call INSTALL,$(CUDA),"jax-cuda13-plugin[with-cuda]" jax-cuda13-pjrt -e .)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TORCH) $(TRITON) .venv-3.11 .venv-unpinned .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) $(TRITON) $(TPU) $(CUDA) .venv-3.11 .venv-unpinned .cache build *.egg-info

@@ -28,10 +28,8 @@ def batches() -> list[np.ndarray]:
     return [rng.integers(0, VOCABULARY, (BATCH, LENGTH + 1), dtype=np.int32) for _ in range(STEPS)]
 
 
-def attnax_side() -> None:
-    import jax
-    from _pairs import serve
-
+def trainer_of(**change: Any) -> Any:
+    """The trainer of Attnax's side, with more fields of the model's configuration."""
     from attnax import TransformerConfig
     from attnax.training import OptimizerConfig, Trainer
 
@@ -48,8 +46,16 @@ def attnax_side() -> None:
         ff_activation="swiglu",
         pos_emb_type="rope",
         tie_embeddings=True,
+        **change,
     )
-    trainer = Trainer(config, OptimizerConfig(steps=1000, learning_rate=1e-3))
+    return Trainer(config, OptimizerConfig(steps=1000, learning_rate=1e-3))
+
+
+def attnax_side() -> None:
+    import jax
+    from _pairs import serve
+
+    trainer = trainer_of()
     state, data, losses = trainer.init(), batches(), []
 
     def work() -> None:

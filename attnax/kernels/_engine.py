@@ -1,7 +1,7 @@
 """One call of exact attention, prepared once for every engine that may run it, with its gradient.
 
-The tiles of `_blockwise` run anywhere. Where the program is lowered for an NVIDIA GPU the kernels of `pallas` take
-over, and on TPU what JAX ships, for the cases that they serve; all of them keep the same few residuals.
+The tiles of `_blockwise` run anywhere. Where the program is lowered for an NVIDIA GPU cuDNN or the kernels of `pallas`
+take over, and on TPU what JAX ships, for the cases that they serve; all of them keep the same few residuals.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
+from attnax.kernels._cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._dropout import dropout_words, words_of_shard
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
@@ -58,6 +59,7 @@ class Plan:
     tiles: _blockwise.Plan
     backend: Backend
     kernel: tuple[Tile, Tile] | None  # of the GPU kernels, forward and backward
+    cudnn: Cudnn | None  # what cuDNN is told, where it serves the call
     splash: tuple[Mask | None, ScoreMod | None] | None  # what a TPU's kernels are told, where they serve the call
     has_score_mod: bool
     learn_scale: bool
@@ -202,6 +204,19 @@ def prepare(
     check_pairs(caller, mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
     learn_scale = not is_concrete(scale)
     scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
+    cudnn = splash = None
+    if backend == "automatic":
+        unserved = why_not_cudnn_call(
+            query,
+            key,
+            value,
+            mask=mask,
+            score_mod=score_mod,
+            dropout_rate=dropout_rate,
+            return_lse=return_lse,
+            scale=options.get("scale"),
+        )
+        cudnn = Cudnn.of(query, mask, options.get("scale")) if unserved is None else None
     whole, offset = (query, key, value), None
     if shards is not None:
         offset = Offset(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -210,7 +225,6 @@ def prepare(
         full = *query.shape[:3], key.shape[2]
     tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
     kernel = None if backend == "tiles" else kernel_tiles(query, value, block_size)
-    splash = None
     if backend == "automatic":
         reason = why_not_splash(
             query,
@@ -222,7 +236,7 @@ def prepare(
             return_lse=return_lse,
         )
         splash = (mask, score_mod) if reason is None else None
-    plan = Plan(tiles, backend, kernel, splash, score_mod is not None, learn_scale)
+    plan = Plan(tiles, backend, kernel, cudnn, splash, score_mod is not None, learn_scale)
     words = dropout_words(dropout_rng) if tiles.dropout_rate > 0.0 and dropout_rng is not None else None
     index = jnp.arange(full[2], dtype=jnp.int32), jnp.arange(full[3], dtype=jnp.int32)
     arrays, operands = bind(caller, plan, (query, key, value, scale), mask, score_mod, index, words)
@@ -340,6 +354,7 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
         plan,
         partial(_tiles_backward, plan),
         partial(_kernel_backward, plan),
+        partial(_cudnn_backward, plan),
         partial(_splash_backward, plan),
         arrays,
         operands,
@@ -356,21 +371,32 @@ _attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside 
 
 def _forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
     """(out, lse in units of log 2, what rounding took from out if `exact` is wanted and anything was rounded)."""
-    exact = exact and arrays[0].dtype.itemsize < 4
-    branches = (partial(branch, plan, exact) for branch in (_tiles_forward, _kernel_forward, _splash_forward))
-    return _by_platform(plan, *branches, arrays, operands)
+    # Where cuDNN runs, nothing is kept for engines that do not; a program for other machines than this one keeps it.
+    exact = exact and arrays[0].dtype.itemsize < 4 and (plan.cudnn is None or not has_nvidia_gpu())
+    engines = _tiles_forward, _kernel_forward, _cudnn_forward, _splash_forward
+    return _by_platform(plan, *(partial(engine, plan, exact) for engine in engines), arrays, operands)
 
 
 def _by_platform(
-    plan: Plan, tiles: Callable[..., Any], kernel: Callable[..., Any], splash: Callable[..., Any], *args: Any
+    plan: Plan,
+    tiles: Callable[..., Any],
+    kernel: Callable[..., Any],
+    cudnn: Callable[..., Any],
+    splash: Callable[..., Any],
+    *args: Any,
 ) -> Any:
     """What the engine of the plan gives for `args`."""
     if plan.backend == "tiles":
         return tiles(*args)
     if plan.backend == "interpret":
         return kernel(*args)
-    platforms = {"cuda": kernel} if plan.splash is None else {"cuda": kernel, "tpu": splash}
-    return by_platform(tiles, *args, **platforms)
+    platforms: dict[str, Any] = {"cuda": kernel}
+    if plan.splash is not None:
+        platforms["tpu"] = splash
+    if plan.cudnn is None or why_not_cudnn_here(*args[0][:3]) is not None:
+        return by_platform(tiles, *args, **platforms)
+    # On a GPU JAX must see cuDNN's kernels, to cut them over several devices.
+    return by_platform(tiles, *args, now=["cudnn"] if has_nvidia_gpu() else [], cudnn=cudnn, **platforms)
 
 
 def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, Array]:
@@ -491,6 +517,22 @@ def _scale_gradients(query: Array, scale: Array, d_raw: Array) -> tuple[Array, A
     return (d_raw * scale).astype(query.dtype), (d_raw * query.astype(d_raw.dtype)).sum()
 
 
+def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    assert plan.cudnn is not None
+    out, lse = cudnn_forward(*arrays[:3], plan.cudnn)
+    return out, lse * _tile.LOG2E, jnp.zeros_like(out) if exact else None
+
+
+def _cudnn_backward(
+    plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> tuple[Any, ...]:
+    assert plan.cudnn is not None
+    query, key, value, scale = arrays
+    results = out.astype(query.dtype), lse / _tile.LOG2E
+    d_arrays = cudnn_backward(query, key, value, plan.cudnn, *results, d_out)
+    return *d_arrays, jnp.zeros_like(scale), operands.gradients()
+
+
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     assert plan.splash is not None
     out, lse = splash_forward(*arrays, *plan.splash)
@@ -501,7 +543,7 @@ def _splash_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
     assert plan.splash is not None
-    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, d_out)
+    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, out, lse / _tile.LOG2E, d_out)
     query, key, value, scale = arrays
     d_scale = (d_scaled * query.astype(scale.dtype)).sum() if plan.learn_scale else jnp.zeros_like(scale)
     d_query = (d_scaled * scale).astype(query.dtype)

@@ -7,7 +7,8 @@ derivatives of the whole operation are those of the default one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,16 @@ __all__ = ["by_platform", "has_nvidia_gpu", "why_no_triton"]
 Branch = Callable[..., Any]
 
 
-def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
+def by_platform(default: Branch, *arguments: Any, now: Collection[str] = (), **platforms: Branch) -> Any:
     """`default(*arguments)`, or the result of the function for the platform that the program is lowered for.
 
     Args:
         default: traced here and now.
         arguments: pytrees of arrays.
+        now: the platforms whose functions are traced here and now too, so that JAX sees what is in them.
         platforms: by JAX's name for a platform ("cuda", "tpu"), functions whose results have the same shapes and
-            dtypes as those of `default`. They must depend on arrays through `arguments` alone.
+            dtypes as those of `default`. They must depend on arrays through `arguments` alone. "cudnn" goes before
+            "cuda" where JAX can write cuDNN's kernels.
     """
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -43,8 +46,9 @@ def by_platform(default: Branch, *arguments: Any, **platforms: Branch) -> Any:
     # Constants of `default` may be values of an enclosing transformation, so they are operands too. The type of what is
     # traced is ClosedJaxpr, from JAX 0.12 on Jaxpr.
     jaxpr = type(traced)(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
-    branches = tuple((name, flat(branch)) for name, branch in platforms.items())
-    results = _by_platform_p.bind(*traced.consts, *leaves, default=jaxpr, platforms=branches)
+    operands = *traced.consts, *leaves
+    branches = (jax.make_jaxpr(flat(run))(*operands) if name in now else flat(run) for name, run in platforms.items())
+    results = _by_platform_p.bind(*operands, default=jaxpr, platforms=tuple(platforms), branches=tuple(branches))
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
@@ -71,34 +75,61 @@ def _run(*arguments: Any, **params: Any) -> Any:
         return jax.jit(partial(_by_platform_p.bind, **params))(*arguments)
 
 
-def _avals(*_: Any, default: Any, platforms: Any) -> Any:
+def _avals(*_: Any, default: Any, **__: Any) -> Any:
     return default.out_avals, default.effects
 
 
-def _lower(platform: str | None) -> Any:
-    def run(*arguments: Any, default: Any, platforms: tuple[tuple[str, Branch], ...]) -> Any:
-        return dict(platforms).get(platform or "", jaxpr_as_fun(default))(*arguments)
+def _function(branch: Any) -> Branch:
+    """Of a function, or of one that was traced."""
+    function: Branch = branch if callable(branch) else jaxpr_as_fun(branch)
+    return function
+
+
+def _lower(*names: str) -> Any:
+    """The function for the first of some platforms that there is one for."""
+
+    def run(*arguments: Any, default: Any, platforms: tuple[str, ...], branches: tuple[Any, ...]) -> Any:
+        given = dict(zip(platforms, branches, strict=True))
+        return _function(next((given[name] for name in names if name in given), default))(*arguments)
 
     return mlir.lower_fun(run, multiple_results=True)
 
 
-def _lower_for_tpu(context: Any, *arguments: Any, platforms: Any, **params: Any) -> Any:
+def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any, **params: Any) -> Any:
+    """cuDNN's function, but where JAX would have to cut its kernels over devices, and did not see them in time."""
+    module = context.module_context
+    names: tuple[str, ...] = ("cudnn", "cuda")
+    if callable(dict(zip(platforms, branches, strict=True)).get("cudnn")):
+        axes = module.axis_context
+        if hasattr(axes, "mesh"):  # of a shard_map
+            names = names if set(axes.manual_axes) == set(axes.mesh.axis_names) else ("cuda",)
+        elif getattr(axes, "num_devices", 1) > 1:
+            names = ("cuda",)
+        elif hasattr(axes, "device_assignment"):
+            alone = dataclasses.replace(axes, device_assignment=(None,))  # all that JAX asks is how many there are
+            context = context.replace(module_context=module.replace(axis_context=alone))
+    return _lower(*names)(context, *arguments, platforms=platforms, branches=branches, **params)
+
+
+def _lower_for_tpu(context: Any, *arguments: Any, **params: Any) -> Any:
     """The function for TPU, but where JAX would have to cut its kernels over several devices, which it does not do."""
     num_devices = getattr(context.module_context.axis_context, "num_devices", 1)
-    return _lower("tpu")(context, *arguments, platforms=platforms if num_devices == 1 else (), **params)
+    return _lower(*["tpu"] * (num_devices == 1))(context, *arguments, **params)
 
 
-def _batch(arguments: Any, axes: Any, *, default: Any, platforms: tuple[tuple[str, Branch], ...]) -> tuple[Any, Any]:
-    def mapped(branch: Branch) -> Branch:
-        return jax.vmap(branch, axes)
+def _batch(arguments: Any, axes: Any, *, default: Any, branches: tuple[Any, ...], **params: Any) -> tuple[Any, Any]:
+    def mapped(branch: Any) -> Branch:
+        return jax.vmap(_function(branch), axes)
 
-    batched = jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*arguments)
-    branches = tuple((name, mapped(branch)) for name, branch in platforms)
-    results = _by_platform_p.bind(*arguments, default=batched, platforms=branches)
+    def traced(branch: Any) -> Any:
+        return jax.make_jaxpr(mapped(branch))(*arguments)
+
+    batched = tuple(mapped(branch) if callable(branch) else traced(branch) for branch in branches)
+    results = _by_platform_p.bind(*arguments, default=traced(default), branches=batched, **params)
     return results, [0] * len(results)
 
 
-def _jvp(primals: Any, tangents: Any, *, default: Any, platforms: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, default: Any, **_: Any) -> Any:
     known = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
     def run(*moving: Any) -> Any:
@@ -111,8 +142,8 @@ def _jvp(primals: Any, tangents: Any, *, default: Any, platforms: Any) -> Any:
 
 _by_platform_p.def_impl(_run)
 _by_platform_p.def_effectful_abstract_eval(_avals)
-mlir.register_lowering(_by_platform_p, _lower(None))
-mlir.register_lowering(_by_platform_p, _lower("cuda"), platform="cuda")
+mlir.register_lowering(_by_platform_p, _lower())
+mlir.register_lowering(_by_platform_p, _lower_for_cuda, platform="cuda")
 mlir.register_lowering(_by_platform_p, _lower_for_tpu, platform="tpu")
 batching.primitive_batchers[_by_platform_p] = _batch
 ad.primitive_jvps[_by_platform_p] = _jvp

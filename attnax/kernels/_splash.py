@@ -101,19 +101,26 @@ def splash_backward(
     scale: float | Array,
     mask: Mask | None,
     score_mod: ScoreMod | None,
+    out: Array,
+    lse: Array,
     d_out: Array,
 ) -> tuple[Array, Array, Array]:
     """The gradients of (scale * query, key, value) in float32, for the cotangent of out.
 
-    The forward pass is computed again: JAX has no public function that takes its results.
+    JAX has no public function that takes the results of `splash_forward`, but the pullback is a pytree that holds them.
+    With those that are known in their place nothing reads the forward pass that is traced here, and XLA drops it.
     """
     given = _make_finite(query, key, value, scale, mask)
+    d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
     bad_queries = given.bad_queries | ~_is_finite(d_out)
-    d_out = jnp.where(bad_queries[..., None], 0, d_out).astype(query.dtype)
+    d_out, out = (jnp.where(bad_queries[..., None], 0, x).astype(query.dtype) for x in (d_out, out))
+    lse = jnp.where(bad_queries, 0, lse).astype(jnp.float32)
     with _precision(query):
         attend = _kernel(query, key, mask, score_mod, save_residuals=False)
-        _, pullback = jax.vjp(attend, given.query, given.key, given.value)
-        d_query, d_key, d_value = pullback(d_out)
+        again, pullback = jax.vjp(attend, given.query, given.key, given.value)
+        leaves, structure = jax.tree.flatten(pullback)
+        leaves = [out if x is again else lse if (x.shape, x.dtype) == (lse.shape, lse.dtype) else x for x in leaves]
+        d_query, d_key, d_value = jax.tree.unflatten(structure, leaves)(d_out)
     batch, kv_heads, seq_kv, _ = key.shape
     any_head = bad_queries.reshape(batch, kv_heads, -1, query.shape[2]).any(2)
     bad_keys = _reach(any_head, mask, seq_kv, backwards=True)

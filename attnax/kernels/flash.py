@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
+from attnax.kernels._cudnn import why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
 from attnax.kernels._pairs import MixedPairsError
 from attnax.kernels._platform import has_nvidia_gpu
-from attnax.masks import Causal, Mask, SlidingWindow, names_residuals, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
     ArrayLike,
@@ -20,7 +21,6 @@ from attnax.typing import (
     ScoreMod,
     Shaped,
     check_attention,
-    is_concrete,
 )
 
 __all__ = [
@@ -167,8 +167,8 @@ def flash_attention(
     """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
     On an NVIDIA GPU cuDNN where `why_not_cudnn` has nothing against it, else the Pallas kernel where `why_not_pallas`
-    has nothing against it; else what `memory_efficient_attention` does. Which of the last two is decided when the
-    program is lowered, so that one exported for "cuda" on a machine without a GPU holds the kernel. All arguments,
+    has nothing against it; else what `memory_efficient_attention` does. Which of them is decided when the program is
+    lowered, so that one exported for "cuda" on a machine without a GPU holds the same kernel. All arguments,
     results and errors are those of `memory_efficient_attention`; a `block_size` asks for its tiles, and gets them.
 
     Example:
@@ -178,25 +178,20 @@ def flash_attention(
         >>> flash_attention(x, x[:, :2], x[:, :2], mask=masks.causal() & masks.padding(jnp.array([31]))).shape
         (1, 4, 37, 8)
     """
-    options = AttentionOptions(
+    return attend(
+        "flash_attention",
+        query,
+        key,
+        value,
         mask=mask,
         score_mod=score_mod,
         dropout_rng=dropout_rng,
         dropout_rate=dropout_rate,
         deterministic=deterministic,
         scale=scale,
-    )
-    if block_size is None and why_not_cudnn(query, key, value, return_lse=return_lse, **options) is None:
-        return _cudnn(query, key, value, mask, score_mod, scale)
-    return attend(
-        "flash_attention",
-        query,
-        key,
-        value,
         return_lse=return_lse,
         block_size=block_size,
         backend="automatic" if block_size is None else "tiles",
-        **options,
     )
 
 
@@ -324,12 +319,22 @@ def why_not_cudnn(
     value: ArrayLike,
     *,
     return_lse: bool = False,
+    platform: str | None = None,
     **options: Unpack[AttentionOptions],
 ) -> str | None:
     """Why `flash_attention` does not use cuDNN for these arguments; None if it does.
 
     cuDNN serves float16 and bfloat16 without a mask, with `causal()`, or with a causal `sliding_window` of known size,
-    without score mod, dropout and log-sum-exp.
+    without score mod, dropout and log-sum-exp. To write its kernels into a program JAX needs its CUDA plugin (package
+    `jax-cuda13-plugin[with-cuda]`), on a machine without a GPU too.
+
+    Args:
+        query: as in `flash_attention`.
+        key: as there.
+        value: as there.
+        return_lse: as there.
+        platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
+        options: the other keywords of `flash_attention` but `block_size`.
 
     Raises:
         ValueError: arguments that no kernel takes.
@@ -340,48 +345,24 @@ def why_not_cudnn(
         >>> x = jnp.ones((1, 4, 37, 8))
         >>> why_not_cudnn(x, x, x, score_mod=lambda scores, b, h, q, kv: scores + q)
         'cuDNN takes no score mod'
+        >>> why_not_cudnn(*[x.astype(jnp.bfloat16)[:, :, :36]] * 3)
+        'this machine has no NVIDIA GPU'
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention("flash_attention", query, key, value, **options)
-    (batch, heads, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
-    full = (batch, heads, seq_q, seq_kv)
-    mask, score_mod = resolve_masks("flash_attention", options.get("mask"), options.get("score_mod"), full)
-    window = mask if isinstance(mask, SlidingWindow) else SlidingWindow(1, 1)
-    reasons = {
-        "cuDNN takes no score mod": score_mod is not None,
-        "cuDNN drops other weights": options.get("dropout_rate", 0.0) > 0.0 and not options.get("deterministic", True),
-        "cuDNN's log-sum-exp has no gradient": return_lse,
-        "cuDNN takes float16 and bfloat16 only": query.dtype not in (jnp.float16, jnp.bfloat16),
-        "cuDNN needs a known scale": not is_concrete(options.get("scale")),
-        "cuDNN takes head sizes that are multiples of 8, to 128, the same for keys and values": head_dim % 8 != 0
-        or head_dim > 128
-        or value.shape[3] != head_dim,
-        "under other masks than causal ones cuDNN may leave rows empty or let NaN through": not (
-            mask is None or isinstance(mask, Causal | SlidingWindow)
-        )
-        or not (is_concrete(window.before) and isinstance(window.after, int) and window.after == 1),
-        "with a mask cuDNN aligns queries and keys differently where their lengths differ": mask is not None
-        and seq_q != seq_kv,
-        "cuDNN takes even lengths, and is known to fail at 64 beyond a multiple of 128 with a mask": seq_q % 2 != 0
-        or seq_kv % 2 != 0
-        or 0 in (seq_q, seq_kv)
-        or (mask is not None and seq_q % 128 == 64),
-        "this machine has no NVIDIA GPU": not has_nvidia_gpu(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _cudnn(query: Any, key: Any, value: Any, mask: Any, score_mod: ScoreMod | None, scale: Any) -> Array:
     batch, heads, seq_q, _ = query.shape
-    mask, _ = resolve_masks("flash_attention", mask, score_mod, (batch, heads, seq_q, key.shape[2]))
-    query, key, value = (jnp.asarray(x).swapaxes(1, 2) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(
+    full = batch, heads, seq_q, key.shape[2]
+    mask, score_mod = resolve_masks("flash_attention", options.get("mask"), options.get("score_mod"), full)
+    reason = why_not_cudnn_call(
         query,
         key,
         value,
-        scale=None if scale is None else float(scale),
-        is_causal=mask is not None,
-        local_window_size=(int(mask.before) - 1, 0) if isinstance(mask, SlidingWindow) else None,
-        implementation="cudnn",
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rate=0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
+        return_lse=return_lse,
+        scale=options.get("scale"),
     )
-    return out.swapaxes(1, 2)
+    if reason is None and platform != "cuda" and not has_nvidia_gpu():
+        return "this machine has no NVIDIA GPU"
+    return reason or why_not_cudnn_here(query, key, value)

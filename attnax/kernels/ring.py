@@ -234,10 +234,11 @@ def _attend(
     plan = Plan(
         Tiles(*tiles, rate),
         backend,
-        None if backend == "tiles" else kernel_tiles(query, value, block_size),
-        None,
-        score_mod is not None,
-        not is_concrete(scale),
+        kernel=None if backend == "tiles" else kernel_tiles(query, value, block_size),
+        cudnn=None,
+        splash=None,
+        has_score_mod=score_mod is not None,
+        learn_scale=not is_concrete(scale),
         is_part=True,
     )
     words = dropout_words(rng) if rate > 0.0 and rng is not None else None

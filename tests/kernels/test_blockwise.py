@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnax import flash_attention, masks, memory_efficient_attention, standard_attention, why_not_cudnn
+from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
 from attnax.kernels import _blockwise
 from attnax.kernels.score_mods import relative_table_mod
 from attnax.typing import pytree_dataclass
@@ -447,34 +447,6 @@ def test_sinks_are_a_function_of_the_log_sum_exp():
     both = jax.jit(lambda *x: [jax.grad(f, (0, 1))(*x) for f in (gated, explicit)])(sink, query)
     for have, want in zip(*both, strict=True):
         assert oracle.rms_error(have, want) <= 2e-6
-
-
-class TestCudnnChoice:
-    """What keeps cuDNN away is said in words; without a GPU something always does."""
-
-    @pytest.mark.parametrize(
-        ("change", "words"),
-        [
-            ({"score_mod": lambda s, b, h, q, kv: s}, "score mod"),
-            ({"dropout_rate": 0.1, "deterministic": False, "dropout_rng": jax.random.key(0)}, "drops"),
-            ({"return_lse": True}, "log-sum-exp"),
-            ({"dtype": jnp.float32}, "float16 and bfloat16"),
-            ({"shape": (1, 2, 128, 20)}, "head sizes"),
-            ({"shape": (1, 2, 128, 256)}, "head sizes"),
-            ({"shape": (1, 2, 127, 64)}, "even lengths"),
-            ({"shape": (1, 2, 192, 64), "mask": masks.causal()}, "64 beyond a multiple of 128"),
-            ({"mask": masks.padding(np.array([5]))}, "rows empty"),
-            ({"mask": masks.sliding_window(5, causal=False)}, "rows empty"),
-            ({"mask": masks.causal()}, "no NVIDIA GPU"),
-            ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # which is off
-            ({"mask": masks.sliding_window(32)}, "no NVIDIA GPU"),
-            ({}, "no NVIDIA GPU"),
-        ],
-    )
-    def test_reasons(self, change, words):
-        change = dict(change)
-        x = np.ones(change.pop("shape", (1, 2, 128, 64)), change.pop("dtype", jnp.bfloat16))
-        assert words in why_not_cudnn(x, x, x, **change)
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.0, True])

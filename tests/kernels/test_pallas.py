@@ -513,6 +513,14 @@ def test_the_choice_follows_the_platform_that_is_lowered_for():
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
+def test_the_cotangent_of_a_sum_is_not_looked_through_while_compiling():
+    query, key, value, _ = arrays()
+    run = jax.jit(jax.grad(lambda *x: flash_attention(*x).sum()))
+    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+        text = run.trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.search(r"optimization_barrier %\S+ : tensor<2x6x\d+x\d+xf32>", text)
+
+
 def test_a_block_size_asks_for_tiles_on_every_platform():
     query, key, value, _ = arrays()
     assert lowered(partial(flash_attention, block_size=8), query, key, value) == set()

@@ -70,7 +70,8 @@ def splash(mask, score_mod, query, key, value, cotangent, scale):
     """(out, lse) and the gradients of (scale * query, key, value)."""
     assert why_not(query, key, value, mask, score_mod) is None
     given = query, key, value, scale, mask, score_mod
-    return _splash.splash_forward(*given), _splash.splash_backward(*given, cotangent)
+    results = _splash.splash_forward(*given)
+    return results, _splash.splash_backward(*given, *results, cotangent)
 
 
 def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
@@ -92,6 +93,23 @@ def test_results_and_gradients_are_those_of_the_definition(interpreted, name):
     for x, y in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
         assert oracle.rms_error(x, y) <= 2e-6
+
+
+def test_the_backward_pass_reads_the_results_that_it_is_given(interpreted):
+    *given, cotangent = map(jax.device_put, arrays(128, 256, heads=(2, 1)))
+
+    def gradients(add, factor):
+        call = *given, jnp.float32(0.3), masks.causal(), None
+        out, lse = _splash.splash_forward(*call)
+        return _splash.splash_backward(*call, factor * out, lse + add, cotangent)
+
+    gradients = jax.jit(gradients)
+    (d_query, _, d_value), (_, _, halved), (other, _, same) = (
+        gradients(*change) for change in ((0.0, 1.0), (np.log(2, dtype=np.float32), 1.0), (0.0, 2.0))
+    )
+    np.testing.assert_allclose(halved, d_value / 2, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(same, d_value)
+    assert oracle.rms_error(other, d_query) > 0.1
 
 
 @pytest.mark.contract

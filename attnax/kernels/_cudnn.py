@@ -1,0 +1,165 @@
+"""cuDNN's attention for NVIDIA GPUs, by way of `jax.nn`, for the plain calls that it serves.
+
+Its forward pass gives out and the log-sum-exp, its backward pass reads them. JAX's public function is differentiable as
+a whole and rounds the log-sum-exp that it returns, but its pullback is a pytree whose leaves hold both as they are: the
+forward pass here takes them from there, and the backward pass puts them back in, where nothing then reads the forward
+pass that JAX wrote again, and XLA drops it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from attnax.kernels._platform import has_nvidia_gpu
+from attnax.masks import Causal, Mask, SlidingWindow
+from attnax.typing import Array, ScoreMod, is_concrete
+
+__all__ = ["Cudnn", "cudnn_backward", "cudnn_forward", "why_not_cudnn_call", "why_not_cudnn_here"]
+
+
+class Cudnn(NamedTuple):
+    """What cuDNN is told of a call, beside arrays."""
+
+    scale: float
+    is_causal: bool
+    window: int | None  # keys before a query that it attends, itself not counted; None for all
+
+    @classmethod
+    def of(cls, query: Array, mask: Mask | None, scale: Any) -> Cudnn:
+        """That of a call that `why_not_cudnn_call` lets through."""
+        return cls(
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            mask is not None,
+            int(mask.before) - 1 if isinstance(mask, SlidingWindow) else None,
+        )
+
+
+def why_not_cudnn_call(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    dropout_rate: float,
+    return_lse: bool,
+    scale: Any,
+) -> str | None:
+    """Why cuDNN does not serve a checked call, wherever it runs; None if it does.
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, V).
+        mask: as `resolve_masks` gives it.
+        score_mod: likewise.
+        dropout_rate: 0 where the call is deterministic.
+        return_lse: whether the caller sees the log-sum-exp, which then needs a gradient.
+        scale: as the caller gave it.
+    """
+    (batch, _, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
+    window = mask if isinstance(mask, SlidingWindow) else SlidingWindow(1, 1)
+    reasons = {
+        "cuDNN takes no score mod": score_mod is not None,
+        "cuDNN drops other weights": dropout_rate > 0.0,
+        "cuDNN's log-sum-exp has no gradient": return_lse,
+        "cuDNN takes float16 and bfloat16 only": query.dtype not in (jnp.float16, jnp.bfloat16),
+        "cuDNN needs a known scale": not is_concrete(scale),
+        "cuDNN takes no symbolic batch": not isinstance(batch, int),
+        "cuDNN takes head sizes that are multiples of 8, to 128, the same for keys and values": head_dim % 8 != 0
+        or head_dim > 128
+        or value.shape[3] != head_dim,
+        "under other masks than causal ones cuDNN may leave rows empty or let NaN through": not (
+            mask is None or isinstance(mask, Causal | SlidingWindow)
+        )
+        or not (is_concrete(window.before) and isinstance(window.after, int) and window.after == 1),
+        "with a mask cuDNN aligns queries and keys differently where their lengths differ": mask is not None
+        and seq_q != seq_kv,
+        "cuDNN takes even lengths, and is known to fail at 64 beyond a multiple of 128 with a mask": seq_q % 2 != 0
+        or seq_kv % 2 != 0
+        or 0 in (seq_q, seq_kv)
+        or (mask is not None and seq_q % 128 == 64),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def why_not_cudnn_here(query: Array, key: Array, value: Array) -> str | None:
+    """Why JAX cannot write cuDNN's kernels into a program for these arrays on this machine; None if it can.
+
+    JAX asks the cuDNN that its CUDA plugin brings for its version, and the GPU, if there is one, for its capability.
+    """
+    if has_nvidia_gpu() and float(jax.devices()[0].compute_capability) < 8.0:
+        return "cuDNN's attention needs a GPU of compute capability 8.0 or more"
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
+    try:
+        jax.eval_shape(lambda *arrays: _attend(Cudnn(1.0, True, None), *arrays)[0], *shapes)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"JAX {jax.__version__} cannot use cuDNN on this machine: {error}"
+    return None
+
+
+def cudnn_forward(query: Array, key: Array, value: Array, call: Cudnn) -> tuple[Array, Array]:
+    """(out in the dtype of query, natural log-sum-exp in float32) of a call for which there is no reason against it."""
+
+    def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        out, pull = _attend(call, query, key, value)
+        (lse,) = (leaf for leaf in jax.tree.leaves(pull) if _is_lse(leaf, query))
+        return out.swapaxes(1, 2), lse
+
+    results: tuple[Array, Array] = _with_rows(forward)(query, key, value)
+    return results
+
+
+def cudnn_backward(
+    query: Array, key: Array, value: Array, call: Cudnn, out: Array, lse: Array, d_out: Array
+) -> tuple[Array, ...]:
+    """The gradients of query, key and value, for the cotangent of out, from the results of `cudnn_forward`."""
+
+    def backward(query: Array, key: Array, value: Array, out: Array, lse: Array, d_out: Array) -> tuple[Array, ...]:
+        again, pull = _attend(call, query, key, value)
+        leaves, structure = jax.tree.flatten(pull)
+        out = out.swapaxes(1, 2)
+        leaves = [lse if _is_lse(leaf, query) else out if leaf is again else leaf for leaf in leaves]
+        gradients = jax.tree.unflatten(structure, leaves)(d_out.swapaxes(1, 2))
+        return tuple(x.swapaxes(1, 2) for x in gradients)
+
+    gradients: tuple[Array, ...] = _with_rows(backward)(query, key, value, out, lse, d_out)
+    return gradients
+
+
+def _with_rows(function: Any) -> Any:
+    """A function of arrays of some rows, which gets more rows under `vmap`: JAX 0.10 fails unless all are mapped."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size: int, is_mapped: Any, *arrays: Array) -> tuple[Any, Any]:
+        every = [x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip(arrays, is_mapped, strict=True)]
+        results = mapped(*(x.reshape(-1, *x.shape[2:]) for x in every))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True,) * len(results)
+
+    return mapped
+
+
+def _attend(call: Cudnn, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+    """(out (B, T, N, V), the pullback to query, key and value, all with heads after the sequence)."""
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=call.scale,
+            is_causal=call.is_causal,
+            local_window_size=None if call.window is None else (call.window, 0),
+            implementation="cudnn",
+        )
+
+    return jax.vjp(attend, *(x.swapaxes(1, 2) for x in (query, key, value)))
+
+
+def _is_lse(leaf: Any, query: Array) -> bool:
+    return leaf.dtype == jnp.float32 and leaf.shape == query.shape[:3]

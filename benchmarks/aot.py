@@ -1,0 +1,424 @@
+"""Compiles Attnax's programs for TPUs and NVIDIA GPUs with their own compilers, on a machine that has neither.
+
+    python benchmarks/aot.py tpu     # libtpu, for v5e and v6e; `make aot` installs it apart
+    python benchmarks/aot.py cuda    # XLA for an H100, from the CUDA plugin; `make aot-cuda` installs it apart
+
+Nothing runs on an accelerator: this shows that programs compile, which kernels are in them and how much memory they
+take, and neither results nor speed. It fails if a program does not compile, if other kernels are in it than the
+documents promise, or if XLA complains that it computes constants for more than a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+ALARM = "Constant folding an instruction is taking"
+MIB = 2**20
+LENGTH, HEADS, KV_HEADS, HEAD = 2048, 8, 4, 128
+ROWS, CACHED, PAGE = 8, 4096, 64
+EXPERTS, TOKENS = 8, 2048
+
+Program = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+"""Makes a function and the shapes of its arguments."""
+
+# XLA's compiler wants to know what an H100 is.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Row(NamedTuple):
+    """A program, and what the documents promise of it."""
+
+    name: str
+    program: Program
+    kernels: dict[str, int]  # that must be in the compiled program, and no others
+    limitation: str = ""  # why it may fail
+
+
+class Result(NamedTuple):
+    """What the compiler made of a program."""
+
+    error: str = ""
+    seconds: float = 0.0
+    kernels: Mapping[str, int] = MappingProxyType({})
+    temporaries: int = 0  # bytes
+    arguments: int = 0
+
+
+def why_not(target: str) -> str | None:
+    """Why this machine cannot have the compiler; None if it can."""
+    system, machine, python = platform.system(), platform.machine(), sys.version_info[:2]
+    if (system, machine) != ("Linux", "x86_64"):
+        return f"its compiler comes for Linux on x86_64, and this is {system} on {machine}"
+    oldest = (3, 11) if target == "tpu" else (3, 12)
+    if not oldest <= python <= (3, 14):
+        return f"its compiler comes for Python {oldest[0]}.{oldest[1]} to 3.14, and this is {python[0]}.{python[1]}"
+    return None
+
+
+def attention(
+    attend: str, *, dtype: str = "bfloat16", length: int = LENGTH, gradient: bool = True, **given: Any
+) -> Program:
+    """An attention function of Attnax's, and the gradient of its sum; given score mods are made where JAX is there."""
+
+    def program() -> Any:
+        import jax
+
+        import attnax
+
+        shapes = [(1, heads, length, HEAD) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        arguments = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        options = {name: make() for name, make in given.items()}
+
+        def run(query: Any, key: Any, value: Any) -> Any:
+            return getattr(attnax, attend)(query, key, value, **options)
+
+        def loss(query: Any, key: Any, value: Any) -> Any:
+            return run(query, key, value).astype("float32").sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2)) if gradient else run, arguments
+
+    return program
+
+
+def decoding(*, paged: bool) -> Program:
+    """One token of each row, behind what a cache holds."""
+
+    def program() -> Any:
+        import jax
+
+        import attnax
+
+        def init() -> Any:
+            sizes: dict[str, Any] = {"num_kv_heads": KV_HEADS, "head_dim": HEAD, "dtype": "bfloat16"}
+            if not paged:
+                return attnax.init_kv_layer_cache(ROWS, max_len=CACHED, **sizes)
+            pages = {"num_blocks": ROWS * CACHED // PAGE, "block_size": PAGE, "max_blocks_per_seq": CACHED // PAGE}
+            return attnax.init_paged_kv_cache(batch_size=ROWS, **pages, **sizes)
+
+        cache = jax.eval_shape(init)
+        query = jax.ShapeDtypeStruct((ROWS, HEADS, 1, HEAD), "bfloat16")
+        positions = jax.ShapeDtypeStruct((ROWS, 1), "int32")
+
+        def run(query: Any, cache: Any, positions: Any) -> Any:
+            return attnax.cached_attention(query, cache, positions, mask=attnax.masks.causal())
+
+        return run, (query, cache, positions)
+
+    return program
+
+
+def experts() -> Any:
+    """A mixture of experts, forward and backward."""
+    import jax
+    from flax import nnx
+
+    from attnax.nn.moe import MixtureOfExperts
+
+    def make() -> Any:
+        return MixtureOfExperts(nnx.Rngs(0), d_model=512, d_ff=2048, num_experts=EXPERTS, top_k=2, dtype="bfloat16")
+
+    graphdef, *_ = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    params, rest = jax.eval_shape(lambda: nnx.split(make(), nnx.Param, ...)[1:])
+
+    def loss(params: Any, rest: Any, x: Any) -> Any:
+        return nnx.merge(graphdef, params, rest)(x)[0].astype("float32").sum()
+
+    return jax.grad(loss, (0, 2)), (params, rest, jax.ShapeDtypeStruct((TOKENS, 512), "bfloat16"))
+
+
+def training_step(dtype: str) -> Program:
+    """One step of the model of `benchmarks/train.py`."""
+
+    def program() -> Any:
+        import jax
+        import train
+
+        trainer = train.trainer_of(dtype=dtype)
+        tokens = jax.ShapeDtypeStruct((train.BATCH, train.LENGTH + 1), "int32")
+        return trainer.step, (jax.eval_shape(trainer.init), tokens)
+
+    return program
+
+
+def causal() -> Any:
+    from attnax import masks
+
+    return masks.causal()
+
+
+def soft_cap() -> Any:
+    from attnax.kernels.score_mods import soft_cap_mod
+
+    return soft_cap_mod(30.0)
+
+
+def alibi() -> Any:
+    from attnax.kernels.score_mods import alibi_mod
+
+    return alibi_mod(HEADS)
+
+
+def a_users_mod() -> Any:
+    import jax.numpy as jnp
+
+    return lambda scores, b, h, q, kv: scores - 0.1 * jnp.log1p(jnp.abs(q - kv))
+
+
+def a_mod_for_no_kernel() -> Any:
+    import jax
+
+    return lambda scores, b, h, q, kv: scores + jax.lax.erf(scores)
+
+
+SPLASH = {"splash_mha_fwd_residuals": 1}
+SPLASH_GRADIENT = SPLASH | {"splash_mha_dq_no_residuals": 1, "splash_mha_dkv_no_residuals": 1}
+CUDNN = {"cuDNN forward": 1}
+CUDNN_GRADIENT = CUDNN | {"cuDNN backward": 1}
+PALLAS = {"attnax_forward": 1}
+PALLAS_GRADIENT = PALLAS | {"attnax_d_query": 1, "attnax_d_key_value": 1}
+
+
+def both(name: str, forward: dict[str, int], gradient: dict[str, int], **given: Any) -> list[Row]:
+    """A case of attention, forward alone and with its gradients."""
+    given = {"attend": "flash_attention", **given}
+    return [
+        Row(name, attention(gradient=False, **given), forward),
+        Row(f"{name}, and gradients", attention(**given), gradient),
+    ]
+
+
+def times(count: int, kernels: dict[str, int]) -> dict[str, int]:
+    return {name: count * number for name, number in kernels.items()}
+
+
+def rows(target: str) -> list[Row]:
+    """The table of a target."""
+    if target == "tpu":
+        return [
+            *both("flash_attention, causal", SPLASH, SPLASH_GRADIENT, mask=causal),
+            *both("no mask", SPLASH, SPLASH_GRADIENT),
+            *both("causal, soft cap", SPLASH, SPLASH_GRADIENT, mask=causal, score_mod=soft_cap),
+            *both("causal, float32", SPLASH, SPLASH_GRADIENT, mask=causal, dtype="float32"),
+            *both("causal, a user's score mod", {}, {}, mask=causal, score_mod=a_users_mod),
+            *both(f"causal, length {LENGTH - 1}", {}, {}, mask=causal, length=LENGTH - 1),
+            Row("cached_attention, one token", decoding(paged=False), {}),
+            Row("the same from pages", decoding(paged=True), {}),
+            Row("mixture of experts, and gradients", experts, {}),
+            Row("training step, float32", training_step("float32"), times(6, SPLASH_GRADIENT)),
+            Row("training step, bfloat16", training_step("bfloat16"), times(6, SPLASH_GRADIENT)),
+        ]
+    pallas: dict[str, Any] = {"attend": "pallas_flash_attention", "mask": causal}
+    return [
+        *both("flash_attention, causal", CUDNN, CUDNN_GRADIENT, mask=causal),
+        *both("no mask", CUDNN, CUDNN_GRADIENT),
+        *both("causal, float32", PALLAS, PALLAS_GRADIENT, mask=causal, dtype="float32"),
+        *both("causal, ALiBi", PALLAS, PALLAS_GRADIENT, mask=causal, score_mod=alibi),
+        *both("causal, soft cap", PALLAS, PALLAS_GRADIENT, mask=causal, score_mod=soft_cap),
+        *both("causal, a user's score mod", PALLAS, PALLAS_GRADIENT, mask=causal, score_mod=a_users_mod),
+        *both(f"causal, length {LENGTH - 1}", PALLAS, PALLAS_GRADIENT, mask=causal, length=LENGTH - 1),
+        *both("causal, a score mod for no kernel", {}, {}, mask=causal, score_mod=a_mod_for_no_kernel),
+        *both("pallas_flash_attention, causal", PALLAS, PALLAS_GRADIENT, **pallas),
+        *both("memory_efficient_attention, causal", {}, {}, attend="memory_efficient_attention", mask=causal),
+        Row("cached_attention, one token", decoding(paged=False), {"attnax_decode": 1}),
+        Row("the same from pages", decoding(paged=True), {"attnax_decode": 1}),
+        Row("mixture of experts, and gradients", experts, {}),
+        Row("training step, float32", training_step("float32"), times(6, PALLAS_GRADIENT)),
+        Row("training step, bfloat16", training_step("bfloat16"), times(6, CUDNN_GRADIENT)),
+    ]
+
+
+QUICK = 2  # rows
+
+
+def kernels_in(text: str) -> Counter[str]:
+    """The kernels that a compiled program calls."""
+    found: Counter[str] = Counter()
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            found[re.sub(r"(\.\d+)+$", "", line.split()[0].lstrip("%"))] += 1
+        elif 'custom_call_target="__gpu$xla.gpu.triton"' in line:
+            found[re.findall(r'\bname = "(\w+)"', line)[-1]] += 1
+        elif backward := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', line):
+            found["cuDNN backward" if backward[1] else "cuDNN forward"] += 1
+    return found
+
+
+@contextlib.contextmanager
+def captured(report: list[str]) -> Iterator[None]:
+    """Puts into `report` what is written to the standard error, by compilers in C++ too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            report.append(file.read().decode(errors="replace"))
+
+
+class Compiler:
+    """A device that is not there, and the compiler for it."""
+
+    def __init__(self, target: str, device: str):
+        from jax.experimental import topologies
+        from jax.sharding import SingleDeviceSharding
+
+        self.target = target
+        options: dict[str, Any] = {"topology_name": device}
+        if target == "cuda":
+            options = {"target_config": H100, "topology": "1x1x1"}  # hosts, processes, devices
+        with captured([]):  # libtpu complains that it finds no TPU
+            topology = topologies.get_topology_desc(platform=target, **options)
+        self.sharding = SingleDeviceSharding(topology.devices[0])
+
+    def __call__(self, row: Row) -> Result:
+        """The program, compiled; an error of any kind is what the table is for."""
+        import jax
+        from _lowered import gpu_mesh
+
+        report: list[str] = []
+        around = jax.sharding.use_abstract_mesh(gpu_mesh()) if self.target == "cuda" else contextlib.nullcontext()
+        try:
+            with captured(report):
+                function, arguments = row.program()
+                placed = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), arguments
+                )
+                start = time.perf_counter()
+                with around:
+                    traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*placed)
+                    compiled = traced.lower(lowering_platforms=(self.target,)).compile()
+                seconds = time.perf_counter() - start
+        except Exception as error:
+            return Result(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        memory = compiled.memory_analysis()
+        sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+        kernels = kernels_in(compiled.as_text())
+        if ALARM in report[0]:
+            folded = re.findall(rf"{ALARM}.*?\n\n\s*(.*?)\n", report[0], re.S)
+            return Result(f"XLA computes constants for seconds: {folded[0][:200]}", seconds, kernels, *sizes)
+        return Result("", seconds, kernels, *sizes)
+
+
+def verdict(row: Row, result: Result) -> str:
+    """Empty where a program is as promised, else what is wrong with it, in one line."""
+    if result.error:
+        return result.error
+    have, want = (" + ".join(f"{n} {name}" for name, n in sorted(x.items())) for x in (result.kernels, row.kernels))
+    return "" if have == want else f"holds {have or 'no kernel'}, and should hold {want or 'none'}"
+
+
+def table(results: list[tuple[Row, Result]]) -> str:
+    lines = [
+        "| program | compiles | seconds | kernels in it | temporaries MiB | arguments MiB |",
+        "|---|---|---:|---|---:|---:|",
+    ]
+    for row, result in results:
+        wrong = verdict(row, result)
+        compiles = "yes" if not wrong else f"no: {wrong}" + (f" (known: {row.limitation})" if row.limitation else "")
+        kernels = ", ".join(f"{n} `{name}`" for name, n in sorted(result.kernels.items())) or "none"
+        sizes = [f"{size / MIB:,.1f}" for size in (result.temporaries, result.arguments)]
+        cells = (row.name, compiles.replace("|", "\\|"), f"{result.seconds:.1f}", kernels, *sizes)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def head(target: str) -> str:
+    """What a reader needs to compare figures."""
+
+    def of(package: str) -> str:
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{package} {version(package)}, "
+        return ""
+
+    lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    model = re.search(r"Model name:\s*(.*)", lscpu)
+    packages = ("jax", "jaxlib", *(("libtpu",) if target == "tpu" else ("jax-cuda13-pjrt", "nvidia-cudnn-cu13")))
+    return (
+        f"{''.join(map(of, packages))}Python {platform.python_version()}; compiled on {os.cpu_count()} cores of "
+        f"{model[1] if model else platform.machine()}."
+    )
+
+
+def page(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
+    command = "make aot" if target == "tpu" else "make aot-cuda"
+    shape = f"batch 1, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, head size {HEAD}, bfloat16 where not said"
+    parts = [
+        f"# Programs compiled for {'TPUs' if target == 'tpu' else 'an NVIDIA H100'}, on a machine without one",
+        f"`{command}` wrote this page: {head(target)}",
+        f"Attention has {shape}; decoding {ROWS} rows of caches for {CACHED} tokens, pages of {PAGE}; the mixture of "
+        f"experts chooses 2 of {EXPERTS} for each of {TOKENS} tokens; the training step is that of "
+        "`benchmarks/train.py`.",
+        *(f"## {device}\n\n{table(results)}" for device, results in tables.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=("tpu", "cuda"))
+    parser.add_argument("--can", action="store_true", help="only say why this machine cannot, and fail if so")
+    parser.add_argument("--quick", action="store_true", help="only the first case, for one device")
+    parser.add_argument("--only", default="", help="rows whose name has these words")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    options = parser.parse_args()
+    if options.can:
+        reason = why_not(options.target)
+        if reason is not None:
+            print(f"Skipped: {reason}.")
+            sys.exit(1)
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if options.target == "tpu":
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    else:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    devices = {"tpu": {"TPU v5e": "v5e:2x2", "TPU v6e": "v6e:2x2"}, "cuda": {"NVIDIA H100": ""}}[options.target]
+    tables: dict[str, list[tuple[Row, Result]]] = {}
+    failed = 0
+    for name, device in list(devices.items())[: 1 if options.quick else None]:
+        compiler, tables[name] = Compiler(options.target, device), []
+        for row in rows(options.target)[: QUICK if options.quick else None]:
+            if options.only not in row.name:
+                continue
+            result = compiler(row)
+            wrong = verdict(row, result)
+            failed += bool(wrong) and not row.limitation
+            print(f"{name}, {row.name}: {wrong or 'compiles'}, {result.seconds:.1f} s", flush=True)
+            tables[name].append((row, result))
+    text = page(options.target, tables)
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    sys.exit(f"{failed} programs are not as promised." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
