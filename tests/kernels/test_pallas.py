@@ -516,7 +516,7 @@ def test_the_choice_follows_the_platform_that_is_lowered_for():
 def test_the_cotangent_of_a_sum_is_not_looked_through_while_compiling():
     query, key, value, _ = arrays()
     run = jax.jit(jax.grad(lambda *x: flash_attention(*x).sum()))
-    with jax.sharding.use_abstract_mesh(nvidia_gpus()):
+    with jax.sharding.use_abstract_mesh(gpu_mesh()):
         text = run.trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
     assert re.search(r"optimization_barrier %\S+ : tensor<2x6x\d+x\d+xf32>", text)
 

@@ -367,9 +367,10 @@ def adding(write):
 
 
 def unscaled(scores):
-    return lambda self, *given: scores(
-        dataclasses.replace(self, inputs=self.inputs._replace(scale=[np.float32(1)])), *given
-    )
+    def run(self, *given, **how):
+        return scores(dataclasses.replace(self, inputs=self.inputs._replace(scale=[np.float32(1)])), *given, **how)
+
+    return run
 
 
 OUTSIDE, TWICE, UNWRITTEN, NOWHERE, VALUES = (
@@ -400,7 +401,7 @@ FAULTS = {  # name: (fault, how the call differs from a causal forward pass of o
         OUTSIDE,
     ),
     "another head's keys": (
-        change("keys", lambda keys: lambda self, place: keys(self, place._replace(h=place.h % 2 * 3))),
+        change("keys", lambda keys: lambda self, place, **how: keys(self, place._replace(h=place.h % 2 * 3), **how)),
         {},
         VALUES,
     ),
@@ -411,7 +412,9 @@ FAULTS = {  # name: (fault, how the call differs from a causal forward pass of o
     ),
     "sums that nobody began": (change("write", adding), {}, UNWRITTEN),
     "gradients without delta": (
-        change("queries", lambda of: lambda self, place: (x := of(self, place))._replace(delta=x.delta * 0)),
+        change(
+            "queries", lambda of: lambda self, place, **how: (x := of(self, place, **how))._replace(delta=x.delta * 0)
+        ),
         BACKWARD,
         VALUES,
     ),
