@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _lowered import Kernel, gpu_mesh, kernels_of, parse
 
 from attnax import masks, pallas_flash_attention
@@ -106,6 +107,7 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     "no mask": (lambda _: {}, None, LENGTH),
     "causal": (lambda _: {"mask": masks.causal()}, None, LENGTH),
     "soft cap": (lambda _: {"mask": masks.causal(), "score_mod": score_mods.soft_cap_mod(30.0)}, None, LENGTH),
+    "mask as an array": (lambda _: {"mask": np.tri(LENGTH, dtype=np.bool_)}, None, LENGTH),
     "odd length": (lambda _: {}, None, LENGTH + 1),
     "dropout": (_dropout, None, LENGTH),
     "learned ALiBi": (
@@ -124,6 +126,8 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
         LENGTH,
     ),
 }
+
+PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 2}  # what a kernel loads for each pair
 
 
 def _cached(head_dim: int, dtype: Any) -> tuple[Any, ...]:
@@ -228,7 +232,7 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
 def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: Card) -> dict[str, Any]:
     """What the compiler says of a kernel with warps and stages of a tile, and what `_gpu_tiles` expects at most."""
     sizes = case.head_dim, case.head_dim, case.bits, card.capability
-    pair_bytes = 4 if case.words in ("learned bias", "learned table") else 0
+    pair_bytes = PAIR_BYTES.get(case.words, 0)
     bound = _gpu_tiles.shared_bytes(kind_of(kernel.name), tile, *sizes, pair_bytes=pair_bytes)
     return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
 

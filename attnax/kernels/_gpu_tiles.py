@@ -41,7 +41,7 @@ TILES = {
     ("forward", 16, 64): Tile(128, 64, 8, 3),
     ("forward", 16, 128): Tile(128, 64, 8, 2),
     ("forward", 16, 256): Tile(64, 32, 8, 2),
-    ("backward", 16, 64): Tile(64, 64, 8, 2),
+    ("backward", 16, 64): Tile(64, 64, 4, 2),
     ("backward", 16, 128): Tile(64, 64, 8, 2),
     ("backward", 16, 256): Tile(32, 32, 8, 2),
     ("decode", 16, 64): Tile(16, 64, 4, 3),
