@@ -154,7 +154,8 @@ bench-speculative: $(VENV)/.dev
 bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
-# What each GPU kernel needs of four generations of cards, by Triton's compiler, on any machine: ten minutes.
+# What each GPU kernel needs of four generations of cards, by Triton's compiler, on any machine: half an hour, the second
+# time a minute.
 aot-triton: $(VENV)/.dev $(TRITON)/.made
 	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators-triton.md
 

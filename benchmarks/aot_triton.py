@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _lowered import Kernel, gpu_mesh, kernels_of, parse
 
 from attnax import masks, pallas_flash_attention
@@ -79,10 +80,12 @@ class Case(NamedTuple):
         if self.words in DECODING:
             return kernels_of(*DECODING[self.words](self.head_dim, dtype), mesh=mesh)
         options, captured, length = CALLS[self.words]
-        blocks = {} if block_size is None else {"block_q": block_size[0], "block_kv": block_size[1]}
+        block_q, block_kv = block_size or (None, None)
 
         def loss(query: Any, key: Any, value: Any, captured: Any) -> Any:
-            out = pallas_flash_attention(query, key, value, **options(captured), **blocks)
+            out: Any = pallas_flash_attention(
+                query, key, value, **options(captured), block_q=block_q, block_kv=block_kv
+            )
             return out.astype(jnp.float32).sum()
 
         query, key = (jax.ShapeDtypeStruct((BATCH, heads, length, self.head_dim), dtype) for heads in (HEADS, KV_HEADS))
@@ -104,6 +107,7 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     "no mask": (lambda _: {}, None, LENGTH),
     "causal": (lambda _: {"mask": masks.causal()}, None, LENGTH),
     "soft cap": (lambda _: {"mask": masks.causal(), "score_mod": score_mods.soft_cap_mod(30.0)}, None, LENGTH),
+    "mask as an array": (lambda _: {"mask": np.tri(LENGTH, dtype=np.bool_)}, None, LENGTH),
     "odd length": (lambda _: {}, None, LENGTH + 1),
     "dropout": (_dropout, None, LENGTH),
     "learned ALiBi": (
@@ -122,6 +126,8 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
         LENGTH,
     ),
 }
+
+PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 2}  # what a kernel loads for each pair
 
 
 def _cached(head_dim: int, dtype: Any) -> tuple[Any, ...]:
@@ -213,6 +219,7 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
         for chosen_for in (UNKNOWN, *(card for card in CARDS if card != UNKNOWN)):
             for kernel in case.kernels(chosen_for):
                 tile = _gpu_tiles.choose(kind_of(kernel.name), case.head_dim, case.bits, chosen_for.capability)
+                tile = tile._replace(num_stages=kernel.num_stages)
                 tile = tile._replace(block_kv=PAGE) if case.words == "paged decoding" else tile
                 cells = found.setdefault((kernel.name, tile), {})
                 for card in CARDS if chosen_for == UNKNOWN else (chosen_for,):
@@ -224,8 +231,9 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
 
 def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: Card) -> dict[str, Any]:
     """What the compiler says of a kernel with warps and stages of a tile, and what `_gpu_tiles` expects at most."""
-    size = case.head_dim, case.head_dim
-    bound = _gpu_tiles.shared_bytes(kind_of(kernel.name), tile, *size, case.bits, card.capability)
+    sizes = case.head_dim, case.head_dim, case.bits, card.capability
+    pair_bytes = PAIR_BYTES.get(case.words, 0)
+    bound = _gpu_tiles.shared_bytes(kind_of(kernel.name), tile, *sizes, pair_bytes=pair_bytes)
     return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
 
 

@@ -154,14 +154,9 @@ def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
 
 
 def _tile_of(query: Array, stored: Stored) -> _gpu_tiles.Tile | None:
-    """The tile, of as many keys as a page; None if no card that the program may run on is known to hold one."""
-    sizes, bits, card = (
-        (stored.keys.shape[-1], stored.values.shape[-1]),
-        query.dtype.itemsize * 8,
-        _gpu_tiles.running_card(),
-    )
-    tile = _gpu_tiles.choose("decode", max(sizes), bits, card)
+    """The tile, of as many keys as a page; None if not every card that the program may run on holds one."""
+    sizes, bits = (stored.keys.shape[-1], stored.values.shape[-1]), query.dtype.itemsize * 8
+    tile, card = _gpu_tiles.choose("decode", max(sizes), bits), _gpu_tiles.running_card()
     if stored.pages is not None:
         tile = tile._replace(block_kv=stored.keys.shape[1])
-    fewer = (tile._replace(num_stages=stages) for stages in range(tile.num_stages, 0, -1))
-    return next((tile for tile in fewer if _gpu_tiles.fits("decode", tile, *sizes, bits, card)), None)
+    return tile if _gpu_tiles.fits("decode", tile._replace(num_stages=1), *sizes, bits, card) else None

@@ -13,7 +13,18 @@ import jax
 
 from attnax.kernels._platform import has_nvidia_gpu
 
-__all__ = ["LARGER", "LARGEST_HEAD", "TILES", "Tile", "choose", "fits", "running_card", "shared_bytes", "shared_memory"]
+__all__ = [
+    "LARGER",
+    "LARGEST_HEAD",
+    "TILES",
+    "Tile",
+    "choose",
+    "fit_stages",
+    "fits",
+    "running_card",
+    "shared_bytes",
+    "shared_memory",
+]
 
 
 class Tile(NamedTuple):
@@ -30,7 +41,7 @@ TILES = {
     ("forward", 16, 64): Tile(128, 64, 8, 3),
     ("forward", 16, 128): Tile(128, 64, 8, 2),
     ("forward", 16, 256): Tile(64, 32, 8, 2),
-    ("backward", 16, 64): Tile(64, 64, 8, 2),
+    ("backward", 16, 64): Tile(64, 64, 4, 2),
     ("backward", 16, 128): Tile(64, 64, 8, 2),
     ("backward", 16, 256): Tile(32, 32, 8, 2),
     ("decode", 16, 64): Tile(16, 64, 4, 3),
@@ -84,13 +95,29 @@ def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0) -> Tile:
     return LARGER[key] if key in LARGER and shared_memory(card) >= _LARGE else TILES[key]
 
 
-def fits(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0) -> bool:
-    """Whether a card has the shared memory that the kernels of a kind need; card 0: whether all of them have it."""
+def fits(
+    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
+) -> bool:
+    """Whether a card has the `shared_bytes` of a kind's kernels; card 0: whether all of them have it."""
     cards = [card] if card else [86, *_SHARED]
-    return all(shared_bytes(kind, tile, head_dim, value_dim, bits, of) <= shared_memory(of) for of in cards)
+    needs = ((shared_bytes(kind, tile, head_dim, value_dim, bits, of, pair_bytes=pair_bytes), of) for of in cards)
+    return all(need <= shared_memory(of) for need, of in needs)
 
 
-def shared_bytes(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int, card: int) -> int:
+def fit_stages(
+    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
+) -> Tile:
+    """The tile with as many of its stages as the card, or all, have shared memory for; at least one."""
+    fewer = (tile._replace(num_stages=stages) for stages in range(tile.num_stages, 0, -1))
+    sizes = head_dim, value_dim, bits, card
+    return next(
+        (tile for tile in fewer if fits(kind, tile, *sizes, pair_bytes=pair_bytes)), tile._replace(num_stages=1)
+    )
+
+
+def shared_bytes(
+    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int, card: int, *, pair_bytes: int = 0
+) -> int:
     """An upper bound of the bytes of shared memory that the kernels of a kind take on a card.
 
     Args:
@@ -100,6 +127,7 @@ def shared_bytes(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int
         value_dim: of values.
         bits: of a number.
         card: ten times its compute capability.
+        pair_bytes: what masks and score mods read for each pair of a query and a key.
     """
     head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (head_dim, value_dim))
 
@@ -107,10 +135,12 @@ def shared_bytes(kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int
         """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
         # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
         reads_shared = 90 <= card < 120 and held >= 64
-        buffers = tile.num_stages if reads_shared else max(1, tile.num_stages - 1)
-        copies = turned if reads_shared and card >= 100 else 0
-        on_its_way = (buffers + copies) * moving * (head_dim + value_dim)
-        return (held * width + on_its_way + (1 + turned) * held * moving) * bits // 8 + _SLACK
+        buffers = max(1, tile.num_stages - 1)
+        operands = buffers
+        if reads_shared:
+            operands = tile.num_stages + (turned if card >= 100 else 0)
+        numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
+        return numbers * bits // 8 + buffers * held * moving * pair_bytes + _SLACK
 
     if kind != "backward":
         return need(tile.block_q, tile.block_kv, head_dim, 0)

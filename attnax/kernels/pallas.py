@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 
 from attnax.kernels import _tile
 from attnax.kernels._dropout import keep_weights
-from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels._gpu_tiles import Tile, fit_stages, running_card
 from attnax.kernels._lift import vary, varying_axes
 from attnax.kernels._pointwise import Read, Split
 from attnax.kernels._tile_lists import EMPTY, TileGrid, TileList
@@ -656,13 +656,17 @@ def run(
         kernel,
         grid=grid,
         out_shape={key: jax.ShapeDtypeStruct(shape, dtype, **varying) for key, (shape, dtype) in shapes.items()},
-        compiler_params=None if call.interpret else _compiler_params(call.tile),
+        compiler_params=None if call.interpret else _compiler_params(name, call, inputs),
         interpret=call.interpret,
         name=name,
     )(inputs)
 
 
-def _compiler_params(tile: Tile) -> Any:
+def _compiler_params(name: str, call: Call, inputs: Inputs) -> Any:
     from jax.experimental.pallas import triton  # not every JAX has it, and interpreted kernels do without
 
+    kind = {"attnax_forward": "forward", "attnax_decode": "decode"}.get(name, "backward")
+    sizes = inputs.query.shape[-1], inputs.value.shape[-1], 8 * inputs.query.dtype.itemsize
+    pair_bytes = sum(table.dtype.itemsize for table in (*inputs.mask_tables, *inputs.mod_tables))
+    tile = fit_stages(kind, call.tile, *sizes, running_card(), pair_bytes=pair_bytes)
     return triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -1,22 +1,34 @@
 """Which tiles the GPU kernels have: some that any card holds, larger ones where the card is known."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from _lowered import gpu_mesh, kernels_of
 
-from attnax.kernels import _decode, _engine, _gpu_tiles
-from attnax.kernels._gpu_tiles import LARGER, TILES, Tile, choose, fits, running_card, shared_bytes, shared_memory
+from attnax import pallas_flash_attention
+from attnax.kernels import _decode, _engine
+from attnax.kernels._gpu_tiles import (
+    LARGER,
+    TILES,
+    Tile,
+    choose,
+    fit_stages,
+    fits,
+    running_card,
+    shared_bytes,
+    shared_memory,
+)
+from attnax.kernels.score_mods import additive_bias_mod
 
 KNOWN = [80, 90, 100]
 
 
 def on(name):
-    """The mesh of a program for a card of this name."""
-    card = AbstractDevice(name, 132, "cuda")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("gpus",), (AxisType.Auto,), abstract_device=card))
+    """Where programs for a card of this name are traced."""
+    return jax.sharding.use_abstract_mesh(gpu_mesh(name=name))
 
 
 @pytest.mark.parametrize("key", TILES, ids=str)
@@ -78,9 +90,30 @@ def test_pages_that_no_card_holds_are_left_to_the_chunks():
         stored = _decode.Stored(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
         return _decode._tile_of(jnp.zeros((1, 4, 1, 128), jnp.bfloat16), stored)
 
-    most = _gpu_tiles.choose("decode", 128)
-    assert paged(16) == most._replace(block_kv=16)
-    assert paged(128).num_stages < most.num_stages
-    assert paged(512) is None
+    assert paged(16).block_kv == 16
+    assert paged(128).block_kv == 128
+    assert paged(256) is None
     with on("NVIDIA H100 80GB HBM3"):
-        assert paged(128).num_stages == most.num_stages
+        assert paged(256).block_kv == 256
+        assert paged(1024) is None
+
+
+def test_what_is_read_for_each_pair_leaves_room_for_fewer_stages():
+    tile = TILES["forward", 16, 64]
+    assert fit_stages("forward", tile, 64, 64) == tile
+    fewer = fit_stages("forward", tile, 64, 64, pair_bytes=4)
+    assert 1 <= fewer.num_stages < tile.num_stages
+    assert fits("forward", fewer, 64, 64, pair_bytes=4)
+    assert fit_stages("forward", tile, 64, 64, card=90, pair_bytes=4) == tile
+
+
+def test_a_bias_for_each_pair_is_compiled_with_fewer_stages():
+    query = jax.ShapeDtypeStruct((1, 2, 512, 64), jnp.bfloat16)
+    bias = additive_bias_mod(jnp.zeros((1, 1, 512, 512)))
+
+    def stages(name, score_mod):
+        attend = functools.partial(pallas_flash_attention, score_mod=score_mod)
+        (kernel,) = kernels_of(attend, query, query, query, mesh=gpu_mesh(name=name))
+        return kernel.num_stages
+
+    assert stages("NVIDIA A10", bias) < stages("NVIDIA A10", None) == stages("NVIDIA H100 80GB HBM3", bias)
