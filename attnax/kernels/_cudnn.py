@@ -8,6 +8,7 @@ pass that JAX wrote again, and XLA drops it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -87,16 +88,17 @@ def why_not_cudnn_call(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def why_not_cudnn_here(query: Array, key: Array, value: Array) -> str | None:
-    """Why JAX cannot write cuDNN's kernels into a program for these arrays on this machine; None if it can.
+@functools.cache  # a machine does not change, and asking takes as long as tracing a call
+def why_not_cudnn_here() -> str | None:
+    """Why JAX cannot write cuDNN's kernels into programs on this machine; None if it can.
 
     JAX asks the cuDNN that its CUDA plugin brings for its version, and the GPU, if there is one, for its capability.
     """
     if has_nvidia_gpu() and float(jax.devices()[0].compute_capability) < 8.0:
         return "cuDNN's attention needs a GPU of compute capability 8.0 or more"
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
+    x = jax.ShapeDtypeStruct((1, 1, 2, 8), jnp.bfloat16)
     try:
-        jax.eval_shape(lambda *arrays: _attend(Cudnn(1.0, True, None), *arrays)[0], *shapes)
+        jax.eval_shape(lambda *arrays: _attend(Cudnn(1.0, True, None), *arrays)[0], x, x, x)
     except (RuntimeError, NotImplementedError) as error:
         return f"JAX {jax.__version__} cannot use cuDNN on this machine: {error}"
     return None

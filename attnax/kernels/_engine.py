@@ -393,7 +393,7 @@ def _by_platform(
     platforms: dict[str, Any] = {"cuda": kernel}
     if plan.splash is not None:
         platforms["tpu"] = splash
-    if plan.cudnn is None or why_not_cudnn_here(*args[0][:3]) is not None:
+    if plan.cudnn is None or why_not_cudnn_here() is not None:
         return by_platform(tiles, *args, **platforms)
     # On a GPU JAX must see cuDNN's kernels, to cut them over several devices.
     return by_platform(tiles, *args, now=["cudnn"] if has_nvidia_gpu() else [], cudnn=cudnn, **platforms)

@@ -365,4 +365,4 @@ def why_not_cudnn(
     )
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return "this machine has no NVIDIA GPU"
-    return reason or why_not_cudnn_here(query, key, value)
+    return reason or why_not_cudnn_here()

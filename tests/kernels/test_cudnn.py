@@ -19,7 +19,15 @@ PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(
 
 
 @pytest.fixture
-def cudnn(monkeypatch):
+def another_machine():
+    """What was found out of this one is asked again, in the test and after it."""
+    _cudnn.why_not_cudnn_here.cache_clear()
+    yield
+    _cudnn.why_not_cudnn_here.cache_clear()
+
+
+@pytest.fixture
+def cudnn(another_machine, monkeypatch):
     """JAX with a cuDNN that it can ask for its version, as the CUDA plugin brings it."""
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -100,7 +108,7 @@ def test_asked_for_another_platform_the_machine_does_not_count(mask):
     assert "no NVIDIA GPU" in why_not_cudnn(x, x, x, mask=PLAIN[mask])
 
 
-def test_an_old_gpu_is_a_reason(monkeypatch):
+def test_an_old_gpu_is_a_reason(another_machine, monkeypatch):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     monkeypatch.setattr(_cudnn, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [type("T4", (), {"compute_capability": "7.5"})])
