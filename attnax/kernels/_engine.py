@@ -130,7 +130,7 @@ def attend(
     call = prepare(caller, query, key, value, return_lse=return_lse, block_size=block_size, backend=backend, **options)
     if isinstance(call, Call):
         needs_kernel = backend == "interpret" or (backend == "pallas" and has_nvidia_gpu())
-        reason = why_no_kernel(call.plan, call.operands.kernel) if needs_kernel else None
+        reason = why_no_kernel(call.plan, call.arrays, call.operands.kernel) if needs_kernel else None
         if reason is not None:
             raise NotImplementedError(f"{caller}: {reason}. Use flash_attention.")
         out, lse = _run(call)
@@ -561,7 +561,7 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     kernel, pull = operands.kernel, None
     if kernel is not None:
         kernel, pull = _lift_deferred(plan, arrays, kernel, which)
-    reason = why_no_kernel(plan, kernel)
+    reason = why_no_kernel(plan, arrays, kernel)
     if reason is not None:
         if plan.backend == "automatic":
             return None, pull
@@ -599,7 +599,7 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     return setup, pull
 
 
-def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
+def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -> str | None:
     """Why the GPU kernels do not serve a call; None if they do."""
     if operands is None or plan.kernel is None:
         most = _gpu_tiles.LARGEST_HEAD
@@ -608,9 +608,30 @@ def why_no_kernel(plan: Plan, operands: KernelOperands | None) -> str | None:
         for size in (tile.block_q, tile.block_kv):
             if size < 16 or size & (size - 1):
                 return f"tiles of kernels are powers of 2, at least 16; got {size}"
+    pair_bytes = 0
     for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
         assert not isinstance(function, Deferred)
-        refused = None if function is None else _pointwise.why_not_split(function)
-        if refused is not None:
-            return f"no kernel can hold this {name}: {refused}"
-    return None if plan.backend == "interpret" else why_no_triton()
+        if function is not None:
+            refused = _pointwise.why_not_split(function)
+            if refused is not None:
+                return f"no kernel can hold this {name}: {refused}"
+            pair_bytes += _pointwise.split(function).pair_bytes
+    if plan.backend == "interpret":
+        return None
+    return why_no_triton() or _why_no_room(plan.kernel, arrays, pair_bytes)
+
+
+def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
+    """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
+    query, _, value, _ = arrays
+    sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), _gpu_tiles.running_card()
+    for kind, tile in zip(("forward", "backward"), tiles, strict=True):
+        one_stage = tile._replace(num_stages=1)
+        need, have = _gpu_tiles.need_and_have(kind, one_stage, *sizes, card, pair_bytes=pair_bytes)
+        if need > have:
+            whose = "this card has" if card else "some cards have"
+            return (
+                f"tiles of {tile.block_q} x {tile.block_kv} need {-(-need // 1024)} KiB of shared memory in the "
+                f"{kind} kernel, and {whose} {have // 1024}"
+            )
+    return None

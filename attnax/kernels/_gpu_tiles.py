@@ -21,6 +21,7 @@ __all__ = [
     "choose",
     "fit_stages",
     "fits",
+    "need_and_have",
     "running_card",
     "shared_bytes",
     "shared_memory",
@@ -99,9 +100,19 @@ def fits(
     kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
 ) -> bool:
     """Whether a card has the `shared_bytes` of a kind's kernels; card 0: whether all of them have it."""
-    cards = [card] if card else [86, *_SHARED]
-    needs = ((shared_bytes(kind, tile, head_dim, value_dim, bits, of, pair_bytes=pair_bytes), of) for of in cards)
-    return all(need <= shared_memory(of) for need, of in needs)
+    need, have = need_and_have(kind, tile, head_dim, value_dim, bits, card, pair_bytes=pair_bytes)
+    return need <= have
+
+
+def need_and_have(
+    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
+) -> tuple[int, int]:
+    """(`shared_bytes`, `shared_memory`) of a card; card 0: of that which lacks most."""
+    both = (
+        (shared_bytes(kind, tile, head_dim, value_dim, bits, of, pair_bytes=pair_bytes), shared_memory(of))
+        for of in ([card] if card else [86, *_SHARED])
+    )
+    return max(both, key=lambda need_have: need_have[0] - need_have[1])
 
 
 def fit_stages(
@@ -140,7 +151,7 @@ def shared_bytes(
         if reads_shared:
             operands = tile.num_stages + (turned if card >= 100 else 0)
         numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
-        return numbers * bits // 8 + buffers * held * moving * pair_bytes + _SLACK
+        return numbers * bits // 8 + (tile.num_stages - 1) * held * moving * pair_bytes + _SLACK
 
     if kind != "backward":
         return need(tile.block_q, tile.block_kv, head_dim, 0)

@@ -98,6 +98,11 @@ class Split:
     operands: tuple[Var, ...]
     reads: tuple[Read, ...]
 
+    @property
+    def pair_bytes(self) -> int:
+        """What is loaded for each pair of a query and a key; booleans take 16 bits."""
+        return sum(max(2, read.dtype.itemsize) for read in self.reads)
+
     def compute_operands(
         self,
         values: Sequence[Array],

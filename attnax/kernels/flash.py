@@ -307,7 +307,7 @@ def why_not_pallas(
         call = prepare("why_not_pallas", query, key, value, block_size=None, backend="pallas", **options)
     except MixedPairsError as error:
         return str(error).removeprefix("why_not_pallas: ")
-    reason = why_no_kernel(call.plan, call.operands.kernel) if isinstance(call, Call) else None
+    reason = why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return f"the Pallas kernel is for NVIDIA GPUs; this process computes on {jax.default_backend()}"
     return reason
