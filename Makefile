@@ -161,8 +161,9 @@ aot-triton: $(VENV)/.dev $(TRITON)/.made
 
 # Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped in words where there is no compiler.
 # `aot-quick` is causal attention on one TPU, in less than a minute.
-AOT = @if "$(PYTHON)" benchmarks/aot.py $(1) --can; then \
-	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/aot.py $(1) $(3); fi
+AOT = @reason="$$("$(PYTHON)" benchmarks/aot.py $(1) --why-not)" || exit 1; \
+	if test -n "$$reason"; then echo "Skipped: $$reason."; exit; fi; \
+	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/aot.py $(1) $(3)
 
 aot:
 	$(call AOT,tpu,$(TPU),--markdown docs/accelerators-tpu.md)

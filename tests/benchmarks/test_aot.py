@@ -56,13 +56,10 @@ def test_a_machine_for_which_there_is_no_compiler_is_skipped_in_words(
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(sys, "version_info", python)
-    monkeypatch.setattr(sys, "argv", ["aot.py", target, "--can"])
-    if words is None:
-        aot.main()
-        return
-    with pytest.raises(SystemExit) as ended:
-        aot.main()
-    assert ended.value.code == 1 and words in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["aot.py", target, "--why-not"])
+    aot.main()
+    said = capsys.readouterr().out.strip()
+    assert words in said if words else said == ""
 
 
 def test_kernels_are_counted_by_name(aot):
