@@ -157,7 +157,7 @@ bench-gpu:
 # What each GPU kernel needs of four generations of cards, by Triton's compiler, on any machine: half an hour, the second
 # time a minute.
 aot-triton: $(VENV)/.dev $(TRITON)/.made
-	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators-triton.md
+	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators.md
 
 # Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped in words where there is no compiler.
 # `aot-quick` is causal attention on one TPU, in less than a minute.
@@ -166,14 +166,14 @@ AOT = @reason="$$("$(PYTHON)" benchmarks/aot.py $(1) --why-not)" || exit 1; \
 	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/aot.py $(1) $(3)
 
 aot:
-	$(call AOT,tpu,$(TPU),--markdown docs/accelerators-tpu.md)
+	$(call AOT,tpu,$(TPU),--markdown docs/accelerators.md)
 
 aot-quick:
 	$(call AOT,tpu,$(TPU),--quick)
 
 # Downloads 2 GB of NVIDIA's libraries, and takes 5 GB on the disk.
 aot-cuda:
-	$(call AOT,cuda,$(CUDA),--markdown docs/accelerators-cuda.md)
+	$(call AOT,cuda,$(CUDA),--markdown docs/accelerators.md)
 
 # Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
 # The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.

@@ -26,6 +26,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from _pages import write_section
+
+COMMANDS = {"tpu": "make aot", "cuda": "make aot-cuda"}
 ALARM = "Constant folding an instruction is taking"
 MIB = 2**20
 LENGTH, HEADS, KV_HEADS, HEAD = 2048, 8, 4, 128
@@ -368,18 +371,17 @@ def head(target: str) -> str:
     )
 
 
-def page(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
-    command = "make aot" if target == "tpu" else "make aot-cuda"
+def section(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
+    """What docs/accelerators.md says of a target."""
     shape = f"batch 1, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, head size {HEAD}, bfloat16 where not said"
     parts = [
-        f"# Programs compiled for {'TPUs' if target == 'tpu' else 'an NVIDIA H100'}, on a machine without one",
-        f"`{command}` wrote this page: {head(target)}",
+        f"By `{COMMANDS[target]}`: {head(target)}",
         f"Attention has {shape}; decoding {ROWS} rows of caches for {CACHED} tokens, pages of {PAGE}; the mixture of "
         f"experts chooses 2 of {EXPERTS} for each of {TOKENS} tokens; the training step is that of "
         "`benchmarks/train.py`.",
-        *(f"## {device}\n\n{table(results)}" for device, results in tables.items()),
+        *(f"### {device}\n\n{table(results)}" for device, results in tables.items()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -388,7 +390,7 @@ def main() -> None:
     parser.add_argument("--why-not", action="store_true", help="only say why this machine cannot, if so")
     parser.add_argument("--quick", action="store_true", help="only the first case, for one device")
     parser.add_argument("--only", default="", help="rows whose name has these words")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the tables into this page")
     options = parser.parse_args()
     if options.why_not:
         print(why_not(options.target) or "")
@@ -411,9 +413,8 @@ def main() -> None:
             failed += bool(wrong) and not row.limitation
             print(f"{name}, {row.name}: {wrong or 'compiles'}, {result.seconds:.1f} s", flush=True)
             tables[name].append((row, result))
-    text = page(options.target, tables)
     if options.markdown is not None:
-        options.markdown.write_text(text)
+        write_section(options.markdown, COMMANDS[options.target], section(options.target, tables))
     sys.exit(f"{failed} programs are not as promised." if failed else 0)
 
 

@@ -98,7 +98,7 @@ def why_not_cudnn_here() -> str | None:
         return "cuDNN's attention needs a GPU of compute capability 8.0 or more"
     x = jax.ShapeDtypeStruct((1, 1, 2, 8), jnp.bfloat16)
     try:
-        jax.eval_shape(lambda *arrays: _attend(Cudnn(1.0, True, None), *arrays)[0], x, x, x)
+        jax.eval_shape(functools.partial(cudnn_forward, call=Cudnn(1.0, True, None)), x, x, x)
     except (RuntimeError, NotImplementedError) as error:
         return f"JAX {jax.__version__} cannot use cuDNN on this machine: {error}"
     return None
@@ -109,8 +109,10 @@ def cudnn_forward(query: Array, key: Array, value: Array, call: Cudnn) -> tuple[
 
     def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         out, pull = _attend(call, query, key, value)
-        (lse,) = (leaf for leaf in jax.tree.leaves(pull) if _is_lse(leaf, query))
-        return out.swapaxes(1, 2), lse
+        found = [leaf for leaf in jax.tree.leaves(pull) if _is_lse(leaf, query)]
+        if len(found) != 1:
+            raise NotImplementedError("its pullback does not hold the log-sum-exp")
+        return out.swapaxes(1, 2), found[0]
 
     results: tuple[Array, Array] = _with_rows(forward)(query, key, value)
     return results
