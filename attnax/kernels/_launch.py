@@ -295,7 +295,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     if pages is None:
         fine = jnp.isfinite(key).all(3) & jnp.isfinite(value).all(3)
         careful = (~fine.all(2)).astype(jnp.int32)
-        fine = _whole_rows(fine.astype(jnp.int32), lengths[1], 1)
+        fine = _whole_rows(fine.astype(jnp.int32), lengths[1], "edge")
         key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
 
     positions = None
