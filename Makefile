@@ -77,7 +77,7 @@ unpinned:
 	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
 # What a change must pass, on the main Python and on the oldest.
-ci: test contract properties lint types wheel oldest
+ci: test contract properties lint types wheel oldest aot-quick
 
 # Everything, before a release: what `ci` leaves out too.
 test-all: $(VENV)/.dev

@@ -276,6 +276,8 @@ def why_not_pallas(
     value: ArrayLike,
     *,
     platform: str | None = None,
+    block_q: int | None = None,
+    block_kv: int | None = None,
     **options: Unpack[AttentionOptions],
 ) -> str | None:
     """Why the Pallas kernel does not serve these arguments; None if it does.
@@ -288,6 +290,9 @@ def why_not_pallas(
         key: as there.
         value: as there.
         platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
+        block_q: as in `pallas_flash_attention`.
+        block_kv: as there. The card that the program is for must have the shared memory for these tiles: that of this
+            process, or that which the mesh of the program names; where neither is known, all cards must.
         options: the keywords that those functions share.
 
     Raises:
@@ -304,7 +309,7 @@ def why_not_pallas(
         'no kernel can hold this score mod: erf'
     """
     try:
-        call = prepare("why_not_pallas", query, key, value, block_size=None, backend="pallas", **options)
+        call = prepare("why_not_pallas", query, key, value, block_size=(block_q, block_kv), backend="pallas", **options)
     except MixedPairsError as error:
         return str(error).removeprefix("why_not_pallas: ")
     reason = why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None

@@ -311,6 +311,23 @@ class TestWithoutTriton:
         jax.eval_shape(partial(interpreted, mask=masks.causal()), query, key, value)
 
 
+def test_tiles_that_a_card_cannot_hold_are_refused_in_words():
+    x = jnp.ones((1, 2, 512, 128), jnp.bfloat16)
+    why_not = partial(why_not_pallas, x, x, x, platform="cuda")
+    large, larger = {"block_q": 128, "block_kv": 128}, {"block_q": 256, "block_kv": 256}
+    words = r"tiles of {} x {} need \d+ KiB of shared memory in the forward kernel, and {} {}"
+    assert why_not() is None
+    assert re.fullmatch(words.format(128, 128, "some cards have", 99), why_not(**large))
+    with jax.sharding.use_abstract_mesh(gpu_mesh(name="NVIDIA A10")):
+        assert re.fullmatch(words.format(128, 128, "some cards have", 99), why_not(**large))
+    with jax.sharding.use_abstract_mesh(gpu_mesh(name="NVIDIA H100")):
+        assert why_not(**large) is None
+        assert re.fullmatch(words.format(256, 256, "this card has", 227), why_not(**larger))
+    assert lowered(partial(pallas_flash_attention, **large), x, x, x) == {"forward"}
+    with pytest.raises(NotImplementedError, match="pallas_flash_attention: tiles of 256 x 256 need"):
+        lowered(partial(pallas_flash_attention, **larger), x, x, x)
+
+
 def test_tiles_that_no_kernel_takes_are_refused_in_words():
     with pytest.raises(NotImplementedError, match="tiles of kernels are powers of 2, at least 16; got 24"):
         interpreted(*arrays()[:3], block_q=24)
