@@ -137,7 +137,9 @@ def shared_bytes(
         reads_shared = 90 <= card < 120 and held >= 64
         buffers = max(1, tile.num_stages - 1)
         operands = buffers
-        if reads_shared:
+        if kind == "decode":  # keys that a kernel looks at itself are put back
+            operands = min(2, tile.num_stages)
+        elif reads_shared:
             operands = tile.num_stages + (turned if card >= 100 else 0)
         numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
         return numbers * bits // 8 + buffers * held * moving * pair_bytes + _SLACK
