@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     ),
 }
 
-PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 2}  # what a kernel loads for each pair
+PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 1}  # what a kernel loads for each pair
 
 
 def _cached(head_dim: int, dtype: Any) -> tuple[Any, ...]:

@@ -626,8 +626,8 @@ def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> s
     query, _, value, _ = arrays
     sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), _gpu_tiles.running_card()
     for kind, tile in zip(("forward", "backward"), tiles, strict=True):
-        one_stage = tile._replace(num_stages=1)
-        need, have = _gpu_tiles.need_and_have(kind, one_stage, *sizes, card, pair_bytes=pair_bytes)
+        tile = _gpu_tiles.fit_stages(kind, tile, *sizes, card, pair_bytes=pair_bytes)
+        need, have = _gpu_tiles.need_and_have(kind, tile, *sizes, card, pair_bytes=pair_bytes)
         if need > have:
             whose = "this card has" if card else "some cards have"
             return (

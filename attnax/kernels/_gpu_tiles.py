@@ -147,9 +147,11 @@ def shared_bytes(
         # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
         reads_shared = 90 <= card < 120 and held >= 64
         buffers = max(1, tile.num_stages - 1)
-        operands = buffers
-        if reads_shared:
-            operands = tile.num_stages + (turned if card >= 100 else 0)
+        operands = tile.num_stages if reads_shared else buffers
+        if kind == "decode":  # keys that a kernel looks at itself are put back
+            operands = min(2, tile.num_stages)
+        elif (card >= 100 and reads_shared) or (tile.num_stages == 1 and bits == 16):
+            operands += turned
         numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
         return numbers * bits // 8 + (tile.num_stages - 1) * held * moving * pair_bytes + _SLACK
 

@@ -295,6 +295,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     if pages is None:
         fine = jnp.isfinite(key).all(3) & jnp.isfinite(value).all(3)
         careful = (~fine.all(2)).astype(jnp.int32)
+        # Not int8: Triton lays out a product by the narrowest number that its operands depend on.
         fine = _whole_rows(fine.astype(jnp.int32), lengths[1], "edge")
         key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
 
@@ -356,5 +357,5 @@ def _fill(x: Array, lengths: tuple[int, int]) -> Array:
 
 
 def _loadable(x: Array) -> Array:
-    """Kernels load no booleans, and for int8 Triton would lay out the products of what depends on them another way."""
-    return x.astype(jnp.int16) if x.dtype == jnp.bool_ else x
+    """Kernels load no booleans."""
+    return x.astype(jnp.int8) if x.dtype == jnp.bool_ else x

@@ -100,8 +100,8 @@ class Split:
 
     @property
     def pair_bytes(self) -> int:
-        """What is loaded for each pair of a query and a key; booleans take 16 bits."""
-        return sum(max(2, read.dtype.itemsize) for read in self.reads)
+        """Bytes that are loaded for each pair of a query and a key."""
+        return sum(read.dtype.itemsize for read in self.reads)
 
     def compute_operands(
         self,
