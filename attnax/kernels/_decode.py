@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnax.kernels import _gpu_tiles, _pointwise, _tile, _tile_lists
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
-from attnax.kernels._platform import why_no_triton
+from attnax.kernels._platform import why_no_card, why_no_triton
 from attnax.masks import Mask, at_positions
 from attnax.typing import Array, ScoreMod, pytree_dataclass
 
@@ -131,7 +131,13 @@ def prepare_kernel(
 def kernel_serves(call: KernelCall) -> bool:
     """Whether the kernel can hold the mask and the score mod, and this JAX can compile it."""
     functions = [function for function in (call.mask, call.score_mod) if function is not None]
-    return why_no_triton() is None and all(_pointwise.why_not_split(function) is None for function in functions)
+    card = _gpu_tiles.running_card()
+    return (
+        why_no_triton() is None
+        and why_no_card() is None
+        and _gpu_tiles.why_too_old(card) is None
+        and all(_pointwise.why_not_split(function) is None for function in functions)
+    )
 
 
 def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ take over, and on TPU what JAX ships, for the cases that they serve; all of them
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
@@ -21,7 +22,7 @@ from attnax.kernels._dropout import dropout_words, words_of_shard
 from attnax.kernels._gpu_tiles import Tile
 from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
 from attnax.kernels._pairs import check_pairs
-from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_triton
+from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_card, why_no_triton
 from attnax.kernels._shards import Offset, Shards, find_shards
 from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
 from attnax.masks import Mask, resolve_masks
@@ -52,13 +53,20 @@ Backend = Literal["tiles", "automatic", "pallas", "interpret"]
 """`_blockwise` everywhere, what is fastest, or the kernels of `pallas`: as they are, or interpreted."""
 
 
+class KernelTiles(NamedTuple):
+    """Tiles of the GPU kernels, forward and backward."""
+
+    plain: tuple[Tile, Tile]
+    busy: tuple[Tile, Tile]  # where dropout is drawn, or something is loaded for each pair
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All that is static about a call, beside shapes."""
 
     tiles: _blockwise.Plan
     backend: Backend
-    kernel: tuple[Tile, Tile] | None  # of the GPU kernels, forward and backward
+    kernel: KernelTiles | None  # of the GPU kernels, where they serve the arrays
     cudnn: Cudnn | None  # what cuDNN is told, where it serves the call
     splash: tuple[Mask | None, ScoreMod | None] | None  # what a TPU's kernels are told, where they serve the call
     has_score_mod: bool
@@ -71,8 +79,9 @@ class KernelOperands:
     """The mask and the score mod as the GPU kernels take them, before they are split."""
 
     mask: Lifted | Deferred | None
-    bounds: tuple[Lifted, Lifted] | None  # of the mask, over the tiles forward and backward; None while it is deferred
+    bounds: tuple[Lifted, Lifted] | None  # of the mask, over the tiles
     score_mod: Lifted | Deferred | None
+    tiles: tuple[Tile, Tile] | None = dataclasses.field(metadata={"static": True})  # None while anything is deferred
     is_opaque: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -260,7 +269,7 @@ def bind(
     return arrays, Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
 
 
-def kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] | None:
+def kernel_tiles(query: Any, value: Any, block_size: Any) -> KernelTiles | None:
     """Tiles of the GPU kernels, None where they do not serve the arrays."""
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
@@ -269,11 +278,12 @@ def kernel_tiles(query: Any, value: Any, block_size: Any) -> tuple[Tile, Tile] |
         return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
     bits, card = query.dtype.itemsize * 8, _gpu_tiles.running_card()
-    tiles = [_gpu_tiles.choose(kind, size, bits, card) for kind in ("forward", "backward")]
-    forward, backward = (
-        tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv) for tile in tiles
-    )
-    return forward, backward
+
+    def choose(kind: str, busy: bool) -> Tile:
+        tile = _gpu_tiles.choose(kind, size, bits, card, busy=busy)
+        return tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv)
+
+    return KernelTiles(*((choose("forward", busy), choose("backward", busy)) for busy in (False, True)))
 
 
 def _bind_kernel(
@@ -282,46 +292,51 @@ def _bind_kernel(
     """What a GPU's kernels need. Masks and score mods of the library's own are traced when a GPU is lowered for."""
     if plan.kernel is None:
         return None
-    axes = varying_axes(arrays[0])
-    deferred: Any = None, None
-    if plan.backend == "automatic":
-        deferred = tuple(None if function is None else defer(function) for function in (mask, score_mod))
-    bounds, lifted_mask, lifted_mod = None, deferred[0], deferred[1]
-    if mask is not None and lifted_mask is None:
-        lifted_mask = _pointwise.lift_mask(mask, axes)
-        bounds = _lift_bounds(plan, arrays, mask, 0), _lift_bounds(plan, arrays, mask, 1)
-    if score_mod is not None and lifted_mod is None:
-        lifted_mod = _pointwise.lift_score_mod(caller, score_mod, axes)
-    operands = KernelOperands(lifted_mask, bounds, lifted_mod, mask is not None and mask.is_opaque)
+    axes, is_opaque = varying_axes(arrays[0]), mask is not None and mask.is_opaque
+    deferred = [None if function is None else defer(function) for function in (mask, score_mod)]
+    can_wait = all((x is None) == (y is None) for x, y in zip(deferred, (mask, score_mod), strict=True))
+    if plan.backend == "automatic" and can_wait:
+        operands = KernelOperands(deferred[0], None, deferred[1], None, is_opaque)
+    else:
+        lifted_mod = None if score_mod is None else _pointwise.lift_score_mod(caller, score_mod, axes)
+        operands = _lift_mask(plan, arrays, mask, KernelOperands(None, None, lifted_mod, None, is_opaque))
     return jax.tree.map(lambda x: vary(x, axes), operands)
 
 
-def _lift_bounds(plan: Plan, arrays: Any, mask: Mask, which: int) -> Lifted:
-    """The bounds of a mask over the tiles of the GPU kernels, forward (0) or backward (1)."""
-    query, key, *_ = arrays
-    (batch, heads, seq_q, _), seq_kv, axes = query.shape, key.shape[2], varying_axes(query)
-    assert plan.kernel is not None
-    grid = _tile_lists.TileGrid.of(plan.kernel[which], seq_q, seq_kv)
-    return _tile_lists.lift_bounds(mask, grid, batch, heads, axes)
+def _lift_mask(plan: Plan, arrays: Any, mask: Mask | None, operands: KernelOperands) -> KernelOperands:
+    """The operands, whose score mod is lifted, with the mask too, and with the tiles that both ask for."""
+    assert plan.kernel is not None and not isinstance(operands.score_mod, Deferred)
+    (query, key, *_), axes = arrays, varying_axes(arrays[0])
+    lifted = None if mask is None else _pointwise.lift_mask(mask, axes)
+    functions = [function for function in (lifted, operands.score_mod) if function is not None]
+    is_busy = plan.tiles.dropout_rate > 0.0 or any(map(_pointwise.reads_pairs, functions))
+    tiles, bounds = plan.kernel.busy if is_busy else plan.kernel.plain, None
+    if mask is not None:
+        (batch, heads, seq_q, _), seq_kv = query.shape, key.shape[2]
+        forward, backward = (
+            _tile_lists.lift_bounds(mask, _tile_lists.TileGrid.of(tile, seq_q, seq_kv), batch, heads, axes)
+            for tile in tiles
+        )
+        bounds = forward, backward
+    return dataclasses.replace(operands, mask=lifted, bounds=bounds, tiles=tiles)
 
 
-def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands, which: int) -> tuple[KernelOperands, Any]:
-    """The operands of one pass with all functions lifted, and the pullback of what this made of the mod's floats."""
-    axes = varying_axes(arrays[0])
-    if isinstance(operands.mask, Deferred):
-        mask = operands.mask()
-        bounds = (_lift_bounds(plan, arrays, mask, which),) * 2  # those of the other pass are not read
-        operands = dataclasses.replace(operands, mask=_pointwise.lift_mask(mask, axes), bounds=bounds)
-    deferred = operands.score_mod
-    if not isinstance(deferred, Deferred):
+def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands) -> tuple[KernelOperands, Any]:
+    """The operands with all functions lifted, and the pullback of what this made of the mod's floats."""
+    if operands.tiles is not None:
         return operands, lambda gradients: gradients
+    deferred, axes, pull = operands.score_mod, varying_axes(arrays[0]), None
+    if isinstance(deferred, Deferred):
 
-    def lifted_of(floats: tuple[Array, ...]) -> tuple[tuple[Array, ...], Lifted]:
-        lifted = _pointwise.lift_score_mod("flash_attention", deferred.with_floats(floats)(), axes)
-        return lifted.floats, lifted
+        def lifted_of(floats: tuple[Array, ...]) -> tuple[tuple[Array, ...], Lifted]:
+            lifted = _pointwise.lift_score_mod("flash_attention", deferred.with_floats(floats)(), axes)
+            return lifted.floats, lifted
 
-    _, pull, lifted = jax.vjp(lifted_of, deferred.floats, has_aux=True)
-    return dataclasses.replace(operands, score_mod=lifted), lambda gradients: pull(gradients)[0]
+        _, pull, lifted = jax.vjp(lifted_of, deferred.floats, has_aux=True)
+        operands = dataclasses.replace(operands, score_mod=lifted)
+    mask = operands.mask() if isinstance(operands.mask, Deferred) else None
+    operands = _lift_mask(plan, arrays, mask, operands)
+    return operands, lambda gradients: gradients if pull is None else pull(gradients)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -372,7 +387,8 @@ _attention = jax.jit(_attention_of, static_argnums=0)  # so that a call outside 
 def _forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
     """(out, lse in units of log 2, what rounding took from out if `exact` is wanted and anything was rounded)."""
     # Where cuDNN runs, nothing is kept for engines that do not; a program for other machines than this one keeps it.
-    exact = exact and arrays[0].dtype.itemsize < 4 and (plan.cudnn is None or not has_nvidia_gpu())
+    is_sure = plan.cudnn is not None and has_nvidia_gpu() and why_not_cudnn_here() is None
+    exact = exact and arrays[0].dtype.itemsize < 4 and not is_sure
     engines = _tiles_forward, _kernel_forward, _cudnn_forward, _splash_forward
     return _by_platform(plan, *(partial(engine, plan, exact) for engine in engines), arrays, operands)
 
@@ -560,13 +576,15 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     """
     kernel, pull = operands.kernel, None
     if kernel is not None:
-        kernel, pull = _lift_deferred(plan, arrays, kernel, which)
+        kernel, pull = _lift_deferred(plan, arrays, kernel)
     reason = why_no_kernel(plan, arrays, kernel)
+    if reason is None and plan.backend != "interpret":
+        reason = why_no_card()
+        if reason is not None and plan.backend == "automatic":
+            warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
     if reason is not None:
-        if plan.backend == "automatic":
-            return None, pull
-        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
-    assert kernel is not None and plan.kernel is not None
+        return _refused(plan, reason), pull
+    assert kernel is not None and kernel.tiles is not None
     from attnax.kernels import _launch
 
     mask, score_mod = kernel.mask, kernel.score_mod
@@ -576,7 +594,7 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     if positions is not None and mask is not None:
         bounds = _tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
     setup = _launch.Setup(
-        plan.kernel[which],
+        kernel.tiles[which],
         None if mask is None else _pointwise.split(mask),
         () if mask is None else mask.values,
         bounds,
@@ -593,18 +611,23 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     if which == 1 and setup.score_mod is not None:
         reason = _launch.why_not_learn(setup, arrays)
         if reason is not None:
-            if plan.backend == "automatic":
-                return None, pull
-            raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
+            return _refused(plan, reason), pull
     return setup, pull
+
+
+def _refused(plan: Plan, reason: str) -> None:
+    """Raises NotImplementedError where kernels were asked for by name; otherwise tiles do."""
+    if plan.backend != "automatic":
+        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
 
 
 def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -> str | None:
     """Why the GPU kernels do not serve a call; None if they do."""
-    if operands is None or plan.kernel is None:
+    if operands is None:
         most = _gpu_tiles.LARGEST_HEAD
         return f"kernels take float32, bfloat16 and float16, heads of at most {most} and no symbolic batch"
-    for tile in plan.kernel:
+    assert operands.tiles is not None
+    for tile in operands.tiles:
         for size in (tile.block_q, tile.block_kv):
             if size < 16 or size & (size - 1):
                 return f"tiles of kernels are powers of 2, at least 16; got {size}"
@@ -618,15 +641,18 @@ def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -
             pair_bytes += _pointwise.split(function).pair_bytes
     if plan.backend == "interpret":
         return None
-    return why_no_triton() or _why_no_room(plan.kernel, arrays, pair_bytes)
+    return why_no_triton() or _why_no_room(operands.tiles, arrays, pair_bytes)
 
 
 def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
     """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
     query, _, value, _ = arrays
+    reason = _gpu_tiles.why_too_old(_gpu_tiles.running_card())
+    if reason is not None:
+        return reason
     sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), _gpu_tiles.running_card()
-    for kind, tile in zip(("forward", "backward"), tiles, strict=True):
-        tile = _gpu_tiles.fit_stages(kind, tile, *sizes, card, pair_bytes=pair_bytes)
+    for kind, whole in zip(("forward", "backward"), tiles, strict=True):
+        tile = _gpu_tiles.fit_stages(kind, whole, *sizes, card, pair_bytes=pair_bytes)
         need, have = _gpu_tiles.need_and_have(kind, tile, *sizes, card, pair_bytes=pair_bytes)
         if need > have:
             whose = "this card has" if card else "some cards have"

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import jax
 
-from attnax.kernels._platform import has_nvidia_gpu
+from attnax.kernels._platform import abstract_device, has_nvidia_gpu
 
 __all__ = [
+    "BUSY",
     "LARGER",
     "LARGEST_HEAD",
     "TILES",
@@ -25,6 +26,7 @@ __all__ = [
     "running_card",
     "shared_bytes",
     "shared_memory",
+    "why_too_old",
 ]
 
 
@@ -65,13 +67,27 @@ LARGER = {
     ("backward", 16, 256): Tile(64, 32, 8, 2),
 }
 
+# Instead of both, for kernels that draw dropout or load something for each pair, which would spill registers.
+BUSY = {
+    ("forward", 16, 128): Tile(64, 64, 8, 2),
+    ("backward", 16, 64): Tile(64, 64, 8, 2),
+}
+
 LARGEST_HEAD = max(size for *_, size in TILES)
 _KIB = 1024
 _LARGE = 163 * _KIB
+_OLDEST = 80  # Triton's tensor cores of 16-bit floats, and the shared memory that all cards from then on have
 _SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, of the cards that have more than others
 _LEAST = 99
 _SLACK = 2 * _KIB  # for sums over rows, and barriers
-_NAMES = {"A100": 80, "A30": 80, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100, "B300": 103}
+_NAMES = {
+    **dict.fromkeys(("V100", "TITAN V"), 70),
+    **dict.fromkeys(("T4", "RTX 2080", "Quadro RTX"), 75),
+    **dict.fromkeys(("A100", "A800", "A30"), 80),
+    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), 90),
+    **dict.fromkeys(("B200", "GB200"), 100),
+    **dict.fromkeys(("B300", "GB300"), 103),
+}
 
 
 def running_card() -> int:
@@ -79,20 +95,33 @@ def running_card() -> int:
 
     The mesh that a program is traced under may name it (`jax.sharding.AbstractDevice`); else it is this process's.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = abstract_device()
     if device is not None:
-        return next((_NAMES[word] for word in re.findall(r"\w+", device.device_kind) if word in _NAMES), 0)
+        named = (card for name, card in _NAMES.items() if re.search(rf"\b{name}\b", device.device_kind))
+        return next(named, 0)
     return round(10 * float(jax.devices()[0].compute_capability)) if has_nvidia_gpu() else 0
 
 
+def why_too_old(card: int) -> str | None:
+    """Why no kernel is made for a card; None if it is new enough, or not known."""
+    if 0 < card < _OLDEST:
+        return f"the Pallas kernels are for GPUs of compute capability 8.0 and later; this one has {card / 10}"
+    return None
+
+
 def shared_memory(card: int) -> int:
-    """Bytes of shared memory that a program may take on a card, at least."""
+    """Bytes of shared memory that a program may take on a card of compute capability 8.0 or later, at least."""
     return _SHARED.get(card, _LEAST) * _KIB
 
 
-def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0) -> Tile:
-    """The tile of "forward", "backward" or "decode" for heads of this size: one that any card holds, or this one."""
+def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: bool = False) -> Tile:
+    """The tile of "forward", "backward" or "decode" for heads of this size: one that any card holds, or this one.
+
+    `busy` kernels draw dropout, or load something for each pair of a query and a key.
+    """
     key = min(key for key in TILES if key[:2] == (kind, bits) and key[2] >= head_dim)
+    if busy and key in BUSY:
+        return BUSY[key]
     return LARGER[key] if key in LARGER and shared_memory(card) >= _LARGE else TILES[key]
 
 

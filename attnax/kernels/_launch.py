@@ -36,10 +36,10 @@ from attnax.typing import Array
 
 __all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
 
-_PROGRAMS = 264  # two for each multiprocessor of an H100
+_DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
 _TABLE_CHUNK = 4096  # elements, at most, that a program keeps the gradient of in its registers
 _SMALL_TABLE = 1024  # elements of a table by several indices, of which a tile may read any
-_PROGRAMS = 1024  # of a table's gradient: enough for any GPU, and each writes its share of the table
+_TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the table
 
 
 Arrays = tuple[Array, Array, Array, Array]
@@ -114,7 +114,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
 def _num_parts(programs: int, num_kv: int) -> int:
     """Into how many parts the keys go so that every multiprocessor of a large GPU has work: a power of 2."""
     parts = 1
-    while programs * parts < _PROGRAMS and 2 * parts <= num_kv:
+    while programs * parts < _DECODING_PROGRAMS and 2 * parts <= num_kv:
         parts *= 2
     return parts
 
@@ -223,7 +223,7 @@ def _table_gradient(call: Call, inputs: Inputs, setup: Setup, n: int, shape: tup
         count = math.prod(sizes)
         size = min(_TABLE_CHUNK, _next_power_of_2(count))
         chunks = -(-count // size)
-        groups = min(call.grid.num_q, max(1, _PROGRAMS // (batch * heads * chunks)))
+        groups = min(call.grid.num_q, max(1, _TABLE_PROGRAMS // (batch * heads * chunks)))
         shapes = {"table": ((batch, heads, chunks, groups, size), jnp.float32)}
         grid = groups * chunks, heads, batch
         total = run("attnax_d_table", partial(d_table_kernel, call, n), call, grid, inputs, shapes)["table"]

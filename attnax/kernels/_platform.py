@@ -8,6 +8,8 @@ derivatives of the whole operation are those of the default one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["by_platform", "has_nvidia_gpu", "why_no_triton"]
+__all__ = ["abstract_device", "by_platform", "has_nvidia_gpu", "why_no_card", "why_no_triton"]
 
 Branch = Callable[..., Any]
 
@@ -64,6 +66,45 @@ def why_no_triton() -> str | None:
     except ImportError:
         return f"the Pallas kernels need Pallas' Triton backend, which JAX {jax.__version__} does not have"
     return None
+
+
+def abstract_device() -> Any:
+    """The device that the mesh of the program names (`jax.sharding.AbstractDevice`); None if it names none."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
+def why_no_card() -> str | None:
+    """Why this JAX lowers no kernel for the GPU that a program is for; None if it does, as JAX before 0.11.1 always."""
+    device = abstract_device()
+    if has_nvidia_gpu() or _lowers_kernels(device):
+        return None
+    which = "whose name it knows" if device is None else f"whose name it knows; got {device.device_kind!r}"
+    return (
+        f"JAX {jax.__version__} lowers kernels for a GPU only under a mesh with an AbstractDevice {which}; "
+        "docs/accelerators.md has an example"
+    )
+
+
+@functools.cache  # the answer is in the JAX that is installed
+def _lowers_kernels(device: Any) -> bool:
+    from jax.experimental import pallas as pl  # Pallas takes long to import, and is seldom wanted
+    from jax.experimental.pallas import triton
+
+    def copy(x: Any, out: Any) -> None:
+        out[...] = x[...]
+
+    shape = jax.ShapeDtypeStruct((1,), "float32")
+    mesh = jax.sharding.AbstractMesh((), ())
+    if device is not None:
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the backend, which the kernel itself will give
+        try:
+            kernel = pl.pallas_call(copy, out_shape=shape, compiler_params=triton.CompilerParams(num_warps=1))
+            jax.jit(kernel).trace(shape).lower(lowering_platforms=("cuda",))
+        except RuntimeError:
+            return False
+    return True
 
 
 _by_platform_p = Primitive("attnax_by_platform")

@@ -25,7 +25,7 @@ from attnax.kernels._pairs import ELEMENTWISE
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod, apply_score_mod, wide_dtype
 
-__all__ = ["Read", "Split", "add_slabs", "lift_mask", "lift_score_mod", "split", "why_not_split"]
+__all__ = ["Read", "Split", "add_slabs", "lift_mask", "lift_score_mod", "reads_pairs", "split", "why_not_split"]
 
 # Sizes that no real axis has: they tell queries from keys in the shapes of a traced function.
 _QUERIES, _KEYS = 1009, 1013
@@ -100,8 +100,8 @@ class Split:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes that are loaded for each pair of a query and a key."""
-        return sum(read.dtype.itemsize for read in self.reads)
+        """Bytes of shared memory that what is loaded for each pair takes: copies into it are of 4 bytes at least."""
+        return sum(max(4, read.dtype.itemsize) for read in self.reads)
 
     def compute_operands(
         self,
@@ -211,6 +211,12 @@ def split(lifted: Lifted) -> Split:
                 f"it uses a captured array of shape {_kind(var)[0]} as a whole; index it by b, h, q and kv"
             )
     return Split(lifted, tuple(needed_for(program.equations, wanted)), tuple(inside), tuple(wanted), tuple(reads))
+
+
+def reads_pairs(lifted: Lifted) -> bool:
+    """Whether it can be split, and then loads something for each pair of a query and a key."""
+    has_reads = any(eqn.primitive.name == "gather" for eqn in lifted.program.equations)
+    return has_reads and why_not_split(lifted) is None and bool(split(lifted).reads)
 
 
 def why_not_split(lifted: Lifted) -> str | None:

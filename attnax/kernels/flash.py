@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnax.kernels._cudnn import why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
 from attnax.kernels._pairs import MixedPairsError
-from attnax.kernels._platform import has_nvidia_gpu
+from attnax.kernels._platform import abstract_device, has_nvidia_gpu, why_no_card
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
 from attnax.typing import (
     Array,
@@ -313,6 +313,8 @@ def why_not_pallas(
     except MixedPairsError as error:
         return str(error).removeprefix("why_not_pallas: ")
     reason = why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
+    if reason is None and abstract_device() is not None:
+        reason = why_no_card()
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return f"the Pallas kernel is for NVIDIA GPUs; this process computes on {jax.default_backend()}"
     return reason

@@ -359,7 +359,12 @@ class Kernel:
                 found.append(where)
             return _load(score_mod, self.inputs.mod_tables, other, where)
 
-        score_mod(self.cut(self.inputs.mod, score_mod.operands, place), load, jnp.zeros(shape), *self.index(place))
+        score_mod(
+            self.cut(self.inputs.mod, score_mod.operands, place),
+            load,
+            jnp.zeros(shape, jnp.float32),
+            *self.index(place),
+        )
         return found[0]
 
     def careful(self, b: Any, h: Any) -> Any:
@@ -667,6 +672,6 @@ def _compiler_params(name: str, call: Call, inputs: Inputs) -> Any:
 
     kind = {"attnax_forward": "forward", "attnax_decode": "decode"}.get(name, "backward")
     sizes = inputs.query.shape[-1], inputs.value.shape[-1], 8 * inputs.query.dtype.itemsize
-    pair_bytes = sum(table.dtype.itemsize for table in (*inputs.mask_tables, *inputs.mod_tables))
+    pair_bytes = sum(function.pair_bytes for function in (call.mask, call.score_mod) if function is not None)
     tile = fit_stages(kind, call.tile, *sizes, running_card(), pair_bytes=pair_bytes)
     return triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -66,6 +66,8 @@ def test_what_is_larger_takes_no_less_shared_memory(kind, card):
         ("NVIDIA A100-SXM4-80GB", 80),
         ("NVIDIA H100 80GB HBM3", 90),
         ("NVIDIA B200", 100),
+        ("NVIDIA H20", 90),
+        ("Tesla T4", 75),
         ("NVIDIA A10", 0),
         ("NVIDIA GeForce RTX 4090", 0),
     ],
@@ -76,11 +78,11 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
         assert running_card() == card
         query = jax.ShapeDtypeStruct((1, 2, 512, 256), jnp.bfloat16)
         tiles = _engine.kernel_tiles(query, query, None)
-    assert tiles == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
+    assert tiles.plain == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 
 def test_a_card_that_is_not_known_has_the_least_shared_memory():
-    assert shared_memory(0) == shared_memory(86) == min(map(shared_memory, range(130))) == 99 * 1024
+    assert shared_memory(0) == shared_memory(86) == min(map(shared_memory, range(80, 130))) == 99 * 1024
     assert [shared_memory(card) // 1024 for card in KNOWN] == [163, 227, 227]
 
 
