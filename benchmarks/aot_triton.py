@@ -1,7 +1,7 @@
 """What the GPU kernels need of a card, from Triton's own compiler, on any machine: shared memory, registers, spills.
 
-    make aot-triton                                       # the table of docs/accelerators-triton.md
-    python benchmarks/aot_triton.py --json figures.json --markdown table.md
+    make aot-triton                                       # the table of docs/accelerators.md
+    python benchmarks/aot_triton.py --json figures.json --markdown docs/accelerators.md
     python benchmarks/aot_triton.py --search backward 128                 # which tiles fit: blocks, warps, stages
     python benchmarks/aot_triton.py --search forward 64 --dtype float32 --case "soft cap"
 
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _lowered import Kernel, gpu_mesh, kernels_of, parse
+from _pages import write_section
 
 from attnax import masks, pallas_flash_attention
 from attnax.cache import init_kv_layer_cache
@@ -127,7 +128,9 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     ),
 }
 
-PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 1}  # what a kernel loads for each pair
+PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 4}  # what a kernel loads for each pair
+PROMISED = "no mask", "causal", "soft cap"  # that registers suffice for, with 16 bits and heads up to 128
+MOST_SPILLS = {"forward": 0, "decode": 0, "backward": 64}  # bytes
 
 
 def _cached(head_dim: int, dtype: Any) -> tuple[Any, ...]:
@@ -155,10 +158,11 @@ def _paged(head_dim: int, dtype: Any) -> tuple[Any, ...]:
 DECODING: dict[str, Callable[[int, Any], tuple[Any, ...]]] = {"decoding": _cached, "paged decoding": _paged}
 
 CASES = [
-    *(Case(words, 64) for words in CALLS),
-    *(Case(words, 128) for words in ("no mask", "causal", "soft cap", "dropout")),
-    *(Case("causal", head_dim) for head_dim in (32, 80, 256)),
-    *(Case("causal", head_dim, "float32") for head_dim in (64, 128)),
+    *(Case(words, head_dim) for head_dim in (64, 128) for words in CALLS),
+    *(Case(words, head_dim) for head_dim in (32, 80) for words in PROMISED),
+    *(Case("causal", head_dim, "float16") for head_dim in (64, 128)),
+    Case("causal", 256),
+    *(Case("causal", head_dim, "float32") for head_dim in (64, 128, 256)),
     *(Case("decoding", head_dim) for head_dim in (64, 128, 256)),
     Case("decoding", 128, "float32"),
     *(Case("paged decoding", head_dim) for head_dim in (64, 128)),
@@ -218,7 +222,9 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
         found: dict[tuple[str, Tile], dict[str, Any]] = {}
         for chosen_for in (UNKNOWN, *(card for card in CARDS if card != UNKNOWN)):
             for kernel in case.kernels(chosen_for):
-                tile = _gpu_tiles.choose(kind_of(kernel.name), case.head_dim, case.bits, chosen_for.capability)
+                is_busy = case.words in (*PAIR_BYTES, "dropout")
+                sizes = case.head_dim, case.bits, chosen_for.capability
+                tile = _gpu_tiles.choose(kind_of(kernel.name), *sizes, busy=is_busy)
                 tile = tile._replace(num_stages=kernel.num_stages)
                 tile = tile._replace(block_kv=PAGE) if case.words == "paged decoding" else tile
                 cells = found.setdefault((kernel.name, tile), {})
@@ -238,24 +244,26 @@ def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: C
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: it does not compile, takes more than `_gpu_tiles` expects, or more than a card has."""
+    """What is wrong with a row: it does not compile, takes more than `_gpu_tiles` expects, a card has, or is promised."""
     found = []
+    is_promised = row["words"] in (*PROMISED, *DECODING) and row["head_dim"] <= 128 and row["dtype"] != "float32"
+    most = MOST_SPILLS[kind_of(f"attnax_{row['kernel']}")] if is_promised else None
     for card in CARDS:
         cell = row["cards"].get(card.name)
         if cell is not None and not cell.get("shared", card.shared + 1) <= cell["bound"] <= card.shared:
             found.append(f"{card.name}: {_cell(cell, card)}; at most {cell['bound']} bytes were expected")
+        elif cell is not None and most is not None and cell["spills"] > most:
+            found.append(f"{card.name}: {_cell(cell, card)}; at most {most} bytes of spills are promised")
     return found
 
 
 def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
-    """The table as a document."""
+    """What docs/accelerators.md says of them."""
     cards = " | ".join(
         f"{card.name}, sm_{card.capability}, {card.shared / 1024:.0f} KiB, {card.unit}" for card in CARDS
     )
     tools = ", ".join(f"{name} {number}" for name, number in versions.items())
     lines = [
-        "# The GPU kernels in Triton's compiler",
-        "",
         f"By `make aot-triton`: jax {jax.__version__}, {tools}. No kernel was run.",
         "",
         "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and what computes the",
@@ -301,7 +309,7 @@ def _found(cell: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--markdown", type=Path, help="write the table into this page")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-triton/bin/python", help="the one that has triton")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/aot-triton")
@@ -331,7 +339,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"versions": compiler.versions, "rows": table}, indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(markdown(table, compiler.versions))
+        write_section(options.markdown, "make aot-triton", markdown(table, compiler.versions))
     wrong = [f"{list(row.values())[:5]}, {fault}" for row in table for fault in faults(row)]
     if wrong:
         raise SystemExit("\n".join(wrong))
