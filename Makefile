@@ -84,7 +84,7 @@ test-all: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST)
 	$(MAKE) properties lint types wheel
 
-# Every Triton module of the full product, on this JAX.
+# Triton modules of thousands of calls, on this JAX: half an hour.
 modules: $(VENV)/.dev
 	PYTHONPATH=benchmarks:tests/triton JAX_PLATFORMS=cpu $(BIN)/python tests/triton/every_module.py
 

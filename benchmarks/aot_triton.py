@@ -244,7 +244,7 @@ def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: C
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: it does not compile, takes more than `_gpu_tiles` expects, a card has, or is promised."""
+    """What is wrong with a row: no kernel, or one that takes more than `_gpu_tiles` expects, a card has, or we say."""
     found = []
     is_promised = row["words"] in (*PROMISED, *DECODING) and row["head_dim"] <= 128 and row["dtype"] != "float32"
     most = MOST_SPILLS[kind_of(f"attnax_{row['kernel']}")] if is_promised else None

@@ -139,10 +139,13 @@ class Keys(NamedTuple):
 
 
 def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
-    """Raises ValueError for a tile size that is no whole number above 0."""
-    for size in block_size if isinstance(block_size, tuple) else (block_size,):
+    """Raises ValueError for a tile size that is no int above 0; two are the caller's `block_q` and `block_kv`."""
+    named = {"block_size": block_size}
+    if isinstance(block_size, tuple) and len(block_size) == 2:
+        named = {"block_q": block_size[0], "block_kv": block_size[1]}
+    for name, size in named.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{caller}: block_size must be a whole number, at least 1; got block_size={block_size!r}.")
+            raise ValueError(f"{caller}: {name} must be a whole number, at least 1; got {name}={size!r}.")
 
 
 def scale_query(query: Array, scale: Any, *, natural: bool) -> Array:

@@ -100,7 +100,9 @@ def why_not_cudnn_here() -> str | None:
     try:
         jax.eval_shape(functools.partial(cudnn_forward, call=Cudnn(1.0, True, None)), x, x, x)
     except RuntimeError as error:
-        return f"JAX {jax.__version__} cannot use cuDNN on this machine: {error}"
+        words = str(error).rstrip(".")
+        plugin = "Its CUDA plugin brings one: jax-cuda13-plugin[with-cuda]"
+        return f"JAX {jax.__version__} cannot use cuDNN here: {words}. {plugin}"
     return None
 
 

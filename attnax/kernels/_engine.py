@@ -203,6 +203,11 @@ def prepare(
     dropout_rate = 0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0)
     _blockwise.check_block_size(caller, block_size)
     full = *query.shape[:3], key.shape[2]
+    if not all(isinstance(size, int) for size in (*query.shape[1:], *key.shape[1:], value.shape[3])):
+        raise NotImplementedError(
+            f"{caller}: of its sizes tiles need all but the batch to be known; got query.shape={query.shape}, "
+            f"key.shape={key.shape}. Use standard_attention."
+        )
     mask, score_mod = resolve_masks(caller, options.get("mask"), options.get("score_mod"), full)
     dtype = wide_dtype(query.dtype)
     if 0 in (*full, value.shape[3]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -271,9 +272,9 @@ def pallas_flash_attention(
 
 
 def why_not_pallas(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
     *,
     platform: str | None = None,
     block_q: int | None = None,
@@ -286,9 +287,9 @@ def why_not_pallas(
     the reason is the platform; otherwise it raises.
 
     Args:
-        query: as in `pallas_flash_attention`.
-        key: as there.
-        value: as there.
+        query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.
+        key: likewise.
+        value: likewise.
         platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
         block_q: as in `pallas_flash_attention`.
         block_kv: as there. The card that the program is for must have the shared memory for these tiles: that of this
@@ -296,7 +297,7 @@ def why_not_pallas(
         options: the keywords that those functions share.
 
     Raises:
-        ValueError: arguments that no kernel takes.
+        ValueError: arguments that no kernel takes, or another platform.
 
     Example:
         >>> import jax.numpy as jnp
@@ -308,11 +309,17 @@ def why_not_pallas(
         >>> why_not_pallas(x, x, x, score_mod=lambda scores, b, h, q, kv: scores + jax.lax.erf(scores), platform="cuda")
         'no kernel can hold this score mod: erf'
     """
-    try:
-        call = prepare("why_not_pallas", query, key, value, block_size=(block_q, block_kv), backend="pallas", **options)
-    except MixedPairsError as error:
-        return str(error).removeprefix("why_not_pallas: ")
-    reason = why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
+    _check_question("why_not_pallas", platform, options)
+
+    def ask(query: Array, key: Array, value: Array) -> str | None:
+        blocks = block_q, block_kv
+        try:
+            call = prepare("why_not_pallas", query, key, value, block_size=blocks, backend="pallas", **options)
+        except MixedPairsError as error:
+            return str(error).removeprefix("why_not_pallas: ")
+        return why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
+
+    reason = _of_shapes(ask, query, key, value)
     if reason is None and abstract_device() is not None:
         reason = why_no_card()
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
@@ -321,9 +328,9 @@ def why_not_pallas(
 
 
 def why_not_cudnn(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
     *,
     return_lse: bool = False,
     platform: str | None = None,
@@ -336,15 +343,15 @@ def why_not_cudnn(
     `jax-cuda13-plugin[with-cuda]`), on a machine without a GPU too.
 
     Args:
-        query: as in `flash_attention`.
-        key: as there.
-        value: as there.
+        query: as in `flash_attention`, or a `jax.ShapeDtypeStruct`.
+        key: likewise.
+        value: likewise.
         return_lse: as there.
         platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
         options: the other keywords of `flash_attention` but `block_size`.
 
     Raises:
-        ValueError: arguments that no kernel takes.
+        ValueError: arguments that no kernel takes, or another platform.
 
     Example:
         >>> import jax.numpy as jnp
@@ -355,21 +362,44 @@ def why_not_cudnn(
         >>> why_not_cudnn(*[x.astype(jnp.bfloat16)[:, :, :36]] * 3)
         'this machine has no NVIDIA GPU'
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention("flash_attention", query, key, value, **options)
-    batch, heads, seq_q, _ = query.shape
-    full = batch, heads, seq_q, key.shape[2]
-    mask, score_mod = resolve_masks("flash_attention", options.get("mask"), options.get("score_mod"), full)
-    reason = why_not_cudnn_call(
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rate=0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
-        return_lse=return_lse,
-        scale=options.get("scale"),
-    )
+    _check_question("why_not_cudnn", platform, options)
+
+    def ask(query: Array, key: Array, value: Array) -> str | None:
+        check_attention("why_not_cudnn", query, key, value, **options)
+        batch, heads, seq_q, _ = query.shape
+        full = batch, heads, seq_q, key.shape[2]
+        mask, score_mod = resolve_masks("why_not_cudnn", options.get("mask"), options.get("score_mod"), full)
+        return why_not_cudnn_call(
+            query,
+            key,
+            value,
+            mask=mask,
+            score_mod=score_mod,
+            dropout_rate=0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
+            return_lse=return_lse,
+            scale=options.get("scale"),
+        )
+
+    reason = _of_shapes(ask, query, key, value)
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return "this machine has no NVIDIA GPU"
     return reason or why_not_cudnn_here()
+
+
+def _check_question(caller: str, platform: str | None, options: AttentionOptions) -> None:
+    """Raises ValueError for a platform that nobody asks about, TypeError for an unknown keyword."""
+    if platform not in (None, "cuda"):
+        raise ValueError(f'{caller}: platform must be "cuda" or None, for this process; got platform={platform!r}.')
+    unknown = sorted(set(options) - set(AttentionOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def _of_shapes(ask: Callable[[Array, Array, Array], str | None], *arrays: Any) -> str | None:
+    """What `ask` says of arrays, or of their shapes (`jax.ShapeDtypeStruct`)."""
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
+        query, key, value = map(jnp.asarray, arrays)
+        return ask(query, key, value)
+    answers = []
+    jax.eval_shape(lambda *traced: answers.append(ask(*traced)), *arrays)
+    return answers[0]

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from cases import CASES, contract_unless
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
@@ -223,6 +223,17 @@ def captured_arrays():
 
 
 CAPTURED = captured_arrays()
+
+
+def test_lengths_that_are_not_known_are_refused_in_words():
+    (length,) = export.symbolic_shape("length")
+    shape = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
+    with pytest.raises(
+        NotImplementedError, match="all but the batch to be known; got query.shape=.*standard_attention"
+    ):
+        jax.eval_shape(memory_efficient_attention, shape, shape, shape)
+
+
 SEVERAL = "dense", "by bucket", "where the score says", "in a loop", "under jit", "module"
 
 

@@ -83,7 +83,7 @@ def kernels_in(text):
         ({"mask": masks.sliding_window(32)}, "no NVIDIA GPU"),
         ({"scale": np.float32(0.3)}, "no NVIDIA GPU"),
         ({}, "no NVIDIA GPU"),
-        ({"platform": "cuda"}, "cannot use cuDNN on this machine: cuDNN is not detected"),
+        ({"platform": "cuda"}, "cannot use cuDNN here: cuDNN is not detected"),
         ({"platform": "cuda", "score_mod": lambda s, b, h, q, kv: s}, "score mod"),
     ],
 )

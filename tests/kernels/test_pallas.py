@@ -26,6 +26,7 @@ from attnax import (
     pallas_flash_attention,
     standard_attention,
     update_kv_layer_cache,
+    why_not_cudnn,
     why_not_pallas,
 )
 from attnax.kernels import _decode, _pairs, _pointwise, _tile_lists, score_mods
@@ -236,6 +237,36 @@ def test_a_mod_that_no_kernel_can_hold_is_refused_by_the_name_of_what_it_does(na
         explicit.lower(lowering_platforms=("cuda",))
     assert lowered(partial(flash_attention, score_mod=mod(array)), query, key, value) == set()
     explicit.lower(lowering_platforms=("cpu",))
+
+
+def test_questions_take_shapes_and_are_checked():
+    shape = jax.ShapeDtypeStruct((1, 4, 64, 64), jnp.bfloat16)
+    ask = partial(why_not_pallas, shape, shape, shape)
+    assert ask(platform="cuda") is None and "this process computes on cpu" in ask()
+    assert why_not_cudnn(shape, shape, shape) == "this machine has no NVIDIA GPU"
+    for question in (why_not_pallas, why_not_cudnn):
+        with pytest.raises(ValueError, match=f'{question.__name__}: platform must be "cuda" or None.*; got platform='):
+            question(shape, shape, shape, platform="gpu")
+        with pytest.raises(TypeError, match=rf"{question.__name__}\(\) got an unexpected keyword argument 'causal'"):
+            question(shape, shape, shape, causal=True)
+    for name, size in (("block_q", 0), ("block_kv", 1.5), ("block_q", "64")):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1; got {name}="):
+            ask(**{name: size})
+
+
+def test_a_card_that_jax_does_not_know_gets_tiles_and_a_warning():
+    if jax.__version_info__ < (0, 11, 1):
+        pytest.skip("this JAX lowers kernels for any GPU")
+    x, mesh = jnp.ones((1, 2, 64, 64), jnp.bfloat16), gpu_mesh(name="My GPU")
+    words = "only under a mesh with an AbstractDevice whose name it knows; got 'My GPU'; docs/accelerators.md"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert words in why_not_pallas(x, x, x, platform="cuda")
+    with pytest.warns(UserWarning, match=f"flash_attention: .*{words}.* It runs in tiles"):
+        assert lowered(flash_attention, x, x, x, mesh=mesh) == set()
+    with pytest.raises(NotImplementedError, match=f"pallas_flash_attention: .*{words}"):
+        lowered(pallas_flash_attention, x, x, x, mesh=mesh)
+    with pytest.raises(NotImplementedError, match="whose name it knows; docs/accelerators.md has an example"):
+        jax.jit(pallas_flash_attention).trace(x, x, x).lower(lowering_platforms=("cuda",))
 
 
 TABLE = np.ones((6, 2), np.float32)

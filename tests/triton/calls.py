@@ -74,7 +74,7 @@ def kernels(levels):
 
 
 def product():
-    """Every combination of the levels that make other modules; what is left out pads to a level that is here."""
+    """Every combination of most levels; all of them in all combinations would take a day."""
     sizes = "head 32", "head 20, value 24", "head 256"
     lengths = "aligned", "odd", "one query"
     dtypes = "bfloat16", "float32"

@@ -1,4 +1,4 @@
-"""The full product of `calls.py`: every module is lowered and verified; `make modules` exits 1 if one is invalid."""
+"""The product of `calls.py`: every module is lowered and verified; `make modules` exits 1 if one is invalid."""
 
 import concurrent.futures
 import multiprocessing
