@@ -588,7 +588,8 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
         if reason is not None and plan.backend == "automatic":
             warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
     if reason is not None:
-        return _refused(plan, reason), pull
+        _refuse(plan, reason)
+        return None, pull
     assert kernel is not None and kernel.tiles is not None
     from attnax.kernels import _launch
 
@@ -616,11 +617,12 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
     if which == 1 and setup.score_mod is not None:
         reason = _launch.why_not_learn(setup, arrays)
         if reason is not None:
-            return _refused(plan, reason), pull
+            _refuse(plan, reason)
+            return None, pull
     return setup, pull
 
 
-def _refused(plan: Plan, reason: str) -> None:
+def _refuse(plan: Plan, reason: str) -> None:
     """Raises NotImplementedError where kernels were asked for by name; otherwise tiles do."""
     if plan.backend != "automatic":
         raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")

@@ -239,6 +239,7 @@ def test_a_mod_that_no_kernel_can_hold_is_refused_by_the_name_of_what_it_does(na
     explicit.lower(lowering_platforms=("cpu",))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_questions_take_shapes_and_are_checked():
     shape = jax.ShapeDtypeStruct((1, 4, 64, 64), jnp.bfloat16)
     ask = partial(why_not_pallas, shape, shape, shape)
