@@ -27,7 +27,7 @@ from attnax import (
     standard_attention,
     update_kv_layer_cache,
 )
-from attnax.kernels import _chunks, _engine, _launch, pallas, score_mods
+from attnax.kernels import _chunks, _decode, _engine, _launch, pallas, ring, score_mods
 from attnax.kernels._dropout import dropout_words, keep_weights
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -63,7 +63,7 @@ class Card:
                 self.fault = fault  # JAX raises another error
                 raise
 
-        return jax.tree.unflatten(names, jax.pure_callback(on_card, results, *leaves))
+        return jax.tree.unflatten(names, jax.pure_callback(on_card, results, *leaves, vmap_method="sequential"))
 
     def __call__(self, function, *given):
         """`function(*given)` on the card."""
@@ -85,6 +85,8 @@ def card(monkeypatch):
     monkeypatch.setattr(_engine, "_attention", _engine._attention_of)
     monkeypatch.setattr(_chunks, "_attend", _chunks._attend.__wrapped__)
     monkeypatch.setattr(_launch, "run", card.run)
+    for module in (_engine, _decode):
+        monkeypatch.setattr(module, "why_no_card", lambda: None)
     return card
 
 
@@ -174,6 +176,36 @@ def test_results_and_gradients_are_those_of_the_definition(card, name):
     want = *oracle.attention(*given[:3], **known), *oracle.gradients(*given, d_lse=d_lse, **known)
     check(have, want, case.dtype)
     assert card.ran == ["forward", "d_query", "d_key_value"]
+
+
+@pytest.mark.contract
+def test_each_hop_of_a_ring_gives_its_share(card, monkeypatch):
+    """Two devices, as a mapped axis, each with a piece from the front and one from the back."""
+    monkeypatch.setattr(ring, "_ring", ring._ring_of)
+    query, key, value, d_out, d_lse = (x[:1] for x in arrays(52, 84))
+    table = normal(200)
+    orders = {length: ring.zigzag_order(length, 2) for length in (52, 84)}
+
+    def attend(attention, query, key, value, table, **options):
+        mod = lambda s, b, h, q, kv: s + table[q - kv + 100]
+        options |= {"mask": masks.sliding_window(29), "score_mod": mod, **DROPOUT}
+        return attention(query, key, value, **options)
+
+    def cut(x):
+        x = x[:, :, orders[x.shape[2]]]
+        return jnp.stack(jnp.split(x, 2, axis=2))
+
+    def whole(x, length):
+        return np.concatenate([*x], axis=2)[:, :, np.argsort(orders[length])]
+
+    shards = partial(everything, partial(attend, partial(ring.ring_attention, axis_name="seq", zigzag=True)))
+    run = jax.vmap(lambda *given: shards(*given, table), axis_name="seq")
+    *have, d_table = card(run, *map(cut, (query, key, value, d_out, d_lse)))
+    have = [*(whole(x, length) for x, length in zip(have, (52, 52, 52, 84, 84), strict=True)), d_table.sum(0)]
+    check(
+        have, jax.jit(partial(everything, partial(attend, standard_attention)))(query, key, value, d_out, d_lse, table)
+    )
+    assert card.ran == ["forward"] * 2 + ["d_query", "d_key_value", "d_table"] * 2
 
 
 ROUNDING = {jnp.float32: 5e-6, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}  # of the root mean square
