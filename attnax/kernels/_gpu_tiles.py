@@ -70,7 +70,7 @@ LARGER = {
 # Instead of both, for kernels that draw dropout or load something for each pair, which would spill registers.
 BUSY = {
     ("forward", 16, 128): Tile(64, 64, 8, 2),
-    ("backward", 16, 64): Tile(64, 64, 8, 2),
+    ("backward", 16, 64): Tile(64, 32, 4, 2),
 }
 
 LARGEST_HEAD = max(size for *_, size in TILES)
