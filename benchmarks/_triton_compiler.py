@@ -20,6 +20,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import make_backend
+from triton.errors import TritonError
 
 UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # tensor cores, by their instruction
 
@@ -35,7 +36,7 @@ def compile_module(text: str, capability: int, num_warps: int, num_stages: int) 
             try:
                 path.write_text(_simplified(str(path), target, options))
                 kernel = triton.compile(str(path), target=target, options=options)
-            except Exception as error:  # whatever a compiler dies of is a line of the table
+            except (RuntimeError, ValueError, TritonError) as error:
                 return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     said = log.getvalue()
     spills = re.search(r"(\d+) bytes spill stores", said)

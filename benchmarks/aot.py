@@ -320,7 +320,7 @@ class Compiler:
                     traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*placed)
                     compiled = traced.lower(lowering_platforms=(self.target,)).compile()
                 seconds = time.perf_counter() - start
-        except Exception as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # JAX's, and its compilers'
             return Result(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         memory = compiled.memory_analysis()
         sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -93,18 +94,20 @@ def _lowers_kernels(device: Any) -> bool:
     def copy(x: Any, out: Any) -> None:
         out[...] = x[...]
 
-    shape = jax.ShapeDtypeStruct((1,), "float32")
-    mesh = jax.sharding.AbstractMesh((), ())
-    if device is not None:
-        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+    def lowers() -> bool:
+        shape = jax.ShapeDtypeStruct((1,), "float32")
+        kernel = pl.pallas_call(copy, out_shape=shape, compiler_params=triton.CompilerParams(num_warps=1))
+        named = {} if device is None else {"abstract_device": device}
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), **named)):
+            try:
+                jax.jit(kernel).trace(shape).lower(lowering_platforms=("cuda",))
+            except RuntimeError:
+                return False
+        return True
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as elsewhere:  # not inside of a shard_map that asks
         warnings.simplefilter("ignore", DeprecationWarning)  # of the backend, which the kernel itself will give
-        try:
-            kernel = pl.pallas_call(copy, out_shape=shape, compiler_params=triton.CompilerParams(num_warps=1))
-            jax.jit(kernel).trace(shape).lower(lowering_platforms=("cuda",))
-        except RuntimeError:
-            return False
-    return True
+        return elsewhere.submit(lowers).result()
 
 
 _by_platform_p = Primitive("attnax_by_platform")

@@ -23,6 +23,7 @@ from attnax.kernels._blockwise import Plan as Tiles
 from attnax.kernels._blockwise import check_block_size, choose_tiles
 from attnax.kernels._dropout import dropout_words
 from attnax.kernels._engine import (
+    Arrays,
     Backend,
     Operands,
     Plan,
@@ -246,7 +247,7 @@ def _attend(
     ring = Ring(axis_name, size, zigzag)
     index = ring.index(0, seq_q), ring.index(0, seq_kv)
     arrays, operands = bind("ring_attention", plan, (query, key, value, scale), mask, score_mod, index, words)
-    out, lse = _ring(plan, ring, *arrays, operands.learned, operands)
+    out, lse = _ring(plan, ring, arrays, operands.learned, operands)
     return out.astype(query.dtype), lse
 
 
@@ -278,38 +279,26 @@ class Ring:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring_of(
-    plan: Plan,
-    ring: Ring,
-    query: Array,
-    key: Array,
-    value: Array,
-    scale: Array,
-    learned: tuple[Array, ...],
-    operands: Operands,
+    plan: Plan, ring: Ring, arrays: Arrays, learned: tuple[Array, ...], operands: Operands
 ) -> tuple[Array, Array]:
-    return _ring_forward(plan, ring, query, key, value, scale, learned, operands)[0]
+    return _ring_forward(plan, ring, arrays, learned, operands)[0]
 
 
 def _ring_forward(
-    plan: Plan,
-    ring: Ring,
-    query: Array,
-    key: Array,
-    value: Array,
-    scale: Array,
-    learned: tuple[Array, ...],
-    operands: Operands,
+    plan: Plan, ring: Ring, arrays: Arrays, learned: tuple[Array, ...], operands: Operands
 ) -> tuple[tuple[Array, Array], Any]:
+    query, key, value, scale = arrays
+
     def hop(count: Any, carry: Any) -> Any:
         state, shard = carry
         key, value = ring.send(shard)
         here = ring.operands(operands, count, key, query)
         return _tile.merge(state, _state(*attend_part(plan, (query, key, value, scale), here))), (key, value)
 
-    start = _state(*attend_part(plan, (query, key, value, scale), operands)), (key, value)
+    start = _state(*attend_part(plan, arrays, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = checkpoint_name(_tile.finish(state), "attention_out")
-    return (out, lse / _tile.LOG2E), ((query, key, value, scale), operands, out, lse)
+    return (out, lse / _tile.LOG2E), (arrays, operands, out, lse)
 
 
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
@@ -329,7 +318,7 @@ def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Arr
     d_query, sums, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, (d_query, sums, (key, value, d_key, d_value)))
     d_query, d_scale, d_learned = finish_parts(plan, arrays, operands, d_query, sums)
     d_key, d_value = (d.astype(x.dtype) for d, x in zip(ring.send(d_shard), (key, value), strict=True))
-    return d_query, d_key, d_value, d_scale, d_learned, None
+    return (d_query, d_key, d_value, d_scale), d_learned, None
 
 
 _ring_of.defvjp(_ring_forward, _ring_backward)
