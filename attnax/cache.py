@@ -21,20 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnax.checks import check_positions, check_shape, is_concrete, wide_dtype
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
 from attnax.int8_rows import Int8Rows, Rows, decode_rows, encode_rows, zero_rows
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Bool,
-    Float,
-    Int,
-    check_positions,
-    check_shape,
-    is_concrete,
-    pytree_dataclass,
-    wide_dtype,
-)
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = [
     "SPARE_SLOTS",

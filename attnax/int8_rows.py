@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attnax.typing import Array, ArrayLike, Float, Int, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Float, Int
 
 __all__ = ["Int8Rows", "Rows", "decode_rows", "encode_rows", "zero_rows"]
 

@@ -18,22 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Bool,
-    Full,
-    Index,
-    Int,
-    MaskMod,
-    ScoreMod,
-    check_mask_shape,
-    check_positions,
-    explain_tracing,
-    function_pytree,
-    is_concrete,
-    pytree_dataclass,
-)
+from attnax.checks import check_mask_shape, check_positions, explain_tracing, is_concrete
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Full, Index, Int, MaskMod, ScoreMod
 
 __all__ = [
     "Mask",

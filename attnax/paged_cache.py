@@ -17,19 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax.cache import StoredTokens, check_rows
+from attnax.checks import check_positions, check_shape, is_concrete
 from attnax.config import TransformerConfig
 from attnax.int8_rows import Int8Rows, decode_rows, encode_rows, zero_rows
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Bool,
-    Float,
-    Int,
-    check_positions,
-    check_shape,
-    is_concrete,
-    pytree_dataclass,
-)
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = [
     "PagedKVCache",

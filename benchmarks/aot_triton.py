@@ -8,7 +8,7 @@
 A program is lowered here, and its modules are compiled by `_triton_compiler.py` in an environment that has triton. No
 kernel runs: this says nothing of results or speed. XLA compiles the same modules with a Triton of its own, so that its
 figures can differ a little. What was compiled before is read from `.cache/aot-triton`. The exit code is 1 if a module
-needs more shared memory than a card has, or than `_gpu_tiles.shared_bytes` says.
+needs more shared memory than a card has, or than `tile_sizes.shared_bytes` says.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from _pages import write_section
 
 from attnax import masks, pallas_flash_attention
 from attnax.cache import init_kv_layer_cache
-from attnax.kernels import _gpu_tiles, score_mods
-from attnax.kernels._gpu_tiles import Tile
+from attnax.kernels import score_mods
+from attnax.kernels._gpu import tile_sizes
+from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import init_paged_kv_cache
@@ -51,7 +52,7 @@ class Card(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of shared memory that a program may take."""
-        return _gpu_tiles.shared_memory(self.capability)
+        return tile_sizes.shared_memory(self.capability)
 
 
 CARDS = (
@@ -224,7 +225,7 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
             for kernel in case.kernels(chosen_for):
                 is_busy = case.words in (*PAIR_BYTES, "dropout")
                 sizes = case.head_dim, case.bits, chosen_for.capability
-                tile = _gpu_tiles.choose(kind_of(kernel.name), *sizes, busy=is_busy)
+                tile = tile_sizes.choose(kind_of(kernel.name), *sizes, busy=is_busy)
                 tile = tile._replace(num_stages=kernel.num_stages)
                 tile = tile._replace(block_kv=PAGE) if case.words == "paged decoding" else tile
                 cells = found.setdefault((kernel.name, tile), {})
@@ -239,7 +240,7 @@ def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: C
     """What the compiler says of a kernel with warps and stages of a tile, and what `_gpu_tiles` expects at most."""
     sizes = case.head_dim, case.head_dim, case.bits, card.capability
     pair_bytes = PAIR_BYTES.get(case.words, 0)
-    bound = _gpu_tiles.shared_bytes(kind_of(kernel.name), tile, *sizes, pair_bytes=pair_bytes)
+    bound = tile_sizes.shared_bytes(kind_of(kernel.name), tile, *sizes, pair_bytes=pair_bytes)
     return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
 
 

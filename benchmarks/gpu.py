@@ -400,7 +400,7 @@ def show(table: Sequence[Sequence[str]]) -> None:
 
 
 def candidates(kind: str, *, rehearse: bool) -> list[Any]:
-    from attnax.kernels._gpu_tiles import Tile
+    from attnax.kernels._gpu.tile_sizes import Tile
 
     if rehearse:
         return [Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)]
@@ -414,7 +414,7 @@ def measure_tiles(options: argparse.Namespace) -> int:
 
     A tile of `LARGER` is one that `fits` does not allow for a card that is not known.
     """
-    from attnax.kernels._gpu_tiles import LARGER, TILES
+    from attnax.kernels._gpu.tile_sizes import LARGER, TILES
 
     for job in jobs_of(options):
         for kind in ("forward", "backward"):
@@ -436,7 +436,7 @@ def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, reh
     """Seconds of the Pallas kernels with each tile in the table, or why it is none for this device."""
     import jax
 
-    from attnax.kernels._gpu_tiles import LARGER, TILES
+    from attnax.kernels._gpu.tile_sizes import LARGER, TILES
 
     sets, extra = [jax_inputs(job, n) for n in range(SETS)], jax.device_put(job.extra)
     attend = attnax_attention(job, attnax_kernel("pallas", interpret=rehearse))

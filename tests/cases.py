@@ -10,13 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnax import (
-    flash_attention,
-    masks,
-    memory_efficient_attention,
-    pallas_flash_attention,
-    standard_attention,
-)
+from attnax import flash_attention, masks, memory_efficient_attention, pallas_flash_attention, standard_attention
 
 
 def contract_unless(is_quick, *values):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from attnax.cli.options import Bench
-from attnax.typing import InputError
+from attnax.errors import InputError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from attnax.cli.terminal import printable
+from attnax.errors import InputError
 from attnax.pretrained.errors import CheckpointError
-from attnax.typing import InputError
 
 if TYPE_CHECKING:
     from attnax.cli.options import Bench, Generate, Inspect, Train

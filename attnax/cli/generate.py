@@ -14,11 +14,11 @@ import jax
 from attnax.cli import terminal
 from attnax.cli.options import Generate
 from attnax.config import AttentionType, Dtype
+from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.pretrained.hub import find_folder
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
 from attnax.training import DamagedCheckpointError, open_run
-from attnax.typing import InputError
 
 MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published models are for more than memory may hold
 

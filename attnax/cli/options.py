@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from attnax.errors import InputError
 from attnax.training.run_folder import RunOptions, check_seed
-from attnax.typing import InputError
 
 if TYPE_CHECKING:
     from attnax.pretrained.generation_config import GenerationSettings

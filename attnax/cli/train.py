@@ -23,6 +23,7 @@ from tqdm import tqdm
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.options import Train
+from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
@@ -45,7 +46,6 @@ from attnax.training import (
     save_checkpoint,
     write_whole,
 )
-from attnax.typing import InputError
 from attnax.visualize import plot_training
 
 _SAMPLER = Sampler(0.8, top_p=0.95)  # of the text at the end, as that of `attnax generate`

@@ -14,7 +14,8 @@ from attnax.cache import select_rows
 from attnax.generation.loop import Step, Tokens, made, prompt_tokens, text_length
 from attnax.generation.request import Request
 from attnax.generation.text import Text
-from attnax.typing import Array, Float, Int, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Float, Int
 
 __all__ = ["Beams", "EarlyStopping", "beam_search"]
 

@@ -18,9 +18,11 @@ import numpy as np
 from jax import lax
 
 from attnax.cache import select_rows
+from attnax.checks import is_concrete
 from attnax.generation.request import Request, padded_length
 from attnax.generation.text import Text
-from attnax.typing import Array, Bool, Float, Int, is_concrete, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Bool, Float, Int
 
 __all__ = ["Generation", "Planned", "Step", "Tokens", "generate", "stream"]
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
+from attnax.checks import is_concrete
 from attnax.generation.samplers import Sampler
-from attnax.typing import Array, ArrayLike, Bool, Int, is_concrete, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Int
 
 __all__ = ["Request", "make_request", "padded_length", "place_like", "row_keys"]
 

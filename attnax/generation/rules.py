@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from attnax.generation.text import Text
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["TokenRules"]
 

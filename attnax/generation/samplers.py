@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnax.checks import check_shape, is_concrete
 from attnax.generation.text import Text
-from attnax.typing import Array, ArrayLike, Float, Int, check_shape, function_pytree, is_concrete, pytree_dataclass
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Float, Int
 
 __all__ = ["Sampler"]
 

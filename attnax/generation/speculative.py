@@ -36,7 +36,8 @@ from attnax.generation.loop import (
 )
 from attnax.generation.request import Request
 from attnax.generation.text import Text
-from attnax.typing import Array, Bool, Float, Int, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Bool, Float, Int
 
 __all__ = ["Draft", "accept_drafted", "generate_with_draft"]
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.typing import Array, ArrayLike, Bool, Int, check_shape, pytree_dataclass
+from attnax.checks import check_shape
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Int
 
 __all__ = ["Text"]
 

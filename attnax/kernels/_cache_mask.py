@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnax.checks import check_mask_shape
 from attnax.masks import AtPositions, Dense, Mask
-from attnax.typing import Array, Full, Index, check_mask_shape, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Full, Index
 
 __all__ = ["mask_of_cache"]
 

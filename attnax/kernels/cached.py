@@ -10,26 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
+from attnax.checks import check_attention, check_positions
 from attnax.int8_rows import Int8Rows, Rows, decode_rows
 from attnax.kernels._cache_mask import mask_of_cache
-from attnax.kernels._chunks import Chunk, attend_chunks
-from attnax.kernels._decode import Stored
+from attnax.kernels._core.stored import Chunk, Stored
+from attnax.kernels._decode_call import attend_chunks
 from attnax.kernels.flash import flash_attention
 from attnax.kernels.paged import paged_attention
 from attnax.masks import Mask, as_mask, at_positions, resolve_masks, sliding_window
 from attnax.paged_cache import PagedKVCache
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Float,
-    Int,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    check_attention,
-    check_positions,
-    pytree_dataclass,
-)
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod, Shaped
 
 __all__ = ["cached_attention"]
 

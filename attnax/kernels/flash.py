@@ -8,21 +8,13 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 
-from attnax.kernels._cudnn import why_not_cudnn_call, why_not_cudnn_here
-from attnax.kernels._engine import Call, attend, prepare, why_no_kernel
-from attnax.kernels._pairs import MixedPairsError
-from attnax.kernels._platform import abstract_device, has_nvidia_gpu, why_no_card
+from attnax.checks import check_attention
+from attnax.kernels._call import Call, attend, prepare, why_no_kernel
+from attnax.kernels._core.pairs import MixedPairsError
+from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
+from attnax.kernels._gpu.cudnn import why_not_cudnn_call, why_not_cudnn_here
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    check_attention,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = [
     "flash_attention",

@@ -10,18 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import LinearState
-from attnax.kernels._key_padding import split_mask
+from attnax.checks import check_attention, wide_dtype
+from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    check_attention,
-    wide_dtype,
-)
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["linear_attention"]
 

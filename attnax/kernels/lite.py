@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels._dropout import dropout_words, keep_weights
-from attnax.kernels._key_padding import split_mask
+from attnax.checks import check_attention, wide_dtype
+from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, check_attention, wide_dtype
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["lite_attention"]
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from attnax.kernels.flash import flash_attention
 from attnax.masks import Mask, as_mask, causal, mask_argument
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped, function_pytree, pytree_dataclass
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["NnxAttention", "nnx_attention_fn"]
 

@@ -2,7 +2,7 @@
 
 The pages of a row are gathered a chunk at a time, never the row as a whole and never the pool. The number of chunks is
 a value, not a shape: a step's work follows the tokens in use, in the same compiled program. What a chunk adds to the
-result is in `_tile.py`.
+result is in `_core/softmax.py`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnax.checks import check_attention, check_positions, is_concrete
 from attnax.int8_rows import Int8Rows, decode_rows
 from attnax.kernels._cache_mask import mask_of_cache
-from attnax.kernels._chunks import Chunk, Source, attend_chunks
-from attnax.kernels._decode import Stored
+from attnax.kernels._core.stored import Chunk, Source, Stored
+from attnax.kernels._decode_call import attend_chunks
 from attnax.masks import Mask, as_mask, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    Int,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    check_attention,
-    check_positions,
-    is_concrete,
-    pytree_dataclass,
-)
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped
 
 __all__ = ["paged_attention"]
 

@@ -18,11 +18,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.kernels import _tile
-from attnax.kernels._blockwise import Plan as Tiles
-from attnax.kernels._blockwise import check_block_size, choose_tiles
-from attnax.kernels._dropout import dropout_words
-from attnax.kernels._engine import (
+from attnax.checks import check_attention, is_concrete, wide_dtype
+from attnax.kernels._call import (
     Arrays,
     Backend,
     Operands,
@@ -34,22 +31,15 @@ from attnax.kernels._engine import (
     kernel_tiles,
     part_backward,
 )
-from attnax.kernels._lift import vary, varying_axes
-from attnax.kernels._pairs import check_pairs
+from attnax.kernels._core import softmax
+from attnax.kernels._core.dropout import dropout_words
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.pairs import check_pairs
+from attnax.kernels._xla.tile_loop import Plan as Tiles
+from attnax.kernels._xla.tile_loop import check_block_size, choose_tiles
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    check_attention,
-    is_concrete,
-    wide_dtype,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
@@ -293,12 +283,12 @@ def _ring_forward(
         state, shard = carry
         key, value = ring.send(shard)
         here = ring.operands(operands, count, key, query)
-        return _tile.merge(state, _state(*attend_part(plan, (query, key, value, scale), here))), (key, value)
+        return softmax.merge(state, _state(*attend_part(plan, (query, key, value, scale), here))), (key, value)
 
     start = _state(*attend_part(plan, arrays, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
-    out, lse = checkpoint_name(_tile.finish(state), "attention_out")
-    return (out, lse / _tile.LOG2E), (arrays, operands, out, lse)
+    out, lse = checkpoint_name(softmax.finish(state), "attention_out")
+    return (out, lse / softmax.LOG2E), (arrays, operands, out, lse)
 
 
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
@@ -325,9 +315,9 @@ _ring_of.defvjp(_ring_forward, _ring_backward)
 _ring = jax.jit(_ring_of, static_argnums=(0, 1))
 
 
-def _state(out: Array, lse: Array) -> _tile.SoftmaxState:
+def _state(out: Array, lse: Array) -> softmax.SoftmaxState:
     """A finished result as a state again: all its keys as one."""
-    return _tile.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
+    return softmax.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
 
 
 def _axis_size(axis_name: Any) -> int:

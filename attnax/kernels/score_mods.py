@@ -16,21 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax import masks
+from attnax.checks import is_concrete
 from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    Bool,
-    Float,
-    Full,
-    Index,
-    Int,
-    MaskMod,
-    ScoreMod,
-    function_pytree,
-    is_concrete,
-    pytree_dataclass,
-)
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Full, Index, Int, MaskMod, ScoreMod
 
 __all__ = [
     "additive_bias_mod",

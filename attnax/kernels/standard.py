@@ -10,23 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels._dropout import dropout_words, keep_weights
-from attnax.kernels._lift import Lifted, lift, sum_in_float32
-from attnax.kernels._pairs import check_pairs
-from attnax.kernels._shards import Offset, find_shards
+from attnax.checks import apply_score_mod, check_attention, wide_dtype
+from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
+from attnax.kernels._core.pairs import check_pairs
+from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    apply_score_mod,
-    check_attention,
-    wide_dtype,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["standard_attention"]
 

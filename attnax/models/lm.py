@@ -19,15 +19,7 @@ from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.models.transformer import TokenHead, TransformerDecoder
-from attnax.models.writing import (
-    CacheKind,
-    WriteOptions,
-    Writer,
-    beam_search,
-    generate,
-    prompt_or_positions,
-    stream,
-)
+from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnax.checks import wide_dtype
 from attnax.config import Pool
 from attnax.models.transformer import TransformerEncoder
 from attnax.nn._run import run_of
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, wide_dtype
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["SentenceEncoder"]
 

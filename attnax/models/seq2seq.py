@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnax.checks import is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
@@ -18,20 +19,13 @@ from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
-from attnax.models.writing import (
-    CacheKind,
-    WriteOptions,
-    Writer,
-    beam_search,
-    generate,
-    prompt_or_positions,
-    stream,
-)
+from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod, is_concrete, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["Transformer"]
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
+from attnax.checks import check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
@@ -20,7 +21,7 @@ from attnax.nn.embeddings import RelativePositionBias, TokenEmbedding, Transform
 from attnax.nn.linear import Linear
 from attnax.nn.norms import norm_of
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod, check_positions
+from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_positions"]
 

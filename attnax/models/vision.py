@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnax.checks import wide_dtype
 from attnax.config import VisionTransformerConfig, resolve_config
 from attnax.nn.blocks import EncoderBlock, Output
 from attnax.nn.dropout import Dropout
@@ -18,7 +19,7 @@ from attnax.nn.linear import Linear, make_initializer
 from attnax.nn.norms import norm_of
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Float, ScoreMod, wide_dtype
+from attnax.typing import Array, ArrayLike, Float, ScoreMod
 
 __all__ = ["VisionTransformer", "with_image_size"]
 

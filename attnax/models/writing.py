@@ -12,6 +12,7 @@ import numpy as np
 
 from attnax import generation
 from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
+from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
@@ -19,7 +20,8 @@ from attnax.generation.request import Request, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
-from attnax.typing import Array, ArrayLike, is_concrete, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike
 
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
 

@@ -8,13 +8,7 @@ from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import RMSNorm, create_norm
 from attnax.nn.patches import PatchEmbedding
-from attnax.nn.rope import (
-    RotaryEmbedding,
-    apply_rope,
-    rope_cos_sin_from_positions,
-    rope_cos_sin_table,
-    rope_inv_freq,
-)
+from attnax.nn.rope import RotaryEmbedding, apply_rope, rope_cos_sin_from_positions, rope_cos_sin_table, rope_inv_freq
 from attnax.nn.stack import Stack, with_scan_layers
 
 __all__ = [

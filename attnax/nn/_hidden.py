@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.kernels._lift import defer
+from attnax.kernels._core.lift import defer
 
 __all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
 

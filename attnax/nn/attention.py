@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
+from attnax.checks import check_positions, is_concrete
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels.cached import cached_attention
@@ -26,7 +27,7 @@ from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod, check_positions, is_concrete
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["KeysValues", "MultiHeadAttention"]
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn._rows import take_rows
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod, check_shape, is_concrete, wide_dtype
+from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod
 
 __all__ = [
     "LearnedPositionalEmbedding",

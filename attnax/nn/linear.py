@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from attnax.checks import wide_dtype
 from attnax.config import BlockConfig, Initializer
-from attnax.typing import Array, Float, wide_dtype
+from attnax.typing import Array, Float
 
 __all__ = ["Linear", "make_initializer"]
 

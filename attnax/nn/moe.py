@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from attnax.config import BlockConfig, resolve_config
-from attnax.nn._grouped import grouped_product
+from attnax.kernels.grouped import grouped_product
 from attnax.nn.dropout import Dropout, Jitter
 from attnax.nn.feedforward import ACTIVATIONS, FeedForward, activate
 from attnax.nn.linear import make_initializer

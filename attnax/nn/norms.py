@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnax.checks import wide_dtype
 from attnax.config import BlockConfig, NormKind
-from attnax.typing import Array, Float, wide_dtype
+from attnax.typing import Array, Float
 
 __all__ = ["LayerNorm", "OffsetRMSNorm", "RMSNorm", "create_norm", "norm_of", "rms_norm_of"]
 

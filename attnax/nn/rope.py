@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import RopeScaling
 from attnax.nn._rows import take_rows
-from attnax.typing import Array, ArrayLike, Float, Int, check_shape, is_concrete, wide_dtype
+from attnax.typing import Array, ArrayLike, Float, Int
 
 __all__ = [
     "RotaryEmbedding",

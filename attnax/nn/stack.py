@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attnax.checks import is_concrete
 from attnax.config import StackConfig
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
-from attnax.typing import Array, Float, is_concrete
+from attnax.typing import Array, Float
 
 __all__ = ["Stack", "with_scan_layers"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attnax.typing import InputError
+from attnax.errors import InputError
 
 __all__ = ["CheckpointError", "quoted"]
 

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from attnax.errors import InputError
 from attnax.generation import Sampler, TokenRules
 from attnax.generation.beam import EarlyStopping
 from attnax.models.seq2seq import Transformer
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.json_object import read_object
-from attnax.typing import ArrayLike, InputError
+from attnax.typing import ArrayLike
 
 __all__ = ["GenerationSettings", "load_generation_config", "read_generation_config"]
 

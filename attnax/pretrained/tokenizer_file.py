@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnax.errors import InputError
 from attnax.pretrained.errors import CheckpointError
-from attnax.typing import InputError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from attnax.config import TransformerConfig
+from attnax.errors import InputError
 from attnax.models import Transformer, TransformerLM
 from attnax.pretrained.generation_config import GenerationSettings
 from attnax.text.codec import Codec
-from attnax.typing import Array, InputError
+from attnax.typing import Array
 
 __all__ = ["TextModel", "Translator", "prompt_array"]
 

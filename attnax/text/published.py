@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from attnax.config import Dtype
+from attnax.errors import InputError
 from attnax.models import Transformer, TransformerLM
 from attnax.models.sentence import SentenceEncoder
 from attnax.pretrained import load_pretrained
@@ -16,7 +17,6 @@ from attnax.pretrained.json_object import read_object
 from attnax.pretrained.sentence import MODULES
 from attnax.text.model import TextModel, Translator
 from attnax.text.published_codec import PublishedCodec
-from attnax.typing import InputError
 
 __all__ = ["is_published", "open_published"]
 

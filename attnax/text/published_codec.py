@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from attnax.errors import InputError
 from attnax.pretrained.tokenizer_file import refusals_as
 from attnax.text.codec import REPLACEMENT, Decoder
-from attnax.typing import InputError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -13,7 +13,7 @@ from typing import SupportsInt
 import numpy as np
 import tokenizers
 
-from attnax.typing import InputError
+from attnax.errors import InputError
 
 __all__ = ["DOCUMENT", "NUM_BYTE_TOKENS", "Tokenizer", "byte_tokenizer", "train_bpe"]
 

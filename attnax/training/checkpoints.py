@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from attnax.typing import InputError
+from attnax.errors import InputError
 
 __all__ = [
     "DamagedCheckpointError",

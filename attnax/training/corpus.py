@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from attnax.errors import InputError
 from attnax.training.run_format import is_run_folder
-from attnax.typing import InputError
 
 __all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
 

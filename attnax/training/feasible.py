@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 
 from attnax.config import TransformerConfig
+from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.models import TransformerLM
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.trainer import Trainer
-from attnax.typing import InputError
 
 __all__ = ["require_memory", "require_traces"]
 

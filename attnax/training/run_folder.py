@@ -24,11 +24,11 @@ from typing import Any, Literal
 
 from attnax import __version__
 from attnax.config import TransformerConfig
+from attnax.errors import InputError
 from attnax.text.tokenizer import Tokenizer
 from attnax.training.corpus import Corpus
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
-from attnax.typing import InputError
 
 __all__ = ["LockedError", "RunFolder", "RunOptions", "check_seed", "write_whole"]
 

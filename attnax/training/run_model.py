@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 
 from attnax.config import Dtype, TransformerConfig
+from attnax.errors import InputError
 from attnax.models import TransformerLM
 from attnax.text import ByteCodec, TextModel
 from attnax.training.checkpoints import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
-from attnax.typing import InputError
 
 __all__ = ["open_run"]
 

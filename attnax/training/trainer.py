@@ -12,11 +12,13 @@ import optax
 from flax import nnx
 
 from attnax import masks
+from attnax.checks import check_shape
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
+from attnax.pytrees import pytree_dataclass
 from attnax.training.corpus import TokenStream
 from attnax.training.optimizer import OptimizerConfig
-from attnax.typing import Array, Bool, Float, Int, check_shape, pytree_dataclass
+from attnax.typing import Array, Bool, Float, Int
 
 __all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"]
 

@@ -27,11 +27,11 @@ from attnax.cli import main
 from attnax.cli.generate import _check_model as check_model
 from attnax.cli.generate import _read_prompt as read_prompt
 from attnax.cli.options import Generate
+from attnax.errors import InputError
 from attnax.generation import Beams, Generation
 from attnax.text import DOCUMENT, ByteCodec, TextModel, TextStream, byte_tokenizer
 from attnax.training import RunFolder, open_run, read_corpus
 from attnax.training.run_model import _abstract as abstract
-from attnax.typing import InputError
 
 
 def load_model(run):

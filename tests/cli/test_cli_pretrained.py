@@ -35,6 +35,7 @@ from attnax import Transformer, TransformerConfig, TransformerLM
 from attnax.cli import generate as generate_module
 from attnax.cli import main
 from attnax.cli.inspect import collapse
+from attnax.errors import InputError
 from attnax.generation import Beams, Generation
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
@@ -42,7 +43,6 @@ from attnax.pretrained.json_object import MAX_JSON_BYTES
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.text import PublishedCodec, Translator, open_published
 from attnax.training import open_run
-from attnax.typing import InputError
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())

@@ -13,7 +13,8 @@ import attnax
 from attnax import TransformerConfig, TransformerLM
 from attnax.cache import EmptyCache, init_decoder_kv_caches_from_config
 from attnax.generation.request import padded_length
-from attnax.kernels import _decode, _engine, _pointwise
+from attnax.kernels import _call
+from attnax.kernels._gpu import decode, split
 
 CONFIG = TransformerConfig(
     vocab_size=31, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=1024, pos_emb_type="rope"
@@ -138,10 +139,10 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
         raise AssertionError("traced for a GPU")
 
     for module, name in (
-        (_pointwise, "lift_mask"),
-        (_pointwise, "lift_score_mod"),
-        (_engine._tile_lists, "lift_bounds"),
-        (_decode, "bind_kernel"),
+        (split, "lift_mask"),
+        (split, "lift_score_mod"),
+        (_call._tile_lists, "lift_bounds"),
+        (decode, "bind_kernel"),
     ):
         monkeypatch.setattr(module, name, refuse)
     kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}

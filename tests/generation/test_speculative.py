@@ -16,7 +16,7 @@ from tiny import build
 
 from attnax import Sampler, TransformerConfig, TransformerLM, generation
 from attnax.generation import speculative
-from attnax.typing import pytree_dataclass
+from attnax.pytrees import pytree_dataclass
 
 CONFIG = TransformerConfig(
     vocab_size=23, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=40, dropout_rate=0.0,

@@ -23,7 +23,7 @@ from attnax import (
     why_not_pallas,
 )
 from attnax.kernels import score_mods
-from attnax.kernels._platform import has_nvidia_gpu
+from attnax.kernels._core.platform import has_nvidia_gpu
 
 if not has_nvidia_gpu():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)

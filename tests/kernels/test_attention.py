@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from attnax import flash_attention, masks, standard_attention
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._core.dropout import dropout_words, keep_weights
 
 # What `make test` runs; the rest of the table is for `make contract`.
 QUICK = {

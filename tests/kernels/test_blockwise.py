@@ -14,9 +14,9 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
-from attnax.kernels import _blockwise
+from attnax.kernels._xla import tile_loop
 from attnax.kernels.score_mods import relative_table_mod
-from attnax.typing import pytree_dataclass
+from attnax.pytrees import pytree_dataclass
 
 SEQ, TILE = 96, 16
 IDS = np.repeat([0, 1, 2], [32, 48, 16])
@@ -67,7 +67,7 @@ def every_dense():
 
 @pytest.mark.parametrize(("length", "size"), [(7, 7), (512, 512), (513, 272), (1025, 352), (1500, 512), (5000, 512)])
 def test_a_length_is_cut_into_the_fewest_tiles_as_evenly_as_whole_16s_allow(length, size):
-    assert _blockwise._even(length, 512) == size
+    assert tile_loop._even(length, 512) == size
     assert -(-length // size) == -(-length // 512)
 
 

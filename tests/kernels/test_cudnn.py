@@ -13,7 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from attnax import flash_attention, masks, pallas_flash_attention, why_not_cudnn
-from attnax.kernels import _cudnn, _engine
+from attnax.kernels import _call
+from attnax.kernels._gpu import cudnn as engine
 
 PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(32)}
 
@@ -21,9 +22,9 @@ PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(
 @pytest.fixture
 def another_machine():
     """What was found out of this one is asked again, in the test and after it."""
-    _cudnn.why_not_cudnn_here.cache_clear()
+    engine.why_not_cudnn_here.cache_clear()
     yield
-    _cudnn.why_not_cudnn_here.cache_clear()
+    engine.why_not_cudnn_here.cache_clear()
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def cudnn(another_machine, monkeypatch):
 
 @pytest.fixture
 def gpu(cudnn, monkeypatch):
-    monkeypatch.setattr(_engine, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(_call, "has_nvidia_gpu", lambda: True)
 
 
 def arrays(dtype=jnp.bfloat16, rows=2, sharding=None):
@@ -110,7 +111,7 @@ def test_asked_for_another_platform_the_machine_does_not_count(mask):
 
 def test_an_old_gpu_is_a_reason(another_machine, monkeypatch):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
-    monkeypatch.setattr(_cudnn, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(cudnn, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [type("T4", (), {"compute_capability": "7.5"})])
     assert "compute capability 8.0" in why_not_cudnn(x, x, x, platform="cuda")
 
@@ -203,8 +204,8 @@ def test_over_several_gpus_that_are_elsewhere_the_kernels_run():
 def test_the_backward_pass_computes_nothing_of_the_forward_pass_again():
     query, key, value = arrays()
     lse = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
-    call = _cudnn.Cudnn(0.125, True, None)
-    run = lambda *x: _cudnn.cudnn_backward(*x[:3], call, *x[3:])
+    call = engine.Cudnn(0.125, True, None)
+    run = lambda *x: engine.cudnn_backward(*x[:3], call, *x[3:])
     (custom_vmap,) = jax.make_jaxpr(run)(query, key, value, query, lse, query).eqns
     traced = custom_vmap.params["call"]
     used, _ = dce_jaxpr(getattr(traced, "jaxpr", traced), [True] * 3)

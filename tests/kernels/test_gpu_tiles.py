@@ -9,8 +9,9 @@ import pytest
 from _lowered import gpu_mesh, kernels_of
 
 from attnax import pallas_flash_attention
-from attnax.kernels import _decode, _engine
-from attnax.kernels._gpu_tiles import (
+from attnax.kernels import _call
+from attnax.kernels._gpu import decode
+from attnax.kernels._gpu.tile_sizes import (
     LARGER,
     TILES,
     Tile,
@@ -77,7 +78,7 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
     with on(name):
         assert running_card() == card
         query = jax.ShapeDtypeStruct((1, 2, 512, 256), jnp.bfloat16)
-        tiles = _engine.kernel_tiles(query, query, None)
+        tiles = _call.kernel_tiles(query, query, None)
     assert tiles.plain == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 
@@ -89,8 +90,8 @@ def test_a_card_that_is_not_known_has_the_least_shared_memory():
 def test_pages_that_no_card_holds_are_left_to_the_chunks():
     def paged(page):
         pages = jnp.zeros((1, page, 1, 128), jnp.bfloat16)
-        stored = _decode.Stored(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
-        return _decode._tile_of(jnp.zeros((1, 4, 1, 128), jnp.bfloat16), stored)
+        stored = decode.Stored(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+        return decode._tile_of(jnp.zeros((1, 4, 1, 128), jnp.bfloat16), stored)
 
     assert paged(16).block_kv == 16
     assert paged(128).block_kv == 128

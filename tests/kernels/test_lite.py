@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnax import masks
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels.lite import lite_attention
 
 LENGTHS = np.array([11, 5])

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from attnax import MultiHeadAttention, masks, standard_attention
 from attnax.kernels import paged
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels.paged import paged_attention
 from attnax.masks import MaskedScoreMod
 from attnax.paged_cache import (
@@ -25,7 +25,7 @@ from attnax.paged_cache import (
     gather_kv,
     init_paged_kv_cache,
 )
-from attnax.typing import pytree_dataclass
+from attnax.pytrees import pytree_dataclass
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, QUERIES = 6, 2, 5, 7, 5
 LENGTHS = np.array([311, 0, 257, 3, 131])  # more than a chunk, nothing, one more than a chunk, fewer than the queries

@@ -25,8 +25,8 @@ from attnax import (
     update_kv_layer_cache,
     why_not_pallas,
 )
-from attnax.kernels._engine import prepare
-from attnax.kernels._pairs import why_not_pairs
+from attnax.kernels._call import prepare
+from attnax.kernels._core.pairs import why_not_pairs
 from attnax.kernels.score_mods import compose_score_mods, soft_cap_mod
 
 FULL = 2, 3, 5, 7

@@ -29,8 +29,10 @@ from attnax import (
     why_not_cudnn,
     why_not_pallas,
 )
-from attnax.kernels import _decode, _pairs, _pointwise, _tile_lists, score_mods
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels import score_mods
+from attnax.kernels._core import pairs
+from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._gpu import decode, split, tile_lists
 from attnax.kernels.paged import _as_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
@@ -422,13 +424,13 @@ def every_tile_list():
     def run():
         results = {}
         for name in MASKED:
-            mask, grid = masks.as_mask(MASKS[name]), _tile_lists.TileGrid(SEQ, SEQ, 16, 32)
-            lifted = _pointwise.lift_mask(mask, frozenset())
-            bounds = _tile_lists.lift_bounds(mask, grid, 1, 1, frozenset())
-            codes = _tile_lists.tile_codes(
-                grid, 1, 1, bounds, _pointwise.split(lifted), lifted.values, is_opaque=mask.is_opaque
+            mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
+            lifted = split.lift_mask(mask, frozenset())
+            bounds = tile_lists.lift_bounds(mask, grid, 1, 1, frozenset())
+            codes = tile_lists.tile_codes(
+                grid, 1, 1, bounds, split.split(lifted), lifted.values, is_opaque=mask.is_opaque
             )
-            lists = _tile_lists.TileList.of(codes)
+            lists = tile_lists.TileList.of(codes)
             results[name] = codes, lists.order, lists.num_visited
         return results
 
@@ -439,15 +441,15 @@ def every_tile_list():
 def test_lists_name_the_tiles_in_which_something_is_attended(name):
     codes, order, num_visited = every_tile_list()[name]
     tiles = dense(name).reshape(6, 16, 3, 32)
-    want = np.where(tiles.any((1, 3)), np.where(tiles.all((1, 3)), _tile_lists.FULL, _tile_lists.PARTIAL), 2)
+    want = np.where(tiles.any((1, 3)), np.where(tiles.all((1, 3)), tile_lists.FULL, tile_lists.PARTIAL), 2)
     have = np.broadcast_to(codes, (1, 1, 6, 3))[0, 0]
-    np.testing.assert_array_equal(have == _tile_lists.EMPTY, want == _tile_lists.EMPTY)
-    assert (have[have == _tile_lists.FULL] == want[have == _tile_lists.FULL]).all()
+    np.testing.assert_array_equal(have == tile_lists.EMPTY, want == tile_lists.EMPTY)
+    assert (have[have == tile_lists.FULL] == want[have == tile_lists.FULL]).all()
     if masks.as_mask(MASKS[name]).is_opaque:
         np.testing.assert_array_equal(have, want)
     for i in range(codes.shape[2]):
         visited = order[0, 0, i, : num_visited[0, 0, i]]
-        assert sorted(visited.tolist()) == np.flatnonzero(have[i % have.shape[0]] != _tile_lists.EMPTY).tolist()
+        assert sorted(visited.tolist()) == np.flatnonzero(have[i % have.shape[0]] != tile_lists.EMPTY).tolist()
 
 
 def test_full_tiles_are_not_tested():
@@ -540,7 +542,7 @@ def elementwise():
     compared = ("eq", "ge", "gt", "le", "lt", "ne")
     bits = ("and", "or", "xor")
     shifts = ("shift_left", "shift_right_arithmetic", "shift_right_logical")
-    for name in _pairs.ELEMENTWISE:
+    for name in pairs.ELEMENTWISE:
         f = getattr(lax, f"bitwise_{name}" if name in bits else name, None)
         if name in special:
             yield name, special[name]
@@ -665,7 +667,7 @@ class TestDecode:
     def test_a_contiguous_cache(self, case, seq_q):
         options = DECODED[case]
         query, positions = normal(2, 6, seq_q, 16), np.arange(70 - seq_q, 70)
-        stored = _decode.Stored(contiguous().keys, contiguous().values, contiguous().positions, None)
+        stored = decode.Stored(contiguous().keys, contiguous().values, contiguous().positions, None)
         positions = np.broadcast_to(positions, (2, seq_q))
         self.check(query, stored, positions, options, self.exact(query, positions, np.array([70, 70]), options))
         assert lowered(partial(cached_attention, **options), query, contiguous(), positions) == {"decode"}
@@ -690,7 +692,7 @@ class TestDecode:
         query, positions = normal(2, 6, 2, 16), np.array([[4, 69], [4, 69]])
         keys = np.array(contiguous().keys)
         keys[0, 1, 5, 3] = np.inf
-        stored = _decode.Stored(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
+        stored = decode.Stored(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
         options = {"mask": masks.causal()}
         want = self.exact(query, positions, np.array([70, 70]), options)
         for x in want:
@@ -719,10 +721,10 @@ class TestDecode:
 
         @jax.jit
         def run(*arrays):
-            call = _decode.bind_kernel(
+            call = decode.bind_kernel(
                 "test", *arrays, None if mask is None else masks.as_mask(mask), options.get("score_mod"), frozenset()
             )
-            return _decode.decode(call, interpret=True)
+            return decode.decode(call, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, stored, jnp.asarray(positions)), want, strict=True):

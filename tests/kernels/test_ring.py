@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import build
 
 from attnax import MultiHeadAttention, masks, ring_attention, ring_attention_reference, standard_attention, zigzag_order
-from attnax.kernels import _platform, ring
+from attnax.kernels import ring
+from attnax.kernels._core import platform
 
 SEQ = PartitionSpec(None, None, "seq")
 
@@ -188,7 +189,7 @@ class TestOnGpus:
         return out, lse[..., None], *d_arrays, d_scale.reshape(1)
 
     def test_its_kernels_are_lowered_and_valid(self):
-        _platform._lowers_kernels.cache_clear()  # so that it is asked inside of the shard_map
+        platform._lowers_kernels.cache_clear()  # so that it is asked inside of the shard_map
         cut, whole = PartitionSpec(None, None, "gpus"), PartitionSpec()
         mesh, attend = gpu_mesh(2), partial(ring_attention, axis_name="gpus", return_lse=True)
         specs = (cut,) * 3, (cut,) * 5

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
-from attnax.kernels import _splash
+from attnax.kernels._tpu import splash as engine
 from attnax.kernels.score_mods import alibi_mod, soft_cap_mod
 
 CASES = {
@@ -61,7 +61,7 @@ def arrays(*lengths, **options):
 
 
 def why_not(query, key, value, mask=None, score_mod=None, dropout_rate=0.0, return_lse=False):
-    return _splash.why_not_splash(
+    return engine.why_not_splash(
         query, key, value, mask=mask, score_mod=score_mod, dropout_rate=dropout_rate, return_lse=return_lse
     )
 
@@ -70,8 +70,8 @@ def splash(mask, score_mod, query, key, value, cotangent, scale):
     """(out, lse) and the gradients of (scale * query, key, value)."""
     assert why_not(query, key, value, mask, score_mod) is None
     given = query, key, value, scale, mask, score_mod
-    results = _splash.splash_forward(*given)
-    return results, _splash.splash_backward(*given, *results, cotangent)
+    results = engine.splash_forward(*given)
+    return results, engine.splash_backward(*given, *results, cotangent)
 
 
 def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
@@ -100,8 +100,8 @@ def test_the_backward_pass_reads_the_results_that_it_is_given(interpreted):
 
     def gradients(add, factor):
         call = *given, jnp.float32(0.3), masks.causal(), None
-        out, lse = _splash.splash_forward(*call)
-        return _splash.splash_backward(*call, factor * out, lse + add, cotangent)
+        out, lse = engine.splash_forward(*call)
+        return engine.splash_backward(*call, factor * out, lse + add, cotangent)
 
     gradients = jax.jit(gradients)
     (d_query, _, d_value), (_, _, halved), (other, _, same) = (
@@ -167,7 +167,7 @@ def test_a_cotangent_that_is_not_finite_reaches_the_keys_of_its_query_only(inter
 def test_blocks_of_one_answer_are_those_of_the_whole_mask(window, seq_q, seq_kv):
     sides = (None if window is None else window - 1, 0)
     whole = splash_attention.LocalMask((seq_q, seq_kv), sides, 0)
-    quick = _splash._causal_mask()((seq_q, seq_kv), sides, 0)
+    quick = engine._causal_mask()((seq_q, seq_kv), sides, 0)
     for q in range(0, seq_q, 128):
         for kv in range(0, seq_kv, 128):
             block = slice(q, q + 128), slice(kv, kv + 128)
@@ -175,7 +175,7 @@ def test_blocks_of_one_answer_are_those_of_the_whole_mask(window, seq_q, seq_kv)
 
 
 def test_equal_calls_make_equal_masks():
-    first, second = (_splash._causal_mask()((256, 256), (6, 0), 0) for _ in range(2))
+    first, second = (engine._causal_mask()((256, 256), (6, 0), 0) for _ in range(2))
     assert first == second and hash(first) == hash(second)
 
 
@@ -270,7 +270,7 @@ def test_both_passes_lower_for_a_tpu_without_one(name, dtype):
 
 @pytest.mark.parametrize("before", [None, 1, 5, 16, 40])
 def test_the_mask_of_a_block_is_its_formula_and_one_entry_where_all_pairs_agree(before):
-    mask = _splash._causal_mask()((64, 64), (None if before is None else before - 1, 0), 0)
+    mask = engine._causal_mask()((64, 64), (None if before is None else before - 1, 0), 0)
     q, kv = np.indices((64, 64))
     want = (kv <= q) & (q - kv < (before or 64))
     for size in (8, 16):
@@ -284,7 +284,7 @@ def test_the_mask_of_a_block_is_its_formula_and_one_entry_where_all_pairs_agree(
 
 def test_blocks_are_the_largest_that_divide_the_length():
     lengths = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 768: 384, 1280: 256, 1536: 512}
-    assert {length: _splash._block_size(length) for length in lengths} == lengths
+    assert {length: engine._block_size(length) for length in lengths} == lengths
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -294,7 +294,7 @@ def test_a_bad_row_reaches_those_who_attend_it_and_no_others(backwards):
     for mask, length in every.items():
         q, kv = np.indices((20, length) if backwards else (length, 20))
         attends = np.ones(q.shape, bool) if mask is None else np.asarray(mask(0, 0, q, kv))
-        reached = _splash._reach(jnp.asarray(bad), mask, length, backwards=backwards)
+        reached = engine._reach(jnp.asarray(bad), mask, length, backwards=backwards)
         want = (attends if backwards else attends.T) & bad[..., None]
         np.testing.assert_array_equal(reached, want.any(2))
 
@@ -320,6 +320,6 @@ def test_products_are_as_exact_as_the_dtype(dtype, precision):
 
 @pytest.mark.contract
 def test_importing_loads_no_pallas():
-    code = "import sys, attnax.kernels._splash; print('jax.experimental.pallas.tpu' in sys.modules)"
+    code = "import sys, attnax.kernels._tpu.splash; print('jax.experimental.pallas.tpu' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from tiny import build
 
 from attnax import BlockConfig
-from attnax.nn._grouped import grouped_product, make_tiles, tile_length
+from attnax.kernels.grouped import grouped_product, make_tiles, tile_length
 from attnax.nn.moe import MixtureOfExperts
 
 D_MODEL, D_FF, EXPERTS, TOKENS = 7, 11, 5, (3, 13)

@@ -8,10 +8,10 @@ import pytest
 from tiny import build
 
 from attnax import Sampler, Transformer, TransformerConfig, TransformerLM
+from attnax.errors import InputError
 from attnax.generation import TokenRules
 from attnax.pretrained import CheckpointError, GenerationSettings, load_generation_config
 from attnax.pretrained.errors import quoted
-from attnax.typing import InputError
 
 KIND = {"d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 32}
 PROMPT = np.array([[3, 1, 4, 1, 5]])

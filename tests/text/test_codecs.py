@@ -21,8 +21,8 @@ from small_tokenizers import (
 )
 from tokenizers import decoders, models
 
+from attnax.errors import InputError
 from attnax.text import ByteCodec, ByteDecoder, PublishedCodec, TextStream, byte_tokenizer, spell
-from attnax.typing import InputError
 
 
 def decode(codec, tokens, before=()):

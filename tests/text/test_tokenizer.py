@@ -6,8 +6,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnax.errors import InputError
 from attnax.text import Tokenizer, byte_tokenizer, train_bpe
-from attnax.typing import InputError
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import build
 
 from attnax import TransformerConfig, TransformerLM
+from attnax.errors import InputError
 from attnax.training import (
     OptimizerConfig,
     TokenStream,
@@ -25,7 +26,6 @@ from attnax.training import (
     restore_checkpoint,
     save_checkpoint,
 )
-from attnax.typing import InputError
 
 MODEL = TransformerConfig(
     vocab_size=17, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7, dropout_rate=0.0, pos_emb_type="rope"

@@ -27,8 +27,9 @@ from attnax import (
     standard_attention,
     update_kv_layer_cache,
 )
-from attnax.kernels import _chunks, _decode, _engine, _launch, pallas, ring, score_mods
-from attnax.kernels._dropout import dropout_words, keep_weights
+from attnax.kernels import _call, _decode_call, ring, score_mods
+from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._gpu import decode, kernels, launch
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
@@ -42,11 +43,11 @@ class Card:
         self.fault = None
 
     def run(self, name, kernel, call, grid, inputs, shapes):
-        """In place of `pallas.run`."""
+        """In place of `kernels.run`."""
         leaves, structure = jax.tree.flatten(inputs)
 
         def lower(*leaves):
-            return pallas.run(name, kernel, call, grid, jax.tree.unflatten(structure, leaves), shapes)
+            return kernels.run(name, kernel, call, grid, jax.tree.unflatten(structure, leaves), shapes)
 
         (lowered,) = kernels_of(lower, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
         name = name.removeprefix("attnax_")
@@ -79,13 +80,13 @@ class Card:
 def card(monkeypatch):
     """The engines run their kernels on it."""
     card = Card()
-    for module in (_engine, _chunks):
+    for module in (_call, _decode_call):
         monkeypatch.setattr(module, "by_platform", lambda _, *arguments, **of: of["cuda"](*arguments))
     # Without their own jit, which would remember programs for the CPU.
-    monkeypatch.setattr(_engine, "_attention", _engine._attention_of)
-    monkeypatch.setattr(_chunks, "_attend", _chunks._attend.__wrapped__)
-    monkeypatch.setattr(_launch, "run", card.run)
-    for module in (_engine, _decode):
+    monkeypatch.setattr(_call, "_attention", _call._attention_of)
+    monkeypatch.setattr(_decode_call, "_attend", _decode_call._attend.__wrapped__)
+    monkeypatch.setattr(launch, "run", card.run)
+    for module in (_call, decode):
         monkeypatch.setattr(module, "why_no_card", lambda: None)
     return card
 
@@ -259,12 +260,12 @@ LEARNED = {  # name: (array, score mod of it, mask, the kernels that this takes 
 
 @pytest.mark.parametrize("name", [contract_unless(name == "T5 & a bias of pairs", name) for name in LEARNED])
 def test_what_a_mod_captures_gets_the_gradient_of_the_definition(card, name):
-    captured, mod, mask, kernels = LEARNED[name]
+    captured, mod, mask, more = LEARNED[name]
     given = *arrays(T, S), captured
     have = card(partial(everything, partial(under(mod), tiled, mask=mask)), *given)
     want = jax.jit(partial(everything, partial(under(mod), standard_attention, mask=mask)))(*given)
     check(have, want)
-    assert card.ran == ["forward", "d_query", "d_key_value", *kernels]
+    assert card.ran == ["forward", "d_query", "d_key_value", *more]
 
 
 @pytest.mark.contract
@@ -377,10 +378,10 @@ class Edit(NamedTuple):
 
 
 def change(name, other):
-    """Changes a method of `Kernel`, or a function of `pallas`, to `other(original)`."""
+    """Changes a method of `Kernel`, or a function of `_gpu/kernels.py`, to `other(original)`."""
 
     def apply(monkeypatch):
-        owner = pallas.Kernel if hasattr(pallas.Kernel, name) else pallas
+        owner = kernels.Kernel if hasattr(kernels.Kernel, name) else kernels
         monkeypatch.setattr(owner, name, other(getattr(owner, name)))
 
     return apply

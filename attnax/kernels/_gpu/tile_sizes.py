@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from attnax.kernels._platform import abstract_device, has_nvidia_gpu
+from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu
 
 __all__ = [
     "BUSY",

@@ -1,6 +1,6 @@
 """What surrounds the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
 
-Nothing here is written for one kind of GPU; the kernels are in `pallas`.
+Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.kernels import _tile
-from attnax.kernels._gpu_tiles import Tile
-from attnax.kernels._lift import Lifted
-from attnax.kernels._pointwise import Read, Split, add_slabs
-from attnax.kernels._tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
-from attnax.kernels.pallas import (
+from attnax.kernels._core import softmax
+from attnax.kernels._core.lift import Lifted
+from attnax.kernels._gpu.kernels import (
     Call,
     Inputs,
     Kernel,
@@ -32,6 +29,9 @@ from attnax.kernels.pallas import (
     forward_kernel,
     run,
 )
+from attnax.kernels._gpu.split import Read, Split, add_slabs
+from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
+from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.typing import Array
 
 __all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
@@ -104,10 +104,10 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
     shapes |= dict.fromkeys(("max", "sum"), (rows, jnp.float32))
     programs = grid.num_q * parts, heads, batch
     results = run("attnax_decode", partial(forward_kernel, call, parts), call, programs, inputs, shapes)
-    state = _tile.SoftmaxState(results["acc"], results["max"], results["sum"])
+    state = softmax.SoftmaxState(results["acc"], results["max"], results["sum"])
     while state.sum.shape[2] > 1:
-        state = _tile.merge(*(jax.tree.map(lambda x, n=n: x[:, :, n::2], state) for n in (0, 1)))
-    out, lse = _tile.finish(jax.tree.map(lambda x: x[:, :, 0, :seq_q], state))
+        state = softmax.merge(*(jax.tree.map(lambda x, n=n: x[:, :, n::2], state) for n in (0, 1)))
+    out, lse = softmax.finish(jax.tree.map(lambda x: x[:, :, 0, :seq_q], state))
     return out, lse
 
 

@@ -19,7 +19,10 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.typing import Array, pytree_dataclass, wide_dtype
+from attnax.checks import wide_dtype
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array
 
 __all__ = [
     "Deferred",
@@ -33,8 +36,6 @@ __all__ = [
     "spread",
     "sum_in_float32",
     "trace_rule",
-    "vary",
-    "varying_axes",
 ]
 
 
@@ -238,20 +239,6 @@ def defer(function: Any) -> Deferred | None:
     return Deferred(
         arrays, (structure, tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)))
     )
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes of an enclosing `shard_map` over which the value may differ."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return frozenset()
-    aval = jax.typeof(x)
-    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
-
-
-def vary(x: Any, axes: frozenset[str]) -> Any:
-    """`x`, marked as varying over `axes` too."""
-    new = tuple(sorted(axes - varying_axes(x)))
-    return lax.pcast(x, new, to="varying") if new else x
 
 
 def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:

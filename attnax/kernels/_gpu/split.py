@@ -20,10 +20,12 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import Lifted, flatten, lift, needed_for, spread, trace_rule, vary, varying_axes
-from attnax.kernels._pairs import ELEMENTWISE
+from attnax.checks import apply_score_mod, wide_dtype
+from attnax.kernels._core.lift import Lifted, flatten, lift, needed_for, spread, trace_rule
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.pairs import ELEMENTWISE
 from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod, apply_score_mod, wide_dtype
+from attnax.typing import Array, ScoreMod
 
 __all__ = ["Read", "Split", "add_slabs", "lift_mask", "lift_score_mod", "reads_pairs", "split", "why_not_split"]
 

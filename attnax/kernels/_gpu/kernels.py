@@ -1,4 +1,4 @@
-"""Exact attention as Pallas kernels for NVIDIA GPUs; the mathematics of a tile comes from `_tile`.
+"""Exact attention as Pallas kernels for NVIDIA GPUs; the mathematics of a tile comes from `_core/softmax.py`.
 
 One program computes the results of one tile of queries (of keys, in the second backward kernel) and visits the tiles of
 the other side that a list names: full ones, in which no mask is tested, then partial ones. Score mods and masks run
@@ -28,12 +28,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attnax.kernels import _tile
-from attnax.kernels._dropout import keep_weights
-from attnax.kernels._gpu_tiles import Tile, fit_stages, running_card
-from attnax.kernels._lift import vary, varying_axes
-from attnax.kernels._pointwise import Read, Split
-from attnax.kernels._tile_lists import EMPTY, TileGrid, TileList
+from attnax.kernels._core import softmax
+from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.tile_codes import EMPTY
+from attnax.kernels._gpu.split import Read, Split
+from attnax.kernels._gpu.tile_lists import TileGrid, TileList
+from attnax.kernels._gpu.tile_sizes import Tile, fit_stages, running_card
 from attnax.typing import Array
 
 __all__ = [
@@ -96,7 +97,7 @@ class Inputs(NamedTuple):
     mod_tables: tuple[Any, ...]
     d_out: Any = None  # (B, N, T, V)
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN for a row that spoils
-    delta: Any = None  # (B, N, T), see `_tile.tile_gradients`
+    delta: Any = None  # (B, N, T), see `softmax.tile_gradients`
     positions: Any = None  # (T,) and (S,) int32: what masks and score mods see of queries and keys; None for 0, 1, ...
     pages: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
 
@@ -248,7 +249,7 @@ class Kernel:
         return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
 
     def bias(self, place: Place, fine: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
-        """What `_tile.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for keys that spoil."""
+        """What `softmax.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for keys that spoil."""
         grid, bias = self.call.grid, None
         if fine is not None:
             bias = jnp.where(place.lay(fine, of_queries=False), 0.0, jnp.nan)
@@ -265,16 +266,18 @@ class Kernel:
     def scores(
         self, left: Array, right: Array, place: Place, bias: Array | None, *, full: bool, learn: str | None = None
     ) -> tuple[Array, Any]:
-        """The tile's scores as `_tile` takes them, and the pullback of the score mod if there is one.
+        """The tile's scores as `_core/softmax.py` takes them, and the pullback of the score mod if there is one.
 
         The pullback takes the gradient of the natural scores and gives that of the scores before the mod, and those of
         what `learn` names: "rows", "columns", "tables" or "" for nothing; with None nothing is differentiated.
         """
         score_mod = self.call.score_mod
-        scores = _tile.product(left, right, 1, 1) * (self.inputs.scale[0] * (_tile.LOG2E if score_mod is None else 1.0))
+        scores = softmax.product(left, right, 1, 1) * (
+            self.inputs.scale[0] * (softmax.LOG2E if score_mod is None else 1.0)
+        )
         keep = None if full else self.keep(place)
         if score_mod is None:
-            return (scores if full else _tile.mask_scores(scores, keep, bias)), None
+            return (scores if full else softmax.mask_scores(scores, keep, bias)), None
         pulls = []
 
         def modify(scores: Array) -> Array:
@@ -283,7 +286,7 @@ class Kernel:
             pulls.append(pull)
             return result
 
-        masked = _tile.mask_scores(
+        masked = softmax.mask_scores(
             scores, keep, bias, modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
         )
 
@@ -314,11 +317,11 @@ class Kernel:
         bias = None if full else self.bias(place, None, own_queries=own_queries, own_keys=own_keys)
         left, right, d_left, d_right = (key, query, value, d_out) if place.turned else (query, key, d_out, value)
         scores, pull = self.scores(left, right, place, bias, full=full, learn=learn)
-        weights, d_scores = _tile.tile_gradients(
+        weights, d_scores = softmax.tile_gradients(
             scores,
             place.lay(lse, of_queries=True),
             place.lay(delta, of_queries=True),
-            _tile.product(d_left, d_right, 1, 1),
+            softmax.product(d_left, d_right, 1, 1),
             masked=not full or not self.call.is_plain,
             dropout=self.drop(place),
         )
@@ -479,15 +482,15 @@ def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, An
     fine = _is_fine(query)
     query = jnp.where(fine[:, None], query, 0)
 
-    def visit(full: bool, j: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+    def visit(full: bool, j: Any, state: softmax.SoftmaxState) -> softmax.SoftmaxState:
         place = start._replace(j=j)
         key, value, fine = kernel.keys(place, full=full)
         bias = None if full else kernel.bias(place, fine, own_queries=False, own_keys=True)
         scores, _ = kernel.scores(query, key, place, bias, full=full)
         masked = not full or not call.is_plain
-        return _tile.update(state, scores, value, masked=masked, dropout=kernel.drop(place))
+        return softmax.update(state, scores, value, masked=masked, dropout=kernel.drop(place))
 
-    state = _tile.initial_state((grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
+    state = softmax.initial_state((grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
     state = kernel.visit_keys(visit, start, state, (step % parts, parts))
     own = kernel.own(i, of_queries=True)
     if "acc" in outputs:
@@ -497,7 +500,7 @@ def forward_kernel(call: Call, parts: int, inputs: Inputs, outputs: dict[str, An
         kernel.write(outputs["max"], at, state.max, own)
         kernel.write(outputs["sum"], at, state.sum + jnp.where(state.sum == 0, 0.0, spoilt_rows), own)
         return
-    out, lse = _tile.finish(state)
+    out, lse = softmax.finish(state)
     spoilt_rows = jnp.where(fine | (state.sum == 0), 0.0, jnp.nan)
     out, lse = out + spoilt_rows[:, None], lse + spoilt_rows
     kernel.write(outputs["lse"], rows, lse, own)
@@ -520,7 +523,7 @@ def d_query_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> None:
         d_query, learned = state
         key, value, _ = kernel.keys(place, full=full)
         _, d_raw, d_learned = kernel.gradients(place, queries, key, value, "rows", full=full, own_keys=True)
-        d_query = d_query + _tile.product(d_raw, key, 1, 0)
+        d_query = d_query + softmax.product(d_raw, key, 1, 0)
         return d_query, tuple(x + y.astype(x.dtype) for x, y in zip(learned, d_learned, strict=True))
 
     d_query = jnp.zeros((grid.block_q, inputs.query.shape[-1]), jnp.float32)
@@ -551,8 +554,8 @@ def d_key_value_kernel(call: Call, inputs: Inputs, outputs: dict[str, Any]) -> N
             weights, d_raw, d_learned = kernel.gradients(
                 place, queries, key, value, "columns", full=full, own_queries=True
             )
-            d_value = d_value + _tile.product(weights, queries.d_out, 1, 0)
-            d_key = d_key + _tile.product(d_raw, queries.query, 1, 0)
+            d_value = d_value + softmax.product(weights, queries.d_out, 1, 0)
+            d_key = d_key + softmax.product(d_raw, queries.query, 1, 0)
             return (d_key, d_value), tuple(x + y.astype(x.dtype) for x, y in zip(learned, d_learned, strict=True))
 
         state = sums, tuple(jnp.zeros((grid.block_kv, 1), jnp.float32) for _ in learn)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.kernels._lift import varying_axes
+from attnax.kernels._core.mesh import varying_axes
 from attnax.kernels.score_mods import SoftCap
 from attnax.masks import Causal, Mask, SlidingWindow
 from attnax.typing import Array, ScoreMod

@@ -61,7 +61,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def why_no_triton() -> str | None:
-    """Why no kernel of `pallas` can be compiled for a GPU, whatever the call; None if this JAX can."""
+    """Why no kernel of `_gpu/kernels.py` can be compiled for a GPU, whatever the call; None if this JAX can."""
     try:  # Pallas takes long to import, and is seldom wanted
         import jax.experimental.pallas.triton as _backend  # noqa: F401
     except ImportError:

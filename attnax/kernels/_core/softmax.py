@@ -23,7 +23,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.typing import Array, wide_dtype
+from attnax.checks import wide_dtype
+from attnax.typing import Array
 
 __all__ = [
     "LOG2E",

@@ -3,7 +3,7 @@
 Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
 full, partial and empty ones by the mask's bounds and, where those cannot tell, by the mask itself. Empty tiles are
 skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
-weights. What a tile adds is in `_tile.py`; how functions given by users get here is in `_lift.py`.
+weights. What a tile adds is in `_core/softmax.py`; how functions given by users get here is in `_core/lift.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels import _tile
-from attnax.kernels._dropout import keep_weights
-from attnax.kernels._lift import Lifted, lift, vary, varying_axes
-from attnax.kernels._no_reverse import without_reverse
-from attnax.kernels._tile_lists import EMPTY, FULL, PARTIAL, code_of
+from attnax.checks import apply_score_mod, wide_dtype
+from attnax.kernels._core import softmax
+from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.finite import zero_or_nan
+from attnax.kernels._core.lift import Lifted, lift
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.no_reverse import without_reverse
+from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
 from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod, apply_score_mod, pytree_dataclass, wide_dtype
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ScoreMod
 
 __all__ = [
     "Operands",
@@ -34,7 +38,6 @@ __all__ = [
     "choose_tiles",
     "forward",
     "prepare_rows",
-    "scale_query",
 ]
 
 
@@ -113,7 +116,7 @@ class Rows(NamedTuple):
     query: Array  # (B, N, T, H), scaled
     d_out: Array  # (B, N, T, V)
     lse: Array  # (B, N, T) over all keys, in units of log 2; +inf where nothing is attended, NaN spoils who is
-    delta: Array  # (B, N, T), see `_tile.tile_gradients`
+    delta: Array  # (B, N, T), see `softmax.tile_gradients`
     fine: Array  # (B, N, T): a row that is not counts as 0, so that 0 * NaN cannot happen behind a mask
 
 
@@ -146,14 +149,6 @@ def check_block_size(caller: str, block_size: int | tuple[int | None, int | None
     for name, size in named.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"{caller}: {name} must be a whole number, at least 1; got {name}={size!r}.")
-
-
-def scale_query(query: Array, scale: Any, *, natural: bool) -> Array:
-    """The query in at least float32, scaled; scores are then `natural`, as mods see them, or in units of log 2."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = query.astype(wide_dtype(query.dtype))
-    query = query + _zero_or_nan(query)[..., None]  # an infinity spoils as NaN does
-    return query * jnp.asarray(scale if natural else scale * _tile.LOG2E, query.dtype)
 
 
 def choose_tiles(
@@ -325,7 +320,7 @@ class Walk:
         key_bias = jnp.broadcast_to(key_bias, (*key_bias.shape[:1], self.shape[1] // self.shape[3], shape[3]))
         key_bias = key_bias.reshape(*shape[:2], 1, shape[3])
         if score_mod is None:
-            return _tile.mask_scores(scores.reshape(shape), keep, key_bias).reshape(scores.shape), None
+            return softmax.mask_scores(scores.reshape(shape), keep, key_bias).reshape(scores.shape), None
         pullbacks = []
 
         def modify(scores: Array) -> Array:
@@ -333,11 +328,11 @@ class Walk:
             pullbacks.append(pullback)
             return result
 
-        masked = _tile.mask_scores(scores.reshape(shape), keep, key_bias, modify)
+        masked = softmax.mask_scores(scores.reshape(shape), keep, key_bias, modify)
 
         def pull(d_scores: Array, gradients: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
             d_raw, gradients = pullbacks[0](d_scores.reshape(shape), gradients)
-            return _tile.select(masked != -jnp.inf, d_raw, 0).reshape(scores.shape), gradients
+            return softmax.select(masked != -jnp.inf, d_raw, 0).reshape(scores.shape), gradients
 
         return masked.reshape(scores.shape), pull
 
@@ -436,21 +431,21 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
         query_tile = _flat(_cut(query, q_place, i, tiles.queries), tiles.groups)
         order = walk.keys_for(x, i)
 
-        def tile(is_full: bool, n: Any, state: _tile.SoftmaxState) -> _tile.SoftmaxState:
+        def tile(is_full: bool, n: Any, state: softmax.SoftmaxState) -> softmax.SoftmaxState:
             j = order.nth(n)
             is_plain = is_full and walk.is_plain
             # A full tile's scores are used as they are, so what spoils them must be in the keys.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles, jnp.nan if is_plain else 0.0)
-            scores = _tile.product(query_tile, key_tile, 1, 1)
+            scores = softmax.product(query_tile, key_tile, 1, 1)
             if not is_plain:
                 scores, _ = walk.mask_scores(scores, bias, None if is_full else walk.keep(x, i, j), x, i, j)
-            return _tile.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
+            return softmax.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
 
-        state = _vary_all(_tile.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
+        state = _vary_all(softmax.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
         state = _two_loops(tile, order, state)
         return tuple(
             _put(whole, part, q_place, i, tiles.queries)
-            for whole, part in zip(results, _tile.finish(state), strict=True)
+            for whole, part in zip(results, softmax.finish(state), strict=True)
         )
 
     zeros = [jnp.zeros(shape, query.dtype) for shape in ((*query.shape[:3], value.shape[3]), query.shape[:3])]
@@ -474,8 +469,8 @@ def backward(
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU is half as fast at contracting the first axes of two matrices.
-    query_turned, d_out_turned = (_tile.select(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
-    unit = 1.0 / _tile.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
+    query_turned, d_out_turned = (softmax.select(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
+    unit = 1.0 / softmax.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
         x, j = _divide(step, walk.num_keys)
@@ -493,24 +488,26 @@ def backward(
                 _flat(_cut(array, q_place, i, tiles.queries), tiles.groups)
                 for array in (query, d_out, lse, delta, fine)
             )
-            query_tile, d_out_tile = (_tile.select(fine_tile[..., None], part, 0) for part in (query_tile, d_out_tile))
-            scores, pull = _tile.product(query_tile, key_tile, 1, 1), None
+            query_tile, d_out_tile = (
+                softmax.select(fine_tile[..., None], part, 0) for part in (query_tile, d_out_tile)
+            )
+            scores, pull = softmax.product(query_tile, key_tile, 1, 1), None
             if not is_plain:
                 keep = None if is_full else walk.keep(x, i, j)
                 scores, pull = walk.mask_scores(scores, bias, keep, x, i, j)
-            weights, d_scores = _tile.tile_gradients(
+            weights, d_scores = softmax.tile_gradients(
                 scores,
                 lse_tile[..., None],
                 delta_tile[..., None],
-                _tile.product(d_out_tile, value_tile, 1, 1),
+                softmax.product(d_out_tile, value_tile, 1, 1),
                 masked=not is_plain,
                 dropout=walk.drop(x, i, j),
             )
             if pull is not None:
                 d_scores, gradients = pull(d_scores, gradients)
-            d_key = d_key + _tile.product(_cut_turned(query_turned, q_place, i, tiles), d_scores, 1, 0)
-            d_value = d_value + _tile.product(_cut_turned(d_out_turned, q_place, i, tiles), weights, 1, 0)
-            share = _tile.product(d_scores, key_tile, 1, 0) * unit
+            d_key = d_key + softmax.product(_cut_turned(query_turned, q_place, i, tiles), d_scores, 1, 0)
+            d_value = d_value + softmax.product(_cut_turned(d_out_turned, q_place, i, tiles), weights, 1, 0)
+            share = softmax.product(d_scores, key_tile, 1, 0) * unit
             old = _cut(d_query, q_place, i, tiles.queries)
             d_query = _put(d_query, old + share.reshape(old.shape), q_place, i, tiles.queries)
             return (d_query, gradients), d_key, d_value
@@ -533,11 +530,11 @@ def backward(
 
 def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Rows:
     """What `backward` needs to know of each query, from results (lse in units of log 2) and their cotangents."""
-    fine = jnp.isfinite(_zero_or_nan(query) + _zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
+    fine = jnp.isfinite(zero_or_nan(query) + zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
     # As a product, not a sum of products: the CPU backend takes 60 times as long for the latter.
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
-    lse = _tile.select(lse != -jnp.inf, _tile.select(fine, lse, jnp.nan), jnp.inf)
-    return Rows(query, d_out, lse, _tile.select(fine, delta - d_lse, 0), fine)
+    lse = softmax.select(lse != -jnp.inf, softmax.select(fine, lse, jnp.nan), jnp.inf)
+    return Rows(query, d_out, lse, softmax.select(fine, delta - d_lse, 0), fine)
 
 
 _SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
@@ -564,17 +561,8 @@ def _walk(plan: Plan, tiles: Tiles, functions: Functions, operands: Operands, sh
 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
-    bias = _zero_or_nan(key) + _zero_or_nan(value)
+    bias = zero_or_nan(key) + zero_or_nan(value)
     return Keys(_fill(key, size), _fill(value, size, 0), _fill(bias, size, -jnp.inf))
-
-
-def _zero_or_nan(x: Array) -> Array:
-    """0 for each row of numbers, NaN where one of them is not finite.
-
-    As a product, which a CPU has sooner than `isfinite` and `all`, with a number so small that no sum overflows.
-    """
-    small = jnp.full(x.shape[-1:], 2.0**-100, x.dtype)
-    return lax.dot_general(x, small, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST) * 0
 
 
 def _fill(x: Array, size: int, fill: Any = None) -> Array:
@@ -617,7 +605,7 @@ def _cut_keys(keys: Keys, place: Place, tile: Any, tiles: Tiles, spoil: float = 
     """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `spoil` stands for keys not fine."""
     key, value, bias = (_flat(_cut(x, place, tile, tiles.keys), tiles.groups) for x in keys)
     fine = ~jnp.isnan(bias)[..., None]
-    return _tile.select(fine, key, spoil), _tile.select(fine, value, 0), bias[:, None, :]
+    return softmax.select(fine, key, spoil), softmax.select(fine, value, 0), bias[:, None, :]
 
 
 def _flat(x: Array, groups: int) -> Array:

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
-from attnax.kernels._lift import vary, varying_axes
-from attnax.typing import Array, wide_dtype
+from attnax.checks import wide_dtype
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.typing import Array
 
 __all__ = ["grouped_product", "make_tiles", "tile_length"]
 

@@ -7,31 +7,23 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels._gpu_tiles import Tile
-from attnax.kernels._lift import Lifted, lift, vary, varying_axes
-from attnax.kernels._pointwise import Split
+from attnax.kernels._core.lift import Lifted, lift
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
+from attnax.kernels._gpu.split import Split
+from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.masks import Mask, tile_at_positions
-from attnax.typing import Array, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array
 
 __all__ = [
-    "EMPTY",
-    "FULL",
-    "PARTIAL",
     "BoundsAtPositions",
     "TileGrid",
     "TileList",
-    "code_of",
     "lift_bounds",
     "lift_bounds_at_positions",
     "tile_codes",
 ]
-
-FULL, PARTIAL, EMPTY = 0, 1, 2
-
-
-def code_of(some: Array, every: Array) -> Array:
-    """The code of a tile, from whether any and whether all of its pairs attend."""
-    return EMPTY - some.astype(jnp.int32) - (some & every).astype(jnp.int32)
 
 
 class TileGrid(NamedTuple):

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from attnax.kernels._platform import has_nvidia_gpu
+from attnax.checks import is_concrete
+from attnax.kernels._core.platform import has_nvidia_gpu
 from attnax.masks import Causal, Mask, SlidingWindow
-from attnax.typing import Array, ScoreMod, is_concrete
+from attnax.typing import Array, ScoreMod
 
 __all__ = ["Cudnn", "cudnn_backward", "cudnn_forward", "why_not_cudnn_call", "why_not_cudnn_here"]
 

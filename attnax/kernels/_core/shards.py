@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
+from attnax.checks import is_concrete
 from attnax.masks import Mask
-from attnax.typing import Array, Index, ScoreMod, is_concrete, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Index, ScoreMod
 
 __all__ = ["Offset", "Shards", "find_shards"]
 

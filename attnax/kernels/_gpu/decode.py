@@ -7,23 +7,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnax.kernels import _gpu_tiles, _pointwise, _tile, _tile_lists
-from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
-from attnax.kernels._platform import why_no_card, why_no_triton
+from attnax.kernels._core import softmax
+from attnax.kernels._core.lift import Deferred, Lifted, defer
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.platform import why_no_card, why_no_triton
+from attnax.kernels._core.stored import Stored
+from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.masks import Mask, at_positions
-from attnax.typing import Array, ScoreMod, pytree_dataclass
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ScoreMod
 
-__all__ = ["DeferredCall", "KernelCall", "Stored", "bind_kernel", "decode", "kernel_serves", "prepare_kernel"]
-
-
-@pytree_dataclass
-class Stored:
-    """Tokens in one piece (B, K, S, H), or in pages (P, page, K, H) that a table names."""
-
-    keys: Array
-    values: Array
-    positions: Array  # (B, S) int32; -1 is no token
-    pages: Array | None  # (B, S / page) int32
+__all__ = ["DeferredCall", "KernelCall", "bind_kernel", "decode", "kernel_serves", "prepare_kernel"]
 
 
 @pytree_dataclass
@@ -34,10 +28,10 @@ class KernelCall:
     scale: Array
     stored: Stored
     mask: Lifted  # of true positions, as score_mod
-    bounds: _tile_lists.BoundsAtPositions
+    bounds: tile_lists.BoundsAtPositions
     score_mod: Lifted | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
-    tile: _gpu_tiles.Tile = dataclasses.field(metadata={"static": True})
+    tile: tile_sizes.Tile = dataclasses.field(metadata={"static": True})
 
 
 def bind_kernel(
@@ -69,22 +63,22 @@ def bind_kernel(
     if len(dtypes) > 1 or query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return None
     # Anything else would have to be copied into another shape at each step.
-    if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > _gpu_tiles.LARGEST_HEAD:
+    if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > tile_sizes.LARGEST_HEAD:
         return None
     tile = _tile_of(query, stored)
     if tile is None:
         return None
-    grid = _tile_lists.TileGrid.of(tile, query.shape[2], stored.positions.shape[1])
-    bounds = _tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions), grid, query.shape[1], axes)
+    grid = tile_lists.TileGrid.of(tile, query.shape[2], stored.positions.shape[1])
+    bounds = tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions), grid, query.shape[1], axes)
     mask = at_positions(mask, positions, stored.positions)
     mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
     call = KernelCall(
         query,
         scale,
         stored,
-        _pointwise.lift_mask(mask, axes),
+        split.lift_mask(mask, axes),
         bounds,
-        None if mod is None else _pointwise.lift_score_mod(caller, mod, axes),
+        None if mod is None else split.lift_score_mod(caller, mod, axes),
         mask.is_opaque,
         tile,
     )
@@ -131,38 +125,38 @@ def prepare_kernel(
 def kernel_serves(call: KernelCall) -> bool:
     """Whether the kernel can hold the mask and the score mod, and this JAX can compile it."""
     functions = [function for function in (call.mask, call.score_mod) if function is not None]
-    card = _gpu_tiles.running_card()
+    card = tile_sizes.running_card()
     return (
         why_no_triton() is None
         and why_no_card() is None
-        and _gpu_tiles.why_too_old(card) is None
-        and all(_pointwise.why_not_split(function) is None for function in functions)
+        and tile_sizes.why_too_old(card) is None
+        and all(split.why_not_split(function) is None for function in functions)
     )
 
 
 def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
     """(out, natural log-sum-exp) in float32, by the kernel."""
-    from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+    from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
 
     mod, stored = call.score_mod, call.stored
-    setup = _launch.Setup(
+    setup = launch.Setup(
         call.tile,
-        _pointwise.split(call.mask),
+        split.split(call.mask),
         call.mask.values,
         call.bounds,
         call.is_opaque,
-        None if mod is None else _pointwise.split(mod),
+        None if mod is None else split.split(mod),
         () if mod is None else mod.values,
         interpret=interpret,
     )
-    out, lse = _launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
-    return out, lse / _tile.LOG2E
+    out, lse = launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
+    return out, lse / softmax.LOG2E
 
 
-def _tile_of(query: Array, stored: Stored) -> _gpu_tiles.Tile | None:
+def _tile_of(query: Array, stored: Stored) -> tile_sizes.Tile | None:
     """The tile, of as many keys as a page; None if not every card that the program may run on holds one."""
     sizes, bits = (stored.keys.shape[-1], stored.values.shape[-1]), query.dtype.itemsize * 8
-    tile, card = _gpu_tiles.choose("decode", max(sizes), bits), _gpu_tiles.running_card()
+    tile, card = tile_sizes.choose("decode", max(sizes), bits), tile_sizes.running_card()
     if stored.pages is not None:
         tile = tile._replace(block_kv=stored.keys.shape[1])
-    return tile if _gpu_tiles.fits("decode", tile._replace(num_stages=1), *sizes, bits, card) else None
+    return tile if tile_sizes.fits("decode", tile._replace(num_stages=1), *sizes, bits, card) else None

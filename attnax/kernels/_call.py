@@ -1,7 +1,7 @@
-"""One call of exact attention, prepared once for every engine that may run it, with its gradient.
+"""One call of exact attention: checked, prepared once for every engine that may run it, and differentiated.
 
-The tiles of `_blockwise` run anywhere. Where the program is lowered for an NVIDIA GPU cuDNN or the kernels of `pallas`
-take over, and on TPU what JAX ships, for the cases that they serve; all of them keep the same few residuals.
+The tile loop (`_xla`) runs anywhere. A program lowered for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, one for a
+TPU the kernels of `_tpu`, where these serve the call. All engines keep the same few residuals.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.kernels import _blockwise, _gpu_tiles, _pointwise, _tile, _tile_lists
-from attnax.kernels._cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_call, why_not_cudnn_here
-from attnax.kernels._dropout import dropout_words, words_of_shard
-from attnax.kernels._gpu_tiles import Tile
-from attnax.kernels._lift import Deferred, Lifted, defer, vary, varying_axes
-from attnax.kernels._pairs import check_pairs
-from attnax.kernels._platform import by_platform, has_nvidia_gpu, why_no_card, why_no_triton
-from attnax.kernels._shards import Offset, Shards, find_shards
-from attnax.kernels._splash import splash_backward, splash_forward, why_not_splash
+from attnax.checks import check_attention, is_concrete, wide_dtype
+from attnax.kernels._core import softmax
+from attnax.kernels._core.dropout import dropout_words, words_of_shard
+from attnax.kernels._core.finite import scale_query
+from attnax.kernels._core.lift import Deferred, Lifted, defer
+from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.pairs import check_pairs
+from attnax.kernels._core.platform import by_platform, has_nvidia_gpu, why_no_card, why_no_triton
+from attnax.kernels._core.shards import Offset, Shards, find_shards
+from attnax.kernels._gpu import split, tile_lists, tile_sizes
+from attnax.kernels._gpu.cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_call, why_not_cudnn_here
+from attnax.kernels._gpu.tile_sizes import Tile
+from attnax.kernels._tpu.splash import splash_backward, splash_forward, why_not_splash
+from attnax.kernels._xla import tile_loop
 from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, AttentionOptions, ScoreMod, check_attention, is_concrete, pytree_dataclass, wide_dtype
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, AttentionOptions, ScoreMod
 
 if TYPE_CHECKING:
-    from attnax.kernels._launch import Setup
+    from attnax.kernels._gpu.launch import Setup
 
 __all__ = [
     "Backend",
@@ -50,7 +56,7 @@ Arrays = tuple[Array, Array, Array, Array]
 """query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
 
 Backend = Literal["tiles", "automatic", "pallas", "interpret"]
-"""`_blockwise` everywhere, what is fastest, or the kernels of `pallas`: as they are, or interpreted."""
+"""`_xla/tile_loop.py` everywhere, what is fastest, or the kernels of `_gpu/kernels.py`: as they are, or interpreted."""
 
 
 class KernelTiles(NamedTuple):
@@ -64,7 +70,7 @@ class KernelTiles(NamedTuple):
 class Plan:
     """All that is static about a call, beside shapes."""
 
-    tiles: _blockwise.Plan
+    tiles: tile_loop.Plan
     backend: Backend
     kernel: KernelTiles | None  # of the GPU kernels, where they serve the arrays
     cudnn: Cudnn | None  # what cuDNN is told, where it serves the call
@@ -88,7 +94,7 @@ class KernelOperands:
 class Operands(NamedTuple):
     """What both passes read beside query, key, value and scale."""
 
-    tiles: _blockwise.Operands
+    tiles: tile_loop.Operands
     kernel: KernelOperands | None
 
     @property
@@ -201,7 +207,7 @@ def prepare(
     check_attention(caller, query, key, value, **options)
     scale, dropout_rng = options.get("scale"), options.get("dropout_rng")
     dropout_rate = 0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0)
-    _blockwise.check_block_size(caller, block_size)
+    tile_loop.check_block_size(caller, block_size)
     full = *query.shape[:3], key.shape[2]
     if not all(isinstance(size, int) for size in (*query.shape[1:], *key.shape[1:], value.shape[3])):
         raise NotImplementedError(
@@ -237,7 +243,7 @@ def prepare(
         mask, score_mod = offset.mask(mask), offset.score_mod(score_mod)
         query, key, value = shards.local(query), shards.local(key, of_keys=True), shards.local(value, of_keys=True)
         full = *query.shape[:3], key.shape[2]
-    tiles = _blockwise.Plan(*_blockwise.choose_tiles(full, key.shape[1], block_size), dropout_rate)
+    tiles = tile_loop.Plan(*tile_loop.choose_tiles(full, key.shape[1], block_size), dropout_rate)
     kernel = None if backend == "tiles" else kernel_tiles(query, value, block_size)
     if backend == "automatic":
         reason = why_not_splash(
@@ -269,7 +275,7 @@ def bind(
     words: Array | None,
 ) -> tuple[tuple[Any, Any, Any, Array], Operands]:
     """The arrays, or the shapes of shards, and what else all engines need; `index` are those of queries and keys."""
-    bound, of_tiles = _blockwise.bind(caller, plan.tiles, arrays, mask, score_mod, index, words)
+    bound, of_tiles = tile_loop.bind(caller, plan.tiles, arrays, mask, score_mod, index, words)
     arrays = bound[0], bound[1], bound[2], bound[3]
     return arrays, Operands(of_tiles, _bind_kernel(caller, plan, arrays, mask, score_mod))
 
@@ -277,15 +283,15 @@ def bind(
 def kernel_tiles(query: Any, value: Any, block_size: Any) -> KernelTiles | None:
     """Tiles of the GPU kernels, None where they do not serve the arrays."""
     size = max(query.shape[-1], value.shape[-1])
-    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > _gpu_tiles.LARGEST_HEAD:
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > tile_sizes.LARGEST_HEAD:
         return None
     if not isinstance(query.shape[0], int):  # Pallas makes no blocks of a symbolic batch
         return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-    bits, card = query.dtype.itemsize * 8, _gpu_tiles.running_card()
+    bits, card = query.dtype.itemsize * 8, tile_sizes.running_card()
 
     def choose(kind: str, busy: bool) -> Tile:
-        tile = _gpu_tiles.choose(kind, size, bits, card, busy=busy)
+        tile = tile_sizes.choose(kind, size, bits, card, busy=busy)
         return tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv)
 
     return KernelTiles(*((choose("forward", busy), choose("backward", busy)) for busy in (False, True)))
@@ -303,7 +309,7 @@ def _bind_kernel(
     if plan.backend == "automatic" and can_wait:
         operands = KernelOperands(deferred[0], None, deferred[1], None, is_opaque)
     else:
-        lifted_mod = None if score_mod is None else _pointwise.lift_score_mod(caller, score_mod, axes)
+        lifted_mod = None if score_mod is None else split.lift_score_mod(caller, score_mod, axes)
         operands = _lift_mask(plan, arrays, mask, KernelOperands(None, None, lifted_mod, None, is_opaque))
     return jax.tree.map(lambda x: vary(x, axes), operands)
 
@@ -312,14 +318,14 @@ def _lift_mask(plan: Plan, arrays: Any, mask: Mask | None, operands: KernelOpera
     """The operands, whose score mod is lifted, with the mask too, and with the tiles that both ask for."""
     assert plan.kernel is not None and not isinstance(operands.score_mod, Deferred)
     (query, key, *_), axes = arrays, varying_axes(arrays[0])
-    lifted = None if mask is None else _pointwise.lift_mask(mask, axes)
+    lifted = None if mask is None else split.lift_mask(mask, axes)
     functions = [function for function in (lifted, operands.score_mod) if function is not None]
-    is_busy = plan.tiles.dropout_rate > 0.0 or any(map(_pointwise.reads_pairs, functions))
+    is_busy = plan.tiles.dropout_rate > 0.0 or any(map(split.reads_pairs, functions))
     tiles, bounds = plan.kernel.busy if is_busy else plan.kernel.plain, None
     if mask is not None:
         (batch, heads, seq_q, _), seq_kv = query.shape, key.shape[2]
         forward, backward = (
-            _tile_lists.lift_bounds(mask, _tile_lists.TileGrid.of(tile, seq_q, seq_kv), batch, heads, axes)
+            tile_lists.lift_bounds(mask, tile_lists.TileGrid.of(tile, seq_q, seq_kv), batch, heads, axes)
             for tile in tiles
         )
         bounds = forward, backward
@@ -334,7 +340,7 @@ def _lift_deferred(plan: Plan, arrays: Arrays, operands: KernelOperands) -> tupl
     if isinstance(deferred, Deferred):
 
         def lifted_of(floats: tuple[Array, ...]) -> tuple[tuple[Array, ...], Lifted]:
-            lifted = _pointwise.lift_score_mod("flash_attention", deferred.with_floats(floats)(), axes)
+            lifted = split.lift_score_mod("flash_attention", deferred.with_floats(floats)(), axes)
             return lifted.floats, lifted
 
         _, pull, lifted = jax.vjp(lifted_of, deferred.floats, has_aux=True)
@@ -355,7 +361,7 @@ def _attention_of(
     operands: Operands,
 ) -> tuple[Array, Array]:
     out, lse, _ = _forward(plan, (query, key, value, scale), operands, exact=False)
-    return out, lse / _tile.LOG2E
+    return out, lse / softmax.LOG2E
 
 
 def _attention_forward(
@@ -364,7 +370,7 @@ def _attention_forward(
     out, lse, low = _forward(plan, (query, key, value, scale), operands, exact=True)
     # By name a policy of `jax.checkpoint` saves what the backward pass reads, and the forward pass is not run again.
     out, lse, low = checkpoint_name((out, lse, low), "attention_out")
-    return (out, lse / _tile.LOG2E), ((query, key, value, scale), operands, out, lse, low)
+    return (out, lse / softmax.LOG2E), ((query, key, value, scale), operands, out, lse, low)
 
 
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
@@ -453,7 +459,7 @@ def part_backward(
 
 def _tiles_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     query, key, value = _in_float32(plan, *arrays)
-    out, lse = _blockwise.forward(plan.tiles, query, key, value, operands.tiles)
+    out, lse = tile_loop.forward(plan.tiles, query, key, value, operands.tiles)
     rounded = out if plan.is_part else out.astype(arrays[0].dtype)
     return rounded, lse, (out - rounded.astype(out.dtype)).astype(rounded.dtype) if exact else None
 
@@ -470,14 +476,14 @@ def _tiles_part(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array, sums: Sums
 ) -> tuple[Array, Array, Array, Sums]:
     scaled, key, value = _in_float32(plan, *arrays)
-    rows = _blockwise.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
-    d_scaled, d_key, d_value, of_tiles = _blockwise.backward(plan.tiles, rows, key, value, operands.tiles, sums.tiles)
-    return d_scaled * (1.0 if plan.has_score_mod else _tile.LOG2E), d_key, d_value, sums._replace(tiles=of_tiles)
+    rows = tile_loop.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
+    d_scaled, d_key, d_value, of_tiles = tile_loop.backward(plan.tiles, rows, key, value, operands.tiles, sums.tiles)
+    return d_scaled * (1.0 if plan.has_score_mod else softmax.LOG2E), d_key, d_value, sums._replace(tiles=of_tiles)
 
 
 def _in_float32(plan: Plan, query: Array, key: Array, value: Array, scale: Array) -> tuple[Array, Array, Array]:
     """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
-    query = _blockwise.scale_query(query, scale, natural=plan.has_score_mod)
+    query = scale_query(query, scale, natural=plan.has_score_mod)
     return query, key.astype(query.dtype), value.astype(query.dtype)
 
 
@@ -485,9 +491,9 @@ def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands)
     setup, _ = _setup(plan, arrays, operands, 0)
     if setup is None:
         return _tiles_forward(plan, exact, arrays, operands)
-    from attnax.kernels import _launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+    from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
 
-    return _launch.forward(arrays, setup, low=exact)
+    return launch.forward(arrays, setup, low=exact)
 
 
 def _kernel_backward(
@@ -496,9 +502,9 @@ def _kernel_backward(
     setup, pull = _setup(plan, arrays, operands, 1)
     if setup is None:
         return _tiles_backward(plan, arrays, operands, out, lse, d_out, d_lse)
-    from attnax.kernels import _launch
+    from attnax.kernels._gpu import launch
 
-    d_query, d_key, d_value, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
+    d_query, d_key, d_value, gradients = launch.backward(arrays, setup, out, lse, d_out, d_lse)
     query, *_, scale = arrays
     d_scale = jnp.zeros_like(scale)
     if plan.learn_scale:
@@ -512,9 +518,9 @@ def _kernel_part(
     setup, pull = _setup(plan, arrays, operands, 1)
     if setup is None:
         return _tiles_part(plan, arrays, operands, out, lse, d_out, d_lse, sums)
-    from attnax.kernels import _launch
+    from attnax.kernels._gpu import launch
 
-    d_query, d_key, d_value, gradients = _launch.backward(arrays, setup, out, lse, d_out, d_lse)
+    d_query, d_key, d_value, gradients = launch.backward(arrays, setup, out, lse, d_out, d_lse)
     of_kernel = tuple(x + y.astype(x.dtype) for x, y in zip(sums.kernel, pull(gradients), strict=True))
     return d_query, d_key, d_value, sums._replace(kernel=of_kernel)
 
@@ -541,7 +547,7 @@ def _scale_gradients(query: Array, scale: Array, d_raw: Array) -> tuple[Array, A
 def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     assert plan.cudnn is not None
     out, lse = cudnn_forward(*arrays[:3], plan.cudnn)
-    return out, lse * _tile.LOG2E, jnp.zeros_like(out) if exact else None
+    return out, lse * softmax.LOG2E, jnp.zeros_like(out) if exact else None
 
 
 def _cudnn_backward(
@@ -549,7 +555,7 @@ def _cudnn_backward(
 ) -> tuple[Any, ...]:
     assert plan.cudnn is not None
     query, key, value, scale = arrays
-    results = out.astype(query.dtype), lse / _tile.LOG2E
+    results = out.astype(query.dtype), lse / softmax.LOG2E
     d_arrays = cudnn_backward(query, key, value, plan.cudnn, *results, d_out)
     return *d_arrays, jnp.zeros_like(scale), operands.gradients()
 
@@ -557,14 +563,14 @@ def _cudnn_backward(
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     assert plan.splash is not None
     out, lse = splash_forward(*arrays, *plan.splash)
-    return out, lse * _tile.LOG2E, jnp.zeros_like(out) if exact else None
+    return out, lse * softmax.LOG2E, jnp.zeros_like(out) if exact else None
 
 
 def _splash_backward(
     plan: Plan, arrays: Arrays, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array
 ) -> tuple[Any, ...]:
     assert plan.splash is not None
-    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, out, lse / _tile.LOG2E, d_out)
+    d_scaled, d_key, d_value = splash_backward(*arrays, *plan.splash, out, lse / softmax.LOG2E, d_out)
     query, key, value, scale = arrays
     d_scale = (d_scaled * query.astype(scale.dtype)).sum() if plan.learn_scale else jnp.zeros_like(scale)
     d_query = (d_scaled * scale).astype(query.dtype)
@@ -591,21 +597,21 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
         _refuse(plan, reason)
         return None, pull
     assert kernel is not None and kernel.tiles is not None
-    from attnax.kernels import _launch
+    from attnax.kernels._gpu import launch
 
     mask, score_mod = kernel.mask, kernel.score_mod
     assert not isinstance(mask, Deferred) and not isinstance(score_mod, Deferred)
     bounds: Any = None if kernel.bounds is None else kernel.bounds[which]
     positions = (operands.tiles.q_index, operands.tiles.kv_index) if plan.is_part else None
     if positions is not None and mask is not None:
-        bounds = _tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
-    setup = _launch.Setup(
+        bounds = tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
+    setup = launch.Setup(
         kernel.tiles[which],
-        None if mask is None else _pointwise.split(mask),
+        None if mask is None else split.split(mask),
         () if mask is None else mask.values,
         bounds,
         kernel.is_opaque,
-        None if score_mod is None else _pointwise.split(score_mod),
+        None if score_mod is None else split.split(score_mod),
         () if score_mod is None else score_mod.values,
         positions,
         operands.tiles.dropout,
@@ -615,7 +621,7 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, which: int) -> tuple[
         interpret=plan.backend == "interpret",
     )
     if which == 1 and setup.score_mod is not None:
-        reason = _launch.why_not_learn(setup, arrays)
+        reason = launch.why_not_learn(setup, arrays)
         if reason is not None:
             _refuse(plan, reason)
             return None, pull
@@ -631,7 +637,7 @@ def _refuse(plan: Plan, reason: str) -> None:
 def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -> str | None:
     """Why the GPU kernels do not serve a call; None if they do."""
     if operands is None:
-        most = _gpu_tiles.LARGEST_HEAD
+        most = tile_sizes.LARGEST_HEAD
         return f"kernels take float32, bfloat16 and float16, heads of at most {most} and no symbolic batch"
     assert operands.tiles is not None
     for tile in operands.tiles:
@@ -642,10 +648,10 @@ def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -
     for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
         assert not isinstance(function, Deferred)
         if function is not None:
-            refused = _pointwise.why_not_split(function)
+            refused = split.why_not_split(function)
             if refused is not None:
                 return f"no kernel can hold this {name}: {refused}"
-            pair_bytes += _pointwise.split(function).pair_bytes
+            pair_bytes += split.split(function).pair_bytes
     if plan.backend == "interpret":
         return None
     return why_no_triton() or _why_no_room(operands.tiles, arrays, pair_bytes)
@@ -654,13 +660,13 @@ def why_no_kernel(plan: Plan, arrays: Arrays, operands: KernelOperands | None) -
 def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
     """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
     query, _, value, _ = arrays
-    reason = _gpu_tiles.why_too_old(_gpu_tiles.running_card())
+    reason = tile_sizes.why_too_old(tile_sizes.running_card())
     if reason is not None:
         return reason
-    sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), _gpu_tiles.running_card()
+    sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), tile_sizes.running_card()
     for kind, whole in zip(("forward", "backward"), tiles, strict=True):
-        tile = _gpu_tiles.fit_stages(kind, whole, *sizes, card, pair_bytes=pair_bytes)
-        need, have = _gpu_tiles.need_and_have(kind, tile, *sizes, card, pair_bytes=pair_bytes)
+        tile = tile_sizes.fit_stages(kind, whole, *sizes, card, pair_bytes=pair_bytes)
+        need, have = tile_sizes.need_and_have(kind, tile, *sizes, card, pair_bytes=pair_bytes)
         if need > have:
             whose = "this card has" if card else "some cards have"
             return (

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from attnax.kernels._lift import expansion_of, is_own, needed_for, vary
+from attnax.checks import apply_score_mod
+from attnax.kernels._core.lift import expansion_of, is_own, needed_for
+from attnax.kernels._core.mesh import vary
 from attnax.masks import Mask
-from attnax.typing import ScoreMod, apply_score_mod
+from attnax.typing import ScoreMod
 
 __all__ = ["ELEMENTWISE", "MixedPairsError", "check_pairs", "why_not_pairs"]
 

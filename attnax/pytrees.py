@@ -1,0 +1,26 @@
+"""Dataclasses and functions as pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+__all__ = ["function_pytree", "pytree_dataclass"]
+
+Instance = TypeVar("Instance")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
+    """A frozen dataclass whose fields are the children of a pytree."""
+    made = dataclasses.dataclass(frozen=True)(cls)
+    # JAX rebuilds pytrees around whatever stands for a leaf, so the tests' type checks must let anything in.
+    made.__no_type_check__ = True  # type: ignore[attr-defined]
+    return jax.tree_util.register_dataclass(made)
+
+
+def function_pytree(function: Any) -> Any:
+    """A function as a pytree: itself if it is one (its arrays are leaves), else one without leaves."""
+    return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
