@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.typing import Array, Full, ScoreMod
+from attnax.typing import Array, ScoreMod, ScoreShape
 
 __all__ = [
     "apply_score_mod",
@@ -34,7 +34,7 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def check_mask_shape(caller: str, shape: Sequence[int], full: Full) -> None:
+def check_mask_shape(caller: str, shape: Sequence[int], full: ScoreShape) -> None:
     """Raises ValueError unless an array of `shape` broadcasts to `full` = (B, N, T, S)."""
     fits = len(shape) <= 4 and all(
         want is None or have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)

@@ -20,7 +20,7 @@ from jax import lax
 
 from attnax.checks import check_mask_shape, check_positions, explain_tracing, is_concrete
 from attnax.pytrees import function_pytree, pytree_dataclass
-from attnax.typing import Array, ArrayLike, Bool, Full, Index, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, Bool, Index, Int, MaskMod, ScoreMod, ScoreShape
 
 __all__ = [
     "Mask",
@@ -89,7 +89,7 @@ class Mask(NoTruth):
         """How many positions the mask's arrays know; None if it serves any number."""
         return None
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError if the mask holds arrays that do not fit (B, N, T, S) = `full`."""
 
     def __and__(self, other: Mask | MaskMod | ArrayLike) -> Mask:
@@ -134,7 +134,7 @@ class And(Mask):
         known = [n for n in (self.left.num_positions, self.right.num_positions) if n is not None]
         return min(known, default=None)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         self.left.check(caller, full)
         self.right.check(caller, full)
 
@@ -160,7 +160,7 @@ class Not(Mask):
     def num_positions(self) -> int | None:
         return self.mask.num_positions
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         self.mask.check(caller, full)
 
 
@@ -217,7 +217,7 @@ class Documents(Mask):
     def num_positions(self) -> int | None:
         return min(self.q_ids.shape[1], self.kv_ids.shape[1])
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         for name, ids, length in (("document_ids", self.q_ids, full[2]), ("kv_ids", self.kv_ids, full[3])):
             if ids.shape[0] not in (1, full[0]) or (length is not None and ids.shape[1] != length):
                 raise ValueError(
@@ -240,7 +240,7 @@ class Lengths(Mask):
         lengths = self.lengths[b]
         return jnp.less(kv_range[0], lengths), jnp.less(kv_range[1], lengths)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         if self.lengths.shape != full[:1]:
             raise ValueError(
                 f"{caller}: a mask by lengths needs one length a batch row; "
@@ -265,7 +265,7 @@ class Dense(Mask):
     def num_positions(self) -> int | None:
         return min((size for size in self.array.shape[2:] if size > 1), default=None)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         check_mask_shape(caller, self.array.shape, full)
 
 
@@ -311,7 +311,7 @@ class AtPositions(Mask):
     def num_positions(self) -> int | None:
         return min(self.q_positions.shape[1], self.kv_positions.shape[1])
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         _check_both_positions(caller, self.q_positions, self.kv_positions, full)
         if self.mask is not None:
             self.mask.check(caller, (*full[:2], None, None))
@@ -328,7 +328,7 @@ class ScoreModAtPositions(NoTruth):
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return self.score_mod(scores, b, h, _read(self.q_positions, b, q), _read(self.kv_positions, b, kv))
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `full`.
 
         The mod is given None for the lengths: which positions there may be is not known.
@@ -613,7 +613,7 @@ def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | N
 
 
 def resolve_masks(
-    caller: str, mask: Any, score_mod: ScoreMod | None, full: Full
+    caller: str, mask: Any, score_mod: ScoreMod | None, full: ScoreShape
 ) -> tuple[Mask | None, ScoreMod | None]:
     """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that is no mask.
 
@@ -705,6 +705,6 @@ def _range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, A
     return bounds[0], bounds[1]
 
 
-def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, full: Full) -> None:
+def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, full: ScoreShape) -> None:
     for name, positions, length in (("q_positions", q_positions, full[2]), ("kv_positions", kv_positions, full[3])):
         check_positions(caller, name, positions, full[0], positions.shape[1] if length is None else length)

@@ -38,11 +38,11 @@ __all__ = [
     "AttentionOptions",
     "Bool",
     "Float",
-    "Full",
     "Index",
     "Int",
     "MaskMod",
     "ScoreMod",
+    "ScoreShape",
     "Shaped",
 ]
 
@@ -108,5 +108,5 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | Array | None
 
 
-Full = tuple[int, int, int | None, int | None]
+ScoreShape = tuple[int, int, int | None, int | None]
 """(B, N, T, S); T and S are None where positions are read, which may be any."""

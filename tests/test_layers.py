@@ -6,7 +6,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "attnax"
 LAYERS = {
+    "checks": 0,
     "config": 0,
+    "errors": 0,
+    "pytrees": 0,
     "typing": 0,
     "reference": 0,
     "int8_rows": 0,
@@ -26,18 +29,9 @@ LAYERS = {
     "__main__": 7,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-NO_FLAX = (
-    "config",
-    "typing",
-    "reference",
-    "int8_rows",
-    "lazy",
-    "masks",
-    "cache",
-    "paged_cache",
-    "kernels",
-    "generation",
-)
+NO_FLAX = {part for part, layer in LAYERS.items() if layer <= LAYERS["kernels"]} | {"generation"}
+# The places of `kernels/`, from the bottom up; every other file there is what people call, at the top.
+PLACES = ("_core",), ("_xla", "_gpu", "_tpu"), ("_call", "_decode_call")
 
 
 def part_of(path):
@@ -64,6 +58,28 @@ def test_imports_go_down():
                 other = name.split(".")[1]
                 assert other in LAYERS, f"{path}, {name}: import from the module that defines it"
                 assert LAYERS[other] <= layer, f"{path} imports {name}"
+
+
+def place_of(part):
+    """The height of a file or folder of `kernels/` in `PLACES`."""
+    return next((height for height, places in enumerate(PLACES) if part in places), len(PLACES))
+
+
+def test_kernels_go_from_calls_to_engines_to_their_core():
+    for path in (PACKAGE / "kernels").rglob("*.py"):
+        mine = path.relative_to(PACKAGE / "kernels").parts[0].removesuffix(".py")
+        for name in imports(path):
+            if name.startswith("attnax.kernels."):
+                other = name.split(".")[2]
+                assert place_of(other) <= place_of(mine), f"{path} imports {name}"
+                is_engine = other in PLACES[1]
+                assert not (is_engine and mine not in (other, *PLACES[2])), f"{path} imports an engine, {name}"
+
+
+def test_what_is_private_to_kernels_stays_there():
+    for path in FILES:
+        private = [name for name in imports(path) if name.startswith("attnax.kernels._")]
+        assert not private or part_of(path) == "kernels", f"{path} imports {private[0]}"
 
 
 def test_heavy_packages_stay_in_their_place():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnax.checks import check_mask_shape
 from attnax.masks import AtPositions, Dense, Mask
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, Full, Index
+from attnax.typing import Array, Index, ScoreShape
 
 __all__ = ["mask_of_cache"]
 
@@ -28,7 +28,7 @@ class RowsOfCall(Mask):
         here, sought = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (positions, q))
         return Dense(self.array)(b, h, jnp.argmax(here == sought, axis=-1), kv)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         batch, heads, _, columns = self.array.shape
         check_mask_shape(caller, (batch, heads, 1, columns), full)
 

@@ -19,7 +19,7 @@ from attnax import masks
 from attnax.checks import is_concrete
 from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
 from attnax.pytrees import function_pytree, pytree_dataclass
-from attnax.typing import Array, ArrayLike, Bool, Float, Full, Index, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, Bool, Float, Index, Int, MaskMod, ScoreMod, ScoreShape
 
 __all__ = [
     "additive_bias_mod",
@@ -53,7 +53,7 @@ class ComposedScoreMod(NoTruth):
             scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
         return scores
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `full`."""
         for mod in self.mods:
             if hasattr(mod, "check"):
@@ -69,7 +69,7 @@ class Alibi(NoTruth):
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return scores - self.slopes.astype(scores.dtype)[h] * jnp.abs(jnp.subtract(q, kv)).astype(scores.dtype)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError unless there is a slope for each head."""
         _check_heads(caller, "alibi_mod", "slopes", self.slopes, 0, full)
 
@@ -86,7 +86,7 @@ class AdditiveBias(NoTruth):
         inside = functools.reduce(jnp.logical_and, map(jnp.less, indices, self.bias.shape))
         return scores + jnp.where(inside, self.bias.astype(scores.dtype).at[tuple(indices)].get(mode="clip"), jnp.nan)
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `full`."""
         if not all(want is None or have in (1, want) for have, want in zip(self.bias.shape, full, strict=True)):
             raise ValueError(
@@ -122,7 +122,7 @@ class BucketedBias(NoTruth):
         )
         return scores + self.table.astype(scores.dtype)[bucket, h]
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError unless the table has a column for each head."""
         _check_heads(caller, "relative_bias_mod", "table", self.table, 1, full)
 
@@ -137,7 +137,7 @@ class ClippedBias(NoTruth):
         clip = self.table.shape[1] // 2
         return scores + self.table.astype(scores.dtype)[h, jnp.clip(jnp.subtract(q, kv), -clip, clip) + clip]
 
-    def check(self, caller: str, full: Full) -> None:
+    def check(self, caller: str, full: ScoreShape) -> None:
         """Raises ValueError unless the table has a row for each head."""
         _check_heads(caller, "relative_table_mod", "table", self.table, 0, full)
 
@@ -511,7 +511,7 @@ def _table(caller: str, shape: str, table: Any) -> Array:
     return table
 
 
-def _check_heads(caller: str, maker: str, name: str, array: Array, axis: int, full: Full) -> None:
+def _check_heads(caller: str, maker: str, name: str, array: Array, axis: int, full: ScoreShape) -> None:
     if array.shape[axis] != full[1]:
         raise ValueError(
             f"{caller}: {maker} must be made for the query's {full[1]} heads; got {name}.shape={array.shape}."
