@@ -12,12 +12,11 @@ from jax import lax
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
 from attnax.checks import check_attention, check_positions
 from attnax.int8_rows import Int8Rows, Rows, decode_rows
-from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels._core.stored import Chunk, Stored
 from attnax.kernels._decode_call import attend_chunks
 from attnax.kernels.flash import flash_attention
 from attnax.kernels.paged import paged_attention
-from attnax.masks import Mask, as_mask, at_positions, resolve_masks, sliding_window
+from attnax.masks import Mask, as_mask, at_positions, mask_of_cache, resolve_masks, sliding_window
 from attnax.paged_cache import PagedKVCache
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod, Shaped

@@ -17,10 +17,9 @@ from jax import lax
 
 from attnax.checks import check_attention, check_positions, is_concrete
 from attnax.int8_rows import Int8Rows, decode_rows
-from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels._core.stored import Chunk, Source, Stored
 from attnax.kernels._decode_call import attend_chunks
-from attnax.masks import Mask, as_mask, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped

@@ -14,14 +14,23 @@ from jax.ad_checkpoint import checkpoint_name
 from attnax.cache import EmptyCache, LayerCache, LinearLayerCache
 from attnax.checks import check_positions, is_concrete
 from attnax.config import AttentionType, BlockConfig, resolve_config
-from attnax.kernels._cache_mask import mask_of_cache
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.kernels.standard import standard_attention
-from attnax.masks import Causal, Mask, as_mask, at_positions, causal, mask_argument, padding, sliding_window
+from attnax.masks import (
+    Causal,
+    Mask,
+    as_mask,
+    at_positions,
+    causal,
+    mask_argument,
+    mask_of_cache,
+    padding,
+    sliding_window,
+)
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from attnax.checks import check_mask_shape
-from attnax.masks import AtPositions, Dense, Mask
+from attnax.masks.mask import Dense, Mask
+from attnax.masks.positions import AtPositions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Index, ScoreShape
 
-__all__ = ["mask_of_cache"]
+__all__ = ["RowsOfCall", "mask_of_cache"]
 
 
 @pytree_dataclass
@@ -28,9 +29,9 @@ class RowsOfCall(Mask):
         here, sought = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (positions, q))
         return Dense(self.array)(b, h, jnp.argmax(here == sought, axis=-1), kv)
 
-    def check(self, caller: str, full: ScoreShape) -> None:
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
         batch, heads, _, columns = self.array.shape
-        check_mask_shape(caller, (batch, heads, 1, columns), full)
+        check_mask_shape(caller, (batch, heads, 1, columns), score_shape)
 
 
 def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> Mask:

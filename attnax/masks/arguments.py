@@ -1,0 +1,96 @@
+"""The arguments `mask=` and `score_mod=` of an attention function, and what such a function declares about itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+
+from attnax.masks.arrays import index_grid
+from attnax.masks.mask import Mask, NoTruth, as_mask
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, Index, ScoreMod, ScoreShape
+
+__all__ = [
+    "MaskedScoreMod",
+    "mask_argument",
+    "names_residuals",
+    "resolve_masks",
+    "split_score_mod",
+    "takes_mask_objects",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@pytree_dataclass
+class MaskedScoreMod(NoTruth):
+    """A score mod that is, or contains, a mask: `score_mod` first, then -inf where `mask` forbids the pair.
+
+    Kernels take the two apart, so that a mask given as a score mod saves as much as one given as `mask=`.
+    """
+
+    score_mod: ScoreMod | None  # a pytree
+    mask: Mask
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        if self.score_mod is not None:
+            scores = self.score_mod(scores, b, h, q, kv)
+        return jnp.where(self.mask(b, h, q, kv), scores, -jnp.inf)
+
+
+def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask | None]:
+    """The part of a score mod that changes scores, and the mask that it carries."""
+    if isinstance(score_mod, MaskedScoreMod):
+        return score_mod.score_mod, score_mod.mask
+    return score_mod, None
+
+
+def resolve_masks(
+    caller: str, mask: Any, score_mod: ScoreMod | None, score_shape: ScoreShape
+) -> tuple[Mask | None, ScoreMod | None]:
+    """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that is no mask.
+
+    Raises:
+        ValueError: something in them holds arrays that do not fit (B, N, T, S) = `score_shape`.
+    """
+    score_mod, carried = split_score_mod(score_mod)
+    mask = None if mask is None else as_mask(mask)
+    if carried is not None:
+        mask = carried if mask is None else mask & carried
+    if mask is not None:
+        mask.check(caller, score_shape)
+    check = getattr(score_mod, "check", None)
+    if check is not None:
+        check(caller, score_shape)
+    return mask, score_mod
+
+
+def mask_argument(
+    caller: str, attention_fn: Callable[..., Any], mask: Mask | None, score_shape: tuple[int, int, int, int]
+) -> Mask | Array | None:
+    """`mask` in the form that `attention_fn` takes: itself, or an array that broadcasts to `score_shape`."""
+    if mask is None:
+        return None
+    kernel = attention_fn
+    while isinstance(kernel, functools.partial):
+        kernel = kernel.func
+    if getattr(kernel, "takes_mask_objects", False):
+        return mask  # and checks it, against lengths that only it may know: a ring's are global
+    mask.check(caller, score_shape)
+    array = mask(*index_grid(*score_shape))
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)  # not `score_shape`: a window is the same for all heads
+
+
+def takes_mask_objects(attention_fn: Function) -> Function:
+    """Marks an attention function whose `mask=` may be a Mask; any other gets a dense boolean array."""
+    attention_fn.takes_mask_objects = True  # type: ignore[attr-defined]
+    return attention_fn
+
+
+def names_residuals(attention_fn: Function) -> Function:
+    """Marks an attention function that names what its backward pass reads, "attention_out", for `jax.checkpoint`."""
+    attention_fn.names_residuals = True  # type: ignore[attr-defined]
+    return attention_fn

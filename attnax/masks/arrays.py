@@ -1,0 +1,80 @@
+"""Masks as boolean arrays that broadcast to (B, N, T, S), True to attend."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from attnax.masks.kinds import causal, documents, sliding_window
+from attnax.masks.mask import And, Dense, Mask, as_mask
+from attnax.typing import Array, ArrayLike, Bool, Int, MaskMod
+
+__all__ = [
+    "combine_masks",
+    "index_grid",
+    "make_causal_mask",
+    "make_document_mask",
+    "make_padding_mask",
+    "make_sliding_window_mask",
+]
+
+
+def index_grid(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[Array, Array, Array, Array]:
+    """Indices b, h, q, kv of shapes (B,1,1,1), (1,N,1,1), (1,1,T,1), (1,1,1,S): every pair, by broadcasting."""
+    return (
+        jnp.arange(batch)[:, None, None, None],
+        jnp.arange(num_heads)[None, :, None, None],
+        jnp.arange(seq_q)[None, None, :, None],
+        jnp.arange(seq_kv)[None, None, None, :],
+    )
+
+
+def make_padding_mask(input_ids: Int[ArrayLike, "B S"], pad_token_id: int = 0) -> Bool[Array, "B 1 1 S"]:
+    """True where `input_ids` holds a real token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import make_padding_mask
+        >>> make_padding_mask(jnp.array([[5, 7, 0]]))[0, 0, 0].tolist()
+        [True, True, False]
+    """
+    return (jnp.asarray(input_ids) != pad_token_id)[:, None, None, :]
+
+
+def make_causal_mask(seq_len: int) -> Bool[Array, "1 1 T T"]:
+    """`causal()` as an array."""
+    return causal()(*index_grid(1, 1, seq_len, seq_len))
+
+
+def make_sliding_window_mask(
+    seq_q: int, seq_kv: int | None = None, *, window_size: int, causal: bool = True
+) -> Bool[Array, "1 1 T S"]:
+    """`sliding_window(window_size, causal=causal)` as an array."""
+    mask = sliding_window(window_size, causal=causal)
+    return mask(*index_grid(1, 1, seq_q, seq_q if seq_kv is None else seq_kv))
+
+
+def make_document_mask(document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """`documents(document_ids)` as an array."""
+    ids = jnp.atleast_2d(jnp.asarray(document_ids))
+    return documents(ids)(*index_grid(ids.shape[0], 1, ids.shape[1], ids.shape[1]))
+
+
+def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | None:
+    """What all `masks` allow, skipping None; None if there is nothing to combine.
+
+    Boolean arrays give an array; if a Mask or a function is among them, the result is a Mask.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import combine_masks, make_causal_mask, make_padding_mask
+        >>> combine_masks(make_causal_mask(3), None, make_padding_mask(jnp.array([[5, 7, 0]]))).shape
+        (1, 1, 3, 3)
+    """
+    present = [as_mask(mask) for mask in masks if mask is not None]
+    if not present:
+        return None
+    if all(isinstance(mask, Dense) for mask in present):
+        return functools.reduce(jnp.logical_and, [mask.array for mask in present if isinstance(mask, Dense)])
+    return functools.reduce(And, present)

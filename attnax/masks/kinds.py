@@ -1,0 +1,229 @@
+"""The masks that everybody needs; each knows its value over whole tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from attnax.checks import is_concrete
+from attnax.masks.mask import Dense, Mask, Range
+from attnax.masks.ranges import range_bounds, value_at
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Index, Int, ScoreShape
+
+__all__ = [
+    "Causal",
+    "Documents",
+    "Lengths",
+    "SlidingWindow",
+    "causal",
+    "documents",
+    "padding",
+    "prefix",
+    "sliding_window",
+]
+
+
+@pytree_dataclass
+class Causal(Mask):
+    """A query attends the keys at its own position and before."""
+
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.less_equal(kv, q)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        return jnp.less_equal(kv_range[0], q_range[1]), jnp.less_equal(kv_range[1], q_range[0])
+
+
+@pytree_dataclass
+class SlidingWindow(Mask):
+    """A query attends the `before - 1` keys before it, itself, and the `after - 1` keys after it."""
+
+    before: int | ArrayLike
+    after: int | ArrayLike
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        distance = jnp.subtract(q, kv)
+        return jnp.logical_and(distance < self.before, -distance < self.after)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        least, most = jnp.subtract(q_range[0], kv_range[1]), jnp.subtract(q_range[1], kv_range[0])
+        some = jnp.logical_and(least < self.before, -most < self.after)
+        return some, jnp.logical_and(most < self.before, -least < self.after)
+
+
+@pytree_dataclass
+class Documents(Mask):
+    """Tokens attend the tokens of the same id; a negative id is padding, which attends nothing and is not attended."""
+
+    q_ids: Array  # (B|1, T)
+    kv_ids: Array  # (B|1, S)
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        q_id = value_at(self.q_ids, b, q)
+        return jnp.equal(q_id, value_at(self.kv_ids, b, kv)) & jnp.greater_equal(q_id, 0)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        q_least, q_most = range_bounds(self.q_ids, b, q_range)
+        kv_least, kv_most = range_bounds(self.kv_ids, b, kv_range)
+        some = (jnp.maximum(q_least, 0) <= kv_most) & (jnp.maximum(kv_least, 0) <= q_most)
+        return some, (q_least == kv_most) & (kv_least == q_most) & (q_least >= 0)
+
+    @property
+    def num_positions(self) -> int | None:
+        return min(self.q_ids.shape[1], self.kv_ids.shape[1])
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        for name, ids, length in (
+            ("document_ids", self.q_ids, score_shape[2]),
+            ("kv_ids", self.kv_ids, score_shape[3]),
+        ):
+            if ids.shape[0] not in (1, score_shape[0]) or (length is not None and ids.shape[1] != length):
+                raise ValueError(
+                    f"{caller}: documents need one id a token, ({length},) or ({score_shape[0]}, {length}) for {name}; "
+                    f"got {name}.shape={ids.shape}. Where queries and keys differ, use documents(ids, kv_ids)."
+                )
+
+
+@pytree_dataclass
+class Lengths(Mask):
+    """Row `b` holds `lengths[b]` real keys, then padding."""
+
+    lengths: Array
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.less(kv, self.lengths[b])
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        lengths = self.lengths[b]
+        return jnp.less(kv_range[0], lengths), jnp.less(kv_range[1], lengths)
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        if self.lengths.shape != score_shape[:1]:
+            raise ValueError(
+                f"{caller}: a mask by lengths needs one length a batch row; "
+                f"got lengths.shape={self.lengths.shape} for batch={score_shape[0]}."
+            )
+
+
+def causal() -> Mask:
+    """Each query attends itself and what came before: `kv <= q`.
+
+    On bare arrays q and kv are indices, also when T != S; use `at_positions` for a chunk that starts later.
+
+    Example:
+        >>> from attnax.masks import causal
+        >>> bool(causal()(0, 0, q=2, kv=1)), bool(causal()(0, 0, q=1, kv=2))
+        (True, False)
+    """
+    return Causal()
+
+
+def padding(real: Int[ArrayLike, "B"] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
+    """Nothing attends padding keys.
+
+    Args:
+        real: how many keys of each row are real, the padding being on the right; or which keys are, as
+            booleans.
+
+    Raises:
+        ValueError: an array of another shape or dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import causal, padding
+        >>> mask = causal() & padding(jnp.array([3, 5]))
+        >>> bool(mask(0, 0, q=4, kv=3)), bool(mask(1, 0, q=4, kv=3))
+        (False, True)
+    """
+    real = jnp.asarray(real)
+    if jnp.issubdtype(real.dtype, jnp.integer) and real.ndim == 1:
+        return Lengths(real)
+    if real.dtype == jnp.bool_ and real.ndim == 2:
+        return Dense(real[:, None, None, :])
+    if real.dtype == jnp.bool_ and real.ndim == 4 and real.shape[1:3] == (1, 1):
+        return Dense(real)
+    raise ValueError(
+        "padding: give integer lengths (batch,) or booleans (batch, length), True for a real token; "
+        f"got shape={real.shape}, dtype={real.dtype}."
+    )
+
+
+def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True) -> Mask:
+    """Each query attends the nearest `window_size` keys: `0 <= q - kv < window_size`, or `|q - kv| < window_size`.
+
+    Args:
+        window_size: in tokens, itself included; at least 1.
+        causal: nothing after the query.
+
+    Raises:
+        ValueError: a window that is below 1 or no whole number.
+
+    Example:
+        >>> from attnax.masks import sliding_window
+        >>> mask = sliding_window(2)
+        >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
+        [False, True, True, False]
+    """
+    whole = jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
+    if not whole or (is_concrete(window_size) and window_size < 1):
+        raise ValueError(
+            f"sliding_window: window_size must be a whole number, at least 1; got window_size={window_size!r}."
+        )
+    return SlidingWindow(window_size, 1 if causal else window_size)
+
+
+def prefix(lengths: Int[ArrayLike, "B"]) -> Mask:
+    """Prefix language model: `causal() | padding(lengths)`, the first `lengths[b]` tokens of a row are seen by all.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import prefix
+        >>> mask = prefix(jnp.array([2]))
+        >>> [bool(mask(0, 0, 0, kv)) for kv in range(4)]
+        [True, True, False, False]
+    """
+    lengths = jnp.asarray(lengths)
+    if lengths.ndim != 1 or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"prefix: give one whole length a batch row; got shape={lengths.shape}, dtype={lengths.dtype}."
+        )
+    return Causal() | Lengths(lengths)
+
+
+def documents(
+    document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
+) -> Mask:
+    """Packed rows: a token attends only tokens of its own document. Combine with `causal()` as needed.
+
+    Args:
+        document_ids: (length,) or (batch, length), in any order; tiles are skipped best where ids are sorted. A
+            negative id marks padding: it attends nothing, and nothing attends it.
+        kv_ids: the same for the keys, where they are not the queries.
+
+    Raises:
+        ValueError: ids that are no integers of these shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import causal, documents
+        >>> mask = causal() & documents(jnp.array([0, 0, 1, 1]))
+        >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
+        [False, False, True, False]
+    """
+    q_ids = jnp.asarray(document_ids)
+    kv_ids = q_ids if kv_ids is None else jnp.asarray(kv_ids)
+    for ids in (q_ids, kv_ids):
+        if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                "documents: ids must be integers (length,) or (batch, length); "
+                f"got shape={ids.shape}, dtype={ids.dtype}."
+            )
+    return Documents(jnp.atleast_2d(q_ids), jnp.atleast_2d(kv_ids))

@@ -1,0 +1,192 @@
+"""A mask as a value that is read in two ways, and its algebra.
+
+Pointwise, `mask(b, h, q, kv)` says whether query `q` may attend key `kv`. Indices are integer arrays of any shapes that
+broadcast together. Over a tile, `mask.tile(b, h, q_range, kv_range)` bounds the same answer for whole ranges by
+interval arithmetic, so that a kernel can skip the tiles that a mask forbids. True means attend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnax.checks import check_mask_shape, explain_tracing
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Index, MaskMod, ScoreShape
+
+__all__ = ["And", "Dense", "Mask", "NoTruth", "Not", "Pointwise", "Range", "as_mask"]
+
+Range = tuple[Index, Index]
+"""First and last index of a tile along one axis, both included."""
+
+
+class NoTruth:
+    """Of masks and score mods, which have a value at every pair: `and`, `or`, `not` and `if` raise TypeError."""
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{type(self).__name__}: a mask or score mod has a value for each pair, and no truth value for `and`, "
+            "`or`, `not` and `if`. Combine masks by `&`, `|` and `~` and score mods by compose_score_mods; write "
+            "`is None` to test whether there is one."
+        )
+
+
+class Mask(NoTruth):
+    """A boolean function of (batch, head, query, key) that also knows its value over tiles."""
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether `tile` cannot tell enough, so that a kernel should look at the pairs themselves."""
+        return True
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        """True where query `q` may attend key `kv`; the shape is what the indices broadcast to, or smaller."""
+        raise NotImplementedError
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        """Bounds over a tile: `(may any pair attend, do all pairs attend)`.
+
+        Both are safe: `any` may be True where nothing attends, `all` may be False where everything does.
+        `(True, False)`, the default, means "cannot tell".
+        """
+        return True, False
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many positions the mask's arrays know; None if it serves any number."""
+        return None
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError if the mask holds arrays that do not fit (B, N, T, S) = `score_shape`."""
+
+    def __and__(self, other: Mask | MaskMod | ArrayLike) -> Mask:
+        return And(self, as_mask(other))
+
+    def __rand__(self, other: MaskMod | ArrayLike) -> Mask:
+        return And(as_mask(other), self)
+
+    def __or__(self, other: Mask | MaskMod | ArrayLike) -> Mask:
+        return ~(~self & ~as_mask(other))
+
+    def __ror__(self, other: MaskMod | ArrayLike) -> Mask:
+        return ~(~as_mask(other) & ~self)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to __rand__
+
+
+@pytree_dataclass
+class And(Mask):
+    """Both masks allow the pair."""
+
+    left: Mask
+    right: Mask
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.left.is_opaque or self.right.is_opaque
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.logical_and(self.left(b, h, q, kv), self.right(b, h, q, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        left_any, left_all = self.left.tile(b, h, q_range, kv_range)
+        right_any, right_all = self.right.tile(b, h, q_range, kv_range)
+        return jnp.logical_and(left_any, right_any), jnp.logical_and(left_all, right_all)
+
+    @property
+    def num_positions(self) -> int | None:
+        known = [n for n in (self.left.num_positions, self.right.num_positions) if n is not None]
+        return min(known, default=None)
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        self.left.check(caller, score_shape)
+        self.right.check(caller, score_shape)
+
+
+@pytree_dataclass
+class Not(Mask):
+    """The pairs that `mask` forbids; `a | b` is `~(~a & ~b)`."""
+
+    mask: Mask
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask.is_opaque
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.logical_not(self.mask(b, h, q, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        some, every = self.mask.tile(b, h, q_range, kv_range)
+        return jnp.logical_not(every), jnp.logical_not(some)
+
+    @property
+    def num_positions(self) -> int | None:
+        return self.mask.num_positions
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        self.mask.check(caller, score_shape)
+
+
+@pytree_dataclass
+class Dense(Mask):
+    """A boolean array that broadcasts to (B, N, T, S), read lazily at the indices asked for."""
+
+    array: Array  # (B|1, N|1, T|1, S|1)
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        indices = zip((b, h, q, kv), self.array.shape, strict=True)
+        # Positions may lie past the array (a cache has spare room): nothing attends there.
+        return self.array.at[tuple(0 if size == 1 else index for index, size in indices)].get(
+            mode="fill", fill_value=False
+        )
+
+    @property
+    def num_positions(self) -> int | None:
+        return min((size for size in self.array.shape[2:] if size > 1), default=None)
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        check_mask_shape(caller, self.array.shape, score_shape)
+
+
+@pytree_dataclass
+class Pointwise(Mask):
+    """A user's function `(b, h, q, kv) -> bool`; nothing is known about its tiles."""
+
+    function: MaskMod  # a pytree
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        with explain_tracing("mask", "a mask function"):
+            allowed = jnp.asarray(self.function(b, h, q, kv))
+        if allowed.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask: a mask function must return booleans, True to attend; got dtype={allowed.dtype}. "
+                "Add a bias by a score_mod."
+            )
+        return allowed
+
+
+def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
+    """The Mask of a boolean array (which broadcasts to (B, N, T, S)) or of a function `(b, h, q, kv) -> bool`.
+
+    Raises:
+        ValueError: an array that is not boolean or has more than 4 axes, or anything that cannot be called.
+    """
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, jax.Array | np.ndarray):
+        if mask.dtype != jnp.bool_ or mask.ndim > 4:
+            raise ValueError(
+                "as_mask: a mask array must be boolean, True to attend, and broadcast to "
+                f"(batch, num_heads, seq_q, seq_kv); got shape={mask.shape}, dtype={mask.dtype}."
+            )
+        return Dense(jnp.asarray(mask).reshape((1,) * (4 - mask.ndim) + mask.shape))
+    if callable(mask):
+        return Pointwise(function_pytree(mask))
+    raise ValueError(f"as_mask: a mask is a boolean array, a Mask or a function (b, h, q, kv) -> bool; got {mask!r}.")

@@ -1,0 +1,154 @@
+"""Masks and score mods at true positions.
+
+Kernels know array indices only. Index and position differ in a later chunk of a text, behind left padding, and in a
+shard of a ring; `at_positions` is the one translation between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import jax.numpy as jnp
+
+from attnax.checks import check_positions
+from attnax.masks.arguments import MaskedScoreMod, split_score_mod
+from attnax.masks.mask import Mask, NoTruth, Range
+from attnax.masks.ranges import range_bounds, value_at
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, Index, Int, ScoreMod, ScoreShape
+
+__all__ = ["AtPositions", "ScoreModAtPositions", "at_positions", "tile_at_positions"]
+
+
+@pytree_dataclass
+class AtPositions(Mask):
+    """`mask` read at true positions; a key at a negative position is no token, and nothing attends it."""
+
+    mask: Mask | None
+    q_positions: Array  # (B|1, T)
+    kv_positions: Array  # (B|1, S)
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask is not None and self.mask.is_opaque
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        q, kv = value_at(self.q_positions, b, q), value_at(self.kv_positions, b, kv)
+        present = jnp.greater_equal(kv, 0)
+        return present if self.mask is None else jnp.logical_and(present, self.mask(b, h, q, kv))
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        tile = None if self.mask is None else self.mask.tile
+        return tile_at_positions(tile, self.q_positions, self.kv_positions, b, h, q_range, kv_range)
+
+    @property
+    def num_positions(self) -> int | None:
+        return min(self.q_positions.shape[1], self.kv_positions.shape[1])
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        _check_both_positions(caller, self.q_positions, self.kv_positions, score_shape)
+        if self.mask is not None:
+            self.mask.check(caller, (*score_shape[:2], None, None))
+
+
+@pytree_dataclass
+class ScoreModAtPositions(NoTruth):
+    """A score mod read at true positions."""
+
+    score_mod: ScoreMod  # a pytree
+    q_positions: Array  # (B|1, T)
+    kv_positions: Array  # (B|1, S)
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return self.score_mod(scores, b, h, value_at(self.q_positions, b, q), value_at(self.kv_positions, b, kv))
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `score_shape`.
+
+        The mod is given None for the lengths: which positions there may be is not known.
+        """
+        batch, num_heads, seq_q, seq_kv = score_shape
+        if seq_q is not None and seq_kv is not None:
+            _check_both_positions(caller, self.q_positions, self.kv_positions, (batch, num_heads, seq_q, seq_kv))
+        if hasattr(self.score_mod, "check"):
+            self.score_mod.check(caller, (batch, num_heads, None, None))
+
+
+@overload
+def at_positions(
+    mask_or_mod: Mask | None,
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+) -> Mask: ...
+@overload
+def at_positions(
+    mask_or_mod: ScoreMod,
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+) -> ScoreMod: ...
+def at_positions(
+    mask_or_mod: Mask | ScoreMod | None,
+    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
+    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
+) -> Mask | ScoreMod:
+    """Reads a mask or a score mod at true positions instead of array indices.
+
+    Kernels only know array indices. Where index and position differ (the second chunk of a text, left
+    padding, a shard of a ring) this is the one translation between them.
+
+    Args:
+        mask_or_mod: a Mask, or None for "everything attends"; anything else is taken as a score mod (wrap a
+            plain mask function in `as_mask` first).
+        q_positions: the position of each query: an index within its row's own text.
+        kv_positions: the position of each key; a negative one marks an empty slot or padding, which nothing
+            attends.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax.masks import at_positions, causal
+        >>> mask = at_positions(causal(), jnp.array([7]), jnp.array([6, 7, 8, -1]))
+        >>> [bool(mask(0, 0, 0, kv)) for kv in range(4)]
+        [True, True, False, False]
+    """
+    for name, positions in (("q_positions", q_positions), ("kv_positions", kv_positions)):
+        if not jnp.issubdtype(jnp.result_type(positions), jnp.integer):
+            raise ValueError(f"at_positions: {name} must be integers; got dtype={jnp.result_type(positions)}.")
+    # int32: the difference of two unsigned positions is never negative.
+    q_positions, kv_positions = (jnp.atleast_2d(jnp.asarray(x, jnp.int32)) for x in (q_positions, kv_positions))
+    if mask_or_mod is None or isinstance(mask_or_mod, Mask):
+        return AtPositions(mask_or_mod, q_positions, kv_positions)
+    score_mod, mask = split_score_mod(mask_or_mod)
+    if score_mod is not None:
+        score_mod = ScoreModAtPositions(function_pytree(score_mod), q_positions, kv_positions)
+    if mask is None:
+        assert score_mod is not None
+        return score_mod
+    return MaskedScoreMod(score_mod, AtPositions(mask, q_positions, kv_positions))
+
+
+def tile_at_positions(
+    tile: Callable[..., tuple[Any, Any]] | None,
+    q_positions: Array,
+    kv_positions: Array,
+    b: Index,
+    h: Index,
+    q_range: Range,
+    kv_range: Range,
+) -> tuple[Any, Any]:
+    """What `Mask.tile` says of a mask at positions (B|1, T) and (B|1, S); `tile` is its own, None where all attend."""
+    absent_last = jnp.where(kv_positions < 0, jnp.iinfo(jnp.int32).max, kv_positions)
+    kv_least, _ = range_bounds(absent_last, b, kv_range)
+    lowest, kv_most = range_bounds(kv_positions, b, kv_range)
+    some, every = True, True
+    if tile is not None:
+        some, every = tile(b, h, range_bounds(q_positions, b, q_range), (kv_least, kv_most))
+    return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
+
+
+def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, score_shape: ScoreShape) -> None:
+    for name, positions, length in (
+        ("q_positions", q_positions, score_shape[2]),
+        ("kv_positions", kv_positions, score_shape[3]),
+    ):
+        check_positions(caller, name, positions, score_shape[0], positions.shape[1] if length is None else length)
