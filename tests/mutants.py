@@ -60,7 +60,7 @@ class Part:
 
 PARTS = {
     "masks": Part(("masks/*.py",), ("test_masks.py", "kernels", "test_properties.py")),
-    "caches": Part(("*cache.py", "int8_rows.py"), ("test_paged_cache.py", "kernels", "generation")),
+    "caches": Part(("*cache/*.py", "int8_rows.py"), ("test_paged_cache.py", "kernels", "generation")),
     "kernels": Part(("kernels/**/*.py",), ("kernels", "test_masks.py", "test_paged_cache.py", "generation")),
     "nn": Part(("nn/*.py",), ("nn", "models", "generation")),
     "generation": Part(("generation/*.py",), ("generation", "models", "cli")),

@@ -1,16 +1,9 @@
-"""Keys and values of many sequences in one pool of fixed-size blocks, which sequences take as they grow.
-
-A row of the block table names the blocks of one sequence in the order of its text: token `t` lies in block
-`block_table[row, t // block_size]` at offset `t % block_size`. `allocate_blocks`, `append_kv` and `gather_kv` serve one
-sequence outside jit, with a list of free blocks that the caller keeps. `allocate_rows`, `append_rows`,
-`gather_rows` and `free_rows` serve all rows at once with shapes that never change, under jit too; free is then every
-block that no row holds. As a cache of a layer (`attnax.cache.LayerCache`) a row takes blocks as its text grows.
-"""
+"""The paged cache of one layer, and what is done to all of its rows at once, with shapes that never change."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +12,21 @@ import numpy as np
 from attnax.cache import StoredTokens, check_rows
 from attnax.checks import check_positions, check_shape, is_concrete
 from attnax.config import TransformerConfig
-from attnax.int8_rows import Int8Rows, decode_rows, encode_rows, zero_rows
+from attnax.int8_rows import Int8Rows, zero_rows
+from attnax.paged_cache.pool import Pool, give_blocks, missing_blocks, read_blocks, write_tokens
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = [
     "PagedKVCache",
-    "Pool",
-    "allocate_blocks",
     "allocate_rows",
-    "append_kv",
     "append_rows",
+    "check_new",
     "free_rows",
-    "gather_kv",
     "gather_rows",
     "init_paged_kv_cache",
     "init_paged_kv_caches_from_config",
 ]
-
-Pool = Array | Int8Rows
-"""Blocks of vectors, as numbers or as 8-bit integers with scales."""
 
 
 @pytree_dataclass
@@ -95,7 +83,7 @@ class PagedKVCache:
         """
         batch, num_new = self.block_table.shape[0], keys.shape[2] if keys.ndim == 4 else 0
         leading = batch, self.key_pool.shape[2], num_new
-        _check_new("PagedKVCache.append", "(batch, num_kv_heads, new tokens, size)", self, keys, values, leading)
+        check_new("PagedKVCache.append", "(batch, num_kv_heads, new tokens, size)", self, keys, values, leading)
         positions = check_positions("PagedKVCache.append", "positions", positions, batch, num_new)
         positions = jnp.broadcast_to(positions, (batch, num_new))
         real = positions >= 0
@@ -252,136 +240,6 @@ def init_paged_kv_caches_from_config(
     )
 
 
-def allocate_blocks(
-    cache: PagedKVCache,
-    *,
-    sequence_idx: SupportsIndex,
-    num_new_tokens: SupportsIndex,
-    free_block_ids: Int[ArrayLike, "F"],
-) -> tuple[PagedKVCache, int]:
-    """Gives one sequence the blocks that it lacks for `num_new_tokens` more, from the front of `free_block_ids`.
-
-    Args:
-        cache: stays as it is; the result holds a new block table.
-        sequence_idx: row of the sequence.
-        num_new_tokens: tokens to come, beyond its current length.
-        free_block_ids: integers (F,), blocks that no sequence holds; keep `free_block_ids[used:]` for the next call.
-
-    Returns:
-        The cache and `used`, how many blocks were taken, an int: 0 where those that the sequence has suffice.
-
-    Raises:
-        ValueError: too few free blocks, tokens past `max_len`, an id that is no block of the pool, is given twice or
-            is in use, a wrong index; or values that are being traced: see `allocate_rows`.
-    """
-    index, length, table = _sequence(
-        "allocate_blocks", "allocate_rows", cache, sequence_idx, num_new_tokens, free_block_ids
-    )
-    free = np.asarray(free_block_ids)
-    if free.ndim != 1 or not np.issubdtype(free.dtype, np.integer):
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must be integers in one axis; got shape={free.shape}, dtype={free.dtype}."
-        )
-    num_blocks = cache.key_pool.shape[0]
-    if ((free < 0) | (free >= num_blocks)).any():
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must lie between 0 and {num_blocks - 1}; got {free.tolist()}."
-        )
-    if np.unique(free).size < free.size:
-        raise ValueError(f"allocate_blocks: free_block_ids must name each block once; got {free.tolist()}.")
-    in_use = np.intersect1d(free, np.asarray(cache.block_table))
-    if in_use.size:
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must name blocks that no sequence holds; blocks {in_use.tolist()} are "
-            f"already in use; got {free.tolist()}. Go on with free_block_ids[used:] after each call."
-        )
-    room = cache.max_len - length
-    num_new = _integer("allocate_blocks", "num_new_tokens", num_new_tokens, room, f", the room past length={length}")
-    used = int(_missing_blocks(table, length + num_new, cache.block_size))
-    if used > free.size:
-        raise ValueError(
-            f"allocate_blocks: sequence {index} needs {used} blocks for {num_new} new tokens; got {free.size} in "
-            "free_block_ids. Free a sequence by free_rows, or make the pool larger."
-        )
-    taken = np.full(table.size, -1, np.int32)  # of one size, so that nothing is compiled anew as the list shrinks
-    taken[:used] = free[:used]
-    wanted = np.zeros(cache.block_table.shape[0], np.int32)
-    wanted[index] = used
-    return dataclasses.replace(cache, block_table=_give_blocks(cache.block_table, wanted, taken)), used
-
-
-def append_kv(
-    cache: PagedKVCache,
-    sequence_idx: SupportsIndex,
-    keys_new: Float[ArrayLike, "T K H"],
-    values_new: Float[ArrayLike, "T K Hv"],
-) -> PagedKVCache:
-    """Writes tokens behind the last one of one sequence, into blocks that it was given before.
-
-    Args:
-        cache: stays as it is; the result holds new pools, so that each call copies them. `append_rows` under jit,
-            with the cache donated, writes in place.
-        sequence_idx: row of the sequence.
-        keys_new: (new tokens, num_kv_heads, head_dim).
-        values_new: (new tokens, num_kv_heads, value_dim).
-
-    Raises:
-        ValueError: a token would lie in an unallocated block, wrong shapes, a wrong index; or a cache or an index that
-            is being traced: see `append_rows`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from attnax.paged_cache import allocate_blocks, append_kv, gather_kv, init_paged_kv_cache
-        >>> cache = init_paged_kv_cache(
-        ...     num_blocks=7, block_size=4, num_kv_heads=2, head_dim=3, batch_size=2, max_blocks_per_seq=3
-        ... )
-        >>> free = jnp.arange(7)
-        >>> cache, used = allocate_blocks(cache, sequence_idx=1, num_new_tokens=5, free_block_ids=free)
-        >>> free = free[used:]
-        >>> cache = append_kv(cache, 1, jnp.ones((5, 2, 3)), jnp.ones((5, 2, 3)))
-        >>> keys, values, length = gather_kv(cache, 1)
-        >>> used, length, keys.shape
-        (2, 5, (5, 2, 3))
-    """
-    index, length, table = _sequence("append_kv", "append_rows", cache, sequence_idx)
-    num_new = keys_new.shape[0] if keys_new.ndim else 0
-    leading = (num_new, cache.key_pool.shape[2])
-    _check_new("append_kv", "(new tokens, num_kv_heads, size)", cache, keys_new, values_new, leading)
-    if _missing_blocks(table, length + num_new, cache.block_size):
-        raise ValueError(
-            f"append_kv: {num_new} new tokens behind length={length} reach an unallocated block; got blocks "
-            f"{table[table >= 0].tolist()} of {cache.block_size} tokens for sequence {index}. "
-            "Call allocate_blocks first."
-        )
-    start, count = np.array([length], np.int32), np.array([num_new], np.int32)
-    return dataclasses.replace(
-        cache,
-        key_pool=_write(cache.key_pool, table[None], start, keys_new[None], count),
-        value_pool=_write(cache.value_pool, table[None], start, values_new[None], count),
-        seq_lengths=cache.seq_lengths.at[index].add(num_new),
-    )
-
-
-def gather_kv(
-    cache: PagedKVCache, sequence_idx: SupportsIndex
-) -> tuple[Float[Array, "S K H"], Float[Array, "S K Hv"], int]:
-    """The tokens of one sequence in one piece.
-
-    Args:
-        cache: to read.
-        sequence_idx: row of the sequence.
-
-    Returns:
-        Keys (length, num_kv_heads, head_dim), values (length, num_kv_heads, value_dim) and the length, an int.
-
-    Raises:
-        ValueError: a wrong index; or a cache or an index that is being traced: see `gather_rows`.
-    """
-    _, length, table = _sequence("gather_kv", "gather_rows", cache, sequence_idx)
-    blocks = jnp.asarray(table[: -(-length // cache.block_size)])
-    return _read(cache.key_pool, blocks)[:length], _read(cache.value_pool, blocks)[:length], length
-
-
 def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int[ArrayLike, ""] | int) -> PagedKVCache:
     """Gives every row the blocks that it lacks for its next tokens, from those that no row holds.
 
@@ -398,7 +256,7 @@ def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int
     """
     num_new = _counts("allocate_rows", "num_new_tokens", num_new_tokens, cache, cache.max_len)
     has_room = (num_new >= 0) & (num_new <= cache.max_len - cache.seq_lengths)
-    missing = _missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size)
+    missing = missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size)
     missing = jnp.where(has_room, missing, 0)
 
     num_blocks = cache.key_pool.shape[0]
@@ -418,7 +276,7 @@ def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int
         )
     return dataclasses.replace(
         cache,
-        block_table=_give_blocks(cache.block_table, jnp.where(fits, missing, 0), free_ids),
+        block_table=give_blocks(cache.block_table, jnp.where(fits, missing, 0), free_ids),
         overflowed=cache.overflowed | ~fits,
     )
 
@@ -459,11 +317,11 @@ def append_rows(
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
     leading = (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens)
-    _check_new("append_rows", "(batch, num_kv_heads, new tokens, size)", cache, keys_new, values_new, leading)
+    check_new("append_rows", "(batch, num_kv_heads, new tokens, size)", cache, keys_new, values_new, leading)
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
     num_new = _counts("append_rows", "num_new_tokens", num_new_tokens, cache, num_tokens)
     is_count = (num_new >= 0) & (num_new <= num_tokens)
-    fits = is_count & (_missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size) == 0)
+    fits = is_count & (missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size) == 0)
     if is_concrete(fits) and not fits.all():
         raise ValueError(
             f"append_rows: every row must hold the blocks of its new tokens; got num_new_tokens={num_new.tolist()} "
@@ -474,8 +332,8 @@ def append_rows(
     table, start = cache.block_table, cache.seq_lengths
     return dataclasses.replace(
         cache,
-        key_pool=_write(cache.key_pool, table, start, jnp.moveaxis(keys_new, 2, 1), num_new),
-        value_pool=_write(cache.value_pool, table, start, jnp.moveaxis(values_new, 2, 1), num_new),
+        key_pool=write_tokens(cache.key_pool, table, start, jnp.moveaxis(keys_new, 2, 1), num_new),
+        value_pool=write_tokens(cache.value_pool, table, start, jnp.moveaxis(values_new, 2, 1), num_new),
         seq_lengths=start + num_new,
         overflowed=cache.overflowed | ~fits,
     )
@@ -497,7 +355,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
 
     def rows(pool: Pool) -> Array:
         # An unused entry, -1, reads the last block of the pool: it lies past the length.
-        return jnp.where(real[:, None, :, None], jnp.moveaxis(_read(pool, cache.block_table), 2, 1), 0)
+        return jnp.where(real[:, None, :, None], jnp.moveaxis(read_blocks(pool, cache.block_table), 2, 1), 0)
 
     return rows(cache.key_pool), rows(cache.value_pool), cache.seq_lengths
 
@@ -527,51 +385,7 @@ def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
     )
 
 
-def _missing_blocks(block_table: Any, num_tokens: Any, block_size: int) -> Any:
-    """How many blocks rows lack for `num_tokens` in all: NumPy's in and out, or JAX's."""
-    return (-(-num_tokens // block_size) - _num_held(block_table)).clip(0)
-
-
-def _num_held(block_table: Any) -> Any:
-    """How many blocks rows hold: NumPy's in and out, or JAX's."""
-    return (block_table >= 0).sum(-1, dtype=np.int32)
-
-
-@jax.jit  # so that the eager forms compile and start one program rather than each operation
-def _give_blocks(block_table: Array, num_blocks: Array, free_ids: Array) -> Array:
-    """The table with `num_blocks` (B,) more blocks in each row, from the front of `free_ids`, to rows in order."""
-    # For each column of the table, which of the row's new blocks it gets.
-    nth = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None] - _num_held(block_table)[:, None]
-    first = jnp.cumsum(num_blocks, dtype=jnp.int32) - num_blocks
-    ids = free_ids.at[first[:, None] + nth].get(mode="fill", fill_value=-1)
-    return jnp.where((nth >= 0) & (nth < num_blocks[:, None]), ids.astype(block_table.dtype), block_table)
-
-
-@jax.jit
-def _write(pool: Pool, table: Array, start: Array, new: Array, num_new: Array) -> Pool:
-    """The pool with the first `num_new` (R,) of the tokens `new` (R, T, K, H) from position `start` (R,) on.
-
-    Rows hold the blocks for them, in `table` (R, M).
-    """
-    num_blocks, block_size = pool.shape[:2]
-    steps = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
-    positions = start[:, None] + steps
-    blocks = jnp.take_along_axis(table, positions // block_size, axis=1, mode="clip")
-    # Padding goes to a block out of range, which drops it; -1 would wrap around to the last block.
-    blocks = jnp.where(steps < num_new[:, None], blocks, num_blocks)
-    return jax.tree.map(
-        lambda held, new: held.at[blocks, positions % block_size].set(new, mode="drop"), pool, encode_rows(new, pool)
-    )
-
-
-def _read(pool: Pool, blocks: Array) -> Array:
-    """The tokens of `blocks` (..., M) in one axis: (..., M * block_size, K, H)."""
-    *rows, num_blocks = blocks.shape
-    read = decode_rows(jax.tree.map(lambda x: x[blocks], pool), pool.dtype)
-    return read.reshape(*rows, num_blocks * pool.shape[1], *pool.shape[2:])
-
-
-def _check_new(
+def check_new(
     caller: str, axes: str, cache: PagedKVCache, keys_new: ArrayLike, values_new: ArrayLike, leading: tuple[int, ...]
 ) -> None:
     """Raises ValueError unless the new keys and values are the `leading` axes and the sizes of the cache."""
@@ -599,28 +413,3 @@ def _counts(caller: str, name: str, counts: Any, cache: PagedKVCache, limit: int
     if is_concrete(counts) and ((counts < 0) | (counts > limit)).any():
         raise ValueError(f"{caller}: {name} must lie between 0 and {limit}; got {name}={counts.tolist()}.")
     return jnp.broadcast_to(jnp.asarray(counts, jnp.int32), batch)
-
-
-def _sequence(
-    caller: str, batched: str, cache: PagedKVCache, sequence_idx: Any, *others: Any
-) -> tuple[int, int, Int[ArrayLike, "M"]]:
-    """Index, length and row of the block table of one sequence, as known values.
-
-    Raises:
-        ValueError: one of these, or of the `others`, is being traced; or there is no such sequence.
-    """
-    if not all(map(is_concrete, (cache.block_table, cache.seq_lengths, sequence_idx, *others))):
-        raise ValueError(
-            f"{caller}: the block table, the lengths and all numbers must be known values; got traced ones. "
-            f"Use {batched} under jit, which serves all rows at once."
-        )
-    index = _integer(caller, "sequence_idx", sequence_idx, cache.block_table.shape[0] - 1)
-    return index, int(np.asarray(cache.seq_lengths)[index]), np.asarray(cache.block_table)[index]
-
-
-def _integer(caller: str, name: str, value: Any, last: int, why: str = "") -> int:
-    """`value` as an int; raises ValueError unless it is an integer between 0 and `last`."""
-    integer = np.asarray(value)
-    if integer.shape != () or not np.issubdtype(integer.dtype, np.integer) or not 0 <= int(integer) <= last:
-        raise ValueError(f"{caller}: {name} must be an integer between 0 and {last}{why}; got {name}={value}.")
-    return int(integer)
