@@ -466,6 +466,11 @@ class TransformerConfig(StackConfig):
     logit_soft_cap: float | None = None
     kv_cache_max_len: int | None = None
 
+    @property
+    def cache_max_len(self) -> int:
+        """kv_cache_max_len with its default applied."""
+        return self.max_len if self.kv_cache_max_len is None else self.kv_cache_max_len
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_whole("vocab_size", "max_len", "kv_cache_max_len", "relative_buckets", "relative_max_distance")

@@ -1,4 +1,4 @@
-"""The paged cache of one layer, and what is done to all of its rows at once, with shapes that never change."""
+"""The paged cache of one layer, and the operations on all of its rows at once, whose shapes never change."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache import StoredTokens, check_rows
-from attnax.checks import check_positions, check_shape, is_concrete
+from attnax.cache.layer_cache import StoredTokens, check_new_positions, check_new_tokens, check_rows, check_sizes
+from attnax.checks import check_shape, is_concrete
 from attnax.config import TransformerConfig
 from attnax.int8_rows import Int8Rows, zero_rows
 from attnax.paged_cache.pool import Pool, give_blocks, missing_blocks, read_blocks, write_tokens
@@ -21,7 +21,6 @@ __all__ = [
     "PagedKVCache",
     "allocate_rows",
     "append_rows",
-    "check_new",
     "free_rows",
     "gather_rows",
     "init_paged_kv_cache",
@@ -36,8 +35,8 @@ class PagedKVCache:
     Attributes:
         key_pool: (num_blocks, block_size, num_kv_heads, head_dim).
         value_pool: (num_blocks, block_size, num_kv_heads, value_dim).
-        block_table: int32 (batch, max_blocks_per_seq), the blocks that each row holds, in order; -1 = unused, and
-            nothing but -1 follows it. No block stands in it twice.
+        block_table: int32 (batch, max_blocks_per_seq), the blocks that each row holds, in order; -1 is unused, and
+            only -1 follows it. No block stands in the table twice.
         seq_lengths: int32 (batch,), the tokens of each row.
         overflowed: bool (batch,), whether blocks or room ran out under jit, so that tokens of the row may be missing;
             stays set until the row is freed.
@@ -61,7 +60,7 @@ class PagedKVCache:
 
     @property
     def num_positions(self) -> int | None:
-        """The positions that masks given as arrays must know."""
+        """The number of positions that a mask array must cover."""
         return self.max_len
 
     def next_positions(self) -> Int[Array, "B"]:
@@ -69,23 +68,22 @@ class PagedKVCache:
         return self.seq_lengths
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
-        """The cache with more tokens, for which rows take the blocks that they lack; twice, as `LayerCache` has it.
+        """The cache with the new tokens, twice, as `LayerCache` has it; rows take the blocks that they lack.
 
         Args:
             keys: (batch, num_kv_heads, T, head_dim).
             values: (batch, num_kv_heads, T, value_dim).
-            positions: int32 (T,) or (batch, T): -1 for padding, which is not stored; the others count on from
-                `seq_lengths`.
+            positions: int32 (T,) or (batch, T): those of a row's tokens count on from `seq_lengths`; -1 is padding,
+                which is not stored.
 
         Raises:
-            ValueError: shapes that do not fit, no free blocks, or positions that do not count on. Where they are
-                traced the latter two cannot be raised: `overflowed` is set then.
+            ValueError: shapes that do not fit, too few free blocks, or positions that do not count on. With traced
+                positions the last two cannot be raised: `overflowed` is set then.
         """
         batch, num_new = self.block_table.shape[0], keys.shape[2] if keys.ndim == 4 else 0
-        leading = batch, self.key_pool.shape[2], num_new
-        check_new("PagedKVCache.append", "(batch, num_kv_heads, new tokens, size)", self, keys, values, leading)
-        positions = check_positions("PagedKVCache.append", "positions", positions, batch, num_new)
-        positions = jnp.broadcast_to(positions, (batch, num_new))
+        pools, leading = (self.key_pool, self.value_pool), (batch, self.key_pool.shape[2], num_new)
+        check_new_tokens("PagedKVCache.append", pools, keys, values, leading)
+        positions = check_new_positions("PagedKVCache.append", positions, batch, num_new)
         real = positions >= 0
         count_on = self.seq_lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         in_order = (~real | (positions == count_on)).all(1)
@@ -113,8 +111,8 @@ class PagedKVCache:
         """A cache of the rows named, each with its own copy of the blocks; the pool stays as large as it is.
 
         Raises:
-            ValueError: the pool has not the blocks. Where the table is traced that cannot be raised: `overflowed` is
-                set for the rows that got too few.
+            ValueError: the pool has too few blocks. With a traced table this cannot be raised: `overflowed` is set for
+                the rows that got too few.
         """
         rows = check_rows("PagedKVCache.select_rows", rows, self.seq_lengths.shape[0])
         num_blocks = self.key_pool.shape[0]
@@ -171,18 +169,16 @@ def init_paged_kv_cache(
         ValueError: a size below 1.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    sizes = {
-        "num_blocks": num_blocks,
-        "block_size": block_size,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "batch_size": batch_size,
-        "max_blocks_per_seq": max_blocks_per_seq,
-        "value_dim": value_dim,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"init_paged_kv_cache: {name} must be at least 1; got {name}={size}.")
+    check_sizes(
+        "init_paged_kv_cache",
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        batch_size=batch_size,
+        max_blocks_per_seq=max_blocks_per_seq,
+        value_dim=value_dim,
+    )
     return PagedKVCache(
         key_pool=zero_rows((num_blocks, block_size, num_kv_heads, head_dim), dtype),
         value_pool=zero_rows((num_blocks, block_size, num_kv_heads, value_dim), dtype),
@@ -214,10 +210,8 @@ def init_paged_kv_caches_from_config(
     Raises:
         ValueError: a size below 1, or a layer of linear attention, which stores no tokens.
     """
-    max_len = next(size for size in (max_len, config.kv_cache_max_len, config.max_len) if size is not None)
-    for name, size in (("max_len", max_len), ("block_size", block_size)):
-        if size < 1:
-            raise ValueError(f"init_paged_kv_caches_from_config: {name} must be at least 1; got {name}={size}.")
+    max_len = config.cache_max_len if max_len is None else max_len
+    check_sizes("init_paged_kv_caches_from_config", max_len=max_len, block_size=block_size)
     blocks_per_seq = -(-max_len // block_size)
     layers = [config.layer(index) for index in range(config.num_layers)]
     if any(layer.attention_type == "linear" for layer in layers):
@@ -248,13 +242,13 @@ def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int
 
     Args:
         cache: stays as it is; the result holds a new block table.
-        num_new_tokens: integers (batch,), tokens to come in each row beyond its length, or one number for all rows.
+        num_new_tokens: integers (batch,), the tokens to come in each row beyond its length, or one number for all rows.
 
     Raises:
-        ValueError: wrong shapes; or rows that cannot be served. Where these are traced, the latter cannot be raised:
-            such a row keeps its blocks as they are and its `overflowed` is set.
+        ValueError: wrong shapes, or rows that cannot be served. Under jit the latter cannot be raised: such a row
+            keeps its blocks as they are and its `overflowed` is set.
     """
-    num_new = _counts("allocate_rows", "num_new_tokens", num_new_tokens, cache, cache.max_len)
+    num_new = _counts("allocate_rows", num_new_tokens, cache, cache.max_len)
     has_room = (num_new >= 0) & (num_new <= cache.max_len - cache.seq_lengths)
     missing = missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size)
     missing = jnp.where(has_room, missing, 0)
@@ -293,12 +287,12 @@ def append_rows(
         cache: stays as it is; the result is a new one (donate the old one under jit to write in place).
         keys_new: (batch, num_kv_heads, T, head_dim).
         values_new: (batch, num_kv_heads, T, value_dim).
-        num_new_tokens: integers (batch,) or one number, how many of the T tokens are real, the padding being on the
-            right; by default all. Padding is not written.
+        num_new_tokens: integers (batch,) or one number, how many of the T tokens are real, by default all. Padding is on
+            the right and is not written.
 
     Raises:
-        ValueError: shapes that do not fit the cache; or rows whose tokens would lie in an unallocated block. Where
-            these are traced, the latter cannot be raised: nothing is written in such a row and its `overflowed` is set.
+        ValueError: shapes that do not fit the cache, or rows whose tokens would lie in an unallocated block. Under jit
+            the latter cannot be raised: nothing is written in such a row and its `overflowed` is set.
 
     Example:
         >>> import jax
@@ -316,10 +310,13 @@ def append_rows(
         ([5, 1], [[0, 1, -1], [2, -1, -1]])
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
-    leading = (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens)
-    check_new("append_rows", "(batch, num_kv_heads, new tokens, size)", cache, keys_new, values_new, leading)
+    pools, leading = (
+        (cache.key_pool, cache.value_pool),
+        (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens),
+    )
+    check_new_tokens("append_rows", pools, keys_new, values_new, leading)
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
-    num_new = _counts("append_rows", "num_new_tokens", num_new_tokens, cache, num_tokens)
+    num_new = _counts("append_rows", num_new_tokens, cache, num_tokens)
     is_count = (num_new >= 0) & (num_new <= num_tokens)
     fits = is_count & (missing_blocks(cache.block_table, cache.seq_lengths + num_new, cache.block_size) == 0)
     if is_concrete(fits) and not fits.all():
@@ -385,31 +382,22 @@ def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
     )
 
 
-def check_new(
-    caller: str, axes: str, cache: PagedKVCache, keys_new: ArrayLike, values_new: ArrayLike, leading: tuple[int, ...]
-) -> None:
-    """Raises ValueError unless the new keys and values are the `leading` axes and the sizes of the cache."""
-    for name, new, pool in (("keys_new", keys_new, cache.key_pool), ("values_new", values_new, cache.value_pool)):
-        want = (*leading, pool.shape[3])
-        if new.shape != want:
-            raise ValueError(f"{caller}: {name} must have shape {axes}={want}; got {name}.shape={new.shape}.")
-
-
-def _counts(caller: str, name: str, counts: Any, cache: PagedKVCache, limit: int) -> Array:
-    """Tokens for each row as int32 (batch,).
+def _counts(caller: str, counts: Any, cache: PagedKVCache, limit: int) -> Array:
+    """`num_new_tokens` as int32 (batch,).
 
     Raises:
-        ValueError: they are not integers (batch,) or one integer; or, where their values are known, not within 0
-            ... limit.
+        ValueError: they are not integers (batch,) or one integer, or are known to lie outside of 0 ... limit.
     """
     batch = cache.block_table.shape[0]
     if is_concrete(counts):
         counts = np.asarray(counts)
     if counts.shape not in ((), (batch,)) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
-            f"{caller}: {name} must be integers of shape ({batch},) or one integer; "
+            f"{caller}: num_new_tokens must be integers of shape ({batch},) or one integer; "
             f"got shape={counts.shape}, dtype={counts.dtype}."
         )
     if is_concrete(counts) and ((counts < 0) | (counts > limit)).any():
-        raise ValueError(f"{caller}: {name} must lie between 0 and {limit}; got {name}={counts.tolist()}.")
+        raise ValueError(
+            f"{caller}: num_new_tokens must lie between 0 and {limit}; got num_new_tokens={counts.tolist()}."
+        )
     return jnp.broadcast_to(jnp.asarray(counts, jnp.int32), batch)

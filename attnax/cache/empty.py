@@ -1,0 +1,73 @@
+"""A cache before its first token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from attnax.cache.kv import KVLayerCache
+from attnax.cache.layer_cache import LayerCache, StoredTokens
+from attnax.checks import is_concrete
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Int
+
+__all__ = ["EmptyCache"]
+
+
+@pytree_dataclass
+class EmptyCache:
+    """A cache that holds no token yet. Its type says so, because a traced array cannot.
+
+    The tokens of a prompt that enters it attend each other by index, as without a cache, and are stored. A layer
+    returns the cache inside, which then holds the tokens.
+
+    Attributes:
+        cache: of any kind, without tokens; layers raise ValueError where it is known to hold some.
+    """
+
+    cache: Any
+
+    def check(self, caller: str) -> None:
+        """Raises ValueError unless there is a cache inside, and it is not known to hold tokens."""
+        if not isinstance(self.cache, LayerCache) or isinstance(self.cache, EmptyCache):
+            raise ValueError(
+                f"{caller}: an EmptyCache must hold a cache of one layer; got {type(self.cache).__name__}. "
+                "Wrap each of them, tuple(map(EmptyCache, caches))."
+            )
+        ends = self.cache.next_positions()
+        if is_concrete(ends) and ends.max(initial=0) > 0:
+            raise ValueError(
+                f"{caller}: an EmptyCache must hold no token; got one with {int(ends.max())} in a row. "
+                "Give the cache itself."
+            )
+
+    def next_positions(self) -> Int[Array, "B"]:
+        """0 for each row."""
+        return self.cache.next_positions()
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """Slots without a token."""
+        stored: StoredTokens = self.cache.tokens(dtype)
+        return stored
+
+    def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
+        """The cache inside with the tokens of a prompt, given as to `append`.
+
+        Padding behind the last token of all rows takes no slot.
+        """
+        cache, _ = self.cache.append(keys, values, positions)
+        if not isinstance(cache, KVLayerCache):
+            return cache
+        real = (jnp.atleast_2d(positions) >= 0).any(0)
+        length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
+        return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> EmptyCache:
+        """A cache of the rows named."""
+        return EmptyCache(self.cache.select_rows(rows))
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> EmptyCache:
+        """The cache as it is: there is nothing to take back."""
+        return self

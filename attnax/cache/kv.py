@@ -1,0 +1,142 @@
+"""A cache whose tokens lie in the order in which they were written, padding included."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnax.cache.layer_cache import InSlots, check_new_positions, check_new_tokens, empty_slots
+from attnax.checks import check_shape, is_concrete
+from attnax.int8_rows import Int8Rows, Rows, encode_rows
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
+
+__all__ = ["KVLayerCache", "init_kv_layer_cache", "update_kv_layer_cache"]
+
+
+@pytree_dataclass
+class KVLayerCache(InSlots):
+    """Keys and values of one attention layer; keys are stored after their rotation.
+
+    Attributes:
+        keys: (batch, num_kv_heads, max_len, head_dim).
+        values: (batch, num_kv_heads, max_len, value_head_dim).
+        length: int32 scalar, the slots written so far (the same for every row; padding takes slots too).
+        positions: int32 (batch, max_len), the index of each slot's token within its row's own text; -1 is empty or
+            padding.
+        overflowed: whether a write beyond max_len was ever dropped; attention then gives NaN.
+    """
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    length: Int[Array, ""]
+    positions: Int[Array, "B S"]
+    overflowed: Bool[Array, ""]
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that a mask array must cover; None if there is no bound."""
+        return self.max_len
+
+    @property
+    def window(self) -> int | None:
+        """Queries attend all keys."""
+        return None
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return self.length
+
+    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
+        """The cache with the new tokens, twice: it also holds every token that these may attend."""
+        cache = update_kv_layer_cache(self, keys, values, positions=positions)
+        return cache, cache
+
+
+def init_kv_layer_cache(
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: Any = jnp.float32,
+    *,
+    value_head_dim: int | None = None,
+) -> KVLayerCache:
+    """An empty cache for `max_len` tokens a row.
+
+    Args:
+        batch_size: rows.
+        num_kv_heads: heads of keys and values.
+        head_dim: size of a key.
+        max_len: tokens of a row.
+        dtype: of keys and values; int8 stores 8-bit integers with a float32 scale for each head of each token.
+        value_head_dim: size of a value, by default `head_dim`.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    slots = empty_slots("init_kv_layer_cache", batch_size, num_kv_heads, head_dim, value_head_dim, max_len, dtype)
+    return KVLayerCache(**slots, length=jnp.zeros((), jnp.int32), overflowed=jnp.zeros((), bool))
+
+
+def update_kv_layer_cache(
+    cache: KVLayerCache,
+    keys_new: Float[Array, "B K T H"],
+    values_new: Float[Array, "B K T Hv"],
+    start: int | Int[ArrayLike, ""] | None = None,
+    *,
+    positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+) -> KVLayerCache:
+    """Writes T tokens into slots start ... start + T - 1.
+
+    Args:
+        cache: stays as it is; the result is a new one (donate the old one under jit to write in place).
+        keys_new: (batch, num_kv_heads, T, head_dim).
+        values_new: (batch, num_kv_heads, T, value_head_dim).
+        start: first slot, by default `cache.length`.
+        positions: (T,) or (batch, T), each token's index within its row's text, -1 for padding; by default the slot
+            numbers.
+
+    Raises:
+        ValueError: shapes that do not fit the cache, or more tokens than it has room for. With a traced `start` the
+            lack of room cannot be raised: nothing is written then and `overflowed` is set for good.
+    """
+    batch, heads, max_len, _ = cache.keys.shape
+    num_new = keys_new.shape[2] if keys_new.ndim == 4 else 0
+    held = cache.keys, cache.values
+    check_new_tokens("update_kv_layer_cache", held, keys_new, values_new, (batch, heads, num_new))
+    if start is not None:
+        check_shape("update_kv_layer_cache", "start", start, (), integers=True)
+    start = cache.length if start is None else jnp.asarray(start, jnp.int32)
+    if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
+        raise ValueError(
+            f"update_kv_layer_cache: {num_new} tokens from slot {int(start)} do not fit into a cache of "
+            f"max_len={max_len}. Make the cache longer."
+        )
+    if num_new > max_len:  # traced start: no slice of this size exists to write back to
+        return dataclasses.replace(cache, overflowed=jnp.ones((), bool))
+    fits = (start >= 0) & (start + num_new <= max_len)
+    slots = start + jnp.arange(num_new, dtype=jnp.int32)
+    positions = slots if positions is None else positions
+    positions = check_new_positions("update_kv_layer_cache", positions, batch, num_new)
+
+    def write(buffer: Array, new: Array, axis: int) -> Array:
+        # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.
+        old = lax.dynamic_slice_in_dim(buffer, start, num_new, axis)
+        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new, old), start, axis)
+
+    def write_rows(held: Rows, new: Array) -> Rows:
+        return jax.tree.map(lambda buffer, part: write(buffer, part, 2), held, encode_rows(new, held))
+
+    return KVLayerCache(
+        keys=write_rows(cache.keys, keys_new),
+        values=write_rows(cache.values, values_new),
+        length=jnp.where(fits, jnp.maximum(cache.length, start + num_new), cache.length),
+        positions=write(cache.positions, positions, 1),
+        overflowed=cache.overflowed | ~fits,
+    )

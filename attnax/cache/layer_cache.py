@@ -1,0 +1,214 @@
+"""What a cache of one layer can do, whatever its kind; and what is done to every cache of a pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from attnax.checks import check_positions, check_shape, is_concrete
+from attnax.int8_rows import Int8Rows, Rows, decode_rows, zero_rows
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
+
+__all__ = [
+    "InSlots",
+    "LayerCache",
+    "StoredTokens",
+    "check_new_positions",
+    "check_new_tokens",
+    "check_rows",
+    "check_sizes",
+    "empty_slots",
+    "forget",
+    "select_rows",
+]
+
+Caches = TypeVar("Caches")
+Slots = TypeVar("Slots", bound=Any)
+
+
+@pytree_dataclass
+class StoredTokens:
+    """Tokens in one piece, in any order.
+
+    Attributes:
+        keys: (batch, num_kv_heads, S, head_dim), rotated.
+        values: (batch, num_kv_heads, S, value_head_dim).
+        positions: int32 (batch, S); -1 is no token.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    positions: Int[Array, "B S"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return jnp.int32(self.positions.shape[1])
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that a mask array must cover: there is no bound."""
+        return None
+
+    @property
+    def overflowed(self) -> Bool[Array, ""]:
+        """Nothing was dropped."""
+        return jnp.zeros((), bool)
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """The same tokens, as arrays of `dtype`."""
+        keys, values = decode_rows(self.keys, dtype), decode_rows(self.values, dtype)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What every cache of one layer can do; none changes in place.
+
+    Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them.
+
+    A kind that stores tokens also has `append(keys, values, positions)`. It gives the new cache, and an object that
+    holds every token that the new ones may attend: the new cache again, or a StoredTokens where a ring would overwrite
+    some of them.
+    """
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """The tokens as arrays (batch, num_kv_heads, S, head_dim) of `dtype` with their positions, in any order.
+
+        Raises:
+            NotImplementedError: the cache stores no tokens.
+        """
+
+    def next_positions(self) -> Int[Array, "B"]:
+        """The position that follows the last token of each row."""
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
+        """A cache of the rows named, which may be more or fewer, in any order and repeated."""
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> Any:
+        """Takes back each row's tokens from position `first` on."""
+
+
+def select_rows(caches: Caches, rows: Int[ArrayLike, "R"]) -> Caches:
+    """The rows named of every cache in a pytree; other arrays in it have their rows along axis 0."""
+
+    def select(node: Any) -> Any:
+        return node.select_rows(rows) if isinstance(node, LayerCache) else node[rows]
+
+    return jax.tree.map(select, caches, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
+    """Takes back each row's tokens from position `first` on, in every cache of a pytree."""
+    return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+class InSlots:
+    """The methods of a cache whose tokens lie in slots (batch, num_kv_heads, slots, size), each with its position."""
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    positions: Int[Array, "B S"]
+    window: int | None
+
+    @property
+    def max_len(self) -> int:
+        """Capacity in tokens."""
+        return self.keys.shape[2]
+
+    def next_positions(self) -> Int[Array, "B"]:
+        """The position that follows the last token of each row."""
+        return self.positions.max(axis=1, initial=-1) + 1
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """All slots, as arrays of `dtype`."""
+        return StoredTokens(self.keys, self.values, self.positions, self.window).tokens(dtype)
+
+    def select_rows(self: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
+        """A cache of the rows named."""
+        rows = check_rows("select_rows", rows, self.positions.shape[0])
+        keys, values, positions = jax.tree.map(lambda x: x[rows], (self.keys, self.values, self.positions))
+        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
+
+    def forget(self: Slots, first: Int[ArrayLike, "B"]) -> Slots:
+        """Takes back each row's tokens from position `first` on, by marking their slots as empty."""
+        check_shape("forget", "first", first, self.positions.shape[:1], integers=True)
+        first = jnp.asarray(first, jnp.int32)
+        return dataclasses.replace(self, positions=jnp.where(self.positions < first[:, None], self.positions, -1))
+
+
+def empty_slots(
+    caller: str,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None,
+    max_len: int,
+    dtype: Any,
+) -> dict[str, Any]:
+    """The fields of `InSlots` for `max_len` empty slots a row; values are as wide as keys by default.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    check_sizes(
+        caller,
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        max_len=max_len,
+    )
+    return {
+        "keys": zero_rows((batch_size, num_kv_heads, max_len, head_dim), dtype),
+        "values": zero_rows((batch_size, num_kv_heads, max_len, value_head_dim), dtype),
+        "positions": jnp.full((batch_size, max_len), -1, jnp.int32),
+    }
+
+
+def check_rows(caller: str, rows: Int[ArrayLike, "R"], batch: int) -> Array:
+    """`rows` as an array.
+
+    Raises:
+        ValueError: `rows` are not integers in one axis, or one of them is known to be outside of the batch.
+    """
+    rows = jnp.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"{caller}: rows must be integers in one axis; got shape={rows.shape}, dtype={rows.dtype}.")
+    if is_concrete(rows) and ((rows < 0) | (rows >= batch)).any():
+        raise ValueError(f"{caller}: rows must be at least 0 and below {batch}; got rows={rows.tolist()}.")
+    return rows
+
+
+def check_sizes(caller: str, **sizes: int) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{caller}: {name} must be at least 1; got {name}={size}.")
+
+
+def check_new_tokens(
+    caller: str,
+    held: tuple[Rows, Rows],
+    keys: ArrayLike,
+    values: ArrayLike,
+    leading: tuple[int, ...],
+    axes: str = "(batch, num_kv_heads, new tokens, size)",
+) -> None:
+    """Raises ValueError unless the new keys and values have the `leading` axes, and the size of those `held`."""
+    for name, new, like in (("keys_new", keys, held[0]), ("values_new", values, held[1])):
+        want = (*leading, like.shape[3])
+        if new.shape != want:
+            raise ValueError(f"{caller}: {name} must have shape {axes}={want}; got {name}.shape={new.shape}.")
+
+
+def check_new_positions(caller: str, positions: ArrayLike, batch: int, num_new: int) -> Array:
+    """Positions of new tokens as int32 (batch, num_new); raises ValueError as `check_positions` does."""
+    return jnp.broadcast_to(check_positions(caller, "positions", positions, batch, num_new), (batch, num_new))

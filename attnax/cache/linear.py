@@ -1,0 +1,82 @@
+"""The sums of linear attention, of one size whatever the length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnax.cache.layer_cache import StoredTokens, check_rows, check_sizes
+from attnax.checks import wide_dtype
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Int
+
+__all__ = ["LinearLayerCache", "LinearState", "init_linear_layer_cache"]
+
+
+@pytree_dataclass
+class LinearState:
+    """Sums over all keys and values that linear attention read so far, in float32 (float64 for float64)."""
+
+    key_value_sum: Array  # (B, K, H, Hv), sum of phi(key) value^T
+    key_sum: Array  # (B, K, H), sum of phi(key); NaN once a key or value was non-finite
+
+
+@pytree_dataclass
+class LinearLayerCache:
+    """The state of one layer of causal linear attention.
+
+    Attributes:
+        state: sums over the keys and values read so far.
+        lengths: int32 (batch,), the tokens of each row.
+    """
+
+    state: LinearState
+    lengths: Int[Array, "B"]
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """Raises NotImplementedError: a sum does not know its terms."""
+        raise NotImplementedError(
+            "LinearLayerCache: the sums of linear attention store no tokens. Use a softmax kernel to read them."
+        )
+
+    def next_positions(self) -> Int[Array, "B"]:
+        """The position that follows the last token of each row."""
+        return self.lengths
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> LinearLayerCache:
+        """A cache of the rows named."""
+        rows = check_rows("LinearLayerCache.select_rows", rows, self.lengths.shape[0])
+        return jax.tree.map(lambda x: x[rows], self)
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> LinearLayerCache:
+        """Raises NotImplementedError: a sum does not know its terms."""
+        raise NotImplementedError(
+            "LinearLayerCache: the sums of linear attention cannot take tokens back. Use a softmax kernel, or decode "
+            "without a draft."
+        )
+
+
+def init_linear_layer_cache(
+    batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32, *, value_head_dim: int | None = None
+) -> LinearLayerCache:
+    """The state of a layer of linear attention before its first token; sums are at least float32.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    check_sizes(
+        "init_linear_layer_cache",
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+    )
+    dtype = wide_dtype(dtype)
+    state = LinearState(
+        key_value_sum=jnp.zeros((batch_size, num_kv_heads, head_dim, value_head_dim), dtype),
+        key_sum=jnp.zeros((batch_size, num_kv_heads, head_dim), dtype),
+    )
+    return LinearLayerCache(state, jnp.zeros((batch_size,), jnp.int32))

@@ -1,0 +1,160 @@
+"""A cache in which a row's token at position p lies in slot p % slots."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnax.cache.layer_cache import (
+    InSlots,
+    StoredTokens,
+    check_new_positions,
+    check_new_tokens,
+    check_sizes,
+    empty_slots,
+)
+from attnax.checks import is_concrete
+from attnax.int8_rows import Int8Rows, encode_rows
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
+
+__all__ = ["SPARE_SLOTS", "RingKVCache", "init_ring_kv_cache"]
+
+# Slots of a ring beyond its window: the chunk of a draft is written before it is attended, and may be taken back.
+SPARE_SLOTS = 16
+
+
+@pytree_dataclass
+class RingKVCache(InSlots):
+    """Keys and values of one layer; a row's token at position p lies in slot p % slots. Padding takes no slot.
+
+    With a window, a new token takes the slot of one that no later query attends. Without, positions end with the slots.
+
+    Attributes:
+        keys: (batch, num_kv_heads, slots, head_dim).
+        values: (batch, num_kv_heads, slots, value_head_dim).
+        positions: int32 (batch, slots), the position of the token in each slot; -1 is empty.
+        overflowed: bool (batch,), whether a token past the slots was dropped; attention then gives NaN.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    positions: Int[Array, "B S"]
+    overflowed: Bool[Array, "B"]
+    window: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that a mask array must cover; None if there is no bound."""
+        return self.max_len if self.window is None else None
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
+
+    def append(
+        self, keys: Array, values: Array, positions: ArrayLike
+    ) -> tuple[RingKVCache, RingKVCache | StoredTokens]:
+        """The cache with the new tokens, and an object that holds every token that these may attend.
+
+        The two are the same, unless the new tokens overwrite keys that the first of them still attends. The second is
+        then a copy of the old slots, followed by the new tokens.
+
+        Raises:
+            ValueError: shapes that do not fit the cache; without a window, a position past the slots; with a window,
+                positions so far apart that one token overwrites another that is still attended. With traced positions
+                the last two cannot be raised: `overflowed` is set for good.
+        """
+        batch, heads, slots, _ = self.keys.shape
+        num_new, window = keys.shape[2] if keys.ndim == 4 else 0, self.window
+        check_new_tokens("RingKVCache.append", (self.keys, self.values), keys, values, (batch, heads, num_new))
+        positions = check_new_positions("RingKVCache.append", positions, batch, num_new)
+        kept, joins = positions >= 0, window is not None and num_new + window - 1 > slots
+        last = positions.max(axis=1, initial=-1, keepdims=True)
+        if window is None:
+            fits, rule = last[:, 0] < slots, f"must be below the number of slots, {slots}, unless there is a window"
+        else:  # of two tokens for one slot, the later one stays
+            first = jnp.where(kept, positions, last).min(axis=1, initial=jnp.iinfo(jnp.int32).max)
+            fits = jnp.full((batch,), joins) | (last[:, 0] - first <= slots - window)
+            rule = f"of one call must lie within {slots - window + 1}, slots - window + 1, so that all can be attended"
+        if is_concrete(fits) and not fits.all():
+            raise ValueError(
+                f"RingKVCache.append: positions {rule}; got positions up to {int(last.max())} in {num_new} tokens. "
+                "Make the cache longer."
+            )
+        kept = kept & (positions > last - slots) & (positions < slots if window is None else True)
+        slot = jnp.where(kept, positions % slots, slots)  # one past the end is dropped
+        rows = jnp.arange(batch)[:, None]
+        held, new = (self.keys, self.values), (encode_rows(keys, self.keys), encode_rows(values, self.values))
+        written = jax.tree.map(lambda x, y: x.at[rows, :, slot].set(y.swapaxes(1, 2), mode="drop"), held, new)
+        cache = RingKVCache(
+            keys=written[0],
+            values=written[1],
+            positions=self.positions.at[rows, slot].set(positions, mode="drop"),
+            overflowed=self.overflowed | ~fits,
+            window=window,
+        )
+        if not joins:
+            return cache, cache
+        all_keys, all_values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), held, new)
+        return cache, StoredTokens(all_keys, all_values, jnp.concatenate([self.positions, positions], axis=1), window)
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> RingKVCache:
+        """A cache of the rows named."""
+        cache = super().select_rows(rows)
+        return dataclasses.replace(cache, overflowed=self.overflowed[jnp.asarray(rows)])
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> RingKVCache:
+        """Takes back each row's tokens from position `first` on; their slots are free again.
+
+        With a window, the tokens that these had overwritten do not come back. Nothing is lost as long as at most
+        slots - window tokens are taken back; `overflowed` is set for a row that loses tokens.
+        """
+        cache = super().forget(first)
+        if self.window is None:
+            return cache
+        first = jnp.maximum(jnp.asarray(first, jnp.int32), 0)
+        attended = cache.positions > first[:, None] - self.window  # by the token that comes next
+        lost = (attended & (cache.positions >= 0)).sum(1) < jnp.minimum(first, self.window - 1)
+        forgets = (self.positions >= first[:, None]).any(1)
+        return dataclasses.replace(cache, overflowed=self.overflowed | (forgets & lost))
+
+
+def init_ring_kv_cache(
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: Any = jnp.float32,
+    *,
+    window: int | None = None,
+    value_head_dim: int | None = None,
+) -> RingKVCache:
+    """An empty ring of `max_len` slots a row.
+
+    Args:
+        batch_size: rows.
+        num_kv_heads: heads of keys and values.
+        head_dim: size of a key.
+        max_len: slots of a row; at least the window. With `window + n` slots, chunks of up to n + 1 tokens are written
+            before they are attended, which saves a copy, and n tokens can be taken back.
+        dtype: as in `init_kv_layer_cache`.
+        window: queries attend keys with |q - kv| < window; None if they attend all, which then end with the slots.
+        value_head_dim: size of a value.
+
+    Raises:
+        ValueError: a size below 1, or fewer slots than the window.
+    """
+    if window is not None:
+        check_sizes("init_ring_kv_cache", window=window)
+    slots = empty_slots("init_ring_kv_cache", batch_size, num_kv_heads, head_dim, value_head_dim, max_len, dtype)
+    if window is not None and max_len < window:
+        raise ValueError(
+            f"init_ring_kv_cache: max_len must be at least the window; got max_len={max_len}, window={window}."
+        )
+    return RingKVCache(**slots, overflowed=jnp.zeros((batch_size,), bool), window=window)
