@@ -287,8 +287,8 @@ def append_rows(
         cache: stays as it is; the result is a new one (donate the old one under jit to write in place).
         keys_new: (batch, num_kv_heads, T, head_dim).
         values_new: (batch, num_kv_heads, T, value_dim).
-        num_new_tokens: integers (batch,) or one number, how many of the T tokens are real, by default all. Padding is on
-            the right and is not written.
+        num_new_tokens: integers (batch,) or one number, how many of the T tokens are real, by default all. Padding is
+            on the right and is not written.
 
     Raises:
         ValueError: shapes that do not fit the cache, or rows whose tokens would lie in an unallocated block. Under jit

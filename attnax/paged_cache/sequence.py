@@ -33,33 +33,16 @@ def allocate_blocks(
         free_block_ids: integers (F,), blocks that no sequence holds; keep `free_block_ids[used:]` for the next call.
 
     Returns:
-        The cache and `used`, how many blocks were taken, an int: 0 where those that the sequence has suffice.
+        The cache and `used`, the number of blocks taken, an int: 0 where the blocks that the sequence has suffice.
 
     Raises:
         ValueError: too few free blocks, tokens past `max_len`, an id that is no block of the pool, is given twice or
-            is in use, a wrong index; or values that are being traced: see `allocate_rows`.
+            is in use, a wrong index, or traced values. `allocate_rows` takes traced ones.
     """
     index, length, table = _sequence(
         "allocate_blocks", "allocate_rows", cache, sequence_idx, num_new_tokens, free_block_ids
     )
-    free = np.asarray(free_block_ids)
-    if free.ndim != 1 or not np.issubdtype(free.dtype, np.integer):
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must be integers in one axis; got shape={free.shape}, dtype={free.dtype}."
-        )
-    num_blocks = cache.key_pool.shape[0]
-    if ((free < 0) | (free >= num_blocks)).any():
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must lie between 0 and {num_blocks - 1}; got {free.tolist()}."
-        )
-    if np.unique(free).size < free.size:
-        raise ValueError(f"allocate_blocks: free_block_ids must name each block once; got {free.tolist()}.")
-    in_use = np.intersect1d(free, np.asarray(cache.block_table))
-    if in_use.size:
-        raise ValueError(
-            f"allocate_blocks: free_block_ids must name blocks that no sequence holds; blocks {in_use.tolist()} are "
-            f"already in use; got {free.tolist()}. Go on with free_block_ids[used:] after each call."
-        )
+    free = _free_blocks(cache, free_block_ids)
     room = cache.max_len - length
     num_new = _integer("allocate_blocks", "num_new_tokens", num_new_tokens, room, f", the room past length={length}")
     used = int(missing_blocks(table, length + num_new, cache.block_size))
@@ -91,8 +74,8 @@ def append_kv(
         values_new: (new tokens, num_kv_heads, value_dim).
 
     Raises:
-        ValueError: a token would lie in an unallocated block, wrong shapes, a wrong index; or a cache or an index that
-            is being traced: see `append_rows`.
+        ValueError: a token would lie in an unallocated block, wrong shapes, a wrong index, or a traced cache or index.
+            `append_rows` takes traced ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,22 +123,45 @@ def gather_kv(
         Keys (length, num_kv_heads, head_dim), values (length, num_kv_heads, value_dim) and the length, an int.
 
     Raises:
-        ValueError: a wrong index; or a cache or an index that is being traced: see `gather_rows`.
+        ValueError: a wrong index, or a traced cache or index. `gather_rows` takes traced ones.
     """
     _, length, table = _sequence("gather_kv", "gather_rows", cache, sequence_idx)
     blocks = jnp.asarray(table[: -(-length // cache.block_size)])
     return read_blocks(cache.key_pool, blocks)[:length], read_blocks(cache.value_pool, blocks)[:length], length
 
 
+def _free_blocks(cache: PagedKVCache, free_block_ids: Any) -> np.ndarray:
+    """`free_block_ids` of `allocate_blocks` as an array; raises ValueError unless they are free blocks of the pool."""
+    free = np.asarray(free_block_ids)
+    if free.ndim != 1 or not np.issubdtype(free.dtype, np.integer):
+        raise ValueError(
+            f"allocate_blocks: free_block_ids must be integers in one axis; got shape={free.shape}, dtype={free.dtype}."
+        )
+    num_blocks = cache.key_pool.shape[0]
+    if ((free < 0) | (free >= num_blocks)).any():
+        raise ValueError(
+            f"allocate_blocks: free_block_ids must lie between 0 and {num_blocks - 1}; got {free.tolist()}."
+        )
+    if np.unique(free).size < free.size:
+        raise ValueError(f"allocate_blocks: free_block_ids must name each block once; got {free.tolist()}.")
+    in_use = np.intersect1d(free, np.asarray(cache.block_table))
+    if in_use.size:
+        raise ValueError(
+            f"allocate_blocks: free_block_ids must name blocks that no sequence holds; blocks {in_use.tolist()} are "
+            f"already in use; got {free.tolist()}. Go on with free_block_ids[used:] after each call."
+        )
+    return free
+
+
 def _sequence(
-    caller: str, batched: str, cache: PagedKVCache, sequence_idx: Any, *others: Any
+    caller: str, batched: str, cache: PagedKVCache, sequence_idx: Any, *numbers: Any
 ) -> tuple[int, int, Int[ArrayLike, "M"]]:
     """Index, length and row of the block table of one sequence, as known values.
 
     Raises:
-        ValueError: one of these, or of the `others`, is being traced; or there is no such sequence.
+        ValueError: one of these or of the `numbers` is being traced, or there is no such sequence.
     """
-    if not all(map(is_concrete, (cache.block_table, cache.seq_lengths, sequence_idx, *others))):
+    if not all(map(is_concrete, (cache.block_table, cache.seq_lengths, sequence_idx, *numbers))):
         raise ValueError(
             f"{caller}: the block table, the lengths and all numbers must be known values; got traced ones. "
             f"Use {batched} under jit, which serves all rows at once."
