@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, ClassVar, Literal
+
+from attnax.config_fields import ConfigFields, Forms, Overrides, as_pair, as_tuple, resolve_config, suggest
 
 FfActivation = Literal[
-    "gelu",
-    "gelu_tanh",
-    "relu",
-    "relu2",
-    "silu",
-    "swish",
-    "swiglu",
-    "swiglu_clipped",
-    "geglu",
-    "geglu_tanh",
-    "reglu",
+    "gelu", "gelu_tanh", "relu", "relu2", "silu", "swish", "swiglu", "swiglu_clipped", "geglu", "geglu_tanh", "reglu"
 ]
 NormKind = Literal["layer", "rms"]
 NormPlacement = Literal["pre", "post", "sandwich", "branch"]
@@ -64,48 +55,8 @@ class AttentionType(enum.StrEnum):
     LITE = "lite"
 
 
-class _InWords(type):
-    """Translates the documented flags, refuses unknown fields in words and brings values to their one form.
-
-    A field may be given as JSON has it (a name, a list, a mapping); the dataclass holds an enum member, a tuple, a
-    dataclass of its own.
-    """
-
-    def __call__(cls, *values: Any, **fields: Any) -> Any:
-        if values:
-            raise ValueError(f"{cls.__name__}: every field must be given by its name; got {values!r} without one.")
-        fields = _known_fields(cls, fields)
-        return super().__call__(**{name: _FORMS.get(name, _as_it_is)(value) for name, value in fields.items()})
-
-
-class _Checks(metaclass=_InWords):
-    """How the dataclasses of this file refuse a value."""
-
-    def _require(self, holds: bool, rule: str, *names: str) -> None:
-        if not holds:
-            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-            raise ValueError(f"{type(self).__name__}: {rule}; got {values}.")
-
-    def _require_whole(self, *names: str, least: int = 1) -> None:
-        for name in names:
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            self._require(value is None or whole, f"{name} must be a whole number, at least {least}", name)
-
-    def _require_above_zero(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            above = isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < float("inf")
-            self._require(value is None or above, f"{name} must be above 0", name)
-
-    def _require_choice(self, **choices: Any) -> None:
-        for name, literal in choices.items():
-            options = get_args(literal)
-            self._require(getattr(self, name) in options, f"{name} must be one of {', '.join(options)}", name)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling(_Checks):
+class RopeScaling(ConfigFields):
     """How rotary positions reach further than the length that a model was trained at.
 
     Attributes:
@@ -132,40 +83,20 @@ class RopeScaling(_Checks):
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        self._require_choice(kind=RopeScalingKind)
+        self._require_choices()
         self._require_above_zero(
             "factor", "beta_fast", "beta_slow", "attention_factor", "low_freq_factor", "high_freq_factor"
         )
         self._require_whole("original_max_len")
-        self._require(self.factor >= 1.0, "factor must be at least 1", "factor")
-        self._require(self.beta_fast > self.beta_slow, "beta_fast must be above beta_slow", "beta_fast", "beta_slow")
-        self._require(
-            self.high_freq_factor > self.low_freq_factor,
-            "high_freq_factor must be above low_freq_factor",
-            "high_freq_factor",
-            "low_freq_factor",
-        )
+        self._require(self.factor >= 1.0, "factor must be at least 1")
+        self._require(self.beta_fast > self.beta_slow, "beta_fast must be above beta_slow")
+        self._require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor must be above low_freq_factor")
         if self.kind in ("yarn", "llama3"):
-            self._require(self.original_max_len is not None, f"{self.kind} needs original_max_len", "original_max_len")
-
-
-class Overrides(dict[str, Any]):
-    """Fields of a BlockConfig that one layer has otherwise; a dict that is never changed, so that a config hashes."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:  # how copies and pickles are made: not item by item
-        return Overrides, (dict(self),)
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("layer_pattern cannot be changed; use dataclasses.replace(config, layer_pattern=...).")
-
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+            self._require(self.original_max_len is not None, f"{self.kind} needs original_max_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig(_Checks):
+class BlockConfig(ConfigFields):
     """Everything that one transformer block needs.
 
     Attributes:
@@ -182,12 +113,12 @@ class BlockConfig(_Checks):
         attention_window: self-attention reaches the keys with |q - kv| < attention_window only.
         attention_scale: of the scores, by default head_dim ** -0.5.
         attention_soft_cap: scores become cap * tanh(scores / cap).
-        attention_sinks: a learned score a head that takes part in the softmax and has no value.
+        attention_sinks: each head has a learned score that takes part in the softmax and has no value.
         attention_dropout_rate: probability of dropping an attention weight, by default dropout_rate.
         d_ff: hidden width of the feed-forward, or of each expert.
         ff_activation: "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), "silu" = "swish", or gated: "swiglu",
             "geglu", "geglu_tanh", "reglu", "swiglu_clipped" (that of gpt-oss).
-        num_experts: the feed-forward is a mixture of so many experts; None is one dense feed-forward.
+        num_experts: number of experts of the feed-forward; None is one dense feed-forward.
         top_k: experts a token.
         num_shared_experts: further experts that every token goes through.
         router_type: "softmax" or "sigmoid" over the router's logits.
@@ -204,13 +135,13 @@ class BlockConfig(_Checks):
             x + norm(f(x)).
         parallel_residual: x + attention(norm(x)) + feed_forward(norm'(x)), instead of one after the other.
         residual_scale: multiplies what each sublayer adds.
-        layer_scale: where a learned scale of every feature that a sublayer adds starts; None has no such scale.
-        pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; what the others do
-            ("sinusoidal", "learned", "relative") is the model's part.
+        layer_scale: initial value of a learned scale of every feature that a sublayer adds; None has no such scale.
+        pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; the model applies
+            "sinusoidal", "learned" and "relative".
         rope_base: the wavelength of the slowest rotation is about 2 pi * rope_base positions.
         rope_fraction: the part of each head that is rotated, from its start.
         rope_scaling: a RopeScaling, or a mapping of its fields.
-        rope_max_positions: positions from here on are an error where they can be seen; None sets no limit.
+        rope_max_positions: positions from here on raise an error where their values are known; None sets no limit.
         kernel_init: of every projection: "lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", or "normal"
             with standard deviation init_std.
         embedding_init: of token embeddings, the same names; "lecun_normal" gives rows of unit length.
@@ -262,81 +193,61 @@ class BlockConfig(_Checks):
     residual_init: ResidualInit = "depth"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    _forms: ClassVar[Forms] = {
+        "attention_type": lambda value: AttentionType(value) if value in list(AttentionType) else value,
+        "use_bias": as_tuple,
+        "rope_scaling": RopeScaling.from_mapping,
+    }
 
     def __post_init__(self) -> None:
-        names = isinstance(self.use_bias, bool) or (
-            isinstance(self.use_bias, tuple) and all(name in BIASES for name in self.use_bias)
-        )
-        self._require(names, f"use_bias must be True, False, or names among {', '.join(BIASES)}", "use_bias")
-        types = ", ".join(AttentionType)
+        names = isinstance(self.use_bias, tuple) and all(name in BIASES for name in self.use_bias)
         self._require(
-            isinstance(self.attention_type, AttentionType), f"attention_type must be one of {types}", "attention_type"
+            isinstance(self.use_bias, bool) or names,
+            f"use_bias must be True, False, or names among {', '.join(BIASES)}",
         )
+        types = ", ".join(AttentionType)
+        self._require(isinstance(self.attention_type, AttentionType), f"attention_type must be one of {types}")
         scaling = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        self._require(scaling, "rope_scaling must be a RopeScaling or a mapping of its fields", "rope_scaling")
+        self._require(scaling, "rope_scaling must be a RopeScaling or a mapping of its fields")
         self._require_whole("d_model", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "d_ff", "top_k")
         self._require_whole("attention_block_size", "linear_attention_chunk_size", "attention_window")
         self._require_whole("rope_max_positions", "num_experts")
         self._require_whole("num_shared_experts", least=0)
         self._require_above_zero("norm_eps", "attention_scale", "attention_soft_cap", "residual_scale", "init_std")
-        self._require_above_zero("layer_scale")
-        self._require_choice(ff_activation=FfActivation, norm_type=NormKind, norm_placement=NormPlacement)
-        self._require_choice(pos_emb_type=PosEmbType, dtype=Dtype, param_dtype=Dtype, qk_norm=QkNorm)
-        self._require_choice(router_type=RouterType, kernel_init=Initializer, embedding_init=Initializer)
-        self._require_choice(residual_init=ResidualInit)
-        for rate in ("dropout_rate", "attention_dropout_rate", "router_jitter"):
-            value = getattr(self, rate)
-            within = value is None or (isinstance(value, int | float) and 0.0 <= value < 1.0)
-            self._require(within, f"{rate} must be at least 0 and below 1", rate)
-        self._require_above_zero("rope_base", "rope_fraction")
-        self._require(self.rope_base > 1.0, "rope_base must be above 1", "rope_base")
-        self._require(
-            self.num_heads % self.kv_heads == 0,
-            "num_heads must be a multiple of num_kv_heads",
-            "num_heads",
-            "num_kv_heads",
-        )
+        self._require_choices()
+        self._require_rate("dropout_rate", "attention_dropout_rate", "router_jitter")
+        self._require_above_zero("layer_scale", "rope_base", "rope_fraction")
+        self._require(self.rope_base > 1.0, "rope_base must be above 1")
+        self._require(self.rope_fraction <= 1.0, "rope_fraction must be above 0 and at most 1")
+        self._require_what_fits()
+
+    def _require_what_fits(self) -> None:
+        """Raises ValueError for fields that are right one by one, but not together."""
+        self._require(self.num_heads % self.kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
         self._require(
             self.head_dim is not None or self.d_model % self.num_heads == 0,
             "d_model must be a multiple of num_heads unless head_dim is given",
-            "d_model",
-            "num_heads",
         )
-        self._require(
-            self.num_experts is None or self.top_k <= self.num_experts,
-            "top_k must be at most num_experts",
-            "top_k",
-            "num_experts",
-        )
-        self._require(0.0 < self.rope_fraction <= 1.0, "rope_fraction must be above 0 and at most 1", "rope_fraction")
+        self._require(self.num_experts is None or self.top_k <= self.num_experts, "top_k must be at most num_experts")
         if self.pos_emb_type == "rope":
             self._require(
                 self.rope_dim % 2 == 0 and self.rope_dim > 0,
-                "rope needs an even number of features, head_dim * rope_fraction",
-                "d_model",
-                "num_heads",
-                "head_dim",
-                "rope_fraction",
+                "rope needs an even number of features, head_dim * rope_fraction; "
+                "head_dim is d_model / num_heads by default",
             )
         self._require(
             not (self.parallel_residual and self.norm_placement == "post"),
             "parallel_residual needs another norm_placement than post",
-            "parallel_residual",
-            "norm_placement",
         )
         if self.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
             for name in ("attention_scale", "attention_soft_cap", "attention_window"):
-                self._require(getattr(self, name) is None, f"{self.attention_type} attention has no {name}", name)
-            self._require(
-                self.pos_emb_type not in ("alibi", "relative"),
-                f"{self.attention_type} attention has no scores to bias",
-                "pos_emb_type",
-            )
+                self._require(getattr(self, name) is None, f"{self.attention_type} attention has no {name}")
+            biased = self.pos_emb_type in ("alibi", "relative")
+            self._require(not biased, f"{self.attention_type} attention has no scores to bias by pos_emb_type")
         if self.attention_type == AttentionType.LINEAR:
             self._require(
                 not self.attention_dropout_rate,
                 "linear attention has no weights to drop, so attention_dropout_rate must be 0 or None",
-                "attention_dropout_rate",
             )
 
     @property
@@ -378,17 +289,28 @@ class BlockConfig(_Checks):
         return layer in self.use_bias
 
 
+def _pattern(value: Any) -> Any:
+    """The entries of a layer_pattern, each an Overrides if it is a mapping; one entry may stand alone."""
+    entries = value if isinstance(value, tuple | list) else [value]
+    return tuple(
+        Overrides({name: BlockConfig.in_form(name, field) for name, field in entry.items()})
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in entries
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig(BlockConfig):
     """Blocks on top of each other.
 
     Attributes:
         num_layers: number of blocks.
-        layer_pattern: fields that layers have otherwise, one mapping a layer, cycled: with
+        layer_pattern: the fields that layers change, one mapping a layer, cycled: with
             `({"attention_window": 512}, {})` every other layer is local.
         scan_layers: parameters of all periods of the pattern are stacked and the program loops over them: it compiles
             in a time that does not depend on the depth.
-        remat: what the backward pass computes again rather than keeps: "none", "full" (all of a block),
+        remat: the part that the backward pass computes again rather than keeps: "none", "full" (all of a block),
             "attention_out" (all but the output of the attention heads) or the name of one of JAX's checkpoint policies.
     """
 
@@ -396,12 +318,12 @@ class StackConfig(BlockConfig):
     layer_pattern: tuple[Overrides, ...] = ()
     scan_layers: bool = False
     remat: Remat = "none"
+    _forms: ClassVar[Forms] = {**BlockConfig._forms, "layer_pattern": _pattern}
 
     def __post_init__(self) -> None:
         self._require_whole("num_layers")
-        self._require_choice(remat=Remat)
         mappings = isinstance(self.layer_pattern, tuple) and all(isinstance(x, Overrides) for x in self.layer_pattern)
-        self._require(mappings, "layer_pattern must be a sequence of mappings", "layer_pattern")
+        self._require(mappings, "layer_pattern must be a sequence of mappings")
         super().__post_init__()
         block_fields = {field.name for field in dataclasses.fields(BlockConfig)}
         for fields in self.layer_pattern:
@@ -409,11 +331,10 @@ class StackConfig(BlockConfig):
                 if name not in block_fields or name == "d_model":
                     raise ValueError(
                         f"{type(self).__name__}: layer_pattern may change the fields of BlockConfig, except d_model; "
-                        f"got {name!r}.{_suggestion(name, block_fields)}"
+                        f"got {name!r}.{suggest(name, block_fields)}"
                     )
-        if self.layer_pattern:
-            for layer in range(len(self.layer_pattern)):
-                self.layer(layer)  # raises for values that do not fit together
+        for layer in range(len(self.layer_pattern)):
+            self.layer(layer)  # raises for values that do not fit together
 
     def layer(self, index: int) -> BlockConfig:
         """The config of one layer."""
@@ -434,7 +355,7 @@ class TransformerConfig(StackConfig):
 
     Attributes:
         vocab_size: number of token ids.
-        max_len: longest sequence in tokens, but for "relative" positions, which have no longest; also the number of
+        max_len: longest sequence in tokens, except with "relative" positions, which have no limit; also the number of
             learned or sinusoidal positions.
         pos_emb_type: "sinusoidal" or "learned" vectors added to the embeddings, "rope" inside attention, "alibi" or
             "relative" (T5's learned buckets, one table for all layers) on its scores, or "none".
@@ -442,7 +363,7 @@ class TransformerConfig(StackConfig):
         relative_max_distance: distances from here on share the last bucket.
         position_offset: rows of the table of "learned" before that of position 0.
         num_token_types: rows of a table of token types, whose vectors an encoder adds; 0 is no table.
-        pad_token_id: what `make_padding_mask` is to take for padding; models are told by padding_mask alone.
+        pad_token_id: for callers to pass to `make_padding_mask`; a model knows padding by its padding_mask alone.
         embedding_scale: multiplies the embeddings.
         embedding_norm: the sum of all embeddings is normalised.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
@@ -475,19 +396,12 @@ class TransformerConfig(StackConfig):
         super().__post_init__()
         self._require_whole("vocab_size", "max_len", "kv_cache_max_len", "relative_buckets", "relative_max_distance")
         self._require_whole("pad_token_id", "position_offset", "num_token_types", least=0)
-        self._require(
-            self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size", "pad_token_id", "vocab_size"
-        )
+        self._require(self.pad_token_id < self.vocab_size, "pad_token_id must be below vocab_size")
         self._require_above_zero("embedding_scale", "logit_scale", "logit_soft_cap")
         if self.rope_max_positions is not None:
-            self._require(
-                self.rope_max_positions >= self.max_len,
-                "rope_max_positions must be at least max_len",
-                "rope_max_positions",
-                "max_len",
-            )
+            self._require(self.rope_max_positions >= self.max_len, "rope_max_positions must be at least max_len")
         if self.pos_emb_type == "sinusoidal":
-            self._require(self.d_model % 2 == 0, "sinusoidal positions need an even d_model", "d_model")
+            self._require(self.d_model % 2 == 0, "sinusoidal positions need an even d_model")
         for fields in self.layer_pattern:
             inside = {self.pos_emb_type, "rope", "alibi", "none"}
             if fields.get("pos_emb_type", self.pos_emb_type) not in inside:
@@ -498,18 +412,20 @@ class TransformerConfig(StackConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig(_Checks):
+class EncoderDecoderConfig(ConfigFields):
     """An encoder and the decoder that attends it.
 
     Attributes:
-        encoder: a TransformerConfig, or a mapping of its fields; vocabulary, depth and widths are its own.
-        decoder: the same; it decides about the head, which `tie_embeddings` ties to the decoder's embeddings.
+        encoder: a TransformerConfig, or a mapping of its fields. Vocabulary, depth and widths may differ from the
+            decoder's.
+        decoder: the same. Its `tie_embeddings` ties the head to the decoder's embeddings.
         share_embeddings: both have one table of token embeddings, the encoder's.
     """
 
     encoder: TransformerConfig
     decoder: TransformerConfig
     share_embeddings: bool = False
+    _forms: ClassVar[Forms] = dict.fromkeys(("encoder", "decoder"), TransformerConfig.from_mapping)
 
     def __post_init__(self) -> None:
         for name in ("encoder", "decoder"):
@@ -544,7 +460,7 @@ class VisionTransformerConfig(StackConfig):
         pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones of row and column added to
             the patches, or "none".
         position_antialias: `with_image_size` interpolates learned positions with antialiasing, so that a smaller grid
-            averages over positions rather than skipping some. DINOv2 with registers does; ViT and DINOv2 do not.
+            averages positions rather than skips some. DINOv2 with registers does; ViT and DINOv2 do not.
     """
 
     d_model: int = 768
@@ -561,137 +477,22 @@ class VisionTransformerConfig(StackConfig):
     num_register_tokens: int = 0
     pool: Pool = "cls"
     position_antialias: bool = False
+    _forms: ClassVar[Forms] = {**StackConfig._forms, "image_size": as_pair, "patch_size": as_pair}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("image_size", "patch_size"):
             sides = getattr(self, name)
             whole = len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)
-            self._require(whole, f"{name} must be a whole number, at least 1, or a pair of them", name)
+            self._require(whole, f"{name} must be a whole number, at least 1, or a pair of them")
         self._require_whole("num_channels", "num_classes")
         self._require_whole("num_register_tokens", least=0)
-        self._require_choice(pool=Pool)
-        self._require(
-            self.pool == "mean" or self.use_cls_token,
-            "pool must be 'mean' without use_cls_token",
-            "pool",
-            "use_cls_token",
-        )
+        self._require(self.pool == "mean" or self.use_cls_token, "pool must be 'mean' without use_cls_token")
         self._require(
             all(size % patch == 0 for size, patch in zip(self.image_size, self.patch_size, strict=True)),
             "image_size must be a multiple of patch_size",
-            "image_size",
-            "patch_size",
         )
         self._require(
             self.pos_emb_type in ("learned", "sinusoidal", "none"),
             "pos_emb_type of an image must be learned, sinusoidal or none",
-            "pos_emb_type",
         )
-
-
-Config = TypeVar("Config", bound=_Checks)
-
-
-def resolve_config(kind: type[Config], config: _Checks | None, fields: dict[str, Any]) -> Config:
-    """The config of a module called as `Module(rngs, config)` or as `Module(rngs, **fields)`.
-
-    Raises:
-        ValueError: both or neither were given, a field does not exist, or `config` is of another kind.
-    """
-    if config is None:
-        return kind(**fields)
-    if fields:
-        raise ValueError(
-            f"{kind.__name__}: give a config or fields, not both; got config and {', '.join(sorted(fields))}. "
-            "Use dataclasses.replace(config, ...)."
-        )
-    if not isinstance(config, kind):
-        raise ValueError(f"{kind.__name__}: config must be a {kind.__name__}; got {type(config).__name__}.")
-    return config
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _attention_type(value: Any) -> Any:
-    return AttentionType(value) if value in list(AttentionType) else value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
-
-
-def _rope_scaling(value: Any) -> Any:
-    return RopeScaling(**value) if isinstance(value, Mapping) else value
-
-
-def _transformer(value: Any) -> Any:
-    return TransformerConfig(**value) if isinstance(value, Mapping) else value
-
-
-def _pattern(value: Any) -> Any:
-    entries = value if isinstance(value, tuple | list) else [value]
-    return tuple(
-        Overrides({name: _FORMS.get(name, _as_it_is)(field) for name, field in fields.items()})
-        if isinstance(fields, Mapping)
-        else fields
-        for fields in entries
-    )
-
-
-_FORMS: dict[str, Any] = {
-    "attention_type": _attention_type,
-    "use_bias": _as_tuple,
-    "rope_scaling": _rope_scaling,
-    "layer_pattern": _pattern,
-    "image_size": _pair,
-    "patch_size": _pair,
-    "encoder": _transformer,
-    "decoder": _transformer,
-}
-_FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
-    "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
-    "pre_norm": ("norm_placement", {True: "pre", False: "post"}),
-    "use_rope": ("pos_emb_type", {True: "rope", False: None}),  # False: what the class has by default
-}
-_OLD_NAMES = {
-    "max_seq_len": "max_len",
-    "activation": "ff_activation",
-    "layer_norm_eps": "norm_eps",
-}
-
-
-def _known_fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
-    fields = dict(given)
-    required = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    for flag, (name, meaning) in _FLAGS.items():
-        if flag in fields and name in required:
-            value = fields.pop(flag)
-            if name in fields:
-                raise ValueError(
-                    f"{kind.__name__}: {flag} is another way to say {name}; got {flag}={value!r}, "
-                    f"{name}={fields[name]!r}. Give one of the two."
-                )
-            if value not in (True, False):
-                raise ValueError(f"{kind.__name__}: {flag} must be True or False; got {flag}={value!r}.")
-            chosen = meaning[bool(value)]
-            if chosen is not None:
-                fields[name] = chosen
-    for name in fields.keys() - required.keys():
-        hint = f" Its name is {_OLD_NAMES[name]} today." if name in _OLD_NAMES else _suggestion(name, required)
-        raise ValueError(f"{kind.__name__}: every argument must be a field; got {name}={fields[name]!r}.{hint}")
-    missing = sorted(name for name, needed in required.items() if needed and name not in fields)
-    if missing:
-        raise ValueError(f"{kind.__name__}: {', '.join(missing)} must be given.")
-    return fields
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]}?" if close else f" The fields are {', '.join(sorted(known))}."

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "attnax"
 LAYERS = {
     "checks": 0,
     "config": 0,
+    "config_fields": 0,
     "errors": 0,
     "pytrees": 0,
     "typing": 0,

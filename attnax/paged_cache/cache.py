@@ -310,11 +310,8 @@ def append_rows(
         ([5, 1], [[0, 1, -1], [2, -1, -1]])
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
-    pools, leading = (
-        (cache.key_pool, cache.value_pool),
-        (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens),
-    )
-    check_new_tokens("append_rows", pools, keys_new, values_new, leading)
+    leading = (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens)
+    check_new_tokens("append_rows", (cache.key_pool, cache.value_pool), keys_new, values_new, leading)
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
     num_new = _counts("append_rows", num_new_tokens, cache, num_tokens)
     is_count = (num_new >= 0) & (num_new <= num_tokens)
