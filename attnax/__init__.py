@@ -5,14 +5,21 @@ Names are loaded when first used, so `import attnax` loads neither Flax nor any 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from attnax.lazy import lazy_imports
 
 __version__ = "0.3.0.dev0"
 
-if TYPE_CHECKING:
+with lazy_imports(globals()):
+    from attnax import generation as generation
+    from attnax import kernels as kernels
     from attnax import masks as masks
+    from attnax import models as models
+    from attnax import nn as nn
+    from attnax import pretrained as pretrained
     from attnax import reference as reference
+    from attnax import text as text
+    from attnax import training as training
+    from attnax import typing as typing
     from attnax.cache import KVLayerCache as KVLayerCache
     from attnax.cache import LinearLayerCache as LinearLayerCache
     from attnax.cache import LinearState as LinearState
@@ -102,131 +109,3 @@ if TYPE_CHECKING:
     from attnax.typing import AttentionFn as AttentionFn
     from attnax.typing import MaskMod as MaskMod
     from attnax.typing import ScoreMod as ScoreMod
-
-_HOMES = {
-    "cache": (
-        "KVLayerCache",
-        "LinearLayerCache",
-        "LinearState",
-        "RingKVCache",
-        "init_decoder_kv_caches",
-        "init_decoder_kv_caches_from_config",
-        "init_kv_layer_cache",
-        "init_linear_layer_cache",
-        "init_ring_kv_cache",
-        "update_kv_layer_cache",
-    ),
-    "config": (
-        "AttentionType",
-        "BlockConfig",
-        "EncoderDecoderConfig",
-        "FfActivation",
-        "NormKind",
-        "Pool",
-        "PosEmbType",
-        "RopeScaling",
-        "TransformerConfig",
-        "VisionTransformerConfig",
-    ),
-    "generation": ("Generation", "Sampler"),
-    "kernels.cached": ("cached_attention",),
-    "kernels.flash": (
-        "flash_attention",
-        "memory_efficient_attention",
-        "pallas_flash_attention",
-        "why_not_cudnn",
-        "why_not_pallas",
-    ),
-    "kernels.linear": ("linear_attention",),
-    "kernels.lite": ("lite_attention",),
-    "kernels.nnx_adapter": ("nnx_attention_fn",),
-    "kernels.paged": ("paged_attention",),
-    "kernels.ring": (
-        "ring_attention",
-        "ring_attention_reference",
-        "zigzag_order",
-    ),
-    "masks": (
-        "Mask",
-        "combine_masks",
-        "make_causal_mask",
-        "make_document_mask",
-        "make_padding_mask",
-        "make_sliding_window_mask",
-    ),
-    "paged_cache": (
-        "PagedKVCache",
-        "init_paged_kv_cache",
-        "init_paged_kv_caches_from_config",
-        "allocate_blocks",
-        "append_kv",
-        "gather_kv",
-        "allocate_rows",
-        "append_rows",
-        "gather_rows",
-        "free_rows",
-    ),
-    "kernels.score_mods": (
-        "additive_bias_mod",
-        "alibi_mod",
-        "alibi_slopes",
-        "causal_mod",
-        "compose_score_mods",
-        "document_mask_mod",
-        "mask_mod_to_boolean_mask",
-        "mask_mod_to_score_mod",
-        "prefix_lm_mod",
-        "relative_bias_mod",
-        "relative_table_mod",
-        "sliding_window_mod",
-        "soft_cap_mod",
-    ),
-    "kernels.standard": ("standard_attention",),
-    "models": ("Transformer", "TransformerDecoder", "TransformerEncoder", "TransformerLM", "VisionTransformer"),
-    "nn": (
-        "DecoderBlock",
-        "EncoderBlock",
-        "FeedForward",
-        "LearnedPositionalEmbedding",
-        "MixtureOfExperts",
-        "MultiHeadAttention",
-        "PatchEmbedding",
-        "PositionalEncoding",
-        "RMSNorm",
-        "RotaryEmbedding",
-        "TokenEmbedding",
-        "apply_rope",
-        "create_norm",
-        "rope_cos_sin_from_positions",
-        "rope_cos_sin_table",
-        "rope_inv_freq",
-    ),
-    "typing": ("AttentionFn", "MaskMod", "ScoreMod"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = (
-    "generation",
-    "kernels",
-    "masks",
-    "models",
-    "nn",
-    "pretrained",
-    "reference",
-    "text",
-    "training",
-    "typing",
-)
-
-__all__ = sorted([*_HOME_OF, *_SUBMODULES])  # noqa: PLE0605  # the TYPE_CHECKING imports above name them
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(f"attnax.{_HOME_OF[name]}"), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"attnax.{name}")
-    raise AttributeError(f"module 'attnax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__

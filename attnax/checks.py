@@ -15,7 +15,7 @@ from attnax.typing import Array, ScoreMod, ScoreShape
 __all__ = [
     "apply_score_mod",
     "check_attention",
-    "check_mask_shape",
+    "check_broadcast",
     "check_positions",
     "check_shape",
     "explain_tracing",
@@ -34,15 +34,15 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def check_mask_shape(caller: str, shape: Sequence[int], full: ScoreShape) -> None:
-    """Raises ValueError unless an array of `shape` broadcasts to `full` = (B, N, T, S)."""
+def check_broadcast(caller: str, name: str, shape: Sequence[int], score_shape: ScoreShape) -> None:
+    """Raises ValueError unless an array of `shape` broadcasts to (B, N, T, S) = `score_shape`."""
     fits = len(shape) <= 4 and all(
-        want is None or have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
+        want is None or have in (1, want) for have, want in zip(reversed(shape), reversed(score_shape), strict=False)
     )
     if not fits:
         raise ValueError(
-            f"{caller}: mask must broadcast to (batch, num_heads, seq_q, seq_kv)={full}; "
-            f"got mask.shape={tuple(shape)}. Insert axes of size 1 where the mask does not vary."
+            f"{caller}: {name} must broadcast to (batch, num_heads, seq_q, seq_kv)={score_shape}; "
+            f"got {name}.shape={tuple(shape)}. Insert axes of size 1 where the {name} does not vary."
         )
 
 
@@ -145,7 +145,7 @@ def check_attention(
                 f"{caller}: mask must be boolean, True to attend; got mask.dtype={mask.dtype}. "
                 "Pass an additive bias as a score_mod."
             )
-        check_mask_shape(caller, mask.shape, (batch, heads, seq_q, seq_kv))
+        check_broadcast(caller, "mask", mask.shape, (batch, heads, seq_q, seq_kv))
     elif mask is not None and not callable(mask):
         raise ValueError(f"{caller}: mask must be a boolean array, a Mask or a function; got {mask!r}.")
     if score_mod is not None and not callable(score_mod):

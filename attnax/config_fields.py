@@ -25,7 +25,7 @@ _OLD_NAMES = {"max_seq_len": "max_len", "activation": "ff_activation", "layer_no
 class _Translated(type):
     """Translates the documented flags, refuses unknown fields in words and brings values to their one form."""
 
-    def __call__(cls, *values: Any, **fields: Any) -> Any:
+    def __call__(cls: Any, *values: Any, **fields: Any) -> Any:
         if values:
             raise ValueError(f"{cls.__name__}: every field must be given by its name; got {values!r} without one.")
         return super().__call__(**{name: cls.in_form(name, value) for name, value in _known(cls, fields).items()})

@@ -1,29 +1,58 @@
-"""Packages whose names are loaded when first used."""
+"""Packages whose names are loaded when first used (PEP 562)."""
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["lazy_names"]
+__all__ = ["lazy_imports"]
 
 
-def lazy_names(
-    package: str, homes: Mapping[str, Sequence[str]]
-) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__all__`, `__getattr__` and `__dir__` of a package that imports nothing itself (PEP 562).
+@contextlib.contextmanager
+def lazy_imports(package: dict[str, Any]) -> Iterator[None]:
+    """Imports in this block load nothing: each name is imported when it is first asked of the package.
+
+    The block makes the `__all__`, `__getattr__` and `__dir__` of the package from its imports, each of the form `from
+    module import name`, so that every public name stands once. Editors and type checkers see plain imports. Python 3.15
+    has `lazy from module import name` for this (PEP 810).
 
     Args:
-        package: its `__name__`.
-        homes: the public names of each of its modules, by the module's path within the package.
+        package: its `globals()`.
+
+    Example:
+        >>> scope = {"__name__": "mathematics"}
+        >>> with lazy_imports(scope):
+        ...     exec("from math import pi", scope)
+        >>> "pi" in scope, scope["__getattr__"]("pi")
+        (False, 3.141592653589793)
     """
-    home_of = {name: home for home, names in homes.items() for name in names}
-    names = sorted(home_of)
+    homes: dict[str, str] = {}
+    original = builtins.__import__
+
+    def note(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if globals is not package:  # a thread may import something else at the same time
+            return original(name, globals, locals, fromlist, level)
+        homes.update(dict.fromkeys(fromlist, name))
+        return types.SimpleNamespace(**dict.fromkeys(fromlist))
+
+    builtins.__import__ = note
+    try:
+        yield
+    finally:
+        builtins.__import__ = original
+    for name in homes:
+        del package[name]
 
     def load(name: str) -> Any:
-        if name not in home_of:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
+        if name not in homes:
+            raise AttributeError(f"module {package['__name__']!r} has no attribute {name!r}")
+        if homes[name] == package["__name__"]:
+            return importlib.import_module(f"{homes[name]}.{name}")
+        return getattr(importlib.import_module(homes[name]), name)
 
-    return names, load, lambda: names
+    names = sorted(homes)
+    package.update(__all__=names, __getattr__=load, __dir__=lambda: names)

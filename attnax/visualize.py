@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,30 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from attnax.kernels.standard import standard_attention
-from attnax.masks import Mask, resolve_masks
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod
+from attnax.kernels.standard import attention_weights
+from attnax.masks import Mask, TileCounts, count_tiles, resolve_masks
+from attnax.typing import ArrayLike, Float, MaskMod, ScoreMod
 
 __all__ = ["TileCounts", "attention_weights", "plot_attention", "plot_mask", "plot_training"]
 
-# Pairs of empty tiles, masked pairs of others, allowed pairs of partial tiles, pairs of full tiles.
+# Pairs of empty tiles, masked pairs of partial tiles, allowed pairs of partial tiles, pairs of full tiles.
 _EMPTY, _MASKED, _PARTIAL, _FULL = map(to_rgb, ("#ececea", "#f9e4bf", "#e59b2c", "#2d5d88"))
 _MAX_PAIRS = 4096 * 4096  # of a mask's picture
 _MAX_CELLS = 1024 * 1024  # of all panels of attention weights
 _MAX_PANELS = 64
-
-
-class TileCounts(NamedTuple):
-    """Tiles in which a mask allows nothing (kernels skip them), a part, and everything."""
-
-    empty: int
-    partial: int
-    full: int
-
-    @property
-    def skipped(self) -> float:
-        """Fraction of the tiles that is never computed."""
-        return self.empty / sum(self)
 
 
 def plot_mask(
@@ -57,9 +44,9 @@ def plot_mask(
 ) -> TileCounts:
     """Draws which query attends which key, in one row and head, and which tiles a blockwise kernel can skip.
 
-    With a score mod the colour of a pair is what the mod makes of a score of 0. A mod that carries a mask
-    (`causal_mod()`) saves the same tiles as the mask does; what any other mod sets to -inf is drawn as masked, but
-    saves nothing.
+    With a score mod the colour of a pair shows the result of the mod for a score of 0. A mod that carries a mask
+    (`causal_mod()`) saves the same tiles as the mask does. A pair that any other mod sets to -inf is drawn as masked,
+    but saves nothing.
 
     Args:
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array.
@@ -74,7 +61,7 @@ def plot_mask(
         tile: number of queries and of keys in a tile.
 
     Returns:
-        What the legend counts.
+        The numbers of the legend.
 
     Raises:
         ValueError: nothing to draw, a size below 1, a row or head that is not there, a mask that does not fit the
@@ -93,12 +80,8 @@ def plot_mask(
     only_mask, only_mod = resolve_masks("plot_mask", mask, score_mod, (batch_size, num_heads, *shape))
     pairs = jnp.array([[batch]]), jnp.array([[head]]), jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
     keep = np.broadcast_to(True if only_mask is None else np.asarray(only_mask(*pairs)), shape)
-    starts = [np.arange(0, length, size) for length, size in zip(shape, tile, strict=True)]
-    sizes = [np.diff(first, append=length) for first, length in zip(starts, shape, strict=True)]
-    allowed = np.add.reduceat(np.add.reduceat(keep, starts[0], axis=0, dtype=np.int64), starts[1], axis=1)
-    empty, full = allowed == 0, allowed == np.multiply.outer(*sizes)
-    counts = TileCounts(int(empty.sum()), int((~empty & ~full).sum()), int(full.sum()))
-    empty, full = (x.repeat(sizes[0], axis=0).repeat(sizes[1], axis=1)[..., None] for x in (empty, full))
+    counts, empty, full = count_tiles(keep, tile)
+    empty, full = (x.repeat(tile[0], 0).repeat(tile[1], 1)[: shape[0], : shape[1], None] for x in (empty, full))
 
     longest = max(shape)
     figure = Figure(figsize=(2.2 + 5 * max(0.3, shape[1] / longest), 1.8 + 5 * max(0.3, shape[0] / longest)))
@@ -111,59 +94,25 @@ def plot_mask(
         keep = keep & ~(scores <= np.finfo(np.float32).min)
         colors = ScalarMappable(_color_scale(scores[keep]), "viridis")
         image = colors.to_rgba(scores)[..., :3]
-        figure.colorbar(colors, ax=axes, label="what the score mod makes of a score of 0", aspect=30)
+        figure.colorbar(colors, ax=axes, label="result of the score mod for a score of 0", aspect=30)
         marks |= {"full": colors.get_cmap()(0.5), "partial": _MASKED}
     image = np.where(keep[..., None], image, np.where(empty, _EMPTY, _MASKED))
     axes.imshow(image, aspect="auto" if min(shape) < 0.3 * longest else "equal")
     _name_axes(axes)
-    axes.set_yticks(starts[0][:: math.ceil(len(starts[0]) / 8)])
-    axes.set_xticks(starts[1][:: math.ceil(len(starts[1]) / 8)])
-    for draw, first in ((axes.axhline, starts[0]), (axes.axvline, starts[1])):
-        for line in first[1:]:
-            draw(line - 0.5, color="white", linewidth=min(0.8, 25 / len(first)))
-    total = sum(counts)
-    axes.set_title(f"{total:,} tiles of {tile[0]} x {tile[1]}, {100 * counts.skipped:.1f}% skipped", fontsize="medium")
-    figure.legend(
-        handles=[
-            Patch(facecolor=color, edgecolor="#a0a0a0", label=f"{name}: {count:,} ({100 * count / total:.0f}%)")
-            for (name, color), count in zip(marks.items(), reversed(counts), strict=True)
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.2,
+    for set_ticks, draw, length, size in (
+        (axes.set_yticks, axes.axhline, shape[0], tile[0]),
+        (axes.set_xticks, axes.axvline, shape[1], tile[1]),
+    ):
+        starts = range(0, length, size)
+        set_ticks(starts[:: math.ceil(len(starts) / 8)])
+        for start in starts[1:]:
+            draw(start - 0.5, color="white", linewidth=min(0.8, 25 / len(starts)))
+    axes.set_title(
+        f"{sum(counts):,} tiles of {tile[0]} x {tile[1]}, {100 * counts.skipped:.1f}% skipped", fontsize="medium"
     )
+    _count_in_legend(figure, marks, counts)
     figure.savefig(path, dpi=150)
     return counts
-
-
-def attention_weights(
-    query: Float[ArrayLike, "B N T H"],
-    key: Float[ArrayLike, "B K S H"],
-    *,
-    mask: Mask | MaskMod | ArrayLike | None = None,
-    score_mod: ScoreMod | None = None,
-    scale: float | Float[Array, ""] | None = None,
-) -> Float[Array, "B N T S"]:
-    """softmax(scale * query @ key^T) in float32, with the arguments of `standard_attention`; for small inputs.
-
-    A query with nothing to attend has the weights 0.
-
-    Raises:
-        ValueError: as `standard_attention` does.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from attnax import masks
-        >>> from attnax.visualize import attention_weights
-        >>> x = jnp.ones((1, 2, 3, 5))
-        >>> attention_weights(x, x, mask=masks.causal())[0, 0, 1].tolist()
-        [0.5, 0.5, 0.0]
-    """
-    query, key = jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)
-    identity = jnp.broadcast_to(jnp.eye(key.shape[-2], dtype=jnp.float32), (*key.shape[:-1], key.shape[-2]))
-    return standard_attention(query, key, identity, mask=mask, score_mod=score_mod, scale=scale)
 
 
 def plot_attention(
@@ -198,24 +147,8 @@ def plot_attention(
         ...     )
     """
     weights = np.asarray(weights, np.float32)
-    if weights.ndim != 4 or weights.size == 0:
-        raise ValueError(
-            "plot_attention: weights must be (batch, num_heads, seq_q, seq_kv), each at least 1; "
-            f"got weights.shape={weights.shape}."
-        )
-    rows, heads, seq_q, seq_kv = weights.shape
-    if not 0 <= batch < rows:
-        raise ValueError(f"plot_attention: batch must be a row of the weights, below {rows}; got batch={batch}.")
-    if heads > _MAX_PANELS or weights[0].size > _MAX_CELLS:
-        raise ValueError(
-            f"plot_attention: at most {_MAX_PANELS} heads and {_MAX_CELLS:,} weights of a row can be seen; got "
-            f"weights.shape={weights.shape}. Slice them."
-        )
-    labels = {"query_labels": (query_labels, seq_q), "key_labels": (key_labels, seq_kv)}
-    for name, (given, length) in labels.items():
-        if given is not None and len(given) != length:
-            raise ValueError(f"plot_attention: {name} must be {length} tokens; got len({name})={len(given)}.")
-
+    _check_plot_attention(weights, batch, query_labels, key_labels)
+    _, heads, seq_q, seq_kv = weights.shape
     columns = math.ceil(math.sqrt(heads))
     lines = math.ceil(heads / columns)
     longest = max(seq_q, seq_kv)
@@ -280,24 +213,62 @@ def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smooth
 
 
+def _count_in_legend(figure: Figure, marks: Mapping[str, Any], counts: TileCounts) -> None:
+    """A colour for each kind of tile, with its number; `marks` go from full to empty."""
+    figure.legend(
+        handles=[
+            Patch(facecolor=color, edgecolor="#a0a0a0", label=f"{name}: {count:,} ({100 * count / sum(counts):.0f}%)")
+            for (name, color), count in zip(marks.items(), reversed(counts), strict=True)
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
+
+
 def _check_plot_mask(
-    mask: Any, score_mod: Any, full: tuple[int, int, int, int], row: tuple[int, int], tile: tuple[int, int]
+    mask: Any, score_mod: Any, score_shape: tuple[int, int, int, int], row: tuple[int, int], tile: tuple[int, int]
 ) -> None:
     """Raises ValueError unless the arguments of `plot_mask` make a picture."""
     if mask is None and score_mod is None:
         raise ValueError("plot_mask: give a mask or a score_mod to draw; got mask=None, score_mod=None.")
     names = ("batch_size", "num_heads", "seq_q", "seq_kv", "tile", "tile")
-    for name, size in zip(names, (*full, *tile), strict=True):
+    for name, size in zip(names, (*score_shape, *tile), strict=True):
         if size < 1:
             raise ValueError(f"plot_mask: {name} must be at least 1; got {name}={tile if name == 'tile' else size}.")
-    for name, index, many, size in zip(("batch", "head"), row, names, full, strict=False):
+    for name, index, many, size in zip(("batch", "head"), row, names, score_shape, strict=False):
         if not 0 <= index < size:
             raise ValueError(f"plot_mask: {name} must be below {many}; got {name}={index}, {many}={size}.")
-    if full[2] * full[3] > _MAX_PAIRS:
+    if score_shape[2] * score_shape[3] > _MAX_PAIRS:
         raise ValueError(
             f"plot_mask: at most {_MAX_PAIRS:,} pairs of queries and keys can be drawn; "
-            f"got seq_q={full[2]}, seq_kv={full[3]}. Draw a shorter text, with smaller tiles."
+            f"got seq_q={score_shape[2]}, seq_kv={score_shape[3]}. Draw a shorter text, with smaller tiles."
         )
+
+
+def _check_plot_attention(
+    weights: np.ndarray, batch: int, query_labels: Sequence[str] | None, key_labels: Sequence[str] | None
+) -> None:
+    """Raises ValueError unless the arguments of `plot_attention` make a picture."""
+    if weights.ndim != 4 or weights.size == 0:
+        raise ValueError(
+            "plot_attention: weights must be (batch, num_heads, seq_q, seq_kv), each at least 1; "
+            f"got weights.shape={weights.shape}."
+        )
+    rows, heads, seq_q, seq_kv = weights.shape
+    if not 0 <= batch < rows:
+        raise ValueError(f"plot_attention: batch must be a row of the weights, below {rows}; got batch={batch}.")
+    if heads > _MAX_PANELS or weights[0].size > _MAX_CELLS:
+        raise ValueError(
+            f"plot_attention: at most {_MAX_PANELS} heads and {_MAX_CELLS:,} weights of a row can be seen; got "
+            f"weights.shape={weights.shape}. Slice them."
+        )
+    labels = {"query_labels": (query_labels, seq_q), "key_labels": (key_labels, seq_kv)}
+    for name, (given, length) in labels.items():
+        if given is not None and len(given) != length:
+            raise ValueError(f"plot_attention: {name} must be {length} tokens; got len({name})={len(given)}.")
 
 
 def _color_scale(values: np.ndarray) -> Normalize:

@@ -115,7 +115,6 @@ class InSlots:
     keys: Float[Array, "B K S H"] | Int8Rows
     values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
-    window: int | None
 
     @property
     def max_len(self) -> int:
@@ -126,7 +125,7 @@ class InSlots:
         """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
-    def tokens(self, dtype: Any) -> StoredTokens:
+    def tokens(self: Any, dtype: Any) -> StoredTokens:
         """All slots, as arrays of `dtype`."""
         return StoredTokens(self.keys, self.values, self.positions, self.window).tokens(dtype)
 

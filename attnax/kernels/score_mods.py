@@ -1,7 +1,7 @@
 """Score mods: functions `(scores, b, h, q, kv) -> scores` on the scaled float32 scores, before the softmax.
 
-Those made here are callable pytrees: their arrays get gradients, and rebuilding one on every call compiles nothing new.
-Those that only forbid pairs carry their mask, so that kernels skip what they forbid as if it had been given as `mask=`.
+The mods made here are callable pytrees: their arrays get gradients, and rebuilding one on every call compiles nothing
+new. A mod that only forbids pairs carries its mask, so that kernels skip the same tiles as with `mask=`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import bisect
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from attnax import masks
-from attnax.checks import is_concrete
+from attnax.checks import check_broadcast, is_concrete
 from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Index, Int, MaskMod, ScoreMod, ScoreShape
@@ -41,7 +41,7 @@ __all__ = [
 
 @pytree_dataclass
 class ComposedScoreMod(NoTruth):
-    """Applies its mods, each a pytree, from the first to the last; what one of them masks stays masked."""
+    """Applies its mods, each a pytree, from the first to the last; a pair that one of them masks stays masked."""
 
     mods: tuple[ScoreMod, ...]
 
@@ -53,25 +53,37 @@ class ComposedScoreMod(NoTruth):
             scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
         return scores
 
-    def check(self, caller: str, full: ScoreShape) -> None:
-        """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `full`."""
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `score_shape`."""
         for mod in self.mods:
             if hasattr(mod, "check"):
-                mod.check(caller, full)
+                mod.check(caller, score_shape)
+
+
+class PerHead(NoTruth):
+    """A score mod that holds an array with an entry for each head."""
+
+    _per_head: ClassVar[tuple[str, str, int]]  # the public constructor, the array, and its axis of heads
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError unless the array has an entry for each of the query's heads."""
+        constructor, name, axis = self._per_head
+        shape, heads = getattr(self, name).shape, score_shape[1]
+        if shape[axis] != heads:
+            raise ValueError(
+                f"{caller}: {constructor} must be made for the query's {heads} heads; got {name}.shape={shape}."
+            )
 
 
 @pytree_dataclass
-class Alibi(NoTruth):
+class Alibi(PerHead):
     """Scores minus `slopes[h] * |q - kv|`."""
 
     slopes: Array  # (N,)
+    _per_head = "alibi_mod", "slopes", 0
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         return scores - self.slopes.astype(scores.dtype)[h] * jnp.abs(jnp.subtract(q, kv)).astype(scores.dtype)
-
-    def check(self, caller: str, full: ScoreShape) -> None:
-        """Raises ValueError unless there is a slope for each head."""
-        _check_heads(caller, "alibi_mod", "slopes", self.slopes, 0, full)
 
 
 @pytree_dataclass
@@ -82,17 +94,13 @@ class AdditiveBias(NoTruth):
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         indices = [0 if size == 1 else i for i, size in zip((b, h, q, kv), self.bias.shape, strict=True)]
-        # Positions may lie past the array (a cache has spare room): NaN there, rather than the bias of other tokens.
+        # Positions may lie past the array (a cache has spare room). They get NaN, not the bias of another token.
         inside = functools.reduce(jnp.logical_and, map(jnp.less, indices, self.bias.shape))
         return scores + jnp.where(inside, self.bias.astype(scores.dtype).at[tuple(indices)].get(mode="clip"), jnp.nan)
 
-    def check(self, caller: str, full: ScoreShape) -> None:
-        """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `full`."""
-        if not all(want is None or have in (1, want) for have, want in zip(self.bias.shape, full, strict=True)):
-            raise ValueError(
-                f"{caller}: additive_bias_mod: bias must broadcast to (batch, num_heads, seq_q, seq_kv)={full}; "
-                f"got bias.shape={self.bias.shape}. Insert axes of size 1 where the bias does not vary."
-            )
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `score_shape`."""
+        check_broadcast(f"{caller}: additive_bias_mod", "bias", self.bias.shape, score_shape)
 
 
 @pytree_dataclass
@@ -106,12 +114,13 @@ class SoftCap(NoTruth):
 
 
 @pytree_dataclass
-class BucketedBias(NoTruth):
+class BucketedBias(PerHead):
     """Scores plus `table[bucket, h]` for T5's bucket of `kv - q`."""
 
     table: Array  # (num_buckets, N)
     max_distance: int = dataclasses.field(metadata={"static": True})
     bidirectional: bool = dataclasses.field(metadata={"static": True})
+    _per_head = "relative_bias_mod", "table", 1
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         bucket = relative_bucket(
@@ -122,31 +131,24 @@ class BucketedBias(NoTruth):
         )
         return scores + self.table.astype(scores.dtype)[bucket, h]
 
-    def check(self, caller: str, full: ScoreShape) -> None:
-        """Raises ValueError unless the table has a column for each head."""
-        _check_heads(caller, "relative_bias_mod", "table", self.table, 1, full)
-
 
 @pytree_dataclass
-class ClippedBias(NoTruth):
+class ClippedBias(PerHead):
     """Scores plus `table[h, clip(q - kv, -clip, clip) + clip]`."""
 
     table: Array  # (N, 2 * clip + 1)
+    _per_head = "relative_table_mod", "table", 0
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
         clip = self.table.shape[1] // 2
         return scores + self.table.astype(scores.dtype)[h, jnp.clip(jnp.subtract(q, kv), -clip, clip) + clip]
 
-    def check(self, caller: str, full: ScoreShape) -> None:
-        """Raises ValueError unless the table has a row for each head."""
-        _check_heads(caller, "relative_table_mod", "table", self.table, 0, full)
-
 
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
-    """One score mod that applies `mods` in order, skipping None: a single one is itself, and of none there is None.
+    """One score mod that applies `mods` in order, skipping None. A single mod is returned as it is; without any, None.
 
-    What a mod forbids stays forbidden, whatever the mods after it do. Masks (`causal_mod()` and the like) are taken out
-    of their places and applied together, last, where kernels find them.
+    A pair that a mod forbids stays forbidden, whatever later mods do. Masks (`causal_mod()` and the like) are applied
+    together at the end, where kernels find them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -158,16 +160,12 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     present = [mod for mod in mods if mod is not None]
     if len(present) == 1:
         return present[0]
+    split = [split_score_mod(mod) for mod in present]
+    forbidding = [mask for _, mask in split if mask is not None]
     parts: list[ScoreMod] = []
-    forbidding: list[Mask] = []
-    for mod in present:
-        changing, mask = split_score_mod(mod)
-        if isinstance(changing, ComposedScoreMod):
-            parts += changing.mods
-        elif changing is not None:
-            parts.append(changing)
-        if mask is not None:
-            forbidding.append(mask)
+    for changing, _ in split:
+        if changing is not None:
+            parts += changing.mods if isinstance(changing, ComposedScoreMod) else (changing,)
     rest = parts[0] if len(parts) == 1 else ComposedScoreMod(tuple(map(function_pytree, parts))) if parts else None
     if not forbidding:
         return rest
@@ -177,8 +175,8 @@ def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
 def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
     """ALiBi's slopes, `2 ** (-8 * (i + 1) / num_heads)` for head i, in float32.
 
-    Where num_heads is no power of two: the slopes of the next lower power of two, then every other slope of twice that
-    many heads, from the first on.
+    If num_heads is no power of two, the slopes of the next lower power of two come first, then every other slope of
+    twice that many heads.
 
     Raises:
         ValueError: num_heads is below 1.
@@ -202,9 +200,9 @@ def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
 def alibi_mod(num_heads: int) -> ScoreMod:
     """`scores - slope[h] * |q - kv|`: every head prefers near keys, each to its own degree.
 
-    The paper is about causal attention, where this is `scores + slope[h] * (kv - q)`; keys after the query are biased
-    alike. Combine with `causal_mod()` or `mask=` as needed. The slopes, `alibi_slopes(num_heads)`, are a leaf of the
-    mod and get gradients.
+    The paper is about causal attention, where this is `scores + slope[h] * (kv - q)`; keys after the query get the bias
+    of keys before it. Combine with `causal_mod()` or `mask=` as needed. The slopes, `alibi_slopes(num_heads)`, are a
+    leaf of the mod and get gradients.
 
     Raises:
         ValueError: num_heads is below 1; on use, a query with another number of heads.
@@ -214,10 +212,6 @@ def alibi_mod(num_heads: int) -> ScoreMod:
         >>> from attnax.kernels.score_mods import alibi_mod
         >>> float(alibi_mod(2)(jnp.float32(1.0), 0, 0, 5, 3))
         0.875
-
-    References:
-        O. Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
-        2021, https://arxiv.org/abs/2108.12409.
     """
     if num_heads < 1:
         raise ValueError(f"alibi_mod: num_heads must be at least 1; got num_heads={num_heads}.")
@@ -225,7 +219,7 @@ def alibi_mod(num_heads: int) -> ScoreMod:
 
 
 def additive_bias_mod(bias: Float[ArrayLike, "..."]) -> ScoreMod:
-    """`scores + bias[b, h, q, kv]`, read tile by tile; axes of size 1 hold for all.
+    """`scores + bias[b, h, q, kv]`, read tile by tile; axes of size 1 are broadcast.
 
     Args:
         bias: up to 4 axes that broadcast to (batch, num_heads, seq_q, seq_kv); it gets gradients. -inf forbids a pair,
@@ -291,8 +285,8 @@ def relative_bucket(
         distance: of the key from the query, positive for keys after it.
         num_buckets: of both directions together.
         max_distance: from here on all distances share the last bucket.
-        bidirectional: keys after the query have the second half of the buckets to themselves; otherwise they all share
-            bucket 0 with the query itself.
+        bidirectional: keys after the query have the second half of the buckets; otherwise they all share bucket 0 with
+            the query itself.
 
     Raises:
         ValueError: too few buckets (4, or 2 in one direction), or a max_distance that the exact half already covers.
@@ -310,7 +304,7 @@ def relative_bucket(
     _check_buckets("relative_bucket", num_buckets, max_distance, bidirectional)
     distance = jnp.asarray(distance, jnp.int32)
     begins = _bucket_begins(num_buckets // 2 if bidirectional else num_buckets, max_distance)
-    # Counted by comparisons, without a table, so that a kernel can do it.
+    # Comparisons count the bucket, without a table, so that a kernel can do it.
     reach = abs(distance) if bidirectional else -distance
     bucket = jnp.zeros_like(distance)
     for begin in begins:
@@ -329,8 +323,8 @@ def relative_bias_mod(
         bidirectional: as in `relative_bucket`; T5 has True in its encoder and False in its decoder.
 
     Raises:
-        ValueError: a table of another shape or dtype, or what `relative_bucket` refuses; on use, a query with another
-            number of heads.
+        ValueError: a table of another shape or dtype, or sizes that `relative_bucket` refuses; on use, a query with
+            another number of heads.
 
     Example:
         >>> import jax.numpy as jnp
@@ -339,10 +333,6 @@ def relative_bias_mod(
         >>> mod = relative_bias_mod(table)
         >>> float(mod(jnp.float32(0.5), 0, 0, 7, 4)), float(mod(jnp.float32(0.5), 0, 1, 4, 7))
         (3.5, 1900.5)
-
-    References:
-        C. Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2019,
-        https://arxiv.org/abs/1910.10683.
     """
     table = _table("relative_bias_mod", "(num_buckets, num_heads)", table)
     _check_buckets("relative_bias_mod", table.shape[0], max_distance, bidirectional)
@@ -459,7 +449,7 @@ def mask_mod_to_boolean_mask(
     """`mask_mod(b, h, q, kv)` of every pair, as an array (batch, num_heads, seq_q, seq_kv).
 
     Raises:
-        ValueError: what `mask_mod_to_score_mod` refuses, or arrays that do not fit these sizes.
+        ValueError: a mask that `mask_mod_to_score_mod` refuses, or arrays that do not fit these sizes.
 
     Example:
         >>> from attnax.kernels.score_mods import mask_mod_to_boolean_mask
@@ -467,17 +457,16 @@ def mask_mod_to_boolean_mask(
         >>> mask[0, 0].tolist()
         [[True, False, False], [True, True, False]]
     """
-    full = batch, num_heads, seq_q, seq_kv
+    score_shape = batch, num_heads, seq_q, seq_kv
     mask = as_mask(mask_mod)
-    mask.check("mask_mod_to_boolean_mask", full)
-    return jnp.broadcast_to(mask(*index_grid(*full)), full)
+    mask.check("mask_mod_to_boolean_mask", score_shape)
+    return jnp.broadcast_to(mask(*index_grid(*score_shape)), score_shape)
 
 
 def _bucket_begins(count: int, max_distance: int) -> list[int]:
     """The least distance, one way, of each of `count` buckets but the first."""
     exact = count // 2
     grown = count - exact
-
     # Bucket exact + j begins at the least n with log(n / exact) / log(max_distance / exact) * grown >= j, that is with
     # (n / exact) ** grown >= (max_distance / exact) ** j: whole numbers on both sides.
     def begin(j: int) -> int:
@@ -509,10 +498,3 @@ def _table(caller: str, shape: str, table: Any) -> Array:
             f"{caller}: table must be floating, of shape {shape}; got table.shape={table.shape}, dtype={table.dtype}."
         )
     return table
-
-
-def _check_heads(caller: str, maker: str, name: str, array: Array, axis: int, full: ScoreShape) -> None:
-    if array.shape[axis] != full[1]:
-        raise ValueError(
-            f"{caller}: {maker} must be made for the query's {full[1]} heads; got {name}.shape={array.shape}."
-        )

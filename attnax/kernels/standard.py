@@ -18,7 +18,7 @@ from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
-__all__ = ["standard_attention"]
+__all__ = ["attention_weights", "standard_attention"]
 
 
 @overload
@@ -126,6 +126,34 @@ def standard_attention(
 
         out, lse = shards.run(on_shard, query, key, value, (*lifted, scale, words))
     return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    query: Float[ArrayLike, "B N T H"],
+    key: Float[ArrayLike, "B K S H"],
+    *,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | Float[Array, ""] | None = None,
+) -> Float[Array, "B N T S"]:
+    """softmax(scale * query @ key^T) in float32, with the arguments of `standard_attention`; for small inputs.
+
+    A query with nothing to attend has the weights 0.
+
+    Raises:
+        ValueError: as `standard_attention` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks
+        >>> from attnax.kernels.standard import attention_weights
+        >>> x = jnp.ones((1, 2, 3, 5))
+        >>> attention_weights(x, x, mask=masks.causal())[0, 0, 1].tolist()
+        [0.5, 0.5, 0.0]
+    """
+    query, key = jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)
+    identity = jnp.broadcast_to(jnp.eye(key.shape[-2], dtype=jnp.float32), (*key.shape[:-1], key.shape[-2]))
+    return standard_attention(query, key, identity, mask=mask, score_mod=score_mod, scale=scale)
 
 
 def _lift(mask: Any, score_mod: Any, scores: Any) -> tuple[Lifted | None, Lifted | None]:

@@ -34,6 +34,7 @@ from attnax.masks.kinds import (
 )
 from attnax.masks.mask import And, Dense, Mask, Not, NoTruth, Pointwise, Range, as_mask
 from attnax.masks.positions import AtPositions, ScoreModAtPositions, at_positions, tile_at_positions
+from attnax.masks.tiles import TileCounts, count_tiles
 
 __all__ = [
     "And",
@@ -51,10 +52,12 @@ __all__ = [
     "RowsOfCall",
     "ScoreModAtPositions",
     "SlidingWindow",
+    "TileCounts",
     "as_mask",
     "at_positions",
     "causal",
     "combine_masks",
+    "count_tiles",
     "documents",
     "index_grid",
     "make_causal_mask",

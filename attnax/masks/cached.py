@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.checks import check_mask_shape
+from attnax.checks import check_broadcast
 from attnax.masks.mask import Dense, Mask
 from attnax.masks.positions import AtPositions
 from attnax.pytrees import pytree_dataclass
@@ -31,7 +31,7 @@ class RowsOfCall(Mask):
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         batch, heads, _, columns = self.array.shape
-        check_mask_shape(caller, (batch, heads, 1, columns), score_shape)
+        check_broadcast(caller, "mask", (batch, heads, 1, columns), score_shape)
 
 
 def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> Mask:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.checks import check_mask_shape, explain_tracing
+from attnax.checks import check_broadcast, explain_tracing
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, MaskMod, ScoreShape
 
@@ -152,7 +152,7 @@ class Dense(Mask):
         return min((size for size in self.array.shape[2:] if size > 1), default=None)
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
-        check_mask_shape(caller, self.array.shape, score_shape)
+        check_broadcast(caller, "mask", self.array.shape, score_shape)
 
 
 @pytree_dataclass

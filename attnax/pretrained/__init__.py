@@ -5,22 +5,11 @@ Names are loaded when first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attnax.lazy import lazy_imports
 
-from attnax.lazy import lazy_names
-
-if TYPE_CHECKING:
+with lazy_imports(globals()):
     from attnax.pretrained.errors import CheckpointError as CheckpointError
     from attnax.pretrained.generation_config import GenerationSettings as GenerationSettings
     from attnax.pretrained.generation_config import load_generation_config as load_generation_config
     from attnax.pretrained.models import load_pretrained as load_pretrained
     from attnax.pretrained.models import save_pretrained as save_pretrained
-
-__all__, __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "errors": ("CheckpointError",),
-        "generation_config": ("GenerationSettings", "load_generation_config"),
-        "models": ("load_pretrained", "save_pretrained"),
-    },
-)

@@ -5,11 +5,9 @@ Names are loaded when first used: a tokenizer needs no Flax.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attnax.lazy import lazy_imports
 
-from attnax.lazy import lazy_names
-
-if TYPE_CHECKING:
+with lazy_imports(globals()):
     from attnax.text.byte_codec import ByteCodec as ByteCodec
     from attnax.text.codec import ByteDecoder as ByteDecoder
     from attnax.text.codec import Codec as Codec
@@ -27,15 +25,3 @@ if TYPE_CHECKING:
     from attnax.text.tokenizer import Tokenizer as Tokenizer
     from attnax.text.tokenizer import byte_tokenizer as byte_tokenizer
     from attnax.text.tokenizer import train_bpe as train_bpe
-
-__all__, __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "byte_codec": ("ByteCodec",),
-        "codec": ("ByteDecoder", "Codec", "Decoder", "TextStream", "spell"),
-        "model": ("TextModel", "Translator", "prompt_array"),
-        "published": ("is_published", "open_published"),
-        "published_codec": ("PublishedCodec",),
-        "tokenizer": ("DOCUMENT", "NUM_BYTE_TOKENS", "Tokenizer", "byte_tokenizer", "train_bpe"),
-    },
-)

@@ -5,11 +5,9 @@ Names are loaded when first used: a run's folder is read without the packages th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attnax.lazy import lazy_imports
 
-from attnax.lazy import lazy_names
-
-if TYPE_CHECKING:
+with lazy_imports(globals()):
     from attnax.training.checkpoints import DamagedCheckpointError as DamagedCheckpointError
     from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
     from attnax.training.checkpoints import delete_checkpoints_after as delete_checkpoints_after
@@ -34,24 +32,3 @@ if TYPE_CHECKING:
     from attnax.training.trainer import Trainer as Trainer
     from attnax.training.trainer import TrainState as TrainState
     from attnax.training.trainer import find_documents as find_documents
-
-__all__, __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "checkpoints": (
-            "checkpoint_steps",
-            "delete_checkpoints_after",
-            "latest_checkpoint",
-            "restore_checkpoint",
-            "save_checkpoint",
-            "DamagedCheckpointError",
-            "restore_items",
-        ),
-        "corpus": ("Corpus", "Document", "TokenStream", "read_corpus"),
-        "feasible": ("require_memory", "require_traces"),
-        "optimizer": ("OptimizerConfig",),
-        "run_folder": ("LockedError", "RunFolder", "RunOptions", "write_whole"),
-        "run_model": ("open_run",),
-        "trainer": ("DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"),
-    },
-)
