@@ -1,4 +1,4 @@
-"""Checks of arguments, each once for all that take such arguments; messages name the caller."""
+"""Checks of arguments, each written once for all functions that take such arguments; messages name the caller."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def check_broadcast(caller: str, name: str, shape: Sequence[int], score_shape: S
 
 @contextlib.contextmanager
 def explain_tracing(caller: str, name: str) -> Iterator[None]:
-    """Turns the error of a user's function that asks for the value of an index or score into one in words.
+    """Explains in words the error of a user's function that asks for the value of an index or score.
 
     Raises:
-        ValueError: what the function must write instead.
+        ValueError: the function asked; the message says how to write it instead.
     """
     try:
         yield
@@ -67,10 +67,10 @@ def explain_tracing(caller: str, name: str) -> Iterator[None]:
 
 
 def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: Any) -> Array:
-    """What a score mod makes of `scores`, in their dtype.
+    """The result of a score mod for `scores`, in their dtype.
 
     Raises:
-        ValueError: it is of another shape, or holds no floating numbers.
+        ValueError: the result has another shape, or is not floating.
     """
     with explain_tracing(caller, "score_mod"):
         result = jnp.asarray(score_mod(scores, *indices))

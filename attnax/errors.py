@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """What a person gave (a path, a flag, a checkpoint) cannot be used; the message says why and what to do."""
+    """A path, a flag or a checkpoint that a person gave cannot be used; the message says why and what to do."""

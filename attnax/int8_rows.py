@@ -16,8 +16,8 @@ __all__ = ["Int8Rows", "Rows", "decode_rows", "encode_rows", "zero_rows"]
 class Int8Rows:
     """Vectors (..., H) as 8-bit integers, each with a scale: x is about codes * scales.
 
-    The largest element of a vector is exact to rounding; the error of the others is at most half a step,
-    max|x| / 254. A vector that holds a NaN or infinity is read as NaN.
+    The largest element of a vector is exact to rounding; the error of every other element is at most half a step,
+    max|x| / 254. A non-finite vector, which holds a NaN or infinity, is read as NaN.
     """
 
     codes: Int[Array, "*L H"]
@@ -25,12 +25,12 @@ class Int8Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the vectors, as of an array that holds them."""
+        """The shape of an array that holds the vectors."""
         return self.codes.shape
 
     @property
     def dtype(self) -> Any:
-        """Of what `decode_rows` computes."""
+        """The dtype in which `decode_rows` computes."""
         return self.scales.dtype
 
 
@@ -55,11 +55,11 @@ def encode_rows(x: Float[ArrayLike, "*L H"], like: Rows) -> Rows:
     """Vectors in the form of the storage `like`, each rounded on its own."""
     if not isinstance(like, Int8Rows):
         return jnp.asarray(x).astype(like.dtype)
-    fine = jnp.isfinite(x).all(-1, keepdims=True)  # the maximum of a CPU does not tell
-    x = jnp.where(fine, x, 0).astype(like.scales.dtype)
+    finite = jnp.isfinite(x).all(-1, keepdims=True)  # asked of each element: on a CPU the maximum may skip a NaN
+    x = jnp.where(finite, x, 0).astype(like.scales.dtype)
     scales = jnp.abs(x).max(-1, keepdims=True) / 127.0
     codes = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
-    return Int8Rows(codes, jnp.where(fine, scales, jnp.nan))
+    return Int8Rows(codes, jnp.where(finite, scales, jnp.nan))
 
 
 def decode_rows(rows: Rows, dtype: Any) -> Float[Array, "*L H"]:

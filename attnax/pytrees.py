@@ -16,11 +16,11 @@ Instance = TypeVar("Instance")
 def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
     """A frozen dataclass whose fields are the children of a pytree."""
     made = dataclasses.dataclass(frozen=True)(cls)
-    # JAX rebuilds pytrees around whatever stands for a leaf, so the tests' type checks must let anything in.
+    # JAX rebuilds pytrees with other objects as leaves, so the type checks of the tests must let any value in.
     made.__no_type_check__ = True  # type: ignore[attr-defined]
     return jax.tree_util.register_dataclass(made)
 
 
 def function_pytree(function: Any) -> Any:
-    """A function as a pytree: itself if it is one (its arrays are leaves), else one without leaves."""
+    """A function as a pytree: the function itself if it is one (its arrays are leaves), else one without leaves."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function

@@ -5,7 +5,7 @@ of a token, k the width of a query or a key, v the width of a value.
 
     head_i = activation(Q W_i^Q (K W_i^K)^T / sqrt(k)) V W_i^V        MultiHead = concat(head_1 ... head_N) W^O
 
-Nothing here is fast, and nothing else in Attnax calls it: it is one of the definitions that the rest is checked
+Nothing here is fast, and nothing else in Attnax calls it. It is one of the two definitions that the kernels are checked
 against. References: A. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.
 """
 
@@ -101,11 +101,11 @@ def multi_head_attention(
 
     Args:
         params: the projections, of any widths and dtype.
-        query_tokens: the tokens that ask.
-        key_tokens: the tokens that are asked; as many as value_tokens.
-        value_tokens: what they answer.
-        mask: True to attend; the same for every head. A query with nothing to attend gives NaN, as the formula says.
-        activation: what stands for softmax.
+        query_tokens: the tokens that attend.
+        key_tokens: the tokens that are attended; as many as value_tokens.
+        value_tokens: the tokens whose values are summed.
+        mask: True to attend; the same for every head. A query that attends no key gives NaN, as the formula says.
+        activation: the function in the place of softmax.
 
     Raises:
         ValueError: shapes that do not fit together.

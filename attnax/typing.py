@@ -1,7 +1,7 @@
-"""The protocols of attention, the array types of public signatures, and the checks that every kernel shares.
+"""The protocols of attention, and the array types and options of its signatures.
 
-Shapes are written with jaxtyping where it is installed (the tests enforce them through its import hook)
-and are plain arrays where it is not, so that kernels need nothing but jax and numpy.
+Shapes are written with jaxtyping where it is installed (the tests enforce them through its import hook) and are plain
+arrays otherwise, so that kernels need only jax and numpy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 
 ArrayLike = Array | np.ndarray
 Index = Int[ArrayLike, "..."] | int
-"""A batch, head, query or key index: an integer array of any shape that broadcasts with the others."""
+"""A batch, head, query or key index: integer arrays of any shapes that broadcast with each other."""
 
 __all__ = [
     "Array",
@@ -52,7 +52,7 @@ class MaskMod(Protocol):
     """`(b, h, q, kv) -> bool`: may query `q` attend key `kv`, in batch row `b` and head `h`?
 
     Indices are integer arrays of any shapes that broadcast together; True means attend. The result for a pair may
-    depend on the indices of that pair and on arrays read by them.
+    depend on the indices of that pair and on arrays that the function reads at these indices.
     """
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index, /) -> Any: ...
@@ -62,12 +62,12 @@ class MaskMod(Protocol):
 class ScoreMod(Protocol):
     """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
 
-    Indices broadcast against `scores`; never use `scores.shape`, which is a tile's. The result at a pair may depend on
-    the score and the indices of that pair, and on arrays read by them; what mixes pairs (a row's maximum, a mean over
-    heads) only `standard_attention` computes, and other kernels refuse. A result of -inf
-    (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated too, with a score of 0:
-    the result does not matter there, but keep derivatives with respect to arrays finite (`slope * sqrt(abs(q - kv))`,
-    not `sqrt(q - kv)`).
+    Indices broadcast against `scores`; never use `scores.shape`, which is that of a tile. The result for a pair may
+    depend on the score and the indices of that pair, and on arrays that the function reads at these indices. Only
+    `standard_attention` takes a function that mixes pairs (a row's maximum, a mean over heads); other kernels refuse
+    it. A result of -inf (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated
+    too, with a score of 0. Their result does not matter, but keep derivatives with respect to arrays finite
+    (`slope * sqrt(abs(q - kv))`, not `sqrt(q - kv)`).
     """
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index, /) -> Array: ...
@@ -109,4 +109,4 @@ class AttentionOptions(TypedDict, total=False):
 
 
 ScoreShape = tuple[int, int, int | None, int | None]
-"""(B, N, T, S); T and S are None where positions are read, which may be any."""
+"""(B, N, T, S); T and S are None if queries and keys are read at positions, which have no limit."""

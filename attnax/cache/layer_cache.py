@@ -201,7 +201,7 @@ def check_new_tokens(
     leading: tuple[int, ...],
     axes: str = "(batch, num_kv_heads, new tokens, size)",
 ) -> None:
-    """Raises ValueError unless the new keys and values have the `leading` axes, and the size of those `held`."""
+    """Raises ValueError unless the new keys and values have the `leading` axes, and the sizes of `held`."""
     for name, new, like in (("keys_new", keys, held[0]), ("values_new", values, held[1])):
         want = (*leading, like.shape[3])
         if new.shape != want:

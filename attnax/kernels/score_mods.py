@@ -17,7 +17,7 @@ import numpy as np
 
 from attnax import masks
 from attnax.checks import check_broadcast, is_concrete
-from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
+from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, check_score_mod, index_grid, split_score_mod
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Index, Int, MaskMod, ScoreMod, ScoreShape
 
@@ -46,9 +46,9 @@ class ComposedScoreMod(NoTruth):
     mods: tuple[ScoreMod, ...]
 
     def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        first, *others = self.mods
+        first, *rest = self.mods
         scores = first(scores, b, h, q, kv)
-        for mod in others:
+        for mod in rest:
             masked = scores <= jnp.finfo(jnp.float32).min
             scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
         return scores
@@ -56,8 +56,7 @@ class ComposedScoreMod(NoTruth):
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `score_shape`."""
         for mod in self.mods:
-            if hasattr(mod, "check"):
-                mod.check(caller, score_shape)
+            check_score_mod(caller, mod, score_shape)
 
 
 class PerHead(NoTruth):
@@ -467,6 +466,7 @@ def _bucket_begins(count: int, max_distance: int) -> list[int]:
     """The least distance, one way, of each of `count` buckets but the first."""
     exact = count // 2
     grown = count - exact
+
     # Bucket exact + j begins at the least n with log(n / exact) / log(max_distance / exact) * grown >= j, that is with
     # (n / exact) ** grown >= (max_distance / exact) ** j: whole numbers on both sides.
     def begin(j: int) -> int:

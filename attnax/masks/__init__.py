@@ -1,4 +1,4 @@
-"""Masks as values: which query may attend which key, written once and read in two ways, at a pair and over a tile.
+"""Masks as values: which query may attend which key, written once and read in two ways, for a pair and for a tile.
 
 A `Mask` is a callable pytree. Masks combine with `&`, `|` and `~`, with each other and with one-line functions and
 boolean arrays. `mask.py` says what a mask is; a new kind goes into `kinds.py`.
@@ -6,8 +6,11 @@ boolean arrays. `mask.py` says what a mask is; a new kind goes into `kinds.py`.
 
 from attnax.masks.arguments import (
     MaskedScoreMod,
+    check_score_mod,
+    kernel_of,
     mask_argument,
     names_residuals,
+    reads_cache_in_chunks,
     resolve_masks,
     split_score_mod,
     takes_mask_objects,
@@ -56,10 +59,12 @@ __all__ = [
     "as_mask",
     "at_positions",
     "causal",
+    "check_score_mod",
     "combine_masks",
     "count_tiles",
     "documents",
     "index_grid",
+    "kernel_of",
     "make_causal_mask",
     "make_document_mask",
     "make_padding_mask",
@@ -69,6 +74,7 @@ __all__ = [
     "names_residuals",
     "padding",
     "prefix",
+    "reads_cache_in_chunks",
     "resolve_masks",
     "sliding_window",
     "split_score_mod",

@@ -1,4 +1,4 @@
-"""The arguments `mask=` and `score_mod=` of an attention function, and what such a function declares about itself."""
+"""The arguments `mask=` and `score_mod=` of an attention function, and the marks that such a function may carry."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from attnax.typing import Array, Index, ScoreMod, ScoreShape
 
 __all__ = [
     "MaskedScoreMod",
+    "check_score_mod",
+    "kernel_of",
     "mask_argument",
     "names_residuals",
+    "reads_cache_in_chunks",
     "resolve_masks",
     "split_score_mod",
     "takes_mask_objects",
@@ -27,9 +30,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @pytree_dataclass
 class MaskedScoreMod(NoTruth):
-    """A score mod that is, or contains, a mask: `score_mod` first, then -inf where `mask` forbids the pair.
+    """A score mod that carries a mask: `score_mod` first, then -inf where `mask` forbids the pair.
 
-    Kernels take the two apart, so that a mask given as a score mod saves as much as one given as `mask=`.
+    Kernels take the two apart, so that a mask given as a score mod saves as much work as a mask given as `mask=`.
     """
 
     score_mod: ScoreMod | None  # a pytree
@@ -51,10 +54,10 @@ def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask |
 def resolve_masks(
     caller: str, mask: Any, score_mod: ScoreMod | None, score_shape: ScoreShape
 ) -> tuple[Mask | None, ScoreMod | None]:
-    """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that is no mask.
+    """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that carries no mask.
 
     Raises:
-        ValueError: something in them holds arrays that do not fit (B, N, T, S) = `score_shape`.
+        ValueError: an array in the mask or the mod does not fit (B, N, T, S) = `score_shape`.
     """
     score_mod, carried = split_score_mod(score_mod)
     mask = None if mask is None else as_mask(mask)
@@ -62,10 +65,15 @@ def resolve_masks(
         mask = carried if mask is None else mask & carried
     if mask is not None:
         mask.check(caller, score_shape)
+    check_score_mod(caller, score_mod, score_shape)
+    return mask, score_mod
+
+
+def check_score_mod(caller: str, score_mod: Any, score_shape: ScoreShape) -> None:
+    """Raises ValueError if the mod has a `check` and holds arrays that do not fit (B, N, T, S) = `score_shape`."""
     check = getattr(score_mod, "check", None)
     if check is not None:
         check(caller, score_shape)
-    return mask, score_mod
 
 
 def mask_argument(
@@ -74,14 +82,18 @@ def mask_argument(
     """`mask` in the form that `attention_fn` takes: itself, or an array that broadcasts to `score_shape`."""
     if mask is None:
         return None
-    kernel = attention_fn
-    while isinstance(kernel, functools.partial):
-        kernel = kernel.func
-    if getattr(kernel, "takes_mask_objects", False):
-        return mask  # and checks it, against lengths that only it may know: a ring's are global
+    if getattr(kernel_of(attention_fn), "takes_mask_objects", False):
+        return mask  # the kernel checks it, against lengths that only the kernel may know: in a ring they are global
     mask.check(caller, score_shape)
     array = mask(*index_grid(*score_shape))
     return array.reshape((1,) * (4 - array.ndim) + array.shape)  # not `score_shape`: a window is the same for all heads
+
+
+def kernel_of(attention_fn: Any) -> Any:
+    """The function inside of partials, which carries the marks below."""
+    while isinstance(attention_fn, functools.partial):
+        attention_fn = attention_fn.func
+    return attention_fn
 
 
 def takes_mask_objects(attention_fn: Function) -> Function:
@@ -90,7 +102,13 @@ def takes_mask_objects(attention_fn: Function) -> Function:
     return attention_fn
 
 
+def reads_cache_in_chunks(attention_fn: Function) -> Function:
+    """Marks an attention function whose place `cached_attention` may take for a few queries against a cache."""
+    attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
+    return attention_fn
+
+
 def names_residuals(attention_fn: Function) -> Function:
-    """Marks an attention function that names what its backward pass reads, "attention_out", for `jax.checkpoint`."""
+    """Marks an attention function that names its residuals "attention_out" for `jax.checkpoint`."""
     attention_fn.names_residuals = True  # type: ignore[attr-defined]
     return attention_fn

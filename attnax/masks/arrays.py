@@ -62,9 +62,9 @@ def make_document_mask(document_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "B T"]
 
 
 def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | None:
-    """What all `masks` allow, skipping None; None if there is nothing to combine.
+    """The pairs that all `masks` allow, skipping None; None if there is nothing to combine.
 
-    Boolean arrays give an array; if a Mask or a function is among them, the result is a Mask.
+    Boolean arrays give an array. If one of the masks is a Mask or a function, the result is a Mask.
 
     Example:
         >>> import jax.numpy as jnp

@@ -35,15 +35,16 @@ class RowsOfCall(Mask):
 
 
 def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> Mask:
-    """`mask` with each array in it made to be read at positions.
+    """`mask` with every array in it changed so that it is read at positions.
 
-    Columns are positions. An array with fewer of them than the cache has is about the first positions, and gets False
-    for those beyond. Rows are positions where there are as many as the cache has, else the queries in order.
+    The columns of an array are positions. An array with fewer columns than the cache has positions is about the first
+    ones; later positions get False. The rows of an array are positions if there are as many as the cache has, otherwise
+    the queries of the call in order.
 
     Args:
         mask: given to the call.
         q_positions: (B|1, T), the position of each query.
-        num_positions: how many positions the cache can hold, None if there is no bound.
+        num_positions: number of positions that the cache can hold, None if there is no bound.
     """
     short: list[int] = []
 
@@ -62,5 +63,5 @@ def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> 
     converted: Mask = jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions))
     if num_positions is None or not short:
         return converted
-    # Beyond an array nothing is attended, whatever is made of it: `~` too.
+    # Positions past the end of an array are never attended, not even where `~` inverts the array.
     return converted & Dense((jnp.arange(num_positions) < min(short))[None, None, None])

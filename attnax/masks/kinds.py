@@ -1,4 +1,4 @@
-"""The masks that everybody needs; each knows its value over whole tiles."""
+"""The common masks; each knows its value over whole tiles."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SlidingWindow(Mask):
 
 @pytree_dataclass
 class Documents(Mask):
-    """Tokens attend the tokens of the same id; a negative id is padding, which attends nothing and is not attended."""
+    """Tokens attend the tokens of the same id; a negative id is padding, which neither attends nor is attended."""
 
     q_ids: Array  # (B|1, T)
     kv_ids: Array  # (B|1, S)
@@ -113,7 +113,7 @@ class Lengths(Mask):
 
 
 def causal() -> Mask:
-    """Each query attends itself and what came before: `kv <= q`.
+    """Each query attends the keys at its own position and before: `kv <= q`.
 
     On bare arrays q and kv are indices, also when T != S; use `at_positions` for a chunk that starts later.
 
@@ -126,11 +126,10 @@ def causal() -> Mask:
 
 
 def padding(real: Int[ArrayLike, "B"] | Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"]) -> Mask:
-    """Nothing attends padding keys.
+    """No query attends padding keys.
 
     Args:
-        real: how many keys of each row are real, the padding being on the right; or which keys are, as
-            booleans.
+        real: the number of real keys of each row, with padding on the right; or booleans, True for a real key.
 
     Raises:
         ValueError: an array of another shape or dtype.
@@ -160,10 +159,10 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
 
     Args:
         window_size: in tokens, itself included; at least 1.
-        causal: nothing after the query.
+        causal: no key after the query is attended.
 
     Raises:
-        ValueError: a window that is below 1 or no whole number.
+        ValueError: a window that is below 1 or not a whole number.
 
     Example:
         >>> from attnax.masks import sliding_window
@@ -180,7 +179,7 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
 
 
 def prefix(lengths: Int[ArrayLike, "B"]) -> Mask:
-    """Prefix language model: `causal() | padding(lengths)`, the first `lengths[b]` tokens of a row are seen by all.
+    """Prefix language model: `causal() | padding(lengths)`; all queries attend the first `lengths[b]` tokens of a row.
 
     Example:
         >>> import jax.numpy as jnp
@@ -204,12 +203,12 @@ def documents(
     """Packed rows: a token attends only tokens of its own document. Combine with `causal()` as needed.
 
     Args:
-        document_ids: (length,) or (batch, length), in any order; tiles are skipped best where ids are sorted. A
-            negative id marks padding: it attends nothing, and nothing attends it.
-        kv_ids: the same for the keys, where they are not the queries.
+        document_ids: (length,) or (batch, length), in any order; most tiles are skipped if ids are sorted. A negative
+            id marks padding, which attends no token and is not attended.
+        kv_ids: ids of the keys, if the keys are not the queries.
 
     Raises:
-        ValueError: ids that are no integers of these shapes.
+        ValueError: ids that are not integers of these shapes.
 
     Example:
         >>> import jax.numpy as jnp

@@ -24,7 +24,7 @@ Range = tuple[Index, Index]
 
 
 class NoTruth:
-    """Of masks and score mods, which have a value at every pair: `and`, `or`, `not` and `if` raise TypeError."""
+    """A function with a value for each pair, so that `and`, `or`, `not` and `if` raise TypeError."""
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -35,15 +35,15 @@ class NoTruth:
 
 
 class Mask(NoTruth):
-    """A boolean function of (batch, head, query, key) that also knows its value over tiles."""
+    """A boolean function of (batch, head, query, key) that also bounds its value over tiles."""
 
     @property
     def is_opaque(self) -> bool:
-        """Whether `tile` cannot tell enough, so that a kernel should look at the pairs themselves."""
+        """Whether `tile` says too little, so that a kernel should look at the pairs themselves."""
         return True
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        """True where query `q` may attend key `kv`; the shape is what the indices broadcast to, or smaller."""
+        """True where query `q` may attend key `kv`; the shape is that of the broadcast indices, or smaller."""
         raise NotImplementedError
 
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
@@ -56,7 +56,7 @@ class Mask(NoTruth):
 
     @property
     def num_positions(self) -> int | None:
-        """How many positions the mask's arrays know; None if it serves any number."""
+        """The number of positions that the mask's arrays cover; None if there is no limit."""
         return None
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
@@ -136,13 +136,13 @@ class Not(Mask):
 
 @pytree_dataclass
 class Dense(Mask):
-    """A boolean array that broadcasts to (B, N, T, S), read lazily at the indices asked for."""
+    """A boolean array that broadcasts to (B, N, T, S), read only at the indices that a kernel visits."""
 
     array: Array  # (B|1, N|1, T|1, S|1)
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
         indices = zip((b, h, q, kv), self.array.shape, strict=True)
-        # Positions may lie past the array (a cache has spare room): nothing attends there.
+        # Positions may lie past the array (a cache has spare room): no pair attends there.
         return self.array.at[tuple(0 if size == 1 else index for index, size in indices)].get(
             mode="fill", fill_value=False
         )

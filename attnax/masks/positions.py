@@ -12,7 +12,7 @@ from typing import Any, overload
 import jax.numpy as jnp
 
 from attnax.checks import check_positions
-from attnax.masks.arguments import MaskedScoreMod, split_score_mod
+from attnax.masks.arguments import MaskedScoreMod, check_score_mod, split_score_mod
 from attnax.masks.mask import Mask, NoTruth, Range
 from attnax.masks.ranges import range_bounds, value_at
 from attnax.pytrees import function_pytree, pytree_dataclass
@@ -23,7 +23,7 @@ __all__ = ["AtPositions", "ScoreModAtPositions", "at_positions", "tile_at_positi
 
 @pytree_dataclass
 class AtPositions(Mask):
-    """`mask` read at true positions; a key at a negative position is no token, and nothing attends it."""
+    """`mask` read at true positions; a key at a negative position is no token, and no query attends it."""
 
     mask: Mask | None
     q_positions: Array  # (B|1, T)
@@ -66,13 +66,10 @@ class ScoreModAtPositions(NoTruth):
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `score_shape`.
 
-        The mod is given None for the lengths: which positions there may be is not known.
+        The mod is given None for the lengths, because its positions may be any.
         """
-        batch, num_heads, seq_q, seq_kv = score_shape
-        if seq_q is not None and seq_kv is not None:
-            _check_both_positions(caller, self.q_positions, self.kv_positions, (batch, num_heads, seq_q, seq_kv))
-        if hasattr(self.score_mod, "check"):
-            self.score_mod.check(caller, (batch, num_heads, None, None))
+        _check_both_positions(caller, self.q_positions, self.kv_positions, score_shape)
+        check_score_mod(caller, self.score_mod, (*score_shape[:2], None, None))
 
 
 @overload
@@ -94,14 +91,11 @@ def at_positions(
 ) -> Mask | ScoreMod:
     """Reads a mask or a score mod at true positions instead of array indices.
 
-    Kernels only know array indices. Where index and position differ (the second chunk of a text, left
-    padding, a shard of a ring) this is the one translation between them.
-
     Args:
         mask_or_mod: a Mask, or None for "everything attends"; anything else is taken as a score mod (wrap a
             plain mask function in `as_mask` first).
         q_positions: the position of each query: an index within its row's own text.
-        kv_positions: the position of each key; a negative one marks an empty slot or padding, which nothing
+        kv_positions: the position of each key; a negative position marks an empty slot or padding, which no query
             attends.
 
     Example:
@@ -136,7 +130,7 @@ def tile_at_positions(
     q_range: Range,
     kv_range: Range,
 ) -> tuple[Any, Any]:
-    """What `Mask.tile` says of a mask at positions (B|1, T) and (B|1, S); `tile` is its own, None where all attend."""
+    """`AtPositions.tile` for positions (B|1, T) and (B|1, S); `tile` is that of the mask inside, None if all attend."""
     absent_last = jnp.where(kv_positions < 0, jnp.iinfo(jnp.int32).max, kv_positions)
     kv_least, _ = range_bounds(absent_last, b, kv_range)
     lowest, kv_most = range_bounds(kv_positions, b, kv_range)

@@ -10,7 +10,7 @@ from attnax.typing import Array, Index
 
 __all__ = ["range_bounds", "value_at"]
 
-_BLOCK = 16  # tokens whose ids or positions are summed up by their bounds
+_BLOCK = 16  # tokens that share one pair of bounds
 
 
 def value_at(values: Array, b: Index, index: Index) -> Array:
@@ -19,9 +19,9 @@ def value_at(values: Array, b: Index, index: Index) -> Array:
 
 
 def range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array]:
-    """Bounds on `values[b, first:last + 1]`, (least, greatest): exact where a range begins and ends a block of 16.
+    """Bounds (least, greatest) on `values[b, first:last + 1]`, exact for a range of whole blocks of 16.
 
-    Level j of a table holds the bounds of 2**j blocks from each block on; any range is covered by two of those.
+    Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.
     """
     blocks = -(-values.shape[1] // _BLOCK)
     blocked = jnp.pad(values, ((0, 0), (0, blocks * _BLOCK - values.shape[1])), mode="edge")

@@ -73,8 +73,8 @@ class PagedKVCache:
         Args:
             keys: (batch, num_kv_heads, T, head_dim).
             values: (batch, num_kv_heads, T, value_dim).
-            positions: int32 (T,) or (batch, T): those of a row's tokens count on from `seq_lengths`; -1 is padding,
-                which is not stored.
+            positions: int32 (T,) or (batch, T): the tokens of a row count on from `seq_lengths`; -1 is padding, which
+                is not stored.
 
         Raises:
             ValueError: shapes that do not fit, too few free blocks, or positions that do not count on. With traced
@@ -235,7 +235,7 @@ def init_paged_kv_caches_from_config(
 
 
 def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int[ArrayLike, ""] | int) -> PagedKVCache:
-    """Gives every row the blocks that it lacks for its next tokens, from those that no row holds.
+    """Gives every row the blocks that it lacks for its next tokens, from the blocks that no row holds.
 
     Rows are served in order, free blocks in the order of their ids. From the first row for which the pool does not
     suffice, no row that lacks blocks gets any: a small request does not overtake a large one.
