@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnax.dtypes import wide_dtype
 from attnax.typing import Array, ScoreMod, ScoreShape
 
 __all__ = [
@@ -22,11 +23,6 @@ __all__ = [
     "is_concrete",
     "wide_dtype",
 ]
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """float32, or the floating dtype itself if that has more bits: what scores and sums are in."""
-    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
 
 
 def is_concrete(x: Any) -> bool:

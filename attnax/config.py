@@ -402,13 +402,9 @@ class TransformerConfig(StackConfig):
             self._require(self.rope_max_positions >= self.max_len, "rope_max_positions must be at least max_len")
         if self.pos_emb_type == "sinusoidal":
             self._require(self.d_model % 2 == 0, "sinusoidal positions need an even d_model")
-        for fields in self.layer_pattern:
-            inside = {self.pos_emb_type, "rope", "alibi", "none"}
-            if fields.get("pos_emb_type", self.pos_emb_type) not in inside:
-                raise ValueError(
-                    f"{type(self).__name__}: a layer's own pos_emb_type must be rope, alibi or none; "
-                    f"got {fields['pos_emb_type']!r} in layer_pattern."
-                )
+        inside = {self.pos_emb_type, "rope", "alibi", "none"}
+        fits = all(fields.get("pos_emb_type", "none") in inside for fields in self.layer_pattern)
+        self._require(fits, "in layer_pattern a layer's own pos_emb_type must be rope, alibi or none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

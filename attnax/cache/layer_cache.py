@@ -143,13 +143,7 @@ class InSlots:
 
 
 def empty_slots(
-    caller: str,
-    batch_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int | None,
-    max_len: int,
-    dtype: Any,
+    caller: str, batch_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None, max_len: int, dtype: Any
 ) -> dict[str, Any]:
     """The fields of `InSlots` for `max_len` empty slots a row; values are as wide as keys by default.
 
@@ -157,14 +151,8 @@ def empty_slots(
         ValueError: a size below 1.
     """
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    check_sizes(
-        caller,
-        batch_size=batch_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-        max_len=max_len,
-    )
+    sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    check_sizes(caller, **sizes, value_head_dim=value_head_dim, max_len=max_len)
     return {
         "keys": zero_rows((batch_size, num_kv_heads, max_len, head_dim), dtype),
         "values": zero_rows((batch_size, num_kv_heads, max_len, value_head_dim), dtype),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnax.cache.layer_cache import StoredTokens, check_rows, check_sizes
-from attnax.checks import wide_dtype
+from attnax.dtypes import wide_dtype
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
 
@@ -67,13 +67,8 @@ def init_linear_layer_cache(
         ValueError: a size below 1.
     """
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    check_sizes(
-        "init_linear_layer_cache",
-        batch_size=batch_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-    )
+    sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    check_sizes("init_linear_layer_cache", **sizes, value_head_dim=value_head_dim)
     dtype = wide_dtype(dtype)
     state = LinearState(
         key_value_sum=jnp.zeros((batch_size, num_kv_heads, head_dim, value_head_dim), dtype),

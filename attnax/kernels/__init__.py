@@ -1,4 +1,10 @@
-"""Attention functions that obey `attnax.typing.AttentionFn`; they need only jax and numpy."""
+"""Attention functions that obey `attnax.typing.AttentionFn`; they need only jax and numpy.
+
+The files without an underscore hold the functions that people call; `standard.py` is the definition, `score_mods.py`
+the biases. `_call.py` prepares one call and hands it to an engine, `_decode_call.py` a call of few queries against a
+cache. `_xla/`, `_gpu/` and `_tpu/` are the engines; none imports another. `_core/` is below them: the softmax of a
+tile, dropout, the arrays inside a user's function, meshes and platforms. `tests/test_layers.py` checks the directions.
+"""
 
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import (
