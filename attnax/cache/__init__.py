@@ -12,29 +12,10 @@ Every kind of cache obeys `LayerCache`, and attention takes any of them:
 Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head of each token has a scale of its own.
 """
 
-from attnax.cache.empty import EmptyCache
-from attnax.cache.from_config import init_decoder_kv_caches, init_decoder_kv_caches_from_config
-from attnax.cache.kv import KVLayerCache, init_kv_layer_cache, update_kv_layer_cache
-from attnax.cache.layer_cache import LayerCache, StoredTokens, check_rows, forget, select_rows
-from attnax.cache.linear import LinearLayerCache, LinearState, init_linear_layer_cache
-from attnax.cache.ring import SPARE_SLOTS, RingKVCache, init_ring_kv_cache
-
-__all__ = [
-    "SPARE_SLOTS",
-    "EmptyCache",
-    "KVLayerCache",
-    "LayerCache",
-    "LinearLayerCache",
-    "LinearState",
-    "RingKVCache",
-    "StoredTokens",
-    "check_rows",
-    "forget",
-    "init_decoder_kv_caches",
-    "init_decoder_kv_caches_from_config",
-    "init_kv_layer_cache",
-    "init_linear_layer_cache",
-    "init_ring_kv_cache",
-    "select_rows",
-    "update_kv_layer_cache",
-]
+# ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.cache.empty import *
+from attnax.cache.from_config import *
+from attnax.cache.kv import *
+from attnax.cache.layer_cache import *
+from attnax.cache.linear import *
+from attnax.cache.ring import *

@@ -13,18 +13,7 @@ from attnax.int8_rows import Int8Rows, Rows, decode_rows, zero_rows
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
-__all__ = [
-    "InSlots",
-    "LayerCache",
-    "StoredTokens",
-    "check_new_positions",
-    "check_new_tokens",
-    "check_rows",
-    "check_sizes",
-    "empty_slots",
-    "forget",
-    "select_rows",
-]
+__all__ = ["LayerCache", "StoredTokens", "check_rows", "forget", "select_rows"]
 
 Caches = TypeVar("Caches")
 Slots = TypeVar("Slots", bound=Any)

@@ -6,34 +6,12 @@ cache. `_xla/`, `_gpu/` and `_tpu/` are the engines; none imports another. `_cor
 tile, dropout, the arrays inside a user's function, meshes and platforms. `tests/test_layers.py` checks the directions.
 """
 
-from attnax.kernels.cached import cached_attention
-from attnax.kernels.flash import (
-    flash_attention,
-    memory_efficient_attention,
-    pallas_flash_attention,
-    why_not_cudnn,
-    why_not_pallas,
-)
-from attnax.kernels.linear import linear_attention
-from attnax.kernels.lite import lite_attention
-from attnax.kernels.nnx_adapter import nnx_attention_fn
-from attnax.kernels.paged import paged_attention
-from attnax.kernels.ring import ring_attention, ring_attention_reference, zigzag_order
-from attnax.kernels.standard import standard_attention
-
-__all__ = [
-    "cached_attention",
-    "flash_attention",
-    "linear_attention",
-    "lite_attention",
-    "memory_efficient_attention",
-    "nnx_attention_fn",
-    "paged_attention",
-    "pallas_flash_attention",
-    "ring_attention",
-    "ring_attention_reference",
-    "standard_attention",
-    "why_not_cudnn",
-    "why_not_pallas",
-    "zigzag_order",
-]
+# ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.kernels.cached import *
+from attnax.kernels.flash import *
+from attnax.kernels.linear import *
+from attnax.kernels.lite import *
+from attnax.kernels.nnx_adapter import *
+from attnax.kernels.paged import *
+from attnax.kernels.ring import *
+from attnax.kernels.standard import *

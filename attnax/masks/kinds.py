@@ -79,13 +79,11 @@ class Documents(Mask):
         return min(self.q_ids.shape[1], self.kv_ids.shape[1])
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
-        for name, ids, length in (
-            ("document_ids", self.q_ids, score_shape[2]),
-            ("kv_ids", self.kv_ids, score_shape[3]),
-        ):
-            if ids.shape[0] not in (1, score_shape[0]) or (length is not None and ids.shape[1] != length):
+        batch, _, seq_q, seq_kv = score_shape
+        for name, ids, length in (("document_ids", self.q_ids, seq_q), ("kv_ids", self.kv_ids, seq_kv)):
+            if ids.shape[0] not in (1, batch) or (length is not None and ids.shape[1] != length):
                 raise ValueError(
-                    f"{caller}: documents need one id a token, ({length},) or ({score_shape[0]}, {length}) for {name}; "
+                    f"{caller}: documents need one id a token, ({length},) or ({batch}, {length}) for {name}; "
                     f"got {name}.shape={ids.shape}. Where queries and keys differ, use documents(ids, kv_ids)."
                 )
 

@@ -141,8 +141,6 @@ def tile_at_positions(
 
 
 def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, score_shape: ScoreShape) -> None:
-    for name, positions, length in (
-        ("q_positions", q_positions, score_shape[2]),
-        ("kv_positions", kv_positions, score_shape[3]),
-    ):
-        check_positions(caller, name, positions, score_shape[0], positions.shape[1] if length is None else length)
+    batch, _, seq_q, seq_kv = score_shape
+    for name, positions, length in (("q_positions", q_positions, seq_q), ("kv_positions", kv_positions, seq_kv)):
+        check_positions(caller, name, positions, batch, positions.shape[1] if length is None else length)

@@ -8,28 +8,7 @@ row holds is free. `allocate_blocks`, `append_kv` and `gather_kv` serve one sequ
 blocks that the caller keeps. As a cache of a layer (`attnax.cache.LayerCache`) a row takes blocks as its text grows.
 """
 
-from attnax.paged_cache.cache import (
-    PagedKVCache,
-    allocate_rows,
-    append_rows,
-    free_rows,
-    gather_rows,
-    init_paged_kv_cache,
-    init_paged_kv_caches_from_config,
-)
-from attnax.paged_cache.pool import Pool
-from attnax.paged_cache.sequence import allocate_blocks, append_kv, gather_kv
-
-__all__ = [
-    "PagedKVCache",
-    "Pool",
-    "allocate_blocks",
-    "allocate_rows",
-    "append_kv",
-    "append_rows",
-    "free_rows",
-    "gather_kv",
-    "gather_rows",
-    "init_paged_kv_cache",
-    "init_paged_kv_caches_from_config",
-]
+# ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.paged_cache.cache import *
+from attnax.paged_cache.pool import *
+from attnax.paged_cache.sequence import *

@@ -11,7 +11,7 @@ import numpy as np
 from attnax.int8_rows import Int8Rows, decode_rows, encode_rows
 from attnax.typing import Array
 
-__all__ = ["Pool", "give_blocks", "missing_blocks", "read_blocks", "write_tokens"]
+__all__ = ["Pool"]
 
 Pool = Array | Int8Rows
 """Blocks of vectors, as numbers or as 8-bit integers with scales."""
