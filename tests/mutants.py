@@ -4,15 +4,16 @@
     python tests/mutants.py --again         # survivors once more, after tests were added
     python tests/mutants.py --parts nn --count 50 --seed 1
 
-cosmic-ray makes the mutants. Its own runner has one command and one time limit for all of them, so that each would
-meet the whole suite; here each meets the tests of its part of the package, those of `make test` first, and only what
-survives them the rest. Beside cosmic-ray's mutations some take away what is asked for, as no change of an operator
-does: a keyword argument, a call whose result nobody uses, a branch.
+cosmic-ray makes the mutants. Its own runner has one command and one time limit for all mutants, so that each would run
+the whole suite. Here each mutant runs the tests of its part of the package: first the tests of `make test`, and the
+rest only if it survives them. Some mutations are not cosmic-ray's; they remove a keyword argument, a call whose result
+is unused, or a branch.
 
-What survives is listed; not every survivor is a fault, since a change may be one that nothing can show.
+Survivors are listed. Not every survivor is a fault: some changes have no visible effect.
 
-A place in the code is drawn first, then one of its mutations, by hashes of the line: a change elsewhere does not change
-the sample. Each worker has a copy of the tree in build/mutants. Results are kept there; who starts again goes on.
+A place in the code is drawn first, then one of its mutations, by hashes of the line, so that a change elsewhere does
+not change the sample. Each worker has a copy of the tree in build/mutants. Results are kept there, and a new start
+continues from them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ PARTS = {
 
 
 class TakesAway(Operator):
-    """A mutation that puts something else in the place of a node."""
+    """A mutation that replaces a node by fixed text."""
 
     instead: str
 
@@ -98,7 +99,7 @@ class DropKeyword(TakesAway):
 
 
 class DropCall(TakesAway):
-    """A call whose result nobody uses -> pass."""
+    """A call whose result is unused -> pass."""
 
     instead = "pass"
 
@@ -131,7 +132,7 @@ class Always(_FixCondition):
 
 
 def operators() -> dict[str, Operator]:
-    """Those of cosmic-ray that need no arguments, and ours."""
+    """The operators of cosmic-ray that need no arguments, and those of this file."""
     names = [name for name in plugins.operator_names() if not plugins.get_operator(name).arguments()]
     theirs = {name.removeprefix("core/"): plugins.get_operator(name)() for name in names if not name.endswith("/NoOp")}
     return {**theirs, **{kind.__name__: kind() for kind in (DropKeyword, DropCall, Never, Always)}}
@@ -159,7 +160,7 @@ class Mutant:
 
 
 def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """From where to where stands what only type checkers read, or what only looks for mistakes of ours."""
+    """Spans (start, end) of code that only type checkers read, or that only catches mistakes of developers."""
     silent: list[Any] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -181,7 +182,7 @@ def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def places_of(part: str, seed: int) -> Iterator[tuple[str, tuple[str, str, int, list[tuple[str, int]]]]]:
-    """The places of a part that can be changed: part, path, line and changes, behind the hash that each is drawn by."""
+    """The places of a part that can be changed: the hash for the draw, then part, path, line and changes."""
     package, kinds = ROOT / "attnax", operators()
     for path in sorted({path for pattern in PARTS[part].files for path in package.glob(pattern)}):
         source, name = path.read_text(), str(path.relative_to(ROOT))
@@ -222,7 +223,7 @@ def _hash(text: str) -> str:
 
 
 class Worker:
-    """A copy of the tree to break, and the tests of it."""
+    """A copy of the tree to break, and its tests."""
 
     def __init__(self, number: int) -> None:
         self.folder = WORK / f"worker-{number}"
@@ -239,7 +240,7 @@ class Worker:
         environment = os.environ | {
             "PYTHONPATH": str(self.folder),
             "PYTHONDONTWRITEBYTECODE": "1",
-            # What a mutant does not change is compiled once for all of them.
+            # Programs that a mutant does not change are compiled once for all mutants.
             "JAX_COMPILATION_CACHE_DIR": str(WORK / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -259,7 +260,7 @@ class Worker:
         return _OUTCOMES[code], time.monotonic() - start
 
     def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
-        """What the tests with these marks say of a mutant."""
+        """The outcome of a mutant under the tests with these marks."""
         path = self.folder / mutant.path
         path.write_text(mutant.after)
         try:
@@ -271,7 +272,7 @@ class Worker:
 
 
 def files_of(part: str, stem: str = "") -> list[str]:
-    """The files of a part's tests, those first that have the stem in their name."""
+    """The test files of a part; files with the stem in their name come first."""
     files: list[str] = []
     for test in PARTS[part].tests:
         path = ROOT / "tests" / test
@@ -281,7 +282,7 @@ def files_of(part: str, stem: str = "") -> list[str]:
 
 
 class Results:
-    """A file with a line for each answer; the last one about something counts."""
+    """A file with a line for each result; the last line about a key counts."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, dict[str, dict[str, Any]]()
@@ -296,7 +297,7 @@ class Results:
 
 
 def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Iterable[Any]) -> None:
-    """Does `work` for each item by whichever worker is free."""
+    """Does `work` for each item on the next free worker."""
     free: queue.Queue[Worker] = queue.Queue()
     for worker in workers:
         free.put(worker)
@@ -313,12 +314,12 @@ def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Ite
 
 
 def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
-    """Lets the tests with these marks judge the mutants that they have not judged yet."""
+    """Runs the tests with these marks on the mutants that have no result from them yet."""
     missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
     parts = {mutant.part for mutant in missing if f"{mutant.part}: {marks}" not in results.found}
 
     def measure(worker: Worker, part: str) -> None:
-        """How long the tests take where nothing is broken; the first time they compile, as those of a mutant may."""
+        """Seconds that the tests take on the unbroken tree; the first run compiles, as the run of a mutant may."""
         outcome, seconds = worker.run(files_of(part), marks, None)
         if outcome != "survived":
             raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
@@ -335,7 +336,7 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
 
 
 def report(mutants: list[Mutant], results: Results) -> None:
-    """Each survivor, and the shares of each part, of those mutants that were judged."""
+    """Each survivor, and the share of survivors of each part, among the mutants with a result."""
     outcomes: dict[Mutant, str] = {}
     for mutant in mutants:
         first, then = (results.found.get(f"{mutant.key}: {marks}", {}).get("outcome") for marks in (QUICK, REST))

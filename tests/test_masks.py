@@ -27,7 +27,7 @@ from attnax.masks import (
 
 
 def dense(many, *full):
-    """What a mask, or each of a list or dict of them, comes to; by one program."""
+    """A mask, or each mask of a list or dict, as an array; one program computes all."""
     read = jax.jit(lambda many: jax.tree.map(lambda mask: mask(*masks.index_grid(*full)), many, is_leaf=is_mask))
     return jax.tree.map(lambda array: np.broadcast_to(array, full), read(many))
 
@@ -41,9 +41,9 @@ LENGTHS = np.array([29, 11])
 WINDOW, PREFIXES = 7, np.array([17, 41])
 SORTED = np.array([[0] * 16 + [1] * 3 + [2] * 29 + [7] * 5, [3] * 2 + [5] * 50 + [9]])
 SHUFFLED = np.random.default_rng(0).integers(0, 3, (2, LENGTH))
-RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids in an order of their own
+RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids that are not sorted
 POSITIONS = np.where(np.arange(LENGTH) < 19, -1, np.arange(LENGTH) - 19)  # left padding
-RING = (np.arange(LENGTH) + np.array([[5], [30]])) % LENGTH  # a buffer written in turn
+RING = (np.arange(LENGTH) + np.array([[5], [30]])) % LENGTH  # a ring buffer
 
 
 def positions(b, kv):
@@ -110,7 +110,7 @@ EXACT = ("causal", "lengths", "window", "array window", "window of both sides")
 
 @functools.cache
 def formula_of(name):
-    """What that mask should be, (2, 1, LENGTH, LENGTH)."""
+    """The array that this mask should be, (2, 1, LENGTH, LENGTH)."""
     full = 2, 1, LENGTH, LENGTH
     return np.broadcast_to(all_masks()[name][1](*np.indices(full)), full)
 
@@ -123,7 +123,7 @@ def test_a_mask_is_its_formula():
 @jax.jit
 @partial(jax.vmap, in_axes=(None, 0, 0))
 def read_tiles(many, q_range, kv_range):
-    """What the masks' tiles of many ranges tell of both rows."""
+    """The bounds of the masks over many tiles, for both rows."""
 
     def read(mask):
         return [jnp.broadcast_to(bound, 2) for bound in mask.tile(jnp.arange(2), jnp.zeros(2, int), q_range, kv_range)]
@@ -144,7 +144,7 @@ def test_tile_reading_bounds_the_pointwise_reading():
     def make_range():
         first = rng.integers(0, LENGTH, number)
         last = np.minimum(first + rng.integers(0, rng.choice([1, 5, 20, LENGTH], number)), LENGTH - 1)
-        # Half of them align to the blocks by which ids are summed up.
+        # Half of the ranges align to the blocks that share one pair of bounds.
         first[::2], last[::2] = first[::2] // 16 * 16, np.minimum(last[::2] // 16 * 16 + 15, LENGTH - 1)
         return first, last
 
@@ -160,12 +160,12 @@ def test_tile_reading_bounds_the_pointwise_reading():
         np.testing.assert_array_equal(every[exact], (allowed == sizes)[exact], err_msg=name)
 
 
-def test_masks_know_whether_their_tiles_tell_enough():
+def test_masks_know_whether_their_tiles_are_enough():
     opaque = {"real tokens", "function", "nested"}
     assert {name for name, (mask, _) in all_masks().items() if mask.is_opaque} == opaque
 
 
-def test_masks_know_how_many_positions_their_arrays_serve():
+def test_masks_know_how_many_positions_their_arrays_cover():
     dense = np.ones((1, 1, 3, 5), bool)
     known = {
         None: masks.causal() & masks.sliding_window(3) & masks.padding(np.array([3])),
@@ -193,7 +193,7 @@ def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():
     before, behind, empty = jax.jit(
         lambda mask, none: [
             mask.tile(0, 0, (0, 15), (16, 31)),  # the keys there are at 17 and on
-            mask.tile(0, 0, (48, 52), (16, 31)),  # all before the queries, but for the empty slots
+            mask.tile(0, 0, (48, 52), (16, 31)),  # all before the queries, except the empty slots
             none.tile(0, 0, (0, 52), (0, 52)),
         ]
     )(mask, none)
@@ -239,7 +239,7 @@ def test_rebuilt_masks_compile_nothing_new(count_compilations):
     assert not count_compilations
 
 
-def test_positions_shift_what_a_chunk_sees():
+def test_positions_shift_the_mask_of_a_chunk():
     chunk = masks.at_positions(masks.causal(), np.arange(4, 7), np.arange(7))
     np.testing.assert_array_equal(dense(chunk, 1, 1, 3, 7)[0, 0], np.tri(7, dtype=bool)[4:])
 
@@ -298,7 +298,7 @@ def test_a_mask_has_no_truth():
             bool(value)
 
 
-def test_padding_among_documents_attends_nothing_and_is_attended_by_nothing():
+def test_padding_among_documents_neither_attends_nor_is_attended():
     ids = np.array([[0, 0, -1, 1, -1, -7], [-1, 2, 2, 2, 0, -1]])
     want = (ids[:, None, :, None] == ids[:, None, None, :]) & (ids >= 0)[:, None, :, None]
     np.testing.assert_array_equal(make_document_mask(ids), want)

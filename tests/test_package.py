@@ -1,4 +1,4 @@
-"""The package as people meet it: light to import, every name where it should be, documents that run."""
+"""The package as users see it: importing is light, every name is where it should be, examples run."""
 
 import doctest
 import importlib
@@ -21,7 +21,7 @@ def import_file(path):
 
 
 def needs_values(said):
-    """Whether a message is about an array that has no values, since it is only traced."""
+    """Whether a message is about a traced array, which has no values."""
     return "trace" in str(said).lower()
 
 
@@ -61,7 +61,7 @@ def test_unknown_names_are_refused():
 @pytest.mark.contract
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings_run(path):
-    # Without the type checks' wrappers doctest finds each docstring once, in the module that defines it.
+    # Without the wrappers of the type checks, doctest finds each docstring once, in the module that defines it.
     failures, tried = doctest.testmod(import_file(path), optionflags=doctest.ELLIPSIS)
     assert failures == 0 and tried > 0
 

@@ -20,7 +20,7 @@ from attnax.paged_cache import (
 
 BATCH, BLOCKS, PER_ROW, SIZE, KV_HEADS, KEY_DIM, VALUE_DIM, CHUNK = 5, 23, 7, 3, 2, 11, 13, 4
 
-# The cache is donated: these write in place.
+# The cache is donated, so that these functions write in place.
 allocate = jax.jit(allocate_rows, donate_argnums=0)
 append = jax.jit(append_rows, donate_argnums=0)
 free = jax.jit(free_rows, donate_argnums=0)
@@ -57,7 +57,7 @@ def blocks_of(cache):
 
 
 class Lists:
-    """What the cache should hold: a list of tokens a row, a number of blocks, and whether something was dropped."""
+    """The expected content: for each row a list of tokens, a number of blocks, and whether a token was dropped."""
 
     def __init__(self):
         self.tokens = [[] for _ in range(BATCH)]
@@ -147,7 +147,7 @@ def test_batched_forms_are_ragged_lists_and_compile_once(count_compilations):
             counts = rng.integers(0, limit + 1, dtype=np.int32)
             keys, values = make_tokens(step, BATCH, KV_HEADS, CHUNK)
             padding = np.arange(CHUNK) >= counts[:, None]
-            keys[np.broadcast_to(padding[:, None], keys.shape[:3])] = np.nan  # padding is never seen again
+            keys[np.broadcast_to(padding[:, None], keys.shape[:3])] = np.nan  # padding is never read
             cache = append(cache, keys, values, counts)
             lists.append(keys, values, counts)
         else:
@@ -188,7 +188,7 @@ def test_documented_forms_are_ragged_lists():
     assert len(set(lengths.tolist())) > 2
     for row, (keys, values) in enumerate(rows):
         assert int(lengths[row]) == len(keys)
-        if row in (0, np.argmax(lengths)):  # it compiles a program for every length
+        if row in (0, np.argmax(lengths)):  # every length compiles a program
             for got, want in zip(gather_kv(cache, np.int32(row)), (keys, values, len(keys)), strict=True):
                 np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(all_keys[row, :, : len(keys)], np.moveaxis(keys, 1, 0))
@@ -237,7 +237,7 @@ def test_one_number_counts_for_every_row():
 
 def test_overflow_under_jit_leaves_everything_else_as_it_was():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
-    append_again = jax.jit(append_rows)  # keeps what it is given
+    append_again = jax.jit(append_rows)  # does not donate its arguments
     before = append(allocate(make_cache(), CHUNK), keys, values, np.array([4, 3, 4, 1, 0]))
 
     # 6 slots a row: rows 0 and 2 have no room for 3 more.
@@ -252,14 +252,14 @@ def test_overflow_under_jit_leaves_everything_else_as_it_was():
         np.testing.assert_array_equal(pool_after[others], pool_before[others])
         assert (pool_after[np.array(written)] != pool_before[np.array(written)]).any()
 
-    # Set for good, also when later writes fit, until the row is freed.
+    # `overflowed` stays set until the row is freed, also when later writes fit.
     after = append_again(allocate(after, np.ones(BATCH, np.int32)), keys, values, np.array([1, 0, 0, 0, 0]))
     assert after.overflowed.tolist() == [True, False, True, False, False]
     assert int(after.seq_lengths[0]) == 5
     assert free(after, np.arange(BATCH) == 2).overflowed.tolist() == [True] + [False] * 4
 
 
-def test_counts_that_are_none_are_overflow_under_jit():
+def test_counts_out_of_range_are_overflow_under_jit():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
     wrong = np.array([-1, CHUNK + 1, 2**31 - 1, -(2**31), 0])
     after = append(allocate(make_cache(), CHUNK), keys, values, wrong)
@@ -270,7 +270,7 @@ def test_counts_that_are_none_are_overflow_under_jit():
     assert [len(blocks) for blocks in blocks_of(after)] == [2, 2, 2, 2, 7]
 
 
-def test_rows_past_the_pool_get_nothing_and_rows_that_need_nothing_are_fine():
+def test_rows_past_the_pool_get_nothing_and_rows_that_need_nothing_are_served():
     cache = allocate(make_cache(), np.array([21, 21, 0, 0, 3]))  # 7, 7 and 1 of 23 blocks
     cache = allocate(cache, np.array([0, 1, 25, 21, 5]))  # row 2 has no room; 7 + 1 of 8 blocks
     assert [len(blocks) for blocks in blocks_of(cache)] == [7, 7, 0, 7, 2]

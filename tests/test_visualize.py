@@ -1,4 +1,4 @@
-"""Pictures are written without a display, and count and show what is there."""
+"""Pictures are written without a display; they show the mask or weights, and count its tiles."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def share(pixels, color):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For tests of what is counted: drawing the picture takes most of the time."""
+    """For tests of the counts: drawing the picture takes most of the time."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
@@ -81,7 +81,7 @@ def test_the_row_and_head_are_those_asked_for():
 
 def test_a_score_mod_is_drawn_in_colours(tmp_path):
     counts = plot_mask(masks.causal(), ALIBI, seq_q=16, tile=(4, 4), path=tmp_path / "mask.png")
-    assert counts == TileCounts(empty=6, partial=4, full=6)  # as without it
+    assert counts == TileCounts(empty=6, partial=4, full=6)  # as without the mod
     pixels = read_picture(tmp_path / "mask.png")
     assert share(pixels, "#2d5d88") < 0.01
     assert share(pixels, "#440154") > 0.0003 and share(pixels, "#fde725") > 0.01  # both ends of viridis

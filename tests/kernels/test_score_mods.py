@@ -1,4 +1,4 @@
-"""Score mods: each is its formula, alone, in every kernel and under differentiation; masks among them stay masks."""
+"""Score mods: each is its formula, alone, in every kernel and under differentiation; mods that are masks stay masks."""
 
 import functools
 import math
@@ -140,7 +140,7 @@ def value_and_gradients(kernel, name):
 
 @functools.cache
 def every_result():
-    """What each mod makes of scores, from one program."""
+    """The result of each mod for scores, from one program."""
     run = lambda scores: {name: mod(scores, *masks.index_grid(*FULL)) for name, (mod, _) in ALL.items()}
     return jax.jit(run)(normal(8, *FULL))
 
@@ -168,7 +168,7 @@ def test_a_mod_is_its_formula(name):
         for name in ALL
     ],
 )
-def test_attention_under_a_mod_is_that_under_its_formula(kernel, name):
+def test_attention_with_a_mod_is_attention_with_its_formula(kernel, name):
     mod, formula = ALL[name]
     expected, _ = oracle.attention(QUERY, KEY, VALUE, score_mod=formula)
     if name in CHANGING:
@@ -187,7 +187,7 @@ def test_gradients_in_tiles_are_those_of_the_definition(name):
     assert len(actual) == len(expected) > 3
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         assert np.abs(y).max() > 0.01
-        assert oracle.rms_error(x, y) < (2e-6 if i < 3 else 1e-5)  # those of the mod are sums over all pairs
+        assert oracle.rms_error(x, y) < (2e-6 if i < 3 else 1e-5)  # gradients of the mod are sums over all pairs
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_mask_as_score_mod_is_the_same_program_as_a_mask(name, count_compilati
     np.testing.assert_array_equal(have, expected)
 
 
-def test_a_mask_of_pairs_is_the_array_of_who_attends_whom():
+def test_a_mask_of_pairs_is_the_array_of_allowed_pairs():
     sizes = {"batch": BATCH, "num_heads": HEADS, "seq_q": LENGTH, "seq_kv": LENGTH}
     run = lambda: {name: mask_mod_to_boolean_mask(make(), **sizes) for name, (_, make, _) in MASKING.items()}
     for name, dense in jax.jit(run)().items():
@@ -240,7 +240,7 @@ def test_relative_buckets_are_those_of_t5(num_buckets, max_distance, bidirection
 
 
 def test_buckets_may_be_denser_than_distances():
-    # 8 growing buckets between 8 and 11: those that no whole distance falls into stay empty.
+    # 8 growing buckets between 8 and 11: some contain no whole distance and stay empty.
     distance = np.arange(-31, 1)
     actual = relative_bucket(distance, num_buckets=16, max_distance=11, bidirectional=False)
     np.testing.assert_array_equal(actual, t5_bucket(distance, 16, 11, False))
@@ -338,7 +338,7 @@ def test_rebuilt_mods_compile_nothing_new(name, count_compilations):
     def run(mod):
         return tiles_of_4(QUERY, KEY, VALUE, score_mod=mod)
 
-    # Outside of jit, and as its argument (which plain functions cannot be).
+    # Outside of jit, and as its argument, which a plain function cannot be.
     for call in (run, jax.jit(run)) if name != "function" else (run,):
         expected = call(REBUILT[name]())
         del count_compilations[:]
