@@ -39,6 +39,7 @@ __all__ = [
     "names_residuals",
     "padding",
     "prefix",
+    "reads_cache_in_chunks",
     "resolve_masks",
     "sliding_window",
     "split_score_mod",
@@ -635,6 +636,12 @@ def resolve_masks(
 def takes_mask_objects(attention_fn: Function) -> Function:
     """Marks an attention function whose `mask=` may be a Mask; any other gets a dense boolean array."""
     attention_fn.takes_mask_objects = True  # type: ignore[attr-defined]
+    return attention_fn
+
+
+def reads_cache_in_chunks(attention_fn: Function) -> Function:
+    """Marks an attention function whose place `cached_attention` may take for a few queries against a cache."""
+    attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
     return attention_fn
 
 

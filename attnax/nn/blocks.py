@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from attnax.cache import EmptyCache, LayerCache
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
-from attnax.nn._run import run_of
+from attnax.nn._run import Mode, SelfAttentionOptions, check_options, run_of, select_options
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
@@ -77,30 +77,34 @@ class Residual(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         sublayer: Callable[[Array], tuple[Array, Any]],
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        **mode: Unpack[Mode],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `sublayer` adds to x, and the second thing that `sublayer` returns."""
+        """What `sublayer` adds to x, and the second result of `sublayer`."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
         branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
             branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
-        branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
+        branch = self.scale * self.dropout(branch, **mode)
         return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         sublayer: Callable[[Array], tuple[Array, Any]],
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        **mode: Unpack[Mode],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The new stream, and the second thing that `sublayer` returns."""
-        branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
+        """The new stream, and the second result of `sublayer`."""
+        branch, extra = self.branch(x, sublayer, **mode)
         x = x + branch
         return _normalised(self.norm_sum, x).astype(x.dtype), extra
+
+
+class EncoderBlockOptions(SelfAttentionOptions, total=False):
+    """The options of `EncoderBlock`; its `__call__` has `self_attn_kv_cache` for `cache`."""
+
+    mask: Mask | MaskMod | ArrayLike | None
+    position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    cache: LayerCache | None
 
 
 class EncoderBlock(nnx.Module):
@@ -174,27 +178,22 @@ class EncoderBlock(nnx.Module):
         )
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Mask | MaskMod | ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        cache: LayerCache | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Output:
+    def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
         """The call with its result in one form."""
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        check_options("EncoderBlock", options, EncoderBlockOptions)
+        mode = select_options(options, Mode)
 
         def attend(x: Array) -> tuple[Array, Any]:
             return run_of(self.attention)(
-                x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
+                x,
+                mask=options.get("mask"),
+                position_ids_q=options.get("position_ids"),
+                kv_cache=options.get("cache"),
+                **select_options(options, SelfAttentionOptions),
             )
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _feed(self.feed_forward, x, mask, position_ids, cache, mode)
+            return _feed(self.feed_forward, x, options, mode)
 
         if self.parallel:
             attended, new_cache = self.around_attention.branch(x, attend, **mode)
@@ -203,6 +202,17 @@ class EncoderBlock(nnx.Module):
         x, new_cache = self.around_attention(x, attend, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
         return Output(x, new_cache, aux)
+
+
+class DecoderBlockOptions(SelfAttentionOptions, total=False):
+    """The options of `DecoderBlock`, as its `__call__` describes them; that has `self_attn_kv_cache` for `cache`."""
+
+    self_mask: Mask | MaskMod | ArrayLike | None
+    cross_mask: Mask | MaskMod | ArrayLike | None
+    position_ids_self: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    position_ids_cross_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
+    cache: LayerCache | None
 
 
 class DecoderBlock(nnx.Module):
@@ -315,26 +325,22 @@ class DecoderBlock(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         encoder_output: Float[Array, "B S De"] | KeysValues,
-        self_mask: Mask | MaskMod | ArrayLike | None = None,
-        cross_mask: Mask | MaskMod | ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids_self: ArrayLike | None = None,
-        position_ids_cross_q: ArrayLike | None = None,
-        position_ids_cross_kv: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        cache: LayerCache | None = None,
-        rngs: nnx.Rngs | None = None,
+        **options: Unpack[DecoderBlockOptions],
     ) -> Output:
         """The call with its result in one form."""
-        if position_ids_self is None and cache is not None:
-            position_ids_self = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        if position_ids_cross_q is None:
-            position_ids_cross_q = position_ids_self
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        check_options("DecoderBlock", options, DecoderBlockOptions)
+        mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
+        if positions is None and cache is not None:
+            positions = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        cross_positions = options.get("position_ids_cross_q")
 
         def attend(x: Array) -> tuple[Array, Any]:
             return run_of(self.attention)(
-                x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
+                x,
+                mask=options.get("self_mask"),
+                position_ids_q=positions,
+                kv_cache=cache,
+                **select_options(options, SelfAttentionOptions),
             )
 
         @jax.named_scope("cross")
@@ -342,15 +348,16 @@ class DecoderBlock(nnx.Module):
             out, _ = run_of(self.cross_attention)(
                 x,
                 context=encoder_output,
-                mask=cross_mask,
-                position_ids_q=position_ids_cross_q,
-                position_ids_kv=position_ids_cross_kv,
+                mask=options.get("cross_mask"),
+                position_ids_q=positions if cross_positions is None else cross_positions,
+                position_ids_kv=options.get("position_ids_cross_kv"),
                 **mode,
             )
             return out, None
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _feed(self.feed_forward, x, self_mask, position_ids_self, cache, mode)
+            mask: EncoderBlockOptions = {"mask": options.get("self_mask"), "position_ids": positions, "cache": cache}
+            return _feed(self.feed_forward, x, mask, mode)
 
         x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
@@ -382,27 +389,19 @@ def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureO
     return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
 
 
-def _feed(
-    layer: Any,
-    x: Array,
-    mask: Mask | MaskMod | ArrayLike | None,
-    position_ids: ArrayLike | None,
-    cache: LayerCache | None,
-    mode: dict[str, Any],
-) -> tuple[Array, dict[str, Any]]:
+def _feed(layer: Any, x: Array, options: EncoderBlockOptions, mode: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
     """(out, aux) of a feed-forward; a mixture of experts is told which tokens are padding."""
     if not isinstance(layer, MixtureOfExperts):
         return layer(x, **mode), {}
-    real = _real_tokens(x, mask, position_ids, cache)
+    real = _real_tokens(x, options)
     out, aux = layer(x, **mode) if real is None else layer(x, padding_mask=real, **mode)
-    return out, aux | {"expert_load": (aux["expert_load"],)}  # a mixture's experts are its own: not to be added up
+    return out, aux | {"expert_load": (aux["expert_load"],)}  # each mixture has its own experts: loads do not add up
 
 
-def _real_tokens(
-    x: Array, mask: Mask | MaskMod | ArrayLike | None, position_ids: ArrayLike | None, cache: LayerCache | None
-) -> Array | None:
+def _real_tokens(x: Array, options: EncoderBlockOptions) -> Array | None:
     """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
-    real = None if position_ids is None else jnp.atleast_2d(jnp.asarray(position_ids)) >= 0
+    mask, positions, cache = options.get("mask"), options.get("position_ids"), options.get("cache")
+    real = None if positions is None else jnp.atleast_2d(jnp.asarray(positions)) >= 0
     # With a cache that may hold tokens the columns of the mask are positions, not tokens of x.
     if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
         real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
