@@ -18,7 +18,7 @@ from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
-from attnax.models.transformer import TokenHead, TransformerDecoder
+from attnax.models.transformer import TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
@@ -92,7 +92,7 @@ class TransformerLM(nnx.Module):
         )
         return out.logits if out.caches is None else (out.logits, out.caches)
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[TokenOptions]) -> Output:
         """`TransformerDecoder.run` with `logits` beside."""
         out = run_of(self.decoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))

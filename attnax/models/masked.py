@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
-from attnax.models.transformer import TokenHead, TransformerEncoder
+from attnax.models.transformer import EncoderOptions, TokenHead, TransformerEncoder
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output
 from attnax.nn.feedforward import ACTIVATIONS
@@ -77,7 +77,7 @@ class MaskedLM(nnx.Module):
             rngs=rngs,
         ).logits
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
         """`TransformerEncoder.run` with `logits` beside."""
         out = run_of(self.encoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))

@@ -104,8 +104,9 @@ def _attend_sums(
             f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for any other."
         )
     mask = causal() & padding(jnp.broadcast_to(positions >= 0, (heads.query.shape[0], heads.query.shape[2])))
+    function: Any = kernel.function
     attend = functools.partial(
-        kernel.function, heads.query, heads.key, heads.value, mask=mask, state=cache.state, return_state=True
+        function, heads.query, heads.key, heads.value, mask=mask, state=cache.state, return_state=True
     )
     out, state = kernel.call(attend, heads)
     lengths = jnp.maximum(cache.lengths, positions.max(1, initial=-1) + 1)

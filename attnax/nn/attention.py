@@ -259,8 +259,8 @@ class MultiHeadAttention(nnx.Module):
 
         scores = _scores(x.shape[0], self.config.num_heads, x.shape[1], key.shape[2])
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
-        mask = None if options.get("mask") is None else as_mask(options["mask"])
-        alibi = None
+        given, alibi = options.get("mask"), None
+        mask = None if given is None else as_mask(given)
         if context is None:
             is_alone = cache is None or isinstance(cache, EmptyCache)  # x attends nothing but itself
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
