@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import Step, Tokens, made, prompt_tokens, text_length
+from attnax.generation.loop import Model, Step, Tokens, prompt_tokens, text_length
 from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
@@ -81,8 +81,9 @@ def beam_search(
             worst of them if it ended now; "never" if no length that it may still reach gives it one.
     """
     batch = request.ids.shape[0]
-    cache, context = made(cache, state), made(request.context, state)
-    logits, cache = step(state, prompt_tokens(request, context), cache)
+    model = Model(step, state)
+    cache, context = model.made(cache), model.made(request.context)
+    logits, cache = model(prompt_tokens(request, context), cache)
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, max_new_tokens))
     rows = jnp.repeat(jnp.arange(batch), num_beams)
     cache, context, logits, text = select_rows((cache, context, logits[:, 0], text), rows)
@@ -109,7 +110,7 @@ def beam_search(
         text = search.text
         wanted = jnp.zeros((text.lengths.shape[0], 1), jnp.int32)
         tokens = Tokens(text.last(1), text.last_positions(1), wanted, context)
-        logits, cache = step(state, tokens, search.cache)
+        logits, cache = model(tokens, search.cache)
         return choose(dataclasses.replace(search, cache=cache), logits[:, 0])
 
     search = lax.while_loop(unfinished, advance, choose(search, logits))

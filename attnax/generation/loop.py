@@ -51,6 +51,22 @@ class Step(Protocol):
         """Logits (rows, n, vocabulary) of what follows the wanted tokens, and the cache with all tokens appended."""
 
 
+@pytree_dataclass
+class Model:
+    """A step with its parameters."""
+
+    step: Step = dataclasses.field(metadata={"static": True})
+    state: Any
+
+    def __call__(self, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
+        """As `Step`."""
+        return self.step(self.state, tokens, cache)
+
+    def made(self, value: Any) -> Any:
+        """The cache or context, which is made here if it is Planned."""
+        return value.make(self.state) if isinstance(value, Planned) else value
+
+
 class Generation(NamedTuple):
     """What was generated after the prompt; rows are those of the prompts, or the samples of the first, the second, ...
 
@@ -102,11 +118,12 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
-    progress, context, written, _ = _begin(request)(step, state, request, cache, max_new_tokens)
+    model = Model(step, state)
+    progress, context, written, _ = _begin(request)(model, request, cache, max_new_tokens)
     if is_concrete(progress.finished) and np.asarray(progress.finished).all():
         return written, progress.cache
     rest = dataclasses.replace(progress, cache=None)
-    return _write_rest(step, state, request.after_prompt(), rest, progress.cache, context)
+    return _write_rest(model, request.after_prompt(), rest, progress.cache, context)
 
 
 def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
@@ -114,7 +131,8 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
 
     Stops after the request's max_new_tokens, or when every row has ended.
     """
-    progress, context, _, token = _begin(request)(step, state, request, cache, max_new_tokens)
+    model = Model(step, state)
+    progress, context, _, token = _begin(request)(model, request, cache, max_new_tokens)
     request = request.after_prompt()
     if not is_concrete(token):
         raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
@@ -122,22 +140,20 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
         yield np.asarray(token)
         if np.asarray(progress.finished).all():
             return
-        progress, token = _next_token(step, state, request, progress, context)
+        progress, token = _next_token(model, request, progress, context)
 
 
-def begin(
-    step: Step, state: Any, request: Request, cache: Any, room: int
-) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
+def begin(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
     """Reads the prompt and draws the first token: the progress, the context of each row, the result so far, the token.
 
     `room` tokens may follow the prompt.
     """
-    progress, context = start(step, state, request, cache, room)
+    progress, context = start(model, request, cache, room)
     return progress, context, result(progress, request), progress.text.last(1)[:, 0]
 
 
-_begin_program = jax.jit(begin, static_argnames=("step", "room"))
-_begin_in_place = jax.jit(begin, static_argnames=("step", "room"), donate_argnames="cache")
+_begin_program = jax.jit(begin, static_argnames="room")
+_begin_in_place = jax.jit(begin, static_argnames="room", donate_argnames="cache")
 
 
 def _begin(request: Request) -> Any:
@@ -145,32 +161,28 @@ def _begin(request: Request) -> Any:
     return _begin_in_place if request.num_samples == 1 else _begin_program
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames="cache")
-def _write_rest(
-    step: Step, state: Any, request: Request, progress: Progress, cache: Any, context: Any
-) -> tuple[Generation, Any]:
+@partial(jax.jit, donate_argnames="cache")
+def _write_rest(model: Model, request: Request, progress: Progress, cache: Any, context: Any) -> tuple[Generation, Any]:
     def go_on(progress: Progress) -> Progress:
-        return advance(step, state, request, progress, context)
+        return advance(model, request, progress, context)
 
     progress = dataclasses.replace(progress, cache=cache)
     progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
     return result(progress, request), progress.cache
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames="progress")
-def _next_token(
-    step: Step, state: Any, request: Request, progress: Progress, context: Any
-) -> tuple[Progress, Int[Array, "R"]]:
+@partial(jax.jit, donate_argnames="progress")
+def _next_token(model: Model, request: Request, progress: Progress, context: Any) -> tuple[Progress, Int[Array, "R"]]:
     before = progress.text.lengths
-    progress = advance(step, state, request, progress, context)
+    progress = advance(model, request, progress, context)
     text = progress.text
     return progress, jnp.where(text.lengths > before, text.last(1)[:, 0], request.fill)
 
 
-def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
+def start(model: Model, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
     """Reads the prompt and draws the first token; `room` tokens may follow. Also the context of each row."""
-    cache, context = made(cache, state), made(request.context, state)
-    logits, cache = step(state, prompt_tokens(request, context), cache)
+    cache, context = model.made(cache), model.made(request.context)
+    logits, cache = model(prompt_tokens(request, context), cache)
     logits = logits[:, 0]
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, room + spare))
     cache, context, logits, text = for_samples(request, (cache, context, logits, text))
@@ -199,24 +211,19 @@ def for_samples(request: Request, rows_of_prompts: Any) -> Any:
     return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(request.ids.shape[0]), request.num_samples))
 
 
-def made(value: Any, state: Any) -> Any:
-    """What was planned, made; anything else as it is."""
-    return value.make(state) if isinstance(value, Planned) else value
-
-
 def prompt_tokens(request: Request, context: Any) -> Tokens:
     """The prompt as a step reads it; the logits wanted follow the last real token of each row."""
     ids, position_ids = jnp.asarray(request.ids), jnp.asarray(request.position_ids)
     return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], context)
 
 
-def advance(step: Step, state: Any, request: Request, progress: Progress, context: Any) -> Progress:
+def advance(model: Model, request: Request, progress: Progress, context: Any) -> Progress:
     """One more token in every row that has not ended."""
     text, running = progress.text, ~progress.finished
     # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
     position_ids = jnp.where(running[:, None], text.last_positions(1), -1)
     tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
-    logits, cache = step(state, tokens, progress.cache)
+    logits, cache = model(tokens, progress.cache)
     token = request.sampler(logits[:, 0], position_keys(progress.keys, text), text)
     progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
     return append(progress, token, logits[:, 0], request, running)

@@ -23,12 +23,12 @@ from jax import lax
 from attnax.cache import forget
 from attnax.generation.loop import (
     Generation,
+    Model,
     Progress,
     Step,
     Tokens,
     append,
     for_samples,
-    made,
     position_keys,
     prompt_tokens,
     result,
@@ -87,28 +87,22 @@ def generate_with_draft(
         The generation, whose `steps` say how often the model itself ran, and both caches.
     """
     run = _generate_in_place if request.num_samples == 1 else _generate
-    return run(step, state, request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
+    return run(Model(step, state), request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
 
 
 def _write_all(
-    step: Step,
-    state: Any,
-    request: Request,
-    cache: Any,
-    draft: Draft,
-    draft_cache: Any,
-    max_new_tokens: int,
-    num_draft_tokens: int,
+    model: Model, request: Request, cache: Any, draft: Draft, draft_cache: Any, room: int, num_draft_tokens: int
 ) -> tuple[Generation, Any, Any]:
-    progress, context = start(step, state, request, cache, max_new_tokens, num_draft_tokens)
-    draft_cache, draft_context = (made(value, draft.state) for value in (draft_cache, draft.context))
-    _, draft_cache = draft.step(draft.state, prompt_tokens(request, draft_context), draft_cache)
+    progress, context = start(model, request, cache, room, num_draft_tokens)
+    small = Model(draft.step, draft.state)
+    draft_cache, draft_context = small.made(draft_cache), small.made(draft.context)
+    _, draft_cache = small(prompt_tokens(request, draft_context), draft_cache)
     draft_cache, draft_context = for_samples(request, (draft_cache, draft_context))
 
     def go_on(carry: tuple[Progress, Any]) -> tuple[Progress, Any]:
         progress, draft_cache = carry
-        drafted, q, draft_cache = _write_draft(draft, draft_context, draft_cache, request, progress, num_draft_tokens)
-        return _read_draft(step, state, request, progress, context, drafted, q), draft_cache
+        drafted, q, draft_cache = _write_draft(small, draft_context, draft_cache, request, progress, num_draft_tokens)
+        return _read_draft(model, request, progress, context, drafted, q), draft_cache
 
     def unfinished(carry: tuple[Progress, Any]) -> Array:
         return ~carry[0].finished.all()
@@ -117,13 +111,13 @@ def _write_all(
     return result(progress, request), progress.cache, draft_cache
 
 
-_STATIC = ("step", "max_new_tokens", "num_draft_tokens")
+_STATIC = ("room", "num_draft_tokens")
 _generate = jax.jit(_write_all, static_argnames=_STATIC)
 _generate_in_place = jax.jit(_write_all, static_argnames=_STATIC, donate_argnames=("cache", "draft_cache"))
 
 
 def _write_draft(
-    draft: Draft, context: Any, cache: Any, request: Request, progress: Progress, count: int
+    draft: Model, context: Any, cache: Any, request: Request, progress: Progress, count: int
 ) -> tuple[Int[Array, "R k"], Float[Array, "R k V"], Any]:
     """`count` tokens of the small model, and the distributions that they were drawn from."""
     text, running = progress.text, ~progress.finished
@@ -133,7 +127,7 @@ def _write_draft(
     def read(text: Text, cache: Any, num_tokens: int) -> tuple[Array, Array, Any]:
         position_ids = jnp.where(running[:, None], text.last_positions(num_tokens), -1)
         wanted = jnp.full((text.lengths.shape[0], 1), num_tokens - 1, jnp.int32)
-        logits, cache = draft.step(draft.state, Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
+        logits, cache = draft(Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
         q = request.sampler.probabilities(logits[:, 0], text)
         return _draw(q, position_keys(progress.keys, text)), q, cache
 
@@ -149,9 +143,7 @@ def _write_draft(
     return drafted, jnp.concatenate([q[None], qs]).swapaxes(0, 1), cache
 
 
-def _read_draft(
-    step: Step, state: Any, request: Request, progress: Progress, context: Any, drafted: Array, q: Array
-) -> Progress:
+def _read_draft(model: Model, request: Request, progress: Progress, context: Any, drafted: Array, q: Array) -> Progress:
     """Reads the draft with the model, and writes what it accepts and one token more."""
     text, running, count = progress.text, ~progress.finished, drafted.shape[1]
     num_rows = drafted.shape[0]
@@ -159,7 +151,7 @@ def _read_draft(
     position_ids = jnp.where(running[:, None], text.last_positions(1) + steps, -1)
     ids = jnp.concatenate([text.last(1), drafted], axis=1)
     wanted = jnp.broadcast_to(steps, (num_rows, count + 1))
-    logits, cache = step(state, Tokens(ids, position_ids, wanted, context), progress.cache)
+    logits, cache = model(Tokens(ids, position_ids, wanted, context), progress.cache)
 
     progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
     going_on = running  # rows that accepted everything so far
