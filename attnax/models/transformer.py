@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
-from attnax.checks import check_positions
+from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
-from attnax.nn._run import Mode, SelfAttentionOptions, check_options, select_options
+from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.embeddings import RelativePositionBias, TokenEmbedding, TransformerEmbedding

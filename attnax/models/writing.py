@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
-from attnax.generation.request import Request, make_request, padded_length
+from attnax.generation.request import Request, RequestOptions, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
@@ -56,15 +56,9 @@ def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
     return {"position_ids": tokens.position_ids}
 
 
-class WriteOptions(TypedDict, total=False):
-    """The keywords of a model's `generate` that its `stream` takes too."""
+class WriteOptions(RequestOptions, total=False):
+    """The options of a model's `generate`, as that of `TransformerLM` describes them."""
 
-    sampler: Sampler | None
-    key: Array | None
-    padding_mask: ArrayLike | None
-    end_token: int | Sequence[int] | None
-    stop_sequences: Sequence[Sequence[int]]
-    num_samples: int
     cache: CacheKind | None
     cache_dtype: Any
 
@@ -204,7 +198,7 @@ def _prepare(
     num_beams: int = 1,
     cache: CacheKind | None = None,
     cache_dtype: Any = None,
-    **options: Any,
+    **options: Unpack[RequestOptions],
 ) -> tuple[Request, CachePlan, int]:
     """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
     config = writer.config

@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnax.typing import ScoreMod
 
-__all__ = ["Mode", "SelfAttentionOptions", "check_options", "overrides_call", "run_of", "runs", "select_options"]
+__all__ = ["Mode", "SelfAttentionOptions", "overrides_call", "run_of", "runs", "select_options"]
 
 
 class Mode(TypedDict, total=False):
@@ -31,13 +31,6 @@ class SelfAttentionOptions(Mode, total=False):
 def select_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """The options that the TypedDict `kind` names."""
     return {name: value for name, value in options.items() if name in kind.__annotations__}
-
-
-def check_options(caller: str, options: Mapping[str, Any], kind: type) -> None:
-    """Raises TypeError, as for any call, for an option that the TypedDict `kind` lacks."""
-    unknown = [name for name in options if name not in kind.__annotations__]
-    if unknown:
-        raise TypeError(f"{caller}: options must be among {', '.join(kind.__annotations__)}; got {', '.join(unknown)}.")
 
 
 def run_of(module: Any) -> Callable[..., Any]:

@@ -11,14 +11,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from attnax.cache import EmptyCache, LayerCache
-from attnax.checks import check_positions, is_concrete
+from attnax.checks import check_options, check_positions, is_concrete
 from attnax.config import BlockConfig, resolve_config
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.masks import Mask, as_mask, at_positions, sliding_window
 from attnax.nn._cached import attend_cache, check_cache
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn._kernel import Heads, Kernel, attention_function, kernel_of
-from attnax.nn._run import SelfAttentionOptions, check_options
+from attnax.nn._run import SelfAttentionOptions
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
@@ -228,8 +228,8 @@ class MultiHeadAttention(nnx.Module):
         *,
         context: Float[Array, "B S Dc"] | KeysValues | None = None,
         mask: Mask | MaskMod | ArrayLike | None = None,
-        position_ids_q: ArrayLike | None = None,
-        position_ids_kv: ArrayLike | None = None,
+        position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
     ) -> Float[Array, "B N T S"]:
         """How much of each key's value each query takes, (batch, num_heads, T, S), for small inputs; no dropout.

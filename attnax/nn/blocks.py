@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
+from attnax.checks import check_options
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
-from attnax.nn._run import Mode, SelfAttentionOptions, check_options, run_of, select_options
+from attnax.nn._run import Mode, SelfAttentionOptions, run_of, select_options
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
