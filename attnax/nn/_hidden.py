@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.kernels._core.lift import defer
+from attnax.pytrees import is_own
 
 __all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
 
@@ -31,7 +31,7 @@ def refuse_hidden_arrays(
         visible: arrays that the function may read beside its leaves.
         **options: keywords to call the function with.
     """
-    if function is None or defer(function) is not None:
+    if function is None or is_own(function):
         return
     own = {id(leaf) for leaf in (*_leaves(function), *visible)}
     hidden = [x for x in _floating_constants(function, arguments, options) if id(x) not in own]
