@@ -80,16 +80,9 @@ class TransformerLM(nnx.Module):
 
         The arguments are those of `TransformerDecoder`.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: TokenOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"score_mod": score_mod, "caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.logits if out.caches is None else (out.logits, out.caches)
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[TokenOptions]) -> Output:
@@ -149,20 +142,17 @@ class TransformerLM(nnx.Module):
         """
         if draft is not None and not isinstance(draft, TransformerLM):
             raise ValueError(f"generate: a draft must be a TransformerLM too; got {type(draft).__name__}.")
+        options: WriteOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
+        options |= {"stop_sequences": stop_sequences, "num_samples": num_samples}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
+        small = None if draft is None else draft._writer()
         return generate(
             self._writer(),
             prompt_ids,
-            None if draft is None else draft._writer(),
-            num_draft_tokens=num_draft_tokens,
+            small,
             max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            key=key,
-            padding_mask=padding_mask,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            num_samples=num_samples,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            num_draft_tokens=num_draft_tokens,
+            **options,
         )
 
     def stream(
@@ -205,6 +195,8 @@ class TransformerLM(nnx.Module):
         Raises:
             ValueError: arguments out of range.
         """
+        options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
+        options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
         return beam_search(
             self._writer(),
             prompt_ids,
@@ -212,12 +204,7 @@ class TransformerLM(nnx.Module):
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
-            sampler=sampler,
-            padding_mask=padding_mask,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            **options,
         )
 
     def _writer(self) -> Writer:

@@ -67,15 +67,9 @@ class MaskedLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
-        return self.run(
-            input_ids,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            score_mod=score_mod,
-            rngs=rngs,
-        ).logits
+        options: EncoderOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
+        options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
+        return self.run(input_ids, **options).logits
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
         """`TransformerEncoder.run` with `logits` beside."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.checks import is_concrete
+from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
@@ -20,7 +20,7 @@ from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
-from attnax.nn._run import overrides_call, run_of, runs
+from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
@@ -28,6 +28,13 @@ from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["Transformer"]
+
+
+class TransformerOptions(SelfAttentionOptions, total=False):
+    """The options of `Transformer`, as its `__call__` describes them."""
+
+    source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None
+    target_padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
 
 
 class Transformer(nnx.Module):
@@ -123,42 +130,30 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: ids outside a vocabulary, sequences longer than max_len, or arguments that do not fit.
         """
-        return self.run(
-            source_ids,
-            target_ids,
-            source_padding_mask=source_padding_mask,
-            target_padding_mask=target_padding_mask,
-            deterministic=deterministic,
-            score_mod=score_mod,
-            rngs=rngs,
-        ).logits
+        options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
+        options |= {"source_padding_mask": source_padding_mask, "target_padding_mask": target_padding_mask}
+        return self.run(source_ids, target_ids, **options).logits
 
     def run(
         self,
         source_ids: Int[ArrayLike, "B S"],
         target_ids: Int[ArrayLike, "B T"],
-        *,
-        source_padding_mask: ArrayLike | None = None,
-        target_padding_mask: ArrayLike | None = None,
-        deterministic: bool | None = None,
-        score_mod: ScoreMod | None = None,
-        rngs: nnx.Rngs | None = None,
+        **options: Unpack[TransformerOptions],
     ) -> Output:
         """The call with the hidden states of the decoder beside the logits, and the losses of both halves in `aux`."""
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        source_ids, real = jnp.asarray(source_ids), None
-        if source_padding_mask is not None:
-            real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
-        encoded = run_of(self.encoder)(source_ids, padding_mask=real, **mode)
+        check_options("Transformer", options, TransformerOptions)
+        source_ids, padding_mask, real = jnp.asarray(source_ids), options.get("source_padding_mask"), None
+        if padding_mask is not None:
+            real = self.encoder._real_tokens(padding_mask, source_ids.shape)
+        encoded = run_of(self.encoder)(source_ids, padding_mask=real, **select_options(options, Mode))
         out = run_of(self.decoder)(
             target_ids,
-            padding_mask=target_padding_mask,
-            score_mod=score_mod,
+            padding_mask=options.get("target_padding_mask"),
             encoder_output=encoded.hidden,
             cross_mask=None if real is None else padding(real),
             encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
             token_embedding=self._shared_tokens,
-            **mode,
+            **select_options(options, SelfAttentionOptions),
         )
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
@@ -212,19 +207,23 @@ class Transformer(nnx.Module):
         """
         if draft is not None and not isinstance(draft, Transformer):
             raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")
+        if sampler is not None and temperature != 0.0:
+            raise ValueError(
+                f"generate: give temperature or sampler, not both; got temperature={temperature}. "
+                "Use Sampler(temperature=...)."
+            )
+        options: WriteOptions = {"sampler": sampler or Sampler(temperature=temperature), "key": key}
+        options |= {"end_token": end_token, "stop_sequences": stop_sequences, "num_samples": num_samples}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
+        writer = self._writer(source_ids, source_padding_mask)
+        small = None if draft is None else draft._writer(source_ids, source_padding_mask)
         return generate(
-            self._writer(source_ids, source_padding_mask),
+            writer,
             _starts(source_ids, start_token),
-            None if draft is None else draft._writer(source_ids, source_padding_mask),
-            num_draft_tokens=num_draft_tokens,
+            small,
             max_new_tokens=max_length,
-            sampler=_sampler(sampler, temperature),
-            key=key,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            num_samples=num_samples,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            num_draft_tokens=num_draft_tokens,
+            **options,
         )
 
     def stream(
@@ -257,6 +256,8 @@ class Transformer(nnx.Module):
         cache_dtype: Any = None,
     ) -> Beams:
         """The `num_beams` best targets found for each source; arguments as in `generate` and `TransformerLM`'s."""
+        options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
         return beam_search(
             self._writer(source_ids, source_padding_mask),
             _starts(source_ids, start_token),
@@ -264,11 +265,7 @@ class Transformer(nnx.Module):
             max_new_tokens=max_length,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
-            sampler=sampler,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            **options,
         )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
@@ -307,15 +304,6 @@ _RUN = Transformer.run  # as it is here: another one assigned to the class count
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
     return np.full((source_ids.shape[0], 1), start_token, np.int32)
-
-
-def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
-    if sampler is not None and temperature != 0.0:
-        raise ValueError(
-            f"generate: give temperature or sampler, not both; got temperature={temperature}. "
-            "Use Sampler(temperature=...)."
-        )
-    return Sampler(temperature=temperature) if sampler is None else sampler
 
 
 @pytree_dataclass

@@ -247,17 +247,10 @@ class TransformerEncoder(_TokenTransformer):
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            score_mod=score_mod,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: EncoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"token_type_ids": token_type_ids, "score_mod": score_mod, "caches": layer_kv_caches}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
@@ -334,17 +327,14 @@ class TransformerDecoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
-            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
-                far), whose column j is position j, with an EmptyCache index j.
-            padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
-            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids: each token's index within its row's text, -1 for padding; by default counted from the
-                padding mask and the caches. Masks and score mods are read at positions too.
-            score_mod: applied to the self-attention scores of every layer.
+            mask: as in `TransformerEncoder`, and so are the next three.
+            padding_mask: True for real tokens.
+            deterministic: no dropout.
+            position_ids: each token's index within its row's text, -1 for padding.
             encoder_output: (batch, S, encoder_features), or `keys_values` of it; needed with cross_attention.
             cross_mask: which tokens attend which of the encoder's, by index; `masks.padding(real)` hides its padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
+            score_mod: applied to the self-attention scores of every layer.
             layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
             rngs: randomness of the dropout, instead of the stored streams.
 
@@ -354,19 +344,11 @@ class TransformerDecoder(_TokenTransformer):
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            encoder_output=encoder_output,
-            cross_mask=cross_mask,
-            encoder_position_ids=encoder_position_ids,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: DecoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"encoder_output": encoder_output, "cross_mask": cross_mask, "score_mod": score_mod}
+        options |= {"encoder_position_ids": encoder_position_ids, "caches": layer_kv_caches}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(

@@ -201,17 +201,10 @@ class MultiHeadAttention(nnx.Module):
             ValueError: arguments that do not fit together, or a full cache (under jit: NaN).
             NotImplementedError: what the attention function lacks, such as a cache for linear attention.
         """
-        out, cache = self.run(
-            x,
-            context=context,
-            mask=mask,
-            deterministic=deterministic,
-            position_ids_q=position_ids_q,
-            position_ids_kv=position_ids_kv,
-            score_mod=score_mod,
-            kv_cache=kv_cache,
-            rngs=rngs,
-        )
+        options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "kv_cache": kv_cache}
+        options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out, cache = self.run(x, **options)
         return out if cache is None else (out, cache)
 
     @jax.named_scope("attention")

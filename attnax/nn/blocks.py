@@ -168,15 +168,9 @@ class EncoderBlock(nnx.Module):
 
         The arguments are those of `MultiHeadAttention`.
         """
-        out = self.run(
-            x,
-            mask=mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            cache=self_attn_kv_cache,
-            rngs=rngs,
-        )
+        options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
+        options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
+        out = self.run(x, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
@@ -306,19 +300,11 @@ class DecoderBlock(nnx.Module):
         Raises:
             ValueError: arguments that do not fit together.
         """
-        out = self.run(
-            x,
-            encoder_output=encoder_output,
-            self_mask=self_mask,
-            cross_mask=cross_mask,
-            deterministic=deterministic,
-            position_ids_self=position_ids_self,
-            position_ids_cross_q=position_ids_cross_q,
-            position_ids_cross_kv=position_ids_cross_kv,
-            score_mod=score_mod,
-            cache=self_attn_kv_cache,
-            rngs=rngs,
-        )
+        options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
+        options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}
+        options |= {"position_ids_cross_kv": position_ids_cross_kv, "cache": self_attn_kv_cache}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(x, encoder_output=encoder_output, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(

@@ -18,6 +18,7 @@ from attnax import (
 )
 from attnax.generation import make_request
 from attnax.models import MaskedLM, SentenceEncoder, lm, seq2seq
+from attnax.models.seq2seq import TransformerOptions
 from attnax.models.transformer import DecoderOptions, EncoderOptions, TokenOptions
 from attnax.models.writing import WriteOptions
 from attnax.nn import Output
@@ -26,7 +27,6 @@ from attnax.nn.attention import MultiHeadOptions
 from attnax.nn.blocks import DecoderBlockOptions, EncoderBlockOptions
 
 IN_RUN = {"self_attn_kv_cache": "cache", "layer_kv_caches": "caches"}
-PADDING = {"source_padding_mask", "target_padding_mask"}
 # A public call, the dictionary of its options, the options that the call lacks, and the arguments that it has beside.
 CALLS = [
     (MultiHeadAttention.__call__, MultiHeadOptions, set(), set()),
@@ -39,7 +39,7 @@ CALLS = [
     (MaskedLM.__call__, EncoderOptions, {"mask", "caches"}, set()),
     (SentenceEncoder.__call__, Mode, set(), {"padding_mask", "token_type_ids"}),
     (VisionTransformer.__call__, SelfAttentionOptions, set(), set()),
-    (Transformer.__call__, SelfAttentionOptions, set(), PADDING),
+    (Transformer.__call__, TransformerOptions, set(), set()),
 ]
 WRITERS = [
     (TransformerLM.generate, set(), {"draft", "num_draft_tokens"}),
