@@ -23,8 +23,8 @@ __all__ = ["MaskedLM"]
 class MaskedLM(nnx.Module):
     """A `TransformerEncoder` and BERT's head, head(norm(act(linear(x)))): logits of the token at every position.
 
-    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. Learning is to give it text
-    with some tokens replaced, and to ask for the original ones.
+    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. It is trained to predict the
+    original tokens of a text in which some are replaced.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
@@ -72,7 +72,7 @@ class MaskedLM(nnx.Module):
         return self.run(input_ids, **options).logits
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
-        """`TransformerEncoder.run` with `logits` beside."""
+        """`TransformerEncoder.run`, and the logits of its hidden states."""
         out = run_of(self.encoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))
 

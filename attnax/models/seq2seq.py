@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
         **fields: the fields of EncoderDecoderConfig: `encoder`, `decoder` and `share_embeddings`.
 
     Raises:
-        ValueError: something else than two TransformerConfigs, or two that cannot share embeddings and should.
+        ValueError: not two TransformerConfigs, or `share_embeddings` with configs that cannot share them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +99,7 @@ class Transformer(nnx.Module):
 
     @property
     def _shared_tokens(self) -> TokenEmbedding | None:
-        """The table that the decoder is given."""
+        """The table of token embeddings for a decoder without its own."""
         return self.encoder.embed.tokens if self.decoder.embed.tokens is None else None
 
     def _logits(self, hidden: Array) -> Array:
@@ -116,13 +116,13 @@ class Transformer(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """float32 logits (batch, T, vocab_size) of the token that follows each target token.
+        """float32 logits (batch, T, vocab_size) of the token after each target token.
 
         Args:
             source_ids: (batch, S), of the encoder's vocabulary.
-            target_ids: (batch, T), of the decoder's.
+            target_ids: (batch, T), of the decoder's vocabulary.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
-            target_padding_mask: the same for the target.
+            target_padding_mask: likewise for the target, (batch, T) or (batch, 1, 1, T).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the self-attention scores of every decoder layer.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
         target_ids: Int[ArrayLike, "B T"],
         **options: Unpack[TransformerOptions],
     ) -> Output:
-        """The call with the hidden states of the decoder beside the logits, and the losses of both halves in `aux`."""
+        """The decoder's hidden states and their logits, with the losses of both halves in `aux`."""
         check_options("Transformer", options, TransformerOptions)
         source_ids, padding_mask, real = jnp.asarray(source_ids), options.get("source_padding_mask"), None
         if padding_mask is not None:
@@ -160,7 +160,7 @@ class Transformer(nnx.Module):
     def log_probs(
         self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any
     ) -> Float[Array, "B T V"]:
-        """Log-probabilities of the token that follows each target token; options as in a call."""
+        """Log-probabilities of the token after each target token; options as in a call."""
         return jax.nn.log_softmax(self(source_ids, target_ids, **options))
 
     def generate(
@@ -181,18 +181,18 @@ class Transformer(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
-        """Writes a target for each source, in two compiled programs, which serve sources of other lengths too.
+        """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
         Args:
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
-            start_token: what the target begins with.
+            start_token: the first token of every target.
             end_token: ends a row; one token or several.
             temperature: of the sampling; 0 takes the likeliest token.
             key: one typed key, or one a row; needed with a temperature.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             sampler: how tokens are drawn, in place of `temperature`.
-            stop_sequences: as in `TransformerLM.generate`, and so are the others.
+            stop_sequences: as in `TransformerLM.generate`, like all that follow.
             num_samples: targets of each source, which is read once.
             draft: a small Transformer of the same vocabularies.
             num_draft_tokens: tokens drafted each time.
@@ -235,7 +235,7 @@ class Transformer(nnx.Module):
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, each as soon as it is drawn; options as there, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options without a draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 
@@ -255,7 +255,7 @@ class Transformer(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Beams:
-        """The `num_beams` best targets found for each source; arguments as in `generate` and `TransformerLM`'s."""
+        """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
         options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
         return beam_search(
@@ -269,7 +269,7 @@ class Transformer(nnx.Module):
         )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
-        """The decoder, with what its cross-attention reads of the sources."""
+        """The decoder as a writer, whose context are the sources."""
         if overrides_call(self) or not runs(self, _RUN):
             raise NotImplementedError(
                 f"generate: a target is written token by token, by encoder.run and decoder.run; "
@@ -287,7 +287,7 @@ class Transformer(nnx.Module):
         if source_padding_mask is not None:
             real = xp.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
-        # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
+        # Padded to a few lengths, so that few programs serve all, but not beyond the encoder's longest text.
         config, mask = self.encoder.config, self.encoder.self_mask
         is_fixed = mask is not None and mask.num_positions is not None
         padded = length if is_fixed else padded_length(max(2, length))
@@ -299,7 +299,7 @@ class Transformer(nnx.Module):
         return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
 
 
-_RUN = Transformer.run  # as it is here: another one assigned to the class counts as overridden
+_RUN = Transformer.run  # a function that is assigned to the class later counts as an override
 
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
@@ -308,14 +308,14 @@ def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
 
 @pytree_dataclass
 class _Source:
-    """Sources, to be read by the program that reads the prompts."""
+    """Sources, which the program that reads the prompts encodes."""
 
     ids: Int[ArrayLike, "B S"]
     real: Bool[ArrayLike, "B S"]
     graphdef: nnx.GraphDef[Transformer] = dataclasses.field(metadata={"static": True})
 
     def make(self, state: Any, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
-        """What cross-attention reads of the sources, and which of their tokens are no padding."""
+        """Keys and values of the sources for each cross-attention, and True for their real tokens."""
         model, real = nnx.merge(self.graphdef, state), jnp.asarray(self.real)
         encoded = run_of(model.encoder)(self.ids, padding_mask=real, deterministic=True).hidden
         return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
@@ -323,7 +323,7 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The decoder as a function of the state; the context is what its cross-attention reads."""
+    """The decoder as a function of the state; the context is what `_Source` makes."""
 
     graphdef: nnx.GraphDef[Transformer]
 

@@ -1,4 +1,4 @@
-"""Stacks of blocks over token embeddings: the encoder and the decoder."""
+"""Stacks of blocks over token embeddings: the encoder and the decoder, and the head that gives logits."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ class _TokenTransformer(nnx.Module):
     def _place(self, shape: tuple[int, ...], options: _Options) -> tuple[Array | None, Mask | None, ScoreMod | None]:
         """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
 
-        The model's own mask and the score mods go by positions, the mask of the call by indices. Attention reads the
-        former at the positions of a cache that holds tokens, so here they are translated for all other calls.
+        The model's own mask and the score mods go by positions, the mask of the call by indices. Attention itself reads
+        a cache that holds tokens at positions; for all other calls this function translates positions to indices.
         """
         name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
         is_alone = caches is None or isinstance(caches[0], EmptyCache)  # the tokens attend each other only
@@ -179,14 +179,14 @@ class _TokenTransformer(nnx.Module):
 
 
 class TransformerEncoder(_TokenTransformer):
-    """A stack in which every token attends every other: embeddings, blocks and a last norm; returns hidden states.
+    """A stack whose tokens all attend each other: embeddings, blocks and a last norm; returns hidden states.
 
     Called as `TransformerEncoder(rngs, config)` or with the fields of TransformerConfig as keywords.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default everyone everyone. Nothing attends padding in any case.
+        self_mask: which tokens attend which, by default all attend all. No token attends padding in any case.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -229,20 +229,20 @@ class TransformerEncoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
-            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
+            mask: applied in this call beside the model's own mask, by index whatever the positions are, such as
                 `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
-                far), whose column j is position j, with an EmptyCache index j.
+                far), whose column j is position j, or index j with an EmptyCache.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
                 padding mask and the caches. Masks and score mods are read at positions too.
             token_type_ids: (batch, T), below the config's num_token_types, by default 0.
             score_mod: applied to the attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them, in both directions.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend all tokens in them, later ones too.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. Rows of padding hold no meaning.
+            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
 
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
@@ -268,10 +268,10 @@ class TransformerDecoder(_TokenTransformer):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
+        self_mask: which tokens attend which, by default `causal()`. No token attends padding in any case.
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
-        own_tokens: whether it has a table of token embeddings; else `run` is given one each time.
+        own_tokens: whether it has a table of token embeddings; without one, every `run` is given a table.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -331,15 +331,15 @@ class TransformerDecoder(_TokenTransformer):
             padding_mask: True for real tokens.
             deterministic: no dropout.
             position_ids: each token's index within its row's text, -1 for padding.
-            encoder_output: (batch, S, encoder_features), or `keys_values` of it; needed with cross_attention.
-            cross_mask: which tokens attend which of the encoder's, by index; `masks.padding(real)` hides its padding.
+            encoder_output: (batch, S, encoder_features), or its `keys_values`; needed with cross_attention.
+            cross_mask: which tokens attend which tokens of the encoder, by index; `masks.padding(real)` hides padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
             score_mod: applied to the self-attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend the tokens in them.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. Rows of padding hold no meaning.
+            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
 
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
@@ -358,7 +358,7 @@ class TransformerDecoder(_TokenTransformer):
         token_embedding: TokenEmbedding | None = None,
         **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call with its result in one form; `token_embedding` is for a decoder without its own."""
+        """The call with its result in one form; a decoder without its own tokens needs `token_embedding`."""
         check_options("TransformerDecoder", options, DecoderOptions)
         self._check_cross(options)
         return self._run(input_ids, cast("_Options", options), token_embedding)
@@ -400,11 +400,12 @@ class TransformerDecoder(_TokenTransformer):
 
 
 class TokenHead(nnx.Module):
-    """float32 logits of hidden states: a projection of its own, or products with the token embeddings.
+    """float32 logits of hidden states, by a projection of its own or by products with the token embeddings.
 
     Args:
         rngs: for the initial weights.
-        config: `tie_embeddings` decides, `use_bias` may name "head", `logit_scale` scales, `logit_soft_cap` bounds.
+        config: `tie_embeddings` chooses between the two, `use_bias` may name "head"; `logit_scale` multiplies the
+            logits, `logit_soft_cap` bounds them.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
@@ -419,7 +420,7 @@ class TokenHead(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
-        """The logits; `tokens` holds the embeddings of the tokens that they are about."""
+        """The logits; `tokens` holds the embeddings of the predicted tokens."""
         logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -431,7 +432,7 @@ class TokenHead(nnx.Module):
 def count_positions(
     shape: tuple[int, ...], real: Array | None, caches: tuple[LayerCache, ...] | None
 ) -> Int[Array, "B T"]:
-    """Real tokens count on from what the caches hold; padding is at -1."""
+    """Positions of real tokens, counted on from the tokens in the caches; padding is at -1."""
     real = jnp.ones(shape, bool) if real is None else real
     start = 0 if caches is None else caches[0].next_positions()[:, None]
     return jnp.where(real, start + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, -1)

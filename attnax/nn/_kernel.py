@@ -1,4 +1,4 @@
-"""The kernel of an attention layer: the attention function that a config names, with the layer's options around it."""
+"""The kernel of an attention layer: the attention function that its config names, and the options of the layer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["Heads", "Kernel", "LiteAttention", "attention_function", "kernel_of"
 
 
 class Heads(NamedTuple):
-    """The projected heads of one call, and how they attend.
+    """The projected heads of one call, and the masks and mods by which they attend.
 
     Attributes:
         query: (B, N, T, H), rotated.
         key: (B, K, S, H), rotated.
         value: (B, K, S, Hv).
-        mask: at indices, with a cache that holds tokens at positions.
-        score_mod: the same.
+        mask: read at indices; with a cache that holds tokens, at positions.
+        score_mod: likewise.
         dropout_rng: None for no dropout.
-        positions: (B or 1, T), of the queries; always given with a cache.
+        positions: (B or 1, T), of the queries; never None with a cache.
     """
 
     query: Float[Array, "B N T H"]

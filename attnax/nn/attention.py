@@ -62,13 +62,13 @@ class MultiHeadAttention(nnx.Module):
         qkv_features: width of all query heads together, by default in_features.
         out_features: width of the result, by default in_features.
         context_features: width of the context, by default in_features.
-        attention_fn: what computes the attention of the projected, rotated heads, by default what the config's
-            `attention_type` names.
+        attention_fn: computes the attention of the projected, rotated heads; by default the function that the
+            config's `attention_type` names.
         score_mod: applied to the scores of every call, before a per-call one. A score_mod, rope or attention_fn that
             holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
             NumPy arrays are constants.
-        rope: turns queries and keys, a function `(heads, position_ids) -> heads`, by default the config's.
-        query_norm: norm of the queries before that, over a head or over all of them by its `num_features`.
+        rope: a function `(heads, position_ids) -> heads` that turns queries and keys, by default the config's.
+        query_norm: norm of the queries before they are turned; by its `num_features` over each head or over all heads.
         key_norm: the same for the keys.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
@@ -80,7 +80,7 @@ class MultiHeadAttention(nnx.Module):
 
     Raises:
         ValueError: options that do not fit together, or a score_mod, rope or attention_fn that reads a floating JAX
-            array which is none of its leaves. A score_mod that works at the sizes of a call alone raises in that call.
+            array which is none of its leaves. A score_mod that works only at the sizes of a call raises in that call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -175,23 +175,23 @@ class MultiHeadAttention(nnx.Module):
         kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T Do"] | tuple[Float[Array, "B T Do"], Any]:
-        """What each token of x gathers from the tokens of `context`, or of x itself.
+        """The attention of each token of x to the tokens of `context`, or of x itself.
 
         Args:
             x: (batch, T, in_features).
-            context: (batch, S, context_features) for cross-attention, or what `keys_values` made of it; by default x.
+            context: (batch, S, context_features) for cross-attention, or its `keys_values`; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S). With a cache column j of an array is position j of the row's text, padding
-                left out. The array may have as few columns as there are tokens so far: positions beyond them are not
-                attended. Its rows are the tokens of x; max_len rows are positions.
+                (batch, num_heads, T, S). With a cache, column j of an array is position j of the row's text, without
+                padding, and an array of fewer columns than positions hides the positions beyond them. Its rows are the
+                tokens of x; max_len rows are positions.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
-                what follows the cache, where -1 marks padding. Without a cache, masks and score mods are read at
+                the positions after the cache; -1 marks padding. Without a cache, masks and score mods are read at
                 indices; `attnax.masks.at_positions` reads them at positions.
             position_ids_kv: positions of the context for RoPE, by default 0 ... S - 1.
             score_mod: applied to the scores after the layer's own.
             kv_cache: of any kind (`attnax.cache`); x is appended to it and attends all of it. Masks and score mods are
-                then read at positions; with an EmptyCache at indices, as without a cache.
+                then read at positions, but with an EmptyCache at indices, as without a cache.
             rngs: randomness of the dropout, instead of the stored stream.
 
         Returns:
@@ -199,7 +199,7 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
             ValueError: arguments that do not fit together, or a full cache (under jit: NaN).
-            NotImplementedError: what the attention function lacks, such as a cache for linear attention.
+            NotImplementedError: the attention function lacks a feature, such as a cache for linear attention.
         """
         options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "kv_cache": kv_cache}
         options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
@@ -236,7 +236,7 @@ class MultiHeadAttention(nnx.Module):
     def _attend(
         self, x: Array, options: MultiHeadOptions, *, weights: bool = False
     ) -> tuple[Float[Array, "B N T Hv"], Any]:
-        """What each head gathers, or with `weights` how much of each key's value that is; and the new cache."""
+        """The attention of each head, or with `weights` its weights, and the new cache."""
         check_options("MultiHeadAttention", options, MultiHeadOptions)
         cache, context, score_mod = options.get("kv_cache"), options.get("context"), options.get("score_mod")
         positions, kv_positions = self._check_positions(x, options)
@@ -255,14 +255,16 @@ class MultiHeadAttention(nnx.Module):
         given, alibi = options.get("mask"), None
         mask = None if given is None else as_mask(given)
         if context is None:
-            is_alone = cache is None or isinstance(cache, EmptyCache)  # x attends nothing but itself
+            is_alone = cache is None or isinstance(
+                cache, EmptyCache
+            )  # the tokens of a cache are read at positions anyway
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
             mask = window if mask is None else mask if window is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
         score_mod = compose_score_mods(cap, alibi, self.score_mod, score_mod)
 
         dropout_rng = self.dropout.key(options.get("deterministic"), options.get("rngs"))
-        if weights:  # what each key's value contributes, read off with a value of its own for each key
+        if weights:  # with unit vectors as values, the result of attention is its weights
             value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
         heads = Heads(query, key, value, mask, score_mod, dropout_rng, positions)
         sinks = None if self.sinks is None else self.sinks[...]
@@ -270,7 +272,7 @@ class MultiHeadAttention(nnx.Module):
         return (kernel.attend(heads), None) if cache is None else attend_cache(kernel, heads, cache)
 
     def _check_positions(self, x: Array, options: MultiHeadOptions) -> tuple[Array | None, Any]:
-        """Positions of the queries and of the keys, from arguments that fit together."""
+        """The positions of queries and keys; raises where the arguments of a call do not fit together."""
         batch, length, _ = self._check_tokens("x", x, self.query, None)
         cache, context = options.get("kv_cache"), options.get("context")
         positions, kv_positions = options.get("position_ids_q"), options.get("position_ids_kv")
@@ -296,7 +298,7 @@ class MultiHeadAttention(nnx.Module):
         return positions, positions if context is None and kv_positions is None else kv_positions
 
     def _window_and_alibi(self, positions: Any, kv_positions: Any) -> tuple[Mask | None, ScoreMod | None]:
-        """The layer's own window and ALiBi; like RoPE they go by positions, if given, whatever the mask goes by."""
+        """The layer's own window and ALiBi. Like RoPE they go by positions if there are any; masks go by indices."""
         config = self.config
         window = None if config.attention_window is None else sliding_window(config.attention_window, causal=False)
         alibi = alibi_mod(config.num_heads) if config.pos_emb_type == "alibi" else None
@@ -312,7 +314,12 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "B S Dc"],
         position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
     ) -> KeysValues:
-        """The keys and values of a context, which calls take in its place; positions as `position_ids_kv` of a call."""
+        """The keys and values of a context, which a call takes in place of it.
+
+        Args:
+            context: (batch, S, context_features).
+            position_ids: its positions, as `position_ids_kv` of a call.
+        """
         batch, length, _ = self._check_tokens("context", context, self.key, None)
         if position_ids is not None:
             position_ids = check_positions("MultiHeadAttention", "position_ids_kv", position_ids, batch, length)
@@ -330,9 +337,10 @@ class MultiHeadAttention(nnx.Module):
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def _refuse_hidden_arrays(self) -> None:
-        """Raises ValueError for a function with arrays that are not in the layer's state and so would get no gradient.
+        """Raises ValueError for a function with arrays outside of the layer's state, which would get no gradient.
 
-        Axes of length 1 broadcast against arrays of any size. A call looks at the score mod again, at its sizes.
+        Functions are traced with axes of length 1, which broadcast against arrays of any size. Each call looks at the
+        score mod again, at the sizes of the call.
         """
         config = self.config
         heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -355,12 +363,12 @@ class MultiHeadAttention(nnx.Module):
 
 
 def _named(name: str, x: Array) -> Array:
-    """x, which a policy of `jax.checkpoint` may save by that name; untraced arrays need none, and no program."""
+    """x, which a policy of `jax.checkpoint` may save by that name. Concrete arrays need no name, and no program."""
     return x if is_concrete(x) else checkpoint_name(x, name)
 
 
 def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes of the arguments of a score mod for all pairs: scores, b, h, q, kv."""
+    """Shapes and dtypes of the arguments of a score mod, (scores, b, h, q, kv), for all pairs at once."""
     shapes = (batch, 1, 1, 1), (1, num_heads, 1, 1), (1, 1, seq_q, 1), (1, 1, 1, seq_kv)
     indices = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
     return jax.ShapeDtypeStruct((batch, num_heads, seq_q, seq_kv), jnp.float32), *indices

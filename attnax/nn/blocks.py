@@ -27,15 +27,15 @@ __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
 
 class Output(NamedTuple):
-    """What a block, a stack or a model computes.
+    """The results of a block, a stack or a model.
 
     Attributes:
-        hidden: (batch, T, d_model), of a model what its head reads.
-        caches: the new cache of a block, the tuple of them of a stack, or None.
+        hidden: (batch, T, d_model), of a model the input of its head.
+        caches: the new cache of a block, the tuple of the new caches of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
             tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
-            that no query may attend by `masks.padding`, an array or positions in the mask of the call; other masks
-            and functions are not looked at.
+            that no query may attend by `masks.padding`, an array or positions in the mask of the call. Other masks and
+            functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
 
@@ -46,18 +46,18 @@ class Output(NamedTuple):
 
 
 def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """The sums of what both hold (tuples one after the other), and what only one holds."""
+    """The entries of both dictionaries; entries under one name are summed, tuples joined."""
     return left | {name: left[name] + value if name in left else value for name, value in right.items()}
 
 
 class Residual(nnx.Module):
-    """What a sublayer adds to the stream, and where its norms stand, said once.
+    """The residual connection around a sublayer f, with its norms.
 
     Args:
         rngs: for the norms and the stored dropout stream.
         config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
-            or "branch" x + norm(f(x)). With `layer_scale` that is scaled by a learned number a feature; it goes through
-            dropout and is scaled by `residual_scale`.
+            or "branch" x + norm(f(x)). The added branch is scaled by a learned number a feature (`layer_scale`), goes
+            through dropout and is scaled by `residual_scale`.
 
     References:
         H. Touvron et al., "Going Deeper with Image Transformers" (LayerScale), 2021, https://arxiv.org/abs/2103.17239.
@@ -80,7 +80,7 @@ class Residual(nnx.Module):
         sublayer: Callable[[Array], tuple[Array, Any]],
         **mode: Unpack[Mode],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `sublayer` adds to x, and the second result of `sublayer`."""
+        """The branch that `sublayer` adds to x, and the second result of `sublayer`."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
         branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
@@ -214,12 +214,12 @@ class DecoderBlock(nnx.Module):
     """Self-attention, cross-attention to an encoder's output, then a feed-forward.
 
     Called as `DecoderBlock(rngs, config)` or `DecoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`. It applies
-    the masks that it is given and no other: give `self_mask=causal()` where tokens must not see what follows.
+    only the masks that it is given: give `self_mask=causal()` where tokens must not see later tokens.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention; beside the latter,
-            cross-attention is FLASH.
+        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention only; beside lite
+            attention, cross-attention is FLASH.
         num_heads: of BlockConfig, where config is d_model.
         d_ff: the same.
         encoder_features: width of the encoder's output, by default d_model.
@@ -287,11 +287,11 @@ class DecoderBlock(nnx.Module):
         Args:
             x: (batch, T, d_model).
             encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            self_mask: who attends whom within x, and with a cache before it; as `mask` of `MultiHeadAttention`.
-            cross_mask: which tokens of x attend which of the encoder, by index.
+            self_mask: which tokens attend which in x and in a cache before it; as `mask` of `MultiHeadAttention`.
+            cross_mask: which tokens of x attend which tokens of the encoder, by index.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or what follows the cache.
-            position_ids_cross_q: positions of x for RoPE in cross-attention, by default those of self-attention.
+            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or those after the cache.
+            position_ids_cross_q: positions of x for RoPE in cross-attention, by default `position_ids_self`.
             position_ids_cross_kv: positions of the encoder's output for RoPE.
             score_mod: applied to the scores of self-attention.
             self_attn_kv_cache: x is appended to it and attends all of it.
@@ -355,7 +355,7 @@ class DecoderBlock(nnx.Module):
 def _block_config(
     config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
 ) -> BlockConfig:
-    """The config of a block, whose sizes may be given by position."""
+    """The config of a block, whose sizes may be positional arguments."""
     sizes = {"num_heads": num_heads, "d_ff": d_ff}
     if isinstance(config, int | np.integer):
         if "d_model" in fields:
@@ -389,14 +389,14 @@ def _real_tokens(x: Array, options: EncoderBlockOptions) -> Array | None:
     """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
     mask, positions, cache = options.get("mask"), options.get("position_ids"), options.get("cache")
     real = None if positions is None else jnp.atleast_2d(jnp.asarray(positions)) >= 0
-    # With a cache that may hold tokens the columns of the mask are positions, not tokens of x.
+    # With a cache that may hold tokens, the columns of the mask are positions, not tokens of x.
     if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
         real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
     return None if real is None else jnp.broadcast_to(real, x.shape[:2])
 
 
 def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
-    """True for keys that some query may attend, (1 or batch, 1 or T); None for a mask that would need all pairs."""
+    """True for keys that some query may attend, (1 or batch, 1 or T); None where only all pairs could tell."""
     match mask:
         case And(left, right):
             return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))
