@@ -1,4 +1,4 @@
-"""What to continue and how: the arguments of a model's `generate`, checked and as arrays."""
+"""A request: the arguments of a model's `generate`, checked and as arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Request", "RequestOptions", "make_request", "padded_length", "place_
 
 @pytree_dataclass
 class Request:
-    """What to continue, and how.
+    """The prompts to continue, and how.
 
     Attributes:
         ids: (batch, T) prompt.
@@ -30,8 +30,8 @@ class Request:
         key: one typed key, one a prompt or one a row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
         sampler: draws tokens.
-        stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
-        fill: what follows the end.
+        stops: (K, n), the sequences of tokens that end a row, aligned right, after fillers of -1.
+        fill: the token after the end.
         context: as in `Tokens`.
         num_samples: rows of the result for each prompt.
     """
@@ -54,13 +54,13 @@ class Request:
     def row_keys(self) -> Array | None:
         """A key for each row, None where nothing is drawn.
 
-        A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on its
-        neighbours.
+        A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on
+        other rows.
         """
         return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
     def after_prompt(self) -> Request:
-        """What is still read when the prompt has been: the same for prompts of every length."""
+        """The request without what only the prompt needs: of one shape for prompts of every length."""
         ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
         return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
 
@@ -132,9 +132,9 @@ def make_request(
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
-    """An array made from a user's, on the devices of that one.
+    """`made`, an array computed from `given`, on the devices of `given`.
 
-    On a mesh with Explicit axes every device gets all of it, since caches are not cut.
+    On a mesh with Explicit axes every device gets the whole array, since caches are not cut.
     """
     if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
         return made
@@ -145,9 +145,9 @@ def place_like(given: Any, made: ArrayLike) -> ArrayLike:
 
 
 def padded_length(length: int) -> int:
-    """The least of a few lengths that holds `length`, so that a few programs serve all.
+    """`length` rounded up to one of a few lengths, so that a few programs serve all.
 
-    1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
+    The lengths are 1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
     """
     if length == 1:
         return 1
@@ -157,12 +157,12 @@ def padded_length(length: int) -> int:
 
 
 def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
-    """One key a row: `key` itself if it holds one for each, else `fold_in(key, row)`.
+    """One key a row: `key` itself if it holds one a row, else `fold_in(key, row)`.
 
-    With several samples, `key` may hold one for each prompt; its samples then draw with `fold_in(key, sample)`.
+    With several samples, `key` may hold one key a prompt; the samples then draw with `fold_in(key, sample)`.
 
     Raises:
-        ValueError: not a typed key, or another number of them.
+        ValueError: not a typed key, or another number of keys.
     """
     _check_keys(key, batch, num_samples)
     if key.shape == (batch * num_samples,):
@@ -223,7 +223,7 @@ def _check_keys(key: Array, batch: int, num_samples: int) -> None:
 def _stops(
     end_token: int | Sequence[int] | None, stop_sequences: Sequence[Sequence[int]], vocab_size: int
 ) -> tuple[list[int], np.ndarray]:
-    """The end tokens, and all that ends a row as `Request.stops`."""
+    """The end tokens, and the `Request.stops` of end tokens and stop sequences."""
     ends: list[int] = [] if end_token is None else np.atleast_1d(np.asarray(end_token)).tolist()
     if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
         raise ValueError(
