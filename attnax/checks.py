@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ __all__ = [
     "apply_score_mod",
     "check_attention",
     "check_broadcast",
+    "check_options",
     "check_positions",
     "check_shape",
     "explain_tracing",
@@ -177,3 +178,10 @@ def check_shape(caller: str, name: str, array: Any, *wanted: tuple[int | str, ..
     if not fits:
         shapes = " or ".join(f"({', '.join(map(str, want))}{',' if len(want) == 1 else ''})" for want in wanted)
         raise ValueError(f"{caller}: {name} must be {kind}{shapes}; got {name}.shape={shape}{given}.")
+
+
+def check_options(caller: str, options: Mapping[str, Any], kind: type) -> None:
+    """Raises TypeError, as for any call, for an option that the TypedDict `kind` lacks."""
+    unknown = [name for name in options if name not in kind.__annotations__]
+    if unknown:
+        raise TypeError(f"{caller}: options must be among {', '.join(kind.__annotations__)}; got {', '.join(unknown)}.")

@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 
-__all__ = ["function_pytree", "pytree_dataclass"]
+__all__ = ["function_pytree", "is_own", "pytree_dataclass"]
 
 Instance = TypeVar("Instance")
 
@@ -24,3 +25,17 @@ def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
 def function_pytree(function: Any) -> Any:
     """A function as a pytree: the function itself if it is one (its arrays are leaves), else one without leaves."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
+
+
+def is_own(function: Any) -> bool:
+    """Whether a mask or score mod is made of the library's own parts alone."""
+    own = True
+
+    def visit(node: Any) -> bool:
+        nonlocal own
+        known = isinstance(node, jax.Array | np.ndarray | int | float) or type(node) in (tuple, list, dict, type(None))
+        own = own and (known or type(node).__module__.startswith("attnax."))
+        return False
+
+    jax.tree.flatten(function, is_leaf=visit)
+    return own

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest texts found by keeping the best few beginnings of each prompt, in one compiled program."""
+"""Beam search: likely texts, found by keeping the best few running texts of each prompt, in one compiled program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import Step, Tokens, made, prompt_tokens, text_length
+from attnax.generation.loop import Model, Step, Tokens, prompt_tokens, text_length
 from attnax.generation.request import Request
 from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
@@ -21,7 +21,7 @@ __all__ = ["Beams", "EarlyStopping", "beam_search"]
 
 EarlyStopping = Literal["heuristic", "first", "never"]
 
-_WORST = -1e9  # instead of -inf: the score of a beam that does not exist is still ordered and divided
+_WORST = -1e9  # the score of a beam that does not exist; unlike -inf it can be ordered and divided
 
 
 class Beams(NamedTuple):
@@ -29,9 +29,9 @@ class Beams(NamedTuple):
 
     Attributes:
         tokens: (batch, num_beams, max_new_tokens) int32; after its end a text is filled as in `Generation`.
-        lengths: (batch, num_beams) int32, tokens up to and with what ended the text.
+        lengths: (batch, num_beams) int32, the tokens of each text, with the token or sequence that ended it.
         scores: (batch, num_beams) float32, log-probability / lengths ** length_penalty. Where penalties leave fewer
-            texts than beams, the rest have length 0 and the score -1e9.
+            texts than beams, the missing texts have length 0 and the score -1e9.
     """
 
     tokens: Int[Array, "B N T"]
@@ -41,14 +41,14 @@ class Beams(NamedTuple):
 
 @pytree_dataclass
 class _Search:
-    """What the loop carries; B prompts, N beams each, running ones and the best that have ended."""
+    """The state of the loop for B prompts: N running beams each, and the N best ended texts."""
 
     text: Text  # B * N rows
     log_probs: Float[Array, "B N"]
     done: Text  # B * N rows
     scores: Float[Array, "B N"]
-    ended: Array  # (B, N), whether `done` holds a text there
-    hopeful: Array  # (B,), whether a running beam may still become one of the best
+    ended: Array  # (B, N), whether this row of `done` holds a text
+    hopeful: Array  # (B,), whether a running beam may still become one of the best texts
     cache: Any
 
 
@@ -66,27 +66,29 @@ def beam_search(
 ) -> Beams:
     """The best texts after each prompt.
 
-    A step weighs every continuation of every running beam; those that end among the best `num_beams` are kept if their
-    score is, the best others go on. Scores are those of Hugging Face transformers, and so are the three ways to stop.
+    A step scores every continuation of every running beam. A continuation that ends, and is among the best `num_beams`,
+    joins the ended texts if its score is among theirs; the best continuations that do not end run on. The scores and
+    the three ways to stop are those of Hugging Face transformers.
 
     Args:
         step: the model.
         state: its parameters.
-        request: what to continue; of its sampler only the penalties apply, to log-probabilities.
+        request: the prompts; of its sampler only the penalties apply, to log-probabilities.
         cache: of the prompts' rows; it may be Planned.
         num_beams: beams of each prompt.
-        max_new_tokens: static, what the result has room for; at least that of the request.
+        max_new_tokens: static, the room of the result; at least that of the request.
         length_penalty: exponent of the length that the log-probability of a text is divided by.
-        early_stopping: "first" stops with num_beams texts; "heuristic" when no running beam has a better score than the
-            worst of them if it ended now; "never" if no length that it may still reach gives it one.
+        early_stopping: "first" stops with num_beams ended texts; "heuristic" when no running beam that ended now would
+            have a better score than the worst of them; "never" when no beam could at any length that it may reach.
     """
     batch = request.ids.shape[0]
-    cache, context = made(cache, state), made(request.context, state)
-    logits, cache = step(state, prompt_tokens(request, context), cache)
+    model = Model(step, state)
+    cache, context = model.made(cache), model.made(request.context)
+    logits, cache = model(prompt_tokens(request, context), cache)
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, max_new_tokens))
     rows = jnp.repeat(jnp.arange(batch), num_beams)
     cache, context, logits, text = select_rows((cache, context, logits[:, 0], text), rows)
-    first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal yet: only one may go on
+    first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal at first: only one runs on
     search = _Search(
         text=text,
         log_probs=jnp.broadcast_to(first, (batch, num_beams)),
@@ -109,7 +111,7 @@ def beam_search(
         text = search.text
         wanted = jnp.zeros((text.lengths.shape[0], 1), jnp.int32)
         tokens = Tokens(text.last(1), text.last_positions(1), wanted, context)
-        logits, cache = step(state, tokens, search.cache)
+        logits, cache = model(tokens, search.cache)
         return choose(dataclasses.replace(search, cache=cache), logits[:, 0])
 
     search = lax.while_loop(unfinished, advance, choose(search, logits))
@@ -126,11 +128,11 @@ def _choose(
     length_penalty: float | Array,
     early_stopping: EarlyStopping,
 ) -> _Search:
-    """The next running beams and the best that have ended, from the logits (B * N, V) of what follows."""
+    """The next running beams and the best ended texts, from the logits (B * N, V) of the next token."""
     (batch, num_beams), size = search.log_probs.shape, logits.shape[-1]
     scores = request.sampler.penalise(jax.nn.log_softmax(logits.astype(jnp.float32)), search.text)
     scores = (scores.reshape(batch, num_beams, size) + search.log_probs[..., None]).reshape(batch, -1)
-    # So many that num_beams go on though every sequence that stops a text stops one of the best.
+    # Each beam has at most one continuation for each stop sequence that ends it, so num_beams continuations are left.
     count = min((1 + max(1, request.stops.shape[0])) * num_beams, scores.shape[1])
     scores, index = lax.top_k(scores, count)
     parents = (jnp.arange(batch)[:, None] * num_beams + index // size).reshape(-1)
@@ -138,7 +140,7 @@ def _choose(
     written = (text.lengths - text.prompt_lengths).reshape(batch, count)
     ends = text.ends_with(request.stops).reshape(batch, count) | (written >= request.max_new_tokens)
 
-    # Beyond the best num_beams a text does not end, it is only there to go on with.
+    # A continuation beyond the best num_beams cannot end: it is a candidate to run on only.
     stops = ends & (jnp.arange(count) < num_beams)[None]
     if early_stopping == "first":
         stops = stops & ~search.ended.all(1, keepdims=True)
@@ -153,7 +155,7 @@ def _choose(
     log_probs, running = lax.top_k(jnp.where(ends | ~exists, _WORST, scores), num_beams)
     parents = jnp.take_along_axis(parents.reshape(batch, count), running, axis=1).reshape(-1)
     text = _pick(jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), text), running)
-    # What the best running beam would score at the length that suits it.
+    # The score of the best running beam at the length that gives it the best score.
     reached = (text.lengths - text.prompt_lengths).reshape(batch, num_beams)[:, 0].astype(jnp.float32)
     length = reached
     if early_stopping == "never":

@@ -1,8 +1,8 @@
 """Autoregressive generation: one compiled program reads the prompt, a second loops over the new tokens.
 
-They are two so that prompts of different lengths share the loop, and a single token needs none. Nothing here knows a
-model. A `Step` is a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of every row and of a cache
-of what came before.
+With two programs, prompts of different lengths share the loop, and a single new token needs no loop. This package knows
+no model, only a `Step`: a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of every row and of a
+cache of the tokens before.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Generation", "Planned", "Step", "Tokens", "generate", "stream"]
 
 
 class Tokens(NamedTuple):
-    """What a step reads.
+    """The input of a step.
 
     Attributes:
         ids: (rows, T).
         position_ids: (rows, T), each token's index within its row's text, -1 for padding.
-        wanted: (rows, n), the indices within T of the tokens that the logits are to follow.
-        context: what a row attends beside its text, with the rows first: an encoder's keys and values, or None.
+        wanted: (rows, n), the indices within T of the tokens after which logits are wanted.
+        context: arrays that a row attends beside its text, with the rows first: an encoder's keys and values, or None.
     """
 
     ids: Int[Array, "R T"]
@@ -45,21 +45,37 @@ class Tokens(NamedTuple):
 
 @runtime_checkable
 class Step(Protocol):
-    """A model that decodes; it must hash by value, since the compiled program is found again by it."""
+    """A model that decodes; it must hash by value, since compiled programs are looked up by it."""
 
     def __call__(self, state: Any, tokens: Tokens, cache: Any, /) -> tuple[Array, Any]:
-        """Logits (rows, n, vocabulary) of what follows the wanted tokens, and the cache with all tokens appended."""
+        """Logits (rows, n, vocabulary) of the token after each wanted one, and the cache with all tokens appended."""
+
+
+@pytree_dataclass
+class Model:
+    """A step with its parameters."""
+
+    step: Step = dataclasses.field(metadata={"static": True})
+    state: Any
+
+    def __call__(self, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
+        """As `Step`."""
+        return self.step(self.state, tokens, cache)
+
+    def made(self, value: Any) -> Any:
+        """The cache or context, which is made here if it is Planned."""
+        return value.make(self.state) if isinstance(value, Planned) else value
 
 
 class Generation(NamedTuple):
-    """What was generated after the prompt; rows are those of the prompts, or the samples of the first, the second, ...
+    """The generated texts; rows are the prompts, or the samples of the first prompt, of the second, and so on.
 
     Attributes:
         tokens: (rows, max_new_tokens) int32; after its end a row is filled with the first end token, else with padding.
-        lengths: (rows,) int32, tokens of each row up to and with what ended it.
+        lengths: (rows,) int32, the tokens of each row, with the token or sequence that ended it.
         log_probs: (rows, max_new_tokens) float32, the model's log-probability of each token (before penalties,
             temperature and cuts); 0 after the end.
-        steps: (rows,) int32, how often the model ran for the row: once for each token, or less often with a draft.
+        steps: (rows,) int32, the calls of the model for the row: one for each token, fewer with a draft.
     """
 
     tokens: Int[Array, "R T"]
@@ -70,15 +86,15 @@ class Generation(NamedTuple):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A cache or a context that is made within the program that reads the prompt; a pytree."""
+    """A pytree of which the program that reads the prompt makes a cache or a context."""
 
     def make(self, state: Any, /) -> Any:
-        """The empty caches, or what rows attend beside their text, from the parameters of the model."""
+        """The empty caches, or the context of the rows, from the parameters of the model."""
 
 
 @pytree_dataclass
 class Progress:
-    """Everything that the loop carries from token to token."""
+    """The state that the loop carries from token to token."""
 
     keys: Array | None  # (R,), None where nothing is drawn
     text: Text
@@ -94,19 +110,20 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
     Args:
         step: the model.
         state: its parameters.
-        request: what to continue, and how.
+        request: the prompts, and how to continue them.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
             there are several samples, whose cache has other shapes. It may be Planned.
-        max_new_tokens: static, what the result has room for; at least that of the request, which is a value.
+        max_new_tokens: static, the room of the result; at least that of the request, which is a value.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
-    progress, context, written, _ = _begin(request)(step, state, request, cache, max_new_tokens)
+    model = Model(step, state)
+    progress, context, written, _ = _begin(request)(model, request, cache, max_new_tokens)
     if is_concrete(progress.finished) and np.asarray(progress.finished).all():
         return written, progress.cache
     rest = dataclasses.replace(progress, cache=None)
-    return _write_rest(step, state, request.after_prompt(), rest, progress.cache, context)
+    return _write_rest(model, request.after_prompt(), rest, progress.cache, context)
 
 
 def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
@@ -114,7 +131,8 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
 
     Stops after the request's max_new_tokens, or when every row has ended.
     """
-    progress, context, _, token = _begin(request)(step, state, request, cache, max_new_tokens)
+    model = Model(step, state)
+    progress, context, _, token = _begin(request)(model, request, cache, max_new_tokens)
     request = request.after_prompt()
     if not is_concrete(token):
         raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
@@ -122,55 +140,49 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
         yield np.asarray(token)
         if np.asarray(progress.finished).all():
             return
-        progress, token = _next_token(step, state, request, progress, context)
+        progress, token = _next_token(model, request, progress, context)
 
 
-def begin(
-    step: Step, state: Any, request: Request, cache: Any, room: int
-) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
+def begin(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
     """Reads the prompt and draws the first token: the progress, the context of each row, the result so far, the token.
 
     `room` tokens may follow the prompt.
     """
-    progress, context = start(step, state, request, cache, room)
+    progress, context = start(model, request, cache, room)
     return progress, context, result(progress, request), progress.text.last(1)[:, 0]
 
 
-_begin_program = jax.jit(begin, static_argnames=("step", "room"))
-_begin_in_place = jax.jit(begin, static_argnames=("step", "room"), donate_argnames="cache")
+_begin_program = jax.jit(begin, static_argnames="room")
+_begin_in_place = jax.jit(begin, static_argnames="room", donate_argnames="cache")
 
 
 def _begin(request: Request) -> Any:
-    """The program that begins; in place where the rows of the prompts are those of the result."""
+    """The program that begins; it donates the cache where the result has the rows of the prompts."""
     return _begin_in_place if request.num_samples == 1 else _begin_program
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames="cache")
-def _write_rest(
-    step: Step, state: Any, request: Request, progress: Progress, cache: Any, context: Any
-) -> tuple[Generation, Any]:
+@partial(jax.jit, donate_argnames="cache")
+def _write_rest(model: Model, request: Request, progress: Progress, cache: Any, context: Any) -> tuple[Generation, Any]:
     def go_on(progress: Progress) -> Progress:
-        return advance(step, state, request, progress, context)
+        return advance(model, request, progress, context)
 
     progress = dataclasses.replace(progress, cache=cache)
     progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
     return result(progress, request), progress.cache
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames="progress")
-def _next_token(
-    step: Step, state: Any, request: Request, progress: Progress, context: Any
-) -> tuple[Progress, Int[Array, "R"]]:
+@partial(jax.jit, donate_argnames="progress")
+def _next_token(model: Model, request: Request, progress: Progress, context: Any) -> tuple[Progress, Int[Array, "R"]]:
     before = progress.text.lengths
-    progress = advance(step, state, request, progress, context)
+    progress = advance(model, request, progress, context)
     text = progress.text
     return progress, jnp.where(text.lengths > before, text.last(1)[:, 0], request.fill)
 
 
-def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
-    """Reads the prompt and draws the first token; `room` tokens may follow. Also the context of each row."""
-    cache, context = made(cache, state), made(request.context, state)
-    logits, cache = step(state, prompt_tokens(request, context), cache)
+def start(model: Model, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
+    """Reads the prompt and draws the first of `room` tokens: the progress, and the context of each row."""
+    cache, context = model.made(cache), model.made(request.context)
+    logits, cache = model(prompt_tokens(request, context), cache)
     logits = logits[:, 0]
     text = Text.of_prompt(request.ids, request.position_ids, text_length(request, room + spare))
     cache, context, logits, text = for_samples(request, (cache, context, logits, text))
@@ -188,45 +200,40 @@ def start(step: Step, state: Any, request: Request, cache: Any, room: int, spare
 
 
 def text_length(request: Request, room: int) -> int:
-    """Tokens that the text of a row has room for: one of a few lengths, so that prompts of others share the loop."""
+    """The room of a row's text in tokens: one of a few lengths, so that prompts of several lengths share the loop."""
     return padded_length(request.ids.shape[1] + room)
 
 
 def for_samples(request: Request, rows_of_prompts: Any) -> Any:
-    """The rows of the prompts, which are read once, as rows of their samples."""
+    """The rows of the prompts, repeated for their samples: a prompt is read once."""
     if request.num_samples == 1:
         return rows_of_prompts
     return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(request.ids.shape[0]), request.num_samples))
 
 
-def made(value: Any, state: Any) -> Any:
-    """What was planned, made; anything else as it is."""
-    return value.make(state) if isinstance(value, Planned) else value
-
-
 def prompt_tokens(request: Request, context: Any) -> Tokens:
-    """The prompt as a step reads it; the logits wanted follow the last real token of each row."""
+    """The prompt as the input of a step; logits are wanted after the last real token of each row."""
     ids, position_ids = jnp.asarray(request.ids), jnp.asarray(request.position_ids)
     return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], context)
 
 
-def advance(step: Step, state: Any, request: Request, progress: Progress, context: Any) -> Progress:
+def advance(model: Model, request: Request, progress: Progress, context: Any) -> Progress:
     """One more token in every row that has not ended."""
     text, running = progress.text, ~progress.finished
-    # A row that has ended goes on as padding, so that it costs its cache nothing but the slot.
+    # An ended row goes on as padding, which takes a slot of its cache at most.
     position_ids = jnp.where(running[:, None], text.last_positions(1), -1)
     tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
-    logits, cache = step(state, tokens, progress.cache)
+    logits, cache = model(tokens, progress.cache)
     token = request.sampler(logits[:, 0], position_keys(progress.keys, text), text)
     progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
     return append(progress, token, logits[:, 0], request, running)
 
 
 def append(progress: Progress, token: Array, logits: Array, request: Request, where: Array) -> Progress:
-    """Writes a token to the rows where that is so, and looks whether it ends them."""
+    """Writes a token to the rows where `where` is True, and marks the rows that it ends."""
     text, (num_rows, room) = progress.text, progress.log_probs.shape
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
-    index = jnp.where(where, text.lengths - text.prompt_lengths, room)  # past the end: dropped
+    index = jnp.where(where, text.lengths - text.prompt_lengths, room)  # out-of-range: dropped
     log_probs = progress.log_probs.at[jnp.arange(num_rows), index].set(log_prob, mode="drop")
     text = text.append(token, where)
     ended = text.ends_with(request.stops) | (text.lengths - text.prompt_lengths >= request.max_new_tokens)
@@ -234,7 +241,7 @@ def append(progress: Progress, token: Array, logits: Array, request: Request, wh
 
 
 def position_keys(keys: Array | None, text: Text, stream: int | None = None) -> Array | None:
-    """One key a row for the token that comes next; `stream` tells several draws at one position apart."""
+    """One key a row for the next token; `stream` numbers the draws at one position."""
     if keys is None:
         return None
     keys = jax.vmap(jax.random.fold_in)(keys, text.lengths)
@@ -242,7 +249,7 @@ def position_keys(keys: Array | None, text: Text, stream: int | None = None) -> 
 
 
 def result(progress: Progress, request: Request) -> Generation:
-    """What was written, as users get it."""
+    """The result for the user."""
     text, room = progress.text, progress.log_probs.shape[1]
     lengths = text.lengths - text.prompt_lengths
     return Generation(text.written(room, request.fill), lengths, progress.log_probs, progress.steps)

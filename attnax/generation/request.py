@@ -1,28 +1,28 @@
-"""What to continue and how: the arguments of a model's `generate`, checked and as arrays."""
+"""A request: the arguments of a model's `generate`, checked and as arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from attnax.checks import is_concrete
+from attnax.checks import check_options, is_concrete
 from attnax.generation.samplers import Sampler
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Int
 
-__all__ = ["Request", "make_request", "padded_length", "place_like", "row_keys"]
+__all__ = ["Request", "RequestOptions", "make_request", "padded_length", "place_like", "row_keys"]
 
 
 @pytree_dataclass
 class Request:
-    """What to continue, and how.
+    """The prompts to continue, and how.
 
     Attributes:
         ids: (batch, T) prompt.
@@ -30,8 +30,8 @@ class Request:
         key: one typed key, one a prompt or one a row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
         sampler: draws tokens.
-        stops: (K, n), what ends a row: sequences of tokens, which stand right, after fillers of -1.
-        fill: what follows the end.
+        stops: (K, n), the sequences of tokens that end a row, aligned right, after fillers of -1.
+        fill: the token after the end.
         context: as in `Tokens`.
         num_samples: rows of the result for each prompt.
     """
@@ -54,15 +54,26 @@ class Request:
     def row_keys(self) -> Array | None:
         """A key for each row, None where nothing is drawn.
 
-        A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on its
-        neighbours.
+        A token at position p is drawn with `fold_in(key, p)`, so a row's text depends on its key and prompt, not on
+        other rows.
         """
         return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
     def after_prompt(self) -> Request:
-        """What is still read when the prompt has been: the same for prompts of every length."""
+        """The request without what only the prompt needs: of one shape for prompts of every length."""
         ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
         return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
+
+
+class RequestOptions(TypedDict, total=False):
+    """The options of `make_request`, as `TransformerLM.generate` describes them."""
+
+    sampler: Sampler | None
+    key: Array | None
+    padding_mask: Bool[ArrayLike, "B T"] | None
+    end_token: int | Sequence[int] | None
+    stop_sequences: Sequence[Sequence[int]]
+    num_samples: int
 
 
 def make_request(
@@ -70,37 +81,26 @@ def make_request(
     *,
     vocab_size: int,
     max_new_tokens: int,
-    sampler: Sampler | None = None,
-    key: Array | None = None,
-    padding_mask: Bool[ArrayLike, "B T"] | None = None,
-    end_token: int | Sequence[int] | None = None,
-    stop_sequences: Sequence[Sequence[int]] = (),
-    num_samples: int = 1,
     pad_token: int = 0,
     context: Any = None,
     pad_to: int | None = None,
+    **options: Unpack[RequestOptions],
 ) -> Request:
     """The arguments of a model's `generate`, checked.
 
-    JAX computes nothing here unless the prompt or its padding is traced. Of traced ones neither rows without a token
-    nor ids outside of the vocabulary are refused; models read such ids as NaN. With `pad_to` the prompt gets padding on
-    the right up to that length.
+    JAX computes nothing here unless the prompt or its padding is traced. Then rows without a token and ids outside of
+    the vocabulary are not refused; models read such ids as NaN. With `pad_to` the prompt gets padding on the right up
+    to that length.
 
     Raises:
         ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
             or samples, end token or stop sequence.
         NotImplementedError: a traced prompt that Explicit mesh axes cut.
     """
-    if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
-        raise ValueError(
-            "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
-            f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
-        )
-    if not is_concrete(prompt_ids) and any(jax.typeof(prompt_ids).sharding.spec):
-        raise NotImplementedError(
-            f"generate: mesh axes that are Explicit may not cut a traced prompt; got {jax.typeof(prompt_ids)}. "
-            "Give each device all of it, jax.sharding.reshard(prompt_ids, jax.P()), or its rows in jax.shard_map."
-        )
+    check_options("make_request", options, RequestOptions)
+    num_samples, padding_mask = options.get("num_samples", 1), options.get("padding_mask")
+    end_token, stop_sequences = options.get("end_token"), options.get("stop_sequences", ())
+    _check_prompt(prompt_ids)
     static = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
     for name, value in (static | {"end_token": end_token, "stop_sequences": stop_sequences}).items():
         if not all(map(is_concrete, jax.tree.leaves(value))):
@@ -111,33 +111,17 @@ def make_request(
     for name, count in static.items():
         if count < 1:
             raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
-    xp = np if is_concrete(prompt_ids) and is_concrete(padding_mask) else jnp
-    known = xp.asarray(prompt_ids)
     _check_tokens("token ids", prompt_ids, vocab_size)
     ends, stops = _stops(end_token, stop_sequences, vocab_size)
-    real = xp.ones(known.shape, bool) if padding_mask is None else xp.asarray(padding_mask)
-    is_empty = is_concrete(padding_mask) and padding_mask is not None and not np.asarray(padding_mask).any(-1).all()
-    if real.shape != known.shape or real.dtype != bool or is_empty:
-        raise ValueError(
-            f"generate: padding_mask must be boolean {known.shape} with a real token in every row; "
-            f"got shape={real.shape}, dtype={real.dtype}."
-        )
-    sampler = (Sampler() if sampler is None else sampler).as_arrays(vocab_size)
-    if key is None:
-        if sampler.temperature is not None:
-            raise ValueError(
-                f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
-                "Pass key=jax.random.key(seed)."
-            )
-    else:
-        _check_keys(key, known.shape[0], num_samples)
-        key = None if sampler.temperature is None else key
-    missing = ((0, 0), (0, max(0, (pad_to or 0) - known.shape[1])))
+    xp = np if is_concrete(prompt_ids) and is_concrete(padding_mask) else jnp
+    ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(xp, prompt_ids.shape, padding_mask)
+    sampler = (options.get("sampler") or Sampler()).as_arrays(vocab_size)
+    missing = ((0, 0), (0, max(0, (pad_to or 0) - ids.shape[1])))
     positions = xp.where(real, xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
     return Request(
-        ids=place_like(prompt_ids, xp.pad(known.astype(np.int32), missing)),
+        ids=place_like(prompt_ids, xp.pad(ids, missing)),
         position_ids=place_like(prompt_ids, xp.pad(positions, missing, constant_values=-1)),
-        key=key,
+        key=_sampling_key(sampler, options.get("key"), ids.shape[0], num_samples),
         max_new_tokens=np.asarray(max_new_tokens, np.int32),
         sampler=sampler,
         stops=stops,
@@ -148,9 +132,9 @@ def make_request(
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
-    """An array made from a user's, on the devices of that one.
+    """`made`, an array computed from `given`, on the devices of `given`.
 
-    On a mesh with Explicit axes every device gets all of it, since caches are not cut.
+    On a mesh with Explicit axes every device gets the whole array, since caches are not cut.
     """
     if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
         return made
@@ -161,9 +145,9 @@ def place_like(given: Any, made: ArrayLike) -> ArrayLike:
 
 
 def padded_length(length: int) -> int:
-    """The least of a few lengths that holds `length`, so that a few programs serve all.
+    """`length` rounded up to one of a few lengths, so that a few programs serve all.
 
-    1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
+    The lengths are 1, powers of 2 from 32 to 512, and then four lengths up to each next power of 2.
     """
     if length == 1:
         return 1
@@ -173,12 +157,12 @@ def padded_length(length: int) -> int:
 
 
 def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
-    """One key a row: `key` itself if it holds one for each, else `fold_in(key, row)`.
+    """One key a row: `key` itself if it holds one a row, else `fold_in(key, row)`.
 
-    With several samples, `key` may hold one for each prompt; its samples then draw with `fold_in(key, sample)`.
+    With several samples, `key` may hold one key a prompt; the samples then draw with `fold_in(key, sample)`.
 
     Raises:
-        ValueError: not a typed key, or another number of them.
+        ValueError: not a typed key, or another number of keys.
     """
     _check_keys(key, batch, num_samples)
     if key.shape == (batch * num_samples,):
@@ -187,6 +171,44 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         return fold(key, jnp.arange(num_samples)).reshape(-1)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch * num_samples))
+
+
+def _check_prompt(prompt_ids: ArrayLike) -> None:
+    """Raises ValueError or NotImplementedError for a prompt of another shape, or one that a mesh cuts."""
+    if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
+        raise ValueError(
+            "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
+            f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
+        )
+    if not is_concrete(prompt_ids) and any(jax.typeof(prompt_ids).sharding.spec):
+        raise NotImplementedError(
+            f"generate: mesh axes that are Explicit may not cut a traced prompt; got {jax.typeof(prompt_ids)}. "
+            "Give each device all of it, jax.sharding.reshard(prompt_ids, jax.P()), or its rows in jax.shard_map."
+        )
+
+
+def _real_tokens(xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None) -> Any:
+    """True for the tokens of a prompt that are no padding, in NumPy or JAX (`xp`)."""
+    real = xp.ones(shape, bool) if padding_mask is None else xp.asarray(padding_mask)
+    is_empty = is_concrete(real) and not np.asarray(real).any(-1).all()
+    if real.shape != shape or real.dtype != bool or is_empty:
+        raise ValueError(
+            f"generate: padding_mask must be boolean {shape} with a real token in every row; "
+            f"got shape={real.shape}, dtype={real.dtype}."
+        )
+    return real
+
+
+def _sampling_key(sampler: Sampler, key: Array | None, batch: int, num_samples: int) -> Array | None:
+    """The key of the draws; None where nothing is drawn."""
+    if key is not None:
+        _check_keys(key, batch, num_samples)
+    elif sampler.temperature is not None:
+        raise ValueError(
+            f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
+            "Pass key=jax.random.key(seed)."
+        )
+    return None if sampler.temperature is None else key
 
 
 def _check_keys(key: Array, batch: int, num_samples: int) -> None:
@@ -201,7 +223,7 @@ def _check_keys(key: Array, batch: int, num_samples: int) -> None:
 def _stops(
     end_token: int | Sequence[int] | None, stop_sequences: Sequence[Sequence[int]], vocab_size: int
 ) -> tuple[list[int], np.ndarray]:
-    """The end tokens, and all that ends a row as `Request.stops`."""
+    """The end tokens, and the `Request.stops` of end tokens and stop sequences."""
     ends: list[int] = [] if end_token is None else np.atleast_1d(np.asarray(end_token)).tolist()
     if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which tokens may follow, and which must: what transformers' `generate` forbids and forces, as a `logits_fn`."""
+"""Rules that forbid or force tokens, those of `generate` in transformers, as a `logits_fn`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["TokenRules"]
 
 @pytree_dataclass
 class TokenRules:
-    """A `logits_fn` of a `Sampler`: -inf for tokens that may not follow, and for all but those that must.
+    """A `logits_fn` of a `Sampler`: -inf for forbidden tokens, and for all tokens but the forced ones.
 
-    None leaves a rule out; they are applied in the order of the attributes, which is that of transformers. Tokens that
-    the model lacks are passed over. New values compile nothing, new shapes do.
+    None leaves a rule out. Rules are applied in the order of the attributes, which is that of transformers. Tokens that
+    the model lacks are ignored. New values compile nothing, new shapes do.
 
     Attributes:
-        bad_words: (K, n) sequences of tokens that do not stand in the text, prompt included; they stand right, after
+        bad_words: (K, n) sequences of tokens that must not stand in the text, prompt included; aligned right, after
             fillers of -1.
-        end_tokens: (M,) that do not follow before `min_new_tokens` were written.
+        end_tokens: (M,) tokens forbidden before `min_new_tokens` are written.
         min_new_tokens: an integer.
-        forced_first: the token that is written first.
-        forced_last: (N,) one of which is written last, where `max_new_tokens` is reached.
+        forced_first: the first token to write.
+        forced_last: (N,) tokens of which one is written last, where `max_new_tokens` is reached.
         max_new_tokens: an integer.
-        suppress_tokens: (S,) that never follow.
-        begin_suppress_tokens: (T,) that do not follow when `begin_index` tokens are written.
+        suppress_tokens: (S,) tokens that are always forbidden.
+        begin_suppress_tokens: (T,) tokens forbidden when `begin_index` tokens are written.
         begin_index: an integer, 0 for the first token.
 
     Example:
@@ -51,7 +51,7 @@ class TokenRules:
     begin_index: Int[ArrayLike, ""] | int = 0
 
     def __call__(self, logits: Float[Array, "R V"], text: Text) -> Float[Array, "R V"]:
-        """The logits that the rules leave."""
+        """The logits after the rules."""
         size, written = logits.shape[-1], (text.lengths - text.prompt_lengths)[:, None]
 
         def forbid(logits: Array, tokens: ArrayLike, where: Array | bool = True) -> Array:
@@ -80,7 +80,7 @@ def _among(tokens: Int[ArrayLike, "M"], size: int) -> Bool[Array, "1 V"]:
 
 
 def _completed(text: Text, sequences: Int[Array, "K n"], size: int) -> Bool[Array, "R V"]:
-    """The tokens that would be the last of one of the sequences."""
+    """The tokens that would complete one of the sequences."""
     begun, last = sequences[:, :-1], sequences[:, -1]
     count = begun.shape[1]
     same = (text.last(count)[:, None] == begun[None]) & (text.last_positions(count) >= 0)[:, None]

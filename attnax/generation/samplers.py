@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties on what the text already holds, cuts, and the draw."""
+"""From logits to the next token: penalties on tokens of the text, cuts to likely tokens, and the draw."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ __all__ = ["Sampler"]
 class Sampler:
     """Draws a token from softmax(logits / temperature), after penalties and cut to the likeliest tokens.
 
-    What is given is applied in the order of the attributes below, penalties first; None leaves a step out. A pytree
-    whose leaves are the numbers, so that new values compile nothing, but for a temperature of 0: what is greedy is a
-    program of its own, without anything that draws.
+    Penalties come first; None leaves a step out. The numbers are leaves of a pytree, so that new values compile
+    nothing, except a temperature of 0: greedy decoding is a program of its own, which draws nothing.
 
     Attributes:
         temperature: 0 takes the likeliest token, and so does None; 1 samples the model's own distribution.
-        top_k: keep the k likeliest tokens (and those that tie with the last of them).
-        top_p: then keep the likeliest tokens whose probabilities reach p together (nucleus sampling).
+        top_k: keep the k likeliest tokens, and tokens that tie with the last of them.
+        top_p: then keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
         min_p: then keep the tokens that are at least min_p times as likely as the likeliest.
         logit_bias: added to the logits: an array (vocab_size,), or a mapping of token ids to numbers.
-        repetition_penalty: logits of tokens that stand in the text, prompt included, are divided by it where they are
-            positive and multiplied where not.
-        presence_penalty: subtracted from the logits of tokens that were written.
+        repetition_penalty: logits of tokens in the text, prompt included, are divided by it where they are positive
+            and multiplied where not.
+        presence_penalty: subtracted from the logits of written tokens.
         frequency_penalty: subtracted once for each time a token was written.
-        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included. Where that, or a
-            logits_fn, forbids every token, token 0 follows.
-        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`, of which only
-            `lengths` say how long it is; after the penalties, before the cuts. One that holds arrays should be a
-            callable pytree; a lambda that is made anew is compiled anew.
+        no_repeat_ngram: no sequence of that many tokens stands twice in the text, prompt included. Where this rule, or
+            a logits_fn, forbids every token, token 0 follows.
+        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`, whose `lengths`
+            alone tell its length; after the penalties, before the cuts. A function that holds arrays should be a
+            callable pytree; a new lambda is compiled anew.
 
     Raises:
         ValueError: a number out of range, in words.
@@ -78,14 +77,14 @@ class Sampler:
         }
         for name, (rule, holds) in rules.items():
             value = getattr(self, name)
-            # JAX rebuilds pytrees around placeholders too; only a number that is known can be judged.
+            # JAX rebuilds pytrees around placeholders too; only a concrete number can be checked.
             if isinstance(value, jax.Array) and value.ndim:
                 raise ValueError(f"Sampler: {name} must be one number for all rows; got shape={value.shape}.")
             if name == "no_repeat_ngram" and not isinstance(value, int | None):
                 raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
             if isinstance(value, int | float | jax.Array) and is_concrete(value):
                 with np.errstate(over="ignore"):
-                    known = float(np.float32(value))  # as it will be used
+                    known = float(np.float32(value))  # the number that is used
                 if not holds(known):
                     raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
 
@@ -109,12 +108,12 @@ class Sampler:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the text changes what is drawn."""
+        """Whether the draw depends on the text."""
         reading = self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram
         return any(field is not None for field in (*reading, self.logits_fn))
 
     def penalise(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        """The logits after everything that comes before the temperature, float32.
+        """The float32 logits after all steps before the temperature.
 
         Raises:
             ValueError: penalties without a text, or logits of another shape.
@@ -149,7 +148,7 @@ class Sampler:
         return logits.astype(jnp.float32)
 
     def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Penalised logits / temperature, -inf for what is cut off; the draw is from their softmax."""
+        """Penalised logits / temperature, -inf for tokens that are cut off; the draw is from their softmax."""
         check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
         scaled = logits
         if self.temperature is not None:
@@ -163,7 +162,7 @@ class Sampler:
         return scaled
 
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        """The distribution that `__call__` draws from: all on the likeliest token where temperature is 0."""
+        """The distribution that `__call__` draws from; with temperature 0, 1 for the likeliest token."""
         logits = self.penalise(logits, text)
 
         def likeliest() -> Array:
@@ -195,7 +194,7 @@ class Sampler:
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int | Int[ArrayLike, ""]) -> Float[Array, "B V"]:
-    """-inf for all but the k largest logits of each row and those that equal the smallest of them."""
+    """-inf for all but the k largest logits of each row and the logits that equal the smallest of them."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     threshold = jnp.take(ordered, jnp.clip(jnp.asarray(k), 1, logits.shape[-1]) - 1, axis=-1)
     return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
@@ -205,7 +204,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
     """-inf for all but the fewest largest logits of each row whose probabilities sum to at least p."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # Mass of each token and those behind it: in a sum from the front a tail below 1e-7 is lost, even where p is 1.
+    # Mass of each token and all behind it: a sum from the front would lose a tail below 1e-7, even where p is 1.
     rest = lax.cumsum(probabilities, axis=probabilities.ndim - 1, reverse=True)
     keep = (rest > 1 - p).at[..., 0].set(True)
     keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
@@ -218,12 +217,12 @@ def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
 
 
 def _number(value: Any, dtype: Any) -> Any:
-    """The number as an array; one that is known is NumPy's, since JAX would compile its conversion."""
+    """The number as an array; of a concrete number NumPy's, since JAX would compile the conversion."""
     return np.asarray(value, dtype) if is_concrete(value) else value.astype(dtype)
 
 
 def _bias_array(bias: Any, vocab_size: int) -> Any:
-    """Raises ValueError for a bias that does not fit the vocabulary."""
+    """The bias as an array; raises ValueError for a bias that does not fit the vocabulary."""
     if isinstance(bias, Mapping):
         wrong = [token for token in bias if not 0 <= token < vocab_size]
         if wrong:

@@ -1,8 +1,8 @@
-"""Speculative decoding: a small model drafts a few tokens, the large one reads them all at once and keeps what fits.
+"""Speculative decoding: a small model drafts a few tokens, the large model reads them at once and accepts some.
 
-A drafted token x, drawn from q, is accepted with probability min(1, p(x) / q(x)); the first that is not is replaced
+A drafted token x, drawn from q, is accepted with probability min(1, p(x) / q(x)); the first rejected token is replaced
 by a draw from max(p - q, 0), normalised. So every token has the distribution p of the large model, whatever the draft;
-at temperature 0 the tokens are its own.
+at temperature 0 the tokens are those of the large model.
 
 References:
     Y. Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2022,
@@ -23,12 +23,12 @@ from jax import lax
 from attnax.cache import forget
 from attnax.generation.loop import (
     Generation,
+    Model,
     Progress,
     Step,
     Tokens,
     append,
     for_samples,
-    made,
     position_keys,
     prompt_tokens,
     result,
@@ -41,7 +41,7 @@ from attnax.typing import Array, Bool, Float, Int
 
 __all__ = ["Draft", "accept_drafted", "generate_with_draft"]
 
-_ACCEPT, _REPLACE = 1, 2  # draws at one position that must not depend on each other, nor on the draft's
+_ACCEPT, _REPLACE = 1, 2  # draws at one position, independent of each other and of the draft's draw
 
 
 @pytree_dataclass
@@ -70,45 +70,39 @@ def generate_with_draft(
     max_new_tokens: int,
     num_draft_tokens: int,
 ) -> tuple[Generation, Any, Any]:
-    """`generate` with a draft: the same tokens at temperature 0, the same distribution at any other.
+    """`generate` with a draft: the same tokens at temperature 0, the same distribution at other temperatures.
 
     Args:
         step: the model.
         state: its parameters.
-        request: what to continue, and how.
+        request: the prompts, and how to continue them.
         cache: of the prompts' rows; can forget tokens and has room for num_draft_tokens more than `generate` needs.
             It is donated, unless there are several samples.
         draft: the small model.
-        draft_cache: the same for the draft.
+        draft_cache: likewise for the draft.
         max_new_tokens: static, at least 1.
         num_draft_tokens: static, tokens drafted in each round.
 
     Returns:
-        The generation, whose `steps` say how often the model itself ran, and both caches.
+        The generation, whose `steps` count the calls of the large model, and both caches.
     """
     run = _generate_in_place if request.num_samples == 1 else _generate
-    return run(step, state, request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
+    return run(Model(step, state), request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
 
 
 def _write_all(
-    step: Step,
-    state: Any,
-    request: Request,
-    cache: Any,
-    draft: Draft,
-    draft_cache: Any,
-    max_new_tokens: int,
-    num_draft_tokens: int,
+    model: Model, request: Request, cache: Any, draft: Draft, draft_cache: Any, room: int, num_draft_tokens: int
 ) -> tuple[Generation, Any, Any]:
-    progress, context = start(step, state, request, cache, max_new_tokens, num_draft_tokens)
-    draft_cache, draft_context = (made(value, draft.state) for value in (draft_cache, draft.context))
-    _, draft_cache = draft.step(draft.state, prompt_tokens(request, draft_context), draft_cache)
+    progress, context = start(model, request, cache, room, num_draft_tokens)
+    small = Model(draft.step, draft.state)
+    draft_cache, draft_context = small.made(draft_cache), small.made(draft.context)
+    _, draft_cache = small(prompt_tokens(request, draft_context), draft_cache)
     draft_cache, draft_context = for_samples(request, (draft_cache, draft_context))
 
     def go_on(carry: tuple[Progress, Any]) -> tuple[Progress, Any]:
         progress, draft_cache = carry
-        drafted, q, draft_cache = _write_draft(draft, draft_context, draft_cache, request, progress, num_draft_tokens)
-        return _read_draft(step, state, request, progress, context, drafted, q), draft_cache
+        drafted, q, draft_cache = _write_draft(small, draft_context, draft_cache, request, progress, num_draft_tokens)
+        return _read_draft(model, request, progress, context, drafted, q), draft_cache
 
     def unfinished(carry: tuple[Progress, Any]) -> Array:
         return ~carry[0].finished.all()
@@ -117,23 +111,23 @@ def _write_all(
     return result(progress, request), progress.cache, draft_cache
 
 
-_STATIC = ("step", "max_new_tokens", "num_draft_tokens")
+_STATIC = ("room", "num_draft_tokens")
 _generate = jax.jit(_write_all, static_argnames=_STATIC)
 _generate_in_place = jax.jit(_write_all, static_argnames=_STATIC, donate_argnames=("cache", "draft_cache"))
 
 
 def _write_draft(
-    draft: Draft, context: Any, cache: Any, request: Request, progress: Progress, count: int
+    draft: Model, context: Any, cache: Any, request: Request, progress: Progress, count: int
 ) -> tuple[Int[Array, "R k"], Float[Array, "R k V"], Any]:
-    """`count` tokens of the small model, and the distributions that they were drawn from."""
+    """`count` tokens of the small model, the distributions that they were drawn from, and its cache."""
     text, running = progress.text, ~progress.finished
-    # The last two tokens are read: of the draft before, all may have been accepted, and the last was not read yet.
+    # The last two tokens are read: if the whole last draft was accepted, the small model has not read its last token.
     cache = forget(cache, text.lengths - 2)
 
     def read(text: Text, cache: Any, num_tokens: int) -> tuple[Array, Array, Any]:
         position_ids = jnp.where(running[:, None], text.last_positions(num_tokens), -1)
         wanted = jnp.full((text.lengths.shape[0], 1), num_tokens - 1, jnp.int32)
-        logits, cache = draft.step(draft.state, Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
+        logits, cache = draft(Tokens(text.last(num_tokens), position_ids, wanted, context), cache)
         q = request.sampler.probabilities(logits[:, 0], text)
         return _draw(q, position_keys(progress.keys, text)), q, cache
 
@@ -149,24 +143,22 @@ def _write_draft(
     return drafted, jnp.concatenate([q[None], qs]).swapaxes(0, 1), cache
 
 
-def _read_draft(
-    step: Step, state: Any, request: Request, progress: Progress, context: Any, drafted: Array, q: Array
-) -> Progress:
-    """Reads the draft with the model, and writes what it accepts and one token more."""
+def _read_draft(model: Model, request: Request, progress: Progress, context: Any, drafted: Array, q: Array) -> Progress:
+    """Reads the draft with the model, and writes the accepted tokens and one token more."""
     text, running, count = progress.text, ~progress.finished, drafted.shape[1]
     num_rows = drafted.shape[0]
     steps = jnp.arange(count + 1, dtype=jnp.int32)[None]
     position_ids = jnp.where(running[:, None], text.last_positions(1) + steps, -1)
     ids = jnp.concatenate([text.last(1), drafted], axis=1)
     wanted = jnp.broadcast_to(steps, (num_rows, count + 1))
-    logits, cache = step(state, Tokens(ids, position_ids, wanted, context), progress.cache)
+    logits, cache = model(Tokens(ids, position_ids, wanted, context), progress.cache)
 
     progress = dataclasses.replace(progress, cache=cache, steps=progress.steps + running.astype(jnp.int32))
-    going_on = running  # rows that accepted everything so far
+    going_on = running  # rows that accepted all tokens so far
     for index in range(count + 1):
-        text = progress.text  # where a row goes on it holds the draft up to here
+        text = progress.text  # of a row that goes on, with the draft up to here
         p = request.sampler.probabilities(logits[:, index], text)
-        if index == count:  # one more, that was not drafted
+        if index == count:  # one token more, which was not drafted
             token, fits = _draw(p, position_keys(progress.keys, text, _REPLACE)), ~running
         else:
             uniform = _uniform(position_keys(progress.keys, text, _ACCEPT), num_rows)
@@ -175,7 +167,7 @@ def _read_draft(
             token = jnp.where(fits, drafted[:, index], replaced)
         progress = append(progress, token, logits[:, index], request, going_on)
         going_on = going_on & fits & ~progress.finished
-    # The last token is not read yet; what was drafted behind it is to be read again or never.
+    # The last token is not read yet; drafted tokens behind it are taken back.
     return dataclasses.replace(progress, cache=forget(progress.cache, progress.text.lengths - 1))
 
 
@@ -188,13 +180,13 @@ def accept_drafted(
 
 
 def _residual(p: Array, q: Array) -> Array:
-    """What a rejected token is replaced from: max(p - q, 0), up to a factor."""
+    """The distribution that replaces a rejected token: max(p - q, 0), up to a factor."""
     rest = jnp.maximum(p - q, 0)
-    return jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding: nothing is rejected
+    return jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q up to rounding: no token is rejected
 
 
 def _uniform(keys: Array | None, num_rows: int) -> Array:
-    """A number between 0 and 1 for each row; any where all probabilities are 0 or 1 and nothing is drawn."""
+    """A number between 0 and 1 a row; without keys all probabilities are 0 or 1, and any number will do."""
     return jnp.full(num_rows, 0.5) if keys is None else jax.vmap(jax.random.uniform)(keys)
 
 

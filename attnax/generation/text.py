@@ -1,4 +1,4 @@
-"""The text of each row so far, prompt and what was written: a token a position, no padding whatever the prompt had."""
+"""The text of each row so far, prompt and written tokens: one token a position, without the prompt's padding."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Text:
     Methods raise ValueError for arrays of another shape.
 
     Attributes:
-        ids: int32 (R, L), the token at each position; from `lengths` on they mean nothing.
-        prompt_lengths: int32 (R,), how many of them are the prompt's.
-        lengths: int32 (R,).
+        ids: int32 (R, L), the token at each position; ids from `lengths` on mean nothing.
+        prompt_lengths: int32 (R,), the tokens of the prompt.
+        lengths: int32 (R,), the tokens of the text.
     """
 
     ids: Int[Array, "R L"]
@@ -38,18 +38,18 @@ class Text:
         check_shape("Text", "position_ids", position_ids, ids.shape, integers=True)
         ids, position_ids, rows = jnp.asarray(ids), jnp.asarray(position_ids), ids.shape[0]
         lengths = position_ids.max(1, initial=-1) + 1
-        where = jnp.where(position_ids < 0, size, position_ids)  # past the end: dropped
+        where = jnp.where(position_ids < 0, size, position_ids)  # out-of-range: dropped
         empty = jnp.zeros((rows, size), jnp.int32)
         text = empty.at[jnp.arange(rows)[:, None], where].set(ids.astype(jnp.int32), mode="drop")
         return cls(text, lengths, lengths)
 
     def select_rows(self, rows: Int[Array, "Q"]) -> Text:
-        """The text of the rows named."""
+        """The text of the rows with these indices."""
         check_shape("Text", "rows", rows, ("rows",), integers=True)
         return jax.tree.map(lambda x: x[rows], self)
 
     def append(self, token: Int[Array, "R"], where: Bool[Array, "R"] | None = None) -> Text:
-        """One more token in the rows where that is so, by default in all."""
+        """One more token in the rows where `where` is True, by default in all."""
         rows, size = self.ids.shape
         check_shape("Text", "token", token, (rows,), integers=True)
         if where is not None:
@@ -61,12 +61,12 @@ class Text:
         )
 
     def last(self, count: int) -> Int[Array, "R n"]:
-        """The last `count` tokens of each row; the first one again for tokens before it."""
+        """The last `count` tokens of each row; the first token again in place of tokens before it."""
         index = self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
         return jnp.take_along_axis(self.ids, jnp.maximum(index, 0), axis=1)
 
     def last_positions(self, count: int) -> Int[Array, "R n"]:
-        """Where these are; negative before the first token."""
+        """The positions of these tokens; -1 before the first token."""
         return jnp.maximum(self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None], -1)
 
     def written(self, count: int, fill: Int[ArrayLike, ""]) -> Int[Array, "R n"]:
@@ -88,7 +88,7 @@ class Text:
         return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
 
     def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, "R"]:
-        """Whether what was written ends with one of the sequences, which stand right, after fillers of -1."""
+        """Whether the written tokens end with one of the sequences, which are aligned right, after fillers of -1."""
         check_shape("Text", "sequences", sequences, ("sequences", "length"), integers=True)
         sequences, size = jnp.asarray(sequences), sequences.shape[1]
         if 0 in sequences.shape:
@@ -98,7 +98,7 @@ class Text:
         return (equal | (sequences < 0)[None]).all(-1).any(-1)
 
     def completes_ngram(self, size: int, vocab_size: int) -> Bool[Array, "R V"]:
-        """Which tokens would repeat `size` tokens in a row that stand in the text already."""
+        """The tokens that would complete a sequence of `size` tokens that the text already holds."""
         rows, length = self.ids.shape
         if size > length:
             return jnp.zeros((rows, vocab_size), bool)

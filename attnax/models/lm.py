@@ -18,7 +18,7 @@ from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
-from attnax.models.transformer import TokenHead, TransformerDecoder
+from attnax.models.transformer import TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
@@ -35,7 +35,7 @@ class TransformerLM(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default `causal()`.
+        self_mask: which tokens attend which, by default `causal()`.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -80,20 +80,13 @@ class TransformerLM(nnx.Module):
 
         The arguments are those of `TransformerDecoder`.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: TokenOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"score_mod": score_mod, "caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.logits if out.caches is None else (out.logits, out.caches)
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
-        """`TransformerDecoder.run` with `logits` beside."""
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[TokenOptions]) -> Output:
+        """`TransformerDecoder.run`, and the logits of its hidden states."""
         out = run_of(self.decoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))
 
@@ -102,7 +95,7 @@ class TransformerLM(nnx.Module):
         return self.head(hidden, self.decoder.embed.tokens)
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
-        """Log-probabilities of the token that follows each position; options as in a call without caches."""
+        """Log-probabilities of the token after each position; options as in a call without caches."""
         logits: Any = self(input_ids, **options)
         return jax.nn.log_softmax(logits)
 
@@ -122,23 +115,23 @@ class TransformerLM(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
-        """Continues each prompt, in two compiled programs, which serve prompts of other lengths too.
+        """Continues each prompt, in two compiled programs that serve prompts of several lengths.
 
         Args:
             prompt_ids: (batch, T). Where Explicit axes of a mesh cut them, every device generates all rows.
             max_new_tokens: tokens to write at most.
-            sampler: how tokens are drawn, by default the likeliest each.
-            key: one typed key, or one a row; needed with a temperature. A row's text depends on its key and prompt
+            sampler: how tokens are drawn; by default each is the likeliest.
+            key: one typed key, or one a row; needed with a temperature. A row's text depends on its own key and prompt
                 only.
             padding_mask: True for real tokens; padding may stand left or right.
             end_token: ends a row; one token or several.
-            stop_sequences: token sequences that end a row too, when they were written as a whole.
+            stop_sequences: token sequences that end a row too, once they are written as a whole.
             num_samples: rows of the result for each prompt, which is read once.
-            draft: a small model of the same vocabulary that drafts tokens for this one to read at once: the same tokens
-                at temperature 0, the same distribution at any other, in fewer steps.
+            draft: a small model of the same vocabulary, which drafts tokens that this model reads at once. The tokens
+                at temperature 0, and their distribution at any other temperature, stay the same; the steps are fewer.
             num_draft_tokens: tokens drafted each time.
             cache: "contiguous", "ring" (rows of different lengths waste no slots) or "paged"; by default "contiguous",
-                with a draft "ring".
+                or "ring" with a draft.
             cache_dtype: of keys and values, by default the config's dtype; "int8" needs a quarter of float32's memory.
 
         Returns:
@@ -149,26 +142,23 @@ class TransformerLM(nnx.Module):
         """
         if draft is not None and not isinstance(draft, TransformerLM):
             raise ValueError(f"generate: a draft must be a TransformerLM too; got {type(draft).__name__}.")
+        options: WriteOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
+        options |= {"stop_sequences": stop_sequences, "num_samples": num_samples}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
+        small = None if draft is None else draft._writer()
         return generate(
             self._writer(),
             prompt_ids,
-            None if draft is None else draft._writer(),
-            num_draft_tokens=num_draft_tokens,
+            small,
             max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            key=key,
-            padding_mask=padding_mask,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            num_samples=num_samples,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            num_draft_tokens=num_draft_tokens,
+            **options,
         )
 
     def stream(
         self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, each as soon as it is drawn; options as there, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options without a draft."""
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def beam_search(
@@ -190,13 +180,13 @@ class TransformerLM(nnx.Module):
 
         Args:
             prompt_ids: (batch, T).
-            num_beams: beginnings that are kept.
+            num_beams: running texts that are kept.
             max_new_tokens: tokens to write at most.
             length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
-            early_stopping: "first" stops with num_beams texts, "heuristic" when no running one scores better as it is,
-                "never" when none can.
-            sampler: its penalties apply, to log-probabilities.
-            padding_mask: as in `generate`, and so are the others.
+            early_stopping: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
+                its present length, "never" when no running text can score better at any length.
+            sampler: only its penalties apply, to log-probabilities.
+            padding_mask: as in `generate`, like all that follow.
             end_token: ends a text.
             stop_sequences: end a text too.
             cache: kind of the cache.
@@ -205,6 +195,8 @@ class TransformerLM(nnx.Module):
         Raises:
             ValueError: arguments out of range.
         """
+        options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
+        options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
         return beam_search(
             self._writer(),
             prompt_ids,
@@ -212,12 +204,7 @@ class TransformerLM(nnx.Module):
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
-            sampler=sampler,
-            padding_mask=padding_mask,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            **options,
         )
 
     def _writer(self) -> Writer:
@@ -249,20 +236,20 @@ class _Step:
                     "out._replace(logits=self.logits(out.hidden))."
                 )
             logits, caches = out.logits, out.caches
-        else:  # only the tokens that are wanted go through the head
+        else:  # only the wanted tokens go through the head
             out = run_of(model.decoder)(tokens.ids, caches=cache, deterministic=True, **options)
             return model.logits(jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)), out.caches
         return jnp.take_along_axis(logits, tokens.wanted[..., None], axis=1), caches
 
 
-_RUN = TransformerLM.run  # as it is here: another one assigned to the class counts as overridden
+_RUN = TransformerLM.run  # a function that is assigned to the class later counts as an override
 
 
 def _called(model: TransformerLM, ids: Array, options: dict[str, Any]) -> tuple[Array, Any]:
     """(logits, caches) of the `__call__` that a subclass overrides.
 
     Raises:
-        NotImplementedError: that `__call__` takes no caches, or returns something else.
+        NotImplementedError: that `__call__` takes no caches, or does not return (logits, caches).
     """
     advice = (
         f"generate: {type(model).__name__}.__call__ must take input_ids, padding_mask, position_ids, layer_kv_caches "

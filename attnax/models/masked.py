@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
-from attnax.models.transformer import TokenHead, TransformerEncoder
+from attnax.models.transformer import EncoderOptions, TokenHead, TransformerEncoder
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output
 from attnax.nn.feedforward import ACTIVATIONS
@@ -23,8 +23,8 @@ __all__ = ["MaskedLM"]
 class MaskedLM(nnx.Module):
     """A `TransformerEncoder` and BERT's head, head(norm(act(linear(x)))): logits of the token at every position.
 
-    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. Learning is to give it text
-    with some tokens replaced, and to ask for the original ones.
+    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. It is trained to predict the
+    original tokens of a text in which some are replaced.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
@@ -67,18 +67,12 @@ class MaskedLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
-        return self.run(
-            input_ids,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            score_mod=score_mod,
-            rngs=rngs,
-        ).logits
+        options: EncoderOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
+        options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
+        return self.run(input_ids, **options).logits
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Output:
-        """`TransformerEncoder.run` with `logits` beside."""
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
+        """`TransformerEncoder.run`, and the logits of its hidden states."""
         out = run_of(self.encoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))
 

@@ -18,13 +18,13 @@ __all__ = ["SentenceEncoder"]
 
 
 class SentenceEncoder(nnx.Module):
-    """The mean of an encoder's hidden states over a text's tokens, or that of its first token, of length 1.
+    """A vector of length 1 for each text: the mean of an encoder's hidden states, or the state of the first token.
 
-    The product of two such vectors is the cosine between the texts.
+    The product of two such vectors is the cosine of the angle between them.
 
     Args:
         encoder: a TransformerEncoder.
-        pool: "mean" over the tokens that are no padding, or "cls", the first token.
+        pool: "mean" over the real tokens, or "cls" for the first real token.
         normalize: whether vectors have length 1.
 
     Raises:
@@ -60,7 +60,7 @@ class SentenceEncoder(nnx.Module):
     ) -> Float[Array, "B D"]:
         """float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
 
-        A row of padding alone has the vector 0.
+        A row with no real token has the vector 0.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = run_of(self.encoder)(
@@ -74,5 +74,5 @@ class SentenceEncoder(nnx.Module):
         vectors = jnp.where(real[..., None], hidden, 0).sum(1) / count.astype(hidden.dtype)
         if not self.normalize:
             return vectors
-        # The root is taken of a number above 0, so that a vector 0 has a gradient too.
+        # The root of a number above 0 has a gradient, for a vector 0 too.
         return vectors * jax.lax.rsqrt(jnp.maximum(jnp.square(vectors).sum(1, keepdims=True), 1e-24))

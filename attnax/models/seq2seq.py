@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.checks import is_concrete
+from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
@@ -20,7 +20,7 @@ from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
-from attnax.nn._run import overrides_call, run_of, runs
+from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
@@ -28,6 +28,13 @@ from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["Transformer"]
+
+
+class TransformerOptions(SelfAttentionOptions, total=False):
+    """The options of `Transformer`, as its `__call__` describes them."""
+
+    source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None
+    target_padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
 
 
 class Transformer(nnx.Module):
@@ -43,7 +50,7 @@ class Transformer(nnx.Module):
         **fields: the fields of EncoderDecoderConfig: `encoder`, `decoder` and `share_embeddings`.
 
     Raises:
-        ValueError: something else than two TransformerConfigs, or two that cannot share embeddings and should.
+        ValueError: not two TransformerConfigs, or `share_embeddings` with configs that cannot share them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,7 +99,7 @@ class Transformer(nnx.Module):
 
     @property
     def _shared_tokens(self) -> TokenEmbedding | None:
-        """The table that the decoder is given."""
+        """The table of token embeddings for a decoder without its own."""
         return self.encoder.embed.tokens if self.decoder.embed.tokens is None else None
 
     def _logits(self, hidden: Array) -> Array:
@@ -109,13 +116,13 @@ class Transformer(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """float32 logits (batch, T, vocab_size) of the token that follows each target token.
+        """float32 logits (batch, T, vocab_size) of the token after each target token.
 
         Args:
             source_ids: (batch, S), of the encoder's vocabulary.
-            target_ids: (batch, T), of the decoder's.
+            target_ids: (batch, T), of the decoder's vocabulary.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
-            target_padding_mask: the same for the target.
+            target_padding_mask: likewise for the target, (batch, T) or (batch, 1, 1, T).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the self-attention scores of every decoder layer.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -123,49 +130,37 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: ids outside a vocabulary, sequences longer than max_len, or arguments that do not fit.
         """
-        return self.run(
-            source_ids,
-            target_ids,
-            source_padding_mask=source_padding_mask,
-            target_padding_mask=target_padding_mask,
-            deterministic=deterministic,
-            score_mod=score_mod,
-            rngs=rngs,
-        ).logits
+        options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
+        options |= {"source_padding_mask": source_padding_mask, "target_padding_mask": target_padding_mask}
+        return self.run(source_ids, target_ids, **options).logits
 
     def run(
         self,
         source_ids: Int[ArrayLike, "B S"],
         target_ids: Int[ArrayLike, "B T"],
-        *,
-        source_padding_mask: ArrayLike | None = None,
-        target_padding_mask: ArrayLike | None = None,
-        deterministic: bool | None = None,
-        score_mod: ScoreMod | None = None,
-        rngs: nnx.Rngs | None = None,
+        **options: Unpack[TransformerOptions],
     ) -> Output:
-        """The call with the hidden states of the decoder beside the logits, and the losses of both halves in `aux`."""
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        source_ids, real = jnp.asarray(source_ids), None
-        if source_padding_mask is not None:
-            real = self.encoder._real_tokens(source_padding_mask, source_ids.shape)
-        encoded = run_of(self.encoder)(source_ids, padding_mask=real, **mode)
+        """The decoder's hidden states and their logits, with the losses of both halves in `aux`."""
+        check_options("Transformer", options, TransformerOptions)
+        source_ids, padding_mask, real = jnp.asarray(source_ids), options.get("source_padding_mask"), None
+        if padding_mask is not None:
+            real = self.encoder._real_tokens(padding_mask, source_ids.shape)
+        encoded = run_of(self.encoder)(source_ids, padding_mask=real, **select_options(options, Mode))
         out = run_of(self.decoder)(
             target_ids,
-            padding_mask=target_padding_mask,
-            score_mod=score_mod,
+            padding_mask=options.get("target_padding_mask"),
             encoder_output=encoded.hidden,
             cross_mask=None if real is None else padding(real),
             encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
             token_embedding=self._shared_tokens,
-            **mode,
+            **select_options(options, SelfAttentionOptions),
         )
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
     def log_probs(
         self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any
     ) -> Float[Array, "B T V"]:
-        """Log-probabilities of the token that follows each target token; options as in a call."""
+        """Log-probabilities of the token after each target token; options as in a call."""
         return jax.nn.log_softmax(self(source_ids, target_ids, **options))
 
     def generate(
@@ -186,18 +181,18 @@ class Transformer(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
-        """Writes a target for each source, in two compiled programs, which serve sources of other lengths too.
+        """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
         Args:
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
-            start_token: what the target begins with.
+            start_token: the first token of every target.
             end_token: ends a row; one token or several.
             temperature: of the sampling; 0 takes the likeliest token.
             key: one typed key, or one a row; needed with a temperature.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             sampler: how tokens are drawn, in place of `temperature`.
-            stop_sequences: as in `TransformerLM.generate`, and so are the others.
+            stop_sequences: as in `TransformerLM.generate`, like all that follow.
             num_samples: targets of each source, which is read once.
             draft: a small Transformer of the same vocabularies.
             num_draft_tokens: tokens drafted each time.
@@ -212,19 +207,23 @@ class Transformer(nnx.Module):
         """
         if draft is not None and not isinstance(draft, Transformer):
             raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")
+        if sampler is not None and temperature != 0.0:
+            raise ValueError(
+                f"generate: give temperature or sampler, not both; got temperature={temperature}. "
+                "Use Sampler(temperature=...)."
+            )
+        options: WriteOptions = {"sampler": sampler or Sampler(temperature=temperature), "key": key}
+        options |= {"end_token": end_token, "stop_sequences": stop_sequences, "num_samples": num_samples}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
+        writer = self._writer(source_ids, source_padding_mask)
+        small = None if draft is None else draft._writer(source_ids, source_padding_mask)
         return generate(
-            self._writer(source_ids, source_padding_mask),
+            writer,
             _starts(source_ids, start_token),
-            None if draft is None else draft._writer(source_ids, source_padding_mask),
-            num_draft_tokens=num_draft_tokens,
+            small,
             max_new_tokens=max_length,
-            sampler=_sampler(sampler, temperature),
-            key=key,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            num_samples=num_samples,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            num_draft_tokens=num_draft_tokens,
+            **options,
         )
 
     def stream(
@@ -236,7 +235,7 @@ class Transformer(nnx.Module):
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, each as soon as it is drawn; options as there, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options without a draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 
@@ -256,7 +255,9 @@ class Transformer(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
     ) -> Beams:
-        """The `num_beams` best targets found for each source; arguments as in `generate` and `TransformerLM`'s."""
+        """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
+        options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
+        options |= {"cache": cache, "cache_dtype": cache_dtype}
         return beam_search(
             self._writer(source_ids, source_padding_mask),
             _starts(source_ids, start_token),
@@ -264,15 +265,11 @@ class Transformer(nnx.Module):
             max_new_tokens=max_length,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
-            sampler=sampler,
-            end_token=end_token,
-            stop_sequences=stop_sequences,
-            cache=cache,
-            cache_dtype=cache_dtype,
+            **options,
         )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
-        """The decoder, with what its cross-attention reads of the sources."""
+        """The decoder as a writer, whose context are the sources."""
         if overrides_call(self) or not runs(self, _RUN):
             raise NotImplementedError(
                 f"generate: a target is written token by token, by encoder.run and decoder.run; "
@@ -290,7 +287,7 @@ class Transformer(nnx.Module):
         if source_padding_mask is not None:
             real = xp.asarray(self.encoder._real_tokens(source_padding_mask, source_ids.shape))
         length = source_ids.shape[1]
-        # Padded to a few lengths, so that few programs serve all, but not beyond what the encoder reads.
+        # Padded to a few lengths, so that few programs serve all, but not beyond the encoder's longest text.
         config, mask = self.encoder.config, self.encoder.self_mask
         is_fixed = mask is not None and mask.num_positions is not None
         padded = length if is_fixed else padded_length(max(2, length))
@@ -302,32 +299,23 @@ class Transformer(nnx.Module):
         return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
 
 
-_RUN = Transformer.run  # as it is here: another one assigned to the class counts as overridden
+_RUN = Transformer.run  # a function that is assigned to the class later counts as an override
 
 
 def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
     return np.full((source_ids.shape[0], 1), start_token, np.int32)
 
 
-def _sampler(sampler: Sampler | None, temperature: float) -> Sampler:
-    if sampler is not None and temperature != 0.0:
-        raise ValueError(
-            f"generate: give temperature or sampler, not both; got temperature={temperature}. "
-            "Use Sampler(temperature=...)."
-        )
-    return Sampler(temperature=temperature) if sampler is None else sampler
-
-
 @pytree_dataclass
 class _Source:
-    """Sources, to be read by the program that reads the prompts."""
+    """Sources, which the program that reads the prompts encodes."""
 
     ids: Int[ArrayLike, "B S"]
     real: Bool[ArrayLike, "B S"]
     graphdef: nnx.GraphDef[Transformer] = dataclasses.field(metadata={"static": True})
 
     def make(self, state: Any, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
-        """What cross-attention reads of the sources, and which of their tokens are no padding."""
+        """Keys and values of the sources for each cross-attention, and True for their real tokens."""
         model, real = nnx.merge(self.graphdef, state), jnp.asarray(self.real)
         encoded = run_of(model.encoder)(self.ids, padding_mask=real, deterministic=True).hidden
         return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
@@ -335,7 +323,7 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The decoder as a function of the state; the context is what its cross-attention reads."""
+    """The decoder as a function of the state; the context is what `_Source` makes."""
 
     graphdef: nnx.GraphDef[Transformer]
 

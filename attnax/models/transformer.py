@@ -1,9 +1,9 @@
-"""Stacks of blocks over token embeddings: the encoder and the decoder."""
+"""Stacks of blocks over token embeddings: the encoder and the decoder, and the head that gives logits."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
-from attnax.checks import check_positions
+from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
+from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.embeddings import RelativePositionBias, TokenEmbedding, TransformerEmbedding
@@ -26,8 +27,37 @@ from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
 __all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_positions"]
 
 
+class TokenOptions(SelfAttentionOptions, total=False):
+    """The options that encoders and decoders share; calls have `layer_kv_caches` for `caches`."""
+
+    mask: Mask | MaskMod | ArrayLike | None
+    padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
+    position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    caches: tuple[LayerCache, ...] | None
+
+
+class EncoderOptions(TokenOptions, total=False):
+    """The options of `TransformerEncoder`, as its `__call__` describes them."""
+
+    token_type_ids: Int[ArrayLike, "B T"] | None
+
+
+class DecoderOptions(TokenOptions, total=False):
+    """The options of `TransformerDecoder`, as its `__call__` describes them."""
+
+    encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None
+    cross_mask: Mask | MaskMod | ArrayLike | None
+    encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
+
+
+class _Options(EncoderOptions, DecoderOptions, total=False):
+    """The options of either."""
+
+
 class _TokenTransformer(nnx.Module):
-    """Embeddings, blocks and a last norm: what the encoder and the decoder have in common."""
+    """Embeddings, blocks and a last norm, which the encoder and the decoder share."""
+
+    cross_attention = False
 
     def __init__(
         self,
@@ -51,94 +81,92 @@ class _TokenTransformer(nnx.Module):
         )
         self.self_mask = nnx.data(None if self_mask is None else as_mask(self_mask))
 
-    def _run(
-        self,
-        input_ids: ArrayLike,
-        *,
-        mask: Mask | MaskMod | ArrayLike | None,
-        padding_mask: ArrayLike | None,
-        position_ids: ArrayLike | None,
-        score_mod: ScoreMod | None,
-        caches: tuple[LayerCache, ...] | None,
-        deterministic: bool | None,
-        rngs: nnx.Rngs | None,
-        token_type_ids: ArrayLike | None = None,
-        tokens: TokenEmbedding | None = None,
-        cross: dict[str, Any] | None = None,
-    ) -> Output:
-        """Reads the tokens; `cross` is what blocks with cross-attention are given beside."""
-        input_ids = self._check_ids(input_ids, caches)
-        is_alone = caches is None or isinstance(caches[0], EmptyCache)  # these tokens attend each other only
-        real = None if padding_mask is None else self._real_tokens(padding_mask, input_ids.shape)
-        if self.relative_bias is not None:
-            score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
-        if mask is not None and caches is not None and not isinstance(mask, jax.Array | np.ndarray):
+    def _run(self, input_ids: ArrayLike, options: _Options, tokens: TokenEmbedding | None = None) -> Output:
+        """From token ids to hidden states."""
+        ids, caches, mode = jnp.asarray(input_ids), options.get("caches"), select_options(options, Mode)
+        self._check(ids, options)
+        position_ids, mask, score_mod = self._place(ids.shape, options)
+        types = options.get("token_type_ids")
+        x = self.embed(ids, tokens=tokens, position_ids=position_ids, token_type_ids=types, **mode)
+
+        each: dict[str, Any] = {"cache": caches}  # one entry a layer
+        shared: dict[str, Any] = select_options(options, SelfAttentionOptions) | {"score_mod": score_mod}
+        if self.cross_attention:
+            encoder_output = options["encoder_output"]
+            (each if isinstance(encoder_output, tuple | list) else shared)["encoder_output"] = encoder_output
+            shared |= {"self_mask": mask, "cross_mask": options.get("cross_mask")}
+            shared |= {"position_ids_self": position_ids, "position_ids_cross_q": position_ids}
+            shared["position_ids_cross_kv"] = options.get("encoder_position_ids")
+        else:
+            shared |= {"mask": mask, "position_ids": position_ids}
+        out = self.stack.run(x, each=each, **shared)
+        with jax.named_scope("norm"):
+            return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
+
+    def _check(self, ids: Array, options: _Options) -> None:
+        """Raises ValueError for ids, caches or a mask of the call that do not fit the model or each other."""
+        name, caches, mask = type(self).__name__, options.get("caches"), options.get("mask")
+        if ids.ndim != 2:
+            raise ValueError(f"{name}: input_ids must be (batch, length); got shape {ids.shape}.")
+        is_limited = caches is None and self.config.pos_emb_type != "relative"
+        if is_limited and ids.shape[1] > self.config.max_len:
             raise ValueError(
-                f"{type(self).__name__}: with caches, mask must be a boolean array over all tokens so far; "
+                f"{name}: a sequence must not be longer than max_len={self.config.max_len}; got {ids.shape[1]} tokens."
+            )
+        if caches is None:
+            return
+        if len(caches) != self.config.num_layers:
+            raise ValueError(
+                f"{name}: layer_kv_caches must hold one cache a layer; "
+                f"got {len(caches)} for num_layers={self.config.num_layers}."
+            )
+        if len({isinstance(cache, EmptyCache) for cache in caches}) > 1:
+            raise ValueError(
+                f"{name}: either every cache is an EmptyCache or none is; got a mixture. Read a prompt "
+                "into all layers at once."
+            )
+        if mask is not None and not isinstance(mask, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{name}: with caches, mask must be a boolean array over all tokens so far; "
                 f"got {type(mask).__name__}. Give it as self_mask, which is read at positions."
             )
-        call_mask, mask, given = mask, self.self_mask, position_ids is not None
-        if position_ids is not None:
-            position_ids = check_positions(type(self).__name__, "position_ids", position_ids, *input_ids.shape)
+
+    def _place(self, shape: tuple[int, ...], options: _Options) -> tuple[Array | None, Mask | None, ScoreMod | None]:
+        """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
+
+        The model's own mask and the score mods go by positions, the mask of the call by indices. Attention itself reads
+        a cache that holds tokens at positions; for all other calls this function translates positions to indices.
+        """
+        name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
+        is_alone = caches is None or isinstance(caches[0], EmptyCache)  # the tokens attend each other only
+        padding_mask, given, position_ids = options.get("padding_mask"), options.get("position_ids"), None
+        real = None if padding_mask is None else self._real_tokens(padding_mask, shape)
+        if given is not None:
+            position_ids = check_positions(name, "position_ids", given, batch, length)
             position_ids = position_ids if real is None else jnp.where(real, position_ids, -1)
         elif real is not None or caches is not None:
-            position_ids = count_positions(input_ids.shape, real, None if is_alone else caches)
-        has_places = given or real is not None or caches is not None  # which may be others than 0, 1, 2, ...
-        if position_ids is not None and is_alone and has_places:  # what a cache holds is read at positions by attention
-            batch, length = input_ids.shape
-            if mask is not None:
-                known = length if caches is None else None  # positions of a cache may be any
-                mask.check(type(self).__name__, (batch, self.config.num_heads, known, known))
-            keeps_order = not given and (mask is None or isinstance(mask, Causal))  # counting keeps that of the indices
-            if not keeps_order:
+            position_ids = count_positions(shape, real, None if is_alone else caches)
+
+        mask, score_mod = self.self_mask, options.get("score_mod")
+        if self.relative_bias is not None:
+            score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
+        if position_ids is not None and mask is not None:
+            known = length if caches is None else None  # the positions in a cache may be any
+            if caches is not None and not is_alone:
+                bounds = [getattr(cache, "num_positions", None) for cache in caches]
+                known = min((bound for bound in bounds if bound is not None), default=None)
+            mask.check(name, (batch, self.config.num_heads, known, known))
+        if position_ids is not None and is_alone:
+            # Counted positions have the order of the indices.
+            if given is not None or not (mask is None or isinstance(mask, Causal)):
                 mask = at_positions(mask, position_ids, position_ids)
             elif caches is None:  # with a cache, attention hides the padding
                 assert real is not None
                 mask = padding(real) if mask is None else mask & padding(real)
             score_mod = None if score_mod is None else at_positions(score_mod, position_ids, position_ids)
-        if caches is not None and not is_alone and mask is not None:  # the rows of a self_mask are positions
-            bounds = [getattr(cache, "num_positions", None) for cache in caches]
-            known = min((bound for bound in bounds if bound is not None), default=None)
-            mask.check(type(self).__name__, (input_ids.shape[0], self.config.num_heads, known, known))
-        if call_mask is not None:
+        if (call_mask := options.get("mask")) is not None:
             mask = as_mask(call_mask) if mask is None else mask & call_mask
-
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        x = self.embed(input_ids, tokens=tokens, position_ids=position_ids, token_type_ids=token_type_ids, **mode)
-        each: dict[str, Any] = {"cache": caches}
-        options: dict[str, Any]
-        if cross is None:
-            options = {"mask": mask, "position_ids": position_ids}
-        else:
-            options = {"self_mask": mask, "position_ids_self": position_ids, "position_ids_cross_q": position_ids}
-            options |= cross
-            if isinstance(cross["encoder_output"], tuple):
-                each["encoder_output"] = options.pop("encoder_output")
-        out = self.stack.run(x, each=each, score_mod=score_mod, **options, **mode)
-        with jax.named_scope("norm"):
-            return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
-
-    def _check_ids(self, input_ids: ArrayLike, caches: tuple[LayerCache, ...] | None) -> Array:
-        input_ids = jnp.asarray(input_ids)
-        if input_ids.ndim != 2:
-            raise ValueError(f"{type(self).__name__}: input_ids must be (batch, length); got shape {input_ids.shape}.")
-        is_limited = caches is None and self.config.pos_emb_type != "relative"
-        if is_limited and input_ids.shape[1] > self.config.max_len:
-            raise ValueError(
-                f"{type(self).__name__}: a sequence must not be longer than max_len={self.config.max_len}; "
-                f"got {input_ids.shape[1]} tokens."
-            )
-        if caches is not None and len(caches) != self.config.num_layers:
-            raise ValueError(
-                f"{type(self).__name__}: layer_kv_caches must hold one cache a layer; "
-                f"got {len(caches)} for num_layers={self.config.num_layers}."
-            )
-        if caches is not None and len({isinstance(cache, EmptyCache) for cache in caches}) > 1:
-            raise ValueError(
-                f"{type(self).__name__}: either every cache is an EmptyCache or none is; got a mixture. Read a prompt "
-                "into all layers at once."
-            )
-        return input_ids
+        return position_ids, mask, score_mod
 
     def _real_tokens(self, padding_mask: ArrayLike, shape: tuple[int, ...]) -> Array:
         padding_mask = jnp.asarray(padding_mask)
@@ -151,14 +179,14 @@ class _TokenTransformer(nnx.Module):
 
 
 class TransformerEncoder(_TokenTransformer):
-    """A stack in which every token attends every other: embeddings, blocks and a last norm; returns hidden states.
+    """A stack whose tokens all attend each other: embeddings, blocks and a last norm; returns hidden states.
 
     Called as `TransformerEncoder(rngs, config)` or with the fields of TransformerConfig as keywords.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default everyone everyone. Nothing attends padding in any case.
+        self_mask: which tokens attend which, by default all attend all. No token attends padding in any case.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -201,62 +229,34 @@ class TransformerEncoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
-            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
+            mask: applied in this call beside the model's own mask, by index whatever the positions are, such as
                 `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
-                far), whose column j is position j, with an EmptyCache index j.
+                far), whose column j is position j, or index j with an EmptyCache.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
                 padding mask and the caches. Masks and score mods are read at positions too.
             token_type_ids: (batch, T), below the config's num_token_types, by default 0.
             score_mod: applied to the attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them, in both directions.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend all tokens in them, later ones too.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. Rows of padding hold no meaning.
+            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
 
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            score_mod=score_mod,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: EncoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"token_type_ids": token_type_ids, "score_mod": score_mod, "caches": layer_kv_caches}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(
-        self,
-        input_ids: Int[ArrayLike, "B T"],
-        *,
-        mask: Mask | MaskMod | ArrayLike | None = None,
-        padding_mask: ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        caches: tuple[LayerCache, ...] | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Output:
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
         """The call with its result in one form."""
-        return self._run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            score_mod=score_mod,
-            caches=caches,
-            deterministic=deterministic,
-            rngs=rngs,
-        )
+        check_options("TransformerEncoder", options, EncoderOptions)
+        return self._run(input_ids, cast("_Options", options))
 
 
 class TransformerDecoder(_TokenTransformer):
@@ -268,10 +268,10 @@ class TransformerDecoder(_TokenTransformer):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: who attends whom, by default `causal()`. Nothing attends padding in any case.
+        self_mask: which tokens attend which, by default `causal()`. No token attends padding in any case.
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
-        own_tokens: whether it has a table of token embeddings; else `run` is given one each time.
+        own_tokens: whether it has a table of token embeddings; without one, every `run` is given a table.
         **fields: the fields of TransformerConfig.
 
     Raises:
@@ -327,116 +327,85 @@ class TransformerDecoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
-            mask: who attends whom in this call beside the model's own mask, by index whatever the positions are:
-                `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
-                far), whose column j is position j, with an EmptyCache index j.
-            padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
-            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids: each token's index within its row's text, -1 for padding; by default counted from the
-                padding mask and the caches. Masks and score mods are read at positions too.
-            score_mod: applied to the self-attention scores of every layer.
-            encoder_output: (batch, S, encoder_features), or `keys_values` of it; needed with cross_attention.
-            cross_mask: which tokens attend which of the encoder's, by index; `masks.padding(real)` hides its padding.
+            mask: as in `TransformerEncoder`, and so are the next three.
+            padding_mask: True for real tokens.
+            deterministic: no dropout.
+            position_ids: each token's index within its row's text, -1 for padding.
+            encoder_output: (batch, S, encoder_features), or its `keys_values`; needed with cross_attention.
+            cross_mask: which tokens attend which tokens of the encoder, by index; `masks.padding(real)` hides padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all of them.
+            score_mod: applied to the self-attention scores of every layer.
+            layer_kv_caches: one a layer; the tokens are appended to them and attend the tokens in them.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. Rows of padding hold no meaning.
+            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
 
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
-        out = self.run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            encoder_output=encoder_output,
-            cross_mask=cross_mask,
-            encoder_position_ids=encoder_position_ids,
-            caches=layer_kv_caches,
-            rngs=rngs,
-        )
+        options: DecoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options |= {"encoder_output": encoder_output, "cross_mask": cross_mask, "score_mod": score_mod}
+        options |= {"encoder_position_ids": encoder_position_ids, "caches": layer_kv_caches}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
-        mask: Mask | MaskMod | ArrayLike | None = None,
-        padding_mask: ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        encoder_output: Array | tuple[KeysValues, ...] | None = None,
-        cross_mask: Mask | MaskMod | ArrayLike | None = None,
-        encoder_position_ids: ArrayLike | None = None,
         token_embedding: TokenEmbedding | None = None,
-        caches: tuple[LayerCache, ...] | None = None,
-        rngs: nnx.Rngs | None = None,
+        **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call with its result in one form; `token_embedding` is for a decoder without its own."""
+        """The call with its result in one form; a decoder without its own tokens needs `token_embedding`."""
+        check_options("TransformerDecoder", options, DecoderOptions)
+        self._check_cross(options)
+        return self._run(input_ids, cast("_Options", options), token_embedding)
+
+    def _check_cross(self, options: DecoderOptions) -> None:
+        """Raises ValueError for options of cross-attention that do not fit the model or each other."""
+        encoder_output, position_ids = options.get("encoder_output"), options.get("encoder_position_ids")
         if (encoder_output is not None) != self.cross_attention:
             raise ValueError(
                 "TransformerDecoder: encoder_output is needed with cross_attention, and only then; "
                 f"got cross_attention={self.cross_attention}, encoder_output "
                 f"{'given' if encoder_output is not None else 'missing'}."
             )
-        if not self.cross_attention and (cross_mask is not None or encoder_position_ids is not None):
+        if not self.cross_attention and (options.get("cross_mask") is not None or position_ids is not None):
             raise ValueError(
                 "TransformerDecoder: cross_mask and encoder_position_ids are for cross-attention; got one without. "
                 "Make the decoder with cross_attention=True."
             )
-        if isinstance(encoder_output, tuple | list):
-            whole = len(encoder_output) == self.config.num_layers and all(
-                isinstance(entry, KeysValues) for entry in encoder_output
+        if not isinstance(encoder_output, tuple | list):
+            return
+        is_whole = len(encoder_output) == self.config.num_layers
+        if not is_whole or position_ids is not None or not all(isinstance(x, KeysValues) for x in encoder_output):
+            raise ValueError(
+                "TransformerDecoder: encoder_output must be an array, or what keys_values gave: one KeysValues a "
+                f"layer, rotated already; got a {type(encoder_output).__name__} of {len(encoder_output)} for "
+                f"num_layers={self.config.num_layers}, encoder_position_ids "
+                f"{'given' if position_ids is not None else 'not given'}."
             )
-            if not whole or encoder_position_ids is not None:
-                raise ValueError(
-                    "TransformerDecoder: encoder_output must be an array, or what keys_values gave: one KeysValues a "
-                    f"layer, rotated already; got a {type(encoder_output).__name__} of {len(encoder_output)} for "
-                    f"num_layers={self.config.num_layers}, encoder_position_ids "
-                    f"{'given' if encoder_position_ids is not None else 'not given'}."
-                )
-            encoder_output = tuple(encoder_output)
-        cross = {
-            "encoder_output": encoder_output,
-            "cross_mask": cross_mask,
-            "position_ids_cross_kv": encoder_position_ids,
-        }
-        return self._run(
-            input_ids,
-            mask=mask,
-            padding_mask=padding_mask,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            caches=caches,
-            deterministic=deterministic,
-            rngs=rngs,
-            tokens=token_embedding,
-            cross=cross if self.cross_attention else None,
-        )
 
     def keys_values(
         self,
         encoder_output: Float[Array, "B S De"],
         encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
     ) -> tuple[KeysValues, ...]:
-        """What every layer's cross-attention makes of an encoder's output, to be computed once for many calls."""
+        """The keys and values of an encoder's output for every layer, computed once for many calls."""
         return tuple(
             block.cross_attention.keys_values(encoder_output, encoder_position_ids) for block in self.stack.layers()
         )
 
 
 class TokenHead(nnx.Module):
-    """float32 logits of hidden states: a projection of its own, or products with the token embeddings.
+    """float32 logits of hidden states, by a projection of its own or by products with the token embeddings.
 
     Args:
         rngs: for the initial weights.
-        config: `tie_embeddings` decides, `use_bias` may name "head", `logit_scale` scales, `logit_soft_cap` bounds.
+        config: `tie_embeddings` chooses between the two, `use_bias` may name "head"; `logit_scale` multiplies the
+            logits, `logit_soft_cap` bounds them.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
@@ -451,7 +420,7 @@ class TokenHead(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
-        """The logits; `tokens` holds the embeddings of the tokens that they are about."""
+        """The logits; `tokens` holds the embeddings of the predicted tokens."""
         logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -463,7 +432,7 @@ class TokenHead(nnx.Module):
 def count_positions(
     shape: tuple[int, ...], real: Array | None, caches: tuple[LayerCache, ...] | None
 ) -> Int[Array, "B T"]:
-    """Real tokens count on from what the caches hold; padding is at -1."""
+    """Positions of real tokens, counted on from the tokens in the caches; padding is at -1."""
     real = jnp.ones(shape, bool) if real is None else real
     start = 0 if caches is None else caches[0].next_positions()[:, None]
     return jnp.where(real, start + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, -1)

@@ -29,7 +29,7 @@ class VisionTransformer(nnx.Module):
 
     Called as `VisionTransformer(rngs, config)` or with the fields of VisionTransformerConfig as keywords. The tokens
     are the class token (with use_cls_token), then the registers, then the patches row by row. Learned positions are
-    added to the class token and the patches; sinusoidal ones, of row and column, to the patches only.
+    added to the class token and the patches; sinusoidal positions, of row and column, to the patches only.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
@@ -142,7 +142,7 @@ class VisionTransformer(nnx.Module):
         *,
         score_mod: ScoreMod | None = None,
     ) -> Float[Array, "B N T S"]:
-        """How much of each token's value each token takes in one layer, (batch, num_heads, T, T); no dropout.
+        """The attention weights of one layer, (batch, num_heads, T, T); no dropout.
 
         Args:
             images: as in a call.
@@ -150,7 +150,7 @@ class VisionTransformer(nnx.Module):
             score_mod: as in a call.
 
         Raises:
-            ValueError: a layer that the model does not have, or what a call raises.
+            ValueError: a layer that the model does not have, or as in a call.
         """
         blocks = self.stack.layers()
         if not -len(blocks) <= layer < len(blocks):
@@ -170,7 +170,7 @@ class VisionTransformer(nnx.Module):
     def _embed(
         self, images: ArrayLike, *, deterministic: bool | None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B T D"]:
-        """What the first block reads."""
+        """The tokens that enter the first block."""
         x = self.patches(images)
         if self.config.pos_emb_type == "sinusoidal":
             x = self.positions(x)
@@ -187,7 +187,7 @@ class VisionTransformer(nnx.Module):
 def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:
     """A copy of `model` for images of another size, its learned positions interpolated bicubically between patches.
 
-    The interpolation is that of published models in transformers, with antialiasing if the config has
+    Published models in transformers interpolate in the same way; with antialiasing if the config has
     `position_antialias`. The position of the class token and all other parameters stay as they are.
 
     Args:
@@ -239,8 +239,8 @@ def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
     """(new, old) weights of the old places in each new place, as in torch.nn.functional.interpolate.
 
     Both grids reach from edge to edge. Without antialiasing the cubic covers 4 places whatever the step, and places
-    outside of the grid repeat the edge. With it the cubic is stretched by the step where that is above 1, and places
-    outside get no weight.
+    outside of the grid repeat the edge. With antialiasing a step above 1 stretches the cubic, and places outside get no
+    weight.
     """
     step = old / new
     width, a = (max(step, 1.0), -0.5) if antialias else (1.0, -0.75)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
-from attnax.generation.request import Request, make_request, padded_length
+from attnax.generation.request import Request, RequestOptions, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
@@ -34,9 +34,9 @@ class Writer(NamedTuple):
     Attributes:
         step: the model as a function.
         state: its parameters.
-        config: of what decodes.
-        context: what each row attends beside its text; it may be Planned.
-        self_mask: who attends whom in its text.
+        config: of the decoder.
+        context: arrays that each row attends beside its text; it may be Planned.
+        self_mask: which tokens attend which in the text.
     """
 
     step: Step
@@ -47,31 +47,22 @@ class Writer(NamedTuple):
 
 
 def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
-    """What a decoder is told of the places of `tokens`.
-
-    A prompt that enters empty caches is read by index, with its padding; anything else at positions.
-    """
+    """The options of a decoder for `tokens`: the padding of a prompt that enters empty caches, else positions."""
     if isinstance(cache[0], EmptyCache):
         return {"padding_mask": tokens.position_ids >= 0}
     return {"position_ids": tokens.position_ids}
 
 
-class WriteOptions(TypedDict, total=False):
-    """The keywords of a model's `generate` that its `stream` takes too."""
+class WriteOptions(RequestOptions, total=False):
+    """The options of a model's `generate`, as that of `TransformerLM` describes them."""
 
-    sampler: Sampler | None
-    key: Array | None
-    padding_mask: ArrayLike | None
-    end_token: int | Sequence[int] | None
-    stop_sequences: Sequence[Sequence[int]]
-    num_samples: int
     cache: CacheKind | None
     cache_dtype: Any
 
 
 @pytree_dataclass
 class CachePlan:
-    """The empty caches of a model, to be made within a program; plans of equal numbers are equal."""
+    """The empty caches of a model, which a program makes; plans of equal sizes are equal."""
 
     config: TransformerConfig = dataclasses.field(metadata={"static": True})
     kind: CacheKind = dataclasses.field(metadata={"static": True})
@@ -100,7 +91,7 @@ def generate(
     num_draft_tokens: int,
     **options: Unpack[WriteOptions],
 ) -> Generation:
-    """What `TransformerLM.generate` promises, for any writer."""
+    """`TransformerLM.generate` for any writer."""
     if draft is None:
         request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, **options)
         written, _ = generation.generate(writer.step, writer.state, request, cache, max_new_tokens=room)
@@ -143,7 +134,7 @@ def beam_search(
     early_stopping: EarlyStopping,
     **options: Unpack[WriteOptions],
 ) -> Beams:
-    """What `TransformerLM.beam_search` promises, for any writer."""
+    """`TransformerLM.beam_search` for any writer."""
     if not 1 <= num_beams <= writer.config.vocab_size:
         raise ValueError(
             f"beam_search: num_beams must be at least 1 and at most vocab_size={writer.config.vocab_size}; "
@@ -160,7 +151,7 @@ def beam_search(
     cuts = {name: getattr(sampler, name) for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None}
     if (sampler.temperature is not None and float(sampler.temperature) != 0.0) or cuts:
         raise ValueError(
-            "beam_search: nothing is drawn, so temperature must be 0 and nothing be cut; "
+            "beam_search: nothing is drawn, so temperature must be 0 and top_k, top_p and min_p None; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
@@ -181,7 +172,7 @@ Written = TypeVar("Written", Generation, Beams)
 
 
 def _shorten(written: Written, max_new_tokens: int) -> Written:
-    """What was asked for of a result that has room for more, cut outside of JAX, which would compile each cut."""
+    """The result without the room beyond `max_new_tokens`, cut outside of JAX, which would compile each cut."""
 
     def cut(x: Array) -> Array:
         if not is_concrete(x) or not x.is_fully_addressable:
@@ -204,20 +195,20 @@ def _prepare(
     num_beams: int = 1,
     cache: CacheKind | None = None,
     cache_dtype: Any = None,
-    **options: Any,
+    **options: Unpack[RequestOptions],
 ) -> tuple[Request, CachePlan, int]:
-    """The request, its caches and what the result has room for, each of a few sizes, so that few programs serve all."""
+    """The request, its caches and the room of the result, each of a few sizes, so that few programs serve all."""
     config = writer.config
     if not hasattr(prompt_ids, "shape"):
         try:
             prompt_ids = np.asarray(prompt_ids)
         except ValueError as error:
             raise ValueError(
-                "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and tell "
-                "which tokens are real by padding_mask."
+                "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and mark "
+                "the real tokens in padding_mask."
             ) from error
     length = max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1)
-    # A mask that holds arrays knows so many positions: prompt and new tokens, as they are.
+    # A mask that holds arrays knows a number of positions: prompt and new tokens get no room beyond them.
     is_fixed = writer.self_mask is not None and writer.self_mask.num_positions is not None
     length = length if is_fixed else padded_length(length)
     request = make_request(
@@ -235,7 +226,7 @@ def _prepare(
     _check_table(config, prompt_ids.shape[1], max_new_tokens)
     room = max_new_tokens if is_fixed else padded_length(max(64, max_new_tokens))
     slots = length + room + spare
-    if not is_fixed:  # padding behind a prompt takes no slot, so what is long need not be padded twice
+    if not is_fixed:  # padding behind a prompt takes no slot, so a long sum need not be padded twice
         slots = padded_length(slots if slots <= 1024 else prompt_ids.shape[1] + max(64, max_new_tokens) + spare)
     dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
     plan = CachePlan(config, cache, batch, slots, dtype, num_beams * request.num_rows)
@@ -268,7 +259,7 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
         )
     if options.get("cache") == "contiguous":
         raise ValueError(
-            "generate: with a draft tokens are taken back, whose slots a contiguous cache would not use again; got "
+            "generate: a draft takes tokens back, and a contiguous cache would not use their slots again; got "
             "cache='contiguous'. Use 'ring' or 'paged'."
         )
     for config in (writer.config, draft.config):

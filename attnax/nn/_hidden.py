@@ -1,4 +1,4 @@
-"""Finds JAX arrays that a function reads and a module does not hold: they are constants, which get no gradient."""
+"""Finds JAX arrays that a function reads and a module does not hold: such constants get no gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.kernels._core.lift import defer
+from attnax.pytrees import is_own
 
 __all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
 
@@ -18,24 +18,24 @@ __all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
 def refuse_hidden_arrays(
     caller: str, name: str, function: Any, arguments: Sequence[Any], *, visible: Sequence[Any] = (), **options: Any
 ) -> None:
-    """Raises ValueError for a function that reads a floating JAX array that is none of its leaves, from wherever.
+    """Raises ValueError for a function that reads a floating JAX array which is none of its leaves.
 
-    NumPy arrays, integers and arrays that the function makes itself are constants. A function that fails at these
-    shapes is let through: an array that it uses as a whole fits only the sizes of the call that it was written for.
+    NumPy arrays, integers and arrays that the function makes itself are allowed constants. A function that fails at
+    these shapes is let through: it may use an array as a whole, which fits the sizes of one kind of call only.
 
     Args:
         caller: the class that keeps the function, for the message.
-        name: the argument by which it came, for the message.
-        function: None, a function or a callable pytree. The library's own hide nothing.
+        name: the argument that holds the function, for the message.
+        function: None, a function or a callable pytree. The library's own functions hide nothing.
         arguments: shapes and dtypes to trace the function at.
         visible: arrays that the function may read beside its leaves.
         **options: keywords to call the function with.
     """
-    if function is None or defer(function) is not None:
+    if function is None or is_own(function):
         return
     own = {id(leaf) for leaf in (*_leaves(function), *visible)}
     hidden = [x for x in _floating_constants(function, arguments, options) if id(x) not in own]
-    if hidden:  # an array that the function makes itself is another object in a second trace
+    if hidden:  # in a second trace, an array that the function makes itself is another object
         again = {id(x): x for x in _floating_constants(function, arguments, options)}
         hidden = [x for x in hidden if id(x) in again]
     if hidden:
@@ -45,13 +45,13 @@ def refuse_hidden_arrays(
 def refuse_hidden_arrays_of_kernel(
     caller: str, attention_fn: Any, arguments: Sequence[Any], scores: Sequence[Any]
 ) -> None:
-    """The same for an attention function. Arrays that a `functools.partial` binds are hidden too, except in a `cache`.
+    """The same for an attention function. Arrays in a `functools.partial` are hidden too, except those of a `cache`.
 
     Args:
         caller: the class that keeps the function, for the message.
         attention_fn: an AttentionFn.
         arguments: shapes and dtypes of query, key and value to trace the function at.
-        scores: the same of the arguments of a score mod that the function binds.
+        scores: shapes and dtypes to trace a score mod in the partial at.
     """
     kernel, visible = attention_fn, _leaves(attention_fn)
     while isinstance(kernel, functools.partial):
@@ -91,7 +91,7 @@ def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], 
     """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays keep their own type."""
     try:
         traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
-    # It was not made for these sizes, or not for this machine.
+    # The function was not made for these sizes, or not for this machine.
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
         return []
     found: list[Any] = []

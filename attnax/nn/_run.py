@@ -1,11 +1,36 @@
-"""A module computes in `run`, and its `__call__` is sugar on top: the modules around it call `run`."""
+"""A module computes in `run`; its `__call__` names the options for editors, and the modules around it call `run`.
+
+Below a `__call__` the options of a call travel as one dictionary of a TypedDict, which stands beside the class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
-__all__ = ["overrides_call", "run_of", "runs"]
+from flax import nnx
+
+from attnax.typing import ScoreMod
+
+__all__ = ["Mode", "SelfAttentionOptions", "overrides_call", "run_of", "runs", "select_options"]
+
+
+class Mode(TypedDict, total=False):
+    """Whether a call drops out, and by what randomness."""
+
+    deterministic: bool | None
+    rngs: nnx.Rngs | None
+
+
+class SelfAttentionOptions(Mode, total=False):
+    """The options that models, blocks and layers hand down to self-attention as they are."""
+
+    score_mod: ScoreMod | None
+
+
+def select_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options that the TypedDict `kind` names."""
+    return {name: value for name, value in options.items() if name in kind.__annotations__}
 
 
 def run_of(module: Any) -> Callable[..., Any]:
@@ -24,7 +49,7 @@ def run_of(module: Any) -> Callable[..., Any]:
 
 
 def runs(module: Any, run: Callable[..., Any]) -> bool:
-    """Whether `module.run` is this function: no subclass overrides it, and nobody assigned another."""
+    """Whether `module.run` is this function: no subclass overrides it, and no other one was assigned."""
     return getattr(module.run, "__func__", None) is run
 
 

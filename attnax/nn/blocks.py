@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import EmptyCache, LayerCache
+from attnax.checks import check_options
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
-from attnax.nn._run import run_of
+from attnax.nn._run import Mode, SelfAttentionOptions, run_of, select_options
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
@@ -26,15 +27,15 @@ __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
 
 
 class Output(NamedTuple):
-    """What a block, a stack or a model computes.
+    """The results of a block, a stack or a model.
 
     Attributes:
-        hidden: (batch, T, d_model), of a model what its head reads.
-        caches: the new cache of a block, the tuple of them of a stack, or None.
+        hidden: (batch, T, d_model), of a model the input of its head.
+        caches: the new cache of a block, the tuple of the new caches of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
             tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
-            that no query may attend by `masks.padding`, an array or positions in the mask of the call; other masks
-            and functions are not looked at.
+            that no query may attend by `masks.padding`, an array or positions in the mask of the call. Other masks and
+            functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
 
@@ -45,18 +46,18 @@ class Output(NamedTuple):
 
 
 def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """The sums of what both hold (tuples one after the other), and what only one holds."""
+    """The entries of both dictionaries; entries under one name are summed, tuples joined."""
     return left | {name: left[name] + value if name in left else value for name, value in right.items()}
 
 
 class Residual(nnx.Module):
-    """What a sublayer adds to the stream, and where its norms stand, said once.
+    """The residual connection around a sublayer f, with its norms.
 
     Args:
         rngs: for the norms and the stored dropout stream.
         config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
-            or "branch" x + norm(f(x)). With `layer_scale` that is scaled by a learned number a feature; it goes through
-            dropout and is scaled by `residual_scale`.
+            or "branch" x + norm(f(x)). The added branch is scaled by a learned number a feature (`layer_scale`), goes
+            through dropout and is scaled by `residual_scale`.
 
     References:
         H. Touvron et al., "Going Deeper with Image Transformers" (LayerScale), 2021, https://arxiv.org/abs/2103.17239.
@@ -77,30 +78,34 @@ class Residual(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         sublayer: Callable[[Array], tuple[Array, Any]],
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        **mode: Unpack[Mode],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `sublayer` adds to x, and the second thing that `sublayer` returns."""
+        """The branch that `sublayer` adds to x, and the second result of `sublayer`."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
         branch = _normalised(self.norm_branch, branch)
         if self.layer_scale is not None:
             branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
-        branch = self.scale * self.dropout(branch, deterministic=deterministic, rngs=rngs)
+        branch = self.scale * self.dropout(branch, **mode)
         return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         sublayer: Callable[[Array], tuple[Array, Any]],
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        **mode: Unpack[Mode],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The new stream, and the second thing that `sublayer` returns."""
-        branch, extra = self.branch(x, sublayer, deterministic=deterministic, rngs=rngs)
+        """The new stream, and the second result of `sublayer`."""
+        branch, extra = self.branch(x, sublayer, **mode)
         x = x + branch
         return _normalised(self.norm_sum, x).astype(x.dtype), extra
+
+
+class EncoderBlockOptions(SelfAttentionOptions, total=False):
+    """The options of `EncoderBlock`; its `__call__` has `self_attn_kv_cache` for `cache`."""
+
+    mask: Mask | MaskMod | ArrayLike | None
+    position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    cache: LayerCache | None
 
 
 class EncoderBlock(nnx.Module):
@@ -163,38 +168,27 @@ class EncoderBlock(nnx.Module):
 
         The arguments are those of `MultiHeadAttention`.
         """
-        out = self.run(
-            x,
-            mask=mask,
-            deterministic=deterministic,
-            position_ids=position_ids,
-            score_mod=score_mod,
-            cache=self_attn_kv_cache,
-            rngs=rngs,
-        )
+        options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
+        options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
+        out = self.run(x, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Mask | MaskMod | ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        cache: LayerCache | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Output:
+    def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
         """The call with its result in one form."""
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        check_options("EncoderBlock", options, EncoderBlockOptions)
+        mode = select_options(options, Mode)
 
         def attend(x: Array) -> tuple[Array, Any]:
             return run_of(self.attention)(
-                x, mask=mask, position_ids_q=position_ids, score_mod=score_mod, kv_cache=cache, **mode
+                x,
+                mask=options.get("mask"),
+                position_ids_q=options.get("position_ids"),
+                kv_cache=options.get("cache"),
+                **select_options(options, SelfAttentionOptions),
             )
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _feed(self.feed_forward, x, mask, position_ids, cache, mode)
+            return _feed(self.feed_forward, x, options, mode)
 
         if self.parallel:
             attended, new_cache = self.around_attention.branch(x, attend, **mode)
@@ -205,16 +199,27 @@ class EncoderBlock(nnx.Module):
         return Output(x, new_cache, aux)
 
 
+class DecoderBlockOptions(SelfAttentionOptions, total=False):
+    """The options of `DecoderBlock`, as its `__call__` describes them; that has `self_attn_kv_cache` for `cache`."""
+
+    self_mask: Mask | MaskMod | ArrayLike | None
+    cross_mask: Mask | MaskMod | ArrayLike | None
+    position_ids_self: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    position_ids_cross_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
+    cache: LayerCache | None
+
+
 class DecoderBlock(nnx.Module):
     """Self-attention, cross-attention to an encoder's output, then a feed-forward.
 
     Called as `DecoderBlock(rngs, config)` or `DecoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`. It applies
-    the masks that it is given and no other: give `self_mask=causal()` where tokens must not see what follows.
+    only the masks that it is given: give `self_mask=causal()` where tokens must not see later tokens.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention; beside the latter,
-            cross-attention is FLASH.
+        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention only; beside lite
+            attention, cross-attention is FLASH.
         num_heads: of BlockConfig, where config is d_model.
         d_ff: the same.
         encoder_features: width of the encoder's output, by default d_model.
@@ -282,11 +287,11 @@ class DecoderBlock(nnx.Module):
         Args:
             x: (batch, T, d_model).
             encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            self_mask: who attends whom within x, and with a cache before it; as `mask` of `MultiHeadAttention`.
-            cross_mask: which tokens of x attend which of the encoder, by index.
+            self_mask: which tokens attend which in x and in a cache before it; as `mask` of `MultiHeadAttention`.
+            cross_mask: which tokens of x attend which tokens of the encoder, by index.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or what follows the cache.
-            position_ids_cross_q: positions of x for RoPE in cross-attention, by default those of self-attention.
+            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or those after the cache.
+            position_ids_cross_q: positions of x for RoPE in cross-attention, by default `position_ids_self`.
             position_ids_cross_kv: positions of the encoder's output for RoPE.
             score_mod: applied to the scores of self-attention.
             self_attn_kv_cache: x is appended to it and attends all of it.
@@ -295,19 +300,11 @@ class DecoderBlock(nnx.Module):
         Raises:
             ValueError: arguments that do not fit together.
         """
-        out = self.run(
-            x,
-            encoder_output=encoder_output,
-            self_mask=self_mask,
-            cross_mask=cross_mask,
-            deterministic=deterministic,
-            position_ids_self=position_ids_self,
-            position_ids_cross_q=position_ids_cross_q,
-            position_ids_cross_kv=position_ids_cross_kv,
-            score_mod=score_mod,
-            cache=self_attn_kv_cache,
-            rngs=rngs,
-        )
+        options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
+        options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}
+        options |= {"position_ids_cross_kv": position_ids_cross_kv, "cache": self_attn_kv_cache}
+        options |= {"deterministic": deterministic, "rngs": rngs}
+        out = self.run(x, encoder_output=encoder_output, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(
@@ -315,26 +312,22 @@ class DecoderBlock(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         encoder_output: Float[Array, "B S De"] | KeysValues,
-        self_mask: Mask | MaskMod | ArrayLike | None = None,
-        cross_mask: Mask | MaskMod | ArrayLike | None = None,
-        deterministic: bool | None = None,
-        position_ids_self: ArrayLike | None = None,
-        position_ids_cross_q: ArrayLike | None = None,
-        position_ids_cross_kv: ArrayLike | None = None,
-        score_mod: ScoreMod | None = None,
-        cache: LayerCache | None = None,
-        rngs: nnx.Rngs | None = None,
+        **options: Unpack[DecoderBlockOptions],
     ) -> Output:
         """The call with its result in one form."""
-        if position_ids_self is None and cache is not None:
-            position_ids_self = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        if position_ids_cross_q is None:
-            position_ids_cross_q = position_ids_self
-        mode: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        check_options("DecoderBlock", options, DecoderBlockOptions)
+        mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
+        if positions is None and cache is not None:
+            positions = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        cross_positions = options.get("position_ids_cross_q")
 
         def attend(x: Array) -> tuple[Array, Any]:
             return run_of(self.attention)(
-                x, mask=self_mask, position_ids_q=position_ids_self, score_mod=score_mod, kv_cache=cache, **mode
+                x,
+                mask=options.get("self_mask"),
+                position_ids_q=positions,
+                kv_cache=cache,
+                **select_options(options, SelfAttentionOptions),
             )
 
         @jax.named_scope("cross")
@@ -342,15 +335,16 @@ class DecoderBlock(nnx.Module):
             out, _ = run_of(self.cross_attention)(
                 x,
                 context=encoder_output,
-                mask=cross_mask,
-                position_ids_q=position_ids_cross_q,
-                position_ids_kv=position_ids_cross_kv,
+                mask=options.get("cross_mask"),
+                position_ids_q=positions if cross_positions is None else cross_positions,
+                position_ids_kv=options.get("position_ids_cross_kv"),
                 **mode,
             )
             return out, None
 
         def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _feed(self.feed_forward, x, self_mask, position_ids_self, cache, mode)
+            mask: EncoderBlockOptions = {"mask": options.get("self_mask"), "position_ids": positions, "cache": cache}
+            return _feed(self.feed_forward, x, mask, mode)
 
         x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
@@ -361,7 +355,7 @@ class DecoderBlock(nnx.Module):
 def _block_config(
     config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
 ) -> BlockConfig:
-    """The config of a block, whose sizes may be given by position."""
+    """The config of a block, whose sizes may be positional arguments."""
     sizes = {"num_heads": num_heads, "d_ff": d_ff}
     if isinstance(config, int | np.integer):
         if "d_model" in fields:
@@ -382,35 +376,27 @@ def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureO
     return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
 
 
-def _feed(
-    layer: Any,
-    x: Array,
-    mask: Mask | MaskMod | ArrayLike | None,
-    position_ids: ArrayLike | None,
-    cache: LayerCache | None,
-    mode: dict[str, Any],
-) -> tuple[Array, dict[str, Any]]:
+def _feed(layer: Any, x: Array, options: EncoderBlockOptions, mode: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
     """(out, aux) of a feed-forward; a mixture of experts is told which tokens are padding."""
     if not isinstance(layer, MixtureOfExperts):
         return layer(x, **mode), {}
-    real = _real_tokens(x, mask, position_ids, cache)
+    real = _real_tokens(x, options)
     out, aux = layer(x, **mode) if real is None else layer(x, padding_mask=real, **mode)
-    return out, aux | {"expert_load": (aux["expert_load"],)}  # a mixture's experts are its own: not to be added up
+    return out, aux | {"expert_load": (aux["expert_load"],)}  # each mixture has its own experts: loads do not add up
 
 
-def _real_tokens(
-    x: Array, mask: Mask | MaskMod | ArrayLike | None, position_ids: ArrayLike | None, cache: LayerCache | None
-) -> Array | None:
+def _real_tokens(x: Array, options: EncoderBlockOptions) -> Array | None:
     """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
-    real = None if position_ids is None else jnp.atleast_2d(jnp.asarray(position_ids)) >= 0
-    # With a cache that may hold tokens the columns of the mask are positions, not tokens of x.
+    mask, positions, cache = options.get("mask"), options.get("position_ids"), options.get("cache")
+    real = None if positions is None else jnp.atleast_2d(jnp.asarray(positions)) >= 0
+    # With a cache that may hold tokens, the columns of the mask are positions, not tokens of x.
     if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
         real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
     return None if real is None else jnp.broadcast_to(real, x.shape[:2])
 
 
 def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
-    """True for keys that some query may attend, (1 or batch, 1 or T); None for a mask that would need all pairs."""
+    """True for keys that some query may attend, (1 or batch, 1 or T); None where only all pairs could tell."""
     match mask:
         case And(left, right):
             return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))

@@ -1,4 +1,4 @@
-"""Dropout and jitter that are off until asked for, and that say so when they have no randomness."""
+"""Dropout and jitter: off by default, and a ValueError where they are on without randomness."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnax.typing import Array, Float
 
 
 class Dropout(nnx.Dropout):
-    """`nnx.Dropout` with the house rules: initially deterministic, explicit `rngs` beat stored ones.
+    """`nnx.Dropout` that is deterministic at first, and whose explicit `rngs` beat the stored ones.
 
     Args:
         rate: probability of dropping an element.
@@ -47,13 +47,13 @@ class Dropout(nnx.Dropout):
     def __call__(  # type: ignore[override]  # one rngs type instead of three
         self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
-        """x with elements dropped and the rest scaled by 1 / (1 - rate), or x itself where dropout is off."""
+        """x with elements dropped and all others scaled by 1 / (1 - rate), or x itself where dropout is off."""
         key = self.key(deterministic, rngs)
         return x if key is None else super().__call__(x, deterministic=False, rngs=key)
 
 
 class Jitter(Dropout):
-    """Numbers times uniform ones, on and off by the rules of Dropout, whose streams it draws from.
+    """Multiplies numbers by uniform random ones; on and off, and with the streams, of Dropout.
 
     Args:
         rate: the uniform numbers lie within 1 +- rate.

@@ -28,14 +28,14 @@ __all__ = [
 
 
 class TokenEmbedding(nnx.Module):
-    """A row of a table for each token id; `attend` gives the logits of tied embeddings.
+    """A row of a table for each token id; `attend` gives the logits where input and output share the table.
 
     Args:
         rngs: for the initial table.
         vocab_size: rows.
         d_model: width.
         embedding_init: initialiser `(key, shape, dtype)` of the table, by default normal with standard deviation
-            1 / sqrt(d_model): vectors have unit length, and so have the logits of tied embeddings unit variance.
+            1 / sqrt(d_model): vectors have unit length, and the logits of tied embeddings unit variance.
         dtype: of the result.
         param_dtype: of the table.
     """
@@ -74,55 +74,8 @@ class TokenEmbedding(nnx.Module):
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
-class PositionalEncoding(nnx.Module):
-    """Adds the sinusoids of Vaswani et al., section 3.5: sines in even features, cosines in odd ones.
-
-    Args:
-        max_len: number of positions.
-        d_model: even width.
-    """
-
-    def __init__(self, max_len: int, d_model: int):
-        if d_model % 2:
-            raise ValueError(f"PositionalEncoding: d_model must be even; got d_model={d_model}.")
-        self.max_len, self.d_model = max_len, d_model
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        start: int | Int[ArrayLike, ""] = 0,
-        *,
-        position_ids: Int[ArrayLike, "#B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """x plus the vectors of positions start ... start + T - 1, or of `position_ids`.
-
-        Raises:
-            ValueError: a concrete position past max_len (under jit its vector is NaN), or arrays of other shapes.
-        """
-        positions = _positions("PositionalEncoding", x, self.d_model, start, position_ids)
-        frequency = 10000.0 ** -(np.arange(0, self.d_model, 2, dtype=np.float64) / self.d_model)
-        angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
-        table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
-        vectors = jnp.asarray(table, wide_dtype(x.dtype))
-        return x + _look_up(vectors, positions, "PositionalEncoding", "positions").astype(x.dtype)
-
-
-class LearnedPositionalEmbedding(nnx.Module):
-    """Adds a learned vector for each position.
-
-    Args:
-        rngs: for the initial table, normal with standard deviation 0.02.
-        num_positions: rows of the table, but for `offset`.
-        d_model: width.
-        offset: rows before that of position 0.
-        param_dtype: of the table.
-    """
-
-    def __init__(
-        self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, offset: int = 0, param_dtype: Any = "float32"
-    ):
-        self.offset, shape = offset, (offset + num_positions, d_model)
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
+class _PositionTable(nnx.Module):
+    """Adds a vector for each position, a row of the table that a subclass has."""
 
     def __call__(
         self,
@@ -136,9 +89,61 @@ class LearnedPositionalEmbedding(nnx.Module):
         Raises:
             ValueError: a concrete position past the table (under jit its vector is NaN), or arrays of other shapes.
         """
-        table = self.embedding[...][self.offset :]
-        positions = _positions("LearnedPositionalEmbedding", x, table.shape[1], start, position_ids)
-        return x + _look_up(table, positions, "LearnedPositionalEmbedding", "positions").astype(x.dtype)
+        table, name = self._table(x.dtype), type(self).__name__
+        check_shape(name, "x", x, ("batch", "length", table.shape[1]))
+        check_shape(name, "start", start, (), integers=True)
+        if position_ids is None:
+            positions: ArrayLike = start + np.arange(x.shape[1])[None, :]
+        else:
+            check_shape(name, "position_ids", position_ids, (1, x.shape[1]), x.shape[:2], integers=True)
+            # Padding, at -1, gets position 0: no query attends it. Concrete positions stay concrete.
+            positions = (np if is_concrete(position_ids) else jnp).maximum(position_ids, 0)
+        return x + _look_up(table, positions, name, "positions").astype(x.dtype)
+
+    def _table(self, dtype: Any) -> Array:
+        """(positions, d_model), for vectors that are added in `dtype`."""
+        raise NotImplementedError
+
+
+class PositionalEncoding(_PositionTable):
+    """Adds the sinusoids of Vaswani et al., section 3.5: sines in even features, cosines in odd ones.
+
+    Args:
+        max_len: number of positions.
+        d_model: even width.
+    """
+
+    def __init__(self, max_len: int, d_model: int):
+        if d_model % 2:
+            raise ValueError(f"PositionalEncoding: d_model must be even; got d_model={d_model}.")
+        self.max_len, self.d_model = max_len, d_model
+
+    def _table(self, dtype: Any) -> Array:
+        frequency = 10000.0 ** -(np.arange(0, self.d_model, 2, dtype=np.float64) / self.d_model)
+        angles = np.arange(self.max_len, dtype=np.float64)[:, None] * frequency
+        table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(self.max_len, self.d_model)
+        return jnp.asarray(table, wide_dtype(dtype))
+
+
+class LearnedPositionalEmbedding(_PositionTable):
+    """Adds a learned vector for each position.
+
+    Args:
+        rngs: for the initial table, normal with standard deviation 0.02.
+        num_positions: rows of the table, without `offset`.
+        d_model: width.
+        offset: rows before the row of position 0.
+        param_dtype: of the table.
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, offset: int = 0, param_dtype: Any = "float32"
+    ):
+        self.offset, shape = offset, (offset + num_positions, d_model)
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
+
+    def _table(self, dtype: Any) -> Array:
+        return self.embedding[...][self.offset :]
 
 
 class TransformerEmbedding(nnx.Module):
@@ -147,7 +152,7 @@ class TransformerEmbedding(nnx.Module):
     Args:
         rngs: for the initial tables and the stored dropout stream.
         config: a TransformerConfig.
-        own_tokens: whether it has a table of token embeddings; else every call is given one.
+        own_tokens: whether it has a table of token embeddings; without one every call is given a table.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, own_tokens: bool = True):
@@ -210,7 +215,7 @@ class TransformerEmbedding(nnx.Module):
 
         Args:
             input_ids: (batch, T).
-            tokens: the table of the tokens where the module has none.
+            tokens: the table of token embeddings for a module without one.
             position_ids: (batch or 1, T).
             token_type_ids: (batch, T).
             deterministic: no dropout.
@@ -218,7 +223,7 @@ class TransformerEmbedding(nnx.Module):
 
         Raises:
             ValueError: a concrete id or position past its table (under jit its vector is NaN), arrays of other shapes,
-                token types without a table, or no table of tokens or two.
+                token types without a table, or not exactly one table of token embeddings.
         """
         check_shape("TransformerEmbedding", "input_ids", input_ids, ("batch", "length"))
         batch, length = input_ids.shape
@@ -228,7 +233,7 @@ class TransformerEmbedding(nnx.Module):
             check_shape("TransformerEmbedding", "token_type_ids", token_type_ids, (batch, length))
         if (self.tokens is None) == (tokens is None):
             raise ValueError(
-                "TransformerEmbedding: tokens must be given where it has none of its own, and only there; "
+                "TransformerEmbedding: tokens must be given to a module without own_tokens, and to no other; "
                 f"got own_tokens={self.tokens is not None}, tokens {'missing' if tokens is None else 'given'}."
             )
         if token_type_ids is not None and self.types is None:
@@ -266,34 +271,19 @@ class RelativePositionBias(nnx.Module):
         shape = (config.relative_buckets, config.num_heads)
         self.table = nnx.Param(init(rngs.params(), shape, config.param_dtype))
         self.max_distance, self.bidirectional = config.relative_max_distance, bidirectional
-        self.score_mod()  # refuses sizes that do not fit together here rather than in the first call
+        self.score_mod()  # sizes that do not fit together are refused here rather than in the first call
 
     def score_mod(self) -> ScoreMod:
-        """What adds the bias to the scores."""
+        """A score mod that adds the bias."""
         return relative_bias_mod(self.table[...], max_distance=self.max_distance, bidirectional=self.bidirectional)
 
 
-def _positions(caller: str, x: Array, width: int, start: int | ArrayLike, position_ids: ArrayLike | None) -> ArrayLike:
-    """(1 or B, T), still concrete if the arguments are; padding, at -1, gets position 0: nothing looks at it.
-
-    Raises:
-        ValueError: x is not (B, T, width), or the positions do not fit it.
-    """
-    check_shape(caller, "x", x, ("batch", "length", width))
-    check_shape(caller, "start", start, (), integers=True)
-    if position_ids is not None:
-        check_shape(caller, "position_ids", position_ids, (1, x.shape[1]), x.shape[:2], integers=True)
-    if position_ids is None:
-        return start + np.arange(x.shape[1])[None, :]
-    return np.maximum(np.asarray(position_ids), 0) if is_concrete(position_ids) else jnp.maximum(position_ids, 0)
-
-
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
-    """Rows of the table. An index outside it raises where it can be seen, and gives NaN where it is traced."""
+    """Rows of the table. A concrete index outside of the table raises; a traced one gives NaN."""
     size = table.shape[0]
     _check_ids(ids, size, caller, what)
     ids = jnp.asarray(ids, jnp.int32)
-    # A negative index would count from the end: send it past the end, where the fill value is.
+    # A negative index would count from the end; past the end it gets the fill value.
     return take_rows(table, jnp.where(ids < 0, size, ids), mode="fill", fill_value=jnp.nan)
 
 

@@ -38,11 +38,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {  # name: (func
     "reglu": (jax.nn.relu, True),
     "swiglu_clipped": (_clipped_silu, True),
 }
-"""What `ff_activation` names."""
+"""The function that each `ff_activation` names, and whether it is gated."""
 
 
 def activate(name: str, up: Array, gate: Array | None) -> Array:
-    """What `ff_activation` makes of the two projections: act(up), or act(gate) * up where there is a gate."""
+    """The activation `name` of the projections: act(up), or act(gate) * up where there is a gate."""
     activation, _ = ACTIVATIONS[name]
     if gate is None:
         return activation(up)
@@ -61,10 +61,10 @@ class FeedForward(nnx.Module):
         d_model: width of input and output, or a BlockConfig.
         d_ff: hidden width.
         dropout_rate: probability of dropping hidden activations.
-        ff_activation: as in BlockConfig; the gated ones have a third matrix.
+        ff_activation: as in BlockConfig; gated activations have a third matrix.
         **fields: other fields of BlockConfig (use_bias, dtype, param_dtype).
 
-    The gated "swiglu_clipped" is that of gpt-oss, min(gate, 7) sigmoid(1.702 min(gate, 7)) (clip(up, -7, 7) + 1).
+    The gated "swiglu_clipped" is the one of gpt-oss, min(gate, 7) sigmoid(1.702 min(gate, 7)) (clip(up, -7, 7) + 1).
 
     References:
         N. Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
@@ -85,7 +85,7 @@ class FeedForward(nnx.Module):
         if isinstance(d_model, BlockConfig):
             config = resolve_config(BlockConfig, d_model, fields)
         else:
-            # A layer by itself needs no heads: one head fits any width.
+            # A layer alone needs no heads: one head fits any width.
             config = BlockConfig(num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
         linear = partial(Linear, rngs, config, bias="feed_forward")
         self.activation = config.ff_activation

@@ -15,7 +15,7 @@ __all__ = ["Linear", "make_initializer"]
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` over the last axis, computed as one product of two matrices, as a config wants its layers.
+    """`nnx.Linear` over the last axis, as one product of two matrices, with the options of a config.
 
     Args:
         rngs: for the initial weights.
@@ -26,8 +26,8 @@ class Linear(nnx.Linear):
         scale: of the initial weights, relative to the config's `kernel_init`.
         logits: the result is at least float32, not rounded to the config's dtype.
 
-    With the leading axes merged XLA's CPU backend needs no transposed copy of the activations in the backward pass;
-    `benchmarks/layout.py` measures what that saves.
+    With merged leading axes, XLA's CPU backend needs no transposed copy of the activations in the backward pass;
+    `benchmarks/layout.py` measures the time that this saves.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Linear(nnx.Linear):
 def make_initializer(name: Initializer, std: float, scale: float = 1.0, batch_axis: tuple[int, ...] = ()) -> Any:
     """The initialiser that a config names, for a kernel (in, out), with its standard deviation times `scale`.
 
-    Axes of `batch_axis` number independent kernels, (experts, in, out) with (0,).
+    The axes in `batch_axis` number independent kernels: (experts, in, out) with (0,).
     """
     if name == "normal":
         return nnx.initializers.normal(std * scale)

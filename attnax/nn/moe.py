@@ -1,4 +1,4 @@
-"""The feed-forward of many experts, of which every token goes through a few."""
+"""A feed-forward of many experts; each token goes through a few of them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["MixtureOfExperts"]
 
 
 class MixtureOfExperts(nnx.Module):
-    """sum_e w_e(x) expert_e(x) over the top_k experts that a router chooses for x, each a feed-forward of its own.
+    """sum_e w_e(x) expert_e(x) over the top_k experts that a router chooses for x; each expert is a feed-forward.
 
-    A router scores the experts, by the softmax or the sigmoid of logits = x @ router + router_bias; the weights are the
+    A router scores the experts by the softmax or the sigmoid of logits = x @ router + router_bias; the weights are the
     top_k scores, with `router_renormalize` divided by their sum. `router` is a parameter (d_model, num_experts).
-    Nothing is dropped: an expert takes all the tokens that choose it. What a token costs follows top_k, not num_experts
-    (`benchmarks/moe.py`). Shared experts are one dense feed-forward of num_shared_experts * d_ff that every token goes
-    through, added with weight 1.
+    No token is dropped: an expert takes all the tokens that choose it. The cost of a token follows top_k, not
+    num_experts (`benchmarks/moe.py`). The shared experts are one dense feed-forward of num_shared_experts * d_ff that
+    every token goes through, added with weight 1.
 
     Called as `MixtureOfExperts(rngs, config)` or `MixtureOfExperts(rngs, **fields)`.
 
@@ -36,7 +36,7 @@ class MixtureOfExperts(nnx.Module):
         config: a BlockConfig with num_experts.
         **fields: instead of config: d_model, d_ff, num_experts, top_k, num_shared_experts, router_type,
             router_renormalize, router_jitter, ff_activation (by default "swiglu"), dropout_rate (by default 0), and
-            further ones of BlockConfig. With True `use_bias` gives the experts biases, and the router none.
+            further fields of BlockConfig. `use_bias=True` gives the experts biases, and the router none.
 
     Raises:
         ValueError: num_experts is missing, or fields do not fit together.
@@ -63,7 +63,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: BlockConfig | None = None, **fields: Any):
         if config is None:
-            # A layer by itself needs no heads: one head fits any width.
+            # A layer alone needs no heads: one head fits any width.
             fields = {"num_heads": 1, "dropout_rate": 0.0, "ff_activation": "swiglu", **fields}
         self.config = config = resolve_config(BlockConfig, config, fields)
         if config.num_experts is None:
@@ -106,7 +106,7 @@ class MixtureOfExperts(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, "..."]]]:
-        """What its experts make of every token, and how the router spread the tokens.
+        """The tokens through their experts, and statistics of how the router spread them.
 
         Args:
             x: (..., d_model).
@@ -116,8 +116,8 @@ class MixtureOfExperts(nnx.Module):
             rngs: randomness of dropout and jitter, instead of the stored streams.
 
         Returns:
-            (..., d_model), and float32 arrays over the real tokens of x (over none, 0). A token that holds a NaN spoils
-            its own row, and a real one the first three:
+            (..., d_model), and float32 arrays over the real tokens of x, 0 if there are none. A token with a NaN
+            contaminates its own row, and a real token the first three arrays:
             `load_balance_loss`: num_experts * sum_e load_e * mean probability_e, 1 when balanced; to be added to a
             training loss with a weight of about 0.01 (Switch, equation 4).
             `router_z_loss`: mean of logsumexp(logits)^2, with a weight of about 0.001 (ST-MoE, equation 5).
@@ -145,7 +145,7 @@ class MixtureOfExperts(nnx.Module):
         logits = self._logits(tokens, deterministic, rngs)
         scores = jax.nn.log_softmax(logits) if config.router_type == "softmax" else jax.nn.log_sigmoid(logits)
         chosen, experts = lax.top_k(scores, config.top_k)
-        # Of logarithms: sigmoids may be so small that their sum is 0.
+        # The softmax of logarithms: sigmoids may be so small that their sum is 0.
         weights = jax.nn.softmax(chosen) if config.router_renormalize else jnp.exp(chosen)
         assigned = experts.reshape(-1)  # (tokens * top_k,)
         sizes = jnp.bincount(assigned, length=config.num_experts)
@@ -189,7 +189,7 @@ def _statistics(
     """The statistics that `MixtureOfExperts` documents, over the real tokens; scores are logarithms."""
     num_tokens, num_experts = scores.shape
     real = jnp.ones(num_tokens, bool) if real is None else real
-    # Selected, not weighted: what padding holds may be NaN. An index past the end is not counted.
+    # Selected, not weighted: padding may hold NaN. An out-of-range index is not counted.
     load = jnp.bincount(jnp.where(real[:, None], experts, num_experts).reshape(-1), length=num_experts)
     load = load.astype(scores.dtype) / jnp.maximum(load.sum(), 1).astype(scores.dtype)
     log_probability = jax.nn.log_softmax(scores)

@@ -38,7 +38,7 @@ class OffsetRMSNorm(nnx.Module):
 
     Args:
         num_features: width of the last axis.
-        offset: added to the scale, which starts at 1 - offset: a narrow dtype has more digits there.
+        offset: added to the scale, which starts at 1 - offset, since a narrow dtype has more digits near 0.
         rngs: as in RMSNorm.
         epsilon: added to the mean of the squares.
         dtype: of the result.
@@ -113,7 +113,7 @@ def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def rms_norm_of(config: BlockConfig, num_features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The RMSNorm of a config, of the stream or of heads."""
+    """The RMSNorm that a config describes, of the stream or of heads."""
     fields: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
     if config.norm_offset:
         return OffsetRMSNorm(num_features, offset=config.norm_offset, rngs=rngs, **fields)

@@ -1,4 +1,4 @@
-"""Images as sequences of patches, and where a patch is."""
+"""Images as sequences of patches, and the positions of patches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["GridPositionalEncoding", "PatchEmbedding"]
 class PatchEmbedding(nnx.Module):
     """One linear map of each patch of an image; patches do not overlap and go row by row.
 
-    A patch is read by row, column, channel, so the kernel (patch height * patch width * channels, d_model) is that of a
-    convolution (patch height, patch width, channels, d_model) with its first axes merged.
+    A patch is read by row, column, channel, so the kernel (patch height * patch width * channels, d_model) is the
+    kernel of a convolution, (patch height, patch width, channels, d_model), with its first axes merged.
 
     Args:
         rngs: for the initial weights.
-        image_size: height and width in pixels, or the pair of them.
-        patch_size: the same of a patch; it divides image_size.
+        image_size: height and width in pixels, one number for both or a pair.
+        patch_size: likewise of a patch; it divides image_size.
         num_channels: of the image.
         d_model: width of the result.
         kernel_init: initialiser `(key, shape, dtype)` of the kernel, by default "lecun_normal"; the bias starts at 0.
-        dtype: of the computation, by default that of images and parameters together.
+        dtype: of the computation, by default the promoted dtype of images and parameters.
         param_dtype: of the parameters.
 
     Raises:
@@ -83,7 +83,7 @@ class PatchEmbedding(nnx.Module):
 
     @property
     def num_patches(self) -> int:
-        """How many patches an image has."""
+        """The number of patches of an image."""
         return math.prod(self.grid_size)
 
     def __call__(self, images: Float[ArrayLike, "B height width channels"]) -> Float[Array, "B P D"]:
@@ -134,7 +134,7 @@ class GridPositionalEncoding(nnx.Module):
         self.rows, self.columns = (PositionalEncoding(count, d_model // 2) for count in grid)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        """The patches with their positions, which go row by row."""
+        """The patches, in order row by row, with their positions added."""
         halves = zip(
             (self.rows, self.columns),
             jnp.split(x, 2, axis=-1),

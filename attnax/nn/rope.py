@@ -1,10 +1,10 @@
 """Rotary position embeddings: a query and a key are turned by their positions, so their product sees the distance.
 
 Angles are computed on the host in float64: in float32 the angle of position 131072 would be off by 0.004 radians.
-Positions known only under jit are looked up digit by digit (base 256) and the rotations multiplied, which is exact
-to float32 rounding for any int32 position, with four tables of 256 rows. What is float64 is turned in float64.
+Traced positions are looked up digit by digit (base 256) in four tables of 256 rows, and the rotations multiplied, which
+is exact to float32 rounding for any int32 position. float64 heads are turned in float64.
 
-A `RopeScaling` lowers frequencies, so that a model reaches further than the length it was trained at.
+A `RopeScaling` lowers frequencies, so that a model reaches further than the length that it was trained at.
 
 References:
     J. Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864.
@@ -45,7 +45,7 @@ def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling 
     Args:
         head_dim: even; with "ntk" at least 4.
         base: of the wavelengths.
-        scaling: "ntk" raises the base so far that the last frequency is divided by factor and the first stays; the
+        scaling: "ntk" raises the base so far that the last frequency is divided by factor and the first stays; all
             other kinds divide a share of each frequency by factor.
 
     Raises:
@@ -65,7 +65,7 @@ def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling 
 
 
 def rope_attention_factor(scaling: RopeScaling | None) -> float:
-    """What "yarn" multiplies cosines and sines by, 0.1 log(factor) + 1 unless given; 1 for every other kind.
+    """The factor of cosines and sines: 0.1 log(factor) + 1 for "yarn", unless given, and 1 for every other kind.
 
     The product of a turned query and a turned key is multiplied by its square, the paper's 1 / temperature.
     """
@@ -105,7 +105,7 @@ def rope_cos_sin_from_positions(
         position_ids: int32; a negative one (padding) is turned like position 0.
         head_dim: even.
         base: of the wavelengths.
-        table_len: positions from here on are an error where they can be seen (not under jit).
+        table_len: a concrete position from here on is an error (a traced one is not).
         out_dtype: of the result.
         scaling: of the frequencies; "yarn" also multiplies the result by `rope_attention_factor`.
 
@@ -152,7 +152,7 @@ def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Arr
 class RotaryEmbedding:
     """`rotary(x, positions)` turns queries or keys by their positions; it holds no arrays and no parameters.
 
-    The first int(head_dim * fraction) features of a head are turned, in split halves of their own; the rest pass.
+    The first int(head_dim * fraction) features of a head are turned, in split halves of their own; the others pass.
 
     Args:
         head_dim: features of a head.
@@ -160,7 +160,7 @@ class RotaryEmbedding:
         base: of the wavelengths.
         dtype: of cosines and sines, by default float32, for a float64 x float64.
         fraction: above 0, at most 1, such that an even number of features is turned.
-        scaling: of the frequencies, for lengths past the one trained at.
+        scaling: of the frequencies, for texts longer than those trained on.
 
     Raises:
         ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at
@@ -186,7 +186,7 @@ class RotaryEmbedding:
                 "RotaryEmbedding: int(head_dim * fraction) must be even and at least 2; "
                 f"got head_dim={head_dim}, fraction={fraction}."
             )
-        rope_inv_freq(self.rotated_dim, base, scaling=scaling)  # raises here rather than in the first call
+        rope_inv_freq(self.rotated_dim, base, scaling=scaling)  # an error is raised here, not in the first call
 
     @property
     def rotated_dim(self) -> int:
@@ -240,8 +240,8 @@ def _kept_share(inv_freq: np.ndarray, base: float, scaling: RopeScaling) -> np.n
         turns = length * inv_freq / (2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
-    # yarn: the i, not yet whole, whose base ** (-2i / head_dim) turns beta_fast and beta_slow times within the length;
-    # the share falls on a straight line between the two. Limits and 0.001 as in Hugging Face transformers.
+    # yarn: the fractional i whose base ** (-2i / head_dim) turns beta_fast and beta_slow times within the length; the
+    # share falls on a straight line between the two. Limits and 0.001 as in Hugging Face transformers.
     head_dim = 2 * len(inv_freq)
     first, last = (
         head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))

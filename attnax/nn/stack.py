@@ -1,4 +1,4 @@
-"""Blocks on top of each other: a loop in Python, or one loop in the program over stacked parameters."""
+"""A stack of blocks: a loop in Python, or one loop in the program over stacked parameters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax import lax
 
 from attnax.checks import is_concrete
 from attnax.config import StackConfig
+from attnax.nn._kernel import kernel_of
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
@@ -26,10 +27,10 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks, each of its own config by `layer_pattern`.
+    """`num_layers` blocks, each with its own config by `layer_pattern`.
 
-    With `scan_layers` the blocks that stand at the same place of the pattern's periods are one block whose parameters
-    have a leading axis, in `periods`, and a program loops over it; what the pattern leaves over stays in `blocks`.
+    With `scan_layers` the blocks at one place of the pattern's periods are one block in `periods`, and a program loops
+    over a leading axis of its parameters; the blocks after the last whole period stay in `blocks`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams; the same weights with and without scan_layers.
@@ -48,16 +49,16 @@ class Stack(nnx.Module):
         self.blocks = nnx.List(blocks[whole:])
 
     def layers(self) -> list[Any]:
-        """The blocks from first to last, one a layer; those of `periods` are copies.
+        """The blocks from first to last, one a layer; blocks of `periods` are copies.
 
-        Copies change nothing in the stack. Replacing a part of one raises ValueError; values written to its parameters,
-        and `train()` or `eval()` of one, are lost without an error.
+        Copies change nothing in the stack. Replacing a part of a copy raises ValueError; values written to its
+        parameters, and `train()` or `eval()` of it, are lost without an error.
         """
         scanned = self.config.num_layers - len(self.blocks)
         return [_read_only(block) if layer < scanned else block for layer, block in enumerate(self._unstacked())]
 
     def _unstacked(self) -> list[Any]:
-        """The blocks from first to last, those of `periods` as copies."""
+        """The blocks from first to last; blocks of `periods` are copies."""
         count = self.config.num_layers - len(self.blocks)
         places = len(self.periods)
         stacked = [_take(self.periods[layer % places], layer // places) for layer in range(count)]
@@ -79,7 +80,7 @@ class Stack(nnx.Module):
             each: options of `block.run` that differ from layer to layer, one entry a layer.
             rngs: randomness of the dropout; each layer gets a key of its own.
             deterministic: as in a block.
-            **options: those that all layers share.
+            **options: options of `block.run` that all layers share.
 
         Returns:
             The stream, the tuple of the new caches if there are any, and aux of all layers.
@@ -91,7 +92,7 @@ class Stack(nnx.Module):
             for layer, entry in zip(layers, entries, strict=True):
                 layer[name] = entry
         if rngs is not None and not ("dropout" in rngs or "default" in rngs):
-            options["rngs"] = rngs  # a layer that draws says what is missing
+            options["rngs"] = rngs  # the error of a layer that draws names the missing stream
         elif rngs is not None and _draws(self, deterministic):
             for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
                 layer["key"] = key
@@ -109,11 +110,11 @@ class Stack(nnx.Module):
         return Output(x, tuple(caches) if caches[0] is not None else None, aux)
 
     def _block_runner(self, options: dict[str, Any]) -> Callable[..., tuple[Array, Any, dict[str, Any]]]:
-        """(block, x, what differs from layer to layer) -> (x, cache, aux).
+        """(block, x, options of the layer) -> (x, cache, aux).
 
-        In a program that is being traced, equal layers of the library's own are one function that is traced,
-        differentiated and lowered once. It lives as long as this call: it may hold values that are being traced. What a
-        user's block does beside its result is not known, so that is called each time.
+        Under tracing, equal layers of the library are one function, which is traced, differentiated and lowered once.
+        The function lives as long as this call, since it may hold tracers. A user's block may have side effects, so it
+        is called for each layer.
         """
         shares = _is_traced() and "rngs" not in options and all(map(_is_own, self.blocks))
         functions: dict[Any, Callable[..., Any]] = {}
@@ -160,7 +161,7 @@ class Stack(nnx.Module):
         return x, caches, aux
 
     def _as_function(self, graphdef: Any, options: dict[str, Any]) -> Callable[..., Any]:
-        """(x, state, layer) -> (x, cache, aux, the variables that the call has written)."""
+        """(x, state, options of the layer) -> (x, cache, aux, the variables that the call has written)."""
 
         def run(x: Array, state: Any, layer: dict[str, Any]) -> Any:
             block = nnx.merge(graphdef, state)
@@ -230,16 +231,16 @@ def _refuse_change(*_: Any) -> None:
 
 
 def _read_only(block: nnx.Module) -> nnx.Module:
-    """The block, whose parts raise ValueError where one of theirs is replaced or deleted."""
+    """The block, whose modules raise ValueError where an attribute is replaced or deleted."""
     for _, part in nnx.iter_modules(block):
         part.__class__ = _read_only_class(type(part))
     return block
 
 
-@functools.cache  # one class for each, so that the copies of equal blocks are equal
+@functools.cache  # one class for each class, so that the copies of equal blocks are equal
 def _read_only_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        if not isinstance(value, bool):  # modes are bools, which `nnx.view` sets in a copy of its own
+        if not isinstance(value, bool):  # `nnx.view` sets modes, which are bools, in its own copy
             _refuse_change()
         cls.__setattr__(self, name, value)
 
@@ -256,7 +257,7 @@ def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
-    """Whether a call may need randomness; of a user's modules that is not known."""
+    """Whether a call may need randomness. A user's module may always do."""
     return any(
         not type(layer).__module__.startswith(("attnax.", "flax."))
         or (
@@ -269,13 +270,11 @@ def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
 
 
 def _is_own(module: nnx.Module) -> bool:
-    """Whether a module and all in it, functions too, are the library's or Flax's."""
+    """Whether a module and all modules and functions in it are the library's or Flax's."""
     parts: list[Any] = [part for _, part in nnx.iter_modules(module)]
     functions = [getattr(part, name, None) for part in parts for name in ("attention_fn", "rope", "score_mod")]
     for part in [*map(type, parts), *functions]:
-        inner = part
-        while isinstance(inner, functools.partial):
-            inner = inner.func
+        inner = kernel_of(part)
         owner = inner if hasattr(inner, "__module__") else type(inner)
         if inner is not None and not str(owner.__module__).startswith(("attnax.", "flax.")):
             return False
@@ -283,10 +282,10 @@ def _is_own(module: nnx.Module) -> bool:
 
 
 def _values(module: nnx.Module) -> dict[Any, Any]:
-    """What the variables of a module hold."""
+    """The values of a module's variables by path."""
     return {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Variable))}
 
 
 def _is_traced() -> bool:
-    """Whether operations go into a program now, rather than being run one by one."""
+    """Whether operations are being traced into a program, not run one by one."""
     return not is_concrete(jnp.zeros(()))

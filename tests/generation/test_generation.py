@@ -595,7 +595,7 @@ class TestBeams:
             ),
             (
                 {"sampler": Sampler(1.0, top_k=3)},
-                "temperature must be 0 and nothing be cut; got temperature=1.0, top_k=3",
+                "temperature must be 0 and top_k, top_p and min_p None; got temperature=1.0, top_k=3",
             ),
             ({"length_penalty": float("nan")}, "length_penalty must be finite; got length_penalty=nan"),
         ],

@@ -141,7 +141,7 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
     for module, name in (
         (split, "lift_mask"),
         (split, "lift_score_mod"),
-        (_call._tile_lists, "lift_bounds"),
+        (_call.tile_lists, "lift_bounds"),
         (decode, "bind_kernel"),
     ):
         monkeypatch.setattr(module, name, refuse)

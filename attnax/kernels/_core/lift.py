@@ -21,7 +21,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from attnax.checks import wide_dtype
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.pytrees import pytree_dataclass
+from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array
 
 __all__ = [
@@ -213,20 +213,6 @@ class Deferred:
         """The same with other arrays in these places."""
         rest = iter(floats)
         return dataclasses.replace(self, arrays=tuple(next(rest) if _is_float(x) else x for x in self.arrays))
-
-
-def is_own(function: Any) -> bool:
-    """Whether a mask or score mod is made of the library's own parts alone."""
-    own = True
-
-    def visit(node: Any) -> bool:
-        nonlocal own
-        known = isinstance(node, jax.Array | np.ndarray | int | float) or type(node) in (tuple, list, dict, type(None))
-        own = own and (known or type(node).__module__.startswith("attnax."))
-        return False
-
-    jax.tree.flatten(function, is_leaf=visit)
-    return own
 
 
 def defer(function: Any) -> Deferred | None:
