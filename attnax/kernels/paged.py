@@ -18,8 +18,8 @@ from jax import lax
 from attnax.checks import check_attention, check_positions, is_concrete
 from attnax.int8_rows import Int8Rows, decode_rows
 from attnax.kernels._cache_mask import mask_of_cache
-from attnax.kernels._core.stored import Chunk, Source, Stored
-from attnax.kernels._decode_call import attend_chunks
+from attnax.kernels._core.stored import Chunk, Source, TokenArrays, chunk_slots
+from attnax.kernels._decode_call import DecodeCall, attend_tokens
 from attnax.masks import Mask, as_mask, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
 from attnax.pytrees import pytree_dataclass
@@ -30,49 +30,35 @@ __all__ = ["paged_attention"]
 _CHUNK = 128  # keys that are read at once, in whole pages
 
 
+class PagedOptions(AttentionOptions, total=False):
+    """The keywords of `paged_attention` in every form, beside `return_lse`."""
+
+    query_positions: ArrayLike | None
+
+
+class _Out(PagedOptions, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(PagedOptions):
+    return_lse: Literal[True]
+
+
 @overload
 def paged_attention(
-    query: ArrayLike,
-    cache: PagedKVCache,
-    sequence_idx: int | ArrayLike | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, cache: PagedKVCache, sequence_idx: int | ArrayLike | None = ..., **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    cache: PagedKVCache,
-    sequence_idx: int | ArrayLike | None = ...,
-    *,
-    return_lse: Literal[True],
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, cache: PagedKVCache, sequence_idx: int | ArrayLike | None = ..., **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    /,
-    *,
-    cache: PagedKVCache,
-    return_lse: Literal[False] = ...,
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, /, *, cache: PagedKVCache, **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    /,
-    *,
-    cache: PagedKVCache,
-    return_lse: Literal[True],
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, /, *, cache: PagedKVCache, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def paged_attention(
@@ -167,71 +153,90 @@ def paged_attention(
     """
     cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
     query = jnp.asarray(query)
-    _check_query(query, cache, sequence_idx)
-    num_rows = cache.seq_lengths.shape[0]
-    rows, one_row = jnp.arange(num_rows, dtype=jnp.int32), sequence_idx is not None
-    if sequence_idx is not None:
-        query, rows = query[None], jnp.asarray(sequence_idx, jnp.int32)[None]
+    options: AttentionOptions = {
+        "mask": mask,
+        "score_mod": score_mod,
+        "dropout_rng": dropout_rng,
+        "dropout_rate": dropout_rate,
+        "deterministic": deterministic,
+        "scale": scale,
+    }
+    if sequence_idx is None:
+        out, lse = attend_rows(query, cache, query_positions, options, new=new)
+    else:
+        _check_query(query, cache, sequence_idx)
+        row = jnp.asarray(sequence_idx, jnp.int32)[None]
+        out, lse = attend_rows(query[None], cache, query_positions, options, rows=row)
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def attend_rows(
+    query: Array,
+    cache: PagedKVCache,
+    query_positions: ArrayLike | None,
+    options: AttentionOptions,
+    *,
+    rows: Array | None = None,
+    new: tuple[Any, Any] | None = None,
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of queries (B, N, T, H) over the tokens of B rows of the cache, and over new tokens.
+
+    Args:
+        query: of each row.
+        cache: of all rows.
+        query_positions: None for those that `paged_attention` has by default.
+        options: all of them, as the caller gave them.
+        rows: (B,) rows of the cache; None for all.
+        new: key and value of the new tokens.
+    """
+    num_rows, num_heads = cache.seq_lengths.shape[0], query.shape[1]
+    if rows is None:
+        _check_query(query, cache, None)
+    else:
         cache = _only(rows, cache)
     key, value = _new_tokens(query, cache, new)
-    check_attention(
-        "paged_attention",
-        query,
-        key,
-        value,
-        # The shape of an array must fit the positions, see below.
-        mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
-    rate = 0.0 if deterministic else dropout_rate
-    starts = cache.seq_lengths - (query.shape[2] if new is None else 0)
-    q_positions = starts[:, None] + jnp.arange(query.shape[2], dtype=jnp.int32)[None]
-    if query_positions is not None:
-        q_positions = check_positions(
-            "paged_attention", "query_positions", query_positions, query.shape[0], query.shape[2]
-        )
-        q_positions = jnp.broadcast_to(q_positions, (query.shape[0], query.shape[2]))
+    mask, checked = options["mask"], options.copy()
+    if isinstance(mask, jax.Array | np.ndarray):  # its shape must fit the positions, which `resolve_masks` checks
+        checked["mask"] = np.zeros((), mask.dtype)
+    check_attention("paged_attention", query, key, value, **checked)
+    positions = _positions_of(query, cache, query_positions, has_new=new is not None)
+    num_positions = cache.max_len + key.shape[2]
     if mask is not None:
         _check_columns(mask, cache, new)
-        mask = mask_of_cache(as_mask(mask), q_positions, cache.max_len + key.shape[2])
-    positions = cache.max_len + key.shape[2]
-    caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
-    mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
-    out_dtype = query.dtype
-    sources: tuple[Source, ...] = (_pages_to_read(mask, cache, rows, q_positions, query.shape[1]),)
+        mask = mask_of_cache(as_mask(mask), positions, num_positions)
+    mask, score_mod = resolve_masks(
+        "paged_attention, which reads masks and score mods at positions, those of the cache included",
+        mask,
+        options["score_mod"],
+        (num_rows, num_heads, num_positions, num_positions),
+    )
+    b = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
+    sources: list[Source] = [_pages_to_read(mask, cache, b, positions, num_heads)]
     if new is not None:
-        sources = (*sources, NewTokens(key, value, cache.seq_lengths))
-    out, lse = attend_chunks(
-        "paged_attention",
-        query,
-        scale,
-        sources,
-        q_positions,
-        rows=rows if one_row else None,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=rate,
-        stored=_as_arrays(cache) if new is None else None,
+        sources.append(NewTokens(key, value, cache.seq_lengths))
+    out, lse = attend_tokens(
+        DecodeCall(
+            "paged_attention",
+            query,
+            positions,
+            tuple(sources),
+            {**options, "mask": mask, "score_mod": score_mod},
+            b=rows,
+            arrays=_token_arrays(cache) if new is None else None,
+        )
     )
     lost = cache.overflowed[:, None, None]  # a dropped write must not pass unseen
-    out, lse = jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
-    if sequence_idx is not None:
-        out, lse = out[0], lse[0]
-    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+    return jnp.where(lost[..., None], jnp.nan, out).astype(query.dtype), jnp.where(lost, jnp.nan, lse)
 
 
 @pytree_dataclass
-class Pages:
+class PageChunks:
     """The pages of a cache, in chunks."""
 
     cache: PagedKVCache
-    order: Array  # (C,), the chunks, those to be read first
-    num_chunks: Array  # how many of them to read
+    order: Array  # (C,), all chunks, beginning with the needed ones
+    num_chunks: Array  # how many are needed
 
     @property
     def chunk_size(self) -> int:
@@ -251,7 +256,7 @@ class Pages:
         exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
 
         def read(pool: Pool) -> Array:
-            # -1 would read the last block: that is masked, but any block will do.
+            # Page -1 is masked; any other page serves in its place.
             pages = jax.tree.map(lambda x: x[jnp.maximum(blocks, 0)], pool)
             slots = decode_rows(pages, pool.dtype)
             return slots.reshape(blocks.shape[0], count * block_size, *pool.shape[2:]).swapaxes(1, 2)
@@ -285,22 +290,32 @@ class NewTokens:
         return heads, width
 
     def chunk(self, n: Array) -> Chunk:
-        length, size = self.key.shape[2], self.chunk_size
-        # Past the end a slice would start earlier: what it then reads is counted by its true index.
-        start = n.astype(jnp.int32) * size
-        first = jnp.minimum(start, length - size)
-        index = first + jnp.arange(size, dtype=jnp.int32)
-        exists = jnp.broadcast_to(index[None] >= start, (self.lengths.shape[0], size))
+        slots, is_new = chunk_slots(n, self.chunk_size, self.key.shape[2])
+        exists = jnp.broadcast_to(is_new[None], (self.lengths.shape[0], self.chunk_size))
 
         def read() -> tuple[Array, Array]:
-            key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (self.key, self.value))
+            key, value = (
+                lax.dynamic_slice_in_dim(x, slots[0], self.chunk_size, axis=2) for x in (self.key, self.value)
+            )
             return key, value
 
-        return Chunk((self.lengths[:, None] + index[None])[:, None, None], exists[:, None, None], read)
+        return Chunk((self.lengths[:, None] + slots[None])[:, None, None], exists[:, None, None], read)
 
 
-def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int) -> Pages:
-    """The chunks of the cache, those that some row may attend first."""
+def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *, has_new: bool) -> Array:
+    """The positions (B, T) of the queries: as given, or by default those of the last tokens."""
+    batch, _, seq_q, _ = query.shape
+    if given is not None:
+        positions = check_positions("paged_attention", "query_positions", given, batch, seq_q)
+        return jnp.broadcast_to(positions, (batch, seq_q))
+    starts = cache.seq_lengths if has_new else cache.seq_lengths - seq_q
+    return starts[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None]
+
+
+def _pages_to_read(
+    mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int
+) -> PageChunks:
+    """The chunks of the cache, beginning with those that some row may attend."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
     first = jnp.arange(_num_chunks(cache.block_table.shape[1], count), dtype=jnp.int32)[None, None] * size
@@ -312,16 +327,16 @@ def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positi
         some, _ = mask.tile(rows[:, None, None], h, q_range, (first, first + size - 1))
         needed = needed & some
     needed = needed.any((0, 1))
-    return Pages(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
+    return PageChunks(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
 
 
-def _as_arrays(cache: PagedKVCache) -> Stored | None:
-    """The pages as they are, if they are arrays."""
+def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
+    """The pages as they are; None where they are no arrays."""
     if isinstance(cache.key_pool, Int8Rows) or isinstance(cache.value_pool, Int8Rows):
         return None
     index = jnp.arange(cache.max_len, dtype=jnp.int32)[None]
     exists = jnp.repeat(cache.block_table >= 0, cache.block_size, axis=1) & (index < cache.seq_lengths[:, None])
-    return Stored(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
+    return TokenArrays(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
 
 
 def _pages_in_chunk(cache: PagedKVCache) -> int:
