@@ -13,7 +13,7 @@ from attnax.kernels._call import Call, attend, prepare, why_no_kernel
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
 from attnax.kernels._gpu.cudnn import why_not_cudnn_call, why_not_cudnn_here
-from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, names_residuals, reads_cache_in_chunks, resolve_masks, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = [
@@ -46,6 +46,7 @@ def memory_efficient_attention(
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 @names_residuals
+@reads_cache_in_chunks
 @takes_mask_objects
 def memory_efficient_attention(
     query: Float[ArrayLike, "B N T H"],
@@ -142,6 +143,7 @@ def flash_attention(
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 @names_residuals
+@reads_cache_in_chunks
 @takes_mask_objects
 def flash_attention(
     query: Float[ArrayLike, "B N T H"],
