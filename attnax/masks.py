@@ -639,18 +639,15 @@ def takes_mask_objects(attention_fn: Function) -> Function:
     return attention_fn
 
 
-def names_residuals(attention_fn: Function) -> Function:
-    """Marks an attention function that names what its backward pass reads, "attention_out", for `jax.checkpoint`."""
-    attention_fn.names_residuals = True  # type: ignore[attr-defined]
+def reads_cache_in_chunks(attention_fn: Function) -> Function:
+    """Marks an attention function whose place `cached_attention` may take for a few queries against a cache."""
+    attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
     return attention_fn
 
 
-def reads_cache_in_chunks(attention_fn: Function) -> Function:
-    """Marks an attention function in whose place `cached_attention` may attend to a cache.
-
-    A few queries then read only the chunks of the cache that are in use; the results are equal up to rounding.
-    """
-    attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
+def names_residuals(attention_fn: Function) -> Function:
+    """Marks an attention function that names what its backward pass reads, "attention_out", for `jax.checkpoint`."""
+    attention_fn.names_residuals = True  # type: ignore[attr-defined]
     return attention_fn
 
 

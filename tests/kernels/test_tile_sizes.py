@@ -14,12 +14,10 @@ from attnax.kernels._gpu import decode
 from attnax.kernels._gpu.tile_sizes import (
     LARGER,
     TILES,
+    Footprint,
     Tile,
     choose,
-    fit_stages,
-    fits,
     running_card,
-    shared_bytes,
     shared_memory,
 )
 from attnax.kernels.score_mods import additive_bias_mod
@@ -36,7 +34,7 @@ def on(name):
 def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
     kind, bits, size = key
     assert choose(kind, size, bits) == choose(kind, size - 1, bits) == choose(kind, size, bits, 86) == TILES[key]
-    assert fits(kind, TILES[key], size, size, bits)
+    assert Footprint(kind, TILES[key], size, size, bits).fits()
 
 
 @pytest.mark.parametrize("card", KNOWN)
@@ -44,7 +42,7 @@ def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
 def test_a_card_that_is_known_to_hold_a_larger_tile_has_it(key, card):
     kind, bits, size = key
     assert choose(kind, size, bits, card) == LARGER[key] != TILES[key]
-    assert fits(kind, LARGER[key], size, size, bits, card)
+    assert Footprint(kind, LARGER[key], size, size, bits).fits(card)
 
 
 @pytest.mark.parametrize("card", [86, *KNOWN])
@@ -53,7 +51,7 @@ def test_what_is_larger_takes_no_less_shared_memory(kind, card):
     sizes = (16, 64), (32, 128), (1, 3), (64, 256), (32, 128), (16, 32)
 
     def need(block_q, block_kv, stages, head_dim, value_dim, bits):
-        return shared_bytes(kind, Tile(block_q, block_kv, 8, stages), head_dim, value_dim, bits, card)
+        return Footprint(kind, Tile(block_q, block_kv, 8, stages), head_dim, value_dim, bits).bytes_on(card)
 
     for choice in list(itertools.product(*sizes))[::5]:
         for axis, (small, large) in enumerate(sizes):
@@ -103,12 +101,13 @@ def test_pages_that_no_card_holds_are_left_to_the_chunks():
 
 
 def test_what_is_read_for_each_pair_leaves_room_for_fewer_stages():
-    tile = TILES["forward", 16, 64]
-    assert fit_stages("forward", tile, 64, 64) == tile
-    fewer = fit_stages("forward", tile, 64, 64, pair_bytes=4)
-    assert 1 <= fewer.num_stages < tile.num_stages
-    assert fits("forward", fewer, 64, 64, pair_bytes=4)
-    assert fit_stages("forward", tile, 64, 64, card=90, pair_bytes=4) == tile
+    plain = Footprint("forward", TILES["forward", 16, 64], 64, 64)
+    assert plain.fitted() == plain
+    with_pairs = plain._replace(pair_bytes=4)
+    fewer = with_pairs.fitted()
+    assert 1 <= fewer.tile.num_stages < plain.tile.num_stages
+    assert fewer.fits()
+    assert with_pairs.fitted(90) == with_pairs
 
 
 def test_a_bias_for_each_pair_is_compiled_with_fewer_stages():

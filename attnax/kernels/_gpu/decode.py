@@ -82,7 +82,8 @@ class DecodeInputs:
         if tokens.block_table is not None:
             tile = tile._replace(block_kv=tokens.keys.shape[1])
         # Where the card is not known, every card must hold the tile.
-        return tile if tile_sizes.fits("decode", tile._replace(num_stages=1), *sizes, bits, card) else None
+        fits = tile_sizes.Footprint("decode", tile._replace(num_stages=1), *sizes, bits).fits(card)
+        return tile if fits else None
 
 
 @pytree_dataclass

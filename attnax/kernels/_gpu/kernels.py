@@ -28,7 +28,7 @@ from attnax.kernels._core import softmax
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._gpu.tile import Inputs, Kernel, KernelSpec, TilePlace, either, rows_finite
 from attnax.kernels._gpu.tile_lists import TileList
-from attnax.kernels._gpu.tile_sizes import fit_stages, running_card
+from attnax.kernels._gpu.tile_sizes import Footprint, running_card
 from attnax.typing import Array
 
 __all__ = [
@@ -313,5 +313,5 @@ def _compiler_params(name: str, spec: KernelSpec, inputs: Inputs) -> Any:
     kind = {"attnax_forward": "forward", "attnax_decode": "decode"}.get(name, "backward")
     sizes = inputs.query.shape[-1], inputs.value.shape[-1], 8 * inputs.query.dtype.itemsize
     pair_bytes = sum(function.pair_bytes for function in (spec.mask, spec.score_mod) if function is not None)
-    tile = fit_stages(kind, spec.tile, *sizes, running_card(), pair_bytes=pair_bytes)
+    tile = Footprint(kind, spec.tile, *sizes, pair_bytes).fitted(running_card()).tile
     return triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
