@@ -83,14 +83,8 @@ def cached_attention(
     """
     query = jnp.asarray(query)
     positions = _check_call(query, cache, query_positions)
-    options: AttentionOptions = {
-        "mask": mask,
-        "score_mod": score_mod,
-        "dropout_rng": dropout_rng,
-        "dropout_rate": dropout_rate,
-        "deterministic": deterministic,
-        "scale": scale,
-    }
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     # Which weights are dropped depends on positions, which the tiles of `flash_attention` do not know.
     by_chunks = query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic)
     if by_chunks and isinstance(cache, PagedKVCache):

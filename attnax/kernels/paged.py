@@ -153,14 +153,8 @@ def paged_attention(
     """
     cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
     query = jnp.asarray(query)
-    options: AttentionOptions = {
-        "mask": mask,
-        "score_mod": score_mod,
-        "dropout_rng": dropout_rng,
-        "dropout_rate": dropout_rate,
-        "deterministic": deterministic,
-        "scale": scale,
-    }
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     if sequence_idx is None:
         out, lse = attend_rows(query, cache, query_positions, options, new=new)
     else:

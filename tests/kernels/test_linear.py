@@ -434,7 +434,7 @@ class TestErrors:
             ),
             (
                 {"state": LinearState(jnp.zeros((2, 2, 5, 7)), jnp.zeros((2, 2, 5), jnp.bfloat16))},
-                r"and \(2, 2, 5\), bfloat16. Pass the state that the call before returned",
+                r"and \(2, 2, 5\), bfloat16. Pass the state that the previous call returned",
             ),
         ],
     )
