@@ -1,8 +1,7 @@
-"""paged_attention: attention to the tokens of a `PagedKVCache`, read where they lie.
+"""paged_attention: attention to the tokens of a `PagedKVCache`, read from its pages.
 
-The pages of a row are gathered a chunk at a time, never the row as a whole and never the pool. The number of chunks is
-a value, not a shape: a step's work follows the tokens in use, in the same compiled program. What a chunk adds to the
-result is in `_core/softmax.py`.
+The pages of a row are gathered a chunk at a time, never a whole row or the pool. How many chunks are read is a traced
+value, see `_decode_call.py`.
 """
 
 from __future__ import annotations
@@ -81,51 +80,51 @@ def paged_attention(
 
     - `paged_attention(query, cache, sequence_idx)`: query (num_heads, T, head_dim) of one row of the cache;
     - `paged_attention(query, cache)`: query (batch, num_heads, T, head_dim), all rows, each with its own length;
-    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, for `MultiHeadAttention` and the
-      like: called with query, key and value of T new tokens, which follow those in the cache. Queries attend both. The
-      new tokens are **not** written to the cache; that is `append_rows`.
+    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, as of `MultiHeadAttention`.
+      It takes query, key and value of T new tokens, which follow the tokens in the cache, and queries attend both. The
+      new tokens are **not** written to the cache; `append_rows` does that.
 
-    Masks and score mods see true positions: that of a key is its index within its row's own text. In the first two
-    forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
-    `seq_lengths[b] - T + i`. In the third they are at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill in
-    any chunks; without a mask every token is attended. Where T exceeds a row's length, the first queries are no tokens:
-    a mask lets them attend nothing.
+    Masks and score mods see true positions: the position of a key is its index within its row's own text. In the first
+    two forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
+    `seq_lengths[b] - T + i`. In the third form it is at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill
+    in any chunks; without a mask every token is attended. If T exceeds a row's length, its first queries are padding,
+    which attends nothing under a mask.
 
-    Only chunks of about 128 tokens that are in use, and that the mask allows some query to attend, are read. Shapes do
-    not depend on lengths or tables, so one compiled program serves them all. Memory beside the arguments is
-    that of one chunk and its scores, (batch, num_heads, T, 128).
+    Tokens are read in chunks of about 128, and only chunks in use that the mask lets some query attend. Shapes do not
+    depend on lengths or block tables, so one compiled program serves all. Beside the arguments it needs the memory of
+    one chunk and its scores, (batch, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
         *arguments: cache and sequence_idx, or key (batch, num_kv_heads, T, head_dim) and value
             (batch, num_kv_heads, T, value_dim) in the dtype of query.
-        cache: its pools may have another floating dtype. A row whose `overflowed` is set gives NaN.
-        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. Where it is
-            traced and there is no such row, the result is NaN.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
-            array is position j; if it has fewer columns than max_len (in the third form max_len + T), positions beyond
-            them are not attended. Its rows are the T queries in order; as many rows as that are positions. An axis of
-            size 1 holds for all. In the third form an array over the T new tokens alone is refused where the cache is
-            known to hold others: pass a Mask or a function. A query with nothing to attend gives 0.
+        cache: its pools may have another floating dtype. The result of a row whose `overflowed` is set is NaN.
+        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. For a traced index
+            of no row the result is NaN.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an array is
+            position j; if it has fewer columns than max_len (in the third form max_len + T), later positions are not
+            attended. Its rows are the T queries in order, or, if there are max_len (max_len + T) of them, positions. An
+            axis of size 1 holds for all. In the third form an array over the T new tokens alone is refused if the cache
+            is known to hold tokens: pass a Mask or a function. A query with nothing to attend gives 0.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
-        dropout_rate: probability of dropping each attention weight; which ones depends on b, h and positions.
+        dropout_rate: probability of dropping each attention weight; b, h and positions decide which are dropped.
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        query_positions: (T,) or (batch, T), where the queries are if not there; -1 is padding, which attends nothing
-            under a mask.
+        query_positions: (T,) or (batch, T), in place of the positions above; -1 is padding, which attends nothing under
+            a mask.
 
     Returns:
         The shape of query with value_dim last, in its dtype, and with `return_lse` the log-sum-exp without that axis,
         -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in float32 (float64 for float64). A
-        NaN or infinity in a token makes the queries that may attend it NaN; whatever lies in slots that a row does
-        not hold, or in blocks of other rows, has no effect.
+        NaN or infinity in a token makes the queries that may attend it NaN. The contents of unused slots and of the
+        pages of other rows have no effect.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, a row that does not exist.
-        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, since the loop over pages
-            has no known length: train with `attnax.memory_efficient_attention`, if need be on the result of
+        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, since the loop over chunks
+            has a traced length: train with `attnax.memory_efficient_attention`, for example on the result of
             `gather_rows`. Forward mode works.
 
     Example:
@@ -174,21 +173,22 @@ def attend_rows(
     rows: Array | None = None,
     new: tuple[Any, Any] | None = None,
 ) -> tuple[Array, Array]:
-    """(out, log-sum-exp) of queries (B, N, T, H) over the tokens of B rows of the cache, and over new tokens.
+    """(out, log-sum-exp) of queries over the tokens of B rows of the cache, and over new tokens.
 
     Args:
-        query: of each row.
+        query: (B, N, T, H).
         cache: of all rows.
-        query_positions: None for those that `paged_attention` has by default.
-        options: all of them, as the caller gave them.
+        query_positions: as in `paged_attention`.
+        options: every option, as the caller gave it.
         rows: (B,) rows of the cache; None for all.
         new: key and value of the new tokens.
     """
-    num_rows, num_heads = cache.seq_lengths.shape[0], query.shape[1]
+    num_rows = cache.seq_lengths.shape[0]
     if rows is None:
         _check_query(query, cache, None)
     else:
         cache = _only(rows, cache)
+    num_heads = query.shape[1]
     key, value = _new_tokens(query, cache, new)
     mask, checked = options["mask"], options.copy()
     if isinstance(mask, jax.Array | np.ndarray):  # its shape must fit the positions, which `resolve_masks` checks
@@ -200,7 +200,7 @@ def attend_rows(
         _check_columns(mask, cache, new)
         mask = mask_of_cache(as_mask(mask), positions, num_positions)
     mask, score_mod = resolve_masks(
-        "paged_attention, which reads masks and score mods at positions, those of the cache included",
+        "paged_attention, which reads masks and score mods at the positions of cached and new tokens",
         mask,
         options["score_mod"],
         (num_rows, num_heads, num_positions, num_positions),
@@ -264,7 +264,7 @@ class PageChunks:
 
 @pytree_dataclass
 class NewTokens:
-    """Tokens that follow those in the cache."""
+    """Tokens that follow the tokens in the cache."""
 
     key: Array  # (B, K, S, H)
     value: Array  # (B, K, S, V)
@@ -344,7 +344,7 @@ def _num_chunks(length: int, size: int) -> int:
 def _call_form(
     arguments: tuple[Any, ...], cache: PagedKVCache | None, sequence_idx: Any
 ) -> tuple[PagedKVCache, Any, tuple[Any, Any] | None]:
-    """(cache, sequence_idx, key and value of new tokens) in whichever of the three forms the call is."""
+    """(cache, sequence_idx, key and value of the new tokens) of a call in one of the three forms."""
     match arguments, cache, sequence_idx:
         case (PagedKVCache() as cache,), None, _:
             return cache, sequence_idx, None
@@ -401,7 +401,7 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
 
 
 def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) -> None:
-    """Raises ValueError for an array that is about new tokens where others come before them."""
+    """Raises ValueError for an array over the new tokens alone if there are tokens in the cache."""
     if new is None or not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
         return
     if 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
@@ -413,7 +413,7 @@ def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) 
 
 
 def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
-    """The cache with these rows alone; one that does not exist counts as overflowed."""
+    """The cache with these rows alone; a row that does not exist counts as overflowed."""
     missing = (rows < 0) | (rows >= cache.seq_lengths.shape[0])
     return dataclasses.replace(
         cache,
@@ -424,7 +424,7 @@ def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
 
 
 def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
-    """Key and value of the new tokens, of length 0 if there are none.
+    """Key and value of the new tokens, of length 0 if there are no new tokens.
 
     Raises:
         ValueError: they do not fit query and cache.

@@ -664,7 +664,7 @@ KEY, VALUE = (
         ),
         (
             lambda: paged_attention(Q, filled(), mask=masks.documents(np.arange(311))),
-            "positions, those of the cache included: documents need one id a token",
+            "positions of cached and new tokens: documents need one id a token",
         ),
         (lambda: paged_attention(Q, filled(), mask=np.ones((1, 1))), "mask must be boolean, .*; got mask.dtype=float"),
         (
