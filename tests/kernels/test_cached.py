@@ -71,7 +71,7 @@ def test_only_chunks_in_use_are_read(kind):
 
 
 @pytest.mark.parametrize("attention_fn", [flash_attention, memory_efficient_attention], ids=lambda f: f.__name__)
-def test_what_says_that_it_reads_a_cache_in_chunks_may_be_replaced_by_cached_attention(attention_fn):
+def test_a_function_that_reads_caches_in_chunks_gives_what_cached_attention_gives(attention_fn):
     assert attention_fn.reads_cache_in_chunks
     query, cache = (
         np.random.default_rng(1).standard_normal((2, 1, 2, 2), np.float32),
@@ -86,5 +86,5 @@ def test_what_says_that_it_reads_a_cache_in_chunks_may_be_replaced_by_cached_att
 
 
 @pytest.mark.parametrize("attention_fn", [standard_attention, pallas_flash_attention], ids=lambda f: f.__name__)
-def test_a_definition_and_an_explicit_kernel_are_not_replaced(attention_fn):
+def test_a_definition_and_an_explicit_kernel_do_not_declare_it(attention_fn):
     assert not hasattr(attention_fn, "reads_cache_in_chunks")

@@ -1,4 +1,4 @@
-"""cuDNN's attention without a GPU: why it is not taken, and where it is written into programs for one."""
+"""cuDNN's attention without a GPU: the reasons against it, and the programs for a GPU that hold it."""
 
 import re
 from functools import partial
@@ -74,7 +74,7 @@ def kernels_in(text):
         ({"mask": masks.padding(np.array([5]))}, "rows empty"),
         ({"mask": masks.sliding_window(5, causal=False)}, "rows empty"),
         ({"mask": masks.causal()}, "no NVIDIA GPU"),
-        ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # which is off
+        ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # deterministic, so there is no dropout
         ({"mask": masks.sliding_window(32)}, "no NVIDIA GPU"),
         ({"scale": np.float32(0.3)}, "no NVIDIA GPU"),
         ({}, "no NVIDIA GPU"),
@@ -88,7 +88,7 @@ def test_reasons(change, words):
     assert words in why_not_cudnn(x, x, x, **change)
 
 
-def test_a_scale_that_is_not_known_is_a_reason():
+def test_an_unknown_scale_is_a_reason():
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     reasons = []
     jax.eval_shape(lambda scale: reasons.append(why_not_cudnn(x, x, x, scale=scale)), 0.5)
@@ -97,7 +97,7 @@ def test_a_scale_that_is_not_known_is_a_reason():
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("mask", PLAIN)
-def test_asked_for_another_platform_the_machine_does_not_count(mask):
+def test_for_another_platform_the_machine_does_not_count(mask):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     assert why_not_cudnn(x, x, x, mask=PLAIN[mask], platform="cuda") is None
     assert "no NVIDIA GPU" in why_not_cudnn(x, x, x, mask=PLAIN[mask])
@@ -138,7 +138,7 @@ def test_one_export_holds_tiles_for_a_cpu_and_cudnn_for_a_gpu():
 
 
 @pytest.mark.usefixtures("cudnn")
-def test_what_cudnn_does_not_serve_is_left_to_the_kernels():
+def test_the_kernels_serve_calls_that_cudnn_does_not():
     for attend, dtype in (
         (partial(flash_attention, scale=jnp.float32(2.0), mask=masks.causal()), jnp.float32),
         (partial(flash_attention, score_mod=lambda s, b, h, q, kv: s * 2), jnp.bfloat16),

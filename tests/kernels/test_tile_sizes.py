@@ -1,4 +1,4 @@
-"""Which tiles the GPU kernels have: some that any card holds, larger ones where the card is known."""
+"""The tiles of the GPU kernels: any card holds the usual ones, a known card gets larger ones."""
 
 import functools
 import itertools
@@ -26,12 +26,12 @@ KNOWN = [80, 90, 100]
 
 
 def on(name):
-    """Where programs for a card of this name are traced."""
+    """The context in which programs for a card of this name are traced."""
     return jax.sharding.use_abstract_mesh(gpu_mesh(name=name))
 
 
 @pytest.mark.parametrize("key", TILES, ids=str)
-def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
+def test_the_tile_of_an_unknown_card_fits_all_cards(key):
     kind, bits, size = key
     assert choose(kind, size, bits) == choose(kind, size - 1, bits) == choose(kind, size, bits, 86) == TILES[key]
     assert Footprint(kind, TILES[key], size, size, bits).fits()
@@ -39,7 +39,7 @@ def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
 
 @pytest.mark.parametrize("card", KNOWN)
 @pytest.mark.parametrize("key", LARGER, ids=str)
-def test_a_card_that_is_known_to_hold_a_larger_tile_has_it(key, card):
+def test_a_known_card_has_the_larger_tile_that_it_holds(key, card):
     kind, bits, size = key
     assert choose(kind, size, bits, card) == LARGER[key] != TILES[key]
     assert Footprint(kind, LARGER[key], size, size, bits).fits(card)
@@ -47,7 +47,7 @@ def test_a_card_that_is_known_to_hold_a_larger_tile_has_it(key, card):
 
 @pytest.mark.parametrize("card", [86, *KNOWN])
 @pytest.mark.parametrize("kind", ["forward", "backward", "decode"])
-def test_what_is_larger_takes_no_less_shared_memory(kind, card):
+def test_larger_sizes_take_no_less_shared_memory(kind, card):
     sizes = (16, 64), (32, 128), (1, 3), (64, 256), (32, 128), (16, 32)
 
     def need(block_q, block_kv, stages, head_dim, value_dim, bits):
@@ -80,7 +80,7 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
     assert tiles.plain == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 
-def test_a_card_that_is_not_known_has_the_least_shared_memory():
+def test_an_unknown_card_has_the_least_shared_memory():
     assert shared_memory(0) == shared_memory(86) == min(map(shared_memory, range(80, 130))) == 99 * 1024
     assert [shared_memory(card) // 1024 for card in KNOWN] == [163, 227, 227]
 
@@ -100,7 +100,7 @@ def test_pages_that_no_card_holds_are_left_to_the_chunks():
         assert paged(1024) is None
 
 
-def test_what_is_read_for_each_pair_leaves_room_for_fewer_stages():
+def test_reads_for_each_pair_leave_room_for_fewer_stages():
     plain = Footprint("forward", TILES["forward", 16, 64], 64, 64)
     assert plain.fitted() == plain
     with_pairs = plain._replace(pair_bytes=4)

@@ -249,18 +249,18 @@ def test_permuted_tokens_give_permuted_outputs():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_token_that_is_not_finite_spoils_its_own_row_only(bad):
+def test_a_non_finite_token_contaminates_only_its_own_row(bad):
     run, params, _ = make()
     x = np.array(normal(99, *TOKENS, D_MODEL))
     out = np.asarray(run(params, x)[0])
     x[1, 5, 2] = bad
-    spoilt, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
-    assert not np.isfinite(spoilt[1, 5]).any()
-    np.testing.assert_allclose(spoilt[others], out[others], atol=1e-6)
+    contaminated, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
+    assert not np.isfinite(contaminated[1, 5]).any()
+    np.testing.assert_allclose(contaminated[others], out[others], atol=1e-6)
 
 
 @pytest.mark.thorough
-def test_a_cotangent_that_is_not_finite_reaches_its_own_token_and_its_experts_only():
+def test_a_non_finite_cotangent_reaches_only_its_own_token_and_its_experts():
     run, params, _ = make()
     x = normal(99, *TOKENS, D_MODEL)
     step = jax.jit(jax.grad(lambda params, x, cotangent: (run(params, x)[0] * cotangent).sum(), (0, 1)))
