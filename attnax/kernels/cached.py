@@ -24,7 +24,8 @@ from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMo
 
 __all__ = ["cached_attention"]
 
-AnyCache = KVLayerCache | RingKVCache | StoredTokens | PagedKVCache
+SlotCache = KVLayerCache | RingKVCache | StoredTokens
+AnyCache = SlotCache | PagedKVCache
 
 _FEW = SPARE_SLOTS + 1  # queries, as many as a step with a draft has; more fill the tiles of `flash_attention`
 _CHUNK = 128  # slots that are read at once
@@ -109,9 +110,9 @@ def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
     """The positions of the queries, (batch, T).
 
     Raises:
-        ValueError: the cache is none, or query or positions do not fit its rows.
+        ValueError: `cache` is no cache, or query or positions do not fit its rows.
     """
-    if not isinstance(cache, KVLayerCache | RingKVCache | StoredTokens | PagedKVCache):
+    if not isinstance(cache, AnyCache):
         raise ValueError(
             f"cached_attention: cache must hold tokens; got {type(cache).__name__}. Use a KVLayerCache, a RingKVCache "
             "or a PagedKVCache."
@@ -156,7 +157,7 @@ def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: Atte
 
 def _attend_slots(
     query: Array,
-    cache: KVLayerCache | RingKVCache | StoredTokens,
+    cache: SlotCache,
     positions: Array,
     options: AttentionOptions,
     score_shape: ScoreShape,
@@ -181,7 +182,7 @@ def _attend_slots(
     return out.astype(query.dtype), lse
 
 
-def _token_arrays(cache: KVLayerCache | RingKVCache | StoredTokens) -> TokenArrays | None:
+def _token_arrays(cache: SlotCache) -> TokenArrays | None:
     """The slots as they are; None where they are no arrays."""
     if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows):
         return None
