@@ -8,7 +8,7 @@
 A program is lowered here, and its modules are compiled by `_triton_compiler.py` in an environment that has triton. No
 kernel runs: this says nothing of results or speed. XLA compiles the same modules with a Triton of its own, so that its
 figures can differ a little. What was compiled before is read from `.cache/aot-triton`. The exit code is 1 if a module
-needs more shared memory than a card has, or than `tile_sizes.shared_bytes` says.
+needs more shared memory than a card has, or than `tile_sizes.Footprint` says.
 """
 
 from __future__ import annotations
@@ -237,15 +237,14 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
 
 
 def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: Card) -> dict[str, Any]:
-    """What the compiler says of a kernel with warps and stages of a tile, and what `_gpu_tiles` expects at most."""
-    sizes = case.head_dim, case.head_dim, case.bits, card.capability
-    pair_bytes = PAIR_BYTES.get(case.words, 0)
-    bound = tile_sizes.shared_bytes(kind_of(kernel.name), tile, *sizes, pair_bytes=pair_bytes)
-    return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": bound}
+    """What the compiler says of a kernel with warps and stages of a tile, and what `tile_sizes` expects at most."""
+    sizes = case.head_dim, case.head_dim, case.bits, PAIR_BYTES.get(case.words, 0)
+    footprint = tile_sizes.Footprint(kind_of(kernel.name), tile, *sizes)
+    return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": footprint.bytes_on(card.capability)}
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: no kernel, or one that takes more than `_gpu_tiles` expects, a card has, or we say."""
+    """What is wrong with a row: no kernel, or one that takes more than `tile_sizes` expects, a card has, or we say."""
     found = []
     is_promised = row["words"] in (*PROMISED, *DECODING) and row["head_dim"] <= 128 and row["dtype"] != "float32"
     most = MOST_SPILLS[kind_of(f"attnax_{row['kernel']}")] if is_promised else None

@@ -665,8 +665,8 @@ def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> s
         return reason
     sizes, card = (query.shape[-1], value.shape[-1], query.dtype.itemsize * 8), tile_sizes.running_card()
     for kind, whole in zip(("forward", "backward"), tiles, strict=True):
-        tile = tile_sizes.fit_stages(kind, whole, *sizes, card, pair_bytes=pair_bytes)
-        need, have = tile_sizes.need_and_have(kind, tile, *sizes, card, pair_bytes=pair_bytes)
+        footprint = tile_sizes.Footprint(kind, whole, *sizes, pair_bytes).fitted(card)
+        tile, (need, have) = footprint.tile, footprint.need_and_have(card)
         if need > have:
             whose = "this card has" if card else "some cards have"
             return (

@@ -12,18 +12,21 @@ from jax import lax
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
 from attnax.checks import check_attention, check_positions
 from attnax.int8_rows import Int8Rows, Rows, decode_rows
-from attnax.kernels._core.stored import Chunk, Stored
-from attnax.kernels._decode_call import attend_chunks
+from attnax.kernels._core.stored import Chunk, TokenArrays, chunk_slots
+from attnax.kernels._decode_call import DecodeCall, attend_tokens
 from attnax.kernels.flash import flash_attention
-from attnax.kernels.paged import paged_attention
+from attnax.kernels.paged import attend_rows
 from attnax.masks import Mask, as_mask, at_positions, mask_of_cache, resolve_masks, sliding_window
 from attnax.paged_cache import PagedKVCache
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, ArrayLike, Float, Int, MaskMod, ScoreMod, Shaped
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, ScoreShape, Shaped
 
 __all__ = ["cached_attention"]
 
-_FEW = SPARE_SLOTS + 1  # queries, those of a draft among them; more of them fill the tiles of `flash_attention`
+SlotCache = KVLayerCache | RingKVCache | StoredTokens
+AnyCache = SlotCache | PagedKVCache
+
+_FEW = SPARE_SLOTS + 1  # queries, as many as a step with a draft has; more fill the tiles of `flash_attention`
 _CHUNK = 128  # slots that are read at once
 
 
@@ -42,18 +45,18 @@ def cached_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
 
-    A few queries (up to 17) read the slots in use chunk by chunk, so that a step costs what the cache holds, not what
-    it could hold, and one program serves every length. More go through `flash_attention`.
+    Up to 17 queries read the slots in use chunk by chunk: a step costs what the cache holds, not its capacity, and one
+    program serves every length. More queries go through `flash_attention`.
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: holds keys and values, those of the queries' own tokens included (append first, then attend what `append`
-            gives). A ring of a window lets queries attend that window only.
+        cache: keys and values, those of the queries' own tokens included: append first, then attend to what `append`
+            returns. In a ring of a window queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
-            result holds no meaning.
+            result has no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
-            array is position j; if it has fewer columns than max_len, positions beyond them are not attended. Its rows
-            are the T queries in order; max_len rows are positions. An axis of size 1 holds for all.
+            array is position j; if it has fewer columns than max_len, later positions are not attended. Its rows are
+            the T queries in order, or, if there are max_len of them, positions. An axis of size 1 holds for all.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout.
         dropout_rate: probability of dropping each attention weight.
@@ -67,8 +70,8 @@ def cached_attention(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: a mask or score mod that mixes pairs; the reverse-mode derivative of a few queries, which
-            are computed by a loop of unknown length: train without a cache.
+        NotImplementedError: a mask or score mod that mixes pairs; the reverse-mode derivative of a few queries, whose
+            loop over chunks has a traced length: train without a cache.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,7 +82,36 @@ def cached_attention(
         (1, 4, 1, 8)
     """
     query = jnp.asarray(query)
-    if not isinstance(cache, KVLayerCache | RingKVCache | StoredTokens | PagedKVCache):
+    positions = _check_call(query, cache, query_positions)
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    # Which weights are dropped depends on positions, which the tiles of `flash_attention` do not know.
+    by_chunks = query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic)
+    if by_chunks and isinstance(cache, PagedKVCache):
+        out, lse = attend_rows(query, cache, positions, options)
+        return (out, lse) if return_lse else out
+    score_shape = query.shape[0], query.shape[1], cache.num_positions, cache.num_positions
+    if mask is not None:
+        options["mask"] = mask_of_cache(as_mask(mask), positions, cache.num_positions)
+        options["mask"].check("cached_attention, which reads masks at positions", score_shape)
+    result: Any
+    if by_chunks:
+        assert not isinstance(cache, PagedKVCache)
+        out, lse = _attend_slots(query, cache, positions, _in_window(cache, options), score_shape)
+        result = (out, lse) if return_lse else out
+    else:
+        result = _attend_tiles(query, cache, positions, _in_window(cache, options), return_lse)
+    # A dropped write must not pass unseen.
+    return jax.tree.map(lambda x: jnp.where(_spread(cache.overflowed, x.ndim), jnp.nan, x), result)
+
+
+def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
+    """The positions of the queries, (batch, T).
+
+    Raises:
+        ValueError: `cache` is no cache, or query or positions do not fit its rows.
+    """
+    if not isinstance(cache, AnyCache):
         raise ValueError(
             f"cached_attention: cache must hold tokens; got {type(cache).__name__}. Use a KVLayerCache, a RingKVCache "
             "or a PagedKVCache."
@@ -91,86 +123,73 @@ def cached_attention(
             f"got query.shape={query.shape}."
         )
     seq_q = query.shape[2]
-    positions = jnp.broadcast_to(
-        check_positions("cached_attention", "query_positions", query_positions, batch, seq_q), (batch, seq_q)
-    )
-    options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
-    options |= {"scale": scale, "return_lse": return_lse}
-    # Which weights are dropped goes by positions, which the tiles of `flash_attention` do not know.
-    by_chunks = seq_q <= _FEW or (dropout_rate > 0.0 and not deterministic)
-    if isinstance(cache, PagedKVCache) and by_chunks:
-        options |= {"mask": mask, "score_mod": score_mod, "query_positions": positions}
-        return paged_attention(query, cache, **options)
-    full = (batch, query.shape[1], cache.num_positions, cache.num_positions)
-    if mask is not None:
-        mask = mask_of_cache(as_mask(mask), positions, cache.num_positions)
-        mask.check("cached_attention, which reads masks at positions", full)
-    if not isinstance(cache, PagedKVCache) and cache.window is not None:
-        window = sliding_window(cache.window, causal=False)
-        mask = window if mask is None else mask & window
-    result: Any
-    if not by_chunks:
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(query.dtype, _stored_dtype(cache))  # as they are kept, not rounded to the query
-        stored = cache.tokens(dtype)
-        mask = at_positions(mask, positions, stored.positions)
-        score_mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
-        arrays: tuple[Any, ...] = query.astype(stored.keys.dtype), stored.keys, stored.values
-        result = flash_attention(*arrays, mask=mask, score_mod=score_mod, **options)
-        result = (result[0].astype(query.dtype), result[1]) if return_lse else result.astype(query.dtype)
-    else:
-        assert not isinstance(cache, PagedKVCache)
-        result = _attend_slots(query, cache, positions, mask, score_mod, full, **options)
-    lost = cache.overflowed.reshape(-1, 1, 1)  # a dropped write must not pass unseen
-    if return_lse:
-        return jnp.where(lost[..., None], jnp.nan, result[0]), jnp.where(lost, jnp.nan, result[1])
-    return jnp.where(lost[..., None], jnp.nan, result)
+    positions = check_positions("cached_attention", "query_positions", query_positions, batch, seq_q)
+    return jnp.broadcast_to(positions, (batch, seq_q))
+
+
+def _in_window(cache: AnyCache, options: AttentionOptions) -> AttentionOptions:
+    """The options, with the window of the cache in the mask."""
+    if isinstance(cache, PagedKVCache) or cache.window is None:
+        return options
+    window, mask = sliding_window(cache.window, causal=False), options["mask"]
+    return {**options, "mask": window if mask is None else mask & window}
+
+
+def _spread(rows: Array, ndim: int) -> Array:
+    """A value for each row of the batch, or one for all, against an array with this many axes."""
+    return rows.reshape(-1, *(1,) * (ndim - 1))
+
+
+def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: AttentionOptions, return_lse: bool) -> Any:
+    """`flash_attention` to all slots of the cache, with what it returns."""
+    stored_dtype = (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(query.dtype, stored_dtype)  # stored tokens are not rounded to the query's dtype
+    stored = cache.tokens(dtype)
+    options = {**options, "mask": at_positions(options["mask"], positions, stored.positions)}
+    if options["score_mod"] is not None:
+        options["score_mod"] = at_positions(options["score_mod"], positions, stored.positions)
+    attend: Any = flash_attention
+    result = attend(query.astype(stored.keys.dtype), stored.keys, stored.values, return_lse=return_lse, **options)
+    return (result[0].astype(query.dtype), result[1]) if return_lse else result.astype(query.dtype)
 
 
 def _attend_slots(
     query: Array,
-    cache: KVLayerCache | RingKVCache | StoredTokens,
+    cache: SlotCache,
     positions: Array,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    full: tuple[Any, ...],
-    *,
-    dropout_rng: Array | None,
-    dropout_rate: float,
-    deterministic: bool,
-    scale: Any,
-    return_lse: bool,
-) -> Any:
-    shapes = (jax.ShapeDtypeStruct(rows.shape, query.dtype) for rows in (cache.keys, cache.values))
-    options: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
-    check_attention("cached_attention", query, *shapes, score_mod=score_mod, scale=scale, **options)
-    mask, score_mod = resolve_masks("cached_attention", mask, score_mod, full)
-    slots = Slots(cache.keys, cache.values, cache.positions, cache.slots_in_use, min(cache.positions.shape[1], _CHUNK))
-    out, lse = attend_chunks(
-        "cached_attention",
-        query,
-        scale,
-        (slots,),
-        positions,
-        rows=None,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=0.0 if deterministic else dropout_rate,
-        stored=None
-        if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows)
-        else Stored(cache.keys, cache.values, cache.positions, None),
+    options: AttentionOptions,
+    score_shape: ScoreShape,
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) over the slots in use, chunk by chunk."""
+    key, value = (jax.ShapeDtypeStruct(rows.shape, query.dtype) for rows in (cache.keys, cache.values))
+    options, mask = options.copy(), options["mask"]
+    options["mask"] = None  # was checked, against positions
+    check_attention("cached_attention", query, key, value, **options)
+    mask, score_mod = resolve_masks("cached_attention", mask, options["score_mod"], score_shape)
+    chunk_size = min(cache.positions.shape[1], _CHUNK)
+    out, lse = attend_tokens(
+        DecodeCall(
+            "cached_attention",
+            query,
+            positions,
+            (SlotChunks(cache.keys, cache.values, cache.positions, cache.slots_in_use, chunk_size),),
+            {**options, "mask": mask, "score_mod": score_mod},
+            arrays=_token_arrays(cache),
+        )
     )
-    out = out.astype(query.dtype)
-    return (out, lse) if return_lse else out
+    return out.astype(query.dtype), lse
 
 
-def _stored_dtype(cache: KVLayerCache | RingKVCache | StoredTokens | PagedKVCache) -> Any:
-    return (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
+def _token_arrays(cache: SlotCache) -> TokenArrays | None:
+    """The slots as they are; None where they are no arrays."""
+    if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows):
+        return None
+    return TokenArrays(cache.keys, cache.values, cache.positions, None)
 
 
 @pytree_dataclass
-class Slots:
+class SlotChunks:
     """The slots of a cache whose tokens lie in place, in chunks."""
 
     keys: Rows  # (B, K, S, H)
@@ -189,18 +208,16 @@ class Slots:
 
     def chunk(self, n: Any) -> Chunk:
         size, length = self.chunk_size, self.keys.shape[2]
-        # Past the end a slice would start earlier: what it then reads again does not count.
-        start = n * size
-        first = jnp.minimum(start, length - size)
+        slots, is_new = chunk_slots(n, size, length)
 
         def cut(x: Array, axis: int) -> Array:
-            return x if size == length else lax.dynamic_slice_in_dim(x, first, size, axis)
+            return x if size == length else lax.dynamic_slice_in_dim(x, slots[0], size, axis)
 
         position = cut(self.positions, 1)
-        exists = (position >= 0) & (first + jnp.arange(size, dtype=jnp.int32) >= start)[None]
 
         def read() -> tuple[Array, Array]:
             keys, values = jax.tree.map(lambda x: cut(x, 2), (self.keys, self.values))
             return decode_rows(keys, self.keys.dtype), decode_rows(values, self.values.dtype)
 
+        exists = (position >= 0) & is_new[None]
         return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)

@@ -1,10 +1,10 @@
 """Each row times the matrix of its group, at the cost of the rows, however many groups there are.
 
-Rows come sorted by group. A tile is a few rows of one group; a loop visits the tiles that groups really fill, so an
-empty group costs nothing and a full one drops nothing. A tile has a static length, so it may reach into rows that are
-not its own: those keep what they had, and count as zeros in the gradient of the matrix. The backward pass is a loop
-over the same tiles, which adds in place to the gradient of the tile's matrix; reverse mode through a `lax.scan` would
-add an array as large as all the matrices at every tile.
+Rows are sorted by group. A tile is a few rows of one group. A loop visits the tiles that hold rows, so an empty group
+costs nothing and no row of a large group is dropped. A tile has a static length and may reach into another tile's rows:
+it leaves their values, and counts them as zeros in the gradient of the matrix. The backward pass loops over the same
+tiles and adds in place to the gradient of the tile's matrix; reverse mode through a `lax.scan` would add an array as
+large as all matrices at every tile.
 
 Axes: R rows, G groups, I and O the widths of input and output, T the rows of a tile.
 
@@ -29,7 +29,7 @@ from attnax.typing import Array
 
 __all__ = ["grouped_product", "make_tiles", "tile_length"]
 
-MAX_TILE = 128  # a longer one is hardly faster a row, and fills less of a group's end; benchmarks/moe.py
+MAX_TILE = 128  # longer tiles are hardly faster per row, and waste more at the end of a group; benchmarks/moe.py
 
 Carry = TypeVar("Carry")
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -38,16 +38,17 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def grouped_product(x: Array, weights: Array, bias: Array | None, sizes: Array) -> Array:
     """x[r] @ weights[g] + bias[g], with g the group of row r.
 
-    Differentiable once, in reverse mode. Under `jax.vmap` the batch is a loop too.
+    Differentiable once, in reverse mode. `jax.vmap` loops over its batch.
 
     Args:
         x: (R, I), rows sorted by group.
-        weights: (G, I, O), of any floating dtype; cast to that of x a tile at a time, accumulated in float32 at least.
+        weights: (G, I, O), of any floating dtype; cast to the dtype of x a tile at a time. Sums are in float32 or
+            more.
         bias: (G, O), or None.
-        sizes: (G,) int32, rows of each group, R in all.
+        sizes: (G,) int32, the number of rows of each group, R in all.
 
     Returns:
-        (R, O), of the dtype of x.
+        (R, O) in the dtype of x.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, weights.shape[2]), x.dtype)
@@ -57,50 +58,50 @@ def grouped_product(x: Array, weights: Array, bias: Array | None, sizes: Array) 
 
 
 def tile_length(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about as many as a group has, so that neither tiles nor their unused rows are many."""
-    if not isinstance(num_rows, int):  # a symbol, which has no powers of 2
+    """Rows of a tile: about as many as a group has, so that both the tiles and their unused rows are few."""
+    if not isinstance(num_rows, int):  # a symbolic size cannot be rounded to a power of 2
         return jax.core.min_dim(num_rows, MAX_TILE)
     mean = -(-num_rows // num_groups)
     return min(num_rows, MAX_TILE, 1 << (mean - 1).bit_length())
 
 
-class Tiles(NamedTuple):
-    """Which rows the tiles are, (number of tiles,) each; only the first `used` are tiles."""
+class RowTiles(NamedTuple):
+    """The rows of every tile, (number of tiles,) each; only the first `used` are tiles."""
 
     group: Array
     start: Array
-    stop: Array  # of the group's rows, so at most start + length of the tile's own
+    stop: Array  # the end of the group's rows: a tile's own rows are start to min(start + length, stop)
     used: Array  # ()
 
 
-def make_tiles(sizes: Array, num_rows: int, length: int) -> Tiles:
-    """The tiles of groups of `sizes` rows, at most num_rows / length + the number of groups that have rows."""
+def make_tiles(sizes: Array, num_rows: int, length: int) -> RowTiles:
+    """The tiles of groups of `sizes` rows: at most num_rows / length, and one more for each group with rows."""
     most = jax.core.min_dim(num_rows, sizes.shape[0])
     tile = jnp.arange((num_rows - most) // length + most)
     counts = -(-sizes // length)
     group_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(counts)
     group = jnp.minimum((tile[:, None] >= tile_ends[None]).sum(1), sizes.shape[0] - 1)
     start = (group_ends - sizes)[group] + (tile - (tile_ends - counts)[group]) * length
-    return Tiles(group, start, group_ends[group], tile_ends[-1])
+    return RowTiles(group, start, group_ends[group], tile_ends[-1])
 
 
-class Tile(NamedTuple):
-    """One tile: its group, its first row in the arrays, and which of its rows are its own, (T, 1)."""
+class RowTile(NamedTuple):
+    """One tile: its group, its first row in the arrays, and which rows from there on are its own, (T, 1)."""
 
     group: Array
     begin: Array
     own: Array
 
     def read(self, rows: Array) -> Array:
-        """The tile's rows, others among them."""
+        """T rows, from the first one on."""
         return lax.dynamic_slice_in_dim(rows, self.begin, self.own.shape[0])
 
     def write(self, rows: Array, values: Array) -> Array:
-        """`rows` with the tile's own replaced."""
+        """`rows` with the tile's own rows replaced."""
         return lax.dynamic_update_slice_in_dim(rows, jnp.where(self.own, values, self.read(rows)), self.begin, 0)
 
 
-def _each_tile(step: Callable[[Tile, Carry], Carry], carry: Carry, num_rows: int, sizes: Array) -> Carry:
+def _each_tile(step: Callable[[RowTile, Carry], Carry], carry: Carry, num_rows: int, sizes: Array) -> Carry:
     length = tile_length(num_rows, sizes.shape[0])
     tiles = make_tiles(sizes, num_rows, length)
 
@@ -108,7 +109,7 @@ def _each_tile(step: Callable[[Tile, Carry], Carry], carry: Carry, num_rows: int
         begin = jnp.minimum(tiles.start[i], num_rows - length)
         row = begin + jnp.arange(length)
         own = (row >= tiles.start[i]) & (row < tiles.stop[i])
-        return step(Tile(tiles.group[i], begin, own[:, None]), carry)
+        return step(RowTile(tiles.group[i], begin, own[:, None]), carry)
 
     return lax.fori_loop(0, tiles.used, visit, carry)
 
@@ -118,8 +119,8 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: Array) -> Array:
 
 
 def _one_program(function: Function) -> Function:
-    # jit: called eagerly, a loop would be compiled again at every call. sequential_vmap: a loop whose bound is batched
-    # would go over all tiles and select from the whole carry at each.
+    # jit: an eager loop would be compiled again at every call. sequential_vmap: a loop with a batched bound would visit
+    # all tiles and select from the whole carry at each.
     return sequential_vmap(jax.jit(function))
 
 
@@ -127,7 +128,7 @@ def _one_program(function: Function) -> Function:
 def _forward(x: Array, weights: Array, bias: Array | None, sizes: Array) -> Array:
     dtype = wide_dtype(x.dtype)
 
-    def step(tile: Tile, out: Array) -> Array:
+    def step(tile: RowTile, out: Array) -> Array:
         matrix = weights[tile.group].astype(x.dtype)
         product = jnp.einsum("TI,IO->TO", tile.read(x), matrix, preferred_element_type=dtype)
         if bias is not None:
@@ -142,7 +143,7 @@ def _forward(x: Array, weights: Array, bias: Array | None, sizes: Array) -> Arra
 def _d_input(d_out: Array, weights: Array, sizes: Array) -> Array:
     dtype = wide_dtype(d_out.dtype)
 
-    def step(tile: Tile, d_x: Array) -> Array:
+    def step(tile: RowTile, d_x: Array) -> Array:
         matrix = weights[tile.group].astype(d_out.dtype)
         product = jnp.einsum("TO,IO->TI", tile.read(d_out), matrix, preferred_element_type=dtype)
         return tile.write(d_x, product.astype(d_x.dtype))
@@ -156,8 +157,8 @@ def _d_weights(x: Array, d_out: Array, sizes: Array) -> tuple[Array, Array]:
     """Gradients of weights and bias, in float32 at least."""
     dtype = wide_dtype(x.dtype)
 
-    def step(tile: Tile, grads: tuple[Array, Array]) -> tuple[Array, Array]:
-        # Both: a row of another group may hold a NaN, and 0 * NaN is one.
+    def step(tile: RowTile, grads: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Both arrays: a row of another group may hold NaN, and 0 * NaN is NaN.
         tile_x, tile_d_out = (jnp.where(tile.own, tile.read(rows), 0) for rows in (x, d_out))
         product = jnp.einsum("TI,TO->IO", tile_x, tile_d_out, preferred_element_type=dtype)
         d_weights, d_bias = grads

@@ -1,4 +1,4 @@
-"""Linear attention: no softmax, so that a fixed-size state stands for all keys that came before."""
+"""Linear attention: without a softmax, a state of fixed size stands for all earlier keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnax.cache import LinearState
 from attnax.checks import check_attention, wide_dtype
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["linear_attention"]
 
@@ -33,23 +33,19 @@ class LinearOptions(TypedDict, total=False):
     state: LinearState | None
 
 
+class _Out(LinearOptions, total=False):
+    return_state: Literal[False]
+
+
+class _OutAndState(LinearOptions):
+    return_state: Literal[True]
+
+
+@overload
+def linear_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def linear_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_state: Literal[False] = ...,
-    **options: Unpack[LinearOptions],
-) -> Array: ...
-@overload
-def linear_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_state: Literal[True],
-    **options: Unpack[LinearOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndState]
 ) -> tuple[Array, LinearState]: ...
 @takes_mask_objects
 def linear_attention(
@@ -67,11 +63,11 @@ def linear_attention(
     state: LinearState | None = None,
     return_state: bool = False,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], LinearState]:
-    """phi(query) (phi(key)^T value) / (phi(query) . sum of phi(key)), phi(x) = elu(x) + 1, over the keys allowed.
+    """phi(query) (phi(key)^T value) / (phi(query) . sum of phi(key)), phi(x) = elu(x) + 1, over the allowed keys.
 
-    Causal attention goes through the sequence in chunks: dense within a chunk, by the sums of all earlier keys
-    before it. Time is linear in the length. So is memory, in which a gradient also keeps one state a chunk:
-    chunks of about value_dim balance the two.
+    Causal attention goes through the sequence in chunks: it is dense within a chunk, and reads the state for earlier
+    keys. Time and memory are linear in the length. A gradient also keeps one state for each chunk: chunks of about
+    value_dim balance the two.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -80,24 +76,24 @@ def linear_attention(
         mask: None, `masks.causal()`, key padding (`masks.padding(...)`, or a boolean array that broadcasts to
             (batch, 1, 1, seq_kv), True to attend), or `masks.causal() & padding`. A query with nothing to attend
             gives exactly 0.
-        score_mod: must be None, there are no scores.
-        dropout_rng: not used, there are no weights to drop.
+        score_mod: must be None: there are no scores.
+        dropout_rng: not used: there are no weights to drop.
         dropout_rate: must be 0 unless `deterministic`.
         deterministic: no dropout.
-        causal: query i attends the keys 0 to i, by index also when seq_q != seq_kv. A mask with a causal part
-            makes attention causal whatever is given here.
+        causal: query i attends the keys 0 to i, by index also when seq_q != seq_kv. A mask with a causal part makes
+            attention causal in any case.
         chunk_size: length of a chunk. Changes rounding only.
-        state: where the call before stopped: its keys come before all of these. Causal only.
-        return_state: also return the state after all keys given. Causal only.
+        state: of the previous call, whose keys come before all keys of this one. Causal only.
+        return_state: also return the state after all keys. Causal only.
 
     Returns:
         (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_state` the LinearState.
         Features, products and sums are in float32 (float64 for float64). A NaN or infinity in a key or value makes
-        the queries that may attend it NaN and leaves all others, and their gradients, untouched.
+        the queries that may attend it NaN; it changes no other query and no gradient of another.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: a score_mod, dropout, or another mask.
+        NotImplementedError: a score_mod, dropout, or any other mask.
 
     Example:
         >>> import jax.numpy as jnp
@@ -112,17 +108,9 @@ def linear_attention(
         2020, https://arxiv.org/abs/2006.16236.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention(
-        "linear_attention",
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-    )
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    check_attention("linear_attention", query, key, value, **options)
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(
             f"linear_attention: chunk_size must be a whole number of at least 1; got chunk_size={chunk_size}."
@@ -151,13 +139,13 @@ def linear_attention(
     # Heads that share keys sit side by side on an axis of their own.
     query = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, seq_q, head_dim)
     if causal:
-        if not return_state:  # nothing sees the keys after the last query
+        if not return_state:  # no query attends the keys after the last query
             key, value, real = key[:, :, :seq_q], value[:, :, :seq_q], real[:, :seq_q]
         out, new_state = _attend_chunks(state, query, key, value, real, chunk_size)
     else:
-        features, query_ok = _query_features(query)
+        features, finite = _query_features(query)
         new_state = _add_keys(None, *_key_features(key, value, real))
-        out = _finish(*_read_state(new_state, features), query_ok, query.dtype)
+        out = _finish(*_read_state(new_state, features), finite, query.dtype)
     out = out.reshape(batch, num_heads, seq_q, value_dim)
     return (out, new_state) if return_state else out
 
@@ -169,7 +157,7 @@ def _check_state(state: LinearState, batch: int, heads: int, head_dim: int, valu
         raise ValueError(
             "linear_attention: state must hold key_value_sum and key_sum of shapes "
             f"{want[0][0]} and {want[1][0]}, {dtype}; got {have[0][0]}, {have[0][1]} and {have[1][0]}, {have[1][1]}. "
-            "Pass the state that the call before returned."
+            "Pass the state that the previous call returned."
         )
 
 
@@ -182,7 +170,7 @@ def _attend_chunks(
     count = -(-length // size)
     chunk = partial(_to_chunks, size=size, count=count)
     chunks = chunk(query, 3), chunk(key, 2), chunk(value, 2), chunk(real, 1)
-    # The sum over no keys, not zeros: under shard_map it varies over the same axes as the sums that follow.
+    # A sum over no keys, not zeros: under shard_map it varies over the same axes as the later sums.
     start = _add_keys(state, *_key_features(key[:, :, :0], value[:, :, :0], real[:, :0]))
     new_state, out = lax.scan(jax.checkpoint(_attend_chunk, prevent_cse=False), start, chunks)
     out = jnp.moveaxis(out, 0, 3)
@@ -197,18 +185,18 @@ def _to_chunks(x: Array, axis: int, size: int, count: int) -> Array:
 
 
 def _attend_chunk(state: LinearState, chunk: tuple[Array, Array, Array, Array]) -> tuple[LinearState, Array]:
-    """One chunk: dense among its own keys, by the state for all keys before."""
+    """One chunk: dense attention to its own keys, and the state for all earlier keys."""
     query, key, value, real = chunk
-    features, query_ok = _query_features(query)
-    key_features, clean_value, bad = _key_features(key, value, real)
+    features, finite = _query_features(query)
+    key_features, finite_value, non_finite = _key_features(key, value, real)
     weights = _einsum("BKGTH,BKSH->BKGTS", features, key_features)
     weights = jnp.where(jnp.tri(query.shape[3], dtype=bool)[None, None, None], weights, 0)
-    numerator, denominator, poisoned = _read_state(state, features)
-    numerator = numerator + _einsum("BKGTS,BKSV->BKGTV", weights, clean_value)
+    numerator, denominator, contaminated = _read_state(state, features)
+    numerator = numerator + _einsum("BKGTS,BKSV->BKGTV", weights, finite_value)
     denominator = denominator + weights.sum(-1)
-    poisoned = poisoned | (jnp.cumsum(bad, axis=-1) > 0)[:, :, None]
-    out = _finish(numerator, denominator, poisoned, query_ok, query.dtype)
-    return _add_keys(state, key_features, clean_value, bad), out
+    contaminated = contaminated | (jnp.cumsum(non_finite, axis=-1) > 0)[:, :, None]
+    out = _finish(numerator, denominator, contaminated, finite, query.dtype)
+    return _add_keys(state, key_features, finite_value, non_finite), out
 
 
 def _phi(x: Array) -> Array:
@@ -218,33 +206,33 @@ def _phi(x: Array) -> Array:
 
 def _query_features(query: Array) -> tuple[Array, Array]:
     """The phi of each query up to a factor, and which queries are finite."""
-    ok = jnp.isfinite(query).all(-1)
-    query = jnp.where(ok[..., None], query.astype(wide_dtype(query.dtype)), 0)
-    # Below 0 phi is exp, where a shift is a factor, which the division cancels: shifted, no query underflows.
+    finite = jnp.isfinite(query).all(-1)
+    query = jnp.where(finite[..., None], query.astype(wide_dtype(query.dtype)), 0)
+    # Below 0 phi is exp: a shift is a factor there, which the division cancels. Shifted, no query underflows.
     peak = lax.stop_gradient(query.max(-1, keepdims=True))
-    return _phi(query - jnp.minimum(peak, 0)), ok
+    return _phi(query - jnp.minimum(peak, 0)), finite
 
 
 def _key_features(key: Array, value: Array, real: Array) -> tuple[Array, Array, Array]:
-    """The phi(key) and value, both 0 for keys that do not count, and which real keys (B, K, S) are not finite."""
+    """phi(key) and value, both 0 for padding and non-finite keys, and which keys (B, K, S) are real and non-finite."""
     dtype = wide_dtype(key.dtype)
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     real = real[:, None]
-    ok = (finite & real)[..., None]
-    features = jnp.where(ok, _phi(jnp.where(ok, key.astype(dtype), 0)), 0)
-    return features, jnp.where(ok, value.astype(dtype), 0), real & ~finite
+    counts = (finite & real)[..., None]
+    features = jnp.where(counts, _phi(jnp.where(counts, key.astype(dtype), 0)), 0)
+    return features, jnp.where(counts, value.astype(dtype), 0), real & ~finite
 
 
-def _add_keys(state: LinearState | None, features: Array, value: Array, bad: Array) -> LinearState:
+def _add_keys(state: LinearState | None, features: Array, value: Array, non_finite: Array) -> LinearState:
     key_value_sum = _einsum("BKSH,BKSV->BKHV", features, value)
-    key_sum = jnp.where(bad.any(-1)[..., None], jnp.nan, features.sum(-2))
+    key_sum = jnp.where(non_finite.any(-1)[..., None], jnp.nan, features.sum(-2))
     if state is None:
         return LinearState(key_value_sum, key_sum)
     return LinearState(state.key_value_sum + key_value_sum, state.key_sum + key_sum)
 
 
 def _read_state(state: LinearState, features: Array) -> tuple[Array, Array, Array]:
-    """Numerator, denominator, and which heads have seen a NaN or infinity."""
+    """Numerator, denominator, and which heads a non-finite key has contaminated."""
     finite = jnp.isfinite(state.key_sum).all(-1)
     key_sum = jnp.where(finite[..., None], state.key_sum, 0)
     numerator = _einsum("BKGTH,BKHV->BKGTV", features, state.key_value_sum)
@@ -252,13 +240,14 @@ def _read_state(state: LinearState, features: Array) -> tuple[Array, Array, Arra
     return numerator, denominator, ~finite[:, :, None, None]
 
 
-def _finish(numerator: Array, denominator: Array, poisoned: Array, query_ok: Array, dtype: Any) -> Array:
-    """The quotient; exactly 0 where nothing was attended, NaN where a NaN or infinity was."""
+def _finish(numerator: Array, denominator: Array, contaminated: Array, finite: Array, dtype: Any) -> Array:
+    """The quotient: 0 where nothing is attended, NaN in a contaminated row and for a query that is not finite."""
     attended = denominator >= jnp.finfo(denominator.dtype).tiny
-    poisoned = poisoned | (attended & ~query_ok) | ~jnp.isfinite(numerator).all(-1) | ~jnp.isfinite(denominator)
-    ok = attended & ~poisoned
-    # The derivative of a quotient holds 1 / denominator^2, which overflows below 1e-19: bring it to 1 first.
-    denominator = jnp.where(ok, denominator, 1)
+    contaminated = contaminated | (attended & ~finite)
+    contaminated = contaminated | ~jnp.isfinite(numerator).all(-1) | ~jnp.isfinite(denominator)
+    divides = attended & ~contaminated
+    # The derivative of a quotient holds 1 / denominator^2, which overflows below 1e-19, so it is scaled to 1 first.
+    denominator = jnp.where(divides, denominator, 1)
     scale = lax.stop_gradient(1 / denominator)
-    out = (jnp.where(ok[..., None], numerator, 0) * scale[..., None]) / (denominator * scale)[..., None]
-    return jnp.where(poisoned[..., None], jnp.nan, out).astype(dtype)
+    out = (jnp.where(divides[..., None], numerator, 0) * scale[..., None]) / (denominator * scale)[..., None]
+    return jnp.where(contaminated[..., None], jnp.nan, out).astype(dtype)

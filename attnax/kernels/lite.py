@@ -1,8 +1,9 @@
-"""Lite attention: each position is weighed by one learned gate and passes on its own value."""
+"""Lite attention: one learned gate weighs each position, whose output is its own value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +12,7 @@ from attnax.checks import check_attention, wide_dtype
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["lite_attention"]
 
@@ -38,23 +39,23 @@ def lite_attention(
         query: (batch, num_heads, length, head_dim), any floating dtype.
         key: (batch, num_kv_heads, length, head_dim); num_heads is a multiple of num_kv_heads.
         value: (batch, num_kv_heads, length, value_dim).
-        gate_proj: (..., head_dim) -> (..., 1), given at least float32; its parameters get gradients. At positions that
-            do not count it is called on zeros, where its derivative must be finite.
+        gate_proj: (..., head_dim) -> (..., 1), called on at least float32; its parameters get gradients. At padding
+            and non-finite positions it is called on zeros, where its derivative must be finite.
         mask: None, `masks.causal()`, key padding (`masks.padding(...)`, or a boolean array that broadcasts to
             (batch, 1, 1, length), True for a real token), or `masks.causal() & padding`. Padding gives exactly 0.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
         dropout_rate: probability of dropping each position's weight.
         deterministic: no dropout.
-        score_mod: must be None, there are no scores of pairs.
+        score_mod: must be None: there are no scores of pairs.
 
     Returns:
         (batch, num_heads, length, value_dim) in the dtype of query; gate logits and softmax are in float32 (float64 for
-        float64). A NaN or infinity at a position makes the positions whose softmax includes it NaN, and leaves all
-        others, and their gradients, untouched.
+        float64). A NaN or infinity at a position makes the positions whose softmax includes it NaN; it changes no other
+        position and no gradient of another.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: a score_mod, or another mask.
+        NotImplementedError: a score_mod, or any other mask.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,20 +67,44 @@ def lite_attention(
         [1.0, 0.5, 0.33, 0.25, 0.2]
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention(
-        "lite_attention",
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-    )
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    check_attention("lite_attention", query, key, value, **options)
+    _check_lite(query, key, gate_proj, score_mod)
     batch, num_heads, length, head_dim = query.shape
-    num_kv_heads, seq_kv, value_dim = value.shape[1:]
-    if length != seq_kv:
+    num_kv_heads, value_dim = value.shape[1], value.shape[3]
+    causal, real = split_mask("lite_attention", mask, (batch, num_heads, length, length))
+
+    # Heads that share keys sit side by side on an axis of their own: (B, K, G, T, ...).
+    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
+    grouped = batch, num_kv_heads, num_heads // num_kv_heads, length
+    query, key, value = (
+        x.astype(dtype) for x in (query.reshape(*grouped, head_dim), key[:, :, None], value[:, :, None])
+    )
+    real = jnp.broadcast_to(real[:, None, None], grouped)
+    finite = real & jnp.isfinite(query).all(-1) & jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    # Both factors: the gradient of one of them is 0 times the other, which may be NaN.
+    query, key, value = (jnp.where(finite[..., None], x, 0) for x in (query, key, value))
+
+    logits = gate_proj((query * key).reshape(batch, num_heads, length, head_dim))
+    if logits.shape != (batch, num_heads, length, 1):
+        raise ValueError(
+            f"lite_attention: gate_proj must map (..., head_dim) to (..., 1); got {logits.shape} "
+            f"for {(batch, num_heads, length, head_dim)}."
+        )
+    weights, contaminated = _weigh(logits.reshape(grouped).astype(dtype), real, finite, causal)
+    if dropout_rate > 0.0 and not deterministic:
+        assert dropout_rng is not None
+        b, h, position = jnp.ix_(*(jnp.arange(size) for size in (batch, num_heads, length)))
+        kept = keep_weights(dropout_words(dropout_rng), dropout_rate, b, h, position, position)
+        weights = jnp.where(kept.reshape(grouped), weights / (1.0 - dropout_rate), 0)
+    out = jnp.where((real & contaminated)[..., None], jnp.nan, weights[..., None] * value)
+    return out.reshape(batch, num_heads, length, value_dim).astype(out_dtype)
+
+
+def _check_lite(query: Array, key: Array, gate_proj: Any, score_mod: ScoreMod | None) -> None:
+    """Raises ValueError or NotImplementedError for arguments that only lite attention refuses."""
+    if query.shape[2] != key.shape[2]:
         raise ValueError(
             "lite_attention: a query is multiplied by the key of its own position, so there must be as many; "
             f"got query.shape={query.shape}, key.shape={key.shape}. Use a softmax kernel for cross-attention."
@@ -93,48 +118,26 @@ def lite_attention(
             f"lite_attention: there are no scores of pairs to modify; got score_mod={score_mod!r}. "
             "Use a softmax kernel."
         )
-    causal, real = split_mask("lite_attention", mask, (batch, num_heads, length, length))
 
-    # Heads that share keys sit side by side on an axis of their own: (B, K, G, T, ...).
-    out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
-    grouped = batch, num_kv_heads, num_heads // num_kv_heads, length
-    query, key, value = (
-        x.astype(dtype) for x in (query.reshape(*grouped, head_dim), key[:, :, None], value[:, :, None])
-    )
-    real = jnp.broadcast_to(real[:, None, None], grouped)
-    ok = real & jnp.isfinite(query).all(-1) & jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    # Both factors: 0 times the NaN of the other would be the gradient of the one.
-    query, key, value = (jnp.where(ok[..., None], x, 0) for x in (query, key, value))
 
-    logits = gate_proj((query * key).reshape(batch, num_heads, length, head_dim))
-    if logits.shape != (batch, num_heads, length, 1):
-        raise ValueError(
-            f"lite_attention: gate_proj must map (..., head_dim) to (..., 1); got {logits.shape} "
-            f"for {(batch, num_heads, length, head_dim)}."
-        )
-    logits = logits.reshape(grouped).astype(dtype)
-    ok = ok & jnp.isfinite(logits)
-    # Not -inf, whose differences with itself are NaN; beside any true logit it vanishes just the same.
-    logits = jnp.where(ok, logits, jnp.finfo(dtype).min)
-    bad = real & ~ok
+def _weigh(logits: Array, real: Array, finite: Array, causal: bool) -> tuple[Array, Array]:
+    """The softmax of the logits (B, K, G, T) over the last axis, and where something non-finite contaminates it.
+
+    Args:
+        logits: of all positions.
+        real: positions that are no padding.
+        finite: real positions with finite query, key and value.
+        causal: the softmax of a position runs up to that position.
+    """
+    finite = finite & jnp.isfinite(logits)
+    # Not -inf: -inf - -inf is NaN. The lowest number vanishes as well beside any finite logit.
+    lowest = jnp.finfo(logits.dtype).min
+    logits = jnp.where(finite, logits, lowest)
+    non_finite = real & ~finite
     if causal:
-        total, poisoned = lax.cumlogsumexp(logits, axis=3), jnp.cumsum(bad, axis=3) > 0
+        total, contaminated = lax.cumlogsumexp(logits, axis=3), jnp.cumsum(non_finite, axis=3) > 0
     else:
-        peak = lax.stop_gradient(logits.max(3, keepdims=True, initial=jnp.finfo(dtype).min))
+        peak = lax.stop_gradient(logits.max(3, keepdims=True, initial=lowest))
         total = peak + jnp.log(jnp.exp(logits - peak).sum(3, keepdims=True))
-        poisoned = bad.any(3, keepdims=True)
-    weights = jnp.where(ok, jnp.exp(logits - total), 0)
-    if dropout_rate > 0.0 and not deterministic:
-        assert dropout_rng is not None
-        position = jnp.arange(length)[None, None, :]
-        kept = keep_weights(
-            dropout_words(dropout_rng),
-            dropout_rate,
-            jnp.arange(batch)[:, None, None],
-            jnp.arange(num_heads)[None, :, None],
-            position,
-            position,
-        )
-        weights = jnp.where(kept.reshape(grouped), weights / (1.0 - dropout_rate), 0)
-    out = jnp.where((real & poisoned)[..., None], jnp.nan, weights[..., None] * value)
-    return out.reshape(batch, num_heads, length, value_dim).astype(out_dtype)
+        contaminated = non_finite.any(3, keepdims=True)
+    return jnp.where(finite, jnp.exp(logits - total), 0), contaminated

@@ -28,29 +28,29 @@ def nnx_attention_fn(
     """`attention_fn` as the `attention_fn=` of `flax.nnx.MultiHeadAttention`: one argument, the same layer otherwise.
 
     The layer's own masks (arrays in which nonzero attends, as in Flax, or a Mask object given as its `mask`) and its
-    `is_causal` are joined to `mask`. What differs from Flax's function:
+    `is_causal` are joined to `mask`. The function differs from Flax's in these points:
 
     - a query with nothing to attend gives 0, not the mean of the values;
-    - dropout draws a bit for each weight, whatever `broadcast_dropout` says: the rate is the same, but rows of the
-      batch and heads do not share their bits;
-    - sums are in float32 and products at the highest precision, whatever `precision` says;
+    - dropout draws a bit for each weight and ignores `broadcast_dropout`: the rate is the same, but rows of the batch
+      and heads do not share their bits;
+    - sums are in float32 and products at the highest precision; `precision` is ignored;
     - `sow_weights=True` and `input_positions` raise NotImplementedError.
 
     Args:
         attention_fn: obeys `attnax.AttentionFn`.
-        mask: who may attend whom in every call: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array.
-            With several batch axes, b counts them as one.
+        mask: True to attend, for every call: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. With
+            several batch axes, b counts them as one.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores.
 
     Returns:
-        A callable pytree. Where `mask` or `score_mod` hold arrays, wrap it in `flax.nnx.data(...)` for the layer, which
-        else takes it for a constant and says so; the `nnx.Param` of a score mod that is a module then gets gradients.
-        (Arrays that a plain function captures are constants.)
+        A callable pytree. If `mask` or `score_mod` hold arrays, wrap it in `flax.nnx.data(...)` for the layer, which
+        otherwise takes it for a constant and says so. Then the `nnx.Param` of a score mod that is a module gets
+        gradients. (Arrays that a plain function captures are constants.)
 
     Raises:
-        ValueError: `mask` is none of these, or in the call, shapes do not fit, or `is_causal` with one query for
-            several keys, as in decoding: it counts from index 0, and the layer masks its cache by itself.
-        NotImplementedError: in the call, `sow_weights=True` or `input_positions`.
+        ValueError: `mask` is of no such kind. In a call: shapes that do not fit, or `is_causal` with one query for
+            several keys, as in decoding, since it counts from index 0 and the layer masks its cache by itself.
+        NotImplementedError: in a call, `sow_weights=True` or `input_positions`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,7 +71,7 @@ def nnx_attention_fn(
 
 @pytree_dataclass
 class NnxAttention:
-    """What `nnx_attention_fn` returns; equal when its parts are, so that an equal layer compiles nothing new."""
+    """The result of `nnx_attention_fn`. It equals one of equal parts, so that an equal layer compiles nothing new."""
 
     attention_fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
     mask: Mask | None
@@ -94,7 +94,7 @@ class NnxAttention:
         is_causal: bool = False,
         input_positions: Any = None,
     ) -> Float[Array, "*batch T N Hv"]:
-        """As `flax.nnx.MultiHeadAttention` calls it; says nothing new about its arguments."""
+        """The call of `flax.nnx.MultiHeadAttention`, with its arguments."""
         if module is not None:
             raise NotImplementedError(
                 "nnx_attention_fn: the attention weights are never kept, so there are none to sow; got "
@@ -103,8 +103,8 @@ class NnxAttention:
             )
         if input_positions is not None:
             raise NotImplementedError(
-                "nnx_attention_fn: positions turn queries and keys, which this function leaves as they are; got "
-                "input_positions. Use attnax.MultiHeadAttention with use_rope=True, or turn them before."
+                "nnx_attention_fn: this function does not rotate queries and keys by positions; got "
+                "input_positions. Use attnax.MultiHeadAttention with use_rope=True, or rotate them before."
             )
         batch = query.shape[:-3]
         if min(query.ndim, key.ndim, value.ndim) < 3 or not batch == key.shape[:-3] == value.shape[:-3]:
@@ -114,23 +114,24 @@ class NnxAttention:
             )
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         query, key, value = (_merge(jnp.asarray(x, dtype), len(batch)).swapaxes(1, 2) for x in (query, key, value))
-        full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        batch_size, num_heads, seq_q, _ = query.shape
+        score_shape = batch_size, num_heads, seq_q, key.shape[2]
         joined = self.mask
         if mask is not None:
             given = _one_batch_axis(mask, batch)
             joined = given if joined is None else joined & given
         if is_causal:
-            if full[2] == 1 < full[3]:
+            if seq_q == 1 < key.shape[2]:
                 raise ValueError(
                     "nnx_attention_fn: is_causal counts positions from index 0, so one query would attend the first "
-                    f"key only; got {full[3]} keys. Leave it out when decoding: the layer masks its cache by itself."
+                    f"key only; got {key.shape[2]} keys. Leave it out when decoding: the layer masks its own cache."
                 )
             joined = causal() if joined is None else joined & causal()
         out = self.attention_fn(
             query,
             key,
             value,
-            mask=mask_argument("nnx_attention_fn", self.attention_fn, joined, full),
+            mask=mask_argument("nnx_attention_fn", self.attention_fn, joined, score_shape),
             score_mod=self.score_mod,
             dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,
@@ -140,7 +141,7 @@ class NnxAttention:
 
 
 def _merge(x: Array, num_axes: int) -> Array:
-    """The first axes as one; a single one stays, however a mesh cuts it."""
+    """The first axes as one; a single first axis stays as it is, so that a mesh may cut it."""
     return x if num_axes == 1 else x.reshape(math.prod(x.shape[:num_axes]), *x.shape[num_axes:])
 
 

@@ -1,8 +1,7 @@
-"""paged_attention: attention to the tokens of a `PagedKVCache`, read where they lie.
+"""paged_attention: attention to the tokens of a `PagedKVCache`, read from its pages.
 
-The pages of a row are gathered a chunk at a time, never the row as a whole and never the pool. The number of chunks is
-a value, not a shape: a step's work follows the tokens in use, in the same compiled program. What a chunk adds to the
-result is in `_core/softmax.py`.
+The pages of a row are gathered a chunk at a time, never a whole row or the pool. How many chunks are read is a traced
+value, see `_decode_call.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from jax import lax
 
 from attnax.checks import check_attention, check_positions, is_concrete
 from attnax.int8_rows import Int8Rows, decode_rows
-from attnax.kernels._core.stored import Chunk, Source, Stored
-from attnax.kernels._decode_call import attend_chunks
+from attnax.kernels._core.stored import Chunk, Source, TokenArrays, chunk_slots
+from attnax.kernels._decode_call import DecodeCall, attend_tokens
 from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
 from attnax.pytrees import pytree_dataclass
@@ -29,49 +28,35 @@ __all__ = ["paged_attention"]
 _CHUNK = 128  # keys that are read at once, in whole pages
 
 
+class PagedOptions(AttentionOptions, total=False):
+    """The keywords of `paged_attention` in every form, beside `return_lse`."""
+
+    query_positions: ArrayLike | None
+
+
+class _Out(PagedOptions, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(PagedOptions):
+    return_lse: Literal[True]
+
+
 @overload
 def paged_attention(
-    query: ArrayLike,
-    cache: PagedKVCache,
-    sequence_idx: int | ArrayLike | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, cache: PagedKVCache, sequence_idx: int | ArrayLike | None = ..., **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    cache: PagedKVCache,
-    sequence_idx: int | ArrayLike | None = ...,
-    *,
-    return_lse: Literal[True],
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, cache: PagedKVCache, sequence_idx: int | ArrayLike | None = ..., **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    /,
-    *,
-    cache: PagedKVCache,
-    return_lse: Literal[False] = ...,
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, /, *, cache: PagedKVCache, **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    /,
-    *,
-    cache: PagedKVCache,
-    return_lse: Literal[True],
-    query_positions: ArrayLike | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, /, *, cache: PagedKVCache, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def paged_attention(
@@ -94,51 +79,51 @@ def paged_attention(
 
     - `paged_attention(query, cache, sequence_idx)`: query (num_heads, T, head_dim) of one row of the cache;
     - `paged_attention(query, cache)`: query (batch, num_heads, T, head_dim), all rows, each with its own length;
-    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, for `MultiHeadAttention` and the
-      like: called with query, key and value of T new tokens, which follow those in the cache. Queries attend both. The
-      new tokens are **not** written to the cache; that is `append_rows`.
+    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, as of `MultiHeadAttention`.
+      It takes query, key and value of T new tokens, which follow the tokens in the cache, and queries attend both. The
+      new tokens are **not** written to the cache; `append_rows` does that.
 
-    Masks and score mods see true positions: that of a key is its index within its row's own text. In the first two
-    forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
-    `seq_lengths[b] - T + i`. In the third they are at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill in
-    any chunks; without a mask every token is attended. Where T exceeds a row's length, the first queries are no tokens:
-    a mask lets them attend nothing.
+    Masks and score mods see true positions: the position of a key is its index within its row's own text. In the first
+    two forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
+    `seq_lengths[b] - T + i`. In the third form it is at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill
+    in any chunks; without a mask every token is attended. If T exceeds a row's length, its first queries are padding,
+    which attends nothing under a mask.
 
-    Only chunks of about 128 tokens that are in use, and that the mask allows some query to attend, are read. Shapes do
-    not depend on lengths or tables, so one compiled program serves them all. Memory beside the arguments is
-    that of one chunk and its scores, (batch, num_heads, T, 128).
+    Tokens are read in chunks of about 128, and only chunks in use that the mask lets some query attend. Shapes do not
+    depend on lengths or block tables, so one compiled program serves all. Beside the arguments it needs the memory of
+    one chunk and its scores, (batch, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
         *arguments: cache and sequence_idx, or key (batch, num_kv_heads, T, head_dim) and value
             (batch, num_kv_heads, T, value_dim) in the dtype of query.
-        cache: its pools may have another floating dtype. A row whose `overflowed` is set gives NaN.
-        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. Where it is
-            traced and there is no such row, the result is NaN.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
-            array is position j; if it has fewer columns than max_len (in the third form max_len + T), positions beyond
-            them are not attended. Its rows are the T queries in order; as many rows as that are positions. An axis of
-            size 1 holds for all. In the third form an array over the T new tokens alone is refused where the cache is
-            known to hold others: pass a Mask or a function. A query with nothing to attend gives 0.
+        cache: its pools may have another floating dtype. The result of a row whose `overflowed` is set is NaN.
+        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. For a traced index
+            of no row the result is NaN.
+        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an array is
+            position j; if it has fewer columns than max_len (in the third form max_len + T), later positions are not
+            attended. Its rows are the T queries in order, or, if there are max_len (max_len + T) of them, positions. An
+            axis of size 1 holds for all. In the third form an array over the T new tokens alone is refused if the cache
+            is known to hold tokens: pass a Mask or a function. A query with nothing to attend gives 0.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
-        dropout_rate: probability of dropping each attention weight; which ones depends on b, h and positions.
+        dropout_rate: probability of dropping each attention weight; b, h and positions decide which are dropped.
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        query_positions: (T,) or (batch, T), where the queries are if not there; -1 is padding, which attends nothing
-            under a mask.
+        query_positions: (T,) or (batch, T), in place of the positions above; -1 is padding, which attends nothing under
+            a mask.
 
     Returns:
         The shape of query with value_dim last, in its dtype, and with `return_lse` the log-sum-exp without that axis,
         -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in float32 (float64 for float64). A
-        NaN or infinity in a token makes the queries that may attend it NaN; whatever lies in slots that a row does
-        not hold, or in blocks of other rows, has no effect.
+        NaN or infinity in a token makes the queries that may attend it NaN. The contents of unused slots and of the
+        pages of other rows have no effect.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, a row that does not exist.
-        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, since the loop over pages
-            has no known length: train with `attnax.memory_efficient_attention`, if need be on the result of
+        NotImplementedError: a mask or score mod that mixes pairs; reverse-mode derivatives, since the loop over chunks
+            has a traced length: train with `attnax.memory_efficient_attention`, for example on the result of
             `gather_rows`. Forward mode works.
 
     Example:
@@ -166,71 +151,85 @@ def paged_attention(
     """
     cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
     query = jnp.asarray(query)
-    _check_query(query, cache, sequence_idx)
+    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
+    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    if sequence_idx is None:
+        out, lse = attend_rows(query, cache, query_positions, options, new=new)
+    else:
+        _check_query(query, cache, sequence_idx)
+        row = jnp.asarray(sequence_idx, jnp.int32)[None]
+        out, lse = attend_rows(query[None], cache, query_positions, options, rows=row)
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def attend_rows(
+    query: Array,
+    cache: PagedKVCache,
+    query_positions: ArrayLike | None,
+    options: AttentionOptions,
+    *,
+    rows: Array | None = None,
+    new: tuple[Any, Any] | None = None,
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of queries over the tokens of B rows of the cache, and over new tokens.
+
+    Args:
+        query: (B, N, T, H).
+        cache: of all rows.
+        query_positions: as in `paged_attention`.
+        options: every option, as the caller gave it.
+        rows: (B,) rows of the cache; None for all.
+        new: key and value of the new tokens.
+    """
     num_rows = cache.seq_lengths.shape[0]
-    rows, one_row = jnp.arange(num_rows, dtype=jnp.int32), sequence_idx is not None
-    if sequence_idx is not None:
-        query, rows = query[None], jnp.asarray(sequence_idx, jnp.int32)[None]
+    if rows is None:
+        _check_query(query, cache, None)
+    else:
         cache = _only(rows, cache)
+    num_heads = query.shape[1]
     key, value = _new_tokens(query, cache, new)
-    check_attention(
-        "paged_attention",
-        query,
-        key,
-        value,
-        # The shape of an array must fit the positions, see below.
-        mask=np.zeros((), mask.dtype) if isinstance(mask, jax.Array | np.ndarray) else mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
-    rate = 0.0 if deterministic else dropout_rate
-    starts = cache.seq_lengths - (query.shape[2] if new is None else 0)
-    q_positions = starts[:, None] + jnp.arange(query.shape[2], dtype=jnp.int32)[None]
-    if query_positions is not None:
-        q_positions = check_positions(
-            "paged_attention", "query_positions", query_positions, query.shape[0], query.shape[2]
-        )
-        q_positions = jnp.broadcast_to(q_positions, (query.shape[0], query.shape[2]))
+    mask, checked = options["mask"], options.copy()
+    if isinstance(mask, jax.Array | np.ndarray):  # its shape must fit the positions, which `resolve_masks` checks
+        checked["mask"] = np.zeros((), mask.dtype)
+    check_attention("paged_attention", query, key, value, **checked)
+    positions = _positions_of(query, cache, query_positions, has_new=new is not None)
+    num_positions = cache.max_len + key.shape[2]
     if mask is not None:
         _check_columns(mask, cache, new)
-        mask = mask_of_cache(as_mask(mask), q_positions, cache.max_len + key.shape[2])
-    positions = cache.max_len + key.shape[2]
-    caller = "paged_attention, which reads masks and score mods at positions, those of the cache included"
-    mask, score_mod = resolve_masks(caller, mask, score_mod, (num_rows, query.shape[1], positions, positions))
-    out_dtype = query.dtype
-    sources: tuple[Source, ...] = (_pages_to_read(mask, cache, rows, q_positions, query.shape[1]),)
+        mask = mask_of_cache(as_mask(mask), positions, num_positions)
+    mask, score_mod = resolve_masks(
+        "paged_attention, which reads masks and score mods at the positions of cached and new tokens",
+        mask,
+        options["score_mod"],
+        (num_rows, num_heads, num_positions, num_positions),
+    )
+    b = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
+    sources: list[Source] = [_pages_to_read(mask, cache, b, positions, num_heads)]
     if new is not None:
-        sources = (*sources, NewTokens(key, value, cache.seq_lengths))
-    out, lse = attend_chunks(
-        "paged_attention",
-        query,
-        scale,
-        sources,
-        q_positions,
-        rows=rows if one_row else None,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=rate,
-        stored=_as_arrays(cache) if new is None else None,
+        sources.append(NewTokens(key, value, cache.seq_lengths))
+    out, lse = attend_tokens(
+        DecodeCall(
+            "paged_attention",
+            query,
+            positions,
+            tuple(sources),
+            {**options, "mask": mask, "score_mod": score_mod},
+            b=rows,
+            arrays=_token_arrays(cache) if new is None else None,
+        )
     )
     lost = cache.overflowed[:, None, None]  # a dropped write must not pass unseen
-    out, lse = jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
-    if sequence_idx is not None:
-        out, lse = out[0], lse[0]
-    return (out.astype(out_dtype), lse) if return_lse else out.astype(out_dtype)
+    return jnp.where(lost[..., None], jnp.nan, out).astype(query.dtype), jnp.where(lost, jnp.nan, lse)
 
 
 @pytree_dataclass
-class Pages:
+class PageChunks:
     """The pages of a cache, in chunks."""
 
     cache: PagedKVCache
-    order: Array  # (C,), the chunks, those to be read first
-    num_chunks: Array  # how many of them to read
+    order: Array  # (C,), all chunks, beginning with the needed ones
+    num_chunks: Array  # how many are needed
 
     @property
     def chunk_size(self) -> int:
@@ -250,7 +249,7 @@ class Pages:
         exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
 
         def read(pool: Pool) -> Array:
-            # -1 would read the last block: that is masked, but any block will do.
+            # Page -1 is masked; any other page serves in its place.
             pages = jax.tree.map(lambda x: x[jnp.maximum(blocks, 0)], pool)
             slots = decode_rows(pages, pool.dtype)
             return slots.reshape(blocks.shape[0], count * block_size, *pool.shape[2:]).swapaxes(1, 2)
@@ -264,7 +263,7 @@ class Pages:
 
 @pytree_dataclass
 class NewTokens:
-    """Tokens that follow those in the cache."""
+    """Tokens that follow the tokens in the cache."""
 
     key: Array  # (B, K, S, H)
     value: Array  # (B, K, S, V)
@@ -284,22 +283,32 @@ class NewTokens:
         return heads, width
 
     def chunk(self, n: Array) -> Chunk:
-        length, size = self.key.shape[2], self.chunk_size
-        # Past the end a slice would start earlier: what it then reads is counted by its true index.
-        start = n.astype(jnp.int32) * size
-        first = jnp.minimum(start, length - size)
-        index = first + jnp.arange(size, dtype=jnp.int32)
-        exists = jnp.broadcast_to(index[None] >= start, (self.lengths.shape[0], size))
+        slots, is_new = chunk_slots(n, self.chunk_size, self.key.shape[2])
+        exists = jnp.broadcast_to(is_new[None], (self.lengths.shape[0], self.chunk_size))
 
         def read() -> tuple[Array, Array]:
-            key, value = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (self.key, self.value))
+            key, value = (
+                lax.dynamic_slice_in_dim(x, slots[0], self.chunk_size, axis=2) for x in (self.key, self.value)
+            )
             return key, value
 
-        return Chunk((self.lengths[:, None] + index[None])[:, None, None], exists[:, None, None], read)
+        return Chunk((self.lengths[:, None] + slots[None])[:, None, None], exists[:, None, None], read)
 
 
-def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int) -> Pages:
-    """The chunks of the cache, those that some row may attend first."""
+def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *, has_new: bool) -> Array:
+    """The positions (B, T) of the queries: as given, or by default those of the last tokens."""
+    batch, _, seq_q, _ = query.shape
+    if given is not None:
+        positions = check_positions("paged_attention", "query_positions", given, batch, seq_q)
+        return jnp.broadcast_to(positions, (batch, seq_q))
+    starts = cache.seq_lengths if has_new else cache.seq_lengths - seq_q
+    return starts[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None]
+
+
+def _pages_to_read(
+    mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int
+) -> PageChunks:
+    """The chunks of the cache, beginning with those that some row may attend."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
     first = jnp.arange(_num_chunks(cache.block_table.shape[1], count), dtype=jnp.int32)[None, None] * size
@@ -311,16 +320,16 @@ def _pages_to_read(mask: Mask | None, cache: PagedKVCache, rows: Array, q_positi
         some, _ = mask.tile(rows[:, None, None], h, q_range, (first, first + size - 1))
         needed = needed & some
     needed = needed.any((0, 1))
-    return Pages(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
+    return PageChunks(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
 
 
-def _as_arrays(cache: PagedKVCache) -> Stored | None:
-    """The pages as they are, if they are arrays."""
+def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
+    """The pages as they are; None where they are no arrays."""
     if isinstance(cache.key_pool, Int8Rows) or isinstance(cache.value_pool, Int8Rows):
         return None
     index = jnp.arange(cache.max_len, dtype=jnp.int32)[None]
     exists = jnp.repeat(cache.block_table >= 0, cache.block_size, axis=1) & (index < cache.seq_lengths[:, None])
-    return Stored(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
+    return TokenArrays(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
 
 
 def _pages_in_chunk(cache: PagedKVCache) -> int:
@@ -334,7 +343,7 @@ def _num_chunks(length: int, size: int) -> int:
 def _call_form(
     arguments: tuple[Any, ...], cache: PagedKVCache | None, sequence_idx: Any
 ) -> tuple[PagedKVCache, Any, tuple[Any, Any] | None]:
-    """(cache, sequence_idx, key and value of new tokens) in whichever of the three forms the call is."""
+    """(cache, sequence_idx, key and value of the new tokens) of a call in one of the three forms."""
     match arguments, cache, sequence_idx:
         case (PagedKVCache() as cache,), None, _:
             return cache, sequence_idx, None
@@ -391,7 +400,7 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
 
 
 def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) -> None:
-    """Raises ValueError for an array that is about new tokens where others come before them."""
+    """Raises ValueError for an array over the new tokens alone if there are tokens in the cache."""
     if new is None or not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
         return
     if 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
@@ -403,7 +412,7 @@ def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) 
 
 
 def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
-    """The cache with these rows alone; one that does not exist counts as overflowed."""
+    """The cache with these rows alone; a row that does not exist counts as overflowed."""
     missing = (rows < 0) | (rows >= cache.seq_lengths.shape[0])
     return dataclasses.replace(
         cache,
@@ -414,7 +423,7 @@ def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
 
 
 def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
-    """Key and value of the new tokens, of length 0 if there are none.
+    """Key and value of the new tokens, of length 0 if there are no new tokens.
 
     Raises:
         ValueError: they do not fit query and cache.

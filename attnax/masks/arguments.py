@@ -20,7 +20,6 @@ __all__ = [
     "mask_argument",
     "names_residuals",
     "reads_cache_in_chunks",
-    "reads_cache_in_chunks",
     "resolve_masks",
     "split_score_mod",
     "takes_mask_objects",
@@ -100,12 +99,6 @@ def kernel_of(attention_fn: Any) -> Any:
 def takes_mask_objects(attention_fn: Function) -> Function:
     """Marks an attention function whose `mask=` may be a Mask; any other gets a dense boolean array."""
     attention_fn.takes_mask_objects = True  # type: ignore[attr-defined]
-    return attention_fn
-
-
-def reads_cache_in_chunks(attention_fn: Function) -> Function:
-    """Marks an attention function whose place `cached_attention` may take for a few queries against a cache."""
-    attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
     return attention_fn
 
 

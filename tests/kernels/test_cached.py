@@ -1,4 +1,4 @@
-"""Attention to a cache reads the slots in use and no others; that it is exact, the tests of decoding show."""
+"""Attention to a cache reads only the slots in use; the tests of decoding show that it is exact."""
 
 from functools import partial
 
@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnax import cached_attention
+from attnax import (
+    cached_attention,
+    flash_attention,
+    masks,
+    memory_efficient_attention,
+    pallas_flash_attention,
+    standard_attention,
+)
 from attnax.cache import KVLayerCache, RingKVCache
 
 SLOTS = 400  # four chunks of 128, the last of which overlaps
@@ -42,7 +49,7 @@ def test_an_array_is_about_the_queries_and_the_first_positions(queries):
 
 @pytest.mark.parametrize("kind", ["contiguous", "ring"])
 def test_only_chunks_in_use_are_read(kind):
-    """Where they hold no token the mask is not even asked; where it lets nobody attend them, they are not read."""
+    """The mask is not evaluated for a chunk without tokens, and a chunk that it forbids is not read."""
     tested, read = [], []
 
     def mask(b, h, q, kv):
@@ -61,3 +68,23 @@ def test_only_chunks_in_use_are_read(kind):
         jax.effects_barrier()
         counts[tokens] = len(tested), len(read)
     assert counts == {0: (0, 0), 1: (1, 1), 128: (1, 1), 129: (2, 2), 300: (3, 2), SLOTS: (4, 2)}
+
+
+@pytest.mark.parametrize("attention_fn", [flash_attention, memory_efficient_attention], ids=lambda f: f.__name__)
+def test_a_function_that_reads_caches_in_chunks_gives_what_cached_attention_gives(attention_fn):
+    assert attention_fn.reads_cache_in_chunks
+    query, cache = (
+        np.random.default_rng(1).standard_normal((2, 1, 2, 2), np.float32),
+        jax.device_put(filled("contiguous", 300)),
+    )
+    positions = np.array([[298, 299], [297, 298]], np.int32)
+    mask = masks.at_positions(masks.sliding_window(150), jnp.asarray(positions), cache.positions)
+    want = attention_fn(query, cache.keys, cache.values, mask=mask)
+    np.testing.assert_allclose(
+        cached_attention(query, cache, positions, mask=masks.sliding_window(150)), want, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("attention_fn", [standard_attention, pallas_flash_attention], ids=lambda f: f.__name__)
+def test_a_definition_and_an_explicit_kernel_do_not_declare_it(attention_fn):
+    assert not hasattr(attention_fn, "reads_cache_in_chunks")

@@ -1,4 +1,4 @@
-"""cuDNN's attention without a GPU: why it is not taken, and where it is written into programs for one."""
+"""cuDNN's attention without a GPU: the reasons against it, and the programs for a GPU that hold it."""
 
 import re
 from functools import partial
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _lowered import gpu_mesh
 from jax import export
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnax import flash_attention, masks, pallas_flash_attention, why_not_cudnn
@@ -21,7 +22,7 @@ PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(
 
 @pytest.fixture
 def another_machine():
-    """What was found out of this one is asked again, in the test and after it."""
+    """A machine of which nothing is known: the cached answer is asked for again, in the test and after it."""
     engine.why_not_cudnn_here.cache_clear()
     yield
     engine.why_not_cudnn_here.cache_clear()
@@ -29,7 +30,7 @@ def another_machine():
 
 @pytest.fixture
 def cudnn(another_machine, monkeypatch):
-    """JAX with a cuDNN that it can ask for its version, as the CUDA plugin brings it."""
+    """JAX with a cuDNN whose version it can read, as the CUDA plugin brings it."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -41,7 +42,7 @@ def gpu(cudnn, monkeypatch):
 
 
 def arrays(dtype=jnp.bfloat16, rows=2, sharding=None):
-    """What is traced once is not traced again, so each state of the machine has its own number of rows."""
+    """Shapes of query, key and value. Traces are cached, so each state of the machine has its own number of rows."""
     return [jax.ShapeDtypeStruct((rows, heads, 128, 64), dtype, sharding=sharding) for heads in (4, 2, 2)]
 
 
@@ -49,15 +50,8 @@ def gradient(attend):
     return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))
 
 
-def gpus(count=1, axis_type=AxisType.Auto, rest=()):
-    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-    sizes = (count, *rest)
-    return AbstractMesh(sizes, ("gpus", "more")[: len(sizes)], (axis_type,) * len(sizes), abstract_device=gpu)
-
-
 def lowered(function, *arguments, platform="cuda", mesh=None):
-    """The program for a GPU, which from JAX 0.11.1 on Pallas must be told where there is none."""
-    with jax.sharding.use_abstract_mesh(mesh or gpus()):
+    with jax.sharding.use_abstract_mesh(mesh or gpu_mesh()):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -80,7 +74,7 @@ def kernels_in(text):
         ({"mask": masks.padding(np.array([5]))}, "rows empty"),
         ({"mask": masks.sliding_window(5, causal=False)}, "rows empty"),
         ({"mask": masks.causal()}, "no NVIDIA GPU"),
-        ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # which is off
+        ({"dropout_rate": 0.1}, "no NVIDIA GPU"),  # deterministic, so there is no dropout
         ({"mask": masks.sliding_window(32)}, "no NVIDIA GPU"),
         ({"scale": np.float32(0.3)}, "no NVIDIA GPU"),
         ({}, "no NVIDIA GPU"),
@@ -94,7 +88,7 @@ def test_reasons(change, words):
     assert words in why_not_cudnn(x, x, x, **change)
 
 
-def test_a_scale_that_is_not_known_is_a_reason():
+def test_an_unknown_scale_is_a_reason():
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     reasons = []
     jax.eval_shape(lambda scale: reasons.append(why_not_cudnn(x, x, x, scale=scale)), 0.5)
@@ -103,7 +97,7 @@ def test_a_scale_that_is_not_known_is_a_reason():
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("mask", PLAIN)
-def test_asked_for_another_platform_the_machine_does_not_count(mask):
+def test_for_another_platform_the_machine_does_not_count(mask):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     assert why_not_cudnn(x, x, x, mask=PLAIN[mask], platform="cuda") is None
     assert "no NVIDIA GPU" in why_not_cudnn(x, x, x, mask=PLAIN[mask])
@@ -111,7 +105,7 @@ def test_asked_for_another_platform_the_machine_does_not_count(mask):
 
 def test_an_old_gpu_is_a_reason(another_machine, monkeypatch):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
-    monkeypatch.setattr(cudnn, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(engine, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [type("T4", (), {"compute_capability": "7.5"})])
     assert "compute capability 8.0" in why_not_cudnn(x, x, x, platform="cuda")
 
@@ -136,7 +130,7 @@ def test_one_export_holds_tiles_for_a_cpu_and_cudnn_for_a_gpu():
     query, key, value = (jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in arrays())
     run = jax.jit(gradient(partial(flash_attention, mask=masks.causal())))
     calls = [export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{which}") for which in ("", "Backward")]
-    with jax.sharding.use_abstract_mesh(gpus()):
+    with jax.sharding.use_abstract_mesh(gpu_mesh()):
         both = export.export(run, platforms=("cpu", "cuda"), disabled_checks=calls)(query, key, value)
     assert kernels_in(both.mlir_module()) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     for x, y in zip(both.call(query, key, value), run(query, key, value), strict=True):
@@ -144,7 +138,7 @@ def test_one_export_holds_tiles_for_a_cpu_and_cudnn_for_a_gpu():
 
 
 @pytest.mark.usefixtures("cudnn")
-def test_what_cudnn_does_not_serve_is_left_to_the_kernels():
+def test_the_kernels_serve_calls_that_cudnn_does_not():
     for attend, dtype in (
         (partial(flash_attention, scale=jnp.float32(2.0), mask=masks.causal()), jnp.float32),
         (partial(flash_attention, score_mod=lambda s, b, h, q, kv: s * 2), jnp.bfloat16),
@@ -159,7 +153,7 @@ def test_what_cudnn_does_not_serve_is_left_to_the_kernels():
 @pytest.mark.parametrize("how", ["vmap", "scan", "remat", "shard_map", "explicit mesh", "jvp"])
 def test_cudnn_is_taken_inside_every_transformation(how):
     attend = partial(flash_attention, mask=masks.causal())
-    run, given, mesh = gradient(attend), arrays(), gpus()
+    run, given, mesh = gradient(attend), arrays(), gpu_mesh()
     if how == "vmap":
         run, given = jax.vmap(run), [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in given]
     elif how == "scan":
@@ -169,7 +163,7 @@ def test_cudnn_is_taken_inside_every_transformation(how):
     elif how == "shard_map":
         run = gradient(jax.shard_map(attend, mesh=mesh, in_specs=P("gpus"), out_specs=P("gpus")))
     elif how == "explicit mesh":
-        mesh = gpus(2, AxisType.Explicit)
+        mesh = gpu_mesh(2, AxisType.Explicit)
         given = arrays(sharding=NamedSharding(mesh, P("gpus")))
     else:  # its tangents are computed in tiles
         inner = run
@@ -195,7 +189,7 @@ def test_over_several_gpus_that_are_elsewhere_the_kernels_run():
     attend = partial(flash_attention, mask=masks.causal())
     text = lowered(attend, *arrays(sharding=NamedSharding(mesh, P("gpus"))))
     assert kernels_in(text) == {"attnax_forward"}
-    mesh = gpus(2, rest=(2,))
+    mesh = AbstractMesh((2, 2), ("gpus", "more"), (AxisType.Auto,) * 2, abstract_device=gpu_mesh().abstract_device)
     some = jax.shard_map(attend, mesh=mesh, in_specs=P("gpus"), out_specs=P("gpus"), axis_names={"gpus"})
     assert kernels_in(lowered(some, *arrays(), mesh=mesh)) == {"attnax_forward"}
 

@@ -1,4 +1,4 @@
-"""Linear attention keeps the contract of attention, and its state stands for the keys before."""
+"""Linear attention keeps the contract of attention, and its state stands for all earlier keys."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def arrays(shape="grouped", seed=0, dtype=jnp.float32):
 
 
 def keep_of(query, key, causal, lengths=None):
-    """Who may attend whom, (B, T, S)."""
+    """Which pairs may attend, (B, T, S)."""
     q, kv = np.arange(query.shape[2])[:, None], np.arange(key.shape[2])[None, :]
     keep = np.broadcast_to(kv <= q if causal else True, (query.shape[0], q.size, kv.size))
     return keep if lengths is None else keep & (kv < np.asarray(lengths)[:, None, None])
@@ -178,14 +178,14 @@ def test_rows_with_nothing_to_attend_are_exactly_zero(causal):
 @pytest.mark.contract
 @causality
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_poison_in_padding_changes_nothing(bad, causal):
+def test_non_finite_padding_changes_nothing(bad, causal):
     query, key, value, cotangent = map(np.asarray, arrays())
     real = np.stack([np.arange(13) < 11, np.arange(13) >= 5])
     out, grads = compiled(causal, 3)(query, key, value, cotangent, real)
-    spoiled = [np.where(real[:, None, :, None], x, np.float32(bad)) for x in (key, value)]
-    out_spoiled, grads_spoiled = compiled(causal, 3)(query, *spoiled, cotangent, real)
-    np.testing.assert_array_equal(out_spoiled, out)
-    for grad, clean in zip(grads_spoiled, grads, strict=True):
+    contaminated = [np.where(real[:, None, :, None], x, np.float32(bad)) for x in (key, value)]
+    out_contaminated, grads_contaminated = compiled(causal, 3)(query, *contaminated, cotangent, real)
+    np.testing.assert_array_equal(out_contaminated, out)
+    for grad, clean in zip(grads_contaminated, grads, strict=True):
         np.testing.assert_array_equal(grad, clean)
 
 
@@ -193,13 +193,13 @@ def test_poison_in_padding_changes_nothing(bad, causal):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_poison_reaches_only_the_rows_that_attend_it(bad, where, chunk_size):
+def test_a_non_finite_key_contaminates_only_the_rows_that_attend_it(bad, where, chunk_size):
     *inputs, cotangent = map(np.array, arrays())
     run = compiled(True, chunk_size)
     clean_out, _ = run(*inputs, cotangent)
     hit = np.zeros(clean_out.shape, bool)
     hit[:, : 1 if where == 0 else 3, 8 : 9 if where == 0 else None] = True
-    _, clean_grads = run(*inputs, np.where(hit, 0, cotangent))  # what is left if those rows do not count
+    _, clean_grads = run(*inputs, np.where(hit, 0, cotangent))  # without the contaminated rows
     inputs[where][:, 0, 8, 1] = bad
     out, grads = run(*inputs, cotangent)
     np.testing.assert_array_equal(np.isnan(out), hit)
@@ -211,7 +211,7 @@ def test_poison_reaches_only_the_rows_that_attend_it(bad, where, chunk_size):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
-def test_without_causality_poison_reaches_the_rows_that_share_the_head(where):
+def test_without_causality_a_non_finite_key_contaminates_the_rows_that_share_its_head(where):
     *inputs, _ = arrays()
     inputs[where] = inputs[where].at[0, 0, 8, 1].set(jnp.nan)
     out = linear_attention(*inputs, causal=False)
@@ -221,7 +221,7 @@ def test_without_causality_poison_reaches_the_rows_that_share_the_head(where):
 
 
 @pytest.mark.thorough
-def test_poisoned_queries_with_nothing_to_attend_are_zero():
+def test_non_finite_queries_with_nothing_to_attend_are_zero():
     query, key, value, _ = arrays()
     out = linear_attention(query.at[0].set(jnp.nan), key, value, mask=masks.padding(np.array([0, 13])))
     assert (out[0] == 0).all() and jnp.isfinite(out).all()
@@ -296,7 +296,7 @@ def test_the_state_holds_the_keys_after_the_last_query_too():
 
 
 @pytest.mark.thorough
-def test_poison_stays_in_the_state():
+def test_contamination_stays_in_the_state():
     query, key, value, _ = arrays()
     value = value.at[0, 1, 4, 2].set(jnp.nan)
     _, state = linear_attention(*(x[:, :, :7] for x in (query, key, value)), return_state=True)
@@ -434,7 +434,7 @@ class TestErrors:
             ),
             (
                 {"state": LinearState(jnp.zeros((2, 2, 5, 7)), jnp.zeros((2, 2, 5), jnp.bfloat16))},
-                r"and \(2, 2, 5\), bfloat16. Pass the state that the call before returned",
+                r"and \(2, 2, 5\), bfloat16. Pass the state that the previous call returned",
             ),
         ],
     )

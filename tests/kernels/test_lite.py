@@ -143,13 +143,13 @@ def test_rows_of_padding_only_are_exactly_zero(causal):
 @pytest.mark.contract
 @causality
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_poison_in_padding_changes_nothing(bad, causal):
+def test_non_finite_padding_changes_nothing(bad, causal):
     *inputs, gate, cotangent = map(np.asarray, arrays())
     out, grads = compiled(causal)(*inputs, gate, cotangent, REAL)
-    spoiled = [np.where(REAL[:, None, :, None], x, np.float32(bad)) for x in inputs]
-    out_spoiled, grads_spoiled = compiled(causal)(*spoiled, gate, cotangent, REAL)
-    np.testing.assert_array_equal(out_spoiled, out)
-    for grad, clean in zip(grads_spoiled, grads, strict=True):
+    contaminated = [np.where(REAL[:, None, :, None], x, np.float32(bad)) for x in inputs]
+    out_contaminated, grads_contaminated = compiled(causal)(*contaminated, gate, cotangent, REAL)
+    np.testing.assert_array_equal(out_contaminated, out)
+    for grad, clean in zip(grads_contaminated, grads, strict=True):
         np.testing.assert_array_equal(grad, clean)
 
 
@@ -157,14 +157,14 @@ def test_poison_in_padding_changes_nothing(bad, causal):
 @causality
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
-def test_poison_reaches_only_the_positions_that_include_it(bad, where, causal):
+def test_a_non_finite_position_contaminates_only_the_positions_that_include_it(bad, where, causal):
     *inputs, cotangent = map(np.array, arrays())
     run = compiled(causal)
     clean_out, _ = run(*inputs, cotangent, REAL)
     hit = np.zeros(clean_out.shape, bool)
     hit[:, : 1 if where == 0 else 3, 8 if causal else 0 :] = True
     hit &= REAL[:, None, :, None]
-    _, clean_grads = run(*inputs, np.where(hit, 0, cotangent), REAL)  # what is left if those rows do not count
+    _, clean_grads = run(*inputs, np.where(hit, 0, cotangent), REAL)  # without the contaminated rows
     inputs[where][:, 0, 8, 1] = bad
     out, grads = run(*inputs, cotangent, REAL)
     np.testing.assert_array_equal(np.isnan(out), hit)
@@ -191,7 +191,7 @@ def test_outputs_depend_on_the_positions_that_they_include_and_no_other(causal):
     for j in range(13):
         moved = (run(query.at[:, :, j].add(1.0), key, value, gate) != out).any((1, 3))
         expected = REAL & REAL[:, j : j + 1] & (np.arange(13) >= j if causal else True)
-        expected &= (not causal) | (REAL.cumsum(1) > 1)  # the weight of the first is 1 whatever its logit
+        expected &= (not causal) | (REAL.cumsum(1) > 1)  # the weight of the first position is always 1
         np.testing.assert_array_equal(moved, expected)
         moved = (run(query, key, value.at[:, :, j].add(1.0), gate) != out).any((1, 3))
         np.testing.assert_array_equal(moved, REAL & (np.arange(13) == j))
@@ -200,7 +200,7 @@ def test_outputs_depend_on_the_positions_that_they_include_and_no_other(causal):
 @pytest.mark.thorough
 @causality
 @pytest.mark.parametrize("gate_type", ["module", "partial"])
-def test_the_gate_learns_whatever_kind_of_function_it_is(gate_type, causal):
+def test_a_gate_of_any_kind_learns(gate_type, causal):
     query, key, value, gate, cotangent = arrays()
     if gate_type == "module":
         linear = nnx.Linear(5, 1, rngs=nnx.Rngs(0))

@@ -295,7 +295,7 @@ class TestErrors:
 
     def test_input_positions(self):
         query = np.ones((BATCH, 5, 3, 7), np.float32)
-        with pytest.raises(NotImplementedError, match="positions turn queries and keys.*use_rope=True"):
+        with pytest.raises(NotImplementedError, match="does not rotate queries and keys.*use_rope=True"):
             nnx_attention_fn()(query, query, query, input_positions=np.arange(5))
 
     def test_is_causal_while_decoding(self):

@@ -1,4 +1,4 @@
-"""Paged attention is standard attention to each row's tokens, wherever they lie and whatever lies around them."""
+"""Paged attention is standard attention to each row's tokens, in any pages and beside any other contents."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ BATCH, CAPACITY = len(LENGTHS), 331
 
 @functools.cache
 def texts():
-    """Keys and values of each row's whole text, which is longer than what the cache holds."""
+    """Keys and values of each row's whole text, which is longer than the part in the cache."""
     rng = np.random.default_rng(0)
     return [rng.standard_normal((BATCH, KV_HEADS, CAPACITY, dim), np.float32) for dim in (KEY_DIM, VALUE_DIM)]
 
@@ -66,12 +66,12 @@ def filled(block_size=3):
 
 
 def new_tokens(text, num=QUERIES):
-    """The tokens of each row behind those in the cache."""
+    """The tokens of each row that follow its tokens in the cache."""
     return jax.device_put(np.stack([text[row, :, length : length + num] for row, length in enumerate(LENGTHS)]))
 
 
 def expected(query, starts, ends, mask=None, score_mod=None, text=None, **options):
-    """(out, lse) in float64: each row's first `ends` tokens, the queries being at `starts` and behind."""
+    """(out, lse) in float64 over each row's first `ends` tokens, with the queries from `starts` on."""
     starts, ends = np.asarray(starts), np.asarray(ends)
     key, value = texts() if text is None else map(np.asarray, text)
     b, h, q, kv = np.indices((*query.shape[:3], key.shape[2]), sparse=True)
@@ -129,7 +129,7 @@ CASES = {
     "function": {"mask": checker},
     "scale & far keys": {"scale": 0.7, "mask": ~masks.sliding_window(131, causal=False)},
 }
-# Options of other tests are those of a case where they can be: what is compiled serves again.
+# Other tests use the options of a case where they can, so that a compiled program serves again.
 CAUSAL = CASES["causal & score mod"]
 
 
@@ -302,7 +302,7 @@ def test_a_layer_over_the_cache_equals_the_layer_on_the_whole_sequence():
 
 @pytest.mark.thorough
 @forms
-def test_what_lies_in_other_slots_has_no_effect(form):
+def test_the_contents_of_other_slots_have_no_effect(form):
     """The caches of all tests hold NaN there; a cache with 0 gives the same bits."""
     clean = make_cache(*texts(), elsewhere=0.0)
     for have, want in zip(*(call(form, queries(), x, mask=checker) for x in (filled(), clean)), strict=True):
@@ -314,23 +314,25 @@ def test_what_lies_in_other_slots_has_no_effect(form):
 @forms
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
-def test_nan_in_a_token_reaches_only_the_rows_that_may_attend_it(form, bad, which):
+def test_nan_in_a_token_contaminates_only_the_rows_that_may_attend_it(form, bad, which):
     cache = filled()
     pools = [cache.key_pool, cache.value_pool]
     block = cache.block_table[0, 257 // 3]
     pools[which] = pools[which].at[block, 257 % 3, 1, 2].set(bad)
     clean = call(form, queries(), cache, mask=checker)
-    spoiled = call(form, queries(), dataclasses.replace(cache, key_pool=pools[0], value_pool=pools[1]), mask=checker)
+    contaminated = call(
+        form, queries(), dataclasses.replace(cache, key_pool=pools[0], value_pool=pools[1]), mask=checker
+    )
     reached = np.zeros((BATCH, HEADS, QUERIES), bool)
     heads, positions = np.arange(3, 6), spans(form)[0][0] + np.arange(QUERIES)
     reached[0, heads] = checker(0, heads[:, None], positions[None], 257)  # kv head 1 serves these
-    for have, want in zip(spoiled, clean, strict=True):
+    for have, want in zip(contaminated, clean, strict=True):
         assert np.isnan(have[reached]).all()
         np.testing.assert_array_equal(have[~reached], want[~reached])
 
 
 @pytest.mark.contract
-def test_nan_in_a_new_token_reaches_only_the_rows_that_may_attend_it():
+def test_nan_in_a_new_token_contaminates_only_the_rows_that_may_attend_it():
     key, value = map(new_tokens, texts())
     run = functools.partial(paged_attention, queries(), cache=filled(), **CAUSAL)
     out, clean = run(key, value.at[4, 0, 2].set(np.nan)), run(key, value)
@@ -394,7 +396,7 @@ def test_other_lengths_tables_and_rows_compile_nothing_new(count_compilations):
     for seed in range(4):
         cache = other_cache(seed)
         before = len(count_compilations)
-        # Rebuilt functions that do the same are the same.
+        # Rebuilt functions that do the same count as the same.
         mask = lambda b, h, q, kv: kv % 7 < 5
         mod = lambda scores, b, h, q, kv: scores * jnp.cos(0.1 * kv)
         paged_attention(queries(), cache, mask=mask, score_mod=mod)
@@ -406,7 +408,7 @@ def test_other_lengths_tables_and_rows_compile_nothing_new(count_compilations):
 @pytest.mark.contract
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["everything", "causal"])
 def test_memory_does_not_grow_with_the_pool(options):
-    """Nor is the pool cast as a whole."""
+    """The pool is not cast as a whole either."""
 
     def temporary_bytes(num_blocks):
         cache = jax.eval_shape(
@@ -436,7 +438,7 @@ def long_cache():
 
 
 @pytest.mark.thorough
-def test_under_jit_the_chunks_in_use_are_read_and_no_others():
+def test_under_jit_only_chunks_in_use_are_read():
     cache, query = long_cache(), jnp.ones((2, 1, 1, 3))
     lengths = [(0, 0), (1, 0), (255, 3), (3, 256), (700, 0), (1201, 1201)]
     assert count_visits({}, lengths, cache, query) == [0, 1, 3, 3, 6, 10]
@@ -664,7 +666,7 @@ KEY, VALUE = (
         ),
         (
             lambda: paged_attention(Q, filled(), mask=masks.documents(np.arange(311))),
-            "positions, those of the cache included: documents need one id a token",
+            "positions of cached and new tokens: documents need one id a token",
         ),
         (lambda: paged_attention(Q, filled(), mask=np.ones((1, 1))), "mask must be boolean, .*; got mask.dtype=float"),
         (

@@ -33,7 +33,7 @@ from attnax.kernels import score_mods
 from attnax.kernels._core import pairs
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._gpu import decode, split, tile_lists
-from attnax.kernels.paged import _as_arrays, paged_attention
+from attnax.kernels.paged import _token_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
 interpreted = partial(pallas_flash_attention, interpret=True, block_q=16, block_kv=16)
@@ -667,7 +667,7 @@ class TestDecode:
     def test_a_contiguous_cache(self, case, seq_q):
         options = DECODED[case]
         query, positions = normal(2, 6, seq_q, 16), np.arange(70 - seq_q, 70)
-        stored = decode.Stored(contiguous().keys, contiguous().values, contiguous().positions, None)
+        stored = decode.TokenArrays(contiguous().keys, contiguous().values, contiguous().positions, None)
         positions = np.broadcast_to(positions, (2, seq_q))
         self.check(query, stored, positions, options, self.exact(query, positions, np.array([70, 70]), options))
         assert lowered(partial(cached_attention, **options), query, contiguous(), positions) == {"decode"}
@@ -683,7 +683,7 @@ class TestDecode:
             empty, *tokens(), lengths
         )
         query, positions = normal(2, 6, 3, 16), lengths[:, None] - 3 + np.arange(3)
-        stored = jax.jit(_as_arrays)(cache)
+        stored = jax.jit(_token_arrays)(cache)
         self.check(query, stored, positions, options, self.exact(query, positions, lengths, options))
         assert lowered(partial(paged_attention, **options), query, cache) == {"decode"}
 
@@ -692,7 +692,7 @@ class TestDecode:
         query, positions = normal(2, 6, 2, 16), np.array([[4, 69], [4, 69]])
         keys = np.array(contiguous().keys)
         keys[0, 1, 5, 3] = np.inf
-        stored = decode.Stored(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
+        stored = decode.TokenArrays(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
         options = {"mask": masks.causal()}
         want = self.exact(query, positions, np.array([70, 70]), options)
         for x in want:
@@ -721,13 +721,12 @@ class TestDecode:
 
         @jax.jit
         def run(*arrays):
-            call = decode.bind_kernel(
-                "test", *arrays, None if mask is None else masks.as_mask(mask), options.get("score_mod"), frozenset()
-            )
-            return decode.decode(call, interpret=True)
+            inputs = decode.DecodeInputs(*arrays, "test")
+            kernel = inputs.bind(None if mask is None else masks.as_mask(mask), options.get("score_mod"))
+            return decode.attend_bound(kernel, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))
-        for have, expected in zip(run(query, scale, stored, jnp.asarray(positions)), want, strict=True):
+        for have, expected in zip(run(query, scale, jnp.asarray(positions), stored), want, strict=True):
             np.testing.assert_allclose(have, expected, atol=2e-6)
 
 

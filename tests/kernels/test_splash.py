@@ -75,7 +75,7 @@ def splash(mask, score_mod, query, key, value, cotangent, scale):
 
 
 def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
-    """What `splash` gives."""
+    """The same results as `splash`, by the definition."""
 
     def run(query, key, value):
         return attend(query, key, value, mask=mask, score_mod=score_mod, scale=1.0, return_lse=True)
@@ -132,7 +132,7 @@ def test_bfloat16_is_as_exact_as_the_dense_computation(interpreted, heads):
     [masks.sliding_window(40), masks.causal(), None],
 )
 @pytest.mark.contract
-def test_what_is_not_finite_reaches_who_attends_it_and_nobody_else(interpreted, mask):
+def test_a_non_finite_row_contaminates_only_the_rows_that_attend_it(interpreted, mask):
     query, key, value, cotangent = arrays(256, 256)
     query[0, 1, 70, 3] = np.inf
     key[1, 0, 150, 2] = np.nan
@@ -141,14 +141,14 @@ def test_what_is_not_finite_reaches_who_attends_it_and_nobody_else(interpreted, 
     have = jax.tree.leaves(jax.jit(partial(splash, mask, None))(*given))
     want = jax.tree.leaves(jax.jit(partial(definition, memory_efficient_attention, mask, None))(*given))
     for x, y in zip(have, want, strict=True):
-        fine = np.isfinite(y)
-        assert 0.2 < fine.mean() < 1.0 or mask is not masks.sliding_window(40)
-        np.testing.assert_array_equal(np.isnan(x), ~fine)
-        assert oracle.rms_error(np.where(fine, x, 0), np.where(fine, y, 0)) <= 2e-6
+        finite = np.isfinite(y)
+        assert 0.2 < finite.mean() < 1.0 or mask is not masks.sliding_window(40)
+        np.testing.assert_array_equal(np.isnan(x), ~finite)
+        assert oracle.rms_error(np.where(finite, x, 0), np.where(finite, y, 0)) <= 2e-6
 
 
 @pytest.mark.contract
-def test_a_cotangent_that_is_not_finite_reaches_the_keys_of_its_query_only(interpreted):
+def test_a_non_finite_cotangent_contaminates_only_the_keys_of_its_query(interpreted):
     *given, cotangent = arrays(256, 256)
     run = jax.jit(partial(splash, masks.sliding_window(40), None))
     bad, none = cotangent.copy(), cotangent.copy()
@@ -156,10 +156,10 @@ def test_a_cotangent_that_is_not_finite_reaches_the_keys_of_its_query_only(inter
     _, gradients = run(*given, bad, 0.3)
     _, want = run(*given, none, 0.3)
     for x, y, first, head in zip(gradients, want, (100, 61, 61), (3, 1, 1), strict=True):
-        spoiled = np.zeros(x.shape, bool)
-        spoiled[0, head, first:101] = True
-        np.testing.assert_array_equal(np.isnan(x), spoiled)
-        np.testing.assert_array_equal(np.where(spoiled, 0, x), np.where(spoiled, 0, y))
+        contaminated = np.zeros(x.shape, bool)
+        contaminated[0, head, first:101] = True
+        np.testing.assert_array_equal(np.isnan(x), contaminated)
+        np.testing.assert_array_equal(np.where(contaminated, 0, x), np.where(contaminated, 0, y))
 
 
 @pytest.mark.parametrize("window", [None, 1, 127, 128, 129, 300, 1000])
@@ -199,7 +199,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_splash_does_not_serve_is_said(name):
+def test_the_reason_why_splash_does_not_serve_a_call(name):
     options, shapes, reason = REFUSED[name]
     assert reason in why_not(*shaped(128, 256, **shapes)[:3], **options)
 
@@ -227,7 +227,7 @@ def test_64_bits_are_refused():
         assert "counts in 32 bits" in why_not(*shaped(128, 128)[:3])
 
 
-def test_meshes_are_refused_but_in_a_shard_map_that_does_not_ask():
+def test_meshes_are_refused_except_in_a_shard_map_that_does_not_check():
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     seen = []
 
@@ -288,7 +288,7 @@ def test_blocks_are_the_largest_that_divide_the_length():
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_a_bad_row_reaches_those_who_attend_it_and_no_others(backwards):
+def test_a_marked_row_reaches_only_the_rows_that_attend_it(backwards):
     bad = np.random.default_rng(0).random((2, 3, 20)) < 0.1
     every = {None: 17, masks.SlidingWindow(5, 1): 17, masks.SlidingWindow(1, 1): 17, masks.causal(): 23}
     for mask, length in every.items():

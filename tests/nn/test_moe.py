@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from tiny import build
 
 from attnax import BlockConfig
-from attnax.kernels.grouped import grouped_product, make_tiles, tile_length
 from attnax.nn.moe import MixtureOfExperts
 
 D_MODEL, D_FF, EXPERTS, TOKENS = 7, 11, 5, (3, 13)
@@ -225,40 +222,6 @@ def test_sigmoid_weights_that_underflow_still_sum_to_one():
     assert_close(run(params, x)[0], softmax(params, x)[0], 1e-4)
 
 
-tiles_of = jax.jit(make_tiles, static_argnums=(1, 2))
-
-
-@given(st.lists(st.integers(0, 101), min_size=6, max_size=6), st.sampled_from([1, 16]))
-def test_tiles_cover_every_row_once(cuts, length):
-    sizes = np.diff([0, *sorted(cuts), 101])
-    tiles = jax.tree.map(np.asarray, tiles_of(sizes, 101, length))
-    assert tiles.used == sum(-(-size // length) for size in sizes) <= tiles.group.shape[0]
-    rows = [
-        (row, tiles.group[i])
-        for i in range(tiles.used)
-        for row in range(tiles.start[i], min(tiles.start[i] + length, tiles.stop[i]))
-    ]
-    assert rows == list(enumerate(np.repeat(np.arange(7), sizes)))
-
-
-def test_cost_follows_the_choices_and_not_the_experts():
-    cases = [(num_experts, 2 * num_tokens) for num_experts in (8, 64) for num_tokens in (1, 127, 2048)]
-
-    @jax.jit
-    def used():
-        numbers = []
-        for num_experts, num_rows in cases:
-            choices = np.random.default_rng(0).integers(0, num_experts, num_rows)
-            sizes = jax.device_put(np.bincount(choices, minlength=num_experts))
-            numbers.append(make_tiles(sizes, num_rows, tile_length(num_rows, num_experts)).used)
-        return numbers
-
-    for (num_experts, num_rows), number in zip(cases, used(), strict=True):
-        assert int(number) <= num_rows, num_experts  # matrices read
-        # Rows computed, where computing every expert takes num_experts / 2 as many.
-        assert int(number) * tile_length(num_rows, num_experts) <= 1.7 * num_rows, (num_experts, num_rows)
-
-
 def intermediates(jaxpr):
     """Sizes of all results in a program and the programs in it."""
     for equation in jaxpr.eqns:
@@ -286,18 +249,18 @@ def test_permuted_tokens_give_permuted_outputs():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_token_that_is_not_finite_spoils_its_own_row_only(bad):
+def test_a_non_finite_token_contaminates_only_its_own_row(bad):
     run, params, _ = make()
     x = np.array(normal(99, *TOKENS, D_MODEL))
     out = np.asarray(run(params, x)[0])
     x[1, 5, 2] = bad
-    spoilt, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
-    assert not np.isfinite(spoilt[1, 5]).any()
-    np.testing.assert_allclose(spoilt[others], out[others], atol=1e-6)
+    contaminated, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
+    assert not np.isfinite(contaminated[1, 5]).any()
+    np.testing.assert_allclose(contaminated[others], out[others], atol=1e-6)
 
 
 @pytest.mark.thorough
-def test_a_cotangent_that_is_not_finite_reaches_its_own_token_and_its_experts_only():
+def test_a_non_finite_cotangent_reaches_only_its_own_token_and_its_experts():
     run, params, _ = make()
     x = normal(99, *TOKENS, D_MODEL)
     step = jax.jit(jax.grad(lambda params, x, cotangent: (run(params, x)[0] * cotangent).sum(), (0, 1)))
@@ -443,16 +406,6 @@ def test_any_number_of_tokens_and_leading_axes(shape):
         (_, (out, aux)), gradients = results(run, params, x)
         assert out.shape == x.shape
         assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves((out, aux, gradients)))
-
-
-def test_grouped_product_is_its_definition_for_groups_of_any_size():
-    sizes = np.array([0, 1, 17, 0, 300, 2, 0])
-    x, weights, bias = normal(1, 320, 3), normal(2, 7, 3, 5), normal(3, 7, 5)
-    group = np.repeat(np.arange(7), sizes)
-    have = jax.jit(grouped_product)(x, weights, bias, sizes)
-    x, weights, bias = (np.asarray(array) for array in (x, weights, bias))
-    expected = np.einsum("RI,RIO->RO", x, weights[group]) + bias[group]
-    np.testing.assert_allclose(have, expected, atol=1e-5)
 
 
 def test_from_a_config_and_from_keywords_is_the_same():

@@ -429,7 +429,7 @@ FAULTS = {  # name: (fault, how the call differs from a causal forward pass of o
     "no mask": (change("keep", lambda _: lambda self, place: None), {}, VALUES),
     "no scale": (change("scores", unscaled), {}, VALUES),
     "the last tile past the end": (
-        change("kv_first", lambda _: lambda self, j: j * self.call.grid.block_kv),
+        change("kv_first", lambda _: lambda self, j: j * self.spec.grid.block_kv),
         ALL,
         OUTSIDE,
     ),

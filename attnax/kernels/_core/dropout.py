@@ -9,22 +9,22 @@ from attnax.typing import Array, Index
 
 
 def dropout_words(dropout_rng: Array) -> Array:
-    """What stands for a key in `keep_weights`, (4,) uint32: two random words, and the first row and head, here 0."""
+    """The words that `keep_weights` takes, (4,) uint32: two random ones from the key, the first row, the first head."""
     return jnp.concatenate([jax.random.bits(dropout_rng, (2,), jnp.uint32), jnp.zeros(2, jnp.uint32)])
 
 
 def words_of_shard(words: Array, row: Array, head: Array) -> Array:
-    """The same for a shard, which begins at a row of the batch and a head of the whole."""
+    """The words for a shard that begins at this row of the batch and this head of the whole."""
     return jnp.concatenate([words[:2], jnp.stack([row, head]).astype(jnp.uint32)])
 
 
 def keep_weights(
     words: Array | tuple[Array, ...], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
 ) -> Array:
-    """True where the attention weight of (b, h, q, kv) is kept; indices are those of the shard, and broadcast together.
+    """True where the attention weight of (b, h, q, kv) is kept; indices count from the shard's first row and head.
 
-    A row word is hashed from (key, b, h, q) once a row; an element costs one more finaliser, which is far
-    cheaper than a counter-based generator per element.
+    A word is hashed from (key, b, h, q) once for each row of weights. A single weight costs one more `_mix`, far less
+    than a counter-based generator for each weight.
     """
     b, h, q, kv = (jnp.asarray(index).astype(jnp.uint32) for index in (b, h, q, kv))
     word_0, word_1, first_row, first_head = words

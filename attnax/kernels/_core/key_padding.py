@@ -1,4 +1,4 @@
-"""The masks that attention without a score matrix can obey: causal, key padding, or both."""
+"""The masks of attention without a score matrix: causal, key padding, or both."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from attnax.typing import Array, ArrayLike, MaskMod
 
 
 def split_mask(
-    caller: str, mask: Mask | MaskMod | ArrayLike | None, full: tuple[int, int, int, int]
+    caller: str, mask: Mask | MaskMod | ArrayLike | None, score_shape: tuple[int, int, int, int]
 ) -> tuple[bool, Array]:
-    """Whether `mask` is causal, and which keys it lets be attended at all, booleans (B, S) or (1, S).
+    """(whether `mask` is causal, which keys are no padding: booleans (B, S) or (1, S)).
 
     Raises:
-        ValueError: the mask does not fit (B, N, T, S) = `full`.
-        NotImplementedError: the mask depends on anything else, or a part is no such mask.
+        ValueError: the mask does not fit (B, N, T, S) = `score_shape`.
+        NotImplementedError: a part of the mask is neither causal nor key padding.
     """
-    causal, real = False, jnp.ones((1, full[3]), bool)
+    batch, _, _, seq_kv = score_shape
+    causal, real = False, jnp.ones((1, seq_kv), bool)
     if mask is None:
         return causal, real
     mask = as_mask(mask)
-    mask.check(caller, full)
-    b, kv = jnp.arange(full[0])[:, None], jnp.arange(full[3])[None, :]
+    mask.check(caller, score_shape)
+    b, kv = jnp.arange(batch)[:, None], jnp.arange(seq_kv)[None, :]
     parts = [mask]
     while parts:
         part = parts.pop()

@@ -1,4 +1,4 @@
-"""Marks the results of loops of unknown length, whose reverse-mode derivative then raises in words."""
+"""Marks the results of a loop of traced length, so that their reverse-mode derivative raises in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["without_reverse"]
 
 
 def without_reverse(tree: Any, message: str) -> Any:
-    """The arrays unchanged; their reverse-mode derivative raises NotImplementedError(message), forward mode works."""
+    """The arrays unchanged. Their reverse-mode derivative raises NotImplementedError(message); forward mode works."""
     return jax.tree.map(lambda x: _no_reverse_p.bind(x, message=message), tree)
 
 

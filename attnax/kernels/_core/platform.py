@@ -1,8 +1,8 @@
 """One operation with an implementation for each platform, chosen when a program is lowered.
 
-`jax.lax.platform_dependent` chooses at the same time but traces every branch first: whoever runs on a CPU would pay for
-the GPU's kernels in each compilation. Here the other platforms' functions are not called before they are wanted, and
-derivatives of the whole operation are those of the default one.
+`jax.lax.platform_dependent` chooses at the same time but traces every branch first: each compilation for a CPU would
+pay for the GPU's kernels. Here the function of another platform is called only when a program is lowered for it. The
+derivatives of the operation are those of the default function.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def by_platform(default: Branch, *arguments: Any, now: Collection[str] = (), **p
     """`default(*arguments)`, or the result of the function for the platform that the program is lowered for.
 
     Args:
-        default: traced here and now.
+        default: traced at once.
         arguments: pytrees of arrays.
-        now: the platforms whose functions are traced here and now too, so that JAX sees what is in them.
-        platforms: by JAX's name for a platform ("cuda", "tpu"), functions whose results have the same shapes and
-            dtypes as those of `default`. They must depend on arrays through `arguments` alone. "cudnn" goes before
-            "cuda" where JAX can write cuDNN's kernels.
+        now: the platforms whose functions are traced at once too, so that JAX sees the operations in them.
+        platforms: for a platform by JAX's name ("cuda", "tpu") a function whose results have the shapes and dtypes of
+            those of `default`. It must depend on arrays through `arguments` alone. "cudnn" goes before "cuda" where
+            JAX can write cuDNN's kernels.
     """
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -46,8 +46,8 @@ def by_platform(default: Branch, *arguments: Any, now: Collection[str] = (), **p
         run = on_leaves(branch, len(traced.consts))
         return lambda *leaves: jax.tree.leaves(run(*leaves))
 
-    # Constants of `default` may be values of an enclosing transformation, so they are operands too. The type of what is
-    # traced is ClosedJaxpr, from JAX 0.12 on Jaxpr.
+    # Constants of `default` may be values of an enclosing transformation, so they are operands too. `make_jaxpr`
+    # returns a ClosedJaxpr, from JAX 0.12 on a Jaxpr.
     jaxpr = type(traced)(traced.jaxpr.replace(constvars=(), invars=[*traced.jaxpr.constvars, *traced.jaxpr.invars]), ())
     operands = *traced.consts, *leaves
     branches = (jax.make_jaxpr(flat(run))(*operands) if name in now else flat(run) for name, run in platforms.items())
@@ -61,8 +61,8 @@ def has_nvidia_gpu() -> bool:
 
 
 def why_no_triton() -> str | None:
-    """Why no kernel of `_gpu/kernels.py` can be compiled for a GPU, whatever the call; None if this JAX can."""
-    try:  # Pallas takes long to import, and is seldom wanted
+    """Why this JAX can compile no kernel of `_gpu/kernels.py` at all; None if it can."""
+    try:  # Pallas takes long to import, and is seldom needed
         import jax.experimental.pallas.triton as _backend  # noqa: F401
     except ImportError:
         return f"the Pallas kernels need Pallas' Triton backend, which JAX {jax.__version__} does not have"
@@ -75,7 +75,7 @@ def abstract_device() -> Any:
 
 
 def why_no_card() -> str | None:
-    """Why this JAX lowers no kernel for the GPU that a program is for; None if it does, as JAX before 0.11.1 always."""
+    """Why this JAX lowers no kernel for the GPU of a program; None if it does. JAX before 0.11.1 always does."""
     device = abstract_device()
     if has_nvidia_gpu() or _lowers_kernels(device):
         return None
@@ -86,9 +86,9 @@ def why_no_card() -> str | None:
     )
 
 
-@functools.cache  # the answer is in the JAX that is installed
+@functools.cache  # the answer depends on the installed JAX alone
 def _lowers_kernels(device: Any) -> bool:
-    from jax.experimental import pallas as pl  # Pallas takes long to import, and is seldom wanted
+    from jax.experimental import pallas as pl  # Pallas takes long to import, and is seldom needed
     from jax.experimental.pallas import triton
 
     def copy(x: Any, out: Any) -> None:
@@ -105,8 +105,9 @@ def _lowers_kernels(device: Any) -> bool:
                 return False
         return True
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(1) as elsewhere:  # not inside of a shard_map that asks
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the backend, which the kernel itself will give
+    # In a thread of its own, so outside of an enclosing shard_map, in which lowering fails.
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as elsewhere:
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the backend; the kernel itself gives it again
         return elsewhere.submit(lowers).result()
 
 
@@ -115,7 +116,7 @@ _by_platform_p.multiple_results = True
 
 
 def _run(*arguments: Any, **params: Any) -> Any:
-    with jax.disable_jit(False):  # which would come back here
+    with jax.disable_jit(False):  # without jit this function would call itself
         return jax.jit(partial(_by_platform_p.bind, **params))(*arguments)
 
 
@@ -124,13 +125,13 @@ def _avals(*_: Any, default: Any, **__: Any) -> Any:
 
 
 def _function(branch: Any) -> Branch:
-    """Of a function, or of one that was traced."""
+    """The branch as a function, also where it was traced."""
     function: Branch = branch if callable(branch) else jaxpr_as_fun(branch)
     return function
 
 
 def _lower(*names: str) -> Any:
-    """The function for the first of some platforms that there is one for."""
+    """The lowering to the function of the first of these platforms that has one, else to the default."""
 
     def run(*arguments: Any, default: Any, platforms: tuple[str, ...], branches: tuple[Any, ...]) -> Any:
         given = dict(zip(platforms, branches, strict=True))
@@ -140,7 +141,7 @@ def _lower(*names: str) -> Any:
 
 
 def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any, **params: Any) -> Any:
-    """cuDNN's function, but where JAX would have to cut its kernels over devices, and did not see them in time."""
+    """cuDNN's function, except where JAX would have to cut its kernels over devices without having traced them."""
     module = context.module_context
     names: tuple[str, ...] = ("cudnn", "cuda")
     if callable(dict(zip(platforms, branches, strict=True)).get("cudnn")):
@@ -150,13 +151,13 @@ def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any
         elif getattr(axes, "num_devices", 1) > 1:
             names = ("cuda",)
         elif hasattr(axes, "device_assignment"):
-            alone = dataclasses.replace(axes, device_assignment=(None,))  # all that JAX asks is how many there are
+            alone = dataclasses.replace(axes, device_assignment=(None,))  # JAX reads only the number of devices
             context = context.replace(module_context=module.replace(axis_context=alone))
     return _lower(*names)(context, *arguments, platforms=platforms, branches=branches, **params)
 
 
 def _lower_for_tpu(context: Any, *arguments: Any, **params: Any) -> Any:
-    """The function for TPU, but where JAX would have to cut its kernels over several devices, which it does not do."""
+    """The function for TPU, except for several devices: JAX does not cut its kernels over them."""
     num_devices = getattr(context.module_context.axis_context, "num_devices", 1)
     return _lower(*["tpu"] * (num_devices == 1))(context, *arguments, **params)
 

@@ -1,7 +1,7 @@
 """Attention local to the shards of a mesh with Explicit axes: batch and heads may be cut, nothing is gathered.
 
-With Explicit axes the type of an array says how it is cut. A kernel reads that from its operands and runs, under
-`jax.shard_map`, on what each device holds; masks and score mods still see the indices of the whole.
+With Explicit axes the type of an array says how it is cut. A kernel reads the cut from its operands and runs under
+`jax.shard_map` on the shards of each device. Masks and score mods still see the indices of the whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Offset", "Shards", "find_shards"]
 
 @pytree_dataclass
 class Offset:
-    """Where a shard begins, in rows of the batch and in heads."""
+    """The first row of the batch and the first head of a shard."""
 
     row: Array  # () int32
     head: Array  # () int32
@@ -95,11 +95,11 @@ class Shards:
         return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
-        """Masks and score mods with every array uncut, also what functions close over, bind or have as defaults."""
+        """Masks and score mods with every array uncut, also arrays that functions close over, bind or default to."""
         return self._whole(tree, ())
 
     def _whole(self, tree: Any, around: tuple[Any, ...]) -> Any:
-        """`around` are the functions whose closures it is in: a recursive one is in its own."""
+        """The same inside the closures of the functions `around`; a recursive function is in its own closure."""
         return jax.tree.map(
             lambda x: self._whole_leaf(x, around), tree, is_leaf=lambda node: isinstance(node, functools.partial)
         )
@@ -128,7 +128,9 @@ class Shards:
         spec, of_keys = P(self.batch, self.heads), P(self.batch, self.kv_heads)
 
         def local(query: Array, *others: Any) -> Any:
-            first = (_place(names) * size for names, size in zip((self.batch, self.heads), query.shape, strict=False))
+            first = (
+                _shard_index(names) * size for names, size in zip((self.batch, self.heads), query.shape, strict=False)
+            )
             return attend(Offset(*(jnp.asarray(x, jnp.int32) for x in first)), query, *others)
 
         run = jax.shard_map(
@@ -137,7 +139,7 @@ class Shards:
             in_specs=(spec, of_keys, of_keys, P()),
             out_specs=spec,
             axis_names=self._manual,
-            check_vma=False,  # masks and score mods were traced outside, where nothing varies
+            check_vma=False,  # masks and score mods were traced outside of the mesh, as not varying
         )
         arrays = self._cut(query, spec), self._cut(key, of_keys), self._cut(value, of_keys)
         return run(*arrays, self.whole(operands))
@@ -154,7 +156,7 @@ class Shards:
         return math.prod(self.mesh.shape[name] for name in _names(names))
 
     def _cut(self, x: Array, spec: P) -> Array:
-        """The array, cut by `spec`; without communication where it is cut less than that."""
+        """The array cut by `spec`, without communication where it is cut less."""
         have = jax.typeof(x).sharding
         if _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
             return x
@@ -165,7 +167,7 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
     """How Explicit mesh axes cut the operands; None if they do not.
 
     Raises:
-        NotImplementedError: they cut a sequence or the width of heads, or heads where keys have others.
+        NotImplementedError: they cut a sequence, the width of heads, or heads that keys do not have.
     """
     cuts = {name: _cut_by(x) for name, x in (("query", query), ("key", key), ("value", value))}
     if not any(any(cut) for cut in cuts.values()):
@@ -189,7 +191,7 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
     count = math.prod(mesh.shape[name] for name in by_head)
     if key.shape[1] % count and key.shape[1] > 1:
         raise NotImplementedError(
-            f"{caller}: the {key.shape[1]} heads of keys cannot be cut {count} times, as those of the query are; got "
+            f"{caller}: the {key.shape[1]} heads of keys cannot be cut {count} times like the heads of the query; got "
             f"{got}. Cut the heads less, or repeat the keys."
         )
     cut_keys = by_head if key.shape[1] % count == 0 else ()
@@ -197,7 +199,7 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
 
 
 def _cut_by(x: Array) -> tuple[tuple[str, ...], ...]:
-    """For each axis of an array the Explicit mesh axes that cut it."""
+    """The Explicit mesh axes that cut each axis of an array."""
     sharding = jax.typeof(x).sharding
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     return tuple(
@@ -214,5 +216,5 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _place(names: Any) -> Any:
+def _shard_index(names: Any) -> Any:
     return lax.axis_index(_names(names)) if names else 0

@@ -1,9 +1,9 @@
-"""cuDNN's attention for NVIDIA GPUs, by way of `jax.nn`, for the plain calls that it serves.
+"""cuDNN's attention for NVIDIA GPUs, through `jax.nn`, for the plain calls that it serves.
 
-Its forward pass gives out and the log-sum-exp, its backward pass reads them. JAX's public function is differentiable as
-a whole and rounds the log-sum-exp that it returns, but its pullback is a pytree whose leaves hold both as they are: the
-forward pass here takes them from there, and the backward pass puts them back in, where nothing then reads the forward
-pass that JAX wrote again, and XLA drops it.
+cuDNN's forward pass gives out and the log-sum-exp, and its backward pass reads them. JAX's public function is
+differentiable as a whole, and rounds the log-sum-exp that it returns. But its pullback is a pytree with both as leaves,
+not rounded. The forward pass here takes the log-sum-exp from that pullback. The backward pass traces JAX's function
+again and puts the known results into its pullback; nothing then reads the traced forward pass, and XLA drops it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["Cudnn", "cudnn_backward", "cudnn_forward", "why_not_cudnn_call", "wh
 
 
 class Cudnn(NamedTuple):
-    """What cuDNN is told of a call, beside arrays."""
+    """The arguments of cuDNN beside arrays."""
 
     scale: float
     is_causal: bool
-    window: int | None  # keys before a query that it attends, itself not counted; None for all
+    window: int | None  # how many keys before its own position a query attends; None for all
 
     @classmethod
     def of(cls, query: Array, mask: Mask | None, scale: Any) -> Cudnn:
-        """That of a call that `why_not_cudnn_call` lets through."""
+        """The arguments for a call that `why_not_cudnn_call` accepts."""
         return cls(
             query.shape[-1] ** -0.5 if scale is None else float(scale),
             mask is not None,
@@ -51,37 +51,37 @@ def why_not_cudnn_call(
     return_lse: bool,
     scale: Any,
 ) -> str | None:
-    """Why cuDNN does not serve a checked call, wherever it runs; None if it does.
+    """Why cuDNN does not serve a checked call on any machine; None if it does.
 
     Args:
         query: (B, N, T, H).
         key: (B, K, S, H).
         value: (B, K, S, V).
-        mask: as `resolve_masks` gives it.
+        mask: as `resolve_masks` returns it.
         score_mod: likewise.
         dropout_rate: 0 where the call is deterministic.
-        return_lse: whether the caller sees the log-sum-exp, which then needs a gradient.
+        return_lse: whether the caller gets the log-sum-exp, which then needs a gradient.
         scale: as the caller gave it.
     """
     (batch, _, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
     window = mask if isinstance(mask, SlidingWindow) else SlidingWindow(1, 1)
     reasons = {
         "cuDNN takes no score mod": score_mod is not None,
-        "cuDNN drops other weights": dropout_rate > 0.0,
+        "cuDNN drops weights by random numbers of its own": dropout_rate > 0.0,
         "cuDNN's log-sum-exp has no gradient": return_lse,
         "cuDNN takes float16 and bfloat16 only": query.dtype not in (jnp.float16, jnp.bfloat16),
         "cuDNN needs a known scale": not is_concrete(scale),
         "cuDNN takes no symbolic batch": not isinstance(batch, int),
-        "cuDNN takes head sizes that are multiples of 8, to 128, the same for keys and values": head_dim % 8 != 0
+        "cuDNN takes head sizes that are multiples of 8, at most 128, and equal for keys and values": head_dim % 8 != 0
         or head_dim > 128
         or value.shape[3] != head_dim,
-        "under other masks than causal ones cuDNN may leave rows empty or let NaN through": not (
+        "cuDNN may leave rows empty, or let NaN through, under masks that are not causal": not (
             mask is None or isinstance(mask, Causal | SlidingWindow)
         )
         or not (is_concrete(window.before) and isinstance(window.after, int) and window.after == 1),
-        "with a mask cuDNN aligns queries and keys differently where their lengths differ": mask is not None
+        "cuDNN aligns queries and keys differently under a mask if their lengths differ": mask is not None
         and seq_q != seq_kv,
-        "cuDNN takes even lengths, and is known to fail at 64 beyond a multiple of 128 with a mask": seq_q % 2 != 0
+        "cuDNN takes even lengths, and is known to fail under a mask at 64 beyond a multiple of 128": seq_q % 2 != 0
         or seq_kv % 2 != 0
         or 0 in (seq_q, seq_kv)
         or (mask is not None and seq_q % 128 == 64),
@@ -93,7 +93,7 @@ def why_not_cudnn_call(
 def why_not_cudnn_here() -> str | None:
     """Why JAX cannot write cuDNN's kernels into programs on this machine; None if it can.
 
-    JAX asks the cuDNN that its CUDA plugin brings for its version, and the GPU, if there is one, for its capability.
+    JAX reads the version of the cuDNN in its CUDA plugin and, if there is a GPU, its compute capability.
     """
     if has_nvidia_gpu() and float(jax.devices()[0].compute_capability) < 8.0:
         return "cuDNN's attention needs a GPU of compute capability 8.0 or more"
@@ -108,7 +108,7 @@ def why_not_cudnn_here() -> str | None:
 
 
 def cudnn_forward(query: Array, key: Array, value: Array, call: Cudnn) -> tuple[Array, Array]:
-    """(out in the dtype of query, natural log-sum-exp in float32) of a call for which there is no reason against it."""
+    """(out in the dtype of query, natural log-sum-exp in float32) of a call that cuDNN serves."""
 
     def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         out, pull = _attend(call, query, key, value)
@@ -124,7 +124,7 @@ def cudnn_forward(query: Array, key: Array, value: Array, call: Cudnn) -> tuple[
 def cudnn_backward(
     query: Array, key: Array, value: Array, call: Cudnn, out: Array, lse: Array, d_out: Array
 ) -> tuple[Array, ...]:
-    """The gradients of query, key and value, for the cotangent of out, from the results of `cudnn_forward`."""
+    """The gradients of query, key and value for the cotangent of out, from the results of `cudnn_forward`."""
 
     def backward(query: Array, key: Array, value: Array, out: Array, lse: Array, d_out: Array) -> tuple[Array, ...]:
         again, pull = _attend(call, query, key, value)
@@ -139,7 +139,7 @@ def cudnn_backward(
 
 
 def _with_rows(function: Any) -> Any:
-    """A function of arrays of some rows, which gets more rows under `vmap`: JAX 0.10 fails unless all are mapped."""
+    """The function with a batch axis that `vmap` makes longer: JAX 0.10 fails unless all arrays are mapped."""
     mapped = custom_vmap(function)
 
     @mapped.def_vmap

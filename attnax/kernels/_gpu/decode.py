@@ -1,4 +1,4 @@
-"""Few queries against stored tokens by a GPU kernel: what it needs to know, gathered when the call is traced."""
+"""A few queries over stored tokens in a GPU kernel: whether it serves them, what it reads, and its launch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from attnax.kernels._core import softmax
 from attnax.kernels._core.lift import Deferred, Lifted, defer
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.platform import why_no_card, why_no_triton
-from attnax.kernels._core.stored import Stored
+from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.masks import Mask, at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["DeferredCall", "KernelCall", "bind_kernel", "decode", "kernel_serves", "prepare_kernel"]
+__all__ = ["BoundKernel", "DecodeInputs", "DeferredKernel", "attend_bound", "kernel_serves", "prepare_kernel"]
 
 
 @pytree_dataclass
-class KernelCall:
-    """What the kernel reads."""
+class BoundKernel:
+    """What the kernel reads, with mask and score mod traced."""
 
     query: Array  # (B, N, T, H), not scaled
     scale: Array
-    stored: Stored
+    tokens: TokenArrays
     mask: Lifted  # of true positions, as score_mod
     bounds: tile_lists.BoundsAtPositions
     score_mod: Lifted | None
@@ -34,97 +34,86 @@ class KernelCall:
     tile: tile_sizes.Tile = dataclasses.field(metadata={"static": True})
 
 
-def bind_kernel(
-    caller: str,
-    query: Array,
-    scale: Array,
-    stored: Stored,
-    positions: Array,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    axes: frozenset[str],
-) -> KernelCall | None:
-    """The call of the kernel, None where it does not serve the arrays.
+@pytree_dataclass
+class DecodeInputs:
+    """A call without its mask and its score mod; all arrays vary over the same mesh axes."""
 
-    Args:
-        caller: for errors of the score mod.
-        query: (B, N, T, H), not scaled.
-        scale: of the scores.
-        stored: the tokens.
-        positions: (B, T) of the queries.
-        mask: of true positions.
-        score_mod: of true positions.
-        axes: mesh axes that the arguments vary over.
-    """
-    sizes = [stored.keys.shape[-1], stored.values.shape[-1]]
-    if stored.pages is not None:
-        sizes.append(stored.keys.shape[1])
-    dtypes = {query.dtype, stored.keys.dtype, stored.values.dtype}
-    if len(dtypes) > 1 or query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return None
-    # Anything else would have to be copied into another shape at each step.
-    if any(size < 16 or size & (size - 1) for size in sizes) or max(sizes[:2]) > tile_sizes.LARGEST_HEAD:
-        return None
-    tile = _tile_of(query, stored)
-    if tile is None:
-        return None
-    grid = tile_lists.TileGrid.of(tile, query.shape[2], stored.positions.shape[1])
-    bounds = tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions), grid, query.shape[1], axes)
-    mask = at_positions(mask, positions, stored.positions)
-    mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
-    call = KernelCall(
-        query,
-        scale,
-        stored,
-        split.lift_mask(mask, axes),
-        bounds,
-        None if mod is None else split.lift_score_mod(caller, mod, axes),
-        mask.is_opaque,
-        tile,
-    )
-    return jax.tree.map(lambda x: vary(x, axes), call)
+    query: Array  # (B, N, T, H), not scaled
+    scale: Array
+    positions: Array  # (B, T) of the queries
+    tokens: TokenArrays
+    caller: str = dataclasses.field(metadata={"static": True})  # for errors of the score mod
+
+    def bind(self, mask: Mask | None, score_mod: ScoreMod | None) -> BoundKernel | None:
+        """The kernel with mask and score mod, both of true positions; None where it does not serve the arrays."""
+        tile = self._tile()
+        if tile is None:
+            return None
+        axes, positions = varying_axes(self.query), (self.positions, self.tokens.positions)
+        grid = tile_lists.TileGrid.of(tile, self.query.shape[2], self.tokens.positions.shape[1])
+        bounds = tile_lists.lift_bounds_at_positions(mask, positions, grid, self.query.shape[1], axes)
+        mask = at_positions(mask, *positions)
+        mod = None if score_mod is None else at_positions(score_mod, *positions)
+        bound = BoundKernel(
+            self.query,
+            self.scale,
+            self.tokens,
+            split.lift_mask(mask, axes),
+            bounds,
+            None if mod is None else split.lift_score_mod(self.caller, mod, axes),
+            mask.is_opaque,
+            tile,
+        )
+        return jax.tree.map(lambda x: vary(x, axes), bound)
+
+    def _tile(self) -> tile_sizes.Tile | None:
+        """The tile, of as many keys as a page; None where the kernel cannot read the arrays as they are."""
+        tokens, card = self.tokens, tile_sizes.running_card()
+        sizes = tokens.keys.shape[-1], tokens.values.shape[-1]
+        lengths = sizes if tokens.block_table is None else (*sizes, tokens.keys.shape[1])
+        dtypes = {self.query.dtype, tokens.keys.dtype, tokens.values.dtype}
+        if len(dtypes) > 1 or self.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return None
+        # Any other size would have to be copied into another shape at each step.
+        if any(length < 16 or length & (length - 1) for length in lengths) or max(sizes) > tile_sizes.LARGEST_HEAD:
+            return None
+        bits = self.query.dtype.itemsize * 8
+        tile = tile_sizes.choose("decode", max(sizes), bits)
+        if tokens.block_table is not None:
+            tile = tile._replace(block_kv=tokens.keys.shape[1])
+        # Where the card is not known, every card must hold the tile.
+        fits = tile_sizes.Footprint("decode", tile._replace(num_stages=1), *sizes, bits).fits(card)
+        return tile if fits else None
 
 
 @pytree_dataclass
-class DeferredCall:
-    """The arguments of `bind_kernel`, kept until a program is lowered for a GPU."""
+class DeferredKernel:
+    """A kernel whose mask and score mod are traced when a program is lowered for a GPU."""
 
-    query: Array
-    scale: Array
-    stored: Stored
-    positions: Array
+    inputs: DecodeInputs
     mask: Deferred | None
     score_mod: Deferred | None
-    caller: str = dataclasses.field(metadata={"static": True})
 
-    def bind(self) -> KernelCall | None:
-        """The call of the kernel, None where it does not serve the arrays."""
+    def bind(self) -> BoundKernel | None:
+        """The kernel, None where it does not serve the arrays."""
         mask, score_mod = (None if function is None else function() for function in (self.mask, self.score_mod))
-        axes = varying_axes(self.query)
-        return bind_kernel(self.caller, self.query, self.scale, self.stored, self.positions, mask, score_mod, axes)
+        return self.inputs.bind(mask, score_mod)
 
 
 def prepare_kernel(
-    caller: str,
-    query: Array,
-    scale: Array,
-    stored: Stored,
-    positions: Array,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    axes: frozenset[str],
-) -> KernelCall | DeferredCall | None:
-    """`bind_kernel` with the same arguments, put off where mask and score mod can wait."""
-    deferred = [None if function is None else defer(function) for function in (mask, score_mod)]
-    if any(have is None and function is not None for have, function in zip(deferred, (mask, score_mod), strict=True)):
-        return bind_kernel(caller, query, scale, stored, positions, mask, score_mod, axes)
-    call = DeferredCall(query, scale, stored, positions, deferred[0], deferred[1], caller)
-    return jax.tree.map(lambda x: vary(x, axes), call)
+    inputs: DecodeInputs, mask: Mask | None, score_mod: ScoreMod | None
+) -> BoundKernel | DeferredKernel | None:
+    """`inputs.bind(mask, score_mod)`, deferred where both functions can be."""
+    functions, axes = (mask, score_mod), varying_axes(inputs.query)
+    deferred = [None if function is None else defer(function) for function in functions]
+    if any(have is None and function is not None for have, function in zip(deferred, functions, strict=True)):
+        return inputs.bind(mask, score_mod)
+    return jax.tree.map(lambda x: vary(x, axes), DeferredKernel(inputs, *deferred))
 
 
-def kernel_serves(call: KernelCall) -> bool:
+def kernel_serves(kernel: BoundKernel) -> bool:
     """Whether the kernel can hold the mask and the score mod, and this JAX can compile it."""
-    functions = [function for function in (call.mask, call.score_mod) if function is not None]
+    functions = [function for function in (kernel.mask, kernel.score_mod) if function is not None]
     card = tile_sizes.running_card()
     return (
         why_no_triton() is None
@@ -134,29 +123,20 @@ def kernel_serves(call: KernelCall) -> bool:
     )
 
 
-def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
+def attend_bound(kernel: BoundKernel, *, interpret: bool = False) -> tuple[Array, Array]:
     """(out, natural log-sum-exp) in float32, by the kernel."""
-    from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+    from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
 
-    mod, stored = call.score_mod, call.stored
+    mod, tokens = kernel.score_mod, kernel.tokens
     setup = launch.Setup(
-        call.tile,
-        split.split(call.mask),
-        call.mask.values,
-        call.bounds,
-        call.is_opaque,
+        kernel.tile,
+        split.split(kernel.mask),
+        kernel.mask.values,
+        kernel.bounds,
+        kernel.is_opaque,
         None if mod is None else split.split(mod),
         () if mod is None else mod.values,
         interpret=interpret,
     )
-    out, lse = launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
+    out, lse = launch.decode((kernel.query, tokens.keys, tokens.values, kernel.scale), setup, tokens.block_table)
     return out, lse / softmax.LOG2E
-
-
-def _tile_of(query: Array, stored: Stored) -> tile_sizes.Tile | None:
-    """The tile, of as many keys as a page; None if not every card that the program may run on holds one."""
-    sizes, bits = (stored.keys.shape[-1], stored.values.shape[-1]), query.dtype.itemsize * 8
-    tile, card = tile_sizes.choose("decode", max(sizes), bits), tile_sizes.running_card()
-    if stored.pages is not None:
-        tile = tile._replace(block_kv=stored.keys.shape[1])
-    return tile if tile_sizes.fits("decode", tile._replace(num_stages=1), *sizes, bits, card) else None

@@ -18,9 +18,6 @@ from jax import lax
 from attnax.kernels._core import softmax
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._gpu.kernels import (
-    Call,
-    Inputs,
-    Kernel,
     Shapes,
     d_key_value_kernel,
     d_pairs_kernel,
@@ -30,6 +27,7 @@ from attnax.kernels._gpu.kernels import (
     run,
 )
 from attnax.kernels._gpu.split import Read, Split, add_slabs
+from attnax.kernels._gpu.tile import Inputs, Kernel, KernelSpec
 from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.typing import Array
@@ -74,7 +72,7 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
     """
     query, _, value, _ = arrays
     call, inputs = _prepare(arrays, setup)
-    (batch, heads, seq_q, _), seq = call.full, inputs.query.shape[2]
+    (batch, heads, seq_q, _), seq = call.score_shape, inputs.query.shape[2]
     shapes: Shapes = {
         "out": ((batch, heads, seq, inputs.value.shape[-1]), jnp.float32 if setup.is_wide else query.dtype),
         "lse": ((batch, heads, seq), jnp.float32),
@@ -96,8 +94,10 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
     call, inputs = _prepare(arrays, setup, pages)
-    inputs = inputs._replace(careful=None, fine=None)  # looking at all keys first would take as long as attending them
-    (batch, heads, seq_q, _), grid = call.full, call.grid
+    inputs = inputs._replace(
+        any_non_finite=None, finite=None
+    )  # looking at all keys first would take as long as attending them
+    (batch, heads, seq_q, _), grid = call.score_shape, call.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
     rows = batch, heads, parts, inputs.query.shape[2]
     shapes: Shapes = {"acc": ((*rows, inputs.value.shape[-1]), jnp.float32)}
@@ -139,11 +139,11 @@ def backward(
     delta = jnp.where(fine, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
     call, inputs = _prepare(arrays, setup)
-    batch, heads, seq_q, seq_kv = call.full
+    batch, heads, seq_q, seq_kv = call.score_shape
     bad = ~fine.reshape(batch, call.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
-        careful=inputs.careful | bad.astype(jnp.int32),
+        any_non_finite=inputs.any_non_finite | bad.astype(jnp.int32),
         d_out=_whole_rows(d_out, length, 0),
         lse=_whole_rows(lse, length, jnp.inf),
         delta=_whole_rows(delta, length, 0),
@@ -168,7 +168,7 @@ def backward(
     return d_query, d_key, d_value, _mod_gradients(call, inputs, setup, {**by_query, **by_key})
 
 
-def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
+def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
     """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
     score_mod, values, kernel = setup.score_mod, setup.mod_values, Kernel(call, inputs)
     if score_mod is None:
@@ -178,7 +178,7 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
     def operands(given: list[Array]) -> list[Array]:
         changed = dict(zip(floats, given, strict=True))
         computed = score_mod.compute_operands(
-            [changed.get(n, x) for n, x in enumerate(values)], call.full, setup.positions
+            [changed.get(n, x) for n, x in enumerate(values)], call.score_shape, setup.positions
         )
         return [x for x in computed if jnp.issubdtype(x.dtype, jnp.inexact)]
 
@@ -187,7 +187,7 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
     cotangents = []
     for n, result in zip(numbers, results, strict=True):
         of_keys = result.shape[3] > 1
-        total = sums[f"mod {n}"][:, :, : call.full[3] if of_keys else call.full[2]]
+        total = sums[f"mod {n}"][:, :, : call.score_shape[3] if of_keys else call.score_shape[2]]
         total = total[:, :, None, :] if of_keys else total[:, :, :, None]
         extra = tuple(axis for axis in range(4) if result.shape[axis] == 1 and total.shape[axis] > 1)
         cotangents.append(total.sum(extra, keepdims=True).astype(result.dtype))
@@ -200,16 +200,16 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
     return tuple(gradients)
 
 
-def _table_gradient(call: Call, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
+def _table_gradient(call: KernelSpec, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
     """The gradient of a table from what one read takes of it."""
     score_mod = call.score_mod
     assert score_mod is not None
-    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.full
+    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.score_shape
     index = [
         x if x is None else np.clip(x, 0, size - 1)
-        for x, size in zip(score_mod.index_of(read, call.full), shape, strict=True)
+        for x, size in zip(score_mod.index_of(read, call.score_shape), shape, strict=True)
     ]
-    if _how_to_learn(setup, read, call.full) == "pairs":
+    if _how_to_learn(setup, read, call.score_shape) == "pairs":
         outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
         slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
         grid = call.grid.num_q * call.grid.num_kv, slab[1], slab[0]
@@ -269,7 +269,7 @@ def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
     return None
 
 
-def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[Call, Inputs]:
+def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[KernelSpec, Inputs]:
     """What a kernel knows and reads; keys in pages are read with care, others as `careful` says."""
     query, key, value, scale = arrays
     batch, heads, seq_q, _ = query.shape
@@ -325,10 +325,10 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         setup.words,
         *operands(mask, setup.mask_values),
         *operands(score_mod, setup.mod_values),
-        pages=pages,
+        block_table=pages,
         positions=positions,
     )
-    call = Call(
+    call = KernelSpec(
         full, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
     )
     return call, inputs

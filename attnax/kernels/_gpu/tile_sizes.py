@@ -1,7 +1,7 @@
 """Tile sizes of the GPU kernels, and the shared memory that they take.
 
-`benchmarks/aot_triton.py --search` finds which tiles fit, and `make aot-triton` holds what is here against Triton's
-compiler; on a GPU `benchmarks/gpu.py --tiles` measures which are fast.
+`benchmarks/aot_triton.py --search` finds which tiles fit, and `make aot-triton` checks the sizes here with Triton's
+compiler. On a GPU `benchmarks/gpu.py --tiles` measures which are fast.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ __all__ = [
     "LARGER",
     "LARGEST_HEAD",
     "TILES",
+    "Footprint",
     "Tile",
     "choose",
-    "fit_stages",
-    "fits",
-    "need_and_have",
     "running_card",
-    "shared_bytes",
     "shared_memory",
     "why_too_old",
 ]
@@ -36,10 +33,10 @@ class Tile(NamedTuple):
     block_q: int  # queries
     block_kv: int  # keys
     num_warps: int
-    num_stages: int  # tiles of keys and values that are on their way at once
+    num_stages: int  # tiles of keys and values that are loaded ahead, the one in use included
 
 
-# For any card, by kind, bits of a number, and the greatest head size that an entry is for.
+# For any card. A key is a kind, the bits of a number, and the largest head size that the entry serves.
 TILES = {
     ("forward", 16, 64): Tile(128, 64, 8, 3),
     ("forward", 16, 128): Tile(128, 64, 8, 2),
@@ -61,13 +58,13 @@ TILES = {
     ("decode", 32, 256): Tile(16, 16, 4, 2),
 }
 
-# Instead of those, for a card that is known to have at least `_LARGE` bytes of shared memory.
+# In place of an entry of TILES on a card that is known to have at least `_LARGE` bytes of shared memory.
 LARGER = {
     ("forward", 16, 128): Tile(128, 64, 8, 3),
     ("backward", 16, 256): Tile(64, 32, 8, 2),
 }
 
-# Instead of both, for kernels that draw dropout or load something for each pair, which would spill registers.
+# In place of both for kernels that draw dropout or load something for each pair: larger tiles would spill registers.
 BUSY = {
     ("forward", 16, 128): Tile(64, 64, 8, 2),
     ("backward", 16, 64): Tile(64, 32, 4, 2),
@@ -76,8 +73,8 @@ BUSY = {
 LARGEST_HEAD = max(size for *_, size in TILES)
 _KIB = 1024
 _LARGE = 163 * _KIB
-_OLDEST = 80  # Triton's tensor cores of 16-bit floats, and the shared memory that all cards from then on have
-_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, of the cards that have more than others
+_OLDEST = 80  # the first with Triton's tensor cores for 16-bit floats and at least `_LEAST` of shared memory
+_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, of the cards with more than `_LEAST`
 _LEAST = 99
 _SLACK = 2 * _KIB  # for sums over rows, and barriers
 _NAMES = {
@@ -91,9 +88,10 @@ _NAMES = {
 
 
 def running_card() -> int:
-    """Ten times the compute capability of the GPU that programs traced here and now run on; 0 where it is not known.
+    """Ten times the compute capability of the GPU that a program traced now runs on; 0 where it is not known.
 
-    The mesh that a program is traced under may name it (`jax.sharding.AbstractDevice`); else it is this process's.
+    The mesh that the program is traced under may name the GPU (`jax.sharding.AbstractDevice`); by default it is the GPU
+    of this process.
     """
     device = abstract_device()
     if device is not None:
@@ -103,19 +101,19 @@ def running_card() -> int:
 
 
 def why_too_old(card: int) -> str | None:
-    """Why no kernel is made for a card; None if it is new enough, or not known."""
+    """Why there is no kernel for a card; None if the card is new enough, or not known."""
     if 0 < card < _OLDEST:
         return f"the Pallas kernels are for GPUs of compute capability 8.0 and later; this one has {card / 10}"
     return None
 
 
 def shared_memory(card: int) -> int:
-    """Bytes of shared memory that a program may take on a card of compute capability 8.0 or later, at least."""
+    """The least shared memory, in bytes, that a program may take on a card of compute capability 8.0 or later."""
     return _SHARED.get(card, _LEAST) * _KIB
 
 
 def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: bool = False) -> Tile:
-    """The tile of "forward", "backward" or "decode" for heads of this size: one that any card holds, or this one.
+    """The tile of "forward", "backward" or "decode" for heads of this size, which the card can hold; 0 for any card.
 
     `busy` kernels draw dropout, or load something for each pair of a query and a key.
     """
@@ -125,66 +123,55 @@ def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: boo
     return LARGER[key] if key in LARGER and shared_memory(card) >= _LARGE else TILES[key]
 
 
-def fits(
-    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
-) -> bool:
-    """Whether a card has the `shared_bytes` of a kind's kernels; card 0: whether all of them have it."""
-    need, have = need_and_have(kind, tile, head_dim, value_dim, bits, card, pair_bytes=pair_bytes)
-    return need <= have
+class Footprint(NamedTuple):
+    """What decides how much shared memory the kernels of a kind take.
 
-
-def need_and_have(
-    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
-) -> tuple[int, int]:
-    """(`shared_bytes`, `shared_memory`) of a card; card 0: of that which lacks most."""
-    both = (
-        (shared_bytes(kind, tile, head_dim, value_dim, bits, of, pair_bytes=pair_bytes), shared_memory(of))
-        for of in ([card] if card else [86, *_SHARED])
-    )
-    return max(both, key=lambda need_have: need_have[0] - need_have[1])
-
-
-def fit_stages(
-    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int = 16, card: int = 0, *, pair_bytes: int = 0
-) -> Tile:
-    """The tile with as many of its stages as the card, or all, have shared memory for; at least one."""
-    fewer = (tile._replace(num_stages=stages) for stages in range(tile.num_stages, 0, -1))
-    sizes = head_dim, value_dim, bits, card
-    return next(
-        (tile for tile in fewer if fits(kind, tile, *sizes, pair_bytes=pair_bytes)), tile._replace(num_stages=1)
-    )
-
-
-def shared_bytes(
-    kind: str, tile: Tile, head_dim: int, value_dim: int, bits: int, card: int, *, pair_bytes: int = 0
-) -> int:
-    """An upper bound of the bytes of shared memory that the kernels of a kind take on a card.
-
-    Args:
-        kind: "forward", "backward" or "decode".
-        tile: theirs.
-        head_dim: of queries and keys.
-        value_dim: of values.
-        bits: of a number.
-        card: ten times its compute capability.
-        pair_bytes: what masks and score mods read for each pair of a query and a key.
+    Its methods take a card as ten times its compute capability; 0 stands for every card.
     """
-    head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (head_dim, value_dim))
 
-    def need(held: int, moving: int, width: int, turned: int) -> int:
-        """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
-        # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
-        reads_shared = 90 <= card < 120 and held >= 64
-        buffers = max(1, tile.num_stages - 1)
-        operands = tile.num_stages if reads_shared else buffers
-        if kind == "decode":  # keys that a kernel looks at itself are put back
-            operands = min(2, tile.num_stages)
-        elif (card >= 100 and reads_shared) or (tile.num_stages == 1 and bits == 16):
-            operands += turned
-        numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
-        return numbers * bits // 8 + (tile.num_stages - 1) * held * moving * pair_bytes + _SLACK
+    kind: str  # "forward", "backward" or "decode"
+    tile: Tile
+    head_dim: int  # of queries and keys
+    value_dim: int
+    bits: int = 16  # of a number
+    pair_bytes: int = 0  # what masks and score mods read for each pair of a query and a key
 
-    if kind != "backward":
-        return need(tile.block_q, tile.block_kv, head_dim, 0)
-    both = (tile.block_q, tile.block_kv), (tile.block_kv, tile.block_q)
-    return max(need(*blocks, head_dim + value_dim, 1) for blocks in both)
+    def fits(self, card: int = 0) -> bool:
+        """Whether the card has enough shared memory."""
+        need, have = self.need_and_have(card)
+        return need <= have
+
+    def need_and_have(self, card: int = 0) -> tuple[int, int]:
+        """(bytes needed, bytes of the card); for card 0 those of the card that lacks most."""
+        both = ((self.bytes_on(of), shared_memory(of)) for of in ([card] if card else [86, *_SHARED]))
+        return max(both, key=lambda need_have: need_have[0] - need_have[1])
+
+    def fitted(self, card: int = 0) -> Footprint:
+        """The same with as many stages of the tile as the card has memory for, at least one."""
+        stages = range(self.tile.num_stages, 0, -1)
+        fewer = [self._replace(tile=self.tile._replace(num_stages=count)) for count in stages]
+        return next((footprint for footprint in fewer if footprint.fits(card)), fewer[-1])
+
+    def bytes_on(self, card: int) -> int:
+        """An upper bound of the bytes of shared memory on a card that is known."""
+        tile = self.tile
+        head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (self.head_dim, self.value_dim))
+
+        def need(held: int, moving: int, width: int, turned: int) -> int:
+            """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
+            # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
+            reads_shared = 90 <= card < 120 and held >= 64
+            buffers = max(1, tile.num_stages - 1)
+            operands = tile.num_stages if reads_shared else buffers
+            if self.kind == "decode":  # a kernel that tests keys itself writes them back
+                operands = min(2, tile.num_stages)
+            elif (card >= 100 and reads_shared) or (tile.num_stages == 1 and self.bits == 16):
+                operands += turned
+            numbers = held * width + operands * moving * (head_dim + value_dim) + (1 + turned) * held * moving
+            for_pairs = (tile.num_stages - 1) * held * moving * self.pair_bytes
+            return numbers * self.bits // 8 + for_pairs + _SLACK
+
+        if self.kind != "backward":
+            return need(tile.block_q, tile.block_kv, head_dim, 0)
+        both = (tile.block_q, tile.block_kv), (tile.block_kv, tile.block_q)
+        return max(need(*blocks, head_dim + value_dim, 1) for blocks in both)

@@ -1,7 +1,7 @@
 """Splash attention, the TPU kernels that JAX ships, for the plain calls that they serve.
 
-Its kernels give a forbidden pair inside of a block the weight 0 and multiply by it all the same, which keeps no NaN
-out. So rows that are not finite go in as 0, and whatever attends them, or is attended by them, comes out as NaN.
+Inside a block its kernels multiply values by the weight 0 of a forbidden pair, and 0 * NaN is NaN. So the kernels get
+zeros in place of non-finite rows, and every result that such a row contaminates is set to NaN afterwards.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def why_not_splash(
 ) -> str | None:
     """Why splash attention does not serve a checked call; None if it does.
 
-    One reason shows only when a program is lowered, and is not found here: the program is for several devices, which
-    `jit` learned from its arguments alone.
+    One reason is found only when a program is lowered, not here: that `jit` compiles for several devices because its
+    arguments lie on them.
 
     Args:
         query: (B, N, T, H), or its shape and dtype.
         key: (B, K, S, H), likewise.
         value: (B, K, S, V), likewise.
-        mask: as `resolve_masks` gives it.
+        mask: as `resolve_masks` returns it.
         score_mod: likewise.
         dropout_rate: 0 where the call is deterministic.
-        return_lse: whether the caller sees the log-sum-exp, which then needs a gradient.
+        return_lse: whether the caller gets the log-sum-exp, which then needs a gradient.
     """
     (seq_q, head_dim), (seq_kv, value_dim) = query.shape[2:], value.shape[2:]
     blocks = (seq_q // _block_size(seq_q)) * (seq_kv // _block_size(seq_kv))
@@ -61,9 +61,11 @@ def why_not_splash(
         "splash attention takes lengths that are multiples of 128": seq_q % 128 != 0
         or seq_kv % 128 != 0
         or 0 in (seq_q, seq_kv),
-        f"splash attention lists all blocks of queries and keys, and here are {blocks}": blocks > _MOST_BLOCKS,
+        f"splash attention lists all pairs of blocks of queries and keys, and here are {blocks}": blocks > _MOST_BLOCKS,
         "splash attention takes no masks but causal ones and causal windows of known size": not _is_served(mask),
-        "splash attention gives the mean of all values to queries that attend nothing": isinstance(mask, SlidingWindow)
+        "splash attention returns the mean of all values for queries that attend nothing": isinstance(
+            mask, SlidingWindow
+        )
         and _is_served(mask)
         and (mask.before < 1 or seq_q - seq_kv >= mask.before),
     }
@@ -71,13 +73,13 @@ def why_not_splash(
 
 
 def _why_not_here() -> str | None:
-    """What of the surroundings of a call stands against it."""
+    """Why JAX's settings or the mesh around a call exclude splash attention; None if they do not."""
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return "splash attention counts in 32 bits, and JAX in 64 here"
     mesh = jax.sharding.get_abstract_mesh()
     if set(mesh.manual_axes) != set(mesh.axis_names) and (mesh.size > 1 or mesh.manual_axes):
         return "splash attention runs on one device, or inside of a shard_map over all axes of a mesh"
-    # Whether a shard_map asks shows only in the type that it gives to what varies.
+    # Only the type of a varying value shows whether the shard_map checks varying axes.
     if any(varying_axes(lax.axis_index(axis)) for axis in mesh.manual_axes):
         return "splash attention does not say over which axes of a shard_map it varies; check_vma=False does not ask"
     return None
@@ -86,12 +88,12 @@ def _why_not_here() -> str | None:
 def splash_forward(
     query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None, score_mod: ScoreMod | None
 ) -> tuple[Array, Array]:
-    """(out in the dtype of query, natural log-sum-exp in float32) of a call that `why_not_splash` lets through."""
+    """(out in the dtype of query, natural log-sum-exp in float32) of a call that `why_not_splash` accepts."""
     given = _make_finite(query, key, value, scale, mask)
     with _precision(query):
         attend = _kernel(query, key, mask, score_mod, save_residuals=True)
         out, (lse,) = attend(given.query, given.key, given.value)
-    return jnp.where(given.bad_queries[..., None], jnp.nan, out), jnp.where(given.bad_queries, jnp.nan, lse)
+    return jnp.where(given.contaminated[..., None], jnp.nan, out), jnp.where(given.contaminated, jnp.nan, lse)
 
 
 def splash_backward(
@@ -108,13 +110,14 @@ def splash_backward(
     """The gradients of (scale * query, key, value) in float32, for the cotangent of out.
 
     JAX has no public function that takes the results of `splash_forward`, but the pullback is a pytree that holds them.
-    With those that are known in their place nothing reads the forward pass that is traced here, and XLA drops it.
+    The known results are put in their place; nothing then reads the forward pass traced here, and XLA drops it.
     """
     given = _make_finite(query, key, value, scale, mask)
-    d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
-    bad_queries = given.bad_queries | ~_is_finite(d_out)
-    d_out, out = (jnp.where(bad_queries[..., None], 0, x).astype(query.dtype) for x in (d_out, out))
-    lse = jnp.where(bad_queries, 0, lse).astype(jnp.float32)
+    # The cotangent of a sum is a constant: without the barrier XLA would test its rows while it compiles.
+    d_out = lax.optimization_barrier(d_out)
+    contaminated = given.contaminated | ~_is_finite(d_out)
+    d_out, out = (jnp.where(contaminated[..., None], 0, x).astype(query.dtype) for x in (d_out, out))
+    lse = jnp.where(contaminated, 0, lse).astype(jnp.float32)
     with _precision(query):
         attend = _kernel(query, key, mask, score_mod, save_residuals=False)
         again, pullback = jax.vjp(attend, given.query, given.key, given.value)
@@ -122,13 +125,14 @@ def splash_backward(
         leaves = [out if x is again else lse if (x.shape, x.dtype) == (lse.shape, lse.dtype) else x for x in leaves]
         d_query, d_key, d_value = jax.tree.unflatten(structure, leaves)(d_out)
     batch, kv_heads, seq_kv, _ = key.shape
-    any_head = bad_queries.reshape(batch, kv_heads, -1, query.shape[2]).any(2)
-    bad_keys = _reach(any_head, mask, seq_kv, backwards=True)
+    any_head = contaminated.reshape(batch, kv_heads, -1, query.shape[2]).any(2)
+    contaminated_keys = _reach(any_head, mask, seq_kv, backwards=True)
 
-    def spoil(gradient: Array, bad: Array) -> Array:
-        return jnp.where(bad[..., None], jnp.nan, gradient.astype(jnp.float32))
+    def contaminate(gradient: Array, where: Array) -> Array:
+        return jnp.where(where[..., None], jnp.nan, gradient.astype(jnp.float32))
 
-    return spoil(d_query, bad_queries), spoil(d_key, bad_keys), spoil(d_value, bad_keys)
+    d_key, d_value = (contaminate(x, contaminated_keys) for x in (d_key, d_value))
+    return contaminate(d_query, contaminated), d_key, d_value
 
 
 def _is_served(mask: Mask | None) -> bool:
@@ -143,13 +147,13 @@ def _block_size(length: int) -> int:
 
 
 def _precision(query: Array) -> Any:
-    # By default a TPU multiplies float32 in bfloat16. In bfloat16 that is right for the weights too.
+    # By default a TPU multiplies float32 in bfloat16, which suits the weights where the inputs are bfloat16.
     return jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default")
 
 
 def _kernel(query: Array, key: Array, mask: Mask | None, score_mod: ScoreMod | None, *, save_residuals: bool) -> Any:
-    """A function of (query, key, value), batched, that reads the keys of a group of heads without repeating them."""
-    # Imports Pallas for TPU, which takes as long as all of the rest and is wanted only in programs for a TPU.
+    """A function of batched (query, key, value), which reads the keys of a group of heads without repeating them."""
+    # Imports Pallas for TPU, which takes as long as all other imports and is needed only in programs for a TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads, pairs = query.shape[1], (query.shape[2], key.shape[2])
@@ -174,12 +178,12 @@ def _kernel(query: Array, key: Array, mask: Mask | None, score_mod: ScoreMod | N
     return jax.vmap(attend)
 
 
-@functools.cache  # splash keeps the tables of masks that are equal, so of one class
+@functools.cache  # splash reuses the tables of equal masks, and only masks of one class are equal
 def _causal_mask() -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
 
     class CausalWindow(LocalMask):
-        """Splash's mask, which splash asks for each block, six times over: in blocks of one answer it is one entry."""
+        """Splash's mask, one entry for a block in which all pairs are equal: splash reads each block six times."""
 
         def __getitem__(self, index: Any) -> Any:
             q, kv = index
@@ -192,25 +196,25 @@ def _causal_mask() -> Any:
     return CausalWindow
 
 
-class Finite(NamedTuple):
-    """What the kernels are given."""
+class FiniteInputs(NamedTuple):
+    """The inputs of the kernels, and which results are contaminated."""
 
     query: Array  # (B, N, T, H), scaled
     key: Array
     value: Array
-    bad_queries: Array  # (B, N, T): not finite, or attends a key or value that is not
+    contaminated: Array  # (B, N, T): the query is non-finite, or attends a non-finite key or value
 
 
-def _make_finite(query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None) -> Finite:
+def _make_finite(query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None) -> FiniteInputs:
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    is_good, is_good_key = _is_finite(scaled), _is_finite(key) & _is_finite(value)
-    spoiled = _reach(~is_good_key, mask, query.shape[2], backwards=False)
-    bad_queries = ~is_good | jnp.repeat(spoiled, query.shape[1] // key.shape[1], axis=1)
-    return Finite(
-        jnp.where(bad_queries[..., None], 0, scaled),
-        jnp.where(is_good_key[..., None], key, 0),
-        jnp.where(is_good_key[..., None], value, 0),
-        bad_queries,
+    finite_keys = _is_finite(key) & _is_finite(value)
+    by_keys = _reach(~finite_keys, mask, query.shape[2], backwards=False)
+    contaminated = ~_is_finite(scaled) | jnp.repeat(by_keys, query.shape[1] // key.shape[1], axis=1)
+    return FiniteInputs(
+        jnp.where(contaminated[..., None], 0, scaled),
+        jnp.where(finite_keys[..., None], key, 0),
+        jnp.where(finite_keys[..., None], value, 0),
+        contaminated,
     )
 
 
@@ -218,14 +222,14 @@ def _is_finite(x: Array) -> Array:
     return jnp.isfinite(x).all(-1)
 
 
-def _reach(bad: Array, mask: Mask | None, length: int, *, backwards: bool) -> Array:
-    """Which of `length` queries attend a bad key; or backwards, which keys a bad query attends: (B, K, length)."""
+def _reach(marked: Array, mask: Mask | None, length: int, *, backwards: bool) -> Array:
+    """Which of `length` queries attend a marked key; backwards, which keys a marked query attends: (B, K, length)."""
     if mask is None:
-        return jnp.broadcast_to(bad.any(-1, keepdims=True), (*bad.shape[:2], length))
-    most = max(bad.shape[2], length)
+        return jnp.broadcast_to(marked.any(-1, keepdims=True), (*marked.shape[:2], length))
+    most = max(marked.shape[2], length)
     before = min(int(mask.before), most) if isinstance(mask, SlidingWindow) else most
-    reached, width = jnp.pad(bad, ((0, 0), (0, 0), (0, most - bad.shape[2]))), 1
-    while width < before:  # in steps that double: a cumulative maximum takes a TPU's compiler twice as long
+    reached, width = jnp.pad(marked, ((0, 0), (0, 0), (0, most - marked.shape[2]))), 1
+    while width < before:  # steps double: a cumulative maximum takes a TPU's compiler twice as long
         step = min(width, before - width)
         shift = (-step, step, 0) if backwards else (step, -step, 0)
         reached |= lax.pad(reached, False, ((0, 0, 0), (0, 0, 0), shift))

@@ -1,8 +1,7 @@
-"""Few queries against many stored tokens, a chunk of tokens at a time: what attention to a cache is made of.
+"""A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The number of chunks is a value, not a shape: a step's work follows the tokens in use, in the same compiled program. A
-`Source` says where its tokens lie and how a chunk of them is read; masks and score mods see true positions. What a
-chunk adds to the result is in `_core/softmax.py`.
+The loop over chunks has a traced length, so a step's work follows the tokens in use. What a chunk adds to the result is
+in `_core/softmax.py`.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from attnax.kernels._core.stored import Chunk
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["Functions", "Queries", "attend_chunks"]
+__all__ = ["ChunkFunctions", "Queries", "attend_chunks"]
 
 
 @pytree_dataclass
 class Queries:
-    """The queries of B rows and how masks and score mods see them."""
+    """The queries, and the indices at which masks and score mods see them."""
 
     query: Array  # (B, N, T, H), scaled
-    rows: Array  # (B,), the b that masks and score mods see
-    positions: Array  # (B, T); a negative one is no token and attends nothing
-    dropout: Array | None  # two words
+    b: Array  # (B,)
+    positions: Array  # (B, T); a negative one is padding and attends nothing
+    dropout: Array | None  # the words of `keep_weights`
 
 
 @pytree_dataclass
-class Functions:
+class ChunkFunctions:
     """The mask and the score mod, traced at the shape of a source's chunk."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
@@ -44,8 +43,9 @@ class Functions:
 
 
 def attend_chunks(
-    dropout_rate: float, queries: Queries, sources: tuple[Any, ...], functions: tuple[Functions, ...]
+    dropout_rate: float, queries: Queries, sources: tuple[Any, ...], functions: tuple[ChunkFunctions, ...]
 ) -> tuple[Array, Array]:
+    """(out, natural log-sum-exp) over the tokens of all sources."""
     batch, heads, seq_q, _ = queries.query.shape
     kv_heads, value_dim = sources[0].value_shape
     axes = varying_axes(queries.query)
@@ -54,7 +54,7 @@ def attend_chunks(
     for source, of_source in zip(sources, functions, strict=True):
 
         def visit(
-            n: Any, state: softmax.SoftmaxState, source: Any = source, of_source: Functions = of_source
+            n: Any, state: softmax.SoftmaxState, source: Any = source, of_source: ChunkFunctions = of_source
         ) -> softmax.SoftmaxState:
             return visit_chunk(state, source.chunk(n), of_source, queries, dropout_rate)
 
@@ -69,7 +69,7 @@ def attend_chunks(
 
 
 def visit_chunk(
-    state: softmax.SoftmaxState, chunk: Chunk, functions: Functions, queries: Queries, dropout_rate: float
+    state: softmax.SoftmaxState, chunk: Chunk, functions: ChunkFunctions, queries: Queries, dropout_rate: float
 ) -> softmax.SoftmaxState:
     """The state after one more chunk, which is not read where the mask forbids all of it."""
     batch, heads, seq_q, _ = queries.query.shape
@@ -85,43 +85,43 @@ def visit_chunk(
         kept = keep_weights(queries.dropout, dropout_rate, *indices)
         return jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
 
-    def update(state: softmax.SoftmaxState, *, careful: bool) -> softmax.SoftmaxState:
+    def update(state: softmax.SoftmaxState, *, all_finite: bool) -> softmax.SoftmaxState:
         key, value = chunk.read()
         key, value = key.astype(queries.query.dtype), value.astype(queries.query.dtype)
         _, kv_heads, size, _ = key.shape
-        if careful:
-            key, value, spoiled = _clean(key, value)
-            bias = jnp.broadcast_to(spoiled[:, :, None], (batch, kv_heads, heads // kv_heads, size))
+        if not all_finite:
+            key, value, contamination = _replace_non_finite(key, value)
+            bias = jnp.broadcast_to(contamination[:, :, None], (batch, kv_heads, heads // kv_heads, size))
             bias = bias.reshape(batch, heads, 1, size)
         # Heads that share keys become rows of one product.
         query, key, value = (x.reshape(batch * kv_heads, -1, x.shape[-1]) for x in (queries.query, key, value))
         scores = softmax.product(query, key, 1, 1).reshape(batch, heads, seq_q, size)
-        if not careful:  # what spoils a key must get past the score mod, and infinity not pass for a masked one
-            spoiled = ~jnp.isfinite(scores)
-            scores, bias = jnp.where(spoiled, 0, scores), jnp.where(spoiled, jnp.nan, 0).astype(scores.dtype)
+        if all_finite:  # A non-finite score goes around the score mod; an infinite one must not count as masked.
+            finite = jnp.isfinite(scores)
+            scores, bias = jnp.where(finite, scores, 0), jnp.where(finite, 0, jnp.nan).astype(scores.dtype)
         scores = softmax.mask_scores(scores, keep, bias, None if functions.score_mod is None else modify)
         scores = scores.reshape(batch * kv_heads, -1, size)
         return softmax.update(state, scores, value, dropout=None if queries.dropout is None else drop)
 
-    def quick(state: softmax.SoftmaxState) -> softmax.SoftmaxState:
-        """Keys and values as they are; if something in them is not finite, the sums show it: 0 * NaN is NaN."""
-        after = update(state, careful=False)
-        fine = jnp.isfinite(after.acc).all() & jnp.isfinite(after.sum).all()
-        return lax.cond(fine, lambda: after, lambda: update(state, careful=True))
+    def visit(state: softmax.SoftmaxState) -> softmax.SoftmaxState:
+        """With keys and values as they are; a non-finite one shows in the sums, since 0 * NaN is NaN."""
+        after = update(state, all_finite=True)
+        finite = jnp.isfinite(after.acc).all() & jnp.isfinite(after.sum).all()
+        return lax.cond(finite, lambda: after, lambda: update(state, all_finite=False))
 
-    # Not `quick(state)` even without a mask: XLA would cast a whole bfloat16 pool outside of the loop.
-    return lax.cond(keep.any(), quick, lambda state: state, state)
+    # Not `visit(state)` even without a mask: XLA would cast a whole bfloat16 pool outside of the loop.
+    return lax.cond(keep.any(), visit, lambda state: state, state)
 
 
 def _indices(queries: Queries, chunk: Chunk) -> tuple[Array, Array, Array, Array]:
     """(b, h, q, kv) of the chunk as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S)."""
     heads = vary(jnp.arange(queries.query.shape[1], dtype=jnp.int32), varying_axes(queries.query))
     q = queries.positions[:, None, :, None]
-    return queries.rows[:, None, None, None], heads[None, :, None, None], q, chunk.position
+    return queries.b[:, None, None, None], heads[None, :, None, None], q, chunk.position
 
 
-def _clean(key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """Keys and values with 0 for one that is not finite, and (B, K, S) NaN to spoil the scores of who attends it."""
-    fine = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    key, value = (jnp.where(fine[..., None], x, 0) for x in (key, value))
-    return key, value, jnp.where(fine, 0, jnp.nan).astype(key.dtype)
+def _replace_non_finite(key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Keys and values with zeros for non-finite ones, and what contaminates their scores: (B, K, S), NaN or 0."""
+    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    key, value = (jnp.where(finite[..., None], x, 0) for x in (key, value))
+    return key, value, jnp.where(finite, 0, jnp.nan).astype(key.dtype)

@@ -1,4 +1,4 @@
-"""Which tiles the GPU kernels have: some that any card holds, larger ones where the card is known."""
+"""The tiles of the GPU kernels: any card holds the usual ones, a known card gets larger ones."""
 
 import functools
 import itertools
@@ -14,12 +14,10 @@ from attnax.kernels._gpu import decode
 from attnax.kernels._gpu.tile_sizes import (
     LARGER,
     TILES,
+    Footprint,
     Tile,
     choose,
-    fit_stages,
-    fits,
     running_card,
-    shared_bytes,
     shared_memory,
 )
 from attnax.kernels.score_mods import additive_bias_mod
@@ -28,32 +26,32 @@ KNOWN = [80, 90, 100]
 
 
 def on(name):
-    """Where programs for a card of this name are traced."""
+    """The context in which programs for a card of this name are traced."""
     return jax.sharding.use_abstract_mesh(gpu_mesh(name=name))
 
 
 @pytest.mark.parametrize("key", TILES, ids=str)
-def test_the_tile_of_a_card_that_is_not_known_fits_all_cards(key):
+def test_the_tile_of_an_unknown_card_fits_all_cards(key):
     kind, bits, size = key
     assert choose(kind, size, bits) == choose(kind, size - 1, bits) == choose(kind, size, bits, 86) == TILES[key]
-    assert fits(kind, TILES[key], size, size, bits)
+    assert Footprint(kind, TILES[key], size, size, bits).fits()
 
 
 @pytest.mark.parametrize("card", KNOWN)
 @pytest.mark.parametrize("key", LARGER, ids=str)
-def test_a_card_that_is_known_to_hold_a_larger_tile_has_it(key, card):
+def test_a_known_card_has_the_larger_tile_that_it_holds(key, card):
     kind, bits, size = key
     assert choose(kind, size, bits, card) == LARGER[key] != TILES[key]
-    assert fits(kind, LARGER[key], size, size, bits, card)
+    assert Footprint(kind, LARGER[key], size, size, bits).fits(card)
 
 
 @pytest.mark.parametrize("card", [86, *KNOWN])
 @pytest.mark.parametrize("kind", ["forward", "backward", "decode"])
-def test_what_is_larger_takes_no_less_shared_memory(kind, card):
+def test_larger_sizes_take_no_less_shared_memory(kind, card):
     sizes = (16, 64), (32, 128), (1, 3), (64, 256), (32, 128), (16, 32)
 
     def need(block_q, block_kv, stages, head_dim, value_dim, bits):
-        return shared_bytes(kind, Tile(block_q, block_kv, 8, stages), head_dim, value_dim, bits, card)
+        return Footprint(kind, Tile(block_q, block_kv, 8, stages), head_dim, value_dim, bits).bytes_on(card)
 
     for choice in list(itertools.product(*sizes))[::5]:
         for axis, (small, large) in enumerate(sizes):
@@ -82,7 +80,7 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
     assert tiles.plain == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 
-def test_a_card_that_is_not_known_has_the_least_shared_memory():
+def test_an_unknown_card_has_the_least_shared_memory():
     assert shared_memory(0) == shared_memory(86) == min(map(shared_memory, range(80, 130))) == 99 * 1024
     assert [shared_memory(card) // 1024 for card in KNOWN] == [163, 227, 227]
 
@@ -90,8 +88,9 @@ def test_a_card_that_is_not_known_has_the_least_shared_memory():
 def test_pages_that_no_card_holds_are_left_to_the_chunks():
     def paged(page):
         pages = jnp.zeros((1, page, 1, 128), jnp.bfloat16)
-        stored = decode.Stored(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
-        return decode._tile_of(jnp.zeros((1, 4, 1, 128), jnp.bfloat16), stored)
+        tokens = decode.TokenArrays(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+        query, positions = jnp.zeros((1, 4, 1, 128), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
+        return decode.DecodeInputs(query, jnp.float32(1), positions, tokens, "test")._tile()
 
     assert paged(16).block_kv == 16
     assert paged(128).block_kv == 128
@@ -101,13 +100,14 @@ def test_pages_that_no_card_holds_are_left_to_the_chunks():
         assert paged(1024) is None
 
 
-def test_what_is_read_for_each_pair_leaves_room_for_fewer_stages():
-    tile = TILES["forward", 16, 64]
-    assert fit_stages("forward", tile, 64, 64) == tile
-    fewer = fit_stages("forward", tile, 64, 64, pair_bytes=4)
-    assert 1 <= fewer.num_stages < tile.num_stages
-    assert fits("forward", fewer, 64, 64, pair_bytes=4)
-    assert fit_stages("forward", tile, 64, 64, card=90, pair_bytes=4) == tile
+def test_reads_for_each_pair_leave_room_for_fewer_stages():
+    plain = Footprint("forward", TILES["forward", 16, 64], 64, 64)
+    assert plain.fitted() == plain
+    with_pairs = plain._replace(pair_bytes=4)
+    fewer = with_pairs.fitted()
+    assert 1 <= fewer.tile.num_stages < plain.tile.num_stages
+    assert fewer.fits()
+    assert with_pairs.fitted(90) == with_pairs
 
 
 def test_a_bias_for_each_pair_is_compiled_with_fewer_stages():
