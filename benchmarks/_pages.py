@@ -1,4 +1,4 @@
-"""Writes what a command found into a page of the documentation."""
+"""Writes the results of a command into a page of the documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _END = "<!-- end -->"
 
 
 def write_section(page: Path, command: str, text: str) -> None:
-    """Puts `text` in place of what stands between `<!-- command -->` and the next `<!-- end -->` of a page.
+    """Replaces the text between `<!-- command -->` and the next `<!-- end -->` of a page.
 
     Raises:
         ValueError: the page has no such place.

@@ -3,11 +3,12 @@
     python benchmarks/attention.py                                   # with `make bench`'s .venv-torch, or torch here
     python benchmarks/attention.py --cases causal window --lengths 1024 --json figures.json --markdown table.md
 
-The sides are flash_attention and, if asked for, standard_attention of Attnax; jax.nn.dot_product_attention;
-PyTorch's scaled_dot_product_attention (SDPA) and compiled flex_attention. All compute the same thing in float32 from
-the same numbers, which is checked by comparing sums of every result; each in its own layout, with masks in the leanest
-form that it takes. Masks and biases that a side needs as arrays are made before it is timed, except for the learned
-bias. Batch * heads is 8, head_dim 64. Times are per call; a ratio is the other side's median over that of Attnax.
+The sides are flash_attention and, if asked for, standard_attention of Attnax; jax.nn.dot_product_attention; PyTorch's
+scaled_dot_product_attention (SDPA) and compiled flex_attention. All sides compute the same attention in float32 from
+the same numbers; a comparison of sums of every result checks this. Each side has its own layout, and masks in the
+leanest form that it takes. Masks and biases that a side needs as arrays are made before it is timed, except for the
+learned bias. Batch * heads is 8, head_dim 64. Times are per call; a ratio is the other side's median over that of
+Attnax.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ CASES = {
         adds=False,
     ),
     "learned bias": Case(
-        f"a learned bias a head and distance, clipped at {CLIP}; its gradient too",
+        f"a learned bias for each head and distance, clipped at {CLIP}; its gradient too",
         change=lambda scores, b, h, q, kv, extra, xp: scores + extra["table"][h, xp.clip(q - kv, -CLIP, CLIP) + CLIP],
         learned="table",
         extra=lambda length: {
@@ -95,7 +96,7 @@ CASES = {
         },
     ),
     "one line": Case(
-        "a function of one line, seen by Attnax as just that: near tokens and the first 64",
+        "a function of one line, given to Attnax as a function: near tokens and the first 64",
         keep=lambda b, h, q, kv, extra: (kv <= q) & ((q - kv < 256) | (kv < 64)),
     ),
     "padding": Case(
@@ -119,13 +120,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As the table says it."""
+        """The name in the table."""
         heads = "" if self.heads == HEADS else f", {self.heads} head"
         return f"{self.case}, {'forward + backward' if self.backward else 'forward'}, T={self.length}{heads}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of query, key, value and the result: (B, N, T, H)."""
+        """The shape of query, key, value and the result: (B, N, T, H)."""
         batch = CASES[self.case].batch
         return batch, self.heads // batch, self.length, HEAD_DIM
 
@@ -135,7 +136,7 @@ class Job:
         return [rng.standard_normal(self.shape, np.float32) for _ in range(4)], CASES[self.case].extra(self.length)
 
     def dense_mask(self, extra: Arrays) -> np.ndarray:
-        """(B or 1, 1, T or 1, S), row by row to save memory."""
+        """The mask as an array (B or 1, 1, T or 1, S), computed by rows to save memory."""
         keep, (batch, _, length, _) = CASES[self.case].keep, self.shape
         assert keep is not None
         if self.case == "padding":
@@ -150,7 +151,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What one line, or two, should reach."""
+    """A value that one line of the table, or two, should reach."""
 
     job: Job
     words: str
@@ -227,15 +228,15 @@ SIDES_OF_GOALS = {
 }
 
 
-# The sides. Each makes, from a job, the work to be timed and what there is to say about it; or says why it cannot.
+# The sides. Each makes the work to be timed and facts about it from a job, or gives the reason why it cannot.
 
 
 class CannotError(Exception):
-    """This side has no such attention, or not enough memory for it; the message is short."""
+    """This side lacks the attention or the memory of a job; the message is short."""
 
 
 def _fingerprint(arrays: Sequence[np.ndarray]) -> list[list[float]]:
-    """(rms, a random projection) of each result, to see that all sides compute the same."""
+    """(rms, a random projection) of each result; these must agree between the sides."""
     prints = []
     for array in arrays:
         values = np.asarray(array, np.float32).ravel()
@@ -303,7 +304,7 @@ def jax_nn_attention(case: str) -> Callable[..., Any]:
 
 
 def _dense_bias(job: Job, extra: Arrays) -> np.ndarray:
-    """(1, N, T, S) of a bias that is not learned."""
+    """A bias that is not learned, as an array (1, N, T, S)."""
     change = CASES[job.case].change
     assert change is not None
     index = np.arange(job.length, dtype=np.int32)
@@ -314,7 +315,7 @@ def _dense_bias(job: Job, extra: Arrays) -> np.ndarray:
 
 
 def _jax_program(attend: Callable[..., Any], job: Job) -> Callable[..., Any]:
-    """(query, key, value, cotangent, extra) -> every result, out first."""
+    """A function (query, key, value, cotangent, extra) -> all results, out first."""
     import jax
 
     learned = CASES[job.case].learned
@@ -441,7 +442,7 @@ def sdpa_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
         return functools.partial(scaled_dot_product_attention, is_causal=job.case == "causal")
     pairs = 4.0 * job.length**2
     scores = pairs * HEADS
-    # A learned bias takes the path that keeps all scores: bias, scores, weights, and the gradients of each.
+    # With a learned bias SDPA keeps arrays of all scores: bias, scores, weights, and the gradients of each.
     needed = pairs if case.change is None else scores if not case.learned else scores * (6 if job.backward else 3)
     if needed > MOST_BYTES:
         raise CannotError(f"needs {needed / 1e9:.0f} GB")
@@ -468,7 +469,7 @@ def flex_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
     from torch.nn.attention import flex_attention as flex
 
     case, (batch, _, length, _) = CASES[job.case], job.shape
-    torch.compiler.reset()  # or the number of shapes that it compiles for is limited
+    torch.compiler.reset()  # or PyTorch limits the number of shapes that it compiles for
     keep, change = case.keep, case.change
     options: dict[str, Any] = {}
     if keep is not None:
@@ -481,7 +482,7 @@ def flex_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
 
 
 def run_side(side: str) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers would outlive the compilation
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers would run on after compilation
     if side in ("sdpa", "flex"):
         import torch
 
@@ -502,7 +503,7 @@ def run_side(side: str) -> None:
 
 
 def measure(job: Job, sides: Mapping[str, Side], rounds: int) -> dict[str, dict[str, Any]]:
-    """What each side says about a job, and how long it took."""
+    """For each side: facts about a job, its times, or the reason why there are none."""
     rows = {name: side.ask(json.dumps(dataclasses.asdict(job))) for name, side in sides.items()}
     prints = {name: np.array(row["fingerprint"]) for name, row in rows.items() if "fingerprint" in row}
     for name, values in prints.items():
@@ -596,7 +597,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the lines that have a goal; by default added unless --cases or --lengths is given",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pages", choices=("small", "huge"), default="small", help="of malloc's memory, for all sides")
+    parser.add_argument(
+        "--pages", choices=("small", "huge"), default="small", help="size of malloc's pages, for all sides"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here, after each line")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
@@ -608,7 +611,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def jobs_of(options: argparse.Namespace) -> dict[Job, set[str]]:
-    """The lines of the table, and the sides of each."""
+    """The lines of the table, and the sides of each line."""
     jobs: dict[Job, set[str]] = {}
     if options.goals != "only":
         for case in options.cases or CASES:

@@ -2,18 +2,18 @@
 
     python benchmarks/gpu.py --quick                                    # less than 5 minutes
     python benchmarks/gpu.py --limit-seconds 540 --json figures.json --markdown table.md
-    python benchmarks/gpu.py --resume --json figures.json --markdown table.md    # the lines that are missing
-    python benchmarks/gpu.py --tiles                                    # the table of attnax/kernels/_gpu_tiles.py
+    python benchmarks/gpu.py --resume --json figures.json --markdown table.md    # only the missing lines
+    python benchmarks/gpu.py --tiles                                    # the table of attnax/kernels/_gpu/tile_sizes.py
     python benchmarks/gpu.py --rehearse                                 # tiny, on a CPU, kernels interpreted
 
 Needs jax and numpy, and torch for its two sides. Before anything is timed, values and gradients of both functions of
-Attnax are compared with a dense computation in float32: their error may be twice that of the same computation in
-bfloat16. A case that fails is not timed, and the exit code is 1. The results of all sides are compared too, at places
-drawn at random.
+Attnax are compared with a dense computation in float32. Their error may be twice the error of the dense computation in
+bfloat16. A case that fails is not timed, and the exit code is 1. The results of all sides are compared too, at random
+indices.
 
-Each side has a process of its own. All get ready at once, then take turns. Batch * length is constant, and so is
-heads * head_dim. A time is the median over rounds of the mean of calls in a row on several sets of inputs; the backward
-pass is the difference of two medians. What the mask forbids does not count as work.
+Each side has a process of its own. All processes prepare a case at once, then take turns. Batch * length is constant,
+and so is heads * head_dim. A time is the median over rounds of the mean of consecutive calls on several sets of inputs;
+the time of the backward pass is the difference of two medians. Pairs that the mask forbids do not count as work.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # attnax need n
 
 LENGTHS, HEAD_DIMS = (2048, 4096, 8192, 16384, 32768), (128, 64, 256)
 TOKENS, WIDTH = 32768, 2048  # batch * length, heads * head_dim
-ROUNDS, BLOCK, ENOUGH = 7, 0.05, 3.0  # seconds of a block, and of a pass after which its side is asked no more
-AGREE = 0.05  # of the results of two sides, in bfloat16
+ROUNDS, BLOCK, ENOUGH = 7, 0.05, 3.0  # seconds of a block, and the total of a pass that ends its rounds
+AGREE = 0.05  # largest relative difference of the results of two sides, in bfloat16
 PEERS = tuple(side for side in SIDES if side not in ATTNAX)
 RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Pallas / best peer": ("pallas", PEERS),
@@ -70,16 +70,16 @@ RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Pallas / Flex": ("pallas", ("flex",)),
 }
 Sides = dict[str, dict[str, dict[str, Any]]]
-"""Side, pass: seconds and their median, or the reason why there are none."""
+"""For each side and pass: seconds and their median, or the reason why there are none."""
 
 
 # A side's process.
 
 
 def run_side(side: str, *, rehearse: bool) -> None:
-    """Answers every line of JSON with one."""
+    """Answers every line of JSON with a line of JSON."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no answer
+    os.dup2(2, 1)  # compilers print to standard error, so that standard output has answers only
 
     def say(answer: Any) -> None:
         print(json.dumps(answer), file=channel, flush=True)
@@ -116,12 +116,12 @@ def _check_all(side: str, jobs: Sequence[Job], *, rehearse: bool) -> list[Any]:
         except (ValueError, RuntimeError) as error:
             return {"reason": why(error)}
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compiling takes the time
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # most of the time is compilation
         return list(pool.map(check_one, jobs))
 
 
 class Process:
-    """A side's process, seen from outside. If it ends, the answer is a reason, and the next request starts another."""
+    """The handle of a side's process. If the process ends, the answer is a reason, and the next request restarts it."""
 
     def __init__(self, side: str, *, rehearse: bool) -> None:
         self.command = [sys.executable, __file__, "--side", side, *(["--rehearse"] if rehearse else [])]
@@ -139,7 +139,7 @@ class Process:
             self.start()
             self.answer()
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` says so
+        with contextlib.suppress(BrokenPipeError):  # `answer` returns the reason
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
 
@@ -168,7 +168,7 @@ def started(sides: Sequence[str], *, rehearse: bool) -> Iterator[dict[str, Proce
 
 
 def ask_all(processes: Mapping[str, Process], **request: Any) -> dict[str, dict[str, Any]]:
-    """The answers of all at once."""
+    """The answers of all processes, which work at the same time."""
     for process in processes.values():
         process.send(**request)
     return {side: process.answer() for side, process in processes.items()}
@@ -178,14 +178,14 @@ def ask_all(processes: Mapping[str, Process], **request: Any) -> dict[str, dict[
 
 
 def check_jobs(jobs: Sequence[Job], *, rehearse: bool) -> list[Job]:
-    """One modest length for each case and head size: no multiple of a tile, longer than the window, shared keys."""
+    """One modest length for each case and head size: not a multiple of a tile, longer than the window, shared keys."""
     length = 70 if rehearse else 1530
     pairs = dict.fromkeys((job.case, job.head_dim) for job in jobs)
     return [Job(case, length, head_dim, heads=8, kv_heads=2, batch=2) for case, head_dim in pairs]
 
 
 def run_checks(processes: Mapping[str, Process], jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """A line for each job and side of Attnax: its worst result and by how much, or the reason why there is none."""
+    """A line for each job and side of Attnax: the worst result and its error, or the reason why there is none."""
     sides = {side: process for side, process in processes.items() if side in ATTNAX}
     lines = []
     for side, answer in ask_all(sides, check=[dataclasses.asdict(job) for job in jobs]).items():
@@ -209,7 +209,7 @@ def measure(job: Job, processes: Mapping[str, Process], rounds: int) -> Sides:
         able = [side for side in rows if "sample" in rows[side][name]]
         for side in able:
             row, first = rows[side][name], rows[able[0]][name]
-            differs = float(np.max([*map(_difference, row["sample"], first["sample"])]))  # NaN if one is
+            differs = float(np.max([*map(_difference, row["sample"], first["sample"])]))  # NaN if any is NaN
             row["seconds"] = []
             if not differs <= AGREE:
                 row["reason"] = f"another result than {SIDES[able[0]]}, by {differs:.1%}"
@@ -228,7 +228,7 @@ def measure(job: Job, processes: Mapping[str, Process], rounds: int) -> Sides:
 
 
 def _difference(sample: Sequence[float], other: Sequence[float]) -> float:
-    """The rms of the difference, relative to that of the second."""
+    """The rms of the difference, relative to the rms of `other`."""
     x, y = np.array(sample), np.array(other)
     return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))
 
@@ -237,7 +237,7 @@ def _difference(sample: Sequence[float], other: Sequence[float]) -> float:
 
 
 def rows_of(job: Job, sides: Sides) -> list[dict[str, Any]]:
-    """A row for each pass, the backward one among them, with milliseconds, TFLOP/s and ratios."""
+    """A row for each pass, also for the backward pass alone, with milliseconds, TFLOP/s and ratios."""
     rows = []
     for name in FLOPS:
         cells = {side: _cell(job, name, passes) for side, passes in sides.items()}
@@ -274,7 +274,7 @@ def _figures(cell: Mapping[str, Any], notes: Notes) -> str:
 
 
 class Notes:
-    """Reasons, numbered as they come."""
+    """Reasons, numbered in order."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -310,7 +310,7 @@ def check_table(checks: Sequence[Mapping[str, Any]], notes: Notes) -> list[list[
 
 @dataclasses.dataclass
 class Report:
-    """All that is known so far, written to files after every line."""
+    """All results so far, written to files after every line."""
 
     about: dict[str, Any]
     sides: Sequence[str]
@@ -320,10 +320,10 @@ class Report:
     lines: dict[Job, Sides] = dataclasses.field(default_factory=dict)
 
     def resume(self) -> None:
-        """Takes over what the file holds.
+        """Reads the results in the file.
 
         Raises:
-            SystemExit: it was measured elsewhere.
+            SystemExit: they were measured on another machine or with other versions.
         """
         if self.json is None or not self.json.exists():
             return
@@ -338,7 +338,7 @@ class Report:
         self.checks |= {(line["side"], line["case"], line["head_dim"]): line for line in checks}
 
     def failures(self) -> list[str]:
-        """What Attnax got wrong or could not do."""
+        """The wrong results of Attnax, and the reasons why it has none."""
         wrong = [
             f"{SIDES[side]}, {case}, H={head_dim}: {line.get('reason') or 'too large an error'}"
             for (side, case, head_dim), line in self.checks.items()
@@ -377,12 +377,12 @@ class Report:
 
 
 _CHECKED = """\
-Errors of values and gradients, over those of a dense computation in bfloat16, both against float32: the worst result of
-each function. At most 2 is allowed, and 4 for the gradient of ALiBi's few slopes."""
+The error of the worst value or gradient of each function, divided by the error of a dense computation in bfloat16. Both
+errors are against float32. At most 2 is allowed, and 4 for the gradient of ALiBi's few slopes."""
 _TIMED = """\
-Milliseconds of a call and TFLOP/s, for pairs that the mask allows alone. A ratio is the peer's time over that of
-Attnax: above 1 Attnax is faster. FlexAttention's mask of blocks and cuDNN's bias for ALiBi are made before anything is
-timed; Attnax makes its lists of tiles in every call, and `flash_attention` turns its arrays for cuDNN."""
+Milliseconds of a call, and TFLOP/s of the pairs that the mask allows. A ratio is the peer's time over that of Attnax:
+above 1 Attnax is faster. FlexAttention's block mask and cuDNN's bias for ALiBi are made before anything is timed;
+Attnax makes its lists of tiles in every call, and `flash_attention` transposes its arrays for cuDNN."""
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:
@@ -410,9 +410,9 @@ def candidates(kind: str, *, rehearse: bool) -> list[Any]:
 
 
 def measure_tiles(options: argparse.Namespace) -> int:
-    """Prints the fastest tile for each pass and head size, as a line of the table; backward with the best forward.
+    """Prints the fastest tile for each pass and head size, as a line of the table; backward uses the best forward tile.
 
-    A tile of `LARGER` is one that `fits` does not allow for a card that is not known.
+    A tile of `LARGER` is one that `fits` does not allow for an unknown card.
     """
     from attnax.kernels._gpu.tile_sizes import LARGER, TILES
 
@@ -433,7 +433,7 @@ def measure_tiles(options: argparse.Namespace) -> int:
 
 
 def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, rehearse: bool) -> dict[Any, float | str]:
-    """Seconds of the Pallas kernels with each tile in the table, or why it is none for this device."""
+    """Seconds of the Pallas kernels with each tile, or the reason why the tile does not work on this device."""
     import jax
 
     from attnax.kernels._gpu.tile_sizes import LARGER, TILES
@@ -443,7 +443,7 @@ def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, reh
     before, lowered = (dict(TILES), dict(LARGER)), []
     for tile in tiles:
         TILES[key] = LARGER[key] = tile
-        jax.clear_caches()  # which know nothing of the table
+        jax.clear_caches()  # the caches do not depend on the table
         lowered.append(jax.jit(jax_results(attend, backward=key[0] == "backward")).lower(*sets[0], extra))
     for table, entries in zip((TILES, LARGER), before, strict=True):
         table.clear()
@@ -481,10 +481,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dims", nargs="+", type=int, metavar="H")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin nothing new after that")
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="start no new line after that")
     parser.add_argument("--json", type=Path, help="write figures here, after each line")
-    parser.add_argument("--markdown", type=Path, help="and tables here")
-    parser.add_argument("--resume", action="store_true", help="keep the lines of --json, measure the others")
+    parser.add_argument("--markdown", type=Path, help="write tables here, after each line")
+    parser.add_argument("--resume", action="store_true", help="keep the lines of --json, measure only missing lines")
     parser.add_argument("--tiles", action="store_true", help="measure tile sizes instead")
     parser.add_argument("--rehearse", action="store_true", help="run everything tiny on a CPU: times mean nothing")
     options = parser.parse_args(arguments)
@@ -500,7 +500,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """What to measure, the most telling first: by head size, then by case; keys shared by 4 heads for one of them."""
+    """The jobs, the most important first: by head size, then by case; then causal with keys shared by 4 heads."""
     tokens, width = (80, 64) if options.rehearse else (TOKENS, WIDTH)
 
     def job(case: str, length: int, head_dim: int, shared: int = 1) -> Job:
@@ -517,7 +517,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def machine(hello: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The versions and the device that the figures depend on."""
     found = {key: value for answer in hello for key, value in answer.items() if key != "reason"}
     with contextlib.suppress(PackageNotFoundError):
         found["triton"] = version("triton")
@@ -528,7 +528,7 @@ def machine(hello: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, report: Report, processes: Mapping[str, Process], barred: Sides) -> None:
-    """Checks and times the jobs that the report lacks; `barred` are sides that are not there."""
+    """Checks and times the jobs that the report lacks; `barred` has sides that cannot run, with their reasons."""
     begin, rehearse, notes = time.monotonic(), options.rehearse, Notes()
     jobs = [job for job in jobs_of(options) if job not in report.lines]
     report.add_checks(run_checks(processes, check_jobs(jobs, rehearse=rehearse)))

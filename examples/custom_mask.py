@@ -1,7 +1,7 @@
 """A mask of your own: one line, exact gradients, and less work for the kernel.
 
-Every token attends its neighbours and the first few tokens of the text; this mask is not part of the library. The script
-checks values and gradients against the dense definition, times both, and draws the tiles that the kernel visits.
+Every token attends its neighbours and the first few tokens of the text; this mask is not part of the library. The
+script checks values and gradients against the dense definition, times both, and draws the tiles that the kernel visits.
 
     python examples/custom_mask.py --out mask.png
 """
