@@ -1,18 +1,18 @@
-"""Whether the tests notice when the code is wrong: random mutants, each against the tests that concern it.
+"""Tests the tests: random mutants of the code, each against the tests of its part of the package.
 
     python tests/mutants.py                 # `make mutants` installs cosmic-ray and runs this
     python tests/mutants.py --again         # survivors once more, after tests were added
     python tests/mutants.py --parts nn --count 50 --seed 1
 
-cosmic-ray makes the mutants. Its own runner has one command and one time limit for all of them, so that each would
-meet the whole suite; here each meets the tests of its part of the package, those of `make test` first, and only what
-survives them the rest. Beside cosmic-ray's mutations some take away what is asked for, as no change of an operator
-does: a keyword argument, a call whose result nobody uses, a branch.
+cosmic-ray makes the mutants. Its own runner has one command and one time limit for all mutants, so each would run the
+whole suite. Here each mutant runs the tests of its part: first the tests of `make test`, and if it survives them the
+other tests. Mutations of our own remove things that no mutation of cosmic-ray removes: a keyword argument, a call whose
+result is not used, a branch.
 
-What survives is listed; not every survivor is a fault, since a change may be one that nothing can show.
+Survivors are listed. Not every survivor is a fault of the tests: some changes have no effect.
 
-A place in the code is drawn first, then one of its mutations, by hashes of the line: a change elsewhere does not change
-the sample. Each worker has a copy of the tree in build/mutants. Results are kept there; who starts again goes on.
+Hashes of lines draw a place in the code first, then one of its mutations, so a change elsewhere does not change the
+sample. Each worker has a copy of the tree in build/mutants. Results are kept there, and a second run continues.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 QUICK = "not contract and not thorough"  # the tests of `make test`
 REST = f"not ({QUICK})"
-# By pytest's exit code: all passed, some failed, nothing could be imported, none has these marks; the process crashed.
+# By pytest's exit code: 0 passed, 1 failed, 2 and 4 import errors, 5 no test has these marks; below 0 a crash.
 _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 4: "killed", 5: "survived", -6: "killed", -11: "killed"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Files of the package, and the tests that concern them."""
+    """Files of the package, and their tests."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -61,7 +61,7 @@ class Part:
 PARTS = {
     "masks": Part(("masks.py",), ("test_masks.py", "kernels", "test_properties.py")),
     "caches": Part(("*cache.py", "int8_rows.py"), ("test_paged_cache.py", "kernels", "generation")),
-    "kernels": Part(("kernels/*.py",), ("kernels", "test_masks.py", "test_paged_cache.py", "generation")),
+    "kernels": Part(("kernels/**/*.py",), ("kernels", "test_masks.py", "test_paged_cache.py", "generation")),
     "nn": Part(("nn/*.py",), ("nn", "models", "generation")),
     "generation": Part(("generation/*.py",), ("generation", "models", "cli")),
     "training": Part(("training/*.py",), ("training", "cli")),
@@ -69,7 +69,7 @@ PARTS = {
 
 
 class TakesAway(Operator):
-    """A mutation that puts something else in the place of a node."""
+    """A mutation that replaces a node."""
 
     instead: str
 
@@ -98,7 +98,7 @@ class DropKeyword(TakesAway):
 
 
 class DropCall(TakesAway):
-    """A call whose result nobody uses -> pass."""
+    """A call whose result is not used -> pass."""
 
     instead = "pass"
 
@@ -131,7 +131,7 @@ class Always(_FixCondition):
 
 
 def operators() -> dict[str, Operator]:
-    """Those of cosmic-ray that need no arguments, and ours."""
+    """The operators of cosmic-ray that need no arguments, and our own."""
     names = [name for name in plugins.operator_names() if not plugins.get_operator(name).arguments()]
     theirs = {name.removeprefix("core/"): plugins.get_operator(name)() for name in names if not name.endswith("/NoOp")}
     return {**theirs, **{kind.__name__: kind() for kind in (DropKeyword, DropCall, Never, Always)}}
@@ -145,7 +145,7 @@ class Mutant:
     path: str  # of the file, from the root
     line: int
     operator: str
-    key: str  # of the place and the change, for the results
+    key: str  # of the place and the change, in the results
     before: str  # the whole file
     after: str
 
@@ -159,7 +159,7 @@ class Mutant:
 
 
 def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """From where to where stands what only type checkers read, or what only looks for mistakes of ours."""
+    """(begin, end) of code without effect on results: annotations, overloads, TYPE_CHECKING, asserts and `strict=`."""
     silent: list[Any] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -176,12 +176,12 @@ def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
             or (isinstance(node, ast.keyword) and node.arg == "strict")
         ):
             silent.append(node)
-    # A decorator begins before its name.
+    # The @ of a decorator stands one column before its node.
     return [((x.lineno, x.col_offset - 1), (x.end_lineno, x.end_col_offset)) for x in silent if x is not None]
 
 
 def places_of(part: str, seed: int) -> Iterator[tuple[str, tuple[str, str, int, list[tuple[str, int]]]]]:
-    """The places of a part that can be changed: part, path, line and changes, behind the hash that each is drawn by."""
+    """The places of a part that can be changed: (hash to draw by, (part, path, line, changes))."""
     package, kinds = ROOT / "attnax", operators()
     for path in sorted({path for pattern in PARTS[part].files for path in package.glob(pattern)}):
         source, name = path.read_text(), str(path.relative_to(ROOT))
@@ -208,7 +208,7 @@ def draw(parts: list[str], seed: int, count: int) -> list[Mutant]:
         kind, occurrence = changes[int(drawn, 16) % len(changes)]
         before = (ROOT / name).read_text()
         after = str(mutate_code(before, operators()[kind], occurrence))
-        with contextlib.suppress(SyntaxError):  # not every star is a product
+        with contextlib.suppress(SyntaxError):  # a star that is not a product cannot be another operator
             ast.parse(after)
             mutants.append(Mutant(part, name, line, kind, f"{drawn} {kind}", before, after))
         if len(mutants) == count:
@@ -222,7 +222,7 @@ def _hash(text: str) -> str:
 
 
 class Worker:
-    """A copy of the tree to break, and the tests of it."""
+    """A copy of the tree for mutants, and its tests."""
 
     def __init__(self, number: int) -> None:
         self.folder = WORK / f"worker-{number}"
@@ -235,11 +235,11 @@ class Worker:
                 shutil.copy2(ROOT / name, self.folder / name)
 
     def run(self, tests: list[str], marks: str, limit: float | None) -> tuple[str, float]:
-        """How the tests end: "survived", "killed" or "timed out"; and seconds."""
+        """The outcome of the tests, "survived", "killed" or "timed out", and seconds."""
         environment = os.environ | {
             "PYTHONPATH": str(self.folder),
             "PYTHONDONTWRITEBYTECODE": "1",
-            # What a mutant does not change is compiled once for all of them.
+            # Programs that a mutant does not change are compiled once for all mutants.
             "JAX_COMPILATION_CACHE_DIR": str(WORK / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -259,7 +259,7 @@ class Worker:
         return _OUTCOMES[code], time.monotonic() - start
 
     def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
-        """What the tests with these marks say of a mutant."""
+        """The outcome of a mutant in the tests with these marks."""
         path = self.folder / mutant.path
         path.write_text(mutant.after)
         try:
@@ -271,17 +271,17 @@ class Worker:
 
 
 def files_of(part: str, stem: str = "") -> list[str]:
-    """The files of a part's tests, those first that have the stem in their name."""
+    """The files of a part's tests; files with the stem in their name are first."""
     files: list[str] = []
     for test in PARTS[part].tests:
         path = ROOT / "tests" / test
-        found = [path] if path.suffix else sorted(path.glob("test_*.py"))
+        found = [path] if path.suffix else sorted(path.rglob("test_*.py"))
         files += [str(path.relative_to(ROOT)) for path in found]
     return sorted(files, key=lambda name: stem not in name)
 
 
 class Results:
-    """A file with a line for each answer; the last one about something counts."""
+    """A file with a line for each result; the last line of a name counts."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, dict[str, dict[str, Any]]()
@@ -296,7 +296,7 @@ class Results:
 
 
 def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Iterable[Any]) -> None:
-    """Does `work` for each item by whichever worker is free."""
+    """Does `work` for each item with a free worker."""
     free: queue.Queue[Worker] = queue.Queue()
     for worker in workers:
         free.put(worker)
@@ -313,12 +313,12 @@ def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Ite
 
 
 def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
-    """Lets the tests with these marks judge the mutants that they have not judged yet."""
+    """Runs the tests with these marks on the mutants that have no result of them yet."""
     missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
     parts = {mutant.part for mutant in missing if f"{mutant.part}: {marks}" not in results.found}
 
     def measure(worker: Worker, part: str) -> None:
-        """How long the tests take where nothing is broken; the first time they compile, as those of a mutant may."""
+        """Measures the tests of a part without a mutant; the first run compiles, as a run of a mutant may."""
         outcome, seconds = worker.run(files_of(part), marks, None)
         if outcome != "survived":
             raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
@@ -335,7 +335,7 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
 
 
 def report(mutants: list[Mutant], results: Results) -> None:
-    """Each survivor, and the shares of each part, of those mutants that were judged."""
+    """Prints each survivor, and the counts of each part, of the mutants with a result."""
     outcomes: dict[Mutant, str] = {}
     for mutant in mutants:
         first, then = (results.found.get(f"{mutant.key}: {marks}", {}).get("outcome") for marks in (QUICK, REST))
@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only the tests of `make test`")
-    parser.add_argument("--again", action="store_true", help="forget what was not killed, and how long tests take")
+    parser.add_argument("--again", action="store_true", help="forget survivors, time-outs and the times of tests")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     mutants = draw(options.parts, options.seed, options.count)

@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed: what it computes and how it ends, on a machine without a GPU."""
+"""The GPU benchmark, rehearsed: its results and its exit codes, on a machine without a GPU."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ def gpu(*arguments):
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_pairs_are_those_that_the_mask_keeps(load, monkeypatch):
+def test_pairs_is_the_number_of_pairs_that_the_mask_allows(load, monkeypatch):
     cases = load("_gpu_cases")
     monkeypatch.setattr(cases, "WINDOW", 11)
     for case in cases.CASES.values():
@@ -37,7 +37,7 @@ def test_pairs_are_those_that_the_mask_keeps(load, monkeypatch):
 
 
 class Process:
-    """Answers as a side does, with made-up figures."""
+    """Answers like a side, with made-up figures."""
 
     def __init__(self, seconds=1.0, value=1.0, check=None):
         self.seconds, self.value, self.check, self.times = seconds, value, check, 0
@@ -93,7 +93,7 @@ def test_a_wrong_kernel_is_not_timed_and_peers_that_differ_are_not_compared(load
     assert any("Attnax Pallas" in failure for failure in report.failures())
 
 
-def test_the_check_tells_a_slightly_wrong_kernel(load, monkeypatch):
+def test_the_check_finds_a_slightly_wrong_kernel(load, monkeypatch):
     cases = load("_gpu_cases")
     job = cases.Job("causal", 40, 16, 8, 2, 2)
     ratios = {}
@@ -128,7 +128,7 @@ def test_rehearsal_checks_times_and_writes(tmp_path):
 
 @pytest.mark.contract
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_the_command_says_so():
     for options in ([], ["--tiles"]):
         done = gpu(*options, "--sides", "pallas")
         assert done.returncode == 2 and done.stdout == ""

@@ -1,23 +1,24 @@
-"""Tiny checkpoints of Hugging Face transformers and what it computes with them, stored for tests/test_pretrained.py.
+"""Tiny checkpoints of Hugging Face transformers and its results with them, stored for tests/pretrained.
 
     python tests/parity/pretrained.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/pretrained.py --write [NAME ...]
 
-Each folder of tests/goldens/pretrained is a checkpoint as transformers writes it, and `outputs.npz`:
+Each folder of tests/goldens/pretrained is a checkpoint in transformers' format, and `outputs.npz`:
 
-    ids, real           tokens (rows, length), and which are no padding; the first row has none
+    ids, real           tokens (rows, length), and a mask of real tokens; the first row has no padding
     outputs             logits or hidden states of the real tokens
-    tokens, log_probs   of a language model: what it writes after each row at temperature 0, and its log-probabilities
+    tokens, log_probs   of a language model: its text after each row at temperature 0, and its log-probabilities
     images              of a vision model, (rows, height, width, channels)
-    positions_HxW       its table of positions for images of H times W pixels, if its own are square
-    target_ids          of an encoder-decoder: tokens (rows, length), none of them padding, that `outputs` are of
+    positions_HxW       of a vision model with square images: its table of positions for images of H times W pixels
+    target_ids          of an encoder-decoder: target tokens (rows, length) of `outputs`, without padding
 
-and where `gradients` asks for it `gradients.safetensors`, the gradient of the mean of all outputs squared.
+If a case asks for `gradients`, `gradients.safetensors` holds the gradient of the mean of all squared outputs.
 
-`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that, and
-the checkpoint with keys that Attnax passes over. It compares what vision models of the published sizes make of images
-of other sizes too.
-Weights are NumPy's random numbers, so torch's may change without new files.
+`--check` makes all files again and compares them. Attnax reads and writes each checkpoint, and transformers reads the
+result. transformers also reads the checkpoint with keys that Attnax ignores. Vision models of the published sizes are
+compared on images of other sizes.
+
+NumPy draws the weights, so torch's random numbers may change without new files.
 """
 
 from __future__ import annotations
@@ -338,7 +339,7 @@ def make_model(case: Case, seed: int) -> transformers.PreTrainedModel:
 
 
 def weights(rng: np.random.Generator, name: str, shape: tuple[int, ...], case: Case) -> np.ndarray:
-    """Random numbers such that nothing vanishes, blows up or could be left out unnoticed."""
+    """Random numbers of a size at which outputs neither vanish nor overflow, and every tensor has an effect."""
     is_norm = len(shape) == 1 and name.endswith("weight")
     deviation = 0.3 if len(shape) == 1 else 1.0 if "embed" in name or "wte" in name else 1.5 * shape[-1] ** -0.5
     return rng.normal(case.norm_mean if is_norm else 0.0, deviation, shape).astype(np.float32)
@@ -346,7 +347,7 @@ def weights(rng: np.random.Generator, name: str, shape: tuple[int, ...], case: C
 
 def make_outputs(model: transformers.PreTrainedModel) -> Arrays:
     if "num_experts_per_tok" in model.config.to_dict():
-        model.set_experts_implementation("eager")  # the grouped product refuses odd sizes
+        model.set_experts_implementation("eager")  # the grouped product refuses some sizes
     if hasattr(model.config, "image_size"):
         return image_outputs(model)
     ids, real = make_tokens(model.config.vocab_size, left=model.can_generate())
@@ -371,7 +372,7 @@ def make_outputs(model: transformers.PreTrainedModel) -> Arrays:
 
 
 def encode(model: transformers.PreTrainedModel, ids: np.ndarray, real: np.ndarray) -> Arrays:
-    """What an encoder makes of the tokens."""
+    """The outputs of an encoder for the tokens."""
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real).long()}
     arrays = {}
     if getattr(model.config, "type_vocab_size", 0) > 1:
@@ -389,7 +390,7 @@ def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
     with torch.no_grad():
         out = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)))
     arrays = {"images": images, "outputs": (out.logits if "logits" in out else out.last_hidden_state).numpy()}
-    if isinstance(model.config.image_size, int):  # transformers takes the grid of positions for a square
+    if isinstance(model.config.image_size, int):  # transformers assumes a square grid of positions
         arrays |= {f"positions_{height}x{width}": make_positions(model, height, width) for height, width in SIZES}
     return arrays
 
@@ -397,7 +398,7 @@ def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
 def make_positions(model: transformers.PreTrainedModel, height: int, width: int) -> np.ndarray:
     """The table of positions for images of another size."""
     count = (height // model.config.patch_size) * (width // model.config.patch_size)
-    tokens = torch.empty(1, 1 + count, model.config.hidden_size)  # for its shape
+    tokens = torch.empty(1, 1 + count, model.config.hidden_size)  # only its shape matters
     return model.base_model.embeddings.interpolate_pos_encoding(tokens, height, width)[0].detach().numpy()
 
 
@@ -415,7 +416,7 @@ def make_tokens(vocab_size: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]
 
 
 def make_gradients(model: transformers.PreTrainedModel, outputs: Arrays) -> Arrays:
-    """Of the mean of the squared outputs of the first row, whose tokens are all real."""
+    """Gradients of the mean of the squared outputs of the first row, which has no padding."""
     model.zero_grad()
     target = {"decoder_input_ids": torch.tensor(outputs["target_ids"][:1])} if "target_ids" in outputs else {}
     out = model(input_ids=torch.tensor(outputs["ids"][:1]), **target)
@@ -424,7 +425,7 @@ def make_gradients(model: transformers.PreTrainedModel, outputs: Arrays) -> Arra
 
 
 def make_golden(name: str, folder: Path) -> transformers.PreTrainedModel:
-    """Writes one folder."""
+    """Writes the folder of one case."""
     case = CASES[name]
     model = make_model(case, seed=len(name))
     outputs = make_outputs(model)
@@ -447,7 +448,7 @@ def tensors(folder: Path) -> Arrays:
 
 
 def differences(stored: Path, made: Path) -> Iterator[str]:
-    """What two folders do not share, in words."""
+    """Messages about the differences of two folders."""
     configs = [json.loads((folder / "config.json").read_text()) for folder in (stored, made)]
     for key in sorted(configs[0].keys() | configs[1].keys() - {"transformers_version"}):
         if configs[0].get(key) != configs[1].get(key):
@@ -468,13 +469,13 @@ def differences(stored: Path, made: Path) -> Iterator[str]:
 
 
 def close(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether arrays are one but for the rounding of another machine."""
+    """Whether arrays are equal up to the rounding of another machine."""
     scale = max(1.0, float(np.abs(after).max()))
     return before.shape == after.shape and np.allclose(before, after, rtol=0, atol=1e-5 * scale)
 
 
 def round_trip(name: str, stored: Path) -> Iterator[str]:
-    """Attnax reads and writes the checkpoint; transformers reads what it wrote, and must compute what it did."""
+    """Attnax reads and writes the checkpoint; transformers reads the written one, and must give the stored results."""
     case = CASES[name]
     architecture = getattr(transformers, case.architecture)
     with tempfile.TemporaryDirectory() as folder:
@@ -491,7 +492,7 @@ def round_trip(name: str, stored: Path) -> Iterator[str]:
                 yield "after a round trip the outputs differ"
 
 
-VALUES = {  # of keys of which transformers takes no others
+VALUES = {  # of keys for which transformers takes no other value
     "auto_map": {"AutoConfig": "module.Config"},
     "attn_implementation": "eager",
     "experts_implementation": "eager",
@@ -505,7 +506,7 @@ VALUES = {  # of keys of which transformers takes no others
 
 
 def inert_keys(name: str, stored: Path) -> Iterator[str]:
-    """Keys that Attnax passes over, with values that it passes over: transformers must compute what it did."""
+    """Keys and values that Attnax ignores: with them transformers must give the stored results."""
     family = inspect_folder(stored).family
     assert family is not None
     fields = {key: VALUES.get(key, 0.5) for key in ANY_VALUE} | {
@@ -526,7 +527,7 @@ def inert_keys(name: str, stored: Path) -> Iterator[str]:
 
 
 def other_sizes() -> Iterator[str]:
-    """Narrow vision models of the published sizes see images of other sizes."""
+    """Narrow vision models with the published image sizes, on images of other sizes."""
     fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     for architecture, more in PUBLISHED_SIZES.items():
         model = make_model(Case(architecture, fields | more), seed=0)
@@ -543,9 +544,9 @@ def other_sizes() -> Iterator[str]:
 
 
 def unmoved_fields() -> Iterator[str]:
-    """Fields that a mapping reads and that have their default in every case."""
+    """Fields that a mapping reads, but that have their default value in every case."""
     defaults: dict[str, Any] = {}
-    moved = {("mt5", "tie_word_embeddings")}  # which transformers has forced to be true
+    moved = {("mt5", "tie_word_embeddings")}  # transformers forces it to be true
     for name, case in CASES.items():
         kind = getattr(transformers, case.architecture).config_class
         defaults[kind.model_type] = default = kind().to_dict()
@@ -562,8 +563,8 @@ def unmoved_fields() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tiny checkpoints of Hugging Face transformers and its outputs.")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="compare the files with ones made anew")
-    mode.add_argument("--write", action="store_true", help="store files made anew")
+    mode.add_argument("--check", action="store_true", help="make the files again, and compare them")
+    mode.add_argument("--write", action="store_true", help="make the files again, and store them")
     parser.add_argument("names", nargs="*", help="cases, by default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
