@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from _cases import CAP, Arrays, common_cases, document_ids, jax_results
 
-WINDOW, CLIP, CAP = 1024, 128, 30.0
+WINDOW = 1024
+CASES = common_cases(WINDOW)
 ATTNAX = ("pallas", "automatic")
 SIDES = {
     "pallas": "Attnax Pallas",
@@ -29,70 +31,21 @@ FLOPS = {"forward": 4, "backward": 10, "forward + backward": 14}
 SETS = 3  # of inputs, used in turn
 MOST_BIAS_BYTES = 6e9
 PERIOD = 2**20 - 3  # numbers drawn for an array; a prime, so that repeated numbers stand in other places of a row
-Arrays = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A mask and a change of the scores, written for NumPy, JAX and PyTorch alike (`xp`)."""
-
-    words: str
-    pairs: Callable[[int], int]  # length -> number of pairs that the mask allows
-    keep: Callable[..., Any] | None = None  # (b, h, q, kv, extra) -> may attend
-    change: Callable[..., Any] | None = None  # (scores, b, h, q, kv, extra, xp) -> scores
-    extra: Callable[[int, int], Arrays] = lambda length, heads: {}
-    learned: bool = False  # whether the timed pass computes gradients of the floating arrays of `extra`
-
-
-def _documents(length: int) -> np.ndarray:
-    ends = np.cumsum([5, 3, 9, 2, 7, 4, 6, 4]) * length // 40
-    return np.searchsorted(ends, np.arange(length), side="right").astype(np.int32)
 
 
 def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _causal(b: Any, h: Any, q: Any, kv: Any, extra: Arrays) -> Any:
-    return kv <= q
-
-
-CASES = {
-    "full": Case("no mask", pairs=lambda length: length**2),
-    "causal": Case("causal", pairs=_triangle, keep=_causal),
-    "window": Case(
-        f"causal window of {WINDOW}",
-        pairs=lambda length: _triangle(length) - _triangle(max(0, length - WINDOW)),
-        keep=lambda b, h, q, kv, extra: (kv <= q) & (q - kv < WINDOW),
-    ),
-    "documents": Case(
-        "8 packed documents of unequal lengths, causal",
-        pairs=lambda length: sum(map(_triangle, np.bincount(_documents(length)).tolist())),
-        keep=lambda b, h, q, kv, extra: (kv <= q) & (extra["ids"][q] == extra["ids"][kv]),
-        extra=lambda length, heads: {"ids": _documents(length)},
-    ),
-    "alibi": Case(
-        "causal, ALiBi",
-        pairs=_triangle,
-        keep=_causal,
-        change=lambda scores, b, h, q, kv, extra, xp: scores - extra["slopes"][h] * abs(q - kv),
-        extra=lambda length, heads: {"slopes": (2.0 ** (-8 * np.arange(1, 1 + heads) / heads)).astype(np.float32)},
-    ),
-    "soft-cap": Case(
-        f"causal, scores capped softly at {CAP:.0f}",
-        pairs=_triangle,
-        keep=_causal,
-        change=lambda scores, b, h, q, kv, extra, xp: CAP * xp.tanh(scores / CAP),
-    ),
-    "learned bias": Case(
-        f"a learned bias for each head and distance, clipped at {CLIP}, no mask; its gradient too",
-        pairs=lambda length: length**2,
-        change=lambda scores, b, h, q, kv, extra, xp: scores + extra["table"][h, xp.clip(q - kv, -CLIP, CLIP) + CLIP],
-        extra=lambda length, heads: {
-            "table": np.random.default_rng(3).standard_normal((heads, 2 * CLIP + 1)).astype(np.float32)
-        },
-        learned=True,
-    ),
+# For each case the number of pairs that the mask allows, of a length.
+PAIRS: dict[str, Callable[[int], int]] = {
+    "full": lambda length: length**2,
+    "causal": _triangle,
+    "window": lambda length: _triangle(length) - _triangle(max(0, length - WINDOW)),
+    "documents": lambda length: sum(map(_triangle, np.bincount(document_ids(length)).tolist())),
+    "alibi": _triangle,
+    "soft-cap": _triangle,
+    "learned bias": lambda length: length**2,
 }
 
 
@@ -121,7 +74,7 @@ class Job:
 
     def flops(self, name: str) -> float:
         """Floating-point operations of a pass; only pairs that the mask allows count."""
-        return float(FLOPS[name] * CASES[self.case].pairs(self.length) * self.batch * self.heads * self.head_dim)
+        return float(FLOPS[name] * PAIRS[self.case](self.length) * self.batch * self.heads * self.head_dim)
 
 
 @dataclasses.dataclass
@@ -193,23 +146,6 @@ def jax_inputs(job: Job, number: int) -> list[Any]:
     import jax.numpy as jnp
 
     return [jnp.resize(jnp.asarray(_noise(4 * number + n), jnp.bfloat16), shape) for n, shape in enumerate(job.shapes)]
-
-
-def jax_results(attend: Callable[..., Any], *, backward: bool, learn: Sequence[str] = ()) -> Callable[..., Any]:
-    """A function of the inputs that returns (out,), or out and the gradients of query, key, value and `learn`."""
-    import jax
-
-    def forward(query: Any, key: Any, value: Any, cotangent: Any, extra: Arrays) -> Any:
-        return (attend(query, key, value, extra),)
-
-    def both(query: Any, key: Any, value: Any, cotangent: Any, extra: Arrays) -> Any:
-        def of(query: Any, key: Any, value: Any, *learned: Any) -> Any:
-            return attend(query, key, value, {**extra, **dict(zip(learn, learned, strict=True))})
-
-        out, pull = jax.vjp(of, query, key, value, *(extra[name] for name in learn))
-        return out, *pull(cotangent)
-
-    return both if backward else forward
 
 
 def attnax_attention(job: Job, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,7 +239,7 @@ def prepare_jax(side: str, job: Job, *, rehearse: bool) -> Runs:
         attend = cudnn_attention(job) if turned else attnax_attention(job, attnax_kernel(side, interpret=rehearse))
         sets, extra = operands()
         begin = time.perf_counter()
-        results = jax_results(attend, backward=backward, learn=sorted(job.extra) if case.learned else ())
+        results = jax_results(attend, backward=backward, learn=case.learned)
         program = jax.jit(results).lower(*sets[0], extra).compile()
         compile_seconds = time.perf_counter() - begin
         sample = []
@@ -396,7 +332,7 @@ def prepare_torch(side: str, job: Job, *, rehearse: bool) -> Runs:
     def make(backward: bool) -> Run:
         sets = [[x.view(shape) for x, shape in zip(inputs, job.shapes, strict=True)] for inputs in operands()]
         extra = {name: torch.from_numpy(x).to(device) for name, x in job.extra.items()}
-        learned = list(extra.values()) if CASES[job.case].learned else []
+        learned = [extra[name] for name in CASES[job.case].learned]
         for x in [*(x for inputs in sets for x in inputs[:3]), *learned]:
             x.requires_grad_(backward)
         attend = (flex_attention if side == "flex" else sdpa_attention)(job, extra, device)
