@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from _cpu_cases import CASES, HEAD_DIM, HEADS, Job, run_side
+from _pages import markdown_table, show
 from _pairs import Side, peer_version, side_command, started, take_turns
 
 SIDES = {
@@ -182,22 +183,12 @@ def goal_cells(figures: Figures) -> list[list[str]]:
 
 
 def markdown(title: str, tables: Sequence[Sequence[Sequence[str]]]) -> str:
-    text = [title]
-    for table in tables:
-        lines = ["| " + " | ".join(cells) + " |" for cells in table]
-        text.append("\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]]))
     cases = "\n".join(f"- {name}: {case.words}" for name, case in CASES.items())
     legend = (
         "Times are minimum / median of a call; MiB is temporary memory; a ratio is the side's median over that of "
         "Attnax, so above 1 Attnax is faster."
     )
-    return "\n\n".join([*text, legend, cases]) + "\n"
-
-
-def show(table: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    return "\n\n".join([title, *map(markdown_table, tables), legend, cases]) + "\n"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

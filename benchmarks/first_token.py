@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _pages import markdown_table
+
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
 SHAPE["max_len"] = 2048
 PROMPT, SAME, OTHER = 50, 61, 150  # lengths of prompts; the first two are padded to the same length, the third is not
@@ -132,11 +134,6 @@ def medians(results: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(result[name] for result in results) for name in results[0]}
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def machine() -> str:
     """Processor and versions, which a reader needs to compare figures."""
     import jax
@@ -159,14 +156,14 @@ def report(rounds: int) -> str:
             seconds = medians([result[name] for result in results])
             cells = [f"{seconds[column]:.2f}" for column in columns]
             rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
-    tokens = table(rows)
+    tokens = markdown_table(rows)
     rows = [("training step", "equations", *columns)]
     for length in (64, 1024):
         for attention_type in ("standard", "flash"):
             step = medians([run("--side", attention_type, "--length", str(length)) for _ in range(rounds)])
             cells = [f"{step[column]:.2f}" for column in columns]
             rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
-    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{table(rows)}\n"
+    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{markdown_table(rows)}\n"
 
 
 def main() -> None:
