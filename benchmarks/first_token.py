@@ -82,7 +82,7 @@ def measure_tokens() -> dict[str, dict[str, float]]:
     model = jax.block_until_ready(TransformerLM(nnx.Rngs(0), **SHAPE))
     prompts = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, 512)).astype(np.int32)
     clock, result = Clock(), {}
-    for name, length in (("first token", PROMPT), ("padded alike", SAME), ("padded to more", OTHER)):
+    for name, length in (("first token", PROMPT), ("same padded length", SAME), ("longer padded length", OTHER)):
         next(model.stream(prompts[:, :length], max_new_tokens=NEW_TOKENS))
         result[name] = clock.read()
     jax.block_until_ready(model.generate(prompts[:, :PROMPT], max_new_tokens=NEW_TOKENS).tokens)
