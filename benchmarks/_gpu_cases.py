@@ -1,7 +1,7 @@
-"""What `gpu.py` measures: cases, sizes, and the attention of each side, in JAX or PyTorch, ready to be run.
+"""The cases, the sizes and the attention of each side of `gpu.py`, in JAX or PyTorch.
 
-A side is given a job and answers with one `Run` for each pass: a function that starts the work on one of several sets
-of inputs, and a sample of its results. Needs jax and numpy; PyTorch for its two sides.
+A side prepares a job and returns one `Run` for each pass: a function that starts the work on one of several sets of
+inputs, and a sample of its results. Needs jax and numpy; PyTorch for its two sides.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from _cases import CAP, Arrays, common_cases, document_ids, jax_results
 
-WINDOW, CLIP, CAP = 1024, 128, 30.0
+WINDOW = 1024
+CASES = common_cases(WINDOW)
 ATTNAX = ("pallas", "automatic")
 SIDES = {
     "pallas": "Attnax Pallas",
@@ -24,75 +26,26 @@ SIDES = {
     "flex": "torch Flex",
 }
 PASSES = ("forward", "forward + backward")
-# Floating-point operations for each pair of a query and a key that it attends, times the head size.
+# Floating-point operations for each pair of a query and a key that the mask allows, divided by the head size.
 FLOPS = {"forward": 4, "backward": 10, "forward + backward": 14}
 SETS = 3  # of inputs, used in turn
 MOST_BIAS_BYTES = 6e9
-PERIOD = 2**20 - 3  # numbers drawn for an array; a prime, so that where they repeat rows are cut elsewhere
-Arrays = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A mask and a change of the scores, written for NumPy, JAX and PyTorch alike (`xp`)."""
-
-    words: str
-    pairs: Callable[[int], int]  # length -> how many pairs the mask allows
-    keep: Callable[..., Any] | None = None  # (b, h, q, kv, extra) -> may attend
-    change: Callable[..., Any] | None = None  # (scores, b, h, q, kv, extra, xp) -> scores
-    extra: Callable[[int, int], Arrays] = lambda length, heads: {}
-    learned: bool = False  # whether the floating arrays of `extra` get gradients when it is timed
-
-
-def _documents(length: int) -> np.ndarray:
-    ends = np.cumsum([5, 3, 9, 2, 7, 4, 6, 4]) * length // 40
-    return np.searchsorted(ends, np.arange(length), side="right").astype(np.int32)
+PERIOD = 2**20 - 3  # numbers drawn for an array; a prime, so that repeated numbers stand in other places of a row
 
 
 def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _causal(b: Any, h: Any, q: Any, kv: Any, extra: Arrays) -> Any:
-    return kv <= q
-
-
-CASES = {
-    "full": Case("no mask", pairs=lambda length: length**2),
-    "causal": Case("causal", pairs=_triangle, keep=_causal),
-    "window": Case(
-        f"causal window of {WINDOW}",
-        pairs=lambda length: _triangle(length) - _triangle(max(0, length - WINDOW)),
-        keep=lambda b, h, q, kv, extra: (kv <= q) & (q - kv < WINDOW),
-    ),
-    "documents": Case(
-        "8 packed documents of unequal lengths, causal",
-        pairs=lambda length: sum(map(_triangle, np.bincount(_documents(length)).tolist())),
-        keep=lambda b, h, q, kv, extra: (kv <= q) & (extra["ids"][q] == extra["ids"][kv]),
-        extra=lambda length, heads: {"ids": _documents(length)},
-    ),
-    "alibi": Case(
-        "causal, ALiBi",
-        pairs=_triangle,
-        keep=_causal,
-        change=lambda scores, b, h, q, kv, extra, xp: scores - extra["slopes"][h] * abs(q - kv),
-        extra=lambda length, heads: {"slopes": (2.0 ** (-8 * np.arange(1, 1 + heads) / heads)).astype(np.float32)},
-    ),
-    "soft-cap": Case(
-        f"causal, scores capped softly at {CAP:.0f}",
-        pairs=_triangle,
-        keep=_causal,
-        change=lambda scores, b, h, q, kv, extra, xp: CAP * xp.tanh(scores / CAP),
-    ),
-    "learned bias": Case(
-        f"a learned bias for each head and distance, clipped at {CLIP}, no mask; its gradient too",
-        pairs=lambda length: length**2,
-        change=lambda scores, b, h, q, kv, extra, xp: scores + extra["table"][h, xp.clip(q - kv, -CLIP, CLIP) + CLIP],
-        extra=lambda length, heads: {
-            "table": np.random.default_rng(3).standard_normal((heads, 2 * CLIP + 1)).astype(np.float32)
-        },
-        learned=True,
-    ),
+# For each case the number of pairs that the mask allows, of a length.
+PAIRS: dict[str, Callable[[int], int]] = {
+    "full": lambda length: length**2,
+    "causal": _triangle,
+    "window": lambda length: _triangle(length) - _triangle(max(0, length - WINDOW)),
+    "documents": lambda length: sum(map(_triangle, np.bincount(document_ids(length)).tolist())),
+    "alibi": _triangle,
+    "soft-cap": _triangle,
+    "learned bias": lambda length: length**2,
 }
 
 
@@ -109,19 +62,19 @@ class Job:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of query, key, value and the cotangent of the result: (B, N, T, H)."""
+        """The shapes of query, key, value and the cotangent of the result: (B, N, T, H)."""
         query = self.batch, self.heads, self.length, self.head_dim
         key = self.batch, self.kv_heads, self.length, self.head_dim
         return query, key, key, query
 
     @property
     def extra(self) -> Arrays:
-        """The case's own arrays."""
+        """The arrays of the case."""
         return CASES[self.case].extra(self.length, self.heads)
 
     def flops(self, name: str) -> float:
-        """Of a pass, for pairs that the mask allows alone."""
-        return float(FLOPS[name] * CASES[self.case].pairs(self.length) * self.batch * self.heads * self.head_dim)
+        """Floating-point operations of a pass; only pairs that the mask allows count."""
+        return float(FLOPS[name] * PAIRS[self.case](self.length) * self.batch * self.heads * self.head_dim)
 
 
 @dataclasses.dataclass
@@ -129,13 +82,13 @@ class Run:
     """A pass of a job on one side."""
 
     start: Callable[[int], Any]  # begins the work on a set of inputs, returns the results
-    wait: Callable[[Any], Any]  # until results are there
-    sample: list[list[float]]  # of every result, at places that are the same for all sides
+    wait: Callable[[Any], Any]  # waits for the results
+    sample: list[list[float]]  # numbers of every result, at the same indices for all sides
     compile_seconds: float
-    calls: int = 0  # in a block, once it is known
+    calls: int = 0  # in a block; 0 is not known yet
 
     def seconds(self, block: float) -> float:
-        """Of one call: the mean of as many as take about `block` seconds."""
+        """Seconds of one call: the mean of a block of calls that takes about `block` seconds."""
         if self.calls == 0:
             self.calls, once = 1, self._time(1)
             if once >= 10 * block:
@@ -154,11 +107,11 @@ class Run:
 
 
 Runs = dict[str, Run | str]
-"""For each pass what is ready to be run, or why this side cannot."""
+"""For each pass a Run, or the reason why this side has none."""
 
 
 def _each_pass(make: Callable[[bool], Run]) -> Runs:
-    """`make(backward)` for both passes. RuntimeError is what JAX and PyTorch make of a compiler's and a device's."""
+    """`make(backward)` for both passes. JAX and PyTorch raise RuntimeError for errors of compilers and devices."""
     runs: Runs = {}
     for name in PASSES:
         try:
@@ -189,31 +142,14 @@ def _places(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
 
 
 def jax_inputs(job: Job, number: int) -> list[Any]:
-    """A set of query, key, value and cotangent: unit normal, the same on every side."""
+    """A set of query, key, value and cotangent: unit normal, the same numbers on every side."""
     import jax.numpy as jnp
 
     return [jnp.resize(jnp.asarray(_noise(4 * number + n), jnp.bfloat16), shape) for n, shape in enumerate(job.shapes)]
 
 
-def jax_results(attend: Callable[..., Any], *, backward: bool, learn: Sequence[str] = ()) -> Callable[..., Any]:
-    """(query, key, value, cotangent, extra) -> (out,), or out and the gradients of query, key, value and `learn`."""
-    import jax
-
-    def forward(query: Any, key: Any, value: Any, cotangent: Any, extra: Arrays) -> Any:
-        return (attend(query, key, value, extra),)
-
-    def both(query: Any, key: Any, value: Any, cotangent: Any, extra: Arrays) -> Any:
-        def of(query: Any, key: Any, value: Any, *learned: Any) -> Any:
-            return attend(query, key, value, {**extra, **dict(zip(learn, learned, strict=True))})
-
-        out, pull = jax.vjp(of, query, key, value, *(extra[name] for name in learn))
-        return out, *pull(cotangent)
-
-    return both if backward else forward
-
-
 def attnax_attention(job: Job, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """(query, key, value, extra) -> out."""
+    """Attnax's attention as a function (query, key, value, extra) -> out."""
     from attnax import masks
     from attnax.kernels import score_mods
 
@@ -236,7 +172,7 @@ def attnax_attention(job: Job, kernel: Callable[..., Any]) -> Callable[..., Any]
 
 
 def attnax_kernel(side: str, *, interpret: bool) -> Callable[..., Any]:
-    """The function of Attnax that a side is."""
+    """The function of Attnax that a side times."""
     from attnax import flash_attention, pallas_flash_attention
 
     if side == "automatic":
@@ -245,7 +181,7 @@ def attnax_kernel(side: str, *, interpret: bool) -> Callable[..., Any]:
 
 
 def cudnn_attention(job: Job) -> Callable[..., Any]:
-    """The same in JAX's layout (B, T, N, H). ALiBi comes as an array `bias`; the learned one is made from its table."""
+    """cuDNN's attention (layout B, T, N, H). ALiBi is an array `bias`; the learned bias is made of its table."""
     import jax
     import jax.numpy as jnp
 
@@ -274,7 +210,7 @@ def cudnn_attention(job: Job) -> Callable[..., Any]:
 
 
 def dense_bias(job: Job, extra: Arrays) -> Any:
-    """What a case adds to the scores: (1, N, T, S)."""
+    """The bias that a case adds to the scores: (1, N, T, S)."""
     import jax.numpy as jnp
 
     change = CASES[job.case].change
@@ -284,7 +220,7 @@ def dense_bias(job: Job, extra: Arrays) -> Any:
 
 
 def prepare_jax(side: str, job: Job, *, rehearse: bool) -> Runs:
-    """What is ready to be run of a job on one of the sides in JAX."""
+    """The runs of a job on a side in JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -303,7 +239,7 @@ def prepare_jax(side: str, job: Job, *, rehearse: bool) -> Runs:
         attend = cudnn_attention(job) if turned else attnax_attention(job, attnax_kernel(side, interpret=rehearse))
         sets, extra = operands()
         begin = time.perf_counter()
-        results = jax_results(attend, backward=backward, learn=sorted(job.extra) if case.learned else ())
+        results = jax_results(attend, backward=backward, learn=case.learned)
         program = jax.jit(results).lower(*sets[0], extra).compile()
         compile_seconds = time.perf_counter() - begin
         sample = []
@@ -319,7 +255,7 @@ def prepare_jax(side: str, job: Job, *, rehearse: bool) -> Runs:
 
 
 def dense_attention(job: Job, query: Any, key: Any, value: Any, extra: Arrays) -> Any:
-    """The definition; in bfloat16 with weights rounded before the second product, as tensor cores want them."""
+    """The definition; in bfloat16 the weights are rounded before the second product, as for tensor cores."""
     import jax
     import jax.numpy as jnp
 
@@ -334,7 +270,7 @@ def dense_attention(job: Job, query: Any, key: Any, value: Any, extra: Arrays) -
         scores = jnp.where(case.keep(*index, extra), scores, -jnp.inf)
     weights = jax.nn.softmax(scores).reshape(*grouped.shape[:4], -1)
     if value.dtype == jnp.bfloat16:
-        weights = jax.lax.reduce_precision(weights, 8, 7)  # the compiler may leave out a cast alone, forth or back
+        weights = jax.lax.reduce_precision(weights, 8, 7)  # the compiler may remove a cast to bfloat16 and back
     weights = weights.astype(value.dtype)
     return product("BKGTS,BKSH->BKGTH", weights, value).reshape(query.shape).astype(query.dtype)
 
@@ -365,9 +301,9 @@ def check(side: str, job: Job, *, rehearse: bool) -> list[dict[str, Any]]:
     found = []
     for name, have, rounded, want in zip(names, results["have"], results["dense"], results["want"], strict=True):
         errors = {"error": error(have, want), "dense_error": error(rounded, want)}
-        # An error below half a unit of bfloat16 would be lost in rounding the result.
+        # An error below half a unit of bfloat16 is lost when the result is rounded.
         ratio = errors["error"] / max(errors["dense_error"], 2.0**-11)
-        # Of a few numbers, a slope for each head, the errors of both are a matter of luck.
+        # With few numbers, one slope for each head, both errors depend on chance.
         found.append({"result": name, **errors, "ratio": ratio, "allowed": 2.0 if want.size >= 64 else 4.0})
     return found
 
@@ -376,11 +312,11 @@ def check(side: str, job: Job, *, rehearse: bool) -> list[dict[str, Any]]:
 
 
 def prepare_torch(side: str, job: Job, *, rehearse: bool) -> Runs:
-    """What is ready to be run of a job on one of the sides in PyTorch."""
+    """The runs of a job on a side in PyTorch."""
     import torch
 
     device = "cpu" if rehearse else "cuda"
-    torch.compiler.reset()  # or the number of shapes that it compiles for is limited
+    torch.compiler.reset()  # or PyTorch limits the number of shapes that it compiles for
     if not rehearse:
         torch.cuda.empty_cache()
 
@@ -396,7 +332,7 @@ def prepare_torch(side: str, job: Job, *, rehearse: bool) -> Runs:
     def make(backward: bool) -> Run:
         sets = [[x.view(shape) for x, shape in zip(inputs, job.shapes, strict=True)] for inputs in operands()]
         extra = {name: torch.from_numpy(x).to(device) for name, x in job.extra.items()}
-        learned = list(extra.values()) if CASES[job.case].learned else []
+        learned = [extra[name] for name in CASES[job.case].learned]
         for x in [*(x for inputs in sets for x in inputs[:3]), *learned]:
             x.requires_grad_(backward)
         attend = (flex_attention if side == "flex" else sdpa_attention)(job, extra, device)
@@ -420,7 +356,7 @@ def prepare_torch(side: str, job: Job, *, rehearse: bool) -> Runs:
 
 
 def sdpa_attention(job: Job, extra: Arrays, device: str) -> Callable[..., Any]:
-    """(query, key, value) -> out; PyTorch chooses among its kernels."""
+    """SDPA as a function (query, key, value) -> out; PyTorch chooses among its kernels."""
     from torch.nn.functional import scaled_dot_product_attention
 
     if job.case not in ("full", "causal"):
@@ -431,7 +367,7 @@ def sdpa_attention(job: Job, extra: Arrays, device: str) -> Callable[..., Any]:
 
 
 def flex_attention(job: Job, extra: Arrays, device: str) -> Callable[..., Any]:
-    """(query, key, value) -> out. The mask of blocks is made here, before anything is timed."""
+    """FlexAttention as a function (query, key, value) -> out. Its block mask is made here, before anything is timed."""
     import torch
     from torch.nn.attention import flex_attention as flex
 
@@ -444,7 +380,7 @@ def flex_attention(job: Job, extra: Arrays, device: str) -> Callable[..., Any]:
         def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Any:
             return keep(b, h, q, kv, extra)
 
-        # Compiled, it does not need an array of all pairs.
+        # The compiled function makes no array of all pairs.
         make_mask = compiled(flex.create_block_mask)
         options["block_mask"] = make_mask(mask_mod, None, None, job.length, job.length, device=device)
     if change is not None:
@@ -453,12 +389,12 @@ def flex_attention(job: Job, extra: Arrays, device: str) -> Callable[..., Any]:
 
 
 def prepare(side: str, job: Job, *, rehearse: bool) -> Runs:
-    """What is ready to be run of a job on a side."""
+    """The runs of a job on a side."""
     return (prepare_torch if side in ("sdpa", "flex") else prepare_jax)(side, job, rehearse=rehearse)
 
 
 def about(side: str, *, rehearse: bool) -> Mapping[str, Any]:
-    """What a side's process runs on; `reason` if it cannot."""
+    """The versions and the device of a side's process, or the `reason` why it cannot run."""
     if side in ("sdpa", "flex"):
         try:
             import torch

@@ -1,7 +1,7 @@
 """The GPU kernels in a program that is lowered for NVIDIA GPUs, on any machine: Triton modules, checked by MLIR.
 
-Lowering writes a module without checking it; a GPU would parse it, and fail, at the first call. `parse` does the same
-here. Needs jax and numpy.
+Lowering does not check a module. A GPU parses it at the first call, and an invalid module fails there; `parse` finds
+the error without a GPU. Needs jax and numpy.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _CALL = "__gpu$xla.gpu.triton"  # the custom call that holds a module
 
 
 class Kernel(NamedTuple):
-    """A Triton module, and how it is launched."""
+    """A Triton module and its launch."""
 
     name: str
     bytecode: bytes
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
-    operands: tuple[tuple[tuple[int, ...], str], ...]  # shape and MLIR's name of the dtype, of each input
+    operands: tuple[tuple[tuple[int, ...], str], ...]  # shape, and MLIR's name of the dtype, for each input
     results: tuple[tuple[tuple[int, ...], str], ...]
 
 
 def gpu_mesh(count: int = 1, axis_type: Any = AxisType.Auto, name: str = "NVIDIA H100 80GB HBM3") -> AbstractMesh:
-    """What a program is traced and lowered under where there is no GPU: from JAX 0.11.1 on Pallas asks which it is."""
+    """A mesh to trace and lower under without a GPU: from JAX 0.11.1 on, Pallas reads the GPU's name from it."""
     gpu = AbstractDevice(name, 132, "cuda")
     return AbstractMesh((count,), ("gpus",), (axis_type,), abstract_device=gpu)
 
@@ -74,7 +74,7 @@ def parse(kernel: Kernel) -> Any:
     """The module, verified.
 
     Raises:
-        ValueError: it is invalid; with the verifier's words.
+        ValueError: the module is invalid; the message is the verifier's.
     """
     with ir.Context() as context:
         dialect.register_dialect(context)

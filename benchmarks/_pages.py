@@ -1,16 +1,17 @@
-"""Writes what a command found into a page of the documentation."""
+"""Tables of results: printed, as Markdown, and in a page of the documentation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write_section"]
+__all__ = ["markdown_table", "show", "write_section"]
 
 _END = "<!-- end -->"
 
 
 def write_section(page: Path, command: str, text: str) -> None:
-    """Puts `text` in place of what stands between `<!-- command -->` and the next `<!-- end -->` of a page.
+    """Replaces the text between `<!-- command -->` and the next `<!-- end -->` of a page.
 
     Raises:
         ValueError: the page has no such place.
@@ -20,3 +21,16 @@ def write_section(page: Path, command: str, text: str) -> None:
     if not begin or not end:
         raise ValueError(f"{page} has no place for a table: <!-- {command} --> and, on a later line, {_END}.")
     page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the header."""
+    header, *rest = ("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *rest])
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)

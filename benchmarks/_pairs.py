@@ -1,12 +1,12 @@
 """Timing of two or more sides, each in a process of its own, in turns: A B A B ...
 
-Machines are shared and their speed drifts, so only ratios taken in one run mean anything. A side is a command that
-prints a line of JSON when it is warm, then for every empty line that it reads does its work once and prints
-`{"seconds": ...}`. A side of many cases is sent each case as a line of JSON, gets ready for it, and answers as when it
-starts. While one side works, the others are stopped.
+Machines are shared and their speed drifts, so only ratios from one run are comparable. A side is a command. It prints a
+line of JSON when it is warm. For every empty line that it reads, it does its work once and prints `{"seconds": ...}`. A
+side of many cases reads each case as a line of JSON, prepares it, and prints a line of JSON again. While one side
+works, the other sides are stopped.
 
-Attnax runs in the environment that the benchmark was started in, PyTorch in `.venv-torch` where `make` has put it
-there: each with the Python and the versions that suit it.
+Attnax runs in the environment of the benchmark. PyTorch runs in `.venv-torch` if `make` has installed it there, with
+the Python and the versions that it needs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _TORCH_PYTHON = Path(__file__).parents[1] / ".venv-torch" / "bin" / "python"
 
 
 def side_command(script: str, side: str, *, torch: bool = False) -> list[str]:
-    """The command of a side of a benchmark, in the environment of PyTorch if it is `torch`'s."""
+    """The command of a side of a benchmark; with `torch`, in PyTorch's environment."""
     return [_python(torch), script, "--side", side]
 
 
 def peer_version(package: str) -> str | None:
-    """The version of a package in the environment of PyTorch's sides; None if it is not there."""
+    """The version of a package in PyTorch's environment; None if it is not installed."""
     code = f"from importlib import metadata; print(metadata.version({package!r}))"
     run = subprocess.run([_python(True), "-c", code], capture_output=True, text=True, check=False)
     return run.stdout.strip() if run.returncode == 0 else None
@@ -45,7 +45,7 @@ def _python(torch: bool) -> str:
 
 
 def serve(work: Work, **about: Any) -> None:
-    """The side's part: says that it is warm, then times `work()` whenever it is asked to."""
+    """Runs a side: prints `about` when it is warm, then times `work()` for each line that it reads."""
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
         print(json.dumps({"seconds": _seconds(work)}), flush=True)
@@ -54,11 +54,11 @@ def serve(work: Work, **about: Any) -> None:
 def serve_cases(
     prepare: Callable[[dict[str, Any]], tuple[Work | None, dict[str, Any]]], shortest: float = 0.05
 ) -> None:
-    """The same for a side of many cases.
+    """Runs a side of many cases.
 
     Args:
-        prepare: makes a case's work, None if there is nothing to time, and says something about it.
-        shortest: seconds that a round lasts at least; quicker work is done several times, after once untimed.
+        prepare: returns a case's work, None if there is nothing to time, and facts about the case.
+        shortest: the least seconds of a round; quicker work is done several times, after one untimed call.
     """
     print("{}", flush=True)
     work: Work | None = None
@@ -86,10 +86,10 @@ def _seconds(work: Work, calls: int = 1) -> float:
 
 
 class Side:
-    """A side's process, stopped except while it is asked something: its idle threads would spin in others' time.
+    """A side's process. It is stopped between requests, because its idle threads would slow down the other sides.
 
     Attributes:
-        about: what it said when it was warm.
+        about: the side's line of JSON when it was warm.
     """
 
     about: dict[str, Any]
@@ -104,7 +104,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side ended before its time: {self.process.args!r}")
+            raise SystemExit(f"a side's process ended early: {self.process.args!r}")
         self.process.send_signal(signal.SIGSTOP)
         return dict(json.loads(line))
 
@@ -126,7 +126,7 @@ class Side:
 def started(
     sides: Mapping[str, Sequence[str]], environment: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, Side]]:
-    """The processes, warm, while the context lasts; two processors and two threads for every side alike."""
+    """The processes, warm, while the context lasts; each has the same two processors, and two threads."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
     environment = {**os.environ, **threads, **(environment or {})}
@@ -169,6 +169,6 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]
 def compare(
     sides: Mapping[str, Sequence[str]], *, rounds: int = 7, environment: Mapping[str, str] | None = None
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Seconds of each round of each side of one case, and what the sides said about themselves."""
+    """Seconds of each round of each side of one case, and the `about` of each side."""
     with started(sides, environment) as processes:
         return take_turns(processes, rounds), {name: side.about for name, side in processes.items()}

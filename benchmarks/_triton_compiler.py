@@ -1,6 +1,7 @@
-"""What Triton's compiler says of modules: a line of JSON for each one that is read. Needs triton, and no JAX.
+"""Compiles modules with Triton's compiler: reads a line of JSON for each module, and prints a line of results.
 
-It is run by `aot_triton.py`, in an environment of its own. A line that is read holds the arguments of `compile_module`.
+`aot_triton.py` runs it in an environment of its own, with triton and without JAX. A line that is read holds the
+arguments of `compile_module`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import make_backend
 from triton.errors import TritonError
 
-UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # tensor cores, by their instruction
+UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # instructions of tensor cores
 
 
 def compile_module(text: str, capability: int, num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Bytes of shared memory and of spills, registers of a thread, and the instructions of tensor cores."""
+    """Bytes of shared memory and of spills, registers of a thread, and the tensor cores' instructions in the PTX."""
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ttir")
@@ -52,7 +53,7 @@ def compile_module(text: str, capability: int, num_warps: int, num_stages: int) 
 
 
 def _simplified(path: str, target: GPUTarget, options: dict[str, Any]) -> str:
-    """A module after passes that XLA runs, and `triton.compile` leaves out for a file: sums go into products."""
+    """The module after passes that XLA runs and `triton.compile` skips for a file: they fuse sums into products."""
     backend, context = make_backend(target), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -62,7 +63,7 @@ def _simplified(path: str, target: GPUTarget, options: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the compiler, and of NVIDIA's assemblers in it."""
+    """Versions of the compiler and of NVIDIA's assemblers in it."""
     return {
         "triton": version("triton"),
         "ptxas": get_ptxas(90).version,
@@ -72,7 +73,7 @@ def versions() -> dict[str, str]:
 
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # else nothing is said of a module that was compiled before
+    triton.knobs.compilation.always_compile = True  # or a module from Triton's cache prints no registers and spills
     print(json.dumps(versions()), flush=True)
     for line in sys.stdin:
         print(json.dumps(compile_module(**json.loads(line))), flush=True)

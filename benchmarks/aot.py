@@ -1,11 +1,11 @@
-"""Compiles Attnax's programs for TPUs and NVIDIA GPUs with their own compilers, on a machine that has neither.
+"""Compiles Attnax's programs for TPUs and NVIDIA GPUs with their own compilers, on a machine without a TPU or GPU.
 
-    python benchmarks/aot.py tpu     # libtpu, for v5e and v6e; `make aot` installs it apart
-    python benchmarks/aot.py cuda    # XLA for an H100, from the CUDA plugin; `make aot-cuda` installs it apart
+    python benchmarks/aot.py tpu     # libtpu, for v5e and v6e; `make aot` installs it in its own environment
+    python benchmarks/aot.py cuda    # XLA for an H100, from the CUDA plugin; `make aot-cuda` installs it
 
-Nothing runs on an accelerator: this shows that programs compile, which kernels are in them and how much memory they
-take, and neither results nor speed. It fails if a program does not compile, if other kernels are in it than the
-documents promise, or if XLA complains that it computes constants for more than a second.
+Nothing runs on an accelerator. The command shows that programs compile, their kernels and their memory, but no results
+and no speed. It fails if a program does not compile, if it holds other kernels than the documentation promises, or if
+XLA complains that it computes constants for more than a second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXPERTS, TOKENS = 8, 2048
 Program = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 """Makes a function and the shapes of its arguments."""
 
-# XLA's compiler wants to know what an H100 is.
+# XLA's description of an H100.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -53,16 +53,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Row(NamedTuple):
-    """A program, and what the documents promise of it."""
+    """A program, and the kernels that the documentation promises."""
 
     name: str
     program: Program
-    kernels: dict[str, int]  # that must be in the compiled program, and no others
+    kernels: dict[str, int]  # the compiled program must hold these kernels and no others
     limitation: str = ""  # why it may fail
 
 
 class Result(NamedTuple):
-    """What the compiler made of a program."""
+    """The compiled program's kernels and memory, or the compiler's error."""
 
     error: str = ""
     seconds: float = 0.0
@@ -72,20 +72,20 @@ class Result(NamedTuple):
 
 
 def why_not(target: str) -> str | None:
-    """Why this machine cannot have the compiler; None if it can."""
+    """The reason why this machine cannot install the compiler; None if it can."""
     system, machine, python = platform.system(), platform.machine(), sys.version_info[:2]
     if (system, machine) != ("Linux", "x86_64"):
-        return f"its compiler comes for Linux on x86_64, and this is {system} on {machine}"
+        return f"its compiler exists for Linux on x86_64, and this is {system} on {machine}"
     oldest = (3, 11) if target == "tpu" else (3, 12)
     if not oldest <= python <= (3, 14):
-        return f"its compiler comes for Python {oldest[0]}.{oldest[1]} to 3.14, and this is {python[0]}.{python[1]}"
+        return f"its compiler exists for Python {oldest[0]}.{oldest[1]} to 3.14, and this is {python[0]}.{python[1]}"
     return None
 
 
 def attention(
     attend: str, *, dtype: str = "bfloat16", length: int = LENGTH, gradient: bool = True, **given: Any
 ) -> Program:
-    """An attention function of Attnax's, and the gradient of its sum; given score mods are made where JAX is there."""
+    """An attention function of Attnax, and the gradient of its sum; `given` holds functions that make its options."""
 
     def program() -> Any:
         import jax
@@ -108,7 +108,7 @@ def attention(
 
 
 def decoding(*, paged: bool) -> Program:
-    """One token of each row, behind what a cache holds."""
+    """One new token for each row of a cache."""
 
     def program() -> Any:
         import jax
@@ -258,7 +258,7 @@ QUICK = 2  # rows
 
 
 def kernels_in(text: str) -> Counter[str]:
-    """The kernels that a compiled program calls."""
+    """The kernels that a compiled program calls, and how often."""
     found: Counter[str] = Counter()
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
@@ -272,7 +272,7 @@ def kernels_in(text: str) -> Counter[str]:
 
 @contextlib.contextmanager
 def captured(report: list[str]) -> Iterator[None]:
-    """Puts into `report` what is written to the standard error, by compilers in C++ too."""
+    """Appends to `report` the text that is written to standard error, by compilers in C++ too."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -288,7 +288,7 @@ def captured(report: list[str]) -> Iterator[None]:
 
 
 class Compiler:
-    """A device that is not there, and the compiler for it."""
+    """The compiler for a device that this machine does not have."""
 
     def __init__(self, target: str, device: str):
         from jax.experimental import topologies
@@ -303,7 +303,7 @@ class Compiler:
         self.sharding = SingleDeviceSharding(topology.devices[0])
 
     def __call__(self, row: Row) -> Result:
-        """The program, compiled; an error of any kind is what the table is for."""
+        """The compiled program, or its error: the table shows errors of any kind."""
         import jax
         from _lowered import gpu_mesh
 
@@ -332,7 +332,7 @@ class Compiler:
 
 
 def verdict(row: Row, result: Result) -> str:
-    """Empty where a program is as promised, else what is wrong with it, in one line."""
+    """One line that says what is wrong with a program; empty if it is as promised."""
     if result.error:
         return result.error
     have, want = (" + ".join(f"{n} {name}" for name, n in sorted(x.items())) for x in (result.kernels, row.kernels))
@@ -355,7 +355,7 @@ def table(results: list[tuple[Row, Result]]) -> str:
 
 
 def head(target: str) -> str:
-    """What a reader needs to compare figures."""
+    """Versions and processor, which a reader needs to compare figures."""
 
     def of(package: str) -> str:
         with contextlib.suppress(PackageNotFoundError):
@@ -372,13 +372,13 @@ def head(target: str) -> str:
 
 
 def section(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
-    """What docs/accelerators.md says of a target."""
-    shape = f"batch 1, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, head size {HEAD}, bfloat16 where not said"
+    """The section of a target in docs/accelerators.md."""
+    shape = f"batch 1, {HEADS} heads, {KV_HEADS} key heads, length {LENGTH}, head size {HEAD}"
     parts = [
         f"By `{COMMANDS[target]}`: {head(target)}",
-        f"Attention has {shape}; decoding {ROWS} rows of caches for {CACHED} tokens, pages of {PAGE}; the mixture of "
-        f"experts chooses 2 of {EXPERTS} for each of {TOKENS} tokens; the training step is that of "
-        "`benchmarks/train.py`.",
+        f"Attention has {shape}, and bfloat16 unless a line says otherwise. Decoding has {ROWS} rows, caches for "
+        f"{CACHED} tokens and pages of {PAGE}. The mixture of experts chooses 2 of {EXPERTS} experts for each of "
+        f"{TOKENS} tokens. The training step is that of `benchmarks/train.py`.",
         *(f"### {device}\n\n{table(results)}" for device, results in tables.items()),
     ]
     return "\n\n".join(parts)
@@ -387,7 +387,7 @@ def section(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=("tpu", "cuda"))
-    parser.add_argument("--why-not", action="store_true", help="only say why this machine cannot, if so")
+    parser.add_argument("--why-not", action="store_true", help="only print why this machine cannot, if so")
     parser.add_argument("--quick", action="store_true", help="only the first case, for one device")
     parser.add_argument("--only", default="", help="rows whose name has these words")
     parser.add_argument("--markdown", type=Path, help="also write the tables into this page")

@@ -1,14 +1,14 @@
-"""What the GPU kernels need of a card, from Triton's own compiler, on any machine: shared memory, registers, spills.
+"""Shared memory, registers and spills of the GPU kernels, from Triton's own compiler, on any machine.
 
     make aot-triton                                       # the table of docs/accelerators.md
     python benchmarks/aot_triton.py --json figures.json --markdown docs/accelerators.md
-    python benchmarks/aot_triton.py --search backward 128                 # which tiles fit: blocks, warps, stages
+    python benchmarks/aot_triton.py --search backward 128                 # the tiles that fit: blocks, warps, stages
     python benchmarks/aot_triton.py --search forward 64 --dtype float32 --case "soft cap"
 
-A program is lowered here, and its modules are compiled by `_triton_compiler.py` in an environment that has triton. No
-kernel runs: this says nothing of results or speed. XLA compiles the same modules with a Triton of its own, so that its
-figures can differ a little. What was compiled before is read from `.cache/aot-triton`. The exit code is 1 if a module
-needs more shared memory than a card has, or than `tile_sizes.Footprint` says.
+A program is lowered here, and `_triton_compiler.py` compiles its modules in an environment with triton. No kernel runs,
+so there are no results and no times. XLA compiles the same modules with its own Triton, so its figures can differ a
+little. Modules that were compiled before are read from `.cache/aot-triton`. The exit code is 1 if a module needs more
+shared memory than a card has or than `tile_sizes.Footprint` computes, or spills more than is promised.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ BATCH, HEADS, KV_HEADS, LENGTH, PAGE = 2, 4, 2, 512, 16
 
 
 class Card(NamedTuple):
-    """A generation of cards that is compiled for."""
+    """A card to compile for."""
 
     capability: int
-    name: str  # as JAX knows it
+    name: str  # JAX's name
     unit: str  # the instruction of its tensor cores
 
     @property
@@ -61,7 +61,7 @@ CARDS = (
     Card(90, "NVIDIA H100 80GB HBM3", "wgmma"),
     Card(100, "NVIDIA B200", "tcgen05"),
 )
-UNKNOWN = CARDS[1]  # has the tiles of a card that is not known
+UNKNOWN = CARDS[1]  # its tiles are those for an unknown card
 
 
 class Case(NamedTuple):
@@ -73,11 +73,11 @@ class Case(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Bits of a number."""
         return jnp.dtype(self.dtype).itemsize * 8
 
     def kernels(self, card: Card, block_size: tuple[int, int] | None = None) -> list[Kernel]:
-        """Those of its program, lowered for a card."""
+        """The kernels of its program, lowered for a card."""
         dtype, mesh = jnp.dtype(self.dtype), gpu_mesh(name=card.name)
         if self.words in DECODING:
             return kernels_of(*DECODING[self.words](self.head_dim, dtype), mesh=mesh)
@@ -104,7 +104,7 @@ def _dropout(_: None) -> dict[str, Any]:
     return {"dropout_rng": jax.random.key(0), "dropout_rate": 0.1, "deterministic": False, "mask": masks.causal()}
 
 
-# Of each case: options of the call given what it captured, what that is, and the length.
+# For each case: the options of the call as a function of the captured array, the captured array, and the length.
 CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     "no mask": (lambda _: {}, None, LENGTH),
     "causal": (lambda _: {"mask": masks.causal()}, None, LENGTH),
@@ -129,8 +129,8 @@ CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, int]] = {
     ),
 }
 
-PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 4}  # what a kernel loads for each pair
-PROMISED = "no mask", "causal", "soft cap"  # that registers suffice for, with 16 bits and heads up to 128
+PAIR_BYTES = {"learned table": 4, "learned bias": 4, "mask as an array": 4}  # loaded by a kernel for each pair
+PROMISED = "no mask", "causal", "soft cap"  # have few spills with 16 bits and heads up to 128
 MOST_SPILLS = {"forward": 0, "decode": 0, "backward": 64}  # bytes
 
 
@@ -171,7 +171,7 @@ CASES = [
 
 
 class Compiler:
-    """Triton's compiler in a process of its own, and what it said before."""
+    """Triton's compiler in a process of its own, with a cache of its results."""
 
     def __init__(self, python: Path, cache: Path) -> None:
         command = [str(python), str(Path(__file__).with_name("_triton_compiler.py"))]
@@ -192,7 +192,7 @@ class Compiler:
         return dict(json.loads(line))
 
     def __call__(self, kernel: Kernel, card: Card, num_warps: int, num_stages: int) -> dict[str, Any]:
-        """What `_triton_compiler.compile_module` returns."""
+        """The result of `_triton_compiler.compile_module`."""
         job = {
             "text": str(parse(kernel)),
             "capability": card.capability,
@@ -210,14 +210,14 @@ class Compiler:
 
 
 def kind_of(name: str) -> str:
-    """Which tiles a kernel has."""
+    """The kind of tiles that a kernel has."""
     return {"attnax_forward": "forward", "attnax_decode": "decode"}.get(name, "backward")
 
 
 def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
-    """A row for each case, kernel and tile: what it needs on the cards for which that tile is chosen.
+    """A row for each case, kernel and tile: the needs of the kernel on the cards for which that tile is chosen.
 
-    The tile of a card that is not known is compiled for all.
+    The tile for an unknown card is compiled for all cards.
     """
     for case in cases:
         found: dict[tuple[str, Tile], dict[str, Any]] = {}
@@ -237,14 +237,14 @@ def rows(compiler: Compiler, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
 
 
 def compiled(compiler: Compiler, kernel: Kernel, case: Case, tile: Tile, card: Card) -> dict[str, Any]:
-    """What the compiler says of a kernel with warps and stages of a tile, and what `tile_sizes` expects at most."""
+    """The compiler's result for a kernel with the warps and stages of a tile, and the bound by `tile_sizes`."""
     sizes = case.head_dim, case.head_dim, case.bits, PAIR_BYTES.get(case.words, 0)
     footprint = tile_sizes.Footprint(kind_of(kernel.name), tile, *sizes)
     return {**compiler(kernel, card, tile.num_warps, tile.num_stages), "bound": footprint.bytes_on(card.capability)}
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: no kernel, or one that takes more than `tile_sizes` expects, a card has, or we say."""
+    """The faults of a row: no kernel, more shared memory than `tile_sizes` computes or a card has, or more spills."""
     found = []
     is_promised = row["words"] in (*PROMISED, *DECODING) and row["head_dim"] <= 128 and row["dtype"] != "float32"
     most = MOST_SPILLS[kind_of(f"attnax_{row['kernel']}")] if is_promised else None
@@ -258,7 +258,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
-    """What docs/accelerators.md says of them."""
+    """The section of docs/accelerators.md."""
     cards = " | ".join(
         f"{card.name}, sm_{card.capability}, {card.shared / 1024:.0f} KiB, {card.unit}" for card in CARDS
     )
@@ -266,10 +266,10 @@ def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
     lines = [
         f"By `make aot-triton`: jax {jax.__version__}, {tools}. No kernel was run.",
         "",
-        "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and what computes the",
-        "products if it is not the instruction that its column names. A tile is queries x keys, warps, stages. A row",
-        "with all cells has the tile of a card that is not known; an empty cell is a card that has another one.",
-        f"Batch {BATCH}, {HEADS} heads, {KV_HEADS} of keys, length {LENGTH}, forward and gradient.",
+        "A cell holds KiB of shared memory, registers of a thread, **bytes of spill stores**, and the unit that",
+        "computes the products if it is not the instruction that its column names. A tile is queries x keys, warps,",
+        "stages. A row with all cells has the tile for an unknown card; a card with an empty cell has another tile.",
+        f"Batch {BATCH}, {HEADS} heads, {KV_HEADS} key heads, length {LENGTH}, forward and gradient.",
         "",
         f"| case | head size | dtype | kernel | tile | {cards} |",
         "|---|---|---|---|---|" + "---|" * len(CARDS),
@@ -290,7 +290,7 @@ def _cell(cell: dict[str, Any] | None, card: Card) -> str:
 
 
 def search(compiler: Compiler, kind: str, case: Case, choices: dict[str, tuple[int, ...]]) -> None:
-    """Prints what every tile needs on the cards: KiB of shared memory, and bytes of spill stores."""
+    """Prints the needs of every tile on the cards: KiB of shared memory, and bytes of spill stores."""
     cards = [card for card in CARDS if card.capability in choices["capability"]]
     print(f"{kind}, {case}: on {', '.join(f'sm_{card.capability}' for card in cards)}")
     for block_q, block_kv in itertools.product(choices["block_q"], choices["block_kv"]):
@@ -311,15 +311,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="write the table into this page")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--python", type=Path, default=ROOT / ".venv-triton/bin/python", help="the one that has triton")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv-triton/bin/python", help="a Python with triton")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/aot-triton")
     parser.add_argument("--search", nargs=2, metavar=("KIND", "HEAD_DIM"), help="forward, backward or decode")
-    parser.add_argument("--case", default="causal", help=f"of a search: {', '.join((*CALLS, *DECODING))}")
-    parser.add_argument("--dtype", default="bfloat16", help="of a search")
+    parser.add_argument("--case", default="causal", help=f"case of a search: {', '.join((*CALLS, *DECODING))}")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of a search")
     tiles = {"block_q": (128, 64), "block_kv": (128, 64, 32), "warps": (4, 8), "stages": (1, 2, 3)}
     tiles["capability"] = tuple(card.capability for card in CARDS)
     for name, default in tiles.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help="of a search")
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help="choices of a search")
     options = parser.parse_args()
     compiler = Compiler(options.python, options.cache)
     if options.search:

@@ -1,15 +1,15 @@
-"""How fast a language model writes, beside Hugging Face transformers, and what a cache costs in time and memory.
+"""Generation beside Hugging Face transformers, and the time and memory of each cache.
 
-    python benchmarks/decode.py                  # needs torch and transformers; `make bench-decode` installs them apart
+    python benchmarks/decode.py                  # needs torch and transformers; `make bench-decode` installs them
     python benchmarks/decode.py --parts steps    # one of the three parts
-    python benchmarks/decode.py --quick          # tiny sizes, to see that all of it runs
+    python benchmarks/decode.py --quick          # tiny sizes, to check that everything runs
 
 Both sides have the shape of GPT-2 (12 layers, d_model 768, 12 heads, feed-forward 3072, tanh GELU, learned positions,
 tied embeddings) with a vocabulary of 8192, random weights, float32, and run in turns in processes of their own.
-PyTorch's is GPT2LMHeadModel as its users get it: eager, scaled_dot_product_attention, DynamicCache.
+PyTorch's model is GPT2LMHeadModel with its defaults: eager, scaled_dot_product_attention, DynamicCache.
 
-- `generate`: greedy, whole calls, the reading of the prompt included.
-- `steps`: decode steps behind tokens that are put into the cache rather than read.
+- `generate`: greedy, whole calls, with the time to read the prompt.
+- `steps`: decode steps after tokens that are written into the cache directly.
 - `storage`: 8-bit keys and values, and the ring of a window: speed, error, bytes.
 """
 
@@ -39,7 +39,7 @@ WINDOW = 128
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The sizes to measure."""
 
     size: dict[str, int]
     prompt: int
@@ -129,7 +129,7 @@ def attnax_case(case: dict[str, Any], side: str) -> Prepared:
 
 @functools.cache
 def steps_of(model: Any) -> Any:
-    """`STEPS` greedy steps of the model behind the first `filled` tokens of caches, which are written in place."""
+    """`STEPS` greedy steps of the model after the first `filled` tokens of caches, which are donated."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -150,7 +150,7 @@ def steps_of(model: Any) -> Any:
 
 
 def noise_cache(layer: Any, seed: int) -> Any:
-    """The cache of one layer, of which `layer` has shapes and dtypes, with numbers in every slot."""
+    """The cache of one layer with numbers in every slot; `layer` gives shapes and dtypes."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -159,7 +159,7 @@ def noise_cache(layer: Any, seed: int) -> Any:
 
     rng = np.random.default_rng(seed)
 
-    def noise(rows: Any) -> Any:  # the same in every row, or block: drawing takes longer than reading
+    def noise(rows: Any) -> Any:  # the same in every row or page, because drawing takes long
         return encode_rows(jnp.broadcast_to(rng.standard_normal(rows.shape[1:], np.float32), rows.shape), rows)
 
     names = ("key_pool", "value_pool") if hasattr(layer, "key_pool") else ("keys", "values")
@@ -169,7 +169,7 @@ def noise_cache(layer: Any, seed: int) -> Any:
 
 
 def holding(layer: Any, filled: Any) -> Any:
-    """The cache with its first `filled` slots in use, whatever it said before."""
+    """The cache with exactly its first `filled` slots in use."""
     import jax.numpy as jnp
 
     clean = dataclasses.replace(layer, overflowed=jnp.zeros_like(layer.overflowed))
@@ -184,9 +184,9 @@ def holding(layer: Any, filled: Any) -> Any:
 
 
 def forced_log_probs(model: Any, ids: Any, prompt: int, dtype: str) -> Any:
-    """Log-probabilities (T - prompt, B, V) of what follows each token of `ids` (B, T) from index `prompt` on.
+    """Log-probabilities (T - prompt, B, V) of the next token after each token of `ids` (B, T) from index `prompt` on.
 
-    The tokens after the prompt are read one at a time, as if they had been drawn.
+    The tokens after the prompt are read one at a time, as in generation.
     """
     import jax
     import jax.numpy as jnp
@@ -220,7 +220,7 @@ def torch_model(**size: int) -> Any:
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    transformers: Any = importlib.import_module("transformers")  # as Any: mypy would read all of it
+    transformers: Any = importlib.import_module("transformers")  # as Any, or mypy reads all of transformers
     config = transformers.GPT2Config(
         vocab_size=size["vocabulary"],
         n_positions=size["positions"],
@@ -288,7 +288,7 @@ def measure(names: tuple[str, ...], cases: list[dict[str, Any]], rounds: int) ->
 
 
 def ask(case: dict[str, Any], side: str = CONTIGUOUS) -> dict[str, Any]:
-    """What a side says about a case that is not timed."""
+    """A side's facts about a case that is not timed."""
     from _pairs import side_command, started
 
     with started({side: side_command(__file__, side)}) as sides:
@@ -323,7 +323,7 @@ def generate_tables(plan: Plan, rounds: int) -> list[str]:
     seconds = measure(names, [common | {"batch": batch, "new": new} for batch, new in lengths], rounds)
     whole, first = seconds[::2], seconds[1::2]
     ratios = [f"{name} / {HUGGING_FACE}" for name in names[:2]]
-    lines = [f"Greedy, {plan.prompt} tokens of prompt and {plan.new} new ones, tokens a second of whole calls.", ""]
+    lines = [f"Greedy, {plan.prompt} tokens of prompt and {plan.new} new tokens, tokens a second of whole calls.", ""]
     lines += head("batch", *names, *ratios)
     for batch, times in zip(plan.batches, whole, strict=True):
         cells = [rate(times[name], batch * plan.new) for name in names]
@@ -346,7 +346,7 @@ def steps_tables(plan: Plan, rounds: int) -> list[str]:
         for capacity, filled in places
     ]
     lines = [
-        f"A decode step, ms, mean of {STEPS} behind the tokens named; {HUGGING_FACE} has no capacity.",
+        f"A decode step, ms, mean of {STEPS} steps after the tokens in the cache; {HUGGING_FACE} has no capacity.",
         "",
         *head("batch", "capacity", "tokens in it", *names, *(f"{name} / {HUGGING_FACE}" for name in names[:2])),
     ]
@@ -381,8 +381,8 @@ def storage_tables(plan: Plan, rounds: int) -> list[str]:
     error = ask(common | {"work": "errors"})
     lines += [
         "",
-        f"Log-probabilities after each of {plan.new} forced tokens behind {plan.prompt}, random weights, int8 against "
-        f"float32: largest difference {error['max']:.1e}, root mean square {error['rms']:.1e}.",
+        f"Log-probabilities after each of {plan.new} forced tokens that follow a prompt of {plan.prompt}, random "
+        f"weights, int8 against float32: largest difference {error['max']:.1e}, root mean square {error['rms']:.1e}.",
         "",
         f"Bytes of the caches of all layers, batch {batch}, {capacity} tokens, MiB.",
         "",
@@ -422,9 +422,9 @@ def main() -> None:
         f"{platform.machine()}, 2 cores, float32, {versions}; medians (of the fastest round)",
         "",
         f"`python benchmarks/decode.py`: {plan.size['layers']} layers, d_model {plan.size['width']}, vocabulary "
-        f"{plan.size['vocabulary']}, random weights, {rounds} rounds in which the sides, each a process of its own, "
-        "take turns. transformers runs GPT2LMHeadModel, eager, with its DynamicCache. Ratios above 1 say that Attnax "
-        "is faster.",
+        f"{plan.size['vocabulary']}, random weights, {rounds} rounds. The sides are processes of their own, and take "
+        "turns. transformers runs GPT2LMHeadModel, eager, with its DynamicCache. With a ratio above 1 Attnax is "
+        "faster.",
     ]
     for part in options.parts:
         lines += ["", *PARTS[part](plan, rounds)]

@@ -1,13 +1,13 @@
-"""How long a person waits for a first token, and how large the programs of training are.
+"""The time until a first token, and the size of training programs.
 
     python benchmarks/first_token.py            # make bench-first-token
 
 A decoder in the shape of GPT-2 (12 layers, d_model 768, vocabulary 50,257, random weights) writes its first token in a
 process of its own: with nothing compiled before ("cold"), and with JAX's compilation cache filled by an earlier process
 ("cache"). The same process then reads prompts of two other lengths, one that is padded to the length of the first and
-one that is not, and writes 64 tokens. Times are seconds; tracing, lowering and XLA are what JAX's monitoring events
-say, nested ones counted once. The second table counts the traced equations (those of inner functions each time they
-are called) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
+one that is not, and writes 64 tokens. Times are seconds. Tracing, lowering and XLA are durations of JAX's monitoring
+events; nested events count once. The second table has the traced equations (those of an inner function count for each
+call) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _pages import markdown_table
+
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
 SHAPE["max_len"] = 2048
-PROMPT, SAME, OTHER = 50, 61, 150  # lengths of prompts; the second pads to the same as the first, the third does not
+PROMPT, SAME, OTHER = 50, 61, 150  # lengths of prompts; the first two are padded to the same length, the third is not
 NEW_TOKENS = 64
 PHASES = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
@@ -61,7 +63,7 @@ class Clock:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union: a trace holds those of the functions in it."""
+    """Length of the union: the span of a trace holds the spans of inner functions."""
     total, end = 0.0, float("-inf")
     for begin, finish in sorted(spans):
         total += max(0.0, finish - max(begin, end))
@@ -70,7 +72,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def measure_tokens() -> dict[str, dict[str, float]]:
-    """Runs in a process of its own."""
+    """The first table's figures of one process; runs in a process of its own."""
     import jax
     import numpy as np
     from flax import nnx
@@ -80,7 +82,7 @@ def measure_tokens() -> dict[str, dict[str, float]]:
     model = jax.block_until_ready(TransformerLM(nnx.Rngs(0), **SHAPE))
     prompts = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, 512)).astype(np.int32)
     clock, result = Clock(), {}
-    for name, length in (("first token", PROMPT), ("padded alike", SAME), ("padded to more", OTHER)):
+    for name, length in (("first token", PROMPT), ("same padded length", SAME), ("longer padded length", OTHER)):
         next(model.stream(prompts[:, :length], max_new_tokens=NEW_TOKENS))
         result[name] = clock.read()
     jax.block_until_ready(model.generate(prompts[:, :PROMPT], max_new_tokens=NEW_TOKENS).tokens)
@@ -89,7 +91,7 @@ def measure_tokens() -> dict[str, dict[str, float]]:
 
 
 def measure_step(attention_type: str, length: int) -> dict[str, float]:
-    """Runs in a process of its own."""
+    """A line of the second table; runs in a process of its own."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -111,7 +113,7 @@ def measure_step(attention_type: str, length: int) -> dict[str, float]:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner functions each time they are called."""
+    """All equations; those of an inner function for each call."""
     for equation in jaxpr.eqns:
         yield equation
         for parameter in equation.params.values():
@@ -132,13 +134,8 @@ def medians(results: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(result[name] for result in results) for name in results[0]}
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def machine() -> str:
-    """What a reader needs to compare figures."""
+    """Processor and versions, which a reader needs to compare figures."""
     import jax
 
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -159,18 +156,18 @@ def report(rounds: int) -> str:
             seconds = medians([result[name] for result in results])
             cells = [f"{seconds[column]:.2f}" for column in columns]
             rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
-    tokens = table(rows)
+    tokens = markdown_table(rows)
     rows = [("training step", "equations", *columns)]
     for length in (64, 1024):
         for attention_type in ("standard", "flash"):
             step = medians([run("--side", attention_type, "--length", str(length)) for _ in range(rounds)])
             cells = [f"{step[column]:.2f}" for column in columns]
             rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
-    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{table(rows)}\n"
+    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{markdown_table(rows)}\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds until a first token, and what they are spent on.")
+    parser = argparse.ArgumentParser(description="Seconds until a first token, by phase.")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind; the table has medians")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--side", choices=("tokens", "standard", "flash"), help=argparse.SUPPRESS)

@@ -2,18 +2,18 @@
 
     python benchmarks/gpu.py --quick                                    # less than 5 minutes
     python benchmarks/gpu.py --limit-seconds 540 --json figures.json --markdown table.md
-    python benchmarks/gpu.py --resume --json figures.json --markdown table.md    # the lines that are missing
-    python benchmarks/gpu.py --tiles                                    # the table of attnax/kernels/_gpu_tiles.py
+    python benchmarks/gpu.py --resume --json figures.json --markdown table.md    # only the missing lines
+    python benchmarks/gpu.py --tiles                                    # the table of attnax/kernels/_gpu/tile_sizes.py
     python benchmarks/gpu.py --rehearse                                 # tiny, on a CPU, kernels interpreted
 
 Needs jax and numpy, and torch for its two sides. Before anything is timed, values and gradients of both functions of
-Attnax are compared with a dense computation in float32: their error may be twice that of the same computation in
-bfloat16. A case that fails is not timed, and the exit code is 1. The results of all sides are compared too, at places
-drawn at random.
+Attnax are compared with a dense computation in float32. Their error may be twice the error of the dense computation in
+bfloat16. A case that fails is not timed, and the exit code is 1. The results of all sides are compared too, at random
+indices.
 
-Each side has a process of its own. All get ready at once, then take turns. Batch * length is constant, and so is
-heads * head_dim. A time is the median over rounds of the mean of calls in a row on several sets of inputs; the backward
-pass is the difference of two medians. What the mask forbids does not count as work.
+Each side has a process of its own. All processes prepare a case at once, then take turns. Batch * length is constant,
+and so is heads * head_dim. A time is the median over rounds of the mean of consecutive calls on several sets of inputs;
+the time of the backward pass is the difference of two medians. Pairs that the mask forbids do not count as work.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _cases import jax_results
 from _gpu_cases import (
     ATTNAX,
     CASES,
-    FLOPS,
     PASSES,
     SETS,
     SIDES,
@@ -51,35 +51,27 @@ from _gpu_cases import (
     attnax_kernel,
     check,
     jax_inputs,
-    jax_results,
     prepare,
     why,
 )
+from _gpu_report import Notes, Report, Sides, check_table, in_short, rows_of
+from _pages import show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # attnax need not be installed
 
 LENGTHS, HEAD_DIMS = (2048, 4096, 8192, 16384, 32768), (128, 64, 256)
 TOKENS, WIDTH = 32768, 2048  # batch * length, heads * head_dim
-ROUNDS, BLOCK, ENOUGH = 7, 0.05, 3.0  # seconds of a block, and of a pass after which its side is asked no more
-AGREE = 0.05  # of the results of two sides, in bfloat16
-PEERS = tuple(side for side in SIDES if side not in ATTNAX)
-RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "Pallas / best peer": ("pallas", PEERS),
-    "automatic / best peer": ("automatic", PEERS),
-    "automatic / cuDNN": ("automatic", ("cudnn",)),
-    "Pallas / Flex": ("pallas", ("flex",)),
-}
-Sides = dict[str, dict[str, dict[str, Any]]]
-"""Side, pass: seconds and their median, or the reason why there are none."""
+ROUNDS, BLOCK, ENOUGH = 7, 0.05, 3.0  # seconds of a block, and the total of a pass that ends its rounds
+AGREE = 0.05  # largest relative difference of the results of two sides, in bfloat16
 
 
 # A side's process.
 
 
 def run_side(side: str, *, rehearse: bool) -> None:
-    """Answers every line of JSON with one."""
+    """Answers every line of JSON with a line of JSON."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no answer
+    os.dup2(2, 1)  # compilers print to standard error, so that standard output has answers only
 
     def say(answer: Any) -> None:
         print(json.dumps(answer), file=channel, flush=True)
@@ -116,12 +108,12 @@ def _check_all(side: str, jobs: Sequence[Job], *, rehearse: bool) -> list[Any]:
         except (ValueError, RuntimeError) as error:
             return {"reason": why(error)}
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compiling takes the time
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # most of the time is compilation
         return list(pool.map(check_one, jobs))
 
 
 class Process:
-    """A side's process, seen from outside. If it ends, the answer is a reason, and the next request starts another."""
+    """The handle of a side's process. If the process ends, the answer is a reason, and the next request restarts it."""
 
     def __init__(self, side: str, *, rehearse: bool) -> None:
         self.command = [sys.executable, __file__, "--side", side, *(["--rehearse"] if rehearse else [])]
@@ -139,7 +131,7 @@ class Process:
             self.start()
             self.answer()
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` says so
+        with contextlib.suppress(BrokenPipeError):  # `answer` returns the reason
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
 
@@ -168,7 +160,7 @@ def started(sides: Sequence[str], *, rehearse: bool) -> Iterator[dict[str, Proce
 
 
 def ask_all(processes: Mapping[str, Process], **request: Any) -> dict[str, dict[str, Any]]:
-    """The answers of all at once."""
+    """The answers of all processes, which work at the same time."""
     for process in processes.values():
         process.send(**request)
     return {side: process.answer() for side, process in processes.items()}
@@ -178,14 +170,14 @@ def ask_all(processes: Mapping[str, Process], **request: Any) -> dict[str, dict[
 
 
 def check_jobs(jobs: Sequence[Job], *, rehearse: bool) -> list[Job]:
-    """One modest length for each case and head size: no multiple of a tile, longer than the window, shared keys."""
+    """One modest length for each case and head size: not a multiple of a tile, longer than the window, shared keys."""
     length = 70 if rehearse else 1530
     pairs = dict.fromkeys((job.case, job.head_dim) for job in jobs)
     return [Job(case, length, head_dim, heads=8, kv_heads=2, batch=2) for case, head_dim in pairs]
 
 
 def run_checks(processes: Mapping[str, Process], jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """A line for each job and side of Attnax: its worst result and by how much, or the reason why there is none."""
+    """A line for each job and side of Attnax: the worst result and its error, or the reason why there is none."""
     sides = {side: process for side, process in processes.items() if side in ATTNAX}
     lines = []
     for side, answer in ask_all(sides, check=[dataclasses.asdict(job) for job in jobs]).items():
@@ -209,7 +201,7 @@ def measure(job: Job, processes: Mapping[str, Process], rounds: int) -> Sides:
         able = [side for side in rows if "sample" in rows[side][name]]
         for side in able:
             row, first = rows[side][name], rows[able[0]][name]
-            differs = float(np.max([*map(_difference, row["sample"], first["sample"])]))  # NaN if one is
+            differs = float(np.max([*map(_difference, row["sample"], first["sample"])]))  # NaN if any is NaN
             row["seconds"] = []
             if not differs <= AGREE:
                 row["reason"] = f"another result than {SIDES[able[0]]}, by {differs:.1%}"
@@ -228,172 +220,9 @@ def measure(job: Job, processes: Mapping[str, Process], rounds: int) -> Sides:
 
 
 def _difference(sample: Sequence[float], other: Sequence[float]) -> float:
-    """The rms of the difference, relative to that of the second."""
+    """The rms of the difference, relative to the rms of `other`."""
     x, y = np.array(sample), np.array(other)
     return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))
-
-
-# The tables.
-
-
-def rows_of(job: Job, sides: Sides) -> list[dict[str, Any]]:
-    """A row for each pass, the backward one among them, with milliseconds, TFLOP/s and ratios."""
-    rows = []
-    for name in FLOPS:
-        cells = {side: _cell(job, name, passes) for side, passes in sides.items()}
-        ratios = {words: _ratio(cells, side, peers) for words, (side, peers) in RATIOS.items()}
-        rows.append({**dataclasses.asdict(job), "pass": name, "sides": cells, "ratios": ratios})
-    return rows
-
-
-def _cell(job: Job, name: str, passes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    needed = PASSES if name == "backward" else (name,)
-    for each in needed:
-        if "reason" in passes[each]:
-            return {"reason": passes[each]["reason"]}
-    seconds = passes[needed[-1]]["median"] - (passes["forward"]["median"] if name == "backward" else 0.0)
-    if seconds <= 0.0:
-        return {"reason": "lost in noise"}
-    return {"ms": 1e3 * seconds, "tflops": job.flops(name) / seconds / 1e12}
-
-
-def _ratio(cells: Mapping[str, Mapping[str, Any]], side: str, peers: Sequence[str]) -> float | None:
-    times = [cells[peer]["ms"] for peer in peers if "ms" in cells.get(peer, {})]
-    return min(times) / cells[side]["ms"] if times and "ms" in cells.get(side, {}) else None
-
-
-def _in_short(row: Mapping[str, Any], notes: Notes) -> str:
-    cells = [f"{side} {_figures(cell, notes)}" for side, cell in row["sides"].items()]
-    ratios = [f"{words} {ratio:.2f}" for words, ratio in row["ratios"].items() if ratio is not None]
-    sizes = f"H{row['head_dim']} N{row['heads']}/{row['kv_heads']} T{row['length']}"
-    return "  ".join([f"{row['case']} {sizes} {row['pass']}:", *cells, *ratios])
-
-
-def _figures(cell: Mapping[str, Any], notes: Notes) -> str:
-    return f"{cell['ms']:.3f} ({cell['tflops']:.0f})" if "ms" in cell else notes.mark(cell["reason"])
-
-
-class Notes:
-    """Reasons, numbered as they come."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def mark(self, reason: str) -> str:
-        return f"- [{self.numbers.setdefault(reason, len(self.numbers) + 1)}]"
-
-
-def table_of(lines: Mapping[Job, Sides], sides: Sequence[str], notes: Notes) -> list[list[str]]:
-    ratios = [words for words, (side, peers) in RATIOS.items() if side in sides and set(peers) & set(sides)]
-    table = [["case", "H", "N/K", "B", "T", "pass", *(f"{SIDES[side]} ms (TFLOP/s)" for side in sides), *ratios]]
-    for job, measured in lines.items():
-        for row in rows_of(job, measured):
-            cells = [job.case, str(job.head_dim), f"{job.heads}/{job.kv_heads}", str(job.batch), str(job.length)]
-            cells.append(row["pass"])
-            cells += [_figures(row["sides"].get(side, {"reason": "not asked for"}), notes) for side in sides]
-            cells += ["-" if row["ratios"][words] is None else f"{row['ratios'][words]:.2f}" for words in ratios]
-            table.append(cells)
-    return table
-
-
-def check_table(checks: Sequence[Mapping[str, Any]], notes: Notes) -> list[list[str]]:
-    table = [["case", "H", *(SIDES[side] for side in ATTNAX)]]
-    cells: dict[tuple[str, int], dict[str, str]] = {}
-    for line in checks:
-        words = notes.mark(line["reason"]) if "reason" in line else f"{line['ratio']:.2f} ({line['worst']})"
-        row = cells.setdefault((line["case"], line["head_dim"]), {})
-        row[line["side"]] = words if line["passed"] else f"FAILED: {words}"
-    for (case, head_dim), row in cells.items():
-        table.append([case, str(head_dim), *(row.get(side, "") for side in ATTNAX)])
-    return table
-
-
-@dataclasses.dataclass
-class Report:
-    """All that is known so far, written to files after every line."""
-
-    about: dict[str, Any]
-    sides: Sequence[str]
-    json: Path | None
-    markdown: Path | None
-    checks: dict[tuple[str, str, int], dict[str, Any]] = dataclasses.field(default_factory=dict)
-    lines: dict[Job, Sides] = dataclasses.field(default_factory=dict)
-
-    def resume(self) -> None:
-        """Takes over what the file holds.
-
-        Raises:
-            SystemExit: it was measured elsewhere.
-        """
-        if self.json is None or not self.json.exists():
-            return
-        found = json.loads(self.json.read_text())
-        if {**found["about"], "date": ""} != {**self.about, "date": ""}:
-            raise SystemExit(f"gpu.py: {self.json} was measured on {found['about']}, this is {self.about}.")
-        self.add_checks(found["checks"])
-        names = [field.name for field in dataclasses.fields(Job)]
-        self.lines |= {Job(**{name: line[name] for name in names}): line["sides"] for line in found["lines"]}
-
-    def add_checks(self, checks: Sequence[dict[str, Any]]) -> None:
-        self.checks |= {(line["side"], line["case"], line["head_dim"]): line for line in checks}
-
-    def failures(self) -> list[str]:
-        """What Attnax got wrong or could not do."""
-        wrong = [
-            f"{SIDES[side]}, {case}, H={head_dim}: {line.get('reason') or 'too large an error'}"
-            for (side, case, head_dim), line in self.checks.items()
-            if not line["passed"]
-        ]
-        for job, sides in self.lines.items():
-            for side in ATTNAX:
-                reasons = {row["reason"] for row in sides.get(side, {}).values() if "reason" in row}
-                wrong += [f"{SIDES[side]}, {job}: {reason}" for reason in sorted(reasons)]
-        return wrong
-
-    def title(self) -> str:
-        """Machine, versions and date in one line."""
-        return ", ".join(f"{name} {value}" for name, value in self.about.items())
-
-    def write(self) -> None:
-        if self.json is not None:
-            found = {
-                "about": self.about,
-                "checks": list(self.checks.values()),
-                "lines": [{**dataclasses.asdict(job), "sides": sides} for job, sides in self.lines.items()],
-                "rows": [row for job, sides in self.lines.items() for row in rows_of(job, sides)],
-            }
-            self.json.write_text(json.dumps(found, indent=1) + "\n")
-        if self.markdown is not None:
-            self.markdown.write_text(self.text())
-
-    def text(self) -> str:
-        notes = Notes()
-        checked = _markdown(check_table(list(self.checks.values()), notes))
-        timed = _markdown(table_of(self.lines, self.sides, notes))
-        reasons = "\n".join(f"- [{number}] {reason}" for reason, number in notes.numbers.items())
-        cases = "\n".join(f"- {name}: {case.words}" for name, case in CASES.items())
-        title = f"# Attention on a GPU\n\nWritten by `benchmarks/gpu.py`. bfloat16; {self.title()}."
-        return "\n\n".join(filter(None, [title, _CHECKED, checked, _TIMED, timed, reasons, cases])) + "\n"
-
-
-_CHECKED = """\
-Errors of values and gradients, over those of a dense computation in bfloat16, both against float32: the worst result of
-each function. At most 2 is allowed, and 4 for the gradient of ALiBi's few slopes."""
-_TIMED = """\
-Milliseconds of a call and TFLOP/s, for pairs that the mask allows alone. A ratio is the peer's time over that of
-Attnax: above 1 Attnax is faster. FlexAttention's mask of blocks and cuDNN's bias for ALiBi are made before anything is
-timed; Attnax makes its lists of tiles in every call, and `flash_attention` turns its arrays for cuDNN."""
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    header, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
-    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
-
-
-def show(table: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)
 
 
 # Tile sizes.
@@ -410,9 +239,9 @@ def candidates(kind: str, *, rehearse: bool) -> list[Any]:
 
 
 def measure_tiles(options: argparse.Namespace) -> int:
-    """Prints the fastest tile for each pass and head size, as a line of the table; backward with the best forward.
+    """Prints the fastest tile for each pass and head size, as a line of the table; backward uses the best forward tile.
 
-    A tile of `LARGER` is one that `fits` does not allow for a card that is not known.
+    A tile of `LARGER` is one that `fits` does not allow for an unknown card.
     """
     from attnax.kernels._gpu.tile_sizes import LARGER, TILES
 
@@ -433,7 +262,7 @@ def measure_tiles(options: argparse.Namespace) -> int:
 
 
 def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, rehearse: bool) -> dict[Any, float | str]:
-    """Seconds of the Pallas kernels with each tile in the table, or why it is none for this device."""
+    """Seconds of the Pallas kernels with each tile, or the reason why the tile does not work on this device."""
     import jax
 
     from attnax.kernels._gpu.tile_sizes import LARGER, TILES
@@ -443,7 +272,7 @@ def time_tiles(job: Job, key: tuple[str, int, int], tiles: Sequence[Any], *, reh
     before, lowered = (dict(TILES), dict(LARGER)), []
     for tile in tiles:
         TILES[key] = LARGER[key] = tile
-        jax.clear_caches()  # which know nothing of the table
+        jax.clear_caches()  # the caches do not depend on the table
         lowered.append(jax.jit(jax_results(attend, backward=key[0] == "backward")).lower(*sets[0], extra))
     for table, entries in zip((TILES, LARGER), before, strict=True):
         table.clear()
@@ -481,10 +310,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dims", nargs="+", type=int, metavar="H")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin nothing new after that")
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="start no new line after that")
     parser.add_argument("--json", type=Path, help="write figures here, after each line")
-    parser.add_argument("--markdown", type=Path, help="and tables here")
-    parser.add_argument("--resume", action="store_true", help="keep the lines of --json, measure the others")
+    parser.add_argument("--markdown", type=Path, help="write tables here, after each line")
+    parser.add_argument("--resume", action="store_true", help="keep the lines of --json, measure only missing lines")
     parser.add_argument("--tiles", action="store_true", help="measure tile sizes instead")
     parser.add_argument("--rehearse", action="store_true", help="run everything tiny on a CPU: times mean nothing")
     options = parser.parse_args(arguments)
@@ -500,7 +329,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """What to measure, the most telling first: by head size, then by case; keys shared by 4 heads for one of them."""
+    """The jobs, the most important first: by head size, then by case; then causal with keys shared by 4 heads."""
     tokens, width = (80, 64) if options.rehearse else (TOKENS, WIDTH)
 
     def job(case: str, length: int, head_dim: int, shared: int = 1) -> Job:
@@ -517,7 +346,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def machine(hello: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The versions and the device that the figures depend on."""
     found = {key: value for answer in hello for key, value in answer.items() if key != "reason"}
     with contextlib.suppress(PackageNotFoundError):
         found["triton"] = version("triton")
@@ -528,7 +357,7 @@ def machine(hello: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, report: Report, processes: Mapping[str, Process], barred: Sides) -> None:
-    """Checks and times the jobs that the report lacks; `barred` are sides that are not there."""
+    """Checks and times the jobs that the report lacks; `barred` has sides that cannot run, with their reasons."""
     begin, rehearse, notes = time.monotonic(), options.rehearse, Notes()
     jobs = [job for job in jobs_of(options) if job not in report.lines]
     report.add_checks(run_checks(processes, check_jobs(jobs, rehearse=rehearse)))
@@ -545,7 +374,7 @@ def run(options: argparse.Namespace, report: Report, processes: Mapping[str, Pro
         report.lines[job] = {side: rows[side] for side in report.sides}
         report.write()
         for row in rows_of(job, report.lines[job]):
-            print(_in_short(row, notes), flush=True)
+            print(in_short(row, notes), flush=True)
     for reason, mark in notes.numbers.items():
         print(f"[{mark}] {reason}")
 

@@ -1,4 +1,4 @@
-"""Why `Linear` and `standard_attention` merge their leading axes: the same mathematics in both layouts.
+"""The time that merged leading axes save in `Linear` and in attention: the same mathematics in both layouts.
 
     python benchmarks/layout.py
 

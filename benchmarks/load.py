@@ -1,11 +1,11 @@
 """Time and memory to load a Llama-shaped checkpoint of about 500 MB, and time to its first token, beside transformers.
 
-    python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them apart
+    python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them in .venv-torch
 
-Each side loads in processes of its own, alternated; memory is how much the peak of the process grew from before the
-call, in which its libraries and the first array are already there. The file is in the page cache. The first
-token counts from before the load; Attnax compiles what reads the prompt for it: all layers, one of them
-(`with_scan_layers`), or nothing, where an earlier process left its program in JAX's compilation cache.
+Each side loads in processes of its own, in turns. Memory is the growth of the process's peak from just before the load,
+when libraries are imported and a first array is made. The file is in the page cache. The time of the first token
+includes the load. For it, Attnax compiles the program that reads the prompt: all layers, one layer
+(`with_scan_layers`), or nothing if an earlier process left its program in JAX's compilation cache.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def transformers_side(folder: str) -> dict[str, float]:
     kind = transformers.LlamaForCausalLM
     before, start = peak(), time.perf_counter()
     model = kind.from_pretrained(folder)
-    for parameter in model.parameters():  # a file that is mapped is read when it is used
+    for parameter in model.parameters():  # a mapped file is read at the first use
         parameter.sum()
     loaded, grown = time.perf_counter() - start, peak() - before
     model.generate(torch.ones((1, 16), dtype=torch.long), max_new_tokens=1, do_sample=False, eos_token_id=None)

@@ -1,9 +1,9 @@
-"""The forward pass of every model at batch 1 beside the same model in PyTorch, and what scan_layers saves.
+"""The forward pass of every model at batch 1 beside the same model in PyTorch, and the time that scan_layers saves.
 
-    python benchmarks/models.py           # needs torch; `make bench-models` installs it apart
+    python benchmarks/models.py           # needs torch; `make bench-models` installs it in .venv-torch
 
 Both sides have the same sizes, float32, pre-norm, exact GELU, and run in turns in processes of their own. PyTorch's
-side is built of torch.nn.TransformerEncoder and torch.nn.Transformer, as its users build it, and runs eager and
+models are built from torch.nn.TransformerEncoder and torch.nn.Transformer, as users build them, and run eager and
 compiled. The second table is a training step (forward, backward) of a decoder of 24 layers, d_model 256, 512 tokens.
 """
 

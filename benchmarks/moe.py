@@ -2,10 +2,10 @@
 
     python benchmarks/moe.py
 
-Every side holds the same weights and routes alike. `sparse` is `MixtureOfExperts`; `dense` computes all experts for all
-tokens, as one product over the experts or one expert after the other (the faster counts), and weighs them; `ideal` is
-one dense feed-forward as wide as the chosen experts together, which has as many products to compute and nothing to
-route. Decoding is one token, forward only.
+All sides have the same weights and the same routing. `sparse` is `MixtureOfExperts`. `dense` computes all experts for
+all tokens and weighs them: as one product over the experts, or one expert after the other (the faster one counts).
+`ideal` is one dense feed-forward as wide as the chosen experts together: the same number of products, and no routing.
+Decoding is one token, forward only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def functional(module: nnx.Module) -> tuple[Step, Any]:
 
 
 def weights_of(params: Any, x: jax.Array) -> jax.Array:
-    """(tokens, experts), 0 for the experts not chosen."""
+    """The weight of each expert for each token (tokens, experts); 0 for experts that are not chosen."""
     chosen, experts = jax.lax.top_k(x @ params["router"][...], TOP_K)
     one_hot = jax.nn.one_hot(experts, params["up"].shape[0])
     return (jax.nn.softmax(chosen)[..., None] * one_hot).sum(1)
@@ -69,7 +69,7 @@ def seconds(step: Step, *arguments: Any) -> float:
 
 
 def take_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each round of each side; the first round compiles and is not counted."""
+    """Milliseconds of each round of each side; the first round compiles and does not count."""
     times = [{name: 1000 * seconds(side) for name, side in sides.items()} for _ in range(rounds + 1)]
     return {name: [round_[name] for round_ in times[1:]] for name in sides}
 

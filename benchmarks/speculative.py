@@ -1,11 +1,11 @@
-"""What a draft saves: a large and a small byte-level model, trained here, write the source of Python together.
+"""The speed-up by a draft: a large and a small byte-level model are trained, and write the source of Python together.
 
     python benchmarks/speculative.py              # trains for a few minutes, then measures
-    python benchmarks/speculative.py --quick      # tiny sizes, to see that all of it runs
+    python benchmarks/speculative.py --quick      # tiny sizes, to check that everything runs
 
-Both models learn from the standard library of the interpreter that runs them, less the files that are held out; the
-prompts come from these. The large one is so large that a step takes the time to read its weights, whether for one token
-or for a few. All runs take place in one process, in turns: without a draft, then with drafts of each length.
+Both models are trained on the standard library of the running interpreter, without the held-out files; the prompts come
+from these. The large model is so large that the time of a step is the time to read its weights, for one token or a few.
+All runs are in one process, in turns: without a draft, then with drafts of each length.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PLAIN = "no draft"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The pair, its training and what it writes."""
+    """The sizes of the two models, their training and the texts to write."""
 
     target: tuple[int, int] = (8, 512)  # layers, d_model
     draft: tuple[int, int] = (2, 96)
     target_steps: int = 1000  # with the first two layers alone, a quarter of the work
-    grown_steps: int = 60  # with all
+    grown_steps: int = 60  # with all layers
     draft_steps: int = 300
     target_batch: int = 4
     draft_batch: int = 8
@@ -55,7 +55,7 @@ QUICK |= {"window": 64, "prompt": 16, "new": 16, "num_prompts": 2, "drafted": (2
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The standard library as tokens, one a byte."""
+    """The standard library as tokens, one for each byte."""
 
     train: Any  # TokenStream
     probe: np.ndarray  # (probe_windows, window + 1), held out
@@ -69,7 +69,7 @@ def read_text(plan: Plan) -> Text:
     corpus, tokenizer = read_corpus(), byte_tokenizer()
     train = tokenizer.encode_documents([document.text for document in corpus.train])
     held_out = tokenizer.encode_documents([document.text for document in corpus.held_out])
-    # Pieces from all over the held-out files: those at the start are all of a kind.
+    # Pieces from all held-out files: the first files are all alike.
     windows = TokenStream(held_out, plan.window).batch(0, plan.probe_windows, seed=0)
     starts = np.linspace(0, len(held_out) - plan.prompt, plan.num_prompts + 2, dtype=int)[1:-1]
     prompts = held_out[starts[:, None] + np.arange(plan.prompt)].astype(np.int32)
@@ -97,7 +97,7 @@ def config_of(plan: Plan, layers: int, width: int) -> Any:
 def learn(
     config: Any, text: Text, *, steps: int, batch: int, learning_rate: float, seed: int = 0, start: Any = None
 ) -> Any:
-    """The parameters after so many steps of AdamW, from `start` on if it is given."""
+    """The parameters after some steps of AdamW, which begin with the parameters `start` if given."""
     from attnax.training import OptimizerConfig, Trainer
 
     trainer = Trainer(config, OptimizerConfig(steps=steps, learning_rate=learning_rate, batch_size=batch))
@@ -113,7 +113,7 @@ def learn(
 
 
 def grown(shallow: Any, deep: Any) -> Any:
-    """The parameters of a deep model that computes what a shallow one does: its other blocks add nothing as yet."""
+    """The parameters of a deep model that computes the same as a shallow one: its other blocks add nothing yet."""
     import jax
     import jax.numpy as jnp
 
@@ -128,7 +128,7 @@ def grown(shallow: Any, deep: Any) -> Any:
 
 
 def train(plan: Plan, text: Text, which: str) -> tuple[Any, dict[str, Any]]:
-    """A trained model, and what is to be said about its training."""
+    """A trained model, and facts about its training."""
     import jax
     from flax import nnx
 
@@ -159,7 +159,7 @@ def train(plan: Plan, text: Text, which: str) -> tuple[Any, dict[str, Any]]:
 
 
 def bits_per_byte(model: Any, windows: np.ndarray) -> float:
-    """Of all tokens of (rows, window + 1) but the first of each row, from whole forward passes."""
+    """Bits per byte of windows (rows, window + 1), without the first byte of each, from whole forward passes."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -214,14 +214,14 @@ def write(plan: Plan, text: Text, target: Any, draft: Any, temperature: float) -
 
 
 def distinct_pieces(runs: list[Any], length: int = 8) -> float:
-    """The share of different pieces of `length` tokens; low for texts that go in circles, which are easy to draft."""
+    """The share of different pieces of `length` tokens; low for texts that repeat themselves and are easy to draft."""
     texts = [run.tokens[0].tolist() for run in runs]
     pieces = [tuple(text[i : i + length]) for text in texts for i in range(len(text) - length + 1)]
     return len(set(pieces)) / len(pieces)
 
 
 def store(plan: Plan, text: Text, target: Any) -> dict[str, float]:
-    """What 8-bit keys and values change in the target's log-probabilities of held-out text."""
+    """The change by 8-bit keys and values in the target's log-probabilities of held-out text."""
     import jax.numpy as jnp
 
     ids = text.probe[:8, :-1]
@@ -257,8 +257,8 @@ def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
         lines.append(row(which, it["layers"], it["width"], *numbers))
     for temperature, runs in about["written"].items():
         lines += ["", f"Temperature {temperature}, batch 1, {len(runs[0]['seconds'])} rounds of {plan.num_prompts} "]
-        lines[-1] += f"held-out prompts of {plan.prompt} bytes, {plan.new} new ones; of all pieces of 8 bytes that the "
-        lines[-1] += f"target wrote alone {runs[0]['distinct']:.0%} are different: the fewer, the easier to draft."
+        lines[-1] += f"held-out prompts of {plan.prompt} bytes, {plan.new} new bytes. {runs[0]['distinct']:.0%} of the "
+        lines[-1] += "pieces of 8 bytes that the target writes alone are different; fewer are easier to draft."
         columns = "tokens a second", "tokens a step", "drafted tokens kept", "speed-up", "same texts"
         lines += ["", *head("tokens drafted", *columns)]
         seconds = {run["name"]: run["seconds"] for run in runs}
@@ -266,9 +266,9 @@ def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
             name, tokens, steps = run["name"], run["tokens"], run["steps"]
             kept, same = "", ""
             if name.isdigit():
-                # The prompt's step gives one token; what the last step drafts past the end counts as lost.
+                # The prompt's step gives one token; tokens that the last step drafts past the end count as lost.
                 kept = f"{(tokens - steps) / (int(name) * (steps - plan.num_prompts)):.0%}"
-                # With a temperature the texts have one distribution, but are others.
+                # With a temperature the texts have the same distribution, but differ.
                 same = f"{run['same']} of {plan.num_prompts}" if float(temperature) == 0 else ""
             speed = ratio(seconds, name, PLAIN)
             lines.append(row(name, rate(run["seconds"], tokens), f"{tokens / steps:.2f}", kept, speed, same))
@@ -307,11 +307,11 @@ def main() -> None:
         "",
         f"{platform.machine()}, 2 cores, float32, jax {version('jax')}; medians (of the fastest round)",
         "",
-        "`python benchmarks/speculative.py`: two byte-level models (RoPE, RMSNorm, no biases) learn from the standard "
-        f"library of Python {platform.python_version()} by AdamW in windows of {plan.window} bytes and are scored on "
-        f"{plan.probe_windows} such windows of files that were held out; the target learns "
-        f"with its first {FEW_LAYERS} layers, and in the end with all. Then it writes without a draft and "
-        "with drafts of each length, in turns.",
+        "`python benchmarks/speculative.py`: two byte-level models (RoPE, RMSNorm, no biases) are trained by AdamW on "
+        f"the standard library of Python {platform.python_version()}, in windows of {plan.window} bytes, and are "
+        f"scored on {plan.probe_windows} such windows of held-out files. The target is trained with its first "
+        f"{FEW_LAYERS} layers, and at the end with all layers. Then it writes without a draft and with drafts of "
+        "each length, in turns.",
         "",
         *tables(plan, about),
     ]

@@ -1,6 +1,6 @@
 """A training step of Attnax beside PyTorch: the same decoder, the same batch, AdamW, clipping, on the CPU.
 
-    python benchmarks/train.py                  # needs torch; `make bench-train` installs it apart
+    python benchmarks/train.py                  # needs torch; `make bench-train` installs it in .venv-torch
     python benchmarks/train.py --pages small    # without huge pages for malloc, for both sides
 
 The model has 6 layers, d_model 384, 6 heads, SwiGLU of 1024, RoPE, RMSNorm, tied embeddings; batch 8 of 256 tokens,
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 LAYERS, WIDTH, HEADS, HIDDEN, LENGTH, BATCH, VOCABULARY = 6, 384, 6, 1024, 256, 8, 4096
-STEPS = 4  # a round
+STEPS = 4  # in a round
 
 
 def batches() -> list[np.ndarray]:
@@ -29,7 +29,7 @@ def batches() -> list[np.ndarray]:
 
 
 def trainer_of(**change: Any) -> Any:
-    """The trainer of Attnax's side, with more fields of the model's configuration."""
+    """The trainer of Attnax's side; `change` holds more fields of the model's configuration."""
     from attnax import TransformerConfig
     from attnax.training import OptimizerConfig, Trainer
 

@@ -1,7 +1,7 @@
-"""A mask of one's own: one line, exact gradients, and less work for the kernel.
+"""A mask of your own: one line, exact gradients, and less work for the kernel.
 
-Every token attends its neighbours and the first few tokens of the text; nothing here is built in. The script checks
-values and gradients against the dense definition, times both, and draws which tiles the kernel visits.
+Every token attends its neighbours and the first few tokens of the text; this mask is not part of the library. The
+script checks values and gradients against the dense definition, times both, and draws the tiles that the kernel visits.
 
     python examples/custom_mask.py --out mask.png
 """
@@ -23,7 +23,7 @@ def near_or_first(b, h, q, kv):
 
 
 def seconds(function, *arguments, repeats=5):
-    """The fastest of some calls, the compiling one not counted."""
+    """Seconds of the fastest call; the first call, which compiles, does not count."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):

@@ -1,7 +1,7 @@
-"""Training over many devices gives the losses of one; then the parameters are saved and restored with Orbax.
+"""Training over many devices gives the same losses as one device; Orbax saves and restores the parameters.
 
-The batch is split over a mesh of all devices and the parameters are copied to each; `jax.jit` does the rest, the mean
-of the gradients included. Without accelerators the script makes eight devices of the CPU.
+The batch is sharded over a mesh of all devices and the parameters are replicated. `jax.jit` does everything else, also
+the mean of the gradients. Without accelerators the script makes eight devices of the CPU.
 
     python examples/data_parallel.py
 """
@@ -30,7 +30,7 @@ OPTIMIZER = optax.adamw(1e-2)
 
 
 def train(steps, mesh=None):
-    """The losses of some steps, and the model; a batch is one run of numbers a row."""
+    """The losses of some steps, and the model; each row of a batch counts up from a random number."""
     graphdef, params, rest = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG), nnx.Param, ...)
     state = params, OPTIMIZER.init(params)
     if mesh is not None:
@@ -58,7 +58,7 @@ def train(steps, mesh=None):
 
 
 def save_and_restore(model, folder):
-    """A new model with the parameters that `model` had, by way of files."""
+    """A new model with the parameters of `model`, saved to a file and restored."""
     other = TransformerLM(nnx.Rngs(1), CONFIG)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder).absolute() / "params", nnx.state(model, nnx.Param))
@@ -68,7 +68,7 @@ def save_and_restore(model, folder):
 
 
 def main(steps=20):
-    """Returns the losses of one device and of all of them."""
+    """Returns the losses of one device and of all devices."""
     one, _ = train(steps)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     many, model = train(steps, mesh)
@@ -77,7 +77,7 @@ def main(steps=20):
     with tempfile.TemporaryDirectory() as folder:
         restored = save_and_restore(model, folder)
     ids = jnp.arange(5)[None, :]
-    np.testing.assert_allclose(restored(ids), model(ids), atol=1e-6)  # the one on a device, the other on all of them
+    np.testing.assert_allclose(restored(ids), model(ids), atol=1e-6)  # restored: one device; model: all devices
     print(
         f"greatest difference {max(abs(a - b) for a, b in zip(one, many, strict=True)):.1e}; restored: the same logits"
     )

@@ -1,7 +1,7 @@
 """A transformer reads dates in 70 languages and writes them in ISO 8601: "sobota, 3 kwietnia 2021" becomes 2021-04-03.
 
-Babel writes the dates (see written_dates.py). The model sees their characters, not the locale, and is tested on days
-that training shows in no language.
+Babel writes the dates (see written_dates.py). The model gets their characters, not the locale. The training
+data has the days of the test in no language.
 
 Run it with `python examples/dates.py`; `--help` lists the options. Needs attnax[train] and babel.
 """
@@ -28,14 +28,14 @@ TARGET_ALPHABET = "0123456789-<>"  # a target is written as <2021-04-03>
 
 
 def encode(texts: Sequence[str], alphabet: str, width: int) -> np.ndarray:
-    """Indices of the characters (texts, width); 0 for what the alphabet lacks and for the padding at the end."""
+    """Indices of the characters (texts, width); 0 is a character that the alphabet lacks, or padding at the end."""
     indices = np.zeros(sys.maxunicode + 1, np.int32)
     indices[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
     return indices[np.array(texts, f"U{width}").view(np.uint32).reshape(-1, width)]
 
 
 def draw_attention(model: Transformer, source: np.ndarray, text: str, iso: str, path: Path) -> None:
-    """What the decoder's only layer looks at in the text when it writes each character of the ISO date."""
+    """Draws the attention of the decoder's only layer to the text, for each character of the ISO date."""
     encoded = model.encoder(source)
     [block] = model.decoder.stack.layers()
     x = model.decoder.embed(encode([f"<{iso[:-1]}"], TARGET_ALPHABET, len(iso)))
@@ -56,18 +56,18 @@ def main(
     seed: int = 0,
     out: Path = Path("dates.png"),
 ) -> float:
-    """Trains on written dates, reads held-out ones, draws where it looks, and returns the accuracy.
+    """Trains on written dates, reads held-out dates, draws an attention map, and returns the accuracy.
 
     Args:
         steps: updates of the parameters.
-        batch_size: dates a step.
-        learning_rate: the highest; it warms up and then falls along a cosine.
+        batch_size: dates in a step.
+        learning_rate: the peak; it warms up and then decays along a cosine.
         d_model: width of the model, a multiple of 8.
-        num_layers: depth of the encoder; one layer writes.
-        num_test: days held out.
+        num_layers: depth of the encoder; the decoder has one layer.
+        num_test: number of held-out days.
         locales: Babel's names, with spaces between them.
         seed: of the split, the styles, the initial weights and the batches.
-        out: where the picture goes.
+        out: path of the picture.
     """
     pairs = make_pairs(locales, seed)
     test, train = pairs[:num_test], pairs[num_test:]
@@ -75,7 +75,7 @@ def main(
     longest = max(len(text) for text, _ in pairs)
     print(f"{len(train)} days to learn from, {len(test)} held out; {len(alphabet)} characters", flush=True)
 
-    buckets = []  # short texts do not pay for the padding of long ones: two widths, two compiled programs
+    buckets = []  # two widths, two compiled programs: short texts are not padded to the longest
     for shortest, width in ((0, longest // 2), (longest // 2, longest)):
         bucket = [(text, f"<{iso}>") for text, iso in train if shortest < len(text) <= width]
         sources = encode([text for text, _ in bucket], alphabet, width)
@@ -92,7 +92,7 @@ def main(
         dropout_rate=0.0,
     )
     decoder = dataclasses.replace(encoder, vocab_size=len(TARGET_ALPHABET), num_layers=1)
-    # The model's structure is fixed; its parameters go into the compiled step and come out of it.
+    # The model's structure is fixed; its parameters are an argument and a result of the compiled step.
     graphdef, params, rest = nnx.split(Transformer(nnx.Rngs(seed), encoder=encoder, decoder=decoder), nnx.Param, ...)
     optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate).build()
 
@@ -125,7 +125,7 @@ def main(
         print(f"{guess}  {'' if guess == iso else f'(not {iso})  '}{text}")
     print(f"held-out accuracy {np.mean(right):.4f}")
 
-    # The longest that the picture's font can show, of those with the year at the end, where ISO 8601 begins.
+    # The longest ASCII text (the picture's font has no more) with the year at its end: ISO 8601 begins with the year.
     row = int(np.argmax([len(text) * (text.isascii() and text.endswith(iso[:4])) for text, iso in test]))
     draw_attention(model, source[row : row + 1, : len(test[row][0])], *test[row], out)
     return float(np.mean(right))

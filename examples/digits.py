@@ -1,4 +1,4 @@
-"""A vision transformer learns to read handwritten digits of 8 x 8 pixels: 1437 train it, 360 test it.
+"""A vision transformer learns to read handwritten digits of 8 x 8 pixels: 1437 for training, 360 for the test.
 
 Run it with `python examples/digits.py`; `--help` lists the options. It needs attnax[train] and scikit-learn.
 """
@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 
 def load_splits(seed: int) -> tuple[Split, Split]:
-    """Four fifths of the digits to learn from, and the rest to be tested on."""
+    """Four fifths of the digits for training, and the rest for the test."""
     digits = load_digits()
     images, labels = digits.images[..., None].astype(np.float32) / 16, digits.target.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -37,7 +37,7 @@ def load_splits(seed: int) -> tuple[Split, Split]:
 
 
 def distort(image: jax.Array, key: jax.Array) -> jax.Array:
-    """The image (8, 8, 1) shifted by up to 0.9 pixels, turned by up to 0.2 radians and scaled by up to a tenth."""
+    """The image (8, 8, 1) shifted by up to 0.9 pixels, rotated by up to 0.2 radians and scaled by up to a tenth."""
     shift_key, turn_key, scale_key = jax.random.split(key, 3)
     shift = jax.random.uniform(shift_key, (2, 1, 1), minval=-0.9, maxval=0.9)
     turn = jax.random.uniform(turn_key, minval=-0.2, maxval=0.2)
@@ -50,7 +50,7 @@ def distort(image: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def draw_attention(vit: VisionTransformer, images: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """Each image above what its class token looks at in the last layer, averaged over the heads."""
+    """Draws each image above the attention of its class token in the last layer, averaged over the heads."""
     rows, columns = vit.patches.grid_size
     weights = np.asarray(jax.jit(vit.attention_weights)(images)[:, :, 0, -rows * columns :].mean(axis=1))
     guesses = np.asarray(jax.jit(vit)(images).argmax(-1))
@@ -75,16 +75,16 @@ def main(
     seed: int = 0,
     out: Path = Path("digits.png"),
 ) -> float:
-    """Trains on the digits, draws what the class token attends to, and returns the test accuracy.
+    """Trains on the digits, draws the attention of the class token, and returns the test accuracy.
 
     Args:
-        epochs: times that every training image is seen.
-        batch_size: images a step.
-        learning_rate: the highest; it warms up over a tenth of the steps and then falls along a cosine.
+        epochs: number of passes over the training images.
+        batch_size: images in a step.
+        learning_rate: the peak; it warms up over a tenth of the steps and then decays along a cosine.
         d_model: width of the model, a multiple of 4.
-        num_layers: its depth.
+        num_layers: depth of the model.
         seed: of the split, the initial weights, the order of the images and their distortions.
-        out: where the picture goes.
+        out: path of the picture.
     """
     train, test = load_splits(seed)
     config = VisionTransformerConfig(
@@ -97,9 +97,9 @@ def main(
         num_heads=4,
         num_layers=num_layers,
         d_ff=2 * d_model,
-        pos_emb_type="sinusoidal",  # learned positions start far smaller than the patches, and take epochs to be heard
+        pos_emb_type="sinusoidal",  # learned positions start far smaller than the patches, and need epochs to matter
     )
-    # The model's structure is fixed; its parameters go into the compiled step and come out of it.
+    # The model's structure is fixed; its parameters are an argument and a result of the compiled step.
     graphdef, params, rest = nnx.split(VisionTransformer(nnx.Rngs(seed), config), nnx.Param, ...)
     steps_per_epoch = len(train.labels) // batch_size
     steps = epochs * steps_per_epoch

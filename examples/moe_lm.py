@@ -1,7 +1,7 @@
-"""A language model with a mixture of experts in every other layer, and what its routers do.
+"""A language model with a mixture of experts in every other layer, and the load of its experts.
 
-It learns the source of Python's standard library, byte by byte, for a few minutes, and prints how evenly the experts
-are used: the load-balance loss is 1 where all of them get the same share.
+The model trains on the bytes of Python's standard library for a few minutes. The script prints how evenly the experts
+are used: the load-balance loss is 1 if all experts get the same share.
 
     python examples/moe_lm.py --steps 300
 """
@@ -37,11 +37,11 @@ CONFIG = TransformerConfig(
 
 
 def main(arguments=None):
-    """Returns the first and the last loss in nats a byte."""
+    """Returns the first and the last loss in nats per byte."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--data", default=None, help="a file, a folder or a glob; by default the standard library")
-    parser.add_argument("--out", type=Path, default=Path("moe.png"), help="where the picture of the loads goes")
+    parser.add_argument("--out", type=Path, default=Path("moe.png"), help="path of the picture of the loads")
     options = parser.parse_args(arguments)
     corpus, tokenizer = read_corpus(options.data), byte_tokenizer()
     stream = TokenStream(
@@ -53,7 +53,7 @@ def main(arguments=None):
     @jax.jit
     def statistics(params, tokens):
         aux = nnx.merge(graphdef, params).run(tokens[:, :-1], deterministic=True).aux
-        loads = aux.pop("expert_load")  # one array a layer with experts; the numbers are sums over these layers
+        loads = aux.pop("expert_load")  # one array for each layer with experts; the numbers are sums over these layers
         return {name: value / len(loads) for name, value in aux.items()}, jnp.stack(loads)
 
     state, losses, history = trainer.init(), [], []

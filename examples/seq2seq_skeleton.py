@@ -1,7 +1,7 @@
-"""An encoder-decoder learns to write a sequence backwards: the whole of a sequence-to-sequence training, as a skeleton.
+"""An encoder-decoder learns to write a sequence backwards: a skeleton of sequence-to-sequence training.
 
-Sequences of different lengths, masks, dropout, Optax, Flax's train state, a compiled step, logs, and generation. Run it
-with `python examples/seq2seq_skeleton.py`; `--help` lists the options. Needs attnax[train].
+It has sequences of different lengths, masks, dropout, Optax, Flax's train state, a compiled step, logs and generation.
+Run it with `python examples/seq2seq_skeleton.py`; `--help` lists the options. Needs attnax[train].
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(rng: np.random.Generator, batch_size: int, max_length: int, vocab_size: int) -> Batch:
-    """Random sequences of 1 to max_length symbols, and the same backwards. Put your own data here."""
+    """Random sequences of 1 to max_length symbols, and the same sequences backwards. Put your own data here."""
     source = np.full((batch_size, max_length), PAD, np.int32)
     target = np.full((batch_size, max_length + 2), PAD, np.int32)
     for row, length in enumerate(rng.integers(1, max_length + 1, batch_size)):
@@ -38,7 +38,7 @@ def make_batch(rng: np.random.Generator, batch_size: int, max_length: int, vocab
 
 
 def draw_mask(mask: jax.Array) -> str:
-    """The mask (1, T, S) of one row as text, a line for each query; # where it may attend."""
+    """The mask (1, T, S) of one row as text, a line for each query; # is a key that it may attend."""
     return "\n".join("  " + "".join("#" if allowed else "." for allowed in line) for line in np.asarray(mask[0]))
 
 
@@ -57,13 +57,13 @@ def main(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> float:
-    """Trains, lets the model write 256 new sequences backwards, and returns what part of them is right.
+    """Trains, lets the model write 256 new sequences backwards, and returns the share of right ones.
 
     Args:
         steps: training steps.
-        batch_size: sequences a step.
+        batch_size: sequences in a step.
         max_length: longest sequence.
-        vocab_size: PAD, START, END and the symbols.
+        vocab_size: number of symbols, with PAD, START and END.
         d_model: width of both halves.
         num_layers: depth of each half.
         learning_rate: of Adam, warmed up over a tenth of the steps and then decayed to 0 along a cosine.
@@ -88,7 +88,7 @@ def main(
             source,
             target,
             source_padding_mask=make_padding_mask(source, PAD),
-            target_padding_mask=make_padding_mask(target, PAD),  # the decoder joins its causal mask to it
+            target_padding_mask=make_padding_mask(target, PAD),  # the decoder adds its causal mask
             **options,
         )
 

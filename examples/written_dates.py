@@ -1,8 +1,8 @@
-"""Days as people write them, by Babel's locale data: what dates.py learns from.
+"""Written dates from Babel's locale data: the training data of dates.py.
 
-The full, long, medium and short formats of 75 locales. A reader sees the characters, not the locale, so formats that
-leave the day open without it are left out: years of two digits, and months in numbers (3/4/2021) unless the order is
-year, month, day.
+The full, long, medium and short formats of 75 locales. A reader gets the characters, not the locale. So formats that
+are ambiguous without the locale are left out: years of two digits, and months in numbers (3/4/2021) unless the order
+is year, month, day.
 """
 
 import re
@@ -24,7 +24,7 @@ ZEROS = {"arab": 0x660, "arabext": 0x6F0, "beng": 0x9E6, "deva": 0x966, "mymr": 
 
 
 def find_styles(locales: str) -> list[Callable[[date], str]]:
-    """The formats that tell the day to a reader who does not know the locale, as functions that write a day."""
+    """The formats that are unambiguous without the locale, as functions that write a day."""
 
     def write(day: date, pattern: DateTimePattern, locale: Locale, zero: int) -> str:
         return pattern.apply(day, locale).translate({ord("0") + digit: zero + digit for digit in range(10)})

@@ -1,4 +1,4 @@
-"""The table that every attention function is tested on: BACKENDS x CASES. Sizes are unequal primes."""
+"""The table of tests of every attention function: BACKENDS x CASES. Sizes are unequal primes."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from attnax import flash_attention, masks, memory_efficient_attention, pallas_fl
 
 
 def contract_unless(is_quick, *values):
-    """Values of `pytest.mark.parametrize` that `make test` tries, or else only the whole contract."""
+    """Values for `pytest.mark.parametrize`, with the mark `contract` unless `is_quick`."""
     return pytest.param(*values, marks=() if is_quick else pytest.mark.contract)
 
 
@@ -36,7 +36,7 @@ def _checker(b, h, q, kv):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes and options of one call, and the dense boolean mask that it should come to."""
+    """Sizes and options of one call, and the formula of its mask."""
 
     batch: int = 2
     num_heads: int = 6
@@ -50,7 +50,7 @@ class Case:
     score_mod: Callable[..., Any] | None = None
 
     @property
-    def full(self):
+    def score_shape(self):
         return self.batch, self.num_heads, self.seq_q, self.seq_kv
 
     def arrays(self, dtype=jnp.float32, seed=0):
@@ -68,7 +68,7 @@ class Case:
         """The mask as a NumPy array (B, N, T, S), or None."""
         if self.keep is None:
             return None
-        return np.broadcast_to(np.vectorize(self.keep)(*np.indices(self.full)), self.full)
+        return np.broadcast_to(np.vectorize(self.keep)(*np.indices(self.score_shape)), self.score_shape)
 
 
 _LENGTHS = np.array([11, 5])

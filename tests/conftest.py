@@ -1,4 +1,4 @@
-"""Strict surroundings: shapes of public signatures enforced, warnings are errors, no silent rank promotion."""
+"""Strict tests: annotated shapes and dtypes are checked, warnings are errors, and rank promotion is an error."""
 
 import gc
 import os
@@ -13,26 +13,26 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# Properties are tried on a few fixed examples; `--hypothesis-profile thorough` tries ten times as many, `nightly` a
-# hundred times as many, other ones in each run.
+# Properties run on a few fixed examples. `--hypothesis-profile thorough` has ten times as many, and `nightly` a hundred
+# times as many, which are new in each run.
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", parent=settings.get_profile("few"), max_examples=50)
 settings.register_profile("nightly", max_examples=500, deadline=None, database=None)
 settings.load_profile("few")
 
-# Programs and their traces are millions of objects that live to the end; looking through them cost a fifth of the time.
+# Programs and their traces are millions of objects that live to the end; collecting garbage took a fifth of the time.
 gc.set_threshold(200_000, 50, 50)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Before anything imports attnax: its annotated functions check shapes and dtypes from here on.
+# Before the first import of attnax: its annotated functions check shapes and dtypes from now on.
 _hook = jaxtyping.install_import_hook("attnax", "beartype.beartype")
 
 
 def pytest_runtest_teardown():
-    """Forgets compiled programs before they are too many: each has memory maps, of which a process may have 65,530.
+    """Forgets compiled programs before there are too many.
 
-    Past that XLA ends the process.
+    Each program has memory maps. A process may have 65,530 of them; beyond that XLA ends the process.
     """
     if sys.platform == "linux":
         with open("/proc/self/maps", "rb") as maps:
@@ -42,7 +42,7 @@ def pytest_runtest_teardown():
 
 @pytest.fixture
 def unchecked_shapes():
-    """Lets wrong arguments through the shape checks of the tests, to the library's own."""
+    """Turns off the import hook's checks of shapes, so that wrong arguments reach the library's own checks."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -50,7 +50,7 @@ def unchecked_shapes():
 
 @pytest.fixture
 def count_compilations():
-    """A list that grows by one with every program that XLA compiles."""
+    """A list that gets an entry for every program that XLA compiles."""
     compiled = []
     event = "/jax/core/compile/backend_compile_duration"
 

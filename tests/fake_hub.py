@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, for tests: folders by the names of models, and what it says of others."""
+"""A Hugging Face hub on this machine, for tests: folders under the names of models, and errors for other names."""
 
 import contextlib
 import hashlib
@@ -9,15 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 GATED = "gated"
-"""In the place of a folder: a model whose files are only for those who were let in."""
+"""In place of a folder: a gated model."""
 
 
 @contextlib.contextmanager
 def fake_hub(models: Mapping[str, Mapping[str, Path | str]]):
-    """The address of a hub, while the context is open, and the paths that it is asked for.
+    """The address of a hub that runs in the context, and a list of the requested paths.
 
     Args:
-        models: folders, or GATED, by names like "tiny/gpt2" and then by revision.
+        models: folders, or GATED, by names such as "tiny/gpt2" and then by revision.
     """
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Whether the tests notice when the code is wrong: random mutants, each against the tests that concern it.
+"""Tests the tests: random mutants of the code, each against the tests of its part of the package.
 
     python tests/mutants.py                 # `make mutants` installs cosmic-ray and runs this
     python tests/mutants.py --again         # survivors once more, after tests were added
@@ -47,13 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 QUICK = "not contract and not thorough"  # the tests of `make test`
 REST = f"not ({QUICK})"
-# By pytest's exit code: all passed, some failed, nothing could be imported, none has these marks; the process crashed.
+# By pytest's exit code: 0 passed, 1 failed, 2 and 4 import errors, 5 no test has these marks; below 0 a crash.
 _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 4: "killed", 5: "survived", -6: "killed", -11: "killed"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Files of the package, and the tests that concern them."""
+    """Files of the package, and their tests."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -146,7 +146,7 @@ class Mutant:
     path: str  # of the file, from the root
     line: int
     operator: str
-    key: str  # of the place and the change, for the results
+    key: str  # of the place and the change, in the results
     before: str  # the whole file
     after: str
 
@@ -177,7 +177,7 @@ def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
             or (isinstance(node, ast.keyword) and node.arg == "strict")
         ):
             silent.append(node)
-    # A decorator begins before its name.
+    # The @ of a decorator stands one column before its node.
     return [((x.lineno, x.col_offset - 1), (x.end_lineno, x.end_col_offset)) for x in silent if x is not None]
 
 
@@ -209,7 +209,7 @@ def draw(parts: list[str], seed: int, count: int) -> list[Mutant]:
         kind, occurrence = changes[int(drawn, 16) % len(changes)]
         before = (ROOT / name).read_text()
         after = str(mutate_code(before, operators()[kind], occurrence))
-        with contextlib.suppress(SyntaxError):  # not every star is a product
+        with contextlib.suppress(SyntaxError):  # a star that is not a product cannot be another operator
             ast.parse(after)
             mutants.append(Mutant(part, name, line, kind, f"{drawn} {kind}", before, after))
         if len(mutants) == count:
@@ -236,7 +236,7 @@ class Worker:
                 shutil.copy2(ROOT / name, self.folder / name)
 
     def run(self, tests: list[str], marks: str, limit: float | None) -> tuple[str, float]:
-        """How the tests end: "survived", "killed" or "timed out"; and seconds."""
+        """The outcome of the tests, "survived", "killed" or "timed out", and seconds."""
         environment = os.environ | {
             "PYTHONPATH": str(self.folder),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -276,7 +276,7 @@ def files_of(part: str, stem: str = "") -> list[str]:
     files: list[str] = []
     for test in PARTS[part].tests:
         path = ROOT / "tests" / test
-        found = [path] if path.suffix else sorted(path.glob("test_*.py"))
+        found = [path] if path.suffix else sorted(path.rglob("test_*.py"))
         files += [str(path.relative_to(ROOT)) for path in found]
     return sorted(files, key=lambda name: stem not in name)
 
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only the tests of `make test`")
-    parser.add_argument("--again", action="store_true", help="forget what was not killed, and how long tests take")
+    parser.add_argument("--again", action="store_true", help="forget survivors, time-outs and the times of tests")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     mutants = draw(options.parts, options.seed, options.count)

@@ -1,4 +1,4 @@
-"""Attention in float64 NumPy, written to be obviously right: loops over rows, one key at a time where it matters."""
+"""Attention in float64 NumPy, written to be obviously right: loops over batch, heads and queries."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def attention(query, key, value, *, keep=None, score_mod=None, scale=None, keep_
         score_mod: NumPy function (scores, b, h, q, kv) -> scores.
         scale: of the scores.
         keep_weights: bool (B, N, T, S), the weights that dropout keeps.
-        dropout_rate: that keep_weights was drawn with.
+        dropout_rate: the rate of dropout behind keep_weights.
     """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
     (batch, heads, seq_q, head_dim), (kv_heads, seq_kv) = query.shape, key.shape[1:3]
@@ -46,15 +46,15 @@ def weights_and_score_gradients(
 ):
     """(weights after dropout, d_scores), each (B, N, T, S) in float64; `cotangent` is of out, `d_lse` of lse (B, N, T).
 
-    The scores are those that the score mod returns.
+    d_scores is the gradient of the score mod's result.
     """
     query, key, value, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent))
     (batch, heads, seq_q, head_dim), (kv_heads, seq_kv) = query.shape, key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
-    full = batch, heads, seq_q, seq_kv
-    keep = np.broadcast_to(True if keep is None else np.asarray(keep), full)
-    d_lse = np.broadcast_to(np.asarray(d_lse, np.float64), full[:3])
-    all_weights, all_d_scores = np.zeros(full), np.zeros(full)
+    score_shape = batch, heads, seq_q, seq_kv
+    keep = np.broadcast_to(True if keep is None else np.asarray(keep), score_shape)
+    d_lse = np.broadcast_to(np.asarray(d_lse, np.float64), score_shape[:3])
+    all_weights, all_d_scores = np.zeros(score_shape), np.zeros(score_shape)
     for b in range(batch):
         for h in range(heads):
             keys, values = key[b, h * kv_heads // heads], value[b, h * kv_heads // heads]
@@ -76,9 +76,9 @@ def weights_and_score_gradients(
 
 
 def gradients(query, key, value, cotangent, *, scale=None, **options):
-    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax; a score mod must only add.
+    """(dq, dk, dv) of sum(out * cotangent) in float64, from the formulas of the softmax.
 
-    With options of `weights_and_score_gradients`.
+    A score mod must only add to the scores. `options` are those of `weights_and_score_gradients`.
     """
     weights, d_scores = weights_and_score_gradients(query, key, value, cotangent, scale=scale, **options)
     query, key, cotangent = (np.asarray(x).astype(np.float64) for x in (query, key, cotangent))
@@ -95,7 +95,7 @@ def gradients(query, key, value, cotangent, *, scale=None, **options):
 
 
 def rms_error(actual, expected):
-    """Root mean square of the difference, relative to that of `expected` (or absolute, if that is exactly 0)."""
+    """Root mean square of the difference, relative to that of `expected` (or absolute if `expected` is exactly 0)."""
     expected = np.asarray(expected, np.float64)
     difference = np.asarray(actual).astype(np.float64) - expected
     return np.sqrt((difference**2).mean()) / (np.sqrt((expected**2).mean()) or 1.0)

@@ -12,7 +12,7 @@ AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<
 
 
 def byte_level():
-    """As GPT-2 and Llama 3: characters may be spread over tokens."""
+    """Like GPT-2 and Llama 3: a character may be spread over several tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -22,18 +22,18 @@ def byte_level():
 
 
 def unigram():
-    """As sentencepiece: spaces are letters, and the first is left out."""
+    """Like sentencepiece: spaces are letters, and the first one is left out."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(TEXT, trainer(trainers.UnigramTrainer, 60, unk_token="<unk>"))
-    learned = json.loads(tokenizer.to_str())["model"]["vocab"]  # in another order each time
+    learned = json.loads(tokenizer.to_str())["model"]["vocab"]  # in another order in each run
     tokenizer.model = models.Unigram([*map(tuple, learned[:3]), *sorted(map(tuple, learned[3:]))], unk_id=UNKNOWN)
     return tokenizer
 
 
 def byte_fallback():
-    """As Llama 2: what has no token is spelled in bytes, which are characters all together or not at all."""
+    """Like Llama 2: a character without a token is spelled in bytes, which decode only all together."""
     learned = tokenizers.Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
     learned.train_from_iterator(["def f(x): return x Once upon a time"] * 3, trainer(trainers.BpeTrainer, 50))
@@ -51,7 +51,7 @@ def byte_fallback():
 
 
 def word_pieces():
-    """As BERT: in lower case, with spaces and none before a continuation or a full stop."""
+    """Like BERT: lower case, and spaces between tokens, but none before a continuation or a full stop."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -69,7 +69,7 @@ TOKENIZERS = {kind: kind() for kind in KINDS}
 
 
 def copy_of(kind, around=None):
-    """A tokenizer of its own, with what it puts around a text."""
+    """A copy of a tokenizer, with a post-processor that adds tokens around a text."""
     tokenizer = tokenizers.Tokenizer.from_str(TOKENIZERS[kind].to_str())
     if around is not None:
         tokenizer.post_processor = around
@@ -77,19 +77,19 @@ def copy_of(kind, around=None):
 
 
 def template(*pieces):
-    """A post-processor as a tokenizer.json has it, which the library would not make, but reads."""
+    """A post-processor of a tokenizer.json that the library `tokenizers` reads, but does not make."""
     return {"type": "TemplateProcessing", "single": list(pieces), "pair": [A], "special_tokens": {}}
 
 
 A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
 PANICS = [
-    {"post_processor": template({"SpecialToken": {"id": "[X]", "type_id": 0}}, A)},  # of which nothing says the id
-    {"post_processor": template(B)},  # of one text
-    {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},  # of one letter
+    {"post_processor": template({"SpecialToken": {"id": "[X]", "type_id": 0}}, A)},  # no id for [X]
+    {"post_processor": template(B)},  # needs a second text
+    {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},  # strips two letters from a word of one
 ]
 
 
 def panicking(fields):
-    """A tokenizer of one word, with which the code of the library ends in a panic."""
+    """A tokenizer of one word for which the library `tokenizers` panics."""
     made = json.loads(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(made | fields))

@@ -1,4 +1,4 @@
-"""The installed package at work without anything that only its tests need: attention, a model, a text.
+"""Attention, a model and a text with the installed package, without packages that only the tests need.
 
 python tests/smoke.py
 """

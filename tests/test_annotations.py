@@ -31,7 +31,7 @@ def modules():
 
 
 def array_types(tree):
-    """The `Float[Array, "B T"]` in it."""
+    """The types such as `Float[Array, "B T"]` in a tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in KINDS:
             yield node
@@ -44,7 +44,7 @@ def array_annotations(tree):
                 yield annotation
 
 
-def test_axes_are_quoted_and_what_stands_beside_them_is_defined_before():
+def test_axes_are_quoted_and_other_names_of_an_annotation_are_defined_before():
     wrong, count = [], 0
     for module in modules():
         tree = ast.parse(Path(module.__file__).read_text())
@@ -153,7 +153,7 @@ def test_every_public_function_refuses_an_array_with_an_axis_too_many():
     assert len(checked) > 100
 
 
-def test_every_public_name_is_among_these_functions():
+def test_every_public_function_is_among_the_checked_ones():
     found = {function for _, function in public_functions()}
     public = [module for module in (attnax, *modules()) if "._" not in module.__name__]
     named = [getattr(module, name) for module in public for name in getattr(module, "__all__", ())]

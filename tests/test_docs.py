@@ -1,4 +1,4 @@
-"""README and the pages under docs/ run; a line gives what the page says, and a link leads somewhere."""
+"""The code of README and docs/ runs, lines have the values in the comments behind them, and links have targets."""
 
 import ast
 import contextlib
@@ -17,7 +17,7 @@ PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if PYTH
 
 
 def statements(page):
-    """(statement, the comment behind it or "") of the page's blocks, with the lines of the page."""
+    """(statement, the comment behind it or "") of the page's blocks, with line numbers of the page."""
     text = page.read_text()
     for block in PYTHON.finditer(text):
         source = "\n" * text.count("\n", 0, block.start(1)) + block[1]
@@ -27,7 +27,7 @@ def statements(page):
 
 
 def run(statement, page, namespace):
-    """What a statement prints, or else, if it is an expression, what it is."""
+    """The text that a statement prints, or the value of an expression that prints nothing."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         if not isinstance(statement, ast.Expr):
             exec(compile(ast.Module([statement], []), page, "exec"), namespace)
@@ -37,9 +37,10 @@ def run(statement, page, namespace):
 
 
 def trace(page):
-    """(line, comment, what it gives) of the page's expressions, traced as in `jax.jit`: nothing is compiled.
+    """(line, comment, value) of the page's expressions, traced as in `jax.jit`: nothing is compiled.
 
-    A statement that needs values is left out, and so is what uses the names that it defines, or is such a value.
+    A statement that needs values is left out, and so are statements that use the names that it defines, and values that
+    are tracers.
     """
     namespace, undefined, said = {"__name__": page.stem}, set(), []
 
@@ -51,7 +52,7 @@ def trace(page):
             try:
                 gave = run(statement, page, namespace)
             except Exception as error:
-                if "trace" not in str(error).lower():  # JAX and Attnax name a tracer as what is wrong
+                if "trace" not in str(error).lower():  # errors of JAX and Attnax about values name a tracer
                     raise
                 undefined.update(name.id for name in names if isinstance(name.ctx, ast.Store))
             else:
@@ -64,7 +65,7 @@ def trace(page):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatch):
+def test_page_runs_and_gives_the_values_in_its_comments(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, said = {"__name__": page.stem}, []
     for statement, comment in statements(page):
@@ -76,14 +77,14 @@ def test_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "fewest"), [(README, 3), (GETTING_STARTED, 12)], ids=["README", "getting-started"])
-def test_page_is_traced_with_the_shapes_that_it_says(page, fewest):
+def test_page_is_traced_with_the_shapes_in_its_comments(page, fewest):
     said = trace(page)
     assert len(said) >= fewest
     assert [(line, gave) for line, _, gave in said] == [(line, comment) for line, comment, _ in said]
 
 
 def anchors(page):
-    """The ends of links to the page's headings, as GitHub makes them."""
+    """The anchors of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

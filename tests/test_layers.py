@@ -32,8 +32,8 @@ LAYERS = {
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 NO_FLAX = {part for part, layer in LAYERS.items() if layer <= LAYERS["kernels"]} | {"generation"}
-# The places of `kernels/`, from the bottom up. Every other file there is public and at the top. Score mods are data, and
-# engines know some of them.
+# The places of `kernels/`, from the bottom up. Every other file there is public and at the top.
+# Score mods are data, and engines know some of them.
 PLACES = ("_core", "score_mods"), ("_xla", "_gpu", "_tpu"), ("_call", "_decode_call")
 
 
@@ -79,7 +79,7 @@ def test_kernels_go_from_calls_to_engines_to_their_core():
                 assert not (is_engine and mine not in (other, *PLACES[2])), f"{path} imports an engine, {name}"
 
 
-def test_what_is_private_to_kernels_stays_there():
+def test_private_modules_of_kernels_are_imported_by_kernels_only():
     for path in FILES:
         private = [name for name in imports(path) if name.startswith("attnax.kernels._")]
         assert not private or part_of(path) == "kernels", f"{path} imports {private[0]}"

@@ -50,9 +50,9 @@ def positions(b, kv):
     return np.stack([POSITIONS, POSITIONS])[b, kv]
 
 
-@functools.cache  # making them compiles programs: collecting the tests should not
+@functools.cache  # making masks compiles programs, which the collection of tests should not
 def all_masks():
-    """Name: (mask, the same in NumPy)."""
+    """By name: (a mask, its formula in NumPy)."""
     return {
         "causal": (masks.causal(), lambda b, h, q, kv: kv <= q),
         "lengths": (masks.padding(LENGTHS), lambda b, h, q, kv: kv < LENGTHS[b]),
@@ -132,7 +132,7 @@ def read_tiles(many, q_range, kv_range):
 
 
 def count_pairs(array, q_range, kv_range):
-    """How many entries of an array (2, LENGTH, LENGTH) are true, for each of many ranges and both rows."""
+    """The number of true entries of an array (2, LENGTH, LENGTH), for each of many ranges and both rows."""
     sums = np.pad(array.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
     (q, q_end), (kv, kv_end) = ((first, last + 1) for first, last in (q_range, kv_range))
     return (sums[:, q_end, kv_end] - sums[:, q, kv_end] - sums[:, q_end, kv] + sums[:, q, kv]).T
@@ -312,14 +312,15 @@ def test_padding_among_documents_neither_attends_nor_is_attended():
 
 
 def test_functions_that_do_not_take_masks_get_an_array_as_small_as_the_mask():
-    full = (2, 3, 5, 7)
+    score_shape = (2, 3, 5, 7)
     plain = lambda query, key, value, *, mask: mask
-    assert masks.mask_argument("test", partial(standard_attention, scale=2.0), masks.causal(), full) == masks.causal()
-    array = masks.mask_argument("test", plain, masks.causal(), full)
+    attend = partial(standard_attention, scale=2.0)
+    assert masks.mask_argument("test", attend, masks.causal(), score_shape) == masks.causal()
+    array = masks.mask_argument("test", plain, masks.causal(), score_shape)
     assert array.shape == (1, 1, 5, 7) and array.dtype == jnp.bool_
-    constant = masks.mask_argument("test", plain, masks.as_mask(lambda b, h, q, kv: True), full)
+    constant = masks.mask_argument("test", plain, masks.as_mask(lambda b, h, q, kv: True), score_shape)
     assert constant.shape == (1, 1, 1, 1)
-    assert masks.mask_argument("test", plain, None, full) is None
+    assert masks.mask_argument("test", plain, None, score_shape) is None
 
 
 X = np.ones((2, 1, 5, 3), np.float32)

@@ -66,8 +66,8 @@ def test_examples_in_docstrings_run(path):
     assert failures == 0 and tried > 0
 
 
-def test_examples_in_docstrings_are_traced_with_the_shapes_that_they_say():
-    # Nothing is compiled: an example that needs values goes as far as it can.
+def test_examples_in_docstrings_are_traced_with_their_shapes():
+    # Nothing is compiled: an example that needs values runs up to that line.
     finder, runner = doctest.DocTestFinder(), doctest.DebugRunner(optionflags=doctest.ELLIPSIS)
     examples = [test for path in EXAMPLES for test in finder.find(import_file(path)) if test.examples]
     whole, failed = [], {}

@@ -1,4 +1,4 @@
-"""The paged cache: sequences of their own lengths in one pool of blocks, against lists in NumPy."""
+"""The paged cache: sequences of different lengths in one pool of pages, against lists in NumPy."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def make_tokens(seed, *leading):
 
 
 def blocks_of(cache):
-    """The blocks that each row holds, checked: in the first columns, within the pool and in one row only."""
+    """The pages of each row; checks that they are in the first columns, within the pool and in one row only."""
     table = np.asarray(cache.block_table)
     rows = [row[row >= 0].tolist() for row in table]
     for row, held in zip(table, rows, strict=True):
@@ -217,8 +217,8 @@ def test_freed_blocks_are_reused_in_order():
 
 
 def test_freed_tokens_do_not_come_back():
-    spoiled = [np.full_like(x, np.nan) for x in make_tokens(0, BATCH, KV_HEADS, CHUNK)]
-    cache = append(allocate(make_cache(), CHUNK), *spoiled, CHUNK)
+    non_finite = [np.full_like(x, np.nan) for x in make_tokens(0, BATCH, KV_HEADS, CHUNK)]
+    cache = append(allocate(make_cache(), CHUNK), *non_finite, CHUNK)
     cache = allocate(free(cache, np.ones(BATCH, bool)), CHUNK)
     tokens = make_tokens(0, BATCH, KV_HEADS, CHUNK)
     cache = append(cache, *tokens, 1)
@@ -240,7 +240,7 @@ def test_overflow_under_jit_leaves_everything_else_as_it_was():
     append_again = jax.jit(append_rows)  # does not donate its arguments
     before = append(allocate(make_cache(), CHUNK), keys, values, np.array([4, 3, 4, 1, 0]))
 
-    # 6 slots a row: rows 0 and 2 have no room for 3 more.
+    # Each row has 6 slots: rows 0 and 2 have no room for 3 more tokens.
     after = append_again(before, *make_tokens(1, BATCH, KV_HEADS, CHUNK), np.array([3, 3, 3, 3, 3]))
     assert after.overflowed.tolist() == [True, False, True, False, False]
     assert after.seq_lengths.tolist() == [4, 6, 4, 4, 3]
@@ -354,7 +354,7 @@ def allocated(**changes):
 
 
 def started():
-    """Row 1 holds blocks 0 and 1, with four tokens in them."""
+    """A cache in which row 1 holds pages 0 and 1, with four tokens."""
     cache, _ = allocate_blocks(make_cache(), sequence_idx=1, num_new_tokens=4, free_block_ids=np.arange(BLOCKS))
     return append_kv(cache, 1, *make_tokens(0, 4, KV_HEADS))
 

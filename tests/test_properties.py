@@ -1,6 +1,7 @@
-"""Any mask, on every kernel: values and gradients are those of float64. Masks' parameters are traced: 40 programs.
+"""Any mask, on every kernel: values and gradients are those of float64.
 
-`make test` tries each mask on one kernel, 25 times; `make properties` tries it on every kernel, 50 times.
+The parameters of masks are traced, so there are 40 programs. See SIGNATURES for the kernels of `make test` and of
+`make properties`.
 """
 
 import functools
@@ -30,7 +31,7 @@ def stripes(p):
     return lambda b, h, q, kv: (p["step"] * q + kv + h) % 3 != 0
 
 
-# Name: the mask, and what it should come to in NumPy, of parameters p at indices b, h, q, kv.
+# Name: the mask of parameters p, and the same mask in NumPy at indices b, h, q, kv.
 FORMULAS = {
     "array, padding, positions": (
         lambda p: masks.as_mask(p["dense"]) & masks.padding(p["lengths"]) & at_positions(p, masks.causal()),
@@ -166,8 +167,8 @@ def test_any_mask_matches_float64(kernel, formula, data):
     nothing = (no_key, no_key, no_query, no_query)
     for index, (have, want, none) in enumerate(zip((out, *grads), exact, nothing, strict=True)):
         assert (have[none] == 0).all()
-        # The gradient of a row that attends one key is the difference of two equal numbers of order 1, so where that is
-        # most of them the error is measured against what such rows sum up, not against what is left.
+        # The gradient of a row that attends one key is the difference of two equal numbers of order 1. If most rows are
+        # such, the error is relative to these numbers, and not to their small differences.
         size = max(rms(want), 0.25 * np.sqrt((~none).mean()))
         allowed = 2e-6 if index else 1e-6
         if dtype != jnp.float32:

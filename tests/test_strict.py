@@ -1,4 +1,4 @@
-"""Nothing in the library mixes dtypes: all of it runs where JAX promotes none."""
+"""The library mixes no dtypes: all of it runs with strict promotion of dtypes."""
 
 import functools
 
@@ -64,7 +64,7 @@ IDS = np.array([0, 0, 1, 1, -1])
 
 
 def options(ids):
-    """Of calls over 5 tokens; `ids` are those of the documents, one for each position there may be."""
+    """Options of calls over 5 tokens; `ids` are document ids, one for each possible position."""
     bias = additive_bias_mod(np.ones((1, 2, 1, 1), np.float32).astype(jnp.bfloat16))
     mods = [alibi_mod(2), relative_bias_mod(np.ones((32, 2), np.float32)), soft_cap_mod(3.0), bias, causal_mod()]
     mods += [relative_bias_mod(np.ones((32, 2), np.float32), bidirectional=False), prefix_lm_mod(np.array([2]))]

@@ -26,7 +26,7 @@ def read_picture(path):
 
 
 def share(pixels, color):
-    """Fraction of the picture in a colour."""
+    """The fraction of the picture in a colour."""
     wanted = np.array([int(color[index : index + 2], 16) for index in (1, 3, 5)])
     return (abs(255 * pixels - wanted).max(-1) < 3).mean()
 
@@ -71,7 +71,7 @@ def test_tiles_are_counted_one_by_one(make, keep):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_row_and_head_are_those_asked_for():
+def test_row_and_head_can_be_chosen():
     mask = masks.padding(np.array([3, 11])) & (lambda b, h, q, kv: kv + h < 11)
     sizes = {"seq_q": 1, "seq_kv": 11, "batch_size": 2, "num_heads": 5, "tile": (1, 1), "path": "undrawn"}
     assert plot_mask(mask, **sizes) == TileCounts(8, 0, 3)

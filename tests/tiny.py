@@ -1,4 +1,4 @@
-"""Models with weights made by NumPy: initialising one with JAX compiles a program for every shape that it has."""
+"""Models with weights made by NumPy: JAX compiles a program for every shape when it initialises a model."""
 
 import os
 
@@ -8,14 +8,14 @@ import numpy as np
 from flax import nnx
 
 SEED = int(os.environ.get("ATTNAX_SEED", "0"))
-"""Of the draws that a long run makes anew: `make nightly` gives another one each time."""
+"""The seed of random tests; `make nightly` gives another one in each run."""
 
 
 def build(make, seed=0):
-    """The module that `make(rngs)` gives, with weights drawn by NumPy.
+    """The module that `make(rngs)` returns, with weights drawn by NumPy.
 
-    Matrices are normal with the variance 1 / fan-in, vectors that begin as ones stay near 1, all else is near 0, so
-    that no option is without effect. Dropout streams get keys of their own.
+    Matrices are normal with the variance 1 / fan-in. Vectors named "scale" are near 1, all other vectors near 0 but not
+    0, so that no option is without effect. Dropout streams get keys of their own.
     """
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Programs for accelerators that are not there: what the command says of them, without their compilers."""
+"""The command that compiles programs for accelerators: its table and its messages, without the compilers."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ def aot(monkeypatch):
 
 @pytest.fixture
 def compiler(aot):
-    """One for this machine."""
+    """A Compiler for this machine."""
     made = aot.Compiler.__new__(aot.Compiler)
     made.target, made.sharding = "cpu", SingleDeviceSharding(jax.devices()[0])
     return made
@@ -50,7 +50,7 @@ def program(function):
         ("Linux", "x86_64", (3, 13, 0), "cuda", None),
     ],
 )
-def test_a_machine_for_which_there_is_no_compiler_is_skipped_in_words(
+def test_a_machine_without_a_compiler_is_skipped_with_the_reason(
     aot, monkeypatch, capsys, system, machine, python, target, words
 ):
     monkeypatch.setattr(platform, "system", lambda: system)
@@ -68,7 +68,7 @@ def test_kernels_are_counted_by_name(aot):
 
 
 @pytest.mark.parametrize("target", ["tpu", "cuda"])
-def test_rows_have_names_of_their_own(aot, target):
+def test_names_of_rows_are_unique(aot, target):
     names = [row.name for row in aot.rows(target)]
     assert len(names) == len(set(names)) > 12
 
@@ -92,7 +92,7 @@ def test_a_program_is_as_promised_or_the_table_says_what_is_wrong(aot, compiler)
     assert text.startswith("By `make aot`: jax")
 
 
-def test_what_compilers_complain_of_is_seen(aot, compiler):
+def test_a_complaint_of_a_compiler_is_an_error(aot, compiler):
     def alarming(x):
         os.write(2, f"E1 x.cc:74] {aot.ALARM} > 1s:\n\n  %reduce = pred[2] reduce(%a)\n\nThis".encode())
         return x

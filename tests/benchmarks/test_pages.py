@@ -1,10 +1,10 @@
-"""What commands write into pages."""
+"""Commands write their tables into pages."""
 
 import pytest
 from _pages import write_section
 
 
-def test_a_table_takes_the_place_of_the_one_before(tmp_path):
+def test_a_table_replaces_the_old_one(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- make b -->\nold\n<!-- end -->\n\n<!-- make c -->\nother\n<!-- end -->\nrest\n")
     write_section(page, "make b", "new\n")

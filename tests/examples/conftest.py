@@ -1,4 +1,4 @@
-"""The `main` of an example, by its name."""
+"""The fixture `main`: the function `main` of the example that a test names."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""The example of the encoder-decoder runs, at a small size, and its dates can be read without their locales."""
+"""The example of dates runs at a small size, and its dates are unambiguous without their locales."""
 
 from datetime import date
 
@@ -27,7 +27,7 @@ def test_a_short_run_learns_and_draws(main, tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_day_is_written_once_so_that_no_split_shares_one():
+def test_every_day_is_written_once_so_that_splits_share_no_day():
     isos = [iso for _, iso in written_dates.make_pairs(LOCALES, seed=0)]
     assert len(set(isos)) == len(isos) == 73049
     assert (min(isos), max(isos)) == ("1900-01-01", "2099-12-31")
@@ -42,14 +42,14 @@ def test_a_seed_gives_the_same_days_in_the_same_order():
 @pytest.mark.thorough
 def test_no_text_is_written_for_two_days():
     styles = written_dates.find_styles(written_dates.LOCALES)
-    assert len(styles) > 200  # Babel knows some more in each release
+    assert len(styles) > 200  # each release of Babel adds some
     meanings = {}
     for day in [date.fromordinal(n) for n in range(date(2023, 1, 1).toordinal(), date(2025, 1, 1).toordinal())]:
         for style in styles:
             assert meanings.setdefault(style(day), day) == day
 
 
-def test_styles_use_the_digits_of_the_locale_and_leave_out_what_needs_it():
+def test_styles_use_the_digits_of_the_locale_and_leave_out_ambiguous_formats():
     write = lambda locales: [style(date(2021, 4, 3)) for style in written_dates.find_styles(locales)]
     assert write("ar_EG") == ["السبت، ٣ أبريل ٢٠٢١", "٣ أبريل ٢٠٢١"]
     assert write("en") == ["Saturday, April 3, 2021", "April 3, 2021", "Apr 3, 2021"]
@@ -57,5 +57,5 @@ def test_styles_use_the_digits_of_the_locale_and_leave_out_what_needs_it():
     assert write("zh") == ["2021年4月3日星期六", "2021年4月3日", "2021/4/3"]
 
 
-def test_encoding_pads_and_marks_what_the_alphabet_lacks():
+def test_encoding_pads_and_marks_characters_that_the_alphabet_lacks():
     np.testing.assert_array_equal(dates.encode(["ab", "bca"], "\0ab", 4), [[1, 2, 0, 0], [2, 0, 1, 0]])

@@ -1,4 +1,4 @@
-"""The examples run, each at a small size, and show what they say."""
+"""The examples run, each at a small size, and print their results."""
 
 import importlib
 from pathlib import Path

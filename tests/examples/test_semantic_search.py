@@ -1,6 +1,6 @@
-"""The real all-MiniLM-L6-v2 gives what transformers gave (tests/parity/sentence.py), and finds what is meant.
+"""all-MiniLM-L6-v2 gives the embeddings of transformers (tests/parity/sentence.py), and its search has the right hits.
 
-In `make test` a tiny model of one layer, which reads bytes, stands in its place.
+`make test` uses a tiny model of one layer and bytes instead.
 """
 
 import ast
@@ -35,7 +35,7 @@ async def go(): "Goes."
 
 @pytest.fixture(scope="module")
 def search():
-    """The example, with few and small batches, which compile and run sooner."""
+    """The example with few and small batches, which compile and run faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(semantic_search, "WIDTHS", (32, 256))
         patch.setattr(semantic_search, "BATCH_TOKENS", 256)
@@ -55,7 +55,7 @@ def golden():
 
 @pytest.fixture
 def tiny(search, monkeypatch):
-    """Puts a model of one layer whose tokens are bytes in the place of the real one."""
+    """Replaces the model by one with one layer, whose tokens are bytes."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.models.BPE(vocab={letter: token for token, letter in enumerate(letters)}, merges=[])
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -124,7 +124,7 @@ def test_vectors_of_the_model_do_not_depend_on_the_other_texts(embed, golden):
 
 
 @pytest.mark.contract
-def test_queries_find_what_they_mean(search, tmp_path, capsys):
+def test_queries_have_the_right_hits(search, tmp_path, capsys):
     out = tmp_path / "search.png"
     queries = ["the value in the middle of sorted numbers", "delete a folder and everything in it"]
     options = ["--query", queries[0], "--query", queries[1], "--top", "2", "--out", str(out)]
@@ -134,7 +134,7 @@ def test_queries_find_what_they_mean(search, tmp_path, capsys):
     assert "statistics.median  Return the median (middle value) of numeric data." in blocks[0]
 
 
-def test_docstrings_are_of_public_names_and_first_paragraphs_and_no_text_is_there_twice(search):
+def test_docstrings_are_first_paragraphs_of_public_names_and_no_text_is_there_twice(search):
     tree = ast.parse(SOURCE)
     assert list(search.public_docstrings(tree, "toy")) == [
         ("toy", "Module."),
@@ -149,7 +149,7 @@ def test_docstrings_are_of_public_names_and_first_paragraphs_and_no_text_is_ther
     assert not any(part.startswith("_") for name, _ in found for part in name.split("."))
 
 
-def test_modules_that_are_not_there_are_an_error_in_words(search, capsys):
+def test_unknown_modules_are_an_error_that_names_them(search, capsys):
     with pytest.raises(SystemExit):
         search.main(["--modules", "nowhere", "neither"])
     assert "--modules must name modules of the standard library; got nowhere neither." in capsys.readouterr().err

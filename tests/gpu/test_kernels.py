@@ -42,7 +42,7 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def everything(attend, *arrays):
-    """out, lse and all gradients."""
+    """(out, lse, and all gradients)."""
     *arrays, cotangent = arrays
 
     def run(*arrays):
@@ -70,16 +70,16 @@ def test_values_and_gradients_match_the_definition(backend, case):
 
 
 @backends
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("non_finite", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_poison_reaches_only_the_rows_that_may_attend_it(backend, bad, where):
+def test_only_rows_that_may_attend_a_non_finite_number_are_contaminated(backend, non_finite, where):
     query, key, value, cotangent = CASES["full"].arrays()
     document = jnp.arange(13) >= 6
     mask = lambda b, h, q, kv: document[q] == document[kv]
     attend = partial(BACKENDS[backend], mask=mask, return_lse=True)
     clean = everything(attend, query, key, value, cotangent)
-    spoiled = [x.at[:, :, 2, 1].set(bad) if n == where else x for n, x in enumerate((query, key, value))]
-    have = everything(attend, *spoiled, cotangent)
+    inputs = [x.at[:, :, 2, 1].set(non_finite) if n == where else x for n, x in enumerate((query, key, value))]
+    have = everything(attend, *inputs, cotangent)
     for x, y in zip(have, clean, strict=True):
         np.testing.assert_array_equal(x[:, :, 6:], y[:, :, 6:])
     assert jnp.isnan(have[0][:, :, 2] if where == 0 else have[0][:, :, :6]).all()
@@ -97,7 +97,7 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name):
+def test_a_captured_array_gets_the_gradient_of_the_definition(name):
     array, mod = LEARNED[name][0](), LEARNED[name][1]
     arrays = *(normal(n, 2, heads, 131, 24) for n, heads in enumerate((6, 2, 2))), array, normal(3, 2, 6, 131, 24)
 

@@ -3,15 +3,15 @@
     python tests/parity/generation.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/generation.py --write
 
-The file holds five groups. Each is a list of cases (JSON, in Attnax's words) and arrays with one entry a case:
+The file holds five groups. Each is a list of cases (JSON, in Attnax's names) and arrays with one entry for each case:
 
-    cut      logits after the processors that transformers puts together for sampling
-    table    beam searches of a model that is two tables: logits = tables[0][last token] + tables[1][last but one]
+    cut      logits after the processors that transformers uses for sampling
+    table    beam searches of a model of two tables: logits = tables[0][last token] + tables[1][last but one]
     greedy   greedy texts of a tiny GPT-2 and their log-probabilities
     beam     beam searches of that GPT-2
-    settings texts of that GPT-2 with nothing but a generation_config.json, which is what a case is beside its prompt
+    settings texts of that GPT-2 with only a generation_config.json; a case is that file and its prompt
 
-Weights, tables and prompts are NumPy's random numbers, so torch's may change without a new file.
+NumPy draws weights, tables and prompts, so torch's random numbers may change without a new file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class TableModel(PreTrainedModel, GenerationMixin):
-    """Logits that depend on the last two tokens only."""
+    """A model whose logits depend on the last two tokens only."""
 
     config_class = transformers.PretrainedConfig
 
@@ -63,14 +63,14 @@ def make_gpt2(rng: np.random.Generator) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(config).eval()
     for name, parameter in model.named_parameters():
         mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-        # The head is the embeddings: larger ones would repeat the last token, larger biases any other.
+        # The head is tied: larger embeddings repeat the last token, larger biases repeat any other token.
         deviation = 0.3 if "wte" in name or name.endswith("bias") else 1.0
         parameter.data = torch.tensor(rng.normal(mean, deviation, parameter.shape).astype(np.float32))
     return model
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Writes each token as a letter; transformers takes stop sequences as text only."""
+    """A tokenizer that writes each token as a letter; transformers takes stop sequences as text only."""
     vocabulary = {letter: token for token, letter in enumerate(string.ascii_letters[:29])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
@@ -79,7 +79,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def options(sampler: Case) -> Case:
-    """The fields of a `Sampler` as transformers names them."""
+    """The fields of a `Sampler` under transformers' names."""
     named = {OPTIONS.get(name, name): value for name, value in sampler.items() if name != "logit_bias"}
     if "logit_bias" in sampler:
         named["sequence_bias"] = [[[token], bias] for token, bias in sampler["logit_bias"]]
@@ -107,7 +107,7 @@ def cut_group(rng: np.random.Generator) -> Arrays:
         {"logit_bias": BIAS, "repetition_penalty": 1.4, "no_repeat_ngram": 3, "temperature": 1.3}
         | {"top_k": 17, "top_p": 0.97, "min_p": 0.01},
     ]
-    # Which of several equal tokens top_p keeps is a matter of the sort.
+    # Among equal tokens, the sort decides which ones top_p keeps.
     cases = [
         {"sampler": x, "rounded": rounded} for x in samplers for rounded in (0, 1) if not (rounded and "top_p" in x)
     ]
@@ -183,7 +183,7 @@ def padded_prompts(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def write_greedily(model: GPT2LMHeadModel, ids: np.ndarray, real: np.ndarray, case: Case) -> Arrays:
     """One case's texts, lengths and log-probabilities."""
     if case["padded"] and "no_repeat_ngram" in case["sampler"]:
-        # To transformers padding is text whose n-grams count too; a row alone has none.
+        # transformers counts n-grams of padding too; a row alone has no padding.
         rows = [
             write_greedily(model, ids[row : row + 1, real[row]], real[row : row + 1, real[row]], case | {"padded": 0})
             for row in range(len(ids))
@@ -214,7 +214,7 @@ def write_greedily(model: GPT2LMHeadModel, ids: np.ndarray, real: np.ndarray, ca
         ends = [[token] for token in case["end_token"]] + sequences
         ended = [n for n in range(1, len(tokens) + 1) if any(tokens[:n][-len(x) :].tolist() == x for x in ends)]
         length = texts["lengths"][row] = ended[0] if ended else len(tokens)
-        # Without an end token transformers writes on in rows that stop_strings ended.
+        # Without an end token transformers continues rows that stop_strings ended.
         assert not case["end_token"] or (tokens[length:] == 0).all()
         texts["tokens"][row, :length] = tokens[:length]
         texts["log_probs"][row, :length] = log_probs[row, np.arange(length), tokens[:length]]
@@ -267,7 +267,7 @@ def settings_group(model: GPT2LMHeadModel) -> Arrays:
     prompt, one = [7, 3, 19, 7], [11]
     ends, most = [18, 9], list(range(0, 29, 2))
     plain: Case = {"eos_token_id": ends, "pad_token_id": 0, "max_length": 13}
-    common = plain | {"eos_token_id": [28, 4]}  # which it does not write at once
+    common = plain | {"eos_token_id": [28, 4]}  # tokens that it does not write at once
     search = common | {"num_beams": 3}
     files: list[tuple[list[int], Case]] = [
         (prompt, plain),
@@ -323,7 +323,7 @@ def make_goldens() -> Arrays:
 
 
 def differences(stored: Arrays, made: Arrays) -> list[str]:
-    """What the two sets of arrays do not share, in words."""
+    """Messages about the differences of two sets of arrays."""
     found = [f"{name} is in one of them only" for name in stored.keys() ^ made.keys()]
     for name in stored.keys() & made.keys():
         old, new = stored[name], made[name]
@@ -340,8 +340,8 @@ def differences(stored: Arrays, made: Arrays) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Golden values of generation by Hugging Face transformers.")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="compare the file with values made anew")
-    mode.add_argument("--write", action="store_true", help="store values made anew")
+    mode.add_argument("--check", action="store_true", help="compute the values again, and compare the file with them")
+    mode.add_argument("--write", action="store_true", help="compute the values again, and store them")
     arguments = parser.parse_args()
     made = make_goldens()
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"

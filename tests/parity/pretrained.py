@@ -1,29 +1,29 @@
-"""Tiny checkpoints of Hugging Face transformers and what it computes with them, stored for tests/test_pretrained.py.
+"""Tiny checkpoints of Hugging Face transformers and its results with them, stored for tests/pretrained.
 
     python tests/parity/pretrained.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/pretrained.py --write [NAME ...]
 
-Each folder of tests/goldens/pretrained is a checkpoint as transformers writes it, and `outputs.npz`:
+Each folder of tests/goldens/pretrained is a checkpoint in transformers' format, and `outputs.npz`:
 
-    ids, real           tokens (rows, length), and which are no padding; the first row has none
+    ids, real           tokens (rows, length), and a mask of real tokens; the first row has no padding
     outputs             logits or hidden states of the real tokens
-    tokens, log_probs   of a language model: what it writes after each row at temperature 0, and its log-probabilities
+    tokens, log_probs   of a language model: its text after each row at temperature 0, and its log-probabilities
     images              of a vision model, (rows, height, width, channels)
-    positions_HxW       its table of positions for images of H times W pixels, if its own are square
-    target_ids          of an encoder-decoder: tokens (rows, length), none of them padding, that `outputs` are of
+    positions_HxW       of a vision model with square images: its table of positions for images of H times W pixels
+    target_ids          of an encoder-decoder: target tokens (rows, length) of `outputs`, without padding
 
-and where `gradients` asks for it `gradients.safetensors`, the gradient of the mean of all outputs squared.
+If a case asks for `gradients`, `gradients.safetensors` holds the gradient of the mean of all squared outputs.
 
-`--check` makes all of it anew, and also lets Attnax read each checkpoint and write it, and transformers read that, and
-the checkpoint with keys that Attnax passes over. It compares what vision models of the published sizes make of images
-of other sizes too.
-Weights are NumPy's random numbers, so torch's may change without new files.
+`--check` makes all files again and compares them. Attnax reads and writes each checkpoint, and transformers reads the
+result. transformers also reads the checkpoint with keys that Attnax ignores. Vision models of the published sizes are
+compared on images of other sizes.
+
+NumPy draws the weights, so torch's random numbers may change without new files.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from pretrained_cases import CASES, Case
 from safetensors.numpy import load_file, save_file
 
 from attnax.models import with_image_size
@@ -46,280 +47,11 @@ from attnax.pretrained.inspect import inspect_folder
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NEW_TOKENS = 7
 Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A tiny model.
-
-    Attributes:
-        architecture: a class of transformers.
-        fields: of its config.
-        options: of the class, beside the config.
-        left_out: tensors that Attnax neither reads nor writes.
-        norm_mean: of the norms' weights.
-        untied: the head is not tied, although the config of transformers 5 cannot say so.
-        gradients: whether they are stored too.
-        shard_size: of the files, in transformers' words.
-        dtype: of the tensors in the files.
-    """
-
-    architecture: str
-    fields: dict[str, Any]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    norm_mean: float = 1.0
-    untied: bool = False
-    gradients: bool = False
-    shard_size: str = "1GB"
-    dtype: torch.dtype = torch.float32
-
-
-DECODER = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 67,
-    "pad_token_id": 3,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 16,
-}
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 300.0,
-    "factor": 3.0,
-    "beta_fast": 5.0,
-    "beta_slow": 0.5,
-    "original_max_position_embeddings": 19,
-}
-ENCODER = {
-    "vocab_size": 61,
-    "hidden_size": 30,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 5,
-    "max_position_embeddings": 23,
-    "layer_norm_eps": 1e-2,
-    "pad_token_id": 3,
-}
-DISTILBERT = {"vocab_size": 61, "dim": 30, "hidden_dim": 37, "n_layers": 2, "n_heads": 5, "max_position_embeddings": 23}
-IMAGE = {
-    "hidden_size": 30,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 5,
-    "image_size": 9,
-    "patch_size": 3,
-    "num_channels": 2,
-    "layer_norm_eps": 1e-2,
-}
-T5 = {
-    "vocab_size": 61,
-    "d_model": 30,
-    "d_kv": 7,
-    "d_ff": 37,
-    "num_layers": 2,
-    "num_heads": 5,
-    "relative_attention_num_buckets": 10,
-    "relative_attention_max_distance": 11,
-    "layer_norm_epsilon": 1e-2,
-}
 SIZES = (6, 6), (15, 15), (6, 21)
 PUBLISHED_SIZES = {
     "ViTModel": {"image_size": 224, "patch_size": 16, "intermediate_size": 37},
     "Dinov2Model": {"image_size": 518, "patch_size": 14},
     "Dinov2WithRegistersModel": {"image_size": 518, "patch_size": 14},
-}
-MASK_TOKEN = ("embeddings.mask_token",)
-CASES = {
-    "llama2": Case("LlamaForCausalLM", DECODER | {"rms_norm_eps": 1e-2, "head_dim": 4}, gradients=True),
-    "llama3": Case(
-        "LlamaForCausalLM",
-        DECODER
-        | {"rope_parameters": LLAMA3_ROPE, "head_dim": 10, "attention_bias": True, "mlp_bias": True}
-        | {"hidden_act": "gelu", "tie_word_embeddings": True},
-        shard_size="20KB",
-        dtype=torch.bfloat16,
-    ),
-    "llama_linear": Case(
-        "LlamaForCausalLM",
-        DECODER | {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}},
-    ),
-    "llama_yarn": Case("LlamaForCausalLM", DECODER | {"rope_parameters": YARN_ROPE, "num_key_value_heads": 6}),
-    "gpt2": Case(
-        "GPT2LMHeadModel",
-        {"vocab_size": 61, "n_positions": 67, "n_embd": 28, "n_layer": 2, "n_head": 7, "n_inner": 37}
-        | {"layer_norm_epsilon": 1e-2, "pad_token_id": 3},
-        gradients=True,
-    ),
-    "gpt2_variant": Case(
-        "GPT2LMHeadModel",
-        {"vocab_size": 61, "n_positions": 67, "n_embd": 12, "n_layer": 2, "n_head": 3, "activation_function": "relu"}
-        | {"scale_attn_weights": False, "tie_word_embeddings": False},
-    ),
-    "gpt_neox": Case(
-        "GPTNeoXForCausalLM",
-        {**{key: value for key, value in DECODER.items() if key != "num_key_value_heads"}, "layer_norm_eps": 1e-2}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.67}},
-    ),
-    "gpt_neox_variant": Case(
-        "GPTNeoXForCausalLM",
-        {**{key: value for key, value in DECODER.items() if key != "num_key_value_heads"}, "hidden_act": "relu"}
-        | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.34}},
-    ),
-    "mistral": Case("MistralForCausalLM", DECODER | {"sliding_window": 5, "head_dim": 8, "rms_norm_eps": 1e-2}),
-    "mistral_variant": Case(
-        "MistralForCausalLM",
-        DECODER
-        | {"sliding_window": None, "hidden_act": "gelu", "tie_word_embeddings": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-    ),
-    "qwen2": Case(
-        "Qwen2ForCausalLM",
-        DECODER
-        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rms_norm_eps": 1e-2}
-        | {"hidden_act": "gelu", "tie_word_embeddings": True, "rope_parameters": YARN_ROPE},
-    ),
-    "qwen3": Case(
-        "Qwen3ForCausalLM",
-        DECODER
-        | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "rms_norm_eps": 1e-2}
-        | {"hidden_act": "gelu", "tie_word_embeddings": True, "head_dim": 10, "attention_bias": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-    ),
-    "gemma": Case(
-        "GemmaForCausalLM",
-        DECODER
-        | {"head_dim": 10, "rms_norm_eps": 1e-2, "attention_bias": True, "tie_word_embeddings": False}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-        norm_mean=0.0,
-        dtype=torch.bfloat16,
-    ),
-    "gemma2": Case(
-        "Gemma2ForCausalLM",
-        DECODER
-        | {"head_dim": 10, "rms_norm_eps": 1e-2, "attention_bias": True, "query_pre_attn_scalar": 17}
-        | {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
-        | {"tie_word_embeddings": False}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-        norm_mean=0.0,
-    ),
-    "gemma3": Case(
-        "Gemma3ForCausalLM",
-        DECODER
-        | {"head_dim": 10, "rms_norm_eps": 1e-2, "query_pre_attn_scalar": 17, "num_hidden_layers": 3}
-        | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-        | {"final_logit_softcapping": 4.0, "attention_bias": True, "tie_word_embeddings": False}
-        | {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 2.5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
-            }
-        },
-        norm_mean=0.0,
-    ),
-    "phi3": Case(
-        "Phi3ForCausalLM",
-        DECODER
-        | {"sliding_window": 5, "rms_norm_eps": 1e-2, "hidden_act": "gelu", "tie_word_embeddings": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.67}},
-    ),
-    "olmo2": Case(
-        "Olmo2ForCausalLM",
-        DECODER
-        | {"rms_norm_eps": 1e-2, "hidden_act": "gelu", "tie_word_embeddings": True, "attention_bias": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-    ),
-    "mixtral": Case(
-        "MixtralForCausalLM",
-        DECODER
-        | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, "rms_norm_eps": 1e-2}
-        | {"intermediate_size": 19, "head_dim": 8, "hidden_act": "gelu", "tie_word_embeddings": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
-    ),
-    "qwen3_moe": Case(
-        "Qwen3MoeForCausalLM",
-        DECODER
-        | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "norm_topk_prob": True}
-        | {"head_dim": 8, "hidden_act": "gelu", "tie_word_embeddings": True, "attention_bias": True}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rms_norm_eps": 1e-2}
-        | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
-    ),
-    "qwen3_moe_variant": Case(
-        "Qwen3MoeForCausalLM",
-        DECODER | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "head_dim": 8},
-    ),
-    "gpt_oss": Case(
-        "GptOssForCausalLM",
-        DECODER
-        | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, "rms_norm_eps": 1e-2}
-        | {"intermediate_size": 11, "head_dim": 8, "rope_parameters": YARN_ROPE | {"truncate": False}},
-    ),
-    "gpt_oss_variant": Case(
-        "GptOssForCausalLM",
-        DECODER
-        | {"num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": True, "attention_bias": False}
-        | {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
-        | {"intermediate_size": 11, "head_dim": 8},
-    ),
-    "bert": Case("BertModel", ENCODER | {"type_vocab_size": 3}, options={"add_pooling_layer": False}, gradients=True),
-    "bert_masked": Case("BertForMaskedLM", ENCODER | {"hidden_act": "gelu_new", "type_vocab_size": 3}),
-    "roberta": Case(
-        "RobertaModel", ENCODER | {"hidden_act": "relu", "type_vocab_size": 1}, options={"add_pooling_layer": False}
-    ),
-    "roberta_masked": Case("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 3, "pad_token_id": 2}),
-    "xlm_roberta": Case(
-        "XLMRobertaModel", ENCODER | {"hidden_act": "relu", "type_vocab_size": 1}, options={"add_pooling_layer": False}
-    ),
-    "xlm_roberta_masked": Case("XLMRobertaForMaskedLM", ENCODER | {"type_vocab_size": 3, "pad_token_id": 2}),
-    "distilbert": Case("DistilBertModel", DISTILBERT),
-    "distilbert_masked": Case("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu", "pad_token_id": 3}),
-    "vit": Case(
-        "ViTModel",
-        IMAGE | {"intermediate_size": 37, "hidden_act": "relu"},
-        options={"add_pooling_layer": False},
-    ),
-    "vit_classes": Case(
-        "ViTForImageClassification",
-        IMAGE
-        | {"image_size": [6, 9], "patch_size": [1, 3], "intermediate_size": 37, "qkv_bias": False, "num_labels": 7},
-    ),
-    "dinov2": Case(
-        "Dinov2Model",
-        IMAGE | {"mlp_ratio": 2, "hidden_act": "relu", "qkv_bias": False, "layerscale_value": 0.5},
-        left_out=MASK_TOKEN,
-    ),
-    "dinov2_registers": Case(
-        "Dinov2WithRegistersModel",
-        IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 3},
-        left_out=MASK_TOKEN,
-    ),
-    "t5": Case("T5ForConditionalGeneration", T5 | {"num_decoder_layers": 1}, gradients=True),
-    "t5_variant": Case(
-        "T5ForConditionalGeneration",
-        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "n_positions": 31, "pad_token_id": 2},
-        untied=True,
-    ),
-    "t5_encoder": Case("T5EncoderModel", T5 | {"feed_forward_proj": "gated-silu", "pad_token_id": 2}),
-    "mt5": Case("MT5ForConditionalGeneration", T5 | {"n_positions": 31, "pad_token_id": 2}, untied=True),
-    "mt5_variant": Case(
-        "MT5ForConditionalGeneration", T5 | {"num_decoder_layers": 1, "feed_forward_proj": "gated-relu"}
-    ),
-    "mt5_encoder": Case("MT5EncoderModel", T5 | {"feed_forward_proj": "relu", "pad_token_id": 2}),
-    "dinov2_registers_variant": Case(
-        "Dinov2WithRegistersModel",
-        IMAGE | {"hidden_act": "relu", "qkv_bias": False, "layerscale_value": 0.5, "mlp_ratio": 1},
-        left_out=MASK_TOKEN,
-    ),
 }
 
 
@@ -338,7 +70,7 @@ def make_model(case: Case, seed: int) -> transformers.PreTrainedModel:
 
 
 def weights(rng: np.random.Generator, name: str, shape: tuple[int, ...], case: Case) -> np.ndarray:
-    """Random numbers such that nothing vanishes, blows up or could be left out unnoticed."""
+    """Random numbers of a size at which outputs neither vanish nor overflow, and every tensor has an effect."""
     is_norm = len(shape) == 1 and name.endswith("weight")
     deviation = 0.3 if len(shape) == 1 else 1.0 if "embed" in name or "wte" in name else 1.5 * shape[-1] ** -0.5
     return rng.normal(case.norm_mean if is_norm else 0.0, deviation, shape).astype(np.float32)
@@ -346,7 +78,7 @@ def weights(rng: np.random.Generator, name: str, shape: tuple[int, ...], case: C
 
 def make_outputs(model: transformers.PreTrainedModel) -> Arrays:
     if "num_experts_per_tok" in model.config.to_dict():
-        model.set_experts_implementation("eager")  # the grouped product refuses odd sizes
+        model.set_experts_implementation("eager")  # the grouped product refuses some sizes
     if hasattr(model.config, "image_size"):
         return image_outputs(model)
     ids, real = make_tokens(model.config.vocab_size, left=model.can_generate())
@@ -371,7 +103,7 @@ def make_outputs(model: transformers.PreTrainedModel) -> Arrays:
 
 
 def encode(model: transformers.PreTrainedModel, ids: np.ndarray, real: np.ndarray) -> Arrays:
-    """What an encoder makes of the tokens."""
+    """The outputs of an encoder for the tokens."""
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real).long()}
     arrays = {}
     if getattr(model.config, "type_vocab_size", 0) > 1:
@@ -389,7 +121,7 @@ def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
     with torch.no_grad():
         out = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)))
     arrays = {"images": images, "outputs": (out.logits if "logits" in out else out.last_hidden_state).numpy()}
-    if isinstance(model.config.image_size, int):  # transformers takes the grid of positions for a square
+    if isinstance(model.config.image_size, int):  # transformers assumes a square grid of positions
         arrays |= {f"positions_{height}x{width}": make_positions(model, height, width) for height, width in SIZES}
     return arrays
 
@@ -397,7 +129,7 @@ def image_outputs(model: transformers.PreTrainedModel) -> Arrays:
 def make_positions(model: transformers.PreTrainedModel, height: int, width: int) -> np.ndarray:
     """The table of positions for images of another size."""
     count = (height // model.config.patch_size) * (width // model.config.patch_size)
-    tokens = torch.empty(1, 1 + count, model.config.hidden_size)  # for its shape
+    tokens = torch.empty(1, 1 + count, model.config.hidden_size)  # only its shape matters
     return model.base_model.embeddings.interpolate_pos_encoding(tokens, height, width)[0].detach().numpy()
 
 
@@ -415,7 +147,7 @@ def make_tokens(vocab_size: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]
 
 
 def make_gradients(model: transformers.PreTrainedModel, outputs: Arrays) -> Arrays:
-    """Of the mean of the squared outputs of the first row, whose tokens are all real."""
+    """Gradients of the mean of the squared outputs of the first row, which has no padding."""
     model.zero_grad()
     target = {"decoder_input_ids": torch.tensor(outputs["target_ids"][:1])} if "target_ids" in outputs else {}
     out = model(input_ids=torch.tensor(outputs["ids"][:1]), **target)
@@ -424,7 +156,7 @@ def make_gradients(model: transformers.PreTrainedModel, outputs: Arrays) -> Arra
 
 
 def make_golden(name: str, folder: Path) -> transformers.PreTrainedModel:
-    """Writes one folder."""
+    """Writes the folder of one case."""
     case = CASES[name]
     model = make_model(case, seed=len(name))
     outputs = make_outputs(model)
@@ -447,7 +179,7 @@ def tensors(folder: Path) -> Arrays:
 
 
 def differences(stored: Path, made: Path) -> Iterator[str]:
-    """What two folders do not share, in words."""
+    """Messages about the differences of two folders."""
     configs = [json.loads((folder / "config.json").read_text()) for folder in (stored, made)]
     for key in sorted(configs[0].keys() | configs[1].keys() - {"transformers_version"}):
         if configs[0].get(key) != configs[1].get(key):
@@ -468,13 +200,13 @@ def differences(stored: Path, made: Path) -> Iterator[str]:
 
 
 def close(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether arrays are one but for the rounding of another machine."""
+    """Whether arrays are equal up to the rounding of another machine."""
     scale = max(1.0, float(np.abs(after).max()))
     return before.shape == after.shape and np.allclose(before, after, rtol=0, atol=1e-5 * scale)
 
 
 def round_trip(name: str, stored: Path) -> Iterator[str]:
-    """Attnax reads and writes the checkpoint; transformers reads what it wrote, and must compute what it did."""
+    """Attnax reads and writes the checkpoint; transformers reads the written one, and must give the stored results."""
     case = CASES[name]
     architecture = getattr(transformers, case.architecture)
     with tempfile.TemporaryDirectory() as folder:
@@ -491,7 +223,7 @@ def round_trip(name: str, stored: Path) -> Iterator[str]:
                 yield "after a round trip the outputs differ"
 
 
-VALUES = {  # of keys of which transformers takes no others
+VALUES = {  # of keys for which transformers takes no other value
     "auto_map": {"AutoConfig": "module.Config"},
     "attn_implementation": "eager",
     "experts_implementation": "eager",
@@ -505,7 +237,7 @@ VALUES = {  # of keys of which transformers takes no others
 
 
 def inert_keys(name: str, stored: Path) -> Iterator[str]:
-    """Keys that Attnax passes over, with values that it passes over: transformers must compute what it did."""
+    """Keys and values that Attnax ignores: with them transformers must give the stored results."""
     family = inspect_folder(stored).family
     assert family is not None
     fields = {key: VALUES.get(key, 0.5) for key in ANY_VALUE} | {
@@ -526,7 +258,7 @@ def inert_keys(name: str, stored: Path) -> Iterator[str]:
 
 
 def other_sizes() -> Iterator[str]:
-    """Narrow vision models of the published sizes see images of other sizes."""
+    """Narrow vision models with the published image sizes, on images of other sizes."""
     fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     for architecture, more in PUBLISHED_SIZES.items():
         model = make_model(Case(architecture, fields | more), seed=0)
@@ -543,9 +275,9 @@ def other_sizes() -> Iterator[str]:
 
 
 def unmoved_fields() -> Iterator[str]:
-    """Fields that a mapping reads and that have their default in every case."""
+    """Fields that a mapping reads, but that have their default value in every case."""
     defaults: dict[str, Any] = {}
-    moved = {("mt5", "tie_word_embeddings")}  # which transformers has forced to be true
+    moved = {("mt5", "tie_word_embeddings")}  # transformers forces it to be true
     for name, case in CASES.items():
         kind = getattr(transformers, case.architecture).config_class
         defaults[kind.model_type] = default = kind().to_dict()
@@ -562,8 +294,8 @@ def unmoved_fields() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tiny checkpoints of Hugging Face transformers and its outputs.")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="compare the files with ones made anew")
-    mode.add_argument("--write", action="store_true", help="store files made anew")
+    mode.add_argument("--check", action="store_true", help="make the files again, and compare them")
+    mode.add_argument("--write", action="store_true", help="make the files again, and store them")
     parser.add_argument("names", nargs="*", help="cases, by default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

