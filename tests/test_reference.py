@@ -1,4 +1,4 @@
-"""`attnax.reference`: every option of the page against loops in NumPy, and the fast kernels against the page."""
+"""`attnax.reference`: every option against loops in NumPy, and the fast kernels against `attnax.reference`."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ WIDTHS = {"query": 13, "key": 17, "value": 19, "out": 23}
 
 
 def make_params(seed=0, dtype=np.float32):
-    """Queries, keys and values differ in width; outputs are of order 1."""
+    """Parameters and tokens; each kind of token has a width of its own, and outputs are of order 1."""
     rng = np.random.default_rng(seed)
     weight = lambda fan_in, *shape: (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(dtype)
     return reference.AttentionParams(
@@ -40,12 +40,12 @@ def make_tokens(*leading, seed=1, dtype=np.float32):
 
 
 def make_mask(batch):
-    """A random mask under which every query attends at least one key."""
+    """A mask in which every query may attend a key."""
     return (np.random.default_rng(0).random((batch, SEQ_Q, SEQ_KV)) < 0.5) | (np.arange(SEQ_KV) == 2)
 
 
 def by_kernel(kernel, params, query_tokens, key_tokens, value_tokens, mask):
-    """Multi-head attention with a kernel in the middle."""
+    """Multi-head attention by a kernel."""
     query, key, value = (
         reference.split_heads(reference.project(tokens, weight))
         for tokens, weight in zip((query_tokens, key_tokens, value_tokens), params, strict=False)
@@ -55,7 +55,7 @@ def by_kernel(kernel, params, query_tokens, key_tokens, value_tokens, mask):
 
 @jax.jit
 def by_all_kernels(params, tokens, mask):
-    """Name: (the output, the gradients of the sum of its sines) of the page and of the kernels."""
+    """For `attnax.reference` and each kernel: (the output, the gradients of the sum of its sines)."""
 
     def run(attend):
         out, pull = jax.vjp(lambda params, tokens: attend(params, *tokens, mask), params, tokens)
@@ -65,7 +65,7 @@ def by_all_kernels(params, tokens, mask):
     return {name: run(attend) for name, attend in {"page": reference.multi_head_attention, **kernels}.items()}
 
 
-def test_kernels_compute_what_the_page_says_and_have_its_gradients():
+def test_kernels_have_the_values_and_gradients_of_the_reference():
     results = by_all_kernels(make_params(), make_tokens(2), make_mask(2))
     want, want_gradients = results.pop("page")
     assert results.keys() == KERNELS.keys()
@@ -102,9 +102,9 @@ def test_leading_axes_are_independent_of_each_other():
             np.testing.assert_allclose(row[index[1]], alone, atol=1e-6 * np.abs(alone).max())
 
 
-def test_any_activation_may_stand_for_softmax():
+def test_any_activation_may_replace_the_softmax():
     params, tokens = make_params(), make_tokens()
-    activations = {  # each with the same function in NumPy
+    activations = {  # in JAX and in NumPy
         "sigmoid": (jax.nn.sigmoid, lambda scores: 1 / (1 + np.exp(-scores))),
         "relu": (jax.nn.relu, lambda scores: np.maximum(scores, 0)),
         "identity": (lambda scores: scores, lambda scores: scores),
@@ -123,7 +123,7 @@ def test_any_activation_may_stand_for_softmax():
         np.testing.assert_allclose(results[name], want, atol=2e-5 * np.abs(want).max(), err_msg=name)
 
 
-def test_a_masked_key_counts_as_absent():
+def test_a_masked_key_has_no_effect():
     params, (query, key, value) = make_params(), make_tokens()
     mask = np.broadcast_to(np.arange(SEQ_KV) != 4, (SEQ_Q, SEQ_KV))
     fewer = [np.delete(x, 4, axis=0) for x in (key, value)]
@@ -134,7 +134,7 @@ def test_a_masked_key_counts_as_absent():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_shapes_that_do_not_fit_are_refused_in_words():
+def test_shapes_that_do_not_fit_are_errors_that_name_them():
     params, (query, key, value) = make_params(), make_tokens()
     attend = partial(jax.eval_shape, reference.multi_head_attention, params)
     with pytest.raises(ValueError, match=r"weigh: there must be one weight a value; got shapes \(3, 5, 7\) and"):
@@ -145,7 +145,7 @@ def test_shapes_that_do_not_fit_are_refused_in_words():
         reference.merge_heads(np.ones((2, 5, 11)), params.out)
 
 
-def test_annotations_are_checked_where_jaxtyping_is_asked_to():
+def test_annotations_are_checked_with_jaxtypings_import_hook():
     array = lambda *shape, dtype=np.float32: jax.ShapeDtypeStruct(shape, dtype)
     jax.eval_shape(reference.salience, array(3, 4), array(5, 4))
     with pytest.raises(jaxtyping.TypeCheckError):

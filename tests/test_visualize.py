@@ -1,4 +1,4 @@
-"""Pictures are written without a display; they show the mask or weights, and count its tiles."""
+"""Pictures are written without a display; their counts and colours are right."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def read_picture(path):
 
 
 def share(pixels, color):
-    """Fraction of the picture in a colour."""
+    """The fraction of the picture in a colour."""
     wanted = np.array([int(color[index : index + 2], 16) for index in (1, 3, 5)])
     return (abs(255 * pixels - wanted).max(-1) < 3).mean()
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For tests of the counts: drawing the picture takes most of the time."""
+    """Draws no picture, for tests of the counts: drawing takes most of the time."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
@@ -71,7 +71,7 @@ def test_tiles_are_counted_one_by_one(make, keep):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_row_and_head_are_those_asked_for():
+def test_row_and_head_can_be_chosen():
     mask = masks.padding(np.array([3, 11])) & (lambda b, h, q, kv: kv + h < 11)
     sizes = {"seq_q": 1, "seq_kv": 11, "batch_size": 2, "num_heads": 5, "tile": (1, 1), "path": "undrawn"}
     assert plot_mask(mask, **sizes) == TileCounts(8, 0, 3)
