@@ -4,16 +4,15 @@
     python tests/mutants.py --again         # survivors once more, after tests were added
     python tests/mutants.py --parts nn --count 50 --seed 1
 
-cosmic-ray makes the mutants. Its own runner has one command and one time limit for all mutants, so that each would run
-the whole suite. Here each mutant runs the tests of its part of the package: first the tests of `make test`, and the
-rest only if it survives them. Some mutations are not cosmic-ray's; they remove a keyword argument, a call whose result
-is unused, or a branch.
+cosmic-ray makes the mutants. Its own runner has one command and one time limit for all mutants, so each would run the
+whole suite. Here each mutant runs the tests of its part: first the tests of `make test`, and if it survives them the
+other tests. Mutations of our own remove things that no mutation of cosmic-ray removes: a keyword argument, a call whose
+result is not used, a branch.
 
-Survivors are listed. Not every survivor is a fault: some changes have no visible effect.
+Survivors are listed. Not every survivor is a fault of the tests: some changes have no effect.
 
-A place in the code is drawn first, then one of its mutations, by hashes of the line, so that a change elsewhere does
-not change the sample. Each worker has a copy of the tree in build/mutants. Results are kept there, and a new start
-continues from them.
+Hashes of lines draw a place in the code first, then one of its mutations, so a change elsewhere does not change the
+sample. Each worker has a copy of the tree in build/mutants. Results are kept there, and a second run continues.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ PARTS = {
 
 
 class TakesAway(Operator):
-    """A mutation that replaces a node by fixed text."""
+    """A mutation that replaces a node."""
 
     instead: str
 
@@ -99,7 +98,7 @@ class DropKeyword(TakesAway):
 
 
 class DropCall(TakesAway):
-    """A call whose result is unused -> pass."""
+    """A call whose result is not used -> pass."""
 
     instead = "pass"
 
@@ -132,7 +131,7 @@ class Always(_FixCondition):
 
 
 def operators() -> dict[str, Operator]:
-    """The operators of cosmic-ray that need no arguments, and those of this file."""
+    """The operators of cosmic-ray that need no arguments, and our own."""
     names = [name for name in plugins.operator_names() if not plugins.get_operator(name).arguments()]
     theirs = {name.removeprefix("core/"): plugins.get_operator(name)() for name in names if not name.endswith("/NoOp")}
     return {**theirs, **{kind.__name__: kind() for kind in (DropKeyword, DropCall, Never, Always)}}
@@ -160,7 +159,7 @@ class Mutant:
 
 
 def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Spans (start, end) of code that only type checkers read, or that only catches mistakes of developers."""
+    """(begin, end) of code without effect on results: annotations, overloads, TYPE_CHECKING, asserts and `strict=`."""
     silent: list[Any] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -182,7 +181,7 @@ def silent_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def places_of(part: str, seed: int) -> Iterator[tuple[str, tuple[str, str, int, list[tuple[str, int]]]]]:
-    """The places of a part that can be changed: the hash for the draw, then part, path, line and changes."""
+    """The places of a part that can be changed: (hash to draw by, (part, path, line, changes))."""
     package, kinds = ROOT / "attnax", operators()
     for path in sorted({path for pattern in PARTS[part].files for path in package.glob(pattern)}):
         source, name = path.read_text(), str(path.relative_to(ROOT))
@@ -223,7 +222,7 @@ def _hash(text: str) -> str:
 
 
 class Worker:
-    """A copy of the tree to break, and its tests."""
+    """A copy of the tree for mutants, and its tests."""
 
     def __init__(self, number: int) -> None:
         self.folder = WORK / f"worker-{number}"
@@ -260,7 +259,7 @@ class Worker:
         return _OUTCOMES[code], time.monotonic() - start
 
     def judge(self, mutant: Mutant, marks: str, limit: float) -> dict[str, Any]:
-        """The outcome of a mutant under the tests with these marks."""
+        """The outcome of a mutant in the tests with these marks."""
         path = self.folder / mutant.path
         path.write_text(mutant.after)
         try:
@@ -272,7 +271,7 @@ class Worker:
 
 
 def files_of(part: str, stem: str = "") -> list[str]:
-    """The test files of a part; files with the stem in their name come first."""
+    """The files of a part's tests; files with the stem in their name are first."""
     files: list[str] = []
     for test in PARTS[part].tests:
         path = ROOT / "tests" / test
@@ -282,7 +281,7 @@ def files_of(part: str, stem: str = "") -> list[str]:
 
 
 class Results:
-    """A file with a line for each result; the last line about a key counts."""
+    """A file with a line for each result; the last line of a name counts."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, dict[str, dict[str, Any]]()
@@ -297,7 +296,7 @@ class Results:
 
 
 def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Iterable[Any]) -> None:
-    """Does `work` for each item on the next free worker."""
+    """Does `work` for each item with a free worker."""
     free: queue.Queue[Worker] = queue.Queue()
     for worker in workers:
         free.put(worker)
@@ -314,12 +313,12 @@ def share(workers: list[Worker], work: Callable[[Worker, Any], None], items: Ite
 
 
 def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results: Results) -> None:
-    """Runs the tests with these marks on the mutants that have no result from them yet."""
+    """Runs the tests with these marks on the mutants that have no result of them yet."""
     missing = [mutant for mutant in mutants if f"{mutant.key}: {marks}" not in results.found]
     parts = {mutant.part for mutant in missing if f"{mutant.part}: {marks}" not in results.found}
 
     def measure(worker: Worker, part: str) -> None:
-        """Seconds that the tests take on the unbroken tree; the first run compiles, as the run of a mutant may."""
+        """Measures the tests of a part without a mutant; the first run compiles, as a run of a mutant may."""
         outcome, seconds = worker.run(files_of(part), marks, None)
         if outcome != "survived":
             raise SystemExit(f"The tests of {part} fail where nothing is broken: run them first.")
@@ -336,7 +335,7 @@ def judge_all(workers: list[Worker], mutants: list[Mutant], marks: str, results:
 
 
 def report(mutants: list[Mutant], results: Results) -> None:
-    """Each survivor, and the share of survivors of each part, among the mutants with a result."""
+    """Prints each survivor, and the counts of each part, of the mutants with a result."""
     outcomes: dict[Mutant, str] = {}
     for mutant in mutants:
         first, then = (results.found.get(f"{mutant.key}: {marks}", {}).get("outcome") for marks in (QUICK, REST))

@@ -1,4 +1,4 @@
-"""Array annotations are enforced: a name that the type checker cannot resolve would silently pass for `Any`."""
+"""Annotations of arrays are checked: the import hook silently takes an annotation that it cannot evaluate for `Any`."""
 
 import ast
 import builtins
@@ -20,12 +20,12 @@ import attnax
 
 KINDS = {"Bool": np.bool_, "Float": np.float32, "Int": np.int32, "Shaped": np.float32}
 ARRAY = re.compile(rf"""\b({"|".join(KINDS)})\[(Array|ArrayLike), ["'](.*?)["']\]""")
-ANY_NUMBER = ("*", "...")  # first characters of a word that stands for any number of axes
+ANY_NUMBER = ("*", "...")  # first characters of a word for any number of axes
 
 
 @functools.cache
 def modules():
-    """All modules except the command line, which has no arrays and imports much."""
+    """All modules except the command line, which has no arrays and imports many packages."""
     names = [info.name for info in pkgutil.walk_packages(attnax.__path__, "attnax.")]
     return [importlib.import_module(name) for name in names if not re.search(r"\.(cli|__main__)\b", name)]
 
@@ -61,7 +61,7 @@ def test_axes_are_quoted_and_other_names_of_an_annotation_are_defined_before():
 
 
 def public_functions():
-    """(name, function) of modules and of their classes, except names with an underscore."""
+    """(name, function) of modules and of their classes, without names that begin with an underscore."""
     for module in modules():
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", None) != module.__name__:
@@ -71,7 +71,7 @@ def public_functions():
                 function = getattr(function, "__func__", function)
                 ours = callable(function) and str(getattr(function, "__module__", None)).startswith("attnax.")
                 whole = f"{module.__name__}.{name}.{member}".removesuffix(".")
-                rebuilt = member == "__init__" and hasattr(thing, "__no_type_check__")  # by JAX, around any object
+                rebuilt = member == "__init__" and hasattr(thing, "__no_type_check__")  # made by JAX, takes anything
                 if ours and not rebuilt and not re.search(r"\._(?!_call__|_init__)", whole):
                     yield whole, function
 
@@ -84,7 +84,7 @@ def make_array(kind, of, axes, more=0, dtype=None):
 
 
 def wrong_values(annotation):
-    """For each type a value that it forbids: one axis too many, else another dtype, else text."""
+    """Wrong values: an array with an axis too many, or of another dtype if any number of axes is allowed, or text."""
     options = ARRAY.findall(annotation)
     ranks = {(kind, len(axes.split())) for kind, _, axes in options}
     for kind, of, axes in options:
@@ -97,7 +97,7 @@ def wrong_values(annotation):
 
 
 def stand_in(annotation, names):
-    """A value that the type accepts."""
+    """A value that a check of the type accepts."""
     if found := ARRAY.search(annotation):
         return make_array(*found.groups())
     hint = eval(annotation, names)
@@ -112,7 +112,7 @@ def stand_in(annotation, names):
 
 
 def call_with(function, name, value):
-    """Calls the unbound `function` with `value` for `name` and stand-ins for its other required arguments."""
+    """Calls `function`, unbound, with `value` for `name`, and stand-ins for other required arguments."""
     arguments, keywords = [], {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -132,7 +132,7 @@ def call_with(function, name, value):
     function(*arguments, **keywords)
 
 
-def message_of(function, name, value):
+def error_of(function, name, value):
     try:
         call_with(function, name, value)
     except jaxtyping.TypeCheckError as error:
@@ -145,7 +145,7 @@ def test_every_public_function_refuses_an_array_with_an_axis_too_many():
     for whole, function in public_functions():
         for name, parameter in inspect.signature(function).parameters.items():
             for value in wrong_values(str(parameter.annotation)):
-                said = message_of(function, name, value)
+                said = error_of(function, name, value)
                 if f"parameter '{name}'" not in said:
                     wrong[whole, name, np.shape(value)] = said
                 checked.add(whole)

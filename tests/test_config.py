@@ -34,7 +34,7 @@ def test_a_value_outside_of_a_literal_is_refused():
             "no scores to bias by pos_emb_type; got pos_emb_type='al",
         ),
         (
-            {"rope_scaling": {"kind": "yarn", "factor": 2}},
+            {"rope_scaling": {"kind": "yarn", "factor": 2.0}},
             "RopeScaling: yarn needs original_max_len; got original_max_",
         ),
     ],

@@ -26,10 +26,10 @@ from attnax.masks import (
 )
 
 
-def dense(many, *full):
-    """A mask, or each mask of a list or dict, as an array; one program computes all."""
-    read = jax.jit(lambda many: jax.tree.map(lambda mask: mask(*masks.index_grid(*full)), many, is_leaf=is_mask))
-    return jax.tree.map(lambda array: np.broadcast_to(array, full), read(many))
+def dense(many, *score_shape):
+    """The array of a mask, or of each mask of a list or dict; computed by one program."""
+    read = jax.jit(lambda many: jax.tree.map(lambda mask: mask(*masks.index_grid(*score_shape)), many, is_leaf=is_mask))
+    return jax.tree.map(lambda array: np.broadcast_to(array, score_shape), read(many))
 
 
 def is_mask(x):
@@ -41,7 +41,7 @@ LENGTHS = np.array([29, 11])
 WINDOW, PREFIXES = 7, np.array([17, 41])
 SORTED = np.array([[0] * 16 + [1] * 3 + [2] * 29 + [7] * 5, [3] * 2 + [5] * 50 + [9]])
 SHUFFLED = np.random.default_rng(0).integers(0, 3, (2, LENGTH))
-RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids that are not sorted
+RUNS = np.repeat([[2, 0, 2, 1]], [13, 11, 17, 12], axis=1)[0]  # ids in runs, not sorted
 POSITIONS = np.where(np.arange(LENGTH) < 19, -1, np.arange(LENGTH) - 19)  # left padding
 RING = (np.arange(LENGTH) + np.array([[5], [30]])) % LENGTH  # a ring buffer
 
@@ -110,9 +110,9 @@ EXACT = ("causal", "lengths", "window", "array window", "window of both sides")
 
 @functools.cache
 def formula_of(name):
-    """The array that this mask should be, (2, 1, LENGTH, LENGTH)."""
-    full = 2, 1, LENGTH, LENGTH
-    return np.broadcast_to(all_masks()[name][1](*np.indices(full)), full)
+    """The mask by its formula in NumPy, (2, 1, LENGTH, LENGTH)."""
+    score_shape = 2, 1, LENGTH, LENGTH
+    return np.broadcast_to(all_masks()[name][1](*np.indices(score_shape)), score_shape)
 
 
 def test_a_mask_is_its_formula():
@@ -123,7 +123,7 @@ def test_a_mask_is_its_formula():
 @jax.jit
 @partial(jax.vmap, in_axes=(None, 0, 0))
 def read_tiles(many, q_range, kv_range):
-    """The bounds of the masks over many tiles, for both rows."""
+    """The bounds of the masks' tiles, for many ranges and both rows."""
 
     def read(mask):
         return [jnp.broadcast_to(bound, 2) for bound in mask.tile(jnp.arange(2), jnp.zeros(2, int), q_range, kv_range)]
@@ -144,7 +144,7 @@ def test_tile_reading_bounds_the_pointwise_reading():
     def make_range():
         first = rng.integers(0, LENGTH, number)
         last = np.minimum(first + rng.integers(0, rng.choice([1, 5, 20, LENGTH], number)), LENGTH - 1)
-        # Half of the ranges align to the blocks that share one pair of bounds.
+        # Half of the ranges align with the blocks of ids that documents summarise.
         first[::2], last[::2] = first[::2] // 16 * 16, np.minimum(last[::2] // 16 * 16 + 15, LENGTH - 1)
         return first, last
 
@@ -160,12 +160,12 @@ def test_tile_reading_bounds_the_pointwise_reading():
         np.testing.assert_array_equal(every[exact], (allowed == sizes)[exact], err_msg=name)
 
 
-def test_masks_know_whether_their_tiles_are_enough():
+def test_is_opaque_marks_masks_whose_tiles_have_no_bounds():
     opaque = {"real tokens", "function", "nested"}
     assert {name for name, (mask, _) in all_masks().items() if mask.is_opaque} == opaque
 
 
-def test_masks_know_how_many_positions_their_arrays_cover():
+def test_masks_know_how_many_positions_their_arrays_serve():
     dense = np.ones((1, 1, 3, 5), bool)
     known = {
         None: masks.causal() & masks.sliding_window(3) & masks.padding(np.array([3])),
@@ -192,8 +192,8 @@ def test_empty_slots_do_not_make_a_tile_look_nearer_than_its_keys():
     none = masks.at_positions(masks.causal(), np.arange(LENGTH), np.full(LENGTH, -1))
     before, behind, empty = jax.jit(
         lambda mask, none: [
-            mask.tile(0, 0, (0, 15), (16, 31)),  # the keys there are at 17 and on
-            mask.tile(0, 0, (48, 52), (16, 31)),  # all before the queries, except the empty slots
+            mask.tile(0, 0, (0, 15), (16, 31)),  # the keys are at 17 and later
+            mask.tile(0, 0, (48, 52), (16, 31)),  # the keys are before the queries, between empty slots
             none.tile(0, 0, (0, 52), (0, 52)),
         ]
     )(mask, none)
@@ -298,7 +298,7 @@ def test_a_mask_has_no_truth():
             bool(value)
 
 
-def test_padding_among_documents_neither_attends_nor_is_attended():
+def test_padding_among_documents_attends_nothing_and_is_attended_by_nothing():
     ids = np.array([[0, 0, -1, 1, -1, -7], [-1, 2, 2, 2, 0, -1]])
     want = (ids[:, None, :, None] == ids[:, None, None, :]) & (ids >= 0)[:, None, :, None]
     np.testing.assert_array_equal(make_document_mask(ids), want)

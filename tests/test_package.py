@@ -1,4 +1,4 @@
-"""The package as users see it: importing is light, every name is where it should be, examples run."""
+"""The package for its users: a light import, every public name, and docstrings whose examples run."""
 
 import doctest
 import importlib
@@ -20,9 +20,9 @@ def import_file(path):
     return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-def needs_values(said):
+def needs_values(message):
     """Whether a message is about a traced array, which has no values."""
-    return "trace" in str(said).lower()
+    return "trace" in str(message).lower()
 
 
 def test_importing_is_light_and_kernels_masks_and_caches_need_no_flax_and_no_jaxtyping():
@@ -61,7 +61,7 @@ def test_unknown_names_are_refused():
 @pytest.mark.contract
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings_run(path):
-    # Without the wrappers of the type checks, doctest finds each docstring once, in the module that defines it.
+    # doctest finds each docstring once, in the module that defines it.
     failures, tried = doctest.testmod(import_file(path), optionflags=doctest.ELLIPSIS)
     assert failures == 0 and tried > 0
 

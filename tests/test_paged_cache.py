@@ -20,7 +20,7 @@ from attnax.paged_cache import (
 
 BATCH, BLOCKS, PER_ROW, SIZE, KV_HEADS, KEY_DIM, VALUE_DIM, CHUNK = 5, 23, 7, 3, 2, 11, 13, 4
 
-# The cache is donated, so that these functions write in place.
+# The cache is donated: these functions write in place.
 allocate = jax.jit(allocate_rows, donate_argnums=0)
 append = jax.jit(append_rows, donate_argnums=0)
 free = jax.jit(free_rows, donate_argnums=0)
@@ -57,7 +57,7 @@ def blocks_of(cache):
 
 
 class Lists:
-    """The expected content: for each row a list of tokens, a number of blocks, and whether a token was dropped."""
+    """The expected cache: for each row a list of tokens, a number of pages, and whether a token was dropped."""
 
     def __init__(self):
         self.tokens = [[] for _ in range(BATCH)]
@@ -147,7 +147,7 @@ def test_batched_forms_are_ragged_lists_and_compile_once(count_compilations):
             counts = rng.integers(0, limit + 1, dtype=np.int32)
             keys, values = make_tokens(step, BATCH, KV_HEADS, CHUNK)
             padding = np.arange(CHUNK) >= counts[:, None]
-            keys[np.broadcast_to(padding[:, None], keys.shape[:3])] = np.nan  # padding is never read
+            keys[np.broadcast_to(padding[:, None], keys.shape[:3])] = np.nan  # padding must not be stored
             cache = append(cache, keys, values, counts)
             lists.append(keys, values, counts)
         else:
@@ -237,7 +237,7 @@ def test_one_number_counts_for_every_row():
 
 def test_overflow_under_jit_leaves_everything_else_as_it_was():
     keys, values = make_tokens(0, BATCH, KV_HEADS, CHUNK)
-    append_again = jax.jit(append_rows)  # does not donate its arguments
+    append_again = jax.jit(append_rows)  # without donation
     before = append(allocate(make_cache(), CHUNK), keys, values, np.array([4, 3, 4, 1, 0]))
 
     # Each row has 6 slots: rows 0 and 2 have no room for 3 more tokens.
@@ -252,7 +252,7 @@ def test_overflow_under_jit_leaves_everything_else_as_it_was():
         np.testing.assert_array_equal(pool_after[others], pool_before[others])
         assert (pool_after[np.array(written)] != pool_before[np.array(written)]).any()
 
-    # `overflowed` stays set until the row is freed, also when later writes fit.
+    # It stays set until the row is freed, also if later writes fit.
     after = append_again(allocate(after, np.ones(BATCH, np.int32)), keys, values, np.array([1, 0, 0, 0, 0]))
     assert after.overflowed.tolist() == [True, False, True, False, False]
     assert int(after.seq_lengths[0]) == 5
@@ -270,7 +270,7 @@ def test_counts_out_of_range_are_overflow_under_jit():
     assert [len(blocks) for blocks in blocks_of(after)] == [2, 2, 2, 2, 7]
 
 
-def test_rows_past_the_pool_get_nothing_and_rows_that_need_nothing_are_served():
+def test_a_row_overflows_if_the_pool_has_too_few_pages_and_other_rows_do_not():
     cache = allocate(make_cache(), np.array([21, 21, 0, 0, 3]))  # 7, 7 and 1 of 23 blocks
     cache = allocate(cache, np.array([0, 1, 25, 21, 5]))  # row 2 has no room; 7 + 1 of 8 blocks
     assert [len(blocks) for blocks in blocks_of(cache)] == [7, 7, 0, 7, 2]

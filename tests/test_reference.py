@@ -22,7 +22,7 @@ WIDTHS = {"query": 13, "key": 17, "value": 19, "out": 23}
 
 
 def make_params(seed=0, dtype=np.float32):
-    """Queries, keys and values differ in width; outputs are of order 1."""
+    """Parameters and tokens; each kind of token has a width of its own, and outputs are of order 1."""
     rng = np.random.default_rng(seed)
     weight = lambda fan_in, *shape: (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(dtype)
     return reference.AttentionParams(
@@ -40,7 +40,7 @@ def make_tokens(*leading, seed=1, dtype=np.float32):
 
 
 def make_mask(batch):
-    """A random mask under which every query attends at least one key."""
+    """A mask in which every query may attend a key."""
     return (np.random.default_rng(0).random((batch, SEQ_Q, SEQ_KV)) < 0.5) | (np.arange(SEQ_KV) == 2)
 
 
@@ -104,7 +104,7 @@ def test_leading_axes_are_independent_of_each_other():
 
 def test_any_activation_may_replace_the_softmax():
     params, tokens = make_params(), make_tokens()
-    activations = {  # each with the same function in NumPy
+    activations = {  # in JAX and in NumPy
         "sigmoid": (jax.nn.sigmoid, lambda scores: 1 / (1 + np.exp(-scores))),
         "relu": (jax.nn.relu, lambda scores: np.maximum(scores, 0)),
         "identity": (lambda scores: scores, lambda scores: scores),
@@ -123,7 +123,7 @@ def test_any_activation_may_replace_the_softmax():
         np.testing.assert_allclose(results[name], want, atol=2e-5 * np.abs(want).max(), err_msg=name)
 
 
-def test_a_masked_key_counts_as_absent():
+def test_a_masked_key_has_no_effect():
     params, (query, key, value) = make_params(), make_tokens()
     mask = np.broadcast_to(np.arange(SEQ_KV) != 4, (SEQ_Q, SEQ_KV))
     fewer = [np.delete(x, 4, axis=0) for x in (key, value)]

@@ -1,4 +1,4 @@
-"""Pictures are written without a display; they show the mask or weights, and count its tiles."""
+"""Pictures are written without a display; their counts and colours are right."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def share(pixels, color):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For tests of the counts: drawing the picture takes most of the time."""
+    """Draws no picture, for tests of the counts: drawing takes most of the time."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
