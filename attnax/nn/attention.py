@@ -147,16 +147,9 @@ class MultiHeadAttention(nnx.Module):
                 scaling=config.rope_scaling,
             )
         self.rope = _as_attribute(rope)
-        attention_fn = attention_function(rngs, config) if attention_fn is None else attention_fn
-        self.attention_fn = _as_attribute(attention_fn)
+        self.attention_fn = _as_attribute(attention_function(rngs, config) if attention_fn is None else attention_fn)
         self.score_mod = _as_attribute(score_mod)
-        self._refuse_hidden_arrays()
-        for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
-            if getattr(config, field) and keyword not in inspect.signature(attention_fn).parameters:
-                raise ValueError(
-                    f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
-                    f"got attention_fn={attention_fn!r}. Use one of the softmax kernels."
-                )
+        self._check_functions()
         self.sinks = nnx.data(None)
         if config.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), config.param_dtype))
@@ -255,9 +248,8 @@ class MultiHeadAttention(nnx.Module):
         given, alibi = options.get("mask"), None
         mask = None if given is None else as_mask(given)
         if context is None:
-            is_alone = cache is None or isinstance(
-                cache, EmptyCache
-            )  # the tokens of a cache are read at positions anyway
+            # A cache with tokens is read at positions anyway.
+            is_alone = cache is None or isinstance(cache, EmptyCache)
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
             mask = window if mask is None else mask if window is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
@@ -336,11 +328,12 @@ class MultiHeadAttention(nnx.Module):
             projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
-    def _refuse_hidden_arrays(self) -> None:
-        """Raises ValueError for a function with arrays outside of the layer's state, which would get no gradient.
+    def _check_functions(self) -> None:
+        """Raises ValueError for an attention function without the keywords that the config needs.
 
-        Functions are traced with axes of length 1, which broadcast against arrays of any size. Each call looks at the
-        score mod again, at the sizes of the call.
+        Also for a function with arrays outside of the layer's state, which would get no gradient. Functions are traced
+        with axes of length 1, which broadcast against arrays of any size. Each call looks at the score mod again, at
+        the sizes of the call.
         """
         config = self.config
         heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -352,6 +345,12 @@ class MultiHeadAttention(nnx.Module):
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
         refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
         refuse_hidden_arrays_of_kernel("MultiHeadAttention", self.attention_fn, (query, key, value), scores)
+        for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
+            if getattr(config, field) and keyword not in inspect.signature(self.attention_fn).parameters:
+                raise ValueError(
+                    f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
+                    f"got attention_fn={self.attention_fn!r}. Use one of the softmax kernels."
+                )
 
     def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
         if tokens.ndim != 3 or tokens.shape[2] != layer.in_features or batch not in (None, tokens.shape[0]):
