@@ -101,8 +101,12 @@ def test_what_writes_names_the_options_of_its_dictionary_and_hands_them_on(monke
     assert named.keys() - beside == listed(WriteOptions).keys() - lacks
 
     handed = {}
+
+    def hand(writer, prompt_ids, of_draft_or_beams, **options):
+        handed.update(of_draft_or_beams or {}, **options)
+
     for module in (lm, seq2seq):
-        monkeypatch.setattr(module, call.__name__, lambda writer, *others, **options: handed.update(options))
+        monkeypatch.setattr(module, call.__name__, hand)
     given = {name: object() for name in named.keys() - {"temperature", "draft"}}
     ids, model = np.zeros((1, 2), int), types.SimpleNamespace(_writer=lambda *others: None)
     counts = {name: 1 for name in inspect.signature(call).parameters if name in COUNTS}
