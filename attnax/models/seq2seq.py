@@ -158,7 +158,10 @@ class Transformer(nnx.Module):
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
     def log_probs(
-        self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any
+        self,
+        source_ids: Int[ArrayLike, "B S"],
+        target_ids: Int[ArrayLike, "B T"],
+        **options: Unpack[TransformerOptions],
     ) -> Float[Array, "B T V"]:
         """Log-probabilities of the token after each target token; options as in a call."""
         return jax.nn.log_softmax(self(source_ids, target_ids, **options))

@@ -18,8 +18,9 @@ from attnax import (
 )
 from attnax.generation import make_request
 from attnax.models import MaskedLM, SentenceEncoder, lm, seq2seq
+from attnax.models.masked import MaskedOptions
 from attnax.models.seq2seq import TransformerOptions
-from attnax.models.transformer import DecoderOptions, EncoderOptions, TokenOptions
+from attnax.models.transformer import CachedOptions, DecoderOptions, EncoderOptions
 from attnax.models.writing import WriteOptions
 from attnax.nn import Output
 from attnax.nn._run import Mode, SelfAttentionOptions
@@ -35,8 +36,8 @@ CALLS = [
     (DecoderBlock.__call__, DecoderBlockOptions, set(), {"encoder_output"}),
     (TransformerEncoder.__call__, EncoderOptions, set(), set()),
     (TransformerDecoder.__call__, DecoderOptions, set(), set()),
-    (TransformerLM.__call__, TokenOptions, set(), set()),
-    (MaskedLM.__call__, EncoderOptions, {"mask", "caches"}, set()),
+    (TransformerLM.__call__, CachedOptions, set(), set()),
+    (MaskedLM.__call__, MaskedOptions, set(), set()),
     (SentenceEncoder.__call__, Mode, set(), {"padding_mask", "token_type_ids"}),
     (VisionTransformer.__call__, SelfAttentionOptions, set(), set()),
     (Transformer.__call__, TransformerOptions, set(), set()),
