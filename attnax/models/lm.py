@@ -14,11 +14,11 @@ from flax import nnx
 
 from attnax.cache import LayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
-from attnax.models.transformer import TokenHead, TokenOptions, TransformerDecoder
+from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
@@ -80,12 +80,12 @@ class TransformerLM(nnx.Module):
 
         The arguments are those of `TransformerDecoder`.
         """
-        options: TokenOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options: CachedOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
         options |= {"score_mod": score_mod, "caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
         out = self.run(input_ids, **options)
         return out.logits if out.caches is None else (out.logits, out.caches)
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[TokenOptions]) -> Output:
+    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[CachedOptions]) -> Output:
         """`TransformerDecoder.run`, and the logits of its hidden states."""
         out = run_of(self.decoder)(input_ids, **options)
         return out._replace(logits=self.logits(out.hidden))
@@ -94,7 +94,7 @@ class TransformerLM(nnx.Module):
         """float32 logits of the decoder's hidden states."""
         return self.head(hidden, self.decoder.embed.tokens)
 
-    def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
+    def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[TokenOptions]) -> Float[Array, "B T V"]:
         """Log-probabilities of the token after each position; options as in a call without caches."""
         logits: Any = self(input_ids, **options)
         return jax.nn.log_softmax(logits)
@@ -197,15 +197,12 @@ class TransformerLM(nnx.Module):
         """
         options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
-        return beam_search(
-            self._writer(),
-            prompt_ids,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            **options,
-        )
+        beams: BeamOptions = {
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+        }
+        return beam_search(self._writer(), prompt_ids, beams, max_new_tokens=max_new_tokens, **options)
 
     def _writer(self) -> Writer:
         if inspect.ismethod(vars(self).get("run")):

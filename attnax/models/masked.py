@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
 from attnax.models.transformer import EncoderOptions, TokenHead, TransformerEncoder
-from attnax.nn._run import run_of
+from attnax.nn._run import SelfAttentionOptions, run_of
 from attnax.nn.blocks import Output
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.nn.linear import Linear
@@ -18,6 +18,14 @@ from attnax.nn.norms import norm_of
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
 
 __all__ = ["MaskedLM"]
+
+
+class MaskedOptions(SelfAttentionOptions, total=False):
+    """The options of `MaskedLM`."""
+
+    padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
+    position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+    token_type_ids: Int[ArrayLike, "B T"] | None
 
 
 class MaskedLM(nnx.Module):
@@ -67,7 +75,7 @@ class MaskedLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
-        options: EncoderOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
+        options: MaskedOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
         options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
         return self.run(input_ids, **options).logits
 
@@ -81,6 +89,6 @@ class MaskedLM(nnx.Module):
         activation, _ = ACTIVATIONS[self.config.ff_activation]
         return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed.tokens)
 
-    def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
+    def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[MaskedOptions]) -> Float[Array, "B T V"]:
         """Log-probabilities of the token at each position; options as in a call."""
         return jax.nn.log_softmax(self(input_ids, **options))

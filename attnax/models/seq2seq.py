@@ -13,7 +13,7 @@ from flax import nnx
 
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
-from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
@@ -158,7 +158,10 @@ class Transformer(nnx.Module):
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
     def log_probs(
-        self, source_ids: Int[ArrayLike, "B S"], target_ids: Int[ArrayLike, "B T"], **options: Any
+        self,
+        source_ids: Int[ArrayLike, "B S"],
+        target_ids: Int[ArrayLike, "B T"],
+        **options: Unpack[TransformerOptions],
     ) -> Float[Array, "B T V"]:
         """Log-probabilities of the token after each target token; options as in a call."""
         return jax.nn.log_softmax(self(source_ids, target_ids, **options))
@@ -258,15 +261,13 @@ class Transformer(nnx.Module):
         """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
         options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        return beam_search(
-            self._writer(source_ids, source_padding_mask),
-            _starts(source_ids, start_token),
-            num_beams=num_beams,
-            max_new_tokens=max_length,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            **options,
-        )
+        beams: BeamOptions = {
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+        }
+        writer, starts = self._writer(source_ids, source_padding_mask), _starts(source_ids, start_token)
+        return beam_search(writer, starts, beams, max_new_tokens=max_length, **options)
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder as a writer, whose context are the sources."""

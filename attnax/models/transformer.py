@@ -28,21 +28,26 @@ __all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_posit
 
 
 class TokenOptions(SelfAttentionOptions, total=False):
-    """The options that encoders and decoders share; calls have `layer_kv_caches` for `caches`."""
+    """The options of models that read tokens without caches."""
 
     mask: Mask | MaskMod | ArrayLike | None
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
+
+
+class CachedOptions(TokenOptions, total=False):
+    """The options of models that read tokens with caches or without; calls have `layer_kv_caches` for `caches`."""
+
     caches: tuple[LayerCache, ...] | None
 
 
-class EncoderOptions(TokenOptions, total=False):
+class EncoderOptions(CachedOptions, total=False):
     """The options of `TransformerEncoder`, as its `__call__` describes them."""
 
     token_type_ids: Int[ArrayLike, "B T"] | None
 
 
-class DecoderOptions(TokenOptions, total=False):
+class DecoderOptions(CachedOptions, total=False):
     """The options of `TransformerDecoder`, as its `__call__` describes them."""
 
     encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.checks import wide_dtype
+from attnax.checks import check_options, wide_dtype
 from attnax.config import VisionTransformerConfig, resolve_config
+from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.blocks import EncoderBlock, Output
 from attnax.nn.dropout import Dropout
 from attnax.nn.embeddings import LearnedPositionalEmbedding
@@ -118,16 +119,12 @@ class VisionTransformer(nnx.Module):
         return out.hidden if self.head is None else out.logits
 
     def run(
-        self,
-        images: Float[ArrayLike, "B height width channels"],
-        *,
-        deterministic: bool | None = None,
-        score_mod: ScoreMod | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[SelfAttentionOptions]
     ) -> Output:
         """The call with its result in one form: tokens in `hidden`, `logits` or None, losses of experts in `aux`."""
-        x = self._embed(images, deterministic=deterministic, rngs=rngs)
-        out = self.stack.run(x, score_mod=score_mod, deterministic=deterministic, rngs=rngs)
+        check_options("VisionTransformer", options, SelfAttentionOptions)
+        x = self._embed(images, **select_options(options, Mode))
+        out = self.stack.run(x, **options)
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
         out = out._replace(hidden=tokens)
         if self.head is None:
@@ -167,9 +164,7 @@ class VisionTransformer(nnx.Module):
 
         return block.around_attention.branch(x, weigh, deterministic=True)[1]
 
-    def _embed(
-        self, images: ArrayLike, *, deterministic: bool | None, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "B T D"]:
+    def _embed(self, images: ArrayLike, **mode: Unpack[Mode]) -> Float[Array, "B T D"]:
         """The tokens that enter the first block."""
         x = self.patches(images)
         if self.config.pos_emb_type == "sinusoidal":
@@ -181,7 +176,7 @@ class VisionTransformer(nnx.Module):
         if self.registers is not None:
             first = int(self.config.use_cls_token)
             x = jnp.concatenate([x[:, :first], _repeat(self.registers, x), x[:, first:]], axis=1)
-        return self.dropout(x, deterministic=deterministic, rngs=rngs)
+        return self.dropout(x, **mode)
 
 
 def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:

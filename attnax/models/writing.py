@@ -14,7 +14,7 @@ from attnax import generation
 from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
-from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, RequestOptions, make_request, padded_length
 from attnax.generation.samplers import Sampler
@@ -26,6 +26,8 @@ from attnax.typing import Array, ArrayLike
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
 
 CacheKind = Literal["contiguous", "ring", "paged"]
+
+_PAGE = 16  # tokens of a page
 
 
 class Writer(NamedTuple):
@@ -75,8 +77,8 @@ class CachePlan:
         """One cache a layer."""
         sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
         if self.kind == "paged":
-            num_blocks = self.pool_rows * -(-self.max_len // _BLOCK)
-            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_BLOCK, num_blocks=num_blocks)
+            num_blocks = self.pool_rows * -(-self.max_len // _PAGE)
+            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
         else:
             caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
         return tuple(map(EmptyCache, caches))
@@ -113,6 +115,31 @@ def generate(
     return _shorten(written, max_new_tokens)
 
 
+def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: WriteOptions) -> None:
+    """Raises ValueError or NotImplementedError for a draft that cannot be used."""
+    sizes = writer.config.vocab_size, draft.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"generate: a draft must have the vocabulary of the model; got vocab_size={sizes[1]}, not {sizes[0]}."
+        )
+    if not 1 <= num_draft_tokens <= SPARE_SLOTS:
+        raise ValueError(
+            f"generate: num_draft_tokens must be at least 1 and at most {SPARE_SLOTS}; "
+            f"got num_draft_tokens={num_draft_tokens}."
+        )
+    if options.get("cache") == "contiguous":
+        raise ValueError(
+            "generate: a draft takes tokens back, and a contiguous cache would not use their slots again; got "
+            "cache='contiguous'. Use 'ring' or 'paged'."
+        )
+    for config in (writer.config, draft.config):
+        if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
+            raise NotImplementedError(
+                "generate: the sums of linear attention cannot take drafted tokens back; got "
+                "attention_type=linear with a draft. Generate without one."
+            )
+
+
 def stream(
     writer: Writer, prompt_ids: ArrayLike, *, max_new_tokens: int, **options: Unpack[WriteOptions]
 ) -> Iterator[np.ndarray]:
@@ -127,14 +154,13 @@ def stream(
 def beam_search(
     writer: Writer,
     prompt_ids: ArrayLike,
+    beams: BeamOptions,
     *,
-    num_beams: int,
     max_new_tokens: int,
-    length_penalty: float,
-    early_stopping: EarlyStopping,
     **options: Unpack[WriteOptions],
 ) -> Beams:
     """`TransformerLM.beam_search` for any writer."""
+    num_beams, early_stopping, length_penalty = beams["num_beams"], beams["early_stopping"], beams["length_penalty"]
     if not 1 <= num_beams <= writer.config.vocab_size:
         raise ValueError(
             f"beam_search: num_beams must be at least 1 and at most vocab_size={writer.config.vocab_size}; "
@@ -155,35 +181,9 @@ def beam_search(
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
-    beams = generation.beam_search(
-        writer.step,
-        writer.state,
-        request,
-        cache,
-        num_beams=num_beams,
-        max_new_tokens=room,
-        length_penalty=np.float32(length_penalty),
-        early_stopping=early_stopping,
-    )
-    return _shorten(beams, max_new_tokens)
-
-
-Written = TypeVar("Written", Generation, Beams)
-
-
-def _shorten(written: Written, max_new_tokens: int) -> Written:
-    """The result without the room beyond `max_new_tokens`, cut outside of JAX, which would compile each cut."""
-
-    def cut(x: Array) -> Array:
-        if not is_concrete(x) or not x.is_fully_addressable:
-            return x[..., :max_new_tokens]
-        return jax.device_put(np.ascontiguousarray(np.asarray(x)[..., :max_new_tokens]), x.sharding)
-
-    if written.tokens.shape[-1] == max_new_tokens:
-        return written
-    if isinstance(written, Beams):
-        return written._replace(tokens=cut(written.tokens))
-    return written._replace(tokens=cut(written.tokens), log_probs=cut(written.log_probs))
+    settings: dict[str, Any] = {**beams, "length_penalty": np.float32(length_penalty)}
+    found = generation.beam_search(writer.step, writer.state, request, cache, max_new_tokens=room, **settings)
+    return _shorten(found, max_new_tokens)
 
 
 def _prepare(
@@ -220,51 +220,37 @@ def _prepare(
         pad_to=length,
         **options,
     )
-    batch, cache = prompt_ids.shape[0], cache or "contiguous"
+    (batch, prompt_length), cache = prompt_ids.shape, cache or "contiguous"
     if cache not in get_args(CacheKind):
         raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
-    _check_table(config, prompt_ids.shape[1], max_new_tokens)
+    has_table = config.pos_emb_type in ("learned", "sinusoidal")
+    if has_table and prompt_length + max_new_tokens > config.max_len + 1:
+        raise ValueError(
+            f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
+            f"got {prompt_length} + {max_new_tokens}."
+        )
     room = max_new_tokens if is_fixed else padded_length(max(64, max_new_tokens))
     slots = length + room + spare
     if not is_fixed:  # padding behind a prompt takes no slot, so a long sum need not be padded twice
-        slots = padded_length(slots if slots <= 1024 else prompt_ids.shape[1] + max(64, max_new_tokens) + spare)
+        slots = padded_length(slots if slots <= 1024 else prompt_length + max(64, max_new_tokens) + spare)
     dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
     plan = CachePlan(config, cache, batch, slots, dtype, num_beams * request.num_rows)
     return request, plan, room
 
 
-_BLOCK = 16  # tokens of a page
+Written = TypeVar("Written", Generation, Beams)
 
 
-def _check_table(config: TransformerConfig, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if a generation would run past a learned or sinusoidal table."""
-    if config.pos_emb_type in ("learned", "sinusoidal") and length + max_new_tokens > config.max_len + 1:
-        raise ValueError(
-            f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
-            f"got {length} + {max_new_tokens}."
-        )
+def _shorten(written: Written, max_new_tokens: int) -> Written:
+    """The result without the room beyond `max_new_tokens`, cut outside of JAX, which would compile each cut."""
 
+    def cut(x: Array) -> Array:
+        if not is_concrete(x) or not x.is_fully_addressable:
+            return x[..., :max_new_tokens]
+        return jax.device_put(np.ascontiguousarray(np.asarray(x)[..., :max_new_tokens]), x.sharding)
 
-def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: WriteOptions) -> None:
-    """Raises ValueError or NotImplementedError for a draft that cannot be used."""
-    sizes = writer.config.vocab_size, draft.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"generate: a draft must have the vocabulary of the model; got vocab_size={sizes[1]}, not {sizes[0]}."
-        )
-    if not 1 <= num_draft_tokens <= SPARE_SLOTS:
-        raise ValueError(
-            f"generate: num_draft_tokens must be at least 1 and at most {SPARE_SLOTS}; "
-            f"got num_draft_tokens={num_draft_tokens}."
-        )
-    if options.get("cache") == "contiguous":
-        raise ValueError(
-            "generate: a draft takes tokens back, and a contiguous cache would not use their slots again; got "
-            "cache='contiguous'. Use 'ring' or 'paged'."
-        )
-    for config in (writer.config, draft.config):
-        if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
-            raise NotImplementedError(
-                "generate: the sums of linear attention cannot take drafted tokens back; got "
-                "attention_type=linear with a draft. Generate without one."
-            )
+    if written.tokens.shape[-1] == max_new_tokens:
+        return written
+    if isinstance(written, Beams):
+        return written._replace(tokens=cut(written.tokens))
+    return written._replace(tokens=cut(written.tokens), log_probs=cut(written.log_probs))

@@ -147,16 +147,9 @@ class MultiHeadAttention(nnx.Module):
                 scaling=config.rope_scaling,
             )
         self.rope = _as_attribute(rope)
-        attention_fn = attention_function(rngs, config) if attention_fn is None else attention_fn
-        self.attention_fn = _as_attribute(attention_fn)
+        self.attention_fn = _as_attribute(attention_function(rngs, config) if attention_fn is None else attention_fn)
         self.score_mod = _as_attribute(score_mod)
-        self._refuse_hidden_arrays()
-        for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
-            if getattr(config, field) and keyword not in inspect.signature(attention_fn).parameters:
-                raise ValueError(
-                    f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
-                    f"got attention_fn={attention_fn!r}. Use one of the softmax kernels."
-                )
+        self._check_functions()
         self.sinks = nnx.data(None)
         if config.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), config.param_dtype))
@@ -215,24 +208,6 @@ class MultiHeadAttention(nnx.Module):
             heads = _named("attention_out", heads)
         return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
-    def attention_weights(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        context: Float[Array, "B S Dc"] | KeysValues | None = None,
-        mask: Mask | MaskMod | ArrayLike | None = None,
-        position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
-        position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
-        score_mod: ScoreMod | None = None,
-    ) -> Float[Array, "B N T S"]:
-        """How much of each key's value each query takes, (batch, num_heads, T, S), for small inputs; no dropout.
-
-        The arguments are those of a call. Rows sum to 1, to less with sinks, and to 0 with nothing to attend.
-        """
-        options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "deterministic": True}
-        options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
-        return self._attend(x, options, weights=True)[0]
-
     def _attend(
         self, x: Array, options: MultiHeadOptions, *, weights: bool = False
     ) -> tuple[Float[Array, "B N T Hv"], Any]:
@@ -255,9 +230,8 @@ class MultiHeadAttention(nnx.Module):
         given, alibi = options.get("mask"), None
         mask = None if given is None else as_mask(given)
         if context is None:
-            is_alone = cache is None or isinstance(
-                cache, EmptyCache
-            )  # the tokens of a cache are read at positions anyway
+            # A cache with tokens is read at positions anyway.
+            is_alone = cache is None or isinstance(cache, EmptyCache)
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
             mask = window if mask is None else mask if window is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
@@ -297,17 +271,21 @@ class MultiHeadAttention(nnx.Module):
             positions = cache.next_positions()[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         return positions, positions if context is None and kv_positions is None else kv_positions
 
-    def _window_and_alibi(self, positions: Any, kv_positions: Any) -> tuple[Mask | None, ScoreMod | None]:
-        """The layer's own window and ALiBi. Like RoPE they go by positions if there are any; masks go by indices."""
-        config = self.config
-        window = None if config.attention_window is None else sliding_window(config.attention_window, causal=False)
-        alibi = alibi_mod(config.num_heads) if config.pos_emb_type == "alibi" else None
-        if positions is None:
-            return window, alibi
-        return (
-            None if window is None else at_positions(window, positions, kv_positions),
-            None if alibi is None else at_positions(alibi, positions, kv_positions),
-        )
+    def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
+        if tokens.ndim != 3 or tokens.shape[2] != layer.in_features or batch not in (None, tokens.shape[0]):
+            raise ValueError(
+                f"MultiHeadAttention: {name} must be ({'batch' if batch is None else batch}, length, "
+                f"{layer.in_features}); got {name}.shape={tokens.shape}."
+            )
+        return tokens.shape
+
+    def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
+        batch, length, _ = x.shape
+        projected = layer(x)
+        if norm is not None:  # over a head, or over all of them
+            width = norm.num_features
+            projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
+        return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def keys_values(
         self,
@@ -328,19 +306,42 @@ class MultiHeadAttention(nnx.Module):
             key = self.rope(key, position_ids)
         return KeysValues(key, self._heads(self.value, context, self.config.kv_heads, None))
 
-    def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
-        batch, length, _ = x.shape
-        projected = layer(x)
-        if norm is not None:  # over a head, or over all of them
-            width = norm.num_features
-            projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
-        return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
+    def _window_and_alibi(self, positions: Any, kv_positions: Any) -> tuple[Mask | None, ScoreMod | None]:
+        """The layer's own window and ALiBi. Like RoPE they go by positions if there are any; masks go by indices."""
+        config = self.config
+        window = None if config.attention_window is None else sliding_window(config.attention_window, causal=False)
+        alibi = alibi_mod(config.num_heads) if config.pos_emb_type == "alibi" else None
+        if positions is None:
+            return window, alibi
+        return (
+            None if window is None else at_positions(window, positions, kv_positions),
+            None if alibi is None else at_positions(alibi, positions, kv_positions),
+        )
 
-    def _refuse_hidden_arrays(self) -> None:
-        """Raises ValueError for a function with arrays outside of the layer's state, which would get no gradient.
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        context: Float[Array, "B S Dc"] | KeysValues | None = None,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
+        score_mod: ScoreMod | None = None,
+    ) -> Float[Array, "B N T S"]:
+        """How much of each key's value each query takes, (batch, num_heads, T, S), for small inputs; no dropout.
 
-        Functions are traced with axes of length 1, which broadcast against arrays of any size. Each call looks at the
-        score mod again, at the sizes of the call.
+        The arguments are those of a call. Rows sum to 1, to less with sinks, and to 0 with nothing to attend.
+        """
+        options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "deterministic": True}
+        options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
+        return self._attend(x, options, weights=True)[0]
+
+    def _check_functions(self) -> None:
+        """Raises ValueError for an attention function without the keywords that the config needs.
+
+        Also for a function with arrays outside of the layer's state, which would get no gradient. Functions are traced
+        with axes of length 1, which broadcast against arrays of any size. Each call looks at the score mod again, at
+        the sizes of the call.
         """
         config = self.config
         heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -352,14 +353,12 @@ class MultiHeadAttention(nnx.Module):
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
         refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
         refuse_hidden_arrays_of_kernel("MultiHeadAttention", self.attention_fn, (query, key, value), scores)
-
-    def _check_tokens(self, name: str, tokens: Array, layer: Linear, batch: int | None) -> tuple[int, ...]:
-        if tokens.ndim != 3 or tokens.shape[2] != layer.in_features or batch not in (None, tokens.shape[0]):
-            raise ValueError(
-                f"MultiHeadAttention: {name} must be ({'batch' if batch is None else batch}, length, "
-                f"{layer.in_features}); got {name}.shape={tokens.shape}."
-            )
-        return tokens.shape
+        for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
+            if getattr(config, field) and keyword not in inspect.signature(self.attention_fn).parameters:
+                raise ValueError(
+                    f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
+                    f"got attention_fn={self.attention_fn!r}. Use one of the softmax kernels."
+                )
 
 
 def _named(name: str, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -159,18 +160,9 @@ class TransformerEmbedding(nnx.Module):
         init = None  # "lecun_normal" for rows of unit length, the fan being d_model
         if config.embedding_init != "lecun_normal":
             init = make_initializer(config.embedding_init, config.init_std)
-        self.tokens: Any = nnx.data(
-            TokenEmbedding(
-                rngs,
-                config.vocab_size,
-                config.d_model,
-                embedding_init=init,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-            )
-            if own_tokens
-            else None
-        )
+        dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        table = partial(TokenEmbedding, rngs, d_model=config.d_model, **dtypes)
+        self.tokens: Any = nnx.data(table(vocab_size=config.vocab_size, embedding_init=init) if own_tokens else None)
         self.positions: Any = nnx.data(None)
         if config.pos_emb_type == "sinusoidal":
             self.positions = nnx.data(PositionalEncoding(config.max_len, config.d_model))
@@ -184,17 +176,9 @@ class TransformerEmbedding(nnx.Module):
                     param_dtype=config.param_dtype,
                 )
             )
+        init = nnx.initializers.normal(0.02)
         self.types = nnx.data(
-            TokenEmbedding(
-                rngs,
-                config.num_token_types,
-                config.d_model,
-                embedding_init=nnx.initializers.normal(0.02),
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-            )
-            if config.num_token_types
-            else None
+            table(vocab_size=config.num_token_types, embedding_init=init) if config.num_token_types else None
         )
         self.norm = nnx.data(norm_of(config, rngs) if config.embedding_norm else None)
         self.scale = config.embedding_scale

@@ -18,8 +18,9 @@ from attnax import (
 )
 from attnax.generation import make_request
 from attnax.models import MaskedLM, SentenceEncoder, lm, seq2seq
+from attnax.models.masked import MaskedOptions
 from attnax.models.seq2seq import TransformerOptions
-from attnax.models.transformer import DecoderOptions, EncoderOptions, TokenOptions
+from attnax.models.transformer import CachedOptions, DecoderOptions, EncoderOptions
 from attnax.models.writing import WriteOptions
 from attnax.nn import Output
 from attnax.nn._run import Mode, SelfAttentionOptions
@@ -35,8 +36,8 @@ CALLS = [
     (DecoderBlock.__call__, DecoderBlockOptions, set(), {"encoder_output"}),
     (TransformerEncoder.__call__, EncoderOptions, set(), set()),
     (TransformerDecoder.__call__, DecoderOptions, set(), set()),
-    (TransformerLM.__call__, TokenOptions, set(), set()),
-    (MaskedLM.__call__, EncoderOptions, {"mask", "caches"}, set()),
+    (TransformerLM.__call__, CachedOptions, set(), set()),
+    (MaskedLM.__call__, MaskedOptions, set(), set()),
     (SentenceEncoder.__call__, Mode, set(), {"padding_mask", "token_type_ids"}),
     (VisionTransformer.__call__, SelfAttentionOptions, set(), set()),
     (Transformer.__call__, TransformerOptions, set(), set()),
@@ -101,8 +102,12 @@ def test_what_writes_names_the_options_of_its_dictionary_and_hands_them_on(monke
     assert named.keys() - beside == listed(WriteOptions).keys() - lacks
 
     handed = {}
+
+    def hand(writer, prompt_ids, of_draft_or_beams, **options):
+        handed.update(of_draft_or_beams or {}, **options)
+
     for module in (lm, seq2seq):
-        monkeypatch.setattr(module, call.__name__, lambda writer, *others, **options: handed.update(options))
+        monkeypatch.setattr(module, call.__name__, hand)
     given = {name: object() for name in named.keys() - {"temperature", "draft"}}
     ids, model = np.zeros((1, 2), int), types.SimpleNamespace(_writer=lambda *others: None)
     counts = {name: 1 for name in inspect.signature(call).parameters if name in COUNTS}
