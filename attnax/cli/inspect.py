@@ -28,12 +28,12 @@ NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
-    """A parameter, or without `ours` a tensor of the files that is not known to be one."""
+    """A parameter, or, with an empty name, a tensor of the files that is not known to hold one."""
 
-    ours: str
+    parameter: str
     shape: tuple[int, ...]
     dtype: str
-    theirs: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 def inspect(options: Inspect) -> int:
@@ -87,8 +87,8 @@ def _print_run(run: RunFolder) -> None:
 
 
 def _print_model(seen: Inspection) -> None:
-    classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
-    kind = seen.theirs.get("model_type")
+    classes = seen.config_json.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
+    kind = seen.config_json.get("model_type")
     _print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
@@ -102,13 +102,13 @@ def _print_model(seen: Inspection) -> None:
 def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
     if seen.bindings:
         _print_table(list(_parameters(seen, checkpoint)))
-    unknown = [name for name in checkpoint.tensors if name not in seen.expected and name not in seen.beside]
+    unknown = [name for name in checkpoint.tensors if name not in seen.expected and name not in seen.without_parameters]
     if unknown:
         print("\nin the files, and not known to be a parameter")
         _print_table([_tensor(checkpoint, name) for name in unknown])
-    if seen.beside:
-        print("\nin the files beside: they hold no parameters of their own")
-        _print_table([_tensor(checkpoint, name) for name in seen.beside])
+    if seen.without_parameters:
+        print("\nin the files without parameters of their own")
+        _print_table([_tensor(checkpoint, name) for name in seen.without_parameters])
     if seen.bindings:
         _print_parameters(sum(binding.num_elements for binding in seen.bindings))
     sizes: Counter[str] = Counter()
@@ -120,10 +120,10 @@ def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
 
 def _parameters(seen: Inspection, checkpoint: Checkpoint) -> Iterator[Entry]:
     for binding in seen.bindings:
-        infos = [checkpoint.tensors.get(name) for name in binding.theirs]
+        infos = [checkpoint.tensors.get(name) for name in binding.tensors]
         dtypes = sorted({"missing" if info is None else str(info.dtype) for info in infos})
-        for name, shape in zip(binding.ours, binding.shapes, strict=True):
-            yield Entry(name, shape, "/".join(dtypes), binding.theirs)
+        for name, shape in zip(binding.parameters, binding.shapes, strict=True):
+            yield Entry(name, shape, "/".join(dtypes), binding.tensors)
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
@@ -156,19 +156,19 @@ def _print_table(entries: Sequence[Entry]) -> None:
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
         # What is around the numbers, in parts: no name can spell where one would be.
-        names = [tuple(NUMBER.split(name)) for name in (entry.ours, *entry.theirs[:1])]
+        names = [tuple(NUMBER.split(name)) for name in (entry.parameter, *entry.tensors[:1])]
         groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
     for same in groups.values():
         first = same[0]
-        theirs = [name for entry in same for name in entry.theirs]
+        tensors = [name for entry in same for name in entry.tensors]
         rows.append(
             (
-                printable(collapse(entry.ours for entry in same)),
+                printable(collapse(entry.parameter for entry in same)),
                 "x".join(map(str, first.shape)) or "1",
                 first.dtype,
                 f"{len(same) * math.prod(first.shape):,}",
-                printable(collapse(theirs)) if theirs else "",
+                printable(collapse(tensors)) if tensors else "",
             )
         )
     columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]

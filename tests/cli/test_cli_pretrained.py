@@ -554,8 +554,8 @@ def written_by(published):
 
     def call(folder):
         with pytest.MonkeyPatch.context() as patch:
-            load = "attnax.text.published.load_pretrained"
-            patch.setattr(load, lambda folder, **options: (model, load_tokenizer(folder / "tokenizer.json")))
+            load = "attnax.text.published.load_inspected"
+            patch.setattr(load, lambda seen: (model, load_tokenizer(seen.folder / "tokenizer.json")))
             tokens = [[token] for token in (*range(3, 300, 40), START, END, 309)]
             patch.setattr(TransformerLM, "stream", lambda self, ids, **options: iter(tokens))
             return main(["generate", str(folder), "--prompt", "def é</s> x", "--stop", "zz"])
@@ -753,7 +753,7 @@ class TestInspect:
         assert "'model.layers.0.mlp.up_proj.weight' is float32(2, 3); a floating tensor of shape" in problems
         assert "'model.layers.0.extra' is float32(3,); no such tensor was expected" in problems
         assert "decoder.norm.scale 36 missing 36 model.norm.weight" in table
-        unknown, beside = table.split("in the files, and not known to be a parameter")[1].split("in the files beside")
+        unknown, beside = table.split("in the files, and not known to be a parameter")[1].split("in the files without parameters")
         assert "3 float32 3 model.layers.0.extra" in unknown and "inv_freq" not in unknown
         assert "5 float32 5 rotary_emb.inv_freq" in beside
         with pytest.raises(CheckpointError) as caught:
@@ -791,7 +791,7 @@ class TestInspect:
             return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
 
         code, text = show(modify("gpt2", tmp_path, (), change))
-        assert code == 0 and "61x28 float32 1,708 lm_head.weight" in text.split("in the files beside")[1]
+        assert code == 0 and "61x28 float32 1,708 lm_head.weight" in text.split("in the files without parameters")[1]
         assert "parameters 14,634:" in text
 
     @pytest.mark.parametrize(

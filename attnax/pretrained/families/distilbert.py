@@ -3,8 +3,8 @@
 import dataclasses
 
 from attnax.pretrained.families.bert import BERT_MASKED, encoder_of
-from attnax.pretrained.family import Rule, embedding, linear, norm, within
 from attnax.pretrained.fields import PLAIN, choice, only, pad_token, whole
+from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
 __all__ = ["DISTILBERT", "DISTILBERT_MASKED"]
 
@@ -34,10 +34,7 @@ DISTILBERT_MASKED = dataclasses.replace(
         *within(
             "{base}transformer.layer.{layer}",
             "encoder.stack.blocks.{layer}",
-            linear("attention.q_lin", "attention.query"),
-            linear("attention.k_lin", "attention.key"),
-            linear("attention.v_lin", "attention.value"),
-            linear("attention.out_lin", "attention.out"),
+            attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
             norm("sa_layer_norm", "around_attention.norm_sum"),
             linear("ffn.lin1", "feed_forward.up"),
             linear("ffn.lin2", "feed_forward.down"),

@@ -1,31 +1,29 @@
-"""OLMo 2: Llama with norms of what sublayers add, and of all queries and keys together."""
+"""OLMo 2: Llama with norms of the sublayers' results, and of all queries and all keys of a token together."""
 
-import dataclasses
-
-from attnax.pretrained.families.llama import ATTENTION, FIELDS, GATED_FEED_FORWARD, HEAD, LLAMA, QK_NORMS
-from attnax.pretrained.family import norm, within
-from attnax.pretrained.fields import GATED, biases, choice, flag, rope
+from attnax.pretrained.families.llama import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    FIELDS,
+    GATED_FEED_FORWARD,
+    GATED_SILU,
+    HEAD,
+    QK_NORMS,
+    UNTIED,
+    decoder,
+    in_layers,
+)
+from attnax.pretrained.rope_fields import rope
+from attnax.pretrained.rules import norm
 
 __all__ = ["OLMO2"]
 
-OLMO2 = dataclasses.replace(
-    LLAMA,
-    model_type="olmo2",
-    architecture="Olmo2ForCausalLM",
-    aliases=("Olmo2Model",),
-    constants={**LLAMA.constants, "norm_placement": "branch", "qk_norm": "projection"},
-    fields=(
-        *FIELDS,
-        choice("hidden_act", "ff_activation", GATED, "silu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        biases(attention_bias=(False, ("query", "key", "value", "out"))),
-        rope(),
-    ),
-    harmless=(),
+OLMO2 = decoder(
+    "olmo2",
+    "Olmo2",
+    *(*FIELDS, GATED_SILU, UNTIED, ATTENTION_BIAS, rope()),
+    constants={"norm_placement": "branch", "qk_norm": "projection"},
     rules=(
-        *within(
-            "{base}layers.{layer}",
-            "decoder.stack.blocks.{layer}",
+        *in_layers(
             ATTENTION,
             GATED_FEED_FORWARD,
             norm("post_attention_layernorm", "around_attention.norm_branch"),
