@@ -1,4 +1,4 @@
-"""`attnax inspect`: what is in a folder, from the headers of its files."""
+"""`attnax inspect`: the model in a folder, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
 from attnax.training import RunFolder, latest_checkpoint
 
-# Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
+# As `str` spells it, so that a range determines the names, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def inspect(options: Inspect) -> int:
-    """Prints all that can be known; returns 1 if the checkpoint could not be loaded."""
+    """Prints all that can be found; returns 1 if the checkpoint cannot be loaded."""
     folder = find_folder(options.folder, options.revision)
     if not is_published(folder):
         _print_run(RunFolder(folder))
@@ -59,7 +59,7 @@ def inspect(options: Inspect) -> int:
 
 
 def collapse(names: Iterable[str]) -> str:
-    """Names that differ in numbers only as one: "blocks.0.kernel" and "blocks.1.kernel" are "blocks.{0..1}.kernel"."""
+    """One name for names that differ only in numbers, such as "blocks.{0..1}.kernel"."""
     found = list(names)
     numbers = zip(*(map(int, NUMBER.findall(name)) for name in found), strict=True)
     ranges = iter([_range(sorted(set(column))) for column in numbers])
@@ -132,7 +132,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
 
 
 def _changed(config: Any) -> Iterator[str]:
-    """The fields of a config that are not what they are by default, those of its halves apart."""
+    """The fields of a config that differ from their defaults, with the fields of its halves apart."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
         if isinstance(fields[field.name], TransformerConfig):
@@ -152,10 +152,10 @@ def _print_fields(title: str, lines: Iterable[str]) -> None:
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
-    """A line for all that differ in the number of a layer or an expert only."""
+    """A table with one row for the entries that differ only in the number of a layer or an expert."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        # What is around the numbers, in parts: no name can spell where one would be.
+        # The parts between the numbers: no name can contain the place of a number itself.
         names = [tuple(NUMBER.split(name)) for name in (entry.parameter, *entry.tensors[:1])]
         groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]

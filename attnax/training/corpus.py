@@ -15,7 +15,9 @@ import numpy as np
 from attnax.errors import InputError
 from attnax.training.run_format import is_run_folder
 
-__all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
+__all__ = ["HELD_OUT", "Corpus", "Document", "TokenStream", "read_corpus"]
+
+HELD_OUT = 0.02  # fraction of the documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Corpus:
         return digest.hexdigest()
 
 
-def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
+def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT) -> Corpus:
     """Reads the files that `data` names and splits them.
 
     A file is held out when the SHA-256 of its name, read as a fraction, is below `held_out`: the split does not

@@ -26,7 +26,7 @@ from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.text.tokenizer import Tokenizer
-from attnax.training.corpus import Corpus
+from attnax.training.corpus import HELD_OUT, Corpus
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
 
@@ -74,7 +74,7 @@ class RunOptions:
     data: str | None = None
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     pack: bool = False
-    held_out: float = 0.02
+    held_out: float = HELD_OUT
     checkpoint_every: int = 500
     max_skipped: int = 0
     seed: int = 0

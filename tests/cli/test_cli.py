@@ -456,7 +456,7 @@ class TestWrongInput:
         [
             ("generate {run} --temperature -1", "--temperature must be at least 0 and finite; got -1.0"),
             ("generate {run} --temperature nan", "--temperature must be at least 0 and finite; got nan"),
-            ("generate {run} --top-k 0", "--top-k must be at least 1 and below 2 ** 31; got 0"),
+            ("generate {run} --top-k 0", "--top-k must be a whole number, at least 1 and below 2 ** 31; got 0"),
             ("generate {run} --top-k 2147483648", "below 2 ** 31; got 2147483648"),
             ("generate {long}", "File name too long"),
             ("train --data {long}", "File name too long"),
@@ -468,12 +468,12 @@ class TestWrongInput:
             ("generate {run} --max-new-tokens 0", "--max-new-tokens must be at least 1; got 0"),
             ("generate {run} --seed -1", "--seed must be at least 0 and below 2 ** 32; got -1"),
             ("generate {run} --temperature 1e39", "--temperature must be at least 0 and finite; got 1e+39"),
-            ("generate {run} --top-p 1e-60", "top_p must be above 0 and at most 1"),
+            ("generate {run} --top-p 1e-60", "--top-p must be above 0 and at most 1; got 1e-60"),
             ("generate {run} --min-p 1.5", "--min-p must be at least 0 and at most 1; got 1.5"),
             ("generate {run} --repetition-penalty 0", "--repetition-penalty must be above 0 and finite; got 0.0"),
             ("generate {run} --presence-penalty inf", "--presence-penalty must be finite; got inf"),
             ("generate {run} --frequency-penalty nan", "--frequency-penalty must be finite; got nan"),
-            ("generate {run} --no-repeat-ngram 0", "--no-repeat-ngram must be at least 1; got 0"),
+            ("generate {run} --no-repeat-ngram 0", "--no-repeat-ngram must be at least 1 and a whole number; got 0"),
             (
                 "generate {run} --no-repeat-ngram 33",
                 "--no-repeat-ngram must be at most 32, the model's context; got 33",

@@ -753,9 +753,11 @@ class TestInspect:
         assert "'model.layers.0.mlp.up_proj.weight' is float32(2, 3); a floating tensor of shape" in problems
         assert "'model.layers.0.extra' is float32(3,); no such tensor was expected" in problems
         assert "decoder.norm.scale 36 missing 36 model.norm.weight" in table
-        unknown, beside = table.split("in the files, and not known to be a parameter")[1].split("in the files without parameters")
+        unknown, extra = table.split("in the files, and not known to be a parameter")[1].split(
+            "in the files without parameters"
+        )
         assert "3 float32 3 model.layers.0.extra" in unknown and "inv_freq" not in unknown
-        assert "5 float32 5 rotary_emb.inv_freq" in beside
+        assert "5 float32 5 rotary_emb.inv_freq" in extra
         with pytest.raises(CheckpointError) as caught:
             load_pretrained(folder)
         assert len(caught.value.problems) == 4

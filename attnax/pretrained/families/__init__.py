@@ -50,4 +50,4 @@ FAMILIES = (
     MT5,
     MT5_ENCODER,
 )
-"""In the order in which a family is looked for that a model can be written as."""
+"""`save_pretrained` tries the families in this order."""

@@ -10,7 +10,7 @@ from attnax.pretrained.family import Family
 from attnax.pretrained.fields import PLAIN, choice, only, pad_token, real, whole
 from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
-__all__ = ["BERT", "BERT_MASKED", "FIELDS", "HARMLESS", "RULES", "encoder_of"]
+__all__ = ["BERT", "BERT_MASKED", "EMBEDDINGS", "FIELDS", "HARMLESS", "RULES", "encoder_of"]
 
 BIASES = ("feed_forward", "key", "norm", "out", "query", "value")
 CONSTANTS: dict[str, Any] = {
@@ -33,11 +33,14 @@ FIELDS = (
 )
 HARMLESS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
-RULES = (
+EMBEDDINGS = (
     *embedding("{base}embeddings.word_embeddings", "encoder.embed.tokens"),
     *embedding("{base}embeddings.position_embeddings", "encoder.embed.positions"),
-    *embedding("{base}embeddings.token_type_embeddings", "encoder.embed.types"),
     *norm("{base}embeddings.LayerNorm", "encoder.embed.norm"),
+)
+RULES = (
+    *EMBEDDINGS,
+    *embedding("{base}embeddings.token_type_embeddings", "encoder.embed.types"),
     *within(
         "{base}encoder.layer.{layer}",
         "encoder.stack.blocks.{layer}",

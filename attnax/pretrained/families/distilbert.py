@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from attnax.pretrained.families.bert import BERT_MASKED, encoder_of
+from attnax.pretrained.families.bert import BERT_MASKED, EMBEDDINGS, encoder_of
 from attnax.pretrained.fields import PLAIN, choice, only, pad_token, whole
-from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
+from attnax.pretrained.rules import Rule, attention, linear, norm, within
 
 __all__ = ["DISTILBERT", "DISTILBERT_MASKED"]
 
@@ -28,9 +28,7 @@ DISTILBERT_MASKED = dataclasses.replace(
     harmless=("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
     bases=("distilbert.", ""),
     rules=(
-        *embedding("{base}embeddings.word_embeddings", "encoder.embed.tokens"),
-        *embedding("{base}embeddings.position_embeddings", "encoder.embed.positions"),
-        *norm("{base}embeddings.LayerNorm", "encoder.embed.norm"),
+        *EMBEDDINGS,
         *within(
             "{base}transformer.layer.{layer}",
             "encoder.stack.blocks.{layer}",
