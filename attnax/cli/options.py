@@ -16,7 +16,7 @@ import tyro
 from attnax.cache import SPARE_SLOTS
 from attnax.errors import InputError
 from attnax.generation import Sampler
-from attnax.training.run_folder import RunOptions, check_seed
+from attnax.training.run_options import RunOptions, check_seed
 
 if TYPE_CHECKING:
     from attnax.pretrained.generation_settings import GenerationSettings

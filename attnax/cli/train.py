@@ -246,7 +246,7 @@ class _Session:
         self.run.append_metrics(step=step, tokens=tokens, held_out_bits_per_byte=bits / self.probe_bytes)
 
     def _update(self, step: int) -> tuple[float, float, DivergenceError | None]:
-        """Mean loss of the accumulated batches, the norm of their gradient, and the error that stops the run, if any."""
+        """The mean loss of the accumulated batches, the norm of their gradient, and the error that stops the run."""
         optimizer, losses = self.options.optimizer, []
         for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
             batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
