@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train"]
 
-DRAW = {"temperature": 0.8, "top_p": 0.95}  # where neither a flag nor a file chooses
+DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # where neither a flag nor a file chooses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class Generate:
         beams = self.beams
         if beams is None and settings.num_beams > 1 and not (asks or self.draft is not None or self.stream):
             beams = settings.num_beams
-        draw: dict[str, Any] = {**DRAW}
+        draw = DRAW
         if settings.says_how:
             draw = dataclasses.replace(settings, do_sample=settings.do_sample or asks).drawing()
         others = settings.penalties() | {"beams": beams, "length_penalty": settings.length_penalty, "seed": 0}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnax.config import TransformerConfig
+from attnax.config import Pool, TransformerConfig
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerEncoder
 from attnax.pretrained.errors import CheckpointError, quoted
@@ -47,7 +47,7 @@ class Pooling:
         settings: its content.
     """
 
-    pool: str
+    pool: Pool
     normalize: bool
     file: Path
     settings: Mapping[str, Any]
@@ -114,7 +114,7 @@ def _check_module(file: Path, given: Mapping[str, Any], output: str) -> None:
         raise CheckpointError(file, problems)
 
 
-def _read_pool(file: Path) -> str:
+def _read_pool(file: Path) -> Pool:
     """The `pool` of a SentenceEncoder, from the file of a Pooling."""
     given = read_object(file)
     modes = given.get("pooling_mode", [mode for key, mode in _FLAGS.items() if given.get(key)] or "mean")
@@ -127,7 +127,7 @@ def _read_pool(file: Path) -> str:
         problems.append(f"include_prompt must be true; got include_prompt={quoted(given['include_prompt'])}.")
     if problems:
         raise CheckpointError(file, problems)
-    return str(modes[0])
+    return "mean" if modes == ["mean"] else "cls"
 
 
 def fit_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, pooling: Pooling, config: TransformerConfig) -> None:
