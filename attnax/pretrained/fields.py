@@ -29,6 +29,7 @@ __all__ = [
     "unread",
     "whole",
     "whole_number",
+    "without",
 ]
 
 # Of a whole number: a model's tables of positions are made before its config is compared with the files.
@@ -196,39 +197,32 @@ def pad_token() -> Field:
     return Field(("pad_token_id",), read, lambda config: {"pad_token_id": config.pad_token_id})
 
 
+def without(fields: Sequence[Field], *keys: str) -> tuple[Field, ...]:
+    """The fields except for the fields of these keys."""
+    return tuple(field for field in fields if not set(field.keys).intersection(keys))
+
+
 def read_all(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str, Any]:
     """What the fields read, together."""
     return {name: value for field in fields for name, value in field.read(given).items()}
 
 
 def number(value: Any, key: str) -> float:
-    """The value of a key that must hold a number.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """The value of a key, which must be a number; ValueError for any other."""
     if not _is_number(value):
         raise ValueError(f"{key} must be a number; got {key}={quoted(value)}.")
     return float(value)
 
 
 def whole_number(value: Any, key: str) -> int:
-    """The value of a key that must hold a whole number above 0.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """The value of a key, which must be a whole number above 0; ValueError for any other."""
     if type(value) is not int or not 0 < value <= MOST:
         raise ValueError(f"{key} must be a whole number of at most {MOST}; got {key}={quoted(value)}.")
     return value
 
 
 def true_or_false(value: Any, key: str) -> bool:
-    """The value of a key that must hold true or false.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """The value of a key, which must be true or false; ValueError for any other."""
     if not isinstance(value, bool):
         raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
     return value

@@ -1,4 +1,4 @@
-"""Folders without the plain tensors of a whole model: the name of what they hold, and advice how to get a model."""
+"""Folders that do not hold the plain tensors of a model: the errors name their format, and how to get a model."""
 
 from __future__ import annotations
 

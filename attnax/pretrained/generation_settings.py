@@ -1,4 +1,4 @@
-"""How a checkpoint generates text: the settings of transformers, and what they are for our models."""
+"""The settings of transformers with which a checkpoint generates text, translated for our models."""
 
 from __future__ import annotations
 

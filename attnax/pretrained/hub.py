@@ -84,16 +84,16 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
     said = next(iter(str(error).strip().splitlines()), "")
     log_in = "then: hf auth login"
     if isinstance(error, errors.GatedRepoError):
-        return f"its owner asks who wants it. Ask on {constants.ENDPOINT}/{name}, {log_in} ({said})."
+        return f"access needs its owner's permission. Ask for it on {constants.ENDPOINT}/{name}, {log_in} ({said})."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such folder, and the hub has no such model for all to read. If you may read it, make a token "
-            f"on {constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
+            "there is no such folder, and the hub has no such public model. To read a private one, make a token on "
+            f"{constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the hub has this model, but no such revision of it; got revision={revision!r}."
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"the hub refuses your token or lacks it. Make one on its page, {log_in} ({said})."
+        return f"the hub refuses your token, or got none. Make one on its page, {log_in} ({said})."
     if constants.HF_HUB_OFFLINE:
         return (
             "there is no such folder, nor all of such a model in the cache of the Hugging Face hub, and HF_HUB_OFFLINE "

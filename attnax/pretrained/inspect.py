@@ -171,7 +171,7 @@ def _without(
     read = {"model_type", "architectures"} | (set() if family is None else family.read_keys)
     problems = [f"it has no key {key!r} to ignore." for key in ignore if key not in config_json]
     problems += [
-        f"{key!r} cannot be ignored: it says what the model computes. Change it in the file."
+        f"{key!r} cannot be ignored: it decides what the model computes. Change it in the file."
         for key in ignore
         if key in config_json and key in read
     ]
@@ -203,10 +203,10 @@ def find_family(config_json: Mapping[str, Any], where: Path, *, encoder: bool = 
     for family in candidates:
         if architectures in [[name] for name in (family.architecture, *family.aliases)]:
             return family
-    others = [family.model_type for family in FAMILIES if architectures == [family.architecture]]
-    if others:
+    owners = [family.model_type for family in FAMILIES if architectures == [family.architecture]]
+    if owners:
         raise CheckpointError(
-            where, f"architectures={quoted(architectures)} is of model_type {others[0]!r}; got model_type={kind!r}."
+            where, f"architectures={quoted(architectures)} is of model_type {owners[0]!r}; got model_type={kind!r}."
         )
     known = ", ".join(name for family in candidates for name in (family.architecture, *family.aliases))
     raise CheckpointError(where, f"architectures must be one of {known}; got architectures={quoted(architectures)}.")
@@ -300,7 +300,7 @@ def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
         if stack.num_layers > min(count, MOST_LAYERS) or stack.num_layers * (stack.num_experts or 1) > most:
             raise CheckpointError(
                 checkpoint.folder,
-                f"its {count} tensors are not those of num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
+                f"its {count} tensors do not fit num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
             )
 
 

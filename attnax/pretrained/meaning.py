@@ -1,6 +1,6 @@
-"""What a config says about the numbers that a model computes, with defaults applied.
+"""The meaning of a config: the fields that decide which numbers a model computes, with defaults applied.
 
-Two configs with the same meaning describe the same model; `Family.write_config` compares by it.
+Configs with the same meaning describe the same model; `Family.write_config` compares meanings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from attnax.config import BIASES, EncoderDecoderConfig, StackConfig
 
 __all__ = ["meaning"]
 
-_WITHOUT_EFFECT = {  # on what is computed: these fields say how, or are of training
+_WITHOUT_EFFECT = {  # fields that decide how the numbers are computed, or that only training uses
     "attention_block_size",
     "linear_attention_chunk_size",
     "attention_dropout_rate",

@@ -160,7 +160,7 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     folder = Path(folder)
     if sentence is None and (folder / MODULES).exists():
         raise CheckpointError(
-            folder, f"its {MODULES} would make a SentenceEncoder of what is written. Write into another folder."
+            folder, f"its {MODULES} would make the model a SentenceEncoder. Write it into another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE_FILE, types, make)

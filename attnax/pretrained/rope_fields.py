@@ -104,7 +104,7 @@ def refuse_other_rope(older: Mapping[str, Any], parameters: Mapping[str, Any]) -
     """Raises ValueError where `rope_scaling`, which transformers uses, differs from `rope_parameters`."""
     if older != parameters:
         raise ValueError(
-            "rope_parameters and rope_scaling are two names of one thing, and must say the same where both are there; "
+            "rope_parameters and rope_scaling are two names of one thing, and must be equal if both are present; "
             f"got {_shown(parameters)} and {_shown(older)}. Leave one out; transformers takes rope_scaling."
         )
 

@@ -241,7 +241,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], start: int, size: int) -> l
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if info.start != start:
             problems.append(
-                f"{name!r}: its data must begin at byte {start}, where what comes before it ends; got {info.start}."
+                f"{name!r}: its data must begin at byte {start}, the end of the data before it; got {info.start}."
             )
         start = info.start + info.num_bytes
     if start != size:

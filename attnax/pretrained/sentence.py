@@ -1,4 +1,4 @@
-"""The files of sentence-transformers beside an encoder: how its hidden states become one vector."""
+"""The files of sentence-transformers that describe how the hidden states of an encoder become one vector."""
 
 from __future__ import annotations
 

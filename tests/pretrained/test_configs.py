@@ -41,7 +41,7 @@ from attnax.pretrained.inspect import find_family
         ({"pad_token_id": "junk"}, "pad_token_id must be a token, or null; got pad_token_id='junk'"),
         ({"hidden_act": "x" * 1000}, f"got hidden_act='{'x' * 59}\\.\\.\\.\\."),
         ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads"),
-        ({"num_hidden_layers": 100_000}, "its 21 tensors are not those of num_layers=100000"),
+        ({"num_hidden_layers": 100_000}, "its 21 tensors do not fit num_layers=100000"),
         ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight' is missing"),
         ({"num_hidden_layers": 1}, r"'model.layers.1.input_layernorm.weight' is float32\(36,\); no such tensor"),
     ],
@@ -53,7 +53,7 @@ def test_a_config_that_is_not_understood_is_refused_in_words(tmp_path, fields, p
 
 def test_two_names_of_the_rotary_positions_must_say_the_same(tmp_path):
     for name in ("llama2", "gemma3"):
-        with pytest.raises(CheckpointError, match="must say the same where both are there; got rope_base"):
+        with pytest.raises(CheckpointError, match="must be equal if both are present; got rope_base"):
             load_pretrained(copy_with(name, tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}))
 
 
@@ -142,7 +142,7 @@ def test_configs_of_t5_that_contradict_themselves_are_refused(tmp_path):
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder must be True"),
         ({"relative_attention_num_buckets": 32, "relative_attention_max_distance": 11}, "max_distance must be"),
-        ({"num_layers": 10**6}, "its 52 tensors are not those of num_layers=1000000"),
+        ({"num_layers": 10**6}, "its 52 tensors do not fit num_layers=1000000"),
     ):
         with pytest.raises(CheckpointError, match=problem):
             load_pretrained(copy_with("t5_variant", tmp_path, **fields))

@@ -91,14 +91,14 @@ def test_a_folder_has_no_revisions(hub):
 
 def test_a_name_that_the_hub_does_not_know_is_an_error_in_words():
     with pytest.raises(
-        CheckpointError, match="tiny/none: there is no such folder, and the hub has no such model.*auth login"
+        CheckpointError, match="tiny/none: there is no such folder, and the hub has no such public model.*auth login"
     ):
         load_pretrained("tiny/none")
 
 
 def test_a_model_that_its_owner_guards_says_how_to_get_it():
     with pytest.raises(
-        CheckpointError, match="its owner asks who wants it. Ask on http.*/tiny/gated, then: hf auth login"
+        CheckpointError, match="access needs its owner's permission. Ask for it on http.*/tiny/gated, then: hf auth"
     ):
         load_pretrained("tiny/gated")
 

@@ -7,7 +7,7 @@ from attnax.config import TransformerConfig
 from attnax.models.masked import MaskedLM
 from attnax.models.transformer import TransformerEncoder
 from attnax.pretrained.family import Family
-from attnax.pretrained.fields import PLAIN, choice, only, pad_token, real, whole
+from attnax.pretrained.fields import PLAIN, choice, only, pad_token, real, whole, without
 from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
 __all__ = ["BERT", "BERT_MASKED", "EMBEDDINGS", "FIELDS", "HARMLESS", "RULES", "encoder_of"]
@@ -101,7 +101,7 @@ def encoder_of(masked: Family, architecture: str) -> Family:
         aliases=(),
         model=TransformerEncoder,
         constants={**masked.constants, "use_bias": BIASES, "tie_embeddings": False},
-        fields=tuple(field for field in masked.fields if field.keys != ("tie_word_embeddings",)),
+        fields=without(masked.fields, "tie_word_embeddings"),
         harmless=(*masked.harmless, "tie_word_embeddings"),
         bases=tuple(reversed(masked.bases)),
         rules=rules,

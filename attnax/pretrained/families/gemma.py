@@ -5,17 +5,8 @@ from typing import Any
 
 from attnax.config import BlockConfig, TransformerConfig
 from attnax.pretrained.errors import quoted
-from attnax.pretrained.families.llama import (
-    ATTENTION,
-    ATTENTION_BIAS,
-    FIELDS,
-    GATED_FEED_FORWARD,
-    HEAD,
-    QK_NORMS,
-    decoder,
-    in_layers,
-)
-from attnax.pretrained.fields import Field, choice, flag, only, real, whole
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import Field, choice, flag, only, real, whole, without
 from attnax.pretrained.layer_fields import FULL, SLIDING, alternate_layers, by_layer, layer_types, windows
 from attnax.pretrained.rope_fields import (
     ROPE_KEYS,
@@ -72,13 +63,13 @@ def _activation() -> Field:
 
 
 _FIELDS = (
-    *(field for field in FIELDS if field.keys != ("hidden_size",)),
+    *without(llama.FIELDS, "hidden_size"),
     _width(),
     whole("head_dim", "head_dim", 256),
     flag("tie_word_embeddings", "tie_embeddings", True),
-    ATTENTION_BIAS,
+    llama.ATTENTION_BIAS,
 )
-GEMMA = decoder(
+GEMMA = llama.decoder(
     "gemma",
     "Gemma",
     *_FIELDS,
@@ -90,7 +81,7 @@ GEMMA = decoder(
 )
 
 _GEMMA2_FIELDS = (*_FIELDS, only("hidden_activation", "gelu_pytorch_tanh"), _scale())
-GEMMA2 = decoder(
+GEMMA2 = llama.decoder(
     "gemma2",
     "Gemma2",
     *_GEMMA2_FIELDS,
@@ -103,15 +94,15 @@ GEMMA2 = decoder(
     constants={"norm_placement": "sandwich"},
     harmless=("hidden_act", "cache_implementation"),
     rules=(
-        *in_layers(
-            ATTENTION,
-            GATED_FEED_FORWARD,
+        *llama.in_layers(
+            llama.ATTENTION,
+            llama.GATED_FEED_FORWARD,
             norm("input_layernorm", "around_attention.norm_in"),
             norm("post_attention_layernorm", "around_attention.norm_branch"),
             norm("pre_feedforward_layernorm", "around_feed_forward.norm_in"),
             norm("post_feedforward_layernorm", "around_feed_forward.norm_branch"),
         ),
-        *HEAD,
+        *llama.HEAD,
     ),
 )
 
@@ -161,7 +152,7 @@ def _local_and_global() -> Field:
     return Field((*keys, "rope_theta", "rope_local_base_freq"), read, write)
 
 
-GEMMA3 = decoder(
+GEMMA3 = llama.decoder(
     "gemma3_text",
     "Gemma3",
     *_GEMMA2_FIELDS,
@@ -172,6 +163,6 @@ GEMMA3 = decoder(
     like=GEMMA2,
     constants={"qk_norm": "head"},
     harmless=("cache_implementation", "_sliding_window_pattern"),
-    rules=(*GEMMA2.rules, *QK_NORMS),
+    rules=(*GEMMA2.rules, *llama.QK_NORMS),
     aliases=("Gemma3TextModel",),
 )

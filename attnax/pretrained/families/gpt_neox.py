@@ -1,19 +1,19 @@
 """GPT-NeoX and Pythia."""
 
-from attnax.pretrained.families.llama import FIELDS, UNTIED, decoder, in_layers
-from attnax.pretrained.fields import PLAIN, PROJECTIONS, biases, choice, flag, real
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import PLAIN, PROJECTIONS, biases, choice, flag, real, without
 from attnax.pretrained.rope_fields import rope
 from attnax.pretrained.rules import Rule, embedding, linear, norm
 
 __all__ = ["GPT_NEOX"]
 
-GPT_NEOX = decoder(
+GPT_NEOX = llama.decoder(
     "gpt_neox",
     "GPTNeoX",
-    *(field for field in FIELDS if field.keys not in (("num_key_value_heads",), ("rms_norm_eps",))),
+    *without(llama.FIELDS, "num_key_value_heads", "rms_norm_eps"),
     real("layer_norm_eps", "norm_eps", 1e-5),
     choice("hidden_act", "ff_activation", PLAIN, "gelu"),
-    UNTIED,
+    llama.UNTIED,
     flag("use_parallel_residual", "parallel_residual", True),
     biases(always=("feed_forward", "norm"), attention_bias=(True, PROJECTIONS)),
     rope(base="rotary_emb_base", fraction=("rotary_pct", 0.25)),
@@ -21,7 +21,7 @@ GPT_NEOX = decoder(
     bases=("gpt_neox.", ""),
     rules=(
         *embedding("{base}embed_in", "decoder.embed.tokens"),
-        *in_layers(
+        *llama.in_layers(
             norm("input_layernorm", "around_attention.norm_in"),
             norm("post_attention_layernorm", "around_feed_forward.norm_in"),
             linear(

@@ -1,6 +1,6 @@
 """gpt-oss: experts with biases, a clipped gate, and sinks."""
 
-from attnax.pretrained.families.llama import ATTENTION, FIELDS, HEAD, NORMS, UNTIED, decoder, in_layers
+from attnax.pretrained.families import llama
 from attnax.pretrained.fields import PROJECTIONS, biases, only, whole
 from attnax.pretrained.layer_fields import alternate_layers, windows
 from attnax.pretrained.rope_fields import rope
@@ -10,10 +10,10 @@ __all__ = ["GPT_OSS"]
 
 _ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
-GPT_OSS = decoder(
+GPT_OSS = llama.decoder(
     "gpt_oss",
     "GptOss",
-    *FIELDS,
+    *llama.FIELDS,
     whole("head_dim", "head_dim", 64),
     windows(alternate_layers, 128),
     whole("num_local_experts", "num_experts", 128, least=1),
@@ -21,15 +21,15 @@ GPT_OSS = decoder(
     only("hidden_act", "silu"),
     only("swiglu_alpha", 1.702),
     only("swiglu_limit", 7.0),
-    UNTIED,
+    llama.UNTIED,
     biases(always=("feed_forward", "router"), attention_bias=(True, PROJECTIONS)),
     rope(150000.0, scaling=_ROPE),
     constants={"attention_sinks": True, "ff_activation": "swiglu_clipped"},
     harmless=("output_router_logits", "router_aux_loss_coef", "initial_context_length", "experts_per_token"),
     rules=(
-        *in_layers(
-            ATTENTION,
-            NORMS,
+        *llama.in_layers(
+            llama.ATTENTION,
+            llama.NORMS,
             (
                 Rule("self_attn.sinks", ("attention.sinks",)),
                 Rule("mlp.router.weight", ("feed_forward.router",), "O I -> I O"),
@@ -44,6 +44,6 @@ GPT_OSS = decoder(
                 Rule("mlp.experts.down_proj_bias", ("feed_forward.down_bias",)),
             ),
         ),
-        *HEAD,
+        *llama.HEAD,
     ),
 )

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what most later decoders share with it."""
+"""Llama 2 and 3, and the facts that most later decoders share with it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,23 +11,7 @@ from attnax.pretrained.fields import GATED, PROJECTIONS, Field, biases, choice, 
 from attnax.pretrained.rope_fields import rope
 from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
-__all__ = [
-    "ATTENTION",
-    "ATTENTION_BIAS",
-    "FIELDS",
-    "GATED_FEED_FORWARD",
-    "GATED_SILU",
-    "HEAD",
-    "HEAD_DIM",
-    "LLAMA",
-    "NORMS",
-    "QK_NORMS",
-    "RULES",
-    "UNTIED",
-    "decoder",
-    "experts",
-    "in_layers",
-]
+__all__ = ["LLAMA"]
 
 FIELDS = (
     whole("vocab_size", "vocab_size"),

@@ -1,35 +1,24 @@
 """OLMo 2: Llama with norms of the sublayers' results, and of all queries and all keys of a token together."""
 
-from attnax.pretrained.families.llama import (
-    ATTENTION,
-    ATTENTION_BIAS,
-    FIELDS,
-    GATED_FEED_FORWARD,
-    GATED_SILU,
-    HEAD,
-    QK_NORMS,
-    UNTIED,
-    decoder,
-    in_layers,
-)
+from attnax.pretrained.families import llama
 from attnax.pretrained.rope_fields import rope
 from attnax.pretrained.rules import norm
 
 __all__ = ["OLMO2"]
 
-OLMO2 = decoder(
+OLMO2 = llama.decoder(
     "olmo2",
     "Olmo2",
-    *(*FIELDS, GATED_SILU, UNTIED, ATTENTION_BIAS, rope()),
+    *(*llama.FIELDS, llama.GATED_SILU, llama.UNTIED, llama.ATTENTION_BIAS, rope()),
     constants={"norm_placement": "branch", "qk_norm": "projection"},
     rules=(
-        *in_layers(
-            ATTENTION,
-            GATED_FEED_FORWARD,
+        *llama.in_layers(
+            llama.ATTENTION,
+            llama.GATED_FEED_FORWARD,
             norm("post_attention_layernorm", "around_attention.norm_branch"),
             norm("post_feedforward_layernorm", "around_feed_forward.norm_branch"),
         ),
-        *QK_NORMS,
-        *HEAD,
+        *llama.QK_NORMS,
+        *llama.HEAD,
     ),
 )

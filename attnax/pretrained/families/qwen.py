@@ -5,17 +5,8 @@ from typing import Any
 
 from attnax.config import TransformerConfig
 from attnax.pretrained.errors import quoted
-from attnax.pretrained.families.llama import (
-    ATTENTION_BIAS,
-    FIELDS,
-    GATED_SILU,
-    QK_NORMS,
-    RULES,
-    UNTIED,
-    decoder,
-    experts,
-)
-from attnax.pretrained.fields import Field, biases, flag, only, read_all, whole
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import Field, biases, flag, only, read_all, whole, without
 from attnax.pretrained.layer_fields import FULL, MOST_LAYERS, SLIDING, by_layer, windows
 from attnax.pretrained.rope_fields import rope
 
@@ -31,21 +22,21 @@ def _windows_last(given: Mapping[str, Any], count: int) -> list[str]:
 
 
 _WINDOWS = windows(_windows_last, 4096, switch="use_sliding_window")
-QWEN2 = decoder(
+QWEN2 = llama.decoder(
     "qwen2",
     "Qwen2",
-    *(*FIELDS, _WINDOWS, GATED_SILU, UNTIED, rope()),
+    *(*llama.FIELDS, _WINDOWS, llama.GATED_SILU, llama.UNTIED, rope()),
     biases(always=("query", "key", "value")),
     harmless=("use_mrope",),
 )
 
 _HEAD_DIM = whole("head_dim", "head_dim", 128)
-QWEN3 = decoder(
+QWEN3 = llama.decoder(
     "qwen3",
     "Qwen3",
-    *(*FIELDS, _WINDOWS, GATED_SILU, UNTIED, rope(), _HEAD_DIM, ATTENTION_BIAS),
+    *(*llama.FIELDS, _WINDOWS, llama.GATED_SILU, llama.UNTIED, rope(), _HEAD_DIM, llama.ATTENTION_BIAS),
     constants={"qk_norm": "head"},
-    rules=(*RULES, *QK_NORMS),
+    rules=(*llama.RULES, *llama.QK_NORMS),
 )
 
 
@@ -62,12 +53,12 @@ def _sparse_layers() -> Field:
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         found = read_all(numbers, given)
-        experts = counts["num_experts" not in given].read(given)["num_experts"]
+        num_experts = counts["num_experts" not in given].read(given)["num_experts"]
         skipped = given.get("mlp_only_layers") or []
         if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
             raise ValueError(f"mlp_only_layers must be a list of whole numbers; got {quoted(skipped)}.")
         dense_layers = set(skipped)
-        sparse = {"num_experts": experts, "d_ff": found["sparse"]}
+        sparse = {"num_experts": num_experts, "d_ff": found["sparse"]}
         dense = {"num_experts": None, "d_ff": found["dense"]}
         return by_layer(
             [
@@ -94,16 +85,16 @@ def _sparse_layers() -> Field:
     return Field((*keys, "mlp_only_layers"), read, write)
 
 
-QWEN3_MOE = decoder(
+QWEN3_MOE = llama.decoder(
     "qwen3_moe",
     "Qwen3Moe",
-    *(field for field in FIELDS if field.keys != ("intermediate_size",)),
-    *(GATED_SILU, UNTIED, rope(), _HEAD_DIM, ATTENTION_BIAS),
+    *without(llama.FIELDS, "intermediate_size"),
+    *(llama.GATED_SILU, llama.UNTIED, rope(), _HEAD_DIM, llama.ATTENTION_BIAS),
     _sparse_layers(),
     whole("num_experts_per_tok", "top_k", 8),
     flag("norm_topk_prob", "router_renormalize", False),
     only("use_sliding_window", False),
     like=QWEN3,
     harmless=("output_router_logits", "router_aux_loss_coef", "sliding_window", "max_window_layers"),
-    rules=(*QWEN3.rules, *experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    rules=(*QWEN3.rules, *llama.experts("mlp", "gate_proj", "up_proj", "down_proj")),
 )
