@@ -101,7 +101,7 @@ def rope_object(given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def refuse_other_rope(older: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Raises ValueError where `rope_scaling`, which transformers uses, differs from `rope_parameters`."""
+    """Raises ValueError if `rope_scaling`, which transformers uses, differs from `rope_parameters`."""
     if older != parameters:
         raise ValueError(
             "rope_parameters and rope_scaling are two names of one thing, and must be equal if both are present; "

@@ -14,23 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizerConfig"]
 
-_Limit = tuple[str, Callable[[float], bool]]  # in words and as a test
-
-_COUNT: _Limit = "at least 1", lambda x: x >= 1
-_ABOVE_ZERO: _Limit = "above 0 and finite", lambda x: 0 < x < math.inf
-_NOT_NEGATIVE: _Limit = "at least 0 and finite", lambda x: 0 <= x < math.inf
-_LIMITS: dict[str, _Limit] = {
-    "steps": _COUNT,
-    "batch_size": _COUNT,
-    "accumulate": _COUNT,
-    "learning_rate": _ABOVE_ZERO,
-    "max_grad_norm": _ABOVE_ZERO,
-    "final_learning_rate": ("between 0 and 1", lambda x: 0 <= x <= 1),
-    "warmup": ("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "weight_decay": _NOT_NEGATIVE,
-    "load_balance_loss": _NOT_NEGATIVE,
-    "router_z_loss": _NOT_NEGATIVE,
-    "beta2": ("between 0 and 1", lambda x: 0 < x < 1),
+_LIMITS: dict[tuple[str, ...], tuple[str, Callable[[float], bool]]] = {  # in words and as a test
+    ("steps", "batch_size", "accumulate"): ("at least 1", lambda x: x >= 1),
+    ("learning_rate", "max_grad_norm"): ("above 0 and finite", lambda x: 0 < x < math.inf),
+    ("final_learning_rate",): ("between 0 and 1", lambda x: 0 <= x <= 1),
+    ("warmup",): ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("weight_decay", "load_balance_loss", "router_z_loss"): ("at least 0 and finite", lambda x: 0 <= x < math.inf),
+    ("beta2",): ("between 0 and 1", lambda x: 0 < x < 1),
 }
 
 
@@ -65,10 +55,10 @@ class OptimizerConfig:
     router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
-        for name, (rule, holds) in _LIMITS.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"OptimizerConfig: {name} must be {rule}; got {name}={value!r}.")
+        for names, (rule, holds) in _LIMITS.items():
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"OptimizerConfig: {name} must be {rule}; got {name}={getattr(self, name)!r}.")
 
     def schedule(self) -> optax.Schedule:
         """The learning rate of each update."""

@@ -108,16 +108,9 @@ def decoder(
     harmless: tuple[str, ...] = (),
     **changes: Any,
 ) -> Family:
-    """A family like another, with fields of its own.
+    """The family `like` with other fields, more constants and other changes of its attributes.
 
-    Args:
-        model_type: in config.json.
-        classes: the beginning of the names of its classes in transformers.
-        *fields: all fields of the family.
-        like: the other family.
-        constants: what is added to the constants of the other family.
-        harmless: keys of config.json that change nothing.
-        **changes: attributes of `Family` that differ.
+    `classes` is the beginning of the names of its classes in transformers.
     """
     facts = {
         "model_type": model_type,

@@ -109,9 +109,8 @@ def _feed_forward() -> Field:
 
     def write(config: VisionTransformerConfig) -> dict[str, Any]:
         is_gated = config.ff_activation == "swiglu"
-        whole_ratio = round(
-            config.d_ff * (1.5 if is_gated else 1.0) / config.d_model
-        )  # the only ratios in transformers
+        # transformers has whole ratios only.
+        whole_ratio = round(config.d_ff * (1.5 if is_gated else 1.0) / config.d_model)
         if hidden(config.d_model, float(whole_ratio), is_gated) != config.d_ff:
             raise ValueError(f"d_ff must be the width of a whole mlp_ratio; got d_ff={config.d_ff}.")
         written = {} if is_gated else activation.write(config)
