@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Hugging Face transformers and what it computes with them, stored for tests/pretrained.
+"""Tiny checkpoints of Hugging Face transformers and what it computes with them, stored for tests/test_pretrained.py.
 
     python tests/parity/pretrained.py --check    # needs torch and transformers; `make parity` installs them
     python tests/parity/pretrained.py --write [NAME ...]
