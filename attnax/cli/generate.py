@@ -38,9 +38,9 @@ def generate(options: Generate) -> int:
     draft = None if options.draft is None else _open_draft(options, text)
     _check_model(given, options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
-    call = _make_call(text, ids, room, options)
+    writing = _prepare(text, ids, room, options)
     terminal.say_wait(terminal.compiling())
-    written = _print_texts(call, call.rows(options, draft), options)
+    written = _print_texts(writing, writing.rows(options, draft), options)
     if options.log_probs:
         for number, line in enumerate(_score(text, ids, written), 1):
             print(line if len(written) == 1 else f"{number}: {line}", file=sys.stderr)
@@ -48,13 +48,13 @@ def generate(options: Generate) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call of a model's `stream`, `generate` or `beam_search`.
+class _Writing:
+    """A model, a prompt and the keywords of `stream`, `generate` and `beam_search`.
 
     Attributes:
         text: the model.
         ids: of the prompt.
-        keywords: that all three methods have.
+        keywords: of all three methods.
     """
 
     text: TextModel
@@ -91,7 +91,7 @@ class _Call:
         return TextStream(self.text.codec.decoder(self.text.begin(self.ids)), stops)
 
 
-def _make_call(text: TextModel, ids: list[int], room: int, options: Generate) -> _Call:
+def _prepare(text: TextModel, ids: list[int], room: int, options: Generate) -> _Writing:
     size = text.config.vocab_size
     rules = text.settings.constraints(size, len(text.begin(ids)), room)
     sequences = [text.codec.encode_stop(stop) for stop in options.stop]
@@ -102,12 +102,12 @@ def _make_call(text: TextModel, ids: list[int], room: int, options: Generate) ->
         "cache": options.cache,
         "cache_dtype": options.cache_dtype,
     }
-    return _Call(text, ids, text.options(room) | keywords)
+    return _Writing(text, ids, text.options(room) | keywords)
 
 
-def _print_texts(call: _Call, rows: Iterable[Iterable[int]], options: Generate) -> list[list[int]]:
+def _print_texts(writing: _Writing, rows: Iterable[Iterable[int]], options: Generate) -> list[list[int]]:
     """Prints the texts as their tokens come; returns the tokens that were read."""
-    prompt = _encode(options.prompt).decode("utf-8", "replace") if call.text.goes_on else ""
+    prompt = _encode(options.prompt).decode("utf-8", "replace") if writing.text.goes_on else ""
     written: list[list[int]] = []
     for row in rows:
         written.append([])
@@ -115,7 +115,7 @@ def _print_texts(call: _Call, rows: Iterable[Iterable[int]], options: Generate) 
             sys.stdout.write(f"--- {len(written)} ---\n")
         sys.stdout.write(prompt)
         sys.stdout.flush()
-        for piece in spell(_noted(row, written[-1]), call.text_stream(options.stop)):
+        for piece in spell(_noted(row, written[-1]), writing.text_stream(options.stop)):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -162,8 +162,8 @@ def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler
         InputError: the prompt, or the prompt with the new tokens, is longer than the model's context.
     """
     ids, room = _read_prompt(text, None, prompt, max_new_tokens)
-    call = _Call(text, ids, text.options(room) | {"sampler": sampler, "end_token": text.codec.ends})
-    return spell(call.stream(seed), call.text_stream())
+    writing = _Writing(text, ids, text.options(room) | {"sampler": sampler, "end_token": text.codec.ends})
+    return spell(writing.stream(seed), writing.text_stream())
 
 
 def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
