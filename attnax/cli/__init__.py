@@ -1,4 +1,4 @@
-"""The `attnax` command. It imports what it needs while it runs, so that Ctrl-C ends it quietly at any time."""
+"""The `attnax` command. Its imports happen while it runs, so that Ctrl-C ends it quietly at any time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is a line on standard error, and 2."""
+    """Runs `attnax ARGUMENTS`; returns the exit code. A mistake of the user is a line on standard error, and code 2."""
     _open_streams()
     from attnax.cli.command import run
 
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Nothing that is written fails: not what the encoding of the terminal lacks, nor where a stream was closed."""
+    """Lets every write succeed, also of characters that the terminal's encoding lacks, and to a closed stream."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the process ends
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
@@ -42,9 +42,9 @@ def _open_streams() -> None:
 def _use_huge_pages() -> None:
     """Starts the program again with huge pages for malloc, where glibc has that option.
 
-    XLA's CPU backend maps its working memory anew in every step, and pages of 4 KiB cost it a fault each: alone on two
-    cores, four steps of the benchmark's model took 4.2 s instead of 4.8 (`yes | head -3 | python benchmarks/train.py
-    --side attnax`, with and without the variable). glibc reads the option at start only.
+    XLA's CPU backend maps its working memory anew in every step, and each page of 4 KiB costs a page fault: alone on
+    two cores, four steps of the benchmark's model took 4.2 s instead of 4.8 (`yes | head -3 | python
+    benchmarks/train.py --side attnax`, with and without the variable). glibc reads the option only at start.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:

@@ -1,4 +1,4 @@
-"""`attnax bench`: the benchmark of attention that stands beside the package in its repository."""
+"""`attnax bench`: runs the benchmark of attention, which is in the repository and not in the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `attnax` does with its arguments."""
+"""Parses the arguments of `attnax`, runs the command, and turns errors into lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnax.pretrained.errors import CheckpointError
 if TYPE_CHECKING:
     from attnax.cli.options import Bench, Generate, Inspect, Train
 
-_EXTRAS = {  # that install what a command needs
+_EXTRAS = {  # the extra that installs a package
     "tyro": "pretrained",
     "tokenizers": "pretrained",
     "huggingface_hub": "pretrained",
@@ -34,9 +34,9 @@ _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `attnax ARGUMENTS`; returns the exit code. What a person got wrong is a line on standard error, and 2.
+    """Runs `attnax ARGUMENTS`; returns the exit code. A mistake of the user is a line on standard error, and code 2.
 
-    Of a published checkpoint everything that is wrong gets a line.
+    Each problem of a published checkpoint gets a line.
     """
     try:
         from attnax.cli.options import Bench, Inspect, Train
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         if name not in _EXTRAS:
             raise
         return _refuse(f"this needs the package {name}. Install it with: pip install 'attnax[{_EXTRAS[name]}]'")
-    except BrokenPipeError:  # the reader went away, as `head` does: nothing more can be said
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -78,13 +78,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _refuse(*lines: str) -> int:
-    """Says what is wrong, in a line each; returns the exit code."""
+    """Prints the lines as an error; returns the exit code."""
     print("attnax: " + "\n  ".join(map(printable, lines)), file=sys.stderr)
     return 2
 
 
 def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
-    """The options; what tyro has to say against them in a box of several lines is said in one."""
+    """The options; an error that tyro prints as a box of several lines becomes an InputError of one line."""
     import tyro
 
     from attnax.cli.options import Bench, Generate, Inspect, Train
@@ -105,19 +105,23 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
     except SystemExit as stop:
         if not stop.code:
             raise
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue())  # without the colours of a terminal
-        lines = [line.strip("│ ") for line in plain.splitlines()]
-        # A title, a rule, what is wrong, a rule, advice; the title is part of the first rule in UTF-8.
-        is_rule = [line.startswith("╭") or (line != "" and not line.strip("─-╰╯")) for line in lines]
-        rules = [index for index, rule in enumerate(is_rule) if rule]
-        message = " ".join(lines[rules[0] + 1 : rules[1]])
-        message = re.sub(
-            r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message
-        )  # tyro's name, not a flag
-        message = _CHOICES.sub(r"cannot read '\2' as \1", message)
-        command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
-        if arguments and not command and not arguments[0].startswith("-"):
-            message = f"there is no command {arguments[0]!r}; the commands are {', '.join(_COMMANDS)}"
-        raise InputError(f"{message.rstrip('.')}. See attnax{command} --help.") from None
-    except ValueError as error:  # a configuration that refuses its values
+        raise InputError(_one_line(box.getvalue(), arguments)) from None
+    except ValueError as error:  # from a config
         raise InputError(str(error)) from error
+
+
+def _one_line(box: str, arguments: Sequence[str]) -> str:
+    """The message in a box of tyro, and the command for help."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)  # without the colours of a terminal
+    lines = [line.strip("│ ") for line in plain.splitlines()]
+    # A title, a rule, the message, a rule, advice. In UTF-8 the title is part of the first rule.
+    is_rule = [line.startswith("╭") or (line != "" and not line.strip("─-╰╯")) for line in lines]
+    rules = [index for index, rule in enumerate(is_rule) if rule]
+    message = " ".join(lines[rules[0] + 1 : rules[1]])
+    # These names are tyro's, not flags.
+    message = re.sub(r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message)
+    message = _CHOICES.sub(r"cannot read '\2' as \1", message)
+    command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
+    if arguments and not command and not arguments[0].startswith("-"):
+        message = f"there is no command {arguments[0]!r}; the commands are {', '.join(_COMMANDS)}"
+    return f"{message.rstrip('.')}. See attnax{command} --help."

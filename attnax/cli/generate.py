@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,53 +20,107 @@ from attnax.pretrained.hub import find_folder
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
 from attnax.training import DamagedCheckpointError, open_run
 
-MOST_NEW_TOKENS = 4096  # unless more are asked for; the contexts of published models are for more than memory may hold
+MOST_NEW_TOKENS = 4096  # by default; memory may not hold the whole context of a published model
 
 
 def generate(options: Generate) -> int:
-    """Runs the command; the text goes to standard output as it is drawn, or when it is whole."""
+    """Runs the command; the text goes to standard output as it is drawn, or when it is complete."""
     terminal.keep_programs(options.compile_cache)
     text = open_text_model(
         options.folder, options.dtype, step=options.step, revision=options.revision, ignore=options.ignore
     )
     given, options = options, options.settle(text.settings)
     if options.no_repeat_ngram is not None and given.no_repeat_ngram is None and options.no_repeat_ngram > text.context:
-        options = dataclasses.replace(options, no_repeat_ngram=None)  # no text is as long
-    assert options.seed is not None and options.num_samples is not None
+        options = dataclasses.replace(options, no_repeat_ngram=None)  # no text has as many tokens
     complaint = text.settings.complaint(obeyed=() if options.beams is not None else ("do_sample",))
     if complaint is not None:
         terminal.warn(f"{options.folder}: {complaint}")
     draft = None if options.draft is None else _open_draft(options, text)
     _check_model(given, options, text, draft)
     ids, room = _read_prompt(text, draft, options.prompt, options.max_new_tokens)
-    sampler = _make_sampler(options, text, ids, room)
-    how = _how(options, text, room)
-    prompt = _encode(options.prompt).decode("utf-8", "replace") if text.goes_on else ""
-
+    writing = _prepare(text, ids, room, options)
     terminal.say_wait(terminal.compiling())
-    rows: Iterable[Iterable[int]]
-    if options.beams is not None:
-        rows = _search(text, ids, options, sampler, how)
-    elif options.draft is None and options.num_samples == 1 and not options.no_stream:
-        rows = [_stream(text, ids, sampler, options.seed, how)]
-    else:
-        rows = _sample(text, draft, ids, options, sampler, how)
-    read: list[list[int]] = []
+    written = _print_texts(writing, writing.rows(options, draft), options)
+    if options.log_probs:
+        for number, line in enumerate(_score(text, ids, written), 1):
+            print(line if len(written) == 1 else f"{number}: {line}", file=sys.stderr)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writing:
+    """A model, a prompt and the keywords of `stream`, `generate` and `beam_search`.
+
+    Attributes:
+        text: the model.
+        ids: of the prompt.
+        keywords: of all three methods.
+    """
+
+    text: TextModel
+    ids: list[int]
+    keywords: dict[str, Any]
+
+    def stream(self, seed: int) -> Iterator[int]:
+        """The tokens of one text, as they are drawn."""
+        for token in self.text.model.stream(prompt_array(self.ids), key=jax.random.key(seed), **self.keywords):
+            yield int(token[0])
+
+    def rows(self, options: Generate, draft: TextModel | None) -> Iterable[Iterable[int]]:
+        """The tokens of each text; with beams the best text first."""
+        prompt = prompt_array(self.ids)
+        assert options.seed is not None and options.num_samples is not None
+        if options.beams is not None:
+            search = self.text.settings.search() | {"length_penalty": options.length_penalty}
+            found = self.text.model.beam_search(prompt, num_beams=options.beams, **search, **self.keywords)
+            return _rows(found.tokens[0], found.lengths[0])[: options.num_samples]
+        if draft is None and options.num_samples == 1 and not options.no_stream:
+            return [self.stream(options.seed)]
+        written = self.text.model.generate(
+            prompt,
+            key=jax.random.key(options.seed),
+            num_samples=options.num_samples,
+            draft=None if draft is None else draft.model,
+            num_draft_tokens=options.draft_tokens,
+            **self.keywords,
+        )
+        return _rows(written.tokens, written.lengths)
+
+    def text_stream(self, stops: Sequence[str] = ()) -> TextStream:
+        """Turns new tokens into text."""
+        return TextStream(self.text.codec.decoder(self.text.begin(self.ids)), stops)
+
+
+def _prepare(text: TextModel, ids: list[int], room: int, options: Generate) -> _Writing:
+    size = text.config.vocab_size
+    rules = text.settings.constraints(size, len(text.begin(ids)), room)
+    sequences = [text.codec.encode_stop(stop) for stop in options.stop]
+    keywords = {
+        "sampler": options.sampler(**rules).as_arrays(size),
+        "end_token": [token for token in text.codec.ends if token < size],  # the tokenizer may have more tokens
+        "stop_sequences": [stop for stop in sequences if stop and max(stop) < size],
+        "cache": options.cache,
+        "cache_dtype": options.cache_dtype,
+    }
+    return _Writing(text, ids, text.options(room) | keywords)
+
+
+def _print_texts(writing: _Writing, rows: Iterable[Iterable[int]], options: Generate) -> list[list[int]]:
+    """Prints the texts as their tokens come; returns the tokens that were read."""
+    prompt = _encode(options.prompt).decode("utf-8", "replace") if writing.text.goes_on else ""
+    written: list[list[int]] = []
     for row in rows:
-        read.append([])
-        if options.num_samples > 1:
-            sys.stdout.write(f"--- {len(read)} ---\n")
+        written.append([])
+        if options.num_samples != 1:
+            sys.stdout.write(f"--- {len(written)} ---\n")
         sys.stdout.write(prompt)
         sys.stdout.flush()
-        for piece in spell(_noted(row, read[-1]), TextStream(text.codec.decoder(text.begin(ids)), options.stop)):
+        for piece in spell(_noted(row, written[-1]), writing.text_stream(options.stop)):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
     sys.stdout.flush()
-    if options.log_probs:
-        for number, line in enumerate(_score(text, ids, read), 1):
-            print(line if len(read) == 1 else f"{number}: {line}", file=sys.stderr)
-    return 0
+    return written
 
 
 def open_text_model(
@@ -77,10 +131,10 @@ def open_text_model(
     revision: str | None = None,
     ignore: Collection[str] = (),
 ) -> TextModel:
-    """The model in a run folder or a published checkpoint, or of this name on the hub.
+    """The model in a run folder or a published checkpoint, or the model of this name on the hub.
 
     Raises:
-        InputError: there is none that writes text, or an option is of the other kind.
+        InputError: there is no such model, it writes no text, or an option is of the other kind of folder.
     """
     terminal.say_wait(f"loading    {name}")
     folder = find_folder(name, revision)
@@ -102,25 +156,25 @@ def open_text_model(
 
 
 def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler: Sampler, seed: int) -> Iterator[str]:
-    """Checks that everything fits, then continues `prompt` in pieces of whole characters until its text ends.
+    """Checks the lengths, then continues `prompt` in pieces of complete characters until the text ends.
 
     Raises:
-        InputError: the prompt, or the prompt and the new tokens, are longer than the model's context.
+        InputError: the prompt, or the prompt with the new tokens, is longer than the model's context.
     """
     ids, room = _read_prompt(text, None, prompt, max_new_tokens)
-    tokens = _stream(text, ids, sampler, seed, text.options(room) | {"end_token": text.codec.ends})
-    return spell(tokens, TextStream(text.codec.decoder(text.begin(ids))))
+    writing = _Writing(text, ids, text.options(room) | {"sampler": sampler, "end_token": text.codec.ends})
+    return spell(writing.stream(seed), writing.text_stream())
 
 
 def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
-    """The tokens; those that were read are added to `read`."""
+    """The tokens; each one that is read is appended to `read`."""
     for token in tokens:
         read.append(token)
         yield token
 
 
 def _encode(text: str) -> bytes:
-    """The bytes that a person gave, be they UTF-8 or not."""
+    """The bytes of an argument, which may not be UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -144,7 +198,7 @@ def _open_draft(options: Generate, text: TextModel) -> TextModel:
 
 
 def _check_model(given: Generate, options: Generate, text: TextModel, draft: TextModel | None) -> None:
-    """Raises InputError for options, given or settled, that this model cannot follow."""
+    """Raises InputError for options, given or settled, that this model cannot obey."""
     size, context = text.config.vocab_size, text.context
     if options.beams is not None and options.beams > size:
         name = "--beams" if given.beams is not None else "num_beams of generation_config.json"
@@ -169,10 +223,10 @@ def _layers(text: TextModel) -> list[Any]:
 def _read_prompt(
     text: TextModel, draft: TextModel | None, prompt: str, max_new_tokens: int | None
 ) -> tuple[list[int], int]:
-    """The prompt's ids, and how many tokens to write.
+    """The ids of the prompt, and the greatest number of new tokens.
 
     Raises:
-        InputError: they are longer than the model's context, or the draft's.
+        InputError: together they are longer than the context of the model or of the draft.
     """
     ids = text.codec.encode(_encode(prompt))
     used = {"model": text} if draft is None else {"model": text, "draft": draft}
@@ -197,78 +251,12 @@ def _read_prompt(
     return ids, max_new_tokens
 
 
-def _make_sampler(options: Generate, text: TextModel, ids: list[int], room: int) -> Sampler:
-    """Raises InputError for a number that is out of range once it is a float32."""
-    size = text.config.vocab_size
-    draws: dict[str, Any] = {}  # a beam search draws nothing
-    if options.beams is None:
-        draws = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    try:
-        return Sampler(
-            **draws,
-            repetition_penalty=options.repetition_penalty,
-            presence_penalty=options.presence_penalty,
-            frequency_penalty=options.frequency_penalty,
-            no_repeat_ngram=options.no_repeat_ngram,
-            **text.settings.constraints(size, len(text.begin(ids)), room),
-        ).as_arrays(size)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _how(options: Generate, text: TextModel, room: int) -> dict[str, Any]:
-    size = text.config.vocab_size  # the tokenizer may have tokens that the model lacks
-    sequences = [text.codec.encode_stop(stop) for stop in options.stop]
-    return text.options(room) | {
-        "end_token": [token for token in text.codec.ends if token < size],
-        "stop_sequences": [ids for ids in sequences if ids and max(ids) < size],
-        "cache": options.cache,
-        "cache_dtype": options.cache_dtype,
-    }
-
-
-def _stream(text: TextModel, ids: list[int], sampler: Sampler, seed: int, how: dict[str, Any]) -> Iterator[int]:
-    for token in text.model.stream(prompt_array(ids), sampler=sampler, key=jax.random.key(seed), **how):
-        yield int(token[0])
-
-
-def _sample(
-    text: TextModel,
-    draft: TextModel | None,
-    ids: list[int],
-    options: Generate,
-    sampler: Sampler,
-    how: dict[str, Any],
-) -> list[list[int]]:
-    assert options.seed is not None
-    written = text.model.generate(
-        prompt_array(ids),
-        sampler=sampler,
-        key=jax.random.key(options.seed),
-        num_samples=options.num_samples,
-        draft=None if draft is None else draft.model,
-        num_draft_tokens=options.draft_tokens,
-        **how,
-    )
-    return _rows(written.tokens, written.lengths)
-
-
-def _search(
-    text: TextModel, ids: list[int], options: Generate, sampler: Sampler, how: dict[str, Any]
-) -> list[list[int]]:
-    """The best texts of a beam search, the best first."""
-    assert options.beams is not None
-    search = text.settings.search() | {"length_penalty": options.length_penalty}
-    found = text.model.beam_search(prompt_array(ids), num_beams=options.beams, sampler=sampler, **search, **how)
-    return _rows(found.tokens[0], found.lengths[0])[: options.num_samples]
-
-
 def _rows(tokens: jax.Array, lengths: jax.Array) -> list[list[int]]:
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
 def _score(text: TextModel, ids: list[int], rows: list[list[int]]) -> Iterator[str]:
-    """A line for each text: what the model gives the tokens after the prompt."""
+    """A line for each text: the log-probability of the tokens after the prompt."""
     for row, total in zip(rows, text.log_prob(ids, rows), strict=True):
         size = text.codec.num_bytes(row, text.begin(ids))
         line = f"log-probability {total:.2f}, {len(row)} tokens, {size} bytes"

@@ -1,4 +1,4 @@
-"""`attnax inspect`: what is in a folder, from the headers of its files."""
+"""`attnax inspect`: the model in a folder, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
 from attnax.training import RunFolder, latest_checkpoint
 
-# Spelled as `str` spells it, so that a range says what the names were, and short enough for `int`.
+# As `str` spells it, so that a range determines the names, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
-    """A parameter, or without `ours` a tensor of the files that is not known to be one."""
+    """A parameter, or, with an empty name, a tensor of the files that is not known to hold one."""
 
-    ours: str
+    parameter: str
     shape: tuple[int, ...]
     dtype: str
-    theirs: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 def inspect(options: Inspect) -> int:
-    """Prints all that can be known; returns 1 if the checkpoint could not be loaded."""
+    """Prints all that can be found; returns 1 if the checkpoint cannot be loaded."""
     folder = find_folder(options.folder, options.revision)
     if not is_published(folder):
         _print_run(RunFolder(folder))
@@ -59,7 +59,7 @@ def inspect(options: Inspect) -> int:
 
 
 def collapse(names: Iterable[str]) -> str:
-    """Names that differ in numbers only as one: "blocks.0.kernel" and "blocks.1.kernel" are "blocks.{0..1}.kernel"."""
+    """One name for names that differ only in numbers, such as "blocks.{0..1}.kernel"."""
     found = list(names)
     numbers = zip(*(map(int, NUMBER.findall(name)) for name in found), strict=True)
     ranges = iter([_range(sorted(set(column))) for column in numbers])
@@ -87,8 +87,8 @@ def _print_run(run: RunFolder) -> None:
 
 
 def _print_model(seen: Inspection) -> None:
-    classes = seen.theirs.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
-    kind = seen.theirs.get("model_type")
+    classes = seen.config_json.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
+    kind = seen.config_json.get("model_type")
     _print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
@@ -102,13 +102,13 @@ def _print_model(seen: Inspection) -> None:
 def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
     if seen.bindings:
         _print_table(list(_parameters(seen, checkpoint)))
-    unknown = [name for name in checkpoint.tensors if name not in seen.expected and name not in seen.beside]
+    unknown = [name for name in checkpoint.tensors if name not in seen.expected and name not in seen.without_parameters]
     if unknown:
         print("\nin the files, and not known to be a parameter")
         _print_table([_tensor(checkpoint, name) for name in unknown])
-    if seen.beside:
-        print("\nin the files beside: they hold no parameters of their own")
-        _print_table([_tensor(checkpoint, name) for name in seen.beside])
+    if seen.without_parameters:
+        print("\nin the files without parameters of their own")
+        _print_table([_tensor(checkpoint, name) for name in seen.without_parameters])
     if seen.bindings:
         _print_parameters(sum(binding.num_elements for binding in seen.bindings))
     sizes: Counter[str] = Counter()
@@ -120,10 +120,10 @@ def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
 
 def _parameters(seen: Inspection, checkpoint: Checkpoint) -> Iterator[Entry]:
     for binding in seen.bindings:
-        infos = [checkpoint.tensors.get(name) for name in binding.theirs]
+        infos = [checkpoint.tensors.get(name) for name in binding.tensors]
         dtypes = sorted({"missing" if info is None else str(info.dtype) for info in infos})
-        for name, shape in zip(binding.ours, binding.shapes, strict=True):
-            yield Entry(name, shape, "/".join(dtypes), binding.theirs)
+        for name, shape in zip(binding.parameters, binding.shapes, strict=True):
+            yield Entry(name, shape, "/".join(dtypes), binding.tensors)
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
@@ -132,7 +132,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
 
 
 def _changed(config: Any) -> Iterator[str]:
-    """The fields of a config that are not what they are by default, those of its halves apart."""
+    """The fields of a config that differ from their defaults, with the fields of its halves apart."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
         if isinstance(fields[field.name], TransformerConfig):
@@ -152,23 +152,23 @@ def _print_fields(title: str, lines: Iterable[str]) -> None:
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
-    """A line for all that differ in the number of a layer or an expert only."""
+    """A table with one row for the entries that differ only in the number of a layer or an expert."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        # What is around the numbers, in parts: no name can spell where one would be.
-        names = [tuple(NUMBER.split(name)) for name in (entry.ours, *entry.theirs[:1])]
+        # The parts between the numbers: no name can contain the place of a number itself.
+        names = [tuple(NUMBER.split(name)) for name in (entry.parameter, *entry.tensors[:1])]
         groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
     for same in groups.values():
         first = same[0]
-        theirs = [name for entry in same for name in entry.theirs]
+        tensors = [name for entry in same for name in entry.tensors]
         rows.append(
             (
-                printable(collapse(entry.ours for entry in same)),
+                printable(collapse(entry.parameter for entry in same)),
                 "x".join(map(str, first.shape)) or "1",
                 first.dtype,
                 f"{len(same) * math.prod(first.shape):,}",
-                printable(collapse(theirs)) if theirs else "",
+                printable(collapse(tensors)) if tensors else "",
             )
         )
     columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]

@@ -1,18 +1,29 @@
-"""The flags of the commands, as dataclasses; what stands here is also what `--help` says."""
+"""The flags of the commands, as dataclasses; `--help` shows their docstrings.
+
+Limits and defaults are those of the classes that use the values: `RunOptions` and its configs, `Sampler`, the caches.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
+from attnax.cache import SPARE_SLOTS
 from attnax.errors import InputError
-from attnax.training.run_folder import RunOptions, check_seed
+from attnax.generation import Sampler
+from attnax.training.run_options import RunOptions, check_seed
 
 if TYPE_CHECKING:
-    from attnax.pretrained.generation_config import GenerationSettings
+    from attnax.pretrained.generation_settings import GenerationSettings
+
+__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train"]
+
+DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # where neither a flag nor a file chooses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +32,8 @@ class Train(RunOptions):
 
     Attributes:
         out: run folder to make. By default the next free runs/NNN.
-        resume: run folder to go on with after an interruption; its own options apply, and of the others only --step,
-            --max-skipped and --compile-cache can be given.
+        resume: run folder to go on with after an interruption. Its own options apply; only --step, --max-skipped and
+            --compile-cache can be given too.
         step: with --resume, the checkpoint to go on from. By default the newest.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
@@ -33,7 +44,7 @@ class Train(RunOptions):
     compile_cache: bool = True
 
     def check(self) -> None:
-        """Raises InputError for a value out of range, or flags that a run that goes on has already."""
+        """Raises InputError for a value out of range, or with --resume for flags that the run has already."""
         super().check()
         if self.out is not None and self.out == Path():
             raise InputError("--out must not be empty. Leave it out for the next free runs/NNN.")
@@ -50,45 +61,45 @@ class Train(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model, streaming the text as it is, codes that a terminal obeys included.
+    """Continue a prompt with a trained model. The text is printed unchanged, with any escape codes in it.
 
-    What is not given is as the generation_config.json of a published checkpoint says. A flag of drawing draws, whatever
-    that says: --temperature, --top-k, --top-p, --min-p, --seed or --num-samples.
+    Defaults come from the generation_config.json of a published checkpoint. Each of --temperature, --top-k, --top-p,
+    --min-p, --seed and --num-samples makes the command draw, whatever that file says.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: a folder of config.json, *.safetensors
             and tokenizer.json, or the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B.
-        prompt: text to continue, or for an encoder-decoder to read. By default the model starts a text of its own.
-        max_new_tokens: tokens to write at most. By default what fits into the model's context, but not above 4096.
-        temperature: 0 always takes the likeliest token, 1 samples the model's own distribution. By default 0.8 where no
-            file says how to draw.
+        prompt: text to continue, or for an encoder-decoder to read. By default the model starts a new text.
+        max_new_tokens: greatest number of new tokens. By default the rest of the model's context, but at most 4096.
+        temperature: 0 always takes the likeliest token, 1 samples the model's own distribution. By default 0.8 if no
+            file decides how to draw.
         top_k: sample from the k likeliest tokens only.
-        top_p: sample from the likeliest tokens that reach this probability together. By default 0.95 where no file says
-            how to draw.
-        min_p: sample from the tokens that are at least so many times as likely as the likeliest.
-        repetition_penalty: above 1, tokens that stand in the text, prompt included, become less likely.
+        top_p: sample from the likeliest tokens whose probabilities reach this number together. By default 0.95 if no
+            file decides how to draw.
+        min_p: sample from the tokens whose probability is at least this fraction of the likeliest token's.
+        repetition_penalty: above 1, tokens that occur in the text, prompt included, become less likely.
         presence_penalty: subtracted from the logits of tokens that were written.
         frequency_penalty: subtracted once for each time that a token was written.
-        no_repeat_ngram: no sequence of so many tokens stands twice in the text, prompt included.
+        no_repeat_ngram: no sequence of this many tokens occurs twice in the text, prompt included.
         stop: a string that ends the text and is not printed; give the flag once for each.
         seed: of the sampling. By default 0.
-        num_samples: texts to write, printed one after another; with --beams, how many of the best. By default 1.
-        beams: search for the likeliest text with so many beginnings at a time instead of sampling.
-        length_penalty: with --beams, a text's score is its log-probability / length ** this. By default 1.
-        draft: folder or name, of either kind, of a small model with the same tokenizer, which drafts tokens for this
-            one to check at once.
-        draft_tokens: tokens drafted each time.
-        cache: how keys and values are kept. By default contiguous, with --draft ring.
-        cache_dtype: of keys and values. By default the model's; int8 keeps 8-bit integers, each vector with a scale.
-        dtype: of parameters and computation. By default that of the files.
-        log_probs: print the text's log-probability and bits per byte to standard error at the end. Every token that was
-            drawn counts, those of the end and of a stop string too.
-        stream: print the text as it is drawn, which is the default where it can be done: not with --beams, --draft or
+        num_samples: number of texts, printed one after another; with --beams, of the best texts. By default 1.
+        beams: search for the likeliest text, with this many unfinished texts at a time, instead of sampling.
+        length_penalty: with --beams, the score of a text is its log-probability / length ** this. By default 1.
+        draft: folder or name, of either kind, of a small model with the same tokenizer. It drafts several tokens, which
+            the large model checks at once.
+        draft_tokens: number of tokens drafted each time.
+        cache: layout of keys and values. By default contiguous, with --draft ring.
+        cache_dtype: of keys and values. By default the model's; int8 stores 8-bit integers, each vector with a scale.
+        dtype: of parameters and computation. By default the dtype of the files.
+        log_probs: print the text's log-probability and bits per byte to standard error at the end. Every drawn token
+            counts, also the tokens of the end and of a stop string.
+        stream: print the text as it is drawn. This is the default if it is possible: not with --beams, --draft or
             more than one sample.
-        no_stream: print the text when it is whole.
-        step: of a run, the checkpoint that writes. By default the newest.
+        no_stream: print the text when it is complete.
+        step: of a run, the checkpoint to use. By default the newest.
         revision: of a model on the hub: a branch, a tag or a commit.
-        ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
+        ignore: an unknown key of config.json to ignore; give the flag once for each.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
@@ -123,28 +134,15 @@ class Generate:
 
     def check(self) -> None:
         """Raises InputError for a value out of range, or options that exclude each other."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}.")
-        if self.temperature is not None and not 0.0 <= self.temperature <= _LARGEST:
-            raise InputError(f"--temperature must be at least 0 and finite; got {self.temperature}.")
-        if self.top_k is not None and not 1 <= self.top_k < 2**31:
-            raise InputError(f"--top-k must be at least 1 and below 2 ** 31; got {self.top_k}.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"--top-p must be above 0 and at most 1; got {self.top_p}.")
-        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise InputError(f"--min-p must be at least 0 and at most 1; got {self.min_p}.")
-        if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty <= _LARGEST:
-            raise InputError(f"--repetition-penalty must be above 0 and finite; got {self.repetition_penalty}.")
-        for name in ("presence_penalty", "frequency_penalty", "length_penalty"):
-            value = getattr(self, name)
-            if value is not None and not abs(value) <= _LARGEST:
-                raise InputError(f"{_flag(name)} must be finite; got {value}.")
-        for name in ("no_repeat_ngram", "num_samples", "beams"):
+        self.sampler()
+        for name in ("max_new_tokens", "num_samples", "beams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{_flag(name)} must be at least 1; got {value}.")
-        if not 1 <= self.draft_tokens <= 16:
-            raise InputError(f"--draft-tokens must be at least 1 and at most 16; got {self.draft_tokens}.")
+        if self.length_penalty is not None and not abs(self.length_penalty) <= np.finfo(np.float32).max:
+            raise InputError(f"--length-penalty must be finite; got {self.length_penalty}.")
+        if not 1 <= self.draft_tokens <= SPARE_SLOTS:
+            raise InputError(f"--draft-tokens must be at least 1 and at most {SPARE_SLOTS}; got {self.draft_tokens}.")
         if "" in self.stop:
             raise InputError("--stop must not be empty; it would end every text before its first token.")
         for stop in self.stop:
@@ -154,35 +152,49 @@ class Generate:
             check_seed(self.seed)
         self._check_together()
 
-    def settle(self, said: GenerationSettings) -> Generate:
-        """The options, with what a checkpoint says, or else the command's own defaults, where none was given.
+    def sampler(self, **others: Any) -> Sampler:
+        """The `Sampler` of the flags with the names of its fields; with --beams without the flags of a draw.
 
-        A beam search that it asks for gives way to a flag of drawing, --draft or --stream; so does its greedy text to a
-        flag of drawing.
+        Raises:
+            InputError: a value out of range.
         """
-        asks = any(getattr(self, name) is not None for name in _DRAWING) or (self.num_samples or 1) > 1
+        known = {field.name for field in dataclasses.fields(Sampler)} & vars(self).keys()
+        names = known if self.beams is None else known.difference(_OF_A_DRAW)
+        try:
+            return Sampler(**{name: getattr(self, name) for name in names}, **others)
+        except ValueError as error:
+            raise InputError(_about_a_flag(error)) from error
+
+    def settle(self, settings: GenerationSettings) -> Generate:
+        """The options with defaults: the settings of the checkpoint, or, if it has none, the command's own.
+
+        A beam search of the settings gives way to --draft, to --stream and to a flag of a draw. Greedy settings give
+        way to a flag of a draw.
+        """
+        asks = any(getattr(self, name) is not None for name in _OF_A_DRAW) or (self.num_samples or 1) > 1
         beams = self.beams
-        if beams is None and said.num_beams > 1 and not (asks or self.draft is not None or self.stream):
-            beams = said.num_beams
-        drawing = {"temperature": 0.8, "top_p": 0.95}
-        if said.says_how:
-            drawing = dataclasses.replace(said, do_sample=said.do_sample or asks).drawing()
-        others = said.penalties() | {"beams": beams, "length_penalty": said.length_penalty, "seed": 0}
+        if beams is None and settings.num_beams > 1 and not (asks or self.draft is not None or self.stream):
+            beams = settings.num_beams
+        draw = DRAW
+        if settings.says_how:
+            draw = dataclasses.replace(settings, do_sample=settings.do_sample or asks).drawing()
+        others = settings.penalties() | {"beams": beams, "length_penalty": settings.length_penalty, "seed": 0}
         settled = dataclasses.replace(
             self,
-            stop=self.stop or said.stop_strings,
-            **{key: value for key, value in (drawing | others).items() if getattr(self, key) is None},
+            stop=self.stop or settings.stop_strings,
+            **{key: value for key, value in (draw | others).items() if getattr(self, key) is None},
         )
         if self.length_penalty is not None and beams is None:
             raise InputError("--length-penalty needs --beams.")
         samples = 1
         if beams is not None:
-            samples = min(said.num_return_sequences, beams)
+            samples = min(settings.num_return_sequences, beams)
         elif settled.temperature and not self.stream:
-            samples = said.num_return_sequences
+            samples = settings.num_return_sequences
         return settled if self.num_samples is not None else dataclasses.replace(settled, num_samples=samples)
 
     def _check_together(self) -> None:
+        """Raises InputError for flags that exclude each other, and for flags that need another flag."""
         changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
         if self.temperature == 0.0:
             changed.discard("temperature")
@@ -191,7 +203,7 @@ class Generate:
         excluded = [
             ("stream", "no_stream", "give one of them"),
             ("beams", "draft", "a beam search has no draft"),
-            *(("beams", name, "nothing is drawn in a beam search") for name in _DRAWING),
+            *(("beams", name, "nothing is drawn in a beam search") for name in _OF_A_DRAW),
             *(("stream", name, "its text is printed when it is whole") for name in ("beams", "draft", "num_samples")),
         ]
         for one, other, why in excluded:
@@ -207,23 +219,22 @@ class Generate:
             raise InputError(f"--num-samples must be at most --beams {self.beams}; got {self.num_samples}.")
 
 
-_LARGEST = 3.4e38  # what is beyond is infinite in float32
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+_OF_A_DRAW = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show the model in a folder from the headers of its files: config, parameters, memory, and what is not understood.
+    """Show the model in a folder from the headers of its files: config, parameters, memory, and problems.
 
-    The exit code is 1 if the folder holds a published checkpoint that could not be loaded; all that stands against it
-    is printed, its tokenizer.json included, and all that is known nevertheless. No tensor is read, so that a tied head
-    that differs from the embeddings is noticed on loading only.
+    The exit code is 1 if the folder holds a published checkpoint that cannot be loaded. All problems are printed,
+    including problems with its tokenizer.json, and everything that is known in spite of them. No tensor is read, so
+    that a tied head that differs from the embeddings is noticed on loading only.
 
     Attributes:
         folder: published checkpoint (a folder of config.json and *.safetensors, or the name of a model on the Hugging
             Face hub), or run folder that `attnax train` made.
         revision: of a model on the hub: a branch, a tag or a commit.
-        ignore: a key of config.json that is not known here, and is passed over; give the flag once for each.
+        ignore: an unknown key of config.json to ignore; give the flag once for each.
     """
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
@@ -231,7 +242,7 @@ class Inspect:
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
     def check(self) -> None:
-        """Nothing can be out of range."""
+        """Does nothing, since no value can be out of range."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,11 +250,11 @@ class Bench:
     """Time attention beside jax.nn and PyTorch on this machine; needs a clone of the repository.
 
     Attributes:
-        cases: which masks and biases; by default all.
-        lengths: which sequence lengths; by default 512, 2048 and 4096.
-        rounds: times that each side is measured, in turns.
-        json: also write the figures here.
-        markdown: also write the table here.
+        cases: names of masks and biases; by default all.
+        lengths: of the sequences; by default 512, 2048 and 4096.
+        rounds: number of measurements of each side, in turns.
+        json: file to write the figures to as well.
+        markdown: file to write the table to as well.
     """
 
     cases: tuple[str, ...] = ()
@@ -262,3 +273,9 @@ class Bench:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _about_a_flag(error: ValueError) -> str:
+    """The message of a class about one of its fields, with the flag in place of the field."""
+    message = re.fullmatch(r"\w+: (\w+) (must .*); got \1=(.*)\.", str(error), re.DOTALL)
+    return str(error) if message is None else f"{_flag(message[1])} {message[2]}; got {message[3]}."

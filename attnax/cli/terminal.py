@@ -1,4 +1,4 @@
-"""What the commands share on their way to a terminal."""
+"""Lines for a terminal, and the folder of compiled programs; the commands share them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 __all__ = ["command_name", "compile_cache", "compiling", "keep_programs", "printable", "say_wait", "warn"]
 
-_MOST_BYTES = 1 << 30  # of kept programs; those that were used least lately go first
+_MOST_BYTES = 1 << 30  # of kept programs; the least recently used are deleted first
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what a terminal would obey or cannot show spelled as Python spells it.
+    """The text on one line, with characters that are not printable spelled as in Python.
 
-    Names and values of a checkpoint come from files of others: an escape code in one could rewrite what was printed
-    before, a line end could pass for a line of ours, and half a surrogate pair cannot be printed at all.
+    Names and values of a checkpoint come from foreign files: an escape code in a name could overwrite earlier lines, a
+    line end could imitate a line of the command, and half a surrogate pair cannot be printed at all.
     """
     if text.isprintable():
         return text
@@ -24,18 +24,18 @@ def printable(text: str) -> str:
 
 
 def say_wait(line: str) -> None:
-    """A line for the person who waits at a terminal, beside the text that the command writes."""
+    """Prints a line on standard error if that is a terminal, where a person waits."""
     if sys.stderr.isatty():
         print(printable(line), file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """A line on standard error about something that a person may not expect."""
+    """Prints a line on standard error about something unexpected."""
     print("attnax: " + printable(line), file=sys.stderr, flush=True)
 
 
 def command_name() -> str:
-    """What to type for `attnax`: its path, where it is not on PATH."""
+    """The command to type for `attnax`: its path if it is not on PATH."""
     if shutil.which("attnax"):
         return "attnax"
     script = Path(sys.executable).parent / "attnax"
@@ -46,10 +46,10 @@ def command_name() -> str:
 
 
 def keep_programs(wanted: bool) -> None:
-    """Has JAX keep compiled programs in the user's cache folder, unless the user has set a folder for that.
+    """Makes JAX keep compiled programs in the user's cache folder, unless the user has set a folder for them.
 
     Args:
-        wanted: without it, nothing is changed.
+        wanted: if false, nothing is changed.
     """
     import jax
 
@@ -68,7 +68,7 @@ def keep_programs(wanted: bool) -> None:
 
 
 def compile_cache() -> str | None:
-    """Where JAX keeps compiled programs, if anywhere."""
+    """The folder in which JAX keeps compiled programs, or None."""
     import jax
 
     folder: str | None = jax.config.values["jax_compilation_cache_dir"]
@@ -76,6 +76,6 @@ def compile_cache() -> str | None:
 
 
 def compiling() -> str:
-    """What is said before programs are compiled: where they are kept."""
+    """The line to print before programs are compiled; it names the folder in which they are kept."""
     kept = compile_cache()
     return "compiling" if kept is None else f"compiling  (programs are kept in {kept})"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
-from attnax.cli.options import Train
+from attnax.cli.options import DRAW, Train
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
@@ -48,8 +48,8 @@ from attnax.training import (
 )
 from attnax.visualize import plot_training
 
-_SAMPLER = Sampler(0.8, top_p=0.95)  # of the text at the end, as that of `attnax generate`
-_SAVED = ("params", "opt_state", "passes", "skipped")  # checkpoints are between updates, whose sums are then empty
+SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
+_SAVED = ("params", "opt_state", "passes", "skipped")  # the sums are empty between updates, when checkpoints are saved
 
 
 def train(options: Train) -> int:
@@ -70,7 +70,7 @@ def train(options: Train) -> int:
             terminal.warn(f"{error} {session.words_for_divergence()}{skip}")
             return 1
         except OSError as error:
-            if error.filename is None:  # of no file of the run
+            if error.filename is None:  # not about a file of the run
                 raise
             raise InputError(f"{error.filename}: {error.strerror}. Mend it, then go on with: {go_on}") from error
         except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def train(options: Train) -> int:
 
 
 def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
-    """A new run, locked. Everything that can be refused is looked at before its folder is made."""
+    """A new run, locked. Everything that can be refused is checked before its folder is made."""
     if options.out is not None and options.out.exists():
         RunFolder(options.out).require_free()
     for name in ("dtype", "param_dtype"):
@@ -99,7 +99,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
 
 
 def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session:
-    """The run in a folder, locked, at its checkpoint."""
+    """The run in a folder, locked, restored from its checkpoint."""
     run = RunFolder(folder)
     settings, tokenizer, corpus_digest = run.load()
     if run.result.exists():
@@ -125,7 +125,7 @@ def _read(data: str | None, held_out: float) -> Corpus:
 
 
 class _Session:
-    """One process's part of a run; `run` is set once nothing stands against it."""
+    """The part of a run that one process makes; `run` is set once everything is checked."""
 
     run: RunFolder
 
@@ -135,7 +135,7 @@ class _Session:
         self.stream = TokenStream(tokenizer.encode_documents(_texts(corpus.train)), window)
         self.stream.require_a_window()
         self.held_out = TokenStream(tokenizer.encode_documents(_texts(corpus.held_out)), window)
-        # A look at held-out text while training: about 32 windows of it, and the bytes that they spell.
+        # The held-out text of a look while training: about 32 windows, and the number of their bytes.
         self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
@@ -147,24 +147,26 @@ class _Session:
             options.seed,
             document_token=DOCUMENT if options.pack else None,
         )
-        require_traces(self.trainer, _SAMPLER)
+        require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped
-        self.seconds = 0.0  # trained before this process
+        self.seconds = 0.0  # of training before this process
+        self._schedule = options.optimizer.schedule()
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
 
     @property
     def step(self) -> int:
-        """Updates made."""
+        """Number of updates made."""
         return int(self.state.passes) // self.options.optimizer.accumulate
 
     def restore(self, step: int | None = None) -> None:
-        """Goes back to the checkpoint of `step`, by default the newest; without one, to the start.
+        """Goes back to the checkpoint of `step`, by default the newest; without checkpoints, to the start.
 
-        Later checkpoints are given up.
+        Later checkpoints are deleted.
 
         Raises:
-            InputError: there is none of this step, or it is damaged; the message says how to go on from an older one.
+            InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from an
+                older one.
         """
         folder, done = self.run.checkpoints, 0
         if step is not None or checkpoint_steps(folder):
@@ -189,54 +191,62 @@ class _Session:
         Raises:
             DivergenceError: a loss, a gradient or the parameters are not finite.
         """
-        optimizer = self.options.optimizer
-        tokens_per_step = optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
-        schedule, started = optimizer.schedule(), time.perf_counter() - self.seconds
+        optimizer, started = self.options.optimizer, time.perf_counter() - self.seconds
         print(f"run        {self.run.path}")
         if self.step < optimizer.steps:
             print(terminal.compiling(), flush=True)
-        with contextlib.ExitStack() as stack:
-            progress = None
+        with contextlib.closing(_Progress(optimizer.steps, self._tokens_per_step)) as progress:
             for step in range(self.step + 1, optimizer.steps + 1):
-                updates = step - 1 - int(self.state.skipped)
-                loss, grad_norm, error = self._update(step)
-                skipped, row = int(self.state.skipped), {"step": step, "tokens": step * tokens_per_step}
-                self.run.append_metrics(
-                    **row,
-                    loss=_finite(loss),
-                    grad_norm=_finite(grad_norm),
-                    learning_rate=float(schedule(updates)),
-                    seconds=round(time.perf_counter() - started, 3),
-                    **({"skipped": skipped} if skipped else {}),
-                )
-                if error is not None:
-                    raise error
-                stop = bool(received)
-                pause = step % self.options.checkpoint_every == 0 or step == optimizer.steps
-                paused = time.time()
-                if pause:
-                    bits = self.trainer.bits(self.state.params, self.probe)
-                    if not math.isfinite(bits):
-                        raise DivergenceError(f"step {step}: the loss on held-out text is {bits}.")
-                    # Before the checkpoint: a process that is killed between them looks again.
-                    self.run.append_metrics(**row, held_out_bits_per_byte=bits / self.probe_bytes)
-                if pause or stop:
-                    saved = {name: getattr(self.state, name) for name in _SAVED}
-                    save_checkpoint(self.run.checkpoints, step, saved, owner=self.run.owner)
-                if progress is None:  # after the first step, so that its rate is without compiling
-                    progress = stack.enter_context(_progress(optimizer.steps, step, tokens_per_step))
-                else:
-                    seconds = time.time() - paused  # which are not of the training
-                    progress.start_t += seconds
-                    progress.last_print_t += seconds
-                    progress.update(tokens_per_step)
-                progress.set_description(f"loss {loss:.3f}", refresh=False)
-                if stop:  # read once: a signal that comes after the checkpoint waits for the next step
+                loss = self._update_and_log(step, started)
+                stop = bool(received)  # read once: a signal that comes after the checkpoint waits for the next step
+                with progress.paused():
+                    is_look = step % self.options.checkpoint_every == 0 or step == optimizer.steps
+                    if is_look:  # before the checkpoint: a process that is killed between them looks again
+                        self._look_at_held_out(step)
+                    if is_look or stop:
+                        saved = {name: getattr(self.state, name) for name in _SAVED}
+                        save_checkpoint(self.run.checkpoints, step, saved, owner=self.run.owner)
+                progress.advance(step, loss)
+                if stop:
                     return False
         return True
 
+    @property
+    def _tokens_per_step(self) -> int:
+        optimizer = self.options.optimizer
+        return optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
+
+    def _update_and_log(self, step: int, started: float) -> float:
+        """Makes an update and writes its row of metrics; returns the loss.
+
+        Raises:
+            DivergenceError: the run must stop; the row is written.
+        """
+        updates = step - 1 - int(self.state.skipped)
+        loss, grad_norm, error = self._update(step)
+        skipped = int(self.state.skipped)
+        self.run.append_metrics(
+            step=step,
+            tokens=step * self._tokens_per_step,
+            loss=_finite(loss),
+            grad_norm=_finite(grad_norm),
+            learning_rate=float(self._schedule(updates)),
+            seconds=round(time.perf_counter() - started, 3),
+            **({"skipped": skipped} if skipped else {}),
+        )
+        if error is not None:
+            raise error
+        return loss
+
+    def _look_at_held_out(self, step: int) -> None:
+        bits = self.trainer.bits(self.state.params, self.probe)
+        if not math.isfinite(bits):
+            raise DivergenceError(f"step {step}: the loss on held-out text is {bits}.")
+        tokens = step * self._tokens_per_step
+        self.run.append_metrics(step=step, tokens=tokens, held_out_bits_per_byte=bits / self.probe_bytes)
+
     def _update(self, step: int) -> tuple[float, float, DivergenceError | None]:
-        """Mean loss of the accumulated batches, the norm of their gradient, and what stops the run, if anything."""
+        """The mean loss of the accumulated batches, the norm of their gradient, and the error that stops the run."""
         optimizer, losses = self.options.optimizer, []
         for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
             batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
@@ -244,19 +254,19 @@ class _Session:
             losses.append(float(metrics.loss))
         loss, grad_norm, error = float(np.mean(losses)), float(metrics.grad_norm), None
         if metrics.is_skipped and int(self.state.skipped) > self.max_skipped:
-            what = "the parameters would not be finite"
+            cause = "the parameters would not be finite"
             if not math.isfinite(grad_norm):
-                what = f"the norm of the gradient is {grad_norm}"
+                cause = f"the norm of the gradient is {grad_norm}"
             if not math.isfinite(loss):
-                what = f"the loss is {loss}"
+                cause = f"the loss is {loss}"
             made = "the update was not made" if self.max_skipped == 0 else f"of {self.max_skipped} to skip none is left"
-            error = DivergenceError(f"step {step}: {what}, and {made}.", is_skippable=True)
+            error = DivergenceError(f"step {step}: {cause}, and {made}.", is_skippable=True)
         elif not (metrics.is_finite or metrics.is_skipped):
             error = DivergenceError(f"step {step}: the update made parameters that are not finite.")
         return loss, grad_norm, error
 
     def words_for_divergence(self) -> str:
-        """What to try, and what is kept."""
+        """Advice after a divergence, and which checkpoint is kept."""
         model, optimizer = self.options.model, self.options.optimizer
         tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
         if "float16" in (model.param_dtype, model.dtype):
@@ -266,7 +276,7 @@ class _Session:
         return f"In a new run, try {' or '.join(tries)}. {kept}"
 
     def finish(self) -> None:
-        """Scores all held-out text, lets the model write, and keeps the figures with the run."""
+        """Scores all held-out text, lets the model write, and saves the figures with the run."""
         held_out = b"".join(_texts(self.corpus.held_out))
         bits = self.trainer.bits(self.state.params, self.held_out)
         figures = {
@@ -281,9 +291,9 @@ class _Session:
         metrics = self.run.read_metrics()
         if any(row.get("loss") is not None for row in metrics):
             plot_training(metrics, self.run.path / "loss.png")
-        sample = "".join(write_text(open_run(self.run.path), "", None, _SAMPLER, self.options.seed))
+        sample = "".join(write_text(open_run(self.run.path), "", None, SAMPLER, self.options.seed))
         (self.run.path / "sample.txt").write_text(sample, "utf-8")
-        write_whole(self.run.result, json.dumps(figures, indent=2) + "\n")  # the last: it says that the run is done
+        write_whole(self.run.result, json.dumps(figures, indent=2) + "\n")  # written last: it marks the run as finished
         print(f"\n{sample}\n")
         prompt = " --prompt 'def '" if self.options.data is None else ""
         print(f"go on with  {terminal.command_name()} generate {self.run.path}{prompt}")
@@ -296,12 +306,45 @@ class _Session:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no other numbers."""
+    """The number, or None if it is not finite, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
+class _Progress:
+    """A line on standard error that shows the progress and its rate.
+
+    The rate is without compiling, since the line begins after the first step, and without pauses.
+    """
+
+    def __init__(self, steps: int, tokens_per_step: int):
+        self._steps, self._tokens_per_step, self._pause = steps, tokens_per_step, 0.0
+        self._bar: tqdm[Any] | None = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside does not count."""
+        begun = time.time()
+        yield
+        self._pause = time.time() - begun
+
+    def advance(self, step: int, loss: float) -> None:
+        """One more step is done."""
+        if self._bar is None:
+            self._bar = _progress(self._steps, step, self._tokens_per_step)
+        else:
+            self._bar.start_t += self._pause
+            self._bar.last_print_t += self._pause
+            self._bar.update(self._tokens_per_step)
+        self._bar.set_description(f"loss {loss:.3f}", refresh=False)
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
 def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:
-    """A line that says how far the run is, at the step that is given."""
+    """The line at a step."""
     return tqdm(
         total=steps * tokens_per_step,
         initial=step * tokens_per_step,
@@ -313,7 +356,7 @@ def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+    """Collects SIGINT and SIGTERM instead of ending the process; a second signal ends it as usual."""
     received: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

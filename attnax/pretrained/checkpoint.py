@@ -26,29 +26,29 @@ _BARE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder; none is in memory.
+    """The tensors of a folder. No tensor is in memory.
 
     Attributes:
-        folder: where they are.
-        tensors: what each is, by name.
+        folder: with the files.
+        tensors: place, dtype and shape of each tensor, by name.
     """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
 
-    def dtype(self, beside: Iterable[str] = ()) -> np.dtype[Any]:
-        """The narrowest dtype that holds all floating tensors but those that are there beside."""
-        counted = self.tensors.keys() - set(beside)
+    def dtype(self, except_for: Iterable[str] = ()) -> np.dtype[Any]:
+        """The narrowest dtype that holds all floating tensors except for these."""
+        counted = self.tensors.keys() - set(except_for)
         dtypes = {self.tensors[name].dtype for name in counted if _is_floating(self.tensors[name])}
-        if np.dtype(np.float64) in dtypes:  # which JAX may not have, and would then promote to float32
+        if np.dtype(np.float64) in dtypes:  # without jax_enable_x64, JAX would promote it to float32
             return np.dtype(np.float64)
         return jnp.result_type(*(dtypes or {np.dtype(np.float32)}))
 
     def rename(self, new_name: Callable[[str], str]) -> Checkpoint:
-        """The same tensors, with other names.
+        """The same tensors with new names.
 
         Raises:
-            CheckpointError: two of them have one new name.
+            CheckpointError: two tensors have one new name.
         """
         renamed = {new_name(name): info for name, info in self.tensors.items()}
         if len(renamed) < len(self.tensors):
@@ -58,18 +58,18 @@ class Checkpoint:
         return Checkpoint(self.folder, renamed)
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
-        """The tensor in floating `dtype`; `check` has seen to it that it is floating itself."""
+        """The tensor converted to `dtype`; it is floating, as `check` has checked."""
         return read_tensor(self.tensors[name]).astype(dtype, copy=False)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], harmless: Iterable[str] = (), heads: Collection[str] = ()
     ) -> list[str]:
-        """What keeps the tensors from being floating ones of the shapes in `expected`, one sentence each.
+        """How the tensors differ from floating tensors of the expected shapes, one sentence for each difference.
 
         Args:
             expected: shapes by name.
-            harmless: names that may be there beside.
-            heads: names that would not be expected where the head is the embeddings.
+            harmless: names that may be present too.
+            heads: names that would not be expected if the head were tied to the embeddings.
         """
         problems = []
         for name, shape in expected.items():
@@ -87,28 +87,28 @@ class Checkpoint:
 
 
 def _is_floating(info: TensorInfo) -> bool:
-    """Whether it holds numbers as they are: 8-bit floats come with scales."""
+    """Whether the tensor holds plain numbers; 8-bit floats need scales."""
     return bool(jnp.issubdtype(info.dtype, jnp.floating)) and info.dtype.itemsize > 1
 
 
-def open_checkpoint(folder: Path, theirs: Mapping[str, Any]) -> Checkpoint:
+def open_checkpoint(folder: Path, config_json: Mapping[str, Any]) -> Checkpoint:
     """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
 
-    Tensors in these files that the index does not name are read like those that it names.
+    Tensors that are in these files and not in the index are read too.
 
     Args:
         folder: with the files.
-        theirs: its config.json, for what to do where it holds files of other formats.
+        config_json: the content of its config.json, for advice about files of other formats.
 
     Raises:
-        CheckpointError: there is neither, a file is damaged, a tensor is not in the file that the index names or is in
-            two files, or the index names a file that is not in the folder itself.
+        CheckpointError: both files are missing, a file is damaged, a tensor is not in the file that the index gives or
+            is in two files, or the index names a file outside of the folder.
     """
     if (folder / SINGLE_FILE).is_file():
         return Checkpoint(folder, read_header(folder / SINGLE_FILE))
     if (folder / INDEX).is_file():
         return Checkpoint(folder, _read_shards(folder))
-    raise no_tensors(folder, (path.name for path in folder.glob("*")), theirs, WANTED)
+    raise no_tensors(folder, (path.name for path in folder.glob("*")), config_json, WANTED)
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
@@ -136,7 +136,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
         named = {name for name, place in places.items() if place == file}
         problems += [f"{name!r} is not in {file}, where weight_map has it." for name in sorted(named - held.keys())]
         problems += [f"{name!r} is in {file}, and in another file too." for name in sorted(held.keys() & tensors)]
-        tensors |= held  # those too that weight_map does not name
+        tensors |= held  # also the tensors that weight_map does not name
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(index, f"its files must hold at most {MAX_TENSORS} tensors.")
     if problems:

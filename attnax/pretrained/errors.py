@@ -1,4 +1,4 @@
-"""What is wrong with a published checkpoint, all of it at once."""
+"""The error about a published checkpoint; it names all problems at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SHOWN = 20
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be read, or a model that cannot be written as one.
+    """A checkpoint cannot be read, or a model cannot be written as one.
 
     Attributes:
-        where: the file, or what it is about.
+        where: the file or folder with the problems.
         problems: one sentence each; the message shows the first twenty.
     """
 
@@ -33,6 +33,6 @@ class CheckpointError(InputError):
 
 
 def quoted(value: Any) -> str:
-    """What a stranger wrote, for a message: at most 60 characters of it."""
+    """A value from a foreign file, for a message: at most 60 characters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."

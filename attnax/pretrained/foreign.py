@@ -1,4 +1,4 @@
-"""Folders that hold something else than the tensors of a whole model: what it is, and how to make one of it."""
+"""Folders that do not hold the plain tensors of a model: the errors name their format, and how to get a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PEFT_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-_FULL_SIZE = {  # how transformers undoes it, by the method
+_FULL_SIZE = {  # the object with which transformers undoes a quantisation, by its method
     "mxfp4": "Mxfp4Config(dequantize=True)",
     "fp8": "FineGrainedFP8Config(dequantize=True)",
     "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
@@ -30,15 +30,15 @@ _QUANTISED = re.compile(
 )
 
 
-def transformers_class(theirs: Mapping[str, Any]) -> str:
+def transformers_class(config_json: Mapping[str, Any]) -> str:
     """The class in transformers that reads a checkpoint with this config.json, its head included."""
-    architectures = theirs.get("architectures")
+    architectures = config_json.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     return first if isinstance(first, str) and _CLASS.fullmatch(first) else "AutoModelForCausalLM"
 
 
 def find_adapter(folder: Path) -> CheckpointError | None:
-    """That the folder holds what was added to a model, of which transformers would take the base and add it again."""
+    """The error for a folder with an adapter, or None. transformers would load the base model and add the adapter."""
     if not (folder / ADAPTER).exists():
         return None
     try:
@@ -56,26 +56,26 @@ def find_adapter(folder: Path) -> CheckpointError | None:
     )
 
 
-def find_quantised(where: Path, theirs: Mapping[str, Any], names: Iterable[str]) -> CheckpointError | None:
-    """That the tensors, by config.json or by their names, are not numbers as they are."""
-    said = next((theirs[key] for key in QUANTISATION if theirs.get(key)), None)
+def find_quantised(where: Path, config_json: Mapping[str, Any], names: Iterable[str]) -> CheckpointError | None:
+    """The error for tensors that are quantised according to config.json or to their names, or None."""
+    given = next((config_json[key] for key in QUANTISATION if config_json.get(key)), None)
     example = next(filter(_QUANTISED.search, names), None)
-    if said is None and example is None:
+    if given is None and example is None:
         return None
-    config = said if isinstance(said, dict) else {}
+    config = given if isinstance(given, dict) else {}
     method = config.get("quant_method")
     if isinstance(method, str):
         reason = quoted(method)[1:-1]
     elif config.get("load_in_4bit") or config.get("load_in_8bit"):
         reason = method = "bitsandbytes"
-    elif "quantization" in theirs:
+    elif "quantization" in config_json:
         reason = "mlx"
-    elif said is not None:
-        reason = f"quantization_config={quoted(said)}"
+    elif given is not None:
+        reason = f"quantization_config={quoted(given)}"
     else:
         reason = f"it has {quoted(example)}"
     problem = f"it is quantised ({reason}), and only tensors of plain numbers are read. Take the model it was made from"
-    name = transformers_class(theirs)
+    name = transformers_class(config_json)
     if method in _FULL_SIZE:
         config_class = _FULL_SIZE[method].partition("(")[0]
         problem += (
@@ -91,19 +91,19 @@ def find_quantised(where: Path, theirs: Mapping[str, Any], names: Iterable[str])
     return CheckpointError(where, problem + ".")
 
 
-def no_tensors(where: object, names: Iterable[str], theirs: Mapping[str, Any], wanted: str) -> CheckpointError:
-    """What to do with a folder of files with these `names`, none of which is read.
+def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, Any], wanted: str) -> CheckpointError:
+    """The error for a folder in which no file of tensors can be read, with advice.
 
     Args:
         where: the folder, or its name on the hub.
         names: of its files.
-        theirs: its config.json.
+        config_json: the content of its config.json.
         wanted: the files that it must hold.
     """
-    found, name = sorted(names), transformers_class(theirs)
+    found, name = sorted(names), transformers_class(config_json)
     convert = f"from transformers import {name}; {name}.from_pretrained({str(where)!r}"
     pickles = [file for file in found if file.endswith(_PICKLES)]
-    known = [file for file in pickles if file.startswith("pytorch_model")]  # transformers reads no others
+    known = [file for file in pickles if file.startswith("pytorch_model")]  # the only names that transformers reads
     if pickles:
         file = (known or pickles)[0]
         how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "what wrote it"

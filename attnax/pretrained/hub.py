@@ -13,7 +13,7 @@ from attnax.pretrained.json_object import read_object
 __all__ = ["find_folder"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-# No format that can run code, no code, and not the same weights again for other programs.
+# Neither code nor a format that can run code, and no second copy of the weights for other programs.
 _FILES = [
     *("config.json", "generation_config.json", ADAPTER),
     *("modules.json", "1_Pooling/config.json", "2_Normalize/config.json", "sentence_*_config.json"),
@@ -25,18 +25,18 @@ _FILES = [
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder `name`, or that of the model of this name in the cache of the hub, where it is loaded into if needed.
+    """The folder `name`, or the folder of the model `name` in the cache of the hub, downloaded if needed.
 
-    The cache, the network and who asks are what huggingface_hub's variables say: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT,
-    HF_TOKEN.
+    The environment variables of huggingface_hub choose the cache, the network and the account: HF_HOME, HF_HUB_OFFLINE,
+    HF_ENDPOINT, HF_TOKEN.
 
     Args:
-        name: of a folder, or if there is none and it is a string, of a model.
+        name: of a folder, or, if it is a string and no folder has this name, of a model.
         revision: of a model: a branch, a tag or a commit; by default its main branch.
 
     Raises:
-        CheckpointError: there is no such folder, and the hub cannot be asked, knows no such model, or has none of the
-            files that are read; or a revision of a folder.
+        CheckpointError: there is no such folder, and the hub cannot be reached, has no such model, or has no file that
+            can be read; or a revision of a folder is given.
     """
     folder = Path(name)
     try:
@@ -55,22 +55,22 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
             name, f"there is no such folder in {folder.parent}, and because of that folder the hub is not asked for it."
         )
     try:
-        import huggingface_hub  # of the extra
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library, whichever
+        import huggingface_hub  # an optional dependency
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
     except ModuleNotFoundError as error:
         raise CheckpointError(
             name,
             "there is no such folder. To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'",
         ) from error
     try:
-        # What is cached is not loaded again.
+        # Cached files are not downloaded again.
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(name, _reason(name, revision, error)) from error
     if not any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
         try:
             names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        except (HTTPError, OSError, ValueError):  # then it is not known what is there in their place
+        except (HTTPError, OSError, ValueError):  # then the advice does not name the model's files
             names = []
         config = folder / "config.json"
         raise no_tensors(name, names, read_object(config) if config.exists() else {}, WANTED)
@@ -78,22 +78,22 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def _reason(name: str, revision: str | None, error: Exception) -> str:
-    """Why the hub gave no model, and what to do."""
+    """Why the hub gave no model, with advice."""
     from huggingface_hub import constants, errors
 
     said = next(iter(str(error).strip().splitlines()), "")
     log_in = "then: hf auth login"
     if isinstance(error, errors.GatedRepoError):
-        return f"its owner asks who wants it. Ask on {constants.ENDPOINT}/{name}, {log_in} ({said})."
+        return f"access needs its owner's permission. Ask for it on {constants.ENDPOINT}/{name}, {log_in} ({said})."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such folder, and the hub has no such model for all to read. If you may read it, make a token "
-            f"on {constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
+            "there is no such folder, and the hub has no such public model. To read a private one, make a token on "
+            f"{constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the hub has this model, but no such revision of it; got revision={revision!r}."
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"the hub refuses your token or lacks it. Make one on its page, {log_in} ({said})."
+        return f"the hub refuses your token, or got none. Make one on its page, {log_in} ({said})."
     if constants.HF_HUB_OFFLINE:
         return (
             "there is no such folder, nor all of such a model in the cache of the Hugging Face hub, and HF_HUB_OFFLINE "

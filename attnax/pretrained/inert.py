@@ -1,41 +1,67 @@
-"""Keys that files carry beside those of their family, and with which values they change nothing.
+"""Keys of a config.json that change nothing in what a model computes.
 
-No class in transformers reads them for the families that are read here.
+`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they are of
+other families, and no class in transformers reads them for the families here. They change nothing with any value, or
+with the values in `HARMLESS_VALUES`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ANY_VALUE", "HARMLESS_VALUES", "is_inert"]
+__all__ = ["ANY_VALUE", "HARMLESS", "HARMLESS_VALUES", "is_inert"]
+
+HARMLESS = frozenset(
+    {
+        # the origin of the file
+        *("_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype"),
+        # of texts rather than of the model: tokens, tasks
+        *("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix"),
+        *("task_specific_params", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),
+        # how transformers generates a text: generation_config.py reads these
+        *("do_sample", "temperature", "top_k", "top_p", "max_length", "min_length", "num_beams", "repetition_penalty"),
+        *("max_new_tokens", "early_stopping", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
+        *("encoder_no_repeat_ngram_size", "num_beam_groups", "diversity_penalty", "typical_p", "penalty_alpha"),
+        *("epsilon_cutoff", "eta_cutoff", "min_p", "min_new_tokens", "bad_words_ids", "suppress_tokens"),
+        *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+        *("exponential_decay_length_penalty", "cache_implementation", "guidance_scale"),
+        *("sequence_bias", "encoder_repetition_penalty", "stop_strings", "max_time"),
+        # how transformers computes, and what it returns
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
+        *("_attn_implementation", "_attn_implementation_autoset", "chunk_size_feed_forward", "gradient_checkpointing"),
+        # initial weights and training; loaded models have no dropout
+        *("initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout", "classifier_dropout"),
+    }
+)
+"""Keys of any config.json that change nothing in what a trained model computes."""
 
 ANY_VALUE = frozenset(
     {
-        # who wrote the file, for whom, and the class for those who run code of others
+        # the origin of the file, and the class that programs which run foreign code load
         *("auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version", "model_name", "base_model_name"),
         *("finetuned_from", "trust_remote_code", "attn_implementation", "experts_implementation", "keys_to_ignore"),
-        # the files of the first versions of transformers, and what their classes in TensorFlow did
+        # of the first versions of transformers and their classes in TensorFlow
         *("tie_weights_", "n_special", "predict_special_tokens", "output_past", "tf_legacy_loss", "xla_device"),
         *("is_composition", "output_scores", "return_dict_in_generate"),
-        # texts: how long they may be, and which tokens stand for what
+        # of texts: their length, and the meaning of tokens
         *("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "model_max_length", "language"),
         *("unk_token_id", "cls_token_id", "mask_token_id", "pad_token", "bos_token", "eos_token", "vocab_file"),
-        # how it is computed, the same numbers
+        # how the same numbers are computed
         *("use_flash_attn", "use_flash_attention", "use_flash_attention_2", "flash_attention", "use_xformers"),
         *("pretraining_tp", "tensor_parallel", "pad_vocab_size_multiple", "unpad_inputs", "fused_mlp"),
-        # training; models come without dropout
+        # of training; loaded models have no dropout
         *("neftune_noise_alpha", "dropout", "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"),
         *("attention_dropout_prob", "activation_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "layerdrop"),
         *("embedding_dropout", "classifier_dropout_prob", "pooler_dropout", "label_smoothing", "aux_loss_alpha"),
         *("initializer_cutoff_factor", "custom_pipelines"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "loss_type"),
-        # heads that are not read
+        # of heads that are not read
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
         *("summary_first_dropout", "pooler_hidden_act", "pooler_hidden_size"),
     }
 )
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
-    # what some other family does, and this file does not
+    # switches of other families, turned off
     **dict.fromkeys(
         (
             *("rope_interleaved", "tie_encoder_decoder", "use_sliding_window", "use_mrope", "alibi", "use_alibi"),
@@ -54,7 +80,7 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def is_inert(key: str, value: Any) -> bool:
-    """Whether a key that the family does not have changes nothing: null, of some program's own, or one of the table."""
+    """Whether a key that the family does not have changes nothing: it is null, private to a program, or in a table."""
     if value is None or key.startswith("_") or key in ANY_VALUE:
         return True
     return any(type(value) is type(harmless) and value == harmless for harmless in HARMLESS_VALUES.get(key, ()))

@@ -1,4 +1,4 @@
-"""JSON from strangers: one object or list, no key twice, no depth or size that could hurt."""
+"""JSON from foreign files: one object or list, no duplicate key, no harmful depth or size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_file(path: Path) -> BufferedReader:
     """The file, open for reading.
 
     Raises:
-        CheckpointError: there is none, or it must not be read.
+        CheckpointError: it is missing, or may not be read.
     """
     if not path.is_file():
         raise CheckpointError(path, "there is no such file.")
@@ -33,13 +33,13 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a file of at most 16 MiB.
 
     Raises:
-        CheckpointError: there is no such file, it is larger, or `parse_object` refuses what it holds.
+        CheckpointError: the file is missing or larger, or `parse_object` refuses its content.
     """
     return parse_object(path, _read(path))
 
 
 def read_list(path: Path) -> list[Any]:
-    """The list in a file, which is as `read_object` wants it."""
+    """The list in a file, under the conditions of `read_object`."""
     value = _parse(path, _read(path))
     if not isinstance(value, list):
         raise CheckpointError(path, f"it must hold a JSON list; got a {type(value).__name__}.")
@@ -55,10 +55,10 @@ def _read(path: Path) -> bytes:
 
 
 def parse_object(where: object, data: bytes) -> dict[str, Any]:
-    """The object that `data` spells.
+    """The object in `data`.
 
     Raises:
-        CheckpointError: no JSON (NaN and Infinity are none), no object, a key that comes twice in one object.
+        CheckpointError: it is no JSON (NaN and Infinity are not), no object, or one object has a key twice.
     """
     value = _parse(where, data)
     if not isinstance(value, dict):

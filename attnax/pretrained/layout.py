@@ -1,7 +1,7 @@
-"""How the axes of an array are laid out, as einops writes it: "(N 3 H) I -> I (3 N H)".
+"""Layouts of the axes of an array, in the notation of einops: "(N 3 H) I -> I (3 N H)".
 
-An axis is a letter or a number, which is its own size; axes in brackets are merged, and 1 may stand on one side only.
-Read from right to left a layout is its own inverse, so one line says how a checkpoint is read and how it is written.
+An axis is a letter, or a number that is its size. Axes in brackets are merged. The axis 1 may be on one side only. A
+layout read from right to left is its inverse, so that one line describes both reading and writing a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def reverse(layout: str) -> str:
 
 
 def arrange(array: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.ndarray:
-    """The array with its axes laid out otherwise; a view where NumPy can.
+    """The array in the new layout; a view if NumPy can make one.
 
     Args:
-        array: as the left side says.
+        array: in the layout of the left side.
         layout: both sides hold the same axes.
-        sizes: of axes, by their letters; of each group one may be left out.
+        sizes: of axes, by their letters; one axis of each group may be left out.
 
     Raises:
-        ValueError: the array is not as the left side says.
+        ValueError: the array does not fit the left side.
     """
     source, target = map(_groups, layout.split(" -> "))
     bound = _bind(source, array.shape, sizes)

@@ -21,9 +21,10 @@ from attnax.nn.stack import Stack, with_scan_layers
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
-from attnax.pretrained.family import Binding, Family, stacks
+from attnax.pretrained.family import Family, stacks
 from attnax.pretrained.hub import find_folder
-from attnax.pretrained.inspect import inspect_folder, parameter_name, parameter_shapes
+from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_name, parameter_shapes
+from attnax.pretrained.rules import Binding
 from attnax.pretrained.safetensors import empty_aligned, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
 from attnax.pretrained.tokenizer_file import load_tokenizer
@@ -31,7 +32,7 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Sharding", "load_pretrained", "save_pretrained"]
+__all__ = ["Sharding", "load_inspected", "load_pretrained", "save_pretrained"]
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -46,29 +47,29 @@ def load_pretrained(
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
-    All files are checked before a tensor is read; then they are read one at a time. The model gives what transformers
-    gives (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
+    All files are checked before a tensor is read; then the tensors are read one at a time. The model computes the same
+    as transformers (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
 
     Args:
-        folder: with the files; in place of `model.safetensors` several that `model.safetensors.index.json` names. A
+        folder: with the files; `model.safetensors` may be several files that `model.safetensors.index.json` names. A
             string that is no folder is the name of a model on the Hugging Face hub, such as "openai-community/gpt2",
             taken from its cache or, with the package huggingface_hub, from the hub.
-        dtype: of parameters and computation, by default that of the tensors.
-        sharding: where parameters go: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
+        dtype: of parameters and computation, by default the dtype of the tensors.
+        sharding: of the parameters: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
             such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
-        ignore: keys of config.json to pass over, such as one that is not known here and changes nothing. A key that is
-            read cannot be one of them.
+        ignore: keys of config.json to ignore, such as a key that is not known here and changes nothing. A key that
+            decides what the model computes cannot be ignored.
         revision: of a model on the hub: a branch, a tag or a commit; by default its main branch.
 
     Returns:
-        The model, of the class that docs/pretrained.md lists for the architecture (a SentenceEncoder where the folder
-        has the `modules.json` of sentence-transformers), whose `loaded_as` is the `model_type`; and a
-        `tokenizers.Tokenizer`, or None where the folder has no `tokenizer.json`. That of a SentenceEncoder cuts texts
+        The model, and a `tokenizers.Tokenizer`, or None if the folder has no `tokenizer.json`. docs/pretrained.md lists
+        the class of the model for each architecture; it is a SentenceEncoder if the folder has the `modules.json` of
+        sentence-transformers. Its `loaded_as` is the `model_type`. The tokenizer of a SentenceEncoder truncates texts
         and lowers their case as sentence-transformers does.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the files are not what the config says, or it says something that
-            is not supported; all that is wrong at once. The hub cannot be asked, or does not give the model.
+        CheckpointError: a file is missing or damaged, the files do not fit the config, or the config asks for something
+            that is not supported; all problems are named. Or the hub cannot be reached, or refuses the model.
         ValueError: a dtype that models do not have.
 
     Warns:
@@ -87,31 +88,36 @@ def load_pretrained(
         >>> model.config.d_ff, tokenizer
         (16, None)
     """
-    folder = find_folder(folder, revision)
-    seen = inspect_folder(folder, dtype, ignore)
+    return load_inspected(inspect_folder(find_folder(folder, revision), dtype, ignore), sharding)
+
+
+def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[Any, tokenizers.Tokenizer | None]:
+    """`load_pretrained` of a folder whose config.json and headers are read already."""
     family, checkpoint, config = seen.require()
     if seen.inert:
         warnings.warn(
-            f"load_pretrained: {folder / 'config.json'} has keys that no {family.model_type} reads, and which change "
-            f"nothing in what it computes: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
-            stacklevel=2,
+            f"load_pretrained: {seen.folder / 'config.json'} has keys that no {family.model_type} reads, and which "
+            f"change nothing in what it computes: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
+            stacklevel=3,
         )
     assert seen.abstract is not None
     (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
     _check_tied(config, family, checkpoint, bindings)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(seen.folder / "tokenizer.json")
     if tokenizer is not None and pooling is not None:
-        fit_tokenizer(tokenizer, folder, config)
+        fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: what is read last, beside all the others, is then small.
+    # The largest first: the last tensors, which are read while all others are in memory, are then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
-        for name, value in zip(binding.ours, binding.split(_read(checkpoint, binding, dtype)), strict=True):
+        for name, value in zip(binding.parameters, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
             arrays[name] = jax.device_put(value, where)  # transposes faster than NumPy does
     flat = [(path, variable.replace(arrays[parameter_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     model.loaded_as = family.model_type  # static, so that copies and `nnx.split` keep it
-    return model if pooling is None else SentenceEncoder(model, **pooling), tokenizer
+    if pooling is not None:
+        return SentenceEncoder(model, pool=pooling.pool, normalize=pooling.normalize), tokenizer
+    return model, tokenizer
 
 
 def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None) -> None:
@@ -120,10 +126,11 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Parameters are written in their own dtype, one at a time. A tokenizer is saved by its own `save`.
 
     Args:
-        model: such as a TransformerLM, whether loaded or made here, if some family has a place for all that it is.
+        model: such as a TransformerLM, whether it was loaded or made here; some family must have a place for everything
+            in it.
         folder: made if it is missing; files of these names in it are replaced.
-        family: a `model_type` of transformers to write it as. By default that which it was loaded as (`loaded_as` of
-            the model, which copies keep), if it still has a place for all of it, or else the first that has.
+        family: a `model_type` of transformers to write the model as. By default the model_type that it was loaded as
+            (`loaded_as` of the model, which copies keep), or, if that has no place for all of it, the first that has.
 
     Raises:
         CheckpointError: no family, or not the given one, has a place for something in the model.
@@ -139,20 +146,21 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     state = nnx.state(model, nnx.Param)
     parameters = _by_name(state)
     bindings = found.bind(model.config, parameter_shapes(state))
-    holder = {name: binding for binding in bindings for name in binding.theirs}
+    holder = {name: binding for binding in bindings for name in binding.tensors}
 
     def make(name: str) -> np.ndarray:
-        values = [np.asarray(parameters[ours][...]) for ours in holder[name].ours]
+        values = [np.asarray(parameters[parameter][...]) for parameter in holder[name].parameters]
         return holder[name].join(values, name)
 
     types = {
-        name: (np.dtype(parameters[binding.ours[0]].dtype), binding.tensor_shape) for name, binding in holder.items()
+        name: (np.dtype(parameters[binding.parameters[0]].dtype), binding.tensor_shape)
+        for name, binding in holder.items()
     }
     config["torch_dtype"] = str(jnp.result_type(*(dtype for dtype, _ in types.values())))
     folder = Path(folder)
     if sentence is None and (folder / MODULES).exists():
         raise CheckpointError(
-            folder, f"its {MODULES} would make a SentenceEncoder of what is written. Write into another folder."
+            folder, f"its {MODULES} would make the model a SentenceEncoder. Write it into another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE_FILE, types, make)
@@ -162,7 +170,7 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
 
 
 def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, Any]]:
-    """The family that a model is written as, and its config.json."""
+    """The family to write a model as, and its config.json."""
     name = type(model).__name__
     candidates = [family for family in FAMILIES if type(model) is family.model]
     if not candidates:
@@ -185,7 +193,7 @@ def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, A
 
 
 def _unwritable(model: Any) -> Iterator[str]:
-    """What a model was given beside its config, for which no config.json has a place."""
+    """One sentence for each part of a model that is not in its config, and for which no config.json has a place."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, TransformerDecoder) and not isinstance(module.self_mask, Causal):
             yield f"self_mask must be the causal one; got {module.self_mask!r}."
@@ -196,10 +204,10 @@ def _unwritable(model: Any) -> Iterator[str]:
 
 
 def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:
-    """Raises CheckpointError for a head that is not the embeddings, though the config says so."""
+    """Raises CheckpointError for a tensor that must repeat the embeddings and does not."""
     for name in set(family.repeats(config)) & checkpoint.tensors.keys():
-        embeddings = next(binding for binding in bindings if binding.ours[0].endswith("embed.tokens.embedding"))
-        info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.theirs[0]]
+        embeddings = next(binding for binding in bindings if binding.parameters[0].endswith("embed.tokens.embedding"))
+        info, other = checkpoint.tensors[name], checkpoint.tensors[embeddings.tensors[0]]
         if (info.dtype, info.shape) != (other.dtype, other.shape) or not same_data(info, other):
             problem = f"{name!r} must repeat the embeddings, since they are tied, and is another tensor."
             hint = "" if name in family.repeated else " Set tie_word_embeddings to false in config.json."
@@ -207,11 +215,11 @@ def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: S
 
 
 def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
-    """The tensor of a binding, or those of its experts one after the other."""
+    """The tensor of a binding, or the tensors of all experts stacked."""
     if not binding.stacked:
-        return checkpoint.read(binding.theirs[0], dtype)
-    whole = empty_aligned((len(binding.theirs), *binding.tensor_shape), dtype)
-    for expert, name in enumerate(binding.theirs):
+        return checkpoint.read(binding.tensors[0], dtype)
+    whole = empty_aligned((len(binding.tensors), *binding.tensor_shape), dtype)
+    for expert, name in enumerate(binding.tensors):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
 

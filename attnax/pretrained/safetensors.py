@@ -1,9 +1,9 @@
-"""The safetensors format, read and written with nothing taken on trust.
+"""The safetensors format; nothing in a file is trusted.
 
 A file is 8 bytes (the length of the header, little-endian), the header, a JSON object
 `{name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}`, and the bytes of the tensors one after the
-other. A header is read whole, at most 16 MiB of it, and checked whole; memory for a tensor is taken when it is read,
-and by then its bytes are known to be there.
+other. A header has at most 16 MiB, and is read and checked completely. Memory for a tensor is allocated when the tensor
+is read; by then the file is known to hold its bytes.
 
 References:
     https://github.com/huggingface/safetensors#format
@@ -31,7 +31,7 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_FILE_BYTES = 1 << 50
 
-_DTYPES: dict[str, np.dtype[Any]] = {  # in the library's order of the data: wide to narrow, so that all are aligned
+_DTYPES: dict[str, np.dtype[Any]] = {  # the library writes wide dtypes first, so that all tensors are aligned
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
     "F64": np.dtype(np.float64),
@@ -53,13 +53,13 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is.
+    """Place, dtype and shape of a tensor.
 
     Attributes:
         path: of the file.
-        dtype: a NumPy dtype; bfloat16 and the 8-bit floats are those of ml_dtypes.
+        dtype: a NumPy dtype; bfloat16 and the 8-bit floats are dtypes of ml_dtypes.
         shape: as in the header.
-        start: its first byte, counted from the start of the file.
+        start: offset of its first byte in the file.
     """
 
     path: Path
@@ -77,10 +77,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file by name. Every byte after the header belongs to exactly one of them.
+    """The tensors of a file by name. Every byte after the header belongs to exactly one tensor.
 
     Raises:
-        CheckpointError: the file is missing, cut off, too long or damaged, with everything that is wrong in the header.
+        CheckpointError: the file is missing, cut off, too long or damaged; all problems of the header are named.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > MAX_JSON_BYTES:
             raise CheckpointError(path, f"a header must have at most {MAX_JSON_BYTES} bytes; got {length}.")
         data = file.read(length)
-    # Before anything is parsed: objects take hundreds of bytes of memory, and two in a file.
+    # Checked before parsing: an object takes hundreds of bytes in memory, and two in a file.
     if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
         raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
     header = parse_object(path, data)
@@ -123,7 +123,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
 
 
 def same_data(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors of one size hold the same bytes; a part of them is in memory at a time."""
+    """Whether two tensors of one size hold the same bytes; only a part of them is in memory at a time."""
     size = 16 << 20
     parts = np.empty((2, size), np.uint8)
     for start in range(0, one.num_bytes, size):
@@ -136,7 +136,7 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
-    """Fills `rest` with the tensor's bytes from `start` on."""
+    """Fills `rest` with the tensor's bytes from offset `start` on."""
     with open_file(info.path) as file:
         file.seek(info.start + start)
         while rest:
@@ -147,7 +147,7 @@ def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Like `np.empty`, at an address that JAX's CPU backend can use: `jax.device_put` of it copies nothing."""
+    """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
@@ -160,15 +160,17 @@ _ALIGNMENT = 64
 def write_tensors(
     path: Path, types: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], make: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a file as the safetensors library does, one tensor in memory at a time; it is there whole or not at all.
+    """Writes a file as the safetensors library does, with one tensor in memory at a time.
+
+    The file appears complete or not at all.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file; an existing file is replaced.
         types: dtype and shape of each tensor.
-        make: gives the array of a name.
+        make: returns the array of a name.
 
     Raises:
-        ValueError: a dtype that the format does not have, or an array that is not what `types` says.
+        ValueError: a dtype that the format does not have, or an array that does not fit `types`.
     """
     unknown = sorted({str(dtype) for dtype, _ in types.values() if dtype not in _CODES})
     if unknown:
@@ -177,7 +179,7 @@ def write_tensors(
         )
     order = list(_CODES)
     names = sorted(types, key=lambda name: (order.index(types[name][0]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     offset = 0
     for name in names:
         dtype, shape = types[name]
@@ -207,7 +209,11 @@ def _check_metadata(metadata: Any) -> list[str]:
 
 
 def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:
-    """Raises ValueError for an entry that no file could be right about."""
+    """The tensor of an entry of the header.
+
+    Raises:
+        ValueError: the entry is wrong, whatever the file holds.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("its entry must hold dtype, shape and data_offsets, and nothing else.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -228,14 +234,14 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], start: int, size: int) -> list[str]:
-    """What keeps the tensors from being all of the file after its header, one after the other."""
+    """Problems with the order of the tensors, which must fill the file after its header without gaps."""
     if len(tensors) > MAX_TENSORS:
         return [f"it must hold at most {MAX_TENSORS} tensors; got {len(tensors)}."]
     problems = []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if info.start != start:
             problems.append(
-                f"{name!r}: its data must begin at byte {start}, where what comes before it ends; got {info.start}."
+                f"{name!r}: its data must begin at byte {start}, the end of the data before it; got {info.start}."
             )
         start = info.start + info.num_bytes
     if start != size:

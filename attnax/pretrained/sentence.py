@@ -1,13 +1,14 @@
-"""What a folder of sentence-transformers has beside the encoder: how its hidden states become one vector."""
+"""The files of sentence-transformers that describe how the hidden states of an encoder become one vector."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnax.config import TransformerConfig
+from attnax.config import Pool, TransformerConfig
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerEncoder
 from attnax.pretrained.errors import CheckpointError, quoted
@@ -17,7 +18,7 @@ from attnax.pretrained.tokenizer_file import refusals_as
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["MODULES", "fit_tokenizer", "read_pooling", "write_pooling"]
+__all__ = ["MODULES", "Pooling", "fit_tokenizer", "read_pooling", "write_pooling"]
 
 MODULES = "modules.json"
 _POOLING = "1_Pooling"
@@ -35,12 +36,29 @@ _TRANSFORMERS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-ro
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
-def read_pooling(folder: Path) -> dict[str, Any] | None:
-    """The arguments of `SentenceEncoder` beside the encoder, or None where the folder has no `modules.json`.
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """What makes a `SentenceEncoder` of an encoder.
+
+    Attributes:
+        pool: of the `SentenceEncoder`.
+        normalize: of the `SentenceEncoder`.
+        file: the settings of the encoder, which may not exist.
+        settings: its content.
+    """
+
+    pool: Pool
+    normalize: bool
+    file: Path
+    settings: Mapping[str, Any]
+
+
+def read_pooling(folder: Path) -> Pooling | None:
+    """The pooling of a folder, or None if it has no `modules.json`.
 
     Raises:
-        CheckpointError: modules other than Transformer, Pooling (the mean or the first token) and Normalize, in order,
-            or of which the files say more than is understood.
+        CheckpointError: modules other than Transformer, Pooling (the mean or the first token) and Normalize, in this
+            order, or an unknown key or value in a file of a module.
     """
     where = folder / MODULES
     if not where.exists():
@@ -54,27 +72,33 @@ def read_pooling(folder: Path) -> dict[str, Any] | None:
             f"its modules must be {', '.join(_TYPES)} of sentence-transformers, of which the last may be missing, the "
             f"first in the folder itself and the second in {_POOLING}; got {quoted(types)} in {quoted(paths)}.",
         )
-    _check_module(_transformer_file(folder), "token_embeddings")
-    _check_module(folder / "2_Normalize" / "config.json", "sentence_embedding")
-    return {"pool": _read_pool(folder / _POOLING / "config.json"), "normalize": len(types) == len(_TYPES)}
+    file, normalize = _transformer_file(folder), folder / "2_Normalize" / "config.json"
+    settings = _read_if_there(file)
+    _check_module(file, settings, "token_embeddings")
+    _check_module(normalize, _read_if_there(normalize), "sentence_embedding")
+    pool = _read_pool(folder / _POOLING / "config.json")
+    return Pooling(pool, len(types) == len(_TYPES), file, settings)
 
 
 def _type(name: Any) -> Any:
-    """Such as Pooling; code of others keeps its whole name."""
-    is_theirs = isinstance(name, str) and name.startswith("sentence_transformers.")
-    return name.rpartition(".")[2] if is_theirs else name
+    """The last part of a type, such as "Pooling"; a type outside of sentence-transformers keeps its whole name."""
+    is_known = isinstance(name, str) and name.startswith("sentence_transformers.")
+    return name.rpartition(".")[2] if is_known else name
 
 
 def _transformer_file(folder: Path) -> Path:
-    """What sentence-transformers has to say of the encoder, by one of several names; there may be none."""
+    """The settings of the encoder, under one of several names; the file may not exist."""
     files = [folder / f"sentence_{kind}_config.json" for kind in _TRANSFORMERS]
     return next((file for file in files if file.exists()), files[0])
 
 
-def _check_module(file: Path, output: str) -> None:
-    """Raises CheckpointError where the file of a module says that it does what is not done here; there may be none."""
-    said: Mapping[str, Any] = read_object(file) if file.exists() else {}
-    modalities = said.get("modality_config")
+def _read_if_there(file: Path) -> Mapping[str, Any]:
+    return read_object(file) if file.exists() else {}
+
+
+def _check_module(file: Path, given: Mapping[str, Any], output: str) -> None:
+    """Raises CheckpointError if the file of a module describes another computation than the supported one."""
+    modalities = given.get("modality_config")
     known = {
         "transformer_task": "feature-extraction",
         "modality_config": {**modalities, "text": _FORWARD} if isinstance(modalities, dict) else {"text": _FORWARD},
@@ -82,53 +106,53 @@ def _check_module(file: Path, output: str) -> None:
         "module_output_name": output,
     }
     problems = [
-        f"{key} must be {expected!r}, which is all that is supported; got {key}={quoted(said[key])}."
+        f"{key} must be {expected!r}, which is all that is supported; got {key}={quoted(given[key])}."
         for key, expected in known.items()
-        if said.get(key, expected) != expected
+        if given.get(key, expected) != expected
     ]
     if problems:
         raise CheckpointError(file, problems)
 
 
-def _read_pool(file: Path) -> str:
-    """The pool of SentenceEncoder that the file of a Pooling says."""
-    said = read_object(file)
-    modes = said.get("pooling_mode", [mode for key, mode in _FLAGS.items() if said.get(key)] or "mean")
+def _read_pool(file: Path) -> Pool:
+    """The `pool` of a SentenceEncoder, from the file of a Pooling."""
+    given = read_object(file)
+    modes = given.get("pooling_mode", [mode for key, mode in _FLAGS.items() if given.get(key)] or "mean")
     modes = modes if isinstance(modes, list) else [modes]
-    unknown = sorted(said.keys() - _FLAGS.keys() - _POOLING_KEYS)
-    problems = [f"{key}={quoted(said[key])} is no field of a Pooling that is known here." for key in unknown]
+    unknown = sorted(given.keys() - _FLAGS.keys() - _POOLING_KEYS)
+    problems = [f"{key}={quoted(given[key])} is no field of a Pooling that is known here." for key in unknown]
     if modes not in (["mean"], ["cls"]):
         problems.append(f"pooling_mode must be 'mean' or 'cls'; got {quoted(modes)}.")
-    if said.get("include_prompt", True) is not True:
-        problems.append(f"include_prompt must be true; got include_prompt={quoted(said['include_prompt'])}.")
+    if given.get("include_prompt", True) is not True:
+        problems.append(f"include_prompt must be true; got include_prompt={quoted(given['include_prompt'])}.")
     if problems:
         raise CheckpointError(file, problems)
-    return str(modes[0])
+    return "mean" if modes == ["mean"] else "cls"
 
 
-def fit_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, config: TransformerConfig) -> None:
-    """Makes the tokenizer read texts as sentence-transformers does: how much of them, and whether in small letters."""
+def fit_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, pooling: Pooling, config: TransformerConfig) -> None:
+    """Sets truncation, padding and lower case as sentence-transformers does."""
     from tokenizers import normalizers
 
-    file, settings = _transformer_file(folder), folder / "tokenizer_config.json"
-    said: Mapping[str, Any] = read_object(file) if file.exists() else {}
-    length = said.get("max_seq_length")
-    if length is None and settings.exists():
-        length = read_object(settings).get("model_max_length")
+    length = pooling.settings.get("max_seq_length")
+    if length is None:
+        length = _read_if_there(folder / "tokenizer_config.json").get("model_max_length")
     limits = [] if config.pos_emb_type == "relative" else [config.max_len]
-    limits += [length] if type(length) is int and 0 < length < 2**31 else []  # a huge one is none
-    with refusals_as(lambda reason: CheckpointError(file, f"max_seq_length does not fit the tokenizer ({reason}).")):
+    limits += [length] if type(length) is int and 0 < length < 2**31 else []  # a huge length stands for no limit
+    with refusals_as(
+        lambda reason: CheckpointError(pooling.file, f"max_seq_length does not fit the tokenizer ({reason}).")
+    ):
         if limits:
             tokenizer.enable_truncation(min(limits))
-    if tokenizer.padding is not None:  # to the longest of a batch, not to a length
+    if tokenizer.padding is not None:  # to the longest text of a batch, not to a fixed length
         tokenizer.enable_padding(**tokenizer.padding | {"length": None})
-    if said.get("do_lower_case"):
+    if pooling.settings.get("do_lower_case"):
         parts = [normalizers.Lowercase(), *([] if tokenizer.normalizer is None else [tokenizer.normalizer])]
         tokenizer.normalizer = normalizers.Sequence(parts)
 
 
 def write_pooling(model: SentenceEncoder, folder: Path) -> None:
-    """Writes what `read_pooling` reads."""
+    """Writes the files that `read_pooling` reads."""
     types = _TYPES if model.normalize else _TYPES[:2]
     modules = [
         {

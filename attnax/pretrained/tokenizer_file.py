@@ -1,4 +1,4 @@
-"""The tokenizer.json of a published checkpoint, and what the library that reads it raises, in our words."""
+"""The tokenizer.json of a published checkpoint, and the errors of the library that reads it, in our words."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["load_tokenizer", "refusals_as"]
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer in a file, or None where there is nothing of this name.
+    """The tokenizer in a file, or None if the file does not exist.
 
     Raises:
-        CheckpointError: what is there is no tokenizer, or the tokenizers library is not installed.
+        CheckpointError: the file is no tokenizer, or the tokenizers library is not installed.
     """
     if not path.exists():
         return None
     if not path.is_file():
         raise CheckpointError(path, "it is no file.")
     try:
-        import tokenizers  # of the extra
+        import tokenizers  # an optional dependency
     except ModuleNotFoundError as error:
         raise CheckpointError(
             path, "reading it needs the package tokenizers. Install it with: pip install 'attnax[pretrained]'"
@@ -46,10 +46,10 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
 
 @contextlib.contextmanager
 def refusals_as(make: Callable[[str], InputError]) -> Iterator[None]:
-    """What the tokenizers library refuses inside is raised as `make(reason)`; everything else passes.
+    """Raises `make(reason)` in place of an error of the tokenizers library; other errors pass.
 
-    It raises `Exception` itself. Where a file asks for what its code never expected, Rust panics: that is a
-    PanicException, which is no `Exception` and cannot be imported, after a report of Rust's own on standard error.
+    The library raises `Exception` itself. A file that its code does not expect makes Rust panic: Rust reports that on
+    standard error and raises a PanicException, which is no `Exception` and cannot be imported.
     """
     try:
         yield

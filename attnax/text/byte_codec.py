@@ -13,7 +13,7 @@ __all__ = ["ByteCodec"]
 
 @dataclasses.dataclass(frozen=True)
 class ByteCodec:
-    """The tokens of a `Tokenizer`: each is bytes of its own, and the document token leads every text and ends it.
+    """The tokens of a `Tokenizer`: each token is a byte string, and the document token begins and ends every text.
 
     Attributes:
         tokenizer: of the bytes.
@@ -24,11 +24,11 @@ class ByteCodec:
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """What each token is."""
+        """The tokens by their text."""
         return self.tokenizer.vocabulary
 
     def encode(self, prompt: bytes) -> list[int]:
-        """The document token, and those of the prompt."""
+        """The document token, and the tokens of the prompt."""
         return [DOCUMENT, *self.tokenizer.encode(prompt).tolist()]
 
     def encode_stop(self, stop: str) -> list[int]:
@@ -41,7 +41,7 @@ class ByteCodec:
         return _TokenDecoder(self.tokenizer, before)
 
     def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """The bytes of the tokens, whatever comes before them."""
+        """Number of bytes of the tokens; `before` has no effect."""
         return len(self.tokenizer.decode(tokens))
 
 

@@ -1,4 +1,4 @@
-"""How text becomes tokens and tokens become text, whatever made the tokenizer."""
+"""Text to tokens and tokens to text, for any kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 __all__ = ["ByteDecoder", "Codec", "Decoder", "TextStream", "spell"]
 
-REPLACEMENT = "\ufffd"  # in place of bytes that are no character
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 
 
 @runtime_checkable
@@ -16,15 +16,15 @@ class Decoder(Protocol):
     """Tokens to text, one at a time."""
 
     def feed(self, token: int) -> str:
-        """What is certain of the text once this token is read, and was not before."""
+        """The part of the text that this token makes certain."""
 
     def finish(self) -> str:
-        """What is left when no token follows."""
+        """The rest of the text when no token follows."""
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """How text becomes tokens, and tokens text."""
+    """Text to tokens, and tokens to text."""
 
     @property
     def ends(self) -> Sequence[int]:
@@ -32,30 +32,30 @@ class Codec(Protocol):
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """What each token is; models may only work on the same tokens where this is equal."""
+        """The tokens by their text; two models may share tokens only if this is equal."""
 
     def encode(self, prompt: bytes) -> list[int]:
-        """What the model reads: the tokens of a prompt, and what a text starts with.
+        """The tokens that the model reads: the start of a text, and the prompt.
 
         Raises:
-            InputError: it cannot be said in tokens, or there are none.
+            InputError: the prompt has no tokens.
         """
 
     def encode_stop(self, stop: str) -> list[int]:
-        """Tokens that surely spell a text with `stop` in it, or none where that cannot be said."""
+        """Tokens whose text contains `stop`; empty if no such tokens are certain."""
 
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
-        """Decodes the tokens that follow those of `before`, whose text is shown already."""
+        """A decoder for the tokens after `before`, whose text is shown already."""
 
     def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """The bytes that the tokens spell after those of `before`."""
+        """Number of bytes that the tokens add to the text of `before`."""
 
 
 class ByteDecoder:
-    r"""Bytes to text: characters once they are whole, and U+FFFD for what cannot become one.
+    r"""Bytes to text: characters once they are complete, and U+FFFD for bytes that cannot become a character.
 
     Args:
-        before: bytes whose text is shown already; where they end inside a character, that of U+FFFD.
+        before: bytes whose text is shown already, with U+FFFD for a character that is not complete at their end.
 
     Example:
         >>> from attnax.text import ByteDecoder
@@ -75,7 +75,7 @@ class ByteDecoder:
         return self._new(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """U+FFFD for a character that was begun."""
+        """U+FFFD for a character that is not complete."""
         return self._new(self._decoder.decode(b"", final=True))
 
     def _new(self, text: str) -> str:
@@ -88,8 +88,8 @@ class ByteDecoder:
 class TextStream:
     """The text of tokens, one at a time, up to the stop that is complete first.
 
-    Characters that may yet become a stop are held back until they cannot. If one token completes several stops, the
-    first to end counts, as if characters came one by one.
+    Characters that may become a stop are held back until they cannot. If one token completes several stops, the stop
+    that ends first counts, as if characters came one by one.
 
     Args:
         decoder: of the tokens.
@@ -117,7 +117,7 @@ class TextStream:
         return "" if self.stopped else self._release(self._decoder.feed(token))
 
     def finish(self) -> str:
-        """The text that is left when no token follows."""
+        """The rest of the text when no token follows."""
         if self.stopped:
             return ""
         text = self._release(self._decoder.finish()) + self._held
@@ -145,6 +145,6 @@ def spell(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
 
 
 def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Number of characters at the end of `text` that are the beginning of `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""A model that writes text, whatever folder it came from: the model, and how text becomes tokens and tokens text."""
+"""A model that writes text, together with its codec, whatever kind of folder it came from."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ __all__ = ["TextModel", "Translator", "prompt_array"]
 
 @dataclasses.dataclass(frozen=True)
 class TextModel:
-    """A language model with its tokens. It goes on with its prompt.
+    """A language model with its codec. The text that it writes continues the prompt.
 
     Attributes:
-        folder: that it came from.
+        folder: that the model came from.
         model: such as `TransformerLM`.
         codec: of its tokens.
-        settings: how its authors let it write.
+        settings: with which its authors generate text.
     """
 
     folder: Path
     model: Any
     codec: Codec
     settings: GenerationSettings = dataclasses.field(default_factory=GenerationSettings, kw_only=True)
-    goes_on: ClassVar[bool] = True  # the prompt stands before what is written
+    goes_on: ClassVar[bool] = True  # the text begins with the prompt
 
     @property
     def config(self) -> TransformerConfig:
-        """Of what writes."""
+        """The config of the decoder."""
         config: TransformerConfig = self.model.config
         return config
 
     @property
     def context(self) -> int | float:
-        """Tokens of the longest text; infinite where positions are relative, which have no longest."""
+        """Number of tokens of the longest text; infinite for relative positions."""
         return _longest(self.config)
 
     def begin(self, ids: Sequence[int]) -> list[int]:
-        """What stands before the first token that is written, given the prompt's."""
+        """The tokens before the first new token, for a prompt of these tokens."""
         return list(ids)
 
     def options(self, room: int) -> dict[str, Any]:
-        """What the model's `generate`, `stream` and `beam_search` take beside the prompt, to write `room` tokens."""
+        """Keywords of the model's `generate`, `stream` and `beam_search` for at most `room` new tokens."""
         return {"max_new_tokens": room}
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raises InputError for a prompt that the model cannot read, whatever it writes."""
+        """Raises InputError for a prompt that the model cannot read."""
         _check_ids(ids, self.config, self.folder)
 
     def log_prob(self, ids: Sequence[int], rows: Sequence[Sequence[int]]) -> list[float]:
-        """What the model, read once over all of it, gives each text after the prompt."""
+        """The log-probability of each text after the prompt, from one forward pass."""
         begin = self.begin(ids)
         longest = max(map(len, rows))
-        texts = np.zeros((len(rows), len(begin) + longest), np.int32)  # what follows a text changes nothing in it
+        texts = np.zeros((len(rows), len(begin) + longest), np.int32)  # padding at the end changes no earlier token
         for text, row in zip(texts, rows, strict=True):
             text[: len(begin) + len(row)] = [*begin, *row]
         given = np.asarray(self._log_probs(ids, jnp.asarray(texts[:, :-1])))
@@ -83,10 +83,10 @@ class TextModel:
 
 @dataclasses.dataclass(frozen=True)
 class Translator(TextModel):
-    """An encoder-decoder with its tokens. It reads its prompt, and writes a text of its own.
+    """An encoder-decoder with its codec. Its encoder reads the prompt, and its decoder writes a new text.
 
     Attributes:
-        start: the token that such a text starts with.
+        start: the token that starts the new text.
     """
 
     start: int
@@ -94,7 +94,7 @@ class Translator(TextModel):
 
     @property
     def config(self) -> TransformerConfig:
-        """Of what writes."""
+        """The config of the decoder."""
         config: TransformerConfig = self.model.decoder.config
         return config
 
@@ -103,11 +103,11 @@ class Translator(TextModel):
         return [self.start]
 
     def options(self, room: int) -> dict[str, Any]:
-        """As in a `TextModel`."""
+        """Like that of a `TextModel`."""
         return {"max_length": room, "start_token": self.start}
 
     def check(self, ids: Sequence[int]) -> None:
-        """As in a `TextModel`."""
+        """Like that of a `TextModel`."""
         encoder = self.model.encoder.config
         _check_ids(ids, encoder, self.folder)
         _check_ids([self.start], self.config, self.folder)

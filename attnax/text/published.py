@@ -9,11 +9,11 @@ from attnax.config import Dtype
 from attnax.errors import InputError
 from attnax.models import Transformer, TransformerLM
 from attnax.models.sentence import SentenceEncoder
-from attnax.pretrained import load_pretrained
-from attnax.pretrained.foreign import ADAPTER, find_adapter
+from attnax.pretrained.foreign import ADAPTER
 from attnax.pretrained.generation_config import read_generation_config
-from attnax.pretrained.inspect import find_family
+from attnax.pretrained.inspect import inspect_folder
 from attnax.pretrained.json_object import read_object
+from attnax.pretrained.models import load_inspected
 from attnax.pretrained.sentence import MODULES
 from attnax.text.model import TextModel, Translator
 from attnax.text.published_codec import PublishedCodec
@@ -22,7 +22,7 @@ __all__ = ["is_published", "open_published"]
 
 
 def is_published(folder: Path) -> bool:
-    """Whether this is the folder of a published checkpoint, be it whole or not, rather than that of a run.
+    """Whether the folder is a published checkpoint, complete or not; if not, it is a run folder.
 
     Raises:
         InputError: it is neither, or its config.json is not one object of JSON of at most 16 MiB.
@@ -38,21 +38,18 @@ def is_published(folder: Path) -> bool:
 
 
 def open_published(folder: Path, dtype: Dtype | None = None, *, ignore: Collection[str] = ()) -> TextModel:
-    """The model of a published checkpoint and its tokens, in the dtype of its tensors unless another is given.
+    """The model of a published checkpoint, with its codec and its settings. Each file is read once.
 
     Args:
         folder: of the checkpoint.
-        dtype: of parameters and computation.
-        ignore: keys of config.json that are passed over.
+        dtype: of parameters and computation, by default the dtype of the tensors.
+        ignore: keys of config.json to ignore.
 
     Raises:
-        InputError: it cannot be loaded, writes no text, or has no tokenizer.json.
+        InputError: the checkpoint cannot be loaded, writes no text, or has no tokenizer.json.
     """
-    adapter = find_adapter(folder)
-    if adapter is not None:
-        raise adapter
-    theirs = read_object(folder / "config.json")
-    kind = find_family(theirs, folder / "config.json").model
+    seen = inspect_folder(folder, dtype, ignore)
+    kind = seen.require_family().model
     if kind not in (TransformerLM, Transformer):
         kind = SentenceEncoder if (folder / MODULES).is_file() else kind
         raise InputError(
@@ -64,8 +61,8 @@ def open_published(folder: Path, dtype: Dtype | None = None, *, ignore: Collecti
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder). One of the tokenizers library is saved by "
             "its own save('.../tokenizer.json')."
         )
-    settings = read_generation_config(folder)
-    model, tokenizer = load_pretrained(folder, dtype=dtype, ignore=ignore)
+    settings = read_generation_config(folder, seen.config_json)
+    model, tokenizer = load_inspected(seen)
     assert tokenizer is not None
     ends, start = settings.eos_token_id, settings.bos_token_id
     if not isinstance(model, Transformer):

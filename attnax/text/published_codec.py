@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["PublishedCodec"]
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_CONTEXT = 8  # tokens that decide on spaces between, and on the bytes of a character that is not whole
+_CONTEXT = 8  # number of tokens that decide about spaces between them, and about an incomplete character
 _LONGEST_RUN = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedCodec:
-    """The tokens of a `tokenizers.Tokenizer`, whose special ones are read and not printed.
+    """The tokens of a `tokenizers.Tokenizer`. Special tokens are read and not printed.
 
     Attributes:
-        tokenizer: which then neither pads nor cuts.
+        tokenizer: its padding and truncation are switched off.
         ends: tokens that end a text.
-        start: what an empty text starts with, where the tokenizer puts nothing before a text.
-        whole: a prompt is a whole text, and keeps the end that the tokenizer puts after one.
+        start: the token that starts an empty text, if the tokenizer puts no tokens before a text.
+        whole: whether a prompt is a complete text, and keeps the tokens that the tokenizer puts after a text.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -46,7 +46,7 @@ class PublishedCodec:
 
     @cached_property
     def vocabulary(self) -> Mapping[str, int]:
-        """What each token is."""
+        """The tokens by their text."""
         vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         return vocabulary
 
@@ -54,16 +54,16 @@ class PublishedCodec:
     def _silent(self) -> frozenset[int]:
         """Tokens that are not printed."""
         added = self.tokenizer.get_added_tokens_decoder()
-        return frozenset([*self.ends, *(token for token, what in added.items() if what.special)])
+        return frozenset([*self.ends, *(token for token, kind in added.items() if kind.special)])
 
     @cached_property
     def spells_bytes(self) -> bool:
-        """Whether what has no token of its own is spelled in tokens such as <0xE2>."""
+        """Whether text without a token of its own is spelled in bytes: tokens such as <0xE2>."""
         token = self.tokenizer.token_to_id("<0x41>")
         return token is not None and self.decode([token]) == "A"
 
     def encode(self, prompt: bytes) -> list[int]:
-        """The tokens of the prompt, after those that the tokenizer puts before a text and it does not begin with."""
+        """The tokens of the prompt, and before them the tokens that the tokenizer puts before a text, if missing."""
         text = prompt.decode("utf-8", "replace")
         around = self._encode(text or "a")
         count = len(list(itertools.takewhile(bool, around.special_tokens_mask)))
@@ -73,7 +73,7 @@ class PublishedCodec:
         if self.whole:
             ids = self._encode(text).ids[len(start) if begins_with_start else 0 :]
         elif not begins_with_start:
-            # What the tokenizer puts after a text, such as BERT's [SEP], would end this one before it is written.
+            # The tokens that the tokenizer puts after a text, such as BERT's [SEP], would end the new text at once.
             ids = start + ids
         if ids:
             return ids
@@ -85,24 +85,24 @@ class PublishedCodec:
         return [self.start]
 
     def encode_stop(self, stop: str) -> list[int]:
-        """The tokens of `stop`, unless they spell something else, as those of a lower-case tokenizer may."""
+        """The tokens of `stop`; empty if their text is another, as with a tokenizer that changes case."""
         ids = self._encode(stop, add_special_tokens=False).ids
         return ids if stop in self.decode(ids) else []
 
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
-        """Gives what each token adds to `tokenizer.decode` of all, as soon as no token to come can change it.
+        """A decoder of the tokens' text, `tokenizer.decode` of all of them, in pieces that no later token changes.
 
-        A tokenizer that rewrites what several tokens spell together is decoded as it comes.
+        A tokenizer that rewrites the text of several tokens together is decoded without waiting for that.
         """
         return _RunDecoder(self, before) if self.spells_bytes else _WindowDecoder(self, before)
 
     def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """The bytes, in UTF-8, of the text that the tokens add."""
+        """Number of bytes, in UTF-8, of the text that the tokens add."""
         decoder = self.decoder(before)
         return sum(len(piece.encode()) for piece in (*map(decoder.feed, tokens), decoder.finish()))
 
     def is_shown(self, token: int) -> bool:
-        """Whether the token has a text; vocabularies of models may be padded."""
+        """Whether the token has a text; padding in the vocabulary of a model has none."""
         return token not in self._silent and self.tokenizer.id_to_token(token) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -123,9 +123,9 @@ class PublishedCodec:
 
 
 class _WindowDecoder:
-    """Decodes each token together with a few before it; what their text has more than before is the token's.
+    """Decodes each token together with a few tokens before it; the token's text is what it adds.
 
-    U+FFFD at the end is uncertain: the bytes of a character may be several tokens.
+    U+FFFD at the end is uncertain, since the bytes of a character may be several tokens.
     """
 
     def __init__(self, codec: PublishedCodec, before: Sequence[int]):
@@ -148,8 +148,8 @@ class _WindowDecoder:
         return self._tell(text, text)
 
     def _tell(self, text: str, certain: str) -> str:
-        """What `certain`, of the text of the window, has more than was told."""
-        # A prompt that ends inside a character was told with U+FFFD, of which the character takes the place.
+        """The part of `certain`, a prefix of the window's `text`, that was not told yet."""
+        # For a prompt that ends inside a character, U+FFFD was told; the character replaces it.
         same = _num_shared(self._told, text)
         if len(certain) <= same:
             return ""
@@ -163,16 +163,16 @@ class _WindowDecoder:
 
 
 def _num_shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Length of the longest common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class _RunDecoder(_WindowDecoder):
-    """As `_WindowDecoder`, for tokenizers that spell bytes: those in a row are characters all together or not at all.
+    """A `_WindowDecoder` for tokenizers that spell bytes: a run of bytes is either all characters or has none.
 
-    A run of bytes is told when it ends, or once it cannot be characters any more; a very long one where a character
-    ends.
+    A run of bytes is told when it ends, or once it can no longer be characters. A very long run is told at the end of a
+    character.
     """
 
     def __init__(self, codec: PublishedCodec, before: Sequence[int]):
@@ -182,11 +182,11 @@ class _RunDecoder(_WindowDecoder):
             self._run.add(_byte_of(codec, token))
         super().__init__(codec, shown)
         self._window = shown[-self._run.num_tokens() :]
-        # A character that was begun was told as one U+FFFD, whatever `decode` makes of the run that it is in.
+        # An incomplete character was told as one U+FFFD, whatever `decode` makes of its run.
         whole = self._window[: len(self._window) - self._run.num_begun]
         self._told = codec.decode(whole) + (REPLACEMENT if self._run.num_begun else "")
 
-        self._held = 0  # bytes that were fed and not told
+        self._held = 0  # number of bytes that were fed and not told
 
     def feed(self, token: int) -> str:
         if not self._codec.is_shown(token):
@@ -194,16 +194,16 @@ class _RunDecoder(_WindowDecoder):
         byte, was_open = _byte_of(self._codec, token), self._run.is_open
         is_whole = not self._run.num_begun
         self._run.add(byte)
-        spoiled = ""
-        if self._run.is_spoiled or (byte is None and was_open and not is_whole):
-            # Of the run, what stood in the prompt is shown already.
-            spoiled, self._held = REPLACEMENT * (self._held + (byte is not None)), 0
+        broken = ""
+        if self._run.is_broken or (byte is None and was_open and not is_whole):
+            # The part of the run in the prompt is shown already.
+            broken, self._held = REPLACEMENT * (self._held + (byte is not None)), 0
             self._cut(1)
         self._window.append(token)
         if byte is not None:
-            if self._run.is_spoiled:
+            if self._run.is_broken:
                 self._cut(1)
-                return spoiled
+                return broken
             if self._run.is_open:
                 self._held += 1
                 return ""
@@ -213,7 +213,7 @@ class _RunDecoder(_WindowDecoder):
         kept = self._run.num_tokens()
         if kept < _CONTEXT or len(self._window) > 2 * _CONTEXT:
             self._cut(kept)
-        return spoiled + new
+        return broken + new
 
     def finish(self) -> str:
         if self._run.num_begun:
@@ -222,32 +222,33 @@ class _RunDecoder(_WindowDecoder):
 
 
 class _Run:
-    """The tokens of one byte each at the end of a text.
+    """The run of single-byte tokens at the end of a text.
 
     Attributes:
-        is_spoiled: whether they can be no characters any more.
-        is_open: whether they may be characters, or not, by what follows.
-        num_begun: bytes of a character that is not whole.
+        is_broken: whether the bytes can no longer be characters.
+        is_open: whether the next token decides if the bytes are characters.
+        num_begun: number of bytes of an incomplete character at the end.
     """
 
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
-        self.is_spoiled = self.is_open = self._is_cut = False
-        self._size = self._size_of_last = self.num_begun = 0  # bytes of the run, of its last whole character, after it
+        self.is_broken = self.is_open = self._is_cut = False
+        # Numbers of bytes: of the run, of its last complete character, and after that character.
+        self._size = self._size_of_last = self.num_begun = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def add(self, byte: bytes | None) -> None:
-        """A token follows, of a byte or of something else."""
+        """Adds the next token: its byte, or None for another token."""
         if byte is None:
             self._begin()
-        if byte is None or self.is_spoiled:
+        if byte is None or self.is_broken:
             return
         try:
             character = self._decoder.decode(byte)
         except UnicodeDecodeError:
-            self.is_spoiled, self.is_open, self.num_begun = True, False, 0
+            self.is_broken, self.is_open, self.num_begun = True, False, 0
             return
         self._size += 1
         self.num_begun += 1
@@ -258,13 +259,13 @@ class _Run:
             self._is_cut, self._size = True, self._size_of_last
 
     def num_tokens(self) -> int:
-        """How many tokens at the end decide on what can follow."""
-        if self.is_spoiled:
+        """Number of tokens at the end that can change the text of the next token."""
+        if self.is_broken:
             return 1
         return self._size if self._is_cut else self._size + _CONTEXT
 
 
 def _byte_of(codec: PublishedCodec, token: int) -> bytes | None:
-    """The byte that a token is, if it is one."""
+    """The byte of a token such as <0xE2>; None for other tokens."""
     match = _BYTE.fullmatch(str(codec.tokenizer.id_to_token(token)))
     return None if match is None else bytes.fromhex(match[1])

@@ -1,7 +1,7 @@
-"""Text to token ids and back, exactly: any byte string survives the round trip.
+"""Text to token ids and back, without loss for any byte string.
 
-The `tokenizers` library works on characters, so bytes travel as Latin-1, one character a byte. Id 0 is the document
-token, which leads every document; ids 1 to 256 are the single bytes; byte-pair encoding adds its merges after them.
+The `tokenizers` library works on characters; each byte is one character of Latin-1. Id 0 is the document token, which
+begins every document. Ids 1 to 256 are the single bytes. Byte-pair encoding adds its merges after them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["DOCUMENT", "NUM_BYTE_TOKENS", "Tokenizer", "byte_tokenizer", "train_
 DOCUMENT = 0
 NUM_BYTE_TOKENS = 257
 _DOCUMENT_TEXT = "<|document|>"
-# Where merges may not cross: words and numbers (up to three digits) with the space before them, runs of signs,
-# a newline with the indentation after it.
+# No merge crosses the ends of these pieces: a word or up to three digits with the space before it, a run of signs, a
+# newline with the indentation after it.
 _PIECES = r" ?[A-Za-z_\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9_\x80-\xff]+|\n[ \n]*|\s+"
 
 
 class Tokenizer:
-    """A byte-level tokenizer: the `tokenizers` library's object, and bytes in and out."""
+    """A byte-level tokenizer of the `tokenizers` library, with bytes in and out."""
 
     def __init__(self, model: tokenizers.Tokenizer):
-        model.encode_special_tokens = True  # text that spells out the document token stays text
+        model.encode_special_tokens = True  # the spelling of the document token in a text stays text
         self._model = model
         tokens = {token: text for text, token in model.get_vocab().items()}
         self._bytes = [b"", *(tokens[token].encode("latin-1") for token in range(1, len(tokens)))]
@@ -41,7 +41,7 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The ids by what they stand for, a character a byte."""
+        """The ids by their bytes, one character a byte."""
         vocabulary: dict[str, int] = self._model.get_vocab()
         return vocabulary
 
@@ -50,9 +50,9 @@ class Tokenizer:
         return self._ids(self._model.encode(text.decode("latin-1")).ids)
 
     def encode_documents(self, texts: Sequence[bytes]) -> np.ndarray:
-        """The ids of all texts in a row, each led by the document token."""
+        """The ids of all texts in a row, with the document token before each text."""
         parts = []
-        for start in range(0, len(texts), 64):  # so that the library's own objects never pile up
+        for start in range(0, len(texts), 64):  # in batches, since the library's own objects take much memory
             batch = [text.decode("latin-1") for text in texts[start : start + 64]]
             parts += [self._ids([DOCUMENT, *encoding.ids]) for encoding in self._model.encode_batch_fast(batch)]
         return np.concatenate(parts)
@@ -62,12 +62,12 @@ class Tokenizer:
         return b"".join(self._bytes[int(token)] for token in ids)
 
     def to_json(self) -> str:
-        """All of it, in the format of the `tokenizers` library."""
+        """The tokenizer in the format of the `tokenizers` library."""
         return self._model.to_str(pretty=True)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads what `to_json` wrote; the caller has checked that the file is whole."""
+        """Reads a file that `to_json` wrote; the caller has checked that the file is complete."""
         return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
 
     def _ids(self, ids: Sequence[int]) -> np.ndarray:
@@ -75,7 +75,7 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte."""
+    """A tokenizer with one token for each byte."""
     model = tokenizers.models.BPE(vocab={_DOCUMENT_TEXT: DOCUMENT} | {chr(i): i + 1 for i in range(256)}, merges=[])
     return Tokenizer(tokenizers.Tokenizer(model))
 
@@ -84,9 +84,9 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int, max_bytes: int = 12_000_0
     """Byte-pair encoding learned from `texts`, evenly thinned to about `max_bytes`.
 
     Args:
-        texts: what to learn from.
-        vocab_size: number of ids, the 257 of `byte_tokenizer` included; fewer are made if the text runs out of pairs.
-        max_bytes: merges hardly change with more text, and the time grows with it.
+        texts: of the training corpus.
+        vocab_size: number of ids, the 257 of `byte_tokenizer` included; a text with too few pairs gives fewer.
+        max_bytes: more text takes more time and hardly changes the merges.
 
     Raises:
         InputError: vocab_size below 257 or above 65,536.

@@ -1,6 +1,6 @@
 """Training a language model on text: corpus, steps, checkpoints, run folders.
 
-Names are loaded when first used: a run's folder is read without the packages that training needs.
+Names are loaded when first used, so that a run folder is read without the packages that training needs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ with lazy_imports(globals()):
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
-    from attnax.training.run_folder import RunOptions as RunOptions
     from attnax.training.run_folder import write_whole as write_whole
     from attnax.training.run_model import open_run as open_run
+    from attnax.training.run_options import RunOptions as RunOptions
     from attnax.training.trainer import DivergenceError as DivergenceError
     from attnax.training.trainer import Metrics as Metrics
     from attnax.training.trainer import Trainer as Trainer

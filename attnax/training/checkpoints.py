@@ -1,7 +1,7 @@
-"""Checkpoints through Orbax, with what Orbax leaves out: a checksum of every file and the exact type of every array.
+"""Checkpoints of Orbax, with a checksum of every file and the exact type of every array, which Orbax leaves out.
 
-`folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last and deleted first: a checkpoint without
-it was interrupted, does not count, and is deleted when the next one is saved.
+`folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last and deleted first. A checkpoint without
+it was interrupted; it does not count, and is deleted when the next one is saved.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ Tree = TypeVar("Tree")
 def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner: str = "", keep: int = 2) -> None:
     """Writes the pytrees of `items` as step number `step`, then deletes all but the newest `keep` checkpoints.
 
-    Checkpoints of later steps are deleted too: they are of a course of the training that was given up.
+    Checkpoints of later steps are deleted too, since the training went back behind them.
 
     Args:
         folder: of the checkpoints; made if it is missing.
         step: counts up from 0.
-        items: pytrees of arrays by name; each can be restored without the others.
-        owner: what the checkpoint belongs to; `restore_checkpoint` asks for the same.
-        keep: checkpoints to leave.
+        items: pytrees of arrays by name; each can be restored alone.
+        owner: name of the run that the checkpoint belongs to; `restore_checkpoint` needs the same.
+        keep: number of checkpoints to keep.
 
     Raises:
-        OSError: the disk has no room, or refuses; the checkpoints before this one are kept.
+        OSError: the disk is full or fails; the checkpoints before this one are kept.
     """
-    import orbax.checkpoint as ocp  # half a second that only saving and restoring should pay
+    import orbax.checkpoint as ocp  # takes half a second, which only saving and restoring need
 
     target = folder.absolute() / str(step)
     _delete(folder, step)
@@ -75,12 +75,12 @@ def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints, in order; of the interrupted ones none."""
+    """The steps of the checkpoints, in order, without interrupted ones."""
     return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
 
 
 def delete_checkpoints_after(folder: Path, step: int) -> None:
-    """Deletes checkpoints of later steps, and what processes left that were killed while they saved or deleted one."""
+    """Deletes checkpoints of later steps, and the remains of checkpoints whose saving or deletion was interrupted."""
     if folder.is_dir():
         _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step])
 
@@ -92,10 +92,10 @@ def latest_checkpoint(folder: Path) -> int | None:
 
 
 class DamagedCheckpointError(InputError):
-    """A checkpoint that cannot be read.
+    """A checkpoint cannot be read.
 
     Attributes:
-        whole: the step of the newest one before it that can, or None.
+        whole: the step of the newest complete checkpoint before it, or None.
     """
 
     def __init__(self, message: str, whole: int | None):
@@ -109,14 +109,14 @@ def restore_items(
     """The step of a checkpoint, and its items.
 
     Args:
-        folder: of the checkpoints, of which there is one.
+        folder: of the checkpoints; it holds at least one.
         likes: pytrees as in `restore_checkpoint`, by the names of the items.
         step: of the checkpoint, by default the newest.
         owner: as saved.
 
     Raises:
-        InputError: there is none of this step.
-        DamagedCheckpointError: it is not whole; which is, the message says.
+        InputError: there is no checkpoint of this step.
+        DamagedCheckpointError: it is damaged; the message names the newest complete one before it.
     """
     steps = checkpoint_steps(folder)
     if step is not None and step not in steps:
@@ -151,7 +151,7 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner:
         owner: as saved.
 
     Raises:
-        InputError: a file is missing, changed or not of this model. Nothing is read into arrays before that is known.
+        InputError: a file is missing, changed or of another model. This is checked before any array is read.
     """
     import orbax.checkpoint as ocp
 
@@ -189,10 +189,10 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _manifest(folder: Path, step: int, owner: str) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """The types and checksums in the manifest of a checkpoint.
 
     Raises:
-        InputError: it cannot be read, or belongs to another.
+        InputError: it cannot be read, or the checkpoint belongs to another run.
     """
     target = folder.absolute() / str(step)
     try:
@@ -230,7 +230,7 @@ _NUMBER = re.compile(r"[0-9]+(?=\Z|\.)")
 
 
 def _delete(folder: Path, step: int) -> None:
-    """The manifest goes first: what is left of an interrupted deletion does not count as a checkpoint."""
+    """Deletes a checkpoint, its manifest first, so that the remains of an interrupted deletion do not count as one."""
     for name in (f"{step}.json", f"{step}.json.tmp"):
         (folder / name).unlink(missing_ok=True)
     if (folder / str(step)).exists():
@@ -243,7 +243,7 @@ def _delete_others(folder: Path, kept: Sequence[int]) -> None:
 
 
 def _require_room(folder: Path, items: Mapping[str, Any]) -> None:
-    """Raises OSError where the disk has less room than the arrays take."""
+    """Raises OSError if the disk has less room than the arrays take."""
     needed = sum(array.nbytes for tree in items.values() for array in jax.tree.leaves(tree))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -253,7 +253,7 @@ def _require_room(folder: Path, items: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _errors_of_the_disk(folder: Path) -> Iterator[None]:
-    """What the disk refuses inside is an OSError: TensorStore says it in a ValueError, and Orbax in long logs."""
+    """Turns a ValueError of TensorStore about the disk into an OSError, and silences the long logs of Orbax."""
     log = logging.getLogger("absl")
     was_disabled, log.disabled = log.disabled, True
     try:

@@ -1,4 +1,4 @@
-"""Text to learn from: which files, which of them are held out, and how their tokens become batches."""
+"""The text of a training run: its files, the held-out part, and batches of tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import numpy as np
 from attnax.errors import InputError
 from attnax.training.run_format import is_run_folder
 
-__all__ = ["Corpus", "Document", "TokenStream", "read_corpus"]
+__all__ = ["HELD_OUT", "Corpus", "Document", "TokenStream", "read_corpus"]
+
+HELD_OUT = 0.02  # fraction of the documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file, or one piece of the only file there is."""
+    """One file, or, if there is only one file, a piece of it."""
 
     name: str
     text: bytes
@@ -31,9 +33,9 @@ class Corpus:
     """Documents in the order of their names, split by a hash of the name.
 
     Attributes:
-        train: what the model and the tokenizer learn from.
-        held_out: what neither of them sees.
-        skipped: files left out because they hold no text.
+        train: documents for the model and the tokenizer to learn from.
+        held_out: documents that neither of them sees.
+        skipped: number of binary files, which are left out.
     """
 
     train: tuple[Document, ...]
@@ -52,20 +54,20 @@ class Corpus:
         return digest.hexdigest()
 
 
-def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
+def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT) -> Corpus:
     """Reads the files that `data` names and splits them.
 
-    A file is held out when the SHA-256 of its name, read as a fraction, is below `held_out`: the split does not
-    depend on order, machine or the other files. Where that leaves a side empty, the document of the lowest hash is
-    held out. A single file is cut into about fifty pieces of whole lines, which are split the same way.
+    A file is held out if the SHA-256 of its name, read as a fraction, is below `held_out`, so that the split does not
+    depend on the order, the machine or the other files. If one side would be empty, the document with the lowest hash
+    is held out. A single file is cut into about fifty pieces of whole lines, which are split the same way.
 
     Args:
-        data: a file, a folder (all its files, but for hidden ones) or a glob, without what is in run folders; None is
-            the source of the running interpreter's standard library.
+        data: a file, a folder (all its files except for hidden ones) or a glob; files in run folders do not count. None
+            is the source of the running interpreter's standard library.
         held_out: the fraction of documents to hold out.
 
     Raises:
-        InputError: nothing is there, it cannot be read, it is a run folder, or there is too little text to split.
+        InputError: no file, or a file that cannot be read, a run folder, or too little text to split.
     """
     root, paths = _find(data)
     documents, skipped = [], 0
@@ -76,7 +78,7 @@ def read_corpus(data: str | None = None, *, held_out: float = 0.02) -> Corpus:
             raise InputError(f"cannot read {path}: {error.strerror}.") from error
         if not text:
             continue
-        if b"\0" in text:  # what text editors and git take for the mark of a binary file
+        if b"\0" in text:  # the mark of a binary file for text editors and git
             skipped += 1
             continue
         documents.append(Document(path.relative_to(root).as_posix(), text))
@@ -117,7 +119,7 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
             raise InputError(f"{data} is a run folder; name the text that it was trained on.")
         found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     elif any(character in data for character in "*?["):
-        # Names count from where the pattern begins, so that they say nothing of the machine.
+        # Names are relative to the folder before the pattern, so that they do not depend on the machine.
         fixed = takewhile(lambda part: not any(character in part for character in "*?["), path.parts)
         root, found = Path(*fixed), map(Path, glob.glob(data, recursive=True))
     else:
@@ -156,11 +158,11 @@ def _cut(document: Document, pieces: int = 50) -> Iterator[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """The tokens of all documents in a row, each document led by its document token.
+    """The tokens of all documents in a row, with the document token before each document.
 
     Attributes:
         tokens: (length,) of an unsigned integer type.
-        window: tokens that a model reads at a time.
+        window: number of tokens that a model reads at a time.
     """
 
     tokens: np.ndarray
@@ -168,7 +170,7 @@ class TokenStream:
 
     @property
     def num_windows(self) -> int:
-        """Windows in one pass."""
+        """Number of windows in one pass."""
         return (len(self.tokens) - 1) // self.window
 
     def require_a_window(self) -> None:
@@ -180,10 +182,10 @@ class TokenStream:
             )
 
     def batch(self, index: int, batch_size: int, seed: int) -> np.ndarray:
-        """Batch number `index` of an endless shuffle, int32 (batch_size, window + 1): input and the token after it.
+        """Batch number `index` of an endless shuffle, int32 (batch_size, window + 1): the input and the token after it.
 
-        Every pass visits all windows once, in an order of its own; a pure function of its arguments, so that a
-        resumed run goes on with the data it would have seen.
+        Every pass visits all windows once, in an order of its own. The batch is a pure function of the arguments, so
+        that a resumed run continues with the same data.
 
         Raises:
             InputError: the tokens do not fill one window.
@@ -195,11 +197,11 @@ class TokenStream:
         return self.tokens[windows[:, None] * self.window + np.arange(self.window + 1)].astype(np.int32)
 
     def scoring_windows(self, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Windows that score every token but the first exactly once, each with at least window - stride before it.
+        """Windows that score every token except the first once, with at least window - stride tokens of context.
 
         Yields:
-            tokens int32 (window + 1,) and bool (window,), which of its predictions count. Only the first window
-            scores tokens with less context: there is none.
+            tokens, int32 (window + 1,), and the predictions that count, bool (window,). Only the first window scores
+            tokens with less context.
         """
         scored = 1
         while scored < len(self.tokens):

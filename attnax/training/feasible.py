@@ -1,4 +1,4 @@
-"""Whether a model can be trained at all, said before the training."""
+"""Checks, before a training, that the model can be trained."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["require_memory", "require_traces"]
 
 
 def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None:
-    """Counts weights, their gradient and moments, and what each token needs at least.
+    """Compares the memory with a lower bound: weights, their gradient and moments, and activations of each token.
 
     Raises:
-        InputError: the machine, or its first accelerator, has less memory than that.
+        InputError: the machine, or its first accelerator, has less memory than the bound.
     """
     period = len(model.layer_pattern or (None,))
     shallow, deep = (_num_parameters(dataclasses.replace(model, num_layers=layers)) for layers in (period, 2 * period))
@@ -43,10 +43,10 @@ def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None
 
 
 def require_traces(trainer: Trainer, sampler: Sampler) -> None:
-    """Traces a step of the training and a text of the model; nothing is computed.
+    """Traces a training step and the generation of a text; nothing is computed.
 
     Raises:
-        InputError: one of them cannot be done.
+        InputError: one of them is not possible.
     """
     window = trainer.model.max_len
     batch = jax.ShapeDtypeStruct((trainer.optimizer.batch_size, window + 1), np.int32)
@@ -69,7 +69,7 @@ def _num_parameters(config: TransformerConfig) -> int:
 
 
 def _memory() -> float:
-    """In bytes, of the device that JAX computes on; infinite where nothing says it."""
+    """Bytes of memory of the device that JAX computes on; infinite if unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"])

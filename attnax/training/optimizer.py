@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attnax.typing import Array
@@ -13,17 +14,26 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizerConfig"]
 
+_LIMITS: dict[tuple[str, ...], tuple[str, Callable[[float], bool]]] = {  # in words and as a test
+    ("steps", "batch_size", "accumulate"): ("at least 1", lambda x: x >= 1),
+    ("learning_rate", "max_grad_norm"): ("above 0 and finite", lambda x: 0 < x < math.inf),
+    ("final_learning_rate",): ("between 0 and 1", lambda x: 0 <= x <= 1),
+    ("warmup",): ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("weight_decay", "load_balance_loss", "router_z_loss"): ("at least 0 and finite", lambda x: 0 <= x < math.inf),
+    ("beta2",): ("between 0 and 1", lambda x: 0 < x < 1),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
-        steps: updates of the parameters.
-        batch_size: sequences in a forward pass.
-        accumulate: forward passes whose gradients are averaged into one update.
-        learning_rate: the highest.
-        final_learning_rate: the last, as a fraction of the highest.
+        steps: number of updates of the parameters.
+        batch_size: number of sequences in a forward pass.
+        accumulate: number of forward passes whose gradients are averaged into one update.
+        learning_rate: the highest learning rate.
+        final_learning_rate: the last learning rate, as a fraction of the highest.
         warmup: fraction of the steps over which the learning rate rises from 0.
         weight_decay: of matrices; vectors (norms, biases) have none.
         beta2: decay of the second moment.
@@ -45,24 +55,10 @@ class OptimizerConfig:
     router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            self._require(getattr(self, name) >= 1, f"{name} must be at least 1", name)
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            self._require(value > 0 and math.isfinite(value), f"{name} must be above 0 and finite", name)
-        self._require(
-            0 <= self.final_learning_rate <= 1, "final_learning_rate must be between 0 and 1", "final_learning_rate"
-        )
-        self._require(0 <= self.warmup < 1, "warmup must be at least 0 and below 1", "warmup")
-        self._require(0 <= self.weight_decay < math.inf, "weight_decay must be at least 0 and finite", "weight_decay")
-        for name in ("load_balance_loss", "router_z_loss"):
-            value = getattr(self, name)
-            self._require(0 <= value < math.inf, f"{name} must be at least 0 and finite", name)
-        self._require(0 < self.beta2 < 1, "beta2 must be between 0 and 1", "beta2")
-
-    def _require(self, holds: bool, rule: str, name: str) -> None:
-        if not holds:
-            raise ValueError(f"OptimizerConfig: {rule}; got {name}={getattr(self, name)!r}.")
+        for names, (rule, holds) in _LIMITS.items():
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"OptimizerConfig: {name} must be {rule}; got {name}={getattr(self, name)!r}.")
 
     def schedule(self) -> optax.Schedule:
         """The learning rate of each update."""
@@ -77,12 +73,12 @@ class OptimizerConfig:
         )
 
     def weigh(self, aux: dict[str, Any]) -> Array | float:
-        """What the losses of a model's layers add to the loss; 0 where there are none."""
+        """The weighted sum of the losses of a model's layers, which is added to the loss; 0 if there are none."""
         weights = {"load_balance_loss": self.load_balance_loss, "router_z_loss": self.router_z_loss}
         return sum((weight * aux[name] for name, weight in weights.items() if name in aux), 0.0)
 
     def build(self) -> optax.GradientTransformation:
-        """The optimizer; a call of its `update` is one update, whose gradients `Trainer` has accumulated."""
+        """The optimizer; each call of its `update` is an update with the gradients that `Trainer` accumulated."""
         import jax
         import optax
 
@@ -96,7 +92,7 @@ class OptimizerConfig:
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with moments of float32 at least: Adam's epsilon is 0 in float16."""
+    """The optimizer with moments in float32 or wider, since Adam's epsilon is 0 in float16."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -111,6 +107,9 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:
-    """Matrices do; norms, biases and sinks do not, nor where a stack or a mixture holds many of them in one array."""
+    """Whether a parameter has weight decay: matrices do, norms, biases and sinks do not.
+
+    A stack or a mixture may hold many norms, biases or sinks in one array of more axes; these have none either.
+    """
     name = next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
     return parameter.ndim > 1 and not any(word in name for word in ("bias", "scale", "sinks"))

@@ -1,11 +1,11 @@
-"""A run on disk: what was trained on what, how it went, and the checkpoints.
+"""The folder of a run: its options, its metrics and its checkpoints.
 
-.lock           held by the process that trains, which .lock.owner names
+.lock           held by the process that trains; .lock.owner names the process
 config.json     the options and the version of attnax, and the SHA-256 of the corpus and of the tokenizer
 tokenizer.json  in the format of the `tokenizers` library
 metrics.jsonl   a line for each update and each look at held-out text
-checkpoints/    through Orbax
-loss.png, sample.txt, result.json   when it is done; result.json last
+checkpoints/    of Orbax
+loss.png, sample.txt, result.json   of a finished run; result.json is written last
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from attnax import __version__
 from attnax.config import TransformerConfig
@@ -29,82 +29,12 @@ from attnax.text.tokenizer import Tokenizer
 from attnax.training.corpus import Corpus
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
+from attnax.training.run_options import RunOptions
 
-__all__ = ["LockedError", "RunFolder", "RunOptions", "check_seed", "write_whole"]
+__all__ = ["LockedError", "RunFolder", "write_whole"]
 
 LOCK, LOCK_OWNER = ".lock", ".lock.owner"
 _BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "config.json.tmp"}
-
-# Chosen by comparing runs of other widths, depths, contexts, vocabularies, batches and rates at equal time: what
-# needs the fewest held-out bits per byte after about four minutes of training on 2 CPU cores.
-DEFAULT_MODEL = TransformerConfig(
-    vocab_size=4096,
-    d_model=128,
-    num_heads=2,
-    num_kv_heads=1,
-    num_layers=4,
-    d_ff=384,
-    max_len=128,
-    pos_emb_type="rope",
-    norm_type="rms",
-    ff_activation="swiglu",
-    use_bias=False,
-    dropout_rate=0.0,
-    tie_embeddings=True,
-)
-DEFAULT_OPTIMIZER = OptimizerConfig(steps=3200, batch_size=8, learning_rate=4e-3, final_learning_rate=0.02)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What a run learns, and how; kept with it.
-
-    Attributes:
-        data: a file, a folder, or a glob in quotes. By default the source of Python's standard library.
-        tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
-        pack: files that share a row do not attend each other, and each counts its positions from 0.
-        held_out: fraction of the files to hold out.
-        checkpoint_every: updates between checkpoints, each with a look at held-out text.
-        max_skipped: updates that may be left out, because their loss or gradient is not finite, before the run stops.
-        seed: of parameters, data order and dropout.
-        model: the model; its vocab_size is the tokenizer's.
-        optimizer: the training.
-    """
-
-    data: str | None = None
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
-    pack: bool = False
-    held_out: float = 0.02
-    checkpoint_every: int = 500
-    max_skipped: int = 0
-    seed: int = 0
-    model: TransformerConfig = DEFAULT_MODEL
-    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
-
-    def check(self) -> None:
-        """Raises InputError for a value out of range."""
-        for part in (self, self.model, self.optimizer):
-            for field in dataclasses.fields(part):
-                value = getattr(part, field.name)
-                if type(value) is int and value >= 2**31 and field.name != "seed":
-                    raise InputError(f"--{field.name.replace('_', '-')} must be below 2 ** 31; got {value}.")
-        if not 0.0 < self.held_out < 1.0:
-            raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
-        if self.checkpoint_every < 1:
-            raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
-        if self.max_skipped < 0:
-            raise InputError(f"--max-skipped must be at least 0; got {self.max_skipped}.")
-        if self.data is not None and not self.data:
-            raise InputError("--data must not be empty. Leave it out for the source of Python's standard library.")
-        if self.model.max_len < 2:
-            raise InputError(f"--max-len must be at least 2, to read a token and write one; got {self.model.max_len}.")
-        check_seed(self.seed)
-
-
-def check_seed(seed: int) -> None:
-    """Raises InputError for a seed that JAX does not take."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be at least 0 and below 2 ** 32; got {seed}.")
 
 
 class LockedError(InputError):
@@ -113,7 +43,7 @@ class LockedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run folder, and reading and writing of its small files."""
+    """The paths in a run folder; reads and writes its small files."""
 
     path: Path
 
@@ -129,10 +59,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: Path | None, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> RunFolder:
-        """Makes `out`, or the next free runs/NNN, with all that `load` reads.
+        """Makes `out`, or the next free runs/NNN, with the files that `load` reads.
 
-        Free is also a folder that is empty, or that a process left when it was killed before config.json was there:
-        that is written last and makes the folder a run.
+        config.json is written last and makes the folder a run. A folder is also free if it is empty, or if its process
+        was killed before config.json was written.
 
         Raises:
             InputError: `out` exists already, or cannot be made.
@@ -144,7 +74,7 @@ class RunFolder:
                 run = cls(path)
                 if run._is_free():
                     with run.locked():
-                        if run._is_free():  # still, now that no other process can take it
+                        if run._is_free():  # checked again: no other process can take it now
                             run._save(options, corpus, tokenizer)
                             return run
             except (FileExistsError, LockedError):
@@ -154,7 +84,7 @@ class RunFolder:
         raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
 
     def require_free(self) -> None:
-        """Raises InputError for what exists and is no free folder."""
+        """Raises InputError if the path exists and is no free folder."""
         if not self.path.is_dir() or not self._is_free():
             raise InputError(f"{self.path} exists already; nothing was overwritten. Name another --out.")
 
@@ -164,12 +94,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
-        """Keeps other processes from training in the folder; the lock of a process that dies is free.
+        """Keeps other processes from training in the folder; the lock ends with the process.
 
         Raises:
-            LockedError: another process has it; the message says which.
+            LockedError: another process has the lock; the message says which.
         """
-        import filelock  # of the extra, which reading a run does not need
+        import filelock  # an optional dependency, which reading a run does not need
 
         lock, owner = filelock.FileLock(self.path / LOCK), self.path / LOCK_OWNER
         try:
@@ -201,31 +131,39 @@ class RunFolder:
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def load(self) -> tuple[RunOptions, Tokenizer, str]:
-        """Reads what `create` wrote: the options, the tokenizer, and the SHA-256 of the corpus.
+        """Reads the files that `create` wrote: the options, the tokenizer, and the SHA-256 of the corpus.
 
         Raises:
-            InputError: the folder is not a run, is of another version, or a file is missing or changed.
+            InputError: the folder is not a run or is of another version, or a file is missing or changed.
         """
-        config_path, tokenizer_path = self.path / "config.json", self.path / "tokenizer.json"
+        options, corpus_digest, tokenizer_digest = self._load_config()
+        path = self.path / "tokenizer.json"
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        if found != tokenizer_digest:
+            raise InputError(f"{path} is {'missing' if found is None else 'not the one of this run'}.")
+        return options, Tokenizer.load(path), corpus_digest
+
+    def _load_config(self) -> tuple[RunOptions, str, str]:
+        """The options, and the SHA-256 of the corpus and of the tokenizer."""
+        path = self.path / "config.json"
         if not self.path.is_dir():
             raise InputError(f"no such run folder: {self.path}.")
-        if not config_path.is_file():
+        if not path.is_file():
             if self._is_free():
                 raise InputError(
                     f"{self.path} holds no run yet: its process was stopped before it began. Start it again as before."
                 )
             raise InputError(f"{self.path} is not a run folder: it has no config.json.")
         try:
-            config = json.loads(config_path.read_text("utf-8"))
+            config = json.loads(path.read_text("utf-8"))
         except ValueError as error:
-            raise InputError(f"{config_path} is damaged: {error}.") from error
+            raise InputError(f"{path} is damaged: {error}.") from error
         if not isinstance(config, dict) or not is_format(config.get("format")):
-            raise InputError(f"{config_path} was not written by attnax train.")
-        version = config.get("attnax")
+            raise InputError(f"{path} was not written by attnax train.")
         if config.get("format") != FORMAT:
-            raise InputError(_of_another_version(config_path, version, f"its format is {config['format']!r}"))
+            raise InputError(_of_another_version(path, config, f"its format is {config['format']!r}"))
         if config.pop("sha256", None) != _digest(config):
-            raise InputError(f"{config_path} was changed after it was written.")
+            raise InputError(f"{path} was changed after it was written.")
         try:
             fields = dict(config["options"])
             unknown = [
@@ -235,9 +173,7 @@ class RunFolder:
             ]
             if unknown:
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-                raise InputError(
-                    _of_another_version(config_path, version, f"it has options {', '.join(unknown[:3])}{more}")
-                )
+                raise InputError(_of_another_version(path, config, f"it has options {', '.join(unknown[:3])}{more}"))
             fields["model"] = TransformerConfig(**fields["model"])
             fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
             options = RunOptions(**fields)
@@ -246,15 +182,12 @@ class RunFolder:
         except InputError:
             raise
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(_of_another_version(config_path, version, str(error))) from error
-        found = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest() if tokenizer_path.is_file() else None
-        if found != tokenizer_digest:
-            raise InputError(f"{tokenizer_path} is {'missing' if found is None else 'not the one of this run'}.")
-        return options, Tokenizer.load(tokenizer_path), corpus_digest
+            raise InputError(_of_another_version(path, config, str(error))) from error
+        return options, corpus_digest, tokenizer_digest
 
     @property
     def owner(self) -> str:
-        """What ties a checkpoint to this run: its options, tokenizer and corpus."""
+        """The name of the run in its checkpoints, which depends on options, tokenizer and corpus."""
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
 
     def append_metrics(self, **row: Any) -> None:
@@ -267,10 +200,10 @@ class RunFolder:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; what an interruption left at its end is not among them.
+        """The rows of metrics.jsonl, without an incomplete line that an interruption left at the end.
 
         Raises:
-            InputError: a line before the last row is none.
+            InputError: a line before the last row is not a row.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -280,20 +213,20 @@ class RunFolder:
             if row is None:
                 problem = problem or f"{path} is damaged: line {number} has no step and tokens."
                 continue
-            if problem is not None:  # and rows after it: no interruption left that
+            if problem is not None:  # with rows after the line, it is not of an interruption
                 raise InputError(f"{problem} Delete the line, or the file: the run goes on without.")
             rows.append(row)
         return rows
 
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Drops the lines after update number `step`, which a resumed run writes again; returns the others."""
+        """Deletes the rows after update number `step`, which a resumed run writes again; returns the remaining rows."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
 
 def _read_row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics, or None for what is none."""
+    """The row of metrics in a line, or None if the line is not a row."""
     try:
         row = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
     except ValueError:
@@ -303,7 +236,7 @@ def _read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    """Writes a file that is complete or absent, whenever the process is killed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
@@ -313,7 +246,8 @@ def _unknown(fields: Mapping[str, Any], kind: Any) -> list[str]:
     return sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
 
 
-def _of_another_version(path: Path, version: str | None, why: str) -> str:
+def _of_another_version(path: Path, config: Mapping[str, Any], why: str) -> str:
+    version = config.get("attnax")
     wrote = "another version of attnax" if version in (None, __version__) else f"attnax {version}"
     return f"{path} was written by {wrote}, and this is {__version__}: {why}. Use that version."
 

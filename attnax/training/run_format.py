@@ -1,4 +1,4 @@
-"""The mark of a run folder: the format that its config.json names."""
+"""The format that the config.json of a run folder names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ FORMAT = f"{_FAMILY}2"
 
 
 def is_format(value: Any) -> bool:
-    """Whether a config.json with this format was written by `attnax train`, of whatever version."""
+    """Whether `attnax train`, of any version, wrote a config.json with this format."""
     return isinstance(value, str) and value.startswith(_FAMILY)
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a config.json of `attnax train` is there, of whatever version."""
+    """Whether the folder has a config.json of `attnax train`, of any version."""
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The model of a run of `attnax train`, which writes text."""
+"""The model of a run of `attnax train`, ready to write text."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ __all__ = ["open_run"]
 
 
 def open_run(path: Path, dtype: Dtype | None = None, step: int | None = None) -> TextModel:
-    """The model of a run, in the run's dtype unless another is given.
+    """The model of a run.
 
     Args:
         path: of the run folder.
-        dtype: of parameters and computation.
+        dtype: of parameters and computation, by default the run's.
         step: of the checkpoint, by default the newest.
 
     Raises:
-        InputError: not a run, no such checkpoint, or a damaged one; the message names the newest that is whole.
+        InputError: the folder is not a run, or the checkpoint is missing or damaged; the message names the newest
+            complete one.
     """
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
     if not checkpoint_steps(folder.checkpoints):
         raise InputError(f"{path} has no checkpoint yet.")
-    # Initial weights would take JAX longer than the checkpoint, which replaces them.
+    # Not initialised: that would take JAX longer than restoring the checkpoint.
     graphdef, state, streams = _abstract(options.model)
     likes = {"params": nnx.to_pure_dict(state)}
     _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
@@ -49,7 +50,7 @@ def open_run(path: Path, dtype: Dtype | None = None, step: int | None = None) ->
 
 
 def _abstract(config: TransformerConfig) -> Any:
-    """The structure of a model, the shapes of its parameters, and streams of dropout, of which writing reads none."""
+    """The structure of a model, the shapes of its parameters, and dropout streams, which generation does not use."""
     model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
     graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState)
     params, streams = states

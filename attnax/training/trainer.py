@@ -1,4 +1,4 @@
-"""The training of a language model: one compiled step, one compiled score, everything else a pytree or a dataclass."""
+"""The training of a language model: one compiled step and one compiled score."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ __all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_document
 
 @pytree_dataclass
 class TrainState:
-    """What a step changes.
+    """The state that a step changes.
 
     Attributes:
         params: the parameters of the model.
         opt_state: of the optimizer.
-        passes: int32 scalar, forward and backward passes made; `accumulate` of them are one update.
-        skipped: int32 scalar, updates that were not made because something in them was not finite.
-        sums: of an update that is not due yet, its gradients so far and whether they are finite; empty where each pass
-            is an update.
+        passes: int32 scalar, number of forward and backward passes; `accumulate` passes are one update.
+        skipped: int32 scalar, number of updates that were left out because something in them was not finite.
+        sums: the accumulated gradients of the next update and whether they are finite; empty if each pass is an update.
     """
 
     params: Any
@@ -44,10 +43,10 @@ class TrainState:
 
 
 class DivergenceError(ArithmeticError):
-    """A loss, a gradient or parameters that are not finite: nothing can be learned from there.
+    """A loss, a gradient or parameters are not finite, and the training cannot go on from there.
 
     Attributes:
-        is_skippable: whether that was seen in an update that was not made, so that the training could go on.
+        is_skippable: whether the update was not made, so that the training could go on without it.
     """
 
     def __init__(self, message: str, *, is_skippable: bool = False):
@@ -56,12 +55,12 @@ class DivergenceError(ArithmeticError):
 
 
 class Metrics(NamedTuple):
-    """Of one forward and backward pass.
+    """The metrics of one forward and backward pass.
 
     Attributes:
         loss: of the pass.
-        grad_norm: of the mean gradient of the update, this pass included.
-        is_skipped: whether an update was due and was not made, since something in it is not finite.
+        grad_norm: norm of the mean gradient of the update so far, this pass included.
+        is_skipped: whether an update was due and was left out because something in it is not finite.
         is_finite: whether loss and gradient are finite, and after an update the parameters.
     """
 
@@ -78,8 +77,8 @@ class Trainer:
         model: configuration of the model.
         optimizer: configuration of the optimizer.
         seed: of the parameters and of the dropout.
-        document_token: leads every document. Where it is given, the documents in a window are packed: none attends
-            another, and each counts its positions from 0.
+        document_token: the first token of every document. If it is given, the documents in a window are packed: they do
+            not attend each other, and the positions of each start at 0.
 
     Raises:
         ValueError: a configuration that the model refuses.
@@ -114,7 +113,7 @@ class Trainer:
 
     def init(self) -> TrainState:
         """The state before the first step; a function of the seed."""
-        params = jax.tree.map(jnp.copy, self._initial)  # a step donates what it is given
+        params = jax.tree.map(jnp.copy, self._initial)  # a step donates its arguments
         passes, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return TrainState(params, self._update.init(params), passes, skipped, self._no_sums(params))
 
@@ -124,18 +123,18 @@ class Trainer:
         return model
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
-        """Bits that the model needs for all tokens of `stream` but the first, each with 3/4 of a window before it.
+        """Bits that the model needs for all tokens of `stream` except the first, each with 3/4 of a window as context.
 
         Args:
             params: of the model.
-            stream: its first token is given for free; a document token, as a rule.
-            batch_size: windows in a forward pass.
+            stream: its first token, usually a document token, is not scored.
+            batch_size: number of windows in a forward pass.
         """
         windows = list(stream.scoring_windows(stride=max(1, stream.window // 4)))
         nats = 0.0
         for start in range(0, len(windows), batch_size):
             chosen = windows[start : start + batch_size]
-            tokens = np.zeros((batch_size, stream.window + 1), np.int32)  # a last batch of fewer windows fits too
+            tokens = np.zeros((batch_size, stream.window + 1), np.int32)  # the last batch may have fewer windows
             counts = np.zeros((batch_size, stream.window), bool)
             tokens[: len(chosen)] = [window for window, _ in chosen]
             counts[: len(chosen)] = [count for _, count in chosen]
@@ -143,10 +142,10 @@ class Trainer:
         return nats / math.log(2)
 
     def _step(self, state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Metrics]:
-        """One forward and backward pass over windows of tokens, and an update when enough are accumulated.
+        """One forward and backward pass over windows of tokens, and an update if enough passes are accumulated.
 
-        An update whose loss or gradient is not finite in any of its passes is not made, nor is one after which
-        parameters of float16 would not be.
+        An update is left out if a loss or gradient in its passes is not finite, or if it would make parameters of
+        float16 that are not finite.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
 
@@ -171,7 +170,7 @@ class Trainer:
             updates, opt_state = self._update.update(mean, state.opt_state, state.params)
             made = optax.apply_updates(state.params, updates), opt_state
             fits = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(made[0])]).all()
-            if _is_narrow(state.params):  # a second copy of all that only float16 needs, whose largest number is 65504
+            if _is_narrow(state.params):  # only float16, whose largest number is 65504, needs a second copy
                 made = jax.tree.map(lambda new, old: jnp.where(fits, new, old), made, kept[:2])
             return *made, fits
 
@@ -194,7 +193,7 @@ class Trainer:
         return jnp.where(counts, self._losses(params, tokens, deterministic=True)[0], 0.0).sum()
 
     def _losses(self, params: Any, tokens: Array, **options: Any) -> tuple[Float[Array, "B T"], dict[str, Any]]:
-        """Cross-entropy of every token after the first, in nats, and what the model's layers add."""
+        """Cross-entropy of every token after the first, in nats, and the losses of the model's layers."""
         read = tokens[:, :-1]
         if self.document_token is not None:
             documents, positions = find_documents(read, self.document_token)
@@ -204,17 +203,17 @@ class Trainer:
 
 
 def _is_narrow(params: Any) -> bool:
-    """Whether a finite gradient may make parameters that are not."""
+    """Whether a finite gradient may make parameters that are not finite."""
     return any(float(jnp.finfo(leaf.dtype).max) < 1e30 for leaf in jax.tree.leaves(params))
 
 
 def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The number of each token's document in its row, and the token's index within it.
 
-    A row may begin within a document; what is there of it is document 0 and counts from 0.
+    A row may begin within a document; that part of the document has number 0, and its first token has index 0.
 
     Raises:
-        ValueError: tokens that are not (batch, length).
+        ValueError: tokens whose shape is not (batch, length).
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,15 +1,18 @@
-"""One small run for all tests of the command: to train it compiles more than most of them."""
+"""One small run and two published checkpoints, which all tests of the command share: they take long to make."""
 
 import contextlib
 import dataclasses
 import io
+import re
 
 import pytest
 from flax import nnx
+from published_models import lm, publish, sure
+from small_tokenizers import AROUND, END, UNKNOWN, byte_level, copy_of, unigram
 from tiny import build
 from tiny_run import TINY
 
-from attnax import TransformerLM
+from attnax import Transformer, TransformerConfig, TransformerLM
 from attnax.cli import main, terminal
 from attnax.training import RunFolder, read_corpus, save_checkpoint
 
@@ -68,3 +71,62 @@ def draw_run(run):
 def other_run(draw_run, tmp_path_factory):
     """A run with another seed."""
     return draw_run(tmp_path_factory.mktemp("runs") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A llama with a byte-level tokenizer that puts a start before a text and an end after it."""
+    return publish(tmp_path_factory.mktemp("published"), lm(), copy_of(byte_level, AROUND))
+
+
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory):
+    """A tiny T5 that reads and writes 13 tokens at most."""
+    kind = {"num_heads": 2, "num_layers": 1, "d_ff": 16, "norm_type": "rms", "pos_emb_type": "relative"}
+    kind |= {"use_bias": False, "ff_activation": "relu", "attention_scale": 1.0}
+    half = TransformerConfig(vocab_size=67, d_model=16, max_len=13, **kind)
+    model = sure(build(lambda rngs: Transformer(rngs, encoder=half, decoder=half, share_embeddings=True), 7))
+    tokens = {"decoder_start_token_id": UNKNOWN, "eos_token_id": END}
+    return publish(tmp_path_factory.mktemp("t5"), model, copy_of(unigram, AROUND), config=tokens)
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """The tokens that models stream, as they come."""
+    tokens = []
+
+    def noted(stream):
+        def call(self, *arguments, **options):
+            for token in stream(self, *arguments, **options):
+                tokens.append(int(token[0]))
+                yield token
+
+        return call
+
+    for kind in (TransformerLM, Transformer):
+        monkeypatch.setattr(kind, "stream", noted(kind.stream))
+    return tokens
+
+
+@pytest.fixture
+def write(capsys):
+    """What `attnax generate` prints."""
+
+    def call(folder, *options):
+        capsys.readouterr()
+        assert main(["generate", str(folder), *map(str, options)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def show(capsys):
+    """The exit code of `attnax inspect`, and what it prints without the spaces that align it."""
+
+    def call(folder):
+        capsys.readouterr()
+        code = main(["inspect", str(folder)])
+        return code, re.sub(" +", " ", capsys.readouterr().out)
+
+    return call

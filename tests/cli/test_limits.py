@@ -1,16 +1,26 @@
-"""Every option of `attnax train` at its limits: a run begins, or one line says why not, before anything is made."""
+"""Limits and defaults of the flags: at each limit a command begins or says why not, and they are the library's own."""
 
 import dataclasses
 import enum
+import inspect
 import types
 import typing
 
+import jax
+import numpy as np
 import pytest
 from tiny_run import TINY
 
+from attnax import TransformerLM
+from attnax.cache import SPARE_SLOTS
 from attnax.cli import main
-from attnax.cli.options import Train
-from attnax.training import RunFolder
+from attnax.cli.options import DRAW, Generate, Train
+from attnax.cli.train import SAMPLER
+from attnax.errors import InputError
+from attnax.generation import Sampler, make_request
+from attnax.models.writing import CacheKind
+from attnax.pretrained import GenerationSettings
+from attnax.training import RunFolder, RunOptions, read_corpus
 
 WHOLE = ["-1", "0", "1", "2", "3", str(10**9 + 7), str(10**20)]
 REAL = ["-1", "0", "1e-30", "0.5", "1", "1e30", "inf", "nan"]
@@ -86,3 +96,62 @@ def test_what_cannot_be_trained_or_not_write_is_said_before_the_training(start):
     assert start("--layer-pattern", "x") is not None
     assert "--param-dtype float64 needs JAX_ENABLE_X64=1" in start("--param-dtype", "float64")
     assert start() is None
+
+
+def default_of(function, name):
+    return inspect.signature(function).parameters[name].default
+
+
+def default_type(cls, name):
+    """The values of a flag that may be left out."""
+    (kind,) = (part for part in typing.get_args(typing.get_type_hints(cls)[name]) if part is not type(None))
+    return set(typing.get_args(kind))
+
+
+def is_refused(make):
+    try:
+        make()
+    except ValueError:  # InputError is one too
+        return True
+    return False
+
+
+SAMPLED = sorted({field.name for field in dataclasses.fields(Sampler)} & {f.name for f in dataclasses.fields(Generate)})
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_flags_of_a_sampler_have_its_limits(name):
+    assert len(SAMPLED) == 8
+    whole = name in ("top_k", "no_repeat_ngram")
+    for text in WHOLE if whole else REAL:
+        value = (int if whole else float)(text)
+        fields = {name: value}
+        refused = is_refused(lambda fields=fields: Sampler(**fields))
+        assert refused == is_refused(lambda fields=fields: Generate(folder="a", **fields).check())
+        if refused:
+            flag = "--" + name.replace("_", "-")
+            with pytest.raises(InputError, match=f"^{flag} must be .*; got {value}\\.$".replace("+", r"\+")):
+                Generate(folder="a", **fields).check()
+
+
+def test_flags_of_generate_have_the_limits_and_defaults_of_the_library():
+    for name in ("max_new_tokens", "num_samples"):
+        for count in (-1, 0, 1, 2):
+            fields = {"max_new_tokens": 1, "vocab_size": 5, name: count}
+            request = jax.tree_util.Partial(make_request, np.zeros((1, 1), np.int32), **fields)
+            assert is_refused(request) == is_refused(Generate(folder="a", **{name: count}).check)
+    for count in (0, 1, SPARE_SLOTS, SPARE_SLOTS + 1):
+        refused = is_refused(Generate(folder="a", draft="b", draft_tokens=count).check)
+        assert refused == (not 1 <= count <= SPARE_SLOTS)
+    assert Generate.draft_tokens == default_of(TransformerLM.generate, "num_draft_tokens")
+    assert default_type(Generate, "cache") == set(typing.get_args(CacheKind))
+    assert GenerationSettings.length_penalty == default_of(TransformerLM.beam_search, "length_penalty")
+    settled = Generate(folder="a").settle(GenerationSettings())
+    assert {name: getattr(settled, name) for name in DRAW} == DRAW
+    assert (SAMPLER.temperature, SAMPLER.top_p) == (settled.temperature, settled.top_p)
+
+
+def test_flags_of_train_have_the_defaults_of_a_run():
+    for field in dataclasses.fields(RunOptions):
+        assert getattr(Train(), field.name) is field.default
+    assert RunOptions.held_out == default_of(read_corpus, "held_out")

@@ -57,11 +57,11 @@ def test_what_an_encoding_lacks_is_spelled(model, silent, monkeypatch, encoding,
 
 
 def test_an_output_that_is_full_is_named(model, monkeypatch, capsys):
-    class ScoreShape(io.StringIO):
+    class Full(io.StringIO):
         def flush(self):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sys, "stdout", ScoreShape())
+    monkeypatch.setattr(sys, "stdout", Full())
     assert main(["generate", str(model), "--prompt", "x"]) == 2
     assert capsys.readouterr().err == "attnax: standard output: No space left on device.\n"
 

@@ -226,3 +226,17 @@ def test_what_cannot_be_written_is_refused(read, lm):
         read({"max_length": 5}).arguments(lm, PROMPT)
     with pytest.raises(InputError, match="forced_eos_token_id must be below vocab_size=11; got .*11"):
         read({"forced_eos_token_id": 11}).arguments(lm, PROMPT)
+
+
+@pytest.mark.parametrize("name", ["temperature", "min_p", "repetition_penalty"])
+def test_settings_that_are_fields_of_a_sampler_have_its_limits(read, name):
+    for value in (-1.0, 0.0, 1e-50, 0.5, 1.0, 1.5, 1e30, 1e39):
+        try:
+            Sampler(**{name: value})
+        except ValueError as error:
+            rule = str(error).removeprefix("Sampler: ")
+            with pytest.raises(CheckpointError) as caught:
+                read({name: value})
+            assert caught.value.problems == (rule,)
+        else:
+            assert getattr(read({name: value}), name) == value

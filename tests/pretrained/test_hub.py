@@ -2,16 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
+import sys
 
+import huggingface_hub
 import pytest
 from fake_hub import GATED, fake_hub
+from golden_copies import FOLDER, load
 from huggingface_hub import constants
 
 from attnax.pretrained import CheckpointError, load_pretrained
 from attnax.pretrained.hub import find_folder
-
-FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 
 BESIDE = ("tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "tokenizer.model")
 
@@ -91,14 +91,14 @@ def test_a_folder_has_no_revisions(hub):
 
 def test_a_name_that_the_hub_does_not_know_is_an_error_in_words():
     with pytest.raises(
-        CheckpointError, match="tiny/none: there is no such folder, and the hub has no such model.*auth login"
+        CheckpointError, match="tiny/none: there is no such folder, and the hub has no such public model.*auth login"
     ):
         load_pretrained("tiny/none")
 
 
 def test_a_model_that_its_owner_guards_says_how_to_get_it():
     with pytest.raises(
-        CheckpointError, match="its owner asks who wants it. Ask on http.*/tiny/gated, then: hf auth login"
+        CheckpointError, match="access needs its owner's permission. Ask for it on http.*/tiny/gated, then: hf auth"
     ):
         load_pretrained("tiny/gated")
 
@@ -130,3 +130,41 @@ def test_a_model_on_the_hub_without_safetensors_says_what_it_has():
 def test_an_adapter_on_the_hub_says_that_it_is_one():
     with pytest.raises(CheckpointError, match=r"it is an adapter \(peft_type='LORA'\) of the model 'a/b', not a model"):
         load_pretrained("tiny/adapter")
+
+
+def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--tiny--gpt2", "0" * 40
+    shutil.copytree(FOLDER / "gpt2", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_pretrained("tiny/gpt2")[0].config == load("gpt2").config
+    with pytest.raises(
+        CheckpointError,
+        match="tiny/gpt3: there is no such folder, nor all of such a model in the cache.*HF_HUB_OFFLINE",
+    ):
+        load_pretrained("tiny/gpt3")
+    for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", "", "a" * 300, "a\0b"):
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            load_pretrained(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"hub: pip install 'attnax\[pretrained\]'"):
+        load_pretrained("tiny/gpt3")
+
+
+def test_of_the_hub_only_what_is_read_is_loaded(monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return FOLDER / "gpt2"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_pretrained("tiny/gpt2")
+    read = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "1_Pooling/config.json"]
+    read += ["tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    read += ["preprocessor_config.json", "adapter_config.json"]
+    other = ["onnx/model.safetensors", "original/consolidated.safetensors", "model.fp32.safetensors", "code.py"]
+    other += ["pytorch_model.bin", "onnx/config.json", "adapter_model.bin"]
+    assert list(huggingface_hub.utils.filter_repo_objects(read + other, allow_patterns=asked)) == read

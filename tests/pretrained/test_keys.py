@@ -83,7 +83,7 @@ def test_ignored_keys_are_not_there(tmp_path):
         (("shiny",), "config.json: it has no key 'shiny' to ignore"),
         (
             ("n_embd",),
-            "config.json: 'n_embd' cannot be ignored: it says what the model computes. Change it in the file",
+            "config.json: 'n_embd' cannot be ignored: it decides what the model computes. Change it in the file",
         ),
         (("model_type",), "'model_type' cannot be ignored"),
         ("n_embd", r"load_pretrained: ignore must be several keys; got ignore='n_embd'. Give \('n_embd',\)"),

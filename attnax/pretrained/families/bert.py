@@ -1,4 +1,4 @@
-"""BERT: the encoder, and the masked language model on it."""
+"""BERT: the encoder, and the masked language model with its head."""
 
 import dataclasses
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 from attnax.config import TransformerConfig
 from attnax.models.masked import MaskedLM
 from attnax.models.transformer import TransformerEncoder
-from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
-from attnax.pretrained.fields import PLAIN, choice, only, pad_token, real, whole
+from attnax.pretrained.family import Family
+from attnax.pretrained.fields import PLAIN, choice, only, pad_token, real, whole, without
+from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
-__all__ = ["BERT", "BERT_MASKED", "FIELDS", "HARMLESS", "RULES", "encoder_of"]
+__all__ = ["BERT", "BERT_MASKED", "EMBEDDINGS", "FIELDS", "HARMLESS", "RULES", "encoder_of"]
 
 BIASES = ("feed_forward", "key", "norm", "out", "query", "value")
 CONSTANTS: dict[str, Any] = {
@@ -32,18 +33,18 @@ FIELDS = (
 )
 HARMLESS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
-RULES = (
+EMBEDDINGS = (
     *embedding("{base}embeddings.word_embeddings", "encoder.embed.tokens"),
     *embedding("{base}embeddings.position_embeddings", "encoder.embed.positions"),
-    *embedding("{base}embeddings.token_type_embeddings", "encoder.embed.types"),
     *norm("{base}embeddings.LayerNorm", "encoder.embed.norm"),
+)
+RULES = (
+    *EMBEDDINGS,
+    *embedding("{base}embeddings.token_type_embeddings", "encoder.embed.types"),
     *within(
         "{base}encoder.layer.{layer}",
         "encoder.stack.blocks.{layer}",
-        linear("attention.self.query", "attention.query"),
-        linear("attention.self.key", "attention.key"),
-        linear("attention.self.value", "attention.value"),
-        linear("attention.output.dense", "attention.out"),
+        attention("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
         norm("attention.output.LayerNorm", "around_attention.norm_sum"),
         linear("intermediate.dense", "feed_forward.up"),
         linear("output.dense", "feed_forward.down"),
@@ -77,7 +78,7 @@ BERT_MASKED = Family(
         *norm("cls.predictions.transform.LayerNorm", "norm"),
         Rule("cls.predictions.bias", ("head.bias",)),
     ),
-    # What only the prediction of the next sentence used is not read.
+    # The tensors that only predict the next sentence are not read.
     buffers=(
         *("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias", "cls.predictions.decoder.bias"),
         *("cls.seq_relationship.weight", "cls.seq_relationship.bias"),
@@ -88,11 +89,11 @@ BERT_MASKED = Family(
 
 
 def encoder_of(masked: Family, architecture: str) -> Family:
-    """The family without the head: its tensors have no prefix, and any head may be there beside."""
+    """The family of the encoder alone: its tensors have no prefix, and a file may also hold any head."""
     rules = tuple(
-        dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours))
+        dataclasses.replace(rule, parameters=tuple(name.removeprefix("encoder.") for name in rule.parameters))
         for rule in masked.rules
-        if rule.theirs.startswith("{base}")
+        if rule.tensor.startswith("{base}")
     )
     return dataclasses.replace(
         masked,
@@ -100,7 +101,7 @@ def encoder_of(masked: Family, architecture: str) -> Family:
         aliases=(),
         model=TransformerEncoder,
         constants={**masked.constants, "use_bias": BIASES, "tie_embeddings": False},
-        fields=tuple(field for field in masked.fields if field.keys != ("tie_word_embeddings",)),
+        fields=without(masked.fields, "tie_word_embeddings"),
         harmless=(*masked.harmless, "tie_word_embeddings"),
         bases=tuple(reversed(masked.bases)),
         rules=rules,

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from attnax.pretrained.families.bert import BERT_MASKED, encoder_of
-from attnax.pretrained.family import Rule, embedding, linear, norm, within
+from attnax.pretrained.families.bert import BERT_MASKED, EMBEDDINGS, encoder_of
 from attnax.pretrained.fields import PLAIN, choice, only, pad_token, whole
+from attnax.pretrained.rules import Rule, attention, linear, norm, within
 
 __all__ = ["DISTILBERT", "DISTILBERT_MASKED"]
 
@@ -28,16 +28,11 @@ DISTILBERT_MASKED = dataclasses.replace(
     harmless=("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
     bases=("distilbert.", ""),
     rules=(
-        *embedding("{base}embeddings.word_embeddings", "encoder.embed.tokens"),
-        *embedding("{base}embeddings.position_embeddings", "encoder.embed.positions"),
-        *norm("{base}embeddings.LayerNorm", "encoder.embed.norm"),
+        *EMBEDDINGS,
         *within(
             "{base}transformer.layer.{layer}",
             "encoder.stack.blocks.{layer}",
-            linear("attention.q_lin", "attention.query"),
-            linear("attention.k_lin", "attention.key"),
-            linear("attention.v_lin", "attention.value"),
-            linear("attention.out_lin", "attention.out"),
+            attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
             norm("sa_layer_norm", "around_attention.norm_sum"),
             linear("ffn.lin1", "feed_forward.up"),
             linear("ffn.lin2", "feed_forward.down"),

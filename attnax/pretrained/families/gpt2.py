@@ -5,30 +5,31 @@ from typing import Any
 
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
-from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
-from attnax.pretrained.fields import PLAIN, Field, choice, flag, only, pad_token, real, whole
+from attnax.pretrained.family import Family
+from attnax.pretrained.fields import PLAIN, Field, choice, flag, only, pad_token, read_all, real, whole
+from attnax.pretrained.rules import Rule, embedding, linear, norm, within
 
 __all__ = ["GPT2"]
 
-_CONV = "I O -> I O"  # its projections are not transposed
+_CONV = "I O -> I O"  # of the projections, which are not transposed
 
 
 def _inner() -> Field:
     """The hidden width, by default 4 * n_embd."""
+    numbers = whole("n_inner", "d_ff", None), whole("n_embd", "d_model")
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        width = whole("n_embd", "d_model").read(theirs)["d_model"]
-        inner = whole("n_inner", "d_ff", None).read(theirs)["d_ff"]
-        return {"d_ff": 4 * width if inner is None else inner}
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        found = read_all(numbers, given)
+        return {"d_ff": 4 * found["d_model"] if found["d_ff"] is None else found["d_ff"]}
 
     return Field(("n_inner", "n_embd"), read, lambda config: {"n_inner": config.d_ff})
 
 
 def _scale() -> Field:
-    """Whether scores are divided by the root of the head's width."""
+    """Whether scores are divided by the square root of the width of a head."""
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        scaled = flag("scale_attn_weights", "scaled", True).read(theirs)["scaled"]
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        scaled = flag("scale_attn_weights", "scaled", True).read(given)["scaled"]
         return {"attention_scale": None if scaled else 1.0}
 
     return Field(("scale_attn_weights",), read, lambda config: {"scale_attn_weights": config.attention_scale != 1.0})
@@ -76,7 +77,7 @@ GPT2 = Family(
         *norm("{base}ln_f", "decoder.norm"),
         Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),
     ),
-    # What chooses between texts is not read.
+    # The head that chooses between texts is not read.
     buffers=(
         *("attn.bias", "attn.masked_bias"),
         *("multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias"),

@@ -1,35 +1,27 @@
 """GPT-NeoX and Pythia."""
 
-import dataclasses
-
-from attnax.pretrained.families.llama import FIELDS, LLAMA
-from attnax.pretrained.family import Rule, embedding, linear, norm, within
-from attnax.pretrained.fields import PLAIN, biases, choice, flag, real, rope
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import PLAIN, PROJECTIONS, biases, choice, flag, real, without
+from attnax.pretrained.rope_fields import rope
+from attnax.pretrained.rules import Rule, embedding, linear, norm
 
 __all__ = ["GPT_NEOX"]
 
-GPT_NEOX = dataclasses.replace(
-    LLAMA,
-    model_type="gpt_neox",
-    architecture="GPTNeoXForCausalLM",
-    aliases=("GPTNeoXModel",),
-    constants={**LLAMA.constants, "norm_type": "layer"},
-    fields=(
-        *(field for field in FIELDS if field.keys not in (("num_key_value_heads",), ("rms_norm_eps",))),
-        real("layer_norm_eps", "norm_eps", 1e-5),
-        choice("hidden_act", "ff_activation", PLAIN, "gelu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        flag("use_parallel_residual", "parallel_residual", True),
-        biases(always=("feed_forward", "norm"), attention_bias=(True, ("query", "key", "value", "out"))),
-        rope(base="rotary_emb_base", fraction=("rotary_pct", 0.25)),
-    ),
-    harmless=(),
+GPT_NEOX = llama.decoder(
+    "gpt_neox",
+    "GPTNeoX",
+    *without(llama.FIELDS, "num_key_value_heads", "rms_norm_eps"),
+    real("layer_norm_eps", "norm_eps", 1e-5),
+    choice("hidden_act", "ff_activation", PLAIN, "gelu"),
+    llama.UNTIED,
+    flag("use_parallel_residual", "parallel_residual", True),
+    biases(always=("feed_forward", "norm"), attention_bias=(True, PROJECTIONS)),
+    rope(base="rotary_emb_base", fraction=("rotary_pct", 0.25)),
+    constants={"norm_type": "layer"},
     bases=("gpt_neox.", ""),
     rules=(
         *embedding("{base}embed_in", "decoder.embed.tokens"),
-        *within(
-            "{base}layers.{layer}",
-            "decoder.stack.blocks.{layer}",
+        *llama.in_layers(
             norm("input_layernorm", "around_attention.norm_in"),
             norm("post_attention_layernorm", "around_feed_forward.norm_in"),
             linear(

@@ -1,44 +1,37 @@
 """gpt-oss: experts with biases, a clipped gate, and sinks."""
 
-import dataclasses
-
-from attnax.pretrained.families.llama import ATTENTION, FIELDS, HEAD, LLAMA, NORMS
-from attnax.pretrained.family import Rule, within
-from attnax.pretrained.fields import alternate_layers, biases, flag, layers, only, rope, whole
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import PROJECTIONS, biases, only, whole
+from attnax.pretrained.layer_fields import alternate_layers, windows
+from attnax.pretrained.rope_fields import rope
+from attnax.pretrained.rules import Rule
 
 __all__ = ["GPT_OSS"]
 
-
 _ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
-GPT_OSS = dataclasses.replace(
-    LLAMA,
-    model_type="gpt_oss",
-    architecture="GptOssForCausalLM",
-    aliases=("GptOssModel",),
-    constants={**LLAMA.constants, "attention_sinks": True, "ff_activation": "swiglu_clipped"},
-    fields=(
-        *FIELDS,
-        whole("head_dim", "head_dim", 64),
-        layers(alternate_layers, 128),
-        whole("num_local_experts", "num_experts", 128, least=1),
-        whole("num_experts_per_tok", "top_k", 4),
-        only("hidden_act", "silu"),
-        only("swiglu_alpha", 1.702),
-        only("swiglu_limit", 7.0),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        biases(always=("feed_forward", "router"), attention_bias=(True, ("query", "key", "value", "out"))),
-        rope(150000.0, scaling=_ROPE),
-    ),
+GPT_OSS = llama.decoder(
+    "gpt_oss",
+    "GptOss",
+    *llama.FIELDS,
+    whole("head_dim", "head_dim", 64),
+    windows(alternate_layers, 128),
+    whole("num_local_experts", "num_experts", 128, least=1),
+    whole("num_experts_per_tok", "top_k", 4),
+    only("hidden_act", "silu"),
+    only("swiglu_alpha", 1.702),
+    only("swiglu_limit", 7.0),
+    llama.UNTIED,
+    biases(always=("feed_forward", "router"), attention_bias=(True, PROJECTIONS)),
+    rope(150000.0, scaling=_ROPE),
+    constants={"attention_sinks": True, "ff_activation": "swiglu_clipped"},
     harmless=("output_router_logits", "router_aux_loss_coef", "initial_context_length", "experts_per_token"),
     rules=(
-        *within(
-            "{base}layers.{layer}",
-            "decoder.stack.blocks.{layer}",
-            ATTENTION,
-            NORMS,
-            (Rule("self_attn.sinks", ("attention.sinks",)),),
+        *llama.in_layers(
+            llama.ATTENTION,
+            llama.NORMS,
             (
+                Rule("self_attn.sinks", ("attention.sinks",)),
                 Rule("mlp.router.weight", ("feed_forward.router",), "O I -> I O"),
                 Rule("mlp.router.bias", ("feed_forward.router_bias",)),
                 Rule("mlp.experts.gate_up_proj", ("feed_forward.gate", "feed_forward.up"), "E D (F 2) -> E D (2 F)"),
@@ -51,6 +44,6 @@ GPT_OSS = dataclasses.replace(
                 Rule("mlp.experts.down_proj_bias", ("feed_forward.down_bias",)),
             ),
         ),
-        *HEAD,
+        *llama.HEAD,
     ),
 )

@@ -1,11 +1,17 @@
-"""Llama 2 and 3, and what most later decoders share with it."""
+"""Llama 2 and 3, and the facts that most later decoders share with it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
-from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
-from attnax.pretrained.fields import GATED, biases, choice, flag, pad_token, real, rope, whole
+from attnax.pretrained.family import Family
+from attnax.pretrained.fields import GATED, PROJECTIONS, Field, biases, choice, flag, pad_token, real, whole
+from attnax.pretrained.rope_fields import rope
+from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
-__all__ = ["ATTENTION", "FIELDS", "GATED_FEED_FORWARD", "HEAD", "LLAMA", "NORMS", "QK_NORMS", "RULES", "experts"]
+__all__ = ["LLAMA"]
 
 FIELDS = (
     whole("vocab_size", "vocab_size"),
@@ -20,12 +26,12 @@ FIELDS = (
 )
 """Fields of every decoder like it."""
 
-ATTENTION = (
-    *linear("self_attn.q_proj", "attention.query"),
-    *linear("self_attn.k_proj", "attention.key"),
-    *linear("self_attn.v_proj", "attention.value"),
-    *linear("self_attn.o_proj", "attention.out"),
-)
+HEAD_DIM = whole("head_dim", "head_dim", None)
+GATED_SILU = choice("hidden_act", "ff_activation", GATED, "silu")
+UNTIED = flag("tie_word_embeddings", "tie_embeddings", False)
+ATTENTION_BIAS = biases(attention_bias=(False, PROJECTIONS))
+
+ATTENTION = attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED_FEED_FORWARD = (
     *linear("mlp.gate_proj", "feed_forward.gate"),
     *linear("mlp.up_proj", "feed_forward.up"),
@@ -40,30 +46,34 @@ HEAD = (
     *norm("{base}norm", "decoder.norm"),
     Rule("lm_head.weight", ("head.projection.kernel",), "O I -> I O"),
 )
-RULES = (
-    *within("{base}layers.{layer}", "decoder.stack.blocks.{layer}", ATTENTION, GATED_FEED_FORWARD, NORMS),
-    *HEAD,
+
+
+def in_layers(*groups: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules of every layer."""
+    return within("{base}layers.{layer}", "decoder.stack.blocks.{layer}", *groups)
+
+
+RULES = (*in_layers(ATTENTION, GATED_FEED_FORWARD, NORMS), *HEAD)
+QK_NORMS = in_layers(
+    norm("self_attn.q_norm", "attention.query_norm"),
+    norm("self_attn.k_norm", "attention.key_norm"),
 )
-QK_NORMS = within(
-    "{base}layers.{layer}.self_attn",
-    "decoder.stack.blocks.{layer}.attention",
-    norm("q_norm", "query_norm"),
-    norm("k_norm", "key_norm"),
-)
-"""Norms of queries and keys, which Llama has not."""
+"""Norms of queries and keys, which Llama does not have."""
 
 
 def experts(mixture: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """The router and the experts of each layer, whose tensors are apart."""
-    return within(
-        "{base}layers.{layer}." + mixture,
-        "decoder.stack.blocks.{layer}.feed_forward",
-        (
-            Rule("gate.weight", ("router",), "O I -> I O"),
-            Rule(f"experts.{{expert}}.{gate}.weight", ("gate",), "E F D -> E D F"),
-            Rule(f"experts.{{expert}}.{up}.weight", ("up",), "E F D -> E D F"),
-            Rule(f"experts.{{expert}}.{down}.weight", ("down",), "E D F -> E F D"),
-        ),
+    """The router and the experts of each layer, each expert in tensors of its own."""
+    return in_layers(
+        within(
+            mixture,
+            "feed_forward",
+            (
+                Rule("gate.weight", ("router",), "O I -> I O"),
+                Rule(f"experts.{{expert}}.{gate}.weight", ("gate",), "E F D -> E D F"),
+                Rule(f"experts.{{expert}}.{up}.weight", ("up",), "E F D -> E D F"),
+                Rule(f"experts.{{expert}}.{down}.weight", ("down",), "E D F -> E F D"),
+            ),
+        )
     )
 
 
@@ -76,10 +86,10 @@ LLAMA = Family(
     constants={"norm_type": "rms", "pos_emb_type": "rope", "dropout_rate": 0.0},
     fields=(
         *FIELDS,
-        whole("head_dim", "head_dim", None),
-        choice("hidden_act", "ff_activation", GATED, "silu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        biases(attention_bias=(False, ("query", "key", "value", "out")), mlp_bias=(False, ("feed_forward",))),
+        HEAD_DIM,
+        GATED_SILU,
+        UNTIED,
+        biases(attention_bias=(False, PROJECTIONS), mlp_bias=(False, ("feed_forward",))),
         rope(),
     ),
     harmless=("pretraining_tp",),
@@ -87,3 +97,27 @@ LLAMA = Family(
     rules=RULES,
     buffers=("rotary_emb.inv_freq",),
 )
+
+
+def decoder(
+    model_type: str,
+    classes: str,
+    *fields: Field,
+    like: Family = LLAMA,
+    constants: Mapping[str, Any] | None = None,
+    harmless: tuple[str, ...] = (),
+    **changes: Any,
+) -> Family:
+    """The family `like` with other fields, more constants and other changes of its attributes.
+
+    `classes` is the beginning of the names of its classes in transformers.
+    """
+    facts = {
+        "model_type": model_type,
+        "architecture": f"{classes}ForCausalLM",
+        "aliases": (f"{classes}Model",),
+        "fields": fields,
+        "constants": {**like.constants, **(constants or {})},
+        "harmless": harmless,
+    }
+    return dataclasses.replace(like, **facts | changes)

@@ -1,29 +1,18 @@
-"""Mixtral: Mistral whose feed-forwards are mixtures of experts."""
+"""Mixtral: Mistral in which each feed-forward is a mixture of experts."""
 
-import dataclasses
-
-from attnax.pretrained.families.llama import FIELDS, RULES, experts
-from attnax.pretrained.families.mistral import MISTRAL
-from attnax.pretrained.fields import GATED, biases, choice, flag, rope, whole
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import biases, whole
+from attnax.pretrained.rope_fields import rope
 
 __all__ = ["MIXTRAL"]
 
-MIXTRAL = dataclasses.replace(
-    MISTRAL,
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
-    aliases=("MixtralModel",),
-    fields=(
-        *FIELDS,
-        whole("head_dim", "head_dim", None),
-        whole("sliding_window", "attention_window", None),
-        whole("num_local_experts", "num_experts", 8, least=1),
-        whole("num_experts_per_tok", "top_k", 2),
-        choice("hidden_act", "ff_activation", GATED, "silu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        biases(),
-        rope(1e6),
-    ),
+MIXTRAL = llama.decoder(
+    "mixtral",
+    "Mixtral",
+    *(*llama.FIELDS, llama.HEAD_DIM, llama.GATED_SILU, llama.UNTIED, biases(), rope(1e6)),
+    whole("sliding_window", "attention_window", None),
+    whole("num_local_experts", "num_experts", 8, least=1),
+    whole("num_experts_per_tok", "top_k", 2),
     harmless=("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-    rules=(*RULES, *experts("block_sparse_moe", "w1", "w3", "w2")),
+    rules=(*llama.RULES, *llama.experts("block_sparse_moe", "w1", "w3", "w2")),
 )

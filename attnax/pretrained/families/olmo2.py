@@ -1,37 +1,24 @@
-"""OLMo 2: Llama with norms of what sublayers add, and of all queries and keys together."""
+"""OLMo 2: Llama with norms of the sublayers' results, and of all queries and all keys of a token together."""
 
-import dataclasses
-
-from attnax.pretrained.families.llama import ATTENTION, FIELDS, GATED_FEED_FORWARD, HEAD, LLAMA, QK_NORMS
-from attnax.pretrained.family import norm, within
-from attnax.pretrained.fields import GATED, biases, choice, flag, rope
+from attnax.pretrained.families import llama
+from attnax.pretrained.rope_fields import rope
+from attnax.pretrained.rules import norm
 
 __all__ = ["OLMO2"]
 
-OLMO2 = dataclasses.replace(
-    LLAMA,
-    model_type="olmo2",
-    architecture="Olmo2ForCausalLM",
-    aliases=("Olmo2Model",),
-    constants={**LLAMA.constants, "norm_placement": "branch", "qk_norm": "projection"},
-    fields=(
-        *FIELDS,
-        choice("hidden_act", "ff_activation", GATED, "silu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        biases(attention_bias=(False, ("query", "key", "value", "out"))),
-        rope(),
-    ),
-    harmless=(),
+OLMO2 = llama.decoder(
+    "olmo2",
+    "Olmo2",
+    *(*llama.FIELDS, llama.GATED_SILU, llama.UNTIED, llama.ATTENTION_BIAS, rope()),
+    constants={"norm_placement": "branch", "qk_norm": "projection"},
     rules=(
-        *within(
-            "{base}layers.{layer}",
-            "decoder.stack.blocks.{layer}",
-            ATTENTION,
-            GATED_FEED_FORWARD,
+        *llama.in_layers(
+            llama.ATTENTION,
+            llama.GATED_FEED_FORWARD,
             norm("post_attention_layernorm", "around_attention.norm_branch"),
             norm("post_feedforward_layernorm", "around_feed_forward.norm_branch"),
         ),
-        *QK_NORMS,
-        *HEAD,
+        *llama.QK_NORMS,
+        *llama.HEAD,
     ),
 )

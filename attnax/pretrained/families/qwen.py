@@ -1,94 +1,69 @@
 """Qwen 2 and 3, and the mixture of experts of Qwen 3."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from attnax.config import TransformerConfig
 from attnax.pretrained.errors import quoted
-from attnax.pretrained.families.llama import FIELDS, LLAMA, QK_NORMS, RULES, experts
-from attnax.pretrained.fields import (
-    FULL,
-    GATED,
-    MOST_LAYERS,
-    SLIDING,
-    Field,
-    biases,
-    choice,
-    flag,
-    layer_fields,
-    layers,
-    only,
-    rope,
-    whole,
-)
+from attnax.pretrained.families import llama
+from attnax.pretrained.fields import Field, biases, flag, only, read_all, whole, without
+from attnax.pretrained.layer_fields import FULL, MOST_LAYERS, SLIDING, by_layer, windows
+from attnax.pretrained.rope_fields import rope
 
 __all__ = ["QWEN2", "QWEN3", "QWEN3_MOE"]
 
 
-def _windows_last(theirs: Mapping[str, Any], count: int) -> list[str]:
-    """The first layers see everything."""
-    if not theirs.get("use_sliding_window", False) or theirs.get("sliding_window", 4096) is None:
+def _windows_last(given: Mapping[str, Any], count: int) -> list[str]:
+    """The first layers attend everything, the last a window."""
+    if not given.get("use_sliding_window", False) or given.get("sliding_window", 4096) is None:
         return [FULL] * count
-    first = whole("max_window_layers", "first", 28).read(theirs)["first"]
+    first = whole("max_window_layers", "first", 28).read(given)["first"]
     return [FULL if layer < first else SLIDING for layer in range(count)]
 
 
-_FIELDS = (
-    *FIELDS,
-    layers(_windows_last, 4096, switch="use_sliding_window"),
-    choice("hidden_act", "ff_activation", GATED, "silu"),
-    flag("tie_word_embeddings", "tie_embeddings", False),
-    rope(),
-)
-QWEN2 = dataclasses.replace(
-    LLAMA,
-    model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
-    aliases=("Qwen2Model",),
-    fields=(*_FIELDS, biases(always=("query", "key", "value"))),
+_WINDOWS = windows(_windows_last, 4096, switch="use_sliding_window")
+QWEN2 = llama.decoder(
+    "qwen2",
+    "Qwen2",
+    *(*llama.FIELDS, _WINDOWS, llama.GATED_SILU, llama.UNTIED, rope()),
+    biases(always=("query", "key", "value")),
     harmless=("use_mrope",),
 )
 
-_QWEN3_FIELDS = (whole("head_dim", "head_dim", 128), biases(attention_bias=(False, ("query", "key", "value", "out"))))
-QWEN3 = dataclasses.replace(
-    LLAMA,
-    model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
-    aliases=("Qwen3Model",),
-    constants={**LLAMA.constants, "qk_norm": "head"},
-    fields=(*_FIELDS, *_QWEN3_FIELDS),
-    harmless=(),
-    rules=(*RULES, *QK_NORMS),
+_HEAD_DIM = whole("head_dim", "head_dim", 128)
+QWEN3 = llama.decoder(
+    "qwen3",
+    "Qwen3",
+    *(*llama.FIELDS, _WINDOWS, llama.GATED_SILU, llama.UNTIED, rope(), _HEAD_DIM, llama.ATTENTION_BIAS),
+    constants={"qk_norm": "head"},
+    rules=(*llama.RULES, *llama.QK_NORMS),
 )
 
 
 def _sparse_layers() -> Field:
-    """Which layers are mixtures: every decoder_sparse_step-th one, but for those of mlp_only_layers."""
+    """Which layers are mixtures: one in decoder_sparse_step, except for the layers of mlp_only_layers."""
     numbers = (
         whole("num_hidden_layers", "layers", least=1),
         whole("decoder_sparse_step", "step", 1, least=1),
         whole("moe_intermediate_size", "sparse", 768),
         whole("intermediate_size", "dense", 6144),
     )
-    # Two names, of which transformers 5 writes the second.
+    # Two names of one number; transformers 5 writes the second.
     counts = whole("num_experts", "num_experts", None), whole("num_local_experts", "num_experts", 128, least=1)
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        said: dict[str, Any] = {}
-        for field in numbers:
-            said |= field.read(theirs)
-        experts = counts["num_experts" not in theirs].read(theirs)["num_experts"]
-        skipped = theirs.get("mlp_only_layers") or []
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        found = read_all(numbers, given)
+        num_experts = counts["num_experts" not in given].read(given)["num_experts"]
+        skipped = given.get("mlp_only_layers") or []
         if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
             raise ValueError(f"mlp_only_layers must be a list of whole numbers; got {quoted(skipped)}.")
-        skipped = set(skipped)
-        sparse = {"num_experts": experts, "d_ff": said["sparse"]}
-        dense = {"num_experts": None, "d_ff": said["dense"]}
-        return layer_fields(
+        dense_layers = set(skipped)
+        sparse = {"num_experts": num_experts, "d_ff": found["sparse"]}
+        dense = {"num_experts": None, "d_ff": found["dense"]}
+        return by_layer(
             [
-                dense if layer in skipped or (layer + 1) % said["step"] else sparse
-                for layer in range(min(said["layers"], MOST_LAYERS))
+                dense if layer in dense_layers or (layer + 1) % found["step"] else sparse
+                for layer in range(min(found["layers"], MOST_LAYERS))
             ]
         )
 
@@ -110,22 +85,16 @@ def _sparse_layers() -> Field:
     return Field((*keys, "mlp_only_layers"), read, write)
 
 
-QWEN3_MOE = dataclasses.replace(
-    QWEN3,
-    model_type="qwen3_moe",
-    architecture="Qwen3MoeForCausalLM",
-    aliases=("Qwen3MoeModel",),
-    fields=(
-        *(field for field in FIELDS if field.keys != ("intermediate_size",)),
-        _sparse_layers(),
-        whole("num_experts_per_tok", "top_k", 8),
-        flag("norm_topk_prob", "router_renormalize", False),
-        only("use_sliding_window", False),
-        choice("hidden_act", "ff_activation", GATED, "silu"),
-        flag("tie_word_embeddings", "tie_embeddings", False),
-        rope(),
-        *_QWEN3_FIELDS,
-    ),
+QWEN3_MOE = llama.decoder(
+    "qwen3_moe",
+    "Qwen3Moe",
+    *without(llama.FIELDS, "intermediate_size"),
+    *(llama.GATED_SILU, llama.UNTIED, rope(), _HEAD_DIM, llama.ATTENTION_BIAS),
+    _sparse_layers(),
+    whole("num_experts_per_tok", "top_k", 8),
+    flag("norm_topk_prob", "router_renormalize", False),
+    only("use_sliding_window", False),
+    like=QWEN3,
     harmless=("output_router_logits", "router_aux_loss_coef", "sliding_window", "max_window_layers"),
-    rules=(*QWEN3.rules, *experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    rules=(*QWEN3.rules, *llama.experts("mlp", "gate_proj", "up_proj", "down_proj")),
 )

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-RoBERTa: BERT whose positions are counted from the row after that of the padding token."""
+"""RoBERTa and XLM-RoBERTa: BERT in which position 0 is the row after the row of the padding token."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,20 +6,20 @@ from typing import Any
 
 from attnax.config import TransformerConfig
 from attnax.pretrained.families.bert import BERT_MASKED, FIELDS, HARMLESS, RULES, encoder_of
-from attnax.pretrained.family import Rule, linear, norm
-from attnax.pretrained.fields import PLAIN, Field, choice, only, whole
+from attnax.pretrained.fields import PLAIN, Field, choice, only, read_all, whole
+from attnax.pretrained.rules import Rule, linear, norm
 
 __all__ = ["ROBERTA", "ROBERTA_MASKED", "XLM_ROBERTA", "XLM_ROBERTA_MASKED"]
 
 
 def _positions() -> Field:
-    """The rows up to that of the padding token are no positions."""
-    rows, pad = whole("max_position_embeddings", "rows", 512), whole("pad_token_id", "pad_token_id", 1)
+    """The longest text and the padding token; the rows up to the padding token's are no positions."""
+    numbers = whole("max_position_embeddings", "rows", 512), whole("pad_token_id", "pad_token_id", 1)
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        ours = rows.read(theirs) | pad.read(theirs)
-        offset = ours["pad_token_id"] + 1
-        return {"pad_token_id": offset - 1, "position_offset": offset, "max_len": ours["rows"] - offset}
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        found = read_all(numbers, given)
+        offset = found["pad_token_id"] + 1
+        return {"pad_token_id": offset - 1, "position_offset": offset, "max_len": found["rows"] - offset}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         return {
@@ -38,7 +38,7 @@ ROBERTA_MASKED = dataclasses.replace(
     constants={**BERT_MASKED.constants, "ff_activation": "gelu"},
     fields=(
         *FIELDS,
-        only("hidden_act", "gelu"),  # its head has no other
+        only("hidden_act", "gelu"),  # the only one that the head has
         _positions(),
         only("tie_word_embeddings", True),
     ),

@@ -8,8 +8,9 @@ from attnax.config import EncoderDecoderConfig, TransformerConfig
 from attnax.models.seq2seq import Transformer
 from attnax.models.transformer import TransformerEncoder
 from attnax.pretrained.errors import quoted
-from attnax.pretrained.family import Family, Rule, embedding, linear, norm, within
+from attnax.pretrained.family import Family
 from attnax.pretrained.fields import Field, choice, only, pad_token, real, unread, whole
+from attnax.pretrained.rules import Rule, attention, embedding, linear, norm, within
 
 __all__ = ["MT5", "MT5_ENCODER", "T5", "T5_ENCODER"]
 
@@ -18,7 +19,7 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "silu": "silu",
-    "gated-gelu": "geglu_tanh",  # of the first GELU, whatever the name says
+    "gated-gelu": "geglu_tanh",  # the tanh form, in spite of the name
     "gated-gelu_new": "geglu_tanh",
     "gated-silu": "swiglu",
     "gated-relu": "reglu",
@@ -33,25 +34,25 @@ CONSTANTS: dict[str, Any] = {
 
 
 def _feed_forward(default: str) -> Field:
-    """`feed_forward_proj`, and what transformers writes beside to say the same."""
+    """`feed_forward_proj`, and the keys that transformers derives from it and writes too."""
     name = choice("feed_forward_proj", "ff_activation", ACTIVATIONS, default)
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        ours = name.read(theirs)
-        gate, _, function = theirs.get("feed_forward_proj", default).rpartition("-")
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        fields = name.read(given)
+        gate, _, function = given.get("feed_forward_proj", default).rpartition("-")
         function = "gelu_new" if (gate, function) == ("gated", "gelu") else function
         for key, implied in (("dense_act_fn", function), ("is_gated_act", gate == "gated")):
-            if theirs.get(key, implied) != implied:
+            if given.get(key, implied) != implied:
                 raise ValueError(
-                    f"{key} must be {implied!r}, as feed_forward_proj has it; got {key}={quoted(theirs[key])}."
+                    f"{key} must be {implied!r}, as feed_forward_proj has it; got {key}={quoted(given[key])}."
                 )
-        return ours
+        return fields
 
     return Field((*name.keys, "dense_act_fn", "is_gated_act"), read, name.write)
 
 
 def _fields(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, feed_forward: str) -> tuple[Field, ...]:
-    """The fields of an encoder, with defaults."""
+    """The fields of an encoder, with these defaults."""
     return (
         whole("vocab_size", "vocab_size", vocab_size),
         whole("d_model", "d_model", 512),
@@ -80,21 +81,21 @@ def _num_decoder_layers() -> Field:
 
 
 def _head(*, scales: bool) -> Field:
-    """Whether the head is tied, and whether its logits are divided by the root of the width if `scales`."""
+    """Whether the head is tied, and with `scales` whether its logits are divided by the square root of the width."""
     keys = ("tie_word_embeddings", "scale_decoder_outputs") if scales else ("tie_word_embeddings",)
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        tied = theirs.get("tie_word_embeddings", True)
-        said = {"tied": tied, "scaled": scales and theirs.get("scale_decoder_outputs", tied)}
-        for key, value in zip(keys, said.values(), strict=False):
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        tied = given.get("tie_word_embeddings", True)
+        fields = {"tied": tied, "scaled": scales and given.get("scale_decoder_outputs", tied)}
+        for key, value in zip(keys, fields.values(), strict=False):
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
-        if scales and "tie_word_embeddings" in theirs and tied and "scale_decoder_outputs" not in theirs:
+        if scales and "tie_word_embeddings" in given and tied and "scale_decoder_outputs" not in given:
             raise ValueError(
                 "tie_word_embeddings=True is of mT5 where scale_decoder_outputs is not there. Set model_type to 'mt5', "
                 "with an architecture of mT5, or scale_decoder_outputs: true for T5, false for version 1.1 and later."
             )
-        return said
+        return fields
 
     def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         scaled = {1.0: False} | ({config.decoder.d_model**-0.5: True} if scales else {})
@@ -107,7 +108,7 @@ def _head(*, scales: bool) -> Field:
 
 
 def _of_encoder(field: Field) -> Field:
-    """A field that both halves share."""
+    """A field that both halves share, written from the encoder's."""
     return dataclasses.replace(field, write=lambda config: field.write(config.encoder))
 
 
@@ -122,16 +123,15 @@ def _pair(*, num_decoder_layers: int | None, tied: bool, scaled: bool, **fields:
     return EncoderDecoderConfig(encoder=encoder, decoder=decoder, share_embeddings=True)
 
 
-def _untie(config: EncoderDecoderConfig, theirs: Mapping[str, Any], names: Collection[str]) -> EncoderDecoderConfig:
-    """Files of transformers 5 say tie_word_embeddings=true in any case; they hold a head where it is not."""
-    is_new = "scale_decoder_outputs" in theirs or theirs.get("model_type") == "mt5"
+def _untie(config: EncoderDecoderConfig, given: Mapping[str, Any], names: Collection[str]) -> EncoderDecoderConfig:
+    """The config without a tied head, for files that hold a head.
+
+    config.json cannot tell: transformers 5 always writes tie_word_embeddings=true.
+    """
+    is_new = "scale_decoder_outputs" in given or given.get("model_type") == "mt5"
     if not is_new or "lm_head.weight" not in names or _EMBEDDINGS.isdisjoint(names):
         return config
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False))
-
-
-def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return within(theirs, ours, linear("q", "query"), linear("k", "key"), linear("v", "value"), linear("o", "out"))
 
 
 def _feed_forward_rules(sublayer: int) -> tuple[Rule, ...]:
@@ -147,7 +147,7 @@ def _feed_forward_rules(sublayer: int) -> tuple[Rule, ...]:
 
 SELF_ATTENTION = (
     *norm("layer.0.layer_norm", "around_attention.norm_in"),
-    *_attention("layer.0.SelfAttention", "attention"),
+    *attention(*(f"layer.0.SelfAttention.{name}" for name in "qkvo")),
 )
 BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 ENCODER = (
@@ -162,7 +162,7 @@ DECODER = (
         "decoder.stack.blocks.{layer}",
         SELF_ATTENTION,
         norm("layer.1.layer_norm", "around_cross_attention.norm_in"),
-        _attention("layer.1.EncDecAttention", "cross_attention"),
+        attention(*(f"layer.1.EncDecAttention.{name}" for name in "qkvo"), parameter="cross_attention"),
         _feed_forward_rules(2),
     ),
     Rule(f"decoder.{BIAS}", ("decoder.relative_bias.table",)),
@@ -180,7 +180,7 @@ T5 = Family(
     fields=(*map(_of_encoder, FIELDS), _num_decoder_layers(), _head(scales=True), only("is_encoder_decoder", True)),
     harmless=HARMLESS,
     rules=(*ENCODER, *DECODER),
-    # Of the first version's files; nothing reads it.
+    # In files of the first version; nothing uses it.
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     tied=("lm_head.weight",),
     repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
@@ -195,7 +195,8 @@ T5_ENCODER = Family(
     fields=(*FIELDS, unread("is_encoder_decoder")),
     harmless=(*HARMLESS, "num_decoder_layers", "tie_word_embeddings", "scale_decoder_outputs"),
     rules=tuple(
-        dataclasses.replace(rule, ours=tuple(name.removeprefix("encoder.") for name in rule.ours)) for rule in ENCODER
+        dataclasses.replace(rule, parameters=tuple(name.removeprefix("encoder.") for name in rule.parameters))
+        for rule in ENCODER
     ),
     body=("encoder.", "shared."),
     tied=(),

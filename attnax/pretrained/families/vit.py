@@ -7,8 +7,9 @@ from typing import Any
 from attnax.config import VisionTransformerConfig
 from attnax.models.vision import VisionTransformer
 from attnax.pretrained.errors import quoted
-from attnax.pretrained.family import Family, Rule, linear, norm, within
-from attnax.pretrained.fields import MOST, PLAIN, Field, biases, choice, flag, real, sides, whole
+from attnax.pretrained.family import Family
+from attnax.pretrained.fields import MOST, PLAIN, Field, biases, choice, flag, read_all, real, sides, whole
+from attnax.pretrained.rules import Rule, attention, linear, norm, within
 
 __all__ = ["DINOV2", "DINOV2_REGISTERS", "VIT", "VIT_CLASSES"]
 
@@ -28,11 +29,8 @@ _EMBEDDINGS = (
     *linear("{base}embeddings.patch_embeddings.projection", "patches.projection", weight="D C h w -> (h w C) D"),
     *norm("{base}layernorm", "norm"),
 )
-_ATTENTION = (
-    *linear("attention.attention.query", "attention.query"),
-    *linear("attention.attention.key", "attention.key"),
-    *linear("attention.attention.value", "attention.value"),
-    *linear("attention.output.dense", "attention.out"),
+_ATTENTION = attention(
+    *("attention.attention.query", "attention.attention.key", "attention.attention.value"), "attention.output.dense"
 )
 _LAYERS = "{base}encoder.layer.{layer}", "stack.blocks.{layer}"
 
@@ -69,8 +67,8 @@ VIT = Family(
 def _classes() -> Field:
     """The number of labels."""
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        labels = theirs.get("id2label", {"0": "", "1": ""})
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        labels = given.get("id2label", {"0": "", "1": ""})
         if not isinstance(labels, dict) or not labels:
             raise ValueError(f"id2label must be an object with labels; got {quoted(labels)}.")
         return {"num_classes": len(labels)}
@@ -92,26 +90,29 @@ VIT_CLASSES = dataclasses.replace(
 
 
 def _feed_forward() -> Field:
-    """Its width as a ratio, of which a gated one has two thirds, rounded up to a multiple of 8."""
+    """Activation, gate and width of the feed-forward.
+
+    The width is a ratio. A gated feed-forward has two thirds of it, rounded up to a multiple of 8.
+    """
     width, gated = whole("hidden_size", "width"), flag("use_swiglu_ffn", "gated", False)
     ratio, activation = real("mlp_ratio", "ratio", 4), choice("hidden_act", "ff_activation", PLAIN, "gelu")
 
     def hidden(width: int, ratio: float, gated: bool) -> int:
         return (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 if gated else int(width * ratio)
 
-    def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        said = width.read(theirs) | ratio.read(theirs) | gated.read(theirs)
-        plain = activation.read(theirs)
-        d_ff = hidden(**said)
+    def read(given: Mapping[str, Any]) -> dict[str, Any]:
+        found, plain = read_all((width, ratio, gated), given), activation.read(given)
+        d_ff = hidden(**found)
         if not 0 < d_ff <= MOST:
-            raise ValueError(f"mlp_ratio must give a width of at most {MOST}; got mlp_ratio={said['ratio']}.")
-        return {"d_ff": d_ff, "ff_activation": "swiglu" if said["gated"] else plain["ff_activation"]}
+            raise ValueError(f"mlp_ratio must give a width of at most {MOST}; got mlp_ratio={found['ratio']}.")
+        return {"d_ff": d_ff, "ff_activation": "swiglu" if found["gated"] else plain["ff_activation"]}
 
     def write(config: VisionTransformerConfig) -> dict[str, Any]:
         is_gated = config.ff_activation == "swiglu"
-        whole_ratio = round(config.d_ff * (1.5 if is_gated else 1.0) / config.d_model)  # transformers has no other
+        # transformers has whole ratios only.
+        whole_ratio = round(config.d_ff * (1.5 if is_gated else 1.0) / config.d_model)
         if hidden(config.d_model, float(whole_ratio), is_gated) != config.d_ff:
-            raise ValueError(f"d_ff must be that of a whole mlp_ratio; got d_ff={config.d_ff}.")
+            raise ValueError(f"d_ff must be the width of a whole mlp_ratio; got d_ff={config.d_ff}.")
         written = {} if is_gated else activation.write(config)
         return written | {"use_swiglu_ffn": is_gated, "mlp_ratio": whole_ratio}
 
@@ -130,7 +131,7 @@ DINOV2_REGISTERS = dataclasses.replace(
         real("layerscale_value", "layer_scale", 1.0),
         whole("num_register_tokens", "num_register_tokens", 4),
     ),
-    # Those of the second line of `harmless` are for other uses of the class in transformers, as a backbone.
+    # The second line is for another use of the class in transformers, as a backbone.
     harmless=(
         *(*_HARMLESS, "drop_path_rate", "use_mask_token"),
         *("apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices"),

@@ -1,0 +1,150 @@
+"""`attnax train`: a run, interruptions, and its model."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_run import TINY, refuse
+
+from attnax import TransformerConfig
+from attnax.cli import main
+from attnax.errors import InputError
+from attnax.text import DOCUMENT, byte_tokenizer
+from attnax.training import RunFolder, open_run, read_corpus
+from attnax.training.run_model import _abstract as abstract
+
+
+def load_model(run):
+    """The model of a run, and its tokenizer."""
+    text = open_run(run)
+    return text.model, text.codec.tokenizer
+
+
+def test_a_run_leaves_everything_that_it_promises(trained):
+    out, printed = trained
+    last = printed.strip().splitlines()[-1]
+    match = re.fullmatch(r"held-out (\d+\.\d\d) bits per byte \(gzip -9: (\d\.\d\d), xz -9: (\d\.\d\d)\)", last)
+    result = json.loads((out / "result.json").read_text())
+    assert match and float(match[1]) == pytest.approx(result["held_out_bits_per_byte"], abs=0.005)
+    for name in ("config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints"):
+        assert (out / name).exists(), name
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [5, 10, 12]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.7) and losses[-1] < losses[0] - 0.5
+
+
+def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
+    text = b"".join(document.text for document in read_corpus(str(corpus)).held_out)
+    result = json.loads((run / "result.json").read_text())
+    gzip = subprocess.run(["gzip", "-9", "-n"], input=text, capture_output=True, check=True).stdout
+    assert result["held_out_bytes"] == len(text)
+    assert result["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip) / len(text), rel=0.01)
+
+
+def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
+    """From what a process left that was killed before its run began; a person's tokenizer is no such thing."""
+    parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer()
+    monkeypatch.chdir(tmp_path)
+    for number, names in enumerate((["config.json"], [".lock", "tokenizer.json"], ["tokenizer.json"])):
+        (tmp_path / "runs" / f"{number:03d}").mkdir(parents=True)
+        for name in names:
+            (tmp_path / "runs" / f"{number:03d}" / name).write_text("cut")
+    (tmp_path / "runs" / "003").mkdir()
+    with RunFolder(tmp_path / "runs" / "003").locked():
+        assert [RunFolder.create(None, *parts).path.name for _ in range(2)] == ["001", "004"]
+    assert RunFolder(tmp_path / "runs" / "001").load()[0] == parts[0]
+
+
+def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
+    made = []
+
+    def trainer(model, optimizer, seed, document_token):
+        made.append((model, optimizer, seed, document_token))
+        raise InputError("no training today")
+
+    monkeypatch.setattr("attnax.cli.train.Trainer", trainer)
+    for flags in (["--seed", "7"], ["--tokenizer", "bytes", "--pack"]):
+        assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *TINY, *flags)
+    (model, optimizer, seed, document_token), packed = made
+    assert (model.d_model, model.num_kv_heads, model.max_len, model.pos_emb_type) == (16, 1, 32, "rope")
+    assert (optimizer.steps, optimizer.batch_size, optimizer.learning_rate) == (12, 4, 0.03)
+    assert 257 < model.vocab_size <= 300 and (seed, document_token) == (7, None)
+    assert packed[0].vocab_size == 257 and packed[2:] == (0, DOCUMENT)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.contract
+def test_a_run_of_packed_bytes_that_was_given_no_folder_takes_the_next(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "000" / "of another").mkdir(parents=True)
+    assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
+    config = json.loads((tmp_path / "runs" / "001" / "config.json").read_text())
+    assert config["options"]["model"]["vocab_size"] == 257 and (tmp_path / "runs" / "001" / "result.json").exists()
+
+
+def check_same_figures(out, run):
+    assert json.loads((out / "result.json").read_text()) == json.loads((run / "result.json").read_text())
+    for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+        values = [
+            [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines() if name in line]
+            for folder in (out, run)
+        ]
+        assert values[0] == values[1], name
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in its first step, then --resume: the figures of the run that was left alone, to the last bit."""
+    out, append = tmp_path / "run", RunFolder.append_metrics
+
+    def interrupt(self, **row):
+        append(self, **row)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", interrupt)
+        assert main(["train", "--data", str(corpus), "--out", str(out), *TINY]) == 130
+    assert f"attnax train --resume {out}" in capsys.readouterr().out
+    assert not (out / "result.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert main(["train", "--resume", str(out)]) == 0
+    check_same_figures(out, run)
+
+
+@pytest.mark.contract
+def test_a_process_that_is_interrupted_saves_and_ends(run, corpus, tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "attnax", "train", "--data", str(corpus), "--out", str(out), *TINY]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.fail("the run ended before the signal came; make TINY longer")
+    assert process.returncode == 130, stderr
+    assert f"attnax train --resume {out}" in stdout and "Traceback" not in stderr
+    assert not (out / "result.json").exists()
+    assert main(["train", "--resume", str(out)]) == 0
+    check_same_figures(out, run)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_run_opens_without_initial_weights(scan_layers):
+    config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, d_ff=16, scan_layers=scan_layers)
+    graphdef, params, streams = abstract(config)
+    weights = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.1, x.dtype)), params)
+    assert nnx.merge(graphdef, weights, streams)(np.zeros((1, 3), np.int32), deterministic=True).shape == (1, 3, 11)
