@@ -101,8 +101,8 @@ def cached_attention(
         result = (out, lse) if return_lse else out
     else:
         result = _attend_tiles(query, cache, positions, _in_window(cache, options), return_lse)
-    # A dropped write must not pass unseen.
-    return jax.tree.map(lambda x: jnp.where(_spread(cache.overflowed, x.ndim), jnp.nan, x), result)
+    lost = cache.overflowed.reshape(-1, 1, 1)  # a dropped write must not pass unseen
+    return jax.tree.map(lambda x: jnp.where(lost if x.ndim == 3 else lost[..., None], jnp.nan, x), result)
 
 
 def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
@@ -133,11 +133,6 @@ def _in_window(cache: AnyCache, options: AttentionOptions) -> AttentionOptions:
         return options
     window, mask = sliding_window(cache.window, causal=False), options["mask"]
     return {**options, "mask": window if mask is None else mask & window}
-
-
-def _spread(rows: Array, ndim: int) -> Array:
-    """A value for each row of the batch, or one for all, against an array with this many axes."""
-    return rows.reshape(-1, *(1,) * (ndim - 1))
 
 
 def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: AttentionOptions, return_lse: bool) -> Any:

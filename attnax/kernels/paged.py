@@ -271,7 +271,7 @@ class NewTokens:
 
     @property
     def num_chunks(self) -> Array:
-        return jnp.int32(_num_chunks(self.key.shape[2], _CHUNK))
+        return jnp.int32(-(-self.key.shape[2] // _CHUNK))
 
     @property
     def chunk_size(self) -> int:
@@ -311,7 +311,7 @@ def _pages_to_read(
     """The chunks of the cache, beginning with those that some row may attend."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
-    first = jnp.arange(_num_chunks(cache.block_table.shape[1], count), dtype=jnp.int32)[None, None] * size
+    first = jnp.arange(-(-cache.block_table.shape[1] // count), dtype=jnp.int32)[None, None] * size
     needed = first < cache.seq_lengths[:, None, None]
     if mask is not None and q_positions.shape[1]:
         present = jnp.where(q_positions < 0, q_positions.max(1, keepdims=True), q_positions)
@@ -334,10 +334,6 @@ def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
 
 def _pages_in_chunk(cache: PagedKVCache) -> int:
     return min(cache.block_table.shape[1], max(1, _CHUNK // cache.block_size))
-
-
-def _num_chunks(length: int, size: int) -> int:
-    return -(-length // size)
 
 
 def _call_form(
