@@ -60,7 +60,7 @@ class Request:
         return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
     def after_prompt(self) -> Request:
-        """The request without what only the prompt needs: of one shape for prompts of every length."""
+        """The request without the prompt, its keys and its context: of one shape for prompts of every length."""
         ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
         return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
 

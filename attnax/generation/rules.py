@@ -1,4 +1,4 @@
-"""Rules that forbid or force tokens, those of `generate` in transformers, as a `logits_fn`."""
+"""Rules that forbid or force tokens, as `generate` in transformers has them, as a `logits_fn`."""
 
 from __future__ import annotations
 

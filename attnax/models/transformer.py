@@ -387,7 +387,7 @@ class TransformerDecoder(_TokenTransformer):
         is_whole = len(encoder_output) == self.config.num_layers
         if not is_whole or position_ids is not None or not all(isinstance(x, KeysValues) for x in encoder_output):
             raise ValueError(
-                "TransformerDecoder: encoder_output must be an array, or what keys_values gave: one KeysValues a "
+                "TransformerDecoder: encoder_output must be an array, or the result of keys_values: one KeysValues a "
                 f"layer, rotated already; got a {type(encoder_output).__name__} of {len(encoder_output)} for "
                 f"num_layers={self.config.num_layers}, encoder_position_ids "
                 f"{'given' if position_ids is not None else 'not given'}."

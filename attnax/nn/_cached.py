@@ -60,7 +60,7 @@ def attend_cache(kernel: Kernel, heads: Heads, cache: Any) -> tuple[Array, Any]:
         shape = (*heads.query.shape[:2], cache.num_positions, cache.num_positions)
         mask.check("MultiHeadAttention, with a cache", shape)
     cache, seen = cache.append(heads.key, heads.value, heads.positions)
-    if _reads_chunks(kernel.function, heads):
+    if _reads_chunks(kernel.function, heads.query.shape[2]):
         options = {name: x for name, x in _bound(kernel.function).items() if name in _CACHED_OPTIONS}
         read = functools.partial(cached_attention, heads.query, seen, heads.positions, **options)
         return kernel.call(functools.partial(read, mask=mask), heads), cache
@@ -76,15 +76,13 @@ _CACHED_OPTIONS = inspect.signature(cached_attention).parameters
 _FEW = SPARE_SLOTS + 1  # queries of a call that decodes, with a draft or without
 
 
-def _reads_chunks(function: AttentionFn, heads: Heads) -> bool:
-    """Whether `cached_attention` takes the place of the function.
+def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
+    """Whether `cached_attention` takes the place of a function that declares `reads_cache_in_chunks`.
 
-    It does so for a few queries, and where dropout goes by positions, if the function declares it. Many queries fill
-    tiles, so a function with options of its own, such as a tile size, computes them itself.
+    Many queries fill tiles, so a function with options of its own, such as a tile size, computes them itself.
     """
     has_options = isinstance(function, functools.partial)
-    is_by_chunks = heads.query.shape[2] <= _FEW or heads.dropout_rng is not None or not has_options
-    return is_by_chunks and getattr(kernel_of(function), "reads_cache_in_chunks", False)
+    return getattr(kernel_of(function), "reads_cache_in_chunks", False) and (num_queries <= _FEW or not has_options)
 
 
 def _bound(function: Any) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def _attend_sums(
 ) -> tuple[Array, LinearLayerCache]:
     if not isinstance(heads.mask, Causal):
         raise NotImplementedError(
-            "MultiHeadAttention: the sums of linear attention hold what came before, so with a cache mask must be "
+            "MultiHeadAttention: the sums of linear attention hold all tokens before, so with a cache mask must be "
             f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for any other."
         )
     mask = causal() & padding(jnp.broadcast_to(positions >= 0, (heads.query.shape[0], heads.query.shape[2])))

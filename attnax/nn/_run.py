@@ -16,7 +16,7 @@ __all__ = ["Mode", "SelfAttentionOptions", "overrides_call", "run_of", "runs", "
 
 
 class Mode(TypedDict, total=False):
-    """Whether a call drops out, and by what randomness."""
+    """Whether a call uses dropout, and its randomness."""
 
     deterministic: bool | None
     rngs: nnx.Rngs | None

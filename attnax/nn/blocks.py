@@ -254,7 +254,7 @@ class DecoderBlock(nnx.Module):
         config = _block_config(config, num_heads, d_ff, fields)
         if config.parallel_residual:
             raise ValueError(
-                "DecoderBlock: cross-attention reads what self-attention wrote; got parallel_residual=True. "
+                "DecoderBlock: cross-attention reads the result of self-attention; got parallel_residual=True. "
                 "Leave it out."
             )
         cross = config

@@ -160,7 +160,7 @@ class RotaryEmbedding:
         base: of the wavelengths.
         dtype: of cosines and sines, by default float32, for a float64 x float64.
         fraction: above 0, at most 1, such that an even number of features is turned.
-        scaling: of the frequencies, for texts longer than those trained on.
+        scaling: of the frequencies, for texts longer than the trained ones.
 
     Raises:
         ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at

@@ -244,7 +244,7 @@ def test_a_biased_rule_would_be_noticed(monkeypatch):
             {},
             {"cache": "contiguous"},
             ValueError,
-            "tokens are taken back, whose slots a contiguous cache would not use",
+            "a draft takes tokens back, and a contiguous cache would not use",
         ),
         ({"attention_type": "linear"}, {}, NotImplementedError, "linear attention cannot take drafted tokens back"),
     ],
