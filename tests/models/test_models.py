@@ -274,7 +274,9 @@ class TestOverflow:
     @pytest.mark.usefixtures("unchecked_shapes")
     def test_wrong_shapes_are_refused_in_words(self):
         new = jax.device_put(np.ones((1, 1, 3, 4), np.float32))
-        with pytest.raises(ValueError, match=r"keys_new must have shape .*\(1, 1, 3, 2\); got keys_new.shape=\(1, 1, 3, 4\)"):
+        with pytest.raises(
+            ValueError, match=r"keys_new must have shape .*\(1, 1, 3, 2\); got keys_new.shape=\(1, 1, 3, 4\)"
+        ):
             attnax.update_kv_layer_cache(self.cache(), new, new)
         with pytest.raises(ValueError, match="max_len must be at least 1; got max_len=0"):
             self.cache(max_len=0)
