@@ -1,4 +1,4 @@
-"""Mixture of experts: equal to computing every expert, at the cost of those chosen, and nothing dropped."""
+"""Mixture of experts: equal to computing every expert, at the cost of the chosen ones, and no token dropped."""
 
 import dataclasses
 import math
@@ -71,7 +71,7 @@ def make(**fields):
 
 
 def every_expert(params, x, config, xp=jnp):
-    """The definition: every expert sees every token, and the weights of those not chosen are 0."""
+    """The definition: every expert sees every token, and the weights of experts that are not chosen are 0."""
     values = nnx.to_pure_dict(params)
     if xp is np:
         values, x = jax.tree.map(partial(np.asarray, dtype=np.float64), (values, x))
@@ -286,14 +286,14 @@ def test_permuted_tokens_give_permuted_outputs():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_token_that_is_not_finite_spoils_its_own_row_only(bad):
+def test_a_non_finite_token_contaminates_its_own_row_only(bad):
     run, params, _ = make()
     x = np.array(normal(99, *TOKENS, D_MODEL))
     out = np.asarray(run(params, x)[0])
     x[1, 5, 2] = bad
-    spoilt, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
-    assert not np.isfinite(spoilt[1, 5]).any()
-    np.testing.assert_allclose(spoilt[others], out[others], atol=1e-6)
+    row, others = np.asarray(run(params, x)[0]), np.arange(39).reshape(TOKENS) != 18
+    assert not np.isfinite(row[1, 5]).any()
+    np.testing.assert_allclose(row[others], out[others], atol=1e-6)
 
 
 @pytest.mark.thorough
