@@ -31,7 +31,7 @@ LAYERS = {
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 NO_FLAX = {part for part, layer in LAYERS.items() if layer <= LAYERS["kernels"]} | {"generation"}
 # The places of `kernels/`, from the bottom up; every other file there is what people call, at the top.
-PLACES = ("_core",), ("_xla", "_gpu", "_tpu"), ("_call", "_decode_call")
+PLACES = ("_core",), ("_xla", "_gpu", "_tpu"), ("_engines", "_call", "_decode_call")
 
 
 def part_of(path):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
-from attnax.checks import check_attention
-from attnax.kernels._call import Call, attend, prepare, why_no_kernel
+from attnax.kernels._call import Call, attend, prepare, why_not_cudnn_here
+from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
-from attnax.kernels._gpu.cudnn import why_not_cudnn_call, why_not_cudnn_here
-from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
+from attnax.masks import Mask, names_residuals, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = [
@@ -309,7 +309,7 @@ def why_not_pallas(
             call = prepare("why_not_pallas", query, key, value, block_size=blocks, backend="pallas", **options)
         except MixedPairsError as error:
             return str(error).removeprefix("why_not_pallas: ")
-        return why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
+        return call.why_not_kernels() if isinstance(call, Call) else None
 
     reason = _of_shapes(ask, query, key, value)
     if reason is None and abstract_device() is not None:
@@ -356,22 +356,7 @@ def why_not_cudnn(
     """
     _check_question("why_not_cudnn", platform, options)
 
-    def ask(query: Array, key: Array, value: Array) -> str | None:
-        check_attention("why_not_cudnn", query, key, value, **options)
-        batch, heads, seq_q, _ = query.shape
-        full = batch, heads, seq_q, key.shape[2]
-        mask, score_mod = resolve_masks("why_not_cudnn", options.get("mask"), options.get("score_mod"), full)
-        return why_not_cudnn_call(
-            query,
-            key,
-            value,
-            mask=mask,
-            score_mod=score_mod,
-            dropout_rate=0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
-            return_lse=return_lse,
-            scale=options.get("scale"),
-        )
-
+    ask = partial(why_not_cudnn_call, "why_not_cudnn", return_lse=return_lse, **options)
     reason = _of_shapes(ask, query, key, value)
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return "this machine has no NVIDIA GPU"

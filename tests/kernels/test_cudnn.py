@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from attnax import flash_attention, masks, pallas_flash_attention, why_not_cudnn
-from attnax.kernels import _call
+from attnax.kernels import _engines
 from attnax.kernels._gpu import cudnn as engine
 
 PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(32)}
@@ -37,7 +37,7 @@ def cudnn(another_machine, monkeypatch):
 
 @pytest.fixture
 def gpu(cudnn, monkeypatch):
-    monkeypatch.setattr(_call, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(_engines, "has_nvidia_gpu", lambda: True)
 
 
 def arrays(dtype=jnp.bfloat16, rows=2, sharding=None):
@@ -111,7 +111,7 @@ def test_asked_for_another_platform_the_machine_does_not_count(mask):
 
 def test_an_old_gpu_is_a_reason(another_machine, monkeypatch):
     x = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
-    monkeypatch.setattr(cudnn, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(engine, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [type("T4", (), {"compute_capability": "7.5"})])
     assert "compute capability 8.0" in why_not_cudnn(x, x, x, platform="cuda")
 

@@ -15,7 +15,7 @@ from _lowered import gpu_mesh, kernels_of, parse
 from cases import CASES, contract_unless
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_blockwise import CAPTURED, MASKS, SEQ, dense
+from test_tile_loop import CAPTURED, MASKS, SEQ, dense
 
 from attnax import (
     cached_attention,
@@ -32,6 +32,7 @@ from attnax import (
 from attnax.kernels import score_mods
 from attnax.kernels._core import pairs
 from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.operands import lift_bounds
 from attnax.kernels._gpu import decode, split, tile_lists
 from attnax.kernels.paged import _as_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -425,8 +426,7 @@ def every_tile_list():
         results = {}
         for name in MASKED:
             mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
-            lifted = split.lift_mask(mask, frozenset())
-            bounds = tile_lists.lift_bounds(mask, grid, 1, 1, frozenset())
+            lifted, bounds = split.lift_mask(mask), lift_bounds(mask)
             codes = tile_lists.tile_codes(
                 grid, 1, 1, bounds, split.split(lifted), lifted.values, is_opaque=mask.is_opaque
             )

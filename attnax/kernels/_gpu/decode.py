@@ -28,7 +28,7 @@ class KernelCall:
     scale: Array
     stored: Stored
     mask: Lifted  # of true positions, as score_mod
-    bounds: tile_lists.BoundsAtPositions
+    bounds: tile_lists.BoundsAtPositions | None
     score_mod: Lifted | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
     tile: tile_sizes.Tile = dataclasses.field(metadata={"static": True})
@@ -68,17 +68,16 @@ def bind_kernel(
     tile = _tile_of(query, stored)
     if tile is None:
         return None
-    grid = tile_lists.TileGrid.of(tile, query.shape[2], stored.positions.shape[1])
-    bounds = tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions), grid, query.shape[1], axes)
+    bounds = tile_lists.lift_bounds_at_positions(mask, (positions, stored.positions))
     mask = at_positions(mask, positions, stored.positions)
     mod = None if score_mod is None else at_positions(score_mod, positions, stored.positions)
     call = KernelCall(
         query,
         scale,
         stored,
-        split.lift_mask(mask, axes),
+        split.lift_mask(mask),
         bounds,
-        None if mod is None else split.lift_score_mod(caller, mod, axes),
+        None if mod is None else split.lift_score_mod(caller, mod),
         mask.is_opaque,
         tile,
     )

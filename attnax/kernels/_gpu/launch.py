@@ -53,7 +53,7 @@ class Setup:
     tile: Tile
     mask: Split | None
     mask_values: tuple[Array, ...]  # what the mask captured
-    bounds: Lifted | BoundsAtPositions | None  # of the mask, over the tiles of this pass
+    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it does not tell any
     is_opaque: bool
     score_mod: Split | None
     mod_values: tuple[Array, ...]
@@ -279,7 +279,6 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     mask, score_mod = setup.mask, setup.score_mod
     codes = tiles = turned = careful = fine = None
     if mask is not None:
-        assert setup.bounds is not None
         codes = tile_codes(
             grid,
             batch,
