@@ -19,10 +19,20 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.programs import Program, flatten, spread, trace_rule
+from attnax.kernels._core.programs import Program, flatten, is_narrow, spread, trace_rule
 from attnax.typing import Array
 
-__all__ = ["ELEMENTWISE", "KERNEL_ELEMENTWISE", "MARKS", "SHAPE", "evaluate", "examples", "gather", "why_not_natural"]
+__all__ = [
+    "ELEMENTWISE",
+    "KERNEL_ELEMENTWISE",
+    "MARKS",
+    "SHAPE",
+    "align",
+    "evaluate",
+    "examples",
+    "gather",
+    "why_not_natural",
+]
 
 MARKS = 499, 503, 1009, 1013
 """Sizes of (B, N, T, S) at which functions are traced: unequal primes that no real axis has."""
@@ -50,6 +60,11 @@ ELEMENTWISE = KERNEL_ELEMENTWISE | frozenset((
 SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "reshard", "squeeze"))
 """Primitives that change neither the values nor their natural shape."""
 
+# These broadcast axes of size 1 by themselves.
+_BROADCASTING = frozenset((
+    "add", "and", "atan2", "div", "eq", "ge", "gt", "le", "lt", "max", "min", "mul", "ne", "or", "pow", "rem", "sub",
+    "xor",
+))
 _OF_SHAPES = frozenset((  # of several results, of keys, or of a mesh's
     "mesh_cast", "optimization_barrier", "random_fold_in", "random_seed", "sharding_constraint", "threefry2x32",
 ))
@@ -150,7 +165,7 @@ Gather = Callable[[JaxprEqn, tuple[Any, ...]], Any]
 """The elements that a gather reads, given an index for each axis that it indexes."""
 
 Bind = Callable[[JaxprEqn, list[Any]], Any]
-"""The result of an elementwise equation on values of one shape, or numbers."""
+"""The result of an elementwise equation on values of natural shapes."""
 
 
 def evaluate(
@@ -158,7 +173,7 @@ def evaluate(
     env: dict[Any, Any],
     rules: dict[int, Any],
     gather: Gather,
-    bind: Bind = lambda eqn, values: eqn.primitive.bind(*values, **eqn.params),
+    bind: Bind | None = None,
 ) -> None:
     """Runs equations on values of natural shapes; values joined by `concatenate`, an index, stay a tuple.
 
@@ -167,8 +182,9 @@ def evaluate(
         env: the values so far; the results are added. All that have axes have the same number of them.
         rules: the `Program.rules`.
         gather: reads captured arrays.
-        bind: runs an elementwise equation.
+        bind: runs an elementwise equation, by default as it is.
     """
+    bind = _bind if bind is None else bind
 
     def read(var: Any) -> Any:
         value = _kind(var)[1].type(var.val) if isinstance(var, Literal) else env[var]
@@ -187,25 +203,30 @@ def evaluate(
         elif name in SHAPE:
             results = [read(eqn.invars[0])]
         else:
-            results = [bind(eqn, _align(eqn, [read(var) for var in eqn.invars]))]
+            results = [bind(eqn, [read(var) for var in eqn.invars])]
         env.update(zip(eqn.outvars, results, strict=True))
 
 
-def _align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _bind(eqn: JaxprEqn, values: list[Any]) -> Any:
+    if eqn.primitive.name not in _BROADCASTING or is_narrow(_kind(eqn.outvars[0])[1]):
+        values = align(eqn, values)
+    axes = frozenset().union(*map(varying_axes, values))
+    return eqn.primitive.bind(*(vary(x, axes) for x in values), **eqn.params)
+
+
+def align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """The operands of an elementwise equation at one shape; numbers stay numbers where they were traced as such."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, values))
-    aligned = [
+    return [
         x if jnp.shape(x) == shape or not _kind(var)[0] else spread(jnp.asarray(x), shape)
         for x, var in zip(values, eqn.invars, strict=True)
     ]
-    axes = frozenset().union(*map(varying_axes, aligned))
-    return [vary(x, axes) for x in aligned] if axes else aligned
 
 
 def gather(table: Array, eqn: JaxprEqn, index: tuple[Any, ...]) -> tuple[Array, Array]:
     """The elements that a gather reads of a table, and the array of indices (..., axes indexed) that it takes."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, index))
-    parts = [spread(jnp.asarray(x), shape)[..., None] for x in index]
+    parts = [lax.expand_dims(spread(jnp.asarray(x), shape), [len(shape)]) for x in index]
     where = parts[0] if len(parts) == 1 else lax.concatenate(parts, len(shape))
     axes = varying_axes(table) | varying_axes(where)
     return eqn.primitive.bind(vary(table, axes), vary(where, axes), **eqn.params), where

@@ -23,7 +23,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from attnax.checks import apply_score_mod, wide_dtype
 from attnax.kernels._core.lift import Lifted, lift_marked
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.natural import KERNEL_ELEMENTWISE, SHAPE, evaluate, why_not_natural
+from attnax.kernels._core.natural import KERNEL_ELEMENTWISE, SHAPE, align, evaluate, why_not_natural
 from attnax.kernels._core.programs import Program, needed_for
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod
@@ -233,7 +233,9 @@ def _kind(var: Any) -> tuple[tuple[int, ...], Any]:
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:
     """The result of an elementwise equation. Triton divides no 16-bit floats and has no functions of them."""
-    dtype = _kind(eqn.outvars[0])[1]
+    dtype, values = _kind(eqn.outvars[0])[1], align(eqn, values)
+    axes = frozenset().union(*map(varying_axes, values))
+    values = [vary(x, axes) for x in values]
     if dtype not in _NARROW or eqn.primitive.name in _CASTS:
         return eqn.primitive.bind(*values, **eqn.params)
     wide = (jnp.asarray(x, jnp.float32) if jnp.result_type(x) in _NARROW else x for x in values)

@@ -173,7 +173,7 @@ class Walk:
             q = _cut_index(q, i, self.tiles.queries)
         if self.num_keys > 1:
             kv = _cut_index(kv, j, self.tiles.keys)
-        return rows[..., None], heads[..., None], q[None, None, :, None], kv[None, None, None, :]
+        return rows, heads, q[None, None, :, None], kv[None, None, None, :]
 
     def keep(self, x: Any, i: Any, j: Any) -> Array | None:
         """Where the mask allows the pairs of a tile, at its natural shape (Bt|1, N|1, Tt|1, St|1)."""
@@ -236,11 +236,11 @@ class Walk:
         self, x: Any, ranges: tuple[Array, ...], count: int, last: Any, keep: Callable[[Array], Array | None]
     ) -> Order:
         """From the bounds of `count` tiles; `last` says which of them hold the last keys."""
-        some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
-        if self.operands.bounds is not None:
+        if self.operands.bounds is None:
+            some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
+        else:
             assert isinstance(self.operands.bounds, Lifted)
-            rows, heads = self._rows_and_heads(x)
-            of_heads = map(_four_axes, self.operands.bounds(rows[..., None], heads[..., None], *ranges))
+            of_heads = map(_four_axes, self.operands.bounds(*self._rows_and_heads(x), *ranges))
             some, every = (
                 jnp.broadcast_to(reduce(x, (0, 1)).reshape(-1), (count,))
                 for x, reduce in zip(of_heads, (jnp.any, jnp.all), strict=True)
@@ -278,8 +278,8 @@ class Walk:
     def _rows_and_heads(self, x: Any) -> tuple[Array, Array]:
         place, _ = self.places(x)
         first_row, first_head = place.start()
-        rows = first_row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None]
-        heads = first_head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None]
+        rows = first_row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None, None]
+        heads = first_head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None, None]
         axes = varying_axes(self.operands.q_index)
         return vary(rows, axes), vary(heads, axes)
 
