@@ -244,7 +244,7 @@ def _attention_of(
     operands: Operands,
 ) -> tuple[Array, Array]:
     out, lse, _ = forward(plan, (query, key, value, scale), operands, exact=False)
-    return out, lse / softmax.LOG2E
+    return out, softmax.natural(lse)
 
 
 def _attention_forward(
@@ -253,7 +253,7 @@ def _attention_forward(
     out, lse, low = forward(plan, (query, key, value, scale), operands, exact=True)
     # By name a policy of `jax.checkpoint` saves what the backward pass reads, and the forward pass is not run again.
     out, lse, low = checkpoint_name((out, lse, low), "attention_out")
-    return (out, lse / softmax.LOG2E), ((query, key, value, scale), operands, out, lse, low)
+    return (out, softmax.natural(lse)), ((query, key, value, scale), operands, out, lse, low)
 
 
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from attnax.checks import apply_score_mod
 from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import lift
-from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.mesh import vary, vary_with, varying_axes
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, Stored
@@ -61,7 +61,7 @@ def attend_chunks(
     """
     words = dropout_words(dropout_rng) if dropout_rate > 0.0 and dropout_rng is not None else None
     b = jnp.arange(query.shape[0], dtype=jnp.int32) if rows is None else rows
-    queries = Queries(scale_query(query, scale, natural=score_mod is not None), b, positions, words)
+    queries = Queries(scale_query(query, scale, has_score_mod=score_mod is not None), b, positions, words)
     operands = _bind(caller, queries, sources, mask, score_mod)
     kernel = None
     if stored is not None and rows is None and words is None:
@@ -102,15 +102,14 @@ def _bind(
     batch, heads, seq_q, _ = queries.query.shape
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((queries, sources))))
     check_pairs(caller, mask, score_mod, (batch, heads, seq_q, sources[0].chunk_size), axes)
-    known = None
-    while axes != known:  # what the functions capture may vary over more axes than the arguments do
-        known = axes
-        functions = tuple(
+
+    def functions(axes: frozenset[str]) -> tuple[Functions, ...]:
+        return tuple(
             _trace(caller, mask, score_mod, (batch, heads, seq_q, source.chunk_size), queries.query.dtype, axes)
             for source in sources
         )
-        axes = axes.union(*map(varying_axes, jax.tree.leaves(functions)))
-    return jax.tree.map(lambda x: vary(x, axes), (queries, sources, functions))
+
+    return vary_with(functions, queries, sources)
 
 
 def _trace(

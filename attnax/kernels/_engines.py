@@ -142,13 +142,13 @@ def _tiles_backward_part(
     out, lse, d_out, d_lse = results
     rows = tile_loop.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
     d_scaled, *rest = tile_loop.backward(plan.tiles, plan.dropout_rate, rows, key, value, operands, sums)
-    return d_scaled * (softmax.LOG2E if operands.score_mod is None else 1.0), *rest
+    return d_scaled * softmax.unit(has_score_mod=operands.score_mod is not None), *rest
 
 
 def _in_float32(arrays: Arrays, operands: Operands) -> tuple[Array, Array, Array]:
     """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
     query, key, value, scale = arrays
-    query = scale_query(query, scale, natural=operands.score_mod is not None)
+    query = scale_query(query, scale, has_score_mod=operands.score_mod is not None)
     return query, key.astype(query.dtype), value.astype(query.dtype)
 
 
@@ -227,25 +227,25 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) ->
 def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     assert plan.cudnn is not None
     out, lse = cudnn_forward(*arrays[:3], plan.cudnn)
-    return out, lse * softmax.LOG2E, jnp.zeros_like(out) if exact else None
+    return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
 
 
 def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     assert plan.cudnn is not None
     *of_scores, scale = arrays
-    out, lse = results.out.astype(arrays[0].dtype), results.lse / softmax.LOG2E
+    out, lse = results.out.astype(arrays[0].dtype), softmax.natural(results.lse)
     return *cudnn_backward(*of_scores, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
 
 
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     assert plan.splash is not None
     out, lse = splash_forward(*arrays, *plan.splash)
-    return out, lse * softmax.LOG2E, jnp.zeros_like(out) if exact else None
+    return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
 
 
 def _splash_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     assert plan.splash is not None
-    d_arrays = splash_backward(*arrays, *plan.splash, results.out, results.lse / softmax.LOG2E, results.d_out)
+    d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.natural(results.lse), results.d_out)
     return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
 
 

@@ -149,7 +149,7 @@ def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
         interpret=interpret,
     )
     out, lse = launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
-    return out, lse / softmax.LOG2E
+    return out, softmax.natural(lse)
 
 
 def _tile_of(query: Array, stored: Stored) -> tile_sizes.Tile | None:

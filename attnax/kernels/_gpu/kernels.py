@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.tile_codes import EMPTY
 from attnax.kernels._gpu.split import Read, Split
@@ -243,10 +243,8 @@ class Kernel:
         """The dropout of a tile's weights."""
         if self.inputs.dropout is None:
             return None
-        rate = self.call.dropout_rate
         words = tuple(self.inputs.dropout[n] for n in range(4))
-        kept = keep_weights(words, rate, *self.index(place))
-        return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
+        return dropout_of(words, self.call.dropout_rate, *self.index(place))
 
     def bias(self, place: Place, fine: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
         """What `softmax.mask_scores` adds: -inf for pairs of which another tile takes care, NaN for keys that spoil."""
@@ -273,7 +271,7 @@ class Kernel:
         """
         score_mod = self.call.score_mod
         scores = softmax.product(left, right, 1, 1) * (
-            self.inputs.scale[0] * (softmax.LOG2E if score_mod is None else 1.0)
+            self.inputs.scale[0] * softmax.unit(has_score_mod=score_mod is not None)
         )
         keep = None if full else self.keep(place)
         if score_mod is None:

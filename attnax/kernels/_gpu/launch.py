@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from attnax.kernels._core import softmax
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._gpu.kernels import (
     Call,
@@ -134,16 +135,16 @@ def backward(
     """
     query, key, value, _ = arrays
     d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
-    fine = jnp.isfinite(query).all(-1) & jnp.isfinite(d_out).all(-1) & jnp.isfinite(d_lse)
-    fine &= jnp.isfinite(lse) | (lse == -jnp.inf)
-    delta = jnp.where(fine, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
+    finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
+    finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
+    delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(finite, lse, jnp.nan))
     call, inputs = _prepare(arrays, setup)
     batch, heads, seq_q, seq_kv = call.full
-    bad = ~fine.reshape(batch, call.kv_heads, -1).all(2)
+    non_finite = ~finite.reshape(batch, call.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
-        careful=inputs.careful | bad.astype(jnp.int32),
+        careful=inputs.careful | non_finite.astype(jnp.int32),
         d_out=_whole_rows(d_out, length, 0),
         lse=_whole_rows(lse, length, jnp.inf),
         delta=_whole_rows(delta, length, 0),
@@ -292,7 +293,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
-        fine = jnp.isfinite(key).all(3) & jnp.isfinite(value).all(3)
+        fine = is_finite(key) & is_finite(value)
         careful = (~fine.all(2)).astype(jnp.int32)
         # Not int8: Triton lays out a product by the narrowest number that its operands depend on.
         fine = _whole_rows(fine.astype(jnp.int32), lengths[1], "edge")

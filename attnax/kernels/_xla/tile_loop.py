@@ -356,7 +356,7 @@ def backward(
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU is half as fast at contracting the first axes of two matrices.
     query_turned, d_out_turned = (softmax.select(finite[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
-    unit = 1.0 / softmax.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
+    unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
         x, j = _divide(step, walk.num_keys)
