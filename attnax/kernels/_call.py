@@ -76,8 +76,8 @@ class Call(NamedTuple):
                 operands = dataclasses.replace(operands, dropout=words)
             return _attention(self.plan, query, key, value, scale, operands.learned, operands)
 
-        *cut, scale = self.arrays
-        return shards.run(attend, *cut, (scale, self.operands))
+        query, key, value, scale = self.arrays
+        return shards.run(attend, query, key, value, (scale, self.operands))
 
 
 def attend(
@@ -119,7 +119,8 @@ def prepare(
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(caller, query, key, value, **options)
     check_block_size(caller, block_size)
-    score_shape = *query.shape[:3], key.shape[2]
+    batch, heads, seq_q, _ = query.shape
+    score_shape = batch, heads, seq_q, key.shape[2]
     if not all(isinstance(size, int) for size in (*query.shape[1:], *key.shape[1:], value.shape[3])):
         raise NotImplementedError(
             f"{caller}: of its sizes tiles need all but the batch to be known; got query.shape={query.shape}, "
@@ -145,15 +146,9 @@ def prepare(
     if backend == "automatic" and why_not_splash(query, key, value, mask=mask, score_mod=score_mod, **known) is None:
         splash = mask, score_mod
     index = jnp.arange(score_shape[2], dtype=jnp.int32), jnp.arange(score_shape[3], dtype=jnp.int32)
-    call = prepare_part(
-        caller,
-        (query, key, value),
-        index,
-        score_shape,
-        block_size=block_size,
-        backend=backend,
-        **{**options, "mask": mask, "score_mod": score_mod},
-    )
+    resolved: AttentionOptions = {**options, "mask": mask, "score_mod": score_mod}
+    arrays = query, key, value
+    call = prepare_part(caller, arrays, index, score_shape, resolved, block_size=block_size, backend=backend)
     call = call._replace(plan=dataclasses.replace(call.plan, cudnn=cudnn, splash=splash, is_part=False))
     if shards is None or offset is None:
         return call
@@ -165,11 +160,11 @@ def prepare_part(
     arrays: tuple[Any, Any, Any],
     index: tuple[Array, Array],
     score_shape: tuple[int, int, int, int],
+    options: AttentionOptions,
     *,
     block_size: BlockSize,
     backend: Backend,
     pieces: int = 1,
-    **options: Unpack[AttentionOptions],
 ) -> Call:
     """A call, whose arguments are checked, for the engines that can run it over some of the keys.
 
@@ -178,10 +173,10 @@ def prepare_part(
         arrays: query, key and value, or the shapes of their shards.
         index: of queries and keys, as masks and score mods see them.
         score_shape: (B, N, T, S), of all devices together.
+        options: of the call, mask and score mod as `resolve_masks` gives them.
         block_size: as in `attend`.
         backend: likewise.
         pieces: how many pieces of a sequence the queries and the keys are, which no tile may join.
-        options: of the call, mask and score mod as `resolve_masks` gives them.
     """
     (batch, heads, seq_q, head_dim), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
     shape = batch, heads, seq_q // pieces, seq_kv // pieces
@@ -219,7 +214,8 @@ def why_not_cudnn(
 ) -> str | None:
     """Why `flash_attention` does not use cuDNN for these arguments, wherever it runs; None if it does."""
     check_attention(caller, query, key, value, **options)
-    score_shape = *query.shape[:3], key.shape[2]
+    batch, heads, seq_q, _ = query.shape
+    score_shape = batch, heads, seq_q, key.shape[2]
     mask, score_mod = resolve_masks(caller, options.get("mask"), options.get("score_mod"), score_shape)
     return why_not_cudnn_call(
         query,

@@ -141,8 +141,8 @@ def _tiles_backward_part(
     scaled, key, value = _in_float32(arrays, operands)
     out, lse, d_out, d_lse = results
     rows = tile_loop.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
-    d_scaled, *rest = tile_loop.backward(plan.tiles, plan.dropout_rate, rows, key, value, operands, sums)
-    return d_scaled * softmax.unit(has_score_mod=operands.score_mod is not None), *rest
+    d_scaled, d_key, d_value, sums = tile_loop.backward(plan.tiles, plan.dropout_rate, rows, key, value, operands, sums)
+    return d_scaled * softmax.unit(has_score_mod=operands.score_mod is not None), d_key, d_value, sums
 
 
 def _in_float32(arrays: Arrays, operands: Operands) -> tuple[Array, Array, Array]:
@@ -232,9 +232,9 @@ def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) 
 
 def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     assert plan.cudnn is not None
-    *of_scores, scale = arrays
-    out, lse = results.out.astype(arrays[0].dtype), softmax.natural(results.lse)
-    return *cudnn_backward(*of_scores, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
+    query, key, value, scale = arrays
+    out, lse = results.out.astype(query.dtype), softmax.natural(results.lse)
+    return *cudnn_backward(query, key, value, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
 
 
 def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:

@@ -207,10 +207,10 @@ def _attend(
         (query, key, value),
         (ring.index(0, seq_q), ring.index(0, seq_kv)),
         score_shape,
+        {**options, "mask": mask, "score_mod": score_mod},
         block_size=block_size,
         backend=backend,
         pieces=2 if zigzag else 1,  # a tile of two pieces would have no useful bounds
-        **{**options, "mask": mask, "score_mod": score_mod},
     )
     out, lse = _ring(call.plan, ring, call.arrays, call.operands.learned, call.operands)
     return out.astype(query.dtype), lse

@@ -101,8 +101,8 @@ def standard_attention(
         scale=scale,
     )
     check_attention("standard_attention", query, key, value, **options)
-    *_, seq_q, _ = query.shape
-    score_shape = *query.shape[:3], key.shape[2]
+    batch, num_heads, seq_q, _ = query.shape
+    score_shape = batch, num_heads, seq_q, key.shape[2]
     mask, score_mod = resolve_masks("standard_attention", mask, score_mod, score_shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     words, attend = words_of(options), partial(_attend, dropout_rate)

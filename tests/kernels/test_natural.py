@@ -87,15 +87,13 @@ def test_the_librarys_own_functions_are_traced_once(monkeypatch):
     assert (calls.count(type(cap)), calls.count(type(causal))) == (1, 1)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", ["cond", "table", "rounded"])
 def test_a_function_at_any_shapes_is_what_it_was_at_its_own(name):
     lifted = lift_pairs("here", ELEMENTWISE[name], SHAPE, frozenset(), scores=jnp.float32)
-    if isinstance(lifted, str):
-        pytest.skip(lifted)
     b, h, q, kv = masks.index_grid(*SHAPE)
     scores = jax.random.normal(jax.random.key(0), SHAPE)
     want = jax.jit(ELEMENTWISE[name])(scores, b, h, q, kv)
-    np.testing.assert_array_equal(np.broadcast_to(jax.jit(lambda *x: lifted(*x))(scores, b, h, q, kv), SHAPE), want)
+    np.testing.assert_array_equal(np.broadcast_to(jax.jit(lifted.__call__)(scores, b, h, q, kv), SHAPE), want)
 
 
 def test_derivatives_at_any_shapes_are_those_of_the_definition():

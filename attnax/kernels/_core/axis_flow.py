@@ -1,6 +1,7 @@
 """Follows each axis of each value through the program of a mask or score mod, from the arguments on.
 
-An operation that mixes an axis of the pairs (a row's maximum, a roll, a product over heads) is refused by name.
+An operation that mixes an axis of the pairs (a row's maximum, a roll, a product over heads) is refused by name. The
+file is longer than 500 lines because it lists a rule for each of JAX's primitives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from attnax.kernels._core.natural import ELEMENTWISE
-from attnax.kernels._core.programs import expansion_of, needed_for
+from attnax.kernels._core.programs import expansion_of, needed_for, shape_of
 
 __all__ = ["RefusedError", "check_program", "inner_programs", "sizes_mixed"]
 
@@ -102,10 +103,6 @@ def _follow_call(inner: Any, inputs: Sequence[Value]) -> list[Value]:
     return _follow(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
-    return tuple(var.aval.shape)
-
-
 def _axis(kind: str, size: int) -> Axis:
     return (Factor(kind, size),) if size != 1 else ()
 
@@ -187,7 +184,7 @@ def _broadcast(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 def _reshape(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     rest = [factor for axis in inputs[0].axes for factor in axis][::-1]
     axes = []
-    for size in _shape(eqn.outvars[0]):
+    for size in shape_of(eqn.outvars[0]):
         axis, missing = [], size
         while missing > 1:
             factor = rest.pop()
@@ -197,7 +194,9 @@ def _reshape(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
             if missing % factor.size:
                 kinds = {x.kind for x in (factor, *rest) if x.kind in _PAIRS}
                 if kinds:
-                    raise RefusedError(f"mixes {' and '.join(sorted(kinds))} by a reshape to {_shape(eqn.outvars[0])}")
+                    raise RefusedError(
+                        f"mixes {' and '.join(sorted(kinds))} by a reshape to {shape_of(eqn.outvars[0])}"
+                    )
                 return [_of_array(eqn.outvars[0].aval)]
             axis.append(factor)
             missing //= factor.size
@@ -212,7 +211,7 @@ def _squeeze(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 def _expand_dims(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     rest, new = iter(inputs[0].axes), set(eqn.params["dimensions"])
-    return [Value(tuple(() if i in new else next(rest) for i in range(len(_shape(eqn.outvars[0])))), inputs[0].steps)]
+    return [Value(tuple(() if i in new else next(rest) for i in range(len(shape_of(eqn.outvars[0])))), inputs[0].steps)]
 
 
 def _transpose(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
@@ -234,7 +233,7 @@ def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     results = []
     for var in eqn.outvars:
         axes = list(operand.axes)
-        axes[along] = _axis("array", _shape(var)[along])
+        axes[along] = _axis("array", shape_of(var)[along])
         results.append(Value(tuple(axes), operand.steps))
     return results
 
@@ -250,7 +249,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     outputs = []
     for var in eqn.outvars:
         axes = []
-        for i, size in enumerate(_shape(var)):
+        for i, size in enumerate(shape_of(var)):
             axis = operand.axes[i]
             moves = _moves(eqn, i, size, _size(axis))
             if moves:
@@ -336,7 +335,7 @@ def _gather(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
             _mixed(eqn, axis)
         if i not in taken:
             window.append(axis if whole else _axis("array", size))
-    rank, of_window, rest = len(_shape(eqn.outvars[0])), iter(window), iter(of_indices)
+    rank, of_window, rest = len(shape_of(eqn.outvars[0])), iter(window), iter(of_indices)
     axes = (next(of_window) if i in numbers.offset_dims else next(rest) for i in range(rank))
     return [Value(tuple(axes), operand.steps | indices.steps)]
 
@@ -386,7 +385,7 @@ def _iota(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 def _random_bits(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
     """The rule of `random_bits`, `random_split` and `random_unwrap`, which add axes behind those of the keys."""
-    shape = _shape(eqn.outvars[0])[len(inputs[0].axes) :]
+    shape = shape_of(eqn.outvars[0])[len(inputs[0].axes) :]
     return [Value((*inputs[0].axes, *(_axis("array", size) for size in shape)), inputs[0].steps)]
 
 
@@ -511,9 +510,9 @@ def sizes_mixed(eqn: JaxprEqn) -> tuple[Any, ...]:
     arguments has an axis "same", and its sum tells how long it is.
     """
     name, params = eqn.primitive.name, eqn.params
-    shapes = [_shape(var) for var in eqn.invars]
+    shapes = [shape_of(var) for var in eqn.invars]
     if name == "iota":
-        return (_shape(eqn.outvars[0])[params["dimension"]],)
+        return (shape_of(eqn.outvars[0])[params["dimension"]],)
     if name == "scan":
         _, carry, _ = _parts_of_scan(eqn, eqn.invars)
         return (params["length"],) if carry else ()

@@ -28,6 +28,7 @@ from attnax.kernels._core.programs import (
     is_narrow,
     needed_for,
     read,
+    shape_of,
     step,
     structure_of,
     without_mesh,
@@ -140,7 +141,7 @@ class Lifted:
         where = []
 
         def gather(eqn: JaxprEqn, index: tuple[Any, ...]) -> Array:
-            elements, at = natural.gather(env[eqn.invars[0]], eqn, index)
+            elements, at = natural.gather(read(env, eqn.invars[0]), eqn, index)
             where.append(at)
             return elements
 
@@ -188,7 +189,8 @@ def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) 
     cut = tuple(dict.fromkeys(var for var in used if isinstance(var, Var) and var in known and var not in constant))
     results = tuple(flat.jaxpr.outvars)
     program = Program(cut, tuple(inner), tuple(rest), results, structure_of(cut, inner, rest, results))
-    values, refusal = tuple(jnp.asarray(known[var]) for var in cut), "it was traced at one shape"
+    values = tuple(jnp.asarray(known[var]) for var in cut)
+    refusal: str | None = "it was traced at one shape"
     if marked:
         refusal = natural.why_not_natural(program)
         if refusal is not None:  # the reason for which a kernel refuses it as well
@@ -198,8 +200,8 @@ def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) 
 
 def _spreads(eqn: JaxprEqn) -> bool:
     """Whether an equation lays values out along axes of marked sizes, which no array has."""
-    have = {size for var in eqn.invars for size in var.aval.shape}
-    return any(size in natural.MARKS and size not in have for var in eqn.outvars for size in var.aval.shape)
+    have, made = ({size for var in variables for size in shape_of(var)} for variables in (eqn.invars, eqn.outvars))
+    return bool((made - have) & {*natural.MARKS})
 
 
 @pytree_dataclass

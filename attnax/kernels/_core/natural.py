@@ -188,8 +188,9 @@ def evaluate(
 
     def read(var: Any) -> Any:
         value = _kind(var)[1].type(var.val) if isinstance(var, Literal) else env[var]
-        # A captured array of one element may have any number of axes.
-        return value.reshape(()) if isinstance(var, Var) and np.ndim(value) and not _marks(_kind(var)[0]) else value
+        # A captured array of one element may have any number of axes; a kernel that learns it has one for each row.
+        is_number = np.ndim(value) and jnp.size(value) == 1 and not _marks(_kind(var)[0])
+        return value.reshape(()) if is_number else value
 
     for eqn in equations:
         name = eqn.primitive.name
@@ -218,7 +219,7 @@ def align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """The operands of an elementwise equation at one shape; numbers stay numbers where they were traced as such."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, values))
     return [
-        x if jnp.shape(x) == shape or not _kind(var)[0] else spread(jnp.asarray(x), shape)
+        x if jnp.shape(x) in (shape, _kind(var)[0]) else spread(jnp.asarray(x), shape)
         for x, var in zip(values, eqn.invars, strict=True)
     ]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,21 +76,24 @@ def bind(
         MixedPairsError: the mask or the score mod looks beyond its own pair.
     """
     axes, dtype = frozenset().union(*map(varying_axes, arrays)), arrays[3].dtype
-    modify = partial(apply_score_mod, caller, score_mod)
-    kept = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
-    modified = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+    lifted_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
+    lifted_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
     bounds: Lifted | Deferred | None = None
     if mask is not None:
         is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)  # then only GPUs, whose tiles are smaller, ask
         bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
     is_opaque = mask is not None and (mask.is_opaque or bounds is None)
 
+    def modify(*arguments: Any) -> Array:
+        assert score_mod is not None
+        return apply_score_mod(caller, score_mod, *arguments)
+
     def operands(axes: frozenset[str]) -> Operands:
         scores, *indices = examples(dtype, tile_shape, axes)
         return Operands(
-            kept if mask is None else _at_shape(kept, mask, *indices),
+            _at_shape(lifted_mask, mask, *indices),
             bounds,
-            modified if score_mod is None else _at_shape(modified, modify, scores, *indices),
+            _at_shape(lifted_mod, modify, scores, *indices),
             *index,
             words,
             is_opaque,
@@ -102,9 +103,9 @@ def bind(
     return bound, made
 
 
-def _at_shape(lifted: Lifted | str | None, function: Callable[..., Any], *arguments: Any) -> Lifted:
+def _at_shape(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
     """What `lift_pairs` gave of a function, traced at the shapes of these arguments if it must be."""
-    if isinstance(lifted, Lifted):
+    if lifted is None or isinstance(lifted, Lifted):
         return lifted
     return dataclasses.replace(lift(function, *arguments), refusal=lifted)
 

@@ -21,7 +21,7 @@ from attnax.checks import apply_score_mod
 from attnax.kernels._core.axis_flow import RefusedError, check_program, inner_programs, sizes_mixed
 from attnax.kernels._core.lift import Lifted, is_own, lift_traced
 from attnax.kernels._core.natural import ELEMENTWISE, MARKS, examples
-from attnax.kernels._core.programs import needed_for
+from attnax.kernels._core.programs import needed_for, shape_of
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
 from attnax.typing import ScoreMod
@@ -122,7 +122,7 @@ def _as_function(caller: str, function: Any, scores: Any) -> Callable[..., Any]:
 
 def _is_of_pairs(traced: Any, lifted: Lifted | str, has_scores: bool) -> bool:
     """Whether a program, traced at marked sizes, looks at one pair at a time and uses no such size."""
-    shapes = [var.aval.shape for var in traced.jaxpr.outvars]
+    shapes = [*map(shape_of, traced.jaxpr.outvars)]
     if any(len(shape) > 4 for shape in shapes) or _shows_marks(traced):
         return False
     if isinstance(lifted, Lifted):  # a program that runs at any shapes looks at one pair
@@ -181,7 +181,7 @@ def _compare(
         raise RefusedError(
             f"does not work with {score_shape} scores, as many as are looked at in a shard_map ({error})"
         ) from error
-    (shape,) = (var.aval.shape for var in programs[0].jaxpr.outvars)
+    (shape,) = map(shape_of, programs[0].jaxpr.outvars)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], score_shape[::-1], strict=False)):
         raise ValueError(
             f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
@@ -224,7 +224,7 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
             raise by_size
         if not _same_numbers(left.invars, right.invars):
             raise by_size
-        same_shapes = [var.aval.shape for var in left.invars] == [var.aval.shape for var in right.invars]
+        same_shapes = [*map(shape_of, left.invars)] == [*map(shape_of, right.invars)]
         if sizes_mixed(left) != sizes_mixed(right):
             raise by_size
         for key in left.params:

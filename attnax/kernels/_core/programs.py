@@ -24,6 +24,7 @@ __all__ = [
     "is_narrow",
     "needed_for",
     "read",
+    "shape_of",
     "spread",
     "step",
     "structure_of",
@@ -243,6 +244,11 @@ def trace_rule(eqn: JaxprEqn) -> Any:
 def example_of(var: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a variable."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable."""
+    return tuple(var.aval.shape)
 
 
 def flatten(program: Any, *, rules: bool) -> Any:
