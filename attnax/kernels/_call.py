@@ -176,7 +176,7 @@ def prepare_part(
         options: of the call, mask and score mod as `resolve_masks` gives them.
         block_size: as in `attend`.
         backend: likewise.
-        pieces: how many pieces of a sequence the queries and the keys are, which no tile may join.
+        pieces: the number of pieces of a sequence that a device holds; no tile joins two of them.
     """
     (batch, heads, seq_q, head_dim), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
     shape = batch, heads, seq_q // pieces, seq_kv // pieces
@@ -247,7 +247,7 @@ def _attention_forward(
     plan: Plan, query: Array, key: Array, value: Array, scale: Array, learned: tuple[Array, ...], operands: Operands
 ) -> tuple[tuple[Array, Array], Any]:
     out, lse, low = forward(plan, (query, key, value, scale), operands, exact=True)
-    # By name a policy of `jax.checkpoint` saves what the backward pass reads, and the forward pass is not run again.
+    # A policy of `jax.checkpoint` saves these residuals by name; the forward pass is then not run again.
     out, lse, low = checkpoint_name((out, lse, low), "attention_out")
     return (out, softmax.natural(lse)), ((query, key, value, scale), operands, out, lse, low)
 

@@ -28,7 +28,7 @@ from attnax.typing import Array, ScoreMod
 __all__ = ["Backend", "Plan", "attend_part", "backward", "backward_part", "finish", "forward", "why_not_kernels"]
 
 Backend = Literal["tiles", "automatic", "pallas", "interpret"]
-"""`_xla/tile_loop.py` everywhere, what is fastest, or the kernels of `_gpu/kernels.py`: as they are, or interpreted."""
+"""The tile loop everywhere, the fastest engine, or the kernels for GPUs: as they are, or interpreted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Plan:
     kernel: KernelTiles | None  # of the GPU kernels, where they serve the arrays
     dropout_rate: float
     learn_scale: bool
-    cudnn: Cudnn | None = None  # what cuDNN is told, where it serves the call
-    splash: tuple[Mask | None, ScoreMod | None] | None = None  # what a TPU's kernels are told, where they serve it
-    is_part: bool = False  # the indices of queries and keys are those of the operands, and results are wide
+    cudnn: Cudnn | None = None  # the arguments of cuDNN, where it serves the call
+    splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of a TPU's kernels, where they serve it
+    is_part: bool = False  # `Operands` has the indices of queries and keys, and results are in float32 at least
 
 
 class Results(NamedTuple):
@@ -62,17 +62,17 @@ class Engine(NamedTuple):
     """One way to run a call."""
 
     serves: Callable[[Plan], bool]  # whether programs for its platform may hold it
-    # (plan, exact, arrays, operands) -> out, lse in units of log 2, and if `exact` what rounding took from out.
+    # (plan, exact, arrays, operands) -> out, lse in units of log 2, and if `exact` the rounding error of out.
     forward: Callable[[Plan, bool, Arrays, Operands], tuple[Array, Array, Any]]
     # (plan, arrays, operands, results) -> the gradients of the arrays and of `operands.learned`.
     backward: Callable[[Plan, Arrays, Operands, Results], tuple[Any, ...]]
-    # (plan, arrays, operands, results, sums) -> what some of the keys add; the last gradients are added to `sums`.
+    # (plan, arrays, operands, results, sums) -> the shares of some of the keys; those of `learned` are added to `sums`.
     backward_part: Callable[[Plan, Arrays, Operands, Results, tuple[Array, ...]], Gradients] | None = None
 
 
 def forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
-    """(out, lse in units of log 2, what rounding took from out if `exact` is wanted and anything was rounded)."""
-    # Where cuDNN runs, nothing is kept for engines that do not; a program for other machines than this one keeps it.
+    """(out, lse in units of log 2, the rounding error of out if `exact` is wanted and anything was rounded)."""
+    # Where cuDNN is sure to run, other engines need no residual; a program for another machine keeps it.
     is_sure = plan.cudnn is not None and has_nvidia_gpu() and why_not_cudnn_here() is None
     exact = exact and arrays[0].dtype.itemsize < 4 and not is_sure
     return _by_platform(plan, lambda engine: partial(engine.forward, plan, exact), arrays, operands)
@@ -92,7 +92,7 @@ def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, 
 def backward_part(
     plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
 ) -> Gradients:
-    """What some of the keys add to the gradients, of a plan that `is_part`; `sums` are those of other parts."""
+    """The share of some of the keys in the gradients; `sums` are those of other keys. The plan `is_part`."""
     return _by_platform(
         plan,
         lambda engine: engine.backward_part and partial(engine.backward_part, plan),

@@ -1,4 +1,4 @@
-"""Exact attention in O(T + S) memory: `memory_efficient_attention` in tiles, `flash_attention` on what is fastest."""
+"""Exact attention in O(T + S) memory: `memory_efficient_attention` in tiles, `flash_attention` on any engine."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def memory_efficient_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value tile by tile, skipping what the mask forbids; memory O(T + S).
 
-    The result and its gradients are those of `standard_attention`, whose documentation says what the arguments mean and
-    what holds. Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
+    The result and its gradients are those of `standard_attention`, which documents the arguments and the guarantees.
+    Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
     `attnax.masks`, a one-line function or an array; tiles in which everything is attended need no mask test.
 
     Args:
@@ -159,10 +159,10 @@ def flash_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
-    On an NVIDIA GPU cuDNN where `why_not_cudnn` has nothing against it, else the Pallas kernel where `why_not_pallas`
-    has nothing against it; else what `memory_efficient_attention` does. Which of them is decided when the program is
-    lowered, so that one exported for "cuda" on a machine without a GPU holds the same kernel. All arguments,
-    results and errors are those of `memory_efficient_attention`; a `block_size` asks for its tiles, and gets them.
+    On an NVIDIA GPU that is cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None.
+    Anywhere else it is the engine of `memory_efficient_attention`. The choice is made when the program is lowered: a program
+    exported for "cuda" on a machine without a GPU holds the same kernel. All arguments, results and errors are those of
+    `memory_efficient_attention`; a `block_size` asks for its tiles on every platform.
 
     Example:
         >>> import jax.numpy as jnp
@@ -232,7 +232,7 @@ def pallas_flash_attention(
 
     Raises:
         ValueError: both interpret and force_fallback.
-        NotImplementedError: on a GPU, or interpreted, what `why_not_pallas` gives.
+        NotImplementedError: on a GPU, or interpreted, the reason that `why_not_pallas` gives.
 
     Example:
         >>> import jax.numpy as jnp
@@ -284,9 +284,10 @@ def why_not_pallas(
         value: likewise.
         platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
         block_q: as in `pallas_flash_attention`.
-        block_kv: as there. The card that the program is for must have the shared memory for these tiles: that of this
-            process, or that which the mesh of the program names; where neither is known, all cards must.
-        options: the keywords that those functions share.
+        block_kv: as in `pallas_flash_attention`. The card that the program is for must have the shared memory for these
+            tiles: the card of this process, or the card that the mesh of the program names; if neither is known, every
+            card must.
+        options: the keywords of `flash_attention` but `block_size` and `return_lse`.
 
     Raises:
         ValueError: arguments that no kernel takes, or another platform.
@@ -364,7 +365,7 @@ def why_not_cudnn(
 
 
 def _check_question(caller: str, platform: str | None, options: AttentionOptions) -> None:
-    """Raises ValueError for a platform that nobody asks about, TypeError for an unknown keyword."""
+    """Raises ValueError for an unsupported platform, TypeError for an unknown keyword."""
     if platform not in (None, "cuda"):
         raise ValueError(f'{caller}: platform must be "cuda" or None, for this process; got platform={platform!r}.')
     unknown = sorted(set(options) - set(AttentionOptions.__annotations__))
@@ -373,7 +374,7 @@ def _check_question(caller: str, platform: str | None, options: AttentionOptions
 
 
 def _of_shapes(ask: Callable[[Array, Array, Array], str | None], *arrays: Any) -> str | None:
-    """What `ask` says of arrays, or of their shapes (`jax.ShapeDtypeStruct`)."""
+    """The answer of `ask` for arrays, or for their shapes (`jax.ShapeDtypeStruct`)."""
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
         query, key, value = map(jnp.asarray, arrays)
         return ask(query, key, value)

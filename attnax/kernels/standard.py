@@ -76,7 +76,7 @@ def standard_attention(
         (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp
         (batch, num_heads, seq_q), -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in
         float32 (float64 for float64). A NaN or infinity in a key or value makes the queries that may attend it NaN
-        and leaves all others, and their gradients, untouched.
+        and leaves all other queries, and their gradients, untouched.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
@@ -171,7 +171,7 @@ def _attend(
     if mask is not None:
         keep = mask(*indices)
     if score_mod is not None:
-        # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
+        # The first `where` keeps the mod's derivative at forbidden pairs out of the gradients of query and key.
         scores = jnp.where(keep, scores, 0)
         scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen

@@ -56,14 +56,14 @@ _PAIRS = ("batch", "heads", "queries", "keys")
 Rule = Callable[[JaxprEqn, Sequence[Value]], Sequence[Value]]
 
 
-def check_program(program: Any, full: tuple[int, ...], has_scores: bool) -> None:
+def check_program(program: Any, score_shape: tuple[int, ...], has_scores: bool) -> None:
     """Raises RefusedError unless the result at a pair depends on that pair alone."""
-    of_pairs = [_axis(kind, size) for kind, size in zip(_PAIRS, full, strict=True)]
+    of_pairs = [_axis(kind, size) for kind, size in zip(_PAIRS, score_shape, strict=True)]
     arguments = [Value(tuple(axis if i == j else () for j in range(4))) for i, axis in enumerate(of_pairs)]
     if has_scores:
         arguments.insert(0, Value(tuple(of_pairs)))
     (result,) = _follow(program.jaxpr, program.consts, arguments)
-    for axis, kind, size in zip(reversed(result.axes), reversed(_PAIRS), reversed(full), strict=False):
+    for axis, kind, size in zip(reversed(result.axes), reversed(_PAIRS), reversed(score_shape), strict=False):
         foreign = {factor.kind for factor in axis} - {"same", kind}
         if "array" in foreign:
             raise RefusedError(f"gives an array of its own along the {kind}")
@@ -131,8 +131,8 @@ def _join(eqn: JaxprEqn, values: Iterable[Value]) -> Value:
     """Of values that meet place by place; numbers meet every place."""
     values = list(values)
     rank = max((len(value.axes) for value in values), default=0)
-    full = [value for value in values if len(value.axes) == rank]
-    axes = [_join_axes(eqn, [value.axes[i] for value in full]) for i in range(rank)]
+    whole = [value for value in values if len(value.axes) == rank]
+    axes = [_join_axes(eqn, [value.axes[i] for value in whole]) for i in range(rank)]
     return Value(tuple(axes), frozenset().union(*(value.steps for value in values)))
 
 
@@ -506,8 +506,8 @@ _RULES |= dict.fromkeys(
 def sizes_mixed(eqn: JaxprEqn) -> tuple[Any, ...]:
     """Sizes of the axes that an equation mixes, so that its result may depend on how many places there are.
 
-    None is an axis of the pairs, which `check_program` refused before. But an array filled by the sizes of the
-    arguments has an axis "same", and its sum tells how long it is.
+    None is an axis of the pairs, which `check_program` refuses first. But an array that is filled by the sizes of the
+    arguments has an axis "same", and its sum tells the length of that axis.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [shape_of(var) for var in eqn.invars]

@@ -44,8 +44,8 @@ class Lifted:
     """A traced function and the values that it captured.
 
     Attributes:
-        values: what was captured, as far as tiles need it.
-        program: what is run for each tile.
+        values: the captured arrays, as far as tiles need them.
+        program: run for each tile.
         refusal: why it takes only arrays of the shapes that it was traced at; None if it takes any that broadcast, and
             gives results of the shape that they broadcast to, or smaller.
     """
@@ -74,9 +74,9 @@ class Lifted:
     def differentiate(self, scores: Array, *indices: Array) -> tuple[Array, Callable[..., Any]]:
         """The result for arguments (scores, *indices), and its pullback.
 
-        The pullback takes the result's cotangent and the gradients accumulated so far, and returns those of the scores
-        and the gradients with this tile's share added. Where the function reads a captured array by index, that share
-        is scattered into the accumulator; an array as large as all the scores costs a tile what the tile reads.
+        The pullback takes the result's cotangent and the gradients accumulated so far. It returns the gradient of the
+        scores, and the accumulated gradients with this tile's share. Where the function reads a captured array by
+        index, the share is scattered into the accumulator: its cost is that of the elements read, not of the array.
         """
         arguments = (scores, *indices)
         reads = self._reads(arguments)
@@ -150,7 +150,7 @@ class Lifted:
 
 
 def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
-    """`function` traced at the shapes, dtypes and varying axes of `arguments`, without what it captures.
+    """`function` traced at the shapes, dtypes and varying axes of `arguments`; captured arrays become operands.
 
     Args:
         function: takes arrays like `arguments`, returns an array or a tuple of arrays.
@@ -167,7 +167,7 @@ def lift_marked(function: Callable[..., Any], *, scores: Any = None) -> Lifted:
 
 def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) -> Lifted:
     """A program of `arguments`, which are of the sizes `natural.MARKS` if they are `marked`."""
-    # Calls are inlined so that what they do with captured arrays alone is seen.
+    # Calls are inlined, so that their work on captured arrays alone can be done here.
     flat = jax.make_jaxpr(lambda captured, *rest: inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
     count = len(traced.consts)
     inner = flat.jaxpr.invars[count:]
@@ -208,20 +208,20 @@ def _spreads(eqn: JaxprEqn) -> bool:
 class Deferred:
     """A mask or score mod of the library's own, to be traced when a program is lowered for a platform that needs it.
 
-    All that it reads are its arrays, which are operands until then. A function by a user may read values of an
-    enclosing transformation, which are gone by then, so it is lifted at once.
+    It reads only its arrays, which are operands until then. A user's function may read values of an enclosing
+    transformation, which no longer exist at that time, so it is lifted at once.
 
     Attributes:
         arrays: its leaves that are arrays.
-        others: its structure, and its leaves with None where an array stands.
+        rest: its structure, and its leaves with None where an array stands.
     """
 
     arrays: tuple[Array, ...]
-    others: tuple[Any, tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
+    rest: tuple[Any, tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Any:
         """The mask or score mod."""
-        structure, leaves = self.others
+        structure, leaves = self.rest
         arrays = iter(self.arrays)
         return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in leaves])
 
@@ -267,7 +267,7 @@ def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return function(*arguments)  # the function asks for values, which outside of jit it gets
+        return function(*arguments)  # the function asks for values, which exist outside of jit
     if not any(is_narrow(jnp.result_type(x)) for x in traced.consts):
         return function(*arguments)
     (result,) = inline(traced.jaxpr, traced.consts, arguments)

@@ -31,10 +31,10 @@ def vary_all(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def vary_with(make: Callable[[frozenset[str]], Any], *trees: Any) -> tuple[Any, ...]:
-    """`(*trees, make(axes))`, all of whose arrays vary over `axes`: those over which any of them does.
+    """`(*trees, make(axes))`, marked as varying over `axes`: all mesh axes over which any array among them varies.
 
-    Functions that `make` traces may capture arrays that vary over more axes than `trees` do, so it is called until it
-    finds no further axis.
+    A function that `make` traces may capture arrays that vary over more axes than `trees`, so `make` is called until no
+    further axis is found.
     """
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
     while True:

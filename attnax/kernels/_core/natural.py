@@ -1,9 +1,9 @@
 """A function of pairs, traced once at sizes that no array has, and run at any shapes.
 
-`MARKS` tell the axes of the pairs apart in the shapes of a traced function. Where it only computes place by place and
-reads single elements of captured arrays, its program is no program of these sizes: each value has a natural shape, that
-to which the indices that it depends on broadcast, and the same equations serve a tile of any size, turned or not, a
-tile of a GPU's kernel, and whole arrays.
+`MARKS` tell the axes of the pairs apart in the shapes of a traced function. If the function computes place by place and
+reads single elements of captured arrays, its program is not tied to these sizes. Each value has a natural shape: the
+shape to which the indices that it depends on broadcast. The same equations then serve a tile of any size, transposed or
+not, a tile of a GPU's kernel, and whole arrays.
 """
 
 from __future__ import annotations

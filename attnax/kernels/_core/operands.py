@@ -1,4 +1,4 @@
-"""What every engine is given of a call: its arrays, and the mask and the score mod as programs."""
+"""The arguments of every engine: the arrays of a call, and its mask and score mod as programs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Operands:
 
     @property
     def learned(self) -> tuple[Array, ...]:
-        """The floating arrays of the score mod, which get gradients from the backward pass."""
+        """The floating arrays of the score mod, with gradients from the backward pass."""
         return () if self.score_mod is None else self.score_mod.floats
 
     def gradients(self) -> tuple[Array, ...]:
@@ -45,7 +45,7 @@ class Operands:
         return () if self.score_mod is None else self.score_mod.gradients()
 
     def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The gradients of `learned`, from what the backward pass accumulated."""
+        """The gradients of `learned`, from the sums of the backward pass."""
         return () if self.score_mod is None else self.score_mod.finish(gradients)
 
 
@@ -70,7 +70,7 @@ def bind(
         index: of queries and keys.
         words: of the dropout.
         score_shape: (B, N, T, S), of all devices together.
-        tile_shape: (B, N, T, S) of a tile, at which functions are traced that do not run at any shapes.
+        tile_shape: (B, N, T, S) of a tile; functions that do not run at any shapes are traced at these.
 
     Raises:
         MixedPairsError: the mask or the score mod looks beyond its own pair.

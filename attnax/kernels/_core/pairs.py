@@ -1,9 +1,9 @@
 """Finds out whether a mask or score mod looks at one pair of query and key at a time, so that it can run in tiles.
 
 A tile holds some rows of the batch, heads, queries and keys. A function that takes a row's maximum, rolls, or mixes
-heads would see a tile's values instead of the row's, and one that reads the sizes of its arguments those of a tile. One
-trace at sizes that no array has shows what most functions do. Where it does not, the function is traced at the true
-sizes and at two others, and the traces are compared.
+heads would see a tile's values instead of the row's. A function that reads the sizes of its arguments would see those
+of a tile. For most functions one trace, at sizes that no array has, shows that they do neither. Otherwise the function
+is traced at the true sizes and at two further ones, and the traces are compared.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def lift_pairs(
 
     Raises:
         MixedPairsError: it looks beyond its own pair.
-        ValueError: the result has another shape than that to which the indices broadcast.
+        ValueError: the result does not broadcast to the shape of the indices.
     """
     lifted, reason = _examine(caller, function, score_shape, axes, scores)
     if reason is not None:
@@ -86,7 +86,7 @@ def why_not_pairs(
 def _examine(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> tuple[Lifted | str, str | None]:
-    """What `lift_pairs` gives, and what the function does beyond its own pair."""
+    """The result of `lift_pairs`, and what the function does beyond its own pair."""
     run = _as_function(caller, function, scores)
     traced, lifted = lift_where_it_can(run, *examples(scores))
     if is_own(function) or 0 in score_shape:
@@ -108,7 +108,7 @@ def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[An
     """The trace of a function at arguments of marked sizes, and the function for any shapes, or why it is not."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
-    except Exception as error:  # what it says of sizes that are not its own, it says again of those that are
+    except Exception as error:  # an error of its own is raised again when it is traced at its own sizes
         return None, f"it works at its own sizes, and not at others ({error})"
     lifted = lift_traced(traced, arguments, marked=True)
     return traced, lifted if lifted.refusal is None else lifted.refusal

@@ -1,4 +1,4 @@
-"""Straight-line programs: what JAX traced, with calls inlined, run equation by equation."""
+"""Straight-line programs: functions that JAX traced, with calls inlined, run equation by equation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Program:
     results: tuple[Any, ...]
     structure: Hashable
     rules: dict[int, Any] = dataclasses.field(default_factory=dict)  # by equation, derivatives that were traced
-    found: dict[str, Any] = dataclasses.field(default_factory=dict)  # what was made of the program, by name
+    found: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # by name, results of analysing the program, such as its split
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.structure == other.structure
@@ -65,10 +67,10 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 
 
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results with calls inlined, with `rules=False` also those that have a derivative of their own.
+    """The program's results with calls inlined; with `rules=False` also calls that have a derivative of their own.
 
-    Operations that only move numbers move float16 and bfloat16 in float32, which is as exact, so that the gradient that
-    one element gets from many places is summed in float32. The same holds where an operation spreads an operand.
+    Operations that only move numbers move float16 and bfloat16 as float32, which is as exact: an element that was
+    copied to many places then gets the sum of its gradients in float32. So do operations that broadcast an operand.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -100,7 +102,7 @@ def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, r
 
 
 def expansion_of(eqn: JaxprEqn) -> Any:
-    """The program of an operation that JAX makes of others (`jnp.searchsorted` from JAX 0.12 on), else None."""
+    """The program of an operation that JAX composes (`jnp.searchsorted` from JAX 0.12 on), else None."""
     expand = getattr(eqn.params.get("_prim"), "expand", None)
     return None if expand is None else jax.make_jaxpr(expand)(*map(example_of, eqn.invars))
 
@@ -128,7 +130,7 @@ def read(env: dict[Var, Any], var: Any) -> Any:
 
 
 def step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | None = None) -> None:
-    """Runs an equation in `env`, and before it those of `later` whose results it needs."""
+    """Runs an equation in `env`, after the equations of `later` whose results it needs."""
     for var in eqn.invars:
         if later is not None and isinstance(var, Var) and var not in env:
             step(later[var], env, later)
@@ -181,7 +183,7 @@ def _equations_structure(inputs: Sequence[Var], equations: Sequence[JaxprEqn], r
 
 
 def _params_structure(eqn: JaxprEqn) -> Hashable:
-    """The parameters, programs among them by what they do: a loop's, or the rule that a function has as derivative."""
+    """The parameters; programs among them, such as a loop's body or a derivative, by their structure."""
     params: dict[str, Any] = dict(eqn.params)
     if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
         params = {"call": params["call_jaxpr"], "rule": trace_rule(eqn)}
@@ -215,9 +217,9 @@ def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects
 def trace_rule(eqn: JaxprEqn) -> Any:
     """The derivative of a function that brings its own, as a program without calls.
 
-    Of a `custom_jvp` it takes the operands and the tangents of those that are floating, of a `custom_vjp` the operands
-    and the cotangents of the results; it gives the others. Functions with derivatives of their own that it calls, often
-    the same one, are inlined: it is not differentiated itself.
+    That of a `custom_jvp` takes the operands and the tangents of floating operands, and gives the tangents of the
+    results; that of a `custom_vjp` takes the operands and the cotangents of the results, and gives those of floating
+    operands. Calls in it that have a derivative of their own are inlined: the rule is not differentiated itself.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
     operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))
@@ -252,7 +254,7 @@ def shape_of(var: Any) -> tuple[int, ...]:
 
 
 def flatten(program: Any, *, rules: bool) -> Any:
-    """A traced program with calls inlined, `rules=False` those too that have a derivative of their own, as needed."""
+    """A traced program with calls inlined, and without equations that its results do not need; see `inline`."""
     examples = map(example_of, program.jaxpr.invars)
     flat = jax.make_jaxpr(lambda *x: inline(program.jaxpr, program.consts, x, rules=rules))(*examples)
     return flat.replace(jaxpr=flat.jaxpr.replace(eqns=needed_for(flat.jaxpr.eqns, flat.jaxpr.outvars)))

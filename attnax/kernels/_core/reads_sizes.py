@@ -1,7 +1,7 @@
 """Whether a user's function could read the sizes of its arguments, by the names in its code.
 
-In a tile every size is another, so a function that reads one has to be traced at several sizes to see what it makes of
-it. Most functions name nothing that tells a size: one trace shows all that they do.
+A tile has sizes of its own. A function that reads a size has to be traced at several sizes, to see how its program
+depends on it. Most functions name nothing that tells a size: one trace shows all that they do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TellingError(Exception):
 
 
 def could_read_sizes(function: Any) -> bool:
-    """False if neither the function nor anything that it can reach names what tells a size; True if that is unclear."""
+    """Whether a function, or anything that it can reach, names an attribute or function that tells a size, or may."""
     seen: dict[int, Any] = {}
     waiting = [function]
     while waiting and len(seen) < _MOST:
@@ -53,7 +53,7 @@ def _reached_from(x: Any) -> Iterable[Any]:
     """What a value holds or can call.
 
     Raises:
-        TellingError: it names what tells a size, or cannot be looked into.
+        TellingError: it names something that tells a size, or cannot be inspected.
     """
     if isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex | str | bytes | type(None)):
         return ()

@@ -1,4 +1,4 @@
-"""What surrounds the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
+"""Around the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
 
 Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
@@ -18,6 +18,7 @@ from jax import lax
 from attnax.kernels._core import softmax
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
+from attnax.kernels._core.operands import Arrays
 from attnax.kernels._gpu.kernels import (
     Call,
     Inputs,
@@ -35,16 +36,12 @@ from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.typing import Array
 
-__all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
+__all__ = ["Setup", "backward", "decode", "forward", "why_not_learn"]
 
 _DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
 _TABLE_CHUNK = 4096  # elements, at most, that a program keeps the gradient of in its registers
 _SMALL_TABLE = 1024  # elements of a table by several indices, of which a tile may read any
 _TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the table
-
-
-Arrays = tuple[Array, Array, Array, Array]
-"""query (B, N, T, H), key (B, K, S, H), value (B, K, S, V), and the scale of the scores, a float32 scalar."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +67,7 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
     """The attention of every query.
 
     Returns:
-        out (B, N, T, V), lse (B, N, T) float32 in units of log 2, and if `low` what rounding took from out, in the same
+        out (B, N, T, V), lse (B, N, T) float32 in units of log 2, and if `low` the rounding error of out, in the same
         dtype.
     """
     query, _, value, _ = arrays
@@ -97,7 +94,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
     call, inputs = _prepare(arrays, setup, pages)
-    inputs = inputs._replace(careful=None, fine=None)  # looking at all keys first would take as long as attending them
+    inputs = inputs._replace(careful=None, fine=None)  # testing all keys first would take as long as attending them
     (batch, heads, seq_q, _), grid = call.full, call.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
     rows = batch, heads, parts, inputs.query.shape[2]
@@ -202,7 +199,7 @@ def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Arr
 
 
 def _table_gradient(call: Call, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
-    """The gradient of a table from what one read takes of it."""
+    """The gradient of a table from one of its reads."""
     score_mod = call.score_mod
     assert score_mod is not None
     read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.full
@@ -232,19 +229,19 @@ def _table_gradient(call: Call, inputs: Inputs, setup: Setup, n: int, shape: tup
     return add_slabs(shape, read.axes, total, index)
 
 
-def _how_to_learn(setup: Setup, read: Read, full: tuple[int, int, int, int]) -> str | None:
+def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, int]) -> str | None:
     """How a kernel computes the gradient of a table that is read by pair; None if none does.
 
     "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
     """
     assert setup.score_mod is not None
-    shape, index = read.shape, setup.score_mod.index_of(read, full)
+    shape, index = read.shape, setup.score_mod.index_of(read, score_shape)
     if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
         return None
     if len(read.axes) == 2 and setup.positions is None:
         for q_axis, kv_axis in (read.axes, read.axes[::-1]):
-            if _is_each(index[q_axis], 2, full[2]) and _is_each(index[kv_axis], 3, full[3]):
-                return "pairs" if shape[q_axis] >= full[2] and shape[kv_axis] >= full[3] else None
+            if _is_each(index[q_axis], 2, score_shape[2]) and _is_each(index[kv_axis], 3, score_shape[3]):
+                return "pairs" if shape[q_axis] >= score_shape[2] and shape[kv_axis] >= score_shape[3] else None
     is_small = math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE
     return "table" if len(read.axes) == 1 or is_small else None
 
@@ -256,7 +253,7 @@ def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
 
 
 def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
-    """Why no kernel gives the gradients of what a score mod captured; None if one does."""
+    """Why no kernel gives the gradients of the arrays that a score mod captured; None if one does."""
     assert setup.score_mod is not None
     (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
     for read in setup.score_mod.reads:
@@ -275,7 +272,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     query, key, value, scale = arrays
     batch, heads, seq_q, _ = query.shape
     kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
-    full, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
+    score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     mask, score_mod = setup.mask, setup.score_mod
     codes = tiles = turned = careful = fine = None
@@ -309,7 +306,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     def operands(function: Split | None, values: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         if function is None:
             return (), ()
-        whole = (_fill(x, lengths) for x in function.compute_operands(values, full, setup.positions))
+        whole = (_fill(x, lengths) for x in function.compute_operands(values, score_shape, setup.positions))
         return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in function.reads)
 
     inputs = Inputs(
@@ -329,7 +326,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         positions=positions,
     )
     call = Call(
-        full, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
+        score_shape, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
     )
     return call, inputs
 

@@ -100,7 +100,7 @@ def prepare(
     is_part: bool,
     interpret: bool,
 ) -> Setup:
-    """What the kernels of one pass need beside arrays, for a call against which `why_no_kernel` has nothing.
+    """What the kernels of one pass need beside arrays, for a call that `why_no_kernel` accepts.
 
     Args:
         tiles: of the kernels.
@@ -108,7 +108,7 @@ def prepare(
         dropout_rate: likewise.
         backward: which pass.
         learn_scale: whether the scale gets a gradient.
-        is_part: whether the keys are some of all keys: their indices are those of the operands, and results are wide.
+        is_part: whether the keys are only some of all keys: `operands` has their indices, and results are in float32.
         interpret: whether the kernels run as ordinary JAX.
     """
     from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest

@@ -1,10 +1,10 @@
 """A user's function of (batch, head, query, key) as straight-line code that runs on indices of any shape.
 
-A kernel cannot call Python, index an array that it holds, or use arrays from outside. `split` turns a traced function
-into what it can do: parts that depend on captured arrays and on a query or a key alone are computed before the kernel,
-for all queries and keys, and become its operands; an index into a captured array by query and key together becomes a
-load; the rest is elementwise. Anything else is refused by name. Values keep their natural shapes, those to which the
-indices that they depend on broadcast, so the same code serves tiles of any size, turned or not, and whole arrays.
+A kernel cannot call Python, index an array that it holds, or use arrays from outside. `split` cuts a traced function
+into parts that it can run. Parts that depend on captured arrays and on a query or a key alone are computed before the
+kernel, for all queries and keys, and become its operands. An index into a captured array by query and key together
+becomes a load. The rest is elementwise. Anything else is refused by name. Values keep their natural shapes (see
+`_core/natural.py`), so the same code serves tiles of any size, transposed or not, and whole arrays.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CASTS = "bitcast_convert_type", "convert_element_type"  # whose parameters name
 
 
 class RefusedError(NotImplementedError):
-    """The function does what no kernel can; the message says what."""
+    """The function does something that no kernel can; the message says what."""
 
 
 def lift_mask(mask: Mask) -> Lifted:
@@ -53,7 +53,7 @@ class Read(NamedTuple):
 
     table: int  # which of the captured values
     equation: JaxprEqn
-    axes: tuple[int, ...]  # of the table, those whose index depends on query or key (or on the score)
+    axes: tuple[int, ...]  # of the table, whose index depends on query or key (or on the score)
     by_score: bool  # whether the index depends on the score
     shape: tuple[int, ...]  # of the table
     dtype: Any
@@ -70,9 +70,9 @@ class Split:
     Attributes:
         program: the whole.
         before: its equations that are run before the kernel.
-        inside: and those that are run in it.
-        operands: what the second part takes from the first, or from the captured values.
-        reads: what the second part loads.
+        inside: its equations that are run in the kernel.
+        operands: results of the first part, and captured values, that the second part takes.
+        reads: elements that the second part loads.
     """
 
     program: Program
@@ -83,20 +83,20 @@ class Split:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of shared memory that what is loaded for each pair takes: copies into it are of 4 bytes at least."""
+        """Bytes of shared memory for the elements loaded for each pair: copies are of 4 bytes at least."""
         return sum(max(4, read.dtype.itemsize) for read in self.reads)
 
     def compute_operands(
         self,
         values: Sequence[Array],
-        full: tuple[int, int, int, int],
+        score_shape: tuple[int, int, int, int],
         positions: tuple[Array, Array] | None = None,
     ) -> tuple[Array, ...]:
-        """The operands for all of (B, N, T, S) = `full`, each (B|1, N|1, T|1, S|1); differentiable in `values`.
+        """The operands for all of `score_shape`, each (B|1, N|1, T|1, S|1); differentiable in `values`.
 
         `positions` (T,) and (S,) are the indices of queries and keys, by default 0, 1, and so on.
         """
-        indices = [lax.broadcasted_iota(jnp.int32, _only(axis, size), axis) for axis, size in enumerate(full)]
+        indices = [lax.broadcasted_iota(jnp.int32, _only(axis, size), axis) for axis, size in enumerate(score_shape)]
         if positions is not None:
             indices[2:] = positions[0][None, None, :, None], positions[1][None, None, None]
         env: dict[Any, Any] = dict(zip(self.program.captured, values, strict=True))
@@ -131,15 +131,15 @@ class Split:
     def _indices(self) -> tuple[Var, ...]:
         return self.program.arguments[-4:]
 
-    def index_of(self, read: Read, full: tuple[int, int, int, int]) -> list[np.ndarray | None]:
-        """For each axis of a read's table its index at all of `full`, in natural shapes; None if it is not that simple.
+    def index_of(self, read: Read, score_shape: tuple[int, int, int, int]) -> list[np.ndarray | None]:
+        """For each axis of a read's table its index at all of `score_shape`, in natural shapes; None if not simple.
 
-        Simple is what depends on no captured value and not on query and key together.
+        A simple index depends on no captured value, and not on query and key together.
         """
         with jax.ensure_compile_time_eval():
             env: dict[Any, Any] = {
                 var: jnp.arange(size, dtype=jnp.int32).reshape(_only(axis, size))
-                for axis, (var, size) in enumerate(zip(self._indices, full, strict=True))
+                for axis, (var, size) in enumerate(zip(self._indices, score_shape, strict=True))
             }
             simple = {var: frozenset((name,)) for var, name in zip(self._indices, "bhqk", strict=True)}
             for eqn in self.inside:
@@ -190,7 +190,7 @@ def _split(program: Program) -> Split:
         mine = frozenset().union(*inputs)
         depends.update(dict.fromkeys(eqn.outvars, mine))
         of_pairs = "scores" in mine or {"q", "kv"} <= mine
-        if of_pairs or "captured" not in mine:  # what needs no captured array is cheap where it is used
+        if of_pairs or "captured" not in mine:  # without captured arrays it is cheap where it is used
             inside.append(eqn)
     made_inside = {var for eqn in inside for var in eqn.outvars} | set(program.arguments)
     wanted: dict[Var, None] = {}

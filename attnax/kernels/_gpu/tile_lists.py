@@ -1,4 +1,4 @@
-"""Which tiles of a mask hold anything, for all tiles at once: what a kernel with one program for each tile reads."""
+"""The codes of all tiles of a mask at once, and lists of the tiles to visit: a kernel has one program for each tile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 class TileGrid(NamedTuple):
     """Queries and keys in tiles; the last tile begins earlier where it would not be whole."""
 
-    seq_q: int  # those there are; of fewer than a tile the rest is filled up
+    seq_q: int  # without padding; fewer than a tile are padded
     seq_kv: int
     block_q: int
     block_kv: int
@@ -91,7 +91,7 @@ class TileList(NamedTuple):
 
     order: Array  # (B', N', rows, columns) int32
     num_full: Array  # (B', N', rows) int32
-    num_visited: Array  # (B', N', rows) int32: those that are not empty
+    num_visited: Array  # (B', N', rows) int32: full and partial tiles
 
     @classmethod
     def of(cls, codes: Array) -> TileList:
@@ -155,7 +155,7 @@ def tile_codes(
         heads: N.
         bounds: of the mask; None if it does not tell any.
         mask: the mask itself.
-        values: what it captured.
+        values: captured by the mask.
         is_opaque: whether its bounds do not tell enough.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """

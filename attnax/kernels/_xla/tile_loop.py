@@ -1,7 +1,7 @@
 """The tile loop: which tiles of queries and keys are computed, in what order, forward and backward.
 
 Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
-full, partial and empty ones by the mask's bounds and, where those cannot tell, by the mask itself. Empty tiles are
+full, partial and empty ones by the mask's bounds and, where the bounds cannot tell, by the mask itself. Empty tiles are
 skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
 weights. What a tile adds is in `_core/softmax.py`; how a user's functions get here is in `_core/operands.py`.
 
@@ -56,7 +56,7 @@ Shape = tuple[int, int, int, int, int]
 
 
 def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
-    """(rows of the batch, heads, queries, keys) of a tile: what masks and score mods see."""
+    """(rows of the batch, heads, queries, keys) of a tile, as masks and score mods see it."""
     _, heads, _, kv_heads, _ = shape
     rows = max(1, tiles.groups // kv_heads)
     return rows, tiles.groups // rows * (heads // kv_heads), tiles.queries, tiles.keys
@@ -80,9 +80,9 @@ class HeadBlock(NamedTuple):
     num_rows: int
     num_heads: int
 
-    def start(self, *others: Any) -> tuple[Array, ...]:
-        """The first index of a slice; loops count in 64 bits where those are enabled, slices want one dtype."""
-        return tuple(jnp.asarray(index).astype(jnp.int32) for index in (self.row, self.head, *others))
+    def start(self, *rest: Any) -> tuple[Array, ...]:
+        """The first index of a slice; loops may count in 64 bits, and a slice takes indices of one dtype."""
+        return tuple(jnp.asarray(index).astype(jnp.int32) for index in (self.row, self.head, *rest))
 
 
 class Keys(NamedTuple):
@@ -119,7 +119,7 @@ def choose_tiles(
 
 
 class Order(NamedTuple):
-    """Tiles along one axis in the order in which they are computed: full ones, then partial ones; the rest is empty."""
+    """The order of the tiles along one axis: full tiles first, then partial ones; the remaining tiles are empty."""
 
     nth: Callable[[Any], Any]
     num_full: Any  # an int where that is known
@@ -235,7 +235,7 @@ class Walk:
     def _order(
         self, x: Any, ranges: tuple[Array, ...], count: int, last: Any, keep: Callable[[Array], Array | None]
     ) -> Order:
-        """From the bounds of `count` tiles; `last` says which of them hold the last keys."""
+        """The order by the bounds of `count` tiles; `last` is True for tiles that hold the last keys."""
         if self.operands.bounds is None:
             some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
         else:
@@ -354,7 +354,7 @@ def backward(
     d_out, delta = _fill(rows.d_out, tiles.queries, 0), _fill(rows.delta, tiles.queries, 0)
     lse = _fill(rows.lse, tiles.queries, jnp.inf)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
-    # at the end: a CPU is half as fast at contracting the first axes of two matrices.
+    # at the end: a CPU contracts the first axes of two matrices at half the speed.
     query_turned, d_out_turned = (softmax.select(finite[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
     unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
 
