@@ -14,7 +14,16 @@ from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
 from attnax.masks import Mask, names_residuals, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = [
     "flash_attention",
@@ -104,20 +113,16 @@ def memory_efficient_attention(
         M. N. Rabe, C. Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682.
         T. Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691.
     """
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "memory_efficient_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=block_size,
         backend="tiles",
+        **options,
     )
 
 
@@ -171,20 +176,16 @@ def flash_attention(
         >>> flash_attention(x, x[:, :2], x[:, :2], mask=masks.causal() & masks.padding(jnp.array([31]))).shape
         (1, 4, 37, 8)
     """
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "flash_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=block_size,
         backend="automatic" if block_size is None else "tiles",
+        **options,
     )
 
 
@@ -246,20 +247,16 @@ def pallas_flash_attention(
             "pallas_flash_attention: interpret runs the GPU's kernel and force_fallback does without; "
             "got interpret=True, force_fallback=True. Leave one of the two out."
         )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "pallas_flash_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=(block_q, block_kv),
         backend="tiles" if force_fallback else "interpret" if interpret else "pallas",
+        **options,
     )
 
 

@@ -26,7 +26,16 @@ from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._engines import Plan, Results, attend_part, backward_part, finish
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
@@ -113,14 +122,7 @@ def ring_attention(
         H. Liu et al., "Ring Attention with Blockwise Transformers", 2023, https://arxiv.org/abs/2310.01889.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    options = AttentionOptions(
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     backend: Backend = "automatic" if block_size is None else "tiles"
     if axis_name is None:
         return attend(

@@ -17,7 +17,16 @@ from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = ["standard_attention"]
 
@@ -92,14 +101,7 @@ def standard_attention(
         A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    options = AttentionOptions(
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     check_attention("standard_attention", query, key, value, **options)
     batch, num_heads, seq_q, _ = query.shape
     score_shape = batch, num_heads, seq_q, key.shape[2]
