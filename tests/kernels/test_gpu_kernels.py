@@ -245,9 +245,7 @@ def every_tile_list():
         for name in MASKED:
             mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
             lifted, bounds = split.lift_mask(mask), lift_bounds(mask)
-            codes = tile_lists.tile_codes(
-                grid, 1, 1, bounds, split.split(lifted), lifted.values, is_opaque=mask.is_opaque
-            )
+            codes = tile_lists.tile_codes(grid, 1, 1, bounds, lifted, is_opaque=mask.is_opaque)
             lists = tile_lists.TileList.of(codes)
             results[name] = codes, lists.order, lists.num_visited
         return results

@@ -137,17 +137,8 @@ def decode(call: KernelCall, *, interpret: bool = False) -> tuple[Array, Array]:
     """(out, natural log-sum-exp) in float32, by the kernel."""
     from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
 
-    mod, stored = call.score_mod, call.stored
-    setup = launch.Setup(
-        call.tile,
-        split.split(call.mask),
-        call.mask.values,
-        call.bounds,
-        call.is_opaque,
-        None if mod is None else split.split(mod),
-        () if mod is None else mod.values,
-        interpret=interpret,
-    )
+    stored = call.stored
+    setup = launch.Setup(call.tile, call.mask, call.bounds, call.is_opaque, call.score_mod, interpret=interpret)
     out, lse = launch.decode((call.query, stored.keys, stored.values, call.scale), setup, stored.pages)
     return out, softmax.natural(lse)
 

@@ -31,7 +31,7 @@ from attnax.kernels._gpu.kernels import (
     forward_kernel,
     run,
 )
-from attnax.kernels._gpu.split import Read, Split, add_slabs
+from attnax.kernels._gpu.split import Read, add_slabs, split
 from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.typing import Array
@@ -49,12 +49,10 @@ class Setup:
     """What a pass needs beside arrays."""
 
     tile: Tile
-    mask: Split | None
-    mask_values: tuple[Array, ...]  # what the mask captured
+    mask: Lifted | None
     bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it does not tell any
     is_opaque: bool
-    score_mod: Split | None
-    mod_values: tuple[Array, ...]
+    score_mod: Lifted | None
     positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
     words: Array | None = None  # of the dropout
     dropout_rate: float = 0.0
@@ -168,9 +166,10 @@ def backward(
 
 def _mod_gradients(call: Call, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
     """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
-    score_mod, values, kernel = setup.score_mod, setup.mod_values, Kernel(call, inputs)
-    if score_mod is None:
+    score_mod, kernel = call.score_mod, Kernel(call, inputs)
+    if score_mod is None or setup.score_mod is None:
         return ()
+    values = setup.score_mod.values
     floats = [n for n, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def operands(given: list[Array]) -> list[Array]:
@@ -235,7 +234,7 @@ def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, in
     "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
     """
     assert setup.score_mod is not None
-    shape, index = read.shape, setup.score_mod.index_of(read, score_shape)
+    shape, index = read.shape, split(setup.score_mod).index_of(read, score_shape)
     if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
         return None
     if len(read.axes) == 2 and setup.positions is None:
@@ -256,8 +255,8 @@ def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
     """Why no kernel gives the gradients of the arrays that a score mod captured; None if one does."""
     assert setup.score_mod is not None
     (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
-    for read in setup.score_mod.reads:
-        table = setup.mod_values[read.table]
+    for read in split(setup.score_mod).reads:
+        table = setup.score_mod.values[read.table]
         is_float = jnp.issubdtype(table.dtype, jnp.inexact)
         if is_float and _how_to_learn(setup, read, (batch, heads, seq_q, seq_kv)) is None:
             return (
@@ -274,19 +273,11 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
     score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
-    mask, score_mod = setup.mask, setup.score_mod
+    mask, score_mod = (None if x is None else split(x) for x in (setup.mask, setup.score_mod))
     codes = tiles = turned = careful = fine = None
-    if mask is not None:
-        codes = tile_codes(
-            grid,
-            batch,
-            heads,
-            setup.bounds,
-            mask,
-            setup.mask_values,
-            is_opaque=setup.is_opaque,
-            positions=setup.positions,
-        )
+    if setup.mask is not None:
+        is_opaque, positions = setup.is_opaque, setup.positions
+        codes = tile_codes(grid, batch, heads, setup.bounds, setup.mask, is_opaque=is_opaque, positions=positions)
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
@@ -303,11 +294,12 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         )
         positions = q, kv
 
-    def operands(function: Split | None, values: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def operands(function: Lifted | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         if function is None:
             return (), ()
-        whole = (_fill(x, lengths) for x in function.compute_operands(values, score_shape, setup.positions))
-        return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in function.reads)
+        cut, values = split(function), function.values
+        whole = (_fill(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
+        return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in cut.reads)
 
     inputs = Inputs(
         _whole_rows(query, lengths[0], "edge"),
@@ -320,8 +312,8 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         careful,
         fine,
         setup.words,
-        *operands(mask, setup.mask_values),
-        *operands(score_mod, setup.mod_values),
+        *operands(setup.mask),
+        *operands(setup.score_mod),
         pages=pages,
         positions=positions,
     )

@@ -113,7 +113,7 @@ def prepare(
     """
     from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest
 
-    mask, score_mod, bounds = operands.mask, operands.score_mod, operands.bounds
+    bounds = operands.bounds
     if isinstance(bounds, Deferred):
         bounds = lift_bounds(bounds())
     positions = (operands.q_index, operands.kv_index) if is_part else None
@@ -122,12 +122,10 @@ def prepare(
         of_tiles = tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
     return Setup(
         _tiles_for(tiles, operands, dropout_rate)[backward],
-        None if mask is None else split.split(mask),
-        () if mask is None else mask.values,
+        operands.mask,
         of_tiles,
         operands.is_opaque,
-        None if score_mod is None else split.split(score_mod),
-        () if score_mod is None else score_mod.values,
+        operands.score_mod,
         positions,
         operands.dropout,
         dropout_rate,

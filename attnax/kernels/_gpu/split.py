@@ -113,13 +113,6 @@ class Split:
         self._evaluate(self.inside, env, lambda eqn, index: load(reads[id(eqn)], index))
         return self._result(env)
 
-    def everywhere(self, values: Sequence[Array], *arguments: Array) -> Array:
-        """The function's result for arguments of any shapes that broadcast, outside of a kernel."""
-        program = self.program
-        env: dict[Any, Any] = dict(zip((*program.captured, *program.arguments), (*values, *arguments), strict=True))
-        self._evaluate(program.equations, env, lambda eqn, index: _take(env[eqn.invars[0]], tuple(index)))
-        return self._result(env)
-
     def _evaluate(self, equations: Sequence[JaxprEqn], env: dict[Any, Any], load: Callable[..., Array]) -> None:
         evaluate(equations, env, self.program.rules, lambda eqn, index: _gather(eqn, index, load), _bind)
 

@@ -11,7 +11,6 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.operands import lift_bounds
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
-from attnax.kernels._gpu.split import Split
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.masks import Mask, tile_at_positions
 from attnax.pytrees import pytree_dataclass
@@ -139,8 +138,7 @@ def tile_codes(
     batch: int,
     heads: int,
     bounds: Lifted | BoundsAtPositions | None,
-    mask: Split,
-    values: tuple[Array, ...],
+    mask: Lifted,
     *,
     is_opaque: bool,
     positions: tuple[Array, Array] | None = None,
@@ -155,16 +153,15 @@ def tile_codes(
         heads: N.
         bounds: of the mask; None if it does not tell any.
         mask: the mask itself.
-        values: captured by the mask.
         is_opaque: whether its bounds do not tell enough.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """
-    axes = frozenset().union(*map(varying_axes, (*(() if bounds is None else bounds.values), *values)))
+    axes = frozenset().union(*map(varying_axes, (*(() if bounds is None else bounds.values), *mask.values)))
     tiles = tuple(vary(x, axes) for x in _all_tiles(grid, batch, heads))
     codes = jnp.full((), PARTIAL, jnp.int32) if bounds is None else code_of(*bounds(*tiles))
     codes = codes.reshape((1,) * (4 - codes.ndim) + codes.shape)
     if is_opaque:
-        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values, positions), codes)
+        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, positions), codes)
     not_whole_q = (jnp.arange(grid.num_q) == grid.num_q - 1) & (not grid.even_q)
     not_whole_kv = (jnp.arange(grid.num_kv) == grid.num_kv - 1) & (not grid.even_kv)
     not_whole = (not_whole_q[:, None] | not_whole_kv[None, :])[None, None]
@@ -180,8 +177,7 @@ def _all_tiles(grid: TileGrid, batch: int, heads: int) -> tuple[Array, ...]:
 def _codes_of_pairs(
     grid: TileGrid,
     tiles: tuple[Array, ...],
-    mask: Split,
-    values: tuple[Array, ...],
+    mask: Lifted,
     positions: tuple[Array, Array] | None,
 ) -> Array:
     """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
@@ -193,7 +189,7 @@ def _codes_of_pairs(
     def row(ends: tuple[Array, Array]) -> Array:
         q = jnp.minimum(ends[0] + jnp.arange(grid.block_q, dtype=jnp.int32), ends[1])
         q = (q if positions is None else positions[0][q])[None, None, :, None]
-        keep = mask.everywhere(values, b, h, q, kv)
+        keep = mask(b, h, q, kv)
         keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
         keep = jnp.broadcast_to(keep, (*keep.shape[:2], grid.block_q, kv.size))
         keep = keep.reshape(*keep.shape[:3], grid.num_kv, grid.block_kv)
