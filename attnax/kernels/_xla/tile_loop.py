@@ -348,14 +348,13 @@ def backward(
     The loop runs over tiles of keys, so that each is read once; the gradient of the query is updated in place.
     """
     walk = _walk(tiles, dropout_rate, operands, _shape(rows.query, key))
-    axes, dtype = varying_axes(rows.query), rows.query.dtype
-    keys = _prepare_keys(key, value, tiles.keys)
-    query, finite = _fill(rows.query, tiles.queries), _fill(rows.finite, tiles.queries)
-    d_out, delta = _fill(rows.d_out, tiles.queries, 0), _fill(rows.delta, tiles.queries, 0)
-    lse = _fill(rows.lse, tiles.queries, jnp.inf)
+    axes, dtype, seq_q = varying_axes(rows.query), rows.query.dtype, rows.query.shape[2]
+    rows, keys = _fill_rows(rows, tiles.queries), _prepare_keys(key, value, tiles.keys)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
     # at the end: a CPU contracts the first axes of two matrices at half the speed.
-    query_turned, d_out_turned = (softmax.select(finite[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
+    query_turned, d_out_turned = (
+        softmax.select(rows.finite[:, :, None], x.swapaxes(2, 3), 0) for x in (rows.query, rows.d_out)
+    )
     unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
@@ -370,13 +369,7 @@ def backward(
             is_plain = is_full and walk.is_plain
             # A query that attends a non-finite key has a log-sum-exp of NaN: no need to look at that key again.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles)
-            query_tile, d_out_tile, lse_tile, delta_tile, finite_tile = (
-                _flat(_cut(array, q_place, i, tiles.queries), tiles.groups)
-                for array in (query, d_out, lse, delta, finite)
-            )
-            query_tile, d_out_tile = (
-                softmax.select(finite_tile[..., None], part, 0) for part in (query_tile, d_out_tile)
-            )
+            query_tile, d_out_tile, lse_tile, delta_tile = _cut_rows(rows, q_place, i, tiles)
             scores, pull = softmax.product(query_tile, key_tile, 1, 1), None
             if not is_plain:
                 keep = None if is_full else walk.keep(x, i, j)
@@ -407,11 +400,11 @@ def backward(
         )
         return carried, d_key, d_value
 
-    zeros = vary_all([jnp.zeros(x.shape, dtype) for x in (query, keys.key, keys.value)], axes)
+    zeros = vary_all([jnp.zeros(x.shape, dtype) for x in (rows.query, keys.key, keys.value)], axes)
     steps = walk.num_groups // tiles.groups * walk.num_keys
     (d_query, gradients), *d_keys = _loop(steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2]))
     d_key, d_value = (_first(x, key.shape[2]) for x in d_keys)
-    return _first(d_query, rows.query.shape[2]), d_key, d_value, gradients
+    return _first(d_query, seq_q), d_key, d_value, gradients
 
 
 def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> BackwardRows:
@@ -450,6 +443,23 @@ def _walk(tiles: Tiles, dropout_rate: float, operands: Operands, shape: Shape) -
 def _four_axes(x: Array) -> Array:
     """A result of a mask, which broadcasts to (B, N, T, S), with all of these axes."""
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _fill_rows(rows: BackwardRows, size: int) -> BackwardRows:
+    return BackwardRows(
+        query=_fill(rows.query, size),
+        d_out=_fill(rows.d_out, size, 0),
+        lse=_fill(rows.lse, size, jnp.inf),
+        delta=_fill(rows.delta, size, 0),
+        finite=_fill(rows.finite, size),
+    )
+
+
+def _cut_rows(rows: BackwardRows, place: HeadBlock, tile: Any, tiles: Tiles) -> tuple[Array, Array, Array, Array]:
+    """(query, d_out, lse, delta) of a tile, (Xt, N / K * Tt, ...), with zeros in place of non-finite rows."""
+    query, d_out, lse, delta, finite = (_flat(_cut(x, place, tile, tiles.queries), tiles.groups) for x in rows)
+    query, d_out = (softmax.select(finite[..., None], x, 0) for x in (query, d_out))
+    return query, d_out, lse, delta
 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
