@@ -17,7 +17,7 @@ from attnax.checks import apply_score_mod
 from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import lift
-from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.mesh import vary, vary_with, varying_axes
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, TokenArrays
@@ -55,7 +55,7 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
     rate, rng = 0.0 if options["deterministic"] else options["dropout_rate"], options["dropout_rng"]
     words = dropout_words(rng) if rate > 0.0 and rng is not None else None
     b = jnp.arange(query.shape[0], dtype=jnp.int32) if call.b is None else call.b
-    queries = Queries(scale_query(query, scale, natural=score_mod is not None), b, call.positions, words)
+    queries = Queries(scale_query(query, scale, has_score_mod=score_mod is not None), b, call.positions, words)
     operands = _bind(call, queries)
     kernel = None
     if call.arrays is not None and call.b is None and words is None:
@@ -94,15 +94,15 @@ def _attend(
 def _bind(call: DecodeCall, queries: Queries) -> tuple[Any, ...]:
     """The operands of `_attend`, all of which vary over the mesh axes over which any of them does."""
     batch, heads, seq_q, _ = queries.query.shape
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((queries, call.sources))))
+    leaves = jax.tree.leaves((queries, call.sources))
     shapes = [(batch, heads, seq_q, source.chunk_size) for source in call.sources]
+    axes = frozenset().union(*map(varying_axes, leaves))
     check_pairs(call.caller, call.options["mask"], call.options["score_mod"], shapes[0], axes)
-    known = None
-    while axes != known:  # what the functions capture may vary over more axes than the arguments do
-        known = axes
-        functions = tuple(_trace(call, shape, queries.query.dtype, axes) for shape in shapes)
-        axes = axes.union(*map(varying_axes, jax.tree.leaves(functions)))
-    return jax.tree.map(lambda x: vary(x, axes), (queries, call.sources, functions))
+
+    def functions(axes: frozenset[str]) -> tuple[ChunkFunctions, ...]:
+        return tuple(_trace(call, shape, queries.query.dtype, axes) for shape in shapes)
+
+    return vary_with(functions, queries, call.sources)
 
 
 def _trace(call: DecodeCall, score_shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> ChunkFunctions:

@@ -1,20 +1,29 @@
-"""Exact attention in O(T + S) memory: `memory_efficient_attention` in tiles, `flash_attention` on what is fastest."""
+"""Exact attention in O(T + S) memory: `memory_efficient_attention` in tiles, `flash_attention` on any engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
-from attnax.checks import check_attention
-from attnax.kernels._call import Call, attend, prepare, why_no_kernel
+from attnax.kernels._call import Call, attend, prepare, why_not_cudnn_here
+from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
-from attnax.kernels._gpu.cudnn import why_not_cudnn_call, why_not_cudnn_here
-from attnax.masks import Mask, names_residuals, reads_cache_in_chunks, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.masks import Mask, names_residuals, reads_cache_in_chunks, takes_mask_objects
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = [
     "flash_attention",
@@ -64,8 +73,8 @@ def memory_efficient_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value tile by tile, skipping what the mask forbids; memory O(T + S).
 
-    The result and its gradients are those of `standard_attention`, whose documentation says what the arguments mean and
-    what holds. Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
+    The result and its gradients are those of `standard_attention`, which documents the arguments and the guarantees.
+    Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
     `attnax.masks`, a one-line function or an array; tiles in which everything is attended need no mask test.
 
     Args:
@@ -105,20 +114,16 @@ def memory_efficient_attention(
         M. N. Rabe, C. Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682.
         T. Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691.
     """
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "memory_efficient_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=block_size,
         backend="tiles",
+        **options,
     )
 
 
@@ -161,10 +166,10 @@ def flash_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
-    On an NVIDIA GPU cuDNN where `why_not_cudnn` has nothing against it, else the Pallas kernel where `why_not_pallas`
-    has nothing against it; else what `memory_efficient_attention` does. Which of them is decided when the program is
-    lowered, so that one exported for "cuda" on a machine without a GPU holds the same kernel. All arguments,
-    results and errors are those of `memory_efficient_attention`; a `block_size` asks for its tiles, and gets them.
+    On an NVIDIA GPU that is cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None.
+    Anywhere else it is the engine of `memory_efficient_attention`. The choice is made when the program is lowered: one
+    that is exported for "cuda" on a machine without a GPU holds the same kernel. All arguments, results and errors are
+    those of `memory_efficient_attention`; a `block_size` asks for its tiles on every platform.
 
     Example:
         >>> import jax.numpy as jnp
@@ -173,20 +178,16 @@ def flash_attention(
         >>> flash_attention(x, x[:, :2], x[:, :2], mask=masks.causal() & masks.padding(jnp.array([31]))).shape
         (1, 4, 37, 8)
     """
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "flash_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=block_size,
         backend="automatic" if block_size is None else "tiles",
+        **options,
     )
 
 
@@ -234,7 +235,7 @@ def pallas_flash_attention(
 
     Raises:
         ValueError: both interpret and force_fallback.
-        NotImplementedError: on a GPU, or interpreted, what `why_not_pallas` gives.
+        NotImplementedError: on a GPU, or interpreted, the reason that `why_not_pallas` gives.
 
     Example:
         >>> import jax.numpy as jnp
@@ -248,20 +249,16 @@ def pallas_flash_attention(
             "pallas_flash_attention: interpret runs the GPU's kernel and force_fallback does without; "
             "got interpret=True, force_fallback=True. Leave one of the two out."
         )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
         "pallas_flash_attention",
         query,
         key,
         value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
         return_lse=return_lse,
         block_size=(block_q, block_kv),
         backend="tiles" if force_fallback else "interpret" if interpret else "pallas",
+        **options,
     )
 
 
@@ -286,9 +283,10 @@ def why_not_pallas(
         value: likewise.
         platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
         block_q: as in `pallas_flash_attention`.
-        block_kv: as there. The card that the program is for must have the shared memory for these tiles: that of this
-            process, or that which the mesh of the program names; where neither is known, all cards must.
-        options: the keywords that those functions share.
+        block_kv: as in `pallas_flash_attention`. The card that the program is for must have the shared memory for these
+            tiles: the card of this process, or the card that the mesh of the program names; if neither is known, every
+            card must.
+        options: the keywords of `flash_attention` but `block_size` and `return_lse`.
 
     Raises:
         ValueError: arguments that no kernel takes, or another platform.
@@ -311,7 +309,7 @@ def why_not_pallas(
             call = prepare("why_not_pallas", query, key, value, block_size=blocks, backend="pallas", **options)
         except MixedPairsError as error:
             return str(error).removeprefix("why_not_pallas: ")
-        return why_no_kernel(call.plan, call.arrays, call.operands.kernel) if isinstance(call, Call) else None
+        return call.why_not_kernels() if isinstance(call, Call) else None
 
     reason = _of_shapes(ask, query, key, value)
     if reason is None and abstract_device() is not None:
@@ -358,22 +356,7 @@ def why_not_cudnn(
     """
     _check_question("why_not_cudnn", platform, options)
 
-    def ask(query: Array, key: Array, value: Array) -> str | None:
-        check_attention("why_not_cudnn", query, key, value, **options)
-        batch, heads, seq_q, _ = query.shape
-        full = batch, heads, seq_q, key.shape[2]
-        mask, score_mod = resolve_masks("why_not_cudnn", options.get("mask"), options.get("score_mod"), full)
-        return why_not_cudnn_call(
-            query,
-            key,
-            value,
-            mask=mask,
-            score_mod=score_mod,
-            dropout_rate=0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
-            return_lse=return_lse,
-            scale=options.get("scale"),
-        )
-
+    ask = partial(why_not_cudnn_call, "why_not_cudnn", return_lse=return_lse, **options)
     reason = _of_shapes(ask, query, key, value)
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return "this machine has no NVIDIA GPU"
@@ -381,7 +364,7 @@ def why_not_cudnn(
 
 
 def _check_question(caller: str, platform: str | None, options: AttentionOptions) -> None:
-    """Raises ValueError for a platform that nobody asks about, TypeError for an unknown keyword."""
+    """Raises ValueError for an unsupported platform, TypeError for an unknown keyword."""
     if platform not in (None, "cuda"):
         raise ValueError(f'{caller}: platform must be "cuda" or None, for this process; got platform={platform!r}.')
     unknown = sorted(set(options) - set(AttentionOptions.__annotations__))
@@ -390,7 +373,7 @@ def _check_question(caller: str, platform: str | None, options: AttentionOptions
 
 
 def _of_shapes(ask: Callable[[Array, Array, Array], str | None], *arrays: Any) -> str | None:
-    """What `ask` says of arrays, or of their shapes (`jax.ShapeDtypeStruct`)."""
+    """The answer of `ask` for arrays, or for their shapes (`jax.ShapeDtypeStruct`)."""
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
         query, key, value = map(jnp.asarray, arrays)
         return ask(query, key, value)

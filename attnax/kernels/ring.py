@@ -18,28 +18,24 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.checks import check_attention, is_concrete, wide_dtype
-from attnax.kernels._call import (
-    Arrays,
-    Backend,
-    Operands,
-    Plan,
-    attend,
-    attend_part,
-    bind,
-    finish_parts,
-    kernel_tiles,
-    part_backward,
-)
+from attnax.checks import check_attention
+from attnax.kernels._call import Backend, attend, check_block_size, nothing, prepare_part
 from attnax.kernels._core import softmax
-from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.pairs import check_pairs
-from attnax.kernels._xla.tile_loop import Plan as Tiles
-from attnax.kernels._xla.tile_loop import check_block_size, choose_tiles
+from attnax.kernels._core.operands import Arrays, Operands
+from attnax.kernels._engines import Plan, Results, attend_part, backward_part, finish
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
@@ -126,14 +122,7 @@ def ring_attention(
         H. Liu et al., "Ring Attention with Blockwise Transformers", 2023, https://arxiv.org/abs/2310.01889.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    options = AttentionOptions(
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     backend: Backend = "automatic" if block_size is None else "tiles"
     if axis_name is None:
         return attend(
@@ -197,47 +186,35 @@ def _attend(
 ) -> tuple[Array, Array]:
     """(out, log-sum-exp) of `ring_attention` over a mesh axis."""
     size = _axis_size(axis_name)
-    mask, scale = options.get("mask"), options.get("scale")
+    mask = options.get("mask")
     checked: Any = options
     if isinstance(mask, jax.Array | np.ndarray):
         checked = {**options, "mask": np.zeros((), mask.dtype)}  # its shape is global
     check_attention("ring_attention", query, key, value, **checked)
     check_block_size("ring_attention", block_size)
     batch, heads, seq_q, _ = query.shape
-    kv_heads, seq_kv, value_dim = value.shape[1:]
+    seq_kv, value_dim = value.shape[2:]
     if zigzag and (seq_q % 2 or seq_kv % 2):
         raise ValueError(
             "ring_attention: zigzag gives each device two pieces, so its length must be even; "
             f"got {seq_q} queries and {seq_kv} keys on a device."
         )
-    full = batch, heads, seq_q * size, seq_kv * size
-    mask, score_mod = resolve_masks("ring_attention", mask, options.get("score_mod"), full)
-    dtype = wide_dtype(query.dtype)
+    score_shape = batch, heads, seq_q * size, seq_kv * size
+    mask, score_mod = resolve_masks("ring_attention", mask, options.get("score_mod"), score_shape)
     if 0 in (batch, seq_q, seq_kv, value_dim):
-        return jnp.zeros((*query.shape[:3], value_dim), query.dtype), jnp.full(query.shape[:3], -jnp.inf, dtype)
-    check_pairs("ring_attention", mask, score_mod, full, frozenset().union(*map(varying_axes, (query, key, value))))
-    pieces = 2 if zigzag else 1  # a tile of two pieces would have no useful bounds
-    tiles = choose_tiles((batch, heads, seq_q // pieces, seq_kv // pieces), kv_heads, block_size)
-    rate, rng = (
-        0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0),
-        options.get("dropout_rng"),
-    )
-    plan = Plan(
-        Tiles(*tiles, rate),
-        backend,
-        kernel=None if backend == "tiles" else kernel_tiles(query, value, block_size),
-        cudnn=None,
-        splash=None,
-        has_score_mod=score_mod is not None,
-        learn_scale=not is_concrete(scale),
-        is_part=True,
-    )
-    words = dropout_words(rng) if rate > 0.0 and rng is not None else None
-    scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, dtype)
+        return nothing(query, value)
     ring = Ring(axis_name, size, zigzag)
-    index = ring.index(0, seq_q), ring.index(0, seq_kv)
-    arrays, operands = bind("ring_attention", plan, (query, key, value, scale), mask, score_mod, index, words)
-    out, lse = _ring(plan, ring, arrays, operands.learned, operands)
+    call = prepare_part(
+        "ring_attention",
+        (query, key, value),
+        (ring.index(0, seq_q), ring.index(0, seq_kv)),
+        score_shape,
+        {**options, "mask": mask, "score_mod": score_mod},
+        block_size=block_size,
+        backend=backend,
+        pieces=2 if zigzag else 1,  # a tile of two pieces would have no useful bounds
+    )
+    out, lse = _ring(call.plan, ring, call.arrays, call.operands.learned, call.operands)
     return out.astype(query.dtype), lse
 
 
@@ -260,7 +237,7 @@ class Ring:
     def operands(self, operands: Operands, hop: Any, key: Array, query: Array) -> Operands:
         """The operands with the indices of the keys that are here after `hop` hops."""
         index = vary(self.index(hop, key.shape[2]), varying_axes(query))
-        return operands._replace(tiles=operands.tiles._replace(kv_index=index))
+        return dataclasses.replace(operands, kv_index=index)
 
     def send(self, tree: Any) -> Any:
         """Every array of this device to the next one, and the previous one's here."""
@@ -288,27 +265,25 @@ def _ring_forward(
     start = _state(*attend_part(plan, arrays, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = checkpoint_name(softmax.finish(state), "attention_out")
-    return (out, lse / softmax.LOG2E), (arrays, operands, out, lse)
+    return (out, softmax.natural(lse)), (arrays, operands, out, lse)
 
 
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     arrays, operands, out, lse = residuals
     query, key, value, scale = arrays
-
-    def backward(key: Array, value: Array, operands: Operands, sums: Any) -> Any:
-        return part_backward(plan, (query, key, value, scale), operands, out, lse, *cotangents, sums)
+    results = Results(out, lse, *cotangents)
 
     def hop(count: Any, carry: Any) -> Any:
         d_query, sums, travelling = carry
         key, value, d_key, d_value = ring.send(travelling)
-        *shares, sums = backward(key, value, ring.operands(operands, count, key, query), sums)
+        here = ring.operands(operands, count, key, query)
+        *shares, sums = backward_part(plan, (query, key, value, scale), here, results, sums)
         return d_query + shares[0], sums, (key, value, d_key + shares[1], d_value + shares[2])
 
-    d_query, d_key, d_value, sums = backward(key, value, operands, operands.sums())
+    d_query, d_key, d_value, sums = backward_part(plan, arrays, operands, results, operands.gradients())
     d_query, sums, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, (d_query, sums, (key, value, d_key, d_value)))
-    d_query, d_scale, d_learned = finish_parts(plan, arrays, operands, d_query, sums)
-    d_key, d_value = (d.astype(x.dtype) for d, x in zip(ring.send(d_shard), (key, value), strict=True))
-    return (d_query, d_key, d_value, d_scale), d_learned, None
+    *d_arrays, d_learned = finish(plan, arrays, operands, (d_query, *ring.send(d_shard), sums))
+    return tuple(d_arrays), d_learned, None
 
 
 _ring_of.defvjp(_ring_forward, _ring_backward)

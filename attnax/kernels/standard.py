@@ -11,12 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.checks import apply_score_mod, check_attention, wide_dtype
-from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.dropout import dropout_of, words_of
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import (
+    Array,
+    ArrayLike,
+    AttentionOptions,
+    Float,
+    MaskMod,
+    ScoreMod,
+    Shaped,
+    attention_options,
+)
 
 __all__ = ["attention_weights", "standard_attention"]
 
@@ -75,7 +85,7 @@ def standard_attention(
         (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp
         (batch, num_heads, seq_q), -inf where nothing is attended. Scores, softmax, sums and log-sum-exp are in
         float32 (float64 for float64). A NaN or infinity in a key or value makes the queries that may attend it NaN
-        and leaves all others, and their gradients, untouched.
+        and leaves all other queries, and their gradients, untouched.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
@@ -91,32 +101,21 @@ def standard_attention(
         A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_attention(
-        "standard_attention",
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
+    check_attention("standard_attention", query, key, value, **options)
     batch, num_heads, seq_q, _ = query.shape
-    full = batch, num_heads, seq_q, key.shape[2]
-    mask, score_mod = resolve_masks("standard_attention", mask, score_mod, full)
+    score_shape = batch, num_heads, seq_q, key.shape[2]
+    mask, score_mod = resolve_masks("standard_attention", mask, score_mod, score_shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    words = None if dropout_rng is None or deterministic or dropout_rate == 0.0 else dropout_words(dropout_rng)
-    attend = partial(_attend, dropout_rate)
+    words, attend = words_of(options), partial(_attend, dropout_rate)
     shards = find_shards("standard_attention", query, key, value)
     if shards is None:
-        out, lse = attend(index_grid(*full), query, key, value, mask, score_mod, scale, words)
+        out, lse = attend(index_grid(*score_shape), query, key, value, mask, score_mod, scale, words)
     else:
         functions = shards.whole(mask), shards.whole(score_mod)
-        check_pairs("standard_attention, on the shards of a mesh", *functions, full, frozenset())
+        check_pairs("standard_attention, on the shards of a mesh", *functions, score_shape, frozenset())
         here = shards.local(query)
-        scores = jax.ShapeDtypeStruct((*here.shape[:3], full[3]), wide_dtype(query.dtype))
+        scores = jax.ShapeDtypeStruct((*here.shape[:3], score_shape[3]), wide_dtype(query.dtype))
         lifted = _lift(*functions, scores)
 
         def on_shard(offset: Offset, query: Array, key: Array, value: Array, rest: tuple[Any, ...]) -> Any:
@@ -180,14 +179,15 @@ def _attend(
     """(out, log-sum-exp) of queries and keys at `indices`, (b, h, q, kv) of every pair."""
     batch, num_heads, seq_q, head_dim = query.shape
     num_kv_heads, seq_kv, value_dim = value.shape[1:]
-    full = (batch, num_heads, seq_q, seq_kv)
+    score_shape = batch, num_heads, seq_q, seq_kv
 
-    # A masked weight is 0, but 0 * NaN is NaN: work on cleaned rows and add NaN back to the pairs that may see them.
+    # A masked weight is 0, but 0 * NaN is NaN: non-finite rows count as 0, and NaN is added to the pairs that see them.
     out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
-    query_ok = jnp.isfinite(query).all(-1)
-    key_ok = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    query_finite = is_finite(query)
+    key_finite = is_finite(key) & is_finite(value)
     query, key, value = (
-        jnp.where(ok[..., None], x.astype(dtype), 0) for x, ok in ((query, query_ok), (key, key_ok), (value, key_ok))
+        jnp.where(finite[..., None], x.astype(dtype), 0)
+        for x, finite in ((query, query_finite), (key, key_finite), (value, key_finite))
     )
 
     # Heads that share keys become rows of one product: X = B * K and M = (N / K) * T.
@@ -195,22 +195,23 @@ def _attend(
     query = query.reshape(groups, rows, head_dim)
     key, value = key.reshape(groups, seq_kv, head_dim), value.reshape(groups, seq_kv, value_dim)
     scores = jnp.einsum("XMH,XSH->XMS", query, key, precision=lax.Precision.HIGHEST)
-    scores = scores.reshape(full) * jnp.asarray(scale, dtype)
+    scores = scores.reshape(score_shape) * jnp.asarray(scale, dtype)
 
     keep = jnp.ones((1, 1, 1, 1), bool)
     if mask is not None:
         keep = mask(*indices)
     if score_mod is not None:
-        # The first `where` keeps what the mod's derivative is at forbidden pairs away from query and key.
+        # The first `where` keeps the mod's derivative at forbidden pairs out of the gradients of query and key.
         scores = jnp.where(keep, scores, 0)
         scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
-    query_poison = jnp.where(query_ok, 0, jnp.nan)[..., None]
+    # What contaminates the scores of a pair.
+    of_query = jnp.where(query_finite, 0, jnp.nan)[..., None]
     # Not by jnp.repeat, which no shard of a mesh with Explicit axes can call outside of jit.
-    key_poison = jnp.where(key_ok, 0, jnp.nan)[:, :, None, None, :]
-    key_poison = jnp.broadcast_to(key_poison, (batch, num_kv_heads, num_heads // num_kv_heads, 1, seq_kv))
-    key_poison = key_poison.reshape(batch, num_heads, 1, seq_kv)
-    scores = jnp.where(keep, scores + (query_poison + key_poison), -jnp.inf)
+    of_key = jnp.where(key_finite, 0, jnp.nan)[:, :, None, None, :]
+    of_key = jnp.broadcast_to(of_key, (batch, num_kv_heads, num_heads // num_kv_heads, 1, seq_kv))
+    of_key = of_key.reshape(batch, num_heads, 1, seq_kv)
+    scores = jnp.where(keep, scores + (of_query + of_key), -jnp.inf)
 
     peak = scores.max(-1, keepdims=True, initial=-jnp.inf)
     peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
@@ -218,15 +219,14 @@ def _attend(
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
     if words is not None:
-        kept = keep_weights(words, dropout_rate, *indices)
-        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0)
+        weights = dropout_of(words, dropout_rate, *indices)(weights)
 
     weights = weights.reshape(groups, rows, seq_kv)
     out = jnp.einsum("XMS,XSV->XMV", weights, value, precision=lax.Precision.HIGHEST)
     out = out.reshape(batch, num_heads, seq_q, value_dim)
-    # A row that saw NaN is all NaN, one that saw nothing is 0; whatever the cotangent of either is, it stops here and
-    # reaches no key that the row may not attend.
-    out = jnp.where(jnp.isfinite(out).all(-1, keepdims=True), out, jnp.nan)
+    # A contaminated row is all NaN, a row that attended nothing is 0. The cotangent of either stops here: it reaches no
+    # key that the row may not attend.
+    out = jnp.where(is_finite(out)[..., None], out, jnp.nan)
     out = jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(out_dtype)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
     return out, lse[..., 0]

@@ -13,7 +13,7 @@ import attnax
 from attnax import TransformerConfig, TransformerLM
 from attnax.cache import EmptyCache, init_decoder_kv_caches_from_config
 from attnax.generation.request import padded_length
-from attnax.kernels import _call
+from attnax.kernels import _engines
 from attnax.kernels._gpu import decode, split
 
 CONFIG = TransformerConfig(
@@ -139,10 +139,9 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
         raise AssertionError("traced for a GPU")
 
     for module, name in (
-        (split, "lift_mask"),
-        (split, "lift_score_mod"),
-        (_call.tile_lists, "lift_bounds"),
-        (decode, "bind_kernel"),
+        (split, "split"),
+        (_engines, "prepare"),
+        (decode.DecodeInputs, "bind"),
     ):
         monkeypatch.setattr(module, name, refuse)
     kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}

@@ -421,7 +421,7 @@ def test_runs_inside_scan_and_shard_map(backend, axis_type):
         step = lambda _, x: (None, BACKENDS[backend](*x, mask=masks.causal()))
         return jax.lax.scan(step, None, [x[None] for x in arrays])[1][0]
 
-    if backend != "pallas":  # JAX does not interpret kernels inside of shard_map; test_pallas lowers them there
+    if backend != "pallas":  # JAX does not interpret kernels inside of shard_map; test_gpu_choice lowers them there
         spec = PartitionSpec("data")
         mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
         query, key, value = (jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value))

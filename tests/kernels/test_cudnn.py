@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnax import flash_attention, masks, pallas_flash_attention, why_not_cudnn
-from attnax.kernels import _call
+from attnax.kernels import _engines
 from attnax.kernels._gpu import cudnn as engine
 
 PLAIN = {"none": None, "causal": masks.causal(), "window": masks.sliding_window(32)}
@@ -38,7 +38,7 @@ def cudnn(another_machine, monkeypatch):
 
 @pytest.fixture
 def gpu(cudnn, monkeypatch):
-    monkeypatch.setattr(_call, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(_engines, "has_nvidia_gpu", lambda: True)
 
 
 def arrays(dtype=jnp.bfloat16, rows=2, sharding=None):

@@ -280,7 +280,7 @@ def test_a_numpy_array_that_is_indexed_gets_words():
 def program(score_mod):
     x = zeros(1, 3, 5, 4)
     call = prepare("here", x, x, x, block_size=None, backend="tiles", score_mod=score_mod)
-    return call.operands.tiles.forward.score_mod.program
+    return call.operands.score_mod.program
 
 
 @pytest.mark.parametrize("name", sorted(set(ELEMENTWISE) - {"random"}))

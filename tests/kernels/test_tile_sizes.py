@@ -9,8 +9,8 @@ import pytest
 from _lowered import gpu_mesh, kernels_of
 
 from attnax import pallas_flash_attention
-from attnax.kernels import _call
 from attnax.kernels._gpu import decode
+from attnax.kernels._gpu.prepare import choose_kernel_tiles
 from attnax.kernels._gpu.tile_sizes import (
     LARGER,
     TILES,
@@ -76,7 +76,7 @@ def test_the_mesh_of_a_program_names_its_card(name, card):
     with on(name):
         assert running_card() == card
         query = jax.ShapeDtypeStruct((1, 2, 512, 256), jnp.bfloat16)
-        tiles = _call.kernel_tiles(query, query, None)
+        tiles = choose_kernel_tiles(query, query, None)
     assert tiles.plain == (choose("forward", 256, 16, card), choose("backward", 256, 16, card))
 
 

@@ -27,7 +27,7 @@ from attnax import (
     standard_attention,
     update_kv_layer_cache,
 )
-from attnax.kernels import _call, _decode_call, ring, score_mods
+from attnax.kernels import _call, _decode_call, _engines, ring, score_mods
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._gpu import decode, kernels, launch
 from attnax.kernels.paged import paged_attention
@@ -80,13 +80,13 @@ class Card:
 def card(monkeypatch):
     """The engines run their kernels on it."""
     card = Card()
-    for module in (_call, _decode_call):
+    for module in (_engines, _decode_call):
         monkeypatch.setattr(module, "by_platform", lambda _, *arguments, **of: of["cuda"](*arguments))
     # Without their own jit, which would remember programs for the CPU.
     monkeypatch.setattr(_call, "_attention", _call._attention_of)
     monkeypatch.setattr(_decode_call, "_attend", _decode_call._attend.__wrapped__)
     monkeypatch.setattr(launch, "run", card.run)
-    for module in (_call, decode):
+    for module in (_engines, decode):
         monkeypatch.setattr(module, "why_no_card", lambda: None)
     return card
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from attnax.typing import Array, Index
+from attnax.typing import Array, AttentionOptions, Index
 
 
 def dropout_words(dropout_rng: Array) -> Array:
     """The words that `keep_weights` takes, (4,) uint32: two random ones from the key, the first row, the first head."""
     return jnp.concatenate([jax.random.bits(dropout_rng, (2,), jnp.uint32), jnp.zeros(2, jnp.uint32)])
+
+
+def rate_of(options: AttentionOptions) -> float:
+    """The rate of a call's dropout, 0 where it is deterministic."""
+    return 0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0)
+
+
+def words_of(options: AttentionOptions) -> Array | None:
+    """The `dropout_words` of a call's key, None where nothing is dropped."""
+    dropout_rng = options.get("dropout_rng")
+    return None if dropout_rng is None or rate_of(options) == 0.0 else dropout_words(dropout_rng)
 
 
 def words_of_shard(words: Array, row: Array, head: Array) -> Array:
@@ -32,6 +45,14 @@ def keep_weights(
     row = _mix(_mix(_mix(q + word_0) ^ (h * jnp.uint32(0x9E3779B9))) + b * jnp.uint32(0x85EBCA6B) + word_1)
     bits = _mix(row ^ _mix(kv + word_1))
     return bits >= jnp.uint32(min(round(dropout_rate * 2**32), 2**32 - 1))
+
+
+def dropout_of(
+    words: Array | tuple[Array, ...], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
+) -> Callable[[Array], Array]:
+    """What dropout does to the weights of the pairs at these indices, an array of as many elements."""
+    kept = keep_weights(words, dropout_rate, b, h, q, kv)
+    return lambda weights: jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
 
 
 def _mix(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Rows that are not finite: what they must not reach, and what they must."""
+"""Non-finite rows: what they must not reach, and what they contaminate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from attnax.checks import wide_dtype
 from attnax.kernels._core import softmax
 from attnax.typing import Array
 
-__all__ = ["scale_query", "zero_or_nan"]
+__all__ = ["is_finite", "scale_query", "zero_or_nan"]
 
 
-def scale_query(query: Array, scale: Any, *, natural: bool) -> Array:
-    """The query in at least float32, scaled; scores are then `natural`, as mods see them, or in units of log 2."""
+def is_finite(x: Array) -> Array:
+    """Whether each row (..., H) of an array is of finite numbers."""
+    return jnp.isfinite(x).all(-1)
+
+
+def scale_query(query: Array, scale: Any, *, has_score_mod: bool) -> Array:
+    """The query in at least float32, scaled; scores are then natural, as mods see them, or in units of log 2."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = query.astype(wide_dtype(query.dtype))
-    query = query + zero_or_nan(query)[..., None]  # an infinity spoils as NaN does
-    return query * jnp.asarray(scale if natural else scale * softmax.LOG2E, query.dtype)
+    query = query + zero_or_nan(query)[..., None]  # an infinity contaminates as NaN does
+    return query * jnp.asarray(scale * softmax.unit(has_score_mod=has_score_mod), query.dtype)
 
 
 def zero_or_nan(x: Array) -> Array:
-    """0 for each row of numbers, NaN where one of them is not finite.
+    """0 for each finite row, NaN for each other one.
 
-    As a product, which a CPU has sooner than `isfinite` and `all`, with a number so small that no sum overflows.
+    It is a product, which a CPU computes faster than `isfinite` and `all`, by a number so small that no sum overflows.
     """
     small = jnp.full(x.shape[-1:], 2.0**-100, x.dtype)
     return lax.dot_general(x, small, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST) * 0

@@ -1,4 +1,4 @@
-"""Lifting: a user's function of tile indices, with the arrays that it captures as operands that get gradients.
+"""Lifting: a user's function of pairs, with the arrays that it captures as operands that get gradients.
 
 A score mod or mask may close over arrays: parameters, document ids, values of an enclosing `grad`, `vmap` or
 `shard_map`. A hand-written backward pass sees only its operands, so `lift` traces the function once, computes what
@@ -9,67 +9,50 @@ that is run tile by tile on the values cut through.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Var
 
 from attnax.checks import wide_dtype
+from attnax.kernels._core import natural
 from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.programs import (
+    Program,
+    inline,
+    is_float,
+    is_narrow,
+    needed_for,
+    read,
+    shape_of,
+    step,
+    structure_of,
+    without_mesh,
+)
 from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array
 
-__all__ = [
-    "Deferred",
-    "Lifted",
-    "defer",
-    "expansion_of",
-    "flatten",
-    "is_own",
-    "lift",
-    "needed_for",
-    "spread",
-    "sum_in_float32",
-    "trace_rule",
-]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """Straight-line code on (captured values, arguments).
-
-    Programs of the same structure are equal, so that a rebuilt lambda compiles nothing new.
-    """
-
-    captured: tuple[Var, ...]
-    arguments: tuple[Var, ...]
-    equations: tuple[JaxprEqn, ...]
-    results: tuple[Any, ...]
-    structure: Hashable
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self.structure == other.structure
-
-    def __hash__(self) -> int:
-        return hash(self.structure)
+__all__ = ["Deferred", "Lifted", "defer", "is_own", "lift", "lift_marked", "lift_traced", "sum_in_float32"]
 
 
 @pytree_dataclass
 class Lifted:
-    """A traced function and the values that it captured; called with arrays of the shapes that it was traced at.
+    """A traced function and the values that it captured.
 
     Attributes:
-        values: what was captured, as far as tiles need it.
-        program: what is run for each tile.
+        values: the captured arrays, as far as tiles need them.
+        program: run for each tile.
+        refusal: why it takes only arrays of the shapes that it was traced at; None if it takes any that broadcast, and
+            gives results of the shape that they broadcast to, or smaller.
     """
 
     values: tuple[Array, ...]
     program: Program = dataclasses.field(metadata={"static": True})
+    refusal: str | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self, *arguments: Array) -> Any:
         """The function's result: one array, or a tuple of several."""
@@ -78,7 +61,7 @@ class Lifted:
     @property
     def floats(self) -> tuple[Array, ...]:
         """The values that get gradients."""
-        return tuple(x for x in self.values if _is_float(x))
+        return tuple(x for x in self.values if is_float(x))
 
     def gradients(self) -> tuple[Array, ...]:
         """Zeros to accumulate the gradients of `floats` in, at least float32: a sum of many tiles needs it."""
@@ -91,16 +74,16 @@ class Lifted:
     def differentiate(self, scores: Array, *indices: Array) -> tuple[Array, Callable[..., Any]]:
         """The result for arguments (scores, *indices), and its pullback.
 
-        The pullback takes the result's cotangent and the gradients accumulated so far, and returns those of the scores
-        and the gradients with this tile's share added. Where the function reads a captured array by index, that share
-        is scattered into the accumulator; an array as large as all the scores costs a tile what the tile reads.
+        The pullback takes the result's cotangent and the gradients accumulated so far. It returns the gradient of the
+        scores, and the accumulated gradients with this tile's share. Where the function reads a captured array by
+        index, the share is scattered into the accumulator: its cost is that of the elements read, not of the array.
         """
         arguments = (scores, *indices)
         reads = self._reads(arguments)
         read_outside = {
             var for eqn in self.program.equations if id(eqn) not in reads for var in eqn.invars if isinstance(var, Var)
         } | {var for var in self.program.results if isinstance(var, Var)}
-        floats = [i for i, x in enumerate(self.values) if _is_float(x)]
+        floats = [i for i, x in enumerate(self.values) if is_float(x)]
         direct = [i for i in floats if self.program.captured[i] in read_outside]
 
         def run(scores: Array, given: list[Array], read: list[Array]) -> Array:
@@ -126,17 +109,16 @@ class Lifted:
     def _reads(self, arguments: tuple[Array, ...]) -> dict[int, tuple[Array, int, JaxprEqn, list[Any]]]:
         """By equation: reads of a floating captured array at indices that do not depend on the scores."""
         program, reads = self.program, {}
-        position = {var: i for i, var in enumerate(program.captured) if _is_float(self.values[i])}
+        position = {var: i for i, var in enumerate(program.captured) if is_float(self.values[i])}
         tainted = {program.arguments[0]}
         env = dict(zip((*program.captured, *program.arguments), (*self.values, *arguments), strict=True))
         for eqn in program.equations:
             if any(isinstance(var, Var) and var in tainted for var in eqn.invars) or eqn.effects:
                 tainted.update(eqn.outvars)
                 continue
-            _step(eqn, env)
+            where = self._step(eqn, env, {})
             source = eqn.invars[0] if eqn.primitive.name in ("gather", "dynamic_slice") else None
             if isinstance(source, Var) and source in position:
-                where = [_read(env, var) for var in eqn.invars[1:]]
                 reads[id(eqn)] = env[eqn.outvars[0]], position[source], eqn, where
         return reads
 
@@ -144,23 +126,48 @@ class Lifted:
         program = self.program
         env = dict(zip((*program.captured, *program.arguments), (*values, *arguments), strict=True))
         for eqn in program.equations:
-            if id(eqn) in known:
-                env[eqn.outvars[0]] = known[id(eqn)]
-            else:
-                _step(eqn, env)
-        results = tuple(jnp.asarray(_read(env, var), var.aval.dtype) for var in program.results)
+            self._step(eqn, env, known)
+        results = tuple(jnp.asarray(read(env, var), var.aval.dtype) for var in program.results)
         return results[0] if len(results) == 1 else results
+
+    def _step(self, eqn: JaxprEqn, env: dict[Var, Any], known: dict[int, Array]) -> list[Any]:
+        """Runs an equation, if its result is not known; returns the indices of one that reads by index."""
+        if id(eqn) in known:
+            env[eqn.outvars[0]] = known[id(eqn)]
+            return []
+        if self.refusal is not None:
+            step(eqn, env)
+            return [read(env, var) for var in eqn.invars[1:]]
+        where = []
+
+        def gather(eqn: JaxprEqn, index: tuple[Any, ...]) -> Array:
+            elements, at = natural.gather(read(env, eqn.invars[0]), eqn, index)
+            where.append(at)
+            return elements
+
+        natural.evaluate([eqn], env, self.program.rules, gather)
+        return where
 
 
 def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
-    """`function` traced at the shapes, dtypes and varying axes of `arguments`, without what it captures.
+    """`function` traced at the shapes, dtypes and varying axes of `arguments`; captured arrays become operands.
 
     Args:
         function: takes arrays like `arguments`, returns an array or a tuple of arrays.
         arguments: arrays, or their shapes as `jax.ShapeDtypeStruct`; values do not matter.
     """
-    traced = jax.make_jaxpr(function)(*arguments)
-    # Calls are inlined so that what they do with captured arrays alone is seen.
+    return lift_traced(jax.make_jaxpr(function)(*arguments), arguments)
+
+
+def lift_marked(function: Callable[..., Any], *, scores: Any = None) -> Lifted:
+    """A function of (b, h, q, kv), or of scores of this dtype before them, for arguments of any shapes if it can be."""
+    arguments = natural.examples(scores)
+    return lift_traced(jax.make_jaxpr(function)(*arguments), arguments, marked=True)
+
+
+def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) -> Lifted:
+    """A program of `arguments`, which are of the sizes `natural.MARKS` if they are `marked`."""
+    # Calls are inlined, so that their work on captured arrays alone can be done here.
     flat = jax.make_jaxpr(lambda captured, *rest: inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
     count = len(traced.consts)
     inner = flat.jaxpr.invars[count:]
@@ -169,50 +176,64 @@ def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
     rest = []
     for eqn in flat.jaxpr.eqns:
         variables = [var for var in eqn.invars if isinstance(var, Var)]
-        if eqn.effects or not all(var in known or var in constant for var in variables):
-            rest.append(_anywhere(eqn))
+        is_known = not eqn.effects and all(var in known or var in constant for var in variables)
+        if not is_known or (marked and _spreads(eqn)):
+            rest.append(without_mesh(eqn))
         elif any(var in known for var in variables):
-            _step(eqn, known, constant)
+            step(eqn, known, constant)
         else:
-            rest.append(_anywhere(eqn))
+            rest.append(without_mesh(eqn))
             constant.update(dict.fromkeys(eqn.outvars, eqn))
+    rest = needed_for(rest, flat.jaxpr.outvars, effects=True)
     used = [*(var for eqn in rest for var in eqn.invars), *flat.jaxpr.outvars]
     cut = tuple(dict.fromkeys(var for var in used if isinstance(var, Var) and var in known and var not in constant))
     results = tuple(flat.jaxpr.outvars)
-    program = Program(cut, tuple(inner), tuple(rest), results, _structure(cut, inner, rest, results))
-    return Lifted(tuple(jnp.asarray(known[var]) for var in cut), program)
+    program = Program(cut, tuple(inner), tuple(rest), results, structure_of(cut, inner, rest, results))
+    values = tuple(jnp.asarray(known[var]) for var in cut)
+    refusal: str | None = "it was traced at one shape"
+    if marked:
+        refusal = natural.why_not_natural(program)
+        if refusal is not None:  # the reason for which a kernel refuses it as well
+            refusal = natural.why_not_natural(program, natural.KERNEL_ELEMENTWISE)
+    return Lifted(values, program, refusal)
+
+
+def _spreads(eqn: JaxprEqn) -> bool:
+    """Whether an equation lays values out along axes of marked sizes, which no array has."""
+    have, made = ({size for var in variables for size in shape_of(var)} for variables in (eqn.invars, eqn.outvars))
+    return bool((made - have) & {*natural.MARKS})
 
 
 @pytree_dataclass
 class Deferred:
     """A mask or score mod of the library's own, to be traced when a program is lowered for a platform that needs it.
 
-    All that it reads are its arrays, which are operands until then. A function by a user may read values of an
-    enclosing transformation, which are gone by then, so it is lifted at once.
+    It reads only its arrays, which are operands until then. A user's function may read values of an enclosing
+    transformation, which no longer exist at that time, so it is lifted at once.
 
     Attributes:
         arrays: its leaves that are arrays.
-        others: its structure, and its leaves with None where an array stands.
+        rest: its structure, and its leaves with None where an array stands.
     """
 
     arrays: tuple[Array, ...]
-    others: tuple[Any, tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
+    rest: tuple[Any, tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Any:
         """The mask or score mod."""
-        structure, leaves = self.others
+        structure, leaves = self.rest
         arrays = iter(self.arrays)
         return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in leaves])
 
     @property
     def floats(self) -> tuple[Array, ...]:
         """The arrays that get gradients."""
-        return tuple(x for x in self.arrays if _is_float(x))
+        return tuple(x for x in self.arrays if is_float(x))
 
     def with_floats(self, floats: Sequence[Array]) -> Deferred:
         """The same with other arrays in these places."""
         rest = iter(floats)
-        return dataclasses.replace(self, arrays=tuple(next(rest) if _is_float(x) else x for x in self.arrays))
+        return dataclasses.replace(self, arrays=tuple(next(rest) if is_float(x) else x for x in self.arrays))
 
 
 def defer(function: Any) -> Deferred | None:
@@ -232,105 +253,11 @@ def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return function(*arguments)  # the function asks for values, which outside of jit it gets
-    if not any(_is_narrow(jnp.result_type(x)) for x in traced.consts):
+        return function(*arguments)  # the function asks for values, which exist outside of jit
+    if not any(is_narrow(jnp.result_type(x)) for x in traced.consts):
         return function(*arguments)
     (result,) = inline(traced.jaxpr, traced.consts, arguments)
     return result
-
-
-# fmt: off
-_MOVES = frozenset((
-    "broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "tile",
-    "transpose",
-))
-_BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter", "pow", "rem", "sub"))
-# fmt: on
-
-
-def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results with calls inlined, with `rules=False` also those that have a derivative of their own.
-
-    Operations that only move numbers move float16 and bfloat16 in float32, which is as exact, so that the gradient that
-    one element gets from many places is summed in float32. The same holds where an operation spreads an operand.
-    """
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
-    wide: dict[Var, Any] = {}
-    for eqn in jaxpr.eqns:
-        name, source = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
-        dtype: Any = getattr(source.aval, "dtype", None) if isinstance(source, Var) else None
-        inner = expansion_of(eqn)
-        if name in ("jit", "pjit") or (name in ("custom_jvp_call", "custom_vjp_call") and not rules):
-            inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-        if inner is not None:
-            results = inline(inner.jaxpr, inner.consts, [_read(env, var) for var in eqn.invars], rules=rules)
-            env.update(zip(eqn.outvars, results, strict=True))
-        elif isinstance(source, Var) and name in _MOVES and _is_narrow(dtype):
-            x = wide[source] if source in wide else jnp.asarray(env[source]).astype(jnp.float32)
-            rest = (_read(env, var) for var in eqn.invars[1:])
-            (target,) = eqn.outvars
-            wide[target] = eqn.primitive.bind(x, *rest, **eqn.primitive.get_bind_params(eqn.params))
-            env[target] = wide[target].astype(dtype)
-        elif isinstance(source, Var) and source in wide and name == "convert_element_type":
-            env[eqn.outvars[0]] = wide[source].astype(eqn.params["new_dtype"])
-        elif name in _BROADCASTS and _is_narrow(_example_of(eqn.outvars[0]).dtype):
-            (target,) = eqn.outvars
-            shape = _example_of(target).shape
-            operands = (x.val if isinstance(x, Literal) else _spread_wide(env, wide, x, shape) for x in eqn.invars)
-            env[target] = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        else:
-            _step(eqn, env)
-    return [_read(env, var) for var in jaxpr.outvars]
-
-
-def expansion_of(eqn: JaxprEqn) -> Any:
-    """The program of an operation that JAX makes of others (`jnp.searchsorted` from JAX 0.12 on), else None."""
-    expand = getattr(eqn.params.get("_prim"), "expand", None)
-    return None if expand is None else jax.make_jaxpr(expand)(*map(_example_of, eqn.invars))
-
-
-def _spread_wide(env: dict[Var, Any], wide: dict[Var, Any], var: Var, shape: tuple[int, ...]) -> Any:
-    """The value of a variable at all places of `shape`; a number stays one."""
-    value = env[var]
-    return spread(jnp.asarray(value), shape, wide.get(var)) if np.shape(value) else value
-
-
-def spread(x: Array, shape: tuple[int, ...], wide: Array | None = None) -> Array:
-    """x at all places of `shape`. A narrow x is spread in float32, as `wide` if that is known: so is its gradient."""
-    if x.shape == shape or not _is_narrow(x.dtype):
-        return jnp.broadcast_to(x, shape)
-    wide = x.astype(jnp.float32) if wide is None else wide
-    return jnp.broadcast_to(wide, shape).astype(x.dtype)
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
-
-
-def _read(env: dict[Var, Any], var: Any) -> Any:
-    return var.val if isinstance(var, Literal) else env[var]
-
-
-def _step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | None = None) -> None:
-    """Runs an equation in `env`, and before it those of `later` whose results it needs."""
-    for var in eqn.invars:
-        if later is not None and isinstance(var, Var) and var not in env:
-            _step(later[var], env, later)
-    if eqn.primitive.name == "reshard":  # a tile is on one device
-        env[eqn.outvars[0]] = _read(env, eqn.invars[0])
-        return
-    results = eqn.primitive.bind(*(_read(env, var) for var in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
-    env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
-
-
-def _anywhere(eqn: JaxprEqn) -> JaxprEqn:
-    """The equation without the mesh that it was traced under: a tile of it runs on the shard of a device."""
-    meshes = {key: None for key, value in eqn.params.items() if isinstance(value, jax.sharding.Sharding)}
-    return eqn.replace(params=eqn.params | meshes) if meshes else eqn
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array) -> Array:
@@ -355,107 +282,3 @@ def _add_where_read(total: Array, eqn: JaxprEqn, where: list[Any], share: Array)
         unique_indices=eqn.params["unique_indices"],
         mode=eqn.params["mode"],
     )
-
-
-class UniqueError(Exception):
-    """A program with a parameter that equals nothing but itself."""
-
-
-def _structure(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
-    """Equal for programs that do the same to operands of the same types; unique if that cannot be told."""
-    try:
-        structure = _structure_of((*cut, *inner), equations, results)
-    except UniqueError:
-        return object()
-    return len(cut), structure
-
-
-def _structure_of(inputs: Sequence[Var], equations: Sequence[JaxprEqn], results: Sequence[Any]) -> Hashable:
-    numbers: dict[Var, int] = {}
-
-    def name(var: Any) -> Hashable:
-        if isinstance(var, Literal):
-            return str(var.aval), np.asarray(var.val).tobytes()
-        return numbers.setdefault(var, len(numbers)), str(var.aval)
-
-    return (
-        tuple(map(name, inputs)),
-        tuple(
-            (eqn.primitive, _structure_of_params(eqn), *(tuple(map(name, v)) for v in (eqn.invars, eqn.outvars)))
-            for eqn in equations
-        ),
-        tuple(map(name, results)),
-    )
-
-
-def _structure_of_params(eqn: JaxprEqn) -> Hashable:
-    """The parameters, programs among them by what they do: a loop's, or the rule that a function has as derivative."""
-    params: dict[str, Any] = dict(eqn.params)
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-        params = {"call": params["call_jaxpr"], "rule": trace_rule(eqn)}
-    return tuple((key, _structure_of_param(value)) for key, value in params.items())
-
-
-def _structure_of_param(value: Any) -> Hashable:
-    if isinstance(value, tuple | list):
-        return tuple(map(_structure_of_param, value))
-    program = getattr(value, "jaxpr", value)
-    if not isinstance(program, Jaxpr):
-        if not isinstance(value, Hashable):  # such as a NumPy array
-            raise UniqueError
-        return value
-    if getattr(value, "consts", ()):
-        raise UniqueError
-    return _structure_of((*program.constvars, *program.invars), program.eqns, program.outvars)
-
-
-def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any]) -> list[JaxprEqn]:
-    """The equations that lead to some results."""
-    kept: list[JaxprEqn] = []
-    wanted = {var for var in results if isinstance(var, Var)}
-    for eqn in reversed(equations):
-        if any(var in wanted for var in eqn.outvars):
-            kept.append(eqn)
-            wanted |= {var for var in eqn.invars if isinstance(var, Var)}
-    return kept[::-1]
-
-
-def trace_rule(eqn: JaxprEqn) -> Any:
-    """The derivative of a function that brings its own, as a program without calls.
-
-    Of a `custom_jvp` it takes the operands and the tangents of those that are floating, of a `custom_vjp` the operands
-    and the cotangents of the results; it gives the others. Functions with derivatives of their own that it calls, often
-    the same one, are inlined: it is not differentiated itself.
-    """
-    bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
-    operands, results = (list(map(_example_of, variables)) for variables in (eqn.invars, eqn.outvars))
-    moving = [i for i, x in enumerate(operands) if _is_float(x)]
-
-    def of_moving(values: list[Any], new: Sequence[Any]) -> Any:
-        values = list(values)
-        for i, x in zip(moving, new, strict=True):
-            values[i] = x
-        return bind(*values)
-
-    def push(values: list[Any], tangents: list[Any]) -> Any:
-        at = [values[i] for i in moving]
-        return jax.jvp(lambda *new: of_moving(values, new), at, tangents)[1]
-
-    def pull(values: list[Any], cotangents: list[Any]) -> Any:
-        return jax.vjp(lambda *new: of_moving(values, new), *(values[i] for i in moving))[1](cotangents)
-
-    if eqn.primitive.name == "custom_jvp_call":
-        return flatten(jax.make_jaxpr(push)(operands, [operands[i] for i in moving]), rules=False)
-    return flatten(jax.make_jaxpr(pull)(operands, results), rules=False)
-
-
-def _example_of(var: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a variable."""
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-
-
-def flatten(program: Any, *, rules: bool) -> Any:
-    """A traced program with calls inlined, `rules=False` those too that have a derivative of their own, as needed."""
-    examples = map(_example_of, program.jaxpr.invars)
-    flat = jax.make_jaxpr(lambda *x: inline(program.jaxpr, program.consts, x, rules=rules))(*examples)
-    return flat.replace(jaxpr=flat.jaxpr.replace(eqns=needed_for(flat.jaxpr.eqns, flat.jaxpr.outvars)))

@@ -30,12 +30,15 @@ __all__ = [
     "LOG2E",
     "SoftmaxState",
     "finish",
+    "in_log2",
     "initial_state",
     "mask_scores",
     "merge",
+    "natural",
     "product",
     "select",
     "tile_gradients",
+    "unit",
     "update",
 ]
 
@@ -43,6 +46,21 @@ LOG2E = 1.4426950408889634
 
 Weigh = Callable[[Array], Array]
 """What dropout does to weights (..., T, S)."""
+
+
+def unit(*, has_score_mod: bool) -> float:
+    """What scores are in a tile, over natural scores: 1 where a score mod is given them, else log2(e)."""
+    return 1.0 if has_score_mod else LOG2E
+
+
+def natural(lse: Array) -> Array:
+    """A log-sum-exp in units of log 2 as a natural one."""
+    return lse / LOG2E
+
+
+def in_log2(lse: Array) -> Array:
+    """A natural log-sum-exp in units of log 2."""
+    return lse * LOG2E
 
 
 class SoftmaxState(NamedTuple):
@@ -66,12 +84,12 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
     Args:
         scores_TS: scale * q k^T; in units of log 2 unless there is a score mod.
         keep: where the mask allows the pair; None in a full tile.
-        bias: what is added to the scores of a pair: 0, NaN for a key that spoils who attends it, -inf for a pair that
-            does not exist; None for 0.
+        bias: what is added to the scores of a pair: 0, NaN for a key that is not finite, -inf for an out-of-range
+            pair; None for 0.
         score_mod: of the natural scores; -inf and float32's lowest number count as masked.
     """
     if score_mod is not None:
-        # What the mod's derivative is at forbidden pairs must not matter, so they all have the score 0.
+        # The mod's derivative at forbidden pairs must not matter, so they all have the score 0.
         scores_TS = score_mod(scores_TS if keep is None else select(keep, scores_TS, 0))
         # Not `>`: a NaN from a mod must be seen, but not where there is no key.
         masked = scores_TS <= jnp.finfo(jnp.float32).min
@@ -125,7 +143,7 @@ def tile_gradients(
 
     Args:
         scores: as given to `update`.
-        lse: of the whole row, from `finish`, broadcast against the scores; NaN spoils what the row attends.
+        lse: of the whole row, from `finish`, broadcast against the scores; its NaN contaminates all keys it attends.
         delta: out . d_out of the row, minus the cotangent of its natural log-sum-exp, broadcast likewise.
         d_weights: d_out v^T.
         masked: whether scores may be -inf.
@@ -140,14 +158,14 @@ def tile_gradients(
 
 
 def select(where: Array, x: Array, otherwise: int | float) -> Array:
-    """`x` where that is so, else one number: `jnp.where` in half the equations."""
+    """`x` where the condition holds, else one number: `jnp.where` in half the equations."""
     return lax.select(jnp.broadcast_to(where, x.shape), x, lax.full_like(x, otherwise))
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     """Product of two batches of matrices over the named axes of the matrices, summed in float32 at least.
 
-    Of two dtypes the narrower counts: weights in float32 meet values in bfloat16 as bfloat16, as tensor cores want it.
+    Both are cast to the narrower dtype: tensor cores multiply weights and bfloat16 values as bfloat16.
     """
     dtype = min(left.dtype, right.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     batch = tuple(range(left.ndim - 2))

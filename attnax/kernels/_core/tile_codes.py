@@ -1,4 +1,4 @@
-"""What a mask leaves of a tile: all of its pairs, some, or none."""
+"""The codes of a tile: the mask allows all of its pairs, some, or none."""
 
 from __future__ import annotations
 

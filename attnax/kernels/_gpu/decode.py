@@ -28,7 +28,7 @@ class BoundKernel:
     scale: Array
     tokens: TokenArrays
     mask: Lifted  # of true positions, as score_mod
-    bounds: tile_lists.BoundsAtPositions
+    bounds: tile_lists.BoundsAtPositions | None
     score_mod: Lifted | None
     is_opaque: bool = dataclasses.field(metadata={"static": True})
     tile: tile_sizes.Tile = dataclasses.field(metadata={"static": True})
@@ -50,17 +50,16 @@ class DecodeInputs:
         if tile is None:
             return None
         axes, positions = varying_axes(self.query), (self.positions, self.tokens.positions)
-        grid = tile_lists.TileGrid.of(tile, self.query.shape[2], self.tokens.positions.shape[1])
-        bounds = tile_lists.lift_bounds_at_positions(mask, positions, grid, self.query.shape[1], axes)
+        bounds = tile_lists.lift_bounds_at_positions(mask, positions)
         mask = at_positions(mask, *positions)
         mod = None if score_mod is None else at_positions(score_mod, *positions)
         bound = BoundKernel(
             self.query,
             self.scale,
             self.tokens,
-            split.lift_mask(mask, axes),
+            split.lift_mask(mask),
             bounds,
-            None if mod is None else split.lift_score_mod(self.caller, mod, axes),
+            None if mod is None else split.lift_score_mod(self.caller, mod),
             mask.is_opaque,
             tile,
         )
@@ -127,16 +126,9 @@ def attend_bound(kernel: BoundKernel, *, interpret: bool = False) -> tuple[Array
     """(out, natural log-sum-exp) in float32, by the kernel."""
     from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
 
-    mod, tokens = kernel.score_mod, kernel.tokens
+    tokens = kernel.tokens
     setup = launch.Setup(
-        kernel.tile,
-        split.split(kernel.mask),
-        kernel.mask.values,
-        kernel.bounds,
-        kernel.is_opaque,
-        None if mod is None else split.split(mod),
-        () if mod is None else mod.values,
-        interpret=interpret,
+        kernel.tile, kernel.mask, kernel.bounds, kernel.is_opaque, kernel.score_mod, interpret=interpret
     )
     out, lse = launch.decode((kernel.query, tokens.keys, tokens.values, kernel.scale), setup, tokens.block_table)
-    return out, lse / softmax.LOG2E
+    return out, softmax.natural(lse)

@@ -1,4 +1,4 @@
-"""What surrounds the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
+"""Around the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
 
 Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
@@ -16,7 +16,9 @@ import numpy as np
 from jax import lax
 
 from attnax.kernels._core import softmax
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
+from attnax.kernels._core.operands import Arrays
 from attnax.kernels._gpu.kernels import (
     Shapes,
     d_key_value_kernel,
@@ -26,13 +28,13 @@ from attnax.kernels._gpu.kernels import (
     forward_kernel,
     run,
 )
-from attnax.kernels._gpu.split import Read, Split, add_slabs
+from attnax.kernels._gpu.split import Read, add_slabs, split
 from attnax.kernels._gpu.tile import Inputs, Kernel, KernelSpec
 from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.typing import Array
 
-__all__ = ["Arrays", "Setup", "backward", "decode", "forward", "why_not_learn"]
+__all__ = ["Setup", "backward", "decode", "forward", "why_not_learn"]
 
 _DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
 _TABLE_CHUNK = 4096  # elements, at most, that a program keeps the gradient of in its registers
@@ -40,21 +42,15 @@ _SMALL_TABLE = 1024  # elements of a table by several indices, of which a tile m
 _TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the table
 
 
-Arrays = tuple[Array, Array, Array, Array]
-"""query (B, N, T, H), key (B, K, S, H), value (B, K, S, V), and the scale of the scores, a float32 scalar."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
     """What a pass needs beside arrays."""
 
     tile: Tile
-    mask: Split | None
-    mask_values: tuple[Array, ...]  # what the mask captured
-    bounds: Lifted | BoundsAtPositions | None  # of the mask, over the tiles of this pass
+    mask: Lifted | None
+    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it does not tell any
     is_opaque: bool
-    score_mod: Split | None
-    mod_values: tuple[Array, ...]
+    score_mod: Lifted | None
     positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
     words: Array | None = None  # of the dropout
     dropout_rate: float = 0.0
@@ -67,7 +63,7 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
     """The attention of every query.
 
     Returns:
-        out (B, N, T, V), lse (B, N, T) float32 in units of log 2, and if `low` what rounding took from out, in the same
+        out (B, N, T, V), lse (B, N, T) float32 in units of log 2, and if `low` the rounding error of out, in the same
         dtype.
     """
     query, _, value, _ = arrays
@@ -94,9 +90,8 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
     call, inputs = _prepare(arrays, setup, pages)
-    inputs = inputs._replace(
-        any_non_finite=None, finite=None
-    )  # looking at all keys first would take as long as attending them
+    # Testing all keys first would take as long as attending them.
+    inputs = inputs._replace(any_non_finite=None, finite=None)
     (batch, heads, seq_q, _), grid = call.score_shape, call.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
     rows = batch, heads, parts, inputs.query.shape[2]
@@ -134,16 +129,16 @@ def backward(
     """
     query, key, value, _ = arrays
     d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
-    fine = jnp.isfinite(query).all(-1) & jnp.isfinite(d_out).all(-1) & jnp.isfinite(d_lse)
-    fine &= jnp.isfinite(lse) | (lse == -jnp.inf)
-    delta = jnp.where(fine, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
+    finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
+    finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
+    delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(finite, lse, jnp.nan))
     call, inputs = _prepare(arrays, setup)
     batch, heads, seq_q, seq_kv = call.score_shape
-    bad = ~fine.reshape(batch, call.kv_heads, -1).all(2)
+    non_finite = ~finite.reshape(batch, call.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
-        any_non_finite=inputs.any_non_finite | bad.astype(jnp.int32),
+        any_non_finite=inputs.any_non_finite | non_finite.astype(jnp.int32),
         d_out=_whole_rows(d_out, length, 0),
         lse=_whole_rows(lse, length, jnp.inf),
         delta=_whole_rows(delta, length, 0),
@@ -170,9 +165,10 @@ def backward(
 
 def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
     """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
-    score_mod, values, kernel = setup.score_mod, setup.mod_values, Kernel(call, inputs)
-    if score_mod is None:
+    score_mod, kernel = call.score_mod, Kernel(call, inputs)
+    if score_mod is None or setup.score_mod is None:
         return ()
+    values = setup.score_mod.values
     floats = [n for n, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def operands(given: list[Array]) -> list[Array]:
@@ -201,7 +197,7 @@ def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[st
 
 
 def _table_gradient(call: KernelSpec, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
-    """The gradient of a table from what one read takes of it."""
+    """The gradient of a table from one of its reads."""
     score_mod = call.score_mod
     assert score_mod is not None
     read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.score_shape
@@ -231,19 +227,19 @@ def _table_gradient(call: KernelSpec, inputs: Inputs, setup: Setup, n: int, shap
     return add_slabs(shape, read.axes, total, index)
 
 
-def _how_to_learn(setup: Setup, read: Read, full: tuple[int, int, int, int]) -> str | None:
+def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, int]) -> str | None:
     """How a kernel computes the gradient of a table that is read by pair; None if none does.
 
     "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
     """
     assert setup.score_mod is not None
-    shape, index = read.shape, setup.score_mod.index_of(read, full)
+    shape, index = read.shape, split(setup.score_mod).index_of(read, score_shape)
     if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
         return None
     if len(read.axes) == 2 and setup.positions is None:
         for q_axis, kv_axis in (read.axes, read.axes[::-1]):
-            if _is_each(index[q_axis], 2, full[2]) and _is_each(index[kv_axis], 3, full[3]):
-                return "pairs" if shape[q_axis] >= full[2] and shape[kv_axis] >= full[3] else None
+            if _is_each(index[q_axis], 2, score_shape[2]) and _is_each(index[kv_axis], 3, score_shape[3]):
+                return "pairs" if shape[q_axis] >= score_shape[2] and shape[kv_axis] >= score_shape[3] else None
     is_small = math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE
     return "table" if len(read.axes) == 1 or is_small else None
 
@@ -255,11 +251,11 @@ def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
 
 
 def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
-    """Why no kernel gives the gradients of what a score mod captured; None if one does."""
+    """Why no kernel gives the gradients of the arrays that a score mod captured; None if one does."""
     assert setup.score_mod is not None
     (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
-    for read in setup.score_mod.reads:
-        table = setup.mod_values[read.table]
+    for read in split(setup.score_mod).reads:
+        table = setup.score_mod.values[read.table]
         is_float = jnp.issubdtype(table.dtype, jnp.inexact)
         if is_float and _how_to_learn(setup, read, (batch, heads, seq_q, seq_kv)) is None:
             return (
@@ -274,26 +270,17 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     query, key, value, scale = arrays
     batch, heads, seq_q, _ = query.shape
     kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
-    full, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
+    score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
-    mask, score_mod = setup.mask, setup.score_mod
+    mask, score_mod = (None if x is None else split(x) for x in (setup.mask, setup.score_mod))
     codes = tiles = turned = careful = fine = None
-    if mask is not None:
-        assert setup.bounds is not None
-        codes = tile_codes(
-            grid,
-            batch,
-            heads,
-            setup.bounds,
-            mask,
-            setup.mask_values,
-            is_opaque=setup.is_opaque,
-            positions=setup.positions,
-        )
+    if setup.mask is not None:
+        is_opaque, positions = setup.is_opaque, setup.positions
+        codes = tile_codes(grid, batch, heads, setup.bounds, setup.mask, is_opaque=is_opaque, positions=positions)
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
-        fine = jnp.isfinite(key).all(3) & jnp.isfinite(value).all(3)
+        fine = is_finite(key) & is_finite(value)
         careful = (~fine.all(2)).astype(jnp.int32)
         # Not int8: Triton lays out a product by the narrowest number that its operands depend on.
         fine = _whole_rows(fine.astype(jnp.int32), lengths[1], "edge")
@@ -306,11 +293,12 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         )
         positions = q, kv
 
-    def operands(function: Split | None, values: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def operands(function: Lifted | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         if function is None:
             return (), ()
-        whole = (_fill(x, lengths) for x in function.compute_operands(values, full, setup.positions))
-        return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in function.reads)
+        cut, values = split(function), function.values
+        whole = (_fill(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
+        return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in cut.reads)
 
     inputs = Inputs(
         _whole_rows(query, lengths[0], "edge"),
@@ -323,13 +311,13 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         careful,
         fine,
         setup.words,
-        *operands(mask, setup.mask_values),
-        *operands(score_mod, setup.mod_values),
+        *operands(setup.mask),
+        *operands(setup.score_mod),
         block_table=pages,
         positions=positions,
     )
     call = KernelSpec(
-        full, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
+        score_shape, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
     )
     return call, inputs
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.tile_codes import EMPTY
 from attnax.kernels._gpu.split import Read, Split
 from attnax.kernels._gpu.tile_lists import TileGrid, TileList
@@ -210,10 +210,8 @@ class Kernel:
         """The dropout of a tile's weights."""
         if self.inputs.dropout is None:
             return None
-        rate = self.spec.dropout_rate
         words = tuple(self.inputs.dropout[n] for n in range(4))
-        kept = keep_weights(words, rate, *self.index(place))
-        return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
+        return dropout_of(words, self.spec.dropout_rate, *self.index(place))
 
     def bias(self, place: TilePlace, finite: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
         """What `softmax.mask_scores` adds: NaN for non-finite keys, -inf for pairs that belong to another tile."""
@@ -241,7 +239,7 @@ class Kernel:
         """
         score_mod = self.spec.score_mod
         scores = softmax.product(left, right, 1, 1) * (
-            self.inputs.scale[0] * (softmax.LOG2E if score_mod is None else 1.0)
+            self.inputs.scale[0] * softmax.unit(has_score_mod=score_mod is not None)
         )
         keep = None if full else self.keep(place)
         if score_mod is None:

@@ -1,4 +1,4 @@
-"""Which tiles of a mask hold anything, for all tiles at once: what a kernel with one program for each tile reads."""
+"""The codes of all tiles of a mask at once, and lists of the tiles to visit: a kernel has one program for each tile."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.kernels._core.lift import Lifted, lift
+from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.operands import lift_bounds
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
-from attnax.kernels._gpu.split import Split
 from attnax.kernels._gpu.tile_sizes import Tile
 from attnax.masks import Mask, tile_at_positions
 from attnax.pytrees import pytree_dataclass
@@ -20,7 +20,6 @@ __all__ = [
     "BoundsAtPositions",
     "TileGrid",
     "TileList",
-    "lift_bounds",
     "lift_bounds_at_positions",
     "tile_codes",
 ]
@@ -29,7 +28,7 @@ __all__ = [
 class TileGrid(NamedTuple):
     """Queries and keys in tiles; the last tile begins earlier where it would not be whole."""
 
-    seq_q: int  # those there are; of fewer than a tile the rest is filled up
+    seq_q: int  # without padding; fewer than a tile are padded
     seq_kv: int
     block_q: int
     block_kv: int
@@ -91,7 +90,7 @@ class TileList(NamedTuple):
 
     order: Array  # (B', N', rows, columns) int32
     num_full: Array  # (B', N', rows) int32
-    num_visited: Array  # (B', N', rows) int32: those that are not empty
+    num_visited: Array  # (B', N', rows) int32: full and partial tiles
 
     @classmethod
     def of(cls, codes: Array) -> TileList:
@@ -105,7 +104,7 @@ class TileList(NamedTuple):
 
 @pytree_dataclass
 class BoundsAtPositions:
-    """The bounds of a mask at positions. Those of the positions are looked for where the result is wanted only."""
+    """The bounds of a mask at positions. The bounds of the positions are computed where the result is wanted."""
 
     of_mask: Lifted | None  # read at ranges of positions
     q_positions: Array  # (B, T)
@@ -125,39 +124,21 @@ class BoundsAtPositions:
         return some, every
 
 
-def lift_bounds(mask: Mask, grid: TileGrid, batch: int, heads: int, axes: frozenset[str]) -> Lifted:
-    """The mask's bounds over all tiles of a grid; `axes` are the mesh axes that arguments vary over."""
-    return _lift_bounds(mask, _all_tiles(grid, batch, heads), axes)
+def lift_bounds_at_positions(mask: Mask | None, positions: tuple[Array, Array]) -> BoundsAtPositions | None:
+    """The bounds of a mask that is read at positions (B, T) and (B, S); None if the mask does not tell any.
 
-
-def lift_bounds_at_positions(
-    mask: Mask | None, positions: tuple[Array, Array], grid: TileGrid, heads: int, axes: frozenset[str]
-) -> BoundsAtPositions:
-    """The same of a mask that is read at positions (B, T) and (B, S), None where everything attends."""
-    lifted = None
-    if mask is not None:
-        batch = positions[0].shape[0]
-        b, h, *ends = _all_tiles(grid, batch, heads)
-        # A range of positions is another for each row.
-        lifted = _lift_bounds(mask, (b, h, *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in ends)), axes)
-    return BoundsAtPositions(lifted, *positions)
-
-
-def _lift_bounds(mask: Mask, tiles: tuple[Array, ...], axes: frozenset[str]) -> Lifted:
-    def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
-        some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
-        return jnp.asarray(some), jnp.asarray(every)
-
-    return lift(bounds, *(vary(x, axes) for x in tiles))
+    Where there is no mask, a query attends every key that is there.
+    """
+    of_mask = None if mask is None else lift_bounds(mask)
+    return None if mask is not None and of_mask is None else BoundsAtPositions(of_mask, *positions)
 
 
 def tile_codes(
     grid: TileGrid,
     batch: int,
     heads: int,
-    bounds: Lifted | BoundsAtPositions,
-    mask: Split,
-    values: tuple[Array, ...],
+    bounds: Lifted | BoundsAtPositions | None,
+    mask: Lifted,
     *,
     is_opaque: bool,
     positions: tuple[Array, Array] | None = None,
@@ -170,19 +151,17 @@ def tile_codes(
         grid: of the tiles.
         batch: B.
         heads: N.
-        bounds: of the mask.
+        bounds: of the mask; None if it does not tell any.
         mask: the mask itself.
-        values: what it captured.
         is_opaque: whether its bounds do not tell enough.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """
-    axes = frozenset().union(*map(varying_axes, (*bounds.values, *values)))
+    axes = frozenset().union(*map(varying_axes, (*(() if bounds is None else bounds.values), *mask.values)))
     tiles = tuple(vary(x, axes) for x in _all_tiles(grid, batch, heads))
-    some, every = bounds(*tiles)
-    codes = code_of(some, every)
+    codes = jnp.full((), PARTIAL, jnp.int32) if bounds is None else code_of(*bounds(*tiles))
     codes = codes.reshape((1,) * (4 - codes.ndim) + codes.shape)
     if is_opaque:
-        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, values, positions), codes)
+        codes = jnp.where(codes == PARTIAL, _codes_of_pairs(grid, tiles, mask, positions), codes)
     not_whole_q = (jnp.arange(grid.num_q) == grid.num_q - 1) & (not grid.even_q)
     not_whole_kv = (jnp.arange(grid.num_kv) == grid.num_kv - 1) & (not grid.even_kv)
     not_whole = (not_whole_q[:, None] | not_whole_kv[None, :])[None, None]
@@ -198,8 +177,7 @@ def _all_tiles(grid: TileGrid, batch: int, heads: int) -> tuple[Array, ...]:
 def _codes_of_pairs(
     grid: TileGrid,
     tiles: tuple[Array, ...],
-    mask: Split,
-    values: tuple[Array, ...],
+    mask: Lifted,
     positions: tuple[Array, Array] | None,
 ) -> Array:
     """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
@@ -211,7 +189,7 @@ def _codes_of_pairs(
     def row(ends: tuple[Array, Array]) -> Array:
         q = jnp.minimum(ends[0] + jnp.arange(grid.block_q, dtype=jnp.int32), ends[1])
         q = (q if positions is None else positions[0][q])[None, None, :, None]
-        keep = mask.everywhere(values, b, h, q, kv)
+        keep = mask(b, h, q, kv)
         keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
         keep = jnp.broadcast_to(keep, (*keep.shape[:2], grid.block_q, kv.size))
         keep = keep.reshape(*keep.shape[:3], grid.num_kv, grid.block_kv)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
@@ -65,7 +65,7 @@ def attend_chunks(
         "Train with memory_efficient_attention, or flash_attention, on arrays.",
     )
     out, lse = softmax.finish(state)
-    return out.reshape(batch, heads, seq_q, value_dim), lse.reshape(batch, heads, seq_q) / softmax.LOG2E
+    return out.reshape(batch, heads, seq_q, value_dim), softmax.natural(lse.reshape(batch, heads, seq_q))
 
 
 def visit_chunk(
@@ -80,10 +80,7 @@ def visit_chunk(
         assert functions.score_mod is not None
         return functions.score_mod(scores, *indices)
 
-    def drop(weights: Array) -> Array:
-        assert queries.dropout is not None
-        kept = keep_weights(queries.dropout, dropout_rate, *indices)
-        return jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
+    drop = None if queries.dropout is None else dropout_of(queries.dropout, dropout_rate, *indices)
 
     def update(state: softmax.SoftmaxState, *, all_finite: bool) -> softmax.SoftmaxState:
         key, value = chunk.read()
@@ -101,7 +98,7 @@ def visit_chunk(
             scores, bias = jnp.where(finite, scores, 0), jnp.where(finite, 0, jnp.nan).astype(scores.dtype)
         scores = softmax.mask_scores(scores, keep, bias, None if functions.score_mod is None else modify)
         scores = scores.reshape(batch * kv_heads, -1, size)
-        return softmax.update(state, scores, value, dropout=None if queries.dropout is None else drop)
+        return softmax.update(state, scores, value, dropout=drop)
 
     def visit(state: softmax.SoftmaxState) -> softmax.SoftmaxState:
         """With keys and values as they are; a non-finite one shows in the sums, since 0 * NaN is NaN."""

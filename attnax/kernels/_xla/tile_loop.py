@@ -1,9 +1,11 @@
 """The tile loop: which tiles of queries and keys are computed, in what order, forward and backward.
 
 Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
-full, partial and empty ones by the mask's bounds and, where those cannot tell, by the mask itself. Empty tiles are
+full, partial and empty ones by the mask's bounds and, where the bounds cannot tell, by the mask itself. Empty tiles are
 skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
-weights. What a tile adds is in `_core/softmax.py`; how functions given by users get here is in `_core/lift.py`.
+weights. What a tile adds is in `_core/softmax.py`; how a user's functions get here is in `_core/operands.py`.
+
+The file is longer than 500 lines because both passes share one way to cut, order and visit tiles.
 """
 
 from __future__ import annotations
@@ -13,27 +15,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.checks import apply_score_mod, wide_dtype
 from attnax.kernels._core import softmax
-from attnax.kernels._core.dropout import keep_weights
+from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.finite import zero_or_nan
-from attnax.kernels._core.lift import Lifted, lift
-from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.lift import Lifted
+from attnax.kernels._core.mesh import vary, vary_all, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
+from attnax.kernels._core.operands import Operands
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
-from attnax.masks import Mask
-from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, ScoreMod
+from attnax.typing import Array
 
 __all__ = [
-    "Operands",
-    "Plan",
+    "Tiles",
     "backward",
-    "bind",
     "check_block_size",
     "choose_tiles",
     "forward",
@@ -59,68 +56,23 @@ Shape = tuple[int, int, int, int, int]
 
 
 def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
-    """(rows of the batch, heads, queries, keys) of a tile: what masks and score mods see."""
+    """(rows of the batch, heads, queries, keys) of a tile, as masks and score mods see it."""
     _, heads, _, kv_heads, _ = shape
     rows = max(1, tiles.groups // kv_heads)
     return rows, tiles.groups // rows * (heads // kv_heads), tiles.queries, tiles.keys
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is static about a call, beside shapes."""
-
-    forward: Tiles
-    backward: Tiles
-    dropout_rate: float
-
-
-@pytree_dataclass
-class Functions:
-    """The mask and the score mod, traced at one tile shape."""
-
-    mask: Lifted | None  # (b, h, q, kv) -> keep
-    bounds: Lifted | None  # (b, h, q_first, q_last, kv_first, kv_last) -> (any, all)
-    score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
-    is_opaque: bool = dataclasses.field(metadata={"static": True})  # the bounds do not tell enough
-
-
-class Operands(NamedTuple):
-    """What both passes read beside query, key and value."""
-
-    forward: Functions
-    backward: Functions
-    q_index: Array  # (T,) int32: the index of each query that masks and score mods see
-    kv_index: Array  # (S,)
-    dropout: Array | None  # two words
-
-    @property
-    def learned(self) -> tuple[Array, ...]:
-        """The floating arrays of the score mod, which get gradients from the backward pass."""
-        score_mod = self.backward.score_mod
-        return () if score_mod is None else score_mod.floats
-
-    def gradients(self) -> tuple[Array, ...]:
-        """Zeros to accumulate the gradients of `learned` in."""
-        score_mod = self.backward.score_mod
-        return () if score_mod is None else score_mod.gradients()
-
-    def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The gradients of `learned`, from what the backward pass accumulated."""
-        score_mod = self.backward.score_mod
-        return () if score_mod is None else score_mod.finish(gradients)
-
-
-class Rows(NamedTuple):
+class BackwardRows(NamedTuple):
     """What the backward pass knows of each query."""
 
     query: Array  # (B, N, T, H), scaled
     d_out: Array  # (B, N, T, V)
-    lse: Array  # (B, N, T) over all keys, in units of log 2; +inf where nothing is attended, NaN spoils who is
+    lse: Array  # (B, N, T) over all keys, in units of log 2; +inf where nothing is attended, NaN in a contaminated row
     delta: Array  # (B, N, T), see `softmax.tile_gradients`
-    fine: Array  # (B, N, T): a row that is not counts as 0, so that 0 * NaN cannot happen behind a mask
+    finite: Array  # (B, N, T): a non-finite row counts as 0, so that 0 * NaN cannot happen behind a mask
 
 
-class Place(NamedTuple):
+class HeadBlock(NamedTuple):
     """Consecutive rows of the batch and heads of an array (B, N, ...)."""
 
     row: Any
@@ -128,17 +80,17 @@ class Place(NamedTuple):
     num_rows: int
     num_heads: int
 
-    def start(self, *others: Any) -> tuple[Array, ...]:
-        """The first index of a slice; loops count in 64 bits where those are enabled, slices want one dtype."""
-        return tuple(jnp.asarray(index).astype(jnp.int32) for index in (self.row, self.head, *others))
+    def start(self, *rest: Any) -> tuple[Array, ...]:
+        """The first index of a slice; loops may count in 64 bits, and a slice takes indices of one dtype."""
+        return tuple(jnp.asarray(index).astype(jnp.int32) for index in (self.row, self.head, *rest))
 
 
 class Keys(NamedTuple):
-    """Keys and values in whole tiles; who attends one that is not fine gets NaN from `bias`, the rest see 0 there."""
+    """Keys and values in whole tiles. In tiles a non-finite key is 0, and the NaN of its `bias` contaminates scores."""
 
     key: Array  # (B, K, S', H)
     value: Array  # (B, K, S', V)
-    bias: Array  # (B, K, S'): 0, NaN for a key that is not finite, -inf for one that does not exist
+    bias: Array  # (B, K, S'): 0, NaN for a non-finite key or value, -inf for an out-of-range one
 
 
 def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
@@ -152,94 +104,22 @@ def check_block_size(caller: str, block_size: int | tuple[int | None, int | None
 
 
 def choose_tiles(
-    full: tuple[int, int, int, int], kv_heads: int, block_size: int | tuple[int | None, int | None] | None
-) -> tuple[Tiles, Tiles]:
-    """Tiles forward and backward for (B, N, T, S) = `full` and K = `kv_heads`."""
-    batch, heads, seq_q, seq_kv = full
+    score_shape: tuple[int, int, int, int], kv_heads: int, block_size: int | tuple[int | None, int | None] | None
+) -> Tiles:
+    """Tiles for (B, N, T, S) = `score_shape` and K = `kv_heads`."""
+    batch, heads, seq_q, seq_kv = score_shape
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-
-    def tiles(most_queries: int, most_keys: int) -> Tiles:
-        queries = _even(seq_q, most_queries) if block_q is None else min(block_q, seq_q)
-        keys = _even(seq_kv, most_keys) if block_kv is None else min(block_kv, seq_kv)
-        whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-        if isinstance(batch, int):
-            whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
-        groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)
-        return Tiles(groups, queries, keys)
-
-    return tiles(512, 512), tiles(512, 512)
-
-
-def bind(
-    caller: str,
-    plan: Plan,
-    arrays: tuple[Any, ...],
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    index: tuple[Array, Array],
-    words: Array | None,
-) -> tuple[tuple[Any, ...], Operands]:
-    """The arrays and the operands of both passes, marked as varying over all mesh axes over which any of them does.
-
-    Of arrays that a `shard_map` is still to cut the shapes of their shards will do.
-    """
-    shape, dtype = _shape(*arrays[:2]), wide_dtype(arrays[0].dtype)
-    axes = frozenset().union(*map(varying_axes, arrays))
-    known = None
-    while axes != known:  # what the functions capture may vary over more axes than the arguments do
-        known = axes
-        operands = Operands(
-            _trace(caller, plan.forward, mask, score_mod, shape, dtype, axes, by_row=True),
-            _trace(caller, plan.backward, mask, score_mod, shape, dtype, axes, by_row=False),
-            *index,
-            words,
-        )
-        axes = axes.union(*map(varying_axes, jax.tree.leaves(operands)))
-    return tuple(vary(x, axes) for x in arrays), _vary_all(operands, axes)
-
-
-def _trace(
-    caller: str,
-    tiles: Tiles,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    shape: Shape,
-    dtype: Any,
-    axes: frozenset[str],
-    by_row: bool,
-) -> Functions:
-    """The functions at the shapes of these tiles; `by_row`: bounds for all tiles of keys of one tile of queries."""
-
-    def example(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
-
-    full = rows, heads, *_ = tile_shape(tiles, shape)
-    indices = example(rows, 1, 1, 1), example(1, heads, 1, 1), example(1, 1, full[2], 1), example(1, 1, 1, full[3])
-    lifted_mask = lifted_bounds = lifted_mod = None
-    if mask is not None:
-        num_q, num_kv = -(-shape[2] // tiles.queries), -(-shape[4] // tiles.keys)
-        count = num_kv if by_row else num_q
-        q, kv = (1, count) if by_row else (count, 1)
-
-        def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
-            some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
-            return jnp.broadcast_to(some, (rows, heads, count)), jnp.broadcast_to(every, (rows, heads, count))
-
-        ranges = *[example(1, 1, q)] * 2, *[example(1, 1, kv)] * 2
-        lifted_mask = lift(mask, *indices)
-        if count > 1:
-            lifted_bounds = lift(bounds, example(rows, 1, 1), example(1, heads, 1), *ranges)
-    if score_mod is not None:
-
-        def modify(scores: Array, *indices: Array) -> Array:
-            return apply_score_mod(caller, score_mod, scores, *indices)
-
-        lifted_mod = lift(modify, example(*full, dtype=dtype), *indices)
-    return Functions(lifted_mask, lifted_bounds, lifted_mod, mask is not None and mask.is_opaque)
+    queries = _even(seq_q) if block_q is None else min(block_q, seq_q)
+    keys = _even(seq_kv) if block_kv is None else min(block_kv, seq_kv)
+    whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    if isinstance(batch, int):
+        whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
+    groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)
+    return Tiles(groups, queries, keys)
 
 
 class Order(NamedTuple):
-    """Tiles along one axis in the order in which they are computed: full ones, then partial ones; the rest is empty."""
+    """The order of the tiles along one axis: full tiles first, then partial ones; the remaining tiles are empty."""
 
     nth: Callable[[Any], Any]
     num_full: Any  # an int where that is known
@@ -248,14 +128,11 @@ class Order(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One pass over the tiles: where they are, who may attend whom in them, and in what order to visit them."""
+    """One pass over the tiles: where they are, which pairs the mask allows in them, and in what order to visit them."""
 
     tiles: Tiles
-    functions: Functions
+    operands: Operands  # whose indices are filled up to whole tiles, (T',) and (S',)
     shape: Shape
-    q_index: Array  # (T',), a whole number of tiles
-    kv_index: Array  # (S',)
-    dropout: Array | None
     dropout_rate: float
 
     @property
@@ -266,57 +143,54 @@ class Walk:
     @property
     def num_queries(self) -> int:
         """Tiles along the queries."""
-        return self.q_index.shape[0] // self.tiles.queries
+        return self.operands.q_index.shape[0] // self.tiles.queries
 
     @property
     def num_keys(self) -> int:
         """Tiles along the keys."""
-        return self.kv_index.shape[0] // self.tiles.keys
+        return self.operands.kv_index.shape[0] // self.tiles.keys
 
     @property
     def is_filled(self) -> bool:
-        """Whether the last tile of keys holds some that do not exist."""
-        return self.kv_index.shape[0] > self.shape[4]
+        """Whether the last tile of keys holds out-of-range ones."""
+        return self.operands.kv_index.shape[0] > self.shape[4]
 
     @property
     def is_full(self) -> bool:
         """Whether no mask forbids anything."""
-        return self.functions.mask is None and not self.is_filled
+        return self.operands.mask is None and not self.is_filled
 
     @property
     def is_plain(self) -> bool:
         """Whether the scores of full tiles are used as they are."""
-        return self.functions.score_mod is None
+        return self.operands.score_mod is None
 
     def indices(self, x: Any, i: Any, j: Any) -> tuple[Array, Array, Array, Array]:
         """(b, h, q, kv) of tile (i, j) from group x on, shapes (Bt,1,1,1), (1,Nt,1,1), (1,1,Tt,1), (1,1,1,St)."""
         rows, heads = self._rows_and_heads(x)
-        q, kv = self.q_index, self.kv_index
+        q, kv = self.operands.q_index, self.operands.kv_index
         if self.num_queries > 1:
             q = _cut_index(q, i, self.tiles.queries)
         if self.num_keys > 1:
             kv = _cut_index(kv, j, self.tiles.keys)
-        return rows[..., None], heads[..., None], q[None, None, :, None], kv[None, None, None, :]
+        return rows, heads, q[None, None, :, None], kv[None, None, None, :]
 
     def keep(self, x: Any, i: Any, j: Any) -> Array | None:
         """Where the mask allows the pairs of a tile, at its natural shape (Bt|1, N|1, Tt|1, St|1)."""
-        if self.functions.mask is None:
+        if self.operands.mask is None:
             return None
-        keep = self.functions.mask(*self.indices(x, i, j))
-        return keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
+        return _four_axes(self.operands.mask(*self.indices(x, i, j)))
 
     def drop(self, x: Any, i: Any, j: Any) -> Callable[[Array], Array] | None:
         """The dropout of a tile's weights."""
-        if self.dropout is None:
-            return None
-        kept = keep_weights(self.dropout, self.dropout_rate, *self.indices(x, i, j))
-        return lambda weights: jnp.where(kept.reshape(weights.shape), weights / (1.0 - self.dropout_rate), 0)
+        words = self.operands.dropout
+        return None if words is None else dropout_of(words, self.dropout_rate, *self.indices(x, i, j))
 
     def mask_scores(
         self, scores: Array, key_bias: Array, keep: Array | None, x: Any, i: Any, j: Any
     ) -> tuple[Array, Callable[..., Any] | None]:
         """The tile's scores (X, M, St) after score mod and mask, and the pullback of the score mod if there is one."""
-        shape, score_mod = tile_shape(self.tiles, self.shape), self.functions.score_mod
+        shape, score_mod = tile_shape(self.tiles, self.shape), self.operands.score_mod
         key_bias = jnp.broadcast_to(key_bias, (*key_bias.shape[:1], self.shape[1] // self.shape[3], shape[3]))
         key_bias = key_bias.reshape(*shape[:2], 1, shape[3])
         if score_mod is None:
@@ -340,8 +214,8 @@ class Walk:
         """Which tiles of keys are computed for tile i of queries."""
         if self.num_keys == 1 or self.is_full:
             return self._all(self.num_keys)
-        q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
-        ranges = *(_at(end, i).reshape(1, 1, 1) for end in q), *(end[None, None] for end in kv)
+        q, kv = _ranges(self.operands.q_index, self.tiles.queries), _ranges(self.operands.kv_index, self.tiles.keys)
+        ranges = *(_at(end, i).reshape(1, 1, 1, 1) for end in q), *(end[None, None, None] for end in kv)
         last = self.is_filled and jnp.arange(self.num_keys) == self.num_keys - 1
         return self._order(x, ranges, self.num_keys, last, lambda j: self.keep(x, i, j))
 
@@ -349,8 +223,8 @@ class Walk:
         """The same of queries for tile j of keys."""
         if self.num_queries == 1 or self.is_full:
             return self._all(self.num_queries)
-        q, kv = _ranges(self.q_index, self.tiles.queries), _ranges(self.kv_index, self.tiles.keys)
-        ranges = *(end[None, None] for end in q), *(_at(end, j).reshape(1, 1, 1) for end in kv)
+        q, kv = _ranges(self.operands.q_index, self.tiles.queries), _ranges(self.operands.kv_index, self.tiles.keys)
+        ranges = *(end[None, None, :, None] for end in q), *(_at(end, j).reshape(1, 1, 1, 1) for end in kv)
         last = j == self.num_keys - 1
         return self._order(x, ranges, self.num_queries, last, lambda i: self.keep(x, i, j))
 
@@ -361,16 +235,19 @@ class Walk:
     def _order(
         self, x: Any, ranges: tuple[Array, ...], count: int, last: Any, keep: Callable[[Array], Array | None]
     ) -> Order:
-        """From the bounds of `count` tiles; `last` says which of them hold the last keys."""
-        if self.functions.bounds is None:
-            some, every = jnp.ones(count, bool), jnp.ones(count, bool)
+        """The order by the bounds of `count` tiles; `last` is True for tiles that hold the last keys."""
+        if self.operands.bounds is None:
+            some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
         else:
-            some, every = self.functions.bounds(*self._rows_and_heads(x), *ranges)
-            some, every = some.any((0, 1)), every.all((0, 1))
-
-        axes = varying_axes(self.q_index)
+            assert isinstance(self.operands.bounds, Lifted)
+            of_heads = map(_four_axes, self.operands.bounds(*self._rows_and_heads(x), *ranges))
+            some, every = (
+                jnp.broadcast_to(reduce(x, (0, 1)).reshape(-1), (count,))
+                for x, reduce in zip(of_heads, (jnp.any, jnp.all), strict=True)
+            )
+        axes = varying_axes(self.operands.q_index)
         codes, tiles = (vary(x, axes) for x in (code_of(some, every), jnp.arange(count, dtype=jnp.int32)))
-        if self.functions.is_opaque:
+        if self.operands.is_opaque:
 
             def exact(tile: Array) -> Array:
                 kept = keep(tile)
@@ -388,30 +265,33 @@ class Walk:
         _, order = lax.sort((codes, tiles), num_keys=1, is_stable=True)
         return Order(partial(_at, order), (codes == FULL).sum(), (codes < EMPTY).sum())
 
-    def places(self, x: Any) -> tuple[Place, Place]:
+    def places(self, x: Any) -> tuple[HeadBlock, HeadBlock]:
         """Which rows and heads of queries, and of keys, the groups from x on are."""
         _, heads, _, kv_heads, _ = self.shape
         num_rows, num_heads, _, _ = tile_shape(self.tiles, self.shape)
         (row, kv_head), shared = _divide(x, kv_heads), heads // kv_heads
         return (
-            Place(row, kv_head * shared, num_rows, num_heads),
-            Place(row, kv_head, num_rows, num_heads // shared),
+            HeadBlock(row, kv_head * shared, num_rows, num_heads),
+            HeadBlock(row, kv_head, num_rows, num_heads // shared),
         )
 
     def _rows_and_heads(self, x: Any) -> tuple[Array, Array]:
         place, _ = self.places(x)
         first_row, first_head = place.start()
-        rows = first_row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None]
-        heads = first_head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None]
-        axes = varying_axes(self.q_index)
+        rows = first_row + jnp.arange(place.num_rows, dtype=jnp.int32)[:, None, None, None]
+        heads = first_head + jnp.arange(place.num_heads, dtype=jnp.int32)[None, :, None, None]
+        axes = varying_axes(self.operands.q_index)
         return vary(rows, axes), vary(heads, axes)
 
 
-def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operands) -> tuple[Array, Array]:
+def forward(
+    tiles: Tiles, dropout_rate: float, query: Array, key: Array, value: Array, operands: Operands
+) -> tuple[Array, Array]:
     """The attention of every query to these keys.
 
     Args:
-        plan: tile sizes.
+        tiles: how the work is cut.
+        dropout_rate: where `operands` have words of the dropout.
         query: (B, N, T, H), scaled, in units of log 2 unless there is a score mod.
         key: (B, K, S, H).
         value: (B, K, S, V).
@@ -420,8 +300,8 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
     Returns:
         out (B, N, T, V), and the log-sum-exp (B, N, T) in units of log 2.
     """
-    walk = _walk(plan, plan.forward, operands.forward, operands, _shape(query, key))
-    tiles, axes, seq_q = plan.forward, varying_axes(query), query.shape[2]
+    walk = _walk(tiles, dropout_rate, operands, _shape(query, key))
+    axes, seq_q = varying_axes(query), query.shape[2]
     query, keys = _fill(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
 
     def row_of_tiles(step: Any, results: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -434,14 +314,14 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
         def tile(is_full: bool, n: Any, state: softmax.SoftmaxState) -> softmax.SoftmaxState:
             j = order.nth(n)
             is_plain = is_full and walk.is_plain
-            # A full tile's scores are used as they are, so what spoils them must be in the keys.
+            # A full tile's scores are used as they are, so the contamination must be in the keys.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles, jnp.nan if is_plain else 0.0)
             scores = softmax.product(query_tile, key_tile, 1, 1)
             if not is_plain:
                 scores, _ = walk.mask_scores(scores, bias, None if is_full else walk.keep(x, i, j), x, i, j)
             return softmax.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
 
-        state = _vary_all(softmax.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
+        state = vary_all(softmax.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
         state = _two_loops(tile, order, state)
         return tuple(
             _put(whole, part, q_place, i, tiles.queries)
@@ -450,27 +330,32 @@ def forward(plan: Plan, query: Array, key: Array, value: Array, operands: Operan
 
     zeros = [jnp.zeros(shape, query.dtype) for shape in ((*query.shape[:3], value.shape[3]), query.shape[:3])]
     steps = walk.num_groups // tiles.groups * walk.num_queries
-    out, lse = _loop(steps, row_of_tiles, tuple(_vary_all(zeros, axes)))
+    out, lse = _loop(steps, row_of_tiles, tuple(vary_all(zeros, axes)))
     return _first(out, seq_q), _first(lse, seq_q)
 
 
 def backward(
-    plan: Plan, rows: Rows, key: Array, value: Array, operands: Operands, gradients: tuple[Array, ...]
+    tiles: Tiles,
+    dropout_rate: float,
+    rows: BackwardRows,
+    key: Array,
+    value: Array,
+    operands: Operands,
+    gradients: tuple[Array, ...],
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
     """What these keys contribute to the gradients of query, key and value, and `gradients` of the score mod's arrays.
 
     The loop runs over tiles of keys, so that each is read once; the gradient of the query is updated in place.
     """
-    walk = _walk(plan, plan.backward, operands.backward, operands, _shape(rows.query, key))
-    tiles, axes, dtype = plan.backward, varying_axes(rows.query), rows.query.dtype
-    keys = _prepare_keys(key, value, tiles.keys)
-    query, fine = _fill(rows.query, tiles.queries), _fill(rows.fine, tiles.queries)
-    d_out, delta = _fill(rows.d_out, tiles.queries, 0), _fill(rows.delta, tiles.queries, 0)
-    lse = _fill(rows.lse, tiles.queries, jnp.inf)
+    walk = _walk(tiles, dropout_rate, operands, _shape(rows.query, key))
+    axes, dtype, seq_q = varying_axes(rows.query), rows.query.dtype, rows.query.shape[2]
+    rows, keys = _fill_rows(rows, tiles.queries), _prepare_keys(key, value, tiles.keys)
     # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
-    # at the end: a CPU is half as fast at contracting the first axes of two matrices.
-    query_turned, d_out_turned = (softmax.select(fine[:, :, None], x.swapaxes(2, 3), 0) for x in (query, d_out))
-    unit = 1.0 / softmax.LOG2E if walk.is_plain else 1.0  # scores are in units of log 2
+    # at the end: a CPU contracts the first axes of two matrices at half the speed.
+    query_turned, d_out_turned = (
+        softmax.select(rows.finite[:, :, None], x.swapaxes(2, 3), 0) for x in (rows.query, rows.d_out)
+    )
+    unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
         x, j = _divide(step, walk.num_keys)
@@ -482,15 +367,9 @@ def backward(
             (d_query, gradients), d_key, d_value = sums
             i = order.nth(n)
             is_plain = is_full and walk.is_plain
-            # Who attends a key that spoils has a log-sum-exp of NaN: no need to look at that key again.
+            # A query that attends a non-finite key has a log-sum-exp of NaN: no need to look at that key again.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles)
-            query_tile, d_out_tile, lse_tile, delta_tile, fine_tile = (
-                _flat(_cut(array, q_place, i, tiles.queries), tiles.groups)
-                for array in (query, d_out, lse, delta, fine)
-            )
-            query_tile, d_out_tile = (
-                softmax.select(fine_tile[..., None], part, 0) for part in (query_tile, d_out_tile)
-            )
+            query_tile, d_out_tile, lse_tile, delta_tile = _cut_rows(rows, q_place, i, tiles)
             scores, pull = softmax.product(query_tile, key_tile, 1, 1), None
             if not is_plain:
                 keep = None if is_full else walk.keep(x, i, j)
@@ -514,35 +393,36 @@ def backward(
 
         (d_query, gradients), d_key, d_value = sums
         column = [jnp.zeros((tiles.groups, size, tiles.keys), dtype) for size in (key.shape[3], value.shape[3])]
-        carried, *column = _two_loops(tile, order, ((d_query, gradients), *_vary_all(column, axes)))
+        carried, *column = _two_loops(tile, order, ((d_query, gradients), *vary_all(column, axes)))
         d_key, d_value = (
             _put(whole, part.swapaxes(1, 2) * factor, kv_place, j, tiles.keys)
             for whole, part, factor in zip((d_key, d_value), column, (unit, 1.0), strict=True)
         )
         return carried, d_key, d_value
 
-    zeros = _vary_all([jnp.zeros(x.shape, dtype) for x in (query, keys.key, keys.value)], axes)
+    zeros = vary_all([jnp.zeros(x.shape, dtype) for x in (rows.query, keys.key, keys.value)], axes)
     steps = walk.num_groups // tiles.groups * walk.num_keys
     (d_query, gradients), *d_keys = _loop(steps, column_of_tiles, ((zeros[0], gradients), zeros[1], zeros[2]))
     d_key, d_value = (_first(x, key.shape[2]) for x in d_keys)
-    return _first(d_query, rows.query.shape[2]), d_key, d_value, gradients
+    return _first(d_query, seq_q), d_key, d_value, gradients
 
 
-def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Rows:
+def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> BackwardRows:
     """What `backward` needs to know of each query, from results (lse in units of log 2) and their cotangents."""
-    fine = jnp.isfinite(zero_or_nan(query) + zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
+    finite = jnp.isfinite(zero_or_nan(query) + zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
     # As a product, not a sum of products: the CPU backend takes 60 times as long for the latter.
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
-    lse = softmax.select(lse != -jnp.inf, softmax.select(fine, lse, jnp.nan), jnp.inf)
-    return Rows(query, d_out, lse, softmax.select(fine, delta - d_lse, 0), fine)
+    lse = softmax.select(lse != -jnp.inf, softmax.select(finite, lse, jnp.nan), jnp.inf)
+    return BackwardRows(query, d_out, lse, softmax.select(finite, delta - d_lse, 0), finite)
 
 
 _SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
+_MOST = 512  # queries or keys of a tile
 
 
-def _even(length: int, most: int) -> int:
-    """The tile of at most `most` that cuts `length` most evenly, in whole 16s where there are several tiles."""
-    count = -(-length // most)
+def _even(length: int) -> int:
+    """The tile of at most `_MOST` that cuts `length` most evenly, in whole 16s where there are several tiles."""
+    count = -(-length // _MOST)
     return length if count == 1 else -(-length // (16 * count)) * 16
 
 
@@ -551,13 +431,35 @@ def _shape(query: Any, key: Any) -> Shape:
     return batch, heads, seq_q, key.shape[1], key.shape[2]
 
 
-def _walk(plan: Plan, tiles: Tiles, functions: Functions, operands: Operands, shape: Shape) -> Walk:
-    # Where a tile is filled up, masks and score mods see the last index again: no array is read out of bounds.
+def _walk(tiles: Tiles, dropout_rate: float, operands: Operands, shape: Shape) -> Walk:
+    # Where a tile is filled up, masks and score mods see the last index again: no array is read out of range.
     q_index, kv_index = (
         jnp.pad(index, (0, missing), mode="edge") if (missing := -index.shape[0] % size) else index
         for index, size in ((operands.q_index, tiles.queries), (operands.kv_index, tiles.keys))
     )
-    return Walk(tiles, functions, shape, q_index, kv_index, operands.dropout, plan.dropout_rate)
+    return Walk(tiles, dataclasses.replace(operands, q_index=q_index, kv_index=kv_index), shape, dropout_rate)
+
+
+def _four_axes(x: Array) -> Array:
+    """A result of a mask, which broadcasts to (B, N, T, S), with all of these axes."""
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _fill_rows(rows: BackwardRows, size: int) -> BackwardRows:
+    return BackwardRows(
+        query=_fill(rows.query, size),
+        d_out=_fill(rows.d_out, size, 0),
+        lse=_fill(rows.lse, size, jnp.inf),
+        delta=_fill(rows.delta, size, 0),
+        finite=_fill(rows.finite, size),
+    )
+
+
+def _cut_rows(rows: BackwardRows, place: HeadBlock, tile: Any, tiles: Tiles) -> tuple[Array, Array, Array, Array]:
+    """(query, d_out, lse, delta) of a tile, (Xt, N / K * Tt, ...), with zeros in place of non-finite rows."""
+    query, d_out, lse, delta, finite = (_flat(_cut(x, place, tile, tiles.queries), tiles.groups) for x in rows)
+    query, d_out = (softmax.select(finite[..., None], x, 0) for x in (query, d_out))
+    return query, d_out, lse, delta
 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
@@ -566,9 +468,9 @@ def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
 
 
 def _fill(x: Array, size: int, fill: Any = None) -> Array:
-    """(B, N, L, ...) with `fill` behind, to a whole number of tiles; by default with the last row again.
+    """(B, N, L, ...), padded by `fill` to a whole number of tiles; by default by the last row.
 
-    So a score mod sees no scores at places that do not exist which it would not see at others.
+    A score mod then sees only scores in the padding that it sees elsewhere too.
     """
     missing = -x.shape[2] % size
     widths = ((0, 0), (0, 0), (0, missing), *((0, 0),) * (x.ndim - 3))
@@ -578,11 +480,11 @@ def _fill(x: Array, size: int, fill: Any = None) -> Array:
 
 
 def _first(x: Array, length: int) -> Array:
-    """What is left of (B, N, L', ...) without that which `_fill` put behind it."""
+    """(B, N, L', ...) without the padding of `_fill`."""
     return x if x.shape[2] == length else x[:, :, :length]
 
 
-def _cut(x: Array, place: Place, tile: Any, size: int) -> Array:
+def _cut(x: Array, place: HeadBlock, tile: Any, size: int) -> Array:
     """Tile (Bt, Nt, size, ...) of (B, N, L', ...)."""
     shape = place.num_rows, place.num_heads, size, *x.shape[3:]
     if shape == x.shape:
@@ -590,7 +492,7 @@ def _cut(x: Array, place: Place, tile: Any, size: int) -> Array:
     return lax.dynamic_slice(x, place.start(tile * size, 0)[: x.ndim], shape, allow_negative_indices=False)
 
 
-def _cut_turned(x: Array, place: Place, tile: Any, tiles: Tiles) -> Array:
+def _cut_turned(x: Array, place: HeadBlock, tile: Any, tiles: Tiles) -> Array:
     """The same tile of (B, N, width, L'), as (Xt, width, N / K * size)."""
     width = x.shape[2]
     shape = place.num_rows, place.num_heads, width, tiles.queries
@@ -601,11 +503,13 @@ def _cut_turned(x: Array, place: Place, tile: Any, tiles: Tiles) -> Array:
     return cut.reshape(tiles.groups, -1, width, tiles.queries).swapaxes(1, 2).reshape(tiles.groups, width, -1)
 
 
-def _cut_keys(keys: Keys, place: Place, tile: Any, tiles: Tiles, spoil: float = 0.0) -> tuple[Array, Array, Array]:
-    """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `spoil` stands for keys not fine."""
+def _cut_keys(
+    keys: Keys, place: HeadBlock, tile: Any, tiles: Tiles, non_finite: float = 0.0
+) -> tuple[Array, Array, Array]:
+    """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `non_finite` replaces non-finite keys."""
     key, value, bias = (_flat(_cut(x, place, tile, tiles.keys), tiles.groups) for x in keys)
-    fine = ~jnp.isnan(bias)[..., None]
-    return softmax.select(fine, key, spoil), softmax.select(fine, value, 0), bias[:, None, :]
+    finite = ~jnp.isnan(bias)[..., None]
+    return softmax.select(finite, key, non_finite), softmax.select(finite, value, 0), bias[:, None, :]
 
 
 def _flat(x: Array, groups: int) -> Array:
@@ -613,7 +517,7 @@ def _flat(x: Array, groups: int) -> Array:
     return x.reshape(groups, -1, *x.shape[3:])
 
 
-def _put(whole: Array, part: Array, place: Place, tile: Any, size: int) -> Array:
+def _put(whole: Array, part: Array, place: HeadBlock, tile: Any, size: int) -> Array:
     """`whole`, as in `_cut`, with that tile replaced by `part`, whose leading axes may be merged in any way."""
     part = part.reshape(place.num_rows, place.num_heads, size, *whole.shape[3:])
     if part.shape == whole.shape:
@@ -623,7 +527,7 @@ def _put(whole: Array, part: Array, place: Place, tile: Any, size: int) -> Array
 
 
 def _divide(step: Any, count: int) -> tuple[Any, Any]:
-    """Quotient and remainder of a number that is not negative: `//` would see to negative ones too."""
+    """Quotient and remainder of a number that is not negative: `//` costs more equations, for negative ones."""
     if isinstance(step, int):
         return divmod(step, count)
     whole = jnp.asarray(count, step.dtype)
@@ -662,7 +566,3 @@ def _two_loops(tile: Callable[[bool, Any, Any], Any], order: Order, state: Any) 
 def _loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     """`body(step, state)` for every step. One step is no loop: a program of one tile is as small as a dense one."""
     return body(0, state) if count == 1 else lax.fori_loop(0, count, body, state)
-
-
-def _vary_all(tree: Any, axes: frozenset[str]) -> Any:
-    return jax.tree.map(lambda x: vary(x, axes), tree)

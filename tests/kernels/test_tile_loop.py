@@ -67,7 +67,7 @@ def every_dense():
 
 @pytest.mark.parametrize(("length", "size"), [(7, 7), (512, 512), (513, 272), (1025, 352), (1500, 512), (5000, 512)])
 def test_a_length_is_cut_into_the_fewest_tiles_as_evenly_as_whole_16s_allow(length, size):
-    assert tile_loop._even(length, 512) == size
+    assert tile_loop._even(length) == size
     assert -(-length // size) == -(-length // 512)
 
 

@@ -1,0 +1,127 @@
+"""The arguments of every engine: the arrays of a call, and its mask and score mod as programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from attnax.checks import apply_score_mod
+from attnax.kernels._core.lift import Deferred, Lifted, defer, is_own, lift
+from attnax.kernels._core.mesh import vary_with, varying_axes
+from attnax.kernels._core.natural import examples
+from attnax.kernels._core.pairs import lift_pairs, lift_where_it_can
+from attnax.kernels._core.reads_sizes import could_read_sizes
+from attnax.masks import Mask
+from attnax.pytrees import pytree_dataclass
+from attnax.typing import Array, ScoreMod
+
+__all__ = ["Arrays", "Operands", "bind", "lift_bounds"]
+
+Arrays = tuple[Array, Array, Array, Array]
+"""query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
+
+
+@pytree_dataclass
+class Operands:
+    """What both passes of a call read beside query, key, value and scale."""
+
+    mask: Lifted | None  # (b, h, q, kv) -> keep
+    bounds: Lifted | Deferred | None  # see `lift_bounds`; the mask itself while nothing needs them
+    score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
+    q_index: Array  # (T,) int32: the index of each query that masks and score mods see
+    kv_index: Array  # (S,)
+    dropout: Array | None  # see `dropout.dropout_words`
+    is_opaque: bool = dataclasses.field(metadata={"static": True})  # the bounds do not tell enough
+
+    @property
+    def learned(self) -> tuple[Array, ...]:
+        """The floating arrays of the score mod, with gradients from the backward pass."""
+        return () if self.score_mod is None else self.score_mod.floats
+
+    def gradients(self) -> tuple[Array, ...]:
+        """Zeros to accumulate the gradients of `learned` in, in float32 at least."""
+        return () if self.score_mod is None else self.score_mod.gradients()
+
+    def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The gradients of `learned`, from the sums of the backward pass."""
+        return () if self.score_mod is None else self.score_mod.finish(gradients)
+
+
+def bind(
+    caller: str,
+    arrays: tuple[Any, Any, Any, Array],
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    index: tuple[Array, Array],
+    words: Array | None,
+    *,
+    score_shape: tuple[int, int, int, int],
+    tile_shape: tuple[int, int, int, int],
+) -> tuple[tuple[Any, Any, Any, Array], Operands]:
+    """The arrays and the operands, marked as varying over all mesh axes over which any of them does.
+
+    Args:
+        caller: for errors.
+        arrays: query, key, value and scale; of arrays that a `shard_map` is still to cut the shapes of their shards.
+        mask: of the call.
+        score_mod: of the call.
+        index: of queries and keys.
+        words: of the dropout.
+        score_shape: (B, N, T, S), of all devices together.
+        tile_shape: (B, N, T, S) of a tile; functions that do not run at any shapes are traced at these.
+
+    Raises:
+        MixedPairsError: the mask or the score mod looks beyond its own pair.
+    """
+    axes, dtype = frozenset().union(*map(varying_axes, arrays)), arrays[3].dtype
+    lifted_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
+    lifted_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+    bounds: Lifted | Deferred | None = None
+    if mask is not None:
+        is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)  # then only GPUs, whose tiles are smaller, ask
+        bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
+    is_opaque = mask is not None and (mask.is_opaque or bounds is None)
+
+    def modify(*arguments: Any) -> Array:
+        assert score_mod is not None
+        return apply_score_mod(caller, score_mod, *arguments)
+
+    def operands(axes: frozenset[str]) -> Operands:
+        scores, *indices = examples(dtype, tile_shape, axes)
+        return Operands(
+            _at_shape(lifted_mask, mask, *indices),
+            bounds,
+            _at_shape(lifted_mod, modify, scores, *indices),
+            *index,
+            words,
+            is_opaque,
+        )
+
+    bound, made = vary_with(operands, arrays)
+    return bound, made
+
+
+def _at_shape(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
+    """What `lift_pairs` gave of a function, traced at the shapes of these arguments if it must be."""
+    if lifted is None or isinstance(lifted, Lifted):
+        return lifted
+    return dataclasses.replace(lift(function, *arguments), refusal=lifted)
+
+
+def lift_bounds(mask: Mask) -> Lifted | None:
+    """(b, h, first and last q, first and last kv) -> (may any pair attend, do all) of tiles at any of these indices.
+
+    None if the mask does not tell, or reads the sizes of its arguments; then its pairs do.
+    """
+    if type(mask).tile is Mask.tile:
+        return None
+
+    def bounds(b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
+        some, every = mask.tile(b, h, (ends[0], ends[1]), (ends[2], ends[3]))
+        return jnp.asarray(some), jnp.asarray(every)
+
+    b, h, q, kv = examples()
+    lifted = lift_where_it_can(bounds, b, h, q, q, kv, kv)[1]
+    return lifted if isinstance(lifted, Lifted) and (is_own(mask) or not could_read_sizes(mask)) else None

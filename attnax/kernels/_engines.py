@@ -1,0 +1,259 @@
+"""The engines of exact attention, a row of `ENGINES` each: where they serve a call, and its two passes.
+
+The tile loop (`_xla`) runs anywhere. A program lowered for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, one for a
+TPU the kernels of `_tpu`, where these serve the call. All engines keep the same few residuals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from attnax.kernels._core import softmax
+from attnax.kernels._core.finite import scale_query
+from attnax.kernels._core.operands import Arrays, Operands
+from attnax.kernels._core.platform import by_platform, has_nvidia_gpu, why_no_card
+from attnax.kernels._gpu.cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_here
+from attnax.kernels._gpu.prepare import KernelTiles, prepare, why_no_kernel
+from attnax.kernels._tpu.splash import splash_backward, splash_forward
+from attnax.kernels._xla import tile_loop
+from attnax.masks import Mask
+from attnax.typing import Array, ScoreMod
+
+__all__ = ["Backend", "Plan", "attend_part", "backward", "backward_part", "finish", "forward", "why_not_kernels"]
+
+Backend = Literal["tiles", "automatic", "pallas", "interpret"]
+"""The tile loop everywhere, the fastest engine, or the kernels for GPUs: as they are, or interpreted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static about a call, beside shapes."""
+
+    tiles: tile_loop.Tiles
+    backend: Backend
+    kernel: KernelTiles | None  # of the GPU kernels, where they serve the arrays
+    dropout_rate: float
+    learn_scale: bool
+    cudnn: Cudnn | None = None  # the arguments of cuDNN, where it serves the call
+    splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of a TPU's kernels, where they serve it
+    is_part: bool = False  # `Operands` has the indices of queries and keys, and results are in float32 at least
+
+
+class Results(NamedTuple):
+    """Of a whole call, and their cotangents."""
+
+    out: Array  # (B, N, T, V), in float32 at least
+    lse: Array  # (B, N, T), in units of log 2
+    d_out: Array
+    d_lse: Array  # of the natural log-sum-exp
+
+
+Gradients = tuple[Array, Array, Array, tuple[Array, ...]]
+"""Of scale * query over scale, of key and of value, and of the learned arrays, all in float32 at least."""
+
+
+class Engine(NamedTuple):
+    """One way to run a call."""
+
+    serves: Callable[[Plan], bool]  # whether programs for its platform may hold it
+    # (plan, exact, arrays, operands) -> out, lse in units of log 2, and if `exact` the rounding error of out.
+    forward: Callable[[Plan, bool, Arrays, Operands], tuple[Array, Array, Any]]
+    # (plan, arrays, operands, results) -> the gradients of the arrays and of `operands.learned`.
+    backward: Callable[[Plan, Arrays, Operands, Results], tuple[Any, ...]]
+    # (plan, arrays, operands, results, sums) -> the shares of some of the keys; those of `learned` are added to `sums`.
+    backward_part: Callable[[Plan, Arrays, Operands, Results, tuple[Array, ...]], Gradients] | None = None
+
+
+def forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
+    """(out, lse in units of log 2, the rounding error of out if `exact` is wanted and anything was rounded)."""
+    # Where cuDNN is sure to run, other engines need no residual; a program for another machine keeps it.
+    is_sure = plan.cudnn is not None and has_nvidia_gpu() and why_not_cudnn_here() is None
+    exact = exact and arrays[0].dtype.itemsize < 4 and not is_sure
+    return _by_platform(plan, lambda engine: partial(engine.forward, plan, exact), arrays, operands)
+
+
+def backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    """The gradients of query, key, value, scale and `operands.learned`."""
+    return _by_platform(plan, lambda engine: partial(engine.backward, plan), arrays, operands, results)
+
+
+def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, Array]:
+    """(out, log-sum-exp in units of log 2), in float32 at least, of the queries over some of the keys."""
+    out, lse, _ = forward(plan, arrays, operands, exact=False)
+    return out, lse
+
+
+def backward_part(
+    plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
+) -> Gradients:
+    """The share of some of the keys in the gradients; `sums` are those of other keys. The plan `is_part`."""
+    return _by_platform(
+        plan,
+        lambda engine: engine.backward_part and partial(engine.backward_part, plan),
+        arrays,
+        operands,
+        results,
+        sums,
+    )
+
+
+def _by_platform(plan: Plan, pass_of: Callable[[Engine], Any], *arguments: Any) -> Any:
+    """What the engine of the plan gives for `arguments`, chosen when the program is lowered."""
+    if plan.backend in ("tiles", "interpret"):
+        return pass_of(ENGINES["tiles" if plan.backend == "tiles" else "cuda"])(*arguments)
+    passes = {platform: pass_of(engine) for platform, engine in ENGINES.items() if engine.serves(plan)}
+    tiles = passes.pop("tiles")
+    # On a GPU JAX must see cuDNN's kernels, to cut them over several devices.
+    now = ["cudnn"] if "cudnn" in passes and has_nvidia_gpu() else []
+    return by_platform(tiles, *arguments, now=now, **{name: run for name, run in passes.items() if run is not None})
+
+
+def finish(plan: Plan, arrays: Arrays, operands: Operands, gradients: Gradients) -> tuple[Any, ...]:
+    """The gradients of query, key, value, scale and `operands.learned`, in their dtypes."""
+    query, key, value, scale = arrays
+    d_raw, d_key, d_value, d_learned = gradients
+    d_query, d_scale = (d_raw * scale).astype(query.dtype), jnp.zeros_like(scale)
+    if plan.learn_scale:
+        d_scale = (d_raw * query.astype(d_raw.dtype)).sum()
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), d_scale, operands.finish(d_learned)
+
+
+def _tiles_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    out, lse = tile_loop.forward(plan.tiles, plan.dropout_rate, *_in_float32(arrays, operands), operands)
+    rounded = out if plan.is_part else out.astype(arrays[0].dtype)
+    return rounded, lse, (out - rounded.astype(out.dtype)).astype(rounded.dtype) if exact else None
+
+
+def _tiles_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    gradients = _tiles_backward_part(plan, arrays, operands, results, operands.gradients())
+    return finish(plan, arrays, operands, gradients)
+
+
+def _tiles_backward_part(
+    plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
+) -> Gradients:
+    scaled, key, value = _in_float32(arrays, operands)
+    out, lse, d_out, d_lse = results
+    rows = tile_loop.prepare_rows(scaled, out, lse, d_out.astype(out.dtype), d_lse)
+    d_scaled, d_key, d_value, sums = tile_loop.backward(plan.tiles, plan.dropout_rate, rows, key, value, operands, sums)
+    return d_scaled * softmax.unit(has_score_mod=operands.score_mod is not None), d_key, d_value, sums
+
+
+def _in_float32(arrays: Arrays, operands: Operands) -> tuple[Array, Array, Array]:
+    """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
+    query, key, value, scale = arrays
+    query = scale_query(query, scale, has_score_mod=operands.score_mod is not None)
+    return query, key.astype(query.dtype), value.astype(query.dtype)
+
+
+def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    setup = _setup(plan, arrays, operands, backward=False)
+    if setup is None:
+        return _tiles_forward(plan, exact, arrays, operands)
+    from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+
+    return launch.forward(arrays, setup, low=exact)
+
+
+def _kernel_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    setup = _setup(plan, arrays, operands, backward=True)
+    if setup is None:
+        return _tiles_backward(plan, arrays, operands, results)
+    from attnax.kernels._gpu import launch
+
+    gradients = launch.backward(arrays, setup, *results)
+    if plan.learn_scale:
+        return finish(plan, arrays, operands, gradients)
+    return *gradients[:3], jnp.zeros_like(arrays[3]), gradients[3]
+
+
+def _kernel_backward_part(
+    plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
+) -> Gradients:
+    setup = _setup(plan, arrays, operands, backward=True)
+    if setup is None:
+        return _tiles_backward_part(plan, arrays, operands, results, sums)
+    from attnax.kernels._gpu import launch
+
+    d_query, d_key, d_value, d_learned = launch.backward(arrays, setup, *results)
+    return d_query, d_key, d_value, tuple(x + y.astype(x.dtype) for x, y in zip(sums, d_learned, strict=True))
+
+
+def why_not_kernels(plan: Plan, arrays: Arrays, operands: Operands) -> str | None:
+    """Why the kernels for GPUs do not serve a call; None if they do."""
+    return why_no_kernel(plan.kernel, arrays, operands, plan.dropout_rate, interpret=plan.backend == "interpret")
+
+
+def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) -> Any:
+    """What the kernels of a pass need; None where tiles must do.
+
+    Raises:
+        NotImplementedError: kernels are explicitly wanted, but cannot do it.
+    """
+    reason = why_not_kernels(plan, arrays, operands)
+    if reason is None and plan.backend != "interpret":
+        reason = why_no_card()
+        if reason is not None and plan.backend == "automatic":
+            warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
+    setup = None
+    if reason is None:
+        from attnax.kernels._gpu import launch
+
+        assert plan.kernel is not None
+        setup = prepare(
+            plan.kernel,
+            operands,
+            plan.dropout_rate,
+            backward=backward,
+            learn_scale=plan.learn_scale,
+            is_part=plan.is_part,
+            interpret=plan.backend == "interpret",
+        )
+        if backward and setup.score_mod is not None:
+            reason = launch.why_not_learn(setup, arrays)
+    if reason is None:
+        return setup
+    if plan.backend != "automatic":
+        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
+    return None
+
+
+def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    assert plan.cudnn is not None
+    out, lse = cudnn_forward(*arrays[:3], plan.cudnn)
+    return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
+
+
+def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    assert plan.cudnn is not None
+    query, key, value, scale = arrays
+    out, lse = results.out.astype(query.dtype), softmax.natural(results.lse)
+    return *cudnn_backward(query, key, value, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
+
+
+def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    assert plan.splash is not None
+    out, lse = splash_forward(*arrays, *plan.splash)
+    return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
+
+
+def _splash_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    assert plan.splash is not None
+    d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.natural(results.lse), results.d_out)
+    return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
+
+
+ENGINES = {  # by the name that `by_platform` has for the platform
+    "tiles": Engine(lambda plan: True, _tiles_forward, _tiles_backward, _tiles_backward_part),
+    "cuda": Engine(lambda plan: True, _kernel_forward, _kernel_backward, _kernel_backward_part),
+    "cudnn": Engine(
+        lambda plan: plan.cudnn is not None and why_not_cudnn_here() is None, _cudnn_forward, _cudnn_backward
+    ),
+    "tpu": Engine(lambda plan: plan.splash is not None, _splash_forward, _splash_backward),
+}

@@ -1,0 +1,135 @@
+"""A call as the kernels for GPUs take it, or why they do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+
+from attnax.kernels._core.lift import Deferred
+from attnax.kernels._core.operands import Arrays, Operands, lift_bounds
+from attnax.kernels._core.platform import why_no_triton
+from attnax.kernels._gpu import split, tile_lists, tile_sizes
+from attnax.kernels._gpu.tile_sizes import Tile
+
+if TYPE_CHECKING:
+    from attnax.kernels._gpu.launch import Setup
+
+__all__ = ["KernelTiles", "choose_kernel_tiles", "prepare", "why_no_kernel"]
+
+
+class KernelTiles(NamedTuple):
+    """Tiles of the kernels, forward and backward."""
+
+    plain: tuple[Tile, Tile]
+    busy: tuple[Tile, Tile]  # where dropout is drawn, or something is loaded for each pair
+
+
+def choose_kernel_tiles(query: Any, value: Any, block_size: Any) -> KernelTiles | None:
+    """Tiles for arrays of these shapes, None where the kernels do not serve them."""
+    size = max(query.shape[-1], value.shape[-1])
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > tile_sizes.LARGEST_HEAD:
+        return None
+    if not isinstance(query.shape[0], int):  # Pallas makes no blocks of a symbolic batch
+        return None
+    block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    bits, card = query.dtype.itemsize * 8, tile_sizes.running_card()
+
+    def choose(kind: str, busy: bool) -> Tile:
+        tile = tile_sizes.choose(kind, size, bits, card, busy=busy)
+        return tile._replace(block_q=block_q or tile.block_q, block_kv=block_kv or tile.block_kv)
+
+    return KernelTiles(*((choose("forward", busy), choose("backward", busy)) for busy in (False, True)))
+
+
+def why_no_kernel(
+    tiles: KernelTiles | None, arrays: Arrays, operands: Operands, dropout_rate: float, *, interpret: bool
+) -> str | None:
+    """Why the kernels do not serve a call; None if they do."""
+    if tiles is None:
+        most = tile_sizes.LARGEST_HEAD
+        return f"kernels take float32, bfloat16 and float16, heads of at most {most} and no symbolic batch"
+    for tile in tiles.plain:
+        for size in (tile.block_q, tile.block_kv):
+            if size < 16 or size & (size - 1):
+                return f"tiles of kernels are powers of 2, at least 16; got {size}"
+    pair_bytes = 0
+    for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
+        if function is not None:
+            refused = split.why_not_split(function)
+            if refused is not None:
+                return f"no kernel can hold this {name}: {refused}"
+            pair_bytes += split.split(function).pair_bytes
+    if interpret:
+        return None
+    return why_no_triton() or _why_no_room(_tiles_for(tiles, operands, dropout_rate), arrays, pair_bytes)
+
+
+def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> tuple[Tile, Tile]:
+    functions = [split.split(function) for function in (operands.mask, operands.score_mod) if function is not None]
+    return tiles.busy if dropout_rate > 0.0 or any(function.reads for function in functions) else tiles.plain
+
+
+def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
+    """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
+    query, _, value, _ = arrays
+    card = tile_sizes.running_card()
+    reason = tile_sizes.why_too_old(card)
+    if reason is not None:
+        return reason
+    sizes = query.shape[-1], value.shape[-1], query.dtype.itemsize * 8
+    for kind, whole in zip(("forward", "backward"), tiles, strict=True):
+        footprint = tile_sizes.Footprint(kind, whole, *sizes, pair_bytes).fitted(card)
+        tile, (need, have) = footprint.tile, footprint.need_and_have(card)
+        if need > have:
+            whose = "this card has" if card else "some cards have"
+            return (
+                f"tiles of {tile.block_q} x {tile.block_kv} need {-(-need // 1024)} KiB of shared memory in the "
+                f"{kind} kernel, and {whose} {have // 1024}"
+            )
+    return None
+
+
+def prepare(
+    tiles: KernelTiles,
+    operands: Operands,
+    dropout_rate: float,
+    *,
+    backward: bool,
+    learn_scale: bool,
+    is_part: bool,
+    interpret: bool,
+) -> Setup:
+    """What the kernels of one pass need beside arrays, for a call that `why_no_kernel` accepts.
+
+    Args:
+        tiles: of the kernels.
+        operands: of the call.
+        dropout_rate: likewise.
+        backward: which pass.
+        learn_scale: whether the scale gets a gradient.
+        is_part: whether the keys are only some of all keys: `operands` has their indices, and results are in float32.
+        interpret: whether the kernels run as ordinary JAX.
+    """
+    from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest
+
+    bounds = operands.bounds
+    if isinstance(bounds, Deferred):
+        bounds = lift_bounds(bounds())
+    positions = (operands.q_index, operands.kv_index) if is_part else None
+    of_tiles: Any = bounds
+    if positions is not None and bounds is not None:
+        of_tiles = tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
+    return Setup(
+        _tiles_for(tiles, operands, dropout_rate)[backward],
+        operands.mask,
+        of_tiles,
+        operands.is_opaque,
+        operands.score_mod,
+        positions,
+        operands.dropout,
+        dropout_rate,
+        learn_scale=learn_scale or is_part,
+        is_wide=is_part,
+        interpret=interpret,
+    )

@@ -1,0 +1,146 @@
+"""A user's function is traced once a call, at sizes that no array has, and runs at any shapes."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_pairs import ELEMENTWISE, MIXED, MIXED_MASKS
+
+from attnax import flash_attention, masks, pallas_flash_attention, standard_attention
+from attnax.kernels._core.natural import MARKS
+from attnax.kernels._core.pairs import lift_pairs
+from attnax.kernels._core.reads_sizes import could_read_sizes
+from attnax.kernels.score_mods import compose_score_mods, soft_cap_mod
+
+SHAPE = 2, 3, 5, 7
+SLOPES = np.float32([0.5, 0.25, 0.125])
+TABLE = np.arange(27, dtype=np.float32).reshape(3, 9)
+
+
+class Counted:
+    """A function that counts the calls of Python; what it captures is an argument."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def near(b, h, q, kv):
+    return (q >= kv) & (q - kv < 100)
+
+
+def biased(s, b, h, q, kv):
+    return jnp.tanh(s) + jnp.asarray(TABLE)[h, jnp.clip(q - kv, 0, 8)]
+
+
+def as_in_a_row(s, b, h, q, kv):
+    return s + 0 * jnp.sort(jnp.stack([s, s * 2], -1), -1)[..., 0]  # features: no natural shapes
+
+
+def as_large(s, b, h, q, kv):
+    return jnp.broadcast_to(jnp.asarray(SLOPES)[h], s.shape) + s  # names a size, to no effect
+
+
+def program(platform, seq_len, dtype, **options):
+    x = jax.ShapeDtypeStruct((1, 3, seq_len, 16), dtype)
+    step = jax.grad(lambda x: flash_attention(x, x, x, **options).astype(jnp.float32).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where this JAX lowers no kernel for the card, tiles run
+        return jax.jit(step).trace(x).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")])
+@pytest.mark.parametrize("seq_len", [64, 1024])
+def test_a_users_mask_and_mod_are_called_once(platform, dtype, seq_len):
+    mask, mod = Counted(near), Counted(biased)
+    program(platform, seq_len, jnp.dtype(dtype), mask=mask, score_mod=mod)
+    assert (mask.calls, mod.calls) == (1, 1)
+
+
+@pytest.mark.parametrize(("function", "calls"), [(as_in_a_row, 2), (as_large, 4)])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_a_mod_of_no_natural_shapes_is_called_again_for_its_tile_and_one_that_names_sizes_to_compare(
+    platform, function, calls
+):
+    mod = Counted(function)
+    program(platform, 64, jnp.float32, score_mod=mod)
+    assert mod.calls == calls
+
+
+def test_the_librarys_own_functions_are_traced_once(monkeypatch):
+    calls = []
+    cap, causal = soft_cap_mod(3.0), masks.causal()
+
+    def count(kind):
+        own = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, *x: calls.append(kind) or own(self, *x))
+
+    count(type(cap))
+    count(type(causal))
+    program("cuda", 64, jnp.float32, mask=causal, score_mod=cap)
+    assert (calls.count(type(cap)), calls.count(type(causal))) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["cond", "table", "rounded"])
+def test_a_function_at_any_shapes_is_what_it_was_at_its_own(name):
+    lifted = lift_pairs("here", ELEMENTWISE[name], SHAPE, frozenset(), scores=jnp.float32)
+    b, h, q, kv = masks.index_grid(*SHAPE)
+    scores = jax.random.normal(jax.random.key(0), SHAPE)
+    want = jax.jit(ELEMENTWISE[name])(scores, b, h, q, kv)
+    np.testing.assert_array_equal(np.broadcast_to(jax.jit(lifted.__call__)(scores, b, h, q, kv), SHAPE), want)
+
+
+def test_derivatives_at_any_shapes_are_those_of_the_definition():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 37, 8))
+
+    def loss(attention, x, slopes, table):
+        mod = lambda s, b, h, q, kv: jax.nn.relu(s * slopes[h]) + table[h, jnp.clip(q - kv, 0, 8)] - jnp.abs(q - kv) / 9
+        return (attention(x, x, x, score_mod=mod) * x.cumsum(2)).sum()
+
+    arguments = x, jax.device_put(SLOPES), jax.device_put(TABLE)
+    kernels = (
+        standard_attention,
+        functools.partial(flash_attention, block_size=8),
+        functools.partial(pallas_flash_attention, interpret=True),
+    )
+    want, *have = (jax.jit(jax.grad(functools.partial(loss, kernel), (0, 1, 2)))(*arguments) for kernel in kernels)
+    for gradients in have:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4), gradients, want)
+
+
+def test_an_array_as_long_as_a_mark_is_refused_as_any_other():
+    whole = jnp.zeros((1, 1, 1, MARKS[3]))
+    x = jax.ShapeDtypeStruct((1, 1, MARKS[3], 4), jnp.float32)
+    for run in (lambda s, *_: s + whole, lambda s, b, h, q, kv: s + whole[0, 0, 0, kv] + whole):
+        with pytest.raises(NotImplementedError, match="uses an array as a whole along the keys"):
+            jax.eval_shape(functools.partial(flash_attention, score_mod=run), x, x, x)
+    read = lambda s, b, h, q, kv: s + whole[0, 0, 0, kv]
+    jax.eval_shape(functools.partial(flash_attention, score_mod=read), x, x, x)
+
+
+class Looking:
+    """A mod with a method that looks at sizes."""
+
+    def __call__(self, s, *indices):
+        return self.change(s)
+
+    def change(self, s):
+        return s * s.shape[-1]
+
+
+def test_what_names_no_size_is_not_looked_into_further():
+    nested = lambda s, b, h, q, kv: jax.tree.map(lambda x: x * len(kv), s)
+    reads = {**MIXED, **MIXED_MASKS}
+    for name in ("number of keys", "shape", "places", "fill value", "whole array", "whether there are many"):
+        assert could_read_sizes(reads[name]), name
+    for function in (nested, Looking(), functools.partial(nested, 1), jax.jit(nested), masks.causal() & nested):
+        assert could_read_sizes(function)
+    plain = lambda s, *_: s + jnp.asarray(TABLE)[0, 0]
+    for function in (plain, functools.partial(biased), jax.jit(plain), compose_score_mods(soft_cap_mod(3.0), plain)):
+        assert not could_read_sizes(function)
