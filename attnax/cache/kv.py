@@ -39,21 +39,18 @@ class KVLayerCache(InSlots):
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover; None if there is no bound."""
         return self.max_len
 
     @property
     def window(self) -> int | None:
-        """Queries attend all keys."""
         return None
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
-        """No slot from here on holds a token."""
         return self.length
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
-        """The cache with the new tokens, twice: it also holds every token that these may attend."""
+        """The cache with the new tokens, twice: it holds every token that they may attend."""
         cache = update_kv_layer_cache(self, keys, values, positions=positions)
         return cache, cache
 
