@@ -123,7 +123,7 @@ def update_kv_layer_cache(
     positions = check_new_positions("update_kv_layer_cache", positions, batch, num_new)
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
-        # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.
+        # A write that does not fit puts the old tokens back: cheaper than a choice between two whole caches.
         old = lax.dynamic_slice_in_dim(buffer, start, num_new, axis)
         return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new, old), start, axis)
 

@@ -42,13 +42,13 @@ def cached_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
 
-    Up to 17 queries read the slots in use chunk by chunk: a step costs what the cache holds, not its capacity, and one
-    program serves every length. More queries go through `flash_attention`.
+    Up to 17 queries read the slots in use chunk by chunk: the cost of a step follows the tokens in the cache, not its
+    capacity, and one program serves every length. More queries go through `flash_attention`.
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: keys and values, those of the queries' own tokens included: append first, then attend to what `append`
-            returns. In a ring of a window queries attend that window only.
+        cache: keys and values, those of the queries' own tokens included: append first, then attend to the second
+            result of `append`. In a ring of a window queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
@@ -129,7 +129,7 @@ def _in_window(cache: AnyCache, options: AttentionOptions) -> AttentionOptions:
 
 
 def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: AttentionOptions, return_lse: bool) -> Any:
-    """`flash_attention` to all slots of the cache, with what it returns."""
+    """`flash_attention` to all slots of the cache."""
     stored_dtype = (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(query.dtype, stored_dtype)  # stored tokens are not rounded to the query's dtype

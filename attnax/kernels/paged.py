@@ -320,18 +320,16 @@ def _call_form(
 
 def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
     """Raises ValueError unless query and index fit the cache."""
-    num_rows, (*_, kv_heads, head_dim) = cache.seq_lengths.shape[0], cache.key_pool.shape
-    axes = "(num_heads, seq_q, head_dim) of one row of the cache"
-    if sequence_idx is None:
-        axes = "(batch, num_heads, seq_q, head_dim) of all rows of the cache"
-    else:
+    num_rows, head_dim = cache.seq_lengths.shape[0], cache.key_pool.shape[3]
+    axes = "(batch, num_heads, seq_q, head_dim) of all rows of the cache"
+    if sequence_idx is not None:
+        axes = "(num_heads, seq_q, head_dim) of one row of the cache"
         is_integer = jnp.ndim(sequence_idx) == 0 and jnp.issubdtype(jnp.result_type(sequence_idx), jnp.integer)
         if not is_integer or (is_concrete(sequence_idx) and not 0 <= int(sequence_idx) < num_rows):
             raise ValueError(
                 f"paged_attention: sequence_idx must be an integer between 0 and {num_rows - 1}; "
                 f"got sequence_idx={sequence_idx}."
             )
-    shapes = f"query.shape={query.shape}, key_pool.shape={cache.key_pool.shape}"
     if query.ndim != (4 if sequence_idx is None else 3):
         raise ValueError(
             f"paged_attention: query must be {axes}; got query.shape={query.shape}. "
@@ -343,11 +341,9 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
             "Give a sequence_idx to attend to one of them."
         )
     if query.shape[-1] != head_dim:
-        raise ValueError(f"paged_attention: query must have the head_dim of the cache; got {shapes}.")
-    if query.shape[-3] == 0 or query.shape[-3] % kv_heads:
         raise ValueError(
-            "paged_attention: the number of query heads must be a multiple of the number of key heads in the cache; "
-            f"got {query.shape[-3]} and {kv_heads}."
+            f"paged_attention: query must have the head_dim of the cache; got query.shape={query.shape}, "
+            f"key_pool.shape={cache.key_pool.shape}."
         )
     dtypes = query.dtype, cache.key_pool.dtype, cache.value_pool.dtype
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):

@@ -196,7 +196,7 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
 
 
 def value_at(values: Array, b: Index, index: Index) -> Array:
-    """`values[b, index]` of (B|1, length): before the array its first value, past it its last, as in `range_bounds`."""
+    """`values[b, index]` of (B|1, length); an index outside reads the first or the last value, as in `range_bounds`."""
     return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
 
 
