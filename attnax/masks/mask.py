@@ -1,4 +1,4 @@
-"""A mask as a value that is read in two ways, and its algebra.
+"""The mask, a value that is read in two ways, and its algebra.
 
 Pointwise, `mask(b, h, q, kv)` says whether query `q` may attend key `kv`. Indices are integer arrays of any shapes that
 broadcast together. Over a tile, `mask.tile(b, h, q_range, kv_range)` bounds the same answer for whole ranges by

@@ -22,7 +22,7 @@ __all__ = ["BoundKernel", "DecodeInputs", "DeferredKernel", "attend_bound", "ker
 
 @pytree_dataclass
 class BoundKernel:
-    """What the kernel reads, with mask and score mod traced."""
+    """The operands of the kernel, with mask and score mod traced."""
 
     query: Array  # (B, N, T, H), not scaled
     scale: Array

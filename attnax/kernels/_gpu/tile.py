@@ -32,7 +32,7 @@ __all__ = ["Inputs", "Kernel", "KernelSpec", "QueryTile", "TilePlace", "either",
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """What is known of a call when its kernels are written."""
+    """The static part of a call: everything that is known when its kernels are written."""
 
     score_shape: tuple[int, int, int, int]  # (B, N, T, S)
     kv_heads: int
@@ -56,7 +56,7 @@ class KernelSpec:
 
 
 class Inputs(NamedTuple):
-    """What the kernels read, arrays outside and references inside of them; lengths are at least a tile's."""
+    """The operands of the kernels: arrays outside, references inside; lengths are at least those of a tile."""
 
     query: Any  # (B, N, T, H)
     key: Any  # (B, K, S, H)
@@ -94,7 +94,7 @@ class TilePlace(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """What the backward pass knows of a tile's queries."""
+    """The queries of a tile, as the backward pass reads them."""
 
     query: Array  # (T, H)
     d_out: Array  # (T, V)
@@ -161,7 +161,7 @@ class Kernel:
         return key, value, finite
 
     def queries(self, place: TilePlace, *, full: bool = False) -> QueryTile:
-        """What the backward pass reads of the tile's queries; all rows of a full tile are finite."""
+        """The tile's queries for the backward pass; all rows of a full tile are finite."""
         inputs, rows = self.inputs, (place.b, place.h, pl.ds(self.q_first(place.i), self.spec.grid.block_q))
         lse = inputs.lse[rows]
         finite = None if full else ~jnp.isnan(lse)
@@ -216,7 +216,7 @@ class Kernel:
         return lambda weights: jnp.where(kept, weights / (1.0 - rate), 0)
 
     def bias(self, place: TilePlace, finite: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
-        """What `softmax.mask_scores` adds: NaN for non-finite keys, -inf for pairs that belong to another tile."""
+        """The bias for `softmax.mask_scores`: NaN for non-finite keys, -inf for pairs that belong to another tile."""
         grid = self.spec.grid
         bias = None if finite is None else jnp.where(place.lay(finite, of_queries=False), 0.0, jnp.nan)
         axes = []
@@ -236,13 +236,12 @@ class Kernel:
         """The tile's scores as `_core/softmax.py` takes them, and the pullback of the score mod if there is one.
 
         The pullback takes the gradient of the natural scores. It returns the gradient of the scores before the mod, and
-        the gradients of what `learn` names: "rows", "columns", "tables" or "" for nothing. With None there is no
-        pullback.
+        the gradients of the operands that `learn` names: "rows", "columns", "tables" or "" for none. With None there is
+        no pullback.
         """
         score_mod = self.spec.score_mod
-        scores = softmax.product(left, right, 1, 1) * (
-            self.inputs.scale[0] * (softmax.LOG2E if score_mod is None else 1.0)
-        )
+        scale = self.inputs.scale[0] * (softmax.LOG2E if score_mod is None else 1.0)
+        scores = softmax.product(left, right, 1, 1) * scale
         keep = None if full else self.keep(place)
         if score_mod is None:
             return (scores if full else softmax.mask_scores(scores, keep, bias)), None
@@ -254,9 +253,8 @@ class Kernel:
             pulls.append(pull)
             return result
 
-        masked = softmax.mask_scores(
-            scores, keep, bias, modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
-        )
+        change = modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
+        masked = softmax.mask_scores(scores, keep, bias, change)
 
         def pull(d_scores: Array) -> tuple[Array, tuple[Array, ...]]:
             d_raw, d_learned = pulls[0](d_scores)
@@ -277,7 +275,7 @@ class Kernel:
         own_queries: bool = False,
         own_keys: bool = False,
     ) -> tuple[Array, Array, tuple[Array, ...]]:
-        """(weights, gradient of the raw scores, gradients of what `learn` names) of a tile.
+        """(weights, gradient of the raw scores, gradients of the operands that `learn` names) of a tile.
 
         A row that attends a non-finite key has NaN as its log-sum-exp, so keys are not tested again.
         """
@@ -315,12 +313,8 @@ class Kernel:
                 found.append(where)
             return _load(score_mod, self.inputs.mod_tables, other, where)
 
-        score_mod(
-            self.cut(self.inputs.mod, score_mod.operands, place),
-            load,
-            jnp.zeros(shape, jnp.float32),
-            *self.index(place),
-        )
+        operands = self.cut(self.inputs.mod, score_mod.operands, place)
+        score_mod(operands, load, jnp.zeros(shape, jnp.float32), *self.index(place))
         return found[0]
 
     def no_full_tiles(self, b: Any, h: Any) -> Any:
@@ -331,7 +325,7 @@ class Kernel:
     def mod(
         self, place: TilePlace, shape: tuple[int, ...], learn: str | None = None
     ) -> tuple[Callable[..., Array], Any]:
-        """The score mod of a tile as a function of scores and of the values that `learn` names, and those values."""
+        """The score mod of a tile, as a function of the scores and the values that `learn` names; and these values."""
         score_mod, index = self.spec.score_mod, self.index(place)
         assert score_mod is not None
         operands = self.cut(self.inputs.mod, score_mod.operands, place)
@@ -363,7 +357,7 @@ class Kernel:
 
 
 def _load(function: Split, tables: tuple[Any, ...], read: Read, where: list[Array]) -> Array:
-    """What a mask or score mod reads of a captured array."""
+    """The elements of a captured array that a mask or score mod reads."""
     n = function.reads.index(read)
     value = tables[n][tuple(jnp.broadcast_arrays(*where))]
     return value != 0 if read.dtype == jnp.bool_ else value
