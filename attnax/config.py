@@ -134,7 +134,7 @@ class BlockConfig(ConfigFields):
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))), "branch"
             x + norm(f(x)).
         parallel_residual: x + attention(norm(x)) + feed_forward(norm'(x)), instead of one after the other.
-        residual_scale: multiplies what each sublayer adds.
+        residual_scale: multiplies the output of each sublayer.
         layer_scale: initial value of a learned scale of every feature that a sublayer adds; None has no such scale.
         pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; the model applies
             "sinusoidal", "learned" and "relative".
@@ -144,7 +144,7 @@ class BlockConfig(ConfigFields):
         rope_max_positions: positions from here on raise an error where their values are known; None sets no limit.
         kernel_init: of every projection: "lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", or "normal"
             with standard deviation init_std.
-        embedding_init: of token embeddings, the same names; "lecun_normal" gives rows of unit length.
+        embedding_init: of token embeddings, by the names of kernel_init; "lecun_normal" gives rows of unit length.
         init_std: of "normal".
         residual_init: "depth" divides the initial projections back into the stream by sqrt(2 * number of layers).
         dtype: of the computation.
@@ -269,7 +269,7 @@ class BlockConfig(ConfigFields):
 
     @property
     def residual_init_scale(self) -> float:
-        """Initial size of what a sublayer adds to the stream, relative to `kernel_init`."""
+        """Initial size of the output of a sublayer, relative to `kernel_init`."""
         return 1.0
 
     def has_bias(self, layer: str) -> bool:
@@ -404,7 +404,7 @@ class EncoderDecoderConfig(ConfigFields):
     Attributes:
         encoder: a TransformerConfig, or a mapping of its fields. Vocabulary, depth and widths may differ from the
             decoder's.
-        decoder: the same. Its `tie_embeddings` ties the head to the decoder's embeddings.
+        decoder: likewise a TransformerConfig. Its `tie_embeddings` ties the head to the decoder's embeddings.
         share_embeddings: both have one table of token embeddings, the encoder's.
     """
 
@@ -437,7 +437,7 @@ class VisionTransformerConfig(StackConfig):
 
     Attributes:
         image_size: height and width in pixels, or the pair of them.
-        patch_size: the same of a patch; it divides image_size.
+        patch_size: height and width of a patch in pixels, or the pair of them; it divides image_size.
         num_channels: of the image.
         num_classes: width of the head; None has no head and returns the tokens.
         use_cls_token: a learned token goes first.

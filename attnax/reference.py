@@ -90,7 +90,7 @@ def multi_head_attention(
     mask: Bool[Array, "*#L #T #S"] | None = None,
     activation: Activation = jax.nn.softmax,
 ) -> Float[Array, "*L T D"]:
-    """The whole algorithm; the three token sources are one and the same in self-attention.
+    """The whole algorithm; in self-attention all three token sources are one array.
 
     Args:
         params: the projections, of any widths and dtype.

@@ -51,7 +51,7 @@ class StoredTokens:
         return jnp.zeros((), bool)
 
     def tokens(self, dtype: Any) -> StoredTokens:
-        """The same tokens, as arrays of `dtype`."""
+        """The tokens, with keys and values as arrays of `dtype`."""
         keys, values = decode_rows(self.keys, dtype), decode_rows(self.values, dtype)
         return dataclasses.replace(self, keys=keys, values=values)
 

@@ -98,7 +98,7 @@ def _bind(call: DecodeCall, queries: Queries) -> tuple[Any, ...]:
     shapes = [(batch, heads, seq_q, source.chunk_size) for source in call.sources]
     check_pairs(call.caller, call.options["mask"], call.options["score_mod"], shapes[0], axes)
     known = None
-    while axes != known:  # what the functions capture may vary over more axes than the arguments do
+    while axes != known:  # captured arrays may vary over more axes than the arguments do
         known = axes
         functions = tuple(_trace(call, shape, queries.query.dtype, axes) for shape in shapes)
         axes = axes.union(*map(varying_axes, jax.tree.leaves(functions)))

@@ -1,4 +1,4 @@
-"""cached_attention: attention to what a layer's cache holds, of whatever kind the cache is."""
+"""cached_attention: attention to the tokens in a layer's cache of any kind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cached_attention(
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: keys and values, those of the queries' own tokens included: append first, then attend to the second
+        cache: keys and values, also of the queries' own tokens: append first, then attend to the second
             result of `append`. In a ring of a window queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.

@@ -257,7 +257,7 @@ class PageChunks:
 
 
 def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *, has_new: bool) -> Array:
-    """The positions (B, T) of the queries: as given, or by default those of the last tokens."""
+    """The positions (B, T) of the queries: as given, or by default the last positions."""
     batch, _, seq_q, _ = query.shape
     if given is not None:
         positions = check_positions("paged_attention", "query_positions", given, batch, seq_q)
@@ -269,7 +269,7 @@ def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *,
 def _pages_to_read(
     mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int
 ) -> PageChunks:
-    """The chunks of the cache, beginning with those that some row may attend."""
+    """The chunks of the cache; the chunks that some row may attend come first."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
     first = jnp.arange(-(-cache.block_table.shape[1] // count), dtype=jnp.int32)[None, None] * size

@@ -235,7 +235,7 @@ def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int
         num_new_tokens: integers (batch,), the tokens to come in each row beyond its length, or one number for all rows.
 
     Raises:
-        ValueError: wrong shapes, or rows that cannot be served. Under jit the latter cannot be raised: such a row
+        ValueError: wrong shapes, or rows that cannot be served. Under jit the second cannot be raised: such a row
             keeps its blocks as they are and its `overflowed` is set.
     """
     num_new = _counts("allocate_rows", num_new_tokens, cache, cache.max_len)

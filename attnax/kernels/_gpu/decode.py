@@ -1,4 +1,4 @@
-"""A few queries over stored tokens in a GPU kernel: whether it serves them, what it reads, and its launch."""
+"""A few queries over stored tokens in a GPU kernel: its choice, its operands and its launch."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ the other side that a list names: the full ones, then the partial ones. `_gpu/ti
 tile. No two programs write the same element, so results are repeatable.
 
     forward       out, lse          a program for each tile of queries, loops over keys
-    d_query       dq, mod's rows    the same
+    d_query       dq, mod's rows    a program for each tile of queries, loops over keys
     d_key_value   dk, dv, columns   a program for each tile of keys, loops over the heads that share them and queries
     d_tables      a mod's tables    a program for each tile of queries, or for each tile of pairs
 

@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
     any_non_finite: Any  # (B, K) int32: whether anything of a head is non-finite; None where it was not computed
-    finite: Any  # (B, K, S) int32: which keys and values are; None likewise, and the kernel tests them
+    finite: Any  # (B, K, S) int32: which keys and values are finite; None if not computed: the kernel tests them
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
     mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
     d_out: Any = None  # (B, N, T, V)
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN in a contaminated row
     delta: Any = None  # (B, N, T), see `softmax.tile_gradients`
-    positions: Any = None  # (T,) and (S,) int32: what masks and score mods see of queries and keys; None for 0, 1, ...
+    positions: Any = None  # (T,) and (S,) int32, of queries and keys, for masks and score mods; None for 0, 1, ...
     block_table: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
 
 

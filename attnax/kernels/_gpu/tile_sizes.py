@@ -135,7 +135,7 @@ class Footprint(NamedTuple):
     head_dim: int  # of queries and keys
     value_dim: int
     bits: int = 16  # of a number
-    pair_bytes: int = 0  # what masks and score mods read for each pair of a query and a key
+    pair_bytes: int = 0  # that masks and score mods read for each pair of a query and a key
 
     def fits(self, card: int = 0) -> bool:
         """Whether the card has enough shared memory."""
@@ -143,12 +143,12 @@ class Footprint(NamedTuple):
         return need <= have
 
     def need_and_have(self, card: int = 0) -> tuple[int, int]:
-        """(bytes needed, bytes of the card); for card 0 those of the card that lacks most."""
+        """(bytes needed, bytes of the card); card 0 means the card that lacks most."""
         both = ((self.bytes_on(of), shared_memory(of)) for of in ([card] if card else [86, *_SHARED]))
         return max(both, key=lambda need_have: need_have[0] - need_have[1])
 
     def fitted(self, card: int = 0) -> Footprint:
-        """The same with as many stages of the tile as the card has memory for, at least one."""
+        """The footprint with as many stages of the tile as the card has memory for, at least one."""
         stages = range(self.tile.num_stages, 0, -1)
         fewer = [self._replace(tile=self.tile._replace(num_stages=count)) for count in stages]
         return next((footprint for footprint in fewer if footprint.fits(card)), fewer[-1])

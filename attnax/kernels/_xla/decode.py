@@ -32,7 +32,7 @@ class Queries:
 
     query: Array  # (B, N, T, H), scaled
     b: Array  # (B,)
-    positions: Array  # (B, T); a negative one is padding and attends nothing
+    positions: Array  # (B, T); a negative position is padding and attends nothing
     dropout: Array | None  # the words of `keep_weights`
 
 
