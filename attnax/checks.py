@@ -1,4 +1,4 @@
-"""Checks of arguments, each written once for all functions that take such arguments; messages name the caller."""
+"""Checks of arguments, each written once for all functions; the messages name the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.dtypes import wide_dtype
 from attnax.typing import Array, ScoreMod, ScoreShape
 
 __all__ = [
@@ -31,6 +30,11 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype of scores and sums: float32, or the floating dtype itself if it has more bits."""
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
 def check_broadcast(caller: str, name: str, shape: Sequence[int], score_shape: ScoreShape) -> None:
     """Raises ValueError unless an array of `shape` broadcasts to (B, N, T, S) = `score_shape`."""
     fits = len(shape) <= 4 and all(
@@ -45,11 +49,7 @@ def check_broadcast(caller: str, name: str, shape: Sequence[int], score_shape: S
 
 @contextlib.contextmanager
 def explain_tracing(caller: str, name: str) -> Iterator[None]:
-    """Explains in words the error of a user's function that asks for the value of an index or score.
-
-    Raises:
-        ValueError: the function asked; the message says how to write it instead.
-    """
+    """If a user's function asks for the value of a traced index or score, raises ValueError with the remedy."""
     try:
         yield
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, ValueError) as error:
@@ -64,11 +64,7 @@ def explain_tracing(caller: str, name: str) -> Iterator[None]:
 
 
 def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: Any) -> Array:
-    """The result of a score mod for `scores`, in their dtype.
-
-    Raises:
-        ValueError: the result has another shape, or is not floating.
-    """
+    """The result of a score mod in the dtype of `scores`; ValueError if its shape differs or it is not floating."""
     with explain_tracing(caller, "score_mod"):
         result = jnp.asarray(score_mod(scores, *indices))
     if result.shape != scores.shape:
@@ -85,11 +81,7 @@ def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: A
 
 
 def check_positions(caller: str, name: str, positions: Any, batch: int, length: int) -> Array:
-    """Positions as int32 (1 or batch, length).
-
-    Raises:
-        ValueError: they are not integers (length,) or (batch, length).
-    """
+    """Positions as int32 (1 or batch, length); ValueError unless they are integers (length,) or (batch, length)."""
     shape, dtype = jnp.shape(positions), jnp.result_type(positions)
     if shape not in ((length,), (1, length), (batch, length)) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(

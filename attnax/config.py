@@ -1,4 +1,4 @@
-"""What a block and a model are made of, as frozen dataclasses of JSON values, validated in words."""
+"""The configs of blocks and models: frozen dataclasses of JSON values that explain wrong ones in words."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class RopeScaling(ConfigFields):
         factor: how many times further.
         original_max_len: the length trained at, in tokens; "yarn" and "llama3" need it.
         beta_fast: "yarn": a frequency that turns at least this often within original_max_len stays as it is.
-        beta_slow: "yarn": one that turns at most this often is divided by factor.
+        beta_slow: "yarn": a frequency that turns at most this often is divided by factor.
         attention_factor: "yarn": cosines and sines are multiplied by it, by default 0.1 log(factor) + 1.
-        truncate: "yarn": the bounds between the two are rounded outwards to whole frequencies.
+        truncate: "yarn": the bounds between beta_fast and beta_slow are rounded outwards to whole frequencies.
         low_freq_factor: "llama3": a wavelength above original_max_len / low_freq_factor is stretched by factor.
-        high_freq_factor: "llama3": one below original_max_len / high_freq_factor stays as it is.
+        high_freq_factor: "llama3": a wavelength below original_max_len / high_freq_factor stays as it is.
     """
 
     kind: RopeScalingKind
@@ -134,7 +134,7 @@ class BlockConfig(ConfigFields):
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))), "branch"
             x + norm(f(x)).
         parallel_residual: x + attention(norm(x)) + feed_forward(norm'(x)), instead of one after the other.
-        residual_scale: multiplies what each sublayer adds.
+        residual_scale: multiplies the output of each sublayer.
         layer_scale: initial value of a learned scale of every feature that a sublayer adds; None has no such scale.
         pos_emb_type: "rope" rotates queries and keys, "alibi" biases the scores by distance; the model applies
             "sinusoidal", "learned" and "relative".
@@ -144,7 +144,7 @@ class BlockConfig(ConfigFields):
         rope_max_positions: positions from here on raise an error where their values are known; None sets no limit.
         kernel_init: of every projection: "lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", or "normal"
             with standard deviation init_std.
-        embedding_init: of token embeddings, the same names; "lecun_normal" gives rows of unit length.
+        embedding_init: of token embeddings, by the names of kernel_init; "lecun_normal" gives rows of unit length.
         init_std: of "normal".
         residual_init: "depth" divides the initial projections back into the stream by sqrt(2 * number of layers).
         dtype: of the computation.
@@ -200,11 +200,8 @@ class BlockConfig(ConfigFields):
     }
 
     def __post_init__(self) -> None:
-        names = isinstance(self.use_bias, tuple) and all(name in BIASES for name in self.use_bias)
-        self._require(
-            isinstance(self.use_bias, bool) or names,
-            f"use_bias must be True, False, or names among {', '.join(BIASES)}",
-        )
+        biases = isinstance(self.use_bias, bool) or (isinstance(self.use_bias, tuple) and {*self.use_bias} <= {*BIASES})
+        self._require(biases, f"use_bias must be True, False, or names among {', '.join(BIASES)}")
         types = ", ".join(AttentionType)
         self._require(isinstance(self.attention_type, AttentionType), f"attention_type must be one of {types}")
         scaling = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
@@ -219,10 +216,10 @@ class BlockConfig(ConfigFields):
         self._require_above_zero("layer_scale", "rope_base", "rope_fraction")
         self._require(self.rope_base > 1.0, "rope_base must be above 1")
         self._require(self.rope_fraction <= 1.0, "rope_fraction must be above 0 and at most 1")
-        self._require_what_fits()
+        self._require_consistent()
 
-    def _require_what_fits(self) -> None:
-        """Raises ValueError for fields that are right one by one, but not together."""
+    def _require_consistent(self) -> None:
+        """Raises ValueError for values that are right one by one, but not together."""
         self._require(self.num_heads % self.kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
         self._require(
             self.head_dim is not None or self.d_model % self.num_heads == 0,
@@ -230,25 +227,18 @@ class BlockConfig(ConfigFields):
         )
         self._require(self.num_experts is None or self.top_k <= self.num_experts, "top_k must be at most num_experts")
         if self.pos_emb_type == "rope":
-            self._require(
-                self.rope_dim % 2 == 0 and self.rope_dim > 0,
-                "rope needs an even number of features, head_dim * rope_fraction; "
-                "head_dim is d_model / num_heads by default",
-            )
-        self._require(
-            not (self.parallel_residual and self.norm_placement == "post"),
-            "parallel_residual needs another norm_placement than post",
-        )
+            rule = "rope needs an even number of features, head_dim * rope_fraction; head_dim is d_model / num_heads"
+            self._require(self.rope_dim % 2 == 0 and self.rope_dim > 0, f"{rule} by default")
+        post = self.norm_placement == "post"
+        self._require(not (self.parallel_residual and post), "parallel_residual needs another norm_placement than post")
         if self.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
             for name in ("attention_scale", "attention_soft_cap", "attention_window"):
                 self._require(getattr(self, name) is None, f"{self.attention_type} attention has no {name}")
             biased = self.pos_emb_type in ("alibi", "relative")
             self._require(not biased, f"{self.attention_type} attention has no scores to bias by pos_emb_type")
         if self.attention_type == AttentionType.LINEAR:
-            self._require(
-                not self.attention_dropout_rate,
-                "linear attention has no weights to drop, so attention_dropout_rate must be 0 or None",
-            )
+            rule = "linear attention has no weights to drop, so attention_dropout_rate must be 0 or None"
+            self._require(not self.attention_dropout_rate, rule)
 
     @property
     def kv_heads(self) -> int:
@@ -279,7 +269,7 @@ class BlockConfig(ConfigFields):
 
     @property
     def residual_init_scale(self) -> float:
-        """Initial size of what a sublayer adds to the stream, relative to `kernel_init`."""
+        """Initial size of the output of a sublayer, relative to `kernel_init`."""
         return 1.0
 
     def has_bias(self, layer: str) -> bool:
@@ -414,7 +404,7 @@ class EncoderDecoderConfig(ConfigFields):
     Attributes:
         encoder: a TransformerConfig, or a mapping of its fields. Vocabulary, depth and widths may differ from the
             decoder's.
-        decoder: the same. Its `tie_embeddings` ties the head to the decoder's embeddings.
+        decoder: likewise a TransformerConfig. Its `tie_embeddings` ties the head to the decoder's embeddings.
         share_embeddings: both have one table of token embeddings, the encoder's.
     """
 
@@ -447,7 +437,7 @@ class VisionTransformerConfig(StackConfig):
 
     Attributes:
         image_size: height and width in pixels, or the pair of them.
-        patch_size: the same of a patch; it divides image_size.
+        patch_size: height and width of a patch in pixels, or the pair of them; it divides image_size.
         num_channels: of the image.
         num_classes: width of the head; None has no head and returns the tokens.
         use_cls_token: a learned token goes first.
@@ -484,11 +474,7 @@ class VisionTransformerConfig(StackConfig):
         self._require_whole("num_channels", "num_classes")
         self._require_whole("num_register_tokens", least=0)
         self._require(self.pool == "mean" or self.use_cls_token, "pool must be 'mean' without use_cls_token")
-        self._require(
-            all(size % patch == 0 for size, patch in zip(self.image_size, self.patch_size, strict=True)),
-            "image_size must be a multiple of patch_size",
-        )
-        self._require(
-            self.pos_emb_type in ("learned", "sinusoidal", "none"),
-            "pos_emb_type of an image must be learned, sinusoidal or none",
-        )
+        divides = all(size % patch == 0 for size, patch in zip(self.image_size, self.patch_size, strict=True))
+        self._require(divides, "image_size must be a multiple of patch_size")
+        served = self.pos_emb_type in ("learned", "sinusoidal", "none")
+        self._require(served, "pos_emb_type of an image must be learned, sinusoidal or none")

@@ -1,4 +1,4 @@
-"""The fields of a config as callers give them: older names and flags, values as JSON has them, errors in words."""
+"""The fields of a config as callers give them: older names, flags, JSON values; wrong ones are refused in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ConfigFields", "Forms", "Overrides", "as_pair", "as_tuple", "resolve
 Forms = Mapping[str, Callable[[Any], Any]]
 """For a field, the function that brings a given value to the form that the dataclass holds."""
 
-# Another name of a field, and the value of that field for each value of the flag; None is the default of the class.
+# For each flag, the field that it sets and the value for True and for False; None leaves the default of the class.
 _FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
     "use_pre_norm": ("norm_placement", {True: "pre", False: "post"}),
     "pre_norm": ("norm_placement", {True: "pre", False: "post"}),
@@ -34,7 +34,7 @@ class _Translated(type):
 
 
 class ConfigFields(metaclass=_Translated):
-    """A dataclass of JSON values: how its fields are read, and how their values are refused.
+    """A dataclass of JSON values, with the checks of its fields.
 
     A field may be given as JSON has it (a name, a list, a mapping). The dataclass holds an enum member, a tuple or a
     dataclass; `_forms` names the function that makes it, for each field that needs one.

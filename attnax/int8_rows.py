@@ -39,11 +39,7 @@ Rows = Array | Int8Rows
 
 
 def zero_rows(shape: tuple[int, ...], dtype: Any) -> Rows:
-    """Storage for vectors of `shape` (..., H); `dtype` is a floating one, or int8.
-
-    Raises:
-        ValueError: another dtype.
-    """
+    """Storage for vectors of `shape` (..., H); ValueError unless `dtype` is a floating one or int8."""
     if jnp.dtype(dtype) != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"cache: dtype must be a floating one or int8; got dtype={jnp.dtype(dtype)}.")
     if jnp.dtype(dtype) == jnp.int8:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["lazy_imports"]
+
+# One block at a time: two blocks that end out of order would restore each other's hook. A block waits for nothing, so
+# there is no deadlock with the locks of modules.
+_one_block = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -31,19 +36,20 @@ def lazy_imports(package: dict[str, Any]) -> Iterator[None]:
         (False, 3.141592653589793)
     """
     homes: dict[str, str] = {}
-    original = builtins.__import__
 
     def note(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        if globals is not package:  # a thread may import something else at the same time
+        if globals is not package:  # another thread imports at the same time
             return original(name, globals, locals, fromlist, level)
         homes.update(dict.fromkeys(fromlist, name))
         return types.SimpleNamespace(**dict.fromkeys(fromlist))
 
-    builtins.__import__ = note
-    try:
-        yield
-    finally:
-        builtins.__import__ = original
+    with _one_block:
+        original = builtins.__import__
+        builtins.__import__ = note
+        try:
+            yield
+        finally:
+            builtins.__import__ = original
     for name in homes:
         del package[name]
 

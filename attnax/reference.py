@@ -67,25 +67,18 @@ def attention(
     """activation(Q K^T / sqrt(k)) V; where `mask` is False the salience is -inf, which softmax turns to 0."""
     scores = salience(query, key)
     if mask is not None:
-        fits = mask.dtype == jnp.bool_ and all(
-            have in (1, want) for have, want in zip(mask.shape[::-1], scores.shape[::-1], strict=False)
-        )
-        _expect(
-            fits, "attention", f"mask must be boolean, not {mask.dtype}, and broadcast to the salience", mask, scores
-        )
+        sizes = zip(mask.shape[::-1], scores.shape[::-1], strict=False)
+        fits = mask.dtype == jnp.bool_ and all(have in (1, want) for have, want in sizes)
+        rule = f"mask must be boolean, not {mask.dtype}, and broadcast to the salience"
+        _expect(fits, "attention", rule, mask, scores)
         scores = jnp.where(mask, scores, -jnp.inf)
     return weigh(activation(scores), value)
 
 
 def merge_heads(heads: Float[Array, "*L N T v"], weight: Float[Array, "N v D"]) -> Float[Array, "*L T D"]:
     """Concatenates the heads and projects them: the sum over heads of each head through its part of W^O."""
-    _expect(
-        (heads.shape[-3], heads.shape[-1]) == weight.shape[:2],
-        "merge_heads",
-        "there must be a row a head",
-        heads,
-        weight,
-    )
+    fits = (heads.shape[-3], heads.shape[-1]) == weight.shape[:2]
+    _expect(fits, "merge_heads", "there must be a row a head", heads, weight)
     return jnp.einsum("...NTv,NvD->...TD", heads, weight, precision=lax.Precision.HIGHEST)
 
 
@@ -97,7 +90,7 @@ def multi_head_attention(
     mask: Bool[Array, "*#L #T #S"] | None = None,
     activation: Activation = jax.nn.softmax,
 ) -> Float[Array, "*L T D"]:
-    """The whole algorithm; the three token sources are one and the same in self-attention.
+    """The whole algorithm; in self-attention all three token sources are one array.
 
     Args:
         params: the projections, of any widths and dtype.

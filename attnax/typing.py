@@ -35,6 +35,7 @@ __all__ = [
     "Array",
     "ArrayLike",
     "AttentionFn",
+    "AttentionFnOptions",
     "AttentionOptions",
     "Bool",
     "Float",
@@ -80,7 +81,7 @@ class AttentionFn(Protocol):
 
     Query `(B, N, T, H)`, key `(B, K, S, H)`, value `(B, K, S, Hv)`, out `(B, N, T, Hv)`; N is a multiple of K
     (grouped-query attention). `mask` is a boolean array that broadcasts to (B, N, T, S), True to attend; a function
-    that carries `takes_mask_objects = True` also takes a `attnax.masks.Mask` or a `MaskMod`.
+    that carries `takes_mask_objects = True` also takes an `attnax.masks.Mask` or a `MaskMod`.
     """
 
     def __call__(
@@ -98,14 +99,19 @@ class AttentionFn(Protocol):
     ) -> Any: ...
 
 
-class AttentionOptions(TypedDict, total=False):
-    """The keywords of the built-in softmax kernels, beside `return_lse`."""
+class AttentionFnOptions(TypedDict, total=False):
+    """The keywords of every `AttentionFn`."""
 
     mask: Any
     score_mod: ScoreMod | None
     dropout_rng: Array | None
     dropout_rate: float
     deterministic: bool
+
+
+class AttentionOptions(AttentionFnOptions, total=False):
+    """The keywords of the built-in softmax kernels, beside `return_lse`."""
+
     scale: float | Array | None
 
 

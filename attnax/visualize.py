@@ -162,8 +162,9 @@ def plot_attention(
     for head, panel in enumerate(panels[:heads]):
         image = panel.imshow(weights[batch, head], cmap="viridis", norm=colors, aspect="auto")
         panel.set_title(f"head {head}", fontsize="medium")
-        panel.tick_params(labelbottom=head + columns >= heads)  # also above a panel that is left out
-        _name_axes(panel, x=head + columns >= heads, y=head % columns == 0)
+        is_lowest = head + columns >= heads  # also above a panel that is left out
+        panel.tick_params(labelbottom=is_lowest)
+        _name_axes(panel, x=is_lowest, y=head % columns == 0)
         # Tokens are no mathematics between $ signs, and their line breaks are shown, not obeyed.
         if key_labels is not None:
             panel.set_xticks(range(seq_kv), [repr(token)[1:-1] for token in key_labels], rotation=90, parse_math=False)

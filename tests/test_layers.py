@@ -9,7 +9,6 @@ LAYERS = {
     "checks": 0,
     "config": 0,
     "config_fields": 0,
-    "dtypes": 0,
     "errors": 0,
     "pytrees": 0,
     "typing": 0,

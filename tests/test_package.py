@@ -1,16 +1,19 @@
 """The package for its users: a light import, every public name, and docstrings whose examples run."""
 
+import builtins
 import doctest
 import importlib
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import pytest
 
 import attnax
+from attnax.lazy import lazy_imports
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path for path in (ROOT / "attnax").rglob("*.py") if ">>> " in path.read_text())
@@ -51,6 +54,32 @@ def test_every_public_name_exists():
     assert len(names) > 50 and len(set(names)) == len(names)
     assert [name for name in names if getattr(attnax, name) is None] == []
     assert set(names) <= set(dir(attnax))
+
+
+def test_threads_that_make_lazy_packages_at_the_same_time_leave_no_hook():
+    original, may_leave = builtins.__import__, threading.Event()
+    scopes = [{"__name__": "first"}, {"__name__": "second"}]
+
+    def make(scope, entered, wait_for):
+        with lazy_imports(scope):
+            entered.set()
+            wait_for.wait(0.1)
+            exec("from math import pi", scope)
+
+    # The first block would end before the second one does, if they could overlap.
+    inside = threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=make, args=(scopes[0], inside[0], inside[1])),
+        threading.Thread(target=make, args=(scopes[1], inside[1], may_leave)),
+    ]
+    threads[0].start()
+    inside[0].wait()
+    threads[1].start()
+    threads[0].join()
+    may_leave.set()
+    threads[1].join()
+    assert builtins.__import__ is original
+    assert all("pi" not in scope and scope["__getattr__"]("pi") > 3 for scope in scopes)
 
 
 def test_unknown_names_are_refused():

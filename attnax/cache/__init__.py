@@ -1,4 +1,4 @@
-"""What a layer remembers of the tokens read so far, as pytrees of fixed shape, so that decoding compiles once.
+"""The memory of a layer for the tokens read so far, as a pytree of fixed shape, so that decoding compiles once.
 
 Every kind of cache obeys `LayerCache`, and attention takes any of them:
 
@@ -6,7 +6,7 @@ Every kind of cache obeys `LayerCache`, and attention takes any of them:
 - `RingKVCache`: the token at position p of a row lies in slot p % slots, so that rows of different lengths waste
   nothing, tokens can be taken back, and a layer with a window needs the memory of the window only;
 - `LinearLayerCache`: the sums of linear attention, of one size whatever the length;
-- `attnax.paged_cache.PagedKVCache`: all rows share a pool of blocks;
+- `attnax.paged_cache.PagedKVCache`: all rows share a pool of pages;
 - `EmptyCache`: a cache of any of these kinds before its first token.
 
 Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head of each token has a scale of its own.

@@ -44,19 +44,14 @@ class EmptyCache:
             )
 
     def next_positions(self) -> Int[Array, "B"]:
-        """0 for each row."""
         return self.cache.next_positions()
 
     def tokens(self, dtype: Any) -> StoredTokens:
-        """Slots without a token."""
         stored: StoredTokens = self.cache.tokens(dtype)
         return stored
 
     def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
-        """The cache inside with the tokens of a prompt, given as to `append`.
-
-        Padding behind the last token of all rows takes no slot.
-        """
+        """`cache.append`, where padding behind the last token of all rows takes no slot."""
         cache, _ = self.cache.append(keys, values, positions)
         if not isinstance(cache, KVLayerCache):
             return cache
@@ -65,9 +60,7 @@ class EmptyCache:
         return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> EmptyCache:
-        """A cache of the rows named."""
         return EmptyCache(self.cache.select_rows(rows))
 
     def forget(self, first: Int[ArrayLike, "B"]) -> EmptyCache:
-        """The cache as it is: there is nothing to take back."""
-        return self
+        return self  # it holds no token

@@ -39,21 +39,18 @@ class KVLayerCache(InSlots):
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover; None if there is no bound."""
         return self.max_len
 
     @property
     def window(self) -> int | None:
-        """Queries attend all keys."""
         return None
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
-        """No slot from here on holds a token."""
         return self.length
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
-        """The cache with the new tokens, twice: it also holds every token that these may attend."""
+        """The cache with the new tokens, twice: it holds every token that they may attend."""
         cache = update_kv_layer_cache(self, keys, values, positions=positions)
         return cache, cache
 
@@ -126,7 +123,7 @@ def update_kv_layer_cache(
     positions = check_new_positions("update_kv_layer_cache", positions, batch, num_new)
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
-        # A write that does not fit puts back what was there: cheaper than choosing between two whole caches.
+        # A write that does not fit puts the old tokens back: cheaper than a choice between two whole caches.
         old = lax.dynamic_slice_in_dim(buffer, start, num_new, axis)
         return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new, old), start, axis)
 

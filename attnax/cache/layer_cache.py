@@ -1,4 +1,4 @@
-"""What a cache of one layer can do, whatever its kind; and what is done to every cache of a pytree."""
+"""The protocol of a layer's cache, and the operations on every cache of a pytree."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StoredTokens:
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover: there is no bound."""
+        """The number of positions that a mask array must cover; None if there is no bound."""
         return None
 
     @property
@@ -51,20 +51,18 @@ class StoredTokens:
         return jnp.zeros((), bool)
 
     def tokens(self, dtype: Any) -> StoredTokens:
-        """The same tokens, as arrays of `dtype`."""
+        """The tokens, with keys and values as arrays of `dtype`."""
         keys, values = decode_rows(self.keys, dtype), decode_rows(self.values, dtype)
         return dataclasses.replace(self, keys=keys, values=values)
 
 
 @runtime_checkable
 class LayerCache(Protocol):
-    """What every cache of one layer can do; none changes in place.
+    """The methods of every cache of one layer. No cache changes in place.
 
-    Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them.
-
-    A kind that stores tokens also has `append(keys, values, positions)`. It gives the new cache, and an object that
-    holds every token that the new ones may attend: the new cache again, or a StoredTokens where a ring would overwrite
-    some of them.
+    Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them. A kind that stores tokens
+    also has `append(keys, values, positions)`. It returns the new cache, and an object with every token that the new
+    tokens may attend: the new cache again, or a StoredTokens where a ring would overwrite some of them.
     """
 
     def tokens(self, dtype: Any) -> StoredTokens:
@@ -78,14 +76,14 @@ class LayerCache(Protocol):
         """The position that follows the last token of each row."""
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
-        """A cache of the rows named, which may be more or fewer, in any order and repeated."""
+        """A cache of the rows `rows`: in any order, also repeated or left out."""
 
     def forget(self, first: Int[ArrayLike, "B"]) -> Any:
         """Takes back each row's tokens from position `first` on."""
 
 
 def select_rows(caches: Caches, rows: Int[ArrayLike, "R"]) -> Caches:
-    """The rows named of every cache in a pytree; other arrays in it have their rows along axis 0."""
+    """`rows` of every cache in a pytree, and of the other arrays in it along axis 0."""
 
     def select(node: Any) -> Any:
         return node.select_rows(rows) if isinstance(node, LayerCache) else node[rows]
@@ -111,7 +109,6 @@ class InSlots:
         return self.keys.shape[2]
 
     def next_positions(self) -> Int[Array, "B"]:
-        """The position that follows the last token of each row."""
         return self.positions.max(axis=1, initial=-1) + 1
 
     def tokens(self: Any, dtype: Any) -> StoredTokens:
@@ -119,7 +116,6 @@ class InSlots:
         return StoredTokens(self.keys, self.values, self.positions, self.window).tokens(dtype)
 
     def select_rows(self: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
-        """A cache of the rows named."""
         rows = check_rows("select_rows", rows, self.positions.shape[0])
         keys, values, positions = jax.tree.map(lambda x: x[rows], (self.keys, self.values, self.positions))
         return dataclasses.replace(self, keys=keys, values=values, positions=positions)
@@ -134,11 +130,7 @@ class InSlots:
 def empty_slots(
     caller: str, batch_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None, max_len: int, dtype: Any
 ) -> dict[str, Any]:
-    """The fields of `InSlots` for `max_len` empty slots a row; values are as wide as keys by default.
-
-    Raises:
-        ValueError: a size below 1.
-    """
+    """The fields of `InSlots` for `max_len` empty slots a row; raises ValueError for a size below 1."""
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
     sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     check_sizes(caller, **sizes, value_head_dim=value_head_dim, max_len=max_len)
@@ -150,11 +142,7 @@ def empty_slots(
 
 
 def check_rows(caller: str, rows: Int[ArrayLike, "R"], batch: int) -> Array:
-    """`rows` as an array.
-
-    Raises:
-        ValueError: `rows` are not integers in one axis, or one of them is known to be outside of the batch.
-    """
+    """`rows` as an array; ValueError unless they are integers in one axis, and known ones lie within the batch."""
     rows = jnp.asarray(rows)
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(f"{caller}: rows must be integers in one axis; got shape={rows.shape}, dtype={rows.dtype}.")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnax.cache.layer_cache import StoredTokens, check_rows, check_sizes
-from attnax.dtypes import wide_dtype
+from attnax.checks import wide_dtype
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
 
@@ -42,11 +42,9 @@ class LinearLayerCache:
         )
 
     def next_positions(self) -> Int[Array, "B"]:
-        """The position that follows the last token of each row."""
         return self.lengths
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> LinearLayerCache:
-        """A cache of the rows named."""
         rows = check_rows("LinearLayerCache.select_rows", rows, self.lengths.shape[0])
         return jax.tree.map(lambda x: x[rows], self)
 

@@ -31,7 +31,8 @@ SPARE_SLOTS = 16
 class RingKVCache(InSlots):
     """Keys and values of one layer; a row's token at position p lies in slot p % slots. Padding takes no slot.
 
-    With a window, a new token takes the slot of one that no later query attends. Without, positions end with the slots.
+    With a window, a new token takes the slot of a token that no later query attends. Without a window, positions end
+    with the slots.
 
     Attributes:
         keys: (batch, num_kv_heads, slots, head_dim).
@@ -49,21 +50,19 @@ class RingKVCache(InSlots):
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover; None if there is no bound."""
         return self.max_len if self.window is None else None
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
-        """No slot from here on holds a token."""
         return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
 
     def append(
         self, keys: Array, values: Array, positions: ArrayLike
     ) -> tuple[RingKVCache, RingKVCache | StoredTokens]:
-        """The cache with the new tokens, and an object that holds every token that these may attend.
+        """The cache with the new tokens, and an object with every token that the new tokens may attend.
 
-        The two are the same, unless the new tokens overwrite keys that the first of them still attends. The second is
-        then a copy of the old slots, followed by the new tokens.
+        Both are the same, unless a new token overwrites a key that an earlier new token attends. The second is then a
+        copy of the old slots, followed by the new tokens.
 
         Raises:
             ValueError: shapes that do not fit the cache; without a window, a position past the slots; with a window,
@@ -105,15 +104,14 @@ class RingKVCache(InSlots):
         return cache, StoredTokens(all_keys, all_values, jnp.concatenate([self.positions, positions], axis=1), window)
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> RingKVCache:
-        """A cache of the rows named."""
         cache = super().select_rows(rows)
         return dataclasses.replace(cache, overflowed=self.overflowed[jnp.asarray(rows)])
 
     def forget(self, first: Int[ArrayLike, "B"]) -> RingKVCache:
         """Takes back each row's tokens from position `first` on; their slots are free again.
 
-        With a window, the tokens that these had overwritten do not come back. Nothing is lost as long as at most
-        slots - window tokens are taken back; `overflowed` is set for a row that loses tokens.
+        With a window, tokens that they had overwritten do not come back. No token is lost if at most slots - window
+        tokens are taken back; `overflowed` is set for a row that loses tokens.
         """
         cache = super().forget(first)
         if self.window is None:
@@ -144,7 +142,7 @@ def init_ring_kv_cache(
         max_len: slots of a row; at least the window. With `window + n` slots, chunks of up to n + 1 tokens are written
             before they are attended, which saves a copy, and n tokens can be taken back.
         dtype: as in `init_kv_layer_cache`.
-        window: queries attend keys with |q - kv| < window; None if they attend all, which then end with the slots.
+        window: queries attend keys with |q - kv| < window; None if they attend all keys, whose number the slots limit.
         value_head_dim: size of a value.
 
     Raises:

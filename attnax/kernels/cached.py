@@ -1,24 +1,21 @@
-"""cached_attention: attention to what a layer's cache holds, of whatever kind the cache is."""
+"""cached_attention: attention to the tokens in a layer's cache of any kind."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
 from attnax.checks import check_attention, check_positions
-from attnax.int8_rows import Int8Rows, Rows, decode_rows
-from attnax.kernels._core.stored import Chunk, TokenArrays, chunk_slots
+from attnax.int8_rows import Int8Rows
+from attnax.kernels._core.stored import SlotChunks, TokenArrays
 from attnax.kernels._decode_call import DecodeCall, attend_tokens
 from attnax.kernels.flash import flash_attention
 from attnax.kernels.paged import attend_rows
 from attnax.masks import Mask, as_mask, at_positions, mask_of_cache, resolve_masks, sliding_window
 from attnax.paged_cache import PagedKVCache
-from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, ScoreShape, Shaped
 
 __all__ = ["cached_attention"]
@@ -45,13 +42,13 @@ def cached_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ keys^T) @ values over the tokens of a cache, masks and score mods at true positions.
 
-    Up to 17 queries read the slots in use chunk by chunk: a step costs what the cache holds, not its capacity, and one
-    program serves every length. More queries go through `flash_attention`.
+    Up to 17 queries read the slots in use chunk by chunk: the cost of a step follows the tokens in the cache, not its
+    capacity, and one program serves every length. More queries go through `flash_attention`.
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: keys and values, those of the queries' own tokens included: append first, then attend to what `append`
-            returns. In a ring of a window queries attend that window only.
+        cache: keys and values, also of the queries' own tokens: append first, then attend to the second
+            result of `append`. In a ring of a window queries attend that window only.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
@@ -106,11 +103,7 @@ def cached_attention(
 
 
 def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
-    """The positions of the queries, (batch, T).
-
-    Raises:
-        ValueError: `cache` is no cache, or query or positions do not fit its rows.
-    """
+    """The positions of the queries, (batch, T); ValueError unless cache, query and positions fit together."""
     if not isinstance(cache, AnyCache):
         raise ValueError(
             f"cached_attention: cache must hold tokens; got {type(cache).__name__}. Use a KVLayerCache, a RingKVCache "
@@ -136,7 +129,7 @@ def _in_window(cache: AnyCache, options: AttentionOptions) -> AttentionOptions:
 
 
 def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: AttentionOptions, return_lse: bool) -> Any:
-    """`flash_attention` to all slots of the cache, with what it returns."""
+    """`flash_attention` to all slots of the cache."""
     stored_dtype = (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(query.dtype, stored_dtype)  # stored tokens are not rounded to the query's dtype
@@ -150,11 +143,7 @@ def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: Atte
 
 
 def _attend_slots(
-    query: Array,
-    cache: SlotCache,
-    positions: Array,
-    options: AttentionOptions,
-    score_shape: ScoreShape,
+    query: Array, cache: SlotCache, positions: Array, options: AttentionOptions, score_shape: ScoreShape
 ) -> tuple[Array, Array]:
     """(out, log-sum-exp) over the slots in use, chunk by chunk."""
     key, value = (jax.ShapeDtypeStruct(rows.shape, query.dtype) for rows in (cache.keys, cache.values))
@@ -181,38 +170,3 @@ def _token_arrays(cache: SlotCache) -> TokenArrays | None:
     if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows):
         return None
     return TokenArrays(cache.keys, cache.values, cache.positions, None)
-
-
-@pytree_dataclass
-class SlotChunks:
-    """The slots of a cache whose tokens lie in place, in chunks."""
-
-    keys: Rows  # (B, K, S, H)
-    values: Rows  # (B, K, S, V)
-    positions: Array  # (B, S); -1 is no token
-    in_use: Array  # slots from here on are empty
-    chunk_size: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def num_chunks(self) -> Array:
-        return -(-self.in_use // self.chunk_size)
-
-    @property
-    def value_shape(self) -> tuple[int, int]:
-        return self.values.shape[1], self.values.shape[3]
-
-    def chunk(self, n: Any) -> Chunk:
-        size, length = self.chunk_size, self.keys.shape[2]
-        slots, is_new = chunk_slots(n, size, length)
-
-        def cut(x: Array, axis: int) -> Array:
-            return x if size == length else lax.dynamic_slice_in_dim(x, slots[0], size, axis)
-
-        position = cut(self.positions, 1)
-
-        def read() -> tuple[Array, Array]:
-            keys, values = jax.tree.map(lambda x: cut(x, 2), (self.keys, self.values))
-            return decode_rows(keys, self.keys.dtype), decode_rows(values, self.values.dtype)
-
-        exists = (position >= 0) & is_new[None]
-        return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)

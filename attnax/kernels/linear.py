@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,16 @@ from attnax.cache import LinearState
 from attnax.checks import check_attention, wide_dtype
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import Array, ArrayLike, AttentionFnOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["linear_attention"]
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-class LinearOptions(TypedDict, total=False):
+class LinearOptions(AttentionFnOptions, total=False):
     """The keywords of `linear_attention`, beside `return_state`."""
 
-    mask: Any
-    score_mod: ScoreMod | None
-    dropout_rng: Array | None
-    dropout_rate: float
-    deterministic: bool
     causal: bool
     chunk_size: int
     state: LinearState | None
@@ -67,7 +62,7 @@ def linear_attention(
 
     Causal attention goes through the sequence in chunks: it is dense within a chunk, and reads the state for earlier
     keys. Time and memory are linear in the length. A gradient also keeps one state for each chunk: chunks of about
-    value_dim balance the two.
+    value_dim balance both.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -108,7 +103,7 @@ def linear_attention(
         2020, https://arxiv.org/abs/2006.16236.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    options: AttentionOptions = {"mask": mask, "score_mod": score_mod}
+    options: AttentionFnOptions = {"mask": mask, "score_mod": score_mod}
     options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     check_attention("linear_attention", query, key, value, **options)
     if not isinstance(chunk_size, int) or chunk_size < 1:

@@ -12,7 +12,7 @@ from attnax.checks import check_attention, wide_dtype
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
+from attnax.typing import Array, ArrayLike, AttentionFnOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["lite_attention"]
 
@@ -67,7 +67,7 @@ def lite_attention(
         [1.0, 0.5, 0.33, 0.25, 0.2]
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    options: AttentionOptions = {"mask": mask, "score_mod": score_mod}
+    options: AttentionFnOptions = {"mask": mask, "score_mod": score_mod}
     options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
     check_attention("lite_attention", query, key, value, **options)
     _check_lite(query, key, gate_proj, score_mod)
@@ -121,13 +121,9 @@ def _check_lite(query: Array, key: Array, gate_proj: Any, score_mod: ScoreMod | 
 
 
 def _weigh(logits: Array, real: Array, finite: Array, causal: bool) -> tuple[Array, Array]:
-    """The softmax of the logits (B, K, G, T) over the last axis, and where something non-finite contaminates it.
+    """The softmax of the logits (B, K, G, T) over the last axis, and where a non-finite position contaminates it.
 
-    Args:
-        logits: of all positions.
-        real: positions that are no padding.
-        finite: real positions with finite query, key and value.
-        causal: the softmax of a position runs up to that position.
+    `real` positions are no padding; `finite` ones are real, with finite query, key and value.
     """
     finite = finite & jnp.isfinite(logits)
     # Not -inf: -inf - -inf is NaN. The lowest number vanishes as well beside any finite logit.

@@ -15,11 +15,12 @@ import numpy as np
 from jax import lax
 
 from attnax.checks import check_attention, check_positions, is_concrete
-from attnax.int8_rows import Int8Rows, decode_rows
-from attnax.kernels._core.stored import Chunk, Source, TokenArrays, chunk_slots
+from attnax.int8_rows import Int8Rows
+from attnax.kernels._core.stored import Chunk, SlotChunks, Source, TokenArrays
 from attnax.kernels._decode_call import DecodeCall, attend_tokens
 from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, takes_mask_objects
 from attnax.paged_cache import PagedKVCache, Pool
+from attnax.paged_cache.pool import read_blocks
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped
 
@@ -172,15 +173,10 @@ def attend_rows(
     rows: Array | None = None,
     new: tuple[Any, Any] | None = None,
 ) -> tuple[Array, Array]:
-    """(out, log-sum-exp) of queries over the tokens of B rows of the cache, and over new tokens.
+    """(out, log-sum-exp) of query (B, N, T, H) over the tokens of B rows of the cache, and over new tokens.
 
-    Args:
-        query: (B, N, T, H).
-        cache: of all rows.
-        query_positions: as in `paged_attention`.
-        options: every option, as the caller gave it.
-        rows: (B,) rows of the cache; None for all.
-        new: key and value of the new tokens.
+    `options` holds every option, as the caller gave it. `rows` are (B,) rows of the cache, None for all; `new` is key
+    and value of the new tokens.
     """
     num_rows = cache.seq_lengths.shape[0]
     if rows is None:
@@ -207,7 +203,9 @@ def attend_rows(
     b = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
     sources: list[Source] = [_pages_to_read(mask, cache, b, positions, num_heads)]
     if new is not None:
-        sources.append(NewTokens(key, value, cache.seq_lengths))
+        num_new = key.shape[2]
+        new_positions = cache.seq_lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
+        sources.append(SlotChunks(key, value, new_positions, jnp.int32(num_new), min(num_new, _CHUNK)))
     out, lse = attend_tokens(
         DecodeCall(
             "paged_attention",
@@ -237,8 +235,7 @@ class PageChunks:
 
     @property
     def value_shape(self) -> tuple[int, int]:
-        _, _, heads, width = self.cache.value_pool.shape
-        return heads, width
+        return self.cache.value_pool.shape[2], self.cache.value_pool.shape[3]
 
     def chunk(self, n: Array) -> Chunk:
         cache, count, block_size = self.cache, _pages_in_chunk(self.cache), self.cache.block_size
@@ -250,9 +247,7 @@ class PageChunks:
 
         def read(pool: Pool) -> Array:
             # Page -1 is masked; any other page serves in its place.
-            pages = jax.tree.map(lambda x: x[jnp.maximum(blocks, 0)], pool)
-            slots = decode_rows(pages, pool.dtype)
-            return slots.reshape(blocks.shape[0], count * block_size, *pool.shape[2:]).swapaxes(1, 2)
+            return read_blocks(pool, jnp.maximum(blocks, 0)).swapaxes(1, 2)
 
         return Chunk(
             jnp.broadcast_to(position, exists.shape)[:, None, None],
@@ -261,42 +256,8 @@ class PageChunks:
         )
 
 
-@pytree_dataclass
-class NewTokens:
-    """Tokens that follow the tokens in the cache."""
-
-    key: Array  # (B, K, S, H)
-    value: Array  # (B, K, S, V)
-    lengths: Array  # (B,), of the cache
-
-    @property
-    def num_chunks(self) -> Array:
-        return jnp.int32(-(-self.key.shape[2] // _CHUNK))
-
-    @property
-    def chunk_size(self) -> int:
-        return min(self.key.shape[2], _CHUNK)
-
-    @property
-    def value_shape(self) -> tuple[int, int]:
-        _, heads, _, width = self.value.shape
-        return heads, width
-
-    def chunk(self, n: Array) -> Chunk:
-        slots, is_new = chunk_slots(n, self.chunk_size, self.key.shape[2])
-        exists = jnp.broadcast_to(is_new[None], (self.lengths.shape[0], self.chunk_size))
-
-        def read() -> tuple[Array, Array]:
-            key, value = (
-                lax.dynamic_slice_in_dim(x, slots[0], self.chunk_size, axis=2) for x in (self.key, self.value)
-            )
-            return key, value
-
-        return Chunk((self.lengths[:, None] + slots[None])[:, None, None], exists[:, None, None], read)
-
-
 def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *, has_new: bool) -> Array:
-    """The positions (B, T) of the queries: as given, or by default those of the last tokens."""
+    """The positions (B, T) of the queries: as given, or by default the last positions."""
     batch, _, seq_q, _ = query.shape
     if given is not None:
         positions = check_positions("paged_attention", "query_positions", given, batch, seq_q)
@@ -308,7 +269,7 @@ def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *,
 def _pages_to_read(
     mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int
 ) -> PageChunks:
-    """The chunks of the cache, beginning with those that some row may attend."""
+    """The chunks of the cache; the chunks that some row may attend come first."""
     count = _pages_in_chunk(cache)
     size = count * cache.block_size
     first = jnp.arange(-(-cache.block_table.shape[1] // count), dtype=jnp.int32)[None, None] * size
@@ -359,18 +320,16 @@ def _call_form(
 
 def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
     """Raises ValueError unless query and index fit the cache."""
-    num_rows, (*_, kv_heads, head_dim) = cache.seq_lengths.shape[0], cache.key_pool.shape
-    axes = "(num_heads, seq_q, head_dim) of one row of the cache"
-    if sequence_idx is None:
-        axes = "(batch, num_heads, seq_q, head_dim) of all rows of the cache"
-    else:
+    num_rows, head_dim = cache.seq_lengths.shape[0], cache.key_pool.shape[3]
+    axes = "(batch, num_heads, seq_q, head_dim) of all rows of the cache"
+    if sequence_idx is not None:
+        axes = "(num_heads, seq_q, head_dim) of one row of the cache"
         is_integer = jnp.ndim(sequence_idx) == 0 and jnp.issubdtype(jnp.result_type(sequence_idx), jnp.integer)
         if not is_integer or (is_concrete(sequence_idx) and not 0 <= int(sequence_idx) < num_rows):
             raise ValueError(
                 f"paged_attention: sequence_idx must be an integer between 0 and {num_rows - 1}; "
                 f"got sequence_idx={sequence_idx}."
             )
-    shapes = f"query.shape={query.shape}, key_pool.shape={cache.key_pool.shape}"
     if query.ndim != (4 if sequence_idx is None else 3):
         raise ValueError(
             f"paged_attention: query must be {axes}; got query.shape={query.shape}. "
@@ -382,11 +341,9 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
             "Give a sequence_idx to attend to one of them."
         )
     if query.shape[-1] != head_dim:
-        raise ValueError(f"paged_attention: query must have the head_dim of the cache; got {shapes}.")
-    if query.shape[-3] == 0 or query.shape[-3] % kv_heads:
         raise ValueError(
-            "paged_attention: the number of query heads must be a multiple of the number of key heads in the cache; "
-            f"got {query.shape[-3]} and {kv_heads}."
+            f"paged_attention: query must have the head_dim of the cache; got query.shape={query.shape}, "
+            f"key_pool.shape={cache.key_pool.shape}."
         )
     dtypes = query.dtype, cache.key_pool.dtype, cache.value_pool.dtype
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
@@ -419,11 +376,7 @@ def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
 
 
 def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
-    """Key and value of the new tokens, of length 0 if there are no new tokens.
-
-    Raises:
-        ValueError: they do not fit query and cache.
-    """
+    """Key and value of the new tokens, of length 0 if there are none; ValueError if they do not fit query and cache."""
     pools = cache.key_pool, cache.value_pool
     batch, _, seq_q, _ = query.shape
     if new is None:

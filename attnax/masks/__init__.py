@@ -7,8 +7,6 @@ boolean arrays. `mask.py` says what a mask is; a new kind goes into `kinds.py`.
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
 from attnax.masks.arguments import *
 from attnax.masks.arrays import *
-from attnax.masks.cached import *
 from attnax.masks.kinds import *
 from attnax.masks.mask import *
 from attnax.masks.positions import *
-from attnax.masks.tiles import *

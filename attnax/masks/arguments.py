@@ -32,7 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class MaskedScoreMod(NoTruth):
     """A score mod that carries a mask: `score_mod` first, then -inf where `mask` forbids the pair.
 
-    Kernels take the two apart, so that a mask given as a score mod saves as much work as a mask given as `mask=`.
+    Kernels split it, so that a mask given as a score mod saves as much work as a mask given as `mask=`.
     """
 
     score_mod: ScoreMod | None  # a pytree
@@ -54,11 +54,7 @@ def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask |
 def resolve_masks(
     caller: str, mask: Any, score_mod: ScoreMod | None, score_shape: ScoreShape
 ) -> tuple[Mask | None, ScoreMod | None]:
-    """The arguments `mask=` and `score_mod=` of a kernel as one Mask and one score mod that carries no mask.
-
-    Raises:
-        ValueError: an array in the mask or the mod does not fit (B, N, T, S) = `score_shape`.
-    """
+    """`mask=` and `score_mod=` of a kernel as one Mask and one score mod without a mask, checked for `score_shape`."""
     score_mod, carried = split_score_mod(score_mod)
     mask = None if mask is None else as_mask(mask)
     if carried is not None:
@@ -79,7 +75,7 @@ def check_score_mod(caller: str, score_mod: Any, score_shape: ScoreShape) -> Non
 def mask_argument(
     caller: str, attention_fn: Callable[..., Any], mask: Mask | None, score_shape: tuple[int, int, int, int]
 ) -> Mask | Array | None:
-    """`mask` in the form that `attention_fn` takes: itself, or an array that broadcasts to `score_shape`."""
+    """`mask` as `attention_fn` takes it: the mask itself, or an array that broadcasts to `score_shape`."""
     if mask is None:
         return None
     if getattr(kernel_of(attention_fn), "takes_mask_objects", False):
@@ -103,7 +99,7 @@ def takes_mask_objects(attention_fn: Function) -> Function:
 
 
 def reads_cache_in_chunks(attention_fn: Function) -> Function:
-    """Marks an attention function whose place `cached_attention` may take for a few queries against a cache."""
+    """Marks an attention function that `cached_attention` may replace for a few queries against a cache."""
     attention_fn.reads_cache_in_chunks = True  # type: ignore[attr-defined]
     return attention_fn
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from attnax.checks import is_concrete
-from attnax.masks.mask import Dense, Mask, Range
-from attnax.masks.ranges import range_bounds, value_at
+from attnax.masks.mask import Dense, Mask, Range, range_bounds, value_at
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Index, Int, ScoreShape
 

@@ -1,4 +1,4 @@
-"""A mask as a value that is read in two ways, and its algebra.
+"""The mask, a value that is read in two ways, and its algebra.
 
 Pointwise, `mask(b, h, q, kv)` says whether query `q` may attend key `kv`. Indices are integer arrays of any shapes that
 broadcast together. Over a tile, `mask.tile(b, h, q_range, kv_range)` bounds the same answer for whole ranges by
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from attnax.checks import check_broadcast, explain_tracing
 from attnax.pytrees import function_pytree, pytree_dataclass
@@ -21,6 +22,8 @@ __all__ = ["And", "Dense", "Mask", "NoTruth", "Not", "Pointwise", "Range", "as_m
 
 Range = tuple[Index, Index]
 """First and last index of a tile along one axis, both included."""
+
+_BLOCK = 16  # tokens that share one pair of bounds
 
 
 class NoTruth:
@@ -190,3 +193,29 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
     if callable(mask):
         return Pointwise(function_pytree(mask))
     raise ValueError(f"as_mask: a mask is a boolean array, a Mask or a function (b, h, q, kv) -> bool; got {mask!r}.")
+
+
+def value_at(values: Array, b: Index, index: Index) -> Array:
+    """`values[b, index]` of (B|1, length); an index outside reads the first or the last value, as in `range_bounds`."""
+    return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
+
+
+def range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array]:
+    """Bounds (least, greatest) on `values[b, first:last + 1]`, exact for a range of whole blocks of 16.
+
+    Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.
+    """
+    blocks = -(-values.shape[1] // _BLOCK)
+    blocked = jnp.pad(values, ((0, 0), (0, blocks * _BLOCK - values.shape[1])), mode="edge")
+    blocked = blocked.reshape(-1, blocks, _BLOCK)
+    first, last = (jnp.clip(jnp.asarray(index), 0, values.shape[1] - 1) // _BLOCK for index in index_range)
+    level = jnp.maximum(31 - lax.clz((last - first + 1).astype(jnp.int32)), 0)
+    bounds = []
+    for reduce, join in ((jnp.min, jnp.minimum), (jnp.max, jnp.maximum)):
+        table = [reduce(blocked, axis=2)]
+        while 2 ** len(table) <= blocks:
+            half = 2 ** (len(table) - 1)
+            table.append(join(table[-1], jnp.pad(table[-1][:, half:], ((0, 0), (0, half)), mode="edge")))
+        levels, row = jnp.stack(table), 0 if values.shape[0] == 1 else b
+        bounds.append(join(levels[level, row, first], levels[level, row, last + 1 - (1 << level)]))
+    return bounds[0], bounds[1]

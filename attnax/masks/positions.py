@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, overload
 
+import jax
 import jax.numpy as jnp
 
-from attnax.checks import check_positions
+from attnax.checks import check_broadcast, check_positions
 from attnax.masks.arguments import MaskedScoreMod, check_score_mod, split_score_mod
-from attnax.masks.mask import Mask, NoTruth, Range
-from attnax.masks.ranges import range_bounds, value_at
+from attnax.masks.mask import Dense, Mask, NoTruth, Range, range_bounds, value_at
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, Int, ScoreMod, ScoreShape
 
-__all__ = ["AtPositions", "ScoreModAtPositions", "at_positions", "tile_at_positions"]
+__all__ = ["AtPositions", "RowsOfCall", "ScoreModAtPositions", "at_positions", "mask_of_cache", "tile_at_positions"]
 
 
 @pytree_dataclass
@@ -73,17 +73,9 @@ class ScoreModAtPositions(NoTruth):
 
 
 @overload
-def at_positions(
-    mask_or_mod: Mask | None,
-    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
-) -> Mask: ...
+def at_positions(mask_or_mod: Mask | None, q_positions: ArrayLike, kv_positions: ArrayLike) -> Mask: ...
 @overload
-def at_positions(
-    mask_or_mod: ScoreMod,
-    q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
-    kv_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"],
-) -> ScoreMod: ...
+def at_positions(mask_or_mod: ScoreMod, q_positions: ArrayLike, kv_positions: ArrayLike) -> ScoreMod: ...
 def at_positions(
     mask_or_mod: Mask | ScoreMod | None,
     q_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
@@ -138,6 +130,51 @@ def tile_at_positions(
     if tile is not None:
         some, every = tile(b, h, range_bounds(q_positions, b, q_range), (kv_least, kv_most))
     return jnp.logical_and(some, kv_most >= 0), jnp.logical_and(every, lowest >= 0)
+
+
+@pytree_dataclass
+class RowsOfCall(Mask):
+    """A mask array with a row for each query of a call and a column for each position."""
+
+    array: Array  # (B|1, N|1, T, S)
+    q_positions: Array  # (B|1, T)
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        positions, q = self.q_positions[0 if self.q_positions.shape[0] == 1 else b], jnp.asarray(q)[..., None]
+        rank = max(positions.ndim, q.ndim)
+        here, sought = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (positions, q))
+        return Dense(self.array)(b, h, jnp.argmax(here == sought, axis=-1), kv)
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        batch, heads, _, columns = self.array.shape
+        check_broadcast(caller, "mask", (batch, heads, 1, columns), score_shape)
+
+
+def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> Mask:
+    """The mask of a call with a cache, with its arrays read at positions; `q_positions` are (B|1, T).
+
+    The columns of an array are positions; positions past the last column get False. The rows are positions if there
+    are `num_positions` of them, the capacity of the cache (None for no bound). Otherwise they are the queries in order.
+    """
+    short: list[int] = []
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, Dense):
+            return node
+        array = node.array
+        rows, columns = array.shape[2:]
+        if num_positions is not None and 1 < columns < num_positions:
+            array = jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, num_positions - columns)))
+            short.append(columns)
+        if rows in (1, num_positions) or rows != q_positions.shape[1]:
+            return Dense(array)
+        return RowsOfCall(array, q_positions)
+
+    converted: Mask = jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions))
+    if num_positions is None or not short:
+        return converted
+    # Positions past the end of an array are never attended, not even where `~` inverts the array.
+    return converted & Dense((jnp.arange(num_positions) < min(short))[None, None, None])
 
 
 def _check_both_positions(caller: str, q_positions: Array, kv_positions: Array, score_shape: ScoreShape) -> None:

@@ -60,11 +60,9 @@ class PagedKVCache:
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover."""
         return self.max_len
 
     def next_positions(self) -> Int[Array, "B"]:
-        """The position that follows the last token of each row."""
         return self.seq_lengths
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
@@ -101,14 +99,13 @@ class PagedKVCache:
         return cache, cache
 
     def tokens(self, dtype: Any) -> StoredTokens:
-        """All tokens as arrays, in one piece."""
         keys, values, lengths = gather_rows(self)
         slots = jnp.arange(self.max_len, dtype=jnp.int32)[None]
         positions = jnp.where(slots < lengths[:, None], slots, -1)
         return StoredTokens(keys.astype(dtype), values.astype(dtype), positions)
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> PagedKVCache:
-        """A cache of the rows named, each with its own copy of the blocks; the pool stays as large as it is.
+        """A cache of the rows `rows`, each with its own copy of the blocks; the pool stays as large as it is.
 
         Raises:
             ValueError: the pool has too few blocks. With a traced table this cannot be raised: `overflowed` is set for
@@ -169,16 +166,9 @@ def init_paged_kv_cache(
         ValueError: a size below 1.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    check_sizes(
-        "init_paged_kv_cache",
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        batch_size=batch_size,
-        max_blocks_per_seq=max_blocks_per_seq,
-        value_dim=value_dim,
-    )
+    sizes = {"num_blocks": num_blocks, "block_size": block_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    sizes |= {"batch_size": batch_size, "max_blocks_per_seq": max_blocks_per_seq, "value_dim": value_dim}
+    check_sizes("init_paged_kv_cache", **sizes)
     return PagedKVCache(
         key_pool=zero_rows((num_blocks, block_size, num_kv_heads, head_dim), dtype),
         value_pool=zero_rows((num_blocks, block_size, num_kv_heads, value_dim), dtype),
@@ -237,15 +227,15 @@ def init_paged_kv_caches_from_config(
 def allocate_rows(cache: PagedKVCache, num_new_tokens: Int[ArrayLike, "B"] | Int[ArrayLike, ""] | int) -> PagedKVCache:
     """Gives every row the blocks that it lacks for its next tokens, from the blocks that no row holds.
 
-    Rows are served in order, free blocks in the order of their ids. From the first row for which the pool does not
-    suffice, no row that lacks blocks gets any: a small request does not overtake a large one.
+    Rows are served in order, and get free blocks in the order of their ids. Once the pool is too small for a row, no
+    later row that lacks blocks gets any: a small request does not overtake a large one.
 
     Args:
         cache: stays as it is; the result holds a new block table.
         num_new_tokens: integers (batch,), the tokens to come in each row beyond its length, or one number for all rows.
 
     Raises:
-        ValueError: wrong shapes, or rows that cannot be served. Under jit the latter cannot be raised: such a row
+        ValueError: wrong shapes, or rows that cannot be served. Under jit the second cannot be raised: such a row
             keeps its blocks as they are and its `overflowed` is set.
     """
     num_new = _counts("allocate_rows", num_new_tokens, cache, cache.max_len)
@@ -380,11 +370,7 @@ def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
 
 
 def _counts(caller: str, counts: Any, cache: PagedKVCache, limit: int) -> Array:
-    """`num_new_tokens` as int32 (batch,).
-
-    Raises:
-        ValueError: they are not integers (batch,) or one integer, or are known to lie outside of 0 ... limit.
-    """
+    """`num_new_tokens` as int32 (batch,); ValueError unless integers (batch,) or one, known ones within 0 ... limit."""
     batch = cache.block_table.shape[0]
     if is_concrete(counts):
         counts = np.asarray(counts)

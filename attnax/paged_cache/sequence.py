@@ -156,11 +156,7 @@ def _free_blocks(cache: PagedKVCache, free_block_ids: Any) -> np.ndarray:
 def _sequence(
     caller: str, batched: str, cache: PagedKVCache, sequence_idx: Any, *numbers: Any
 ) -> tuple[int, int, Int[ArrayLike, "M"]]:
-    """Index, length and row of the block table of one sequence, as known values.
-
-    Raises:
-        ValueError: one of these or of the `numbers` is being traced, or there is no such sequence.
-    """
+    """Index, length and block table of one sequence; ValueError if anything is traced or there is no such sequence."""
     if not all(map(is_concrete, (cache.block_table, cache.seq_lengths, sequence_idx, *numbers))):
         raise ValueError(
             f"{caller}: the block table, the lengths and all numbers must be known values; got traced ones. "

@@ -643,8 +643,8 @@ KEY, VALUE = (
             lambda: paged_attention(Q[..., :3], filled()),
             r"head_dim of the cache; got query.shape=.* 3\), key_pool.shape=",
         ),
-        (lambda: paged_attention(Q[:, :5], filled()), "query heads must be a multiple of .* key heads .*; got 5 and 2"),
-        (lambda: paged_attention(Q[:, :0], filled()), "query heads must be a multiple of .* key heads .*; got 0 and 2"),
+        (lambda: paged_attention(Q[:, :5], filled()), "query heads must be a multiple of .* key heads; got 5 and 2"),
+        (lambda: paged_attention(Q[:, :0], filled()), "query heads must be a multiple of .* key heads; got 0 and 2"),
         (lambda: paged_attention(Q.astype(int), filled()), "must be floating; got int32, float32 and float32"),
         (
             lambda: paged_attention(Q, changed(key_pool=filled().key_pool.astype(jnp.int8))),

@@ -13,9 +13,7 @@ def split_mask(
 ) -> tuple[bool, Array]:
     """(whether `mask` is causal, which keys are no padding: booleans (B, S) or (1, S)).
 
-    Raises:
-        ValueError: the mask does not fit (B, N, T, S) = `score_shape`.
-        NotImplementedError: a part of the mask is neither causal nor key padding.
+    Raises ValueError if the mask does not fit `score_shape`, NotImplementedError if it has another part.
     """
     batch, _, _, seq_kv = score_shape
     causal, real = False, jnp.ones((1, seq_kv), bool)

@@ -131,7 +131,7 @@ def _function(branch: Any) -> Branch:
 
 
 def _lower(*names: str) -> Any:
-    """The lowering to the function of the first of these platforms that has one, else to the default."""
+    """The lowering to the function of the first platform in `names` that has one, else to the default."""
 
     def run(*arguments: Any, default: Any, platforms: tuple[str, ...], branches: tuple[Any, ...]) -> Any:
         given = dict(zip(platforms, branches, strict=True))

@@ -42,7 +42,7 @@ class Offset:
         return None if score_mod is None else ShardScoreMod(score_mod, self)
 
     def moved(self, b: Index, h: Index) -> tuple[Array, Array]:
-        """A row and a head of the shard as those of the whole."""
+        """The row and the head of the whole, for a row and a head of the shard."""
         return jnp.add(b, self.row), jnp.add(h, self.head)
 
 
@@ -99,7 +99,7 @@ class Shards:
         return self._whole(tree, ())
 
     def _whole(self, tree: Any, around: tuple[Any, ...]) -> Any:
-        """The same inside the closures of the functions `around`; a recursive function is in its own closure."""
+        """`whole` inside the closures of the functions `around`; a recursive function is in its own closure."""
         return jax.tree.map(
             lambda x: self._whole_leaf(x, around), tree, is_leaf=lambda node: isinstance(node, functools.partial)
         )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
+from attnax.int8_rows import Rows, decode_rows
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["Chunk", "Source", "TokenArrays", "chunk_slots"]
+__all__ = ["Chunk", "SlotChunks", "Source", "TokenArrays"]
 
 
 class Chunk(NamedTuple):
@@ -54,11 +58,37 @@ class TokenArrays:
     block_table: Array | None  # (B, S / page) int32, the pages of each row; None for tokens in one piece
 
 
-def chunk_slots(n: Any, size: int, length: int) -> tuple[Array, Array]:
-    """The slots (size,) of chunk n, and which of them (size,) no chunk before it holds.
+@pytree_dataclass
+class SlotChunks:
+    """Tokens in one piece, in chunks; from slot `in_use` on there is no token."""
 
-    The last chunk starts early enough to end at `length`, as `lax.dynamic_slice` would start it.
-    """
-    start = jnp.asarray(n, jnp.int32) * size
-    slots = jnp.minimum(start, length - size) + jnp.arange(size, dtype=jnp.int32)
-    return slots, slots >= start
+    keys: Rows  # (B, K, S, H)
+    values: Rows  # (B, K, S, V)
+    positions: Array  # (B, S); -1 is no token
+    in_use: Array
+    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_chunks(self) -> Array:
+        return -(-self.in_use // max(1, self.chunk_size))
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.values.shape[1], self.values.shape[3]
+
+    def chunk(self, n: Array) -> Chunk:
+        size, length = self.chunk_size, self.positions.shape[1]
+        start = jnp.asarray(n, jnp.int32) * size
+        # The last chunk ends at `length`, so its first slots may be those of the chunk before.
+        first = jnp.minimum(start, length - size)
+
+        def cut(x: Array, axis: int) -> Array:
+            return x if size == length else lax.dynamic_slice_in_dim(x, first, size, axis)
+
+        def read() -> tuple[Array, Array]:
+            keys, values = jax.tree.map(lambda x: cut(x, 2), (self.keys, self.values))
+            return decode_rows(keys, self.keys.dtype), decode_rows(values, self.values.dtype)
+
+        position, is_new = cut(self.positions, 1), first + jnp.arange(size, dtype=jnp.int32) >= start
+        exists = (position >= 0) & is_new[None]
+        return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)

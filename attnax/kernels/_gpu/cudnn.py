@@ -53,18 +53,15 @@ def why_not_cudnn_call(
 ) -> str | None:
     """Why cuDNN does not serve a checked call on any machine; None if it does.
 
-    Args:
-        query: (B, N, T, H).
-        key: (B, K, S, H).
-        value: (B, K, S, V).
-        mask: as `resolve_masks` returns it.
-        score_mod: likewise.
-        dropout_rate: 0 where the call is deterministic.
-        return_lse: whether the caller gets the log-sum-exp, which then needs a gradient.
-        scale: as the caller gave it.
+    Mask and score mod are as `resolve_masks` returns them. `dropout_rate` is 0 if the call is deterministic. With
+    `return_lse` the caller gets the log-sum-exp, which then needs a gradient.
     """
     (batch, _, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
     window = mask if isinstance(mask, SlidingWindow) else SlidingWindow(1, 1)
+    is_known = is_concrete(window.before) and isinstance(window.after, int) and window.after == 1
+    takes_mask = is_known and (mask is None or isinstance(mask, Causal | SlidingWindow))
+    takes_head = head_dim % 8 == 0 and head_dim <= 128 and value.shape[3] == head_dim
+    takes_lengths = seq_q % 2 == 0 and seq_kv % 2 == 0 and 0 not in (seq_q, seq_kv)
     reasons = {
         "cuDNN takes no score mod": score_mod is not None,
         "cuDNN drops weights by random numbers of its own": dropout_rate > 0.0,
@@ -72,18 +69,11 @@ def why_not_cudnn_call(
         "cuDNN takes float16 and bfloat16 only": query.dtype not in (jnp.float16, jnp.bfloat16),
         "cuDNN needs a known scale": not is_concrete(scale),
         "cuDNN takes no symbolic batch": not isinstance(batch, int),
-        "cuDNN takes head sizes that are multiples of 8, at most 128, and equal for keys and values": head_dim % 8 != 0
-        or head_dim > 128
-        or value.shape[3] != head_dim,
-        "cuDNN may leave rows empty, or let NaN through, under masks that are not causal": not (
-            mask is None or isinstance(mask, Causal | SlidingWindow)
-        )
-        or not (is_concrete(window.before) and isinstance(window.after, int) and window.after == 1),
+        "cuDNN takes head sizes that are multiples of 8, at most 128, and equal for keys and values": not takes_head,
+        "cuDNN may leave rows empty, or let NaN through, under masks that are not causal": not takes_mask,
         "cuDNN aligns queries and keys differently under a mask if their lengths differ": mask is not None
         and seq_q != seq_kv,
-        "cuDNN takes even lengths, and is known to fail under a mask at 64 beyond a multiple of 128": seq_q % 2 != 0
-        or seq_kv % 2 != 0
-        or 0 in (seq_q, seq_kv)
+        "cuDNN takes even lengths, and is known to fail under a mask at 64 beyond a multiple of 128": not takes_lengths
         or (mask is not None and seq_q % 128 == 64),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -155,15 +145,9 @@ def _attend(call: Cudnn, query: Array, key: Array, value: Array) -> tuple[Array,
     """(out (B, T, N, V), the pullback to query, key and value, all with heads after the sequence)."""
 
     def attend(query: Array, key: Array, value: Array) -> Array:
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            scale=call.scale,
-            is_causal=call.is_causal,
-            local_window_size=None if call.window is None else (call.window, 0),
-            implementation="cudnn",
-        )
+        window = None if call.window is None else (call.window, 0)
+        options: Any = {"scale": call.scale, "is_causal": call.is_causal, "local_window_size": window}
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)
 
     return jax.vjp(attend, *(x.swapaxes(1, 2) for x in (query, key, value)))
 

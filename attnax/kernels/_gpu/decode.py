@@ -1,4 +1,4 @@
-"""A few queries over stored tokens in a GPU kernel: whether it serves them, what it reads, and its launch."""
+"""A few queries over stored tokens in a GPU kernel: its choice, its operands and its launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["BoundKernel", "DecodeInputs", "DeferredKernel", "attend_bound", "ker
 
 @pytree_dataclass
 class BoundKernel:
-    """What the kernel reads, with mask and score mod traced."""
+    """The operands of the kernel, with mask and score mod traced."""
 
     query: Array  # (B, N, T, H), not scaled
     scale: Array

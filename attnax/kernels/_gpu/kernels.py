@@ -1,11 +1,11 @@
 """Exact attention as Pallas kernels for NVIDIA GPUs.
 
 One program computes the results of one tile of queries (of keys, in the second backward kernel) and visits the tiles of
-the other side that a list names: the full ones, then the partial ones. What happens at a tile is in `_gpu/tile.py`. No
-two programs write the same element, so results are repeatable.
+the other side that a list names: the full ones, then the partial ones. `_gpu/tile.py` has the work at one
+tile. No two programs write the same element, so results are repeatable.
 
     forward       out, lse          a program for each tile of queries, loops over keys
-    d_query       dq, mod's rows    the same
+    d_query       dq, mod's rows    a program for each tile of queries, loops over keys
     d_key_value   dk, dv, columns   a program for each tile of keys, loops over the heads that share them and queries
     d_tables      a mod's tables    a program for each tile of queries, or for each tile of pairs
 
@@ -73,17 +73,10 @@ def _visit(
     state: Any,
     part: tuple[Any, int] = (0, 1),
 ) -> Any:
-    """`visit(full, tile, state)` for the tiles that a list names, or for all of `count`.
+    """`visit(full, tile, state)` for the tiles that a list names at (b, h, row) = `where`, or for all of `count`.
 
-    Args:
-        visit: called at each tile.
-        tiles: the list, or None.
-        where: (b, h, row), the entry of the list for this program.
-        count: the number of tiles, if there is no list.
-        num_full: the number of full tiles, if there is no list.
-        no_full: whether all count as partial; None for yes.
-        state: the carry.
-        part: (n, of): only the n-th of so many equal parts.
+    Without a list the first `num_full` tiles are full. `no_full` says whether all tiles count as partial; None for yes.
+    With `part` = (n, parts) only the n-th of so many equal parts of the tiles is visited.
     """
     num_visited: Any = count
     at: tuple[Any, ...] = ()
@@ -209,7 +202,7 @@ def d_key_value_kernel(spec: KernelSpec, inputs: Inputs, outputs: dict[str, Any]
 
 
 def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
-    """The gradient of what one read takes from a table, summed over some tiles of queries and all their keys.
+    """The gradient of a table for one read of it, summed over some tiles of queries and all their keys.
 
     A program holds a chunk of the table. For each tile it loops over the elements from the first to the last one that
     the tile reads, which are few in a table by distance.
@@ -256,7 +249,7 @@ def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, 
 
 
 def d_pairs_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
-    """The gradient of what one read takes from a table with an element for each pair, summed over rows and heads."""
+    """The gradient of a table with an element for each pair, for one read of it, summed over rows and heads."""
     kernel, grid = Kernel(spec, inputs), spec.grid
     step, head, row = (pl.program_id(axis) for axis in range(3))
     rows, heads = outputs["table"].shape[:2]
@@ -273,11 +266,8 @@ def d_pairs_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, 
 
         return lax.fori_loop(0, kernel.is_visited(place), visit, total)
 
-    def add_row(b: Any, total: Array) -> Array:
-        return lax.fori_loop(0, num_heads, partial(add, b), total)
-
     total = jnp.zeros((grid.block_q, grid.block_kv), jnp.float32)
-    total = lax.fori_loop(0, num_rows, add_row, total)
+    total = lax.fori_loop(0, num_rows, lambda b, total: lax.fori_loop(0, num_heads, partial(add, b), total), total)
     where = row, head, pl.ds(kernel.q_first(i), grid.block_q), pl.ds(kernel.kv_first(j), grid.block_kv)
     rows_own, columns_own = kernel.own(i, of_queries=True), kernel.own(j, of_queries=False)
     own = None if rows_own is None else rows_own[:, None]
@@ -292,7 +282,7 @@ Shapes = dict[str, tuple[tuple[int, ...], Any]]
 def run(
     name: str, kernel: Callable[..., None], spec: KernelSpec, grid: tuple[int, ...], inputs: Inputs, shapes: Shapes
 ) -> dict[str, Array]:
-    """What a kernel writes: `kernel(inputs, outputs)` for each program of a grid."""
+    """The arrays that a kernel writes: `kernel(inputs, outputs)` runs for each program of a grid."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
     inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     aval = jax.typeof(inputs.query)

@@ -32,7 +32,7 @@ __all__ = ["Inputs", "Kernel", "KernelSpec", "QueryTile", "TilePlace", "either",
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """What is known of a call when its kernels are written."""
+    """The static part of a call: everything that is known when its kernels are written."""
 
     score_shape: tuple[int, int, int, int]  # (B, N, T, S)
     kv_heads: int
@@ -56,7 +56,7 @@ class KernelSpec:
 
 
 class Inputs(NamedTuple):
-    """What the kernels read, arrays outside and references inside of them; lengths are at least a tile's."""
+    """The operands of the kernels: arrays outside, references inside; lengths are at least those of a tile."""
 
     query: Any  # (B, N, T, H)
     key: Any  # (B, K, S, H)
@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
     any_non_finite: Any  # (B, K) int32: whether anything of a head is non-finite; None where it was not computed
-    finite: Any  # (B, K, S) int32: which keys and values are; None likewise, and the kernel tests them
+    finite: Any  # (B, K, S) int32: which keys and values are finite; None if not computed: the kernel tests them
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
     mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
     d_out: Any = None  # (B, N, T, V)
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN in a contaminated row
     delta: Any = None  # (B, N, T), see `softmax.tile_gradients`
-    positions: Any = None  # (T,) and (S,) int32: what masks and score mods see of queries and keys; None for 0, 1, ...
+    positions: Any = None  # (T,) and (S,) int32, of queries and keys, for masks and score mods; None for 0, 1, ...
     block_table: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
 
 
@@ -94,7 +94,7 @@ class TilePlace(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """What the backward pass knows of a tile's queries."""
+    """The queries of a tile, as the backward pass reads them."""
 
     query: Array  # (T, H)
     d_out: Array  # (T, V)
@@ -161,7 +161,7 @@ class Kernel:
         return key, value, finite
 
     def queries(self, place: TilePlace, *, full: bool = False) -> QueryTile:
-        """What the backward pass reads of the tile's queries; all rows of a full tile are finite."""
+        """The tile's queries for the backward pass; all rows of a full tile are finite."""
         inputs, rows = self.inputs, (place.b, place.h, pl.ds(self.q_first(place.i), self.spec.grid.block_q))
         lse = inputs.lse[rows]
         finite = None if full else ~jnp.isnan(lse)
@@ -214,7 +214,7 @@ class Kernel:
         return dropout_of(words, self.spec.dropout_rate, *self.index(place))
 
     def bias(self, place: TilePlace, finite: Array | None, *, own_queries: bool, own_keys: bool) -> Array | None:
-        """What `softmax.mask_scores` adds: NaN for non-finite keys, -inf for pairs that belong to another tile."""
+        """The bias for `softmax.mask_scores`: NaN for non-finite keys, -inf for pairs that belong to another tile."""
         grid = self.spec.grid
         bias = None if finite is None else jnp.where(place.lay(finite, of_queries=False), 0.0, jnp.nan)
         axes = []
@@ -234,13 +234,12 @@ class Kernel:
         """The tile's scores as `_core/softmax.py` takes them, and the pullback of the score mod if there is one.
 
         The pullback takes the gradient of the natural scores. It returns the gradient of the scores before the mod, and
-        the gradients of what `learn` names: "rows", "columns", "tables" or "" for nothing. With None there is no
-        pullback.
+        the gradients of the operands that `learn` names: "rows", "columns", "tables" or "" for none. With None there is
+        no pullback.
         """
         score_mod = self.spec.score_mod
-        scores = softmax.product(left, right, 1, 1) * (
-            self.inputs.scale[0] * softmax.unit(has_score_mod=score_mod is not None)
-        )
+        scale = self.inputs.scale[0] * softmax.unit(has_score_mod=score_mod is not None)
+        scores = softmax.product(left, right, 1, 1) * scale
         keep = None if full else self.keep(place)
         if score_mod is None:
             return (scores if full else softmax.mask_scores(scores, keep, bias)), None
@@ -252,9 +251,8 @@ class Kernel:
             pulls.append(pull)
             return result
 
-        masked = softmax.mask_scores(
-            scores, keep, bias, modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
-        )
+        change = modify if learn is not None else lambda x: self.mod(place, x.shape)[0](x, ())
+        masked = softmax.mask_scores(scores, keep, bias, change)
 
         def pull(d_scores: Array) -> tuple[Array, tuple[Array, ...]]:
             d_raw, d_learned = pulls[0](d_scores)
@@ -275,7 +273,7 @@ class Kernel:
         own_queries: bool = False,
         own_keys: bool = False,
     ) -> tuple[Array, Array, tuple[Array, ...]]:
-        """(weights, gradient of the raw scores, gradients of what `learn` names) of a tile.
+        """(weights, gradient of the raw scores, gradients of the operands that `learn` names) of a tile.
 
         A row that attends a non-finite key has NaN as its log-sum-exp, so keys are not tested again.
         """
@@ -313,12 +311,8 @@ class Kernel:
                 found.append(where)
             return _load(score_mod, self.inputs.mod_tables, other, where)
 
-        score_mod(
-            self.cut(self.inputs.mod, score_mod.operands, place),
-            load,
-            jnp.zeros(shape, jnp.float32),
-            *self.index(place),
-        )
+        operands = self.cut(self.inputs.mod, score_mod.operands, place)
+        score_mod(operands, load, jnp.zeros(shape, jnp.float32), *self.index(place))
         return found[0]
 
     def no_full_tiles(self, b: Any, h: Any) -> Any:
@@ -329,7 +323,7 @@ class Kernel:
     def mod(
         self, place: TilePlace, shape: tuple[int, ...], learn: str | None = None
     ) -> tuple[Callable[..., Array], Any]:
-        """The score mod of a tile as a function of scores and of the values that `learn` names, and those values."""
+        """The score mod of a tile, as a function of the scores and the values that `learn` names; and these values."""
         score_mod, index = self.spec.score_mod, self.index(place)
         assert score_mod is not None
         operands = self.cut(self.inputs.mod, score_mod.operands, place)
@@ -361,7 +355,7 @@ class Kernel:
 
 
 def _load(function: Split, tables: tuple[Any, ...], read: Read, where: list[Array]) -> Array:
-    """What a mask or score mod reads of a captured array."""
+    """The elements of a captured array that a mask or score mod reads."""
     n = function.reads.index(read)
     value = tables[n][tuple(jnp.broadcast_arrays(*where))]
     return value != 0 if read.dtype == jnp.bool_ else value

@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Tile(NamedTuple):
-    """What one program of a kernel works on."""
+    """The work of one program of a kernel."""
 
     block_q: int  # queries
     block_kv: int  # keys
@@ -64,7 +64,8 @@ LARGER = {
     ("backward", 16, 256): Tile(64, 32, 8, 2),
 }
 
-# In place of both for kernels that draw dropout or load something for each pair: larger tiles would spill registers.
+# In place of both tables for kernels that draw dropout or load something for each pair: larger tiles would spill
+# registers.
 BUSY = {
     ("forward", 16, 128): Tile(64, 64, 8, 2),
     ("backward", 16, 64): Tile(64, 32, 4, 2),
@@ -124,7 +125,7 @@ def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: boo
 
 
 class Footprint(NamedTuple):
-    """What decides how much shared memory the kernels of a kind take.
+    """Everything that decides how much shared memory a kind of kernel takes.
 
     Its methods take a card as ten times its compute capability; 0 stands for every card.
     """
@@ -134,7 +135,7 @@ class Footprint(NamedTuple):
     head_dim: int  # of queries and keys
     value_dim: int
     bits: int = 16  # of a number
-    pair_bytes: int = 0  # what masks and score mods read for each pair of a query and a key
+    pair_bytes: int = 0  # that masks and score mods read for each pair of a query and a key
 
     def fits(self, card: int = 0) -> bool:
         """Whether the card has enough shared memory."""
@@ -142,12 +143,12 @@ class Footprint(NamedTuple):
         return need <= have
 
     def need_and_have(self, card: int = 0) -> tuple[int, int]:
-        """(bytes needed, bytes of the card); for card 0 those of the card that lacks most."""
+        """(bytes needed, bytes of the card); card 0 means the card that lacks most."""
         both = ((self.bytes_on(of), shared_memory(of)) for of in ([card] if card else [86, *_SHARED]))
         return max(both, key=lambda need_have: need_have[0] - need_have[1])
 
     def fitted(self, card: int = 0) -> Footprint:
-        """The same with as many stages of the tile as the card has memory for, at least one."""
+        """The footprint with as many stages of the tile as the card has memory for, at least one."""
         stages = range(self.tile.num_stages, 0, -1)
         fewer = [self._replace(tile=self.tile._replace(num_stages=count)) for count in stages]
         return next((footprint for footprint in fewer if footprint.fits(card)), fewer[-1])
@@ -158,8 +159,8 @@ class Footprint(NamedTuple):
         head_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in (self.head_dim, self.value_dim))
 
         def need(held: int, moving: int, width: int, turned: int) -> int:
-            """Where `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
-            # From Hopper on, tall products read shared memory, and what one reads stays there while more comes.
+            """Bytes, if `held` rows of `width` stay, and tiles of `moving` rows of both head sizes come and go."""
+            # From Hopper on, tall products read shared memory: their operands stay there while the next tile comes.
             reads_shared = 90 <= card < 120 and held >= 64
             buffers = max(1, tile.num_stages - 1)
             operands = tile.num_stages if reads_shared else buffers

@@ -37,37 +37,27 @@ def why_not_splash(
 ) -> str | None:
     """Why splash attention does not serve a checked call; None if it does.
 
-    One reason is found only when a program is lowered, not here: that `jit` compiles for several devices because its
-    arguments lie on them.
+    Mask and score mod are as `resolve_masks` returns them. `dropout_rate` is 0 if the call is deterministic. With
+    `return_lse` the caller gets the log-sum-exp, which then needs a gradient.
 
-    Args:
-        query: (B, N, T, H), or its shape and dtype.
-        key: (B, K, S, H), likewise.
-        value: (B, K, S, V), likewise.
-        mask: as `resolve_masks` returns it.
-        score_mod: likewise.
-        dropout_rate: 0 where the call is deterministic.
-        return_lse: whether the caller gets the log-sum-exp, which then needs a gradient.
+    One reason shows only when a program is lowered, not here: `jit` compiles for several devices because its arguments
+    lie on them.
     """
     (seq_q, head_dim), (seq_kv, value_dim) = query.shape[2:], value.shape[2:]
     blocks = (seq_q // _block_size(seq_q)) * (seq_kv // _block_size(seq_kv))
+    takes_mod = score_mod is None or (isinstance(score_mod, SoftCap) and isinstance(score_mod.cap, int | float))
+    takes_lengths = seq_q % 128 == 0 and seq_kv % 128 == 0 and 0 not in (seq_q, seq_kv)
+    leaves_empty = isinstance(mask, SlidingWindow) and _is_served(mask) and mask.before <= max(0, seq_q - seq_kv)
     reasons = {
-        "splash attention takes no score mod but a soft cap of known size": score_mod is not None
-        and not (isinstance(score_mod, SoftCap) and isinstance(score_mod.cap, int | float)),
+        "splash attention takes no score mod but a soft cap of known size": not takes_mod,
         "splash attention has no dropout": dropout_rate > 0.0,
         "splash attention's log-sum-exp has no gradient": return_lse,
         "splash attention takes float32 and bfloat16 only": query.dtype not in (jnp.float32, jnp.bfloat16),
         f"splash attention takes heads of at most {_LARGEST_HEAD}": max(head_dim, value_dim) > _LARGEST_HEAD,
-        "splash attention takes lengths that are multiples of 128": seq_q % 128 != 0
-        or seq_kv % 128 != 0
-        or 0 in (seq_q, seq_kv),
+        "splash attention takes lengths that are multiples of 128": not takes_lengths,
         f"splash attention lists all pairs of blocks of queries and keys, and here are {blocks}": blocks > _MOST_BLOCKS,
         "splash attention takes no masks but causal ones and causal windows of known size": not _is_served(mask),
-        "splash attention returns the mean of all values for queries that attend nothing": isinstance(
-            mask, SlidingWindow
-        )
-        and _is_served(mask)
-        and (mask.before < 1 or seq_q - seq_kv >= mask.before),
+        "splash attention returns the mean of all values for queries that attend nothing": leaves_empty,
     }
     return next((reason for reason, holds in reasons.items() if holds), None) or _why_not_here()
 

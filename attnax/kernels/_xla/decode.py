@@ -1,11 +1,12 @@
 """A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The loop over chunks has a traced length, so a step's work follows the tokens in use. What a chunk adds to the result is
-in `_core/softmax.py`.
+The loop over chunks has a traced length, so a step's work follows the tokens in use. `_core/softmax.py` has the step
+of one chunk.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
-from attnax.kernels._core.stored import Chunk
+from attnax.kernels._core.softmax import SoftmaxState
+from attnax.kernels._core.stored import Source
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
@@ -30,7 +32,7 @@ class Queries:
 
     query: Array  # (B, N, T, H), scaled
     b: Array  # (B,)
-    positions: Array  # (B, T); a negative one is padding and attends nothing
+    positions: Array  # (B, T); a negative position is padding and attends nothing
     dropout: Array | None  # the words of `keep_weights`
 
 
@@ -52,12 +54,7 @@ def attend_chunks(
     state = softmax.initial_state((batch * kv_heads, heads // kv_heads * seq_q), value_dim, queries.query.dtype)
     state = jax.tree.map(lambda x: vary(x, axes), state)
     for source, of_source in zip(sources, functions, strict=True):
-
-        def visit(
-            n: Any, state: softmax.SoftmaxState, source: Any = source, of_source: ChunkFunctions = of_source
-        ) -> softmax.SoftmaxState:
-            return visit_chunk(state, source.chunk(n), of_source, queries, dropout_rate)
-
+        visit = partial(visit_chunk, source, of_source, queries, dropout_rate)
         state = lax.fori_loop(0, source.num_chunks, visit, state)
     state = without_reverse(
         state,
@@ -69,11 +66,15 @@ def attend_chunks(
 
 
 def visit_chunk(
-    state: softmax.SoftmaxState, chunk: Chunk, functions: ChunkFunctions, queries: Queries, dropout_rate: float
-) -> softmax.SoftmaxState:
-    """The state after one more chunk, which is not read where the mask forbids all of it."""
+    source: Source, functions: ChunkFunctions, queries: Queries, dropout_rate: float, n: Any, state: SoftmaxState
+) -> SoftmaxState:
+    """The state after chunk n, which is not read if the mask forbids all of it."""
     batch, heads, seq_q, _ = queries.query.shape
-    indices = _indices(queries, chunk)
+    chunk = source.chunk(n)
+    head_indices = vary(jnp.arange(heads, dtype=jnp.int32), varying_axes(queries.query))
+    # (b, h, q, kv) as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S).
+    q = queries.positions[:, None, :, None]
+    indices = queries.b[:, None, None, None], head_indices[None, :, None, None], q, chunk.position
     keep = chunk.exists if functions.mask is None else chunk.exists & functions.mask(*indices)
 
     def modify(scores: Array) -> Array:
@@ -82,7 +83,7 @@ def visit_chunk(
 
     drop = None if queries.dropout is None else dropout_of(queries.dropout, dropout_rate, *indices)
 
-    def update(state: softmax.SoftmaxState, *, all_finite: bool) -> softmax.SoftmaxState:
+    def update(state: SoftmaxState, *, all_finite: bool) -> SoftmaxState:
         key, value = chunk.read()
         key, value = key.astype(queries.query.dtype), value.astype(queries.query.dtype)
         _, kv_heads, size, _ = key.shape
@@ -100,7 +101,7 @@ def visit_chunk(
         scores = scores.reshape(batch * kv_heads, -1, size)
         return softmax.update(state, scores, value, dropout=drop)
 
-    def visit(state: softmax.SoftmaxState) -> softmax.SoftmaxState:
+    def visit(state: SoftmaxState) -> SoftmaxState:
         """With keys and values as they are; a non-finite one shows in the sums, since 0 * NaN is NaN."""
         after = update(state, all_finite=True)
         finite = jnp.isfinite(after.acc).all() & jnp.isfinite(after.sum).all()
@@ -110,15 +111,8 @@ def visit_chunk(
     return lax.cond(keep.any(), visit, lambda state: state, state)
 
 
-def _indices(queries: Queries, chunk: Chunk) -> tuple[Array, Array, Array, Array]:
-    """(b, h, q, kv) of the chunk as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S)."""
-    heads = vary(jnp.arange(queries.query.shape[1], dtype=jnp.int32), varying_axes(queries.query))
-    q = queries.positions[:, None, :, None]
-    return queries.b[:, None, None, None], heads[None, :, None, None], q, chunk.position
-
-
 def _replace_non_finite(key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """Keys and values with zeros for non-finite ones, and what contaminates their scores: (B, K, S), NaN or 0."""
+    """Keys and values with zeros for non-finite ones, and the contamination of their scores: (B, K, S), NaN or 0."""
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     key, value = (jnp.where(finite[..., None], x, 0) for x in (key, value))
     return key, value, jnp.where(finite, 0, jnp.nan).astype(key.dtype)
