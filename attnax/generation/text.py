@@ -114,9 +114,3 @@ class Text:
         banned = jnp.zeros((rows, vocab_size), bool)
         banned = banned.at[jnp.arange(rows)[:, None], follows].set(True, mode="drop")
         return banned & (self.lengths >= size - 1)[:, None]
-
-    def last_column(self, index: Int[Array, ""]) -> Int[Array, "R"]:
-        """Each row's token `index` after its prompt."""
-        check_shape("Text", "index", index, (), integers=True)
-        where = self.prompt_lengths + index
-        return lax.squeeze(jnp.take_along_axis(self.ids, where[:, None], axis=1), (1,))

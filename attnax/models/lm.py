@@ -36,10 +36,7 @@ class TransformerLM(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
         self_mask: which tokens attend which, by default `causal()`.
-        **fields: the fields of TransformerConfig.
-
-    Raises:
-        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp

@@ -35,10 +35,7 @@ class VisionTransformer(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a VisionTransformerConfig. The head has a bias whatever `use_bias` says.
-        **fields: the fields of VisionTransformerConfig.
-
-    Raises:
-        ValueError: a field that VisionTransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of VisionTransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp

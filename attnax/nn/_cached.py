@@ -12,8 +12,8 @@ from attnax.cache import SPARE_SLOTS, EmptyCache, LinearLayerCache
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
-from attnax.masks import Causal, at_positions, causal, mask_of_cache, padding
-from attnax.nn._kernel import Heads, Kernel, LiteAttention, kernel_of
+from attnax.masks import Causal, at_positions, causal, kernel_of, mask_of_cache, padding
+from attnax.nn._kernel import Heads, Kernel, LiteAttention
 from attnax.typing import Array, AttentionFn
 
 __all__ = ["attend_cache", "check_cache"]

@@ -13,11 +13,11 @@ from attnax.kernels.flash import flash_attention, memory_efficient_attention, pa
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.standard import standard_attention
-from attnax.masks import Mask, mask_argument
+from attnax.masks import Mask, kernel_of, mask_argument
 from attnax.nn.linear import Linear
 from attnax.typing import Array, AttentionFn, Float, ScoreMod
 
-__all__ = ["Heads", "Kernel", "LiteAttention", "attention_function", "kernel_of"]
+__all__ = ["Heads", "Kernel", "LiteAttention", "attention_function"]
 
 
 class Heads(NamedTuple):
@@ -81,13 +81,6 @@ class Kernel(NamedTuple):
         out, lse = result
         share = jax.nn.sigmoid(lse - self.sinks.astype(lse.dtype)[None, :, None])  # of the keys beside the sink
         return (out.astype(share.dtype) * share[..., None]).astype(out.dtype)
-
-
-def kernel_of(function: Any) -> Any:
-    """The function inside of partials."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
 
 
 class LiteAttention(nnx.Module):

@@ -14,10 +14,10 @@ from attnax.cache import EmptyCache, LayerCache
 from attnax.checks import check_options, check_positions, is_concrete
 from attnax.config import BlockConfig, resolve_config
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
-from attnax.masks import Mask, as_mask, at_positions, sliding_window
+from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
 from attnax.nn._cached import attend_cache, check_cache
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
-from attnax.nn._kernel import Heads, Kernel, attention_function, kernel_of
+from attnax.nn._kernel import Heads, Kernel, attention_function
 from attnax.nn._run import SelfAttentionOptions
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear

@@ -121,10 +121,7 @@ class EncoderBlock(nnx.Module):
         d_ff: the same.
         attention_fn: as in `MultiHeadAttention`.
         score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig.
-
-    Raises:
-        ValueError: a field that BlockConfig lacks, or a value that it refuses.
+        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -225,10 +222,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
         score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig.
-
-    Raises:
-        ValueError: a field that BlockConfig lacks, or a value that it refuses.
+        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp

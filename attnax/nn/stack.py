@@ -15,7 +15,7 @@ from jax import lax
 
 from attnax.checks import is_concrete
 from attnax.config import StackConfig
-from attnax.nn._kernel import kernel_of
+from attnax.masks import kernel_of
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout

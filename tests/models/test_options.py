@@ -623,7 +623,7 @@ def test_a_decoder_block_goes_on_over_its_cache(size):
 
 
 def test_what_a_decoder_block_cannot_do_is_said():
-    with pytest.raises(ValueError, match="cross-attention reads what self-attention wrote"):
+    with pytest.raises(ValueError, match="cross-attention reads the result of self-attention"):
         nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
 
 
