@@ -14,7 +14,7 @@ from flax import nnx
 
 from attnax.cache import LayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
@@ -142,11 +142,10 @@ class TransformerLM(nnx.Module):
         options: WriteOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "num_samples": num_samples}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        small = None if draft is None else draft._writer()
         return generate(
             self._writer(),
             prompt_ids,
-            small,
+            None if draft is None else draft._writer(),
             max_new_tokens=max_new_tokens,
             num_draft_tokens=num_draft_tokens,
             **options,
@@ -194,12 +193,15 @@ class TransformerLM(nnx.Module):
         """
         options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
-        beams: BeamOptions = {
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
-        return beam_search(self._writer(), prompt_ids, beams, max_new_tokens=max_new_tokens, **options)
+        return beam_search(
+            self._writer(),
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            **options,
+        )
 
     def _writer(self) -> Writer:
         if inspect.ismethod(vars(self).get("run")):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
@@ -218,12 +218,10 @@ class Transformer(nnx.Module):
         options: WriteOptions = {"sampler": sampler or Sampler(temperature=temperature), "key": key}
         options |= {"end_token": end_token, "stop_sequences": stop_sequences, "num_samples": num_samples}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        writer = self._writer(source_ids, source_padding_mask)
-        small = None if draft is None else draft._writer(source_ids, source_padding_mask)
         return generate(
-            writer,
+            self._writer(source_ids, source_padding_mask),
             _starts(source_ids, start_token),
-            small,
+            None if draft is None else draft._writer(source_ids, source_padding_mask),
             max_new_tokens=max_length,
             num_draft_tokens=num_draft_tokens,
             **options,
@@ -261,13 +259,15 @@ class Transformer(nnx.Module):
         """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
         options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        beams: BeamOptions = {
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
-        writer, starts = self._writer(source_ids, source_padding_mask), _starts(source_ids, start_token)
-        return beam_search(writer, starts, beams, max_new_tokens=max_length, **options)
+        return beam_search(
+            self._writer(source_ids, source_padding_mask),
+            _starts(source_ids, start_token),
+            max_new_tokens=max_length,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            **options,
+        )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder as a writer, whose context are the sources."""

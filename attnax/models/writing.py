@@ -14,7 +14,7 @@ from attnax import generation
 from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, RequestOptions, make_request, padded_length
 from attnax.generation.samplers import Sampler
@@ -154,13 +154,14 @@ def stream(
 def beam_search(
     writer: Writer,
     prompt_ids: ArrayLike,
-    beams: BeamOptions,
     *,
     max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: EarlyStopping,
     **options: Unpack[WriteOptions],
 ) -> Beams:
     """`TransformerLM.beam_search` for any writer."""
-    num_beams, early_stopping, length_penalty = beams["num_beams"], beams["early_stopping"], beams["length_penalty"]
     if not 1 <= num_beams <= writer.config.vocab_size:
         raise ValueError(
             f"beam_search: num_beams must be at least 1 and at most vocab_size={writer.config.vocab_size}; "
@@ -181,8 +182,16 @@ def beam_search(
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
-    settings: dict[str, Any] = {**beams, "length_penalty": np.float32(length_penalty)}
-    found = generation.beam_search(writer.step, writer.state, request, cache, max_new_tokens=room, **settings)
+    found = generation.beam_search(
+        writer.step,
+        writer.state,
+        request,
+        cache,
+        num_beams=num_beams,
+        max_new_tokens=room,
+        length_penalty=np.float32(length_penalty),
+        early_stopping=early_stopping,
+    )
     return _shorten(found, max_new_tokens)
 
 
