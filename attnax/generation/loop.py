@@ -63,7 +63,7 @@ class Model:
         return self.step(self.state, tokens, cache)
 
     def made(self, value: Any) -> Any:
-        """The cache or context, which is made here if it is Planned."""
+        """The cache or context; made here if it is Planned."""
         return value.make(self.state) if isinstance(value, Planned) else value
 
 
@@ -86,7 +86,7 @@ class Generation(NamedTuple):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A pytree of which the program that reads the prompt makes a cache or a context."""
+    """A pytree from which the program that reads the prompt makes a cache or a context."""
 
     def make(self, state: Any, /) -> Any:
         """The empty caches, or the context of the rows, from the parameters of the model."""
@@ -113,7 +113,7 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         request: the prompts, and how to continue them.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
             there are several samples, whose cache has other shapes. It may be Planned.
-        max_new_tokens: static, the room of the result; at least that of the request, which is a value.
+        max_new_tokens: static, the room of the result; at least the request's max_new_tokens, which may be traced.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.

@@ -66,7 +66,7 @@ class Text:
         return jnp.take_along_axis(self.ids, jnp.maximum(index, 0), axis=1)
 
     def last_positions(self, count: int) -> Int[Array, "R n"]:
-        """The positions of these tokens; -1 before the first token."""
+        """The positions of the last `count` tokens; -1 before the first token."""
         return jnp.maximum(self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None], -1)
 
     def written(self, count: int, fill: Int[ArrayLike, ""]) -> Int[Array, "R n"]:

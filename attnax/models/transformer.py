@@ -162,7 +162,7 @@ class _TokenTransformer(nnx.Module):
                 known = min((bound for bound in bounds if bound is not None), default=None)
             mask.check(name, (batch, self.config.num_heads, known, known))
         if position_ids is not None and is_alone:
-            # Counted positions have the order of the indices.
+            # Counted positions have the order of the indices, so a causal mask holds for both.
             if given is not None or not (mask is None or isinstance(mask, Causal)):
                 mask = at_positions(mask, position_ids, position_ids)
             elif caches is None:  # with a cache, attention hides the padding
@@ -256,7 +256,7 @@ class TransformerEncoder(_TokenTransformer):
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("TransformerEncoder", options, EncoderOptions)
         return self._run(input_ids, options, token_type_ids=options.get("token_type_ids"))
 
@@ -344,7 +344,7 @@ class TransformerDecoder(_TokenTransformer):
         token_embedding: TokenEmbedding | None = None,
         **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call with its result in one form; a decoder without its own tokens needs `token_embedding`."""
+        """The call; it always returns an Output. A decoder without its own tokens needs `token_embedding`."""
         check_options("TransformerDecoder", options, DecoderOptions)
         self._check_cross(options)
         cross = {

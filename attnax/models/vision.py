@@ -118,7 +118,7 @@ class VisionTransformer(nnx.Module):
     def run(
         self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[SelfAttentionOptions]
     ) -> Output:
-        """The call with its result in one form: tokens in `hidden`, `logits` or None, losses of experts in `aux`."""
+        """The call; it always returns an Output, with tokens in `hidden`."""
         check_options("VisionTransformer", options, SelfAttentionOptions)
         x = self._embed(images, **select_options(options, Mode))
         out = self.stack.run(x, **options)

@@ -1,4 +1,4 @@
-"""How a model writes: arguments checked, caches made, and one of the loops of `attnax.generation` started."""
+"""Checks the arguments of a model that writes, makes its caches and starts a loop of `attnax.generation`."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
         )
     if options.get("cache") == "contiguous":
         raise ValueError(
-            "generate: a draft takes tokens back, and a contiguous cache would not use their slots again; got "
-            "cache='contiguous'. Use 'ring' or 'paged'."
+            "generate: with a draft a cache must use the slots of rejected tokens again; got cache='contiguous'. "
+            "Use 'ring' or 'paged'."
         )
     for config in (writer.config, draft.config):
         if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
@@ -206,7 +206,7 @@ def _prepare(
     cache_dtype: Any = None,
     **options: Unpack[RequestOptions],
 ) -> tuple[Request, CachePlan, int]:
-    """The request, its caches and the room of the result, each of a few sizes, so that few programs serve all."""
+    """The request, its caches and the room of the result; sizes are rounded up, so that few programs serve all."""
     config = writer.config
     if not hasattr(prompt_ids, "shape"):
         try:

@@ -98,7 +98,7 @@ def _attend_sums(
     if not isinstance(heads.mask, Causal):
         raise NotImplementedError(
             "MultiHeadAttention: the sums of linear attention hold all tokens before, so with a cache mask must be "
-            f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for any other."
+            f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for another mask."
         )
     mask = causal() & padding(jnp.broadcast_to(positions >= 0, (heads.query.shape[0], heads.query.shape[2])))
     function: Any = kernel.function

@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
         return out
 
     def call(self, attend: Any, heads: Heads) -> Any:
-        """`attend`, which has its arrays and its mask, with the other options of the call and the layer."""
+        """Calls `attend`, which has its arrays and mask, with the other options of the call and the layer."""
         options: dict[str, Any] = {"dropout_rng": heads.dropout_rng, "deterministic": heads.dropout_rng is None}
         options |= {"score_mod": heads.score_mod, "dropout_rate": self.dropout_rate}
         if self.scale is not None:

@@ -33,9 +33,9 @@ class Output(NamedTuple):
         hidden: (batch, T, d_model), of a model the input of its head.
         caches: the new cache of a block, the tuple of the new caches of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
-            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
-            that no query may attend by `masks.padding`, an array or positions in the mask of the call. Other masks and
-            functions do not mark padding.
+            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or a
+            token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
+            and functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
 
@@ -56,8 +56,8 @@ class Residual(nnx.Module):
     Args:
         rngs: for the norms and the stored dropout stream.
         config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
-            or "branch" x + norm(f(x)). The added branch is scaled by a learned number a feature (`layer_scale`), goes
-            through dropout and is scaled by `residual_scale`.
+            or "branch" x + norm(f(x)). The added branch is scaled by one learned number for each feature
+            (`layer_scale`), goes through dropout and is scaled by `residual_scale`.
 
     References:
         H. Touvron et al., "Going Deeper with Image Transformers" (LayerScale), 2021, https://arxiv.org/abs/2103.17239.
@@ -171,7 +171,7 @@ class EncoderBlock(nnx.Module):
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("EncoderBlock", options, EncoderBlockOptions)
         mode = select_options(options, Mode)
 
@@ -299,7 +299,7 @@ class DecoderBlock(nnx.Module):
         encoder_output: Float[Array, "B S De"] | KeysValues,
         **options: Unpack[DecoderBlockOptions],
     ) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("DecoderBlock", options, DecoderBlockOptions)
         mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
         if positions is None and cache is not None:
@@ -382,7 +382,7 @@ def _real_tokens(x: Array, mask: Any, positions: ArrayLike | None, cache: Any) -
 
 
 def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
-    """True for keys that some query may attend, (1 or batch, 1 or T); None where only all pairs could tell."""
+    """True for keys that some query may attend, (1 or batch, 1 or T); None where the answer needs all pairs."""
     match mask:
         case And(left, right):
             return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))

@@ -1,4 +1,4 @@
-"""Token ids, positions and patches as vectors."""
+"""Token ids and positions as vectors."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class TransformerEmbedding(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, own_tokens: bool = True):
-        init = None  # "lecun_normal" for rows of unit length, the fan being d_model
+        init = None  # rows of unit length: "lecun_normal" with d_model as its fan
         if config.embedding_init != "lecun_normal":
             init = make_initializer(config.embedding_init, config.init_std)
         dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: a query and a key are turned by their positions, so their product sees the distance.
+"""Rotary position embeddings: queries and keys are turned by their positions, so products depend on the distance.
 
 Angles are computed on the host in float64: in float32 the angle of position 131072 would be off by 0.004 radians.
 Traced positions are looked up digit by digit (base 256) in four tables of 256 rows, and the rotations multiplied, which

@@ -30,8 +30,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Stack(nnx.Module):
     """`num_layers` blocks, each with its own config by `layer_pattern`.
 
-    With `scan_layers` the blocks at one place of the pattern's periods are one block in `periods`, and a program loops
-    over a leading axis of its parameters; the blocks after the last whole period stay in `blocks`.
+    With `scan_layers`, the blocks at one place of every period of the pattern are stacked into one block of `periods`;
+    a program loops over the leading axis of its parameters. Blocks after the last whole period stay in `blocks`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams; the same weights with and without scan_layers.
@@ -89,8 +89,9 @@ class Stack(nnx.Module):
         options["deterministic"] = deterministic
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.num_layers)]
         for name, entries in (each or {}).items():
-            for layer, entry in [] if entries is None else zip(layers, entries, strict=True):
-                layer[name] = entry
+            if entries is not None:
+                for layer, entry in zip(layers, entries, strict=True):
+                    layer[name] = entry
         if rngs is not None and not ("dropout" in rngs or "default" in rngs):
             options["rngs"] = rngs  # the error of a layer that draws names the missing stream
         elif rngs is not None and _draws(self, deterministic):
@@ -277,4 +278,3 @@ def _is_own(module: nnx.Module) -> bool:
         if inner is not None and not str(owner.__module__).startswith(("attnax.", "flax.")):
             return False
     return True
-

@@ -466,7 +466,7 @@ def test_nothing_gives_nothing():
 
 
 def test_a_config_and_sizes_exclude_each_other():
-    with pytest.raises(ValueError, match="a config says the sizes; got it with in_features or qkv_features"):
+    with pytest.raises(ValueError, match="a config sets the sizes; got a config and in_features or qkv_features"):
         MultiHeadAttention(nnx.Rngs(0), BlockConfig(**BASE), qkv_features=12)
     attn = attention()
     with pytest.raises(ValueError, match="got position_ids_kv with KeysValues"):
