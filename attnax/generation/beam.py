@@ -121,12 +121,7 @@ def beam_search(
 
 
 def _choose(
-    search: _Search,
-    logits: Array,
-    *,
-    request: Request,
-    length_penalty: float | Array,
-    early_stopping: EarlyStopping,
+    search: _Search, logits: Array, *, request: Request, length_penalty: float | Array, early_stopping: EarlyStopping
 ) -> _Search:
     """The next running beams and the best ended texts, from the logits (B * N, V) of the next token."""
     (batch, num_beams), size = search.log_probs.shape, logits.shape[-1]

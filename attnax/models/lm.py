@@ -154,7 +154,7 @@ class TransformerLM(nnx.Module):
     def stream(
         self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; options as in `generate`, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; options of `generate`, but no draft."""
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def beam_search(

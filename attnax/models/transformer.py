@@ -89,7 +89,7 @@ class _TokenTransformer(nnx.Module):
         tokens: TokenEmbedding | None = None,
         cross: dict[str, Any] | None = None,
     ) -> Output:
-        """From token ids to hidden states; `cross` holds the options of the blocks' cross-attention, if they have it."""
+        """From token ids to hidden states; `cross` holds the options of cross-attention where blocks have it."""
         ids, mode = jnp.asarray(input_ids), select_options(options, Mode)
         self._check(ids, options)
         position_ids, mask, score_mod = self._place(ids.shape, options)

@@ -15,9 +15,8 @@ from attnax.checks import check_options, check_positions, is_concrete
 from attnax.config import BlockConfig, resolve_config
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
 from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
-from attnax.nn._cached import attend_cache, check_cache
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
-from attnax.nn._kernel import Heads, Kernel, attention_function
+from attnax.nn._kernel import Heads, Kernel, attend_cache, attention_function, check_cache
 from attnax.nn._run import SelfAttentionOptions
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
@@ -64,9 +63,9 @@ class MultiHeadAttention(nnx.Module):
         context_features: width of the context, by default in_features.
         attention_fn: computes the attention of the projected, rotated heads; by default the function that the
             config's `attention_type` names.
-        score_mod: applied to the scores of every call, before the score mod of the call. A score_mod, rope or attention_fn that
-            holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
-            NumPy arrays are constants.
+        score_mod: applied to the scores of every call, before the score mod of the call. A score_mod, rope or
+            attention_fn that holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of
+            the layer's state. NumPy arrays are constants.
         rope: a function `(heads, position_ids) -> heads` that turns queries and keys, by default the config's.
         query_norm: norm of the queries before they are turned; by its `num_features` over each head or over all heads.
         key_norm: the same for the keys.
@@ -288,9 +287,7 @@ class MultiHeadAttention(nnx.Module):
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def keys_values(
-        self,
-        context: Float[Array, "B S Dc"],
-        position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
+        self, context: Float[Array, "B S Dc"], position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None
     ) -> KeysValues:
         """The keys and values of a context, which a call takes in place of it.
 

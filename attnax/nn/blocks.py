@@ -75,10 +75,7 @@ class Residual(nnx.Module):
         self.scale = config.residual_scale
 
     def branch(
-        self,
-        x: Float[Array, "B T D"],
-        sublayer: Callable[[Array], tuple[Array, Any]],
-        **mode: Unpack[Mode],
+        self, x: Float[Array, "B T D"], sublayer: Callable[[Array], tuple[Array, Any]], **mode: Unpack[Mode]
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The branch that `sublayer` adds to x, and the second result of `sublayer`."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
@@ -89,10 +86,7 @@ class Residual(nnx.Module):
         return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        sublayer: Callable[[Array], tuple[Array, Any]],
-        **mode: Unpack[Mode],
+        self, x: Float[Array, "B T D"], sublayer: Callable[[Array], tuple[Array, Any]], **mode: Unpack[Mode]
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The new stream, and the second result of `sublayer`."""
         branch, extra = self.branch(x, sublayer, **mode)

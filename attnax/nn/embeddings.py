@@ -13,7 +13,6 @@ from flax import nnx
 from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
-from attnax.nn._rows import take_rows
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
@@ -25,6 +24,7 @@ __all__ = [
     "RelativePositionBias",
     "TokenEmbedding",
     "TransformerEmbedding",
+    "take_rows",
 ]
 
 
@@ -260,6 +260,15 @@ class RelativePositionBias(nnx.Module):
     def score_mod(self) -> ScoreMod:
         """A score mod that adds the bias."""
         return relative_bias_mod(self.table[...], max_distance=self.max_distance, bidirectional=self.bidirectional)
+
+
+def take_rows(table: Array, index: Array, **options: Any) -> Array:
+    """`table.at[index].get(**options)`, cut as the index is: each device holds the whole table and reads its rows."""
+    table, cut = jnp.asarray(table), jax.typeof(index).sharding
+    if any(cut.spec):
+        table = jax.sharding.reshard(table, jax.NamedSharding(cut.mesh, jax.P()))
+        options["out_sharding"] = jax.NamedSharding(cut.mesh, jax.P(*cut.spec, *(None,) * (table.ndim - 1)))
+    return table.at[index].get(**options)
 
 
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:

@@ -116,10 +116,7 @@ OPTIONS = {
     "wide values": {"value_head_dim": 7},
     "biases by name": {"use_bias": ("query", "out")},
     "partial rope": {"pos_emb_type": "rope", "rope_fraction": 0.5, "rope_base": 100.0},
-    "scaled rope": {
-        "pos_emb_type": "rope",
-        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_len": 64},
-    },
+    "scaled rope": {"pos_emb_type": "rope", "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_len": 64}},
     "all together": {
         "attention_window": 4,
         "attention_soft_cap": 1.3,
