@@ -154,7 +154,7 @@ class TransformerLM(nnx.Module):
     def stream(
         self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; options of `generate`, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def beam_search(
@@ -174,22 +174,12 @@ class TransformerLM(nnx.Module):
     ) -> Beams:
         """The `num_beams` best texts found after each prompt, the best first.
 
-        Args:
-            prompt_ids: (batch, T).
+        Arguments and errors are those of `generate`, and:
             num_beams: running texts that are kept.
-            max_new_tokens: tokens to write at most.
             length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
             early_stopping: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
                 its present length, "never" when no running text can score better at any length.
             sampler: only its penalties apply, to log-probabilities.
-            padding_mask: as in `generate`, like all that follow.
-            end_token: ends a text.
-            stop_sequences: end a text too.
-            cache: kind of the cache.
-            cache_dtype: of keys and values.
-
-        Raises:
-            ValueError: arguments out of range.
         """
         options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}

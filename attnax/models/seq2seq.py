@@ -118,17 +118,12 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size) of the token after each target token.
 
-        Args:
+        Arguments and errors are those of `TransformerEncoder`, for two texts:
             source_ids: (batch, S), of the encoder's vocabulary.
             target_ids: (batch, T), of the decoder's vocabulary.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
             target_padding_mask: likewise for the target, (batch, T) or (batch, 1, 1, T).
-            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the self-attention scores of every decoder layer.
-            rngs: randomness of the dropout, instead of the stored streams.
-
-        Raises:
-            ValueError: ids outside a vocabulary, sequences longer than max_len, or arguments that do not fit.
         """
         options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
         options |= {"source_padding_mask": source_padding_mask, "target_padding_mask": target_padding_mask}
@@ -186,27 +181,13 @@ class Transformer(nnx.Module):
     ) -> Generation:
         """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
-        Args:
+        Arguments, result and errors are those of `TransformerLM.generate`, with sources in place of prompts, and:
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
-            start_token: the first token of every target.
-            end_token: ends a row; one token or several.
-            temperature: of the sampling; 0 takes the likeliest token.
-            key: one typed key, or one a row; needed with a temperature.
+            start_token: the first token of every target; the result is without it.
+            temperature: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
-            sampler: how tokens are drawn, in place of `temperature`.
-            stop_sequences: as in `TransformerLM.generate`, like all that follow.
-            num_samples: targets of each source, which is read once.
             draft: a small Transformer of the same vocabularies.
-            num_draft_tokens: tokens drafted each time.
-            cache: kind of the cache.
-            cache_dtype: of keys and values.
-
-        Returns:
-            tokens (batch * num_samples, max_length) without the start token, lengths, log_probs and steps.
-
-        Raises:
-            ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
         if draft is not None and not isinstance(draft, Transformer):
             raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")
@@ -236,7 +217,7 @@ class Transformer(nnx.Module):
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; options of `generate`, but no draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 

@@ -20,7 +20,6 @@ from attnax.generation.request import Request, RequestOptions, make_request, pad
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
-from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike
 
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
@@ -62,16 +61,17 @@ class WriteOptions(RequestOptions, total=False):
     cache_dtype: Any
 
 
-@pytree_dataclass
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class CachePlan:
     """The empty caches of a model, which a program makes; plans of equal sizes are equal."""
 
-    config: TransformerConfig = dataclasses.field(metadata={"static": True})
-    kind: CacheKind = dataclasses.field(metadata={"static": True})
-    batch_size: int = dataclasses.field(metadata={"static": True})
-    max_len: int = dataclasses.field(metadata={"static": True})
-    dtype: str | None = dataclasses.field(metadata={"static": True})
-    pool_rows: int = dataclasses.field(metadata={"static": True})  # of a pool of pages, which rows share
+    config: TransformerConfig
+    kind: CacheKind
+    batch_size: int
+    max_len: int
+    dtype: str | None
+    pool_rows: int  # of a pool of pages, which rows share
 
     def make(self, state: Any, /) -> tuple[EmptyCache, ...]:
         """One cache a layer."""

@@ -1,4 +1,4 @@
-"""Writing the slow way, a whole forward for every token, in one program: what every quicker way must come to."""
+"""Writing the slow way, a whole forward for every token, in one program: the reference for all faster ways."""
 
 import functools
 
@@ -15,7 +15,7 @@ ROWS, LENGTH = 6, 24  # of the program; fewer rows and shorter texts are filled 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _read(graphdef, state, ids, prompt_lengths, lengths, keys, sampler):
-    """Log-probabilities (ROWS, LENGTH, V) of what follows each token, and a draw of what follows each text."""
+    """Log-probabilities (ROWS, LENGTH, V) of the token after each token, and a draw of the token after each text."""
     logits = nnx.merge(graphdef, state)(ids)
     last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), lengths)
@@ -23,7 +23,7 @@ def _read(graphdef, state, ids, prompt_lengths, lengths, keys, sampler):
 
 
 def read(model, texts, prompt_lengths=None, sampler=None, keys=None):
-    """`_read` of any number of texts of any lengths, without what fills the program up."""
+    """`_read` of any number of texts of any lengths, without the filling rows of the program."""
     graphdef, state = nnx.split(model)
     log_probs, tokens = [], []
     for start in range(0, len(texts), ROWS):
@@ -82,7 +82,7 @@ def end(tokens, stops, fill):
 
 
 def lay_out(prompts, width, seed=0):
-    """The prompts as ids (rows, width) and what of it is real: padding left, right, between and left of the rows."""
+    """The prompts as ids (rows, width), and True for real tokens: padding left, right, between and left."""
     rng = np.random.default_rng(seed)
     ids, real = rng.integers(0, 11, (len(prompts), width)).astype(np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
@@ -99,5 +99,5 @@ def fold(key, numbers):
 
 
 def keys_of(seed, numbers):
-    """What `key=jax.random.key(seed)` gives the rows with these numbers."""
+    """The keys of the rows with these numbers under `key=jax.random.key(seed)`."""
     return fold(jax.random.key(seed), numbers)

@@ -170,7 +170,7 @@ def test_an_attention_function_that_was_asked_for_reads_the_cache(attention_type
 @pytest.mark.parametrize("kind", ["contiguous", pytest.param("paged", marks=pytest.mark.contract)])
 @pytest.mark.parametrize("position", some(("rope", "alibi", "learned"), 1))
 def test_a_window_needs_the_memory_of_the_window(position, kind):
-    """A layer with a window has a ring, and gives what it gives without a cache, over many turns of it."""
+    """A layer with a window has a ring, and gives the same as without a cache, over many turns of it."""
     model = make_model(position, attention_window=3, max_len=97)
     caches = make_caches(kind, model.config, max_len=97)
     if kind == "contiguous":
@@ -200,7 +200,7 @@ def indices(length):
 
 
 @pytest.mark.parametrize("slots", [3, 200])
-def test_a_ring_without_spare_slots_attends_what_it_overwrites(slots):
+def test_a_ring_without_spare_slots_attends_the_tokens_that_it_overwrites(slots):
     length = slots + 20 + -slots % 5
     key, value, query = keys_values(0, length)
 
@@ -234,13 +234,13 @@ def attend_through_mods(kind, key, value, query):
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_key_that_spoils_is_seen_through_any_score_mod(kind, bad):
+def test_a_non_finite_key_contaminates_through_any_score_mod(kind, bad):
     """Whoever may attend it gets NaN, nobody else anything, though the mod swallows NaN."""
     key, value, query = keys_values(1, 9)
     key[0, 1, 5, 2] = bad
     for out in attend_through_mods(kind, key, value, query):
-        spoiled = np.isnan(out).all(-1)
-        assert spoiled[0, 1].tolist() == [False] * 5 + [True] * 4 and not np.isnan(out[0, 0]).any()
+        contaminated = np.isnan(out).all(-1)
+        assert contaminated[0, 1].tolist() == [False] * 5 + [True] * 4 and not np.isnan(out[0, 0]).any()
 
 
 @pytest.mark.parametrize("max_len", [8, 300])
@@ -305,7 +305,7 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
             call()
 
 
-def test_linear_attention_refuses_with_a_cache_what_it_refuses_without():
+def test_linear_attention_refuses_the_same_with_a_cache_as_without():
     def make(**options):
         return build(
             lambda rngs: attnax.MultiHeadAttention(rngs, num_heads=2, in_features=8, attention_type="linear", **options)
@@ -492,7 +492,7 @@ def test_an_overflow_gives_nan_and_only_to_the_rows_that_lost_tokens(kind):
         out, caches = read_chunk(graphdef, state, chunk_ids, chunk, caches)
         out = np.asarray(out)
         assert np.isnan(out[0]).all() and np.asarray(caches[0].overflowed).any()
-        assert np.isnan(out[1, 0]).all() == (kind == "contiguous")  # whose slots are those of all rows
+        assert np.isnan(out[1, 0]).all() == (kind == "contiguous")  # whose slots all rows share
 
 
 def test_positions_that_do_not_count_on_are_refused_by_pages():
@@ -570,7 +570,7 @@ def test_eight_bits_keep_a_vector_to_half_a_step(size):
 
 
 def test_an_encoder_is_read_once():
-    """What cross-attention reads of a source is computed before the loop, not in it."""
+    """Keys and values of a source are computed before the loop, not in it."""
     config = dataclasses.replace(BASE, pos_emb_type="rope", num_layers=2)
     model = build(lambda rngs: attnax.Transformer(rngs, encoder=config, decoder=config))
     source = np.ones((ROWS, 7), int)

@@ -134,12 +134,12 @@ def test_memory_is_flat_over_a_thousand_generations(model):
     options = {"max_new_tokens": 3, "sampler": Sampler(1.0)}
     for seed in range(100):
         model.generate(prompt(), key=jax.random.key(seed), **options)
-    before, arrays = resident(), len(jax.live_arrays())  # in this order: what other tests left is collected first
+    before, arrays = resident(), len(jax.live_arrays())  # in this order: garbage of other tests is collected first
     for seed in range(1000):
         model.generate(prompt(), key=jax.random.key(seed), **options)
     grown = resident() - before
     assert len(jax.live_arrays()) <= arrays
-    assert grown < 2**23  # eight kilobytes a generation: what the allocator of a large process may keep
+    assert grown < 2**23  # eight kilobytes a generation, which the allocator of a large process may keep
 
 
 def test_a_stream_gives_the_same_tokens_and_stops_when_every_row_has_ended(model):
@@ -153,7 +153,7 @@ def test_a_stream_gives_the_same_tokens_and_stops_when_every_row_has_ended(model
 
 
 @pytest.mark.parametrize("kind", ["end tokens", "sequences"])
-def test_penalties_and_what_ends_a_row_act_as_in_the_slow_way(model, kind):
+def test_penalties_and_ends_of_rows_act_as_in_the_slow_way(model, kind):
     sampler, keys = dataclasses.replace(EVERYTHING, temperature=0.0 if kind == "end tokens" else 0.7), own_keys(3)
     free, log_probs = slowly.write(model, PROMPTS, 9, sampler, keys)
     assert (free != slowly.write(model, PROMPTS, 9, Sampler(sampler.temperature), keys)[0]).any(1).all()
@@ -201,7 +201,7 @@ def test_one_key_gives_every_row_its_own(model):
 
 
 def test_samples_of_a_prompt_are_those_of_its_rows(model):
-    """The prompt is read once. A sample is what a row of its own is, with a fold of the prompt's key if it has one."""
+    """The prompt is read once. A sample equals a row of its own, with a fold of the prompt's key if it has one."""
     ids, real = slowly.lay_out(PROMPTS[:2], 5)
     options = {"max_new_tokens": 7, "sampler": Sampler(1.0), "padding_mask": real, "num_samples": 3}
     own = np.concatenate([jax.random.key_data(slowly.fold(key, np.arange(3))) for key in own_keys(3, 2)])
@@ -318,12 +318,12 @@ def test_cuts_keep_the_likeliest(logits, k, p):
 
 def text(*rows, prompt_lengths):
     size = max(map(len, rows))
-    ids = np.array([list(row) + [9] * (size - len(row)) for row in rows], np.int32)  # what follows means nothing
+    ids = np.array([list(row) + [9] * (size - len(row)) for row in rows], np.int32)  # later tokens mean nothing
     return Text(*map(jnp.asarray, (ids, np.array(prompt_lengths), np.array([len(row) for row in rows]))))
 
 
 def penalised(sampler, logits, *arguments):
-    """In words only: what is wrong is known before anything is computed."""
+    """In words only: wrong arguments are found before anything is computed."""
     return jax.eval_shape(lambda logits: sampler.penalise(logits, *arguments), np.asarray(logits))
 
 
@@ -350,7 +350,7 @@ class TestPenalties:
 
         return jax.device_get(penalise(cls.LOGITS, cls.TEXT))
 
-    def test_presence_and_frequency_count_what_was_written(self):
+    def test_presence_and_frequency_count_written_tokens(self):
         counts = np.zeros((2, 10))
         counts[0, [3, 1, 2]], counts[1, 4], counts[1, 0] = 1, 2, 1
         np.testing.assert_allclose(self.given()["counts"], self.LOGITS - 0.5 * (counts > 0) - 0.25 * counts, atol=1e-6)
@@ -459,7 +459,7 @@ SOURCE, SOURCE_REAL = prompt(2, 6), np.array([[True] * 6, [True, True, True, Fal
 
 
 def check_against_the_source(translator, tokens, log_probs):
-    """That the log-probabilities of two rows a source are those of the whole model."""
+    """Checks the log-probabilities of two rows a source against the whole model."""
 
     @jax.jit
     def whole(target):
@@ -635,7 +635,7 @@ def test_wrong_input_is_refused_in_words(model, options, words):
         model.generate(options.pop("prompt_ids"), **options)
 
 
-def test_what_streaming_lacks_is_refused_in_words(model):
+def test_options_that_streaming_lacks_are_refused_in_words(model):
     with pytest.raises(ValueError, match="takes the options of generate, but no draft; got draft, num_draft_tokens"):
         model.stream(prompt(), max_new_tokens=3, draft=model, num_draft_tokens=2)
 

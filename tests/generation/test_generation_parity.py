@@ -1,4 +1,4 @@
-"""Generation gives what Hugging Face transformers gives; tests/parity/generation.py wrote down what that is."""
+"""Generation gives the tokens of Hugging Face transformers, which tests/parity/generation.py wrote down."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def cases(group):
 
 
 def parameters(group, tier):
-    """A group's cases for pytest; `tier` gives the marks of those that compile programs which teach little more."""
+    """A group's cases for pytest; `tier` gives the marks of cases whose programs teach little more."""
     return [pytest.param(case, id=words(case), marks=tier(case) or []) for case in cases(group)]
 
 
@@ -248,4 +248,4 @@ def test_a_generation_config_writes_the_same_texts(case, gpt2, tmp_path):
     assert (expected[settings.num_return_sequences :] == -1).all()
     for row, length, want in zip(tokens[: settings.num_return_sequences], lengths, expected, strict=False):
         assert row[:length].tolist() == want[:length].tolist()
-        assert set(want[length:].tolist()) <= {-1, 0, settings.eos_token_id[0]}  # what pads texts there
+        assert set(want[length:].tolist()) <= {-1, 0, settings.eos_token_id[0]}  # the padding of texts there

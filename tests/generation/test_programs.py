@@ -1,4 +1,4 @@
-"""What a generation compiles: few programs for all lengths, small ones, and nothing for other platforms."""
+"""Programs of a generation: few for all lengths, small ones, and none for other platforms."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def test_prompts_of_other_lengths_compile_nothing_new(count_compilations):
     del count_compilations[:]  # the keys of its dropout
     for length, max_new_tokens in ((5, 3), (2, 1), (31, 64), (32, 17)):
         assert model.generate(prompt(length), max_new_tokens=max_new_tokens).tokens.shape == (2, max_new_tokens)
-    assert len(count_compilations) == 2  # what reads the prompt, and the loop
+    assert len(count_compilations) == 2  # the program of the prompt, and the loop
     next(model.stream(prompt(7), max_new_tokens=9))
     assert len(count_compilations) == 2
     model.generate(prompt(61), max_new_tokens=4)
@@ -156,7 +156,7 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
 
 
 def equations(jaxpr):
-    """Their number, those of inner functions each time they are called."""
+    """The number of equations; inner functions count each time they are called."""
     count = 0
     for equation in jaxpr.eqns:
         count += 1
@@ -182,7 +182,7 @@ def test_flash_attention_makes_programs_of_training_little_larger(length, ratio)
 
 @pytest.mark.parametrize("kind", ["array", "documents"])
 def test_a_mask_that_knows_so_many_positions_serves_as_many_tokens(kind):
-    """Its lengths are not padded: prompt and new tokens together are those of the mask."""
+    """Its lengths are not padded: prompt and new tokens together have the length of the mask."""
     array, ids = np.tri(8, dtype=bool)[None, None], np.zeros((2, 8), np.int32)
     mask = jax.device_put(array) if kind == "array" else attnax.masks.causal() & attnax.masks.documents(ids)
     model = build(lambda rngs: TransformerLM(rngs, CONFIG))

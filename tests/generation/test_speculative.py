@@ -68,7 +68,7 @@ def test_a_draft_that_is_the_model_is_accepted_whole(model):
 
 
 def penalised_and_stopped(model):
-    """A sampler, what ends the rows then, and what is written in all."""
+    """A sampler, the stops that end the rows then, and the tokens that are written."""
     sampler = dataclasses.replace(FREE, repetition_penalty=1.3)
     free, _ = slowly.write(model, PROMPTS, 13, sampler)
     stops = [free[0, 4:6].tolist(), free[1, 6:8].tolist()]
@@ -249,7 +249,7 @@ def test_a_biased_rule_would_be_noticed(monkeypatch):
         ({"attention_type": "linear"}, {}, NotImplementedError, "linear attention cannot take drafted tokens back"),
     ],
 )
-def test_what_cannot_be_a_draft_is_refused_in_words(model, fields, options, error, words):
+def test_a_model_that_cannot_be_a_draft_is_refused_in_words(model, fields, options, error, words):
     other = build(lambda rngs: TransformerLM(rngs, dataclasses.replace(CONFIG, **fields)))
     with pytest.raises(error, match=words):
         model.generate(IDS, max_new_tokens=3, draft=other, **options)

@@ -1,4 +1,4 @@
-"""A batch may be empty, and a symbol: what `jax.export` makes of a model then takes any number of rows."""
+"""A batch may be empty, or a symbol: an exported model then takes any number of rows."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def call_both(model, source, target, real):
     return model(source, target, source_padding_mask=real)
 
 
-# What makes one, how it is called with which arguments, and what it gives, but for the batch.
+# How to make a model, its call and arguments, and the shapes of its results without the batch.
 MODELS = {
     "language model": (lambda rngs: TransformerLM(rngs, TEXT), call_padded, (IDS, REAL), (7, 23)),
     "mixture of experts": (
@@ -104,7 +104,7 @@ def test_a_symbolic_batch_is_exported_for(platform):
 
 @symbolic
 @pytest.mark.parametrize("name", ["images", contract_unless(False, "mixture of experts")])
-def test_what_was_exported_gives_what_the_model_gives(name):
+def test_an_exported_model_gives_the_results_of_the_model(name):
     model, exported = export_model(name)
     rng, (_, call, kinds, _) = np.random.default_rng(0), MODELS[name]
     arguments = [rng.integers(0, 2, x.shape).astype(x.dtype) for x in specs(kinds, 3)]

@@ -97,7 +97,7 @@ def test_a_call_hands_each_option_to_run(call):
 
 @pytest.mark.parametrize(("call", "lacks", "beside"), WRITERS, ids=name_of)
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_what_writes_names_the_options_of_its_dictionary_and_hands_them_on(monkeypatch, call, lacks, beside):
+def test_a_call_that_writes_names_the_options_of_its_dictionary_and_hands_them_on(monkeypatch, call, lacks, beside):
     named = options_of(call)
     assert named.keys() - beside == listed(WriteOptions).keys() - lacks
 

@@ -1,4 +1,4 @@
-"""Statistics of experts count real tokens only, in every model and wherever it learns what padding is."""
+"""Statistics of experts count real tokens only, in every model and whatever argument marks padding."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def after_others(model, ids, real):
 
 
 def agree(step, *state):
-    """What `step` makes of the ids is what it makes of them with padding on either side."""
+    """`step` gives the same for the ids with padding on either side as without."""
     whole = step(*state, IDS, np.ones(IDS.shape, bool))
     for sides in ((0, PADDED - LENGTH), (PADDED - LENGTH, 0)):
         ids, real = (np.pad(x, ((0, 0), sides)) for x in (IDS, IDS > 0))

@@ -1,4 +1,4 @@
-"""What encoders like BERT have beside other models: token types, a norm of embeddings, a head with a bias."""
+"""The parts that only encoders like BERT have: token types, a norm of embeddings, a head with a bias."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_tokens_are_of_type_0_unless_said(encoder):
     assert np.abs(plain - call(encoder, IDS, token_type_ids=TYPES)).max() > 1e-3
 
 
-def test_what_token_types_and_positions_do_not_fit_is_refused(encoder):
+def test_token_types_and_positions_that_do_not_fit_are_refused(encoder):
     with pytest.raises(ValueError, match="token ids must be at least 0 and below 3; got 3"):
         encoder(IDS, token_type_ids=TYPES + 1)
     with pytest.raises(ValueError, match=r"positions must be at least 0 and below 11; got 11"):

@@ -1,4 +1,4 @@
-"""Models: what a token may depend on, caches that change nothing, padding that is not there, both NNX modes."""
+"""Models: tokens that a token may depend on, caches and padding that change nothing, both NNX modes."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def distance(actual, expected):
 
 
 def alone(run, texts, **options):
-    """The logits of each text without the others: no token sees what follows it, so these may stand in one batch."""
+    """The logits of each text alone: no token sees later tokens, so the texts may stand in one batch."""
     ids = tokens(seed=99)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = text
@@ -90,7 +90,7 @@ def alone(run, texts, **options):
 
 
 def padded_rows(length=CHUNK):
-    """Where tokens are real: rows of 7, 4, 2 and 1, those of the first half padded on the left."""
+    """True for real tokens: rows of 7, 4, 2 and 1 tokens, the first half padded on the left."""
     rows = [(side, count) for side in ("left", "right") for count in (length, 4, 2, 1)]
     real = np.zeros((BATCH, length), bool)
     for row, (side, count) in enumerate(rows):
@@ -99,7 +99,7 @@ def padded_rows(length=CHUNK):
 
 
 @variants
-def test_a_token_depends_on_itself_and_what_came_before(variant):
+def test_a_token_depends_on_itself_and_earlier_tokens(variant):
     run, ids = compiled(variant), tokens()
     logits = np.asarray(run(ids))
     for changed in range(LENGTH):
@@ -131,7 +131,7 @@ def test_any_chunks_through_the_cache_equal_the_whole(variant):
         for name in VARIANTS
     ],
 )
-def test_padded_rows_give_what_they_give_alone(variant):
+def test_padded_rows_give_the_results_of_each_alone(variant):
     run, ids, real = compiled(variant), tokens(length=CHUNK), padded_rows()
     logits = np.asarray(run(ids, padding_mask=real))
     for row, expected in enumerate(alone(run, [ids[row, real[row]] for row in range(BATCH)])):
@@ -139,7 +139,7 @@ def test_padded_rows_give_what_they_give_alone(variant):
 
 
 @variants
-def test_a_padded_prompt_gives_what_its_text_gives_and_goes_on_where_it_ended(variant):
+def test_a_padded_prompt_gives_the_result_of_its_text_and_goes_on_at_its_end(variant):
     run, real = compiled(variant), padded_rows()
     ids, new = tokens(length=CHUNK), tokens(length=1, seed=9)
     prompt, caches = run(ids, padding_mask=real, layer_kv_caches=caches_of(VARIANTS[variant]))
@@ -162,7 +162,7 @@ def test_masks_and_mods_see_positions():
     self_mask = lambda b, h, q, kv: (kv <= q) & window(b, h, q, kv)
     model = build(lambda rngs: TransformerLM(rngs, SHALLOW, self_mask=self_mask))
     run = nnx.jit(lambda model, ids, **options: model(ids, score_mod=penalty, **options))
-    # The first row is the text alone, for no token sees what follows it.
+    # The first row is the text alone, for no token sees later tokens.
     ids, real = tokens(2, 10), np.arange(10) < np.array([[6], [10]])
     ids[1, 4:], real[1, :4] = ids[0, :6], False
     parts, caches = [], caches_of(SHALLOW, batch_size=2)
@@ -182,7 +182,7 @@ def test_every_option_goes_by_positions_with_holes_and_in_a_cache(fields):
     config = dataclasses.replace(SHALLOW, **fields)
     model, ids = make(config), tokens(2, 8)
     real = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1, 1, 1]], bool)
-    ids[1, real[1]] = ids[0, real[0]]  # no token sees what follows it, so the first row is the text alone
+    ids[1, real[1]] = ids[0, real[0]]  # no token sees later tokens, so the first row is the text alone
     whole = np.asarray(call(model, ids, padding_mask=real))
     assert distance(whole[1, real[1]], whole[0, real[0]]) <= 1e-5
     caches, parts = caches_of(config, batch_size=2), []
@@ -226,7 +226,7 @@ def test_nan_in_padding_does_not_reach_real_tokens():
 
     (_, logits), grads = run(params)
     assert np.isfinite(logits)[0, 2:].all()
-    # Weights see 0 * NaN where a layer multiplies padding; what reaches the real tokens' vectors came by attention.
+    # Weights see 0 * NaN where a layer multiplies padding; only attention could carry it to real tokens.
     grad = np.asarray(nnx.to_pure_dict(grads)["decoder"]["embed"]["tokens"]["embedding"])
     assert np.isfinite(grad[1:4]).all() and (grad[1:4] != 0).any()
 

@@ -378,7 +378,7 @@ def test_a_stored_score_mod_may_not_hide_arrays(how):
         layer(score_mod=HIDING[how])
 
 
-def test_a_stored_score_mod_may_not_hide_what_is_traced():
+def test_a_stored_score_mod_may_not_hide_traced_arrays():
     def make(array, mod):
         MultiHeadAttention(nnx.Rngs(0), **BASE, score_mod=mod(array))
 
@@ -445,8 +445,8 @@ def test_a_stored_attention_function_may_not_hide_arrays():
     cache = init_paged_kv_cache(
         num_blocks=2, block_size=4, num_kv_heads=6, head_dim=2, batch_size=1, max_blocks_per_seq=2
     )
-    for fine in (partial(paged_attention, cache=cache), jax.tree_util.Partial(standard_attention, scale=ONES[0])):
-        layer(attention_fn=fine)
+    for visible in (partial(paged_attention, cache=cache), jax.tree_util.Partial(standard_attention, scale=ONES[0])):
+        layer(attention_fn=visible)
 
 
 def test_a_stored_rotation_may_not_hide_arrays():
@@ -619,7 +619,11 @@ def test_a_decoder_block_goes_on_over_its_cache(size):
     np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
 
 
+<<<<<<< HEAD
 def test_what_a_decoder_block_cannot_do_is_said():
+=======
+def test_a_decoder_block_refuses_a_parallel_residual():
+>>>>>>> house
     with pytest.raises(ValueError, match="cross-attention reads the result of self-attention"):
         nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
 
@@ -647,7 +651,7 @@ def test_initial_weights_have_the_size_that_their_name_says():
         assert uniform == (name == "xavier_uniform"), name
 
 
-def test_depth_scales_what_is_written_into_the_stream():
+def test_depth_scales_the_branches_of_the_stream():
     config = attnax.TransformerConfig(vocab_size=7, num_layers=8, d_model=64, num_heads=1, d_ff=64)
 
     @jax.jit

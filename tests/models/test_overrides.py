@@ -1,4 +1,4 @@
-"""What a user puts in the place of a method or a layer is used, or refused in words."""
+"""A user's method or layer in place of the library's is used, or refused in words."""
 
 import dataclasses
 import types
@@ -47,7 +47,7 @@ class CallAboveOwnRun(OwnRun):
 
 
 @pytest.mark.parametrize("model", [OwnCall, OwnRun, CallAboveOwnRun])
-def test_generate_writes_by_what_a_subclass_overrides(model):
+def test_generate_uses_the_method_that_a_subclass_overrides(model):
     assert (np.asarray(make(model).generate(IDS, max_new_tokens=3).tokens) == 7).all()
 
 
@@ -96,7 +96,7 @@ class OwnTransformer(attnax.Transformer):
         return super().__call__(source_ids, target_ids, **options) * 2
 
 
-def test_a_transformer_says_what_generate_would_ignore():
+def test_a_transformer_refuses_a_method_that_generate_would_ignore():
     model = nnx.eval_shape(lambda: OwnTransformer(nnx.Rngs(0), encoder=CONFIG, decoder=CONFIG))
     with pytest.raises(NotImplementedError, match="got OwnTransformer with a __call__ or run of its own"):
         model.generate(IDS, max_length=3, start_token=1)

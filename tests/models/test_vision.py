@@ -1,4 +1,4 @@
-"""The vision transformer: which patch may move what, its positions on other grids, and every kind of block in it."""
+"""The vision transformer: which patch may change which token, positions on other grids, and every kind of block."""
 
 import dataclasses
 from functools import cache, partial
@@ -346,7 +346,7 @@ def test_dropout_draws_from_the_given_rngs():
     np.testing.assert_array_equal(one, two)
     assert not np.allclose(one, other)
     rngs = nnx.Rngs(dropout=1)
-    jax.eval_shape(lambda images: model(images, rngs=rngs), images)  # a draw would change what is outside, and raise
+    jax.eval_shape(lambda images: model(images, rngs=rngs), images)  # a draw would change a stream outside, and raise
     assert int(rngs.dropout.count[...]) == 0  # off by itself
 
 

@@ -24,7 +24,7 @@ KERNELS = {
 
 
 def decode(**options):
-    """The last token of X through a cache whose slots past those in use hold NaN, and its row without a cache."""
+    """The last token of X through a cache whose unused slots hold NaN, and its row without a cache."""
     attn = build(lambda rngs: MultiHeadAttention(rngs, num_heads=4, num_kv_heads=2, in_features=12, **options))
 
     @nnx.jit

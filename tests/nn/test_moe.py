@@ -1,4 +1,4 @@
-"""Mixture of experts: equal to computing every expert, at the cost of those chosen, and nothing dropped."""
+"""Mixture of experts: equal to computing every expert, at the cost of the chosen ones, and no token dropped."""
 
 import dataclasses
 import math
@@ -68,7 +68,7 @@ def make(**fields):
 
 
 def every_expert(params, x, config, xp=jnp):
-    """The definition: every expert sees every token, and the weights of those not chosen are 0."""
+    """The definition: every expert sees every token, and the weights of experts that are not chosen are 0."""
     values = nnx.to_pure_dict(params)
     if xp is np:
         values, x = jax.tree.map(partial(np.asarray, dtype=np.float64), (values, x))

@@ -356,7 +356,7 @@ def test_embeddings_of_a_model_are_scaled_tokens_with_types_and_places_in_the_dt
 
 
 def bfloat16_layers():
-    """Each with what it is called with."""
+    """Each layer with the arguments of a call."""
     dtypes = {"dtype": "bfloat16", "param_dtype": "float16"}
     block = {"d_model": 12, "num_heads": 3, "d_ff": 8, **dtypes}
     x, ids = jax.ShapeDtypeStruct((1, 4, 12), jnp.float32), np.zeros((1, 4), int)

@@ -1,4 +1,4 @@
-"""Every module and model under everything that Flax NNX does with modules, and who depends on whom in them."""
+"""Every module and model under everything that Flax NNX does with modules, and which values depend on which in them."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def normal(*shape):
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 X, MIXTURE = normal(2, 5, 12), {"num_experts": 3, "top_k": 2}
-MODULES = {  # how to make it, what to call it with
+MODULES = {  # how to make it, and the arguments of a call
     "MultiHeadAttention": (lambda rngs: nn.MultiHeadAttention(rngs, CONFIG), (X,)),
     "lite": (lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_type="lite"), (X,)),
     "sinks, qk-norm": (lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_sinks=True, qk_norm="head"), (X,)),
@@ -212,7 +212,7 @@ def test_tokens_depend_on_those_that_they_may_attend(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_not_there(kind):
-    """A padded row gives what its text gives alone, in encoder and language model and on both sides."""
+    """A padded row gives the result of its text alone, in encoder and language model and on both sides."""
     text = np.where(np.arange(5) < 3, np.roll(IDS[:1], -1, 1), 0)
     real = np.array([[False, True, True, True, False], [True, True, True, False, False]])
 

@@ -176,7 +176,7 @@ def test_table_is_exact_to_1e_6(scaling):
         np.testing.assert_allclose(np.asarray(one)[rows], other, rtol=0, atol=1e-6)
 
 
-# One shape for the tests of the layer, so that they share what is compiled.
+# One shape for the tests of the layer, so that they share compiled programs.
 POSITIONS = np.array([[7, 0, 1009, 3, 50021], [2, 131071, 1, 0, 17]], np.int32)
 
 

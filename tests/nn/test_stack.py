@@ -71,7 +71,7 @@ def test_every_form_is_the_same_model_with_the_same_dropout(runs, form):
 
 
 def assert_same_models(made, wanted):
-    """Of equal structure, configs and parameters; random streams differ in what they hold."""
+    """Of equal structure, configs and parameters; random streams may hold other keys."""
     (graphdef, state), (wanted_graphdef, wanted_state) = nnx.split(made), nnx.split(wanted)
     assert graphdef == wanted_graphdef and made.config == wanted.config
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
@@ -142,7 +142,7 @@ def test_remat_is_a_checkpoint_around_each_layer_with_the_policy_that_is_named(f
 
 
 def equations(jaxpr):
-    """All equations of a program, those inside of others too."""
+    """All equations of a program, with the equations inside of other equations."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(tuple(eqn.params.values())):
@@ -215,7 +215,7 @@ def test_layers_of_another_dtype_leave_the_stream_its_own():
 def test_explicit_randomness_is_not_used_up_where_nothing_is_drawn():
     rngs, config = nnx.Rngs(dropout=1), dataclasses.replace(CONFIG, num_layers=1, layer_pattern=())
     model = build(lambda rngs: TransformerLM(rngs, config))
-    jax.eval_shape(lambda ids: model(ids, rngs=rngs), IDS)  # a draw would change what is outside of it, and raise
+    jax.eval_shape(lambda ids: model(ids, rngs=rngs), IDS)  # a draw would change a stream outside of it, and raise
     assert int(rngs.dropout.count[...]) == 0
 
 
@@ -230,7 +230,7 @@ def test_equal_layers_are_traced_once(monkeypatch):
 
 
 class Remembering(EncoderBlock):
-    """Keeps statistics, what it saw, and an attribute that is no Variable."""
+    """Keeps statistics, its last input, and an attribute that is no Variable."""
 
     def __init__(self, rngs, config):
         super().__init__(rngs, config)
@@ -246,7 +246,7 @@ class Remembering(EncoderBlock):
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
-def test_a_block_by_a_user_keeps_what_it_writes():
+def test_a_block_by_a_user_keeps_its_writes():
     config = dataclasses.replace(CONFIG, num_layers=2, layer_pattern=())
     stack = build(lambda rngs: Stack(rngs, config, Remembering))
 
