@@ -142,7 +142,7 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
         (split, "lift_mask"),
         (split, "lift_score_mod"),
         (_call.tile_lists, "lift_bounds"),
-        (decode, "bind_kernel"),
+        (decode.DecodeInputs, "bind"),
     ):
         monkeypatch.setattr(module, name, refuse)
     kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}
