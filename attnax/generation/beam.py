@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,11 @@ from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Float, Int
 
-__all__ = ["BeamOptions", "Beams", "EarlyStopping", "beam_search"]
+__all__ = ["Beams", "EarlyStopping", "beam_search"]
 
 EarlyStopping = Literal["heuristic", "first", "never"]
 
 _WORST = -1e9  # the score of a beam that does not exist; unlike -inf it can be ordered and divided
-
-
-class BeamOptions(TypedDict):
-    """The options of a beam search, as `beam_search` describes them."""
-
-    num_beams: int
-    length_penalty: float
-    early_stopping: EarlyStopping
 
 
 class Beams(NamedTuple):
@@ -129,12 +121,7 @@ def beam_search(
 
 
 def _choose(
-    search: _Search,
-    logits: Array,
-    *,
-    request: Request,
-    length_penalty: float | Array,
-    early_stopping: EarlyStopping,
+    search: _Search, logits: Array, *, request: Request, length_penalty: float | Array, early_stopping: EarlyStopping
 ) -> _Search:
     """The next running beams and the best ended texts, from the logits (B * N, V) of the next token."""
     (batch, num_beams), size = search.log_probs.shape, logits.shape[-1]

@@ -63,7 +63,7 @@ class Model:
         return self.step(self.state, tokens, cache)
 
     def made(self, value: Any) -> Any:
-        """The cache or context, which is made here if it is Planned."""
+        """The cache or context; made here if it is Planned."""
         return value.make(self.state) if isinstance(value, Planned) else value
 
 
@@ -86,7 +86,7 @@ class Generation(NamedTuple):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A pytree of which the program that reads the prompt makes a cache or a context."""
+    """A pytree from which the program that reads the prompt makes a cache or a context."""
 
     def make(self, state: Any, /) -> Any:
         """The empty caches, or the context of the rows, from the parameters of the model."""
@@ -113,13 +113,13 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         request: the prompts, and how to continue them.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
             there are several samples, whose cache has other shapes. It may be Planned.
-        max_new_tokens: static, the room of the result; at least that of the request, which is a value.
+        max_new_tokens: static, the room of the result; at least the request's max_new_tokens, which may be traced.
 
     Returns:
         The generation and the cache, which holds all tokens but the last.
     """
     model = Model(step, state)
-    progress, context, written, _ = _begin(request)(model, request, cache, max_new_tokens)
+    progress, context, written, _ = _read_prompt(model, request, cache, max_new_tokens)
     if is_concrete(progress.finished) and np.asarray(progress.finished).all():
         return written, progress.cache
     rest = dataclasses.replace(progress, cache=None)
@@ -132,7 +132,7 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
     Stops after the request's max_new_tokens, or when every row has ended.
     """
     model = Model(step, state)
-    progress, context, _, token = _begin(request)(model, request, cache, max_new_tokens)
+    progress, context, _, token = _read_prompt(model, request, cache, max_new_tokens)
     request = request.after_prompt()
     if not is_concrete(token):
         raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
@@ -143,22 +143,21 @@ def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_toke
         progress, token = _next_token(model, request, progress, context)
 
 
-def begin(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Int[Array, "R"]]:
-    """Reads the prompt and draws the first token: the progress, the context of each row, the result so far, the token.
-
-    `room` tokens may follow the prompt.
-    """
+def _begin(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Array]:
     progress, context = start(model, request, cache, room)
     return progress, context, result(progress, request), progress.text.last(1)[:, 0]
 
 
-_begin_program = jax.jit(begin, static_argnames="room")
-_begin_in_place = jax.jit(begin, static_argnames="room", donate_argnames="cache")
+_begin_program = jax.jit(_begin, static_argnames="room")
+_begin_in_place = jax.jit(_begin, static_argnames="room", donate_argnames="cache")
 
 
-def _begin(request: Request) -> Any:
-    """The program that begins; it donates the cache where the result has the rows of the prompts."""
-    return _begin_in_place if request.num_samples == 1 else _begin_program
+def _read_prompt(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Array]:
+    """The first program: what `start` returns, the result so far and the first token of each row.
+
+    It donates the cache where the result has the rows of the prompts.
+    """
+    return (_begin_in_place if request.num_samples == 1 else _begin_program)(model, request, cache, room)
 
 
 @partial(jax.jit, donate_argnames="cache")

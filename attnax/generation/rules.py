@@ -1,4 +1,4 @@
-"""Rules that forbid or force tokens, as `generate` in transformers has them, as a `logits_fn`."""
+"""A `logits_fn` with the rules of Hugging Face transformers that forbid or force tokens."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Sampler:
         return lax.cond(jnp.asarray(self.temperature) == 0, likeliest, lambda: jax.nn.softmax(self.cut(logits)))
 
     def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, "B"]:
-        """One token a row; `keys` holds one typed key a row, None where the temperature is."""
+        """One token a row; `keys` holds one typed key a row; None with temperature=None."""
         logits = self.penalise(logits, text)
 
         def likeliest() -> Array:
@@ -217,7 +217,7 @@ def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
 
 
 def _number(value: Any, dtype: Any) -> Any:
-    """The number as an array; of a concrete number NumPy's, since JAX would compile the conversion."""
+    """The number as an array; NumPy converts a concrete one, since JAX would compile the conversion."""
     return np.asarray(value, dtype) if is_concrete(value) else value.astype(dtype)
 
 

@@ -66,7 +66,7 @@ class Text:
         return jnp.take_along_axis(self.ids, jnp.maximum(index, 0), axis=1)
 
     def last_positions(self, count: int) -> Int[Array, "R n"]:
-        """The positions of these tokens; -1 before the first token."""
+        """The positions of the last `count` tokens; -1 before the first token."""
         return jnp.maximum(self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None], -1)
 
     def written(self, count: int, fill: Int[ArrayLike, ""]) -> Int[Array, "R n"]:
@@ -114,9 +114,3 @@ class Text:
         banned = jnp.zeros((rows, vocab_size), bool)
         banned = banned.at[jnp.arange(rows)[:, None], follows].set(True, mode="drop")
         return banned & (self.lengths >= size - 1)[:, None]
-
-    def last_column(self, index: Int[Array, ""]) -> Int[Array, "R"]:
-        """Each row's token `index` after its prompt."""
-        check_shape("Text", "index", index, (), integers=True)
-        where = self.prompt_lengths + index
-        return lax.squeeze(jnp.take_along_axis(self.ids, where[:, None], axis=1), (1,))

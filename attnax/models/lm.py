@@ -14,7 +14,7 @@ from flax import nnx
 
 from attnax.cache import LayerCache
 from attnax.config import TransformerConfig, resolve_config
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
@@ -36,10 +36,7 @@ class TransformerLM(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
         self_mask: which tokens attend which, by default `causal()`.
-        **fields: the fields of TransformerConfig.
-
-    Raises:
-        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -145,11 +142,10 @@ class TransformerLM(nnx.Module):
         options: WriteOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "num_samples": num_samples}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        small = None if draft is None else draft._writer()
         return generate(
             self._writer(),
             prompt_ids,
-            small,
+            None if draft is None else draft._writer(),
             max_new_tokens=max_new_tokens,
             num_draft_tokens=num_draft_tokens,
             **options,
@@ -158,7 +154,7 @@ class TransformerLM(nnx.Module):
     def stream(
         self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options without a draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def beam_search(
@@ -178,31 +174,24 @@ class TransformerLM(nnx.Module):
     ) -> Beams:
         """The `num_beams` best texts found after each prompt, the best first.
 
-        Args:
-            prompt_ids: (batch, T).
+        Arguments and errors are those of `generate`, and:
             num_beams: running texts that are kept.
-            max_new_tokens: tokens to write at most.
             length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
             early_stopping: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
                 its present length, "never" when no running text can score better at any length.
             sampler: only its penalties apply, to log-probabilities.
-            padding_mask: as in `generate`, like all that follow.
-            end_token: ends a text.
-            stop_sequences: end a text too.
-            cache: kind of the cache.
-            cache_dtype: of keys and values.
-
-        Raises:
-            ValueError: arguments out of range.
         """
         options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
-        beams: BeamOptions = {
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
-        return beam_search(self._writer(), prompt_ids, beams, max_new_tokens=max_new_tokens, **options)
+        return beam_search(
+            self._writer(),
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            **options,
+        )
 
     def _writer(self) -> Writer:
         if inspect.ismethod(vars(self).get("run")):

@@ -37,10 +37,7 @@ class MaskedLM(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig; act is its ff_activation without the gate.
-        **fields: the fields of TransformerConfig.
-
-    Raises:
-        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp

@@ -13,7 +13,7 @@ from flax import nnx
 
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
@@ -118,17 +118,12 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size) of the token after each target token.
 
-        Args:
+        Arguments and errors are those of `TransformerEncoder`, for two texts:
             source_ids: (batch, S), of the encoder's vocabulary.
             target_ids: (batch, T), of the decoder's vocabulary.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
             target_padding_mask: likewise for the target, (batch, T) or (batch, 1, 1, T).
-            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the self-attention scores of every decoder layer.
-            rngs: randomness of the dropout, instead of the stored streams.
-
-        Raises:
-            ValueError: ids outside a vocabulary, sequences longer than max_len, or arguments that do not fit.
         """
         options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
         options |= {"source_padding_mask": source_padding_mask, "target_padding_mask": target_padding_mask}
@@ -186,27 +181,13 @@ class Transformer(nnx.Module):
     ) -> Generation:
         """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
-        Args:
+        Arguments, result and errors are those of `TransformerLM.generate`, with sources in place of prompts, and:
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
-            start_token: the first token of every target.
-            end_token: ends a row; one token or several.
-            temperature: of the sampling; 0 takes the likeliest token.
-            key: one typed key, or one a row; needed with a temperature.
+            start_token: the first token of every target; the result is without it.
+            temperature: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
-            sampler: how tokens are drawn, in place of `temperature`.
-            stop_sequences: as in `TransformerLM.generate`, like all that follow.
-            num_samples: targets of each source, which is read once.
             draft: a small Transformer of the same vocabularies.
-            num_draft_tokens: tokens drafted each time.
-            cache: kind of the cache.
-            cache_dtype: of keys and values.
-
-        Returns:
-            tokens (batch * num_samples, max_length) without the start token, lengths, log_probs and steps.
-
-        Raises:
-            ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
         """
         if draft is not None and not isinstance(draft, Transformer):
             raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")
@@ -218,12 +199,10 @@ class Transformer(nnx.Module):
         options: WriteOptions = {"sampler": sampler or Sampler(temperature=temperature), "key": key}
         options |= {"end_token": end_token, "stop_sequences": stop_sequences, "num_samples": num_samples}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        writer = self._writer(source_ids, source_padding_mask)
-        small = None if draft is None else draft._writer(source_ids, source_padding_mask)
         return generate(
-            writer,
+            self._writer(source_ids, source_padding_mask),
             _starts(source_ids, start_token),
-            small,
+            None if draft is None else draft._writer(source_ids, source_padding_mask),
             max_new_tokens=max_length,
             num_draft_tokens=num_draft_tokens,
             **options,
@@ -238,7 +217,7 @@ class Transformer(nnx.Module):
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options without a draft."""
+        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 
@@ -261,13 +240,15 @@ class Transformer(nnx.Module):
         """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
         options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
-        beams: BeamOptions = {
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
-        writer, starts = self._writer(source_ids, source_padding_mask), _starts(source_ids, start_token)
-        return beam_search(writer, starts, beams, max_new_tokens=max_length, **options)
+        return beam_search(
+            self._writer(source_ids, source_padding_mask),
+            _starts(source_ids, start_token),
+            max_new_tokens=max_length,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            **options,
+        )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder as a writer, whose context are the sources."""

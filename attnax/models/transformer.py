@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +55,8 @@ class DecoderOptions(CachedOptions, total=False):
     encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
 
 
-class _Options(EncoderOptions, DecoderOptions, total=False):
-    """The options of either."""
-
-
 class _TokenTransformer(nnx.Module):
     """Embeddings, blocks and a last norm, which the encoder and the decoder share."""
-
-    cross_attention = False
 
     def __init__(
         self,
@@ -86,29 +80,33 @@ class _TokenTransformer(nnx.Module):
         )
         self.self_mask = nnx.data(None if self_mask is None else as_mask(self_mask))
 
-    def _run(self, input_ids: ArrayLike, options: _Options, tokens: TokenEmbedding | None = None) -> Output:
-        """From token ids to hidden states."""
-        ids, caches, mode = jnp.asarray(input_ids), options.get("caches"), select_options(options, Mode)
+    def _run(
+        self,
+        input_ids: ArrayLike,
+        options: CachedOptions,
+        *,
+        token_type_ids: ArrayLike | None = None,
+        tokens: TokenEmbedding | None = None,
+        cross: dict[str, Any] | None = None,
+    ) -> Output:
+        """From token ids to hidden states; `cross` holds the options of cross-attention where blocks have it."""
+        ids, mode = jnp.asarray(input_ids), select_options(options, Mode)
         self._check(ids, options)
         position_ids, mask, score_mod = self._place(ids.shape, options)
-        types = options.get("token_type_ids")
-        x = self.embed(ids, tokens=tokens, position_ids=position_ids, token_type_ids=types, **mode)
+        x = self.embed(ids, tokens=tokens, position_ids=position_ids, token_type_ids=token_type_ids, **mode)
 
-        each: dict[str, Any] = {"cache": caches}  # one entry a layer
-        shared: dict[str, Any] = select_options(options, SelfAttentionOptions) | {"score_mod": score_mod}
-        if self.cross_attention:
-            encoder_output = options["encoder_output"]
-            (each if isinstance(encoder_output, tuple | list) else shared)["encoder_output"] = encoder_output
-            shared |= {"self_mask": mask, "cross_mask": options.get("cross_mask")}
-            shared |= {"position_ids_self": position_ids, "position_ids_cross_q": position_ids}
-            shared["position_ids_cross_kv"] = options.get("encoder_position_ids")
+        each: dict[str, Any] = {"cache": options.get("caches")}  # one entry a layer
+        if cross is None:
+            shared: dict[str, Any] = {"mask": mask, "position_ids": position_ids}
         else:
-            shared |= {"mask": mask, "position_ids": position_ids}
-        out = self.stack.run(x, each=each, **shared)
+            shared = cross | {"self_mask": mask, "position_ids_self": position_ids}
+            if isinstance(shared["encoder_output"], tuple | list):
+                each["encoder_output"] = shared.pop("encoder_output")
+        out = self.stack.run(x, each=each, score_mod=score_mod, **mode, **shared)
         with jax.named_scope("norm"):
             return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
 
-    def _check(self, ids: Array, options: _Options) -> None:
+    def _check(self, ids: Array, options: CachedOptions) -> None:
         """Raises ValueError for ids, caches or a mask of the call that do not fit the model or each other."""
         name, caches, mask = type(self).__name__, options.get("caches"), options.get("mask")
         if ids.ndim != 2:
@@ -136,7 +134,9 @@ class _TokenTransformer(nnx.Module):
                 f"got {type(mask).__name__}. Give it as self_mask, which is read at positions."
             )
 
-    def _place(self, shape: tuple[int, ...], options: _Options) -> tuple[Array | None, Mask | None, ScoreMod | None]:
+    def _place(
+        self, shape: tuple[int, ...], options: CachedOptions
+    ) -> tuple[Array | None, Mask | None, ScoreMod | None]:
         """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
 
         The model's own mask and the score mods go by positions, the mask of the call by indices. Attention itself reads
@@ -162,7 +162,7 @@ class _TokenTransformer(nnx.Module):
                 known = min((bound for bound in bounds if bound is not None), default=None)
             mask.check(name, (batch, self.config.num_heads, known, known))
         if position_ids is not None and is_alone:
-            # Counted positions have the order of the indices.
+            # Counted positions have the order of the indices, so a causal mask holds for both.
             if given is not None or not (mask is None or isinstance(mask, Causal)):
                 mask = at_positions(mask, position_ids, position_ids)
             elif caches is None:  # with a cache, attention hides the padding
@@ -192,10 +192,7 @@ class TransformerEncoder(_TokenTransformer):
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
         self_mask: which tokens attend which, by default all attend all. No token attends padding in any case.
-        **fields: the fields of TransformerConfig.
-
-    Raises:
-        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -259,9 +256,9 @@ class TransformerEncoder(_TokenTransformer):
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("TransformerEncoder", options, EncoderOptions)
-        return self._run(input_ids, cast("_Options", options))
+        return self._run(input_ids, options, token_type_ids=options.get("token_type_ids"))
 
 
 class TransformerDecoder(_TokenTransformer):
@@ -277,10 +274,7 @@ class TransformerDecoder(_TokenTransformer):
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
         own_tokens: whether it has a table of token embeddings; without one, every `run` is given a table.
-        **fields: the fields of TransformerConfig.
-
-    Raises:
-        ValueError: a field that TransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -330,24 +324,11 @@ class TransformerDecoder(_TokenTransformer):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states of `input_ids`.
 
-        Args:
-            input_ids: (batch, T).
-            mask: as in `TransformerEncoder`, and so are the next three.
-            padding_mask: True for real tokens.
-            deterministic: no dropout.
-            position_ids: each token's index within its row's text, -1 for padding.
-            encoder_output: (batch, S, encoder_features), or its `keys_values`; needed with cross_attention.
+        Arguments, result and errors are those of `TransformerEncoder`; `mask` and `score_mod` are for self-attention.
+        With cross_attention a call also takes:
+            encoder_output: (batch, S, encoder_features), or its `keys_values`; required.
             cross_mask: which tokens attend which tokens of the encoder, by index; `masks.padding(real)` hides padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
-            score_mod: applied to the self-attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend the tokens in them.
-            rngs: randomness of the dropout, instead of the stored streams.
-
-        Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
-
-        Raises:
-            ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
         options: DecoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
         options |= {"encoder_output": encoder_output, "cross_mask": cross_mask, "score_mod": score_mod}
@@ -363,10 +344,15 @@ class TransformerDecoder(_TokenTransformer):
         token_embedding: TokenEmbedding | None = None,
         **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call with its result in one form; a decoder without its own tokens needs `token_embedding`."""
+        """The call; it always returns an Output. A decoder without its own tokens needs `token_embedding`."""
         check_options("TransformerDecoder", options, DecoderOptions)
         self._check_cross(options)
-        return self._run(input_ids, cast("_Options", options), token_embedding)
+        cross = {
+            "encoder_output": options.get("encoder_output"),
+            "cross_mask": options.get("cross_mask"),
+            "position_ids_cross_kv": options.get("encoder_position_ids"),
+        }
+        return self._run(input_ids, options, tokens=token_embedding, cross=cross if self.cross_attention else None)
 
     def _check_cross(self, options: DecoderOptions) -> None:
         """Raises ValueError for options of cross-attention that do not fit the model or each other."""

@@ -35,10 +35,7 @@ class VisionTransformer(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a VisionTransformerConfig. The head has a bias whatever `use_bias` says.
-        **fields: the fields of VisionTransformerConfig.
-
-    Raises:
-        ValueError: a field that VisionTransformerConfig lacks, or a value that it refuses.
+        **fields: the fields of VisionTransformerConfig; ValueError for any other field, and a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,7 +118,7 @@ class VisionTransformer(nnx.Module):
     def run(
         self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[SelfAttentionOptions]
     ) -> Output:
-        """The call with its result in one form: tokens in `hidden`, `logits` or None, losses of experts in `aux`."""
+        """The call; it always returns an Output, with tokens in `hidden`."""
         check_options("VisionTransformer", options, SelfAttentionOptions)
         x = self._embed(images, **select_options(options, Mode))
         out = self.stack.run(x, **options)
@@ -133,11 +130,7 @@ class VisionTransformer(nnx.Module):
         return out._replace(logits=self.head(pooled))
 
     def attention_weights(
-        self,
-        images: Float[ArrayLike, "B height width channels"],
-        layer: int = -1,
-        *,
-        score_mod: ScoreMod | None = None,
+        self, images: Float[ArrayLike, "B height width channels"], layer: int = -1, *, score_mod: ScoreMod | None = None
     ) -> Float[Array, "B N T S"]:
         """The attention weights of one layer, (batch, num_heads, T, T); no dropout.
 

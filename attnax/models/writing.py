@@ -1,4 +1,4 @@
-"""How a model writes: arguments checked, caches made, and one of the loops of `attnax.generation` started."""
+"""Checks the arguments of a model that writes, makes its caches and starts a loop of `attnax.generation`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from attnax import generation
 from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
-from attnax.generation.beam import BeamOptions, Beams, EarlyStopping
+from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, RequestOptions, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
-from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike
 
 __all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
@@ -62,16 +61,17 @@ class WriteOptions(RequestOptions, total=False):
     cache_dtype: Any
 
 
-@pytree_dataclass
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class CachePlan:
     """The empty caches of a model, which a program makes; plans of equal sizes are equal."""
 
-    config: TransformerConfig = dataclasses.field(metadata={"static": True})
-    kind: CacheKind = dataclasses.field(metadata={"static": True})
-    batch_size: int = dataclasses.field(metadata={"static": True})
-    max_len: int = dataclasses.field(metadata={"static": True})
-    dtype: str | None = dataclasses.field(metadata={"static": True})
-    pool_rows: int = dataclasses.field(metadata={"static": True})  # of a pool of pages, which rows share
+    config: TransformerConfig
+    kind: CacheKind
+    batch_size: int
+    max_len: int
+    dtype: str | None
+    pool_rows: int  # of a pool of pages, which rows share
 
     def make(self, state: Any, /) -> tuple[EmptyCache, ...]:
         """One cache a layer."""
@@ -129,8 +129,8 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
         )
     if options.get("cache") == "contiguous":
         raise ValueError(
-            "generate: a draft takes tokens back, and a contiguous cache would not use their slots again; got "
-            "cache='contiguous'. Use 'ring' or 'paged'."
+            "generate: with a draft a cache must use the slots of rejected tokens again; got cache='contiguous'. "
+            "Use 'ring' or 'paged'."
         )
     for config in (writer.config, draft.config):
         if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
@@ -154,13 +154,14 @@ def stream(
 def beam_search(
     writer: Writer,
     prompt_ids: ArrayLike,
-    beams: BeamOptions,
     *,
     max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: EarlyStopping,
     **options: Unpack[WriteOptions],
 ) -> Beams:
     """`TransformerLM.beam_search` for any writer."""
-    num_beams, early_stopping, length_penalty = beams["num_beams"], beams["early_stopping"], beams["length_penalty"]
     if not 1 <= num_beams <= writer.config.vocab_size:
         raise ValueError(
             f"beam_search: num_beams must be at least 1 and at most vocab_size={writer.config.vocab_size}; "
@@ -181,8 +182,16 @@ def beam_search(
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
-    settings: dict[str, Any] = {**beams, "length_penalty": np.float32(length_penalty)}
-    found = generation.beam_search(writer.step, writer.state, request, cache, max_new_tokens=room, **settings)
+    found = generation.beam_search(
+        writer.step,
+        writer.state,
+        request,
+        cache,
+        num_beams=num_beams,
+        max_new_tokens=room,
+        length_penalty=np.float32(length_penalty),
+        early_stopping=early_stopping,
+    )
     return _shorten(found, max_new_tokens)
 
 
@@ -197,7 +206,7 @@ def _prepare(
     cache_dtype: Any = None,
     **options: Unpack[RequestOptions],
 ) -> tuple[Request, CachePlan, int]:
-    """The request, its caches and the room of the result, each of a few sizes, so that few programs serve all."""
+    """The request, its caches and the room of the result; sizes are rounded up, so that few programs serve all."""
     config = writer.config
     if not hasattr(prompt_ids, "shape"):
         try:

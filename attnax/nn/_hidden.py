@@ -21,7 +21,7 @@ def refuse_hidden_arrays(
     """Raises ValueError for a function that reads a floating JAX array which is none of its leaves.
 
     NumPy arrays, integers and arrays that the function makes itself are allowed constants. A function that fails at
-    these shapes is let through: it may use an array as a whole, which fits the sizes of one kind of call only.
+    these shapes passes: it may use an array of one fixed size.
 
     Args:
         caller: the class that keeps the function, for the message.
@@ -45,7 +45,7 @@ def refuse_hidden_arrays(
 def refuse_hidden_arrays_of_kernel(
     caller: str, attention_fn: Any, arguments: Sequence[Any], scores: Sequence[Any]
 ) -> None:
-    """The same for an attention function. Arrays in a `functools.partial` are hidden too, except those of a `cache`.
+    """`refuse_hidden_arrays` for an attention function; arrays that a partial binds are hidden too, except a `cache`.
 
     Args:
         caller: the class that keeps the function, for the message.

@@ -1,6 +1,6 @@
-"""A module computes in `run`; its `__call__` names the options for editors, and the modules around it call `run`.
+"""A module computes in `run`, which the modules around it call; its `__call__` only names the options for editors.
 
-Below a `__call__` the options of a call travel as one dictionary of a TypedDict, which stands beside the class.
+`run` takes the options as keywords, and a TypedDict beside the class lists them.
 """
 
 from __future__ import annotations

@@ -14,10 +14,9 @@ from attnax.cache import EmptyCache, LayerCache
 from attnax.checks import check_options, check_positions, is_concrete
 from attnax.config import BlockConfig, resolve_config
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
-from attnax.masks import Mask, as_mask, at_positions, sliding_window
-from attnax.nn._cached import attend_cache, check_cache
+from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
-from attnax.nn._kernel import Heads, Kernel, attention_function, kernel_of
+from attnax.nn._kernel import Heads, Kernel, attend_cache, attention_function, check_cache
 from attnax.nn._run import SelfAttentionOptions
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
@@ -64,9 +63,9 @@ class MultiHeadAttention(nnx.Module):
         context_features: width of the context, by default in_features.
         attention_fn: computes the attention of the projected, rotated heads; by default the function that the
             config's `attention_type` names.
-        score_mod: applied to the scores of every call, before a per-call one. A score_mod, rope or attention_fn that
-            holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of the layer's state.
-            NumPy arrays are constants.
+        score_mod: applied to the scores of every call, before the score mod of the call. A score_mod, rope or
+            attention_fn that holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of
+            the layer's state. NumPy arrays are constants.
         rope: a function `(heads, position_ids) -> heads` that turns queries and keys, by default the config's.
         query_norm: norm of the queries before they are turned; by its `num_features` over each head or over all heads.
         key_norm: the same for the keys.
@@ -114,7 +113,7 @@ class MultiHeadAttention(nnx.Module):
     ):
         if config is not None and (in_features is not None or qkv_features is not None):
             raise ValueError(
-                "MultiHeadAttention: a config says the sizes; got it with in_features or qkv_features. "
+                "MultiHeadAttention: a config sets the sizes; got a config and in_features or qkv_features. "
                 "Use dataclasses.replace(config, d_model=..., head_dim=...)."
             )
         if in_features is not None:
@@ -202,7 +201,7 @@ class MultiHeadAttention(nnx.Module):
 
     @jax.named_scope("attention")
     def run(self, x: Float[Array, "B T D"], **options: Unpack[MultiHeadOptions]) -> tuple[Float[Array, "B T Do"], Any]:
-        """The call with its result in one form: (out, new cache or None)."""
+        """The call; it always returns (out, new cache or None)."""
         heads, kv_cache = self._attend(x, options)
         if not getattr(kernel_of(self.attention_fn), "names_residuals", False):
             heads = _named("attention_out", heads)
@@ -288,9 +287,7 @@ class MultiHeadAttention(nnx.Module):
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
 
     def keys_values(
-        self,
-        context: Float[Array, "B S Dc"],
-        position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
+        self, context: Float[Array, "B S Dc"], position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None
     ) -> KeysValues:
         """The keys and values of a context, which a call takes in place of it.
 
@@ -328,7 +325,7 @@ class MultiHeadAttention(nnx.Module):
         position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
     ) -> Float[Array, "B N T S"]:
-        """How much of each key's value each query takes, (batch, num_heads, T, S), for small inputs; no dropout.
+        """The weight of each key for each query, (batch, num_heads, T, S), for small inputs; no dropout.
 
         The arguments are those of a call. Rows sum to 1, to less with sinks, and to 0 with nothing to attend.
         """
@@ -339,9 +336,8 @@ class MultiHeadAttention(nnx.Module):
     def _check_functions(self) -> None:
         """Raises ValueError for an attention function without the keywords that the config needs.
 
-        Also for a function with arrays outside of the layer's state, which would get no gradient. Functions are traced
-        with axes of length 1, which broadcast against arrays of any size. Each call looks at the score mod again, at
-        the sizes of the call.
+        Also refuses arrays outside of the layer's state, which would get no gradient. Functions are traced with axes
+        of length 1, which broadcast against arrays of any size. A call traces the score mod again, at its own sizes.
         """
         config = self.config
         heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -362,7 +358,7 @@ class MultiHeadAttention(nnx.Module):
 
 
 def _named(name: str, x: Array) -> Array:
-    """x, which a policy of `jax.checkpoint` may save by that name. Concrete arrays need no name, and no program."""
+    """x under a name for policies of `jax.checkpoint`; naming a concrete array would only compile a program."""
     return x if is_concrete(x) else checkpoint_name(x, name)
 
 

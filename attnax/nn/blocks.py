@@ -33,9 +33,9 @@ class Output(NamedTuple):
         hidden: (batch, T, d_model), of a model the input of its head.
         caches: the new cache of a block, the tuple of the new caches of a stack, or None.
         aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
-            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or one
-            that no query may attend by `masks.padding`, an array or positions in the mask of the call. Other masks and
-            functions do not mark padding.
+            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or a
+            token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
+            and functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
 
@@ -56,8 +56,8 @@ class Residual(nnx.Module):
     Args:
         rngs: for the norms and the stored dropout stream.
         config: `norm_placement` chooses "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x)))
-            or "branch" x + norm(f(x)). The added branch is scaled by a learned number a feature (`layer_scale`), goes
-            through dropout and is scaled by `residual_scale`.
+            or "branch" x + norm(f(x)). The added branch is scaled by one learned number for each feature
+            (`layer_scale`), goes through dropout and is scaled by `residual_scale`.
 
     References:
         H. Touvron et al., "Going Deeper with Image Transformers" (LayerScale), 2021, https://arxiv.org/abs/2103.17239.
@@ -75,10 +75,7 @@ class Residual(nnx.Module):
         self.scale = config.residual_scale
 
     def branch(
-        self,
-        x: Float[Array, "B T D"],
-        sublayer: Callable[[Array], tuple[Array, Any]],
-        **mode: Unpack[Mode],
+        self, x: Float[Array, "B T D"], sublayer: Callable[[Array], tuple[Array, Any]], **mode: Unpack[Mode]
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The branch that `sublayer` adds to x, and the second result of `sublayer`."""
         branch, extra = sublayer(_normalised(self.norm_in, x))
@@ -89,10 +86,7 @@ class Residual(nnx.Module):
         return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        sublayer: Callable[[Array], tuple[Array, Any]],
-        **mode: Unpack[Mode],
+        self, x: Float[Array, "B T D"], sublayer: Callable[[Array], tuple[Array, Any]], **mode: Unpack[Mode]
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The new stream, and the second result of `sublayer`."""
         branch, extra = self.branch(x, sublayer, **mode)
@@ -121,10 +115,7 @@ class EncoderBlock(nnx.Module):
         d_ff: the same.
         attention_fn: as in `MultiHeadAttention`.
         score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig.
-
-    Raises:
-        ValueError: a field that BlockConfig lacks, or a value that it refuses.
+        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -149,7 +140,7 @@ class EncoderBlock(nnx.Module):
         config = _block_config(config, num_heads, d_ff, fields)
         self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
         self.around_attention = Residual(rngs, config)
-        self.feed_forward = _feed_forward(rngs, config)
+        self.feed_forward = _make_feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
         self.parallel = config.parallel_residual
 
@@ -166,7 +157,7 @@ class EncoderBlock(nnx.Module):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after both sublayers, or with a cache the pair of it and the new cache.
 
-        The arguments are those of `MultiHeadAttention`.
+        Arguments and errors are those of `MultiHeadAttention`.
         """
         options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
         options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
@@ -174,7 +165,7 @@ class EncoderBlock(nnx.Module):
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
     def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("EncoderBlock", options, EncoderBlockOptions)
         mode = select_options(options, Mode)
 
@@ -187,9 +178,9 @@ class EncoderBlock(nnx.Module):
                 **select_options(options, SelfAttentionOptions),
             )
 
-        def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            return _feed(self.feed_forward, x, options, mode)
-
+        feed_forward = _as_sublayer(
+            self.feed_forward, options.get("mask"), options.get("position_ids"), options.get("cache"), mode
+        )
         if self.parallel:
             attended, new_cache = self.around_attention.branch(x, attend, **mode)
             fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
@@ -225,10 +216,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
         score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig.
-
-    Raises:
-        ValueError: a field that BlockConfig lacks, or a value that it refuses.
+        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -264,7 +252,7 @@ class DecoderBlock(nnx.Module):
         self.around_attention = Residual(rngs, config)
         self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
         self.around_cross_attention = Residual(rngs, config)
-        self.feed_forward = _feed_forward(rngs, config)
+        self.feed_forward = _make_feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
 
     def __call__(
@@ -284,21 +272,12 @@ class DecoderBlock(nnx.Module):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after the three sublayers, or with a cache the pair of it and the new cache.
 
-        Args:
-            x: (batch, T, d_model).
+        Arguments and errors are those of `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod` and
+        `self_attn_kv_cache` are for self-attention. Cross-attention has:
             encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            self_mask: which tokens attend which in x and in a cache before it; as `mask` of `MultiHeadAttention`.
             cross_mask: which tokens of x attend which tokens of the encoder, by index.
-            deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
-            position_ids_self: positions of x for self-attention, by default 0 ... T - 1, or those after the cache.
-            position_ids_cross_q: positions of x for RoPE in cross-attention, by default `position_ids_self`.
+            position_ids_cross_q: positions of x for RoPE, by default `position_ids_self`.
             position_ids_cross_kv: positions of the encoder's output for RoPE.
-            score_mod: applied to the scores of self-attention.
-            self_attn_kv_cache: x is appended to it and attends all of it.
-            rngs: randomness of the dropout, instead of the stored streams.
-
-        Raises:
-            ValueError: arguments that do not fit together.
         """
         options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
         options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}
@@ -314,7 +293,7 @@ class DecoderBlock(nnx.Module):
         encoder_output: Float[Array, "B S De"] | KeysValues,
         **options: Unpack[DecoderBlockOptions],
     ) -> Output:
-        """The call with its result in one form."""
+        """The call; it always returns an Output."""
         check_options("DecoderBlock", options, DecoderBlockOptions)
         mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
         if positions is None and cache is not None:
@@ -342,10 +321,7 @@ class DecoderBlock(nnx.Module):
             )
             return out, None
 
-        def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
-            mask: EncoderBlockOptions = {"mask": options.get("self_mask"), "position_ids": positions, "cache": cache}
-            return _feed(self.feed_forward, x, mask, mode)
-
+        feed_forward = _as_sublayer(self.feed_forward, options.get("self_mask"), positions, cache, mode)
         x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
@@ -372,22 +348,26 @@ def _normalised(norm: Any, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
-def _feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:
+def _make_feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | MixtureOfExperts:
     return FeedForward(rngs, config) if config.num_experts is None else MixtureOfExperts(rngs, config)
 
 
-def _feed(layer: Any, x: Array, options: EncoderBlockOptions, mode: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-    """(out, aux) of a feed-forward; a mixture of experts is told which tokens are padding."""
-    if not isinstance(layer, MixtureOfExperts):
-        return layer(x, **mode), {}
-    real = _real_tokens(x, options)
-    out, aux = layer(x, **mode) if real is None else layer(x, padding_mask=real, **mode)
-    return out, aux | {"expert_load": (aux["expert_load"],)}  # each mixture has its own experts: loads do not add up
+def _as_sublayer(
+    layer: Any, mask: Any, positions: ArrayLike | None, cache: Any, mode: dict[str, Any]
+) -> Callable[[Array], tuple[Array, dict[str, Any]]]:
+    """A feed-forward as `x -> (out, aux)`; a mixture of experts is told which tokens are padding."""
+
+    def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
+        if not isinstance(layer, MixtureOfExperts):
+            return layer(x, **mode), {}
+        out, aux = layer(x, padding_mask=_real_tokens(x, mask, positions, cache), **mode)
+        return out, aux | {"expert_load": (aux["expert_load"],)}  # experts of two mixtures differ: loads do not add up
+
+    return feed_forward
 
 
-def _real_tokens(x: Array, options: EncoderBlockOptions) -> Array | None:
+def _real_tokens(x: Array, mask: Any, positions: ArrayLike | None, cache: Any) -> Array | None:
     """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
-    mask, positions, cache = options.get("mask"), options.get("position_ids"), options.get("cache")
     real = None if positions is None else jnp.atleast_2d(jnp.asarray(positions)) >= 0
     # With a cache that may hold tokens, the columns of the mask are positions, not tokens of x.
     if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
@@ -396,7 +376,7 @@ def _real_tokens(x: Array, options: EncoderBlockOptions) -> Array | None:
 
 
 def _attended_keys(mask: Mask, keys: Array, *, at_positions: bool = False) -> Array | None:
-    """True for keys that some query may attend, (1 or batch, 1 or T); None where only all pairs could tell."""
+    """True for keys that some query may attend, (1 or batch, 1 or T); None where the answer needs all pairs."""
     match mask:
         case And(left, right):
             return _both(*(_attended_keys(side, keys, at_positions=at_positions) for side in (left, right)))

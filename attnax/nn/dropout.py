@@ -11,7 +11,7 @@ from attnax.typing import Array, Float
 
 
 class Dropout(nnx.Dropout):
-    """`nnx.Dropout` that is deterministic at first, and whose explicit `rngs` beat the stored ones.
+    """`nnx.Dropout` that starts deterministic and prefers the `rngs` of a call to the stored ones.
 
     Args:
         rate: probability of dropping an element.
@@ -53,7 +53,7 @@ class Dropout(nnx.Dropout):
 
 
 class Jitter(Dropout):
-    """Multiplies numbers by uniform random ones; on and off, and with the streams, of Dropout.
+    """Multiplies each element by a uniform random number; switched on and off, and seeded, as Dropout is.
 
     Args:
         rate: the uniform numbers lie within 1 +- rate.

@@ -1,4 +1,4 @@
-"""Token ids, positions and patches as vectors."""
+"""Token ids and positions as vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flax import nnx
 from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
-from attnax.nn._rows import take_rows
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer
 from attnax.nn.norms import norm_of
@@ -25,6 +24,7 @@ __all__ = [
     "RelativePositionBias",
     "TokenEmbedding",
     "TransformerEmbedding",
+    "take_rows",
 ]
 
 
@@ -157,7 +157,7 @@ class TransformerEmbedding(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, own_tokens: bool = True):
-        init = None  # "lecun_normal" for rows of unit length, the fan being d_model
+        init = None  # rows of unit length: "lecun_normal" with d_model as its fan
         if config.embedding_init != "lecun_normal":
             init = make_initializer(config.embedding_init, config.init_std)
         dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -260,6 +260,15 @@ class RelativePositionBias(nnx.Module):
     def score_mod(self) -> ScoreMod:
         """A score mod that adds the bias."""
         return relative_bias_mod(self.table[...], max_distance=self.max_distance, bidirectional=self.bidirectional)
+
+
+def take_rows(table: Array, index: Array, **options: Any) -> Array:
+    """`table.at[index].get(**options)`, cut as the index is: each device holds the whole table and reads its rows."""
+    table, cut = jnp.asarray(table), jax.typeof(index).sharding
+    if any(cut.spec):
+        table = jax.sharding.reshard(table, jax.NamedSharding(cut.mesh, jax.P()))
+        options["out_sharding"] = jax.NamedSharding(cut.mesh, jax.P(*cut.spec, *(None,) * (table.ndim - 1)))
+    return table.at[index].get(**options)
 
 
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:

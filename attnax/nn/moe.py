@@ -116,8 +116,8 @@ class MixtureOfExperts(nnx.Module):
             rngs: randomness of dropout and jitter, instead of the stored streams.
 
         Returns:
-            (..., d_model), and float32 arrays over the real tokens of x, 0 if there are none. A token with a NaN
-            contaminates its own row, and a real token the first three arrays:
+            (..., d_model), and float32 arrays over the real tokens of x, 0 if there are none. A NaN in a
+            token contaminates its own row; in a real token, the first three arrays too:
             `load_balance_loss`: num_experts * sum_e load_e * mean probability_e, 1 when balanced; to be added to a
             training loss with a weight of about 0.01 (Switch, equation 4).
             `router_z_loss`: mean of logsumexp(logits)^2, with a weight of about 0.001 (ST-MoE, equation 5).

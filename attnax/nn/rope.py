@@ -1,4 +1,4 @@
-"""Rotary position embeddings: a query and a key are turned by their positions, so their product sees the distance.
+"""Rotary position embeddings: queries and keys are turned by their positions, so products depend on the distance.
 
 Angles are computed on the host in float64: in float32 the angle of position 131072 would be off by 0.004 radians.
 Traced positions are looked up digit by digit (base 256) in four tables of 256 rows, and the rotations multiplied, which
@@ -26,7 +26,7 @@ import numpy as np
 
 from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import RopeScaling
-from attnax.nn._rows import take_rows
+from attnax.nn.embeddings import take_rows
 from attnax.typing import Array, ArrayLike, Float, Int
 
 __all__ = [
@@ -194,9 +194,7 @@ class RotaryEmbedding:
         return int(self.head_dim * self.fraction)
 
     def __call__(
-        self,
-        x: Float[Array, "B N T H"],
-        position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
+        self, x: Float[Array, "B N T H"], position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None
     ) -> Float[Array, "B N T H"]:
         """x turned by `position_ids`, by default 0 ... T - 1."""
         check_shape("RotaryEmbedding", "x", x, ("batch", "heads", "length", self.head_dim))

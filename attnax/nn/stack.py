@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from jax import lax
 
 from attnax.checks import is_concrete
 from attnax.config import StackConfig
-from attnax.nn._kernel import kernel_of
+from attnax.masks import kernel_of
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
@@ -29,8 +30,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Stack(nnx.Module):
     """`num_layers` blocks, each with its own config by `layer_pattern`.
 
-    With `scan_layers` the blocks at one place of the pattern's periods are one block in `periods`, and a program loops
-    over a leading axis of its parameters; the blocks after the last whole period stay in `blocks`.
+    With `scan_layers`, the blocks at one place of every period of the pattern are stacked into one block of `periods`;
+    a program loops over the leading axis of its parameters. Blocks after the last whole period stay in `blocks`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams; the same weights with and without scan_layers.
@@ -86,11 +87,11 @@ class Stack(nnx.Module):
             The stream, the tuple of the new caches if there are any, and aux of all layers.
         """
         options["deterministic"] = deterministic
-        given = {name: entries for name, entries in (each or {}).items() if entries is not None}
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.num_layers)]
-        for name, entries in given.items():
-            for layer, entry in zip(layers, entries, strict=True):
-                layer[name] = entry
+        for name, entries in (each or {}).items():
+            if entries is not None:
+                for layer, entry in zip(layers, entries, strict=True):
+                    layer[name] = entry
         if rngs is not None and not ("dropout" in rngs or "default" in rngs):
             options["rngs"] = rngs  # the error of a layer that draws names the missing stream
         elif rngs is not None and _draws(self, deterministic):
@@ -116,7 +117,8 @@ class Stack(nnx.Module):
         The function lives as long as this call, since it may hold tracers. A user's block may have side effects, so it
         is called for each layer.
         """
-        shares = _is_traced() and "rngs" not in options and all(map(_is_own, self.blocks))
+        is_traced = not is_concrete(jnp.zeros(()))
+        shares = is_traced and "rngs" not in options and all(map(_is_own, self.blocks))
         functions: dict[Any, Callable[..., Any]] = {}
 
         def run(block: Any, x: Array, layer: dict[str, Any]) -> tuple[Array, Any, dict[str, Any]]:
@@ -139,7 +141,7 @@ class Stack(nnx.Module):
         places = len(self.periods)
         graphdefs, states = zip(*(nnx.split(block) for block in self.periods), strict=True)
         functions = [self._as_function(graphdef, options) for graphdef in graphdefs]
-        stacked = [jax.tree.map(_stack_arrays, *layers[place::places]) for place in range(places)]
+        stacked = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers[place::places]) for place in range(places)]
 
         def run_period(x: Array, inputs: Any) -> tuple[Array, Any]:
             outputs = []
@@ -153,9 +155,9 @@ class Stack(nnx.Module):
         caches: list[Any] = []
         aux: dict[str, Any] = {}
         for layer in range(len(layers)):
-            cache, block_aux, _ = outputs[layer % places]
-            caches.append(jax.tree.map(lambda array, period=layer // places: array[period], cache))
-            aux = add_aux(aux, jax.tree.map(lambda array, period=layer // places: array[period], block_aux))
+            of_layer = jax.tree.map(operator.itemgetter(layer // places), outputs[layer % places][:2])
+            caches.append(of_layer[0])
+            aux = add_aux(aux, of_layer[1])
         for block, (_, _, written) in zip(self.periods, outputs, strict=True):
             nnx.update(block, written)
         return x, caches, aux
@@ -165,7 +167,8 @@ class Stack(nnx.Module):
 
         def run(x: Array, state: Any, layer: dict[str, Any]) -> Any:
             block = nnx.merge(graphdef, state)
-            before = _values(block)
+            variables = nnx.to_flat_state(nnx.state(block, nnx.Variable))
+            before = {path: variable.get_raw_value() for path, variable in variables}
             out = run_of(block)(x, **_with_rngs(layer), **options)
             after = nnx.to_flat_state(nnx.state(block, nnx.Variable))
             written = [(path, variable) for path, variable in after if before.get(path) is not variable.get_raw_value()]
@@ -210,16 +213,12 @@ def with_scan_layers(model: Model, scan_layers: bool) -> Model:
 
 def _stack(blocks: Sequence[nnx.Module]) -> nnx.Module:
     graphdefs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
-    return nnx.merge(graphdefs[0], jax.tree.map(_stack_arrays, *states))
-
-
-def _stack_arrays(*arrays: Array) -> Array:
-    return jnp.stack(arrays)
+    return nnx.merge(graphdefs[0], jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
 
 
 def _take(block: nnx.Module, index: int) -> nnx.Module:
     graphdef, state = nnx.split(block)
-    return nnx.merge(graphdef, jax.tree.map(lambda array: array[index], state))
+    return nnx.merge(graphdef, jax.tree.map(operator.itemgetter(index), state))
 
 
 def _refuse_change(*_: Any) -> None:
@@ -279,13 +278,3 @@ def _is_own(module: nnx.Module) -> bool:
         if inner is not None and not str(owner.__module__).startswith(("attnax.", "flax.")):
             return False
     return True
-
-
-def _values(module: nnx.Module) -> dict[Any, Any]:
-    """The values of a module's variables by path."""
-    return {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Variable))}
-
-
-def _is_traced() -> bool:
-    """Whether operations are being traced into a program, not run one by one."""
-    return not is_concrete(jnp.zeros(()))

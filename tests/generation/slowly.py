@@ -87,11 +87,7 @@ def lay_out(prompts, width, seed=0):
     ids, real = rng.integers(0, 11, (len(prompts), width)).astype(np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
         size = len(prompt)
-        places = (
-            np.arange(width - size, width),
-            np.arange(size),
-            np.sort(rng.permutation(width)[:size]),
-        )[row % 3]
+        places = (np.arange(width - size, width), np.arange(size), np.sort(rng.permutation(width)[:size]))[row % 3]
         ids[row, places], real[row, places] = prompt, True
     return ids, real
 

@@ -425,7 +425,6 @@ def test_a_sampler_refuses_logits_of_other_shapes_in_words(call, shape):
             r"where must be of shape \(2,\); got where.shape=\(2, 1\)",
         ),
         (lambda text: text.written(1, zeros(1)), r"fill must be integers of shape \(\); got fill.shape=\(1,\)"),
-        (lambda text: text.last_column(zeros(1)), r"index must be integers of shape \(\); got index.shape=\(1,\)"),
         (lambda text: text.ends_with(zeros(3)), r"sequences must be integers of shape \(sequences, length\); got"),
         (lambda text: text.ends_with(zeros(1, 2, 3)), "sequences must be integers"),
     ],

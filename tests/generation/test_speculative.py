@@ -244,7 +244,7 @@ def test_a_biased_rule_would_be_noticed(monkeypatch):
             {},
             {"cache": "contiguous"},
             ValueError,
-            "a draft takes tokens back, and a contiguous cache would not use",
+            "a cache must use the slots of rejected tokens again; got cache=.contiguous",
         ),
         ({"attention_type": "linear"}, {}, NotImplementedError, "linear attention cannot take drafted tokens back"),
     ],

@@ -103,8 +103,8 @@ def test_a_call_that_writes_names_the_options_of_its_dictionary_and_hands_them_o
 
     handed = {}
 
-    def hand(writer, prompt_ids, of_draft_or_beams, **options):
-        handed.update(of_draft_or_beams or {}, **options)
+    def hand(writer, prompt_ids, draft=None, **options):
+        handed.update(options)
 
     for module in (lm, seq2seq):
         monkeypatch.setattr(module, call.__name__, hand)

@@ -398,10 +398,7 @@ def test_per_row_results_do_not_depend_on_the_neighbours():
         (lambda model: model(np.zeros((1, 3))), "token ids must be integers; got dtype=float32"),
         (lambda model: model(np.zeros((1, 3), int), padding_mask=np.ones((1, 3))), "padding_mask must be boolean"),
         (lambda model: model(np.zeros((1, 3), int), padding_mask=np.ones((1, 4), bool)), "got shape=.1, 4."),
-        (
-            lambda model: model(np.zeros((1, 3), int), layer_kv_caches=()),
-            "one cache a layer; got 0 for num_layers=2",
-        ),
+        (lambda model: model(np.zeros((1, 3), int), layer_kv_caches=()), "one cache a layer; got 0 for num_layers=2"),
         (lambda model: model(np.zeros((1, 3), int), position_ids=np.arange(4)), r"position_ids must be integers of"),
         (lambda model: model(np.zeros((1, 3), int), position_ids=np.ones((1, 3))), "dtype=float32"),
         (lambda model: TransformerDecoder(nnx.Rngs(0), vocab_size=3, max_length=5), "Did you mean max_len?"),

@@ -116,10 +116,7 @@ OPTIONS = {
     "wide values": {"value_head_dim": 7},
     "biases by name": {"use_bias": ("query", "out")},
     "partial rope": {"pos_emb_type": "rope", "rope_fraction": 0.5, "rope_base": 100.0},
-    "scaled rope": {
-        "pos_emb_type": "rope",
-        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_len": 64},
-    },
+    "scaled rope": {"pos_emb_type": "rope", "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_len": 64}},
     "all together": {
         "attention_window": 4,
         "attention_soft_cap": 1.3,
@@ -466,7 +463,7 @@ def test_nothing_gives_nothing():
 
 
 def test_a_config_and_sizes_exclude_each_other():
-    with pytest.raises(ValueError, match="a config says the sizes; got it with in_features or qkv_features"):
+    with pytest.raises(ValueError, match="a config sets the sizes; got a config and in_features or qkv_features"):
         MultiHeadAttention(nnx.Rngs(0), BlockConfig(**BASE), qkv_features=12)
     attn = attention()
     with pytest.raises(ValueError, match="got position_ids_kv with KeysValues"):
@@ -622,7 +619,11 @@ def test_a_decoder_block_goes_on_over_its_cache(size):
     np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
 
 
+<<<<<<< HEAD
+def test_what_a_decoder_block_cannot_do_is_said():
+=======
 def test_a_decoder_block_refuses_a_parallel_residual():
+>>>>>>> house
     with pytest.raises(ValueError, match="cross-attention reads the result of self-attention"):
         nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
 

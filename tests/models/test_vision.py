@@ -178,8 +178,7 @@ def test_the_patch_kernel_is_that_of_a_convolution():
 
 class TestDependence:
     @pytest.mark.parametrize(
-        "kind",
-        [pytest.param(kind, marks=() if kind == "flash" else pytest.mark.thorough) for kind in AttentionType],
+        "kind", [pytest.param(kind, marks=() if kind == "flash" else pytest.mark.thorough) for kind in AttentionType]
     )
     def test_every_patch_moves_every_token(self, kind):
         out = call(make(num_classes=None, num_layers=1, attention_type=kind), images_with_each_patch_changed())

@@ -27,10 +27,7 @@ X, MIXTURE = normal(2, 5, 12), {"num_experts": 3, "top_k": 2}
 MODULES = {  # how to make it, and the arguments of a call
     "MultiHeadAttention": (lambda rngs: nn.MultiHeadAttention(rngs, CONFIG), (X,)),
     "lite": (lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_type="lite"), (X,)),
-    "sinks, qk-norm": (
-        lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_sinks=True, qk_norm="head"),
-        (X,),
-    ),
+    "sinks, qk-norm": (lambda rngs: nn.MultiHeadAttention(rngs, **SIZES, attention_sinks=True, qk_norm="head"), (X,)),
     "FeedForward": (lambda rngs: nn.FeedForward(rngs, 12, 10, ff_activation="swiglu"), (X,)),
     "MixtureOfExperts": (lambda rngs: nn.MixtureOfExperts(rngs, d_model=12, d_ff=10, **MIXTURE), (X,)),
     "EncoderBlock with experts": (lambda rngs: nn.EncoderBlock(rngs, **SIZES, **MIXTURE), (X,)),
@@ -39,10 +36,7 @@ MODULES = {  # how to make it, and the arguments of a call
         (X, normal(2, 7, 12)),
     ),
     "TokenEmbedding": (lambda rngs: nn.TokenEmbedding(rngs, 23, 12), (IDS,)),
-    "LearnedPositionalEmbedding": (
-        lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=12),
-        (X,),
-    ),
+    "LearnedPositionalEmbedding": (lambda rngs: nn.LearnedPositionalEmbedding(rngs, num_positions=7, d_model=12), (X,)),
     "RMSNorm": (lambda rngs: nn.RMSNorm(12, rngs=rngs), (X,)),
     "encoder, relative positions": (
         lambda rngs: attnax.TransformerEncoder(rngs, dataclasses.replace(CONFIG, pos_emb_type="relative")),
