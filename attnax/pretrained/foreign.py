@@ -75,20 +75,16 @@ def find_quantised(where: Path, config_json: Mapping[str, Any], names: Iterable[
     else:
         reason = f"it has {quoted(example)}"
     problem = f"it is quantised ({reason}), and only tensors of plain numbers are read. Take the model it was made from"
-    name = transformers_class(config_json)
+    name, path = transformers_class(config_json), repr(str(where.parent))
     if method in _FULL_SIZE:
-        config_class = _FULL_SIZE[method].partition("(")[0]
-        problem += (
-            f", or have transformers write it in full: from transformers import {name}, {config_class}; "
-            f"{name}.from_pretrained({str(where.parent)!r}, quantization_config={_FULL_SIZE[method]})"
-            ".save_pretrained(new_folder)"
-        )
+        names = f"{name}, {_FULL_SIZE[method].partition('(')[0]}"
+        model = f"{name}.from_pretrained({path}, quantization_config={_FULL_SIZE[method]})"
     elif method == "bitsandbytes":
-        problem += (
-            f", or have transformers write it in full: from transformers import {name}; "
-            f"{name}.from_pretrained({str(where.parent)!r}).dequantize().save_pretrained(new_folder)"
-        )
-    return CheckpointError(where, problem + ".")
+        names, model = name, f"{name}.from_pretrained({path}).dequantize()"
+    else:
+        return CheckpointError(where, problem + ".")
+    how = f"from transformers import {names}; {model}.save_pretrained(new_folder)"
+    return CheckpointError(where, f"{problem}, or have transformers write it in full: {how}.")
 
 
 def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, Any], wanted: str) -> CheckpointError:

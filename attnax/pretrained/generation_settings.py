@@ -123,17 +123,11 @@ class GenerationSettings:
             room = self.room(length) or min(_NEW_TOKENS, max(1, config.max_len - length))
             named = {"max_new_tokens": room}
         if self.stop_strings:
-            warnings.warn(
-                f"stop_strings={quoted(list(self.stop_strings))} end nothing without a tokenizer. "
-                "Give stop_sequences of tokens.",
-                stacklevel=2,
-            )
+            given = f"stop_strings={quoted(list(self.stop_strings))}"
+            warnings.warn(f"{given} end nothing without a tokenizer. Give stop_sequences of tokens.", stacklevel=2)
         is_search = self.num_beams > 1
-        sampler = Sampler(
-            **({} if is_search else self.drawing()),
-            **self.penalties(),
-            **self.constraints(config.vocab_size, length, room),
-        )
+        fields = self.penalties() | self.constraints(config.vocab_size, length, room)
+        sampler = Sampler(**fields, **({} if is_search else self.drawing()))
         named |= {"sampler": sampler, "end_token": [token for token in self.eos_token_id if token < config.vocab_size]}
         if is_search:
             return named | {"num_beams": self.num_beams} | self.search()
@@ -198,10 +192,8 @@ class GenerationSettings:
         if self.suppress_tokens:
             rules["suppress_tokens"] = _array(self.suppress_tokens)
         if self.begin_suppress_tokens:
-            rules |= {
-                "begin_suppress_tokens": _array(self.begin_suppress_tokens),
-                "begin_index": np.int32(first is not None),
-            }
+            rules["begin_suppress_tokens"] = _array(self.begin_suppress_tokens)
+            rules["begin_index"] = np.int32(first is not None)
         bias = {token: value for token, value in self.sequence_bias if token < vocab_size}
         return {"logit_bias": bias or None, "logits_fn": TokenRules(**rules) if rules else None}
 

@@ -35,8 +35,8 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         revision: of a model: a branch, a tag or a commit; by default its main branch.
 
     Raises:
-        CheckpointError: there is no such folder, and the hub cannot be reached, has no such model, or has no file that
-            can be read; or a revision of a folder is given.
+        CheckpointError: there is no such folder, and the hub cannot be reached, has no such model, or has no readable
+            file; or a revision of a folder is given.
     """
     folder = Path(name)
     try:
@@ -58,12 +58,9 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         import huggingface_hub  # an optional dependency
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
     except ModuleNotFoundError as error:
-        raise CheckpointError(
-            name,
-            "there is no such folder. To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'",
-        ) from error
-    try:
-        # Cached files are not downloaded again.
+        advice = "To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'"
+        raise CheckpointError(name, f"there is no such folder. {advice}") from error
+    try:  # cached files are not downloaded again
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(name, _reason(name, revision, error)) from error

@@ -73,7 +73,7 @@ def load_pretrained(
         ValueError: a dtype that models do not have.
 
     Warns:
-        UserWarning: config.json has keys that the family does not have, but which are known to change nothing.
+        UserWarning: config.json has keys that are not the family's own and are known to change nothing.
 
     Example:
         >>> import tempfile
@@ -126,11 +126,10 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Parameters are written in their own dtype, one at a time. A tokenizer is saved by its own `save`.
 
     Args:
-        model: such as a TransformerLM, whether it was loaded or made here; some family must have a place for everything
-            in it.
+        model: such as a TransformerLM, loaded or made here. Some family must have a place for everything in it.
         folder: made if it is missing; files of these names in it are replaced.
-        family: a `model_type` of transformers to write the model as. By default the model_type that it was loaded as
-            (`loaded_as` of the model, which copies keep), or, if that has no place for all of it, the first that has.
+        family: a `model_type` of transformers to write the model as. By default the `loaded_as` of the model, which
+            copies keep, or, if that family has no place for all of it, the first family that has.
 
     Raises:
         CheckpointError: no family, or not the given one, has a place for something in the model.
@@ -144,7 +143,7 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     if problems:
         raise CheckpointError("save_pretrained", problems)
     state = nnx.state(model, nnx.Param)
-    parameters = _by_name(state)
+    parameters = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}
     bindings = found.bind(model.config, parameter_shapes(state))
     holder = {name: binding for binding in bindings for name in binding.tensors}
 
@@ -193,7 +192,7 @@ def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, A
 
 
 def _unwritable(model: Any) -> Iterator[str]:
-    """One sentence for each part of a model that is not in its config, and for which no config.json has a place."""
+    """One sentence for each part of a model that is not in its config and has no place in a config.json."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, TransformerDecoder) and not isinstance(module.self_mask, Causal):
             yield f"self_mask must be the causal one; got {module.self_mask!r}."
@@ -222,7 +221,3 @@ def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
     for expert, name in enumerate(binding.tensors):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
-
-
-def _by_name(state: Any) -> dict[str, Any]:
-    return {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}

@@ -19,21 +19,12 @@ __all__ = ["ROPE_KEYS", "read_rope", "refuse_other_rope", "rope", "rope_object",
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "original_max_position_embeddings", "max_position_embeddings")
 """Keys of every config.json with rotary positions."""
 
-_SCALINGS = {  # kind: the fields of RopeScaling by their keys, beside rope_type and factor
+_LENGTH = {"original_max_position_embeddings": "original_max_len"}
+_SCALINGS: dict[str, dict[str, str]] = {  # kind: the fields of RopeScaling by their keys, beside rope_type and factor
     "default": {},
     "linear": {},
-    "llama3": {
-        "original_max_position_embeddings": "original_max_len",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-    },
-    "yarn": {
-        "original_max_position_embeddings": "original_max_len",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "truncate": "truncate",
-    },
+    "llama3": _LENGTH | {name: name for name in ("low_freq_factor", "high_freq_factor")},
+    "yarn": _LENGTH | {name: name for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")},
 }
 _FORMS: dict[str, Callable[[Any, str], Any]] = {"original_max_len": whole_number, "truncate": true_or_false}
 _KNOWN = {  # keys that may be present where the kind has no use for them, as in transformers

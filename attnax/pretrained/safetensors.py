@@ -96,7 +96,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
         raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
     header = parse_object(path, data)
-    problems = _check_metadata(header.pop("__metadata__", {}))
+    metadata, problems = header.pop("__metadata__", {}), []
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append("'__metadata__' must hold text by name.")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         try:
@@ -148,13 +150,10 @@ def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
+    size, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    room = np.empty(size + alignment, np.uint8)
+    start = -room.ctypes.data % alignment
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-_ALIGNMENT = 64
 
 
 def write_tensors(
@@ -201,11 +200,6 @@ def write_tensors(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _check_metadata(metadata: Any) -> list[str]:
-    fits = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    return [] if fits else ["'__metadata__' must hold text by name."]
 
 
 def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:

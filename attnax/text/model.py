@@ -1,4 +1,4 @@
-"""A model that writes text, together with its codec, whatever kind of folder it came from."""
+"""A model that writes text, together with its codec: of a run, or of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextModel:
         folder: that the model came from.
         model: such as `TransformerLM`.
         codec: of its tokens.
-        settings: with which its authors generate text.
+        settings: of its authors, for generating text.
     """
 
     folder: Path
@@ -99,15 +99,12 @@ class Translator(TextModel):
         return config
 
     def begin(self, ids: Sequence[int]) -> list[int]:
-        """The start token."""
         return [self.start]
 
     def options(self, room: int) -> dict[str, Any]:
-        """Like that of a `TextModel`."""
         return {"max_length": room, "start_token": self.start}
 
     def check(self, ids: Sequence[int]) -> None:
-        """Like that of a `TextModel`."""
         encoder = self.model.encoder.config
         _check_ids(ids, encoder, self.folder)
         _check_ids([self.start], self.config, self.folder)

@@ -43,7 +43,7 @@ class TrainState:
 
 
 class DivergenceError(ArithmeticError):
-    """A loss, a gradient or parameters are not finite, and the training cannot go on from there.
+    """A loss, a gradient or parameters are not finite, and the training cannot go on.
 
     Attributes:
         is_skippable: whether the update was not made, so that the training could go on without it.
