@@ -176,11 +176,9 @@ def _open_draft(options: Generate, text: TextModel) -> TextModel:
     draft = open_text_model(options.draft, options.dtype)
     kinds = [type(used.model).__name__ for used in (draft, text)]
     if kinds[0] != kinds[1]:
-        raise InputError(f"--draft {options.draft} holds a {kinds[0]}; that of a {kinds[1]} must be one too.")
+        raise InputError(f"--draft {options.draft} holds a {kinds[0]}; the draft of a {kinds[1]} must be a {kinds[1]}.")
     if draft.codec.vocabulary != text.codec.vocabulary:
-        raise InputError(
-            f"--draft {options.draft} has another tokenizer than {options.folder}; give one with the same."
-        )
+        raise InputError(f"--draft {options.draft} must have the tokenizer of {options.folder}; it has another one.")
     sizes = [used.config.vocab_size for used in (draft, text)]
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -207,9 +205,9 @@ def _check_model(given: Generate, options: Generate, text: TextModel, draft: Tex
         if all(layer.attention_type != AttentionType.LINEAR for layer in layers):
             continue
         if options.draft is not None:
-            raise InputError(f"--draft takes tokens back, and the sums of linear attention in {used.folder} cannot.")
+            raise InputError(f"--draft takes tokens back, and the linear attention in {used.folder} has only sums.")
         if options.cache == "paged":
-            raise InputError(f"--cache paged stores tokens, and linear attention in {used.folder} has only sums.")
+            raise InputError(f"--cache paged stores tokens, and the linear attention in {used.folder} has only sums.")
 
 
 def _read_prompt(
@@ -230,7 +228,7 @@ def _read_prompt(
     if room < 1:
         raise InputError(
             f"the prompt is too long: it has {taken} tokens, and the {owner}'s context of {context} "
-            "must also hold what comes after it."
+            "must also hold a new token."
         )
     if max_new_tokens is not None and max_new_tokens > room:
         raise InputError(

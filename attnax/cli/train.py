@@ -299,7 +299,7 @@ class _Session:
 class _Progress:
     """A line on standard error that shows the progress and its rate.
 
-    The rate is without compiling, since the line begins after the first step, and without pauses.
+    The rate counts no pauses and no compilation, since the line begins after the first step.
     """
 
     def __init__(self, steps: int, tokens_per_step: int):

@@ -98,10 +98,10 @@ class GenerationSettings:
         return not self.said.isdisjoint(("do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams"))
 
     def arguments(self, model: Any, prompt_ids: ArrayLike) -> dict[str, Any]:
-        """The keywords for a model to write what transformers' `generate` writes with these settings.
+        """The keywords with which a model writes the texts that transformers' `generate` writes with these settings.
 
-        They are keywords of the model's `generate`, or, if `num_beams` is above 1, of its `beam_search`; the first
-        `num_return_sequences` texts of a search are the result. A draw also needs a key.
+        They are keywords of the model's `generate`, or, if `num_beams` is above 1, of its `beam_search`. The result of
+        a search is its first `num_return_sequences` texts. A draw also needs a key.
 
         Args:
             model: a TransformerLM, or a Transformer.
@@ -143,8 +143,8 @@ class GenerationSettings:
             return self.max_new_tokens
         if self.max_length <= length:
             raise InputError(
-                f"max_length={self.max_length} of the checkpoint leaves no room after the prompt's {length} tokens, "
-                "which it counts. Say how many new tokens to write."
+                f"max_length={self.max_length} of the checkpoint counts the prompt's {length} tokens and leaves no "
+                "room after them. Say how many new tokens to write."
             )
         return self.max_length - length
 
@@ -201,7 +201,7 @@ class GenerationSettings:
         """One sentence about the settings of the file that are not obeyed, or None if there are none.
 
         Args:
-            obeyed: unsupported settings that the caller obeys after all.
+            obeyed: unsupported settings that the caller obeys.
         """
         left = {key: value for key, value in self.unsupported.items() if key not in obeyed}
         if not left:

@@ -42,18 +42,16 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         if str(name) and folder.is_dir():
             if revision is not None:
-                raise CheckpointError(
-                    name, f"a revision is of a model on the hub, and this is a folder; got revision={revision!r}."
-                )
+                problem = f"a revision is of a model on the hub, and this is a folder; got revision={revision!r}."
+                raise CheckpointError(name, problem)
             return folder
     except OSError as error:
         raise CheckpointError(quoted(str(name)), f"there is no such folder ({error}).") from error
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(name, "there is no such folder.")
     if "/" in name and folder.parent.is_dir():  # such as runs/001
-        raise CheckpointError(
-            name, f"there is no such folder in {folder.parent}, and because of that folder the hub is not asked for it."
-        )
+        why = f"The hub is not asked, since {folder.parent} is a folder."
+        raise CheckpointError(name, f"there is no such folder in {folder.parent}. {why}")
     try:
         import huggingface_hub  # an optional dependency
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
@@ -88,15 +86,15 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
             f"{constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"the hub has this model, but no such revision of it; got revision={revision!r}."
+        return f"the hub has this model, and no such revision of it; got revision={revision!r}."
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"the hub refuses your token, or got none. Make one on its page, {log_in} ({said})."
     if constants.HF_HUB_OFFLINE:
         return (
-            "there is no such folder, nor all of such a model in the cache of the Hugging Face hub, and HF_HUB_OFFLINE "
-            "is set. Unset it, or load the model where there is a network and give its folder."
+            "there is no such folder, the cache of the Hugging Face hub does not hold all of such a model, and "
+            "HF_HUB_OFFLINE is set. Unset it, or load the model where there is a network and give its folder."
         )
     return (
-        "there is no such folder, nor such a model in the cache of the Hugging Face hub, and the hub gave none "
+        "there is no such folder, the cache of the Hugging Face hub holds no such model, and the hub gave none "
         f"({type(error).__name__}: {said}). Load it where there is a network, and give its folder."
     )

@@ -1,8 +1,8 @@
 """Keys of a config.json that change nothing in what a model computes.
 
-`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they are of
-other families, and no class in transformers reads them for the families here. They change nothing with any value, or
-with the values in `HARMLESS_VALUES`.
+`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they come from
+other families. No class in transformers reads them for the families here. They change nothing with any value, or with
+the values in `HARMLESS_VALUES`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
 
 
 def same_data(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors of one size hold the same bytes; only a part of them is in memory at a time."""
+    """Whether two tensors of the same size hold the same bytes; only a part of them is in memory at a time."""
     size = 16 << 20
     parts = np.empty((2, size), np.uint8)
     for start in range(0, one.num_bytes, size):

@@ -126,8 +126,8 @@ def _longest(config: TransformerConfig) -> int | float:
 def _check_ids(ids: Sequence[int], config: TransformerConfig, folder: Path) -> None:
     if max(ids) >= config.vocab_size:
         raise InputError(
-            f"the tokenizer of {folder} gives the token {max(ids)}, and the model has embeddings of "
-            f"{config.vocab_size} only; they do not belong together."
+            f"the tokenizer of {folder} gives the token {max(ids)}, and the model has only {config.vocab_size} "
+            "embeddings; tokenizer and model do not belong together."
         )
 
 

@@ -200,7 +200,7 @@ class RunFolder:
         """The rows of metrics.jsonl, without an incomplete line that an interruption left at the end.
 
         Raises:
-            InputError: a line before the last row is not a row.
+            InputError: a line that is not a row comes before a row.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -210,8 +210,8 @@ class RunFolder:
             if row is None:
                 problem = problem or f"{path} is damaged: line {number} has no step and tokens."
                 continue
-            if problem is not None:  # with rows after the line, it is not of an interruption
-                raise InputError(f"{problem} Delete the line, or the file: the run goes on without.")
+            if problem is not None:  # an interruption leaves no rows after the line
+                raise InputError(f"{problem} Delete the line, or the file; the run goes on without it.")
             rows.append(row)
         return rows
 

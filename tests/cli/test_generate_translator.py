@@ -93,7 +93,7 @@ class TestTranslator:
 
     def test_a_language_model_is_no_draft_of_it(self, translator, published, capsys):
         line = refuse(capsys, "generate", translator, "--prompt", "a", "--draft", published)
-        assert "holds a TransformerLM; that of a Transformer must be one too" in line
+        assert "holds a TransformerLM; the draft of a Transformer must be a Transformer" in line
 
     @pytest.mark.parametrize(
         ("config", "generation", "start"),
