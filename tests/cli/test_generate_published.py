@@ -261,7 +261,7 @@ class TestGenerate:
         ],
     )
     def test_a_config_is_read_as_far_as_json_objects_are(self, tmp_path, capsys, text, words):
-        """Without tensors it is what tells a checkpoint from a run."""
+        """Without tensors, config.json tells a checkpoint from a run."""
         (tmp_path / "config.json").write_text(text)
         for command in ("generate", "inspect"):
             line = refuse(capsys, command, tmp_path)

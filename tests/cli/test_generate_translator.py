@@ -70,7 +70,7 @@ class TestTranslator:
         assert written(*options, "--draft", translator).out == written("--beams", 1, "--max-new-tokens", 9).out == out
 
     def test_relative_positions_have_no_longest_text(self, translator, written, monkeypatch):
-        """Beyond the n_positions of 13, which is how much is written where nothing says it."""
+        """Longer than the n_positions of 13, the default number of new tokens."""
         rooms = []
         monkeypatch.setattr(
             Transformer,

@@ -1,4 +1,4 @@
-"""Folders that hold no whole model say what they hold, and what to type."""
+"""The error for a folder without a whole model names its content and the command to type."""
 
 import json
 

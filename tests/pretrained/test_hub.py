@@ -1,4 +1,4 @@
-"""Names of models on the hub, asked of one on this machine."""
+"""Names of models on a hub; the tests run a hub on this machine."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ BESIDE = ("tokenizer_config.json", "chat_template.jinja", "additional_chat_templ
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Models of which each test takes another, so that the cache of one is not that of the next."""
+    """Models for the tests, a new one for each, so that no test finds the cache of another."""
     folders = tmp_path_factory.mktemp("hub")
     whole = folders / "whole"
     shutil.copytree(FOLDER / "gpt2", whole)
@@ -44,7 +44,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def environment(hub, tmp_path, monkeypatch):
-    """As if HF_ENDPOINT and HF_HOME had been set before the import."""
+    """The effect of HF_ENDPOINT and HF_HOME set before the import."""
     url, asked = hub
     asked.clear()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -69,7 +69,7 @@ def test_a_name_is_loaded_from_the_hub_and_then_without_it(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_folder("tiny/gpt2") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     assert find_folder("tiny/gpt2") == folder
 
 
