@@ -23,7 +23,7 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
 from attnax.training import RunFolder, latest_checkpoint
 
-# As `str` spells it, so that a range determines the names, and short enough for `int`.
+# In the form of `str`, so that a range determines the names, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 

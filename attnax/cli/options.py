@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train"]
 
-DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # where neither a flag nor a file chooses
+DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class Train(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model. The text is printed unchanged, with any escape codes in it.
+    """Continue a prompt with a trained model. The text is printed unchanged, escape codes included.
 
     Defaults come from the generation_config.json of a published checkpoint. Each of --temperature, --top-k, --top-p,
-    --min-p, --seed and --num-samples makes the command draw, whatever that file says.
+    --min-p, --seed and --num-samples makes the command draw, even if that file asks for no draw.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: a folder of config.json, *.safetensors

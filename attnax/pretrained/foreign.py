@@ -50,7 +50,7 @@ def find_adapter(folder: Path) -> CheckpointError | None:
     return CheckpointError(
         folder,
         f"it is an adapter (peft_type={kind}) of the model {base}, not a model. Merge them with PyTorch and peft, and "
-        f"load what that writes: from peft import {name}; "
+        f"load the merged model: from peft import {name}; "
         f"{name}.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder). Where the folder "
         f"holds the merged model already, remove {ADAPTER}.",
     )
@@ -102,7 +102,9 @@ def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, An
     known = [file for file in pickles if file.startswith("pytorch_model")]  # the only names that transformers reads
     if pickles:
         file = (known or pickles)[0]
-        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "what wrote it"
+        how = (
+            f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "its own program"
+        )
         return CheckpointError(
             where,
             f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust it, "

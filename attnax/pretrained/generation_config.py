@@ -233,7 +233,7 @@ _OF_A_DRAW = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p"))
 
 _INERT = frozenset(
     (
-        # the origin of the file, and what transformers returns
+        # the origin of the file, and the form of the results of transformers
         *("transformers_version", "pad_token_id", "return_dict_in_generate", "return_legacy_cache"),
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
         # how transformers computes the same text: caches, drafts

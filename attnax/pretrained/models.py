@@ -48,7 +48,7 @@ def load_pretrained(
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
     All files are checked before a tensor is read; then the tensors are read one at a time. The model computes the same
-    as transformers (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
+    as transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
 
     Args:
         folder: with the files; `model.safetensors` may be several files that `model.safetensors.index.json` names. A
@@ -97,7 +97,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if seen.inert:
         warnings.warn(
             f"load_pretrained: {seen.folder / 'config.json'} has keys that no {family.model_type} reads, and which "
-            f"change nothing in what it computes: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
+            f"change nothing in its results: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
             stacklevel=3,
         )
     assert seen.abstract is not None
@@ -107,7 +107,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: the last tensors, which are read while all others are in memory, are then small.
+    # The largest first: the last tensors are then small, and all the other ones are in memory with them.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
         for name, value in zip(binding.parameters, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding

@@ -203,11 +203,7 @@ def write_tensors(
 
 
 def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:
-    """The tensor of an entry of the header.
-
-    Raises:
-        ValueError: the entry is wrong, whatever the file holds.
-    """
+    """The tensor of an entry of the header; raises ValueError for an entry that no file can have."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("its entry must hold dtype, shape and data_offsets, and nothing else.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -79,8 +79,8 @@ class PublishedCodec:
             return ids
         if self.start is None:
             raise InputError(
-                "the prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json says what a "
-                "text starts with."
+                "the prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json gives the token "
+                "that starts a text."
             )
         return [self.start]
 
@@ -123,7 +123,7 @@ class PublishedCodec:
 
 
 class _WindowDecoder:
-    """Decodes each token together with a few tokens before it; the token's text is what it adds.
+    """Decodes each token together with a few tokens before it; the text that it adds is its own.
 
     U+FFFD at the end is uncertain, since the bytes of a character may be several tokens.
     """

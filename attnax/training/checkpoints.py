@@ -201,8 +201,8 @@ def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, An
     if found != digests:
         names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
         raise InputError(
-            f"the checkpoint {target} is damaged: {names[0]} is not what was saved"
-            + (f", nor are {len(names) - 1} other files." if len(names) > 1 else ".")
+            f"the checkpoint {target} is damaged: {names[0]} has changed since it was saved"
+            + (f", and so have {len(names) - 1} other files." if len(names) > 1 else ".")
         )
     return types
 
