@@ -178,7 +178,7 @@ def _open_draft(options: Generate, text: TextModel) -> TextModel:
     if kinds[0] != kinds[1]:
         raise InputError(f"--draft {options.draft} holds a {kinds[0]}; the draft of a {kinds[1]} must be a {kinds[1]}.")
     if draft.codec.vocabulary != text.codec.vocabulary:
-        raise InputError(f"--draft {options.draft} must have the tokenizer of {options.folder}; it has another one.")
+        raise InputError(f"--draft {options.draft} has another tokenizer than {options.folder}; it must have the same.")
     sizes = [used.config.vocab_size for used in (draft, text)]
     if sizes[0] != sizes[1]:
         raise InputError(

@@ -102,9 +102,7 @@ def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, An
     known = [file for file in pickles if file.startswith("pytorch_model")]  # the only names that transformers reads
     if pickles:
         file = (known or pickles)[0]
-        how = (
-            f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "its own program"
-        )
+        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "its own tool"
         return CheckpointError(
             where,
             f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust it, "

@@ -143,8 +143,8 @@ class GenerationSettings:
             return self.max_new_tokens
         if self.max_length <= length:
             raise InputError(
-                f"max_length={self.max_length} of the checkpoint counts the prompt's {length} tokens and leaves no "
-                "room after them. Say how many new tokens to write."
+                f"max_length={self.max_length} of the checkpoint leaves no room after the prompt's {length} tokens, "
+                "which count too. Say how many new tokens to write."
             )
         return self.max_length - length
 

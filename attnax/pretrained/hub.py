@@ -86,7 +86,7 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
             f"{constants.ENDPOINT}/settings/tokens, {log_in} ({said})."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"the hub has this model, and no such revision of it; got revision={revision!r}."
+        return f"the hub has this model, but no such revision of it; got revision={revision!r}."
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"the hub refuses your token, or got none. Make one on its page, {log_in} ({said})."
     if constants.HF_HUB_OFFLINE:
