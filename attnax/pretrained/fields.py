@@ -233,7 +233,7 @@ def _same(
     rule: str,
     form: Callable[[Any], Any] = lambda value: value,
 ) -> Field:
-    """A key and a field with the same value, but for its form."""
+    """A key and a field with the same value; its form may differ."""
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         value = _get(given, key, default)

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, or a name on the Hugging Face hub."""
+"""The place of a checkpoint: a folder, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def _reason(name: str, revision: str | None, error: Exception) -> str:
-    """Why the hub gave no model, with advice."""
+    """The reason why the hub gave no model, with advice."""
     from huggingface_hub import constants, errors
 
     said = next(iter(str(error).strip().splitlines()), "")

@@ -31,7 +31,7 @@ __all__ = ["Inspection", "find_family", "inspect_folder", "parameter_name", "par
 
 @dataclasses.dataclass
 class Inspection:
-    """A checkpoint as far as it is understood; attributes that could not be found are None or empty.
+    """The facts that are known about a checkpoint; an attribute that could not be found is None or empty.
 
     Attributes:
         folder: of the checkpoint.
@@ -40,7 +40,7 @@ class Inspection:
         family: of the checkpoint; if none fits, one with the same model_type.
         config: of our model.
         abstract: our model as `nnx.split` gives it, with shapes in place of arrays.
-        bindings: which tensors are which parameters.
+        bindings: the tensors of each parameter.
         pooling: the options that make a `SentenceEncoder` of our model.
         inert: keys of config.json that are not the family's own and are known to change nothing.
         refusals: all problems; a checkpoint with problems cannot be loaded.

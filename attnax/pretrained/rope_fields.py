@@ -27,7 +27,7 @@ _SCALINGS: dict[str, dict[str, str]] = {  # kind: the fields of RopeScaling by t
     "yarn": _LENGTH | {name: name for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")},
 }
 _FORMS: dict[str, Callable[[Any, str], Any]] = {"original_max_len": whole_number, "truncate": true_or_false}
-_KNOWN = {  # keys that may be present where the kind has no use for them, as in transformers
+_KNOWN = {  # keys that any kind may have, even without a use for them, as in transformers
     *(key for names in _SCALINGS.values() for key in names),
     *("factor", "mscale", "mscale_all_dim", "short_factor", "long_factor", "mrope_section", "finetuned"),
 }
@@ -159,11 +159,7 @@ def _check_kind(kind: Any, given: Mapping[str, Any]) -> None:
 
 
 def _attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """YaRN's attention_factor as the models since DeepSeek-V2 give it.
-
-    Raises:
-        ValueError: it would not be above 0.
-    """
+    """YaRN's attention_factor of models since DeepSeek-V2; raises ValueError if it would not be above 0."""
     over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in (mscale, mscale_all_dim))
     if over <= 0.0 or under <= 0.0:
         raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {mscale_all_dim}.")

@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > MAX_JSON_BYTES:
             raise CheckpointError(path, f"a header must have at most {MAX_JSON_BYTES} bytes; got {length}.")
         data = file.read(length)
-    # Checked before parsing: an object takes hundreds of bytes in memory, and two in a file.
+    # Checked before parsing: an object of two bytes in a file takes hundreds of bytes in memory.
     if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
         raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
     header = parse_object(path, data)
