@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from attnax.cli.terminal import printable
 from attnax.errors import InputError
@@ -19,16 +20,9 @@ if TYPE_CHECKING:
     from attnax.cli.options import Bench, Generate, Inspect, Train
 
 _EXTRAS = {  # the extra that installs a package
-    "tyro": "pretrained",
-    "tokenizers": "pretrained",
-    "huggingface_hub": "pretrained",
-    "filelock": "train",
-    "matplotlib": "train",
-    "optax": "train",
-    "orbax": "train",
-    "tqdm": "train",
+    **dict.fromkeys(("tyro", "tokenizers", "huggingface_hub"), "pretrained"),
+    **dict.fromkeys(("filelock", "matplotlib", "optax", "orbax", "tqdm"), "train"),
 }
-
 _COMMANDS = ("train", "generate", "inspect", "bench")
 _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words
 
@@ -39,25 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     Each problem of a published checkpoint gets a line.
     """
     try:
-        from attnax.cli.options import Bench, Inspect, Train
-
         options = _parse(arguments)
         options.check()
-        if isinstance(options, Train):
-            from attnax.cli.train import train  # after parsing, so that --help does not wait for Flax
-
-            return train(options)
-        if isinstance(options, Bench):
-            from attnax.cli.bench import bench
-
-            return bench(options)
-        if isinstance(options, Inspect):
-            from attnax.cli.inspect import inspect
-
-            return inspect(options)
-        from attnax.cli.generate import generate
-
-        return generate(options)
+        name = type(options).__name__.lower()
+        command = getattr(importlib.import_module(f"attnax.cli.{name}"), name)  # now: --help does not wait for Flax
+        code: int = command(options)
+        return code
     except CheckpointError as error:
         problems = error.problems if len(error.problems) == 1 else (f"{len(error.problems)} problems.", *error.problems)
         return _refuse(f"{error.where}: {problems[0]}", *problems[1:])
@@ -93,10 +74,7 @@ def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                Annotated[Train, tyro.conf.subcommand("train")]
-                | Annotated[Generate, tyro.conf.subcommand("generate")]
-                | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-                | Annotated[Bench, tyro.conf.subcommand("bench")],
+                Train | Generate | Inspect | Bench,
                 prog="attnax",
                 description="Train a language model on text, write with it or a published one, and time attention.",
                 args=list(arguments),

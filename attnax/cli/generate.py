@@ -49,13 +49,7 @@ def generate(options: Generate) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Writing:
-    """A model, a prompt and the keywords of `stream`, `generate` and `beam_search`.
-
-    Attributes:
-        text: the model.
-        ids: of the prompt.
-        keywords: of all three methods.
-    """
+    """A model, the ids of a prompt, and the keywords of `stream`, `generate` and `beam_search`."""
 
     text: TextModel
     ids: list[int]
@@ -107,6 +101,12 @@ def _prepare(text: TextModel, ids: list[int], room: int, options: Generate) -> _
 
 def _print_texts(writing: _Writing, rows: Iterable[Iterable[int]], options: Generate) -> list[list[int]]:
     """Prints the texts as their tokens come; returns the tokens that were read."""
+
+    def noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
+        for token in tokens:
+            read.append(token)
+            yield token
+
     prompt = _encode(options.prompt).decode("utf-8", "replace") if writing.text.goes_on else ""
     written: list[list[int]] = []
     for row in rows:
@@ -115,7 +115,7 @@ def _print_texts(writing: _Writing, rows: Iterable[Iterable[int]], options: Gene
             sys.stdout.write(f"--- {len(written)} ---\n")
         sys.stdout.write(prompt)
         sys.stdout.flush()
-        for piece in spell(_noted(row, written[-1]), writing.text_stream(options.stop)):
+        for piece in spell(noted(row, written[-1]), writing.text_stream(options.stop)):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -166,15 +166,8 @@ def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler
     return spell(writing.stream(seed), writing.text_stream())
 
 
-def _noted(tokens: Iterable[int], read: list[int]) -> Iterator[int]:
-    """The tokens; each one that is read is appended to `read`."""
-    for token in tokens:
-        read.append(token)
-        yield token
-
-
 def _encode(text: str) -> bytes:
-    """The bytes of an argument, which may not be UTF-8."""
+    """The bytes of an argument; they may not be UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -183,11 +176,9 @@ def _open_draft(options: Generate, text: TextModel) -> TextModel:
     draft = open_text_model(options.draft, options.dtype)
     kinds = [type(used.model).__name__ for used in (draft, text)]
     if kinds[0] != kinds[1]:
-        raise InputError(f"--draft {options.draft} holds a {kinds[0]}; that of a {kinds[1]} must be one too.")
+        raise InputError(f"--draft {options.draft} holds a {kinds[0]}; the draft of a {kinds[1]} must be a {kinds[1]}.")
     if draft.codec.vocabulary != text.codec.vocabulary:
-        raise InputError(
-            f"--draft {options.draft} has another tokenizer than {options.folder}; give one with the same."
-        )
+        raise InputError(f"--draft {options.draft} has another tokenizer than {options.folder}; it must have the same.")
     sizes = [used.config.vocab_size for used in (draft, text)]
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -208,16 +199,15 @@ def _check_model(given: Generate, options: Generate, text: TextModel, draft: Tex
             f"--no-repeat-ngram must be at most {context}, the model's context; got {given.no_repeat_ngram}."
         )
     for used in (text, draft):
-        if used is None or all(layer.attention_type != AttentionType.LINEAR for layer in _layers(used)):
+        if used is None:
+            continue
+        layers = map(used.config.layer, range(used.config.num_layers))
+        if all(layer.attention_type != AttentionType.LINEAR for layer in layers):
             continue
         if options.draft is not None:
-            raise InputError(f"--draft takes tokens back, and the sums of linear attention in {used.folder} cannot.")
+            raise InputError(f"--draft takes tokens back, and the linear attention in {used.folder} has only sums.")
         if options.cache == "paged":
-            raise InputError(f"--cache paged stores tokens, and linear attention in {used.folder} has only sums.")
-
-
-def _layers(text: TextModel) -> list[Any]:
-    return [text.config.layer(index) for index in range(text.config.num_layers)]
+            raise InputError(f"--cache paged stores tokens, and the linear attention in {used.folder} has only sums.")
 
 
 def _read_prompt(
@@ -238,7 +228,7 @@ def _read_prompt(
     if room < 1:
         raise InputError(
             f"the prompt is too long: it has {taken} tokens, and the {owner}'s context of {context} "
-            "must also hold what comes after it."
+            "must also hold a new token."
         )
     if max_new_tokens is not None and max_new_tokens > room:
         raise InputError(

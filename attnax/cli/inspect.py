@@ -23,7 +23,7 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
 from attnax.training import RunFolder, latest_checkpoint
 
-# As `str` spells it, so that a range determines the names, and short enough for `int`.
+# In the form of `str`, so that a range determines the names, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
@@ -133,17 +133,12 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Entry:
 
 def _changed(config: Any) -> Iterator[str]:
     """The fields of a config that differ from their defaults, with the fields of its halves apart."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
-        if isinstance(fields[field.name], TransformerConfig):
-            yield from (f"{field.name}.{line}" for line in _changed(fields[field.name]))
-        elif not _is_default(field, fields):
-            yield f"{field.name}={fields[field.name]!r}"
-
-
-def _is_default(field: dataclasses.Field[Any], fields: dict[str, Any]) -> bool:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return bool(fields[field.name] == default)
+        value = getattr(config, field.name)
+        if isinstance(value, TransformerConfig):
+            yield from (f"{field.name}.{line}" for line in _changed(value))
+        elif value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
+            yield f"{field.name}={value!r}"
 
 
 def _print_fields(title: str, lines: Iterable[str]) -> None:
@@ -160,17 +155,11 @@ def _print_table(entries: Sequence[Entry]) -> None:
         groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
     for same in groups.values():
-        first = same[0]
+        shape, dtype = same[0].shape, same[0].dtype
+        parameter = printable(collapse(entry.parameter for entry in same))
         tensors = [name for entry in same for name in entry.tensors]
-        rows.append(
-            (
-                printable(collapse(entry.parameter for entry in same)),
-                "x".join(map(str, first.shape)) or "1",
-                first.dtype,
-                f"{len(same) * math.prod(first.shape):,}",
-                printable(collapse(tensors)) if tensors else "",
-            )
-        )
+        count, tensor = f"{len(same) * math.prod(shape):,}", printable(collapse(tensors)) if tensors else ""
+        rows.append((parameter, "x".join(map(str, shape)) or "1", dtype, count, tensor))
     columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
     widths = {index: max(len(row[index]) for row in rows) for index in columns}
     print()
@@ -180,10 +169,9 @@ def _print_table(entries: Sequence[Entry]) -> None:
 
 
 def _print_parameters(count: int) -> None:
+    sizes = f"{_size(4 * count)} as float32, {_size(2 * count)} as bfloat16 or float16"
     print()
-    _print_fields(
-        "parameters", [f"{count:,}: {_size(4 * count)} as float32, {_size(2 * count)} as bfloat16 or float16"]
-    )
+    _print_fields("parameters", [f"{count:,}: {sizes}"])
 
 
 def _size(num_bytes: int) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train"]
 
-DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # where neither a flag nor a file chooses
+DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,19 +52,17 @@ class Train(RunOptions):
             if self.step is not None:
                 raise InputError("--step needs --resume.")
             return
-        own = dataclasses.replace(
-            self, max_skipped=Train.max_skipped, step=None, compile_cache=Train.compile_cache, resume=None
-        )
-        if own != Train():
+        allowed = ("resume", "step", "max_skipped", "compile_cache")
+        if dataclasses.replace(self, **{name: getattr(Train, name) for name in allowed}) != Train():
             raise InputError("--resume goes on with the run's own options; leave the other flags out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model. The text is printed unchanged, with any escape codes in it.
+    """Continue a prompt with a trained model. The text is printed unchanged, escape codes included.
 
     Defaults come from the generation_config.json of a published checkpoint. Each of --temperature, --top-k, --top-p,
-    --min-p, --seed and --num-samples makes the command draw, whatever that file says.
+    --min-p, --seed and --num-samples makes the command draw, even if that file asks for no draw.
 
     Attributes:
         folder: run folder that `attnax train` made, or a published checkpoint: a folder of config.json, *.safetensors
@@ -86,8 +84,8 @@ class Generate:
         num_samples: number of texts, printed one after another; with --beams, of the best texts. By default 1.
         beams: search for the likeliest text, with this many unfinished texts at a time, instead of sampling.
         length_penalty: with --beams, the score of a text is its log-probability / length ** this. By default 1.
-        draft: folder or name, of either kind, of a small model with the same tokenizer. It drafts several tokens, which
-            the large model checks at once.
+        draft: folder or name of a small model with the same tokenizer. It drafts several tokens, which the large model
+            checks at once.
         draft_tokens: number of tokens drafted each time.
         cache: layout of keys and values. By default contiguous, with --draft ring.
         cache_dtype: of keys and values. By default the model's; int8 stores 8-bit integers, each vector with a scale.
@@ -179,11 +177,8 @@ class Generate:
         if settings.says_how:
             draw = dataclasses.replace(settings, do_sample=settings.do_sample or asks).drawing()
         others = settings.penalties() | {"beams": beams, "length_penalty": settings.length_penalty, "seed": 0}
-        settled = dataclasses.replace(
-            self,
-            stop=self.stop or settings.stop_strings,
-            **{key: value for key, value in (draw | others).items() if getattr(self, key) is None},
-        )
+        defaults = {key: value for key, value in (draw | others).items() if getattr(self, key) is None}
+        settled = dataclasses.replace(self, stop=self.stop or settings.stop_strings, **defaults)
         if self.length_penalty is not None and beams is None:
             raise InputError("--length-penalty needs --beams.")
         samples = 1

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +140,13 @@ class _Session:
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
         require_memory(options.model, options.optimizer)
-        self.trainer = Trainer(
-            options.model,
-            options.optimizer,
-            options.seed,
-            document_token=DOCUMENT if options.pack else None,
-        )
+        document = DOCUMENT if options.pack else None
+        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document)
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped
         self.seconds = 0.0  # of training before this process
+        self._tokens_per_step = options.optimizer.batch_size * options.optimizer.accumulate * window
         self._schedule = options.optimizer.schedule()
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
 
@@ -160,7 +156,7 @@ class _Session:
         return int(self.state.passes) // self.options.optimizer.accumulate
 
     def restore(self, step: int | None = None) -> None:
-        """Goes back to the checkpoint of `step`, by default the newest; without checkpoints, to the start.
+        """Goes back to the checkpoint of `step`, by default the newest, or to the start if there is none.
 
         Later checkpoints are deleted.
 
@@ -186,7 +182,7 @@ class _Session:
             print(f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {done}")
 
     def train(self, received: list[int]) -> bool:
-        """Goes on to the last update; False if a signal came in, after a checkpoint was saved.
+        """Goes on to the last update; returns False if a signal came, after saving a checkpoint.
 
         Raises:
             DivergenceError: a loss, a gradient or the parameters are not finite.
@@ -211,11 +207,6 @@ class _Session:
                     return False
         return True
 
-    @property
-    def _tokens_per_step(self) -> int:
-        optimizer = self.options.optimizer
-        return optimizer.batch_size * optimizer.accumulate * self.options.model.max_len
-
     def _update_and_log(self, step: int, started: float) -> float:
         """Makes an update and writes its row of metrics; returns the loss.
 
@@ -228,8 +219,8 @@ class _Session:
         self.run.append_metrics(
             step=step,
             tokens=step * self._tokens_per_step,
-            loss=_finite(loss),
-            grad_norm=_finite(grad_norm),
+            loss=loss if math.isfinite(loss) else None,  # JSON has no other number
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
             learning_rate=float(self._schedule(updates)),
             seconds=round(time.perf_counter() - started, 3),
             **({"skipped": skipped} if skipped else {}),
@@ -305,22 +296,17 @@ class _Session:
         )
 
 
-def _finite(value: float) -> float | None:
-    """The number, or None if it is not finite, which JSON cannot express."""
-    return value if math.isfinite(value) else None
-
-
 class _Progress:
     """A line on standard error that shows the progress and its rate.
 
-    The rate is without compiling, since the line begins after the first step, and without pauses.
+    The rate counts no pauses and no compilation, since the line begins after the first step.
     """
 
     def __init__(self, steps: int, tokens_per_step: int):
         self._steps, self._tokens_per_step, self._pause = steps, tokens_per_step, 0.0
         self._bar: tqdm[Any] | None = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The time inside does not count."""
         begun = time.time()
@@ -330,7 +316,13 @@ class _Progress:
     def advance(self, step: int, loss: float) -> None:
         """One more step is done."""
         if self._bar is None:
-            self._bar = _progress(self._steps, step, self._tokens_per_step)
+            self._bar = tqdm(
+                total=self._steps * self._tokens_per_step,
+                initial=step * self._tokens_per_step,
+                unit="tok",
+                unit_scale=True,
+                mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            )
         else:
             self._bar.start_t += self._pause
             self._bar.last_print_t += self._pause
@@ -343,18 +335,7 @@ class _Progress:
             self._bar.close()
 
 
-def _progress(steps: int, step: int, tokens_per_step: int) -> tqdm[Any]:
-    """The line at a step."""
-    return tqdm(
-        total=steps * tokens_per_step,
-        initial=step * tokens_per_step,
-        unit="tok",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
-    )
-
-
-@contextmanager
+@contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of ending the process; a second signal ends it as usual."""
     received: list[int] = []

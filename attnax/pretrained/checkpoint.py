@@ -64,18 +64,18 @@ class Checkpoint:
     def check(
         self, expected: Mapping[str, tuple[int, ...]], harmless: Iterable[str] = (), heads: Collection[str] = ()
     ) -> list[str]:
-        """How the tensors differ from floating tensors of the expected shapes, one sentence for each difference.
+        """The differences from floating tensors of the expected shapes, one sentence each.
 
         Args:
             expected: shapes by name.
             harmless: names that may be present too.
-            heads: names that would not be expected if the head were tied to the embeddings.
+            heads: names of the tensors of a head, which a model with a tied head does not have.
         """
         problems = []
         for name, shape in expected.items():
             info = self.tensors.get(name)
             if info is None:
-                hint = " Where the head is the embeddings, set tie_word_embeddings to true in config.json."
+                hint = " If the embeddings are the head, set tie_word_embeddings to true in config.json."
                 problem = f"{name!r} is missing; a floating tensor of shape {shape} was expected."
                 problems.append(problem + hint if name in heads else problem)
             elif info.shape != shape or not _is_floating(info):

@@ -1,4 +1,4 @@
-"""A family of published models as data: which keys of config.json are which fields, which tensors which parameters.
+"""A family of published models as data: the fields of each key of config.json, the parameters of each tensor.
 
 A `Family` is read in both directions: from a checkpoint to a config and parameters, and back.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from attnax.config import BlockConfig, EncoderDecoderConfig, StackConfig
+from attnax.config import EncoderDecoderConfig, StackConfig
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.fields import COMMON, Field
@@ -78,7 +78,7 @@ class Family:
         return frozenset(key for field in self._all_fields for key in field.keys)
 
     def inert_keys(self, config_json: Mapping[str, Any]) -> list[str]:
-        """The keys in a config.json that the family does not have, but which are known to change nothing."""
+        """The keys in a config.json that are not the family's own and are known to change nothing."""
         return sorted(key for key in config_json.keys() - self.known_keys if is_inert(key, config_json[key]))
 
     @property
@@ -126,14 +126,13 @@ class Family:
                 config_json |= field.write(config)
             except ValueError as error:
                 problems.append(str(error))
-        if problems:
-            raise CheckpointError(self.model_type, problems)
-        wanted, got = meaning(config), meaning(self.read_config(config_json, self.model_type))
-        problems = [
-            f"{name}={wanted[name]!r} has no place in it; it would be read as {got[name]!r}."
-            for name in wanted
-            if wanted[name] != got[name]
-        ]
+        if not problems:
+            wanted, got = meaning(config), meaning(self.read_config(config_json, self.model_type))
+            problems = [
+                f"{name}={value!r} has no place in it; it would be read as {got[name]!r}."
+                for name, value in wanted.items()
+                if value != got[name]
+            ]
         if problems:
             raise CheckpointError(self.model_type, problems)
         return config_json
@@ -156,12 +155,10 @@ class Family:
             for layer in _layers(config, rule)
             if (binding := _bind(rule, layer, base, config, shapes)) is not None
         ]
-        left = shapes.keys() - {name for binding in bindings for name in binding.parameters}
+        left = sorted(shapes.keys() - {name for binding in bindings for name in binding.parameters})
         if left:
-            raise CheckpointError(
-                self.model_type,
-                [f"the parameter {name} has no place in it; got {shapes[name]}." for name in sorted(left)],
-            )
+            problems = [f"the parameter {name} has no place in it; got {shapes[name]}." for name in left]
+            raise CheckpointError(self.model_type, problems)
         return bindings
 
     def base_of(self, names: Iterable[str]) -> str:
@@ -204,7 +201,8 @@ def _bind(rule: Rule, layer: int, base: str, config: ModelConfig, shapes: Mappin
     """The rule for one layer, or None where that layer has no such parameters."""
     stack = _stack_of(config, rule.parameters[0])
     names = tuple(name.format(layer=layer) for name in rule.parameters)
-    if not all(name in shapes for name in names) or rule.gated not in (None, _is_gated(stack.layer(layer))):
+    _, gated = ACTIVATIONS[stack.layer(layer).ff_activation]
+    if not all(name in shapes for name in names) or rule.gated not in (None, gated):
         return None
     stacked = "{expert}" in rule.tensor
     experts = range(shapes[names[0]][0]) if stacked else [0]
@@ -217,11 +215,6 @@ def _stack_of(config: ModelConfig, parameter: str) -> StackConfig:
     if isinstance(config, EncoderDecoderConfig):
         return config.encoder if parameter.startswith("encoder.") else config.decoder
     return config
-
-
-def _is_gated(config: BlockConfig) -> bool:
-    _, gated = ACTIVATIONS[config.ff_activation]
-    return gated
 
 
 def _sizes(config: StackConfig) -> dict[str, int]:

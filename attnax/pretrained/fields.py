@@ -32,8 +32,7 @@ __all__ = [
     "without",
 ]
 
-# Of a whole number: a model's tables of positions are made before its config is compared with the files.
-MOST = 1 << 24
+MOST = 1 << 24  # of a whole number: tables of positions are made before the config is compared with the files
 
 GATED = {
     "silu": "swiglu",
@@ -69,7 +68,7 @@ class Field:
     Attributes:
         keys: of config.json.
         read: from the given values, by key, to fields of a config. A key that the file lacks is not in the mapping.
-            Raises ValueError for what cannot be expressed.
+            Raises ValueError for a value that cannot be expressed.
         write: from a config to values by key.
     """
 
@@ -143,9 +142,7 @@ def unread(key: str) -> Field:
 
 COMMON = (
     only("pruned_heads", {}),
-    only("is_decoder", False),
-    only("is_encoder_decoder", False),
-    only("add_cross_attention", False),
+    *(only(key, False) for key in ("is_decoder", "is_encoder_decoder", "add_cross_attention")),
     only("cross_attention_hidden_size", None),
 )
 """Fields that any config.json may have."""
@@ -188,7 +185,7 @@ def pad_token() -> Field:
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         token = given.get("pad_token_id")
-        if token is None or token == -1:  # -1 is how old files express that there is none
+        if token is None or token == -1:  # old files have -1 for none
             return {"pad_token_id": 0}
         if type(token) is not int or not 0 <= token < MOST:
             raise ValueError(f"pad_token_id must be a token, or null; got pad_token_id={quoted(token)}.")
@@ -203,7 +200,7 @@ def without(fields: Sequence[Field], *keys: str) -> tuple[Field, ...]:
 
 
 def read_all(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fields read, together."""
+    """The fields of a config that all of these fields read."""
     return {name: value for field in fields for name, value in field.read(given).items()}
 
 
@@ -236,7 +233,7 @@ def _same(
     rule: str,
     form: Callable[[Any], Any] = lambda value: value,
 ) -> Field:
-    """A key and a field with the same value, but for its form."""
+    """A key and a field with the same value; its form may differ."""
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         value = _get(given, key, default)

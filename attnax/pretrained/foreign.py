@@ -50,7 +50,7 @@ def find_adapter(folder: Path) -> CheckpointError | None:
     return CheckpointError(
         folder,
         f"it is an adapter (peft_type={kind}) of the model {base}, not a model. Merge them with PyTorch and peft, and "
-        f"load what that writes: from peft import {name}; "
+        f"load the merged model: from peft import {name}; "
         f"{name}.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder). Where the folder "
         f"holds the merged model already, remove {ADAPTER}.",
     )
@@ -75,20 +75,16 @@ def find_quantised(where: Path, config_json: Mapping[str, Any], names: Iterable[
     else:
         reason = f"it has {quoted(example)}"
     problem = f"it is quantised ({reason}), and only tensors of plain numbers are read. Take the model it was made from"
-    name = transformers_class(config_json)
+    name, path = transformers_class(config_json), repr(str(where.parent))
     if method in _FULL_SIZE:
-        config_class = _FULL_SIZE[method].partition("(")[0]
-        problem += (
-            f", or have transformers write it in full: from transformers import {name}, {config_class}; "
-            f"{name}.from_pretrained({str(where.parent)!r}, quantization_config={_FULL_SIZE[method]})"
-            ".save_pretrained(new_folder)"
-        )
+        names = f"{name}, {_FULL_SIZE[method].partition('(')[0]}"
+        model = f"{name}.from_pretrained({path}, quantization_config={_FULL_SIZE[method]})"
     elif method == "bitsandbytes":
-        problem += (
-            f", or have transformers write it in full: from transformers import {name}; "
-            f"{name}.from_pretrained({str(where.parent)!r}).dequantize().save_pretrained(new_folder)"
-        )
-    return CheckpointError(where, problem + ".")
+        names, model = name, f"{name}.from_pretrained({path}).dequantize()"
+    else:
+        return CheckpointError(where, problem + ".")
+    how = f"from transformers import {names}; {model}.save_pretrained(new_folder)"
+    return CheckpointError(where, f"{problem}, or have transformers write it in full: {how}.")
 
 
 def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, Any], wanted: str) -> CheckpointError:
@@ -106,7 +102,7 @@ def no_tensors(where: object, names: Iterable[str], config_json: Mapping[str, An
     known = [file for file in pickles if file.startswith("pytorch_model")]  # the only names that transformers reads
     if pickles:
         file = (known or pickles)[0]
-        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "what wrote it"
+        how = f"transformers: {convert}).save_pretrained(new_folder). Copy tokenizer.json" if known else "its own tool"
         return CheckpointError(
             where,
             f"only .safetensors files are read; got {file}, of a format whose files can run code. Where you trust it, "

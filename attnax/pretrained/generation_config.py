@@ -186,65 +186,54 @@ def _early_stopping(value: Any) -> Any:
     return value
 
 
-_LIST = "a token or a list of them"
+_FROM_0, _FROM_1 = ((f"a whole number, at least {least} and below 2 ** 31", _whole(least)) for least in (0, 1))
+_FRACTION = "at least 0 and at most 1", _real(lambda x: 0 <= x <= 1)
+_ONE, _LIST = ("one token", _one_token), ("a token or a list of them", _tokens)
 _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "do_sample": ("true or false", _flag),
     "temperature": ("at least 0 and finite", _real(lambda x: x >= 0)),
-    "top_k": ("a whole number, at least 0 and below 2 ** 31", _whole(0)),
-    "top_p": ("at least 0 and at most 1", _real(lambda x: 0 <= x <= 1)),
-    "min_p": ("at least 0 and at most 1", _real(lambda x: 0 <= x <= 1)),
+    "top_k": _FROM_0,
+    "top_p": _FRACTION,
+    "min_p": _FRACTION,
     "repetition_penalty": ("above 0 and finite", _real(lambda x: x > 0)),
-    "no_repeat_ngram_size": ("a whole number, at least 0 and below 2 ** 31", _whole(0)),
+    "no_repeat_ngram_size": _FROM_0,
     "sequence_bias": ("a list of pairs, [tokens, number]", _biases),
     "bad_words_ids": ("a list of lists of tokens", _words),
-    "min_length": ("a whole number, at least 0 and below 2 ** 31", _whole(0)),
-    "min_new_tokens": ("a whole number, at least 0 and below 2 ** 31", _whole(0)),
-    "forced_bos_token_id": ("one token", _one_token),
-    "forced_eos_token_id": (_LIST, _tokens),
-    "suppress_tokens": (_LIST, _tokens),
-    "begin_suppress_tokens": (_LIST, _tokens),
-    "num_beams": ("a whole number, at least 1 and below 2 ** 31", _whole(1)),
+    "min_length": _FROM_0,
+    "min_new_tokens": _FROM_0,
+    "forced_bos_token_id": _ONE,
+    "forced_eos_token_id": _LIST,
+    "suppress_tokens": _LIST,
+    "begin_suppress_tokens": _LIST,
+    "num_beams": _FROM_1,
     "length_penalty": ("a finite number", _real(math.isfinite)),
     "early_stopping": ('true, false or "never"', _early_stopping),
-    "num_return_sequences": ("a whole number, at least 1 and below 2 ** 31", _whole(1)),
-    "max_length": ("a whole number, at least 1 and below 2 ** 31", _whole(1)),
-    "max_new_tokens": ("a whole number, at least 1 and below 2 ** 31", _whole(1)),
+    "num_return_sequences": _FROM_1,
+    "max_length": _FROM_1,
+    "max_new_tokens": _FROM_1,
     "stop_strings": ("a string or a list of them, none of them empty", _texts),
-    "eos_token_id": (_LIST, _tokens),
-    "bos_token_id": ("one token", _one_token),
-    "decoder_start_token_id": ("one token", _one_token),
+    "eos_token_id": _LIST,
+    "bos_token_id": _ONE,
+    "decoder_start_token_id": _ONE,
 }
 """For each setting a rule in words, and the function that reads a value or raises if it breaks the rule."""
 
 _TOKENS = ("eos_token_id", "bos_token_id", "decoder_start_token_id")
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "constraints": (),
-    "diversity_penalty": (0.0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": (),
-    "guidance_scale": (1.0,),
-    "max_time": (),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0.0,),
-    "renormalize_logits": (False,),
-    "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "watermarking_config": (),
+    **dict.fromkeys(("constraints", "dola_layers", "exponential_decay_length_penalty", "force_words_ids"), ()),
+    **dict.fromkeys(("max_time", "top_h", "watermarking_config"), ()),
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), (0.0,)),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "typical_p"), (1.0,)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "renormalize_logits", "token_healing"), (False,)),
 }
-"""Settings that change texts and are not supported, with the values that change nothing."""
+"""Settings that change texts and are not supported, with the values that change nothing; 0 and False are equal."""
 
 _OF_A_DRAW = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p"))
 
 _INERT = frozenset(
     (
-        # the origin of the file, and what transformers returns
+        # the origin of the file, and the form of the results of transformers
         *("transformers_version", "pad_token_id", "return_dict_in_generate", "return_legacy_cache"),
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
         # how transformers computes the same text: caches, drafts

@@ -98,10 +98,10 @@ class GenerationSettings:
         return not self.said.isdisjoint(("do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams"))
 
     def arguments(self, model: Any, prompt_ids: ArrayLike) -> dict[str, Any]:
-        """The keywords for a model to write what transformers' `generate` writes with these settings.
+        """The keywords with which a model writes the texts that transformers' `generate` writes with these settings.
 
-        They are keywords of the model's `generate`, or, if `num_beams` is above 1, of its `beam_search`; the first
-        `num_return_sequences` texts of a search are the result. A draw also needs a key.
+        They are keywords of the model's `generate`, or, if `num_beams` is above 1, of its `beam_search`. The result of
+        a search is its first `num_return_sequences` texts. A draw also needs a key.
 
         Args:
             model: a TransformerLM, or a Transformer.
@@ -123,17 +123,11 @@ class GenerationSettings:
             room = self.room(length) or min(_NEW_TOKENS, max(1, config.max_len - length))
             named = {"max_new_tokens": room}
         if self.stop_strings:
-            warnings.warn(
-                f"stop_strings={quoted(list(self.stop_strings))} end nothing without a tokenizer. "
-                "Give stop_sequences of tokens.",
-                stacklevel=2,
-            )
+            given = f"stop_strings={quoted(list(self.stop_strings))}"
+            warnings.warn(f"{given} end nothing without a tokenizer. Give stop_sequences of tokens.", stacklevel=2)
         is_search = self.num_beams > 1
-        sampler = Sampler(
-            **({} if is_search else self.drawing()),
-            **self.penalties(),
-            **self.constraints(config.vocab_size, length, room),
-        )
+        fields = self.penalties() | self.constraints(config.vocab_size, length, room)
+        sampler = Sampler(**fields, **({} if is_search else self.drawing()))
         named |= {"sampler": sampler, "end_token": [token for token in self.eos_token_id if token < config.vocab_size]}
         if is_search:
             return named | {"num_beams": self.num_beams} | self.search()
@@ -150,7 +144,7 @@ class GenerationSettings:
         if self.max_length <= length:
             raise InputError(
                 f"max_length={self.max_length} of the checkpoint leaves no room after the prompt's {length} tokens, "
-                "which it counts. Say how many new tokens to write."
+                "which count too. Say how many new tokens to write."
             )
         return self.max_length - length
 
@@ -198,10 +192,8 @@ class GenerationSettings:
         if self.suppress_tokens:
             rules["suppress_tokens"] = _array(self.suppress_tokens)
         if self.begin_suppress_tokens:
-            rules |= {
-                "begin_suppress_tokens": _array(self.begin_suppress_tokens),
-                "begin_index": np.int32(first is not None),
-            }
+            rules["begin_suppress_tokens"] = _array(self.begin_suppress_tokens)
+            rules["begin_index"] = np.int32(first is not None)
         bias = {token: value for token, value in self.sequence_bias if token < vocab_size}
         return {"logit_bias": bias or None, "logits_fn": TokenRules(**rules) if rules else None}
 
@@ -209,7 +201,7 @@ class GenerationSettings:
         """One sentence about the settings of the file that are not obeyed, or None if there are none.
 
         Args:
-            obeyed: unsupported settings that the caller obeys after all.
+            obeyed: unsupported settings that the caller obeys.
         """
         left = {key: value for key, value in self.unsupported.items() if key not in obeyed}
         if not left:

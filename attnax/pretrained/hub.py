@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, or a name on the Hugging Face hub."""
+"""The place of a checkpoint: a folder, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -35,35 +35,30 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         revision: of a model: a branch, a tag or a commit; by default its main branch.
 
     Raises:
-        CheckpointError: there is no such folder, and the hub cannot be reached, has no such model, or has no file that
-            can be read; or a revision of a folder is given.
+        CheckpointError: there is no such folder, and the hub cannot be reached, has no such model, or has no readable
+            file; or a revision of a folder is given.
     """
     folder = Path(name)
     try:
         if str(name) and folder.is_dir():
             if revision is not None:
-                raise CheckpointError(
-                    name, f"a revision is of a model on the hub, and this is a folder; got revision={revision!r}."
-                )
+                problem = f"a revision is of a model on the hub, and this is a folder; got revision={revision!r}."
+                raise CheckpointError(name, problem)
             return folder
     except OSError as error:
         raise CheckpointError(quoted(str(name)), f"there is no such folder ({error}).") from error
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(name, "there is no such folder.")
     if "/" in name and folder.parent.is_dir():  # such as runs/001
-        raise CheckpointError(
-            name, f"there is no such folder in {folder.parent}, and because of that folder the hub is not asked for it."
-        )
+        why = f"The hub is not asked, since {folder.parent} is a folder."
+        raise CheckpointError(name, f"there is no such folder in {folder.parent}. {why}")
     try:
         import huggingface_hub  # an optional dependency
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
     except ModuleNotFoundError as error:
-        raise CheckpointError(
-            name,
-            "there is no such folder. To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'",
-        ) from error
-    try:
-        # Cached files are not downloaded again.
+        advice = "To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'"
+        raise CheckpointError(name, f"there is no such folder. {advice}") from error
+    try:  # cached files are not downloaded again
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(name, _reason(name, revision, error)) from error
@@ -78,7 +73,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def _reason(name: str, revision: str | None, error: Exception) -> str:
-    """Why the hub gave no model, with advice."""
+    """The reason why the hub gave no model, with advice."""
     from huggingface_hub import constants, errors
 
     said = next(iter(str(error).strip().splitlines()), "")
@@ -96,10 +91,10 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
         return f"the hub refuses your token, or got none. Make one on its page, {log_in} ({said})."
     if constants.HF_HUB_OFFLINE:
         return (
-            "there is no such folder, nor all of such a model in the cache of the Hugging Face hub, and HF_HUB_OFFLINE "
-            "is set. Unset it, or load the model where there is a network and give its folder."
+            "there is no such folder, the cache of the Hugging Face hub does not hold all of such a model, and "
+            "HF_HUB_OFFLINE is set. Unset it, or load the model where there is a network and give its folder."
         )
     return (
-        "there is no such folder, nor such a model in the cache of the Hugging Face hub, and the hub gave none "
+        "there is no such folder, the cache of the Hugging Face hub holds no such model, and the hub gave none "
         f"({type(error).__name__}: {said}). Load it where there is a network, and give its folder."
     )

@@ -1,8 +1,8 @@
-"""Keys of a config.json that change nothing in what a model computes.
+"""Keys of a config.json that change nothing in the results of a model.
 
-`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they are of
-other families, and no class in transformers reads them for the families here. They change nothing with any value, or
-with the values in `HARMLESS_VALUES`.
+`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they come from
+other families. No class in transformers reads them for the families here. They change nothing with any value, or with
+the values in `HARMLESS_VALUES`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ HARMLESS = frozenset(
         *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
         *("exponential_decay_length_penalty", "cache_implementation", "guidance_scale"),
         *("sequence_bias", "encoder_repetition_penalty", "stop_strings", "max_time"),
-        # how transformers computes, and what it returns
+        # how transformers computes, and the form of its results
         *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
         *("_attn_implementation", "_attn_implementation_autoset", "chunk_size_feed_forward", "gradient_checkpointing"),
         # initial weights and training; loaded models have no dropout
         *("initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout", "classifier_dropout"),
     }
 )
-"""Keys of any config.json that change nothing in what a trained model computes."""
+"""Keys of any config.json that change nothing in the results of a trained model."""
 
 ANY_VALUE = frozenset(
     {

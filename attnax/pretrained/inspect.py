@@ -1,4 +1,4 @@
-"""What the folder of a published checkpoint holds, and the problems with it; no tensor is read."""
+"""The model in the folder of a published checkpoint, and the problems with it; no tensor is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["Inspection", "find_family", "inspect_folder", "parameter_name", "par
 
 @dataclasses.dataclass
 class Inspection:
-    """A checkpoint as far as it is understood; attributes that could not be found are None or empty.
+    """The facts that are known about a checkpoint; an attribute that could not be found is None or empty.
 
     Attributes:
         folder: of the checkpoint.
@@ -40,9 +40,9 @@ class Inspection:
         family: of the checkpoint; if none fits, one with the same model_type.
         config: of our model.
         abstract: our model as `nnx.split` gives it, with shapes in place of arrays.
-        bindings: which tensors are which parameters.
-        pooling: what makes a `SentenceEncoder` of our model.
-        inert: keys of config.json that the family does not have, but which are known to change nothing.
+        bindings: the tensors of each parameter.
+        pooling: the options that make a `SentenceEncoder` of our model.
+        inert: keys of config.json that are not the family's own and are known to change nothing.
         refusals: all problems; a checkpoint with problems cannot be loaded.
     """
 
@@ -128,7 +128,8 @@ def inspect_folder(folder: Path, dtype: Any = None, ignore: Collection[str] = ()
     where = folder / "config.json"
     with seen.noting():
         seen.config_json = read_object(where)
-        seen.family = _likely_family(seen.config_json)
+        kind = seen.config_json.get("model_type")
+        seen.family = next((family for family in FAMILIES if family.model_type == kind), None)
         seen.family = find_family(seen.config_json, where, encoder=(folder / MODULES).exists())
     kept = seen.config_json
     with seen.noting():
@@ -146,7 +147,9 @@ def inspect_folder(folder: Path, dtype: Any = None, ignore: Collection[str] = ()
         with seen.noting():
             seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
     seen.inert = seen.family.inert_keys(kept)
-    seen.config = _likely_config(seen.family, kept)
+    with contextlib.suppress(CheckpointError):  # without the unknown keys, so that more is known in spite of them
+        known = {key: value for key, value in kept.items() if key in seen.family.known_keys}
+        seen.config = seen.family.read_config(known, where)
     with seen.noting():
         seen.config = seen.family.read_config(kept, where)
     if seen.family.model is TransformerEncoder:
@@ -213,7 +216,7 @@ def find_family(config_json: Mapping[str, Any], where: Path, *, encoder: bool = 
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """Such as "decoder.stack.blocks.0.attention.query.kernel"."""
+    """The name of a parameter, such as "decoder.stack.blocks.0.attention.query.kernel"."""
     return ".".join(map(str, path))
 
 
@@ -223,11 +226,7 @@ def parameter_shapes(state: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) -> None:
-    """Adds the model, and the tensors of its parameters.
-
-    Raises:
-        CheckpointError: the tensors do not fit the config.
-    """
+    """Adds the model and the tensors of its parameters; raises CheckpointError if they do not fit the config."""
     config = family.adapt(seen.config, seen.config_json, checkpoint.tensors.keys())
     _check_head(seen, family, config)
     not_counted = family.without_parameters(config, checkpoint.tensors) - set(family.repeats(config))
@@ -264,7 +263,7 @@ def _with_embeddings(checkpoint: Checkpoint, bindings: Sequence[Binding], repeat
 
 
 class _OneKey(nnx.Rngs):
-    """One key for all parameters of a model that is only traced; counting keys takes time quadratic in the depth."""
+    """One key for all parameters of a model that is only traced: the time to count keys is quadratic in the depth."""
 
     def params(self) -> jax.Array:
         return self["default"].key[...]
@@ -302,17 +301,3 @@ def _check_counts(config: ModelConfig, checkpoint: Checkpoint) -> None:
                 checkpoint.folder,
                 f"its {count} tensors do not fit num_layers={stack.num_layers}, num_experts={stack.num_experts}.",
             )
-
-
-def _likely_family(config_json: Mapping[str, Any]) -> Family | None:
-    """A family with the same model_type, whatever the architecture."""
-    return next((family for family in FAMILIES if family.model_type == config_json.get("model_type")), None)
-
-
-def _likely_config(family: Family, config_json: Mapping[str, Any]) -> Any:
-    """The config without the unknown keys; None if the known ones cannot be read."""
-    known = {key: value for key, value in config_json.items() if key in family.known_keys}
-    try:
-        return family.read_config(known, family.model_type)
-    except CheckpointError:
-        return None

@@ -17,12 +17,12 @@ MOST_LAYERS = 1024
 
 
 def windows(default: LayerTypes, window: int | None, *, switch: str | None = None) -> Field:
-    """Which layers attend a window only: `layer_types`, one name a layer, and `sliding_window`.
+    """The layers that attend only a window: `layer_types`, one name a layer, and `sliding_window`.
 
     Args:
         default: the types in a file without `layer_types`, from the other keys and the number of layers.
         window: the sliding_window in a file without one.
-        switch: a key that must be true for any window, by default false.
+        switch: a key without which no layer has a window; its default is false.
     """
     size = whole("sliding_window", "size", window, null=True)
 
@@ -49,7 +49,7 @@ def layer_types(given: Mapping[str, Any], default: LayerTypes) -> Sequence[str]:
     """`FULL` or `SLIDING` for each layer.
 
     Raises:
-        ValueError: another type, or another number of them than layers.
+        ValueError: there is another type, or the number of types is not the number of layers.
     """
     count = whole_number(given.get("num_hidden_layers"), "num_hidden_layers")
     if count > MOST_LAYERS:
@@ -68,10 +68,7 @@ def alternate_layers(_: Mapping[str, Any], count: int) -> list[str]:
 
 
 def by_layer(overrides: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a config whose layers have these fields, one mapping a layer.
-
-    Where the layers differ, that is a `layer_pattern` of the shortest period.
-    """
+    """The fields of a config from the fields of its layers; where layers differ, the shortest `layer_pattern`."""
     if all(fields == overrides[0] for fields in overrides):
         return dict(overrides[0])
     periods = range(2, len(overrides) + 1)

@@ -12,23 +12,14 @@ from attnax.config import BIASES, EncoderDecoderConfig, StackConfig
 
 __all__ = ["meaning"]
 
-_WITHOUT_EFFECT = {  # fields that decide how the numbers are computed, or that only training uses
-    "attention_block_size",
-    "linear_attention_chunk_size",
-    "attention_dropout_rate",
-    "dropout_rate",
-    "router_jitter",
-    "rope_max_positions",
-    "kernel_init",
-    "embedding_init",
-    "init_std",
+_WITHOUT_EFFECT = {
+    # how the numbers are computed and stored
+    *("attention_block_size", "linear_attention_chunk_size", "rope_max_positions", "kv_cache_max_len", "scan_layers"),
+    *("remat", "dtype", "param_dtype"),
+    # of training only
+    *("attention_dropout_rate", "dropout_rate", "router_jitter", "kernel_init", "embedding_init", "init_std"),
     "residual_init",
-    "dtype",
-    "param_dtype",
-    "scan_layers",
-    "remat",
-    "kv_cache_max_len",
-    "layer_pattern",
+    "layer_pattern",  # its fields are compared layer by layer
 }
 
 
@@ -79,9 +70,6 @@ def _effective(config: Any, name: str) -> Any:
 
 
 def _has_layer(config: Any, layer: str) -> bool:
-    match layer:
-        case "router":
-            return config.num_experts is not None
-        case "norm":
-            return config.norm_type == "layer"
-    return True
+    if layer == "router":
+        return config.num_experts is not None
+    return layer != "norm" or config.norm_type == "layer"

@@ -48,7 +48,7 @@ def load_pretrained(
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
     All files are checked before a tensor is read; then the tensors are read one at a time. The model computes the same
-    as transformers (`tests/parity/pretrained.py`). It has no dropout, whatever the config says.
+    as transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
 
     Args:
         folder: with the files; `model.safetensors` may be several files that `model.safetensors.index.json` names. A
@@ -73,7 +73,7 @@ def load_pretrained(
         ValueError: a dtype that models do not have.
 
     Warns:
-        UserWarning: config.json has keys that the family does not have, but which are known to change nothing.
+        UserWarning: config.json has keys that are not the family's own and are known to change nothing.
 
     Example:
         >>> import tempfile
@@ -97,7 +97,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if seen.inert:
         warnings.warn(
             f"load_pretrained: {seen.folder / 'config.json'} has keys that no {family.model_type} reads, and which "
-            f"change nothing in what it computes: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
+            f"change nothing in its results: {', '.join(quoted(key)[1:-1] for key in seen.inert)}.",
             stacklevel=3,
         )
     assert seen.abstract is not None
@@ -107,7 +107,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: the last tensors, which are read while all others are in memory, are then small.
+    # The largest first: the last tensors are then small, and all the other ones are in memory with them.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
         for name, value in zip(binding.parameters, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
@@ -126,11 +126,10 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Parameters are written in their own dtype, one at a time. A tokenizer is saved by its own `save`.
 
     Args:
-        model: such as a TransformerLM, whether it was loaded or made here; some family must have a place for everything
-            in it.
+        model: such as a TransformerLM, loaded or made here. Some family must have a place for everything in it.
         folder: made if it is missing; files of these names in it are replaced.
-        family: a `model_type` of transformers to write the model as. By default the model_type that it was loaded as
-            (`loaded_as` of the model, which copies keep), or, if that has no place for all of it, the first that has.
+        family: a `model_type` of transformers to write the model as. By default the `loaded_as` of the model, which
+            copies keep, or, if that family has no place for all of it, the first family that has.
 
     Raises:
         CheckpointError: no family, or not the given one, has a place for something in the model.
@@ -144,7 +143,7 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     if problems:
         raise CheckpointError("save_pretrained", problems)
     state = nnx.state(model, nnx.Param)
-    parameters = _by_name(state)
+    parameters = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}
     bindings = found.bind(model.config, parameter_shapes(state))
     holder = {name: binding for binding in bindings for name in binding.tensors}
 
@@ -193,7 +192,7 @@ def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, A
 
 
 def _unwritable(model: Any) -> Iterator[str]:
-    """One sentence for each part of a model that is not in its config, and for which no config.json has a place."""
+    """One sentence for each part of a model that is not in its config and has no place in a config.json."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, TransformerDecoder) and not isinstance(module.self_mask, Causal):
             yield f"self_mask must be the causal one; got {module.self_mask!r}."
@@ -222,7 +221,3 @@ def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
     for expert, name in enumerate(binding.tensors):
         whole[expert] = checkpoint.read(name, dtype)
     return whole
-
-
-def _by_name(state: Any) -> dict[str, Any]:
-    return {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}

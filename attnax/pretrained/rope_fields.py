@@ -19,24 +19,15 @@ __all__ = ["ROPE_KEYS", "read_rope", "refuse_other_rope", "rope", "rope_object",
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "original_max_position_embeddings", "max_position_embeddings")
 """Keys of every config.json with rotary positions."""
 
-_SCALINGS = {  # kind: the fields of RopeScaling by their keys, beside rope_type and factor
+_LENGTH = {"original_max_position_embeddings": "original_max_len"}
+_SCALINGS: dict[str, dict[str, str]] = {  # kind: the fields of RopeScaling by their keys, beside rope_type and factor
     "default": {},
     "linear": {},
-    "llama3": {
-        "original_max_position_embeddings": "original_max_len",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-    },
-    "yarn": {
-        "original_max_position_embeddings": "original_max_len",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "truncate": "truncate",
-    },
+    "llama3": _LENGTH | {name: name for name in ("low_freq_factor", "high_freq_factor")},
+    "yarn": _LENGTH | {name: name for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")},
 }
 _FORMS: dict[str, Callable[[Any, str], Any]] = {"original_max_len": whole_number, "truncate": true_or_false}
-_KNOWN = {  # keys that may be present where the kind has no use for them, as in transformers
+_KNOWN = {  # keys that any kind may have, even without a use for them, as in transformers
     *(key for names in _SCALINGS.values() for key in names),
     *("factor", "mscale", "mscale_all_dim", "short_factor", "long_factor", "mrope_section", "finetuned"),
 }
@@ -168,11 +159,7 @@ def _check_kind(kind: Any, given: Mapping[str, Any]) -> None:
 
 
 def _attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """YaRN's attention_factor as the models since DeepSeek-V2 give it.
-
-    Raises:
-        ValueError: it would not be above 0.
-    """
+    """YaRN's attention_factor of models since DeepSeek-V2; raises ValueError if it would not be above 0."""
     over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in (mscale, mscale_all_dim))
     if over <= 0.0 or under <= 0.0:
         raise ValueError(f"mscale and mscale_all_dim must be above 0; got {mscale} and {mscale_all_dim}.")

@@ -1,4 +1,4 @@
-"""Which tensors of a published checkpoint are which parameters of a model.
+"""The tensors of a published checkpoint, and the parameters of a model that they hold.
 
 A `Rule` covers one kind of tensor in all layers; a `Binding` is a rule applied to one layer of one model. Both are used
 in both directions, to read a checkpoint and to write one.
@@ -103,7 +103,7 @@ class Binding:
 
     @property
     def num_elements(self) -> int:
-        """Elements of all the parameters together."""
+        """The number of elements of all the parameters together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:

@@ -92,11 +92,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > MAX_JSON_BYTES:
             raise CheckpointError(path, f"a header must have at most {MAX_JSON_BYTES} bytes; got {length}.")
         data = file.read(length)
-    # Checked before parsing: an object takes hundreds of bytes in memory, and two in a file.
+    # Checked before parsing: an object of two bytes in a file takes hundreds of bytes in memory.
     if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
         raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
     header = parse_object(path, data)
-    problems = _check_metadata(header.pop("__metadata__", {}))
+    metadata, problems = header.pop("__metadata__", {}), []
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append("'__metadata__' must hold text by name.")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         try:
@@ -123,7 +125,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
 
 
 def same_data(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors of one size hold the same bytes; only a part of them is in memory at a time."""
+    """Whether two tensors of the same size hold the same bytes; only a part of them is in memory at a time."""
     size = 16 << 20
     parts = np.empty((2, size), np.uint8)
     for start in range(0, one.num_bytes, size):
@@ -148,13 +150,10 @@ def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
+    size, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    room = np.empty(size + alignment, np.uint8)
+    start = -room.ctypes.data % alignment
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-_ALIGNMENT = 64
 
 
 def write_tensors(
@@ -203,17 +202,8 @@ def write_tensors(
         temporary.unlink(missing_ok=True)
 
 
-def _check_metadata(metadata: Any) -> list[str]:
-    fits = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    return [] if fits else ["'__metadata__' must hold text by name."]
-
-
 def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:
-    """The tensor of an entry of the header.
-
-    Raises:
-        ValueError: the entry is wrong, whatever the file holds.
-    """
+    """The tensor of an entry of the header; raises ValueError for an entry that no file can have."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("its entry must hold dtype, shape and data_offsets, and nothing else.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -38,13 +38,13 @@ _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-    """What makes a `SentenceEncoder` of an encoder.
+    """The options that make a `SentenceEncoder` of an encoder.
 
     Attributes:
         pool: of the `SentenceEncoder`.
         normalize: of the `SentenceEncoder`.
-        file: the settings of the encoder, which may not exist.
-        settings: its content.
+        file: with the settings of the encoder; it may not exist.
+        settings: the content of the file.
     """
 
     pool: Pool
@@ -72,7 +72,8 @@ def read_pooling(folder: Path) -> Pooling | None:
             f"its modules must be {', '.join(_TYPES)} of sentence-transformers, of which the last may be missing, the "
             f"first in the folder itself and the second in {_POOLING}; got {quoted(types)} in {quoted(paths)}.",
         )
-    file, normalize = _transformer_file(folder), folder / "2_Normalize" / "config.json"
+    files = [folder / f"sentence_{kind}_config.json" for kind in _TRANSFORMERS]
+    file, normalize = next(filter(Path.exists, files), files[0]), folder / "2_Normalize" / "config.json"
     settings = _read_if_there(file)
     _check_module(file, settings, "token_embeddings")
     _check_module(normalize, _read_if_there(normalize), "sentence_embedding")
@@ -84,12 +85,6 @@ def _type(name: Any) -> Any:
     """The last part of a type, such as "Pooling"; a type outside of sentence-transformers keeps its whole name."""
     is_known = isinstance(name, str) and name.startswith("sentence_transformers.")
     return name.rpartition(".")[2] if is_known else name
-
-
-def _transformer_file(folder: Path) -> Path:
-    """The settings of the encoder, under one of several names; the file may not exist."""
-    files = [folder / f"sentence_{kind}_config.json" for kind in _TRANSFORMERS]
-    return next((file for file in files if file.exists()), files[0])
 
 
 def _read_if_there(file: Path) -> Mapping[str, Any]:
@@ -154,18 +149,14 @@ def fit_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, pooling: Poolin
 def write_pooling(model: SentenceEncoder, folder: Path) -> None:
     """Writes the files that `read_pooling` reads."""
     types = _TYPES if model.normalize else _TYPES[:2]
+    paths = ["", _POOLING, "2_Normalize"][: len(types)]
     modules = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": f"{index}_{kind}" if index else "",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for index, kind in enumerate(types)
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, path) in enumerate(zip(types, paths, strict=True))
     ]
     (folder / MODULES).write_text(json.dumps(modules, indent=2) + "\n", "utf-8")
-    for module in modules[1:]:
-        (folder / str(module["path"])).mkdir(exist_ok=True)
+    for path in paths:
+        (folder / path).mkdir(exist_ok=True)
     assert isinstance(model.encoder, TransformerEncoder)
     pooling = {"word_embedding_dimension": model.encoder.config.d_model}
     pooling |= {key: pool == model.pool for key, pool in _FLAGS.items()}

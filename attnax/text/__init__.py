@@ -8,7 +8,6 @@ from __future__ import annotations
 from attnax.lazy import lazy_imports
 
 with lazy_imports(globals()):
-    from attnax.text.byte_codec import ByteCodec as ByteCodec
     from attnax.text.codec import ByteDecoder as ByteDecoder
     from attnax.text.codec import Codec as Codec
     from attnax.text.codec import Decoder as Decoder
@@ -22,6 +21,7 @@ with lazy_imports(globals()):
     from attnax.text.published_codec import PublishedCodec as PublishedCodec
     from attnax.text.tokenizer import DOCUMENT as DOCUMENT
     from attnax.text.tokenizer import NUM_BYTE_TOKENS as NUM_BYTE_TOKENS
+    from attnax.text.tokenizer import ByteCodec as ByteCodec
     from attnax.text.tokenizer import Tokenizer as Tokenizer
     from attnax.text.tokenizer import byte_tokenizer as byte_tokenizer
     from attnax.text.tokenizer import train_bpe as train_bpe

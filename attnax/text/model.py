@@ -1,4 +1,4 @@
-"""A model that writes text, together with its codec, whatever kind of folder it came from."""
+"""A model that writes text, together with its codec: of a run, or of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextModel:
         folder: that the model came from.
         model: such as `TransformerLM`.
         codec: of its tokens.
-        settings: with which its authors generate text.
+        settings: of its authors, for generating text.
     """
 
     folder: Path
@@ -99,15 +99,12 @@ class Translator(TextModel):
         return config
 
     def begin(self, ids: Sequence[int]) -> list[int]:
-        """The start token."""
         return [self.start]
 
     def options(self, room: int) -> dict[str, Any]:
-        """Like that of a `TextModel`."""
         return {"max_length": room, "start_token": self.start}
 
     def check(self, ids: Sequence[int]) -> None:
-        """Like that of a `TextModel`."""
         encoder = self.model.encoder.config
         _check_ids(ids, encoder, self.folder)
         _check_ids([self.start], self.config, self.folder)
@@ -129,8 +126,8 @@ def _longest(config: TransformerConfig) -> int | float:
 def _check_ids(ids: Sequence[int], config: TransformerConfig, folder: Path) -> None:
     if max(ids) >= config.vocab_size:
         raise InputError(
-            f"the tokenizer of {folder} gives the token {max(ids)}, and the model has embeddings of "
-            f"{config.vocab_size} only; they do not belong together."
+            f"the tokenizer of {folder} gives the token {max(ids)}, and the model has only {config.vocab_size} "
+            "embeddings; tokenizer and model do not belong together."
         )
 
 

@@ -58,7 +58,7 @@ class PublishedCodec:
 
     @cached_property
     def spells_bytes(self) -> bool:
-        """Whether text without a token of its own is spelled in bytes: tokens such as <0xE2>."""
+        """Whether characters without a token are spelled in tokens of one byte, such as <0xE2>."""
         token = self.tokenizer.token_to_id("<0x41>")
         return token is not None and self.decode([token]) == "A"
 
@@ -79,8 +79,8 @@ class PublishedCodec:
             return ids
         if self.start is None:
             raise InputError(
-                "the prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json says what a "
-                "text starts with."
+                "the prompt must not be empty: neither the tokenizer nor a bos_token_id in config.json gives the token "
+                "that starts a text."
             )
         return [self.start]
 
@@ -92,7 +92,7 @@ class PublishedCodec:
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
         """A decoder of the tokens' text, `tokenizer.decode` of all of them, in pieces that no later token changes.
 
-        A tokenizer that rewrites the text of several tokens together is decoded without waiting for that.
+        Where a tokenizer rewrites the text of several tokens together, the decoder does not wait for all of them.
         """
         return _RunDecoder(self, before) if self.spells_bytes else _WindowDecoder(self, before)
 
@@ -123,7 +123,7 @@ class PublishedCodec:
 
 
 class _WindowDecoder:
-    """Decodes each token together with a few tokens before it; the token's text is what it adds.
+    """Decodes each token together with a few tokens before it; the text that it adds is its own.
 
     U+FFFD at the end is uncertain, since the bytes of a character may be several tokens.
     """
@@ -182,10 +182,9 @@ class _RunDecoder(_WindowDecoder):
             self._run.add(_byte_of(codec, token))
         super().__init__(codec, shown)
         self._window = shown[-self._run.num_tokens() :]
-        # An incomplete character was told as one U+FFFD, whatever `decode` makes of its run.
+        # An incomplete character was told as one U+FFFD, even where `decode` gives another text for its run.
         whole = self._window[: len(self._window) - self._run.num_begun]
         self._told = codec.decode(whole) + (REPLACEMENT if self._run.num_begun else "")
-
         self._held = 0  # number of bytes that were fed and not told
 
     def feed(self, token: int) -> str:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, without loss for any byte string.
+"""Tokenizers that `attnax train` learns: text to token ids and back, without loss for any byte string.
 
 The `tokenizers` library works on characters; each byte is one character of Latin-1. Id 0 is the document token, which
 begins every document. Ids 1 to 256 are the single bytes. Byte-pair encoding adds its merges after them.
@@ -6,7 +6,8 @@ begins every document. Ids 1 to 256 are the single bytes. Byte-pair encoding add
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import SupportsInt
 
@@ -14,8 +15,9 @@ import numpy as np
 import tokenizers
 
 from attnax.errors import InputError
+from attnax.text.codec import ByteDecoder, Decoder
 
-__all__ = ["DOCUMENT", "NUM_BYTE_TOKENS", "Tokenizer", "byte_tokenizer", "train_bpe"]
+__all__ = ["DOCUMENT", "NUM_BYTE_TOKENS", "ByteCodec", "Tokenizer", "byte_tokenizer", "train_bpe"]
 
 DOCUMENT = 0
 NUM_BYTE_TOKENS = 257
@@ -106,3 +108,49 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int, max_bytes: int = 12_000_0
     )
     model.train_from_iterator((text.decode("latin-1") for text in texts[::thin]), trainer)
     return Tokenizer(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteCodec:
+    """The tokens of a `Tokenizer`: each token is a byte string, and the document token begins and ends every text.
+
+    Attributes:
+        tokenizer: of the bytes.
+    """
+
+    tokenizer: Tokenizer
+    ends = (DOCUMENT,)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The tokens by their text."""
+        return self.tokenizer.vocabulary
+
+    def encode(self, prompt: bytes) -> list[int]:
+        """The document token, and the tokens of the prompt."""
+        return [DOCUMENT, *self.tokenizer.encode(prompt).tolist()]
+
+    def encode_stop(self, stop: str) -> list[int]:
+        """The tokens of `stop`."""
+        ids: list[int] = self.tokenizer.encode(stop.encode()).tolist()
+        return ids
+
+    def decoder(self, before: Sequence[int] = ()) -> Decoder:
+        """Decodes the tokens that follow `before`."""
+        return _TokenDecoder(self.tokenizer, before)
+
+    def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
+        """Number of bytes of the tokens; `before` has no effect."""
+        return len(self.tokenizer.decode(tokens))
+
+
+class _TokenDecoder:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._bytes = ByteDecoder(tokenizer.decode(before[-8:]))
+
+    def feed(self, token: int) -> str:
+        return self._bytes.feed(self._tokenizer.decode([token]))
+
+    def finish(self) -> str:
+        return self._bytes.finish()

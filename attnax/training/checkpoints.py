@@ -38,7 +38,7 @@ Tree = TypeVar("Tree")
 def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner: str = "", keep: int = 2) -> None:
     """Writes the pytrees of `items` as step number `step`, then deletes all but the newest `keep` checkpoints.
 
-    Checkpoints of later steps are deleted too, since the training went back behind them.
+    Checkpoints of later steps are deleted too: the training went back to an earlier step.
 
     Args:
         folder: of the checkpoints; made if it is missing.
@@ -87,8 +87,7 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 
 def latest_checkpoint(folder: Path) -> int | None:
     """The step of the newest checkpoint, or None."""
-    steps = checkpoint_steps(folder)
-    return steps[-1] if steps else None
+    return max(checkpoint_steps(folder), default=None)
 
 
 class DamagedCheckpointError(InputError):
@@ -141,14 +140,9 @@ def _is_whole(folder: Path, step: int, items: Iterable[str], owner: str) -> bool
 
 
 def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:
-    """The pytree `item` of step number `step`.
+    """The pytree `item` of step number `step`, saved in `folder` for `owner`.
 
-    Args:
-        folder: of the checkpoints.
-        step: as saved.
-        item: as saved.
-        like: a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes.
-        owner: as saved.
+    `like` is a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes.
 
     Raises:
         InputError: a file is missing, changed or of another model. This is checked before any array is read.
@@ -157,14 +151,15 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner:
 
     target = folder.absolute() / str(step)
     saved = _check_files(folder, step, item, owner)
-    wanted = {name: _type(array) for name, array in _named_arrays(like).items()}
+    named = _named_arrays(like)
+    wanted = {name: _type(array) for name, array in named.items()}
     if saved != wanted:
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         raise InputError(
             f"the checkpoint {target} is of another model: {names[0]} is {_words(saved.get(names[0]))} in the "
             f"checkpoint and {_words(wanted.get(names[0]))} in the model."
         )
-    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_arrays(like).items()}
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(target / item, abstract)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
@@ -188,45 +183,28 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _manifest(folder: Path, step: int, owner: str) -> dict[str, Any]:
-    """The types and checksums in the manifest of a checkpoint.
-
-    Raises:
-        InputError: it cannot be read, or the checkpoint belongs to another run.
-    """
-    target = folder.absolute() / str(step)
-    try:
-        manifest = json.loads((folder / f"{step}.json").read_text())
-        found = {name: {item: dict(of) for item, of in manifest[name].items()} for name in ("types", "sha256")}
-        saved_owner = manifest["owner"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
-    if saved_owner != owner:
-        raise InputError(f"the checkpoint {target} belongs to another run.")
-    return found
-
-
 def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, Any]:
     """The types of an item's arrays.
 
     Raises:
-        InputError: a file is missing or changed.
+        InputError: the manifest cannot be read or is of another run, or a file is missing or changed.
     """
-    target, manifest = folder.absolute() / str(step), _manifest(folder, step, owner)
-    if any(item not in part for part in manifest.values()):
-        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).")
-    digests, found = manifest["sha256"][item], _digests(target / item)
+    target = folder.absolute() / str(step)
+    try:
+        manifest = json.loads((folder / f"{step}.json").read_text())
+        saved_owner, types, digests = manifest["owner"], dict(manifest["types"][item]), dict(manifest["sha256"][item])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
+    if saved_owner != owner:
+        raise InputError(f"the checkpoint {target} belongs to another run.")
+    found = _digests(target / item)
     if found != digests:
         names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
         raise InputError(
-            f"the checkpoint {target} is damaged: {names[0]} is not what was saved"
-            + (f", nor are {len(names) - 1} other files." if len(names) > 1 else ".")
+            f"the checkpoint {target} is damaged: {names[0]} has changed since it was saved"
+            + (f", and so have {len(names) - 1} other files." if len(names) > 1 else ".")
         )
-    types: dict[str, Any] = manifest["types"][item]
     return types
-
-
-_NUMBER = re.compile(r"[0-9]+(?=\Z|\.)")
 
 
 def _delete(folder: Path, step: int) -> None:
@@ -238,7 +216,8 @@ def _delete(folder: Path, step: int) -> None:
 
 
 def _delete_others(folder: Path, kept: Sequence[int]) -> None:
-    for step in {int(match[0]) for path in folder.iterdir() if (match := _NUMBER.match(path.name))}.difference(kept):
+    numbers = {path.name.partition(".")[0] for path in folder.iterdir()}
+    for step in {int(number) for number in numbers if number.isdecimal()}.difference(kept):
         _delete(folder, step)
 
 

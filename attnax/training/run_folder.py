@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -43,7 +44,7 @@ class LockedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The paths in a run folder; reads and writes its small files."""
+    """A run folder: its paths, and its small files, which are read and written here."""
 
     path: Path
 
@@ -118,14 +119,13 @@ class RunFolder:
     def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> None:
         content = tokenizer.to_json().encode()
         (self.path / "tokenizer.json").write_bytes(content)
-        fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunOptions)}
-        fields |= {name: dataclasses.asdict(fields[name]) for name in ("model", "optimizer")}
+        given = dataclasses.asdict(options)  # of a subclass, with more fields
         config = {
             "format": FORMAT,
             "attnax": __version__,
             "corpus_sha256": corpus.fingerprint,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
-            "options": fields,
+            "options": {field.name: given[field.name] for field in dataclasses.fields(RunOptions)},
         }
         config["sha256"] = _digest(config)
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
@@ -155,7 +155,7 @@ class RunFolder:
                 )
             raise InputError(f"{self.path} is not a run folder: it has no config.json.")
         try:
-            config = json.loads(path.read_text("utf-8"))
+            config = json.loads(self._config.decode("utf-8"))
         except ValueError as error:
             raise InputError(f"{path} is damaged: {error}.") from error
         if not isinstance(config, dict) or not is_format(config.get("format")):
@@ -165,30 +165,27 @@ class RunFolder:
         if config.pop("sha256", None) != _digest(config):
             raise InputError(f"{path} was changed after it was written.")
         try:
-            fields = dict(config["options"])
-            unknown = [
-                *(_unknown(fields, RunOptions)),
-                *(_unknown(fields["model"], TransformerConfig)),
-                *(_unknown(fields["optimizer"], OptimizerConfig)),
-            ]
+            fields, unknown = dict(config["options"]), _unknown(config["options"], RunOptions)
+            for name, kind in (("model", TransformerConfig), ("optimizer", OptimizerConfig)):
+                unknown += _unknown(fields[name], kind)
             if unknown:
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-                raise InputError(_of_another_version(path, config, f"it has options {', '.join(unknown[:3])}{more}"))
-            fields["model"] = TransformerConfig(**fields["model"])
-            fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-            options = RunOptions(**fields)
+                raise ValueError(f"it has options {', '.join(unknown[:3])}{more}")
+            model, optimizer = TransformerConfig(**fields.pop("model")), OptimizerConfig(**fields.pop("optimizer"))
+            options = RunOptions(**fields, model=model, optimizer=optimizer)
             options.check()
-            corpus_digest, tokenizer_digest = config["corpus_sha256"], config["tokenizer_sha256"]
-        except InputError:
-            raise
+            return options, config["corpus_sha256"], config["tokenizer_sha256"]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(_of_another_version(path, config, str(error))) from error
-        return options, corpus_digest, tokenizer_digest
+
+    @functools.cached_property
+    def _config(self) -> bytes:
+        return (self.path / "config.json").read_bytes()
 
     @property
     def owner(self) -> str:
         """The name of the run in its checkpoints, which depends on options, tokenizer and corpus."""
-        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+        return hashlib.sha256(self._config).hexdigest()
 
     def append_metrics(self, **row: Any) -> None:
         """Adds a line to metrics.jsonl."""
@@ -203,7 +200,7 @@ class RunFolder:
         """The rows of metrics.jsonl, without an incomplete line that an interruption left at the end.
 
         Raises:
-            InputError: a line before the last row is not a row.
+            InputError: a line that is not a row comes before a row.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -213,8 +210,8 @@ class RunFolder:
             if row is None:
                 problem = problem or f"{path} is damaged: line {number} has no step and tokens."
                 continue
-            if problem is not None:  # with rows after the line, it is not of an interruption
-                raise InputError(f"{problem} Delete the line, or the file: the run goes on without.")
+            if problem is not None:  # an interruption leaves no rows after the line
+                raise InputError(f"{problem} Delete the line, or the file; the run goes on without it.")
             rows.append(row)
         return rows
 

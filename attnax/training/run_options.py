@@ -34,12 +34,12 @@ DEFAULT_OPTIMIZER = OptimizerConfig(steps=3200, batch_size=8, learning_rate=4e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run learns from, and how; saved in its folder.
+    """The text, the model and the training of a run; saved in its folder.
 
     Attributes:
         data: a file, a folder, or a glob in quotes. By default the source of Python's standard library.
         tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
-        pack: files in one row do not attend each other, and the positions of each start at 0.
+        pack: files in one row do not attend each other, and the positions of each file start at 0.
         held_out: fraction of the files to hold out.
         checkpoint_every: number of updates between checkpoints, each with a look at held-out text.
         max_skipped: number of updates that may be left out because their loss or gradient is not finite; one more stops

@@ -43,10 +43,10 @@ class TrainState:
 
 
 class DivergenceError(ArithmeticError):
-    """A loss, a gradient or parameters are not finite, and the training cannot go on from there.
+    """A loss, a gradient or parameters are not finite, and the training cannot go on.
 
     Attributes:
-        is_skippable: whether the update was not made, so that the training could go on without it.
+        is_skippable: whether the update was not made; the training could then go on without it.
     """
 
     def __init__(self, message: str, *, is_skippable: bool = False):

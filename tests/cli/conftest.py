@@ -1,4 +1,4 @@
-"""One small run and two published checkpoints, which all tests of the command share: they take long to make."""
+"""One small run and two published checkpoints. All tests of the command share them, since making them takes long."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from attnax.training import RunFolder, read_corpus, save_checkpoint
 
 @pytest.fixture(scope="session", autouse=True)
 def no_programs_are_kept(tmp_path_factory):
-    """In this process none, and in those that tests start none where the user's are."""
+    """This process keeps no programs, and a process that a test starts keeps none in the user's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(terminal, "keep_programs", lambda wanted: None)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -28,7 +28,7 @@ def no_programs_are_kept(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Sixty short files of a text that is easy to learn."""
+    """Sixty short files; their text is easy to learn."""
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(60):
         (folder / f"file{index}.py").write_text(f"def number_{index}(x):\n    return x + {index}\n\n\n" * 8)
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
-    """A finished run, and what the command printed."""
+    """A finished run, and the output of the command."""
     out, printed = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["train", "--data", str(corpus), "--out", str(out), *TINY]) == 0
@@ -52,7 +52,7 @@ def run(trained):
 
 @pytest.fixture(scope="session")
 def draw_run(run):
-    """Makes a run like `run` whose weights were drawn, not trained, perhaps with another tokenizer."""
+    """Makes a run like `run` with random weights, and another tokenizer if one is given."""
 
     def draw(folder, seed, tokenizer=None):
         options, its_own, _ = RunFolder(run).load()
@@ -75,7 +75,7 @@ def other_run(draw_run, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """A llama with a byte-level tokenizer that puts a start before a text and an end after it."""
+    """A Llama with a byte-level tokenizer that puts a start token before a text and an end token after it."""
     return publish(tmp_path_factory.mktemp("published"), lm(), copy_of(byte_level, AROUND))
 
 
@@ -92,7 +92,7 @@ def translator(tmp_path_factory):
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """The tokens that models stream, as they come."""
+    """The tokens that models stream, in the order in which they come."""
     tokens = []
 
     def noted(stream):
@@ -110,7 +110,7 @@ def streamed(monkeypatch):
 
 @pytest.fixture
 def write(capsys):
-    """What `attnax generate` prints."""
+    """The output of `attnax generate`."""
 
     def call(folder, *options):
         capsys.readouterr()
@@ -122,7 +122,7 @@ def write(capsys):
 
 @pytest.fixture
 def show(capsys):
-    """The exit code of `attnax inspect`, and what it prints without the spaces that align it."""
+    """The exit code of `attnax inspect`, and its output without the spaces that align it."""
 
     def call(folder):
         capsys.readouterr()

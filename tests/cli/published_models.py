@@ -1,4 +1,4 @@
-"""Small published checkpoints, and what a command says that is refused."""
+"""Small published checkpoints, and the message of a command that is refused."""
 
 import json
 import shutil
@@ -15,25 +15,25 @@ from attnax.pretrained import save_pretrained
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
-CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line like one of ours, half a letter
+CODES = "\x1b[31m\nattnax: all is well\ud800"  # a colour, a line that imitates ours, half of a surrogate pair
 
 
 def lm(seed=0, **fields):
-    """A model that has more tokens than the tokenizers, as published ones do, and is sure of what it writes."""
+    """A model with more tokens than its tokenizer, as published models have, and with sure predictions."""
     sizes = {"vocab_size": 310, "d_model": 24, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "d_ff": 40}
     kind = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False, "max_len": 64}
     return sure(build(lambda rngs: TransformerLM(rngs, **sizes | kind | fields), seed))
 
 
 def sure(model):
-    """The model with larger logits, so that no two tokens are as likely."""
+    """The model with larger logits, so that no two tokens are equally likely."""
     kernel = model.head.projection.kernel
     kernel[...] = jnp.asarray(8 * np.asarray(kernel[...]))
     return model
 
 
 def publish(folder, model, tokenizer=None, *, config=(), generation=None):
-    """A checkpoint as it is published."""
+    """A checkpoint in the published form."""
     save_pretrained(model, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
@@ -56,7 +56,7 @@ def modify(name, folder, fields=(), tensors=None):
 
 
 def refuse(capsys, *arguments):
-    """What a command says that was refused."""
+    """The message of a command that is refused."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     out, error = capsys.readouterr()

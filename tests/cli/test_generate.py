@@ -26,7 +26,7 @@ def load_model(run):
 
 @pytest.fixture
 def write(run, capsys):
-    """What `attnax generate` prints after a prompt."""
+    """The output of `attnax generate` after a prompt."""
 
     def call(*options):
         capsys.readouterr()
@@ -42,7 +42,7 @@ SAMPLED = ("--temperature", "1.5", "--seed", "4")
 
 @pytest.fixture
 def written(run, monkeypatch):
-    """Three texts of three, one and two tokens, which the model is said to write; also the options that it got."""
+    """A model that writes three texts, of three, one and two tokens; and the options that it got."""
     _, tokenizer = load_model(run)
     texts = ["?!%", "&", "$:"]
     tokens, lengths, seen = np.zeros((3, 9), np.int32), np.array([3, 1, 2], np.int32), []
@@ -66,7 +66,7 @@ def written(run, monkeypatch):
 
 
 def test_generate_streams_a_text(run, capsys):
-    """Without a prompt, as at the end of the training, whose compiled programs so serve again."""
+    """There is no prompt, as at the end of the training, so its compiled programs are used again."""
 
     def text(*options):
         capsys.readouterr()
@@ -140,9 +140,9 @@ def test_text_arrives_piece_by_piece(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Output())
     assert main(["generate", str(run), "--prompt", "x", "--stop", "stop?", "--stop", "stopz"]) == 0
     assert sys.stdout.getvalue() == "xa\u00e9stop!\n"
-    assert arrived[1:4] == ["xa", "xa", "xa\u00e9"]  # a character of two bytes comes when it is whole
-    assert "xa\u00e9stop!" in arrived  # no stop any more, so that it was shown
-    assert not any("!s" in text or "z" in text for text in arrived)  # what may become a stop was held back
+    assert arrived[1:4] == ["xa", "xa", "xa\u00e9"]  # a character of two bytes comes when it is complete
+    assert "xa\u00e9stop!" in arrived  # it cannot become a stop, so it was shown
+    assert not any("!s" in text or "z" in text for text in arrived)  # characters that may become a stop are held back
 
 
 @pytest.mark.contract
@@ -163,7 +163,7 @@ def test_stop_strings_end_the_text(write, mode):
     prompt = "    return"
     text = write(*GREEDY, "--prompt", prompt).removeprefix(prompt)
     stop = text[len(text) // 2 :][:4]
-    assert stop.isascii()  # the model has learned so much
+    assert stop.isascii()  # the model has learned this
     out = write(*GREEDY, "--prompt", prompt, mode, "--stop", stop, "--stop", "not there")
     assert out == prompt + text[: text.index(stop)] + "\n"
 

@@ -1,4 +1,4 @@
-"""`attnax generate` obeys the generation_config.json, whatever it holds."""
+"""`attnax generate` obeys the generation_config.json, whatever its values."""
 
 import copy
 import json
@@ -29,11 +29,11 @@ from attnax.pretrained.tokenizer_file import load_tokenizer
 
 
 class TestGenerationConfig:
-    """What the folder says of writing is obeyed where no flag says otherwise."""
+    """The folder's settings are obeyed unless a flag overrides them."""
 
     @pytest.fixture
     def settled(self, published, tmp_path, monkeypatch, capsys):
-        """How the model is asked to write: the method, its options, and what is said on standard error."""
+        """The method of the model that is called, its options, and the lines on standard error."""
         folder = shutil.copytree(published, tmp_path / "copy")
         empty, none, seen = *map(jax.device_put, (np.zeros((4, 1), np.int32), np.zeros(4, np.int32))), []
 
@@ -117,7 +117,7 @@ class TestGenerationConfig:
         assert options["max_new_tokens"] == 9 and len(options["stop_sequences"]) == 2
         _, options, _ = settled({"max_length": 11, "do_sample": False})
         prompt = load_tokenizer(published / "tokenizer.json").encode("def", add_special_tokens=False).ids
-        assert options["max_new_tokens"] == 11 - 1 - len(prompt)  # the start counts
+        assert options["max_new_tokens"] == 11 - 1 - len(prompt)  # the start token counts
 
     def test_what_has_no_place_is_a_line_on_standard_error(self, settled):
         _, _, error = settled({"guidance_scale": 1.5, CODES: 1})
@@ -130,7 +130,7 @@ class TestGenerationConfig:
             settled({"num_beams": 3000})
         assert "num_beams of generation_config.json must be at most 310" in capsys.readouterr().err
         _, options, _ = settled({"no_repeat_ngram_size": 300})
-        assert options["sampler"].no_repeat_ngram is None  # no text is as long
+        assert options["sampler"].no_repeat_ngram is None  # no text is so long
         name, _, error = settled({"num_beams": 3, "do_sample": True}, "--stream")
         assert (name, error) == ("stream", "")
         name, options, _ = settled({"num_beams": 3}, "--length-penalty", "2")
@@ -145,7 +145,7 @@ class TestGenerationConfig:
 
 
 def mutate(text, draw):
-    """The bytes of a JSON file with a few of them, or a few of its values, made into something else."""
+    """The bytes of a JSON file with a few bytes, or a few of its values, changed."""
     if draw.random() < 0.4:
         data = bytearray(text.encode())
         for _ in range(draw.randint(1, 4)):
@@ -157,7 +157,7 @@ def mutate(text, draw):
     value = [json.loads(text)]
     for _ in range(draw.randint(1, 3)):
         holder, key = value, 0
-        # Down to a few levels, so that what governs the whole is met as often as one of many words.
+        # Down to a few levels, so that a top-level value is changed as often as one of many words.
         for _ in range(draw.randint(0, 5)):
             if isinstance(holder[key], (dict, list)) and holder[key]:
                 holder = holder[key]
@@ -174,7 +174,7 @@ STRANGE = [None, True, -1, 0, 1, 309, 2**31, 2**70, 0.5, "", "[X]", CODES, [], {
 
 @pytest.fixture(scope="module")
 def written_by(published):
-    """`main(["generate", ...])` on a folder whose model is that of `published`, and writes what it is told to."""
+    """Runs `main(["generate", ...])` on a folder; the model of `published` writes fixed tokens."""
     model, _ = load_pretrained(published)
 
     def call(folder):

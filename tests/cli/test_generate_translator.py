@@ -70,7 +70,7 @@ class TestTranslator:
         assert written(*options, "--draft", translator).out == written("--beams", 1, "--max-new-tokens", 9).out == out
 
     def test_relative_positions_have_no_longest_text(self, translator, written, monkeypatch):
-        """Beyond the n_positions of 13, which is how much is written where nothing says it."""
+        """Longer than the n_positions of 13, the default number of new tokens."""
         rooms = []
         monkeypatch.setattr(
             Transformer,
@@ -93,7 +93,7 @@ class TestTranslator:
 
     def test_a_language_model_is_no_draft_of_it(self, translator, published, capsys):
         line = refuse(capsys, "generate", translator, "--prompt", "a", "--draft", published)
-        assert "holds a TransformerLM; that of a Transformer must be one too" in line
+        assert "holds a TransformerLM; the draft of a Transformer must be a Transformer" in line
 
     @pytest.mark.parametrize(
         ("config", "generation", "start"),

@@ -37,7 +37,7 @@ class TestInspect:
             "files 28 tensors, 58.5 kB of float32",
         ):
             assert line in text.splitlines()
-        assert "max_norm" not in text and "attention_soft_cap" not in text  # what is so by default
+        assert "max_norm" not in text and "attention_soft_cap" not in text  # defaults are not printed
 
     def test_layers_that_differ_have_lines_of_their_own(self, show):
         _, text = show(FOLDER / "qwen3_moe")
@@ -72,7 +72,7 @@ class TestInspect:
         assert show(FOLDER / "gpt2")[0] == 0
 
     def test_what_nothing_reads_does_not_hide_the_rest(self, show, tmp_path):
-        """Unknown fields and wrong tensors are told together, and the table is there."""
+        """Unknown fields and wrong tensors are named together, and the table is printed."""
 
         def change(tensors):
             del tensors["model.norm.weight"]
@@ -205,7 +205,7 @@ class TestInspect:
             assert all(line.isprintable() and not line.startswith("attnax: all is well") for line in text.split("\n"))
 
     def test_names_that_no_model_has_are_shown_as_they_are(self, show, tmp_path):
-        """Longer than Python reads as a number, a hole in place of one, digits of other scripts."""
+        """Numbers too long for Python, a hole in place of a number, digits of other scripts."""
         long, names = "9" * 5000, ["a.{}", "a.0", "a.1", "a.01", "a.\u0663"]
         extra = {name: np.ones(3, "f") for name in [*names, f"a.{long}"]}
         code, text = show(modify("gpt2", tmp_path, (), lambda tensors: tensors | extra))

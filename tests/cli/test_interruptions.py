@@ -1,4 +1,4 @@
-"""Runs that are stopped at any place: what was learned is kept, and the next command says what to do.
+"""Runs that are stopped at any place: the checkpoint is kept, and the next command names the next step.
 
 The trainer here compiles nothing: its weights count, and its losses are functions of the batches.
 """
@@ -72,7 +72,7 @@ def start(corpus, tmp_path):
 
 
 class Killed(BaseException):
-    """As kill -9: nothing of ours runs after it."""
+    """Like kill -9: no code of the command runs after it."""
 
 
 def kill_at(monkeypatch, place, name, count=1):
@@ -223,7 +223,7 @@ class TestDamage:
             (None, None),
             ("", None),
             ('{"step": 1, "tokens": 2}\n{"step": 2, "to', None),
-            ('{"step": 1, "tokens": 2}\n\0\0\0\0\n', None),  # as a power cut may leave it
+            ('{"step": 1, "tokens": 2}\n\0\0\0\0\n', None),  # a power cut may leave it so
             ("nonsense\n" + ROW, r"metrics.jsonl is damaged: line 1 has no step and tokens. Delete the line, or"),
             ("[3]\n" + ROW, "line 1 has no step and tokens"),
             (ROW + '{"loss": 2}\n' + ROW, "line 2 has no step and tokens"),
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch,
 
 
 def only_rows(instead, original):
-    """A function in place of `json.dumps`, which rows of metrics are given to while their file is open."""
+    """A function in place of `json.dumps`, which gets rows of metrics while their file is open."""
     return lambda value, **options: instead() if "grad_norm" in value else original(value, **options)
 
 
@@ -322,7 +322,7 @@ def test_one_process_trains_in_a_folder_and_the_other_is_told_whose_it_is(start,
         assert other.stdout.read(1) == b"1"
         line = refuse(capsys, "train", "--resume", run.path)
         assert f"{run.path} is being trained by process {other.pid} on " in line
-        other.kill()  # whoever dies holds nothing
+        other.kill()  # a dead process holds no lock
     assert main(["train", "--resume", str(run.path)]) == 0
 
 
@@ -340,19 +340,19 @@ def test_the_command_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
 
 
 def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypatch):
-    """Whose time is that of compiling; nor is that of looks at held-out text in it."""
+    """The first step compiles. The looks at held-out text do not count either."""
     made, bits = [], QuickTrainer.bits
     monkeypatch.setattr(QuickTrainer, "bits", lambda *arguments: time.sleep(0.2) or bits(*arguments))
-    original = train_module._progress
+    original = train_module.tqdm
 
-    def progress(steps, step, tokens):
-        made.append((step, original(steps, step, tokens), time.time()))
-        return made[-1][1]
+    def progress(**options):
+        made.append((original(**options), time.time()))
+        return made[-1][0]
 
-    monkeypatch.setattr(train_module, "_progress", progress)
+    monkeypatch.setattr(train_module, "tqdm", progress)
     assert start("run") == 0
-    ((step, bar, begun),) = made
-    assert step == 1 and bar.n == bar.total and bar.start_t - begun > 0.5  # three looks
+    ((bar, begun),) = made
+    assert bar.initial == bar.total / 12 and bar.n == bar.total and bar.start_t - begun > 0.5  # three looks
 
 
 def test_states_are_saved_between_updates():
@@ -377,4 +377,4 @@ def test_skipped_updates_are_said_at_the_end(start, tmp_path, monkeypatch, capsy
 def test_only_what_can_be_skipped_is_offered(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(QuickTrainer, "overflow", (5,))
     assert start("run") == 1 and "--max-skipped" not in capsys.readouterr().err
-    assert rows(tmp_path / "run")[-1]["step"] == 5  # the step that failed is among the metrics
+    assert rows(tmp_path / "run")[-1]["step"] == 5  # the metrics have the step that failed

@@ -1,4 +1,4 @@
-"""Limits and defaults of the flags: at each limit a command begins or says why not, and they are the library's own."""
+"""Limits and defaults of the flags are the library's own; at each limit a command begins or is refused in words."""
 
 import dataclasses
 import enum
@@ -27,7 +27,7 @@ REAL = ["-1", "0", "1e-30", "0.5", "1", "1e30", "inf", "nan"]
 
 
 def options(cls=Train):
-    """The types of the flags by their names; those of the model and the optimizer are in dataclasses of their own."""
+    """The types of the flags by name, also of the flags of the model and the optimizer."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(kinds[field.name]):
@@ -62,7 +62,7 @@ def begin(*arguments):
 
 @pytest.fixture
 def start(corpus, monkeypatch, capsys):
-    """Whether a run begins with these flags; if not, the line that says why."""
+    """Whether a run begins with these flags; if not, the line with the reason."""
     monkeypatch.setattr(RunFolder, "create", begin)
 
     def call(*flags):

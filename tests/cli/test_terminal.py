@@ -1,4 +1,4 @@
-"""What a person at a terminal meets: encodings, closed streams, Ctrl-C, names on a hub, and what is waited for."""
+"""The command at a terminal: encodings, closed streams, Ctrl-C, names on a hub, and waiting."""
 
 import errno
 import io
@@ -51,7 +51,7 @@ def test_what_an_encoding_lacks_is_spelled(model, silent, monkeypatch, encoding,
     assert main(["generate", str(model), "--prompt", "é日"]) == 0
     assert written.getvalue() == expected + b"\n"
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))  # as a person asked
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))  # the user asked for it
     assert main(["generate", str(model), "--prompt", "é日"]) == 0
     assert (b"?" in written.getvalue()) == (encoding != "utf-8")
 
@@ -68,7 +68,7 @@ def test_an_output_that_is_full_is_named(model, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["generate", "inspect"])
 def test_a_closed_stream_is_written_to_in_vain(model, silent, monkeypatch, command):
-    """Python has no stream where the process was started without one, as by >&-."""
+    """Python has no stream in a process that was started without it, as with >&-."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert main([command, str(model)] + ["--prompt", "x"] * (command == "generate")) == 0
@@ -178,7 +178,7 @@ def hub(model, tmp_path_factory):
 
 @pytest.mark.contract
 def test_a_name_on_the_hub_is_as_good_as_a_folder(hub):
-    """With huggingface_hub's own variables, its cache and its offline mode."""
+    """The variables of huggingface_hub, its cache and its offline mode."""
     variables, asked = hub
     code = WRITES.replace('"generate", sys.argv[1]', '"generate", "tiny/llama", "--draft", "tiny/llama"').replace(
         "TransformerLM.stream =", "TransformerLM.generate ="

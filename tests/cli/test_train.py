@@ -54,7 +54,7 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
 
 
 def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
-    """From what a process left that was killed before its run began; a person's tokenizer is no such thing."""
+    """A process that was killed before its run began leaves files; a user's own tokenizer is not one of them."""
     parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer()
     monkeypatch.chdir(tmp_path)
     for number, names in enumerate((["config.json"], [".lock", "tokenizer.json"], ["tokenizer.json"])):
@@ -105,7 +105,7 @@ def check_same_figures(out, run):
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in its first step, then --resume: the figures of the run that was left alone, to the last bit."""
+    """Ctrl-C in the first step, then --resume: the figures equal those of an undisturbed run to the last bit."""
     out, append = tmp_path / "run", RunFolder.append_metrics
 
     def interrupt(self, **row):

@@ -165,9 +165,9 @@ class TestWrongInput:
         )
         options = Generate(folder="a", draft="b")
         for model, draft, run in ((linear, softmax, "a"), (softmax, linear, "b")):
-            with pytest.raises(InputError, match=f"--draft takes tokens back, .* linear attention in {run} cannot"):
+            with pytest.raises(InputError, match=f"--draft takes tokens back, .* attention in {run} has only sums"):
                 check_model(options, options, text("a", model), text("b", draft))
-        with pytest.raises(InputError, match="--cache paged stores tokens, and linear attention in a has only sums"):
+        with pytest.raises(InputError, match="--cache paged stores tokens, and the linear attention in a has only"):
             check_model(*[Generate(folder="a", cache="paged")] * 2, text("a", linear), None)
         check_model(options, options, text("a", softmax), text("b", softmax))
         check_model(*[Generate(folder="a", cache="ring")] * 2, text("a", linear), None)

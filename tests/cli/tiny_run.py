@@ -1,4 +1,4 @@
-"""The flags of a run that is small, and what a command says that is refused."""
+"""The flags of a small run, and the message of a command that is refused."""
 
 from attnax.cli import main
 
@@ -10,7 +10,7 @@ TINY = [
 
 
 def refuse(capsys, *arguments):
-    """The one line with which a command ends that was refused."""
+    """The one line of a command that is refused."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

@@ -1,4 +1,4 @@
-"""The stored checkpoints of tests/parity/pretrained.py: what they hold, our models of them, and changed copies."""
+"""The stored checkpoints of tests/parity/pretrained.py: their content, our models of them, and changed copies."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "goldens" / "pretrained"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 BFLOAT16 = ("gemma", "llama3")
 KIND = ("model_type", "architectures")
-# Between them they have every kind of block, position, mask, mixture and head; the others say it in other names.
+# Together they have every kind of block, position, mask, mixture and head; the rest differ in names only.
 DIFFERENT = (
     *("bert", "dinov2_registers", "distilbert_masked", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "llama3"),
     *("olmo2", "phi3", "qwen3_moe", "roberta", "t5", "vit_classes"),
@@ -42,7 +42,7 @@ def config_of(name):
 
 
 def read_config(folder):
-    """What the files of a folder say of our model, but for its dtype."""
+    """The facts about our model in the files of a folder, without its dtype."""
     theirs = json.loads((folder / "config.json").read_text())
     family = find_family(theirs, folder)
     return family.adapt(family.read_config(theirs, "config.json"), theirs, tensors_of(folder).keys())

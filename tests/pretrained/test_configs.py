@@ -1,4 +1,4 @@
-"""What a config.json says is understood as transformers understands it, or refused in words."""
+"""A config.json has the meaning that it has in transformers, or is refused in words."""
 
 import math
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
 
 
 def test_an_mt5_by_the_name_of_t5_is_refused(tmp_path):
-    """T5 would divide its logits by the root of the width."""
+    """T5 would divide its logits by the square root of the width."""
     kind = {key: config_of("t5")[key] for key in KIND}
     with pytest.raises(CheckpointError, match="tie_word_embeddings=True is of mT5.*Set model_type to 'mt5'"):
         load_pretrained(copy_with("mt5_variant", tmp_path, **kind))

@@ -1,4 +1,4 @@
-"""Which files and tensors make a model."""
+"""The files and tensors that make a model."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_a_file_that_must_not_be_read_is_an_error_in_words(monkeypatch):
 
 
 def test_files_that_older_versions_wrote_are_read(tmp_path):
-    """Without prefix, with buffers, a head beside tied embeddings, and rope as version 4 wrote it."""
+    """Names without prefix, buffers, a head beside tied embeddings, and RoPE in the form of version 4."""
     shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tmp_path).items()}
     tensors |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool), "lm_head.weight": tensors["wte.weight"]}
@@ -168,7 +168,7 @@ def test_buffers_that_an_index_does_not_name_are_known(tmp_path):
 
 
 def test_files_of_t5_from_before_version_5_are_read(tmp_path):
-    """With an untied head tie_word_embeddings is false; the table may be there three times."""
+    """With an untied head tie_word_embeddings is false, and the table may be present three times."""
     fields = {"tie_word_embeddings": False}
     shutil.copytree(FOLDER / "t5_variant", tmp_path, dirs_exist_ok=True)
     config = {key: value for key, value in config_of("t5_variant").items() if key != "scale_decoder_outputs"}
@@ -197,14 +197,14 @@ def test_files_of_t5_from_before_version_5_are_read(tmp_path):
 
 
 def move(tensors, **names):
-    """The tensors, some of them by other names."""
+    """The tensors, some of them under other names."""
     return {names.get(name.replace(".", "_"), name): tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "table", "other"),
     [
-        ("t5_variant", "shared_weight", "decoder.embed_tokens.weight"),  # as Madlad-400 has it
+        ("t5_variant", "shared_weight", "decoder.embed_tokens.weight"),  # Madlad-400 has it
         ("t5_variant", "shared_weight", "encoder.embed_tokens.weight"),
         ("t5", "shared_weight", "lm_head.weight"),
         ("t5_encoder", "shared_weight", "encoder.embed_tokens.weight"),

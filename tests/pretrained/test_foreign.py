@@ -1,4 +1,4 @@
-"""Folders that hold no whole model say what they hold, and what to type."""
+"""The error for a folder without a whole model names its content and the command to type."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_without_a_class_the_hint_has_one_with_a_head(architectures, tmp_path):
         ("llama.Q4_K_M.gguf", r"got llama.Q4_K_M.gguf. Take .* gguf_file='llama.Q4_K_M.gguf'\).save_pretrained"),
         (
             "model.pt",
-            "got model.pt, of a format whose files can run code. Where you trust it, convert it with what wrote",
+            "got model.pt, of a format whose files can run code. Where you trust it, convert it with its own tool",
         ),
         ("tf_model.h5", "it must hold model.safetensors, or .*; got tf_model.h5"),
         ("consolidated.safetensors", "it must hold model.safetensors, or .*; got consolidated.safetensors"),

@@ -1,4 +1,4 @@
-"""`generation_config.json` is read as transformers reads it; tests/generation compares the texts that come of it."""
+"""`generation_config.json` is read as transformers reads it; tests/generation compares the resulting texts."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ PROMPT = np.array([[3, 1, 4, 1, 5]])
 
 @pytest.fixture
 def read(tmp_path):
-    """The settings of a folder whose files hold what is given."""
+    """The settings of a folder with the given files."""
 
     def call(said=None, **config):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -36,7 +36,7 @@ def lm():
 
 
 def equal(one, other):
-    """Whether two samplers are the same, their arrays too."""
+    """Whether two samplers are equal, their arrays included."""
     fields = [(getattr(one, name), getattr(other, name)) for name in vars(one) if name != "logits_fn"]
     rules = [
         sampler.logits_fn and {name: np.asarray(x).tolist() for name, x in vars(sampler.logits_fn).items()}
@@ -63,7 +63,7 @@ def equal(one, other):
         ({"suppress_tokens": []}, Sampler()),
         ({"begin_suppress_tokens": 2}, Sampler(logits_fn=TokenRules(begin_suppress_tokens=np.array([2])))),
         (
-            {"bad_words_ids": [[5], [1, 2], [7]], "eos_token_id": 7},  # that ends are bad words is passed over
+            {"bad_words_ids": [[5], [1, 2], [7]], "eos_token_id": 7},  # bad words that are end tokens are ignored
             Sampler(logits_fn=TokenRules(bad_words=np.array([[-1, 5], [1, 2]]))),
         ),
         (
@@ -74,9 +74,9 @@ def equal(one, other):
             {"min_new_tokens": 2, "min_length": 8, "eos_token_id": 7},
             Sampler(logits_fn=TokenRules(end_tokens=np.array([7]), min_new_tokens=2)),
         ),
-        ({"min_length": 8}, Sampler()),  # without an end
+        ({"min_length": 8}, Sampler()),  # no end token
         ({"min_length": 4, "eos_token_id": 7}, Sampler()),  # the prompt counts
-        ({"forced_bos_token_id": 4}, Sampler()),  # of prompts of one token only
+        ({"forced_bos_token_id": 4}, Sampler()),  # for prompts of one token only
         (
             {"forced_eos_token_id": [4], "max_new_tokens": 6},
             Sampler(logits_fn=TokenRules(forced_last=np.array([4]), max_new_tokens=6)),

@@ -1,4 +1,4 @@
-"""Names of models on the hub, asked of one on this machine."""
+"""Names of models on a hub; the tests run a hub on this machine."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ BESIDE = ("tokenizer_config.json", "chat_template.jinja", "additional_chat_templ
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Models of which each test takes another, so that the cache of one is not that of the next."""
+    """Models for the tests, a new one for each, so that no test finds the cache of another."""
     folders = tmp_path_factory.mktemp("hub")
     whole = folders / "whole"
     shutil.copytree(FOLDER / "gpt2", whole)
@@ -44,7 +44,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def environment(hub, tmp_path, monkeypatch):
-    """As if HF_ENDPOINT and HF_HOME had been set before the import."""
+    """The effect of HF_ENDPOINT and HF_HOME set before the import."""
     url, asked = hub
     asked.clear()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -56,7 +56,7 @@ def environment(hub, tmp_path, monkeypatch):
 def test_the_hub_is_not_asked_for_what_should_be_in_a_folder(hub, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="runs/001: there is no such folder in runs, and because of that folder"):
+    with pytest.raises(CheckpointError, match="runs/001: there is no such folder in runs. The hub is not"):
         find_folder("runs/001")
     assert not hub[1]
 
@@ -69,7 +69,7 @@ def test_a_name_is_loaded_from_the_hub_and_then_without_it(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_folder("tiny/gpt2") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     assert find_folder("tiny/gpt2") == folder
 
 
@@ -106,7 +106,7 @@ def test_a_model_that_its_owner_guards_says_how_to_get_it():
 def test_a_hub_that_cannot_be_reached_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        CheckpointError, match="nor such a model in the cache.* the hub gave none .*Load it where there is"
+        CheckpointError, match="the cache of .* holds no such model, and the hub gave none .*Load it where there is"
     ):
         load_pretrained("tiny/gpt2")
 
@@ -142,7 +142,7 @@ def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     assert load_pretrained("tiny/gpt2")[0].config == load("gpt2").config
     with pytest.raises(
         CheckpointError,
-        match="tiny/gpt3: there is no such folder, nor all of such a model in the cache.*HF_HUB_OFFLINE",
+        match="tiny/gpt3: there is no such folder, the cache of .* does not hold all of such a model.*HF_HUB_OFFLINE",
     ):
         load_pretrained("tiny/gpt3")
     for name in (tmp_path / "gpt3", "../gpt3", "a/b/c", "", "a" * 300, "a\0b"):

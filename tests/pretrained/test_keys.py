@@ -1,4 +1,4 @@
-"""Keys of a config.json that its family does not have: passed over, ignored when a person says so, or refused."""
+"""Keys of a config.json that its family does not have: inert, ignored at the user's request, or refused."""
 
 import pytest
 from golden_copies import FOLDER, copy_with

@@ -38,7 +38,7 @@ def odd_value(rng):
 
 
 def few_and_many(few, many):
-    """A few mutations in `make test`, all of them beside it."""
+    """A few of the mutations run in `make test`, all of them in `make ci`."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.contract)])
 
 
@@ -74,7 +74,7 @@ def test_of_mutated_configs_only_our_own_exception_comes_out(name, count):
     ],
 )
 def test_of_models_that_mutated_configs_describe_only_our_own_exception_comes_out(name, count, tmp_path):
-    """The config is whole JSON, and the files are compared with it."""
+    """The config stays valid JSON, and the files are compared with it."""
     rng = np.random.default_rng(2)
     config = config_of(name)
     refused = 0
@@ -93,7 +93,7 @@ def test_of_models_that_mutated_configs_describe_only_our_own_exception_comes_ou
 
 @few_and_many(20, 80)
 def test_of_mutated_folders_only_our_own_exception_comes_out(tmp_path, count):
-    """The files of a sharded checkpoint together, through the front door."""
+    """All files of a sharded checkpoint, read by `load_pretrained`."""
     rng = np.random.default_rng(1 + SEED)
     shutil.copytree(FOLDER / "llama3", tmp_path, dirs_exist_ok=True)
     files = [path for path in sorted(tmp_path.iterdir()) if path.suffix in (".json", ".safetensors")]

@@ -1,4 +1,4 @@
-"""Published checkpoints give what transformers gives; tests/parity/pretrained.py wrote down what that is."""
+"""Published checkpoints give the results of transformers, which tests/parity/pretrained.py stored."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_gradients_are_the_same(name, tmp_path):
     ours, theirs = tensors_of(tmp_path), safetensors.numpy.load_file(FOLDER / name / "gradients.safetensors")
     assert ours.keys() == theirs.keys()
     largest = max(np.abs(value).max() for value in theirs.values())
-    for tensor, value in theirs.items():  # that of a key's bias is 0, and elsewhere rounding
+    for tensor, value in theirs.items():  # the gradient of a key's bias is 0, or rounding noise
         np.testing.assert_allclose(ours[tensor], value, rtol=0, atol=2e-5 * max(np.abs(value).max(), 1e-2 * largest))
 
 

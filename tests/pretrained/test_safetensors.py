@@ -1,4 +1,4 @@
-"""The safetensors files of others are read exactly or refused in words, whatever is in them."""
+"""Any safetensors file is read exactly or refused in words."""
 
 import json
 import tracemalloc
@@ -134,7 +134,7 @@ def test_lengths_are_checked_before_anything_is_read(tmp_path):
 
 
 def test_tensors_are_counted_before_anything_is_parsed(tmp_path):
-    """The text is cut off, which whoever parsed it would say first."""
+    """The text is cut off too; a parser would report that first."""
     for part in (b'"a": {}, ', b'"a": [], [], '):
         path = write(tmp_path / "model.safetensors", b"{" + part * 100_003)
         assert problems_of(path) == ("it must hold at most 100000 tensors.",)
@@ -264,7 +264,7 @@ def odd_value(rng):
 
 
 def mutate_header(rng, content):
-    """The file with one entry of its header changed, its length set right or not."""
+    """The file with one entry of its header changed, and its length corrected or not."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     name = list(header)[rng.integers(len(header))]
@@ -289,7 +289,7 @@ def mutate_header(rng, content):
 
 
 def mutate_bytes(rng, content):
-    """The file with some bytes changed, taken away, doubled or added, mostly at its start."""
+    """The file with some bytes changed, removed, doubled or added, mostly at its start."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 4)):
         place = int(rng.integers(len(content) + 1) * rng.random() ** 2)
@@ -311,7 +311,7 @@ def mutate_bytes(rng, content):
     ("seed", "count"), [(0, 300), *(pytest.param(seed, 1000, marks=pytest.mark.contract) for seed in range(6))]
 )
 def test_of_mutated_files_only_our_own_exception_comes_out(tmp_path, seed, count):
-    """Six thousand files in all, and three hundred of them always."""
+    """Six thousand files in all; three hundred of them run in `make test`."""
     rng = np.random.default_rng(seed + SEED)
     tensors = random_tensors(seed, rng.choice(DTYPES, 3, replace=False))
     path = tmp_path / "model.safetensors"
@@ -323,7 +323,7 @@ def test_of_mutated_files_only_our_own_exception_comes_out(tmp_path, seed, count
             checkpoint = open_checkpoint(tmp_path, {})
             checkpoint.check({name: tensor.shape for name, tensor in tensors.items()})
             held = sum(read_tensor(info).nbytes for info in checkpoint.tensors.values())
-            assert held < path.stat().st_size  # nothing is larger than what was there
+            assert held < path.stat().st_size  # no tensor is larger than the file
         except CheckpointError as error:
             refused += 1
             assert error.problems and all(error.problems)

@@ -65,7 +65,7 @@ NEW_POOLING = {"embedding_dimension": 30, "pooling_mode": "mean", "include_promp
 
 
 def sentence_folder(folder, name="bert", modules=NEW_MODULES, pooling=NEW_POOLING, **files):
-    """A golden as version 6.2 of sentence-transformers writes it, with these JSON files besides."""
+    """A golden in the form of version 6.2 of sentence-transformers, with these JSON files added."""
     shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
     for module in ("1_Pooling", "2_Normalize"):
         (folder / module).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Codecs: text piece by piece is the text of all tokens, and a prompt gets what a text starts with."""
+"""Codecs: the pieces of a text are the text of all its tokens, and a prompt gets the start of a text."""
 
 import re
 
@@ -26,13 +26,13 @@ from attnax.text import ByteCodec, ByteDecoder, PublishedCodec, TextStream, byte
 
 
 def decode(codec, tokens, before=()):
-    """The pieces of a text, and what is left at its end."""
+    """The pieces of a text, and the rest at its end."""
     decoder = codec.decoder(before)
     return [*map(decoder.feed, tokens), decoder.finish()]
 
 
 def added(start, whole):
-    """What a text has that was not shown; U+FFFD stood for a character that was not whole."""
+    """The part of a text that was not shown; U+FFFD stood for an incomplete character."""
     while not whole.startswith(start):
         start = start[:-1]
     return whole[len(start) :]
@@ -43,9 +43,9 @@ def is_byte(tokenizer, token):
 
 
 def byte_tokens(tokenizer, data):
-    """The tokens of bytes, each its own, whatever the bytes are."""
+    """A token for each byte, of any value."""
     names = [f"<0x{byte:02X}>" for byte in data]
-    if tokenizer.token_to_id("<0x00>") is None:  # as GPT-2 names them
+    if tokenizer.token_to_id("<0x00>") is None:  # GPT-2's names of them
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = iter(range(256, 512))
         names_of = {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
@@ -57,7 +57,7 @@ class TestDecoding:
     @pytest.mark.parametrize("kind", KINDS)
     @given(data=st.data())
     def test_pieces_are_what_decoding_all_tokens_gives(self, kind, data):
-        """Whatever a model writes: characters in parts, special tokens, tokens that the tokenizer lacks."""
+        """All that a model may write: parts of characters, special tokens, tokens that the tokenizer lacks."""
         tokenizer = copy_of(kind)
         size = tokenizer.get_vocab_size()
         some = st.lists(st.integers(0, size + 9), max_size=30)
@@ -66,7 +66,7 @@ class TestDecoding:
         )
         tokens = [token for part in data.draw(st.lists(some | spelled, max_size=5)) for token in part]
         cut = data.draw(st.integers(0, len(tokens)))  # a prompt may end inside a character
-        while cut and is_byte(tokenizer, tokens[cut - 1]):  # what comes next may spoil what a prompt has shown
+        while cut and is_byte(tokenizer, tokens[cut - 1]):  # the next token may change the text that a prompt has shown
             cut -= 1
         before, after = tokens[:cut], tokens[cut:]
         codec = PublishedCodec(tokenizer)
@@ -108,7 +108,7 @@ class TestDecoding:
             assert decode(codec, tokens[1:2], tokens[:cut]) == ["", "\ufffd"]  # the first U+FFFD is shown already
 
     def test_what_a_prompt_has_shown_is_not_shown_again(self):
-        """Though in the text of all tokens a byte that is no character spoils all that are beside it."""
+        """In the text of all tokens, a byte that is no character takes the bytes beside it with it."""
         codec = PublishedCodec(copy_of(byte_fallback))
         (f,) = codec.tokenizer.encode("f").ids[-1:]
         shown = byte_tokens(codec.tokenizer, "日本".encode() * 5)
@@ -136,7 +136,7 @@ class TestDecoding:
     @pytest.mark.parametrize("kind", [byte_level, byte_fallback])
     @pytest.mark.parametrize("data", [b"\xc3", "é".encode(), b"\xff"])
     def test_time_is_linear_in_the_tokens(self, kind, data, monkeypatch):
-        """Counted in tokens decoded, of which a window holds a few."""
+        """The cost is the number of decoded tokens, and a window holds a few."""
         codec, sizes = PublishedCodec(copy_of(kind)), []
         monkeypatch.setattr(PublishedCodec, "decode", noting(PublishedCodec.decode, sizes))
         tokens = byte_tokens(codec.tokenizer, data * 1600)
@@ -200,7 +200,7 @@ PARTS = [b"ab", b"bc", b"abca", b"\xc3", b"\xa9"]
 class TestStops:
     @given(st.lists(st.sampled_from([b"a", b"b", b"c", *PARTS]), max_size=12), st.data())
     def test_a_stop_cuts_the_text_in_whatever_tokens_it_comes(self, tokens, data):
-        """As if the characters came one by one, and nothing that comes after the stop is read."""
+        """The result is that of characters that come one by one, and no token after the stop is read."""
         stops = data.draw(st.lists(st.sampled_from(["bca", "c", "abab", "bb", "éa"]), unique=True, max_size=3))
         want, ended = b"".join(tokens).decode("utf-8", "replace"), False
         for end in range(len(want) + 1):
@@ -265,5 +265,5 @@ class TestEncoding:
             codec = PublishedCodec(around, whole=whole)
             assert codec.encode(b"<s>return") == codec.encode(b"return")
             assert codec.encode(b"<s>") == codec.encode(b"")
-            assert codec.encode(b"<s><s>return").count(START) == 2  # what a person wrote twice stays
+            assert codec.encode(b"<s><s>return").count(START) == 2  # a start token that the user wrote twice stays
         assert PublishedCodec(plain).encode(b"<s>return") == [START, *ids]

@@ -166,7 +166,7 @@ def leaves_close(left, right, atol=1e-6):
 
 @pytest.fixture(scope="module")
 def trainer():
-    """One that learns fast; gradients are clipped, which Adam does not mind, and there is no warm-up."""
+    """An optimizer that learns fast, without warm-up; Adam's updates do not depend on the clipping."""
     return Trainer(MODEL, OptimizerConfig(steps=200, learning_rate=1e-2, warmup=0.0, max_grad_norm=0.01))
 
 
@@ -215,10 +215,10 @@ class TestTrainer:
         state, metrics = small.step(state, parts[1])
         large, expected = trainer.step(trainer.init(), batch)
         leaves_close(state.params, large.params, atol=1e-5)
-        assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)  # a mean, no sum
+        assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)  # a mean, not a sum
 
     def test_updates_that_are_not_finite_are_skipped_and_counted(self, trainer):
-        """In any pass of an update; the next one is as if there had been none, but for its dropout."""
+        """NaN may be in any pass of an update. The next update differs from one without it only in its dropout."""
         good, bad = trainer.init(), trainer.init()
         first, second = self.batches(2)
         bad = dataclasses.replace(bad, params=jax.tree.map(lambda x: x * np.nan, bad.params))
@@ -248,7 +248,7 @@ class TestTrainer:
         leaves_close(state.params, trainer.init().params, atol=0)
 
     def test_parameters_of_float16_learn(self):
-        """Their moments are of float32: Adam's epsilon is 0 in float16, and 0 / 0 would be next to it."""
+        """Adam's moments are in float32: in float16 its epsilon is 0, and an update could be 0 / 0."""
         model = dataclasses.replace(MODEL, param_dtype="float16")
         trainer = Trainer(model, OptimizerConfig(steps=50, warmup=0.0, learning_rate=1e-2))
         state, losses = trainer.init(), []
@@ -265,13 +265,13 @@ class TestTrainer:
         assert not metrics.is_skipped and not metrics.is_finite
 
     def test_packed_documents_are_scored_as_each_is_alone(self):
-        """Learned positions and a mask: a row of three documents, against each in a row of its own."""
+        """A row of three documents equals three rows of one document, with learned positions and a mask."""
         model = dataclasses.replace(MODEL, pos_emb_type="learned")
         trainer = Trainer(model, OptimizerConfig(), document_token=0)
         params = trainer.init().params
         row, places = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32), ((0, 2), (2, 4), (4, 7))
         losses = np.asarray(jax.jit(trainer._losses)(params, row)[0])[0]
-        alone = np.zeros((4, 8), np.int32)  # what follows a document changes nothing in it
+        alone = np.zeros((4, 8), np.int32)  # later documents change nothing in a document
         for one, (start, end) in zip(alone, places, strict=False):
             one[: end + 1 - start] = row[0, start : end + 1]
         alone[3] = row
@@ -305,7 +305,7 @@ class TestTrainer:
         model = dataclasses.replace(MODEL, num_experts=3, top_k=1)
         trainer = Trainer(model, OptimizerConfig(), document_token=0)
         params = trainer.init().params
-        row = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32)  # the last token is only predicted
+        row = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32)  # the last token is predicted and not read
         documents = np.array([[5, 6, 8], [0, 7, 8], [0, 9, 3]], np.int32)
         real = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], bool)
         apart = jax.jit(lambda params: trainer.merge(params).run(documents, padding_mask=real).aux)(params)
@@ -325,7 +325,7 @@ class TestTrainer:
         }
 
         @jax.jit
-        def two_steps(params):  # the first has learning rate 0
+        def two_steps(params):  # the first update has learning rate 0
             zeros, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
             _, state = optimizer.update(zeros, state, params)
             return optimizer.update(zeros, state, params)[0]
@@ -406,7 +406,7 @@ class TestCheckpoints:
         assert not (folder / "3").exists() and latest_checkpoint(folder) == 5
         (folder / "5.json").unlink()
         assert latest_checkpoint(folder) == 4
-        save_checkpoint(folder, 5, {"model": self.tree})  # over what the interruption left
+        save_checkpoint(folder, 5, {"model": self.tree})  # over the remains of the interruption
         assert latest_checkpoint(folder) == 5
         assert latest_checkpoint(folder / "nowhere") is None
 
@@ -427,9 +427,9 @@ class TestCheckpoints:
 
     def test_missing_and_added_files_are_found(self, folder):
         (folder / "3" / "model" / "extra").write_text("x")
-        with pytest.raises(InputError, match="is damaged: extra is not what was saved"):
+        with pytest.raises(InputError, match="is damaged: extra has changed since it was saved"):
             restore_checkpoint(folder, 3, "model", self.tree)
-        restore_checkpoint(folder, 3, "other", {"x": jnp.zeros(2)})  # of which nothing was changed
+        restore_checkpoint(folder, 3, "other", {"x": jnp.zeros(2)})  # no file was changed
         shutil.rmtree(folder / "3")
         with pytest.raises(InputError, match="is damaged"):
             restore_checkpoint(folder, 3, "model", self.tree)

@@ -1,4 +1,4 @@
-"""The families of published models, one file each."""
+"""The families of published models."""
 
 from attnax.pretrained.families.bert import BERT, BERT_MASKED
 from attnax.pretrained.families.distilbert import DISTILBERT, DISTILBERT_MASKED
@@ -7,8 +7,7 @@ from attnax.pretrained.families.gpt2 import GPT2
 from attnax.pretrained.families.gpt_neox import GPT_NEOX
 from attnax.pretrained.families.gpt_oss import GPT_OSS
 from attnax.pretrained.families.llama import LLAMA
-from attnax.pretrained.families.mistral import MISTRAL
-from attnax.pretrained.families.mixtral import MIXTRAL
+from attnax.pretrained.families.mistral import MISTRAL, MIXTRAL
 from attnax.pretrained.families.olmo2 import OLMO2
 from attnax.pretrained.families.phi3 import PHI3
 from attnax.pretrained.families.qwen import QWEN2, QWEN3, QWEN3_MOE

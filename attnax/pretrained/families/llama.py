@@ -24,7 +24,7 @@ FIELDS = (
     real("rms_norm_eps", "norm_eps", 1e-6),
     pad_token(),
 )
-"""Fields of every decoder like it."""
+"""Fields of every decoder like Llama."""
 
 HEAD_DIM = whole("head_dim", "head_dim", None)
 GATED_SILU = choice("hidden_act", "ff_activation", GATED, "silu")

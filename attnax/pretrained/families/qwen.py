@@ -14,7 +14,7 @@ __all__ = ["QWEN2", "QWEN3", "QWEN3_MOE"]
 
 
 def _windows_last(given: Mapping[str, Any], count: int) -> list[str]:
-    """The first layers attend everything, the last a window."""
+    """The first layers attend all tokens, the last layers a window."""
     if not given.get("use_sliding_window", False) or given.get("sliding_window", 4096) is None:
         return [FULL] * count
     first = whole("max_window_layers", "first", 28).read(given)["first"]
@@ -41,7 +41,7 @@ QWEN3 = llama.decoder(
 
 
 def _sparse_layers() -> Field:
-    """Which layers are mixtures: one in decoder_sparse_step, except for the layers of mlp_only_layers."""
+    """The layers that are mixtures: one in decoder_sparse_step, except for the layers of mlp_only_layers."""
     numbers = (
         whole("num_hidden_layers", "layers", least=1),
         whole("decoder_sparse_step", "step", 1, least=1),

@@ -13,7 +13,7 @@ __all__ = ["ROBERTA", "ROBERTA_MASKED", "XLM_ROBERTA", "XLM_ROBERTA_MASKED"]
 
 
 def _positions() -> Field:
-    """The longest text and the padding token; the rows up to the padding token's are no positions."""
+    """The longest text and the padding token; the rows up to the padding token's row are no positions."""
     numbers = whole("max_position_embeddings", "rows", 512), whole("pad_token_id", "pad_token_id", 1)
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:

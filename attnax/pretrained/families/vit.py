@@ -131,7 +131,7 @@ DINOV2_REGISTERS = dataclasses.replace(
         real("layerscale_value", "layer_scale", 1.0),
         whole("num_register_tokens", "num_register_tokens", 4),
     ),
-    # The second line is for another use of the class in transformers, as a backbone.
+    # The second line is for another use of the class in transformers: as a backbone.
     harmless=(
         *(*_HARMLESS, "drop_path_rate", "use_mask_token"),
         *("apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices"),
