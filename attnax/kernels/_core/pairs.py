@@ -87,20 +87,24 @@ def _examine(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> tuple[Lifted | str, str | None]:
     """The result of `lift_pairs`, and what the function does beyond its own pair."""
-    run = _as_function(caller, function, scores)
-    traced, lifted = lift_where_it_can(run, *examples(scores))
+    run, has_scores = _as_function(caller, function, scores), scores is not None
     if is_own(function) or 0 in score_shape:
-        return lifted, None
-    if traced is not None and not could_read_sizes(function) and _is_of_pairs(traced, lifted, scores is not None):
-        return lifted, None
+        return lift_where_it_can(run, *examples(scores))[1], None
     try:
-        last = _compare(caller, run, score_shape, axes, scores is not None)
+        # A function that reads sizes may loop over them, and marked sizes are large.
+        last = _compare(caller, run, score_shape, axes, has_scores) if could_read_sizes(function) else None
+        traced, lifted = lift_where_it_can(run, *examples(scores))
+        if last is None:
+            # It may have imported a module meanwhile, so it is looked into again.
+            if traced is not None and not could_read_sizes(function) and _is_of_pairs(traced, lifted, has_scores):
+                return lifted, None
+            last = _compare(caller, run, score_shape, axes, has_scores)
         if axes:
             return "it may read the sizes of its arguments", None
         if traced is not None:
             _check_same(last, traced)
     except RefusedError as refusal:
-        return lifted, str(refusal)
+        return "", str(refusal)
     return lifted, None
 
 
