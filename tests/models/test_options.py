@@ -619,11 +619,7 @@ def test_a_decoder_block_goes_on_over_its_cache(size):
     np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
 
 
-<<<<<<< HEAD
-def test_what_a_decoder_block_cannot_do_is_said():
-=======
 def test_a_decoder_block_refuses_a_parallel_residual():
->>>>>>> house
     with pytest.raises(ValueError, match="cross-attention reads the result of self-attention"):
         nn.DecoderBlock(nnx.Rngs(0), d_model=12, num_heads=3, parallel_residual=True)
 
