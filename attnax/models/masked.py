@@ -21,7 +21,7 @@ __all__ = ["MaskedLM"]
 
 
 class MaskedOptions(SelfAttentionOptions, total=False):
-    """The options of `MaskedLM`."""
+    """The options of `MaskedLM`: `EncoderOptions` without a mask of the call and caches."""
 
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None

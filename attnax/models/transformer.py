@@ -28,7 +28,7 @@ __all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_posit
 
 
 class TokenOptions(SelfAttentionOptions, total=False):
-    """The options of models that read tokens without caches."""
+    """The options of `TransformerLM.log_probs`, a call without caches."""
 
     mask: Mask | MaskMod | ArrayLike | None
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
@@ -36,19 +36,19 @@ class TokenOptions(SelfAttentionOptions, total=False):
 
 
 class CachedOptions(TokenOptions, total=False):
-    """The options of models that read tokens with caches or without; calls have `layer_kv_caches` for `caches`."""
+    """The options of `TransformerLM`, which encoder and decoder share; calls have `layer_kv_caches` for `caches`."""
 
     caches: tuple[LayerCache, ...] | None
 
 
 class EncoderOptions(CachedOptions, total=False):
-    """The options of `TransformerEncoder`, as its `__call__` describes them."""
+    """The options of `TransformerEncoder`, whose `__call__` describes them."""
 
     token_type_ids: Int[ArrayLike, "B T"] | None
 
 
 class DecoderOptions(CachedOptions, total=False):
-    """The options of `TransformerDecoder`, as its `__call__` describes them."""
+    """The options of `TransformerDecoder`, whose `__call__` describes the last three."""
 
     encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None
     cross_mask: Mask | MaskMod | ArrayLike | None
@@ -139,8 +139,9 @@ class _TokenTransformer(nnx.Module):
     ) -> tuple[Array | None, Mask | None, ScoreMod | None]:
         """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
 
-        The model's own mask and the score mods go by positions, the mask of the call by indices. Attention itself reads
-        a cache that holds tokens at positions; for all other calls this function translates positions to indices.
+        The model's own mask and the score mods are read at positions, the mask of the call at indices. With a cache
+        that holds tokens, attention reads everything at positions; for other calls this function makes masks and mods
+        of indices.
         """
         name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
         is_alone = caches is None or isinstance(caches[0], EmptyCache)  # the tokens attend each other only
