@@ -42,7 +42,7 @@ def test_keys_that_are_passed_over_are_named_in_one_warning(tmp_path):
     with pytest.warns(UserWarning) as caught:
         load_pretrained(copy_with("gpt2", tmp_path, **PUBLISHED["gpt2"]))
     (warning,) = caught
-    assert str(warning.message).endswith("computes: _num_labels, n_special, output_past, predict_special_tokens.")
+    assert str(warning.message).endswith("results: _num_labels, n_special, output_past, predict_special_tokens.")
 
 
 @pytest.mark.parametrize(

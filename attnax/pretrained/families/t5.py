@@ -92,7 +92,7 @@ def _head(*, scales: bool) -> Field:
                 raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
         if scales and "tie_word_embeddings" in given and tied and "scale_decoder_outputs" not in given:
             raise ValueError(
-                "tie_word_embeddings=True without scale_decoder_outputs is of mT5. Set model_type to 'mt5', "
+                "tie_word_embeddings=True is of mT5 if scale_decoder_outputs is missing. Set model_type to 'mt5', "
                 "with an architecture of mT5, or scale_decoder_outputs: true for T5, false for version 1.1 and later."
             )
         return fields
