@@ -34,25 +34,25 @@ __all__ = [
 ]
 
 
+class _Options(AttentionOptions, total=False):
+    block_size: int | None
+
+
+class _Out(_Options, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(_Options):
+    return_lse: Literal[True]
+
+
 @overload
 def memory_efficient_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def memory_efficient_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @reads_cache_in_chunks
@@ -128,24 +128,10 @@ def memory_efficient_attention(
 
 
 @overload
-def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
+def flash_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @reads_cache_in_chunks

@@ -40,29 +40,25 @@ from attnax.typing import (
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
 
+class _Options(AttentionOptions, total=False):
+    axis_name: str | None
+    zigzag: bool
+    block_size: int | None
+
+
+class _Out(_Options, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(_Options):
+    return_lse: Literal[True]
+
+
+@overload
+def ring_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    axis_name: str | None = ...,
-    zigzag: bool = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
-@overload
-def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    axis_name: str | None = ...,
-    zigzag: bool = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @takes_mask_objects

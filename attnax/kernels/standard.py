@@ -31,23 +31,19 @@ from attnax.typing import (
 __all__ = ["attention_weights", "standard_attention"]
 
 
+class _Out(AttentionOptions, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(AttentionOptions):
+    return_lse: Literal[True]
+
+
+@overload
+def standard_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def standard_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
-@overload
-def standard_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def standard_attention(

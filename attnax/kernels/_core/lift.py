@@ -90,7 +90,8 @@ class Lifted:
             values = list(self.values)
             for i, x in zip(direct, given, strict=True):
                 values[i] = x
-            return self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
+            modified = self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
+            return jnp.broadcast_to(modified, scores.shape)  # smaller if it does not depend on all that the scores do
 
         result, pull = jax.vjp(run, scores, [self.values[i] for i in direct], [x for x, _, _, _ in reads.values()])
 

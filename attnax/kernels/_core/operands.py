@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from attnax.masks import Mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["Arrays", "Operands", "bind", "lift_bounds"]
+__all__ = ["Arrays", "Operands", "bind", "lift_bounds", "lift_functions"]
 
 Arrays = tuple[Array, Array, Array, Array]
 """query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
@@ -76,38 +78,49 @@ def bind(
         MixedPairsError: the mask or the score mod looks beyond its own pair.
     """
     axes, dtype = frozenset().union(*map(varying_axes, arrays)), arrays[3].dtype
-    lifted_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
-    lifted_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+    functions = lift_functions(caller, mask, score_mod, score_shape, axes, dtype)
     bounds: Lifted | Deferred | None = None
     if mask is not None:
         is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)  # then only GPUs, whose tiles are smaller, ask
         bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
     is_opaque = mask is not None and (mask.is_opaque or bounds is None)
 
-    def modify(*arguments: Any) -> Array:
-        assert score_mod is not None
-        return apply_score_mod(caller, score_mod, *arguments)
-
     def operands(axes: frozenset[str]) -> Operands:
-        scores, *indices = examples(dtype, tile_shape, axes)
-        return Operands(
-            _at_shape(lifted_mask, mask, *indices),
-            bounds,
-            _at_shape(lifted_mod, modify, scores, *indices),
-            *index,
-            words,
-            is_opaque,
-        )
+        lifted_mask, lifted_mod = functions(*examples(dtype, tile_shape, axes))
+        return Operands(lifted_mask, bounds, lifted_mod, *index, words, is_opaque)
 
     bound, made = vary_with(operands, arrays)
     return bound, made
 
 
-def _at_shape(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
-    """What `lift_pairs` gave of a function, traced at the shapes of these arguments if it must be."""
-    if lifted is None or isinstance(lifted, Lifted):
+def lift_functions(
+    caller: str,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    score_shape: tuple[int, ...],
+    axes: frozenset[str],
+    dtype: Any,
+) -> Callable[..., tuple[Lifted | None, Lifted | None]]:
+    """A function of example arguments (scores, b, h, q, kv) that gives the lifted mask and score mod.
+
+    A function whose program runs at any shapes is called once, here. Any other is traced at each set of examples.
+
+    Raises:
+        MixedPairsError: the mask or the score mod looks beyond its own pair.
+    """
+    any_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
+    any_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+
+    def at(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
+        if isinstance(lifted, str):
+            return dataclasses.replace(lift(function, *arguments), refusal=lifted)
         return lifted
-    return dataclasses.replace(lift(function, *arguments), refusal=lifted)
+
+    def functions(scores: Any, *indices: Any) -> tuple[Lifted | None, Lifted | None]:
+        modify: Any = partial(apply_score_mod, caller, score_mod)
+        return at(any_mask, mask, *indices), at(any_mod, modify, scores, *indices)
+
+    return functions
 
 
 def lift_bounds(mask: Mask) -> Lifted | None:

@@ -29,6 +29,10 @@ from attnax.typing import ScoreMod
 __all__ = ["MixedPairsError", "check_pairs", "lift_pairs", "lift_where_it_can", "why_not_pairs"]
 
 
+# The errors that a function may raise because its arguments have other sizes than it expects.
+_OF_SIZES = TypeError, ValueError, LookupError, ArithmeticError, AssertionError
+
+
 class MixedPairsError(NotImplementedError):
     """A mask or score mod that only `standard_attention` computes."""
 
@@ -112,7 +116,7 @@ def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[An
     """The trace of a function at arguments of marked sizes, and the function for any shapes, or why it is not."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
-    except Exception as error:  # an error of its own is raised again when it is traced at its own sizes
+    except _OF_SIZES as error:  # if sizes did not cause it, the trace at true sizes raises it again
         return None, f"it works at its own sizes, and not at others ({error})"
     lifted = lift_traced(traced, arguments, marked=True)
     return traced, lifted if lifted.refusal is None else lifted.refusal

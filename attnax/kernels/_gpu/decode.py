@@ -13,7 +13,7 @@ from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.platform import why_no_card, why_no_triton
 from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
-from attnax.masks import Mask, at_positions
+from attnax.masks import Mask, as_mask, at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
@@ -44,14 +44,20 @@ class DecodeInputs:
     tokens: TokenArrays
     caller: str = dataclasses.field(metadata={"static": True})  # for errors of the score mod
 
-    def bind(self, mask: Mask | None, score_mod: ScoreMod | None) -> BoundKernel | None:
-        """The kernel with mask and score mod, both of true positions; None where it does not serve the arrays."""
+    def bind(
+        self, mask: Mask | None, score_mod: ScoreMod | None, lifted_mask: Lifted | None = None
+    ) -> BoundKernel | None:
+        """The kernel with mask and score mod, both of true positions; None where it does not serve the arrays.
+
+        The pairs of `mask` come from `lifted_mask`, if that is known: a user's function is not called again.
+        """
         tile = self._tile()
         if tile is None:
             return None
         axes, positions = varying_axes(self.query), (self.positions, self.tokens.positions)
         bounds = tile_lists.lift_bounds_at_positions(mask, positions)
-        mask = at_positions(mask, *positions)
+        is_opaque = mask is not None and mask.is_opaque
+        mask = at_positions(mask if lifted_mask is None else as_mask(lifted_mask), *positions)
         mod = None if score_mod is None else at_positions(score_mod, *positions)
         bound = BoundKernel(
             self.query,
@@ -60,7 +66,7 @@ class DecodeInputs:
             split.lift_mask(mask),
             bounds,
             None if mod is None else split.lift_score_mod(self.caller, mod),
-            mask.is_opaque,
+            is_opaque,
             tile,
         )
         return jax.tree.map(lambda x: vary(x, axes), bound)
@@ -100,13 +106,33 @@ class DeferredKernel:
 
 
 def prepare_kernel(
-    inputs: DecodeInputs, mask: Mask | None, score_mod: ScoreMod | None
+    inputs: DecodeInputs,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    lifted_mask: Lifted | None,
+    lifted_mod: Lifted | None,
 ) -> BoundKernel | DeferredKernel | None:
-    """`inputs.bind(mask, score_mod)`, deferred where both functions can be."""
+    """The kernel, bound when a program is lowered for a GPU if both functions can be deferred; None if it cannot serve.
+
+    Args:
+        inputs: of the call.
+        mask: of true positions.
+        score_mod: likewise.
+        lifted_mask: the mask as a program.
+        lifted_mod: the score mod as a program.
+    """
     functions, axes = (mask, score_mod), varying_axes(inputs.query)
     deferred = [None if function is None else defer(function) for function in functions]
     if any(have is None and function is not None for have, function in zip(deferred, functions, strict=True)):
-        return inputs.bind(mask, score_mod)
+        is_natural = all(lifted is None or lifted.refusal is None for lifted in (lifted_mask, lifted_mod))
+        if not is_natural:
+            return None
+
+        def modify(scores: Array, *indices: Array) -> Array:
+            assert lifted_mod is not None
+            return jnp.broadcast_to(lifted_mod(scores, *indices), scores.shape)
+
+        return inputs.bind(mask, None if lifted_mod is None else modify, lifted_mask)
     return jax.tree.map(lambda x: vary(x, axes), DeferredKernel(inputs, *deferred))
 
 
