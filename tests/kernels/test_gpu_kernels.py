@@ -27,8 +27,9 @@ from attnax import (
 from attnax.kernels import score_mods
 from attnax.kernels._core import natural
 from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.lift import lift_marked
 from attnax.kernels._core.operands import lift_bounds
-from attnax.kernels._gpu import decode, split, tile_lists
+from attnax.kernels._gpu import decode, tile_lists
 from attnax.kernels.paged import _token_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
@@ -244,7 +245,7 @@ def every_tile_list():
         results = {}
         for name in MASKED:
             mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
-            lifted, bounds = split.lift_mask(mask), lift_bounds(mask)
+            lifted, bounds = lift_marked(mask), lift_bounds(mask)
             codes = tile_lists.tile_codes(grid, 1, 1, bounds, lifted, is_opaque=mask.is_opaque)
             lists = tile_lists.TileList.of(codes)
             results[name] = codes, lists.order, lists.num_visited

@@ -42,7 +42,7 @@ Axis = tuple[Factor, ...]
 
 
 class Value(NamedTuple):
-    """What is known of a value: its axes, and the loops over an axis of the pairs in whose step it was made."""
+    """The axes of a value, and the loops over an axis of the pairs in which it is computed."""
 
     axes: tuple[Axis, ...]
     steps: frozenset[Any] = frozenset()
@@ -74,7 +74,7 @@ def check_program(program: Any, score_shape: tuple[int, ...], has_scores: bool) 
 
 
 def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
-    """What is known of the results of a program."""
+    """The axes of the results of a program."""
     known: dict[Var, Value] = dict(zip(jaxpr.constvars, map(_of_array, consts), strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -128,7 +128,7 @@ def _mixed(eqn: JaxprEqn, axis: Axis) -> None:
 
 
 def _join(eqn: JaxprEqn, values: Iterable[Value]) -> Value:
-    """Of values that meet place by place; numbers meet every place."""
+    """The axes that values of an elementwise operation have together; numbers broadcast."""
     values = list(values)
     rank = max((len(value.axes) for value in values), default=0)
     whole = [value for value in values if len(value.axes) == rank]
@@ -456,7 +456,7 @@ class Loop:
 
 
 def _until_stable(eqn: JaxprEqn, step: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]) -> list[Value]:
-    """What is known of the values that a loop carries, however often it runs."""
+    """The axes of the values that a loop carries, for any number of steps."""
     known = list(carry)
     while True:
         joined = [_join(eqn, pair) for pair in zip(known, step(known), strict=True)]
@@ -506,8 +506,8 @@ _RULES |= dict.fromkeys(
 def sizes_mixed(eqn: JaxprEqn) -> tuple[Any, ...]:
     """Sizes of the axes that an equation mixes, so that its result may depend on how many places there are.
 
-    None is an axis of the pairs, which `check_program` refuses first. But an array that is filled by the sizes of the
-    arguments has an axis "same", and its sum tells the length of that axis.
+    `check_program` refuses axes of the pairs first. But an array that is filled by the sizes of the arguments has an
+    axis "same", and its sum tells the length of that axis.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [shape_of(var) for var in eqn.invars]

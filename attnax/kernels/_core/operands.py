@@ -30,12 +30,12 @@ class Operands:
     """What both passes of a call read beside query, key, value and scale."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
-    bounds: Lifted | Deferred | None  # see `lift_bounds`; the mask itself while nothing needs them
+    bounds: Lifted | Deferred | None  # see `lift_bounds`; Deferred until a program needs them
     score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
     q_index: Array  # (T,) int32: the index of each query that masks and score mods see
     kv_index: Array  # (S,)
     dropout: Array | None  # see `dropout.dropout_words`
-    is_opaque: bool = dataclasses.field(metadata={"static": True})  # the bounds do not tell enough
+    is_opaque: bool = dataclasses.field(metadata={"static": True})  # whether pairs must decide where bounds cannot
 
     @property
     def learned(self) -> tuple[Array, ...]:
@@ -66,7 +66,7 @@ def bind(
 
     Args:
         caller: for errors.
-        arrays: query, key, value and scale; of arrays that a `shard_map` is still to cut the shapes of their shards.
+        arrays: query, key, value and scale; for arrays that a `shard_map` will cut, the shapes of their shards.
         mask: of the call.
         score_mod: of the call.
         index: of queries and keys.
@@ -126,7 +126,7 @@ def lift_functions(
 def lift_bounds(mask: Mask) -> Lifted | None:
     """(b, h, first and last q, first and last kv) -> (may any pair attend, do all) of tiles at any of these indices.
 
-    None if the mask does not tell, or reads the sizes of its arguments; then its pairs do.
+    None if the mask has no bounds, or reads the sizes of its arguments; its pairs then decide.
     """
     if type(mask).tile is Mask.tile:
         return None

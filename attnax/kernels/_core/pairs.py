@@ -83,14 +83,14 @@ def lift_pairs(
 def why_not_pairs(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str] = frozenset(), *, has_scores: bool
 ) -> str | None:
-    """What a mask or score mod does beyond its own pair; None if nothing."""
+    """How a mask or score mod looks beyond its own pair; None if it does not."""
     return _examine(caller, function, score_shape, axes, jnp.float32 if has_scores else None)[1]
 
 
 def _examine(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> tuple[Lifted | str, str | None]:
-    """The result of `lift_pairs`, and what the function does beyond its own pair."""
+    """The result of `lift_pairs`, and how the function looks beyond its own pair."""
     run, has_scores = _as_function(caller, function, scores), scores is not None
     if is_own(function) or 0 in score_shape:
         return lift_where_it_can(run, *examples(scores))[1], None
@@ -113,11 +113,11 @@ def _examine(
 
 
 def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Lifted | str]:
-    """The trace of a function at arguments of marked sizes, and the function for any shapes, or why it is not."""
+    """The trace of a function at marked sizes, and the function lifted for any shapes, or why it cannot be."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except _OF_SIZES as error:  # if sizes did not cause it, the trace at true sizes raises it again
-        return None, f"it works at its own sizes, and not at others ({error})"
+        return None, f"it works at the sizes of the call, and not at others ({error})"
     lifted = lift_traced(traced, arguments, marked=True)
     return traced, lifted if lifted.refusal is None else lifted.refusal
 
@@ -196,13 +196,13 @@ def _compare(
             f"for indices of sizes {score_shape}. Index its arrays by b, h, q and kv, or pass an array as the mask."
         )
     check_program(programs[0], score_shape, has_scores)
-    # In a tile every size is another. Traces with one more, and with few for functions that test if there are many.
-    for others in (tuple(size + 1 for size in score_shape), tuple(3 if size == 1 else 2 for size in score_shape)):
+    # A tile has other sizes. Small sizes are for functions that test whether a size is large.
+    for sizes in (tuple(size + 1 for size in score_shape), tuple(3 if size == 1 else 2 for size in score_shape)):
         try:
-            programs.append(trace(others))
+            programs.append(trace(sizes))
         except (TypeError, ValueError) as error:
-            raise RefusedError(f"works with {score_shape} scores, and not with {others} ({error})") from error
-        check_program(programs[-1], others, has_scores)
+            raise RefusedError(f"works with {score_shape} scores, and not with {sizes} ({error})") from error
+        check_program(programs[-1], sizes, has_scores)
     if 1 in score_shape:  # an axis of size 1 needs no broadcast and can be mixed with nothing
         del programs[0]
     for one, other in itertools.pairwise(programs):
@@ -236,19 +236,19 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
         if sizes_mixed(left) != sizes_mixed(right):
             raise by_size
         for key in left.params:
-            mine, others = left.params[key], right.params[key]
-            for a, b in zip(inner_programs(mine), inner_programs(others), strict=True):
+            mine, other = left.params[key], right.params[key]
+            for a, b in zip(inner_programs(mine), inner_programs(other), strict=True):
                 _check_same_program(a, b)
             is_shape = isinstance(mine, tuple) or (name, key) == ("scan", "length")
             if is_shape and (list(inner_programs(mine)) or not (same_shapes or name in ELEMENTWISE)):
                 continue  # follows the sizes
             is_number = isinstance(mine, int | float | tuple | np.dtype)
-            if is_number and name != "broadcast_in_dim" and repr(mine) != repr(others):  # NaN is itself
+            if is_number and name != "broadcast_in_dim" and repr(mine) != repr(other):  # NaN is itself
                 raise by_size
 
 
 def _same_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two rows of variables have the same numbers at the same places."""
+    """Whether two lists of variables have equal numbers at equal places."""
     return all(
         _equal(x.val, y.val) if isinstance(x, Literal) and isinstance(y, Literal) else type(x) is type(y)
         for x, y in zip(one, other, strict=True)

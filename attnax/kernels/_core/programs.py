@@ -69,8 +69,8 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
     """The program's results with calls inlined; with `rules=False` also calls that have a derivative of their own.
 
-    Operations that only move numbers move float16 and bfloat16 as float32, which is as exact: an element that was
-    copied to many places then gets the sum of its gradients in float32. So do operations that broadcast an operand.
+    Operations that only move numbers, or that broadcast an operand, move float16 and bfloat16 as float32. The values
+    stay the same, and the gradients of an element that is copied to many places are summed in float32.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -108,13 +108,13 @@ def expansion_of(eqn: JaxprEqn) -> Any:
 
 
 def _spread_wide(env: dict[Var, Any], wide: dict[Var, Any], var: Var, shape: tuple[int, ...]) -> Any:
-    """The value of a variable at all places of `shape`; a number stays one."""
+    """The value of a variable, broadcast to `shape`; a number stays a number."""
     value = env[var]
     return spread(jnp.asarray(value), shape, wide.get(var)) if np.shape(value) else value
 
 
 def spread(x: Array, shape: tuple[int, ...], wide: Array | None = None) -> Array:
-    """x at all places of `shape`. A narrow x is spread in float32, as `wide` if that is known: so is its gradient."""
+    """x, broadcast to `shape`. A narrow x is broadcast, and its gradient summed, in float32 (`wide` if known)."""
     if x.shape == shape or not is_narrow(x.dtype):
         return jnp.broadcast_to(x, shape)
     wide = x.astype(jnp.float32) if wide is None else wide
@@ -152,7 +152,7 @@ def is_float(x: Any) -> bool:
 
 
 class UniqueError(Exception):
-    """A program with a parameter that equals nothing but itself."""
+    """A parameter of a program equals only itself."""
 
 
 def structure_of(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:

@@ -24,7 +24,7 @@ _TELLING = frozenset((
     "len", "make_jaxpr", "nbytes", "psum", "shape", "size", "typeof", "vars",
 ))
 # fmt: on
-# What functions of these packages make of sizes shows in the program: an iota, a reduced axis, a number.
+# If functions of these packages use a size, the program shows it: an iota, a reduced axis, a number.
 _KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", "jaxtyping", "math", "numpy", "typing"))
 _NOT_CALLED = frozenset(("__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__"))
 _MOST = 1000  # values to look into
@@ -50,7 +50,7 @@ def could_read_sizes(function: Any) -> bool:
 
 
 def _reached_from(x: Any) -> Iterable[Any]:
-    """What a value holds or can call.
+    """The values that a value holds or can call.
 
     Raises:
         TellingError: it names something that tells a size, or cannot be inspected.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from attnax.checks import apply_score_mod
 from attnax.kernels._core import softmax
-from attnax.kernels._core.lift import Deferred, Lifted, defer
+from attnax.kernels._core.lift import Deferred, Lifted, defer, lift_marked
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.platform import why_no_card, why_no_triton
 from attnax.kernels._core.stored import TokenArrays
@@ -63,9 +65,9 @@ class DecodeInputs:
             self.query,
             self.scale,
             self.tokens,
-            split.lift_mask(mask),
+            lift_marked(mask),
             bounds,
-            None if mod is None else split.lift_score_mod(self.caller, mod),
+            None if mod is None else lift_marked(partial(apply_score_mod, self.caller, mod), scores=jnp.float32),
             is_opaque,
             tile,
         )

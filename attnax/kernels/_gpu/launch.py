@@ -1,4 +1,4 @@
-"""Around the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
+"""Calls of the GPU kernels: their inputs, their results, and the gradients of captured arrays.
 
 Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
@@ -44,11 +44,11 @@ _TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """What a pass needs beside arrays."""
+    """The arguments of a pass, beside arrays."""
 
     tile: Tile
     mask: Lifted | None
-    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it does not tell any
+    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it has none
     is_opaque: bool
     score_mod: Lifted | None
     positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
@@ -128,7 +128,7 @@ def backward(
         d_lse: cotangent of the natural log-sum-exp.
     """
     query, key, value, _ = arrays
-    d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
+    d_out = lax.optimization_barrier(d_out)  # of a sum it is a constant, which XLA would test at compile time
     finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
     finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
     delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
@@ -297,7 +297,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         if function is None:
             return (), ()
         cut, values = split(function), function.values
-        whole = (_fill(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
+        whole = (_pad(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
         return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in cut.reads)
 
     inputs = Inputs(
@@ -323,7 +323,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
 
 
 def _whole_rows(x: Array, length: int, fill: Any) -> Array:
-    """(B, N, L) or (B, N, L, H) of at least this length, with `fill` or the last row again; H is a power of 2."""
+    """(B, N, L) or (B, N, L, H), padded to `length` rows by `fill`, or the last row, and to a power of 2 columns."""
     missing = ((0, 0), (0, 0), (0, length - x.shape[2]), *((0, 0),) * (x.ndim - 3))
     x = jnp.pad(x, missing, mode="edge") if fill == "edge" else jnp.pad(x, missing, constant_values=fill)
     return x if x.ndim == 3 else jnp.pad(x, [(0, 0)] * 3 + [(0, _power_of_2(x.shape[3]) - x.shape[3])])
@@ -338,8 +338,8 @@ def _next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _fill(x: Array, lengths: tuple[int, int]) -> Array:
-    """An operand (B', N', T|1, S|1) with the last one again up to `lengths`."""
+def _pad(x: Array, lengths: tuple[int, int]) -> Array:
+    """An operand (B', N', T|1, S|1), padded to `lengths` by its last elements."""
     missing = [max(0, length - size) if size > 1 else 0 for length, size in zip(lengths, x.shape[2:], strict=True)]
     return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing)), mode="edge") if any(missing) else x
 

@@ -1,4 +1,4 @@
-"""A call as the kernels for GPUs take it, or why they do not."""
+"""Prepares a call for the GPU kernels, or says why they do not serve it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> t
 
 
 def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
-    """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
+    """Why the card, or some card if it is not known, has too little shared memory; None if there is enough."""
     query, _, value, _ = arrays
     card = tile_sizes.running_card()
     reason = tile_sizes.why_too_old(card)
@@ -82,10 +82,10 @@ def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> s
         footprint = tile_sizes.Footprint(kind, whole, *sizes, pair_bytes).fitted(card)
         tile, (need, have) = footprint.tile, footprint.need_and_have(card)
         if need > have:
-            whose = "this card has" if card else "some cards have"
+            owner = "this card has" if card else "some cards have"
             return (
                 f"tiles of {tile.block_q} x {tile.block_kv} need {-(-need // 1024)} KiB of shared memory in the "
-                f"{kind} kernel, and {whose} {have // 1024}"
+                f"{kind} kernel, and {owner} {have // 1024}"
             )
     return None
 
@@ -100,7 +100,7 @@ def prepare(
     is_part: bool,
     interpret: bool,
 ) -> Setup:
-    """What the kernels of one pass need beside arrays, for a call that `why_no_kernel` accepts.
+    """The setup of the kernels of one pass, for a call that `why_no_kernel` accepts.
 
     Args:
         tiles: of the kernels.

@@ -26,7 +26,7 @@ __all__ = [
 
 
 class TileGrid(NamedTuple):
-    """Queries and keys in tiles; the last tile begins earlier where it would not be whole."""
+    """Queries and keys in tiles. The last tile begins earlier if it would pass the end."""
 
     seq_q: int  # without padding; fewer than a tile are padded
     seq_kv: int
@@ -35,7 +35,7 @@ class TileGrid(NamedTuple):
 
     @classmethod
     def of(cls, tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
-        """Of these tiles, or of smaller ones where lengths are: powers of 2, at least 16."""
+        """A grid of such tiles, or of smaller ones for shorter arrays: powers of 2, at least 16."""
         block_q, block_kv = (
             min(most, max(16, 1 << (length - 1).bit_length()))
             for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
@@ -54,12 +54,12 @@ class TileGrid(NamedTuple):
 
     @property
     def even_q(self) -> bool:
-        """Whether each query lies in one tile, and nothing else."""
+        """Whether tiles hold each query once, without padding."""
         return self.seq_q % self.block_q == 0
 
     @property
     def even_kv(self) -> bool:
-        """Whether each key lies in one tile, and nothing else."""
+        """Whether tiles hold each key once, without padding."""
         return self.seq_kv % self.block_kv == 0
 
     def ends(self) -> tuple[Array, Array, Array, Array]:
@@ -104,7 +104,7 @@ class TileList(NamedTuple):
 
 @pytree_dataclass
 class BoundsAtPositions:
-    """The bounds of a mask at positions. The bounds of the positions are computed where the result is wanted."""
+    """The bounds of a mask that is read at positions, whose range in a tile is computed at each call."""
 
     of_mask: Lifted | None  # read at ranges of positions
     q_positions: Array  # (B, T)
@@ -125,9 +125,9 @@ class BoundsAtPositions:
 
 
 def lift_bounds_at_positions(mask: Mask | None, positions: tuple[Array, Array]) -> BoundsAtPositions | None:
-    """The bounds of a mask that is read at positions (B, T) and (B, S); None if the mask does not tell any.
+    """The bounds of a mask that is read at positions (B, T) and (B, S); None if the mask has none.
 
-    Where there is no mask, a query attends every key that is there.
+    Without a mask, a query attends every key whose position is not negative.
     """
     of_mask = None if mask is None else lift_bounds(mask)
     return None if mask is not None and of_mask is None else BoundsAtPositions(of_mask, *positions)
@@ -151,9 +151,9 @@ def tile_codes(
         grid: of the tiles.
         batch: B.
         heads: N.
-        bounds: of the mask; None if it does not tell any.
+        bounds: of the mask; None if it has none.
         mask: the mask itself.
-        is_opaque: whether its bounds do not tell enough.
+        is_opaque: whether pairs must decide where bounds cannot.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """
     axes = frozenset().union(*map(varying_axes, (*(() if bounds is None else bounds.values), *mask.values)))
