@@ -15,18 +15,12 @@ import jax.numpy as jnp
 
 from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.finite import scale_query
+from attnax.kernels._core.lift import defer
 from attnax.kernels._core.mesh import vary, vary_with, varying_axes
-from attnax.kernels._core.operands import lift_functions
+from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, TokenArrays
-from attnax.kernels._gpu.decode import (
-    BoundKernel,
-    DecodeInputs,
-    DeferredKernel,
-    attend_bound,
-    kernel_serves,
-    prepare_kernel,
-)
+from attnax.kernels._gpu.decode import DecodeInputs, attend_bound, kernel_serves
 from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks
 from attnax.typing import Array, AttentionOptions
 
@@ -59,10 +53,10 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
     if call.arrays is not None and call.b is None and words is None:
         axes = varying_axes(queries.query)
         scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
-        inputs = DecodeInputs(query, scale, call.positions, call.arrays, call.caller)
-        kernel = prepare_kernel(
-            jax.tree.map(lambda x: vary(x, axes), inputs), mask, score_mod, functions[0].mask, functions[0].score_mod
-        )
+        bounds = None if mask is None else defer(mask) or lift_bounds(mask)
+        is_opaque = mask is not None and mask.is_opaque
+        kernel = DecodeInputs(query, scale, call.positions, call.arrays, bounds, is_opaque)
+        kernel = jax.tree.map(lambda x: vary(x, axes), kernel)
     return _attend(queries, sources, functions, kernel, dropout_rate=rate)
 
 
@@ -71,7 +65,7 @@ def _attend(
     queries: Queries,
     sources: tuple[Any, ...],
     functions: tuple[ChunkFunctions, ...],
-    kernel: BoundKernel | DeferredKernel | None,
+    kernel: DecodeInputs | None,
     *,
     dropout_rate: float,
 ) -> tuple[Array, Array]:
@@ -79,8 +73,8 @@ def _attend(
     if kernel is None:
         return in_chunks(queries, sources, functions)
 
-    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: BoundKernel | DeferredKernel) -> Any:
-        bound = kernel.bind() if isinstance(kernel, DeferredKernel) else kernel
+    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: DecodeInputs) -> Any:
+        bound = kernel.bind(functions[0].mask, functions[0].score_mod)
         if bound is None or not kernel_serves(bound):
             return in_chunks(queries, sources, functions)
         return attend_bound(bound)

@@ -28,7 +28,8 @@ from attnax.kernels import score_mods
 from attnax.kernels._core import natural
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.lift import lift_marked
-from attnax.kernels._core.operands import lift_bounds
+from attnax.kernels._core.natural import examples
+from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._gpu import decode, tile_lists
 from attnax.kernels.paged import _token_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -487,8 +488,12 @@ class TestDecode:
 
         @jax.jit
         def run(*arrays):
-            inputs = decode.DecodeInputs(*arrays, "test")
-            kernel = inputs.bind(None if mask is None else masks.as_mask(mask), options.get("score_mod"))
+            keep, mod = None if mask is None else masks.as_mask(mask), options.get("score_mod")
+            bounds, is_opaque = (None, False) if keep is None else (lift_bounds(keep), keep.is_opaque)
+            functions = lift_functions("test", keep, mod, (2, 3, 5, 7), frozenset(), jnp.float32)(
+                *examples(jnp.float32)
+            )
+            kernel = decode.DecodeInputs(*arrays, bounds, is_opaque).bind(*functions)
             return decode.attend_bound(kernel, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))

@@ -84,7 +84,8 @@ def test_a_mod_of_no_natural_shapes_is_called_again_for_its_tile_and_one_that_na
 
 
 @pytest.mark.parametrize("form", ["cached", "paged", "paged and new"])
-def test_a_users_mask_and_mod_are_called_once_for_a_cache(form):
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_a_users_mask_and_mod_are_called_once_for_a_cache(platform, form):
     mask, mod, x = Counted(near), Counted(biased), jnp.ones((2, 3, 5, 16))
     if form == "cached":
         cache = update_kv_layer_cache(init_kv_layer_cache(2, 3, 16, max_len=8), x, x)
@@ -97,7 +98,9 @@ def test_a_users_mask_and_mod_are_called_once_for_a_cache(form):
         arguments = (x[:, :, :1], cache) if form == "paged" else (x, x, x)
         attention = paged_attention if form == "paged" else functools.partial(paged_attention, cache=cache)
     step = jax.jit(lambda *x: attention(*x, mask=mask, score_mod=mod)).trace(*arguments)
-    step.lower(lowering_platforms=("cpu",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step.lower(lowering_platforms=(platform,))
     assert (mask.calls, mod.calls) == (1, 1)
 
 

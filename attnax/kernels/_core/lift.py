@@ -226,16 +226,6 @@ class Deferred:
         arrays = iter(self.arrays)
         return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in leaves])
 
-    @property
-    def floats(self) -> tuple[Array, ...]:
-        """The arrays that get gradients."""
-        return tuple(x for x in self.arrays if is_float(x))
-
-    def with_floats(self, floats: Sequence[Array]) -> Deferred:
-        """The same with other arrays in these places."""
-        rest = iter(floats)
-        return dataclasses.replace(self, arrays=tuple(next(rest) if is_float(x) else x for x in self.arrays))
-
 
 def defer(function: Any) -> Deferred | None:
     """The function as a Deferred, None if something in it is not the library's own."""

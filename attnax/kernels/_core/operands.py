@@ -19,7 +19,7 @@ from attnax.masks import Mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["Arrays", "Operands", "bind", "lift_bounds", "lift_functions"]
+__all__ = ["Arrays", "Operands", "bind", "bind_bounds", "lift_bounds", "lift_functions"]
 
 Arrays = tuple[Array, Array, Array, Array]
 """query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
@@ -138,3 +138,8 @@ def lift_bounds(mask: Mask) -> Lifted | None:
     b, h, q, kv = examples()
     lifted = lift_where_it_can(bounds, b, h, q, q, kv, kv)[1]
     return lifted if isinstance(lifted, Lifted) and (is_own(mask) or not could_read_sizes(mask)) else None
+
+
+def bind_bounds(bounds: Lifted | Deferred | None) -> Lifted | None:
+    """The bounds of a mask, where a program needs them."""
+    return lift_bounds(bounds()) if isinstance(bounds, Deferred) else bounds

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from attnax.checks import apply_score_mod
 from attnax.kernels._core import softmax
-from attnax.kernels._core.lift import Deferred, Lifted, defer, lift_marked
+from attnax.kernels._core.lift import Deferred, Lifted, lift_marked
 from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
 from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
-from attnax.masks import Mask, as_mask, at_positions
+from attnax.masks import as_mask, at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["BoundKernel", "DecodeInputs", "DeferredKernel", "attend_bound", "kernel_serves", "prepare_kernel"]
+__all__ = ["BoundKernel", "DecodeInputs", "attend_bound", "kernel_serves"]
 
 
 @pytree_dataclass
@@ -38,37 +37,32 @@ class BoundKernel:
 
 @pytree_dataclass
 class DecodeInputs:
-    """A call without its mask and its score mod; all arrays vary over the same mesh axes."""
+    """The arrays of a call, and the bounds of its mask; all arrays vary over the same mesh axes."""
 
     query: Array  # (B, N, T, H), not scaled
     scale: Array
     positions: Array  # (B, T) of the queries
     tokens: TokenArrays
-    caller: str = dataclasses.field(metadata={"static": True})  # for errors of the score mod
+    bounds: Lifted | Deferred | None = None  # see `lift_bounds`
+    is_opaque: bool = dataclasses.field(default=False, metadata={"static": True})  # see `Operands`
 
-    def bind(
-        self, mask: Mask | None, score_mod: ScoreMod | None, lifted_mask: Lifted | None = None
-    ) -> BoundKernel | None:
-        """The kernel with mask and score mod, both of true positions; None where it does not serve the arrays.
-
-        The pairs of `mask` come from `lifted_mask`, if that is known: a user's function is not called again.
-        """
+    def bind(self, mask: Lifted | None, score_mod: Lifted | None) -> BoundKernel | None:
+        """The kernel with mask and score mod, both of true positions; None where it serves not all of them."""
         tile = self._tile()
-        if tile is None:
+        if tile is None or any(function is not None and function.refusal for function in (mask, score_mod)):
             return None
         axes, positions = varying_axes(self.query), (self.positions, self.tokens.positions)
-        bounds = tile_lists.lift_bounds_at_positions(mask, positions)
-        is_opaque = mask is not None and mask.is_opaque
-        mask = at_positions(mask if lifted_mask is None else as_mask(lifted_mask), *positions)
-        mod = None if score_mod is None else at_positions(score_mod, *positions)
+        of_mask = bind_bounds(self.bounds)
+        keep = at_positions(None if mask is None else as_mask(mask), *positions)
+        modify = None if score_mod is None else at_positions(_of_scores(score_mod), *positions)
         bound = BoundKernel(
             self.query,
             self.scale,
             self.tokens,
-            lift_marked(mask),
-            bounds,
-            None if mod is None else lift_marked(partial(apply_score_mod, self.caller, mod), scores=jnp.float32),
-            is_opaque,
+            lift_marked(keep),
+            None if mask is not None and of_mask is None else tile_lists.BoundsAtPositions(of_mask, *positions),
+            None if modify is None else lift_marked(modify, scores=jnp.float32),
+            self.is_opaque,
             tile,
         )
         return jax.tree.map(lambda x: vary(x, axes), bound)
@@ -93,49 +87,9 @@ class DecodeInputs:
         return tile if fits else None
 
 
-@pytree_dataclass
-class DeferredKernel:
-    """A kernel whose mask and score mod are traced when a program is lowered for a GPU."""
-
-    inputs: DecodeInputs
-    mask: Deferred | None
-    score_mod: Deferred | None
-
-    def bind(self) -> BoundKernel | None:
-        """The kernel, None where it does not serve the arrays."""
-        mask, score_mod = (None if function is None else function() for function in (self.mask, self.score_mod))
-        return self.inputs.bind(mask, score_mod)
-
-
-def prepare_kernel(
-    inputs: DecodeInputs,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
-    lifted_mask: Lifted | None,
-    lifted_mod: Lifted | None,
-) -> BoundKernel | DeferredKernel | None:
-    """The kernel, bound when a program is lowered for a GPU if both functions can be deferred; None if it cannot serve.
-
-    Args:
-        inputs: of the call.
-        mask: of true positions.
-        score_mod: likewise.
-        lifted_mask: the mask as a program.
-        lifted_mod: the score mod as a program.
-    """
-    functions, axes = (mask, score_mod), varying_axes(inputs.query)
-    deferred = [None if function is None else defer(function) for function in functions]
-    if any(have is None and function is not None for have, function in zip(deferred, functions, strict=True)):
-        is_natural = all(lifted is None or lifted.refusal is None for lifted in (lifted_mask, lifted_mod))
-        if not is_natural:
-            return None
-
-        def modify(scores: Array, *indices: Array) -> Array:
-            assert lifted_mod is not None
-            return jnp.broadcast_to(lifted_mod(scores, *indices), scores.shape)
-
-        return inputs.bind(mask, None if lifted_mod is None else modify, lifted_mask)
-    return jax.tree.map(lambda x: vary(x, axes), DeferredKernel(inputs, *deferred))
+def _of_scores(score_mod: Lifted) -> ScoreMod:
+    """The score mod with results of the shape of the scores."""
+    return lambda scores, *indices: jnp.broadcast_to(score_mod(scores, *indices), scores.shape)
 
 
 def kernel_serves(kernel: BoundKernel) -> bool:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
-from attnax.kernels._core.lift import Deferred
-from attnax.kernels._core.operands import Arrays, Operands, lift_bounds
+from attnax.kernels._core.operands import Arrays, Operands, bind_bounds
 from attnax.kernels._core.platform import why_no_triton
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.kernels._gpu.tile_sizes import Tile
@@ -113,9 +112,7 @@ def prepare(
     """
     from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest
 
-    bounds = operands.bounds
-    if isinstance(bounds, Deferred):
-        bounds = lift_bounds(bounds())
+    bounds = bind_bounds(operands.bounds)
     positions = (operands.q_index, operands.kv_index) if is_part else None
     of_tiles: Any = bounds
     if positions is not None and bounds is not None:

@@ -9,10 +9,9 @@ from jax import lax
 
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.operands import lift_bounds
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
 from attnax.kernels._gpu.tile_sizes import Tile
-from attnax.masks import Mask, tile_at_positions
+from attnax.masks import tile_at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
@@ -20,7 +19,6 @@ __all__ = [
     "BoundsAtPositions",
     "TileGrid",
     "TileList",
-    "lift_bounds_at_positions",
     "tile_codes",
 ]
 
@@ -104,7 +102,10 @@ class TileList(NamedTuple):
 
 @pytree_dataclass
 class BoundsAtPositions:
-    """The bounds of a mask that is read at positions, whose range in a tile is computed at each call."""
+    """The bounds of a mask that is read at positions, whose range in a tile is computed at each call.
+
+    Without a mask, a query attends every key whose position is not negative.
+    """
 
     of_mask: Lifted | None  # read at ranges of positions
     q_positions: Array  # (B, T)
@@ -122,15 +123,6 @@ class BoundsAtPositions:
         positions = self.q_positions, self.kv_positions
         some, every = tile_at_positions(tile, *positions, b, h, (ends[0], ends[1]), (ends[2], ends[3]))
         return some, every
-
-
-def lift_bounds_at_positions(mask: Mask | None, positions: tuple[Array, Array]) -> BoundsAtPositions | None:
-    """The bounds of a mask that is read at positions (B, T) and (B, S); None if the mask has none.
-
-    Without a mask, a query attends every key whose position is not negative.
-    """
-    of_mask = None if mask is None else lift_bounds(mask)
-    return None if mask is not None and of_mask is None else BoundsAtPositions(of_mask, *positions)
 
 
 def tile_codes(
