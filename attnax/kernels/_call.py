@@ -113,7 +113,7 @@ def prepare(
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> Call | tuple[Array, Array]:
-    """The call, ready to run; or its results, (out, lse), where there is nothing to compute."""
+    """The call, ready to run, or the results (out, lse) of a call without queries or keys."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(caller, query, key, value, **options)
     check_block_size(caller, block_size)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import defer
-from attnax.kernels._core.mesh import vary, vary_with, varying_axes
+from attnax.kernels._core.mesh import vary, vary_all, vary_with, varying_axes
 from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, TokenArrays
-from attnax.kernels._gpu.decode import DecodeInputs, attend_bound, kernel_serves
+from attnax.kernels._gpu.decode import DecodeInputs
 from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks
 from attnax.typing import Array, AttentionOptions
 
@@ -56,7 +56,7 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
         bounds = None if mask is None else defer(mask) or lift_bounds(mask)
         is_opaque = mask is not None and mask.is_opaque
         kernel = DecodeInputs(query, scale, call.positions, call.arrays, bounds, is_opaque)
-        kernel = jax.tree.map(lambda x: vary(x, axes), kernel)
+        kernel = vary_all(kernel, axes)
     return _attend(queries, sources, functions, kernel, dropout_rate=rate)
 
 
@@ -74,10 +74,7 @@ def _attend(
         return in_chunks(queries, sources, functions)
 
     def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: DecodeInputs) -> Any:
-        bound = kernel.bind(functions[0].mask, functions[0].score_mod)
-        if bound is None or not kernel_serves(bound):
-            return in_chunks(queries, sources, functions)
-        return attend_bound(bound)
+        return kernel.attend(functions[0].mask, functions[0].score_mod) or in_chunks(queries, sources, functions)
 
     def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: Any) -> tuple[Array, Array]:
         return in_chunks(queries, sources, functions)

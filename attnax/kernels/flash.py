@@ -155,7 +155,7 @@ def flash_attention(
     On an NVIDIA GPU that is cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None.
     Anywhere else it is the engine of `memory_efficient_attention`. The choice is made when the program is lowered: one
     that is exported for "cuda" on a machine without a GPU holds the same kernel. All arguments, results and errors are
-    those of `memory_efficient_attention`; a `block_size` asks for its tiles on every platform.
+    those of `memory_efficient_attention`. With a `block_size` its tiles run on every platform.
 
     Example:
         >>> import jax.numpy as jnp

@@ -493,8 +493,7 @@ class TestDecode:
             functions = lift_functions("test", keep, mod, (2, 3, 5, 7), frozenset(), jnp.float32)(
                 *examples(jnp.float32)
             )
-            kernel = decode.DecodeInputs(*arrays, bounds, is_opaque).bind(*functions)
-            return decode.attend_bound(kernel, interpret=True)
+            return decode.DecodeInputs(*arrays, bounds, is_opaque).attend(*functions, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, jnp.asarray(positions), stored), want, strict=True):

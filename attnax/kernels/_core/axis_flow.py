@@ -227,7 +227,7 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of an operation along one axis, where every place may depend on all others."""
+    """The rule of an operation along one axis, where each result may depend on all elements."""
     along, operand = _axis_along(eqn), _join(eqn, inputs)
     _mixed(eqn, operand.axes[along])
     results = []
@@ -261,7 +261,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _without_joined(value: Value, eqn: JaxprEqn) -> Value:
-    """An operand of `_reorder`; one of `concatenate` without the joined axis, whose size differs by operand."""
+    """An operand of `_reorder`. For `concatenate` the joined axis, whose size differs by operand, is left out."""
     if eqn.primitive.name != "concatenate":
         return value
     along = eqn.params["dimension"]
@@ -407,7 +407,7 @@ def _while(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
     def step(carry: Sequence[Value]) -> list[Value]:
         (going,) = _follow_call(eqn.params["cond_jaxpr"], (*of_cond, *carry))
-        # Under `vmap` each element has a condition of its own, whose axes are the first ones of all that is carried.
+        # Under `vmap` each element has its own condition, whose axes come first in every carried value.
         return [
             _join(eqn, (value, Value((*going.axes, *value.axes[len(going.axes) :]), going.steps)))
             for value in _follow_call(eqn.params["body_jaxpr"], (*of_body, *carry))
@@ -442,7 +442,7 @@ def _scan(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """(constants, carry, what is scanned over)."""
+    """(constants, carry, arrays to scan over)."""
     if "ft_in" in eqn.params:  # JAX 0.12
         consts, carry, xs = map(list, eqn.params["ft_in"].update(inputs).unpack())
         return consts, carry, xs
@@ -452,7 +452,7 @@ def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], lis
 
 
 class Loop:
-    """A loop over an axis of the pairs that carries nothing from step to step; each is equal only to itself."""
+    """A loop over an axis of the pairs, without a carry. A loop equals only itself."""
 
 
 def _until_stable(eqn: JaxprEqn, step: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]) -> list[Value]:

@@ -54,7 +54,7 @@ class Lifted:
     program: Program = dataclasses.field(metadata={"static": True})
     refusal: str | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, *arguments: Array) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         """The function's result: one array, or a tuple of several."""
         return self._run(self.values, arguments, {})
 

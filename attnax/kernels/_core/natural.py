@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.programs import Program, flatten, is_narrow, shape_of, spread, trace_rule
+from attnax.kernels._core.programs import Program, dtype_of, flatten, is_narrow, shape_of, spread, trace_rule
 from attnax.typing import Array
 
 __all__ = [
@@ -140,7 +140,7 @@ def _check(eqn: JaxprEqn, captured: set[Var], elementwise: frozenset[str]) -> No
             raise TiedToShapeError(f"{name} to shape {shapes[-1]}")
     elif name not in elementwise or eqn.effects:
         raise TiedToShapeError(name)
-    if any(isinstance(var, Var) and jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.outvars):
+    if any(isinstance(var, Var) and jnp.issubdtype(dtype_of(var), jnp.complexfloating) for var in eqn.outvars):
         raise TiedToShapeError("complex numbers")
     for var in eqn.outvars:
         odd = [size for size in shape_of(var) if size != 1 and size not in MARKS]
@@ -189,7 +189,7 @@ def evaluate(
     bind = _bind if bind is None else bind
 
     def read(var: Any) -> Any:
-        value = var.aval.dtype.type(var.val) if isinstance(var, Literal) else env[var]
+        value = dtype_of(var).type(var.val) if isinstance(var, Literal) else env[var]
         # A captured array of one element may have any number of axes. A kernel that learns it has one per row.
         is_number = np.ndim(value) and jnp.size(value) == 1 and not _marks(shape_of(var))
         return value.reshape(()) if is_number else value
@@ -211,7 +211,7 @@ def evaluate(
 
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Any:
-    if eqn.primitive.name not in _BROADCASTING or is_narrow(eqn.outvars[0].aval.dtype):
+    if eqn.primitive.name not in _BROADCASTING or is_narrow(dtype_of(eqn.outvars[0])):
         values = align(eqn, values)
     return run_varying(eqn, values)
 
@@ -256,7 +256,7 @@ def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any],
     def run(program: Any, *values: Any) -> list[Array]:
         env: dict[Any, Any] = dict(zip(program.jaxpr.invars, values, strict=True))
         evaluate(program.jaxpr.eqns, env, rules, no_table, bind)
-        return [jnp.asarray(x.val if isinstance(x, Literal) else env[x], x.aval.dtype) for x in program.jaxpr.outvars]
+        return [jnp.asarray(x.val if isinstance(x, Literal) else env[x], dtype_of(x)) for x in program.jaxpr.outvars]
 
     @jax.custom_jvp
     def call(*values: Any) -> list[Array]:

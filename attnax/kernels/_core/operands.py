@@ -27,7 +27,7 @@ Arrays = tuple[Array, Array, Array, Array]
 
 @pytree_dataclass
 class Operands:
-    """What both passes of a call read beside query, key, value and scale."""
+    """The inputs of both passes, beside query, key, value and scale."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
     bounds: Lifted | Deferred | None  # see `lift_bounds`; Deferred until a program needs them
@@ -81,7 +81,8 @@ def bind(
     functions = lift_functions(caller, mask, score_mod, score_shape, axes, dtype)
     bounds: Lifted | Deferred | None = None
     if mask is not None:
-        is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)  # then only GPUs, whose tiles are smaller, ask
+        # One tile needs no bounds. Only a GPU, with smaller tiles, asks for them then.
+        is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)
         bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
     is_opaque = mask is not None and (mask.is_opaque or bounds is None)
 
@@ -111,13 +112,14 @@ def lift_functions(
     any_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
     any_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
 
+    modify = None if score_mod is None else partial(apply_score_mod, caller, score_mod)
+
     def at(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
         if isinstance(lifted, str):
             return dataclasses.replace(lift(function, *arguments), refusal=lifted)
         return lifted
 
     def functions(scores: Any, *indices: Any) -> tuple[Lifted | None, Lifted | None]:
-        modify: Any = partial(apply_score_mod, caller, score_mod)
         return at(any_mask, mask, *indices), at(any_mod, modify, scores, *indices)
 
     return functions

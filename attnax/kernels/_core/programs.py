@@ -16,6 +16,7 @@ from attnax.typing import Array
 
 __all__ = [
     "Program",
+    "dtype_of",
     "example_of",
     "expansion_of",
     "flatten",
@@ -67,7 +68,7 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 
 
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results with calls inlined; with `rules=False` also calls that have a derivative of their own.
+    """The program's results with calls inlined; with `rules=False` also calls with their own derivative.
 
     Operations that only move numbers, or that broadcast an operand, move float16 and bfloat16 as float32. The values
     stay the same, and the gradients of an element that is copied to many places are summed in float32.
@@ -217,9 +218,9 @@ def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects
 def trace_rule(eqn: JaxprEqn) -> Any:
     """The derivative of a function that brings its own, as a program without calls.
 
-    That of a `custom_jvp` takes the operands and the tangents of floating operands, and gives the tangents of the
-    results; that of a `custom_vjp` takes the operands and the cotangents of the results, and gives those of floating
-    operands. Calls in it that have a derivative of their own are inlined: the rule is not differentiated itself.
+    The rule of a `custom_jvp` maps operands and tangents of floating operands to tangents of results. The rule of a
+    `custom_vjp` maps operands and cotangents of results to cotangents of floating operands. In a rule all calls are
+    inlined, since it is not differentiated itself.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
     operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))
@@ -246,6 +247,11 @@ def trace_rule(eqn: JaxprEqn) -> Any:
 def example_of(var: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a variable."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def dtype_of(var: Any) -> Any:
+    """The dtype of a variable."""
+    return var.aval.dtype
 
 
 def shape_of(var: Any) -> tuple[int, ...]:

@@ -106,7 +106,7 @@ def update(
 ) -> SoftmaxState:
     """The state after the keys of one more tile; `masked` says whether its scores may be -inf."""
     peak_T = jnp.maximum(state.max, scores_TS.max(-1))
-    # exp2(-inf - -inf) is NaN: a row that attended nothing yet counts from 0.
+    # exp2(-inf - -inf) is NaN, so the peak of a row that has attended nothing yet counts as 0.
     zero_T = select(peak_T != -jnp.inf, peak_T, 0) if masked else peak_T
     weights_TS = jnp.exp2(scores_TS - zero_T[..., None])
     shrink_T = jnp.exp2(state.max - zero_T)

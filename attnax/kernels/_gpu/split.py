@@ -31,7 +31,7 @@ from attnax.kernels._core.natural import (
     run_varying,
     why_not_natural,
 )
-from attnax.kernels._core.programs import Program, needed_for, shape_of
+from attnax.kernels._core.programs import Program, dtype_of, needed_for, shape_of
 from attnax.typing import Array
 
 __all__ = ["Read", "Split", "add_slabs", "split", "why_not_split"]
@@ -110,7 +110,7 @@ class Split:
 
     def _result(self, env: dict[Any, Any]) -> Array:
         (result,) = self.program.results
-        return jnp.asarray(result.val if isinstance(result, Literal) else env[result], result.aval.dtype)
+        return jnp.asarray(result.val if isinstance(result, Literal) else env[result], dtype_of(result))
 
     @property
     def _indices(self) -> tuple[Var, ...]:
@@ -189,7 +189,7 @@ def _split(program: Program) -> Split:
             by_score = isinstance(index, Var) and "scores" in depends[index]
             axes = _moving_axes(eqn, inside, depends)
             table_at = program.captured.index(table)
-            reads.append(Read(table_at, eqn, axes, by_score, shape_of(table), table.aval.dtype))
+            reads.append(Read(table_at, eqn, axes, by_score, shape_of(table), dtype_of(table)))
         wanted.update(dict.fromkeys(var for var in sources if isinstance(var, Var) and var not in made_inside))
     wanted.update(dict.fromkeys(v for v in program.results if isinstance(v, Var) and v not in made_inside))
     return Split(program, tuple(needed_for(program.equations, wanted)), tuple(inside), tuple(wanted), tuple(reads))
@@ -209,7 +209,7 @@ def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, fr
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:
     """The result of an elementwise equation. Triton divides no 16-bit floats and has no functions of them."""
-    dtype, values = eqn.outvars[0].aval.dtype, align(eqn, values)
+    dtype, values = dtype_of(eqn.outvars[0]), align(eqn, values)
     if dtype not in _NARROW or eqn.primitive.name in _CASTS:
         return run_varying(eqn, values)
     return run_varying(
@@ -273,7 +273,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def _segment_sums(values: Array, segments: Array, count: int) -> Array:
-    """(count,) sums in float32 at least of the values of each segment; no atomics, whose order is left to chance."""
+    """(count,) sums in float32 at least of the values of each segment; no atomics, whose order is random."""
     dtype = wide_dtype(values.dtype)
     order = jnp.argsort(segments, stable=True)
     values, segments = values[order].astype(dtype), segments[order]

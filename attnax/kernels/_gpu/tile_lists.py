@@ -113,7 +113,7 @@ class BoundsAtPositions:
 
     @property
     def values(self) -> tuple[Array, ...]:
-        """What they depend on."""
+        """The arrays that the bounds depend on."""
         return (*(() if self.of_mask is None else self.of_mask.values), self.q_positions, self.kv_positions)
 
     def __call__(self, b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
@@ -172,7 +172,7 @@ def _codes_of_pairs(
     mask: Lifted,
     positions: tuple[Array, Array] | None,
 ) -> Array:
-    """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
+    """The codes by all pairs, one row of tiles at a time; (B', N', num_q, num_kv)."""
     b, h, q_first, q_last, kv_first, kv_last = tiles
     steps = jnp.arange(grid.block_kv, dtype=jnp.int32)[None]
     kv = jnp.minimum(kv_first.reshape(-1, 1) + steps, kv_last.reshape(-1, 1)).reshape(-1)

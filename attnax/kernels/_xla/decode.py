@@ -1,7 +1,6 @@
 """A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The loop over chunks has a traced length, so a step's work follows the tokens in use. `_core/softmax.py` has the step
-of one chunk.
+The loop over chunks has a traced length, so a step's work follows the tokens in use.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
 full, partial and empty ones by the mask's bounds and, where the bounds cannot tell, by the mask itself. Empty tiles are
 skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
-weights. What a tile adds is in `_core/softmax.py`; how a user's functions get here is in `_core/operands.py`.
+weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` prepares the functions of a user.
 
 The file is longer than 500 lines because both passes share one way to cut, order and visit tiles.
 """
@@ -128,7 +128,7 @@ class Order(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One pass over the tiles: where they are, which pairs the mask allows in them, and in what order to visit them."""
+    """One pass over the tiles: their places, their masks, and their order."""
 
     tiles: Tiles
     operands: Operands  # with indices padded to whole tiles, (T',) and (S',)
@@ -516,7 +516,7 @@ def _flat(x: Array, groups: int) -> Array:
 
 
 def _put(whole: Array, part: Array, place: HeadBlock, tile: Any, size: int) -> Array:
-    """`whole`, as in `_cut`, with that tile replaced by `part`, whose leading axes may be merged in any way."""
+    """`whole`, as in `_cut`, with one tile replaced by `part`, which has the same elements in the same order."""
     part = part.reshape(place.num_rows, place.num_heads, size, *whole.shape[3:])
     if part.shape == whole.shape:
         return part
