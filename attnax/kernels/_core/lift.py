@@ -36,7 +36,7 @@ from attnax.kernels._core.programs import (
 from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["Deferred", "Lifted", "defer", "is_own", "lift", "lift_marked", "lift_traced", "sum_in_float32"]
+__all__ = ["Deferred", "Lifted", "defer", "lift", "lift_marked", "lift_traced", "sum_in_float32"]
 
 
 @pytree_dataclass

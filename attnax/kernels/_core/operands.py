@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from attnax.checks import apply_score_mod
-from attnax.kernels._core.lift import Deferred, Lifted, defer, is_own, lift
+from attnax.kernels._core.lift import Deferred, Lifted, defer, lift
 from attnax.kernels._core.mesh import vary_with, varying_axes
 from attnax.kernels._core.natural import examples
 from attnax.kernels._core.pairs import lift_pairs, lift_where_it_can
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
-from attnax.pytrees import pytree_dataclass
+from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
 __all__ = ["Arrays", "Operands", "bind", "bind_bounds", "lift_bounds", "lift_functions"]

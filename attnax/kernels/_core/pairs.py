@@ -20,11 +20,12 @@ from jax.extend.core import Jaxpr, Literal
 
 from attnax.checks import apply_score_mod
 from attnax.kernels._core.axis_flow import RefusedError, check_program, inner_programs, sizes_mixed
-from attnax.kernels._core.lift import Lifted, is_own, lift_traced
+from attnax.kernels._core.lift import Lifted, lift_traced
 from attnax.kernels._core.natural import ELEMENTWISE, MARKS, examples
 from attnax.kernels._core.programs import needed_for, shape_of
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
+from attnax.pytrees import is_own
 from attnax.typing import ScoreMod
 
 __all__ = ["MixedPairsError", "check_pairs", "lift_pairs", "lift_where_it_can"]
