@@ -1,4 +1,4 @@
-"""One call of exact attention: checked, prepared once for every engine that may run it, and differentiated."""
+"""One call of exact attention: its checks, its preparation for all engines, and its derivative."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 BlockSize = int | tuple[int | None, int | None] | None
-"""Of queries and keys, or one each; None is chosen by shape."""
+"""The size of a tile: one number, or one for queries and one for keys; None is chosen by shape."""
 
 
 class Call(NamedTuple):
@@ -47,9 +47,7 @@ class Call(NamedTuple):
     plan: Plan
     arrays: Arrays  # query, key, value, scale
     operands: Operands
-    shards: tuple[Shards, Offset] | None = (
-        None  # of a mesh with Explicit axes, with zeros that stand for a shard's place
-    )
+    shards: tuple[Shards, Offset] | None = None  # of a mesh with Explicit axes; the offset stands for that of a shard
 
     def why_not_kernels(self) -> str | None:
         """Why the kernels for GPUs do not serve the call; None if they do."""
@@ -59,16 +57,16 @@ class Call(NamedTuple):
         """(out, log-sum-exp)."""
         if self.shards is None:
             return _attention(self.plan, *self.arrays, self.operands.learned, self.operands)
-        shards, anywhere = self.shards
-        # Masks and score mods were traced with `anywhere` as the place of their shard: each shard puts its own there.
-        is_place = [(x is anywhere.row, x is anywhere.head) for x in jax.tree.leaves(self.operands)]
+        shards, placeholder = self.shards
+        # Masks and score mods were traced with a placeholder, which each shard replaces by its own offset.
+        is_offset = [(x is placeholder.row, x is placeholder.head) for x in jax.tree.leaves(self.operands)]
 
         def attend(offset: Offset, query: Array, key: Array, value: Array, rest: Any) -> tuple[Array, Array]:
             scale, operands = rest
             leaves, structure = jax.tree.flatten(operands)
             placed = (
                 offset.row if is_row else offset.head if is_head else x
-                for x, (is_row, is_head) in zip(leaves, is_place, strict=True)
+                for x, (is_row, is_head) in zip(leaves, is_offset, strict=True)
             )
             operands = jax.tree.unflatten(structure, placed)
             if operands.dropout is not None:
@@ -115,7 +113,7 @@ def prepare(
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> Call | tuple[Array, Array]:
-    """The call, ready to run; or its results, (out, lse), where there is nothing to compute."""
+    """The call, ready to run, or the results (out, lse) of a call without queries or keys."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(caller, query, key, value, **options)
     check_block_size(caller, block_size)
@@ -166,7 +164,7 @@ def prepare_part(
     backend: Backend,
     pieces: int = 1,
 ) -> Call:
-    """A call, whose arguments are checked, for the engines that can run it over some of the keys.
+    """A call of checked arguments, for the engines that can run it over some of the keys.
 
     Args:
         caller: for errors.
@@ -176,7 +174,7 @@ def prepare_part(
         options: of the call, mask and score mod as `resolve_masks` gives them.
         block_size: as in `attend`.
         backend: likewise.
-        pieces: the number of pieces of a sequence that a device holds; no tile joins two of them.
+        pieces: the number of pieces of the sequence on a device; a tile lies in one piece.
     """
     (batch, heads, seq_q, head_dim), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
     shape = batch, heads, seq_q // pieces, seq_kv // pieces
@@ -204,7 +202,7 @@ def prepare_part(
 
 
 def nothing(query: Array, value: Array) -> tuple[Array, Array]:
-    """(out, log-sum-exp) where there is nothing to attend, or nothing that attends."""
+    """(out, log-sum-exp) of a call without queries or without keys."""
     shape = query.shape[:3]
     return jnp.zeros((*shape, value.shape[3]), query.dtype), jnp.full(shape, -jnp.inf, wide_dtype(query.dtype))
 

@@ -13,22 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.checks import apply_score_mod
 from attnax.kernels._core.dropout import dropout_words
 from attnax.kernels._core.finite import scale_query
-from attnax.kernels._core.lift import lift
-from attnax.kernels._core.mesh import vary, vary_with, varying_axes
-from attnax.kernels._core.pairs import check_pairs
+from attnax.kernels._core.lift import defer
+from attnax.kernels._core.mesh import vary, vary_all, vary_with, varying_axes
+from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, TokenArrays
-from attnax.kernels._gpu.decode import (
-    BoundKernel,
-    DecodeInputs,
-    DeferredKernel,
-    attend_bound,
-    kernel_serves,
-    prepare_kernel,
-)
+from attnax.kernels._gpu.decode import DecodeInputs
 from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks
 from attnax.typing import Array, AttentionOptions
 
@@ -56,14 +48,16 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
     words = dropout_words(rng) if rate > 0.0 and rng is not None else None
     b = jnp.arange(query.shape[0], dtype=jnp.int32) if call.b is None else call.b
     queries = Queries(scale_query(query, scale, has_score_mod=score_mod is not None), b, call.positions, words)
-    operands = _bind(call, queries)
+    queries, sources, functions = _lift(call, queries)
     kernel = None
     if call.arrays is not None and call.b is None and words is None:
-        axes = varying_axes(operands[0].query)
+        axes = varying_axes(queries.query)
         scale = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
-        inputs = DecodeInputs(query, scale, call.positions, call.arrays, call.caller)
-        kernel = prepare_kernel(jax.tree.map(lambda x: vary(x, axes), inputs), mask, score_mod)
-    return _attend(*operands, kernel, dropout_rate=rate)
+        bounds = None if mask is None else defer(mask) or lift_bounds(mask)
+        is_opaque = mask is not None and mask.is_opaque
+        kernel = DecodeInputs(query, scale, call.positions, call.arrays, bounds, is_opaque)
+        kernel = vary_all(kernel, axes)
+    return _attend(queries, sources, functions, kernel, dropout_rate=rate)
 
 
 @partial(jax.jit, static_argnames="dropout_rate")  # so that a call outside of jit compiles once
@@ -71,7 +65,7 @@ def _attend(
     queries: Queries,
     sources: tuple[Any, ...],
     functions: tuple[ChunkFunctions, ...],
-    kernel: BoundKernel | DeferredKernel | None,
+    kernel: DecodeInputs | None,
     *,
     dropout_rate: float,
 ) -> tuple[Array, Array]:
@@ -79,11 +73,8 @@ def _attend(
     if kernel is None:
         return in_chunks(queries, sources, functions)
 
-    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: BoundKernel | DeferredKernel) -> Any:
-        bound = kernel.bind() if isinstance(kernel, DeferredKernel) else kernel
-        if bound is None or not kernel_serves(bound):
-            return in_chunks(queries, sources, functions)
-        return attend_bound(bound)
+    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: DecodeInputs) -> Any:
+        return kernel.attend(functions[0].mask, functions[0].score_mod) or in_chunks(queries, sources, functions)
 
     def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: Any) -> tuple[Array, Array]:
         return in_chunks(queries, sources, functions)
@@ -91,39 +82,24 @@ def _attend(
     return by_platform(elsewhere, queries, sources, functions, kernel, cuda=on_gpu)
 
 
-def _bind(call: DecodeCall, queries: Queries) -> tuple[Any, ...]:
-    """The operands of `_attend`, all of which vary over the mesh axes over which any of them does."""
+def _lift(call: DecodeCall, queries: Queries) -> tuple[Queries, tuple[Source, ...], tuple[ChunkFunctions, ...]]:
+    """Queries, sources and functions, all of which vary over the mesh axes over which any of them does."""
+    mask, score_mod, dtype = call.options["mask"], call.options["score_mod"], queries.query.dtype
     batch, heads, seq_q, _ = queries.query.shape
-    leaves = jax.tree.leaves((queries, call.sources))
-    shapes = [(batch, heads, seq_q, source.chunk_size) for source in call.sources]
-    axes = frozenset().union(*map(varying_axes, leaves))
-    check_pairs(call.caller, call.options["mask"], call.options["score_mod"], shapes[0], axes)
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((queries, call.sources))))
+    score_shape = batch, heads, seq_q, call.sources[0].chunk_size
+    functions = lift_functions(call.caller, mask, score_mod, score_shape, axes, dtype)
 
-    def functions(axes: frozenset[str]) -> tuple[ChunkFunctions, ...]:
-        return tuple(_trace(call, shape, queries.query.dtype, axes) for shape in shapes)
+    def of_sources(axes: frozenset[str]) -> tuple[ChunkFunctions, ...]:
+        def example(*shape: int, dtype: Any = jnp.int32) -> Any:
+            return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
 
-    return vary_with(functions, queries, call.sources)
+        b, h, q = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1)
+        sizes = (source.chunk_size for source in call.sources)
+        return tuple(
+            ChunkFunctions(*functions(example(batch, heads, seq_q, n, dtype=dtype), b, h, q, example(batch, 1, 1, n)))
+            for n in sizes
+        )
 
-
-def _trace(call: DecodeCall, score_shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> ChunkFunctions:
-    """The user's functions at the shape of a chunk, with the arrays that they capture as operands."""
-    mask, score_mod = call.options["mask"], call.options["score_mod"]
-    batch, heads, seq_q, size = score_shape
-
-    def example(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
-
-    def keep(b: Array, h: Array, q: Array, kv: Array) -> Array:
-        allowed = mask(b, h, q, kv)
-        # Position -1 is not the last one of a mask's arrays.
-        return allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape) & (q >= 0)
-
-    def modify(scores: Array, *indices: Array) -> Array:
-        assert score_mod is not None
-        return apply_score_mod(call.caller, score_mod, scores, *indices)
-
-    indices = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1), example(batch, 1, 1, size)
-    return ChunkFunctions(
-        None if mask is None else lift(keep, *indices),
-        None if score_mod is None else lift(modify, example(*score_shape, dtype=dtype), *indices),
-    )
+    queries, sources, lifted = vary_with(of_sources, queries, call.sources)
+    return queries, sources, lifted

@@ -1,4 +1,4 @@
-"""The engines of exact attention, a row of `ENGINES` each: where they serve a call, and its two passes.
+"""The engines of exact attention. `ENGINES` has for each whether it serves a call, and its two passes.
 
 The tile loop (`_xla`) runs anywhere. A program lowered for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, one for a
 TPU the kernels of `_tpu`, where these serve the call. All engines keep the same few residuals.
@@ -28,12 +28,12 @@ from attnax.typing import Array, ScoreMod
 __all__ = ["Backend", "Plan", "attend_part", "backward", "backward_part", "finish", "forward", "why_not_kernels"]
 
 Backend = Literal["tiles", "automatic", "pallas", "interpret"]
-"""The tile loop everywhere, the fastest engine, or the kernels for GPUs: as they are, or interpreted."""
+"""The tile loop on all platforms, the fastest engine, the GPU kernels, or the GPU kernels interpreted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is static about a call, beside shapes."""
+    """The static part of a call, beside shapes."""
 
     tiles: tile_loop.Tiles
     backend: Backend
@@ -42,11 +42,13 @@ class Plan:
     learn_scale: bool
     cudnn: Cudnn | None = None  # the arguments of cuDNN, where it serves the call
     splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of a TPU's kernels, where they serve it
-    is_part: bool = False  # `Operands` has the indices of queries and keys, and results are in float32 at least
+    is_part: bool = (
+        False  # the keys are some of all keys: `Operands` has their indices, and results are in float32 at least
+    )
 
 
 class Results(NamedTuple):
-    """Of a whole call, and their cotangents."""
+    """The results of a whole call, and their cotangents."""
 
     out: Array  # (B, N, T, V), in float32 at least
     lse: Array  # (B, N, T), in units of log 2
@@ -55,24 +57,24 @@ class Results(NamedTuple):
 
 
 Gradients = tuple[Array, Array, Array, tuple[Array, ...]]
-"""Of scale * query over scale, of key and of value, and of the learned arrays, all in float32 at least."""
+"""The gradients of scale * query, key, value and the learned arrays, in float32 at least."""
 
 
 class Engine(NamedTuple):
     """One way to run a call."""
 
-    serves: Callable[[Plan], bool]  # whether programs for its platform may hold it
+    serves: Callable[[Plan], bool]  # whether a program for its platform may use it
     # (plan, exact, arrays, operands) -> out, lse in units of log 2, and if `exact` the rounding error of out.
     forward: Callable[[Plan, bool, Arrays, Operands], tuple[Array, Array, Any]]
     # (plan, arrays, operands, results) -> the gradients of the arrays and of `operands.learned`.
     backward: Callable[[Plan, Arrays, Operands, Results], tuple[Any, ...]]
-    # (plan, arrays, operands, results, sums) -> the shares of some of the keys; those of `learned` are added to `sums`.
+    # (plan, arrays, operands, results, sums) -> the shares of some keys; that in `learned` is added to `sums`.
     backward_part: Callable[[Plan, Arrays, Operands, Results, tuple[Array, ...]], Gradients] | None = None
 
 
 def forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
-    """(out, lse in units of log 2, the rounding error of out if `exact` is wanted and anything was rounded)."""
-    # Where cuDNN is sure to run, other engines need no residual; a program for another machine keeps it.
+    """(out, lse in units of log 2, the rounding error of out if `exact` and out is rounded, else None)."""
+    # If cuDNN is sure to run, no engine reads the rounding error. A program for another machine keeps it.
     is_sure = plan.cudnn is not None and has_nvidia_gpu() and why_not_cudnn_here() is None
     exact = exact and arrays[0].dtype.itemsize < 4 and not is_sure
     return _by_platform(plan, lambda engine: partial(engine.forward, plan, exact), arrays, operands)
@@ -92,7 +94,7 @@ def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, 
 def backward_part(
     plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
 ) -> Gradients:
-    """The share of some of the keys in the gradients; `sums` are those of other keys. The plan `is_part`."""
+    """The share of some of the keys in the gradients; `sums` holds the shares of other keys in `learned`."""
     return _by_platform(
         plan,
         lambda engine: engine.backward_part and partial(engine.backward_part, plan),
@@ -104,12 +106,12 @@ def backward_part(
 
 
 def _by_platform(plan: Plan, pass_of: Callable[[Engine], Any], *arguments: Any) -> Any:
-    """What the engine of the plan gives for `arguments`, chosen when the program is lowered."""
+    """The result of the engine that is chosen when the program is lowered."""
     if plan.backend in ("tiles", "interpret"):
         return pass_of(ENGINES["tiles" if plan.backend == "tiles" else "cuda"])(*arguments)
     passes = {platform: pass_of(engine) for platform, engine in ENGINES.items() if engine.serves(plan)}
     tiles = passes.pop("tiles")
-    # On a GPU JAX must see cuDNN's kernels, to cut them over several devices.
+    # On a GPU JAX must see cuDNN's kernels at once, to partition them over several devices.
     now = ["cudnn"] if "cudnn" in passes and has_nvidia_gpu() else []
     return by_platform(tiles, *arguments, now=now, **{name: run for name, run in passes.items() if run is not None})
 
@@ -146,7 +148,7 @@ def _tiles_backward_part(
 
 
 def _in_float32(arrays: Arrays, operands: Operands) -> tuple[Array, Array, Array]:
-    """The arrays in float32 at least, the query scaled to give scores in the units that the tiles take."""
+    """The arrays in float32 at least, the query scaled so that scores have the units of the tile loop."""
     query, key, value, scale = arrays
     query = scale_query(query, scale, has_score_mod=operands.score_mod is not None)
     return query, key.astype(query.dtype), value.astype(query.dtype)
@@ -191,10 +193,10 @@ def why_not_kernels(plan: Plan, arrays: Arrays, operands: Operands) -> str | Non
 
 
 def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) -> Any:
-    """What the kernels of a pass need; None where tiles must do.
+    """The setup of the GPU kernels for a pass; None where the tile loop must run.
 
     Raises:
-        NotImplementedError: kernels are explicitly wanted, but cannot do it.
+        NotImplementedError: the plan asks for the GPU kernels, and they do not serve the call.
     """
     reason = why_not_kernels(plan, arrays, operands)
     if reason is None and plan.backend != "interpret":
@@ -249,7 +251,7 @@ def _splash_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Re
     return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
 
 
-ENGINES = {  # by the name that `by_platform` has for the platform
+ENGINES = {  # by the platform's name in `by_platform`
     "tiles": Engine(lambda plan: True, _tiles_forward, _tiles_backward, _tiles_backward_part),
     "cuda": Engine(lambda plan: True, _kernel_forward, _kernel_backward, _kernel_backward_part),
     "cudnn": Engine(

@@ -34,25 +34,25 @@ __all__ = [
 ]
 
 
+class _Options(AttentionOptions, total=False):
+    block_size: int | None
+
+
+class _Out(_Options, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(_Options):
+    return_lse: Literal[True]
+
+
 @overload
 def memory_efficient_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]
 ) -> Array: ...
 @overload
 def memory_efficient_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @reads_cache_in_chunks
@@ -71,11 +71,11 @@ def memory_efficient_attention(
     return_lse: bool = False,
     block_size: int | None = None,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value tile by tile, skipping what the mask forbids; memory O(T + S).
+    """softmax(scale * query @ key^T) @ value tile by tile, without the tiles that the mask forbids; memory O(T + S).
 
     The result and its gradients are those of `standard_attention`, which documents the arguments and the guarantees.
-    Tiles in which nothing is attended are not computed, forward or backward, whether the mask is one of
-    `attnax.masks`, a one-line function or an array; tiles in which everything is attended need no mask test.
+    Empty tiles, in which no query attends a key, are not computed, forward or backward. Full tiles, in which every
+    query attends every key, need no mask test. Both hold for masks of `attnax.masks`, one-line functions and arrays.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -128,24 +128,10 @@ def memory_efficient_attention(
 
 
 @overload
-def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
+def flash_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @reads_cache_in_chunks
@@ -169,7 +155,7 @@ def flash_attention(
     On an NVIDIA GPU that is cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None.
     Anywhere else it is the engine of `memory_efficient_attention`. The choice is made when the program is lowered: one
     that is exported for "cuda" on a machine without a GPU holds the same kernel. All arguments, results and errors are
-    those of `memory_efficient_attention`; a `block_size` asks for its tiles on every platform.
+    those of `memory_efficient_attention`. With a `block_size` its tiles run on every platform.
 
     Example:
         >>> import jax.numpy as jnp
@@ -212,9 +198,9 @@ def pallas_flash_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs, with mask and score mod inside of it.
 
-    Lowered for any other platform, the tiles run in the engine of `memory_efficient_attention`, whose arguments,
-    results and errors these are but for the last four. On a GPU, products of float32 arrays are in float32 (no TF32);
-    those of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
+    On any other platform the call runs in the engine of `memory_efficient_attention`. Arguments, results and errors are
+    those of that function, beside the last four arguments. On a GPU, products of float32 arrays are in float32 (no
+    TF32). Products of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim).
@@ -230,7 +216,7 @@ def pallas_flash_attention(
         return_lse: also return the log of each query's sum of exponentials.
         block_q: queries of a tile, by default chosen by shape; on a GPU a power of 2, at least 16.
         block_kv: keys of a tile, likewise.
-        interpret: run the GPU's kernel as ordinary JAX on any platform, slowly, to look into it.
+        interpret: run the GPU kernel as ordinary JAX on any platform; slow, for debugging.
         force_fallback: run the tiles of `memory_efficient_attention` on any platform.
 
     Raises:
@@ -274,8 +260,8 @@ def why_not_pallas(
 ) -> str | None:
     """Why the Pallas kernel does not serve these arguments; None if it does.
 
-    `flash_attention` then uses the engine of `memory_efficient_attention`, and so does `pallas_flash_attention` where
-    the reason is the platform; otherwise it raises.
+    If there is a reason, `flash_attention` uses the engine of `memory_efficient_attention`. `pallas_flash_attention`
+    does so only if the reason is the platform, and raises otherwise.
 
     Args:
         query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.

@@ -1,9 +1,9 @@
 """Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
 
-Each device attends from its queries to the keys that are there, by the engine of `flash_attention`, merges the softmax
-states, and passes the keys on. The backward pass is a second ring on which the keys' gradients travel along and arrive
-at home. No device ever holds more than its share, forward or backward; a hop whose keys the mask forbids costs only the
-journey.
+Each device attends from its queries to the keys that it holds, by the engine of `flash_attention`, merges the softmax
+states, and sends the keys on. The backward pass is a second ring, in which the gradients of the keys travel with the
+keys until both are back. No device holds more than its share, forward or backward. A hop whose keys the mask forbids
+costs only communication.
 """
 
 from __future__ import annotations
@@ -40,29 +40,25 @@ from attnax.typing import (
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 
 
+class _Options(AttentionOptions, total=False):
+    axis_name: str | None
+    zigzag: bool
+    block_size: int | None
+
+
+class _Out(_Options, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(_Options):
+    return_lse: Literal[True]
+
+
+@overload
+def ring_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    axis_name: str | None = ...,
-    zigzag: bool = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
-@overload
-def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    axis_name: str | None = ...,
-    zigzag: bool = ...,
-    block_size: int | None = ...,
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @names_residuals
 @takes_mask_objects
@@ -147,15 +143,15 @@ def ring_attention_reference(
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
 ) -> Float[Array, "B N T Hv"]:
-    """What `ring_attention` on all devices together computes, on one: `standard_attention`."""
+    """The result of `ring_attention` on all devices together, computed on one device by `standard_attention`."""
     return standard_attention(query, key, value, mask=mask, score_mod=score_mod)
 
 
 def zigzag_order(seq_len: int, num_devices: int) -> np.ndarray:
-    """The order of a sequence of which each device gets one piece from the front and one from the back.
+    """The order of a sequence that gives each device one piece from the front and one from the back.
 
-    `x[..., order, :]` is what to cut into equal shards for `ring_attention(zigzag=True)`; `numpy.argsort(order)` undoes
-    it. Under a causal mask the last queries attend most keys: this way all devices have the same work.
+    Cut `x[..., order, :]` into equal shards for `ring_attention(zigzag=True)`; `numpy.argsort(order)` undoes the order.
+    Under a causal mask the last queries attend most keys; in this order all devices have the same work.
 
     Raises:
         ValueError: a length that is no multiple of 2 * num_devices.
@@ -240,7 +236,7 @@ class Ring:
         return dataclasses.replace(operands, kv_index=index)
 
     def send(self, tree: Any) -> Any:
-        """Every array of this device to the next one, and the previous one's here."""
+        """Sends every array to the next device; returns the arrays of the previous device."""
         return lax.ppermute(tree, self.axis_name, [(rank, (rank + 1) % self.size) for rank in range(self.size)])
 
 
@@ -291,7 +287,7 @@ _ring = jax.jit(_ring_of, static_argnums=(0, 1))
 
 
 def _state(out: Array, lse: Array) -> softmax.SoftmaxState:
-    """A finished result as a state again: all its keys as one."""
+    """A finished result as a softmax state, as if its keys were one key."""
     return softmax.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
 
 

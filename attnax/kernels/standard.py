@@ -31,23 +31,19 @@ from attnax.typing import (
 __all__ = ["attention_weights", "standard_attention"]
 
 
+class _Out(AttentionOptions, total=False):
+    return_lse: Literal[False]
+
+
+class _OutAndLse(AttentionOptions):
+    return_lse: Literal[True]
+
+
+@overload
+def standard_attention(query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_Out]) -> Array: ...
 @overload
 def standard_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[AttentionOptions],
-) -> Array: ...
-@overload
-def standard_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[AttentionOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[_OutAndLse]
 ) -> tuple[Array, Array]: ...
 @takes_mask_objects
 def standard_attention(
@@ -65,8 +61,8 @@ def standard_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value, over the pairs that the mask allows.
 
-    This is the readable definition, which the fast kernels are checked against. Every derivative of any
-    order works, forward and reverse.
+    This is the readable definition, with which tests compare the fast kernels. Derivatives of any order work, forward
+    and reverse.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -205,9 +201,9 @@ def _attend(
         scores = jnp.where(keep, scores, 0)
         scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
-    # What contaminates the scores of a pair.
+    # The contamination of the scores of a pair.
     of_query = jnp.where(query_finite, 0, jnp.nan)[..., None]
-    # Not by jnp.repeat, which no shard of a mesh with Explicit axes can call outside of jit.
+    # Not by jnp.repeat: outside of jit it fails on a shard of a mesh with Explicit axes.
     of_key = jnp.where(key_finite, 0, jnp.nan)[:, :, None, None, :]
     of_key = jnp.broadcast_to(of_key, (batch, num_kv_heads, num_heads // num_kv_heads, 1, seq_kv))
     of_key = of_key.reshape(batch, num_heads, 1, seq_kv)

@@ -141,7 +141,7 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
     for module, name in (
         (split, "split"),
         (_engines, "prepare"),
-        (decode.DecodeInputs, "bind"),
+        (decode.DecodeInputs, "attend"),
     ):
         monkeypatch.setattr(module, name, refuse)
     kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}

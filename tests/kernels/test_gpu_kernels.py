@@ -27,8 +27,10 @@ from attnax import (
 from attnax.kernels import score_mods
 from attnax.kernels._core import natural
 from attnax.kernels._core.dropout import dropout_words, keep_weights
-from attnax.kernels._core.operands import lift_bounds
-from attnax.kernels._gpu import decode, split, tile_lists
+from attnax.kernels._core.lift import lift_marked
+from attnax.kernels._core.natural import examples
+from attnax.kernels._core.operands import lift_bounds, lift_functions
+from attnax.kernels._gpu import decode, tile_lists
 from attnax.kernels.paged import _token_arrays, paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
@@ -244,7 +246,7 @@ def every_tile_list():
         results = {}
         for name in MASKED:
             mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
-            lifted, bounds = split.lift_mask(mask), lift_bounds(mask)
+            lifted, bounds = lift_marked(mask), lift_bounds(mask)
             codes = tile_lists.tile_codes(grid, 1, 1, bounds, lifted, is_opaque=mask.is_opaque)
             lists = tile_lists.TileList.of(codes)
             results[name] = codes, lists.order, lists.num_visited
@@ -486,9 +488,12 @@ class TestDecode:
 
         @jax.jit
         def run(*arrays):
-            inputs = decode.DecodeInputs(*arrays, "test")
-            kernel = inputs.bind(None if mask is None else masks.as_mask(mask), options.get("score_mod"))
-            return decode.attend_bound(kernel, interpret=True)
+            keep, mod = None if mask is None else masks.as_mask(mask), options.get("score_mod")
+            bounds, is_opaque = (None, False) if keep is None else (lift_bounds(keep), keep.is_opaque)
+            functions = lift_functions("test", keep, mod, (2, 3, 5, 7), frozenset(), jnp.float32)(
+                *examples(jnp.float32)
+            )
+            return decode.DecodeInputs(*arrays, bounds, is_opaque).attend(*functions, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, jnp.asarray(positions), stored), want, strict=True):

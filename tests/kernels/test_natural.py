@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 from test_pairs import ELEMENTWISE, MIXED, MIXED_MASKS
 
-from attnax import flash_attention, masks, pallas_flash_attention, standard_attention
+from attnax import (
+    cached_attention,
+    flash_attention,
+    init_kv_layer_cache,
+    masks,
+    pallas_flash_attention,
+    standard_attention,
+    update_kv_layer_cache,
+)
 from attnax.kernels._core.natural import MARKS
 from attnax.kernels._core.pairs import lift_pairs
 from attnax.kernels._core.reads_sizes import could_read_sizes
+from attnax.kernels.paged import paged_attention
 from attnax.kernels.score_mods import compose_score_mods, soft_cap_mod
+from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
 SHAPE = 2, 3, 5, 7
 SLOPES = np.float32([0.5, 0.25, 0.125])
@@ -71,6 +81,50 @@ def test_a_mod_of_no_natural_shapes_is_called_again_for_its_tile_and_one_that_na
     mod = Counted(function)
     program(platform, 64, jnp.float32, score_mod=mod)
     assert mod.calls == calls
+
+
+@pytest.mark.parametrize("form", ["cached", "paged", "paged and new"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_a_users_mask_and_mod_are_called_once_for_a_cache(platform, form):
+    mask, mod, x = Counted(near), Counted(biased), jnp.ones((2, 3, 5, 16))
+    if form == "cached":
+        cache = update_kv_layer_cache(init_kv_layer_cache(2, 3, 16, max_len=8), x, x)
+        arguments = x[:, :, :1], cache, jnp.array([4])
+        attention = cached_attention
+    else:
+        sizes = {"num_blocks": 5, "block_size": 16, "max_blocks_per_seq": 2}
+        cache = init_paged_kv_cache(**sizes, num_kv_heads=3, head_dim=16, batch_size=2)
+        cache = append_rows(allocate_rows(cache, jnp.array([5, 5])), x, x, jnp.array([5, 5]))
+        arguments = (x[:, :, :1], cache) if form == "paged" else (x, x, x)
+        attention = paged_attention if form == "paged" else functools.partial(paged_attention, cache=cache)
+    step = jax.jit(lambda *x: attention(*x, mask=mask, score_mod=mod)).trace(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step.lower(lowering_platforms=(platform,))
+    assert (mask.calls, mod.calls) == (1, 1)
+
+
+def test_a_mod_that_replaces_the_scores_has_their_shape():
+    x = jax.random.normal(jax.random.key(2), (2, 3, 37, 8))
+
+    def mod(s, b, h, q, kv):
+        return jnp.broadcast_to(jnp.asarray(SLOPES)[h] * kv, s.shape)
+
+    want = standard_attention(x, x, x, score_mod=mod)
+    for kernel in (flash_attention, functools.partial(flash_attention, block_size=16)):
+        np.testing.assert_allclose(kernel(x, x, x, score_mod=mod), want, atol=2e-6)
+    cache = update_kv_layer_cache(init_kv_layer_cache(2, 3, 8, max_len=37), x, x)
+    last = cached_attention(x[:, :, -1:], cache, jnp.array([36]), score_mod=mod)
+    np.testing.assert_allclose(last, want[:, :, -1:], atol=2e-6)
+
+
+def test_an_error_that_no_size_causes_rises():
+    def broken(b, h, q, kv):
+        raise RuntimeError("broken")
+
+    x = jnp.ones((1, 3, 5, 8))
+    with pytest.raises(RuntimeError, match="broken"):
+        flash_attention(x, x, x, mask=broken)
 
 
 def test_the_librarys_own_functions_are_traced_once(monkeypatch):

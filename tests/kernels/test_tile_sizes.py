@@ -90,7 +90,7 @@ def test_pages_that_no_card_holds_are_left_to_the_chunks():
         pages = jnp.zeros((1, page, 1, 128), jnp.bfloat16)
         tokens = decode.TokenArrays(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
         query, positions = jnp.zeros((1, 4, 1, 128), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
-        return decode.DecodeInputs(query, jnp.float32(1), positions, tokens, "test")._tile()
+        return decode.DecodeInputs(query, jnp.float32(1), positions, tokens)._tile()
 
     assert paged(16).block_kv == 16
     assert paged(128).block_kv == 128

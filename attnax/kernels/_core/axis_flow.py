@@ -42,7 +42,7 @@ Axis = tuple[Factor, ...]
 
 
 class Value(NamedTuple):
-    """What is known of a value: its axes, and the loops over an axis of the pairs in whose step it was made."""
+    """The axes of a value, and the loops over an axis of the pairs in which it is computed."""
 
     axes: tuple[Axis, ...]
     steps: frozenset[Any] = frozenset()
@@ -74,7 +74,7 @@ def check_program(program: Any, score_shape: tuple[int, ...], has_scores: bool) 
 
 
 def _follow(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
-    """What is known of the results of a program."""
+    """The axes of the results of a program."""
     known: dict[Var, Value] = dict(zip(jaxpr.constvars, map(_of_array, consts), strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -128,7 +128,7 @@ def _mixed(eqn: JaxprEqn, axis: Axis) -> None:
 
 
 def _join(eqn: JaxprEqn, values: Iterable[Value]) -> Value:
-    """Of values that meet place by place; numbers meet every place."""
+    """The axes that values of an elementwise operation have together; numbers broadcast."""
     values = list(values)
     rank = max((len(value.axes) for value in values), default=0)
     whole = [value for value in values if len(value.axes) == rank]
@@ -227,7 +227,7 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of an operation along one axis, where every place may depend on all others."""
+    """The rule of an operation along one axis, where each result may depend on all elements."""
     along, operand = _axis_along(eqn), _join(eqn, inputs)
     _mixed(eqn, operand.axes[along])
     results = []
@@ -261,7 +261,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _without_joined(value: Value, eqn: JaxprEqn) -> Value:
-    """An operand of `_reorder`; one of `concatenate` without the joined axis, whose size differs by operand."""
+    """An operand of `_reorder`. For `concatenate` the joined axis, whose size differs by operand, is left out."""
     if eqn.primitive.name != "concatenate":
         return value
     along = eqn.params["dimension"]
@@ -407,7 +407,7 @@ def _while(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
     def step(carry: Sequence[Value]) -> list[Value]:
         (going,) = _follow_call(eqn.params["cond_jaxpr"], (*of_cond, *carry))
-        # Under `vmap` each element has a condition of its own, whose axes are the first ones of all that is carried.
+        # Under `vmap` each element has its own condition, whose axes come first in every carried value.
         return [
             _join(eqn, (value, Value((*going.axes, *value.axes[len(going.axes) :]), going.steps)))
             for value in _follow_call(eqn.params["body_jaxpr"], (*of_body, *carry))
@@ -442,7 +442,7 @@ def _scan(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """(constants, carry, what is scanned over)."""
+    """(constants, carry, arrays to scan over)."""
     if "ft_in" in eqn.params:  # JAX 0.12
         consts, carry, xs = map(list, eqn.params["ft_in"].update(inputs).unpack())
         return consts, carry, xs
@@ -452,11 +452,11 @@ def _parts_of_scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], lis
 
 
 class Loop:
-    """A loop over an axis of the pairs that carries nothing from step to step; each is equal only to itself."""
+    """A loop over an axis of the pairs, without a carry. A loop equals only itself."""
 
 
 def _until_stable(eqn: JaxprEqn, step: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]) -> list[Value]:
-    """What is known of the values that a loop carries, however often it runs."""
+    """The axes of the values that a loop carries, for any number of steps."""
     known = list(carry)
     while True:
         joined = [_join(eqn, pair) for pair in zip(known, step(known), strict=True)]
@@ -506,8 +506,8 @@ _RULES |= dict.fromkeys(
 def sizes_mixed(eqn: JaxprEqn) -> tuple[Any, ...]:
     """Sizes of the axes that an equation mixes, so that its result may depend on how many places there are.
 
-    None is an axis of the pairs, which `check_program` refuses first. But an array that is filled by the sizes of the
-    arguments has an axis "same", and its sum tells the length of that axis.
+    `check_program` refuses axes of the pairs first. But an array that is filled by the sizes of the arguments has an
+    axis "same", and its sum tells the length of that axis.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [shape_of(var) for var in eqn.invars]

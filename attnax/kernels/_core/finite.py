@@ -1,4 +1,4 @@
-"""Non-finite rows: what they must not reach, and what they contaminate."""
+"""Which rows are not finite, and the NaN with which they contaminate scores."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def scale_query(query: Array, scale: Any, *, has_score_mod: bool) -> Array:
 
 
 def zero_or_nan(x: Array) -> Array:
-    """0 for each finite row, NaN for each other one.
+    """0 for a finite row, NaN for a non-finite row.
 
-    It is a product, which a CPU computes faster than `isfinite` and `all`, by a number so small that no sum overflows.
+    A CPU computes a product faster than `isfinite` and `all`. The factor is so small that no sum overflows.
     """
     small = jnp.full(x.shape[-1:], 2.0**-100, x.dtype)
     return lax.dot_general(x, small, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST) * 0

@@ -1,9 +1,9 @@
 """Lifting: a user's function of pairs, with the arrays that it captures as operands that get gradients.
 
 A score mod or mask may close over arrays: parameters, document ids, values of an enclosing `grad`, `vmap` or
-`shard_map`. A hand-written backward pass sees only its operands, so `lift` traces the function once, computes what
-depends on nothing but captured arrays there and then, under ordinary differentiation, and keeps the rest as a program
-that is run tile by tile on the values cut through.
+`shard_map`. A hand-written backward pass sees only its operands, so `lift` traces the function once. Work on captured
+arrays alone is done at once, under ordinary differentiation. The rest is a program that runs for each tile; the values
+that it needs are its operands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from attnax.kernels._core.programs import (
 from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["Deferred", "Lifted", "defer", "is_own", "lift", "lift_marked", "lift_traced", "sum_in_float32"]
+__all__ = ["Deferred", "Lifted", "defer", "lift", "lift_marked", "lift_traced", "sum_in_float32"]
 
 
 @pytree_dataclass
@@ -46,15 +46,15 @@ class Lifted:
     Attributes:
         values: the captured arrays, as far as tiles need them.
         program: run for each tile.
-        refusal: why it takes only arrays of the shapes that it was traced at; None if it takes any that broadcast, and
-            gives results of the shape that they broadcast to, or smaller.
+        refusal: why the program runs only at the shapes that it was traced at; None if it runs at any shapes that
+            broadcast. The result then has the shape to which they broadcast, or one that broadcasts to it.
     """
 
     values: tuple[Array, ...]
     program: Program = dataclasses.field(metadata={"static": True})
     refusal: str | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, *arguments: Array) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         """The function's result: one array, or a tuple of several."""
         return self._run(self.values, arguments, {})
 
@@ -90,7 +90,8 @@ class Lifted:
             values = list(self.values)
             for i, x in zip(direct, given, strict=True):
                 values[i] = x
-            return self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
+            modified = self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
+            return jnp.broadcast_to(modified, scores.shape)  # smaller if it does not depend on the scores
 
         result, pull = jax.vjp(run, scores, [self.values[i] for i in direct], [x for x, _, _, _ in reads.values()])
 
@@ -193,7 +194,7 @@ def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) 
     refusal: str | None = "it was traced at one shape"
     if marked:
         refusal = natural.why_not_natural(program)
-        if refusal is not None:  # the reason for which a kernel refuses it as well
+        if refusal is not None:  # the reason of a kernel, which accepts less
             refusal = natural.why_not_natural(program, natural.KERNEL_ELEMENTWISE)
     return Lifted(values, program, refusal)
 
@@ -225,16 +226,6 @@ class Deferred:
         arrays = iter(self.arrays)
         return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in leaves])
 
-    @property
-    def floats(self) -> tuple[Array, ...]:
-        """The arrays that get gradients."""
-        return tuple(x for x in self.arrays if is_float(x))
-
-    def with_floats(self, floats: Sequence[Array]) -> Deferred:
-        """The same with other arrays in these places."""
-        rest = iter(floats)
-        return dataclasses.replace(self, arrays=tuple(next(rest) if is_float(x) else x for x in self.arrays))
-
 
 def defer(function: Any) -> Deferred | None:
     """The function as a Deferred, None if something in it is not the library's own."""
@@ -249,7 +240,7 @@ def defer(function: Any) -> Deferred | None:
 
 
 def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, the gradients of whose captured float16 and bfloat16 arrays are summed in float32."""
+    """`function(*arguments)`; gradients of captured float16 and bfloat16 arrays are summed in float32."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):

@@ -1,8 +1,8 @@
 """A function of pairs, traced once at sizes that no array has, and run at any shapes.
 
 `MARKS` tell the axes of the pairs apart in the shapes of a traced function. If the function computes place by place and
-reads single elements of captured arrays, its program is not tied to these sizes. Each value has a natural shape: the
-shape to which the indices that it depends on broadcast. The same equations then serve a tile of any size, transposed or
+reads single elements of captured arrays, its program is not tied to these sizes. The natural shape of a value is the
+broadcast shape of the indices that it depends on. The same equations then serve a tile of any size, transposed or
 not, a tile of a GPU's kernel, and whole arrays.
 """
 
@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.programs import Program, flatten, is_narrow, spread, trace_rule
+from attnax.kernels._core.programs import Program, dtype_of, flatten, is_narrow, shape_of, spread, trace_rule
 from attnax.typing import Array
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "evaluate",
     "examples",
     "gather",
+    "no_table",
+    "run_varying",
     "why_not_natural",
 ]
 
@@ -46,7 +48,7 @@ KERNEL_ELEMENTWISE = frozenset((
     "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
     "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ))
-"""Primitives whose result at a place depends on their operands at that place, as the kernels for GPUs have them."""
+"""The elementwise primitives that the GPU kernels have."""
 
 ELEMENTWISE = KERNEL_ELEMENTWISE | frozenset((
     "bessel_i0e", "bessel_i1e", "complex", "conj", "copy_p", "digamma", "eq_to", "erf", "erf_inv", "erfc", "igamma",
@@ -55,7 +57,7 @@ ELEMENTWISE = KERNEL_ELEMENTWISE | frozenset((
     "random_seed", "real", "reduce_precision", "regularized_incomplete_beta", "reshard", "round",
     "sharding_constraint", "threefry2x32", "zeta",
 ))
-"""All such primitives."""
+"""All elementwise primitives."""
 
 SHAPE = frozenset(("broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "reshard", "squeeze"))
 """Primitives that change neither the values nor their natural shape."""
@@ -65,7 +67,7 @@ _BROADCASTING = frozenset((
     "add", "and", "atan2", "div", "eq", "ge", "gt", "le", "lt", "max", "min", "mul", "ne", "or", "pow", "rem", "sub",
     "xor",
 ))
-_OF_SHAPES = frozenset((  # of several results, of keys, or of a mesh's
+_OF_SHAPES = frozenset((  # with several results, of random keys, or of a mesh
     "mesh_cast", "optimization_barrier", "random_fold_in", "random_seed", "sharding_constraint", "threefry2x32",
 ))
 # fmt: on
@@ -83,12 +85,12 @@ def examples(scores: Any = None, sizes: Sequence[int] = MARKS, axes: frozenset[s
     return indices if scores is None else (example(tuple(sizes), scores), *indices)
 
 
-class RefusedError(Exception):
-    """The program has no natural shapes; the message says what it does."""
+class TiedToShapeError(Exception):
+    """A program is tied to the sizes at which it was traced; the message says why."""
 
 
 def why_not_natural(program: Program, elementwise: frozenset[str] = ELEMENTWISE - _OF_SHAPES) -> str | None:
-    """What of a program, traced at marked sizes, ties it to these sizes; None if nothing does.
+    """Why a program is tied to the marked sizes at which it was traced; None if it is not.
 
     Args:
         program: of arguments as `examples` gives them, or ranges of them.
@@ -102,63 +104,63 @@ def why_not_natural(program: Program, elementwise: frozenset[str] = ELEMENTWISE 
             _check_used([var for var in eqn.invars if var not in tables], captured)
         _check_used(program.results, captured)
         for result in program.results:
-            shape, _ = _kind(result)
+            shape = shape_of(result)
             if len(shape) > 4 or any(
                 have not in (1, mark) for have, mark in zip(shape[::-1], MARKS[::-1], strict=False)
             ):
-                raise RefusedError(f"it gives results of shape {shape}")
-    except RefusedError as refusal:
+                raise TiedToShapeError(f"it gives results of shape {shape}")
+    except TiedToShapeError as refusal:
         return str(refusal)
     return None
 
 
 def _check_used(variables: Iterable[Any], captured: set[Var]) -> None:
     for var in variables:
-        if isinstance(var, Var) and var in captured and math.prod(_kind(var)[0]) != 1:
-            raise RefusedError(
-                f"it uses a captured array of shape {_kind(var)[0]} as a whole; index it by b, h, q and kv"
+        if isinstance(var, Var) and var in captured and math.prod(shape_of(var)) != 1:
+            raise TiedToShapeError(
+                f"it uses a captured array of shape {shape_of(var)} as a whole; index it by b, h, q and kv"
             )
 
 
 def _check(eqn: JaxprEqn, captured: set[Var], elementwise: frozenset[str]) -> None:
     name = eqn.primitive.name
-    shapes = [_kind(var)[0] for var in (*eqn.invars, *eqn.outvars)]
+    shapes = [shape_of(var) for var in (*eqn.invars, *eqn.outvars)]
     if name == "gather":
         _check_gather(eqn, captured)
     elif name == "concatenate":
         last = len(shapes[-1]) - 1
         if eqn.params["dimension"] != last or any(shape[-1] != 1 for shape in shapes[:-1]):
-            raise RefusedError("concatenate")
+            raise TiedToShapeError("concatenate")
     elif name == _CUSTOM:
         for program in _call_and_rule(eqn):
             for inner in program.jaxpr.eqns:
                 _check(inner, set(), elementwise)
     elif name in SHAPE:
         if _marks(shapes[0]) != [mark for mark in _marks(shapes[-1]) if mark in _marks(shapes[0])]:
-            raise RefusedError(f"{name} to shape {shapes[-1]}")
+            raise TiedToShapeError(f"{name} to shape {shapes[-1]}")
     elif name not in elementwise or eqn.effects:
-        raise RefusedError(name)
-    if any(isinstance(var, Var) and jnp.issubdtype(_kind(var)[1], jnp.complexfloating) for var in eqn.outvars):
-        raise RefusedError("complex numbers")
+        raise TiedToShapeError(name)
+    if any(isinstance(var, Var) and jnp.issubdtype(dtype_of(var), jnp.complexfloating) for var in eqn.outvars):
+        raise TiedToShapeError("complex numbers")
     for var in eqn.outvars:
-        odd = [size for size in _kind(var)[0] if size != 1 and size not in MARKS]
+        odd = [size for size in shape_of(var) if size != 1 and size not in MARKS]
         if odd and name != "concatenate":
-            raise RefusedError(f"{name} with an axis of size {odd[0]}")
+            raise TiedToShapeError(f"{name} with an axis of size {odd[0]}")
 
 
 def _check_gather(eqn: JaxprEqn, captured: set[Var]) -> None:
     table, _ = eqn.invars
     numbers = eqn.params["dimension_numbers"]
-    shape, _ = _kind(table)
+    shape = shape_of(table)
     whole = tuple(range(len(shape)))
     if not isinstance(table, Var) or table not in captured:
-        raise RefusedError("gather of computed values")
+        raise TiedToShapeError("gather of computed values")
     left = set(whole) - set(numbers.start_index_map)
     is_element = not (numbers.operand_batching_dims or numbers.offset_dims) and numbers.collapsed_slice_dims == whole
     if not is_element or any(shape[axis] != 1 for axis in left):
-        raise RefusedError(f"gather of slices; index all {len(shape)} axes of the captured array")
+        raise TiedToShapeError(f"gather of slices; index all {len(shape)} axes of the captured array")
     if eqn.params["mode"] not in _MODES:
-        raise RefusedError(f"gather in mode {eqn.params['mode']}")
+        raise TiedToShapeError(f"gather in mode {eqn.params['mode']}")
 
 
 Gather = Callable[[JaxprEqn, tuple[Any, ...]], Any]
@@ -175,21 +177,21 @@ def evaluate(
     gather: Gather,
     bind: Bind | None = None,
 ) -> None:
-    """Runs equations on values of natural shapes; values joined by `concatenate`, an index, stay a tuple.
+    """Runs equations on values of natural shapes. The result of `concatenate`, an index, is a tuple of its parts.
 
     Args:
         equations: of a program that `why_not_natural` accepts.
-        env: the values so far; the results are added. All that have axes have the same number of them.
+        env: the values so far; the results are added. All values with axes have the same number of axes.
         rules: the `Program.rules`.
         gather: reads captured arrays.
-        bind: runs an elementwise equation, by default as it is.
+        bind: runs an elementwise equation; by default as `run_varying` does.
     """
     bind = _bind if bind is None else bind
 
     def read(var: Any) -> Any:
-        value = _kind(var)[1].type(var.val) if isinstance(var, Literal) else env[var]
-        # A captured array of one element may have any number of axes; a kernel that learns it has one for each row.
-        is_number = np.ndim(value) and jnp.size(value) == 1 and not _marks(_kind(var)[0])
+        value = dtype_of(var).type(var.val) if isinstance(var, Literal) else env[var]
+        # A captured array of one element may have any number of axes. A kernel that learns it has one per row.
+        is_number = np.ndim(value) and jnp.size(value) == 1 and not _marks(shape_of(var))
         return value.reshape(()) if is_number else value
 
     for eqn in equations:
@@ -209,8 +211,13 @@ def evaluate(
 
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Any:
-    if eqn.primitive.name not in _BROADCASTING or is_narrow(_kind(eqn.outvars[0])[1]):
+    if eqn.primitive.name not in _BROADCASTING or is_narrow(dtype_of(eqn.outvars[0])):
         values = align(eqn, values)
+    return run_varying(eqn, values)
+
+
+def run_varying(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+    """The result of an equation on values that may vary over different mesh axes."""
     axes = frozenset().union(*map(varying_axes, values))
     return eqn.primitive.bind(*(vary(x, axes) for x in values), **eqn.params)
 
@@ -219,7 +226,7 @@ def align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """The operands of an elementwise equation at one shape; numbers stay numbers where they were traced as such."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, values))
     return [
-        x if jnp.shape(x) in (shape, _kind(var)[0]) else spread(jnp.asarray(x), shape)
+        x if jnp.shape(x) in (shape, shape_of(var)) else spread(jnp.asarray(x), shape)
         for x, var in zip(values, eqn.invars, strict=True)
     ]
 
@@ -229,28 +236,27 @@ def gather(table: Array, eqn: JaxprEqn, index: tuple[Any, ...]) -> tuple[Array, 
     shape = jnp.broadcast_shapes(*map(jnp.shape, index))
     parts = [lax.expand_dims(spread(jnp.asarray(x), shape), [len(shape)]) for x in index]
     where = parts[0] if len(parts) == 1 else lax.concatenate(parts, len(shape))
-    axes = varying_axes(table) | varying_axes(where)
-    return eqn.primitive.bind(vary(table, axes), vary(where, axes), **eqn.params), where
+    return run_varying(eqn, (table, where)), where
 
 
 def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:
     """The programs of a function with a derivative of its own: its result, and the result's tangent."""
     programs = flatten(eqn.params["call_jaxpr"], rules=True), trace_rule(eqn)
     if any(program.consts for program in programs):
-        raise RefusedError(f"{eqn.primitive.name} with arrays of its own")
+        raise TiedToShapeError(f"{eqn.primitive.name} with arrays of its own")
     return programs
 
 
 def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any], bind: Bind) -> Sequence[Array]:
-    """The results of such a function, which keeps its derivative."""
+    """The results of a function with a derivative of its own, which is kept."""
     if id(eqn) not in rules:
         rules[id(eqn)] = _call_and_rule(eqn)
     of_call, of_rule = rules[id(eqn)]
 
     def run(program: Any, *values: Any) -> list[Array]:
         env: dict[Any, Any] = dict(zip(program.jaxpr.invars, values, strict=True))
-        evaluate(program.jaxpr.eqns, env, rules, _no_table, bind)
-        return [jnp.asarray(x.val if isinstance(x, Literal) else env[x], x.aval.dtype) for x in program.jaxpr.outvars]
+        evaluate(program.jaxpr.eqns, env, rules, no_table, bind)
+        return [jnp.asarray(x.val if isinstance(x, Literal) else env[x], dtype_of(x)) for x in program.jaxpr.outvars]
 
     @jax.custom_jvp
     def call(*values: Any) -> list[Array]:
@@ -266,13 +272,8 @@ def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any],
     return call(*values)
 
 
-def _no_table(eqn: JaxprEqn, index: Any) -> Array:
+def no_table(eqn: JaxprEqn, index: Any) -> Array:
     raise AssertionError(f"{eqn.primitive.name} needs a table")
-
-
-def _kind(var: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype."""
-    return tuple(var.aval.shape), var.aval.dtype
 
 
 def _marks(shape: Sequence[int]) -> list[int]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from attnax.checks import apply_score_mod
-from attnax.kernels._core.lift import Deferred, Lifted, defer, is_own, lift
+from attnax.kernels._core.lift import Deferred, Lifted, defer, lift
 from attnax.kernels._core.mesh import vary_with, varying_axes
 from attnax.kernels._core.natural import examples
 from attnax.kernels._core.pairs import lift_pairs, lift_where_it_can
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
-from attnax.pytrees import pytree_dataclass
+from attnax.pytrees import is_own, pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["Arrays", "Operands", "bind", "lift_bounds"]
+__all__ = ["Arrays", "Operands", "bind", "bind_bounds", "lift_bounds", "lift_functions"]
 
 Arrays = tuple[Array, Array, Array, Array]
 """query (B, N, T, H), key (B, K, S, H), value (B, K, S, V) in one floating dtype, and the scale in float32 at least."""
@@ -25,15 +27,15 @@ Arrays = tuple[Array, Array, Array, Array]
 
 @pytree_dataclass
 class Operands:
-    """What both passes of a call read beside query, key, value and scale."""
+    """The inputs of both passes, beside query, key, value and scale."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
-    bounds: Lifted | Deferred | None  # see `lift_bounds`; the mask itself while nothing needs them
+    bounds: Lifted | Deferred | None  # see `lift_bounds`; Deferred until a program needs them
     score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
     q_index: Array  # (T,) int32: the index of each query that masks and score mods see
     kv_index: Array  # (S,)
     dropout: Array | None  # see `dropout.dropout_words`
-    is_opaque: bool = dataclasses.field(metadata={"static": True})  # the bounds do not tell enough
+    is_opaque: bool = dataclasses.field(metadata={"static": True})  # whether pairs must decide where bounds cannot
 
     @property
     def learned(self) -> tuple[Array, ...]:
@@ -64,7 +66,7 @@ def bind(
 
     Args:
         caller: for errors.
-        arrays: query, key, value and scale; of arrays that a `shard_map` is still to cut the shapes of their shards.
+        arrays: query, key, value and scale; for arrays that a `shard_map` will cut, the shapes of their shards.
         mask: of the call.
         score_mod: of the call.
         index: of queries and keys.
@@ -76,44 +78,57 @@ def bind(
         MixedPairsError: the mask or the score mod looks beyond its own pair.
     """
     axes, dtype = frozenset().union(*map(varying_axes, arrays)), arrays[3].dtype
-    lifted_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
-    lifted_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+    functions = lift_functions(caller, mask, score_mod, score_shape, axes, dtype)
     bounds: Lifted | Deferred | None = None
     if mask is not None:
-        is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)  # then only GPUs, whose tiles are smaller, ask
+        # One tile needs no bounds. Only a GPU, with smaller tiles, asks for them then.
+        is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)
         bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
     is_opaque = mask is not None and (mask.is_opaque or bounds is None)
 
-    def modify(*arguments: Any) -> Array:
-        assert score_mod is not None
-        return apply_score_mod(caller, score_mod, *arguments)
-
     def operands(axes: frozenset[str]) -> Operands:
-        scores, *indices = examples(dtype, tile_shape, axes)
-        return Operands(
-            _at_shape(lifted_mask, mask, *indices),
-            bounds,
-            _at_shape(lifted_mod, modify, scores, *indices),
-            *index,
-            words,
-            is_opaque,
-        )
+        lifted_mask, lifted_mod = functions(*examples(dtype, tile_shape, axes))
+        return Operands(lifted_mask, bounds, lifted_mod, *index, words, is_opaque)
 
     bound, made = vary_with(operands, arrays)
     return bound, made
 
 
-def _at_shape(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
-    """What `lift_pairs` gave of a function, traced at the shapes of these arguments if it must be."""
-    if lifted is None or isinstance(lifted, Lifted):
+def lift_functions(
+    caller: str,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
+    score_shape: tuple[int, ...],
+    axes: frozenset[str],
+    dtype: Any,
+) -> Callable[..., tuple[Lifted | None, Lifted | None]]:
+    """A function of example arguments (scores, b, h, q, kv) that gives the lifted mask and score mod.
+
+    A function whose program runs at any shapes is called once, here. Any other is traced at each set of examples.
+
+    Raises:
+        MixedPairsError: the mask or the score mod looks beyond its own pair.
+    """
+    any_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
+    any_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
+
+    modify = None if score_mod is None else partial(apply_score_mod, caller, score_mod)
+
+    def at(lifted: Lifted | str | None, function: Any, *arguments: Any) -> Lifted | None:
+        if isinstance(lifted, str):
+            return dataclasses.replace(lift(function, *arguments), refusal=lifted)
         return lifted
-    return dataclasses.replace(lift(function, *arguments), refusal=lifted)
+
+    def functions(scores: Any, *indices: Any) -> tuple[Lifted | None, Lifted | None]:
+        return at(any_mask, mask, *indices), at(any_mod, modify, scores, *indices)
+
+    return functions
 
 
 def lift_bounds(mask: Mask) -> Lifted | None:
     """(b, h, first and last q, first and last kv) -> (may any pair attend, do all) of tiles at any of these indices.
 
-    None if the mask does not tell, or reads the sizes of its arguments; then its pairs do.
+    None if the mask has no bounds, or reads the sizes of its arguments; its pairs then decide.
     """
     if type(mask).tile is Mask.tile:
         return None
@@ -125,3 +140,8 @@ def lift_bounds(mask: Mask) -> Lifted | None:
     b, h, q, kv = examples()
     lifted = lift_where_it_can(bounds, b, h, q, q, kv, kv)[1]
     return lifted if isinstance(lifted, Lifted) and (is_own(mask) or not could_read_sizes(mask)) else None
+
+
+def bind_bounds(bounds: Lifted | Deferred | None) -> Lifted | None:
+    """The bounds of a mask, where a program needs them."""
+    return lift_bounds(bounds()) if isinstance(bounds, Deferred) else bounds

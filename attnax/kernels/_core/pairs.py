@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,14 +20,19 @@ from jax.extend.core import Jaxpr, Literal
 
 from attnax.checks import apply_score_mod
 from attnax.kernels._core.axis_flow import RefusedError, check_program, inner_programs, sizes_mixed
-from attnax.kernels._core.lift import Lifted, is_own, lift_traced
+from attnax.kernels._core.lift import Lifted, lift_traced
 from attnax.kernels._core.natural import ELEMENTWISE, MARKS, examples
 from attnax.kernels._core.programs import needed_for, shape_of
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
+from attnax.pytrees import is_own
 from attnax.typing import ScoreMod
 
-__all__ = ["MixedPairsError", "check_pairs", "lift_pairs", "lift_where_it_can", "why_not_pairs"]
+__all__ = ["MixedPairsError", "check_pairs", "lift_pairs", "lift_where_it_can"]
+
+
+# The errors that a function may raise because its arguments have other sizes than it expects.
+_OF_SIZES = TypeError, ValueError, LookupError, ArithmeticError, AssertionError
 
 
 class MixedPairsError(NotImplementedError):
@@ -36,15 +42,7 @@ class MixedPairsError(NotImplementedError):
 def check_pairs(
     caller: str, mask: Mask | None, score_mod: ScoreMod | None, score_shape: tuple[int, ...], axes: frozenset[str]
 ) -> None:
-    """Raises MixedPairsError if the mask or the score mod mixes pairs; the library's own masks and mods do not.
-
-    Args:
-        caller: the kernel, for the message.
-        mask: of the call.
-        score_mod: of the call.
-        score_shape: (B, N, T, S).
-        axes: mesh axes of an enclosing `shard_map` over which the arguments vary.
-    """
+    """Raises MixedPairsError if the mask or the score mod mixes pairs; see `lift_pairs`."""
     for function, scores in ((mask, None), (score_mod, jnp.float32)):
         if function is not None and not is_own(function):
             lift_pairs(caller, function, score_shape, axes, scores=scores)
@@ -66,65 +64,49 @@ def lift_pairs(
         MixedPairsError: it looks beyond its own pair.
         ValueError: the result does not broadcast to the shape of the indices.
     """
-    lifted, reason = _examine(caller, function, score_shape, axes, scores)
-    if reason is not None:
+    try:
+        return _examine(caller, function, score_shape, axes, scores)
+    except RefusedError as reason:
         raise MixedPairsError(
             f"{caller}: {'mask' if scores is None else 'score_mod'} must look at one pair of query and key at a time, "
             f"which is what lets it run tile by tile; this one {reason}. Index arrays by b, h, q and kv, or use "
             "standard_attention (AttentionType.STANDARD), which computes all scores at once."
-        )
-    return lifted
-
-
-def why_not_pairs(
-    caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str] = frozenset(), *, has_scores: bool
-) -> str | None:
-    """What a mask or score mod does beyond its own pair; None if nothing."""
-    return _examine(caller, function, score_shape, axes, jnp.float32 if has_scores else None)[1]
+        ) from reason
 
 
 def _examine(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
-) -> tuple[Lifted | str, str | None]:
-    """The result of `lift_pairs`, and what the function does beyond its own pair."""
-    run, has_scores = _as_function(caller, function, scores), scores is not None
+) -> Lifted | str:
+    """The result of `lift_pairs`; RefusedError if the function looks beyond its own pair."""
+    run = function if scores is None else partial(apply_score_mod, caller, function)
     if is_own(function) or 0 in score_shape:
-        return lift_where_it_can(run, *examples(scores))[1], None
-    try:
-        # A function that reads sizes may loop over them, and marked sizes are large.
-        last = _compare(caller, run, score_shape, axes, has_scores) if could_read_sizes(function) else None
-        traced, lifted = lift_where_it_can(run, *examples(scores))
-        if last is None:
-            # It may have imported a module meanwhile, so it is looked into again.
-            if traced is not None and not could_read_sizes(function) and _is_of_pairs(traced, lifted, has_scores):
-                return lifted, None
-            last = _compare(caller, run, score_shape, axes, has_scores)
-        if axes:
-            return "it may read the sizes of its arguments", None
-        if traced is not None:
-            _check_same(last, traced)
-    except RefusedError as refusal:
-        return "", str(refusal)
-    return lifted, None
+        return lift_where_it_can(run, *examples(scores))[1]
+    # A function that reads sizes may loop over them, and marked sizes are large.
+    last = _compare(caller, run, score_shape, axes, scores) if could_read_sizes(function) else None
+    traced, lifted = lift_where_it_can(run, *examples(scores))
+    if last is None:
+        # It may have imported a module meanwhile, so it is looked into again.
+        if traced is not None and not could_read_sizes(function) and _is_of_pairs(traced, lifted, scores):
+            return lifted
+        last = _compare(caller, run, score_shape, axes, scores)
+    if axes:
+        return "it may read the sizes of its arguments"
+    if traced is not None:
+        _check_same(last, traced)
+    return lifted
 
 
 def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Lifted | str]:
-    """The trace of a function at arguments of marked sizes, and the function for any shapes, or why it is not."""
+    """The trace of a function at marked sizes, and the function lifted for any shapes, or why it cannot be."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
-    except Exception as error:  # an error of its own is raised again when it is traced at its own sizes
-        return None, f"it works at its own sizes, and not at others ({error})"
+    except _OF_SIZES as error:  # if sizes did not cause it, the trace at true sizes raises it again
+        return None, f"it works at the sizes of the call, and not at others ({error})"
     lifted = lift_traced(traced, arguments, marked=True)
     return traced, lifted if lifted.refusal is None else lifted.refusal
 
 
-def _as_function(caller: str, function: Any, scores: Any) -> Callable[..., Any]:
-    if scores is None:
-        return function
-    return lambda *arguments: apply_score_mod(caller, function, *arguments)
-
-
-def _is_of_pairs(traced: Any, lifted: Lifted | str, has_scores: bool) -> bool:
+def _is_of_pairs(traced: Any, lifted: Lifted | str, scores: Any) -> bool:
     """Whether a program, traced at marked sizes, looks at one pair at a time and uses no such size."""
     shapes = [*map(shape_of, traced.jaxpr.outvars)]
     if any(len(shape) > 4 for shape in shapes) or _shows_marks(traced):
@@ -132,7 +114,7 @@ def _is_of_pairs(traced: Any, lifted: Lifted | str, has_scores: bool) -> bool:
     if isinstance(lifted, Lifted):  # a program that runs at any shapes looks at one pair
         return True
     try:
-        check_program(traced, MARKS, has_scores)
+        check_program(traced, MARKS, scores is not None)
     except RefusedError:
         return False
     return all(have in (1, want) for shape in shapes for have, want in zip(shape[::-1], MARKS[::-1], strict=False))
@@ -163,7 +145,7 @@ def _holds_mark(numbers: Any) -> bool:
 
 
 def _compare(
-    caller: str, run: Callable[..., Any], score_shape: tuple[int, ...], axes: frozenset[str], has_scores: bool
+    caller: str, run: Callable[..., Any], score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> Any:
     """A program of the function at other sizes than the true ones.
 
@@ -173,7 +155,7 @@ def _compare(
     """
 
     def trace(sizes: tuple[int, ...]) -> Any:
-        return jax.make_jaxpr(run)(*examples(jnp.float32 if has_scores else None, sizes, axes))
+        return jax.make_jaxpr(run)(*examples(scores, sizes, axes))
 
     if axes:  # in a `shard_map` the example arguments are arrays, so they are kept small
         score_shape = tuple(min(size, 256) for size in score_shape)
@@ -191,14 +173,14 @@ def _compare(
             f"{caller}: a mask function must return booleans of the shape that its indices broadcast to; got {shape} "
             f"for indices of sizes {score_shape}. Index its arrays by b, h, q and kv, or pass an array as the mask."
         )
-    check_program(programs[0], score_shape, has_scores)
-    # In a tile every size is another. Traces with one more, and with few for functions that test if there are many.
-    for others in (tuple(size + 1 for size in score_shape), tuple(3 if size == 1 else 2 for size in score_shape)):
+    check_program(programs[0], score_shape, scores is not None)
+    # A tile has other sizes. Small sizes are for functions that test whether a size is large.
+    for sizes in (tuple(size + 1 for size in score_shape), tuple(3 if size == 1 else 2 for size in score_shape)):
         try:
-            programs.append(trace(others))
+            programs.append(trace(sizes))
         except (TypeError, ValueError) as error:
-            raise RefusedError(f"works with {score_shape} scores, and not with {others} ({error})") from error
-        check_program(programs[-1], others, has_scores)
+            raise RefusedError(f"works with {score_shape} scores, and not with {sizes} ({error})") from error
+        check_program(programs[-1], sizes, scores is not None)
     if 1 in score_shape:  # an axis of size 1 needs no broadcast and can be mixed with nothing
         del programs[0]
     for one, other in itertools.pairwise(programs):
@@ -232,19 +214,19 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
         if sizes_mixed(left) != sizes_mixed(right):
             raise by_size
         for key in left.params:
-            mine, others = left.params[key], right.params[key]
-            for a, b in zip(inner_programs(mine), inner_programs(others), strict=True):
+            mine, other = left.params[key], right.params[key]
+            for a, b in zip(inner_programs(mine), inner_programs(other), strict=True):
                 _check_same_program(a, b)
             is_shape = isinstance(mine, tuple) or (name, key) == ("scan", "length")
             if is_shape and (list(inner_programs(mine)) or not (same_shapes or name in ELEMENTWISE)):
                 continue  # follows the sizes
             is_number = isinstance(mine, int | float | tuple | np.dtype)
-            if is_number and name != "broadcast_in_dim" and repr(mine) != repr(others):  # NaN is itself
+            if is_number and name != "broadcast_in_dim" and repr(mine) != repr(other):  # NaN is itself
                 raise by_size
 
 
 def _same_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two rows of variables have the same numbers at the same places."""
+    """Whether two lists of variables have equal numbers at equal places."""
     return all(
         _equal(x.val, y.val) if isinstance(x, Literal) and isinstance(y, Literal) else type(x) is type(y)
         for x, y in zip(one, other, strict=True)

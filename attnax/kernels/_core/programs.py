@@ -16,6 +16,7 @@ from attnax.typing import Array
 
 __all__ = [
     "Program",
+    "dtype_of",
     "example_of",
     "expansion_of",
     "flatten",
@@ -67,10 +68,10 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 
 
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results with calls inlined; with `rules=False` also calls that have a derivative of their own.
+    """The program's results with calls inlined; with `rules=False` also calls with their own derivative.
 
-    Operations that only move numbers move float16 and bfloat16 as float32, which is as exact: an element that was
-    copied to many places then gets the sum of its gradients in float32. So do operations that broadcast an operand.
+    Operations that only move numbers, or that broadcast an operand, move float16 and bfloat16 as float32. The values
+    stay the same, and the gradients of an element that is copied to many places are summed in float32.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -108,13 +109,13 @@ def expansion_of(eqn: JaxprEqn) -> Any:
 
 
 def _spread_wide(env: dict[Var, Any], wide: dict[Var, Any], var: Var, shape: tuple[int, ...]) -> Any:
-    """The value of a variable at all places of `shape`; a number stays one."""
+    """The value of a variable, broadcast to `shape`; a number stays a number."""
     value = env[var]
     return spread(jnp.asarray(value), shape, wide.get(var)) if np.shape(value) else value
 
 
 def spread(x: Array, shape: tuple[int, ...], wide: Array | None = None) -> Array:
-    """x at all places of `shape`. A narrow x is spread in float32, as `wide` if that is known: so is its gradient."""
+    """x, broadcast to `shape`. A narrow x is broadcast, and its gradient summed, in float32 (`wide` if known)."""
     if x.shape == shape or not is_narrow(x.dtype):
         return jnp.broadcast_to(x, shape)
     wide = x.astype(jnp.float32) if wide is None else wide
@@ -152,7 +153,7 @@ def is_float(x: Any) -> bool:
 
 
 class UniqueError(Exception):
-    """A program with a parameter that equals nothing but itself."""
+    """A parameter of a program equals only itself."""
 
 
 def structure_of(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
@@ -217,9 +218,9 @@ def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects
 def trace_rule(eqn: JaxprEqn) -> Any:
     """The derivative of a function that brings its own, as a program without calls.
 
-    That of a `custom_jvp` takes the operands and the tangents of floating operands, and gives the tangents of the
-    results; that of a `custom_vjp` takes the operands and the cotangents of the results, and gives those of floating
-    operands. Calls in it that have a derivative of their own are inlined: the rule is not differentiated itself.
+    The rule of a `custom_jvp` maps operands and tangents of floating operands to tangents of results. The rule of a
+    `custom_vjp` maps operands and cotangents of results to cotangents of floating operands. In a rule all calls are
+    inlined, since it is not differentiated itself.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
     operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))
@@ -246,6 +247,11 @@ def trace_rule(eqn: JaxprEqn) -> Any:
 def example_of(var: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a variable."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def dtype_of(var: Any) -> Any:
+    """The dtype of a variable."""
+    return var.aval.dtype
 
 
 def shape_of(var: Any) -> tuple[int, ...]:

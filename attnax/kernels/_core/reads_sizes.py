@@ -1,7 +1,7 @@
 """Whether a user's function could read the sizes of its arguments, by the names in its code.
 
 A tile has sizes of its own. A function that reads a size has to be traced at several sizes, to see how its program
-depends on it. Most functions name nothing that tells a size: one trace shows all that they do.
+depends on it. Most functions name no size, and one trace is enough.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _TELLING = frozenset((
     "len", "make_jaxpr", "nbytes", "psum", "shape", "size", "typeof", "vars",
 ))
 # fmt: on
-# What functions of these packages make of sizes shows in the program: an iota, a reduced axis, a number.
+# If functions of these packages use a size, the program shows it: an iota, a reduced axis, a number.
 _KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", "jaxtyping", "math", "numpy", "typing"))
 _NOT_CALLED = frozenset(("__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__"))
-_MOST = 1000  # values to look into
+_MOST = 1000  # values to inspect
 
 
 class TellingError(Exception):
-    """Something tells a size, or cannot be looked into."""
+    """A value tells a size, or cannot be inspected."""
 
 
 def could_read_sizes(function: Any) -> bool:
-    """Whether a function, or anything that it can reach, names an attribute or function that tells a size, or may."""
+    """Whether the code that a function can reach names a size, or cannot be inspected."""
     seen: dict[int, Any] = {}
     waiting = [function]
     while waiting and len(seen) < _MOST:
@@ -50,7 +50,7 @@ def could_read_sizes(function: Any) -> bool:
 
 
 def _reached_from(x: Any) -> Iterable[Any]:
-    """What a value holds or can call.
+    """The values that a value holds or can call.
 
     Raises:
         TellingError: it names something that tells a size, or cannot be inspected.

@@ -1,9 +1,9 @@
-"""Flash attention, all of its mathematics: what one tile of queries and keys adds to the result.
+"""The mathematics of flash attention: the share of one tile of queries and keys in the result.
 
-A row of scores s is met tile by tile. Its softmax-weighted sum of values needs only three running numbers, kept in
-`SoftmaxState`: the largest score m, sum_j exp(s_j - m), and sum_j exp(s_j - m) v_j. Two states of disjoint keys merge
-into one, so tiles may come in any order and from any device. The backward pass recomputes the weights of a tile from
-its scores and the row's log-sum-exp; with delta = sum_j p_j dp_j = out . d_out known, every tile stands alone again:
+A kernel computes the scores s of a row tile by tile. The softmax-weighted sum of values needs three running sums, kept
+in `SoftmaxState`: the largest score m, sum_j exp(s_j - m), and sum_j exp(s_j - m) v_j. Two states of disjoint keys
+merge into one, so tiles may come in any order and from any device. The backward pass recomputes the weights of a tile
+from its scores and the row's log-sum-exp. Given delta = sum_j p_j dp_j = out . d_out, tiles are independent again:
 
     p = exp(s - lse),  dp = d_out v^T,  ds = p (dp - delta),  dq = ds k,  dk = ds^T q,  dv = p^T d_out
 
@@ -44,12 +44,12 @@ __all__ = [
 
 LOG2E = 1.4426950408889634
 
-Weigh = Callable[[Array], Array]
-"""What dropout does to weights (..., T, S)."""
+OfTile = Callable[[Array], Array]
+"""A function of a tile (..., T, S): the dropout of weights, or the score mod of scores."""
 
 
 def unit(*, has_score_mod: bool) -> float:
-    """What scores are in a tile, over natural scores: 1 where a score mod is given them, else log2(e)."""
+    """The factor of the scores in a tile: 1 if there is a score mod, which takes natural scores, else log2(e)."""
     return 1.0 if has_score_mod else LOG2E
 
 
@@ -72,26 +72,25 @@ class SoftmaxState(NamedTuple):
 
 
 def initial_state(shape_T: tuple[int, ...], value_dim: int, dtype: jnp.dtype) -> SoftmaxState:
-    """No key seen."""
+    """The state before the first key."""
     return SoftmaxState(
         jnp.zeros((*shape_T, value_dim), dtype), jnp.full(shape_T, -jnp.inf, dtype), jnp.zeros(shape_T, dtype)
     )
 
 
-def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_mod: Weigh | None = None) -> Array:
-    """Scores that a tile's weights are made of.
+def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_mod: OfTile | None = None) -> Array:
+    """The scores of a tile, after score mod and mask.
 
     Args:
         scores_TS: scale * q k^T; in units of log 2 unless there is a score mod.
         keep: where the mask allows the pair; None in a full tile.
-        bias: what is added to the scores of a pair: 0, NaN for a key that is not finite, -inf for an out-of-range
-            pair; None for 0.
+        bias: is added to the scores: 0, NaN for a non-finite key, -inf for an out-of-range key; None for 0.
         score_mod: of the natural scores; -inf and float32's lowest number count as masked.
     """
     if score_mod is not None:
-        # The mod's derivative at forbidden pairs must not matter, so they all have the score 0.
+        # Forbidden pairs have the score 0: the mod's derivative there must not matter.
         scores_TS = score_mod(scores_TS if keep is None else select(keep, scores_TS, 0))
-        # Not `>`: a NaN from a mod must be seen, but not where there is no key.
+        # Not `>`: a NaN from the mod must stay, except at out-of-range keys.
         masked = scores_TS <= jnp.finfo(jnp.float32).min
         if bias is not None:
             masked = masked | (bias == -jnp.inf)
@@ -103,11 +102,11 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
 
 
 def update(
-    state: SoftmaxState, scores_TS: Array, value_SV: Array, *, masked: bool = True, dropout: Weigh | None = None
+    state: SoftmaxState, scores_TS: Array, value_SV: Array, *, masked: bool = True, dropout: OfTile | None = None
 ) -> SoftmaxState:
     """The state after the keys of one more tile; `masked` says whether its scores may be -inf."""
     peak_T = jnp.maximum(state.max, scores_TS.max(-1))
-    # exp2(-inf - -inf) is NaN: a row that attended nothing yet counts from 0.
+    # exp2(-inf - -inf) is NaN, so the peak of a row that has attended nothing yet counts as 0.
     zero_T = select(peak_T != -jnp.inf, peak_T, 0) if masked else peak_T
     weights_TS = jnp.exp2(scores_TS - zero_T[..., None])
     shrink_T = jnp.exp2(state.max - zero_T)
@@ -137,13 +136,14 @@ def finish(state: SoftmaxState) -> tuple[Array, Array]:
 
 
 def tile_gradients(
-    scores: Array, lse: Array, delta: Array, d_weights: Array, *, masked: bool = True, dropout: Weigh | None = None
+    scores: Array, lse: Array, delta: Array, d_weights: Array, *, masked: bool = True, dropout: OfTile | None = None
 ) -> tuple[Array, Array]:
-    """(weights that met the values, gradient of the natural scores), both like the scores (..., T, S) or (..., S, T).
+    """(weights after dropout, gradient of the natural scores), in the shape of the scores, (..., T, S) or (..., S, T).
 
     Args:
         scores: as given to `update`.
-        lse: of the whole row, from `finish`, broadcast against the scores; its NaN contaminates all keys it attends.
+        lse: of the whole row, from `finish`, broadcast against the scores; NaN contaminates the keys that the row
+            attends.
         delta: out . d_out of the row, minus the cotangent of its natural log-sum-exp, broadcast likewise.
         d_weights: d_out v^T.
         masked: whether scores may be -inf.

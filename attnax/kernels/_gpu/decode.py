@@ -4,66 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.lift import Deferred, Lifted, defer
-from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.lift import Deferred, Lifted, lift_marked
+from attnax.kernels._core.mesh import vary_all, varying_axes
+from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
 from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
-from attnax.masks import Mask, at_positions
+from attnax.masks import as_mask, at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["BoundKernel", "DecodeInputs", "DeferredKernel", "attend_bound", "kernel_serves", "prepare_kernel"]
-
-
-@pytree_dataclass
-class BoundKernel:
-    """The operands of the kernel, with mask and score mod traced."""
-
-    query: Array  # (B, N, T, H), not scaled
-    scale: Array
-    tokens: TokenArrays
-    mask: Lifted  # of true positions, as score_mod
-    bounds: tile_lists.BoundsAtPositions | None
-    score_mod: Lifted | None
-    is_opaque: bool = dataclasses.field(metadata={"static": True})
-    tile: tile_sizes.Tile = dataclasses.field(metadata={"static": True})
+__all__ = ["DecodeInputs"]
 
 
 @pytree_dataclass
 class DecodeInputs:
-    """A call without its mask and its score mod; all arrays vary over the same mesh axes."""
+    """The arrays of a call, and the bounds of its mask; all arrays vary over the same mesh axes."""
 
     query: Array  # (B, N, T, H), not scaled
     scale: Array
     positions: Array  # (B, T) of the queries
     tokens: TokenArrays
-    caller: str = dataclasses.field(metadata={"static": True})  # for errors of the score mod
+    bounds: Lifted | Deferred | None = None  # see `lift_bounds`
+    is_opaque: bool = dataclasses.field(default=False, metadata={"static": True})  # see `Operands`
 
-    def bind(self, mask: Mask | None, score_mod: ScoreMod | None) -> BoundKernel | None:
-        """The kernel with mask and score mod, both of true positions; None where it does not serve the arrays."""
+    def attend(
+        self, mask: Lifted | None, score_mod: Lifted | None, *, interpret: bool = False
+    ) -> tuple[Array, Array] | None:
+        """(out, natural log-sum-exp) in float32, by the kernel; None where it does not serve the call.
+
+        Mask and score mod see true positions. `interpret` runs the kernel as ordinary JAX.
+        """
         tile = self._tile()
-        if tile is None:
+        if tile is None or any(function is not None and function.refusal for function in (mask, score_mod)):
             return None
-        axes, positions = varying_axes(self.query), (self.positions, self.tokens.positions)
-        bounds = tile_lists.lift_bounds_at_positions(mask, positions)
-        mask = at_positions(mask, *positions)
-        mod = None if score_mod is None else at_positions(score_mod, *positions)
-        bound = BoundKernel(
-            self.query,
-            self.scale,
-            self.tokens,
-            split.lift_mask(mask),
-            bounds,
-            None if mod is None else split.lift_score_mod(self.caller, mod),
-            mask.is_opaque,
-            tile,
+        if not interpret and (why_no_triton() or why_no_card() or tile_sizes.why_too_old(tile_sizes.running_card())):
+            return None
+        tokens, positions = self.tokens, (self.positions, self.tokens.positions)
+        of_mask = bind_bounds(self.bounds)
+        modify = None if score_mod is None else at_positions(_of_scores(score_mod), *positions)
+        keep, bounds, modify = vary_all(
+            (
+                lift_marked(at_positions(None if mask is None else as_mask(mask), *positions)),
+                None if mask is not None and of_mask is None else tile_lists.BoundsAtPositions(of_mask, *positions),
+                None if modify is None else lift_marked(modify, scores=jnp.float32),
+            ),
+            varying_axes(self.query),
         )
-        return jax.tree.map(lambda x: vary(x, axes), bound)
+        if any(function is not None and split.why_not_split(function) for function in (keep, modify)):
+            return None
+        from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
+
+        setup = launch.Setup(tile, keep, bounds, self.is_opaque, modify, interpret=interpret)
+        arrays = self.query, tokens.keys, tokens.values, self.scale
+        out, lse = launch.decode(arrays, setup, tokens.block_table)
+        return out, softmax.natural(lse)
 
     def _tile(self) -> tile_sizes.Tile | None:
         """The tile, of as many keys as a page; None where the kernel cannot read the arrays as they are."""
@@ -85,50 +83,6 @@ class DecodeInputs:
         return tile if fits else None
 
 
-@pytree_dataclass
-class DeferredKernel:
-    """A kernel whose mask and score mod are traced when a program is lowered for a GPU."""
-
-    inputs: DecodeInputs
-    mask: Deferred | None
-    score_mod: Deferred | None
-
-    def bind(self) -> BoundKernel | None:
-        """The kernel, None where it does not serve the arrays."""
-        mask, score_mod = (None if function is None else function() for function in (self.mask, self.score_mod))
-        return self.inputs.bind(mask, score_mod)
-
-
-def prepare_kernel(
-    inputs: DecodeInputs, mask: Mask | None, score_mod: ScoreMod | None
-) -> BoundKernel | DeferredKernel | None:
-    """`inputs.bind(mask, score_mod)`, deferred where both functions can be."""
-    functions, axes = (mask, score_mod), varying_axes(inputs.query)
-    deferred = [None if function is None else defer(function) for function in functions]
-    if any(have is None and function is not None for have, function in zip(deferred, functions, strict=True)):
-        return inputs.bind(mask, score_mod)
-    return jax.tree.map(lambda x: vary(x, axes), DeferredKernel(inputs, *deferred))
-
-
-def kernel_serves(kernel: BoundKernel) -> bool:
-    """Whether the kernel can hold the mask and the score mod, and this JAX can compile it."""
-    functions = [function for function in (kernel.mask, kernel.score_mod) if function is not None]
-    card = tile_sizes.running_card()
-    return (
-        why_no_triton() is None
-        and why_no_card() is None
-        and tile_sizes.why_too_old(card) is None
-        and all(split.why_not_split(function) is None for function in functions)
-    )
-
-
-def attend_bound(kernel: BoundKernel, *, interpret: bool = False) -> tuple[Array, Array]:
-    """(out, natural log-sum-exp) in float32, by the kernel."""
-    from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
-
-    tokens = kernel.tokens
-    setup = launch.Setup(
-        kernel.tile, kernel.mask, kernel.bounds, kernel.is_opaque, kernel.score_mod, interpret=interpret
-    )
-    out, lse = launch.decode((kernel.query, tokens.keys, tokens.values, kernel.scale), setup, tokens.block_table)
-    return out, softmax.natural(lse)
+def _of_scores(score_mod: Lifted) -> ScoreMod:
+    """The score mod with results of the shape of the scores."""
+    return lambda scores, *indices: jnp.broadcast_to(score_mod(scores, *indices), scores.shape)

@@ -1,4 +1,4 @@
-"""Around the GPU kernels: the arrays and lists that they read, their results, and gradients of captured arrays.
+"""Calls of the GPU kernels: their inputs, their results, and the gradients of captured arrays.
 
 Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
@@ -44,11 +44,11 @@ _TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """What a pass needs beside arrays."""
+    """The arguments of a pass, beside arrays."""
 
     tile: Tile
     mask: Lifted | None
-    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it does not tell any
+    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it has none
     is_opaque: bool
     score_mod: Lifted | None
     positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
@@ -67,16 +67,16 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
         dtype.
     """
     query, _, value, _ = arrays
-    call, inputs = _prepare(arrays, setup)
-    (batch, heads, seq_q, _), seq = call.score_shape, inputs.query.shape[2]
+    spec, inputs = _prepare(arrays, setup)
+    (batch, heads, seq_q, _), seq = spec.score_shape, inputs.query.shape[2]
     shapes: Shapes = {
         "out": ((batch, heads, seq, inputs.value.shape[-1]), jnp.float32 if setup.is_wide else query.dtype),
         "lse": ((batch, heads, seq), jnp.float32),
     }
     if low:
         shapes["low"] = shapes["out"]
-    grid = call.grid.num_q, heads, batch
-    results = run("attnax_forward", partial(forward_kernel, call, 1), call, grid, inputs, shapes)
+    grid = spec.grid.num_q, heads, batch
+    results = run("attnax_forward", partial(forward_kernel, spec, 1), spec, grid, inputs, shapes)
     out, *rest = (results[name][:, :, :seq_q, : value.shape[-1]] for name in ("out", "low")[: 1 + low])
     return out, results["lse"][:, :, :seq_q], rest[0] if low else None
 
@@ -89,16 +89,16 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
         setup: the rest.
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
-    call, inputs = _prepare(arrays, setup, pages)
+    spec, inputs = _prepare(arrays, setup, pages)
     # Testing all keys first would take as long as attending them.
     inputs = inputs._replace(any_non_finite=None, finite=None)
-    (batch, heads, seq_q, _), grid = call.score_shape, call.grid
+    (batch, heads, seq_q, _), grid = spec.score_shape, spec.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
     rows = batch, heads, parts, inputs.query.shape[2]
     shapes: Shapes = {"acc": ((*rows, inputs.value.shape[-1]), jnp.float32)}
     shapes |= dict.fromkeys(("max", "sum"), (rows, jnp.float32))
     programs = grid.num_q * parts, heads, batch
-    results = run("attnax_decode", partial(forward_kernel, call, parts), call, programs, inputs, shapes)
+    results = run("attnax_decode", partial(forward_kernel, spec, parts), spec, programs, inputs, shapes)
     state = softmax.SoftmaxState(results["acc"], results["max"], results["sum"])
     while state.sum.shape[2] > 1:
         state = softmax.merge(*(jax.tree.map(lambda x, n=n: x[:, :, n::2], state) for n in (0, 1)))
@@ -128,14 +128,14 @@ def backward(
         d_lse: cotangent of the natural log-sum-exp.
     """
     query, key, value, _ = arrays
-    d_out = lax.optimization_barrier(d_out)  # that of a sum is a constant, whose rows XLA would test while it compiles
+    d_out = lax.optimization_barrier(d_out)  # of a sum it is a constant, which XLA would test at compile time
     finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
     finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
     delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(finite, lse, jnp.nan))
-    call, inputs = _prepare(arrays, setup)
-    batch, heads, seq_q, seq_kv = call.score_shape
-    non_finite = ~finite.reshape(batch, call.kv_heads, -1).all(2)
+    spec, inputs = _prepare(arrays, setup)
+    batch, heads, seq_q, seq_kv = spec.score_shape
+    non_finite = ~finite.reshape(batch, spec.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
         any_non_finite=inputs.any_non_finite | non_finite.astype(jnp.int32),
@@ -143,29 +143,29 @@ def backward(
         lse=_whole_rows(lse, length, jnp.inf),
         delta=_whole_rows(delta, length, 0),
     )
-    kernel = Kernel(call, inputs)
+    kernel = Kernel(spec, inputs)
     query_shape, key_shape, value_shape = (x.shape for x in inputs[:3])
     shapes: Shapes = {"d_query": (query_shape, jnp.float32 if setup.learn_scale else query.dtype)}
     shapes |= {f"mod {n}": (query_shape[:3], jnp.float32) for n in kernel.learned("rows")}
     by_query = run(
-        "attnax_d_query", partial(d_query_kernel, call), call, (call.grid.num_q, heads, batch), inputs, shapes
+        "attnax_d_query", partial(d_query_kernel, spec), spec, (spec.grid.num_q, heads, batch), inputs, shapes
     )
     shapes = {
         name: (padded, jnp.float32 if setup.is_wide else key.dtype)
         for name, padded in (("d_key", key_shape), ("d_value", value_shape))
     }
     shapes |= {f"mod {n}": ((batch, heads, key_shape[2]), jnp.float32) for n in kernel.learned("columns")}
-    grid = call.grid.num_kv, call.kv_heads, batch
-    by_key = run("attnax_d_key_value", partial(d_key_value_kernel, call), call, grid, inputs, shapes)
+    grid = spec.grid.num_kv, spec.kv_heads, batch
+    by_key = run("attnax_d_key_value", partial(d_key_value_kernel, spec), spec, grid, inputs, shapes)
     d_query = by_query["d_query"][:, :, :seq_q, : query.shape[-1]]
     d_key = by_key["d_key"][:, :, :seq_kv, : key.shape[-1]]
     d_value = by_key["d_value"][:, :, :seq_kv, : value.shape[-1]]
-    return d_query, d_key, d_value, _mod_gradients(call, inputs, setup, {**by_query, **by_key})
+    return d_query, d_key, d_value, _mod_gradients(spec, inputs, setup, {**by_query, **by_key})
 
 
-def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
+def _mod_gradients(spec: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
     """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
-    score_mod, kernel = call.score_mod, Kernel(call, inputs)
+    score_mod, kernel = spec.score_mod, Kernel(spec, inputs)
     if score_mod is None or setup.score_mod is None:
         return ()
     values = setup.score_mod.values
@@ -174,7 +174,7 @@ def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[st
     def operands(given: list[Array]) -> list[Array]:
         changed = dict(zip(floats, given, strict=True))
         computed = score_mod.compute_operands(
-            [changed.get(n, x) for n, x in enumerate(values)], call.score_shape, setup.positions
+            [changed.get(n, x) for n, x in enumerate(values)], spec.score_shape, setup.positions
         )
         return [x for x in computed if jnp.issubdtype(x.dtype, jnp.inexact)]
 
@@ -183,7 +183,7 @@ def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[st
     cotangents = []
     for n, result in zip(numbers, results, strict=True):
         of_keys = result.shape[3] > 1
-        total = sums[f"mod {n}"][:, :, : call.score_shape[3] if of_keys else call.score_shape[2]]
+        total = sums[f"mod {n}"][:, :, : spec.score_shape[3] if of_keys else spec.score_shape[2]]
         total = total[:, :, None, :] if of_keys else total[:, :, :, None]
         extra = tuple(axis for axis in range(4) if result.shape[axis] == 1 and total.shape[axis] > 1)
         cotangents.append(total.sum(extra, keepdims=True).astype(result.dtype))
@@ -191,26 +191,26 @@ def _mod_gradients(call: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[st
     for n in kernel.learned("tables"):
         read = score_mod.reads[n]
         position = floats.index(read.table)
-        share = _table_gradient(call, inputs, setup, n, values[read.table].shape)
+        share = _table_gradient(spec, inputs, setup, n, values[read.table].shape)
         gradients[position] = gradients[position] + share.astype(gradients[position].dtype)
     return tuple(gradients)
 
 
-def _table_gradient(call: KernelSpec, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
+def _table_gradient(spec: KernelSpec, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
     """The gradient of a table from one of its reads."""
-    score_mod = call.score_mod
+    score_mod = spec.score_mod
     assert score_mod is not None
-    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], call.score_shape
+    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], spec.score_shape
     index = [
         x if x is None else np.clip(x, 0, size - 1)
-        for x, size in zip(score_mod.index_of(read, call.score_shape), shape, strict=True)
+        for x, size in zip(score_mod.index_of(read, spec.score_shape), shape, strict=True)
     ]
-    if _how_to_learn(setup, read, call.score_shape) == "pairs":
+    if _how_to_learn(setup, read, spec.score_shape) == "pairs":
         outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
         slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
-        grid = call.grid.num_q * call.grid.num_kv, slab[1], slab[0]
+        grid = spec.grid.num_q * spec.grid.num_kv, slab[1], slab[0]
         shapes: Shapes = {"table": ((*slab, inputs.query.shape[2], inputs.key.shape[2]), jnp.float32)}
-        total = run("attnax_d_pairs", partial(d_pairs_kernel, call, n), call, grid, inputs, shapes)["table"]
+        total = run("attnax_d_pairs", partial(d_pairs_kernel, spec, n), spec, grid, inputs, shapes)["table"]
         total = total[:, :, :seq_q, :seq_kv]
         if not _is_each(index[read.axes[0]], 2, seq_q):  # the table has keys before queries
             total = total.swapaxes(2, 3)
@@ -219,10 +219,10 @@ def _table_gradient(call: KernelSpec, inputs: Inputs, setup: Setup, n: int, shap
         count = math.prod(sizes)
         size = min(_TABLE_CHUNK, _next_power_of_2(count))
         chunks = -(-count // size)
-        groups = min(call.grid.num_q, max(1, _TABLE_PROGRAMS // (batch * heads * chunks)))
+        groups = min(spec.grid.num_q, max(1, _TABLE_PROGRAMS // (batch * heads * chunks)))
         shapes = {"table": ((batch, heads, chunks, groups, size), jnp.float32)}
         grid = groups * chunks, heads, batch
-        total = run("attnax_d_table", partial(d_table_kernel, call, n), call, grid, inputs, shapes)["table"]
+        total = run("attnax_d_table", partial(d_table_kernel, spec, n), spec, grid, inputs, shapes)["table"]
         total = total.sum(3).reshape(batch, heads, -1)[..., :count].reshape(batch, heads, *sizes)
     return add_slabs(shape, read.axes, total, index)
 
@@ -266,24 +266,24 @@ def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
 
 
 def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[KernelSpec, Inputs]:
-    """What a kernel knows and reads; keys in pages are read with care, others as `careful` says."""
+    """The static and the array arguments of a kernel. Keys in pages are not tested for non-finite rows beforehand."""
     query, key, value, scale = arrays
     batch, heads, seq_q, _ = query.shape
     kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
     score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     mask, score_mod = (None if x is None else split(x) for x in (setup.mask, setup.score_mod))
-    codes = tiles = turned = careful = fine = None
+    codes = tiles = turned = any_non_finite = finite = None
     if setup.mask is not None:
         is_opaque, positions = setup.is_opaque, setup.positions
         codes = tile_codes(grid, batch, heads, setup.bounds, setup.mask, is_opaque=is_opaque, positions=positions)
         codes = jnp.broadcast_to(codes, (*codes.shape[:2], grid.num_q, grid.num_kv))
         tiles, turned = TileList.of(codes), TileList.of(codes.swapaxes(2, 3))
     if pages is None:
-        fine = is_finite(key) & is_finite(value)
-        careful = (~fine.all(2)).astype(jnp.int32)
+        finite = is_finite(key) & is_finite(value)
+        any_non_finite = (~finite.all(2)).astype(jnp.int32)
         # Not int8: Triton lays out a product by the narrowest number that its operands depend on.
-        fine = _whole_rows(fine.astype(jnp.int32), lengths[1], "edge")
+        finite = _whole_rows(finite.astype(jnp.int32), lengths[1], "edge")
         key, value = _whole_rows(key, lengths[1], "edge"), _whole_rows(value, lengths[1], 0)
 
     positions = None
@@ -297,7 +297,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         if function is None:
             return (), ()
         cut, values = split(function), function.values
-        whole = (_fill(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
+        whole = (_pad(x, lengths) for x in cut.compute_operands(values, score_shape, setup.positions))
         return tuple(map(_loadable, whole)), tuple(_loadable(values[read.table]) for read in cut.reads)
 
     inputs = Inputs(
@@ -308,22 +308,22 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
         tiles,
         turned,
         codes,
-        careful,
-        fine,
+        any_non_finite,
+        finite,
         setup.words,
         *operands(setup.mask),
         *operands(setup.score_mod),
         block_table=pages,
         positions=positions,
     )
-    call = KernelSpec(
+    spec = KernelSpec(
         score_shape, kv_heads, grid, setup.tile, mask, score_mod, setup.dropout_rate, setup.learn_scale, setup.interpret
     )
-    return call, inputs
+    return spec, inputs
 
 
 def _whole_rows(x: Array, length: int, fill: Any) -> Array:
-    """(B, N, L) or (B, N, L, H) of at least this length, with `fill` or the last row again; H is a power of 2."""
+    """(B, N, L) or (B, N, L, H), padded to `length` rows by `fill`, or the last row, and to a power of 2 columns."""
     missing = ((0, 0), (0, 0), (0, length - x.shape[2]), *((0, 0),) * (x.ndim - 3))
     x = jnp.pad(x, missing, mode="edge") if fill == "edge" else jnp.pad(x, missing, constant_values=fill)
     return x if x.ndim == 3 else jnp.pad(x, [(0, 0)] * 3 + [(0, _power_of_2(x.shape[3]) - x.shape[3])])
@@ -338,8 +338,8 @@ def _next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _fill(x: Array, lengths: tuple[int, int]) -> Array:
-    """An operand (B', N', T|1, S|1) with the last one again up to `lengths`."""
+def _pad(x: Array, lengths: tuple[int, int]) -> Array:
+    """An operand (B', N', T|1, S|1), padded to `lengths` by its last elements."""
     missing = [max(0, length - size) if size > 1 else 0 for length, size in zip(lengths, x.shape[2:], strict=True)]
     return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing)), mode="edge") if any(missing) else x
 

@@ -1,4 +1,4 @@
-"""A call as the kernels for GPUs take it, or why they do not."""
+"""Prepares a call for the GPU kernels, or says why they do not serve it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
-from attnax.kernels._core.lift import Deferred
-from attnax.kernels._core.operands import Arrays, Operands, lift_bounds
+from attnax.kernels._core.operands import Arrays, Operands, bind_bounds
 from attnax.kernels._core.platform import why_no_triton
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.kernels._gpu.tile_sizes import Tile
@@ -71,7 +70,7 @@ def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> t
 
 
 def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
-    """Why the card has too little shared memory; None if it has enough, or if all cards have where none is known."""
+    """Why the card, or some card if it is not known, has too little shared memory; None if there is enough."""
     query, _, value, _ = arrays
     card = tile_sizes.running_card()
     reason = tile_sizes.why_too_old(card)
@@ -82,10 +81,10 @@ def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> s
         footprint = tile_sizes.Footprint(kind, whole, *sizes, pair_bytes).fitted(card)
         tile, (need, have) = footprint.tile, footprint.need_and_have(card)
         if need > have:
-            whose = "this card has" if card else "some cards have"
+            owner = "this card has" if card else "some cards have"
             return (
                 f"tiles of {tile.block_q} x {tile.block_kv} need {-(-need // 1024)} KiB of shared memory in the "
-                f"{kind} kernel, and {whose} {have // 1024}"
+                f"{kind} kernel, and {owner} {have // 1024}"
             )
     return None
 
@@ -100,7 +99,7 @@ def prepare(
     is_part: bool,
     interpret: bool,
 ) -> Setup:
-    """What the kernels of one pass need beside arrays, for a call that `why_no_kernel` accepts.
+    """The setup of the kernels of one pass, for a call that `why_no_kernel` accepts.
 
     Args:
         tiles: of the kernels.
@@ -113,9 +112,7 @@ def prepare(
     """
     from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest
 
-    bounds = operands.bounds
-    if isinstance(bounds, Deferred):
-        bounds = lift_bounds(bounds())
+    bounds = bind_bounds(operands.bounds)
     positions = (operands.q_index, operands.kv_index) if is_part else None
     of_tiles: Any = bounds
     if positions is not None and bounds is not None:

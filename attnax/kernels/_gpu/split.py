@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,32 +19,25 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from attnax.checks import apply_score_mod, wide_dtype
-from attnax.kernels._core.lift import Lifted, lift_marked
+from attnax.checks import wide_dtype
+from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.natural import KERNEL_ELEMENTWISE, SHAPE, align, evaluate, why_not_natural
-from attnax.kernels._core.programs import Program, needed_for
-from attnax.masks import Mask
-from attnax.typing import Array, ScoreMod
+from attnax.kernels._core.natural import (
+    KERNEL_ELEMENTWISE,
+    SHAPE,
+    align,
+    evaluate,
+    no_table,
+    run_varying,
+    why_not_natural,
+)
+from attnax.kernels._core.programs import Program, dtype_of, needed_for, shape_of
+from attnax.typing import Array
 
-__all__ = ["Read", "Split", "add_slabs", "lift_mask", "lift_score_mod", "split", "why_not_split"]
+__all__ = ["Read", "Split", "add_slabs", "split", "why_not_split"]
 
 _NARROW = jnp.float16, jnp.bfloat16
 _CASTS = "bitcast_convert_type", "convert_element_type"  # whose parameters name the dtype of the result
-
-
-class RefusedError(NotImplementedError):
-    """The function does something that no kernel can; the message says what."""
-
-
-def lift_mask(mask: Mask) -> Lifted:
-    """A mask for `split`."""
-    return lift_marked(mask)
-
-
-def lift_score_mod(caller: str, score_mod: ScoreMod) -> Lifted:
-    """A score mod for `split`."""
-    return lift_marked(partial(apply_score_mod, caller, score_mod), scores=jnp.float32)
 
 
 class Read(NamedTuple):
@@ -118,14 +110,14 @@ class Split:
 
     def _result(self, env: dict[Any, Any]) -> Array:
         (result,) = self.program.results
-        return jnp.asarray(result.val if isinstance(result, Literal) else env[result], result.aval.dtype)
+        return jnp.asarray(result.val if isinstance(result, Literal) else env[result], dtype_of(result))
 
     @property
     def _indices(self) -> tuple[Var, ...]:
         return self.program.arguments[-4:]
 
     def index_of(self, read: Read, score_shape: tuple[int, int, int, int]) -> list[np.ndarray | None]:
-        """For each axis of a read's table its index at all of `score_shape`, in natural shapes; None if not simple.
+        """The index of a read along each axis of its table, in natural shapes; None if it is not simple.
 
         A simple index depends on no captured value, and not on query and key together.
         """
@@ -145,26 +137,27 @@ class Split:
                 elif all(isinstance(var, Literal) or var in simple for var in eqn.invars):
                     mine = frozenset().union(*(simple[var] for var in eqn.invars if isinstance(var, Var)))
                     if eqn.primitive.name in SHAPE or not {"q", "k"} <= mine:
-                        self._evaluate((eqn,), env, _no_load)
+                        self._evaluate((eqn,), env, no_table)
                         simple.update(dict.fromkeys(eqn.outvars, mine))
             parts = _by_axis(read.equation, env.get(read.equation.invars[1]))
             return [None if part is None else np.asarray(part).reshape(np.shape(part) or (1,) * 4) for part in parts]
 
 
 def split(lifted: Lifted) -> Split:
-    """How a mask or score mod, lifted for arguments of any shapes, runs inside of a kernel.
-
-    Raises:
-        RefusedError: it cannot.
-    """
+    """How a mask or score mod that `why_not_split` accepts runs inside of a kernel."""
     found = _split_or_reason(lifted)
-    if isinstance(found, str):
-        raise RefusedError(found)
+    assert isinstance(found, Split), found
     return found
 
 
+def why_not_split(lifted: Lifted) -> str | None:
+    """Why no kernel can hold a mask or score mod; None if one can."""
+    found = _split_or_reason(lifted)
+    return None if isinstance(found, Split) else found
+
+
 def _split_or_reason(lifted: Lifted) -> Split | str:
-    """The split of a program, made once and kept with it, or why there is none."""
+    """The split of a program, made once and kept with it, or the reason why there is none."""
     program = lifted.program
     if "split" not in program.found:
         reason = lifted.refusal or why_not_natural(program, KERNEL_ELEMENTWISE)
@@ -194,17 +187,12 @@ def _split(program: Program) -> Split:
             table, index = eqn.invars
             sources = [index]
             by_score = isinstance(index, Var) and "scores" in depends[index]
-            axes, kind = _moving_axes(eqn, inside, depends), _kind(table)
-            reads.append(Read(program.captured.index(table), eqn, axes, by_score, *kind))
+            axes = _moving_axes(eqn, inside, depends)
+            table_at = program.captured.index(table)
+            reads.append(Read(table_at, eqn, axes, by_score, shape_of(table), dtype_of(table)))
         wanted.update(dict.fromkeys(var for var in sources if isinstance(var, Var) and var not in made_inside))
     wanted.update(dict.fromkeys(v for v in program.results if isinstance(v, Var) and v not in made_inside))
     return Split(program, tuple(needed_for(program.equations, wanted)), tuple(inside), tuple(wanted), tuple(reads))
-
-
-def why_not_split(lifted: Lifted) -> str | None:
-    """What no kernel can do of `lifted`; None if it can be split."""
-    found = _split_or_reason(lifted)
-    return None if isinstance(found, Split) else found
 
 
 def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, frozenset[str]]) -> tuple[int, ...]:
@@ -219,35 +207,25 @@ def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, fr
     return tuple(sorted(axis for axis, moves in zip(axes, moving, strict=True) if moves))
 
 
-def _kind(var: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype."""
-    return tuple(var.aval.shape), var.aval.dtype
-
-
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:
     """The result of an elementwise equation. Triton divides no 16-bit floats and has no functions of them."""
-    dtype, values = _kind(eqn.outvars[0])[1], align(eqn, values)
-    axes = frozenset().union(*map(varying_axes, values))
-    values = [vary(x, axes) for x in values]
+    dtype, values = dtype_of(eqn.outvars[0]), align(eqn, values)
     if dtype not in _NARROW or eqn.primitive.name in _CASTS:
-        return eqn.primitive.bind(*values, **eqn.params)
-    wide = (jnp.asarray(x, jnp.float32) if jnp.result_type(x) in _NARROW else x for x in values)
-    return eqn.primitive.bind(*wide, **eqn.params).astype(dtype)
-
-
-def _no_load(eqn: JaxprEqn, index: list[Array]) -> Array:
-    raise AssertionError(f"{eqn.primitive.name} needs a table")
+        return run_varying(eqn, values)
+    return run_varying(
+        eqn, [jnp.asarray(x, jnp.float32) if jnp.result_type(x) in _NARROW else x for x in values]
+    ).astype(dtype)
 
 
 def _by_axis(eqn: JaxprEqn, index: Any) -> list[Any]:
     """One index for each axis of a gather's table."""
     parts = index if isinstance(index, tuple) else (index,)
     by_axis = dict(zip(eqn.params["dimension_numbers"].start_index_map, parts, strict=True))
-    return [by_axis.get(axis, jnp.int32(0)) for axis in range(len(_kind(eqn.invars[0])[0]))]
+    return [by_axis.get(axis, jnp.int32(0)) for axis in range(len(shape_of(eqn.invars[0])))]
 
 
 def _gather(eqn: JaxprEqn, index: Any, load: Callable[[JaxprEqn, list[Array]], Array]) -> Array:
-    shape, _ = _kind(eqn.invars[0])
+    shape = shape_of(eqn.invars[0])
     parts = _by_axis(eqn, index)
     inside = [(part >= 0) & (part < size) for part, size in zip(parts, shape, strict=True)]
     safe = [jnp.clip(part, 0, size - 1) for part, size in zip(parts, shape, strict=True)]
@@ -295,7 +273,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def _segment_sums(values: Array, segments: Array, count: int) -> Array:
-    """(count,) sums in float32 at least of the values of each segment; no atomics, whose order is left to chance."""
+    """(count,) sums in float32 at least of the values of each segment; no atomics, whose order is random."""
     dtype = wide_dtype(values.dtype)
     order = jnp.argsort(segments, stable=True)
     values, segments = values[order].astype(dtype), segments[order]
@@ -312,7 +290,7 @@ def _segment_sums(values: Array, segments: Array, count: int) -> Array:
 
 
 def add_slabs(shape: tuple[int, ...], axes: tuple[int, ...], slabs: Array, index: Sequence[np.ndarray | None]) -> Array:
-    """A table of `shape` with each slab added where it belongs, one after the other.
+    """A table of `shape`: the sum of slabs, each at its place, added in order.
 
     Args:
         shape: of the table.

@@ -9,10 +9,9 @@ from jax import lax
 
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.operands import lift_bounds
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
 from attnax.kernels._gpu.tile_sizes import Tile
-from attnax.masks import Mask, tile_at_positions
+from attnax.masks import tile_at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
@@ -20,13 +19,12 @@ __all__ = [
     "BoundsAtPositions",
     "TileGrid",
     "TileList",
-    "lift_bounds_at_positions",
     "tile_codes",
 ]
 
 
 class TileGrid(NamedTuple):
-    """Queries and keys in tiles; the last tile begins earlier where it would not be whole."""
+    """Queries and keys in tiles. The last tile begins earlier if it would pass the end."""
 
     seq_q: int  # without padding; fewer than a tile are padded
     seq_kv: int
@@ -35,7 +33,7 @@ class TileGrid(NamedTuple):
 
     @classmethod
     def of(cls, tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
-        """Of these tiles, or of smaller ones where lengths are: powers of 2, at least 16."""
+        """A grid of such tiles, or of smaller ones for shorter arrays: powers of 2, at least 16."""
         block_q, block_kv = (
             min(most, max(16, 1 << (length - 1).bit_length()))
             for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
@@ -54,12 +52,12 @@ class TileGrid(NamedTuple):
 
     @property
     def even_q(self) -> bool:
-        """Whether each query lies in one tile, and nothing else."""
+        """Whether tiles hold each query once, without padding."""
         return self.seq_q % self.block_q == 0
 
     @property
     def even_kv(self) -> bool:
-        """Whether each key lies in one tile, and nothing else."""
+        """Whether tiles hold each key once, without padding."""
         return self.seq_kv % self.block_kv == 0
 
     def ends(self) -> tuple[Array, Array, Array, Array]:
@@ -104,7 +102,10 @@ class TileList(NamedTuple):
 
 @pytree_dataclass
 class BoundsAtPositions:
-    """The bounds of a mask at positions. The bounds of the positions are computed where the result is wanted."""
+    """The bounds of a mask that is read at positions, whose range in a tile is computed at each call.
+
+    Without a mask, a query attends every key whose position is not negative.
+    """
 
     of_mask: Lifted | None  # read at ranges of positions
     q_positions: Array  # (B, T)
@@ -112,7 +113,7 @@ class BoundsAtPositions:
 
     @property
     def values(self) -> tuple[Array, ...]:
-        """What they depend on."""
+        """The arrays that the bounds depend on."""
         return (*(() if self.of_mask is None else self.of_mask.values), self.q_positions, self.kv_positions)
 
     def __call__(self, b: Array, h: Array, *ends: Array) -> tuple[Array, Array]:
@@ -122,15 +123,6 @@ class BoundsAtPositions:
         positions = self.q_positions, self.kv_positions
         some, every = tile_at_positions(tile, *positions, b, h, (ends[0], ends[1]), (ends[2], ends[3]))
         return some, every
-
-
-def lift_bounds_at_positions(mask: Mask | None, positions: tuple[Array, Array]) -> BoundsAtPositions | None:
-    """The bounds of a mask that is read at positions (B, T) and (B, S); None if the mask does not tell any.
-
-    Where there is no mask, a query attends every key that is there.
-    """
-    of_mask = None if mask is None else lift_bounds(mask)
-    return None if mask is not None and of_mask is None else BoundsAtPositions(of_mask, *positions)
 
 
 def tile_codes(
@@ -151,9 +143,9 @@ def tile_codes(
         grid: of the tiles.
         batch: B.
         heads: N.
-        bounds: of the mask; None if it does not tell any.
+        bounds: of the mask; None if it has none.
         mask: the mask itself.
-        is_opaque: whether its bounds do not tell enough.
+        is_opaque: whether pairs must decide where bounds cannot.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.
     """
     axes = frozenset().union(*map(varying_axes, (*(() if bounds is None else bounds.values), *mask.values)))
@@ -180,7 +172,7 @@ def _codes_of_pairs(
     mask: Lifted,
     positions: tuple[Array, Array] | None,
 ) -> Array:
-    """What the mask says of every pair, one row of tiles at a time; (B', N', num_q, num_kv)."""
+    """The codes by all pairs, one row of tiles at a time; (B', N', num_q, num_kv)."""
     b, h, q_first, q_last, kv_first, kv_last = tiles
     steps = jnp.arange(grid.block_kv, dtype=jnp.int32)[None]
     kv = jnp.minimum(kv_first.reshape(-1, 1) + steps, kv_last.reshape(-1, 1)).reshape(-1)

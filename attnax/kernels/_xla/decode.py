@@ -1,7 +1,6 @@
 """A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The loop over chunks has a traced length, so a step's work follows the tokens in use. `_core/softmax.py` has the step
-of one chunk.
+The loop over chunks has a traced length, so a step's work follows the tokens in use.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Queries:
 
 @pytree_dataclass
 class ChunkFunctions:
-    """The mask and the score mod, traced at the shape of a source's chunk."""
+    """The mask and the score mod, for chunks of a source."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
     score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
@@ -75,11 +74,13 @@ def visit_chunk(
     # (b, h, q, kv) as masks and score mods see them: (B,1,1,1), (1,N,1,1), (B,1,T,1), (B,1,1,S).
     q = queries.positions[:, None, :, None]
     indices = queries.b[:, None, None, None], head_indices[None, :, None, None], q, chunk.position
-    keep = chunk.exists if functions.mask is None else chunk.exists & functions.mask(*indices)
+    keep = chunk.exists
+    if functions.mask is not None:  # position -1 is padding, and not the last element of a mask's arrays
+        keep = keep & (functions.mask(*indices) & (q >= 0))
 
     def modify(scores: Array) -> Array:
         assert functions.score_mod is not None
-        return functions.score_mod(scores, *indices)
+        return jnp.broadcast_to(functions.score_mod(scores, *indices), scores.shape)
 
     drop = None if queries.dropout is None else dropout_of(queries.dropout, dropout_rate, *indices)
 

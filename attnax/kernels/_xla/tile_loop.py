@@ -3,7 +3,7 @@
 Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
 full, partial and empty ones by the mask's bounds and, where the bounds cannot tell, by the mask itself. Empty tiles are
 skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
-weights. What a tile adds is in `_core/softmax.py`; how a user's functions get here is in `_core/operands.py`.
+weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` prepares the functions of a user.
 
 The file is longer than 500 lines because both passes share one way to cut, order and visit tiles.
 """
@@ -40,10 +40,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the work is cut.
+    """The sizes of a tile.
 
-    Query heads that share keys are a group; groups of all rows of the batch are numbered through. A tile holds some
-    consecutive groups: of one row, or all of several rows.
+    Query heads that share keys are a group. Groups are numbered over all rows of the batch. A tile holds consecutive
+    groups: some groups of one row, or all groups of several rows.
     """
 
     groups: int
@@ -63,13 +63,13 @@ def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
 
 
 class BackwardRows(NamedTuple):
-    """What the backward pass knows of each query."""
+    """The queries of the backward pass, with the results of each."""
 
     query: Array  # (B, N, T, H), scaled
     d_out: Array  # (B, N, T, V)
-    lse: Array  # (B, N, T) over all keys, in units of log 2; +inf where nothing is attended, NaN in a contaminated row
+    lse: Array  # (B, N, T) over all keys, in units of log 2; +inf if the row attends nothing, NaN if it is contaminated
     delta: Array  # (B, N, T), see `softmax.tile_gradients`
-    finite: Array  # (B, N, T): a non-finite row counts as 0, so that 0 * NaN cannot happen behind a mask
+    finite: Array  # (B, N, T): tiles have 0 in place of a non-finite row, since 0 * NaN behind a mask is NaN
 
 
 class HeadBlock(NamedTuple):
@@ -86,7 +86,7 @@ class HeadBlock(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values in whole tiles. In tiles a non-finite key is 0, and the NaN of its `bias` contaminates scores."""
+    """Keys and values, padded to whole tiles. In a tile a non-finite key is 0, and its `bias` contaminates."""
 
     key: Array  # (B, K, S', H)
     value: Array  # (B, K, S', V)
@@ -94,7 +94,7 @@ class Keys(NamedTuple):
 
 
 def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
-    """Raises ValueError for a tile size that is no int above 0; two are the caller's `block_q` and `block_kv`."""
+    """Raises ValueError for a tile size that is not an int above 0; a pair is named `block_q` and `block_kv`."""
     named = {"block_size": block_size}
     if isinstance(block_size, tuple) and len(block_size) == 2:
         named = {"block_q": block_size[0], "block_kv": block_size[1]}
@@ -128,10 +128,10 @@ class Order(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One pass over the tiles: where they are, which pairs the mask allows in them, and in what order to visit them."""
+    """One pass over the tiles: their places, their masks, and their order."""
 
     tiles: Tiles
-    operands: Operands  # whose indices are filled up to whole tiles, (T',) and (S',)
+    operands: Operands  # with indices padded to whole tiles, (T',) and (S',)
     shape: Shape
     dropout_rate: float
 
@@ -151,18 +151,18 @@ class Walk:
         return self.operands.kv_index.shape[0] // self.tiles.keys
 
     @property
-    def is_filled(self) -> bool:
-        """Whether the last tile of keys holds out-of-range ones."""
+    def is_padded(self) -> bool:
+        """Whether the last tile of keys has padding."""
         return self.operands.kv_index.shape[0] > self.shape[4]
 
     @property
     def is_full(self) -> bool:
-        """Whether no mask forbids anything."""
-        return self.operands.mask is None and not self.is_filled
+        """Whether all tiles are full."""
+        return self.operands.mask is None and not self.is_padded
 
     @property
     def is_plain(self) -> bool:
-        """Whether the scores of full tiles are used as they are."""
+        """Whether there is no score mod: the scores of full tiles are used as they are."""
         return self.operands.score_mod is None
 
     def indices(self, x: Any, i: Any, j: Any) -> tuple[Array, Array, Array, Array]:
@@ -211,16 +211,16 @@ class Walk:
         return masked.reshape(scores.shape), pull
 
     def keys_for(self, x: Any, i: Any) -> Order:
-        """Which tiles of keys are computed for tile i of queries."""
+        """The order of the tiles of keys for tile i of queries."""
         if self.num_keys == 1 or self.is_full:
             return self._all(self.num_keys)
         q, kv = _ranges(self.operands.q_index, self.tiles.queries), _ranges(self.operands.kv_index, self.tiles.keys)
         ranges = *(_at(end, i).reshape(1, 1, 1, 1) for end in q), *(end[None, None, None] for end in kv)
-        last = self.is_filled and jnp.arange(self.num_keys) == self.num_keys - 1
+        last = self.is_padded and jnp.arange(self.num_keys) == self.num_keys - 1
         return self._order(x, ranges, self.num_keys, last, lambda j: self.keep(x, i, j))
 
     def queries_for(self, x: Any, j: Any) -> Order:
-        """The same of queries for tile j of keys."""
+        """The order of the tiles of queries for tile j of keys."""
         if self.num_queries == 1 or self.is_full:
             return self._all(self.num_queries)
         q, kv = _ranges(self.operands.q_index, self.tiles.queries), _ranges(self.operands.kv_index, self.tiles.keys)
@@ -252,7 +252,7 @@ class Walk:
             def exact(tile: Array) -> Array:
                 kept = keep(tile)
                 assert kept is not None
-                kept = kept.astype(jnp.int8)  # and column by column: `any` and `all` take the CPU 6 times as long
+                kept = kept.astype(jnp.int8)  # `any` and `all` of booleans take a CPU 6 times as long
                 return code_of(kept.max(-2).max() > 0, kept.min(-2).min() > 0)
 
             def refined(tile: tuple[Array, Array]) -> Array:
@@ -260,13 +260,13 @@ class Walk:
                 return lax.cond(code == PARTIAL, exact, lambda _: code, index)
 
             codes = lax.map(refined, (tiles, codes))
-        if self.is_filled:
+        if self.is_padded:
             codes = jnp.where(last, jnp.maximum(codes, PARTIAL), codes)
         _, order = lax.sort((codes, tiles), num_keys=1, is_stable=True)
         return Order(partial(_at, order), (codes == FULL).sum(), (codes < EMPTY).sum())
 
     def places(self, x: Any) -> tuple[HeadBlock, HeadBlock]:
-        """Which rows and heads of queries, and of keys, the groups from x on are."""
+        """The rows and heads of the queries, and of the keys, of the tile whose first group is x."""
         _, heads, _, kv_heads, _ = self.shape
         num_rows, num_heads, _, _ = tile_shape(self.tiles, self.shape)
         (row, kv_head), shared = _divide(x, kv_heads), heads // kv_heads
@@ -290,19 +290,19 @@ def forward(
     """The attention of every query to these keys.
 
     Args:
-        tiles: how the work is cut.
+        tiles: their sizes.
         dropout_rate: where `operands` have words of the dropout.
         query: (B, N, T, H), scaled, in units of log 2 unless there is a score mod.
         key: (B, K, S, H).
         value: (B, K, S, V).
-        operands: the rest.
+        operands: mask, score mod, indices and dropout.
 
     Returns:
         out (B, N, T, V), and the log-sum-exp (B, N, T) in units of log 2.
     """
     walk = _walk(tiles, dropout_rate, operands, _shape(query, key))
     axes, seq_q = varying_axes(query), query.shape[2]
-    query, keys = _fill(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
+    query, keys = _pad(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
 
     def row_of_tiles(step: Any, results: tuple[Array, ...]) -> tuple[Array, ...]:
         x, i = _divide(step, walk.num_queries)
@@ -343,16 +343,17 @@ def backward(
     operands: Operands,
     gradients: tuple[Array, ...],
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """What these keys contribute to the gradients of query, key and value, and `gradients` of the score mod's arrays.
+    """The shares of these keys in the gradients of query, key and value; that of the score mod's arrays is added.
 
-    The loop runs over tiles of keys, so that each is read once; the gradient of the query is updated in place.
+    `gradients` has the sums so far for the score mod's arrays. The loop runs over tiles of keys, so that each key is
+    read once; the gradient of the query is updated in place.
     """
     walk = _walk(tiles, dropout_rate, operands, _shape(rows.query, key))
     axes, dtype, seq_q = varying_axes(rows.query), rows.query.dtype, rows.query.shape[2]
-    rows, keys = _fill_rows(rows, tiles.queries), _prepare_keys(key, value, tiles.keys)
-    # Sums over queries are products (X, width, M) @ (X, M, St) of queries turned once, into sums that are turned once
-    # at the end: a CPU contracts the first axes of two matrices at half the speed.
-    query_turned, d_out_turned = (
+    rows, keys = _pad_rows(rows, tiles.queries), _prepare_keys(key, value, tiles.keys)
+    # Sums over queries are products (X, width, M) @ (X, M, St). Queries are transposed once before the loop, and the
+    # sums once after it: a CPU contracts the first axes of two matrices at half the speed.
+    query_transposed, d_out_transposed = (
         softmax.select(rows.finite[:, :, None], x.swapaxes(2, 3), 0) for x in (rows.query, rows.d_out)
     )
     unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
@@ -367,7 +368,7 @@ def backward(
             (d_query, gradients), d_key, d_value = sums
             i = order.nth(n)
             is_plain = is_full and walk.is_plain
-            # A query that attends a non-finite key has a log-sum-exp of NaN: no need to look at that key again.
+            # A query that attends a non-finite key has the log-sum-exp NaN: the key need not contaminate again.
             key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles)
             query_tile, d_out_tile, lse_tile, delta_tile = _cut_rows(rows, q_place, i, tiles)
             scores, pull = softmax.product(query_tile, key_tile, 1, 1), None
@@ -384,8 +385,8 @@ def backward(
             )
             if pull is not None:
                 d_scores, gradients = pull(d_scores, gradients)
-            d_key = d_key + softmax.product(_cut_turned(query_turned, q_place, i, tiles), d_scores, 1, 0)
-            d_value = d_value + softmax.product(_cut_turned(d_out_turned, q_place, i, tiles), weights, 1, 0)
+            d_key = d_key + softmax.product(_cut_transposed(query_transposed, q_place, i, tiles), d_scores, 1, 0)
+            d_value = d_value + softmax.product(_cut_transposed(d_out_transposed, q_place, i, tiles), weights, 1, 0)
             share = softmax.product(d_scores, key_tile, 1, 0) * unit
             old = _cut(d_query, q_place, i, tiles.queries)
             d_query = _put(d_query, old + share.reshape(old.shape), q_place, i, tiles.queries)
@@ -408,15 +409,15 @@ def backward(
 
 
 def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> BackwardRows:
-    """What `backward` needs to know of each query, from results (lse in units of log 2) and their cotangents."""
+    """The queries of `backward`, from results (lse in units of log 2) and their cotangents."""
     finite = jnp.isfinite(zero_or_nan(query) + zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
-    # As a product, not a sum of products: the CPU backend takes 60 times as long for the latter.
+    # A CPU takes 60 times as long for an elementwise product and a sum.
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
     lse = softmax.select(lse != -jnp.inf, softmax.select(finite, lse, jnp.nan), jnp.inf)
     return BackwardRows(query, d_out, lse, softmax.select(finite, delta - d_lse, 0), finite)
 
 
-_SCORES = 2**20  # of a tile, at most: more of them no longer stay in the caches of a CPU
+_SCORES = 2**20  # of a tile, at most: more do not fit the caches of a CPU
 _MOST = 512  # queries or keys of a tile
 
 
@@ -432,7 +433,7 @@ def _shape(query: Any, key: Any) -> Shape:
 
 
 def _walk(tiles: Tiles, dropout_rate: float, operands: Operands, shape: Shape) -> Walk:
-    # Where a tile is filled up, masks and score mods see the last index again: no array is read out of range.
+    # Padding repeats the last index: masks and score mods read no array out of range.
     q_index, kv_index = (
         jnp.pad(index, (0, missing), mode="edge") if (missing := -index.shape[0] % size) else index
         for index, size in ((operands.q_index, tiles.queries), (operands.kv_index, tiles.keys))
@@ -445,13 +446,13 @@ def _four_axes(x: Array) -> Array:
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
-def _fill_rows(rows: BackwardRows, size: int) -> BackwardRows:
+def _pad_rows(rows: BackwardRows, size: int) -> BackwardRows:
     return BackwardRows(
-        query=_fill(rows.query, size),
-        d_out=_fill(rows.d_out, size, 0),
-        lse=_fill(rows.lse, size, jnp.inf),
-        delta=_fill(rows.delta, size, 0),
-        finite=_fill(rows.finite, size),
+        query=_pad(rows.query, size),
+        d_out=_pad(rows.d_out, size, 0),
+        lse=_pad(rows.lse, size, jnp.inf),
+        delta=_pad(rows.delta, size, 0),
+        finite=_pad(rows.finite, size),
     )
 
 
@@ -464,14 +465,11 @@ def _cut_rows(rows: BackwardRows, place: HeadBlock, tile: Any, tiles: Tiles) -> 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
     bias = zero_or_nan(key) + zero_or_nan(value)
-    return Keys(_fill(key, size), _fill(value, size, 0), _fill(bias, size, -jnp.inf))
+    return Keys(_pad(key, size), _pad(value, size, 0), _pad(bias, size, -jnp.inf))
 
 
-def _fill(x: Array, size: int, fill: Any = None) -> Array:
-    """(B, N, L, ...), padded by `fill` to a whole number of tiles; by default by the last row.
-
-    A score mod then sees only scores in the padding that it sees elsewhere too.
-    """
+def _pad(x: Array, size: int, fill: Any = None) -> Array:
+    """(B, N, L, ...), padded to whole tiles by `fill`, or by the last row: a score mod may not expect scores of 0."""
     missing = -x.shape[2] % size
     widths = ((0, 0), (0, 0), (0, missing), *((0, 0),) * (x.ndim - 3))
     if not missing:
@@ -480,7 +478,7 @@ def _fill(x: Array, size: int, fill: Any = None) -> Array:
 
 
 def _first(x: Array, length: int) -> Array:
-    """(B, N, L', ...) without the padding of `_fill`."""
+    """(B, N, L', ...) without the padding of `_pad`."""
     return x if x.shape[2] == length else x[:, :, :length]
 
 
@@ -492,7 +490,7 @@ def _cut(x: Array, place: HeadBlock, tile: Any, size: int) -> Array:
     return lax.dynamic_slice(x, place.start(tile * size, 0)[: x.ndim], shape, allow_negative_indices=False)
 
 
-def _cut_turned(x: Array, place: HeadBlock, tile: Any, tiles: Tiles) -> Array:
+def _cut_transposed(x: Array, place: HeadBlock, tile: Any, tiles: Tiles) -> Array:
     """The same tile of (B, N, width, L'), as (Xt, width, N / K * size)."""
     width = x.shape[2]
     shape = place.num_rows, place.num_heads, width, tiles.queries
@@ -518,7 +516,7 @@ def _flat(x: Array, groups: int) -> Array:
 
 
 def _put(whole: Array, part: Array, place: HeadBlock, tile: Any, size: int) -> Array:
-    """`whole`, as in `_cut`, with that tile replaced by `part`, whose leading axes may be merged in any way."""
+    """`whole`, as in `_cut`, with one tile replaced by `part`, which has the same elements in the same order."""
     part = part.reshape(place.num_rows, place.num_heads, size, *whole.shape[3:])
     if part.shape == whole.shape:
         return part
@@ -527,7 +525,7 @@ def _put(whole: Array, part: Array, place: HeadBlock, tile: Any, size: int) -> A
 
 
 def _divide(step: Any, count: int) -> tuple[Any, Any]:
-    """Quotient and remainder of a number that is not negative: `//` costs more equations, for negative ones."""
+    """Quotient and remainder of a non-negative number: `//` takes more equations, for negative numbers."""
     if isinstance(step, int):
         return divmod(step, count)
     whole = jnp.asarray(count, step.dtype)
@@ -535,7 +533,7 @@ def _divide(step: Any, count: int) -> tuple[Any, Any]:
 
 
 def _at(values: Array, index: Any) -> Array:
-    """The element at an index that is not negative."""
+    """The element at a non-negative index."""
     return lax.dynamic_index_in_dim(values, index, keepdims=False, allow_negative_indices=False)
 
 
