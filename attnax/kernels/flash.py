@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 
+from attnax.checks import attention_options
 from attnax.kernels._call import Call, attend, prepare, why_not_cudnn_here
 from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
@@ -22,7 +23,6 @@ from attnax.typing import (
     MaskMod,
     ScoreMod,
     Shaped,
-    attention_options,
 )
 
 __all__ = [

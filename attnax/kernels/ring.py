@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.checks import check_attention
+from attnax.checks import attention_options, check_attention
 from attnax.kernels._call import Backend, attend, check_block_size, nothing, prepare_part
 from attnax.kernels._core import softmax
 from attnax.kernels._core.mesh import vary, varying_axes
@@ -34,7 +34,6 @@ from attnax.typing import (
     MaskMod,
     ScoreMod,
     Shaped,
-    attention_options,
 )
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]

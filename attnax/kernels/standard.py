@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.checks import apply_score_mod, check_attention, wide_dtype
+from attnax.checks import apply_score_mod, attention_options, check_attention, wide_dtype
 from attnax.kernels._core.dropout import dropout_of, words_of
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
@@ -25,7 +25,6 @@ from attnax.typing import (
     MaskMod,
     ScoreMod,
     Shaped,
-    attention_options,
 )
 
 __all__ = ["attention_weights", "standard_attention"]
