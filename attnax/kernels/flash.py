@@ -15,15 +15,7 @@ from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
 from attnax.masks import Mask, names_residuals, reads_cache_in_chunks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = [
     "flash_attention",

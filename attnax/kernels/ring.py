@@ -26,15 +26,7 @@ from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._engines import Plan, Results, attend_part, backward_part, finish
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 

@@ -17,15 +17,7 @@ from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["attention_weights", "standard_attention"]
 
