@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.typing import Array, ScoreMod, ScoreShape
+from attnax.typing import Array, AttentionOptions, ScoreMod, ScoreShape
 
 __all__ = [
     "apply_score_mod",
+    "attention_options",
     "check_attention",
     "check_broadcast",
     "check_options",
@@ -89,6 +90,25 @@ def check_positions(caller: str, name: str, positions: Any, batch: int, length: 
             f"got shape={shape}, dtype={dtype}."
         )
     return jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
+
+
+def attention_options(
+    mask: Any,
+    score_mod: ScoreMod | None,
+    dropout_rng: Array | None,
+    dropout_rate: float,
+    deterministic: bool,
+    scale: float | Array | None,
+) -> AttentionOptions:
+    """The options of a call, in the order in which all built-in softmax kernels list them."""
+    return AttentionOptions(
+        mask=mask,
+        score_mod=score_mod,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        scale=scale,
+    )
 
 
 def check_attention(

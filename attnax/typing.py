@@ -45,7 +45,6 @@ __all__ = [
     "ScoreMod",
     "ScoreShape",
     "Shaped",
-    "attention_options",
 ]
 
 
@@ -113,25 +112,6 @@ class AttentionOptions(AttentionFnOptions, total=False):
     """The keywords of the built-in softmax kernels, beside `return_lse`."""
 
     scale: float | Array | None
-
-
-def attention_options(
-    mask: Any,
-    score_mod: ScoreMod | None,
-    dropout_rng: Array | None,
-    dropout_rate: float,
-    deterministic: bool,
-    scale: float | Array | None,
-) -> AttentionOptions:
-    """The options of a call, in the order in which all built-in softmax kernels list them."""
-    return AttentionOptions(
-        mask=mask,
-        score_mod=score_mod,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        scale=scale,
-    )
 
 
 ScoreShape = tuple[int, int, int | None, int | None]

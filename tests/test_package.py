@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
 import attnax
+import attnax.cache
+import attnax.paged_cache
 from attnax.lazy import lazy_imports
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,16 @@ def test_every_public_name_exists():
     assert len(names) > 50 and len(set(names)) == len(names)
     assert [name for name in names if getattr(attnax, name) is None] == []
     assert set(names) <= set(dir(attnax))
+
+
+def test_the_package_has_the_classes_and_functions_of_attention_and_its_caches():
+    used_with_their_package = {"EmptyCache", "InSlots", "LayerCache", "StoredTokens", "check_rows", "forget"}
+    used_with_their_package |= {"NnxAttention", "attention_weights", "select_rows"}
+    left_out = set()
+    for package in (attnax.cache, attnax.kernels, attnax.paged_cache):
+        public = {name: each for name, each in vars(package).items() if not name.startswith("_")}
+        left_out |= {name for name, each in public.items() if isinstance(each, type | types.FunctionType)}
+    assert left_out - set(attnax.__all__) == used_with_their_package
 
 
 def test_threads_that_make_lazy_packages_at_the_same_time_leave_no_hook():

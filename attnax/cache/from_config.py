@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -11,7 +11,10 @@ from attnax.cache.linear import init_linear_layer_cache
 from attnax.cache.ring import SPARE_SLOTS, init_ring_kv_cache
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
 
-__all__ = ["init_decoder_kv_caches", "init_decoder_kv_caches_from_config"]
+__all__ = ["CacheKind", "init_decoder_kv_caches", "init_decoder_kv_caches_from_config"]
+
+CacheKind = Literal["contiguous", "ring", "paged"]
+"""The kinds of caches that a model makes when it writes: KVLayerCache, RingKVCache and PagedKVCache."""
 
 
 def init_decoder_kv_caches(
@@ -26,8 +29,9 @@ def init_decoder_kv_caches_from_config(
 ) -> tuple[Any, ...]:
     """One empty cache a layer of a model of this config.
 
-    A layer of linear attention gets a LinearLayerCache. A layer whose `attention_window` is less than `max_len` gets a
-    RingKVCache of about that size. Any other layer gets a KVLayerCache. `attnax.paged_cache` makes paged caches.
+    A layer of linear attention gets a LinearLayerCache. A layer with an `attention_window` gets a RingKVCache of
+    attention_window + 16 slots, if they are fewer than `max_len`. Any other layer gets a KVLayerCache.
+    `attnax.paged_cache` makes paged caches.
 
     Args:
         config: of the model.

@@ -38,14 +38,6 @@ class KVLayerCache(InSlots):
     overflowed: Bool[Array, ""]
 
     @property
-    def num_positions(self) -> int | None:
-        return self.max_len
-
-    @property
-    def window(self) -> int | None:
-        return None
-
-    @property
     def slots_in_use(self) -> Int[Array, ""]:
         return self.length
 

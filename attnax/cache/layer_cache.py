@@ -13,7 +13,7 @@ from attnax.int8_rows import Int8Rows, Rows, decode_rows, zero_rows
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
-__all__ = ["LayerCache", "StoredTokens", "check_rows", "forget", "select_rows"]
+__all__ = ["InSlots", "LayerCache", "StoredTokens", "check_rows", "forget", "select_rows"]
 
 Caches = TypeVar("Caches")
 Slots = TypeVar("Slots", bound=Any)
@@ -61,8 +61,8 @@ class LayerCache(Protocol):
     """The methods of every cache of one layer. No cache changes in place.
 
     Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them. A kind that stores tokens
-    also has `append(keys, values, positions)`. It returns the new cache, and an object with every token that the new
-    tokens may attend: the new cache again, or a StoredTokens where a ring would overwrite some of them.
+    derives from `InSlots`, which states what softmax attention reads. `PagedKVCache`, which has no slots, has `append`,
+    `num_positions` and `overflowed` of it.
     """
 
     def tokens(self, dtype: Any) -> StoredTokens:
@@ -97,11 +97,40 @@ def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
 
 
 class InSlots:
-    """The methods of a cache whose tokens lie in slots (batch, num_kv_heads, slots, size), each with its position."""
+    """The base of a LayerCache whose tokens lie in slots, each with its position. `cached_attention` takes any kind.
+
+    A kind has these fields, and defines `append`.
+
+    Attributes:
+        keys: (batch, num_kv_heads, slots, head_dim).
+        values: (batch, num_kv_heads, slots, value_head_dim).
+        positions: int32 (batch, slots); -1 is empty or padding.
+        overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
 
     keys: Float[Array, "B K S H"] | Int8Rows
     values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
+    overflowed: Bool[Array, "..."]
+    window: int | None = None
+
+    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[Any, Any]:
+        """Returns (new cache, the tokens that the new tokens attend).
+
+        The second is the new cache, or a StoredTokens where writing first would lose a token that is still attended.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: a cache that stores tokens needs an append method.")
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that a mask array must cover; None if there is no bound."""
+        return self.max_len if self.window is None else None
+
+    @property
+    def slots_in_use(self) -> Int[Array, ""]:
+        """No slot from here on holds a token."""
+        return jnp.int32(self.max_len)
 
     @property
     def max_len(self) -> int:

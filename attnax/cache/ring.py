@@ -49,10 +49,6 @@ class RingKVCache(InSlots):
     window: int | None = dataclasses.field(metadata={"static": True})
 
     @property
-    def num_positions(self) -> int | None:
-        return self.max_len if self.window is None else None
-
-    @property
     def slots_in_use(self) -> Int[Array, ""]:
         return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
 
@@ -80,7 +76,7 @@ class RingKVCache(InSlots):
         else:  # of two tokens for one slot, the later one stays
             first = jnp.where(kept, positions, last).min(axis=1, initial=jnp.iinfo(jnp.int32).max)
             fits = jnp.full((batch,), joins) | (last[:, 0] - first <= slots - window)
-            rule = f"of one call must lie within {slots - window + 1}, slots - window + 1, so that all can be attended"
+            rule = f"of one call must span at most {slots - window + 1} positions (slots - window + 1)"
         if is_concrete(fits) and not fits.all():
             raise ValueError(
                 f"RingKVCache.append: positions {rule}; got positions up to {int(last.max())} in {num_new} tokens. "

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from attnax.cache import SPARE_SLOTS
+from attnax.cache import SPARE_SLOTS, CacheKind
 from attnax.errors import InputError
-from attnax.generation import Sampler
+from attnax.generation.samplers import CUTS, Sampler
 from attnax.training.run_options import RunOptions, check_seed
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Generate:
     length_penalty: float | None = None
     draft: str | None = None
     draft_tokens: int = 4
-    cache: Literal["contiguous", "ring", "paged"] | None = None
+    cache: CacheKind | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     log_probs: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -214,7 +214,7 @@ class Generate:
             raise InputError(f"--num-samples must be at most --beams {self.beams}; got {self.num_samples}.")
 
 
-_OF_A_DRAW = ("temperature", "top_k", "top_p", "min_p", "seed")
+_OF_A_DRAW = ("temperature", *CUTS, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,21 +17,22 @@ from attnax.generation.text import Text
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Float, Int
 
-__all__ = ["Sampler"]
+__all__ = ["CUTS", "Sampler"]
 
 
 @pytree_dataclass
 class Sampler:
     """Draws a token from softmax(logits / temperature), after penalties and cut to the likeliest tokens.
 
-    Penalties come first; None leaves a step out. The numbers are leaves of a pytree, so that new values compile
-    nothing, except a temperature of 0: greedy decoding is a program of its own, which draws nothing.
+    Penalties come first, then the temperature, then top_k, top_p and min_p, applied in this order; None leaves a step
+    out. The numbers are leaves of a pytree, so that new values compile nothing, except a temperature of 0: greedy
+    decoding is a program of its own, which draws nothing.
 
     Attributes:
         temperature: 0 takes the likeliest token, and so does None; 1 samples the model's own distribution.
         top_k: keep the k likeliest tokens, and tokens that tie with the last of them.
-        top_p: then keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
-        min_p: then keep the tokens that are at least min_p times as likely as the likeliest.
+        top_p: keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
+        min_p: keep the tokens that are at least min_p times as likely as the likeliest.
         logit_bias: added to the logits: an array (vocab_size,), or a mapping of token ids to numbers.
         repetition_penalty: logits of tokens in the text, prompt included, are divided by it where they are positive
             and multiplied where not.
@@ -153,12 +154,9 @@ class Sampler:
         scaled = logits
         if self.temperature is not None:
             scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
-        if self.top_k is not None:
-            scaled = keep_top_k(scaled, self.top_k)
-        if self.top_p is not None:
-            scaled = keep_top_p(scaled, self.top_p)
-        if self.min_p is not None:
-            scaled = keep_min_p(scaled, self.min_p)
+        for name, keep in CUTS.items():
+            if (number := getattr(self, name)) is not None:
+                scaled = keep(scaled, number)
         return scaled
 
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
@@ -214,6 +212,10 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
 def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> Float[Array, "B V"]:
     """-inf for the tokens that are less than p times as likely as the likeliest of their row."""
     return jnp.where(logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p)), logits, -jnp.inf)
+
+
+CUTS: dict[str, Callable[[Array, Any], Array]] = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
+"""The fields of a `Sampler` that cut off tokens of a draw, in the order of their use: `(logits, number) -> logits`."""
 
 
 def _number(value: Any, dtype: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.cache import SPARE_SLOTS, KVLayerCache, RingKVCache, StoredTokens
-from attnax.checks import check_attention, check_positions
+from attnax.cache import SPARE_SLOTS, InSlots, StoredTokens
+from attnax.checks import attention_options, check_attention, check_positions
 from attnax.int8_rows import Int8Rows
 from attnax.kernels._core.stored import SlotChunks, TokenArrays
 from attnax.kernels._decode_call import DecodeCall, attend_tokens
@@ -20,7 +20,7 @@ from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMo
 
 __all__ = ["cached_attention"]
 
-SlotCache = KVLayerCache | RingKVCache | StoredTokens
+SlotCache = InSlots | StoredTokens
 AnyCache = SlotCache | PagedKVCache
 
 _FEW = SPARE_SLOTS + 1  # queries, as many as a step with a draft has; more fill the tiles of `flash_attention`
@@ -29,7 +29,7 @@ _CHUNK = 128  # slots that are read at once
 
 def cached_attention(
     query: Float[ArrayLike, "B N T H"],
-    cache: KVLayerCache | RingKVCache | StoredTokens | PagedKVCache,
+    cache: InSlots | StoredTokens | PagedKVCache,
     query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
@@ -80,8 +80,7 @@ def cached_attention(
     """
     query = jnp.asarray(query)
     positions = _check_call(query, cache, query_positions)
-    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
-    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     # Which weights are dropped depends on positions, which the tiles of `flash_attention` do not know.
     by_chunks = query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic)
     if by_chunks and isinstance(cache, PagedKVCache):
@@ -106,8 +105,8 @@ def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
     """The positions of the queries, (batch, T); ValueError unless cache, query and positions fit together."""
     if not isinstance(cache, AnyCache):
         raise ValueError(
-            f"cached_attention: cache must hold tokens; got {type(cache).__name__}. Use a KVLayerCache, a RingKVCache "
-            "or a PagedKVCache."
+            "cached_attention: cache must hold tokens in slots (a KVLayerCache, a RingKVCache or another InSlots) or "
+            f"be a StoredTokens or a PagedKVCache; got {type(cache).__name__}."
         )
     batch = (cache.seq_lengths if isinstance(cache, PagedKVCache) else cache.positions).shape[0]
     if query.ndim != 4 or query.shape[0] != batch:

@@ -9,21 +9,13 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 
+from attnax.checks import attention_options
 from attnax.kernels._call import Call, attend, prepare, why_not_cudnn_here
 from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
 from attnax.masks import Mask, names_residuals, reads_cache_in_chunks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    attention_options,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = [
     "flash_attention",

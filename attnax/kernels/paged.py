@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.checks import check_attention, check_positions, is_concrete
+from attnax.checks import attention_options, check_attention, check_positions, is_concrete
 from attnax.int8_rows import Int8Rows
 from attnax.kernels._core.stored import Chunk, SlotChunks, Source, TokenArrays
 from attnax.kernels._decode_call import DecodeCall, attend_tokens
@@ -152,8 +152,7 @@ def paged_attention(
     """
     cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
     query = jnp.asarray(query)
-    options: AttentionOptions = {"mask": mask, "score_mod": score_mod, "scale": scale}
-    options |= {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate, "deterministic": deterministic}
+    options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     if sequence_idx is None:
         out, lse = attend_rows(query, cache, query_positions, options, new=new)
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.checks import check_attention
+from attnax.checks import attention_options, check_attention
 from attnax.kernels._call import Backend, attend, check_block_size, nothing, prepare_part
 from attnax.kernels._core import softmax
 from attnax.kernels._core.mesh import vary, varying_axes
@@ -26,16 +26,7 @@ from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._engines import Plan, Results, attend_part, backward_part, finish
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    attention_options,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["ring_attention", "ring_attention_reference", "zigzag_order"]
 

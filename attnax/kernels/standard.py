@@ -10,23 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.checks import apply_score_mod, check_attention, wide_dtype
+from attnax.checks import apply_score_mod, attention_options, check_attention, wide_dtype
 from attnax.kernels._core.dropout import dropout_of, words_of
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted, lift, sum_in_float32
 from attnax.kernels._core.pairs import check_pairs
 from attnax.kernels._core.shards import Offset, find_shards
 from attnax.masks import Mask, index_grid, resolve_masks, takes_mask_objects
-from attnax.typing import (
-    Array,
-    ArrayLike,
-    AttentionOptions,
-    Float,
-    MaskMod,
-    ScoreMod,
-    Shaped,
-    attention_options,
-)
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
 
 __all__ = ["attention_weights", "standard_attention"]
 

@@ -42,7 +42,10 @@ class Mask(NoTruth):
 
     @property
     def is_opaque(self) -> bool:
-        """Whether `tile` says too little, so that a kernel should look at the pairs themselves."""
+        """Whether `tile` may call a tile partial that is empty or full.
+
+        A kernel then evaluates the pairs of each partial tile. False for a kind whose `tile` is good enough.
+        """
         return True
 
     def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import LayerCache
+from attnax.cache import CacheKind, LayerCache
 from attnax.config import TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Tokens
 from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
-from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
+from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod

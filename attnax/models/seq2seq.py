@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnax.cache import CacheKind
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
@@ -19,7 +20,7 @@ from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
-from attnax.models.writing import CacheKind, WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
+from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux

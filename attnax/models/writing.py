@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, TypeVar, Unpack, get_args
+from typing import Any, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, EmptyCache, init_decoder_kv_caches_from_config
+from attnax.cache import SPARE_SLOTS, CacheKind, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, RequestOptions, make_request, padded_length
-from attnax.generation.samplers import Sampler
+from attnax.generation.samplers import CUTS, Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
 from attnax.typing import Array, ArrayLike
 
-__all__ = ["CacheKind", "WriteOptions", "Writer", "beam_search", "generate", "stream"]
-
-CacheKind = Literal["contiguous", "ring", "paged"]
+__all__ = ["WriteOptions", "Writer", "beam_search", "generate", "stream"]
 
 _PAGE = 16  # tokens of a page
 
@@ -175,10 +173,10 @@ def beam_search(
     if not np.isfinite(length_penalty):
         raise ValueError(f"beam_search: length_penalty must be finite; got length_penalty={length_penalty}.")
     sampler = options.get("sampler") or Sampler()
-    cuts = {name: getattr(sampler, name) for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None}
+    cuts = {name: getattr(sampler, name) for name in CUTS if getattr(sampler, name) is not None}
     if (sampler.temperature is not None and float(sampler.temperature) != 0.0) or cuts:
         raise ValueError(
-            "beam_search: nothing is drawn, so temperature must be 0 and top_k, top_p and min_p None; "
+            f"beam_search: nothing is drawn, so temperature must be 0 and each of {', '.join(CUTS)} None; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
     request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)

@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
         function: an AttentionFn.
         dropout_rate: of the attention weights.
         scale: of the scores, None for the function's own.
-        sinks: (N,), None for no sinks.
+        sinks: (N,), the learned score of each head's sink; None for no sinks.
     """
 
     function: AttentionFn
@@ -133,7 +133,7 @@ def attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
 
 
 def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
-    """Raises unless the attention function can read the cache, and the cache holds the layer's window."""
+    """Raises unless the attention function can read the cache, and a window of the cache holds the layer's."""
     if isinstance(cache, EmptyCache):
         cache.check("MultiHeadAttention")
         cache = cache.cache
@@ -148,7 +148,7 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
     held = getattr(cache, "window", None)
     if held is not None and (window is None or window > held):
         raise ValueError(
-            "MultiHeadAttention: a ring of a window must hold the layer's window; "
+            "MultiHeadAttention: the layer's attention_window must be set and at most the window of its cache; "
             f"got window={held}, attention_window={window}. Make the cache with that window, or with none."
         )
 

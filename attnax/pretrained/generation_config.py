@@ -84,7 +84,7 @@ def _settings(path: Path, given: Mapping[str, Any], defaults: GenerationSettings
             unsupported["num_return_sequences"] = settings.num_return_sequences
         unsupported.pop("renormalize_logits", None)  # changes neither a draw nor the likeliest token
     if not settings.do_sample:
-        unsupported = {key: value for key, value in unsupported.items() if key not in _OF_A_DRAW}
+        unsupported = {key: value for key, value in unsupported.items() if key not in _UNSUPPORTED_OF_A_DRAW}
     return dataclasses.replace(settings, unsupported=unsupported)
 
 
@@ -229,7 +229,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Settings that change texts and are not supported, with the values that change nothing; 0 and False are equal."""
 
-_OF_A_DRAW = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p"))
+_UNSUPPORTED_OF_A_DRAW = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p"))
 
 _INERT = frozenset(
     (

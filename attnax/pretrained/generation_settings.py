@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from attnax.errors import InputError
-from attnax.generation import Sampler, TokenRules
+from attnax.generation import TokenRules
 from attnax.generation.beam import EarlyStopping
+from attnax.generation.samplers import CUTS, Sampler
 from attnax.models.seq2seq import Transformer
 from attnax.pretrained.errors import quoted
 from attnax.typing import ArrayLike
@@ -95,7 +96,7 @@ class GenerationSettings:
     @property
     def says_how(self) -> bool:
         """Whether the file decides how tokens are chosen: by a draw, by a search, or greedily."""
-        return not self.said.isdisjoint(("do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams"))
+        return not self.said.isdisjoint(("do_sample", "temperature", *CUTS, "num_beams"))
 
     def arguments(self, model: Any, prompt_ids: ArrayLike) -> dict[str, Any]:
         """The keywords with which a model writes the texts that transformers' `generate` writes with these settings.

@@ -18,7 +18,6 @@ from attnax.cli.options import DRAW, Generate, Train
 from attnax.cli.train import SAMPLER
 from attnax.errors import InputError
 from attnax.generation import Sampler, make_request
-from attnax.models.writing import CacheKind
 from attnax.pretrained import GenerationSettings
 from attnax.training import RunFolder, RunOptions, read_corpus
 
@@ -102,12 +101,6 @@ def default_of(function, name):
     return inspect.signature(function).parameters[name].default
 
 
-def default_type(cls, name):
-    """The values of a flag that may be left out."""
-    (kind,) = (part for part in typing.get_args(typing.get_type_hints(cls)[name]) if part is not type(None))
-    return set(typing.get_args(kind))
-
-
 def is_refused(make):
     try:
         make()
@@ -144,7 +137,6 @@ def test_flags_of_generate_have_the_limits_and_defaults_of_the_library():
         refused = is_refused(Generate(folder="a", draft="b", draft_tokens=count).check)
         assert refused == (not 1 <= count <= SPARE_SLOTS)
     assert Generate.draft_tokens == default_of(TransformerLM.generate, "num_draft_tokens")
-    assert default_type(Generate, "cache") == set(typing.get_args(CacheKind))
     assert GenerationSettings.length_penalty == default_of(TransformerLM.beam_search, "length_penalty")
     settled = Generate(folder="a").settle(GenerationSettings())
     assert {name: getattr(settled, name) for name in DRAW} == DRAW

@@ -594,9 +594,10 @@ class TestBeams:
             ),
             (
                 {"sampler": Sampler(1.0, top_k=3)},
-                "temperature must be 0 and top_k, top_p and min_p None; got temperature=1.0, top_k=3",
+                "temperature must be 0 and each of top_k, top_p, min_p None; got temperature=1.0, top_k=3",
             ),
             ({"length_penalty": float("nan")}, "length_penalty must be finite; got length_penalty=nan"),
+            *(({"sampler": Sampler(**{name: 1})}, f"got temperature=0.0, {name}=1") for name in samplers.CUTS),
         ],
     )
     @pytest.mark.usefixtures("unchecked_shapes")

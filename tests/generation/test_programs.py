@@ -1,6 +1,7 @@
 """Programs of a generation: few for all lengths, small ones, and none for other platforms."""
 
 import dataclasses
+import typing
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from tiny import build
 
 import attnax
 from attnax import TransformerConfig, TransformerLM
-from attnax.cache import EmptyCache, init_decoder_kv_caches_from_config
+from attnax.cache import CacheKind, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.generation.request import padded_length
 from attnax.kernels import _engines
 from attnax.kernels._gpu import decode, split
@@ -53,7 +54,7 @@ def test_prompts_of_other_lengths_compile_nothing_new(count_compilations):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("cache", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("cache", typing.get_args(CacheKind))
 def test_twelve_programs_serve_all_lengths_up_to_512(cache, count_compilations):
     lengths = np.linspace(1, 512, 20).astype(int)
     model = lm()

@@ -15,7 +15,8 @@ from attnax import (
     pallas_flash_attention,
     standard_attention,
 )
-from attnax.cache import KVLayerCache, RingKVCache
+from attnax.cache import InSlots, KVLayerCache, RingKVCache, StoredTokens
+from attnax.pytrees import pytree_dataclass
 
 SLOTS = 400  # four chunks of 128, the last of which overlaps
 
@@ -28,6 +29,28 @@ def filled(kind, count):
     if kind == "contiguous":
         return KVLayerCache(*rows, np.int32(count), positions, np.bool_(False))
     return RingKVCache(*rows, positions, np.zeros(2, bool), None)
+
+
+@pytest.mark.parametrize("queries", [3, 19])
+def test_a_kind_of_the_user_is_read_as_its_tokens_are(queries):
+    @pytree_dataclass
+    class OwnCache(InSlots):
+        keys: jax.Array
+        values: jax.Array
+        positions: jax.Array
+        overflowed: jax.Array
+
+    rng = np.random.default_rng(2)
+    keys, values = jax.device_put(rng.standard_normal((2, 2, 2, 40, 4), np.float32))
+    positions = jax.device_put(np.stack([np.arange(40), np.arange(40) - 1]).astype(np.int32))
+    query = rng.standard_normal((2, 2, queries, 4), np.float32)
+    own = OwnCache(keys, values, positions, jax.device_put(np.zeros(2, bool)))
+    results = [
+        cached_attention(query, cache, 20 + np.arange(queries), mask=masks.causal())
+        for cache in (own, StoredTokens(keys, values, positions))
+    ]
+    np.testing.assert_array_equal(*results)
+    assert own.num_positions == own.max_len == 40
 
 
 @pytest.mark.parametrize("queries", [3, 19])  # by chunks, and in tiles

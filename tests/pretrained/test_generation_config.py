@@ -1,5 +1,6 @@
 """`generation_config.json` is read as transformers reads it; tests/generation compares the resulting texts."""
 
+import dataclasses
 import json
 import warnings
 
@@ -10,8 +11,10 @@ from tiny import build
 from attnax import Sampler, Transformer, TransformerConfig, TransformerLM
 from attnax.errors import InputError
 from attnax.generation import TokenRules
+from attnax.generation.samplers import CUTS
 from attnax.pretrained import CheckpointError, GenerationSettings, load_generation_config
 from attnax.pretrained.errors import quoted
+from attnax.pretrained.generation_config import _UNSUPPORTED
 
 KIND = {"d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 32}
 PROMPT = np.array([[3, 1, 4, 1, 5]])
@@ -240,3 +243,9 @@ def test_settings_that_are_fields_of_a_sampler_have_its_limits(read, name):
             assert caught.value.problems == (rule,)
         else:
             assert getattr(read({name: value}), name) == value
+
+
+def test_fields_of_a_sampler_are_supported():
+    assert _UNSUPPORTED.keys().isdisjoint(field.name for field in dataclasses.fields(Sampler))
+    settings = GenerationSettings(do_sample=True)
+    assert settings.drawing().keys() == {"temperature"} | (CUTS.keys() & vars(settings).keys())
