@@ -13,9 +13,18 @@ Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head o
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.cache import empty, from_config, kv, layer_cache, linear, ring
 from attnax.cache.empty import *
 from attnax.cache.from_config import *
 from attnax.cache.kv import *
 from attnax.cache.layer_cache import *
 from attnax.cache.linear import *
 from attnax.cache.ring import *
+
+__all__: list[str] = []
+__all__ += empty.__all__
+__all__ += from_config.__all__
+__all__ += kv.__all__
+__all__ += layer_cache.__all__
+__all__ += linear.__all__
+__all__ += ring.__all__

@@ -7,6 +7,7 @@ tile, dropout, the arrays inside a user's function, meshes and platforms. `tests
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.kernels import cached, flash, linear, lite, nnx_adapter, paged, ring, standard
 from attnax.kernels.cached import *
 from attnax.kernels.flash import *
 from attnax.kernels.linear import *
@@ -15,3 +16,13 @@ from attnax.kernels.nnx_adapter import *
 from attnax.kernels.paged import *
 from attnax.kernels.ring import *
 from attnax.kernels.standard import *
+
+__all__: list[str] = []
+__all__ += cached.__all__
+__all__ += flash.__all__
+__all__ += linear.__all__
+__all__ += lite.__all__
+__all__ += nnx_adapter.__all__
+__all__ += paged.__all__
+__all__ += ring.__all__
+__all__ += standard.__all__

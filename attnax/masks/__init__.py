@@ -5,8 +5,16 @@ boolean arrays. `mask.py` says what a mask is; a new kind goes into `kinds.py`.
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.masks import arguments, arrays, kinds, mask, positions
 from attnax.masks.arguments import *
 from attnax.masks.arrays import *
 from attnax.masks.kinds import *
 from attnax.masks.mask import *
 from attnax.masks.positions import *
+
+__all__: list[str] = []
+__all__ += arguments.__all__
+__all__ += arrays.__all__
+__all__ += kinds.__all__
+__all__ += mask.__all__
+__all__ += positions.__all__

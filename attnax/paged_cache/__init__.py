@@ -9,6 +9,12 @@ blocks that the caller keeps. As a cache of a layer (`attnax.cache.LayerCache`) 
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
+from attnax.paged_cache import cache, pool, sequence
 from attnax.paged_cache.cache import *
 from attnax.paged_cache.pool import *
 from attnax.paged_cache.sequence import *
+
+__all__: list[str] = []
+__all__ += cache.__all__
+__all__ += pool.__all__
+__all__ += sequence.__all__

@@ -2,11 +2,13 @@
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_pairs import ELEMENTWISE, MIXED, MIXED_MASKS
 
 from attnax import (
@@ -14,6 +16,7 @@ from attnax import (
     flash_attention,
     init_kv_layer_cache,
     masks,
+    memory_efficient_attention,
     pallas_flash_attention,
     standard_attention,
     update_kv_layer_cache,
@@ -186,6 +189,127 @@ class Looking:
 
     def change(self, s):
         return s * s.shape[-1]
+
+
+class Pair(NamedTuple):
+    """A mod that is a tuple."""
+
+    factor: float
+
+    def __call__(self, s, *indices):
+        return as_long(s)
+
+
+class Table(dict):
+    """A mod that is a dictionary."""
+
+    def __call__(self, s, *indices):
+        return as_long(s)
+
+
+class Decorated:
+    """A mod around a function that names no size."""
+
+    def __init__(self):
+        functools.update_wrapper(self, near)
+
+    def __call__(self, s, *indices):
+        return as_long(s)
+
+
+class OfClass:
+    """A mod with a class method."""
+
+    @classmethod
+    def longer(cls, s):
+        return as_long(s)
+
+    def __call__(self, s, *indices):
+        return self.longer(s)
+
+
+class Box:
+    """Attributes from a dictionary."""
+
+    def __init__(self, values):
+        self.__dict__["values"] = values
+
+    def __getattr__(self, name):
+        return self.__dict__["values"][name]
+
+
+def as_long(s):
+    return 2 * s if s.shape[-1] > 100 else s
+
+
+def with_attribute(s, *indices):
+    return with_attribute.change(s)
+
+
+with_attribute.change = as_long
+sequential = nnx.Sequential(as_long)
+box = Box({"factor": 2.0})
+
+
+def in_a_loop(s, b, h, q, kv):
+    return 2 * s if sum(1 for _ in kv[0, 0, 0]) > 100 else s
+
+
+def caught(s, *indices):
+    try:
+        s.reshape(2, -1)
+    except TypeError:
+        return 2 * s
+    return s
+
+
+@jax.custom_jvp
+def same(x):
+    return x * 1.0
+
+
+@same.defjvp
+def _(primals, tangents):
+    return primals[0] * 1.0, as_long(tangents[0])
+
+
+@jax.custom_jvp
+def first(x, y):
+    return x * 1.0
+
+
+@first.defjvp
+def _(primals, tangents):
+    return primals[0] * 1.0, tangents[0] * primals[1]
+
+
+BRANCHING = {
+    "tuple": Pair(1.0),
+    "dictionary": Table(),
+    "wrapper": Decorated(),
+    "class method": OfClass(),
+    "layer": lambda s, *_: sequential(s),
+    "attribute of a function": with_attribute,
+    "loop": in_a_loop,
+    "exception": caught,
+    "attributes from a dictionary": lambda s, *_: s * box.factor,
+    "larger than the call": lambda s, b, h, q, kv: 2 * s if kv.shape[-1] > 512 else s,
+    "derivative by size": lambda s, *_: same(s),
+    "derivative wider than the result": lambda s, b, h, q, kv: (
+        s + first(*(jnp.broadcast_to(x, s.shape) for x in (jnp.asarray(TABLE)[h % 2, 0], kv * 0.1)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHING)
+def test_a_branch_by_size_is_that_of_the_call_not_of_a_marked_size(name):
+    x = jax.random.normal(jax.random.key(0), (1, 2, 11, 4))
+
+    def gradient(attention):
+        return jax.grad(lambda x: (attention(x, x, x, score_mod=BRANCHING[name]) ** 2).sum())(x)
+
+    tiles = functools.partial(memory_efficient_attention, block_size=8)
+    np.testing.assert_allclose(gradient(tiles), gradient(standard_attention), rtol=1e-5, atol=1e-6)
 
 
 def test_what_names_no_size_is_not_looked_into_further():

@@ -252,6 +252,9 @@ def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any],
     if id(eqn) not in rules:
         rules[id(eqn)] = _call_and_rule(eqn)
     of_call, of_rule = rules[id(eqn)]
+    # The tangent of a result may vary along more axes than the result.
+    shape = jnp.broadcast_shapes(*map(jnp.shape, values))
+    values = [spread(jnp.asarray(x), shape) for x in values] if len(values) > 1 else values
 
     def run(program: Any, *values: Any) -> list[Array]:
         env: dict[Any, Any] = dict(zip(program.jaxpr.invars, values, strict=True))

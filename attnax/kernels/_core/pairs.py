@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from attnax.checks import apply_score_mod
 from attnax.kernels._core.axis_flow import RefusedError, check_program, inner_programs, sizes_mixed
 from attnax.kernels._core.lift import Lifted, lift_traced
 from attnax.kernels._core.natural import ELEMENTWISE, MARKS, examples
-from attnax.kernels._core.programs import needed_for, shape_of
+from attnax.kernels._core.programs import needed_for, shape_of, trace_rule
 from attnax.kernels._core.reads_sizes import could_read_sizes
 from attnax.masks import Mask
 from attnax.pytrees import is_own
@@ -85,15 +85,16 @@ def _examine(
     last = _compare(caller, run, score_shape, axes, scores) if could_read_sizes(function) else None
     traced, lifted = lift_where_it_can(run, *examples(scores))
     if last is None:
-        # It may have imported a module meanwhile, so it is looked into again.
-        if traced is not None and not could_read_sizes(function) and _is_of_pairs(traced, lifted, scores):
+        if traced is not None and _is_of_pairs(traced, lifted, scores):
             return lifted
         last = _compare(caller, run, score_shape, axes, scores)
-    if axes:
-        return "it may read the sizes of its arguments"
-    if traced is not None:
-        _check_same(last, traced)
-    return lifted
+    try:
+        if traced is not None and not axes:
+            _check_same(last, traced)
+            return lifted
+    except RefusedError:  # at marked sizes, which are larger than the true ones, it does otherwise
+        pass
+    return lifted if isinstance(lifted, str) else "it may read the sizes of its arguments"
 
 
 def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Lifted | str]:
@@ -132,9 +133,15 @@ def _program_shows_marks(program: Jaxpr) -> bool:
         numbers += [x for key, x in eqn.params.items() if isinstance(x, int | float) and key != "length"]
         if _holds_mark((numbers, sizes_mixed(eqn))):
             return True
-        if any(_program_shows_marks(inner) for param in eqn.params.values() for inner in inner_programs(param)):
+        inner = [program for param in eqn.params.values() for program in inner_programs(param)]
+        if any(map(_program_shows_marks, [*inner, *_rule_of(eqn)])):
             return True
     return False
+
+
+def _rule_of(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The derivative that a `jax.custom_jvp` function brings, as a program."""
+    return [trace_rule(eqn).jaxpr] if eqn.primitive.name == "custom_jvp_call" else []
 
 
 def _holds_mark(numbers: Any) -> bool:
@@ -213,6 +220,8 @@ def _check_same_program(one: Jaxpr, other: Jaxpr) -> None:
         same_shapes = [*map(shape_of, left.invars)] == [*map(shape_of, right.invars)]
         if sizes_mixed(left) != sizes_mixed(right):
             raise by_size
+        for a, b in zip(_rule_of(left), _rule_of(right), strict=True):
+            _check_same_program(a, b)
         for key in left.params:
             mine, other = left.params[key], right.params[key]
             for a, b in zip(inner_programs(mine), inner_programs(other), strict=True):

@@ -1,14 +1,15 @@
-"""Whether a user's function could read the sizes of its arguments, by the names in its code.
+"""Whether a user's function could read the sizes of its arguments, by the names and instructions in its code.
 
-A tile has sizes of its own. A function that reads a size has to be traced at several sizes, to see how its program
-depends on it. Most functions name no size, and one trace is enough.
+A tile has sizes of its own. A function that reads a size is traced at several sizes, and the programs are compared.
+Most functions name nothing that tells a size, and one trace shows all that they do. Anything that cannot be inspected
+counts as telling.
 """
 
 from __future__ import annotations
 
 import builtins
+import dis
 import functools
-import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,23 +20,32 @@ import numpy as np
 __all__ = ["could_read_sizes"]
 
 # fmt: off
+# Attributes and functions that tell a size, iterate over an axis, or reach anything.
 _TELLING = frozenset((
-    "__array_interface__", "__getattribute__", "__len__", "aval", "axis_size", "eval", "eval_shape", "exec", "getattr",
-    "len", "make_jaxpr", "nbytes", "psum", "shape", "size", "typeof", "vars",
+    "__array_interface__", "__getattribute__", "__iter__", "__len__", "__repr__", "__str__", "all", "any", "aval",
+    "axis_size", "compile", "dict", "enumerate", "eval", "eval_shape", "exec", "filter", "format", "getattr",
+    "hasattr", "iter", "itemsize", "len", "linearize", "list", "make_jaxpr", "map", "max", "min", "nbytes", "next",
+    "psum", "repr", "reversed", "set", "shape", "size", "sorted", "str", "sum", "tuple", "typeof", "vars", "zip",
 ))
+# Instructions that iterate or print. Code with an exception table may catch an error that a size caused.
+_TELLING_INSTRUCTIONS = (
+    "FORMAT_", "FOR_ITER", "GET_ITER", "MATCH_", "UNPACK_", "LOAD_FROM_DICT", "LOAD_BUILD_CLASS", "CONVERT_VALUE",
+)
 # fmt: on
-# If functions of these packages use a size, the program shows it: an iota, a reduced axis, a number.
+# What functions of these packages make of sizes shows in the program: an iota, a reduced axis, a number.
 _KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", "jaxtyping", "math", "numpy", "typing"))
+_CONSTANTS = (jax.Array, np.ndarray, np.generic)
+_PLAIN = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), slice)
 _NOT_CALLED = frozenset(("__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__"))
-_MOST = 1000  # values to inspect
+_MOST = 1000  # values to look into
 
 
 class TellingError(Exception):
-    """A value tells a size, or cannot be inspected."""
+    """Something tells a size, or cannot be inspected."""
 
 
 def could_read_sizes(function: Any) -> bool:
-    """Whether the code that a function can reach names a size, or cannot be inspected."""
+    """Whether a function, or anything that it can reach, names a size or cannot be inspected."""
     seen: dict[int, Any] = {}
     waiting = [function]
     while waiting and len(seen) < _MOST:
@@ -55,64 +65,103 @@ def _reached_from(x: Any) -> Iterable[Any]:
     Raises:
         TellingError: it names something that tells a size, or cannot be inspected.
     """
-    if isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex | str | bytes | type(None)):
+    kind = type(x)
+    if isinstance(x, _CONSTANTS) or kind in _PLAIN:
         return ()
-    if isinstance(x, tuple | list | set | frozenset):
+    if kind in (tuple, list, set, frozenset):
         return x
-    if isinstance(x, dict):
+    if kind is dict:
         return x.values()
-    if isinstance(x, types.FunctionType) and not _is_known(x):
-        cells = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
-        return *cells, x.__defaults__, x.__kwdefaults__, *_named(x.__code__, x.__globals__)
-    if isinstance(x, types.MethodType):
+    if kind is types.FunctionType:
+        return _of_function(x)
+    if kind is types.MethodType:
         return x.__func__, x.__self__
-    if isinstance(x, functools.partial):
-        return x.func, x.args, x.keywords
-    if isinstance(x, staticmethod | classmethod) or hasattr(x, "__wrapped__"):  # as jit and custom_jvp leave it
-        return (x.__wrapped__,)
-    if isinstance(x, property):
-        return (x.fget,)
-    if isinstance(x, type):
-        return () if _is_known(x) else [y for kind in x.__mro__ if not _is_known(kind) for y in _methods(kind)]
-    if _is_known(x):
-        if getattr(x, "__name__", "") in _TELLING:
+    if kind in (staticmethod, classmethod):
+        return (x.__func__,)
+    if kind is property:
+        return x.fget, x.fset
+    if kind is functools.cached_property:
+        return (x.func,)
+    if kind is types.BuiltinFunctionType or kind is types.BuiltinMethodType:
+        if not _is_known(x) or x.__name__ in _TELLING:
             raise TellingError
-        return () if callable(x) and not hasattr(type(x), "__dataclass_fields__") else _held(x)
-    if callable(x) and isinstance(x, types.BuiltinFunctionType):
+        return ()
+    if isinstance(x, type):
+        if x.__module__ == "builtins" and x.__name__ in _TELLING:
+            raise TellingError
+        return () if _is_known(x) else [y for base in x.__mro__ if not _is_known(base) for y in _members(base)]
+    if isinstance(x, functools.partial) and _is_known(kind):
+        return x.func, x.args, x.keywords
+    if kind.__name__ == "PjitFunction" and _is_known(kind):  # of `jax.jit`
+        return (x.__wrapped__,)
+    if isinstance(x, tuple) and _is_known(kind):
+        return tuple(x)
+    if isinstance(x, tuple | list | dict | set | frozenset | types.ModuleType) or not _has_plain_attributes(kind):
         raise TellingError
-    return (type(x), *_held(x))
+    try:
+        held = list(object.__getattribute__(x, "__dict__").values())  # no method of a user's class runs
+    except AttributeError:
+        held = []
+    if _is_known(kind):
+        return held
+    if kind.__dictoffset__ == 0:
+        raise TellingError
+    return kind, *held
+
+
+def _of_function(x: types.FunctionType) -> Iterable[Any]:
+    cells = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
+    if _is_known(x):
+        return cells
+    held = (value for name, value in vars(x).items() if name != "__wrapped__")
+    return *cells, x.__defaults__, x.__kwdefaults__, *held, *_named(x.__code__, x.__globals__)
 
 
 def _named(code: types.CodeType, module: dict[str, Any]) -> Iterator[Any]:
     """The values of the names in a function's code, and in the functions that it makes."""
-    names = set(code.co_names)
-    if names & _TELLING:
+    if code.co_exceptiontable or set(code.co_names) & _TELLING:
         raise TellingError
-    for name in names:
-        value = module.get(name, getattr(builtins, name, sys.modules.get(name)))
-        if not isinstance(value, types.ModuleType):
-            yield value
-        elif value.__name__.split(".")[0] not in _KNOWN:
-            yield [getattr(value, other) for other in names if hasattr(value, other)]
+    attributes = set(code.co_names)
+    for step in dis.get_instructions(code):
+        if step.opname.startswith(_TELLING_INSTRUCTIONS):
+            raise TellingError
+        if step.opname == "IMPORT_NAME" and str(step.argval).split(".")[0] not in _KNOWN:
+            raise TellingError
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            name = step.argval
+            if name not in module and not hasattr(builtins, name):
+                raise TellingError
+            value = module.get(name, getattr(builtins, name, None))
+            if not isinstance(value, types.ModuleType):
+                yield value
+            elif value.__name__.split(".")[0] not in _KNOWN:
+                found = [vars(value)[other] for other in attributes if other in vars(value)]
+                if not found:
+                    raise TellingError
+                yield found
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
             yield from _named(value, module)
 
 
-def _methods(kind: type) -> list[Any]:
-    return [value for name, value in vars(kind).items() if name not in _NOT_CALLED and callable(value)]
+def _members(kind: type) -> Iterator[Any]:
+    """The members of a user's class that run when an object of it is called or read."""
+    for name, value in vars(kind).items():
+        is_code = callable(value) or hasattr(type(value), "__get__")
+        if (
+            name not in _NOT_CALLED
+            and is_code
+            and type(value) not in (types.GetSetDescriptorType, types.MemberDescriptorType)
+        ):
+            yield value
 
 
-def _held(x: Any) -> Iterable[Any]:
-    """The attributes of an object."""
-    if not hasattr(x, "__dict__") and not _is_known(x):
-        raise TellingError
-    return list(getattr(x, "__dict__", {}).values())
+def _has_plain_attributes(kind: type) -> bool:
+    """Whether `vars` shows all that an object of a class holds."""
+    bases = [base for base in kind.__mro__ if not _is_known(base)]
+    return not any("__slots__" in vars(base) or "__getattr__" in vars(base) for base in bases)
 
 
 def _is_known(x: Any) -> bool:
-    """Whether a function or class, or the class of a value, is of a package in `_KNOWN`."""
-    module = x.__module__ if isinstance(x, type | types.FunctionType) else type(x).__module__
-    if isinstance(x, types.BuiltinFunctionType):
-        module = x.__module__ or ""
-    return (module or "").split(".")[0] in _KNOWN
+    """Whether a function or class is of a package in `_KNOWN`."""
+    return (getattr(x, "__module__", None) or "").split(".")[0] in _KNOWN
