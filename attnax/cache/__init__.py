@@ -21,10 +21,4 @@ from attnax.cache.layer_cache import *
 from attnax.cache.linear import *
 from attnax.cache.ring import *
 
-__all__: list[str] = []
-__all__ += empty.__all__
-__all__ += from_config.__all__
-__all__ += kv.__all__
-__all__ += layer_cache.__all__
-__all__ += linear.__all__
-__all__ += ring.__all__
+__all__ = [name for module in (empty, from_config, kv, layer_cache, linear, ring) for name in module.__all__]

@@ -17,12 +17,6 @@ from attnax.kernels.paged import *
 from attnax.kernels.ring import *
 from attnax.kernels.standard import *
 
-__all__: list[str] = []
-__all__ += cached.__all__
-__all__ += flash.__all__
-__all__ += linear.__all__
-__all__ += lite.__all__
-__all__ += nnx_adapter.__all__
-__all__ += paged.__all__
-__all__ += ring.__all__
-__all__ += standard.__all__
+__all__ = [
+    name for module in (cached, flash, linear, lite, nnx_adapter, paged, ring, standard) for name in module.__all__
+]

@@ -238,7 +238,7 @@ def _attention_of(
     operands: Operands,
 ) -> tuple[Array, Array]:
     out, lse, _ = forward(plan, (query, key, value, scale), operands, exact=False)
-    return out, softmax.natural(lse)
+    return out, softmax.in_nats(lse)
 
 
 def _attention_forward(
@@ -247,7 +247,7 @@ def _attention_forward(
     out, lse, low = forward(plan, (query, key, value, scale), operands, exact=True)
     # A policy of `jax.checkpoint` saves these residuals by name; the forward pass is then not run again.
     out, lse, low = checkpoint_name((out, lse, low), "attention_out")
-    return (out, softmax.natural(lse)), ((query, key, value, scale), operands, out, lse, low)
+    return (out, softmax.in_nats(lse)), ((query, key, value, scale), operands, out, lse, low)
 
 
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:

@@ -235,7 +235,7 @@ def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) 
 def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     assert plan.cudnn is not None
     query, key, value, scale = arrays
-    out, lse = results.out.astype(query.dtype), softmax.natural(results.lse)
+    out, lse = results.out.astype(query.dtype), softmax.in_nats(results.lse)
     return *cudnn_backward(query, key, value, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
 
 
@@ -247,7 +247,7 @@ def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands)
 
 def _splash_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     assert plan.splash is not None
-    d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.natural(results.lse), results.d_out)
+    d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.in_nats(results.lse), results.d_out)
     return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
 
 

@@ -252,7 +252,7 @@ def _ring_forward(
     start = _state(*attend_part(plan, arrays, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = checkpoint_name(softmax.finish(state), "attention_out")
-    return (out, softmax.natural(lse)), (arrays, operands, out, lse)
+    return (out, softmax.in_nats(lse)), (arrays, operands, out, lse)
 
 
 def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:

@@ -12,9 +12,4 @@ from attnax.masks.kinds import *
 from attnax.masks.mask import *
 from attnax.masks.positions import *
 
-__all__: list[str] = []
-__all__ += arguments.__all__
-__all__ += arrays.__all__
-__all__ += kinds.__all__
-__all__ += mask.__all__
-__all__ += positions.__all__
+__all__ = [name for module in (arguments, arrays, kinds, mask, positions) for name in module.__all__]

@@ -14,7 +14,4 @@ from attnax.paged_cache.cache import *
 from attnax.paged_cache.pool import *
 from attnax.paged_cache.sequence import *
 
-__all__: list[str] = []
-__all__ += cache.__all__
-__all__ += pool.__all__
-__all__ += sequence.__all__
+__all__ = [name for module in (cache, pool, sequence) for name in module.__all__]

@@ -37,6 +37,13 @@ _KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", 
 _CONSTANTS = (jax.Array, np.ndarray, np.generic)
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), slice)
 _NOT_CALLED = frozenset(("__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__"))
+_HELD: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset"),
+    functools.cached_property: ("func",),
+}
 _MOST = 1000  # values to look into
 
 
@@ -68,21 +75,13 @@ def _reached_from(x: Any) -> Iterable[Any]:
     kind = type(x)
     if isinstance(x, _CONSTANTS) or kind in _PLAIN:
         return ()
-    if kind in (tuple, list, set, frozenset):
-        return x
-    if kind is dict:
-        return x.values()
+    if kind in (tuple, list, set, frozenset, dict):
+        return x.values() if kind is dict else x
     if kind is types.FunctionType:
         return _of_function(x)
-    if kind is types.MethodType:
-        return x.__func__, x.__self__
-    if kind in (staticmethod, classmethod):
-        return (x.__func__,)
-    if kind is property:
-        return x.fget, x.fset
-    if kind is functools.cached_property:
-        return (x.func,)
-    if kind is types.BuiltinFunctionType or kind is types.BuiltinMethodType:
+    if kind in _HELD:
+        return [getattr(x, name) for name in _HELD[kind]]
+    if kind is types.BuiltinFunctionType:
         if not _is_known(x) or x.__name__ in _TELLING:
             raise TellingError
         return ()
@@ -92,10 +91,8 @@ def _reached_from(x: Any) -> Iterable[Any]:
         return () if _is_known(x) else [y for base in x.__mro__ if not _is_known(base) for y in _members(base)]
     if isinstance(x, functools.partial) and _is_known(kind):
         return x.func, x.args, x.keywords
-    if kind.__name__ == "PjitFunction" and _is_known(kind):  # of `jax.jit`
-        return (x.__wrapped__,)
-    if isinstance(x, tuple) and _is_known(kind):
-        return tuple(x)
+    if _is_known(kind) and (isinstance(x, tuple) or kind.__name__ == "PjitFunction"):  # that of `jax.jit`
+        return tuple(x) if isinstance(x, tuple) else (x.__wrapped__,)
     if isinstance(x, tuple | list | dict | set | frozenset | types.ModuleType) or not _has_plain_attributes(kind):
         raise TellingError
     try:

@@ -31,10 +31,10 @@ __all__ = [
     "SoftmaxState",
     "finish",
     "in_log2",
+    "in_nats",
     "initial_state",
     "mask_scores",
     "merge",
-    "natural",
     "product",
     "select",
     "tile_gradients",
@@ -53,7 +53,7 @@ def unit(*, has_score_mod: bool) -> float:
     return 1.0 if has_score_mod else LOG2E
 
 
-def natural(lse: Array) -> Array:
+def in_nats(lse: Array) -> Array:
     """A log-sum-exp in units of log 2 as a natural one."""
     return lse / LOG2E
 

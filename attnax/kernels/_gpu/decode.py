@@ -61,7 +61,7 @@ class DecodeInputs:
         setup = launch.Setup(tile, keep, bounds, self.is_opaque, modify, interpret=interpret)
         arrays = self.query, tokens.keys, tokens.values, self.scale
         out, lse = launch.decode(arrays, setup, tokens.block_table)
-        return out, softmax.natural(lse)
+        return out, softmax.in_nats(lse)
 
     def _tile(self) -> tile_sizes.Tile | None:
         """The tile, of as many keys as a page; None where the kernel cannot read the arrays as they are."""

@@ -61,7 +61,7 @@ def attend_chunks(
         "Train with memory_efficient_attention, or flash_attention, on arrays.",
     )
     out, lse = softmax.finish(state)
-    return out.reshape(batch, heads, seq_q, value_dim), softmax.natural(lse.reshape(batch, heads, seq_q))
+    return out.reshape(batch, heads, seq_q, value_dim), softmax.in_nats(lse.reshape(batch, heads, seq_q))
 
 
 def visit_chunk(
