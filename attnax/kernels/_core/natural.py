@@ -254,7 +254,10 @@ def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any],
     of_call, of_rule = rules[id(eqn)]
     # The tangent of a result may vary along more axes than the result.
     shape = jnp.broadcast_shapes(*map(jnp.shape, values))
-    values = [spread(jnp.asarray(x), shape) for x in values] if len(values) > 1 else values
+    if len(values) > 1:
+        values = [
+            spread(jnp.asarray(x), shape) if shape_of(var) else x for x, var in zip(values, eqn.invars, strict=True)
+        ]
 
     def run(program: Any, *values: Any) -> list[Array]:
         env: dict[Any, Any] = dict(zip(program.jaxpr.invars, values, strict=True))
