@@ -1,6 +1,6 @@
 """Every piece of a transformer by itself, from the attention function to the whole model, with the shape of its result.
 
-Run it with `python examples/component_demo.py`. Letters are those of the library: B batch, T target tokens, S source
+Run it with `python examples/component_demo.py`. Letters are as in the library: B batch, T target tokens, S source
 tokens, N heads, H head dim, D model, V vocabulary.
 """
 

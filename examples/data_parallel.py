@@ -1,7 +1,7 @@
 """Training over many devices gives the same losses as one device; Orbax saves and restores the parameters.
 
-The batch is sharded over a mesh of all devices and the parameters are replicated. `jax.jit` does everything else, also
-the mean of the gradients. Without accelerators the script makes eight devices of the CPU.
+The batch is sharded over a mesh of all devices and the parameters are replicated. `jax.jit` does everything else, the
+mean of the gradients included. Without accelerators the script makes eight devices of the CPU.
 
     python examples/data_parallel.py
 """

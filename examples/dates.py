@@ -1,7 +1,7 @@
 """A transformer reads dates in 70 languages and writes them in ISO 8601: "sobota, 3 kwietnia 2021" becomes 2021-04-03.
 
-Babel writes the dates (see written_dates.py). The model gets their characters, not the locale. The training
-data has the days of the test in no language.
+Babel writes the dates (see written_dates.py). The model gets the characters of a date, not the locale. No day of
+the test is in the training data, in any language.
 
 Run it with `python examples/dates.py`; `--help` lists the options. Needs attnax[train] and babel.
 """

@@ -1,6 +1,6 @@
 """A vision transformer learns to read handwritten digits of 8 x 8 pixels: 1437 for training, 360 for the test.
 
-Run it with `python examples/digits.py`; `--help` lists the options. It needs attnax[train] and scikit-learn.
+Run it with `python examples/digits.py`; `--help` lists the options. Needs attnax[train] and scikit-learn.
 """
 
 from functools import partial

@@ -93,7 +93,7 @@ def encode(model, ids, real):
 def load_embed(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to their vectors (texts, d_model), which have length 1."""
     model, tokenizer = load_pretrained(folder)
-    # The width of the widest batch; sentence-transformers cuts texts for this model there too.
+    # The width of the widest batch; sentence-transformers truncates texts for this model at the same width.
     tokenizer.enable_truncation(WIDTHS[-1])
     tokenizer.no_padding()
 

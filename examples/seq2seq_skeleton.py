@@ -1,6 +1,6 @@
 """An encoder-decoder learns to write a sequence backwards: a skeleton of sequence-to-sequence training.
 
-It has sequences of different lengths, masks, dropout, Optax, Flax's train state, a compiled step, logs and generation.
+Shown: sequences of different lengths, masks, dropout, Optax, Flax's train state, a compiled step, logs and generation.
 Run it with `python examples/seq2seq_skeleton.py`; `--help` lists the options. Needs attnax[train].
 """
 
@@ -38,7 +38,7 @@ def make_batch(rng: np.random.Generator, batch_size: int, max_length: int, vocab
 
 
 def draw_mask(mask: jax.Array) -> str:
-    """The mask (1, T, S) of one row as text, a line for each query; # is a key that it may attend."""
+    """The mask (1, T, S) of one row as text, a line for each query; # is a key that the query may attend."""
     return "\n".join("  " + "".join("#" if allowed else "." for allowed in line) for line in np.asarray(mask[0]))
 
 

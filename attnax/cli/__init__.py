@@ -22,7 +22,7 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `attnax ARGUMENTS`; returns the exit code. A mistake of the user is a line on standard error, and code 2."""
+    """Runs `attnax ARGUMENTS`; returns the exit code. A user's mistake is a line on standard error and code 2."""
     _open_streams()
     from attnax.cli.command import run
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Lets every write succeed, also of characters that the terminal's encoding lacks, and to a closed stream."""
+    """Makes every write succeed, even of characters that the terminal's encoding lacks or to a closed stream."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

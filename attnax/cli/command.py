@@ -28,7 +28,7 @@ _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `attnax ARGUMENTS`; returns the exit code. A mistake of the user is a line on standard error, and code 2.
+    """Runs `attnax ARGUMENTS`; returns the exit code. A user's mistake is a line on standard error and code 2.
 
     Each problem of a published checkpoint gets a line.
     """

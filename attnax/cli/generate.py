@@ -134,7 +134,7 @@ def open_text_model(
     """The model in a run folder or a published checkpoint, or the model of this name on the hub.
 
     Raises:
-        InputError: there is no such model, it writes no text, or an option is of the other kind of folder.
+        InputError: there is no such model, it writes no text, or an option belongs to the other kind of folder.
     """
     terminal.say_wait(f"loading    {name}")
     folder = find_folder(name, revision)

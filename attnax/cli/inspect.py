@@ -28,7 +28,7 @@ NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
-    """A parameter, or, with an empty name, a tensor of the files that is not known to hold one."""
+    """A parameter; with an empty name, a tensor of the files that is not known to hold a parameter."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -150,7 +150,7 @@ def _print_table(entries: Sequence[Entry]) -> None:
     """A table with one row for the entries that differ only in the number of a layer or an expert."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        # The parts between the numbers: no name can contain the place of a number itself.
+        # Names are split at their numbers: equal parts mean names that differ in numbers only.
         names = [tuple(NUMBER.split(name)) for name in (entry.parameter, *entry.tensors[:1])]
         groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
     rows = [("parameter", "shape", "dtype", "count", "tensor")]

@@ -1,6 +1,6 @@
 """The flags of the commands, as dataclasses; `--help` shows their docstrings.
 
-Limits and defaults are those of the classes that use the values: `RunOptions` and its configs, `Sampler`, the caches.
+Limits and defaults come from the classes that use the values: `RunOptions` and its configs, `Sampler`, the caches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Train(RunOptions):
     compile_cache: bool = True
 
     def check(self) -> None:
-        """Raises InputError for a value out of range, or with --resume for flags that the run has already."""
+        """Raises InputError for a value out of range, or with --resume for flags that are fixed in the run."""
         super().check()
         if self.out is not None and self.out == Path():
             raise InputError("--out must not be empty. Leave it out for the next free runs/NNN.")
@@ -91,9 +91,9 @@ class Generate:
         cache_dtype: of keys and values. By default the model's; int8 stores 8-bit integers, each vector with a scale.
         dtype: of parameters and computation. By default the dtype of the files.
         log_probs: print the text's log-probability and bits per byte to standard error at the end. Every drawn token
-            counts, also the tokens of the end and of a stop string.
-        stream: print the text as it is drawn. This is the default if it is possible: not with --beams, --draft or
-            more than one sample.
+            counts, the tokens of the end and of a stop string included.
+        stream: print the text as it is drawn. This is the default, except with --beams, --draft or more than one
+            sample.
         no_stream: print the text when it is complete.
         step: of a run, the checkpoint to use. By default the newest.
         revision: of a model on the hub: a branch, a tag or a commit.
@@ -151,7 +151,7 @@ class Generate:
         self._check_together()
 
     def sampler(self, **others: Any) -> Sampler:
-        """The `Sampler` of the flags with the names of its fields; with --beams without the flags of a draw.
+        """The `Sampler` with the values of the flags; with --beams, without the flags of a draw.
 
         Raises:
             InputError: a value out of range.
@@ -166,8 +166,8 @@ class Generate:
     def settle(self, settings: GenerationSettings) -> Generate:
         """The options with defaults: the settings of the checkpoint, or, if it has none, the command's own.
 
-        A beam search of the settings gives way to --draft, to --stream and to a flag of a draw. Greedy settings give
-        way to a flag of a draw.
+        --draft, --stream and a flag of a draw override a beam search of the settings. A flag of a draw overrides greedy
+        settings.
         """
         asks = any(getattr(self, name) is not None for name in _OF_A_DRAW) or (self.num_samples or 1) > 1
         beams = self.beams

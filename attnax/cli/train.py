@@ -134,7 +134,7 @@ class _Session:
         self.stream = TokenStream(tokenizer.encode_documents(_texts(corpus.train)), window)
         self.stream.require_a_window()
         self.held_out = TokenStream(tokenizer.encode_documents(_texts(corpus.held_out)), window)
-        # The held-out text of a look while training: about 32 windows, and the number of their bytes.
+        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
         self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
@@ -197,7 +197,7 @@ class _Session:
                 stop = bool(received)  # read once: a signal that comes after the checkpoint waits for the next step
                 with progress.paused():
                     is_look = step % self.options.checkpoint_every == 0 or step == optimizer.steps
-                    if is_look:  # before the checkpoint: a process that is killed between them looks again
+                    if is_look:  # before the checkpoint: a process killed between the two evaluates again
                         self._look_at_held_out(step)
                     if is_look or stop:
                         saved = {name: getattr(self.state, name) for name in _SAVED}
@@ -219,7 +219,7 @@ class _Session:
         self.run.append_metrics(
             step=step,
             tokens=step * self._tokens_per_step,
-            loss=loss if math.isfinite(loss) else None,  # JSON has no other number
+            loss=loss if math.isfinite(loss) else None,  # JSON has no NaN or infinity
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,
             learning_rate=float(self._schedule(updates)),
             seconds=round(time.perf_counter() - started, 3),
@@ -330,7 +330,7 @@ class _Progress:
         self._bar.set_description(f"loss {loss:.3f}", refresh=False)
 
     def close(self) -> None:
-        """Leaves the line as it is."""
+        """Ends the line, which stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Writing text with a model that is only a function `(state, tokens, cache) -> (logits, cache)`."""
+"""Text generation with any model that is a function `(state, tokens, cache) -> (logits, cache)`."""
 
 from attnax.generation.beam import Beams, beam_search
 from attnax.generation.loop import Generation, Step, Tokens, generate, stream

@@ -21,7 +21,7 @@ __all__ = ["Beams", "EarlyStopping", "beam_search"]
 
 EarlyStopping = Literal["heuristic", "first", "never"]
 
-_WORST = -1e9  # the score of a beam that does not exist; unlike -inf it can be ordered and divided
+_WORST = -1e9  # the score of a missing beam; finite, so that scores can be ordered and divided
 
 
 class Beams(NamedTuple):
@@ -29,7 +29,7 @@ class Beams(NamedTuple):
 
     Attributes:
         tokens: (batch, num_beams, max_new_tokens) int32; after its end a text is filled as in `Generation`.
-        lengths: (batch, num_beams) int32, the tokens of each text, with the token or sequence that ended it.
+        lengths: (batch, num_beams) int32, the tokens of each text, with its end token or stop sequence.
         scores: (batch, num_beams) float32, log-probability / lengths ** length_penalty. Where penalties leave fewer
             texts than beams, the missing texts have length 0 and the score -1e9.
     """
@@ -66,20 +66,20 @@ def beam_search(
 ) -> Beams:
     """The best texts after each prompt.
 
-    A step scores every continuation of every running beam. A continuation that ends, and is among the best `num_beams`,
-    joins the ended texts if its score is among theirs; the best continuations that do not end run on. The scores and
-    the three ways to stop are those of Hugging Face transformers.
+    A step scores every continuation of every running beam. A continuation among the best `num_beams` that ends joins
+    the ended texts, of which the best `num_beams` are kept. The best continuations that do not end run on. Scores and
+    early stopping are as in Hugging Face transformers.
 
     Args:
         step: the model.
         state: its parameters.
-        request: the prompts; of its sampler only the penalties apply, to log-probabilities.
-        cache: of the prompts' rows; it may be Planned.
+        request: the prompts; only the penalties of its sampler apply, to log-probabilities.
+        cache: of the prompts' rows; may be Planned.
         num_beams: beams of each prompt.
-        max_new_tokens: static, the room of the result; at least that of the request.
+        max_new_tokens: static, the room of the result; at least the request's max_new_tokens.
         length_penalty: exponent of the length that the log-probability of a text is divided by.
-        early_stopping: "first" stops with num_beams ended texts; "heuristic" when no running beam that ended now would
-            have a better score than the worst of them; "never" when no beam could at any length that it may reach.
+        early_stopping: "first" stops with num_beams ended texts; "heuristic" when no running beam, if it ended now,
+            would beat the worst ended text; "never" when no running beam can beat that text at any length.
     """
     batch = request.ids.shape[0]
     model = Model(step, state)
@@ -127,7 +127,7 @@ def _choose(
     (batch, num_beams), size = search.log_probs.shape, logits.shape[-1]
     scores = request.sampler.penalise(jax.nn.log_softmax(logits.astype(jnp.float32)), search.text)
     scores = (scores.reshape(batch, num_beams, size) + search.log_probs[..., None]).reshape(batch, -1)
-    # Each beam has at most one continuation for each stop sequence that ends it, so num_beams continuations are left.
+    # Each beam has at most one continuation for each stop sequence that ends it, so at least num_beams do not end.
     count = min((1 + max(1, request.stops.shape[0])) * num_beams, scores.shape[1])
     scores, index = lax.top_k(scores, count)
     parents = (jnp.arange(batch)[:, None] * num_beams + index // size).reshape(-1)
@@ -135,7 +135,7 @@ def _choose(
     written = (text.lengths - text.prompt_lengths).reshape(batch, count)
     ends = text.ends_with(request.stops).reshape(batch, count) | (written >= request.max_new_tokens)
 
-    # A continuation beyond the best num_beams cannot end: it is a candidate to run on only.
+    # Only a continuation among the best num_beams may join the ended texts.
     stops = ends & (jnp.arange(count) < num_beams)[None]
     if early_stopping == "first":
         stops = stops & ~search.ended.all(1, keepdims=True)

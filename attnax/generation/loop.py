@@ -1,8 +1,8 @@
 """Autoregressive generation: one compiled program reads the prompt, a second loops over the new tokens.
 
-With two programs, prompts of different lengths share the loop, and a single new token needs no loop. This package knows
-no model, only a `Step`: a function `(state, tokens, cache) -> (logits, cache)` of some new tokens of every row and of a
-cache of the tokens before.
+With two programs, prompts of different lengths share the loop, and a single new token needs no loop. This package needs
+no model class, only a `Step`: a function `(state, tokens, cache) -> (logits, cache)` of new tokens of every row and a
+cache of the earlier tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
         ids: (rows, T).
         position_ids: (rows, T), each token's index within its row's text, -1 for padding.
         wanted: (rows, n), the indices within T of the tokens after which logits are wanted.
-        context: arrays that a row attends beside its text, with the rows first: an encoder's keys and values, or None.
+        context: arrays that a row attends beside its text, rows first: an encoder's keys and values, or None.
     """
 
     ids: Int[Array, "R T"]
@@ -45,10 +45,10 @@ class Tokens(NamedTuple):
 
 @runtime_checkable
 class Step(Protocol):
-    """A model that decodes; it must hash by value, since compiled programs are looked up by it."""
+    """A model that decodes; a step must hash by value, since it is a key of compiled programs."""
 
     def __call__(self, state: Any, tokens: Tokens, cache: Any, /) -> tuple[Array, Any]:
-        """Logits (rows, n, vocabulary) of the token after each wanted one, and the cache with all tokens appended."""
+        """Logits (rows, n, vocabulary) of the token after each wanted token, and the cache with all tokens appended."""
 
 
 @pytree_dataclass
@@ -72,7 +72,7 @@ class Generation(NamedTuple):
 
     Attributes:
         tokens: (rows, max_new_tokens) int32; after its end a row is filled with the first end token, else with padding.
-        lengths: (rows,) int32, the tokens of each row, with the token or sequence that ended it.
+        lengths: (rows,) int32, the tokens of each row, with its end token or stop sequence.
         log_probs: (rows, max_new_tokens) float32, the model's log-probability of each token (before penalties,
             temperature and cuts); 0 after the end.
         steps: (rows,) int32, the calls of the model for the row: one for each token, fewer with a draft.
@@ -111,8 +111,8 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         step: the model.
         state: its parameters.
         request: the prompts, and how to continue them.
-        cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. It is donated, unless
-            there are several samples, whose cache has other shapes. It may be Planned.
+        cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. The cache is donated,
+            unless there are several samples, whose cache has other shapes. It may be Planned.
         max_new_tokens: static, the room of the result; at least the request's max_new_tokens, which may be traced.
 
     Returns:
@@ -127,7 +127,7 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
 
 
 def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
-    """Yields each row's next token, (rows,) int32, as soon as it is drawn; the same tokens as `generate`.
+    """Yields the next token of each row, (rows,) int32, as soon as drawn; the same tokens as `generate`.
 
     Stops after the request's max_new_tokens, or when every row has ended.
     """
@@ -153,9 +153,9 @@ _begin_in_place = jax.jit(_begin, static_argnames="room", donate_argnames="cache
 
 
 def _read_prompt(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Array]:
-    """The first program: what `start` returns, the result so far and the first token of each row.
+    """The first program: the results of `start`, the generation so far and the first token of each row.
 
-    It donates the cache where the result has the rows of the prompts.
+    The cache is donated if each prompt has one sample.
     """
     return (_begin_in_place if request.num_samples == 1 else _begin_program)(model, request, cache, room)
 
@@ -219,7 +219,7 @@ def prompt_tokens(request: Request, context: Any) -> Tokens:
 def advance(model: Model, request: Request, progress: Progress, context: Any) -> Progress:
     """One more token in every row that has not ended."""
     text, running = progress.text, ~progress.finished
-    # An ended row goes on as padding, which takes a slot of its cache at most.
+    # An ended row gets padding, which takes at most a slot of its cache.
     position_ids = jnp.where(running[:, None], text.last_positions(1), -1)
     tokens = Tokens(text.last(1), position_ids, jnp.zeros_like(position_ids), context)
     logits, cache = model(tokens, progress.cache)

@@ -27,10 +27,10 @@ class Request:
     Attributes:
         ids: (batch, T) prompt.
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
-        key: one typed key, one a prompt or one a row; None where nothing is drawn.
+        key: one typed key, one for each prompt, or one for each row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
         sampler: draws tokens.
-        stops: (K, n), the sequences of tokens that end a row, aligned right, after fillers of -1.
+        stops: (K, n), the sequences of tokens that end a row, filled with -1 on the left.
         fill: the token after the end.
         context: as in `Tokens`.
         num_samples: rows of the result for each prompt.
@@ -60,7 +60,7 @@ class Request:
         return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
     def after_prompt(self) -> Request:
-        """The request without the prompt, its keys and its context: of one shape for prompts of every length."""
+        """The request without the prompt, its keys and its context: equal shapes for prompts of every length."""
         ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
         return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
 
@@ -95,7 +95,7 @@ def make_request(
     Raises:
         ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
             or samples, end token or stop sequence.
-        NotImplementedError: a traced prompt that Explicit mesh axes cut.
+        NotImplementedError: a traced prompt that Explicit mesh axes shard.
     """
     check_options("make_request", options, RequestOptions)
     num_samples, padding_mask = options.get("num_samples", 1), options.get("padding_mask")
@@ -134,7 +134,7 @@ def make_request(
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
     """`made`, an array computed from `given`, on the devices of `given`.
 
-    On a mesh with Explicit axes every device gets the whole array, since caches are not cut.
+    On a mesh with Explicit axes every device gets the whole array, since caches are not sharded.
     """
     if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
         return made
@@ -157,9 +157,9 @@ def padded_length(length: int) -> int:
 
 
 def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
-    """One key a row: `key` itself if it holds one a row, else `fold_in(key, row)`.
+    """One key for each row: `key` itself if it holds that many, else `fold_in(key, row)`.
 
-    With several samples, `key` may hold one key a prompt; the samples then draw with `fold_in(key, sample)`.
+    With several samples, `key` may hold one key for each prompt; the samples then draw with `fold_in(key, sample)`.
 
     Raises:
         ValueError: not a typed key, or another number of keys.
@@ -174,7 +174,7 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
 
 
 def _check_prompt(prompt_ids: ArrayLike) -> None:
-    """Raises ValueError or NotImplementedError for a prompt of another shape, or one that a mesh cuts."""
+    """Raises ValueError or NotImplementedError for a prompt of another shape, or a prompt that a mesh shards."""
     if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
         raise ValueError(
             "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
@@ -188,7 +188,7 @@ def _check_prompt(prompt_ids: ArrayLike) -> None:
 
 
 def _real_tokens(xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None) -> Any:
-    """True for the tokens of a prompt that are no padding, in NumPy or JAX (`xp`)."""
+    """True for the real tokens of a prompt, in NumPy or JAX (`xp`)."""
     real = xp.ones(shape, bool) if padding_mask is None else xp.asarray(padding_mask)
     is_empty = is_concrete(real) and not np.asarray(real).any(-1).all()
     if real.shape != shape or real.dtype != bool or is_empty:

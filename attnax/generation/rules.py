@@ -13,18 +13,18 @@ __all__ = ["TokenRules"]
 
 @pytree_dataclass
 class TokenRules:
-    """A `logits_fn` of a `Sampler`: -inf for forbidden tokens, and for all tokens but the forced ones.
+    """A `logits_fn` of a `Sampler`: -inf for forbidden tokens and, beside a forced token, for all other tokens.
 
-    None leaves a rule out. Rules are applied in the order of the attributes, which is that of transformers. Tokens that
-    the model lacks are ignored. New values compile nothing, new shapes do.
+    None leaves a rule out. Rules are applied in the order of the attributes, as in transformers. Tokens that the model
+    lacks are ignored. New values compile nothing; new shapes compile a program.
 
     Attributes:
-        bad_words: (K, n) sequences of tokens that must not stand in the text, prompt included; aligned right, after
-            fillers of -1.
+        bad_words: (K, n) sequences of tokens that must not occur in the text, prompt included; filled with -1 on the
+            left.
         end_tokens: (M,) tokens forbidden before `min_new_tokens` are written.
         min_new_tokens: an integer.
         forced_first: the first token to write.
-        forced_last: (N,) tokens of which one is written last, where `max_new_tokens` is reached.
+        forced_last: (N,) tokens, one of which is the last of `max_new_tokens`.
         max_new_tokens: an integer.
         suppress_tokens: (S,) tokens that are always forbidden.
         begin_suppress_tokens: (T,) tokens forbidden when `begin_index` tokens are written.

@@ -22,30 +22,30 @@ __all__ = ["CUTS", "Sampler"]
 
 @pytree_dataclass
 class Sampler:
-    """Draws a token from softmax(logits / temperature), after penalties and cut to the likeliest tokens.
+    """Draws a token from softmax(logits / temperature), after penalties, among the likeliest tokens.
 
     Penalties come first, then the temperature, then top_k, top_p and min_p, applied in this order; None leaves a step
-    out. The numbers are leaves of a pytree, so that new values compile nothing, except a temperature of 0: greedy
-    decoding is a program of its own, which draws nothing.
+    out. The numbers are leaves of a pytree, so new values compile nothing. Only temperature 0, greedy decoding,
+    is a program of its own.
 
     Attributes:
-        temperature: 0 takes the likeliest token, and so does None; 1 samples the model's own distribution.
+        temperature: 0 or None takes the likeliest token; 1 samples the model's own distribution.
         top_k: keep the k likeliest tokens, and tokens that tie with the last of them.
         top_p: keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
         min_p: keep the tokens that are at least min_p times as likely as the likeliest.
         logit_bias: added to the logits: an array (vocab_size,), or a mapping of token ids to numbers.
-        repetition_penalty: logits of tokens in the text, prompt included, are divided by it where they are positive
-            and multiplied where not.
+        repetition_penalty: divides positive logits of tokens in the text, prompt included, and multiplies negative
+            ones.
         presence_penalty: subtracted from the logits of written tokens.
         frequency_penalty: subtracted once for each time a token was written.
-        no_repeat_ngram: no sequence of that many tokens stands twice in the text, prompt included. Where this rule, or
+        no_repeat_ngram: no sequence of that many tokens occurs twice in the text, prompt included. Where this rule, or
             a logits_fn, forbids every token, token 0 follows.
-        logits_fn: `(logits, text) -> logits` by the user, on (rows, vocab_size) float32 and a `Text`, whose `lengths`
-            alone tell its length; after the penalties, before the cuts. A function that holds arrays should be a
-            callable pytree; a new lambda is compiled anew.
+        logits_fn: a user's `(logits, text) -> logits` of float32 (rows, vocab_size) and a `Text`, after the penalties
+            and before the cuts. The length of a text is in `lengths`, not in shapes. A function that holds arrays
+            should be a callable pytree; a new lambda is compiled anew.
 
     Raises:
-        ValueError: a number out of range, in words.
+        ValueError: a number out of range.
 
     References:
         A. Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019, https://arxiv.org/abs/1904.09751.
@@ -160,7 +160,7 @@ class Sampler:
         return scaled
 
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        """The distribution that `__call__` draws from; with temperature 0, 1 for the likeliest token."""
+        """The distribution that `__call__` draws from; at temperature 0, 1 for the likeliest token."""
         logits = self.penalise(logits, text)
 
         def likeliest() -> Array:
@@ -171,7 +171,7 @@ class Sampler:
         return lax.cond(jnp.asarray(self.temperature) == 0, likeliest, lambda: jax.nn.softmax(self.cut(logits)))
 
     def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, "B"]:
-        """One token a row; `keys` holds one typed key a row; None with temperature=None."""
+        """One token for each row; `keys` holds a typed key for each row, or is None with temperature=None."""
         logits = self.penalise(logits, text)
 
         def likeliest() -> Array:
@@ -202,7 +202,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> 
     """-inf for all but the fewest largest logits of each row whose probabilities sum to at least p."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # Mass of each token and all behind it: a sum from the front would lose a tail below 1e-7, even where p is 1.
+    # Mass of each token and all less likely tokens: a sum from the front loses a tail below 1e-7, even for p = 1.
     rest = lax.cumsum(probabilities, axis=probabilities.ndim - 1, reverse=True)
     keep = (rest > 1 - p).at[..., 0].set(True)
     keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)

@@ -1,8 +1,8 @@
 """Speculative decoding: a small model drafts a few tokens, the large model reads them at once and accepts some.
 
 A drafted token x, drawn from q, is accepted with probability min(1, p(x) / q(x)); the first rejected token is replaced
-by a draw from max(p - q, 0), normalised. So every token has the distribution p of the large model, whatever the draft;
-at temperature 0 the tokens are those of the large model.
+by a draw from max(p - q, 0), normalised. So with any draft every token has the distribution p of the large model;
+at temperature 0 the tokens are the same as without a draft.
 
 References:
     Y. Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2022,
@@ -76,10 +76,10 @@ def generate_with_draft(
         step: the model.
         state: its parameters.
         request: the prompts, and how to continue them.
-        cache: of the prompts' rows; can forget tokens and has room for num_draft_tokens more than `generate` needs.
-            It is donated, unless there are several samples.
+        cache: of the prompts' rows; must be able to forget tokens, with room for num_draft_tokens more than in
+            `generate`. The cache is donated, unless there are several samples.
         draft: the small model.
-        draft_cache: likewise for the draft.
+        draft_cache: the same for the draft.
         max_new_tokens: static, at least 1.
         num_draft_tokens: static, tokens drafted in each round.
 
@@ -167,7 +167,7 @@ def _read_draft(model: Model, request: Request, progress: Progress, context: Any
             token = jnp.where(fits, drafted[:, index], replaced)
         progress = append(progress, token, logits[:, index], request, going_on)
         going_on = going_on & fits & ~progress.finished
-    # The last token is not read yet; drafted tokens behind it are taken back.
+    # The last token is not read yet; later drafted tokens are removed.
     return dataclasses.replace(progress, cache=forget(progress.cache, progress.text.lengths - 1))
 
 
@@ -186,7 +186,7 @@ def _residual(p: Array, q: Array) -> Array:
 
 
 def _uniform(keys: Array | None, num_rows: int) -> Array:
-    """A number between 0 and 1 a row; without keys all probabilities are 0 or 1, and any number will do."""
+    """A number in [0, 1) for each row; without keys all probabilities are 0 or 1, so 0.5 serves."""
     return jnp.full(num_rows, 0.5) if keys is None else jax.vmap(jax.random.uniform)(keys)
 
 

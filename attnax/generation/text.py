@@ -61,7 +61,7 @@ class Text:
         )
 
     def last(self, count: int) -> Int[Array, "R n"]:
-        """The last `count` tokens of each row; the first token again in place of tokens before it."""
+        """The last `count` tokens of each row; before the first token, the first token repeats."""
         index = self.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
         return jnp.take_along_axis(self.ids, jnp.maximum(index, 0), axis=1)
 
@@ -78,7 +78,7 @@ class Text:
         return jnp.where(real, jnp.take_along_axis(self.ids, index, axis=1), fill)
 
     def counts(self, vocab_size: int, *, prompt: bool) -> Int[Array, "R V"]:
-        """How often each token was written; with `prompt`, how often it stands in the text."""
+        """How often each token was written; with `prompt`, how often the text holds it."""
         rows, size = self.ids.shape
         index = jnp.arange(size, dtype=jnp.int32)[None]
         counted = index < self.lengths[:, None]
@@ -88,7 +88,7 @@ class Text:
         return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
 
     def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, "R"]:
-        """Whether the written tokens end with one of the sequences, which are aligned right, after fillers of -1."""
+        """Whether the written tokens end with one of the sequences, which are filled with -1 on the left."""
         check_shape("Text", "sequences", sequences, ("sequences", "length"), integers=True)
         sequences, size = jnp.asarray(sequences), sequences.shape[1]
         if 0 in sequences.shape:

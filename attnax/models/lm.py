@@ -35,8 +35,8 @@ class TransformerLM(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: which tokens attend which, by default `causal()`.
-        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
+        self_mask: mask of self-attention, by default `causal()`.
+        **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,9 +73,9 @@ class TransformerLM(nnx.Module):
         layer_kv_caches: tuple[LayerCache, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple[Any, ...]]:
-        """float32 logits (batch, T, vocab_size), or with caches the pair of them and the new caches.
+        """float32 logits (batch, T, vocab_size); with caches, the pair (logits, new caches).
 
-        The arguments are those of `TransformerDecoder`.
+        Arguments are as in `TransformerDecoder`.
         """
         options: CachedOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
         options |= {"score_mod": score_mod, "caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
@@ -115,17 +115,17 @@ class TransformerLM(nnx.Module):
         """Continues each prompt, in two compiled programs that serve prompts of several lengths.
 
         Args:
-            prompt_ids: (batch, T). Where Explicit axes of a mesh cut them, every device generates all rows.
+            prompt_ids: (batch, T). If Explicit axes of a mesh shard the prompts, every device generates all rows.
             max_new_tokens: tokens to write at most.
             sampler: how tokens are drawn; by default each is the likeliest.
-            key: one typed key, or one a row; needed with a temperature. A row's text depends on its own key and prompt
-                only.
+            key: one typed key, or one for each row; needed with a temperature. A row's text depends only on its own key
+                and prompt.
             padding_mask: True for real tokens; padding may stand left or right.
-            end_token: ends a row; one token or several.
-            stop_sequences: token sequences that end a row too, once they are written as a whole.
+            end_token: a token that ends a row, or several.
+            stop_sequences: sequences of tokens that end a row once written in full.
             num_samples: rows of the result for each prompt, which is read once.
-            draft: a small model of the same vocabulary, which drafts tokens that this model reads at once. The tokens
-                at temperature 0, and their distribution at any other temperature, stay the same; the steps are fewer.
+            draft: a small model of the same vocabulary, which drafts tokens that this model reads at once. With fewer
+                steps, the tokens at temperature 0, and their distribution at other temperatures, stay the same.
             num_draft_tokens: tokens drafted each time.
             cache: "contiguous", "ring" (rows of different lengths waste no slots) or "paged"; by default "contiguous",
                 or "ring" with a draft.
@@ -154,7 +154,7 @@ class TransformerLM(nnx.Module):
     def stream(
         self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
+        """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def beam_search(
@@ -174,8 +174,8 @@ class TransformerLM(nnx.Module):
     ) -> Beams:
         """The `num_beams` best texts found after each prompt, the best first.
 
-        Arguments and errors are those of `generate`, and:
-            num_beams: running texts that are kept.
+        Arguments and errors are as in `generate`, and:
+            num_beams: running texts of each prompt.
             length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
             early_stopping: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
                 its present length, "never" when no running text can score better at any length.

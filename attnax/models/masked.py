@@ -21,7 +21,7 @@ __all__ = ["MaskedLM"]
 
 
 class MaskedOptions(SelfAttentionOptions, total=False):
-    """The options of `MaskedLM`: `EncoderOptions` without a mask of the call and caches."""
+    """The options of `MaskedLM`: `EncoderOptions` without `mask` and `caches`."""
 
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
@@ -31,13 +31,13 @@ class MaskedOptions(SelfAttentionOptions, total=False):
 class MaskedLM(nnx.Module):
     """A `TransformerEncoder` and BERT's head, head(norm(act(linear(x)))): logits of the token at every position.
 
-    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. It is trained to predict the
-    original tokens of a text in which some are replaced.
+    Called as `MaskedLM(rngs, config)` or with the fields of TransformerConfig as keywords. Training predicts the
+    original tokens of a text in which some tokens are replaced.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig; act is its ff_activation without the gate.
-        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
+        **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,7 +71,7 @@ class MaskedLM(nnx.Module):
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """float32 logits (batch, T, vocab_size); the arguments are those of `TransformerEncoder`."""
+        """float32 logits (batch, T, vocab_size); arguments are as in `TransformerEncoder`."""
         options: MaskedOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
         options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
         return self.run(input_ids, **options).logits

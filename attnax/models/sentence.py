@@ -28,7 +28,7 @@ class SentenceEncoder(nnx.Module):
         normalize: whether vectors have length 1.
 
     Raises:
-        ValueError: another pool.
+        ValueError: an unknown pool.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ class SentenceEncoder(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B D"]:
-        """float32 vectors (batch, d_model); the arguments are those of `TransformerEncoder`.
+        """float32 vectors (batch, d_model); arguments are as in `TransformerEncoder`.
 
         A row with no real token has the vector 0.
         """
@@ -74,5 +74,5 @@ class SentenceEncoder(nnx.Module):
         vectors = jnp.where(real[..., None], hidden, 0).sum(1) / count.astype(hidden.dtype)
         if not self.normalize:
             return vectors
-        # The root of a number above 0 has a gradient, for a vector 0 too.
+        # The maximum gives the vector 0 a finite gradient.
         return vectors * jax.lax.rsqrt(jnp.maximum(jnp.square(vectors).sum(1, keepdims=True), 1e-24))

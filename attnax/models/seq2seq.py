@@ -32,14 +32,14 @@ __all__ = ["Transformer"]
 
 
 class TransformerOptions(SelfAttentionOptions, total=False):
-    """The options of `Transformer`, as its `__call__` describes them."""
+    """The options of `Transformer`, which `__call__` describes."""
 
     source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None
     target_padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
 
 
 class Transformer(nnx.Module):
-    """Reads a source with an encoder and writes a target with a decoder that attends it.
+    """Reads a source with an encoder and writes a target with a decoder that attends the source.
 
     Called as `Transformer(rngs, config)`, with two configs as `Transformer(rngs, encoder, decoder)`, or with the fields
     of EncoderDecoderConfig as keywords.
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
 
     @property
     def _shared_tokens(self) -> TokenEmbedding | None:
-        """The table of token embeddings for a decoder without its own."""
+        """The encoder's table of token embeddings, if the decoder has none."""
         return self.encoder.embed.tokens if self.decoder.embed.tokens is None else None
 
     def _logits(self, hidden: Array) -> Array:
@@ -119,11 +119,11 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size) of the token after each target token.
 
-        Arguments and errors are those of `TransformerEncoder`, for two texts:
+        Arguments and errors are as in `TransformerEncoder`, for two texts:
             source_ids: (batch, S), of the encoder's vocabulary.
             target_ids: (batch, T), of the decoder's vocabulary.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
-            target_padding_mask: likewise for the target, (batch, T) or (batch, 1, 1, T).
+            target_padding_mask: True for real tokens of the target, (batch, T) or (batch, 1, 1, T).
             score_mod: applied to the self-attention scores of every decoder layer.
         """
         options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
@@ -182,10 +182,10 @@ class Transformer(nnx.Module):
     ) -> Generation:
         """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
-        Arguments, result and errors are those of `TransformerLM.generate`, with sources in place of prompts, and:
+        Arguments, result and errors are as in `TransformerLM.generate`, with sources in place of prompts, and:
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
-            start_token: the first token of every target; the result is without it.
+            start_token: the first token of every target, not part of the result.
             temperature: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             draft: a small Transformer of the same vocabularies.
@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, (rows,) at a time, as soon as they are drawn; its options, but no draft."""
+        """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 
@@ -252,7 +252,7 @@ class Transformer(nnx.Module):
         )
 
     def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
-        """The decoder as a writer, whose context are the sources."""
+        """The decoder as a writer, with the sources as its context."""
         if overrides_call(self) or not runs(self, _RUN):
             raise NotImplementedError(
                 f"generate: a target is written token by token, by encoder.run and decoder.run; "
@@ -291,7 +291,7 @@ def _starts(source_ids: ArrayLike, start_token: int) -> np.ndarray:
 
 @pytree_dataclass
 class _Source:
-    """Sources, which the program that reads the prompts encodes."""
+    """Sources; the program that reads the prompts encodes them."""
 
     ids: Int[ArrayLike, "B S"]
     real: Bool[ArrayLike, "B S"]

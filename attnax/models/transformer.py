@@ -36,19 +36,19 @@ class TokenOptions(SelfAttentionOptions, total=False):
 
 
 class CachedOptions(TokenOptions, total=False):
-    """The options of `TransformerLM`, which encoder and decoder share; calls have `layer_kv_caches` for `caches`."""
+    """The options of `TransformerLM`, encoder and decoder; in `__call__`, `caches` is `layer_kv_caches`."""
 
     caches: tuple[LayerCache, ...] | None
 
 
 class EncoderOptions(CachedOptions, total=False):
-    """The options of `TransformerEncoder`, whose `__call__` describes them."""
+    """The options of `TransformerEncoder`, which `__call__` describes."""
 
     token_type_ids: Int[ArrayLike, "B T"] | None
 
 
 class DecoderOptions(CachedOptions, total=False):
-    """The options of `TransformerDecoder`, whose `__call__` describes the last three."""
+    """The options of `TransformerDecoder`; `__call__` describes the last three."""
 
     encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None
     cross_mask: Mask | MaskMod | ArrayLike | None
@@ -89,7 +89,7 @@ class _TokenTransformer(nnx.Module):
         tokens: TokenEmbedding | None = None,
         cross: dict[str, Any] | None = None,
     ) -> Output:
-        """From token ids to hidden states; `cross` holds the options of cross-attention where blocks have it."""
+        """The hidden states of token ids; `cross` holds the options of cross-attention, None for blocks without it."""
         ids, mode = jnp.asarray(input_ids), select_options(options, Mode)
         self._check(ids, options)
         position_ids, mask, score_mod = self._place(ids.shape, options)
@@ -140,8 +140,8 @@ class _TokenTransformer(nnx.Module):
         """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
 
         The model's own mask and the score mods are read at positions, the mask of the call at indices. With a cache
-        that holds tokens, attention reads everything at positions; for other calls this function makes masks and mods
-        of indices.
+        that holds tokens, attention reads everything at positions; for other calls this function converts masks and
+        mods to indices.
         """
         name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
         is_alone = caches is None or isinstance(caches[0], EmptyCache)  # the tokens attend each other only
@@ -157,13 +157,13 @@ class _TokenTransformer(nnx.Module):
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
         if position_ids is not None and mask is not None:
-            known = length if caches is None else None  # the positions in a cache may be any
+            known = length if caches is None else None  # a cache may hold any positions
             if caches is not None and not is_alone:
                 bounds = [getattr(cache, "num_positions", None) for cache in caches]
                 known = min((bound for bound in bounds if bound is not None), default=None)
             mask.check(name, (batch, self.config.num_heads, known, known))
         if position_ids is not None and is_alone:
-            # Counted positions have the order of the indices, so a causal mask holds for both.
+            # Counted positions are in the order of the indices, so a causal mask is the same for both.
             if given is not None or not (mask is None or isinstance(mask, Causal)):
                 mask = at_positions(mask, position_ids, position_ids)
             elif caches is None:  # with a cache, attention hides the padding
@@ -192,8 +192,8 @@ class TransformerEncoder(_TokenTransformer):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: which tokens attend which, by default all attend all. No token attends padding in any case.
-        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
+        self_mask: mask of self-attention, by default none. No token attends padding.
+        **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -232,20 +232,20 @@ class TransformerEncoder(_TokenTransformer):
 
         Args:
             input_ids: (batch, T).
-            mask: applied in this call beside the model's own mask, by index whatever the positions are, such as
-                `masks.documents(ids)` for packed rows. With caches it is a boolean array (batch, heads, T, tokens so
-                far), whose column j is position j, or index j with an EmptyCache.
+            mask: of this call, beside the model's own mask; read at indices even if positions are given. An example is
+                `masks.documents(ids)` for packed rows. With caches, a boolean array (batch, heads, T, tokens so far):
+                column j is position j, or index j with an EmptyCache.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
-                padding mask and the caches. Masks and score mods are read at positions too.
+                padding mask and the caches. The model's own mask and score mods are read at positions.
             token_type_ids: (batch, T), below the config's num_token_types, by default 0.
             score_mod: applied to the attention scores of every layer.
-            layer_kv_caches: one a layer; the tokens are appended to them and attend all tokens in them, later ones too.
+            layer_kv_caches: one for each layer. Tokens are appended and attend all tokens in a cache, later tokens too.
             rngs: randomness of the dropout, instead of the stored streams.
 
         Returns:
-            (batch, T, d_model), or with caches the pair of it and the new caches. The states of padding mean nothing.
+            (batch, T, d_model); with caches, the pair (states, new caches). The states of padding have no meaning.
 
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
@@ -265,17 +265,17 @@ class TransformerEncoder(_TokenTransformer):
 class TransformerDecoder(_TokenTransformer):
     """A stack under a causal mask: embeddings, blocks and a last norm; returns hidden states.
 
-    Called as `TransformerDecoder(rngs, config)` or with the fields of TransformerConfig as keywords. It is decoder-only
-    unless `cross_attention`; then every block also attends the output of an encoder.
+    Called as `TransformerDecoder(rngs, config)` or with the fields of TransformerConfig as keywords. With
+    `cross_attention` every block also attends the output of an encoder; without it the model is decoder-only.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
-        self_mask: which tokens attend which, by default `causal()`. No token attends padding in any case.
+        self_mask: mask of self-attention, by default `causal()`. No token attends padding.
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
-        own_tokens: whether it has a table of token embeddings; without one, every `run` is given a table.
-        **fields: the fields of TransformerConfig; ValueError for any other field, and for a value that it refuses.
+        own_tokens: whether the model has a table of token embeddings; if not, every `run` takes a table.
+        **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -325,10 +325,10 @@ class TransformerDecoder(_TokenTransformer):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states of `input_ids`.
 
-        Arguments, result and errors are those of `TransformerEncoder`; `mask` and `score_mod` are for self-attention.
+        Arguments, result and errors are as in `TransformerEncoder`; `mask` and `score_mod` are for self-attention.
         With cross_attention a call also takes:
             encoder_output: (batch, S, encoder_features), or its `keys_values`; required.
-            cross_mask: which tokens attend which tokens of the encoder, by index; `masks.padding(real)` hides padding.
+            cross_mask: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
         """
         options: DecoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
@@ -345,7 +345,7 @@ class TransformerDecoder(_TokenTransformer):
         token_embedding: TokenEmbedding | None = None,
         **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call; it always returns an Output. A decoder without its own tokens needs `token_embedding`."""
+        """The call; it always returns an Output. A decoder without own_tokens needs `token_embedding`."""
         check_options("TransformerDecoder", options, DecoderOptions)
         self._check_cross(options)
         cross = {

@@ -34,8 +34,8 @@ class VisionTransformer(nnx.Module):
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a VisionTransformerConfig. The head has a bias whatever `use_bias` says.
-        **fields: the fields of VisionTransformerConfig; ValueError for any other field, and a value that it refuses.
+        config: a VisionTransformerConfig. The head always has a bias.
+        **fields: fields of VisionTransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,7 +136,7 @@ class VisionTransformer(nnx.Module):
 
         Args:
             images: as in a call.
-            layer: its index; -1 is the last one.
+            layer: index of the layer; -1 is the last layer.
             score_mod: as in a call.
 
         Raises:
@@ -173,10 +173,10 @@ class VisionTransformer(nnx.Module):
 
 
 def with_image_size(model: VisionTransformer, image_size: int | tuple[int, int]) -> VisionTransformer:
-    """A copy of `model` for images of another size, its learned positions interpolated bicubically between patches.
+    """A copy of `model` for images of another size; learned positions of patches are interpolated bicubically.
 
-    Published models in transformers interpolate in the same way; with antialiasing if the config has
-    `position_antialias`. The position of the class token and all other parameters stay as they are.
+    The interpolation is the one of transformers, with antialiasing if the config has `position_antialias`. The position
+    of the class token and all other parameters stay unchanged.
 
     Args:
         model: a VisionTransformer.
@@ -226,7 +226,7 @@ def _resize(table: Array, grid_size: tuple[int, int], antialias: bool) -> Array:
 def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
     """(new, old) weights of the old places in each new place, as in torch.nn.functional.interpolate.
 
-    Both grids reach from edge to edge. Without antialiasing the cubic covers 4 places whatever the step, and places
+    Both grids reach from edge to edge. Without antialiasing the cubic covers 4 places at any step, and places
     outside of the grid repeat the edge. With antialiasing a step above 1 stretches the cubic, and places outside get no
     weight.
     """
@@ -252,5 +252,5 @@ def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int)
 def _repeat(tokens: nnx.Param[Array], x: Array) -> Array:
     """The tokens for each row of x."""
     repeated = jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens.shape))
-    cut = jax.typeof(x).sharding  # Explicit axes of a mesh may cut the batch
+    cut = jax.typeof(x).sharding  # Explicit axes of a mesh may shard the batch
     return jax.sharding.reshard(repeated, cut) if any(cut.spec) else repeated

@@ -34,8 +34,8 @@ class Writer(NamedTuple):
         step: the model as a function.
         state: its parameters.
         config: of the decoder.
-        context: arrays that each row attends beside its text; it may be Planned.
-        self_mask: which tokens attend which in the text.
+        context: arrays that each row attends beside its text; may be Planned.
+        self_mask: mask of the text.
     """
 
     step: Step
@@ -53,7 +53,7 @@ def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
 
 
 class WriteOptions(RequestOptions, total=False):
-    """The options of a model's `generate`, as that of `TransformerLM` describes them."""
+    """The options of a model's `generate`, which `TransformerLM.generate` describes."""
 
     cache: CacheKind | None
     cache_dtype: Any
@@ -69,7 +69,7 @@ class CachePlan:
     batch_size: int
     max_len: int
     dtype: str | None
-    pool_rows: int  # of a pool of pages, which rows share
+    pool_rows: int  # rows that share a pool of pages
 
     def make(self, state: Any, /) -> tuple[EmptyCache, ...]:
         """One cache a layer."""
@@ -215,7 +215,7 @@ def _prepare(
                 "the real tokens in padding_mask."
             ) from error
     length = max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1)
-    # A mask that holds arrays knows a number of positions: prompt and new tokens get no room beyond them.
+    # A mask that holds arrays has a fixed number of positions; prompt and new tokens get no room beyond it.
     is_fixed = writer.self_mask is not None and writer.self_mask.num_positions is not None
     length = length if is_fixed else padded_length(length)
     request = make_request(
@@ -238,7 +238,7 @@ def _prepare(
         )
     room = max_new_tokens if is_fixed else padded_length(max(64, max_new_tokens))
     slots = length + room + spare
-    if not is_fixed:  # padding behind a prompt takes no slot, so a long sum need not be padded twice
+    if not is_fixed:  # padding after a prompt takes no slot, so a long total is padded only once
         slots = padded_length(slots if slots <= 1024 else prompt_length + max(64, max_new_tokens) + spare)
     dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
     plan = CachePlan(config, cache, batch, slots, dtype, num_beams * request.num_rows)
@@ -249,7 +249,7 @@ Written = TypeVar("Written", Generation, Beams)
 
 
 def _shorten(written: Written, max_new_tokens: int) -> Written:
-    """The result without the room beyond `max_new_tokens`, cut outside of JAX, which would compile each cut."""
+    """The result without the room beyond `max_new_tokens`, sliced outside of JAX, which would compile each slice."""
 
     def cut(x: Array) -> Array:
         if not is_concrete(x) or not x.is_fully_addressable:

@@ -20,13 +20,13 @@ def refuse_hidden_arrays(
 ) -> None:
     """Raises ValueError for a function that reads a floating JAX array which is none of its leaves.
 
-    NumPy arrays, integers and arrays that the function makes itself are allowed constants. A function that fails at
-    these shapes passes: it may use an array of one fixed size.
+    NumPy arrays, integers and arrays that the function makes itself are allowed constants. A function that raises at
+    these shapes passes, since it may hold an array of one fixed size.
 
     Args:
         caller: the class that keeps the function, for the message.
         name: the argument that holds the function, for the message.
-        function: None, a function or a callable pytree. The library's own functions hide nothing.
+        function: None, a function or a callable pytree. Functions of this library are not checked.
         arguments: shapes and dtypes to trace the function at.
         visible: arrays that the function may read beside its leaves.
         **options: keywords to call the function with.
@@ -45,7 +45,7 @@ def refuse_hidden_arrays(
 def refuse_hidden_arrays_of_kernel(
     caller: str, attention_fn: Any, arguments: Sequence[Any], scores: Sequence[Any]
 ) -> None:
-    """`refuse_hidden_arrays` for an attention function; arrays that a partial binds are hidden too, except a `cache`.
+    """`refuse_hidden_arrays` for an attention function; arrays that a partial binds count as hidden, except a `cache`.
 
     Args:
         caller: the class that keeps the function, for the message.
@@ -88,7 +88,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> list[Any]:
-    """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays keep their own type."""
+    """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays do not count."""
     try:
         traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
     # The function was not made for these sizes, or not for this machine.

@@ -25,14 +25,14 @@ __all__ = ["Heads", "Kernel", "attend_cache", "attention_function", "check_cache
 
 
 class Heads(NamedTuple):
-    """The projected heads of one call, and the masks and mods by which they attend.
+    """The projected heads of one call, with its mask and score mod.
 
     Attributes:
         query: (B, N, T, H), rotated.
         key: (B, K, S, H), rotated.
         value: (B, K, S, Hv).
         mask: read at indices; with a cache that holds tokens, at positions.
-        score_mod: likewise.
+        score_mod: read like the mask.
         dropout_rng: None for no dropout.
         positions: (B or 1, T), of the queries; never None with a cache.
     """
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
         return out
 
     def call(self, attend: Any, heads: Heads) -> Any:
-        """Calls `attend`, which has its arrays and mask, with the other options of the call and the layer."""
+        """Calls `attend`, which holds the arrays and the mask, with the other options of the call and the layer."""
         options: dict[str, Any] = {"dropout_rng": heads.dropout_rng, "deterministic": heads.dropout_rng is None}
         options |= {"score_mod": heads.score_mod, "dropout_rate": self.dropout_rate}
         if self.scale is not None:
@@ -83,7 +83,7 @@ class Kernel(NamedTuple):
         if self.sinks is None:
             return result
         out, lse = result
-        share = jax.nn.sigmoid(lse - self.sinks.astype(lse.dtype)[None, :, None])  # of the keys beside the sink
+        share = jax.nn.sigmoid(lse - self.sinks.astype(lse.dtype)[None, :, None])  # the weight without the sink
         return (out.astype(share.dtype) * share[..., None]).astype(out.dtype)
 
 
@@ -92,7 +92,7 @@ class LiteAttention(nnx.Module):
 
     Args:
         rngs: for the gate's weights.
-        config: for their kind and the width of a head.
+        config: for its initialiser, dtypes, bias and the width of a head.
     """
 
     takes_mask_objects = True
@@ -126,14 +126,14 @@ def attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return flash_attention if size is None else _Configured(flash_attention, block_size=size)
         case AttentionType.PALLAS_FLASH:
             return _Configured(pallas_flash_attention, block_q=size, block_kv=size)
-        case AttentionType.LINEAR:  # causal where the mask is
+        case AttentionType.LINEAR:  # causal under a causal mask
             return _Configured(linear_attention, causal=False, chunk_size=config.linear_attention_chunk_size)
         case AttentionType.LITE:
             return LiteAttention(rngs, config)
 
 
 def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
-    """Raises unless the attention function can read the cache, and a window of the cache holds the layer's."""
+    """Raises unless the attention function can read the cache and the cache's window holds the layer's window."""
     if isinstance(cache, EmptyCache):
         cache.check("MultiHeadAttention")
         cache = cache.cache
@@ -154,7 +154,7 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
 
 
 def attend_cache(kernel: Kernel, heads: Heads, cache: Any) -> tuple[Array, Any]:
-    """The attention to the cache and the new tokens, and the cache with these appended."""
+    """The attention to the cache and the new tokens, and the cache with the new tokens appended."""
     assert heads.positions is not None
     empty = cache if isinstance(cache, EmptyCache) else None
     cache = cache if empty is None else empty.cache
@@ -192,7 +192,7 @@ _FEW = SPARE_SLOTS + 1  # queries of a call that decodes, with a draft or withou
 def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
     """Whether `cached_attention` takes the place of a function that declares `reads_cache_in_chunks`.
 
-    Many queries fill tiles, so a function with options of its own, such as a tile size, computes them itself.
+    A function with options of its own, such as a tile size, computes many queries itself: they fill its tiles.
     """
     has_options = isinstance(function, functools.partial)
     return getattr(kernel_of(function), "reads_cache_in_chunks", False) and (num_queries <= _FEW or not has_options)
@@ -224,5 +224,5 @@ def _attend_sums(
 
 
 def _nan_where_lost(out: Array, cache: Any) -> Array:
-    """NaN where a write to the cache was dropped, which must not pass unseen."""
+    """NaN where the cache dropped a write, so that the error is seen."""
     return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, out)

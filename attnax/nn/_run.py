@@ -1,6 +1,6 @@
-"""A module computes in `run`, which the modules around it call; its `__call__` only names the options for editors.
+"""A module computes in `run`, which other modules call; `__call__` only spells out the options for editors.
 
-`run` takes the options as keywords, and a TypedDict beside the class lists them.
+`run` takes the options as keywords; a TypedDict beside the class lists the options.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def run_of(module: Any) -> Callable[..., Any]:
 
 
 def runs(module: Any, run: Callable[..., Any]) -> bool:
-    """Whether `module.run` is this function: no subclass overrides it, and no other one was assigned."""
+    """Whether `module.run` is `run`: neither overridden by a subclass nor replaced by an assignment."""
     return getattr(module.run, "__func__", None) is run
 
 
 def overrides_call(module: Any) -> bool:
-    """Whether a subclass overrides `__call__` without `run`: `__call__` comes from a class that is more derived."""
+    """Whether a subclass overrides `__call__` but not `run`: `__call__` comes from a more derived class."""
     classes = type(module).__mro__
     depths = [
         next((depth for depth, cls in enumerate(classes) if name in vars(cls)), len(classes))

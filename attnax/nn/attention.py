@@ -28,7 +28,7 @@ __all__ = ["KeysValues", "MultiHeadAttention"]
 
 
 class KeysValues(NamedTuple):
-    """A context as a cross-attention layer sees it, projected once and attended many times.
+    """The projected keys and values of a context, computed once and attended many times.
 
     Attributes:
         keys: (batch, num_kv_heads, S, head_dim), rotated.
@@ -66,8 +66,8 @@ class MultiHeadAttention(nnx.Module):
         score_mod: applied to the scores of every call, before the score mod of the call. A score_mod, rope or
             attention_fn that holds arrays must be a callable pytree or an nnx.Module, so that the arrays are part of
             the layer's state. NumPy arrays are constants.
-        rope: a function `(heads, position_ids) -> heads` that turns queries and keys, by default the config's.
-        query_norm: norm of the queries before they are turned; by its `num_features` over each head or over all heads.
+        rope: a function `(heads, position_ids) -> heads` that rotates queries and keys, by default the config's.
+        query_norm: norm of the queries before the rotation, over each head or all heads by its `num_features`.
         key_norm: the same for the keys.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
@@ -173,21 +173,21 @@ class MultiHeadAttention(nnx.Module):
             x: (batch, T, in_features).
             context: (batch, S, context_features) for cross-attention, or its `keys_values`; by default x.
             mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S). With a cache, column j of an array is position j of the row's text, without
-                padding, and an array of fewer columns than positions hides the positions beyond them. Its rows are the
-                tokens of x; max_len rows are positions.
+                (batch, num_heads, T, S). With a cache, column j of an array is position j of the row's text,
+                padding not counted; positions without a column are hidden. Row i is token i of x, or position i if the
+                array has max_len rows.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
                 the positions after the cache; -1 marks padding. Without a cache, masks and score mods are read at
                 indices; `attnax.masks.at_positions` reads them at positions.
             position_ids_kv: positions of the context for RoPE, by default 0 ... S - 1.
             score_mod: applied to the scores after the layer's own.
-            kv_cache: of any kind (`attnax.cache`); x is appended to it and attends all of it. Masks and score mods are
-                then read at positions, but with an EmptyCache at indices, as without a cache.
+            kv_cache: a cache of any kind (`attnax.cache`); x is appended to the cache and attends all of it. Masks and
+                score mods are then read at positions; with an EmptyCache at indices, as without a cache.
             rngs: randomness of the dropout, instead of the stored stream.
 
         Returns:
-            (batch, T, out_features), or with a cache the pair of it and the new cache.
+            (batch, T, out_features); with a cache, the pair (result, new cache).
 
         Raises:
             ValueError: arguments that do not fit together, or a full cache (under jit: NaN).
@@ -210,7 +210,7 @@ class MultiHeadAttention(nnx.Module):
     def _attend(
         self, x: Array, options: MultiHeadOptions, *, weights: bool = False
     ) -> tuple[Float[Array, "B N T Hv"], Any]:
-        """The attention of each head, or with `weights` its weights, and the new cache."""
+        """The output of each head, or with `weights` its attention weights, and the new cache."""
         check_options("MultiHeadAttention", options, MultiHeadOptions)
         cache, context, score_mod = options.get("kv_cache"), options.get("context"), options.get("score_mod")
         positions, kv_positions = self._check_positions(x, options)
@@ -237,7 +237,7 @@ class MultiHeadAttention(nnx.Module):
         score_mod = compose_score_mods(cap, alibi, self.score_mod, score_mod)
 
         dropout_rng = self.dropout.key(options.get("deterministic"), options.get("rngs"))
-        if weights:  # with unit vectors as values, the result of attention is its weights
+        if weights:  # with unit vectors as values, the output is the weights
             value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
         heads = Heads(query, key, value, mask, score_mod, dropout_rng, positions)
         sinks = None if self.sinks is None else self.sinks[...]
@@ -281,7 +281,7 @@ class MultiHeadAttention(nnx.Module):
     def _heads(self, layer: Linear, x: Array, num_heads: int, norm: Any) -> Float[Array, "B N T H"]:
         batch, length, _ = x.shape
         projected = layer(x)
-        if norm is not None:  # over a head, or over all of them
+        if norm is not None:  # over each head, or over all heads
             width = norm.num_features
             projected = norm(projected.reshape(batch, length, layer.out_features // width, width))
         return projected.reshape(batch, length, num_heads, layer.out_features // num_heads).swapaxes(1, 2)
@@ -289,7 +289,7 @@ class MultiHeadAttention(nnx.Module):
     def keys_values(
         self, context: Float[Array, "B S Dc"], position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None
     ) -> KeysValues:
-        """The keys and values of a context, which a call takes in place of it.
+        """The keys and values of a context; a call takes them in place of the context.
 
         Args:
             context: (batch, S, context_features).
@@ -304,7 +304,7 @@ class MultiHeadAttention(nnx.Module):
         return KeysValues(key, self._heads(self.value, context, self.config.kv_heads, None))
 
     def _window_and_alibi(self, positions: Any, kv_positions: Any) -> tuple[Mask | None, ScoreMod | None]:
-        """The layer's own window and ALiBi. Like RoPE they go by positions if there are any; masks go by indices."""
+        """The layer's window and ALiBi, read at positions if there are any, like RoPE; else at indices, like masks."""
         config = self.config
         window = None if config.attention_window is None else sliding_window(config.attention_window, causal=False)
         alibi = alibi_mod(config.num_heads) if config.pos_emb_type == "alibi" else None
@@ -327,7 +327,7 @@ class MultiHeadAttention(nnx.Module):
     ) -> Float[Array, "B N T S"]:
         """The weight of each key for each query, (batch, num_heads, T, S), for small inputs; no dropout.
 
-        The arguments are those of a call. Rows sum to 1, to less with sinks, and to 0 with nothing to attend.
+        The arguments are as in a call. A row sums to 1, to less with sinks, and to 0 if no key may be attended.
         """
         options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "deterministic": True}
         options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}

@@ -30,11 +30,11 @@ class Output(NamedTuple):
     """The results of a block, a stack or a model.
 
     Attributes:
-        hidden: (batch, T, d_model), of a model the input of its head.
+        hidden: (batch, T, d_model); for a model, the input of its head.
         caches: the new cache of a block, the tuple of the new caches of a stack, or None.
-        aux: losses and statistics of mixtures of experts by name: numbers, summed over the layers, and `expert_load`, a
-            tuple of one array a mixture. They count real tokens only. Padding is a token at a negative position, or a
-            token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
+        aux: losses and statistics of mixtures of experts by name: scalars, summed over the layers, and `expert_load`, a
+            tuple with one array for each mixture. Only real tokens count. Padding is a token at a negative position, or
+            a token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
             and functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
     """
@@ -83,7 +83,7 @@ class Residual(nnx.Module):
         if self.layer_scale is not None:
             branch = branch * self.layer_scale[...].astype(branch.dtype)[None, None]
         branch = self.scale * self.dropout(branch, **mode)
-        return branch.astype(x.dtype), extra  # a layer of another dtype does not change the stream's
+        return branch.astype(x.dtype), extra  # the stream keeps its dtype
 
     def __call__(
         self, x: Float[Array, "B T D"], sublayer: Callable[[Array], tuple[Array, Any]], **mode: Unpack[Mode]
@@ -95,7 +95,7 @@ class Residual(nnx.Module):
 
 
 class EncoderBlockOptions(SelfAttentionOptions, total=False):
-    """The options of `EncoderBlock`; its `__call__` has `self_attn_kv_cache` for `cache`."""
+    """The options of `EncoderBlock`; in `__call__`, `cache` is `self_attn_kv_cache`."""
 
     mask: Mask | MaskMod | ArrayLike | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
@@ -111,11 +111,11 @@ class EncoderBlock(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a BlockConfig, or d_model.
-        num_heads: of BlockConfig, where config is d_model.
-        d_ff: the same.
+        num_heads: the field of BlockConfig, if config is d_model.
+        d_ff: the field of BlockConfig, if config is d_model.
         attention_fn: as in `MultiHeadAttention`.
-        score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
+        score_mod: as in `MultiHeadAttention`.
+        **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -155,9 +155,9 @@ class EncoderBlock(nnx.Module):
         self_attn_kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
-        """The stream after both sublayers, or with a cache the pair of it and the new cache.
+        """The stream after both sublayers; with a cache, the pair (stream, new cache).
 
-        Arguments and errors are those of `MultiHeadAttention`.
+        Arguments and errors are as in `MultiHeadAttention`.
         """
         options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
         options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
@@ -191,7 +191,7 @@ class EncoderBlock(nnx.Module):
 
 
 class DecoderBlockOptions(SelfAttentionOptions, total=False):
-    """The options of `DecoderBlock`, as its `__call__` describes them; that has `self_attn_kv_cache` for `cache`."""
+    """The options of `DecoderBlock`, which `__call__` describes; in `__call__`, `cache` is `self_attn_kv_cache`."""
 
     self_mask: Mask | MaskMod | ArrayLike | None
     cross_mask: Mask | MaskMod | ArrayLike | None
@@ -204,19 +204,19 @@ class DecoderBlockOptions(SelfAttentionOptions, total=False):
 class DecoderBlock(nnx.Module):
     """Self-attention, cross-attention to an encoder's output, then a feed-forward.
 
-    Called as `DecoderBlock(rngs, config)` or `DecoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`. It applies
-    only the masks that it is given: give `self_mask=causal()` where tokens must not see later tokens.
+    Called as `DecoderBlock(rngs, config)` or `DecoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)`. By
+    default no mask is applied: pass `self_mask=causal()` where tokens must not see later tokens.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.
-        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention only; beside lite
+        config: a BlockConfig, or d_model. Windows, ALiBi and lite attention are for self-attention only; with lite
             attention, cross-attention is FLASH.
-        num_heads: of BlockConfig, where config is d_model.
-        d_ff: the same.
+        num_heads: the field of BlockConfig, if config is d_model.
+        d_ff: the field of BlockConfig, if config is d_model.
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
-        score_mod: the same; a call's score mod is applied after it.
-        **fields: the fields of BlockConfig; ValueError for any other field, and for a value that it refuses.
+        score_mod: of self-attention, as in `MultiHeadAttention`.
+        **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
         >>> import jax.numpy as jnp
@@ -270,12 +270,12 @@ class DecoderBlock(nnx.Module):
         self_attn_kv_cache: LayerCache | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
-        """The stream after the three sublayers, or with a cache the pair of it and the new cache.
+        """The stream after the three sublayers; with a cache, the pair (stream, new cache).
 
-        Arguments and errors are those of `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod` and
+        Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod` and
         `self_attn_kv_cache` are for self-attention. Cross-attention has:
-            encoder_output: (batch, S, encoder_features), or the `keys_values` of it by this block's cross_attention.
-            cross_mask: which tokens of x attend which tokens of the encoder, by index.
+            encoder_output: (batch, S, encoder_features), or its `keys_values` from this block's cross_attention.
+            cross_mask: mask of the tokens of x against the tokens of the encoder, read at indices.
             position_ids_cross_q: positions of x for RoPE, by default `position_ids_self`.
             position_ids_cross_kv: positions of the encoder's output for RoPE.
         """
@@ -355,13 +355,13 @@ def _make_feed_forward(rngs: nnx.Rngs, config: BlockConfig) -> FeedForward | Mix
 def _as_sublayer(
     layer: Any, mask: Any, positions: ArrayLike | None, cache: Any, mode: dict[str, Any]
 ) -> Callable[[Array], tuple[Array, dict[str, Any]]]:
-    """A feed-forward as `x -> (out, aux)`; a mixture of experts is told which tokens are padding."""
+    """A feed-forward as `x -> (out, aux)`; a mixture of experts also gets the padding mask."""
 
     def feed_forward(x: Array) -> tuple[Array, dict[str, Any]]:
         if not isinstance(layer, MixtureOfExperts):
             return layer(x, **mode), {}
         out, aux = layer(x, padding_mask=_real_tokens(x, mask, positions, cache), **mode)
-        return out, aux | {"expert_load": (aux["expert_load"],)}  # experts of two mixtures differ: loads do not add up
+        return out, aux | {"expert_load": (aux["expert_load"],)}  # loads of two mixtures are not summed
 
     return feed_forward
 

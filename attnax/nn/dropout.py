@@ -15,7 +15,7 @@ class Dropout(nnx.Dropout):
 
     Args:
         rate: probability of dropping an element.
-        rngs: a fork of its `dropout` stream is stored, if it has one and the rate is above 0.
+        rngs: if they have a `dropout` stream and the rate is above 0, a fork of the stream is stored.
     """
 
     field: ClassVar[str] = "dropout_rate"  # of BlockConfig, for messages
@@ -28,7 +28,7 @@ class Dropout(nnx.Dropout):
         """A fresh key, or None where dropout is off.
 
         Raises:
-            ValueError: dropout is on and there are neither explicit nor stored rngs.
+            ValueError: dropout is on without rngs, given or stored.
         """
         if self.rate == 0.0 or (self.deterministic if deterministic is None else deterministic):
             return None
@@ -47,13 +47,13 @@ class Dropout(nnx.Dropout):
     def __call__(  # type: ignore[override]  # one rngs type instead of three
         self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
-        """x with elements dropped and all others scaled by 1 / (1 - rate), or x itself where dropout is off."""
+        """x with elements dropped and the rest scaled by 1 / (1 - rate); x itself if dropout is off."""
         key = self.key(deterministic, rngs)
         return x if key is None else super().__call__(x, deterministic=False, rngs=key)
 
 
 class Jitter(Dropout):
-    """Multiplies each element by a uniform random number; switched on and off, and seeded, as Dropout is.
+    """Multiplies each element by a uniform random number; mode and randomness are as in Dropout.
 
     Args:
         rate: the uniform numbers lie within 1 +- rate.
@@ -65,7 +65,7 @@ class Jitter(Dropout):
     def __call__(  # type: ignore[override]  # one rngs type instead of three
         self, x: Float[Array, "..."], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
-        """x with its elements jittered, or x itself where jitter is off."""
+        """x with its elements jittered; x itself if jitter is off."""
         key = self.key(deterministic, rngs)
         if key is None:
             return x

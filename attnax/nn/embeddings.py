@@ -64,7 +64,7 @@ class TokenEmbedding(nnx.Module):
         return _look_up(self.embedding[...], input_ids, "TokenEmbedding", "token ids").astype(self.dtype)
 
     def check(self, input_ids: Int[ArrayLike, "*L"]) -> None:
-        """Raises ValueError for ids that are no integers, or concrete and outside the vocabulary."""
+        """Raises ValueError for ids that are not integers, and for concrete ids outside the vocabulary."""
         _check_ids(input_ids, self.vocab_size, "TokenEmbedding", "token ids")
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
@@ -76,7 +76,7 @@ class TokenEmbedding(nnx.Module):
 
 
 class _PositionTable(nnx.Module):
-    """Adds a vector for each position, a row of the table that a subclass has."""
+    """Adds a vector for each position: a row of the subclass's table."""
 
     def __call__(
         self,
@@ -153,7 +153,7 @@ class TransformerEmbedding(nnx.Module):
     Args:
         rngs: for the initial tables and the stored dropout stream.
         config: a TransformerConfig.
-        own_tokens: whether it has a table of token embeddings; without one every call is given a table.
+        own_tokens: whether the module has a table of token embeddings; if not, every call takes a table.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, own_tokens: bool = True):
@@ -263,7 +263,7 @@ class RelativePositionBias(nnx.Module):
 
 
 def take_rows(table: Array, index: Array, **options: Any) -> Array:
-    """`table.at[index].get(**options)`, cut as the index is: each device holds the whole table and reads its rows."""
+    """`table.at[index].get(**options)`, sharded like the index: each device holds the whole table."""
     table, cut = jnp.asarray(table), jax.typeof(index).sharding
     if any(cut.spec):
         table = jax.sharding.reshard(table, jax.NamedSharding(cut.mesh, jax.P()))
@@ -276,7 +276,7 @@ def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
     size = table.shape[0]
     _check_ids(ids, size, caller, what)
     ids = jnp.asarray(ids, jnp.int32)
-    # A negative index would count from the end; past the end it gets the fill value.
+    # A negative index would count from the end. An index past the end gets the fill value.
     return take_rows(table, jnp.where(ids < 0, size, ids), mode="fill", fill_value=jnp.nan)
 
 

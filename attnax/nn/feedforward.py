@@ -64,7 +64,7 @@ class FeedForward(nnx.Module):
         ff_activation: as in BlockConfig; gated activations have a third matrix.
         **fields: other fields of BlockConfig (use_bias, dtype, param_dtype).
 
-    The gated "swiglu_clipped" is the one of gpt-oss, min(gate, 7) sigmoid(1.702 min(gate, 7)) (clip(up, -7, 7) + 1).
+    The gated "swiglu_clipped" of gpt-oss is min(gate, 7) sigmoid(1.702 min(gate, 7)) (clip(up, -7, 7) + 1).
 
     References:
         N. Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.

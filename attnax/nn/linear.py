@@ -27,7 +27,7 @@ class Linear(nnx.Linear):
         logits: the result is at least float32, not rounded to the config's dtype.
 
     With merged leading axes, XLA's CPU backend needs no transposed copy of the activations in the backward pass;
-    `benchmarks/layout.py` measures the time that this saves.
+    `benchmarks/layout.py` measures the saved time.
     """
 
     def __init__(

@@ -41,8 +41,7 @@ class MixtureOfExperts(nnx.Module):
     Raises:
         ValueError: num_experts is missing, or fields do not fit together.
 
-    The router computes in float32 whatever `dtype` says, or in float64 with dtype="float64". Differentiable once, in
-    reverse mode.
+    The router computes in float32, or in float64 with dtype="float64". Differentiable once, in reverse mode.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,7 +105,7 @@ class MixtureOfExperts(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "*L D"], dict[str, Float[Array, "..."]]]:
-        """The tokens through their experts, and statistics of how the router spread them.
+        """The outputs of the tokens' experts, and statistics of the routing.
 
         Args:
             x: (..., d_model).
@@ -116,8 +115,8 @@ class MixtureOfExperts(nnx.Module):
             rngs: randomness of dropout and jitter, instead of the stored streams.
 
         Returns:
-            (..., d_model), and float32 arrays over the real tokens of x, 0 if there are none. A NaN in a
-            token contaminates its own row; in a real token, the first three arrays too:
+            (..., d_model), and float32 arrays over the real tokens of x, 0 if there are none. A token with
+            NaN contaminates its own row and, if real, the first three arrays:
             `load_balance_loss`: num_experts * sum_e load_e * mean probability_e, 1 when balanced; to be added to a
             training loss with a weight of about 0.01 (Switch, equation 4).
             `router_z_loss`: mean of logsumexp(logits)^2, with a weight of about 0.001 (ST-MoE, equation 5).
@@ -126,7 +125,7 @@ class MixtureOfExperts(nnx.Module):
             Probabilities are the scores divided by their sum.
 
         Raises:
-            ValueError: x is not of width d_model, padding_mask does not fit it, or dropout or jitter is on and has no
+            ValueError: x is not of width d_model, padding_mask does not fit x, or dropout or jitter is on and has no
                 randomness.
         """
         config = self.config
@@ -171,7 +170,7 @@ class MixtureOfExperts(nnx.Module):
     def _experts(
         self, rows: Float[Array, "R D"], sizes: Array, deterministic: bool | None, rngs: nnx.Rngs | None
     ) -> Float[Array, "R D"]:
-        """The rows, sorted by expert, through the feed-forward of their expert."""
+        """The output of each row's expert; rows are sorted by expert."""
 
         def product(x: Array, matrices: Any, biases: Any) -> Array:
             return grouped_product(x, matrices[...], None if biases is None else biases[...], sizes)
@@ -189,7 +188,7 @@ def _statistics(
     """The statistics that `MixtureOfExperts` documents, over the real tokens; scores are logarithms."""
     num_tokens, num_experts = scores.shape
     real = jnp.ones(num_tokens, bool) if real is None else real
-    # Selected, not weighted: padding may hold NaN. An out-of-range index is not counted.
+    # Selected, not multiplied by 0: padding may hold NaN. An out-of-range index is not counted.
     load = jnp.bincount(jnp.where(real[:, None], experts, num_experts).reshape(-1), length=num_experts)
     load = load.astype(scores.dtype) / jnp.maximum(load.sum(), 1).astype(scores.dtype)
     log_probability = jax.nn.log_softmax(scores)

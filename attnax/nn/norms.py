@@ -80,7 +80,7 @@ def create_norm(
     """LayerNorm ("layer") or RMSNorm ("rms") over the last axis of width d_model.
 
     Raises:
-        ValueError: another norm_type.
+        ValueError: an unknown norm_type.
     """
     if norm_type == "rms":
         return RMSNorm(d_model, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -98,7 +98,7 @@ def create_norm(
 
 
 def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The norm of the residual stream that a config names."""
+    """The norm that a config names, for the residual stream."""
     if config.norm_type == "rms":
         return rms_norm_of(config, config.d_model, rngs)
     return create_norm(
@@ -113,7 +113,7 @@ def norm_of(config: BlockConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def rms_norm_of(config: BlockConfig, num_features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The RMSNorm that a config describes, of the stream or of heads."""
+    """The RMSNorm that a config describes, for the stream or for heads."""
     fields: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
     if config.norm_offset:
         return OffsetRMSNorm(num_features, offset=config.norm_offset, rngs=rngs, **fields)

@@ -26,7 +26,7 @@ class PatchEmbedding(nnx.Module):
     Args:
         rngs: for the initial weights.
         image_size: height and width in pixels, one number for both or a pair.
-        patch_size: likewise of a patch; it divides image_size.
+        patch_size: height and width of a patch, which divide image_size.
         num_channels: of the image.
         d_model: width of the result.
         kernel_init: initialiser `(key, shape, dtype)` of the kernel, by default "lecun_normal"; the bias starts at 0.
@@ -105,7 +105,7 @@ class PatchEmbedding(nnx.Module):
                 "Scale them first, as in images.astype('float32') / 255."
             )
         (rows, columns), (height, width) = self.grid_size, self.patch_size
-        batch, cut = images.shape[0], jax.typeof(images).sharding  # Explicit axes may cut the batch
+        batch, cut = images.shape[0], jax.typeof(images).sharding  # Explicit axes may shard the batch
         by_batch = jax.NamedSharding(cut.mesh, jax.P(cut.spec[0])) if any(cut.spec) else None
         reshape = partial(jnp.reshape, out_sharding=by_batch)
         pixels = reshape(images, (batch, rows, height, columns, width, self.num_channels)).swapaxes(2, 3)
@@ -115,7 +115,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class GridPositionalEncoding(nnx.Module):
-    """Adds the sinusoids of a patch's row to the first half of its features, and of its column to the second half.
+    """Adds sinusoids to the features of a patch: of its row to the first half, of its column to the second half.
 
     Args:
         grid: rows and columns of patches.

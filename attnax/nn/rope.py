@@ -1,10 +1,10 @@
-"""Rotary position embeddings: queries and keys are turned by their positions, so products depend on the distance.
+"""Rotary position embeddings: queries and keys are rotated by their positions, so products depend on the distance.
 
 Angles are computed on the host in float64: in float32 the angle of position 131072 would be off by 0.004 radians.
-Traced positions are looked up digit by digit (base 256) in four tables of 256 rows, and the rotations multiplied, which
-is exact to float32 rounding for any int32 position. float64 heads are turned in float64.
+A traced position is looked up digit by digit (base 256) in four tables of 256 rows; the product of the rotations is
+exact to float32 rounding for any int32 position. float64 heads are rotated in float64.
 
-A `RopeScaling` lowers frequencies, so that a model reaches further than the length that it was trained at.
+A `RopeScaling` lowers frequencies, for texts longer than the training length.
 
 References:
     J. Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864.
@@ -45,8 +45,8 @@ def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling 
     Args:
         head_dim: even; with "ntk" at least 4.
         base: of the wavelengths.
-        scaling: "ntk" raises the base so far that the last frequency is divided by factor and the first stays; all
-            other kinds divide a share of each frequency by factor.
+        scaling: "ntk" raises the base until the last frequency is divided by factor; the first stays. All other
+            kinds divide a share of each frequency by factor.
 
     Raises:
         ValueError: an odd head_dim, or one too small for "ntk".
@@ -67,7 +67,7 @@ def rope_inv_freq(head_dim: int, base: float = 10000.0, *, scaling: RopeScaling 
 def rope_attention_factor(scaling: RopeScaling | None) -> float:
     """The factor of cosines and sines: 0.1 log(factor) + 1 for "yarn", unless given, and 1 for every other kind.
 
-    The product of a turned query and a turned key is multiplied by its square, the paper's 1 / temperature.
+    The square of the factor, 1 / temperature in the paper, multiplies the product of a rotated query and key.
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -102,10 +102,10 @@ def rope_cos_sin_from_positions(
     """Cosines and sines of any positions, each (*position_ids.shape, head_dim / 2), within 1e-6 up to 2 ** 31.
 
     Args:
-        position_ids: int32; a negative one (padding) is turned like position 0.
+        position_ids: int32; a negative position (padding) counts as position 0.
         head_dim: even.
         base: of the wavelengths.
-        table_len: a concrete position from here on is an error (a traced one is not).
+        table_len: a concrete position of table_len or more is an error; a traced position is not.
         out_dtype: of the result.
         scaling: of the frequencies; "yarn" also multiplies the result by `rope_attention_factor`.
 
@@ -136,7 +136,7 @@ def _cos_sin(
 
 
 def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "*L H"]:
-    """Turns each pair (x[i], x[i + head_dim / 2]) by its angle; computed in at least float32, returned in x's dtype.
+    """Rotates each pair (x[i], x[i + head_dim / 2]) by its angle; computed in at least float32, returned in x's dtype.
 
     Args:
         x: (..., T, head_dim).
@@ -150,21 +150,21 @@ def apply_rope(x: Float[Array, "*L H"], cos: Float[Array, "..."], sin: Float[Arr
 
 
 class RotaryEmbedding:
-    """`rotary(x, positions)` turns queries or keys by their positions; it holds no arrays and no parameters.
+    """`rotary(x, positions)` rotates queries or keys by their positions; the object holds no arrays.
 
-    The first int(head_dim * fraction) features of a head are turned, in split halves of their own; the others pass.
+    The first int(head_dim * fraction) features of a head are rotated, in split halves of their own; the rest stays.
 
     Args:
         head_dim: features of a head.
-        max_positions: a concrete position from here on is an error; None sets no limit.
+        max_positions: a concrete position of max_positions or more is an error; None sets no limit.
         base: of the wavelengths.
-        dtype: of cosines and sines, by default float32, for a float64 x float64.
-        fraction: above 0, at most 1, such that an even number of features is turned.
+        dtype: of cosines and sines, by default float32, or float64 for a float64 x.
+        fraction: above 0, at most 1, such that an even number of features is rotated.
         scaling: of the frequencies, for texts longer than the trained ones.
 
     Raises:
-        ValueError: fraction is out of its range, the number of features to turn is odd or 0, a concrete position is at
-            or past max_positions, or x or position_ids are of another shape.
+        ValueError: fraction is out of its range, the number of rotated features is odd or 0, a concrete position is
+            at or past max_positions, or x or position_ids are of another shape.
     """
 
     def __init__(
@@ -190,13 +190,13 @@ class RotaryEmbedding:
 
     @property
     def rotated_dim(self) -> int:
-        """Features of a head that are turned."""
+        """The number of rotated features of a head."""
         return int(self.head_dim * self.fraction)
 
     def __call__(
         self, x: Float[Array, "B N T H"], position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None
     ) -> Float[Array, "B N T H"]:
-        """x turned by `position_ids`, by default 0 ... T - 1."""
+        """x rotated by `position_ids`, by default 0 ... T - 1."""
         check_shape("RotaryEmbedding", "x", x, ("batch", "heads", "length", self.head_dim))
         if position_ids is not None:
             batch, length = x.shape[0], x.shape[2]
@@ -229,7 +229,7 @@ class RotaryEmbedding:
 
 
 def _kept_share(inv_freq: np.ndarray, base: float, scaling: RopeScaling) -> np.ndarray:
-    """The share of each frequency that stays as it is, from 1 for the fastest turns to 0 for the slowest."""
+    """The share of each frequency that is kept, from 1 for the fastest rotation to 0 for the slowest."""
     if scaling.kind == "linear":
         return np.zeros_like(inv_freq)
     length = scaling.original_max_len
@@ -238,8 +238,8 @@ def _kept_share(inv_freq: np.ndarray, base: float, scaling: RopeScaling) -> np.n
         turns = length * inv_freq / (2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
-    # yarn: the fractional i whose base ** (-2i / head_dim) turns beta_fast and beta_slow times within the length; the
-    # share falls on a straight line between the two. Limits and 0.001 as in Hugging Face transformers.
+    # yarn: the fractional i at which base ** (-2i / head_dim) makes beta_fast and beta_slow turns within the length.
+    # The share falls linearly between the two. Limits and 0.001 are as in Hugging Face transformers.
     head_dim = 2 * len(inv_freq)
     first, last = (
         head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))

@@ -30,8 +30,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Stack(nnx.Module):
     """`num_layers` blocks, each with its own config by `layer_pattern`.
 
-    With `scan_layers`, the blocks at one place of every period of the pattern are stacked into one block of `periods`;
-    a program loops over the leading axis of its parameters. Blocks after the last whole period stay in `blocks`.
+    With `scan_layers`, the blocks at one place of every period of the pattern are stacked into one block of `periods`.
+    The program loops over the leading axis of that block. Blocks after the last whole period stay in `blocks`.
 
     Args:
         rngs: for the initial weights and the stored dropout streams; the same weights with and without scan_layers.
@@ -52,8 +52,8 @@ class Stack(nnx.Module):
     def layers(self) -> list[Any]:
         """The blocks from first to last, one a layer; blocks of `periods` are copies.
 
-        Copies change nothing in the stack. Replacing a part of a copy raises ValueError; values written to its
-        parameters, and `train()` or `eval()` of it, are lost without an error.
+        A change of a copy does not reach the stack. Replacing a part of a copy raises ValueError; writing to its
+        parameters, or calling its `train()` or `eval()`, raises nothing and has no effect.
         """
         scanned = self.config.num_layers - len(self.blocks)
         return [_read_only(block) if layer < scanned else block for layer, block in enumerate(self._unstacked())]
@@ -74,7 +74,7 @@ class Stack(nnx.Module):
         deterministic: bool | None = None,
         **options: Any,
     ) -> Output:
-        """Through all blocks.
+        """The output of all blocks.
 
         Args:
             x: (batch, T, d_model).
@@ -93,7 +93,7 @@ class Stack(nnx.Module):
                 for layer, entry in zip(layers, entries, strict=True):
                     layer[name] = entry
         if rngs is not None and not ("dropout" in rngs or "default" in rngs):
-            options["rngs"] = rngs  # the error of a layer that draws names the missing stream
+            options["rngs"] = rngs  # a layer that draws raises an error that names the missing stream
         elif rngs is not None and _draws(self, deterministic):
             for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
                 layer["key"] = key
@@ -113,9 +113,9 @@ class Stack(nnx.Module):
     def _block_runner(self, options: dict[str, Any]) -> Callable[..., tuple[Array, Any, dict[str, Any]]]:
         """(block, x, options of the layer) -> (x, cache, aux).
 
-        Under tracing, equal layers of the library are one function, which is traced, differentiated and lowered once.
-        The function lives as long as this call, since it may hold tracers. A user's block may have side effects, so it
-        is called for each layer.
+        Under tracing, equal layers of the library share one function, which is traced, differentiated and lowered once.
+        The function lives as long as this call, since it may hold tracers. A user's block may have side effects, so
+        every block of a user is called.
         """
         is_traced = not is_concrete(jnp.zeros(()))
         shares = is_traced and "rngs" not in options and all(map(_is_own, self.blocks))
@@ -230,7 +230,7 @@ def _refuse_change(*_: Any) -> None:
 
 
 def _read_only(block: nnx.Module) -> nnx.Module:
-    """The block, whose modules raise ValueError where an attribute is replaced or deleted."""
+    """The block, made read-only: replacing or deleting an attribute of its modules raises ValueError."""
     for _, part in nnx.iter_modules(block):
         part.__class__ = _read_only_class(type(part))
     return block
@@ -256,7 +256,7 @@ def _with_rngs(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
-    """Whether a call may need randomness. A user's module may always do."""
+    """Whether a call may need randomness; a user's module always may."""
     return any(
         not type(layer).__module__.startswith(("attnax.", "flax."))
         or (
@@ -269,7 +269,7 @@ def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
 
 
 def _is_own(module: nnx.Module) -> bool:
-    """Whether a module and all modules and functions in it are the library's or Flax's."""
+    """Whether a module and all modules and functions in it come from the library or Flax."""
     parts: list[Any] = [part for _, part in nnx.iter_modules(module)]
     functions = [getattr(part, name, None) for part in parts for name in ("attention_fn", "rope", "score_mod")]
     for part in [*map(type, parts), *functions]:

@@ -26,7 +26,7 @@ _BARE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder. No tensor is in memory.
+    """The tensors of a folder, none of which is in memory.
 
     Attributes:
         folder: with the files.
@@ -37,7 +37,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
     def dtype(self, except_for: Iterable[str] = ()) -> np.dtype[Any]:
-        """The narrowest dtype that holds all floating tensors except for these."""
+        """The narrowest dtype that holds all floating tensors but `except_for`."""
         counted = self.tensors.keys() - set(except_for)
         dtypes = {self.tensors[name].dtype for name in counted if _is_floating(self.tensors[name])}
         if np.dtype(np.float64) in dtypes:  # without jax_enable_x64, JAX would promote it to float32
@@ -58,7 +58,7 @@ class Checkpoint:
         return Checkpoint(self.folder, renamed)
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
-        """The tensor converted to `dtype`; it is floating, as `check` has checked."""
+        """The floating tensor `name`, converted to `dtype`."""
         return read_tensor(self.tensors[name]).astype(dtype, copy=False)
 
     def check(

@@ -1,4 +1,4 @@
-"""The error about a published checkpoint; it names all problems at once."""
+"""The error about a published checkpoint, with all problems at once."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Family:
         fields: the other fields, and the keys of config.json for them.
         harmless: keys of config.json that may be present and change nothing.
         bases: the values of {base} in the names of a file: a prefix, or nothing in files of the class of transformers
-            that lacks the head. Files are written with the first.
+            that lacks the head. Files are written with the first value.
         rules: the tensors. A rule for parameters that a model lacks is skipped.
         buffers: endings of the names of tensors that may be present and hold no parameters.
         body: prefixes of the model's tensors in a file that also holds a head. The tensors of the head have no such
@@ -83,7 +83,7 @@ class Family:
 
     @property
     def _all_fields(self) -> tuple[Field, ...]:
-        """The family's fields, and the common ones whose keys it does not have itself."""
+        """The family's fields, and the common fields whose keys are not among the family's keys."""
         own = {key for field in self.fields for key in field.keys}
         return (*(field for field in COMMON if own.isdisjoint(field.keys)), *self.fields)
 
@@ -91,7 +91,7 @@ class Family:
         """The config that a config.json describes.
 
         Raises:
-            CheckpointError: values that cannot be expressed and keys that nothing here reads, all of them.
+            CheckpointError: values that cannot be expressed and unknown keys, all of them.
         """
         fields, problems = dict(self.constants), []
         for field in self._all_fields:
@@ -117,7 +117,7 @@ class Family:
         """The config.json of `config`.
 
         Raises:
-            CheckpointError: the family has no place for something in it.
+            CheckpointError: the family cannot express a part of it.
         """
         config_json: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
         problems = []
@@ -143,7 +143,7 @@ class Family:
         Args:
             config: of the model.
             shapes: of its parameters, by name; every parameter is in one binding.
-            base: the value of {base}; by default the one that is written.
+            base: the value of {base}; by default the value that is written.
 
         Raises:
             CheckpointError: a parameter without a rule.
@@ -179,7 +179,7 @@ class Family:
         return extra | (set(names) - body) if body else extra
 
     def current_name(self, name: str) -> str:
-        """The current form of a name that may be an old one."""
+        """The current form of a name, which may be an old name."""
         for old, new in self.renamed.items():
             if name.endswith(old):
                 return name.removesuffix(old) + new

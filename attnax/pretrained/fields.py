@@ -78,7 +78,7 @@ class Field:
 
 
 def whole(key: str, field: str, default: Any = _REQUIRED, *, least: int = 0, null: bool = False) -> Field:
-    """A whole number; with `null`, or the default None, it may be null, which is None."""
+    """A whole number; with `null`, or the default None, also null, which is read as None."""
 
     def check(value: Any) -> bool:
         return (type(value) is int and least <= value <= MOST) or (null and value is None)
@@ -87,7 +87,7 @@ def whole(key: str, field: str, default: Any = _REQUIRED, *, least: int = 0, nul
 
 
 def real(key: str, field: str, default: Any = _REQUIRED, *, null: bool = False) -> Field:
-    """A number; with `null`, or the default None, it may be null, which is None."""
+    """A number; with `null`, or the default None, also null, which is read as None."""
 
     def check(value: Any) -> bool:
         return _is_number(value) or (null and value is None)
@@ -101,7 +101,7 @@ def flag(key: str, field: str, default: Any = _REQUIRED) -> Field:
 
 
 def choice(key: str, field: str, names: Mapping[str, Any], default: Any = _REQUIRED) -> Field:
-    """One of the names; of two names with one meaning the first is written."""
+    """One of the names; of names with the same meaning, the first is written."""
     written: dict[Any, str] = {}
     for name, value in names.items():
         written.setdefault(value, name)
@@ -122,7 +122,7 @@ def choice(key: str, field: str, names: Mapping[str, Any], default: Any = _REQUI
 
 
 def only(key: str, value: Any) -> Field:
-    """A key that may be left out, and for which one value is supported."""
+    """An optional key with one supported value."""
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         got = given.get(key, value)
@@ -136,7 +136,7 @@ def only(key: str, value: Any) -> Field:
 
 
 def unread(key: str) -> Field:
-    """A key that other families read and that has no meaning in this one."""
+    """A key that other families read, without a meaning in this family."""
     return Field((key,), lambda _: {}, lambda _: {})
 
 
@@ -205,21 +205,21 @@ def read_all(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def number(value: Any, key: str) -> float:
-    """The value of a key, which must be a number; ValueError for any other."""
+    """The value of a key, which must be a number; ValueError for any other value."""
     if not _is_number(value):
         raise ValueError(f"{key} must be a number; got {key}={quoted(value)}.")
     return float(value)
 
 
 def whole_number(value: Any, key: str) -> int:
-    """The value of a key, which must be a whole number above 0; ValueError for any other."""
+    """The value of a key, which must be a whole number above 0; ValueError for any other value."""
     if type(value) is not int or not 0 < value <= MOST:
         raise ValueError(f"{key} must be a whole number of at most {MOST}; got {key}={quoted(value)}.")
     return value
 
 
 def true_or_false(value: Any, key: str) -> bool:
-    """The value of a key, which must be true or false; ValueError for any other."""
+    """The value of a key, which must be true or false; ValueError for any other value."""
     if not isinstance(value, bool):
         raise ValueError(f"{key} must be true or false; got {key}={quoted(value)}.")
     return value
@@ -233,7 +233,7 @@ def _same(
     rule: str,
     form: Callable[[Any], Any] = lambda value: value,
 ) -> Field:
-    """A key and a field with the same value; its form may differ."""
+    """A key and a field with the same value, which `form` converts."""
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         value = _get(given, key, default)

@@ -22,7 +22,7 @@ __all__ = ["GenerationSettings", "load_generation_config", "read_generation_conf
 def load_generation_config(folder: str | Path) -> GenerationSettings:
     """The settings with which the authors of a checkpoint generate text.
 
-    They are in the folder's `generation_config.json`. A folder without this file has them in its `config.json`, as in
+    The settings are in the folder's `generation_config.json` or, without this file, in its `config.json`, as in
     transformers. Special tokens that `generation_config.json` lacks also come from `config.json`. One warning names the
     settings that would change the text and are not supported.
 
@@ -62,7 +62,7 @@ def read_generation_config(folder: Path, config_json: Mapping[str, Any]) -> Gene
 
 
 def _settings(path: Path, given: Mapping[str, Any], defaults: GenerationSettings) -> GenerationSettings:
-    """The settings of a file; settings that the file lacks are those of `defaults`."""
+    """The settings of a file; settings that the file lacks come from `defaults`."""
     said, unsupported = _read_values(path, given)
     biases = said.pop("sequence_bias", ())
     if any(len(tokens) > 1 for tokens, _ in biases):

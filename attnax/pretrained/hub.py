@@ -13,7 +13,7 @@ from attnax.pretrained.json_object import read_object
 __all__ = ["find_folder"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-# Neither code nor a format that can run code, and no second copy of the weights for other programs.
+# No code, no format that can run code, and no second copy of the weights for other programs.
 _FILES = [
     *("config.json", "generation_config.json", ADAPTER),
     *("modules.json", "1_Pooling/config.json", "2_Normalize/config.json", "sentence_*_config.json"),

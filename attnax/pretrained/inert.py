@@ -1,8 +1,8 @@
 """Keys of a config.json that change nothing in the results of a model.
 
-`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add them, or they come from
-other families. No class in transformers reads them for the families here. They change nothing with any value, or with
-the values in `HARMLESS_VALUES`.
+`HARMLESS` keys may be in any config.json. The other keys belong to no family here: programs add these keys, or they are
+keys of other families. No class in transformers reads them for the families here. `ANY_VALUE` lists keys that change
+nothing with any value, `HARMLESS_VALUES` keys that change nothing with the listed values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HARMLESS = frozenset(
 
 ANY_VALUE = frozenset(
     {
-        # the origin of the file, and the class that programs which run foreign code load
+        # the origin of the file, and classes for programs that run foreign code
         *("auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version", "model_name", "base_model_name"),
         *("finetuned_from", "trust_remote_code", "attn_implementation", "experts_implementation", "keys_to_ignore"),
         # of the first versions of transformers and their classes in TensorFlow

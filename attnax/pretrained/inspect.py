@@ -94,7 +94,7 @@ class Inspection:
         return self.family, self.checkpoint, self.config
 
     def require_family(self) -> Family:
-        """The family, in spite of other problems.
+        """The family, even with other problems.
 
         Raises:
             CheckpointError: all problems, if no family has the model_type.
@@ -147,7 +147,7 @@ def inspect_folder(folder: Path, dtype: Any = None, ignore: Collection[str] = ()
         with seen.noting():
             seen.checkpoint = seen.checkpoint.rename(seen.family.current_name)
     seen.inert = seen.family.inert_keys(kept)
-    with contextlib.suppress(CheckpointError):  # without the unknown keys, so that more is known in spite of them
+    with contextlib.suppress(CheckpointError):  # without the unknown keys, so that the rest is known
         known = {key: value for key, value in kept.items() if key in seen.family.known_keys}
         seen.config = seen.family.read_config(known, where)
     with seen.noting():

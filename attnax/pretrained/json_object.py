@@ -19,7 +19,7 @@ def open_file(path: Path) -> BufferedReader:
     """The file, open for reading.
 
     Raises:
-        CheckpointError: it is missing, or may not be read.
+        CheckpointError: the file is missing, or may not be read.
     """
     if not path.is_file():
         raise CheckpointError(path, "there is no such file.")
@@ -58,7 +58,7 @@ def parse_object(where: object, data: bytes) -> dict[str, Any]:
     """The object in `data`.
 
     Raises:
-        CheckpointError: it is no JSON (NaN and Infinity are not), no object, or one object has a key twice.
+        CheckpointError: `data` is not JSON (NaN and Infinity are not), not an object, or an object has a key twice.
     """
     value = _parse(where, data)
     if not isinstance(value, dict):

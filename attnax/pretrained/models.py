@@ -107,7 +107,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: the last tensors are then small, and all the other ones are in memory with them.
+    # The largest first: memory is fullest at the last tensors, which are then small.
     for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
         for name, value in zip(binding.parameters, binding.split(_read(checkpoint, binding, dtype)), strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
@@ -126,13 +126,13 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     Parameters are written in their own dtype, one at a time. A tokenizer is saved by its own `save`.
 
     Args:
-        model: such as a TransformerLM, loaded or made here. Some family must have a place for everything in it.
+        model: such as a TransformerLM, loaded or made here. Some family must be able to express all of it.
         folder: made if it is missing; files of these names in it are replaced.
         family: a `model_type` of transformers to write the model as. By default the `loaded_as` of the model, which
-            copies keep, or, if that family has no place for all of it, the first family that has.
+            copies keep, or, if that family cannot express all of it, the first family that can.
 
     Raises:
-        CheckpointError: no family, or not the given one, has a place for something in the model.
+        CheckpointError: no family, or not the given one, can express all of the model.
     """
     sentence = model if isinstance(model, SentenceEncoder) else None
     model = model if sentence is None else sentence.encoder
@@ -192,7 +192,7 @@ def _family_for(model: Any, model_type: str | None) -> tuple[Family, dict[str, A
 
 
 def _unwritable(model: Any) -> Iterator[str]:
-    """One sentence for each part of a model that is not in its config and has no place in a config.json."""
+    """One sentence for each part of a model that neither its config nor a config.json can express."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, TransformerDecoder) and not isinstance(module.self_mask, Causal):
             yield f"self_mask must be the causal one; got {module.self_mask!r}."

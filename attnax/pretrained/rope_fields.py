@@ -83,7 +83,7 @@ def rope_object(given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object under `rope_parameters` or `rope_scaling`; empty if it is null or missing.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
     value = given.get(key)
     if value is not None and not isinstance(value, dict):

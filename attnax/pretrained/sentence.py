@@ -43,7 +43,7 @@ class Pooling:
     Attributes:
         pool: of the `SentenceEncoder`.
         normalize: of the `SentenceEncoder`.
-        file: with the settings of the encoder; it may not exist.
+        file: with the settings of the encoder; may be missing.
         settings: the content of the file.
     """
 

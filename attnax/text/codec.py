@@ -32,7 +32,7 @@ class Codec(Protocol):
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """The tokens by their text; two models may share tokens only if this is equal."""
+        """The tokens by their text; two models may share tokens only if their vocabularies are equal."""
 
     def encode(self, prompt: bytes) -> list[int]:
         """The tokens that the model reads: the start of a text, and the prompt.
@@ -45,7 +45,7 @@ class Codec(Protocol):
         """Tokens whose text contains `stop`; empty if no such tokens are certain."""
 
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
-        """A decoder for the tokens after `before`, whose text is shown already."""
+        """A decoder for the tokens after `before`, whose text is already shown."""
 
     def num_bytes(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
         """Number of bytes that the tokens add to the text of `before`."""
@@ -88,8 +88,8 @@ class ByteDecoder:
 class TextStream:
     """The text of tokens, one at a time, up to the stop that is complete first.
 
-    Characters that may become a stop are held back until they cannot. If one token completes several stops, the stop
-    that ends first counts, as if characters came one by one.
+    Characters that may begin a stop are held back until later characters decide. If one token completes several stops,
+    the stop that ends first counts, as if characters came one by one.
 
     Args:
         decoder: of the tokens.

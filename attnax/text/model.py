@@ -1,4 +1,4 @@
-"""A model that writes text, together with its codec: of a run, or of a published checkpoint."""
+"""A model that writes text, with its codec, from a run or a published checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TextModel:
     """A language model with its codec. The text that it writes continues the prompt.
 
     Attributes:
-        folder: that the model came from.
+        folder: of the model.
         model: such as `TransformerLM`.
         codec: of its tokens.
-        settings: of its authors, for generating text.
+        settings: the authors' settings of generation.
     """
 
     folder: Path

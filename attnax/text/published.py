@@ -22,10 +22,10 @@ __all__ = ["is_published", "open_published"]
 
 
 def is_published(folder: Path) -> bool:
-    """Whether the folder is a published checkpoint, complete or not; if not, it is a run folder.
+    """Whether the folder is a published checkpoint, complete or not, rather than a run folder.
 
     Raises:
-        InputError: it is neither, or its config.json is not one object of JSON of at most 16 MiB.
+        InputError: the folder is neither, or its config.json is not one object of JSON of at most 16 MiB.
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}.")

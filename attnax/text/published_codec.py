@@ -63,7 +63,7 @@ class PublishedCodec:
         return token is not None and self.decode([token]) == "A"
 
     def encode(self, prompt: bytes) -> list[int]:
-        """The tokens of the prompt, and before them the tokens that the tokenizer puts before a text, if missing."""
+        """The tokens of the prompt; the tokens that the tokenizer puts before a text come first, once."""
         text = prompt.decode("utf-8", "replace")
         around = self._encode(text or "a")
         count = len(list(itertools.takewhile(bool, around.special_tokens_mask)))
@@ -85,12 +85,12 @@ class PublishedCodec:
         return [self.start]
 
     def encode_stop(self, stop: str) -> list[int]:
-        """The tokens of `stop`; empty if their text is another, as with a tokenizer that changes case."""
+        """The tokens of `stop`; empty if their text lacks `stop`, as with a tokenizer that changes case."""
         ids = self._encode(stop, add_special_tokens=False).ids
         return ids if stop in self.decode(ids) else []
 
     def decoder(self, before: Sequence[int] = ()) -> Decoder:
-        """A decoder of the tokens' text, `tokenizer.decode` of all of them, in pieces that no later token changes.
+        """A decoder of the tokens' text, `tokenizer.decode` of all tokens, in pieces that no later token changes.
 
         Where a tokenizer rewrites the text of several tokens together, the decoder does not wait for all of them.
         """
@@ -102,7 +102,7 @@ class PublishedCodec:
         return sum(len(piece.encode()) for piece in (*map(decoder.feed, tokens), decoder.finish()))
 
     def is_shown(self, token: int) -> bool:
-        """Whether the token has a text; padding in the vocabulary of a model has none."""
+        """Whether the token has a text; padding in the vocabulary of a model has no text."""
         return token not in self._silent and self.tokenizer.id_to_token(token) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -123,9 +123,9 @@ class PublishedCodec:
 
 
 class _WindowDecoder:
-    """Decodes each token together with a few tokens before it; the text that it adds is its own.
+    """Decodes each token with a few earlier tokens; the text of a token is the text that it adds.
 
-    U+FFFD at the end is uncertain, since the bytes of a character may be several tokens.
+    U+FFFD at the end is uncertain, since the bytes of a character may span several tokens.
     """
 
     def __init__(self, codec: PublishedCodec, before: Sequence[int]):
@@ -148,8 +148,8 @@ class _WindowDecoder:
         return self._tell(text, text)
 
     def _tell(self, text: str, certain: str) -> str:
-        """The part of `certain`, a prefix of the window's `text`, that was not told yet."""
-        # For a prompt that ends inside a character, U+FFFD was told; the character replaces it.
+        """The part of `certain`, a prefix of the window's `text`, that was not returned yet."""
+        # A prompt that ends inside a character was shown with U+FFFD; the character replaces the U+FFFD.
         same = _num_shared(self._told, text)
         if len(certain) <= same:
             return ""
@@ -169,10 +169,10 @@ def _num_shared(one: str, other: str) -> int:
 
 
 class _RunDecoder(_WindowDecoder):
-    """A `_WindowDecoder` for tokenizers that spell bytes: a run of bytes is either all characters or has none.
+    """A `_WindowDecoder` for tokenizers that spell bytes: a run of bytes decodes as a whole or not at all.
 
-    A run of bytes is told when it ends, or once it can no longer be characters. A very long run is told at the end of a
-    character.
+    The text of a run is returned when the run ends, or once its bytes can no longer be characters. The text of a very
+    long run is returned at the end of a character.
     """
 
     def __init__(self, codec: PublishedCodec, before: Sequence[int]):
@@ -182,10 +182,10 @@ class _RunDecoder(_WindowDecoder):
             self._run.add(_byte_of(codec, token))
         super().__init__(codec, shown)
         self._window = shown[-self._run.num_tokens() :]
-        # An incomplete character was told as one U+FFFD, even where `decode` gives another text for its run.
+        # An incomplete character was shown as one U+FFFD, even where `decode` gives another text for its run.
         whole = self._window[: len(self._window) - self._run.num_begun]
         self._told = codec.decode(whole) + (REPLACEMENT if self._run.num_begun else "")
-        self._held = 0  # number of bytes that were fed and not told
+        self._held = 0  # number of bytes that were fed and not returned
 
     def feed(self, token: int) -> str:
         if not self._codec.is_shown(token):

@@ -1,7 +1,7 @@
-"""Checkpoints of Orbax, with a checksum of every file and the exact type of every array, which Orbax leaves out.
+"""Orbax checkpoints, with a checksum of every file and the exact type of every array, which Orbax does not store.
 
 `folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last and deleted first. A checkpoint without
-it was interrupted; it does not count, and is deleted when the next one is saved.
+this file was interrupted: it is ignored, and deleted at the next save.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner:
         keep: number of checkpoints to keep.
 
     Raises:
-        OSError: the disk is full or fails; the checkpoints before this one are kept.
+        OSError: the disk is full or fails; earlier checkpoints are kept.
     """
     import orbax.checkpoint as ocp  # takes half a second, which only saving and restoring need
 
@@ -80,7 +80,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def delete_checkpoints_after(folder: Path, step: int) -> None:
-    """Deletes checkpoints of later steps, and the remains of checkpoints whose saving or deletion was interrupted."""
+    """Deletes checkpoints of later steps, and the remains of interrupted saves and deletions."""
     if folder.is_dir():
         _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step])
 
@@ -208,7 +208,7 @@ def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, An
 
 
 def _delete(folder: Path, step: int) -> None:
-    """Deletes a checkpoint, its manifest first, so that the remains of an interrupted deletion do not count as one."""
+    """Deletes a checkpoint, manifest first: the remains of an interrupted deletion are no checkpoint."""
     for name in (f"{step}.json", f"{step}.json.tmp"):
         (folder / name).unlink(missing_ok=True)
     if (folder / str(step)).exists():

@@ -22,7 +22,7 @@ HELD_OUT = 0.02  # fraction of the documents
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file, or, if there is only one file, a piece of it."""
+    """A file, or a piece of the only file."""
 
     name: str
     text: bytes
@@ -34,7 +34,7 @@ class Corpus:
 
     Attributes:
         train: documents for the model and the tokenizer to learn from.
-        held_out: documents that neither of them sees.
+        held_out: documents that neither the model nor the tokenizer sees.
         skipped: number of binary files, which are left out.
     """
 
@@ -133,7 +133,7 @@ def _find(data: str | None) -> tuple[Path, list[Path]]:
 
 
 def _is_within_run(folder: Path, root: Path) -> bool:
-    """Whether a folder under `root` is a run folder or in one."""
+    """Whether a folder under `root` is a run folder or inside a run folder."""
     between = [folder, *folder.parents] if root in folder.parents else []
     return any(map(is_run_folder, between[: between.index(root)] if between else []))
 

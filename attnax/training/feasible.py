@@ -46,7 +46,7 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
     """Traces a training step and the generation of a text; nothing is computed.
 
     Raises:
-        InputError: one of them is not possible.
+        InputError: the step or the generation is not possible.
     """
     window = trainer.model.max_len
     batch = jax.ShapeDtypeStruct((trainer.optimizer.batch_size, window + 1), np.int32)

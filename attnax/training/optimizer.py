@@ -35,11 +35,11 @@ class OptimizerConfig:
         learning_rate: the highest learning rate.
         final_learning_rate: the last learning rate, as a fraction of the highest.
         warmup: fraction of the steps over which the learning rate rises from 0.
-        weight_decay: of matrices; vectors (norms, biases) have none.
+        weight_decay: of matrices; vectors (norms, biases) have no decay.
         beta2: decay of the second moment.
-        max_grad_norm: longer gradients are scaled down to this length.
+        max_grad_norm: gradients of a larger norm are scaled down to this norm.
         load_balance_loss: weight of the mixtures' load-balance losses, summed over the layers, in the loss.
-        router_z_loss: weight of the squares of the routers' log-sums.
+        router_z_loss: weight of the mixtures' router z-losses, summed over the layers, in the loss.
     """
 
     steps: int = 1000
@@ -107,9 +107,9 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:
-    """Whether a parameter has weight decay: matrices do, norms, biases and sinks do not.
+    """Whether a parameter has weight decay: matrices have decay; norms, biases and sinks do not.
 
-    A stack or a mixture may hold many norms, biases or sinks in one array of more axes; these have none either.
+    A stack or a mixture may hold many norms, biases or sinks in one array of more axes, also without decay.
     """
     name = next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
     return parameter.ndim > 1 and not any(word in name for word in ("bias", "scale", "sinks"))

@@ -3,7 +3,7 @@
 .lock           held by the process that trains; .lock.owner names the process
 config.json     the options and the version of attnax, and the SHA-256 of the corpus and of the tokenizer
 tokenizer.json  in the format of the `tokenizers` library
-metrics.jsonl   a line for each update and each look at held-out text
+metrics.jsonl   a line for each update and each evaluation on held-out text
 checkpoints/    of Orbax
 loss.png, sample.txt, result.json   of a finished run; result.json is written last
 """
@@ -98,7 +98,7 @@ class RunFolder:
         """Keeps other processes from training in the folder; the lock ends with the process.
 
         Raises:
-            LockedError: another process has the lock; the message says which.
+            LockedError: another process has the lock; the message names the process.
         """
         import filelock  # an optional dependency, which reading a run does not need
 
@@ -119,7 +119,7 @@ class RunFolder:
     def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> None:
         content = tokenizer.to_json().encode()
         (self.path / "tokenizer.json").write_bytes(content)
-        given = dataclasses.asdict(options)  # of a subclass, with more fields
+        given = dataclasses.asdict(options)  # the options may be of a subclass with more fields
         config = {
             "format": FORMAT,
             "attnax": __version__,

@@ -12,7 +12,7 @@ from attnax.training.optimizer import OptimizerConfig
 
 __all__ = ["RunOptions", "check_seed"]
 
-# These defaults need the fewest held-out bits per byte after about four minutes of training on 2 CPU cores. They were
+# These defaults reach the fewest held-out bits per byte after about four minutes of training on 2 CPU cores. They were
 # compared with other widths, depths, contexts, vocabularies, batches and rates.
 DEFAULT_MODEL = TransformerConfig(
     vocab_size=4096,
@@ -41,9 +41,9 @@ class RunOptions:
         tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
         pack: files in one row do not attend each other, and the positions of each file start at 0.
         held_out: fraction of the files to hold out.
-        checkpoint_every: number of updates between checkpoints, each with a look at held-out text.
-        max_skipped: number of updates that may be left out because their loss or gradient is not finite; one more stops
-            the run.
+        checkpoint_every: number of updates between checkpoints, each with an evaluation on held-out text.
+        max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
+            run.
         seed: of parameters, data order and dropout.
         model: config of the model; its vocab_size is the tokenizer's.
         optimizer: config of the training.

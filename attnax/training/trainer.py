@@ -31,7 +31,7 @@ class TrainState:
         params: the parameters of the model.
         opt_state: of the optimizer.
         passes: int32 scalar, number of forward and backward passes; `accumulate` passes are one update.
-        skipped: int32 scalar, number of updates that were left out because something in them was not finite.
+        skipped: int32 scalar, number of updates that were skipped because of a non-finite value.
         sums: the accumulated gradients of the next update and whether they are finite; empty if each pass is an update.
     """
 
@@ -43,10 +43,10 @@ class TrainState:
 
 
 class DivergenceError(ArithmeticError):
-    """A loss, a gradient or parameters are not finite, and the training cannot go on.
+    """A loss, a gradient or a parameter is non-finite, and the training cannot go on.
 
     Attributes:
-        is_skippable: whether the update was not made; the training could then go on without it.
+        is_skippable: whether the update was not made, so that the training can go on without it.
     """
 
     def __init__(self, message: str, *, is_skippable: bool = False):
@@ -60,8 +60,8 @@ class Metrics(NamedTuple):
     Attributes:
         loss: of the pass.
         grad_norm: norm of the mean gradient of the update so far, this pass included.
-        is_skipped: whether an update was due and was left out because something in it is not finite.
-        is_finite: whether loss and gradient are finite, and after an update the parameters.
+        is_skipped: whether an update was due and was skipped because of a non-finite value.
+        is_finite: whether loss and gradient are finite and, after an update, the parameters.
     """
 
     loss: Float[Array, ""]
@@ -144,8 +144,8 @@ class Trainer:
     def _step(self, state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Metrics]:
         """One forward and backward pass over windows of tokens, and an update if enough passes are accumulated.
 
-        An update is left out if a loss or gradient in its passes is not finite, or if it would make parameters of
-        float16 that are not finite.
+        An update is skipped if a loss or gradient in its passes is non-finite, or if it would make float16 parameters
+        non-finite.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
 
@@ -203,12 +203,12 @@ class Trainer:
 
 
 def _is_narrow(params: Any) -> bool:
-    """Whether a finite gradient may make parameters that are not finite."""
+    """Whether a finite gradient may make non-finite parameters."""
     return any(float(jnp.finfo(leaf.dtype).max) < 1e30 for leaf in jax.tree.leaves(params))
 
 
 def find_documents(tokens: Int[Array, "B T"], document_token: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The number of each token's document in its row, and the token's index within it.
+    """The number of each token's document in its row, and the token's index within the document.
 
     A row may begin within a document; that part of the document has number 0, and its first token has index 0.
 

@@ -45,14 +45,14 @@ def _scale() -> Field:
     def write(config: BlockConfig) -> dict[str, Any]:
         scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
         value = scale**-2
-        # transformers takes a whole number here, whose square root gives the scale again.
+        # transformers takes a whole number here; rounding restores it from the scale.
         return {"query_pre_attn_scalar": round(value) if abs(value - round(value)) < 1e-6 * value else value}
 
     return Field(scalar.keys, read, write)
 
 
 def _activation() -> Field:
-    """The tanh form of GELU; the first files name the exact form and mean this one."""
+    """The tanh form of GELU; the first files name the exact form but mean the tanh form."""
     names = choice("hidden_act", "ff_activation", {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"})
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _local_and_global() -> Field:
 
     def read(given: Mapping[str, Any]) -> dict[str, Any]:
         types = layer_types(given, every_sixth)
-        # Of transformers 5 and 4.
+        # The keys of transformers 5 and 4.
         parameters, older = (rope_object(given, key) for key in ("rope_parameters", "rope_scaling"))
         if any(not isinstance(value, dict | None) for value in parameters.values()):
             raise ValueError(f"rope_parameters must be an object of objects; got {quoted(parameters)}.")

@@ -110,7 +110,7 @@ def decoder(
 ) -> Family:
     """The family `like` with other fields, more constants and other changes of its attributes.
 
-    `classes` is the beginning of the names of its classes in transformers.
+    `classes` is the common prefix of the family's class names in transformers.
     """
     facts = {
         "model_type": model_type,

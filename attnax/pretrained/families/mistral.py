@@ -1,4 +1,4 @@
-"""Mistral: Llama in which a token attends a window; and Mixtral, whose feed-forwards are mixtures of experts."""
+"""Mistral, a Llama with sliding windows, and Mixtral, with mixtures of experts as feed-forwards."""
 
 from attnax.pretrained.families import llama
 from attnax.pretrained.fields import biases, whole

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms of the sublayers' results, and of all queries and all keys of a token together."""
+"""OLMo 2: Llama with norms after the sublayers, and over all queries and all keys of a token together."""
 
 from attnax.pretrained.families import llama
 from attnax.pretrained.rope_fields import rope

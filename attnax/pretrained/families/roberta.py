@@ -38,7 +38,7 @@ ROBERTA_MASKED = dataclasses.replace(
     constants={**BERT_MASKED.constants, "ff_activation": "gelu"},
     fields=(
         *FIELDS,
-        only("hidden_act", "gelu"),  # the only one that the head has
+        only("hidden_act", "gelu"),  # the only activation that the head has
         _positions(),
         only("tie_word_embeddings", True),
     ),

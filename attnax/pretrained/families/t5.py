@@ -180,7 +180,7 @@ T5 = Family(
     fields=(*map(_of_encoder, FIELDS), _num_decoder_layers(), _head(scales=True), only("is_encoder_decoder", True)),
     harmless=HARMLESS,
     rules=(*ENCODER, *DECODER),
-    # In files of the first version; nothing uses it.
+    # An unused tensor in files of the first version.
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     tied=("lm_head.weight",),
     repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),

@@ -92,7 +92,7 @@ VIT_CLASSES = dataclasses.replace(
 def _feed_forward() -> Field:
     """Activation, gate and width of the feed-forward.
 
-    The width is a ratio. A gated feed-forward has two thirds of it, rounded up to a multiple of 8.
+    The width is a ratio times hidden_size; if gated, two thirds of that, rounded up to a multiple of 8.
     """
     width, gated = whole("hidden_size", "width"), flag("use_swiglu_ffn", "gated", False)
     ratio, activation = real("mlp_ratio", "ratio", 4), choice("hidden_act", "ff_activation", PLAIN, "gelu")
@@ -131,7 +131,7 @@ DINOV2_REGISTERS = dataclasses.replace(
         real("layerscale_value", "layer_scale", 1.0),
         whole("num_register_tokens", "num_register_tokens", 4),
     ),
-    # The second line is for another use of the class in transformers: as a backbone.
+    # The keys in the second line are for the class as a backbone in transformers.
     harmless=(
         *(*_HARMLESS, "drop_path_rate", "use_mask_token"),
         *("apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices"),
