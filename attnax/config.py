@@ -1,4 +1,4 @@
-"""The configs of blocks and models: frozen dataclasses of JSON values that explain wrong ones in words."""
+"""The configs of blocks and models: frozen dataclasses of JSON values. Wrong values raise clear errors."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class AttentionType(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling(ConfigFields):
-    """How rotary positions reach further than the length that a model was trained at.
+    """Rotary positions beyond the length of a model's training.
 
     Attributes:
         kind: "linear" (positions / factor), "ntk" (a larger base), "yarn" (by wavelength, with a temperature) or
             "llama3" (by wavelength).
-        factor: how many times further.
-        original_max_len: the length trained at, in tokens; "yarn" and "llama3" need it.
+        factor: the new length divided by the length of training.
+        original_max_len: the length of training, in tokens; "yarn" and "llama3" need it.
         beta_fast: "yarn": a frequency that turns at least this often within original_max_len stays as it is.
         beta_slow: "yarn": a frequency that turns at most this often is divided by factor.
         attention_factor: "yarn": cosines and sines are multiplied by it, by default 0.1 log(factor) + 1.
@@ -97,7 +97,7 @@ class RopeScaling(ConfigFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig(ConfigFields):
-    """Everything that one transformer block needs.
+    """The options of one transformer block.
 
     Attributes:
         d_model: width of the residual stream.
@@ -298,8 +298,8 @@ class StackConfig(BlockConfig):
         num_layers: number of blocks.
         layer_pattern: the fields that layers change, one mapping a layer, cycled: with
             `({"attention_window": 512}, {})` every other layer is local.
-        scan_layers: parameters of all periods of the pattern are stacked and the program loops over them: it compiles
-            in a time that does not depend on the depth.
+        scan_layers: parameters of all periods of the pattern are stacked, and the program loops over them: the compile
+            time does not depend on the depth.
         remat: the part that the backward pass computes again rather than keeps: "none", "full" (all of a block),
             "attention_out" (all but the output of the attention heads) or the name of one of JAX's checkpoint policies.
     """
@@ -353,7 +353,7 @@ class TransformerConfig(StackConfig):
         relative_max_distance: distances from here on share the last bucket.
         position_offset: rows of the table of "learned" before that of position 0.
         num_token_types: rows of a table of token types, whose vectors an encoder adds; 0 is no table.
-        pad_token_id: for callers to pass to `make_padding_mask`; a model knows padding by its padding_mask alone.
+        pad_token_id: for callers to pass to `make_padding_mask`; a model finds padding by its padding_mask alone.
         embedding_scale: multiplies the embeddings.
         embedding_norm: the sum of all embeddings is normalised.
         tie_embeddings: logits are products with the token embeddings instead of a projection of their own.
@@ -446,7 +446,7 @@ class VisionTransformerConfig(StackConfig):
         pos_emb_type: "learned" vectors added to class token and patches, "sinusoidal" ones of row and column added to
             the patches, or "none".
         position_antialias: `with_image_size` interpolates learned positions with antialiasing, so that a smaller grid
-            averages positions rather than skips some. DINOv2 with registers does; ViT and DINOv2 do not.
+            averages positions rather than skips some. DINOv2 with registers has True; ViT and DINOv2 have False.
     """
 
     d_model: int = 768

@@ -1,4 +1,4 @@
-"""The fields of a config as callers give them: older names, flags, JSON values; wrong ones are refused in words."""
+"""The fields of a config as callers give them: older names, flags, JSON values. Wrong fields raise clear errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_orig
 __all__ = ["ConfigFields", "Forms", "Overrides", "as_pair", "as_tuple", "resolve_config", "suggest"]
 
 Forms = Mapping[str, Callable[[Any], Any]]
-"""For a field, the function that brings a given value to the form that the dataclass holds."""
+"""For each field, the function that converts a given value to the form of the dataclass."""
 
 # For each flag, the field that it sets and the value for True and for False; None leaves the default of the class.
 _FLAGS: dict[str, tuple[str, dict[bool, str | None]]] = {
@@ -25,7 +25,7 @@ _OLD_NAMES = {"max_seq_len": "max_len", "activation": "ff_activation", "layer_no
 
 
 class _Translated(type):
-    """Translates the documented flags, refuses unknown fields in words and brings values to their one form."""
+    """Translates the documented flags, refuses unknown fields, and converts values to the form of the dataclass."""
 
     def __call__(cls: Any, *values: Any, **fields: Any) -> Any:
         if values:
@@ -134,7 +134,7 @@ def as_tuple(value: Any) -> Any:
 
 
 def as_pair(value: Any) -> Any:
-    """A sequence as a tuple; one value as two of it."""
+    """A sequence as a tuple; one value as a pair of equal values."""
     return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 

@@ -51,7 +51,7 @@ def encode_rows(x: Float[ArrayLike, "*L H"], like: Rows) -> Rows:
     """Vectors in the form of the storage `like`, each rounded on its own."""
     if not isinstance(like, Int8Rows):
         return jnp.asarray(x).astype(like.dtype)
-    finite = jnp.isfinite(x).all(-1, keepdims=True)  # asked of each element: on a CPU the maximum may skip a NaN
+    finite = jnp.isfinite(x).all(-1, keepdims=True)  # tests each element: on a CPU the maximum may skip a NaN
     x = jnp.where(finite, x, 0).astype(like.scales.dtype)
     scales = jnp.abs(x).max(-1, keepdims=True) / 127.0
     codes = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)

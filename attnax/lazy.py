@@ -19,7 +19,7 @@ _one_block = threading.Lock()
 
 @contextlib.contextmanager
 def lazy_imports(package: dict[str, Any]) -> Iterator[None]:
-    """Imports in this block load nothing: each name is imported when it is first asked of the package.
+    """Imports in this block load nothing: each name is imported at its first use.
 
     The block makes the `__all__`, `__getattr__` and `__dir__` of the package from its imports, each of the form `from
     module import name`, so that every public name stands once. Editors and type checkers see plain imports. Python 3.15

@@ -23,12 +23,12 @@ def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
 
 
 def function_pytree(function: Any) -> Any:
-    """A function as a pytree: the function itself if it is one (its arrays are leaves), else one without leaves."""
+    """A function as a pytree: unchanged if it is a pytree (its arrays are leaves), else a pytree without leaves."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def is_own(function: Any) -> bool:
-    """Whether a mask or score mod is made of the library's own parts alone."""
+    """Whether all parts of a mask or score mod are from Attnax."""
     own = True
 
     def visit(node: Any) -> bool:

@@ -5,8 +5,8 @@ of a token, k the width of a query or a key, v the width of a value.
 
     head_i = activation(Q W_i^Q (K W_i^K)^T / sqrt(k)) V W_i^V        MultiHead = concat(head_1 ... head_N) W^O
 
-Nothing here is fast, and nothing else in Attnax calls it. It is one of the two definitions that the kernels are checked
-against. References: A. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.
+This file is one of the two definitions that tests compare the kernels with. It is slow, and no other file of Attnax
+calls it. References: A. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 from attnax.typing import Array, Bool, Float
 
 Activation = Callable[[Array], Array]
-"""Takes salience to weights along its last axis, the keys; softmax in the paper."""
+"""Maps salience to weights along the last axis, the keys; softmax in the paper."""
 
 
 class AttentionParams(NamedTuple):
@@ -34,18 +34,18 @@ class AttentionParams(NamedTuple):
 
 
 def project(tokens: Float[Array, "*L T D"], weight: Float[Array, "D N k"]) -> Float[Array, "*L T N k"]:
-    """Each head looks at each token through its own matrix."""
+    """Projects each token by the matrix of each head."""
     _expect(tokens.shape[-1] == weight.shape[0], "project", "tokens and weight must agree in width", tokens, weight)
     return jnp.einsum("...TD,DNk->...TNk", tokens, weight, precision=lax.Precision.HIGHEST)
 
 
 def split_heads(projected: Float[Array, "*L T N k"]) -> Float[Array, "*L N T k"]:
-    """Heads are independent of each other, so they become one more leading axis."""
+    """Moves heads to the leading axes: heads are independent of each other."""
     return jnp.swapaxes(projected, -3, -2)
 
 
 def salience(query: Float[Array, "*L T k"], key: Float[Array, "*L S k"]) -> Float[Array, "*L T S"]:
-    """How well each key answers each query: their dot product, scaled so that its variance does not grow with k."""
+    """The dot product of each query and key, scaled so that its variance does not grow with k."""
     _expect(query.shape[-1] == key.shape[-1], "salience", "query and key must agree in width", query, key)
     scores = jnp.einsum("...Tk,...Sk->...TS", query, key, precision=lax.Precision.HIGHEST)
     return scores / jnp.sqrt(jnp.asarray(query.shape[-1], scores.dtype))
@@ -98,7 +98,7 @@ def multi_head_attention(
         key_tokens: the tokens that are attended; as many as value_tokens.
         value_tokens: the tokens whose values are summed.
         mask: True to attend; the same for every head. A query that attends no key gives NaN, as the formula says.
-        activation: the function in the place of softmax.
+        activation: the function from salience to weights.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -42,7 +42,7 @@ def plot_mask(
     head: int = 0,
     tile: tuple[int, int] = (64, 64),
 ) -> TileCounts:
-    """Draws which query attends which key, in one row and head, and which tiles a blockwise kernel can skip.
+    """Draws the mask of one row and head, and the tiles that a kernel can skip.
 
     With a score mod the colour of a pair shows the result of the mod for a score of 0. A mod that carries a mask
     (`causal_mod()`) saves the same tiles as the mask does. A pair that any other mod sets to -inf is drawn as masked,
@@ -53,9 +53,9 @@ def plot_mask(
         score_mod: `(scores, b, h, q, kv) -> scores`.
         path: of the picture; the suffix, as in mask.png, is the format.
         seq_q: number of queries.
-        seq_kv: number of keys, by default that of queries.
-        batch_size: number of rows that the mask is made for.
-        num_heads: number of heads that it is made for.
+        seq_kv: number of keys, by default seq_q.
+        batch_size: number of rows of the mask.
+        num_heads: number of heads of the mask.
         batch: the row to draw.
         head: the head to draw.
         tile: number of queries and of keys in a tile.
@@ -133,7 +133,7 @@ def plot_attention(
         key_labels: a token for each key.
 
     Raises:
-        ValueError: nothing to draw, a row that is not there, labels of another number, or more than 64 heads or
+        ValueError: nothing to draw, a row that is not there, a wrong number of labels, or more than 64 heads or
             1024 * 1024 weights a row.
 
     Example:
@@ -165,7 +165,7 @@ def plot_attention(
         is_lowest = head + columns >= heads  # also above a panel that is left out
         panel.tick_params(labelbottom=is_lowest)
         _name_axes(panel, x=is_lowest, y=head % columns == 0)
-        # Tokens are no mathematics between $ signs, and their line breaks are shown, not obeyed.
+        # In a token, $ signs mark no mathematics, and a line break is shown as text.
         if key_labels is not None:
             panel.set_xticks(range(seq_kv), [repr(token)[1:-1] for token in key_labels], rotation=90, parse_math=False)
         if query_labels is not None:

@@ -1,11 +1,11 @@
-"""The memory of a layer for the tokens read so far, as a pytree of fixed shape, so that decoding compiles once.
+"""The memory of a layer for earlier tokens: a pytree of fixed shape, so that decoding compiles once.
 
 Every kind of cache obeys `LayerCache`, and attention takes any of them:
 
 - `KVLayerCache`: tokens lie in the order in which they were written, padding included;
 - `RingKVCache`: the token at position p of a row lies in slot p % slots, so that rows of different lengths waste
   nothing, tokens can be taken back, and a layer with a window needs the memory of the window only;
-- `LinearLayerCache`: the sums of linear attention, of one size whatever the length;
+- `LinearLayerCache`: the sums of linear attention, of one size for any length;
 - `attnax.paged_cache.PagedKVCache`: all rows share a pool of pages;
 - `EmptyCache`: a cache of any of these kinds before its first token.
 

@@ -18,19 +18,19 @@ __all__ = ["EmptyCache"]
 
 @pytree_dataclass
 class EmptyCache:
-    """A cache that holds no token yet. Its type says so, because a traced array cannot.
+    """A cache without tokens. The type states this, because a traced array cannot.
 
-    The tokens of a prompt that enters it attend each other by index, as without a cache, and are stored. A layer
-    returns the cache inside, which then holds the tokens.
+    The tokens of a prompt attend each other by index, as without a cache, and are stored. A layer returns the inner
+    cache, which then holds the tokens.
 
     Attributes:
-        cache: of any kind, without tokens; layers raise ValueError where it is known to hold some.
+        cache: a cache of any kind, without tokens; layers raise ValueError if the cache is known to hold tokens.
     """
 
     cache: Any
 
     def check(self, caller: str) -> None:
-        """Raises ValueError unless there is a cache inside, and it is not known to hold tokens."""
+        """Raises ValueError without an inner cache, or if the inner cache is known to hold tokens."""
         if not isinstance(self.cache, LayerCache) or isinstance(self.cache, EmptyCache):
             raise ValueError(
                 f"{caller}: an EmptyCache must hold a cache of one layer; got {type(self.cache).__name__}. "

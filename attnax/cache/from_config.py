@@ -14,7 +14,7 @@ from attnax.config import AttentionType, BlockConfig, TransformerConfig
 __all__ = ["CacheKind", "init_decoder_kv_caches", "init_decoder_kv_caches_from_config"]
 
 CacheKind = Literal["contiguous", "ring", "paged"]
-"""The kinds of caches that a model makes when it writes: KVLayerCache, RingKVCache and PagedKVCache."""
+"""The kinds of caches that generation makes: KVLayerCache, RingKVCache and PagedKVCache."""
 
 
 def init_decoder_kv_caches(

@@ -92,8 +92,8 @@ def update_kv_layer_cache(
             numbers.
 
     Raises:
-        ValueError: shapes that do not fit the cache, or more tokens than it has room for. With a traced `start` the
-            lack of room cannot be raised: nothing is written then and `overflowed` is set for good.
+        ValueError: shapes that do not fit the cache, or more tokens than it has room for. With a traced `start` a
+            lack of room raises no error: no token is written, and `overflowed` is set for good.
     """
     batch, heads, max_len, _ = cache.keys.shape
     num_new = keys_new.shape[2] if keys_new.ndim == 4 else 0

@@ -37,7 +37,7 @@ class StoredTokens:
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
-        """No slot from here on holds a token."""
+        """The end of the slots in use; no later slot holds a token."""
         return jnp.int32(self.positions.shape[1])
 
     @property
@@ -47,7 +47,7 @@ class StoredTokens:
 
     @property
     def overflowed(self) -> Bool[Array, ""]:
-        """Nothing was dropped."""
+        """False: no write was dropped."""
         return jnp.zeros((), bool)
 
     def tokens(self, dtype: Any) -> StoredTokens:
@@ -60,9 +60,9 @@ class StoredTokens:
 class LayerCache(Protocol):
     """The methods of every cache of one layer. No cache changes in place.
 
-    Each kind stores keys and values in its own layout and dtype; `tokens` reads any of them. A kind that stores tokens
-    derives from `InSlots`, which states what softmax attention reads. `PagedKVCache`, which has no slots, has `append`,
-    `num_positions` and `overflowed` of it.
+    Each kind stores keys and values in its own layout and dtype; `tokens` reads every kind. A kind with tokens in slots
+    derives from `InSlots`, which states the members that softmax attention reads. `PagedKVCache` has no slots, but has
+    `append`, `num_positions` and `overflowed`.
     """
 
     def tokens(self, dtype: Any) -> StoredTokens:
@@ -118,7 +118,7 @@ class InSlots:
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[Any, Any]:
         """Returns (new cache, the tokens that the new tokens attend).
 
-        The second is the new cache, or a StoredTokens where writing first would lose a token that is still attended.
+        The second result is the new cache, or a StoredTokens if the write loses a token that is still attended.
         """
         raise NotImplementedError(f"{type(self).__name__}: a cache that stores tokens needs an append method.")
 
@@ -129,7 +129,7 @@ class InSlots:
 
     @property
     def slots_in_use(self) -> Int[Array, ""]:
-        """No slot from here on holds a token."""
+        """The end of the slots in use; no later slot holds a token."""
         return jnp.int32(self.max_len)
 
     @property

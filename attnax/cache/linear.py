@@ -1,4 +1,4 @@
-"""The sums of linear attention, of one size whatever the length."""
+"""The sums of linear attention, of one size for any length."""
 
 from __future__ import annotations
 

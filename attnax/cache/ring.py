@@ -106,7 +106,7 @@ class RingKVCache(InSlots):
     def forget(self, first: Int[ArrayLike, "B"]) -> RingKVCache:
         """Takes back each row's tokens from position `first` on; their slots are free again.
 
-        With a window, tokens that they had overwritten do not come back. No token is lost if at most slots - window
+        With a window, overwritten tokens do not come back. No token is lost if at most slots - window
         tokens are taken back; `overflowed` is set for a row that loses tokens.
         """
         cache = super().forget(first)
@@ -138,7 +138,7 @@ def init_ring_kv_cache(
         max_len: slots of a row; at least the window. With `window + n` slots, chunks of up to n + 1 tokens are written
             before they are attended, which saves a copy, and n tokens can be taken back.
         dtype: as in `init_kv_layer_cache`.
-        window: queries attend keys with |q - kv| < window; None if they attend all keys, whose number the slots limit.
+        window: queries attend keys with |q - kv| < window; None if they attend all keys, at most one a slot.
         value_head_dim: size of a value.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Attention functions that obey `attnax.typing.AttentionFn`; they need only jax and numpy.
+"""Attention functions of the protocol `attnax.typing.AttentionFn`. The only dependencies are jax and numpy.
 
-The files without an underscore hold the functions that people call; `standard.py` is the definition, `score_mods.py`
-the biases. `_call.py` prepares one call and hands it to an engine, `_decode_call.py` a call of few queries against a
-cache. `_xla/`, `_gpu/` and `_tpu/` are the engines; none imports another. `_core/` is below them: the softmax of a
-tile, dropout, the arrays inside a user's function, meshes and platforms. `tests/test_layers.py` checks the directions.
+Files without an underscore hold the public functions. `standard.py` is the definition, and `score_mods.py` holds the
+biases. `_call.py` prepares a call and hands the call to an engine. `_decode_call.py` does the same for a few queries
+against a cache. `_xla/`, `_gpu/` and `_tpu/` are the engines; no engine imports another engine. `_core/` is below the
+engines: softmax of a tile, dropout, captured arrays, meshes, platforms. `tests/test_layers.py` checks the imports.
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 BlockSize = int | tuple[int | None, int | None] | None
-"""The size of a tile: one number, or one for queries and one for keys; None is chosen by shape."""
+"""The tile size: one number, or a pair (queries, keys). With None the shapes decide."""
 
 
 class Call(NamedTuple):
@@ -47,10 +47,10 @@ class Call(NamedTuple):
     plan: Plan
     arrays: Arrays  # query, key, value, scale
     operands: Operands
-    shards: tuple[Shards, Offset] | None = None  # of a mesh with Explicit axes; the offset stands for that of a shard
+    shards: tuple[Shards, Offset] | None = None  # for a mesh with Explicit axes; the offset is a placeholder
 
     def why_not_kernels(self) -> str | None:
-        """Why the kernels for GPUs do not serve the call; None if they do."""
+        """The reason why the GPU kernels do not serve the call, or None."""
         return why_not_kernels(self.plan, self.arrays, self.operands)
 
     def run(self) -> tuple[Array, Array]:
@@ -58,7 +58,7 @@ class Call(NamedTuple):
         if self.shards is None:
             return _attention(self.plan, *self.arrays, self.operands.learned, self.operands)
         shards, placeholder = self.shards
-        # Masks and score mods were traced with a placeholder, which each shard replaces by its own offset.
+        # Masks and score mods were traced with a placeholder. Each shard puts its own offset in its place.
         is_offset = [(x is placeholder.row, x is placeholder.head) for x in jax.tree.leaves(self.operands)]
 
         def attend(offset: Offset, query: Array, key: Array, value: Array, rest: Any) -> tuple[Array, Array]:
@@ -89,7 +89,7 @@ def attend(
     backend: Backend,
     **options: Unpack[AttentionOptions],
 ) -> Any:
-    """The call of a built-in kernel, checked, prepared and run; `caller` is its name for errors."""
+    """Checks, prepares and runs a call of a built-in kernel; errors name `caller`."""
     call = prepare(caller, query, key, value, return_lse=return_lse, block_size=block_size, backend=backend, **options)
     if isinstance(call, Call):
         needs_kernel = backend == "interpret" or (backend == "pallas" and has_nvidia_gpu())
@@ -113,7 +113,7 @@ def prepare(
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> Call | tuple[Array, Array]:
-    """The call, ready to run, or the results (out, lse) of a call without queries or keys."""
+    """A call that is ready to run, or the results (out, lse) if there are no queries or no keys."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_attention(caller, query, key, value, **options)
     check_block_size(caller, block_size)
@@ -164,16 +164,16 @@ def prepare_part(
     backend: Backend,
     pieces: int = 1,
 ) -> Call:
-    """A call of checked arguments, for the engines that can run it over some of the keys.
+    """A call over all or some of the keys; the arguments are checked already.
 
     Args:
-        caller: for errors.
+        caller: the name in errors.
         arrays: query, key and value, or the shapes of their shards.
-        index: of queries and keys, as masks and score mods see them.
+        index: the indices of queries and keys that masks and score mods see.
         score_shape: (B, N, T, S), of all devices together.
-        options: of the call, mask and score mod as `resolve_masks` gives them.
+        options: options of the call; mask and score mod come from `resolve_masks`.
         block_size: as in `attend`.
-        backend: likewise.
+        backend: as in `attend`.
         pieces: the number of pieces of the sequence on a device; a tile lies in one piece.
     """
     (batch, heads, seq_q, head_dim), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
@@ -210,7 +210,7 @@ def nothing(query: Array, value: Array) -> tuple[Array, Array]:
 def why_not_cudnn(
     caller: str, query: Array, key: Array, value: Array, *, return_lse: bool, **options: Unpack[AttentionOptions]
 ) -> str | None:
-    """Why `flash_attention` does not use cuDNN for these arguments, wherever it runs; None if it does."""
+    """The reason why `flash_attention` uses cuDNN on no machine for these arguments, or None."""
     check_attention(caller, query, key, value, **options)
     batch, heads, seq_q, _ = query.shape
     score_shape = batch, heads, seq_q, key.shape[2]
@@ -245,7 +245,7 @@ def _attention_forward(
     plan: Plan, query: Array, key: Array, value: Array, scale: Array, learned: tuple[Array, ...], operands: Operands
 ) -> tuple[tuple[Array, Array], Any]:
     out, lse, low = forward(plan, (query, key, value, scale), operands, exact=True)
-    # A policy of `jax.checkpoint` saves these residuals by name; the forward pass is then not run again.
+    # A policy of `jax.checkpoint` can save these residuals by name. The forward pass is then not computed again.
     out, lse, low = checkpoint_name((out, lse, low), "attention_out")
     return (out, softmax.in_nats(lse)), ((query, key, value, scale), operands, out, lse, low)
 

@@ -1,7 +1,7 @@
 """Attention of a few queries to the tokens of a cache: prepared once, and handed to the engine of the platform.
 
-A `Source` says where its tokens lie and how a chunk of them is read. How many chunks are read is a traced value, not a
-shape: a step's work follows the tokens in use, in one compiled program. Masks and score mods see true positions.
+A `Source` holds tokens and reads them in chunks. The number of chunks is a traced value, not a shape: the work of a
+step follows the tokens in use, in one compiled program. Masks and score mods see true positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["DecodeCall", "attend_tokens"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeCall:
-    """Attention of a few queries to stored tokens, checked."""
+    """A checked call: attention of a few queries to stored tokens."""
 
     caller: str  # for errors of the score mod
     query: Array  # (B, N, T, H)
@@ -83,7 +83,7 @@ def _attend(
 
 
 def _lift(call: DecodeCall, queries: Queries) -> tuple[Queries, tuple[Source, ...], tuple[ChunkFunctions, ...]]:
-    """Queries, sources and functions, all of which vary over the mesh axes over which any of them does."""
+    """Queries, sources and functions, all marked as varying over the union of their mesh axes."""
     mask, score_mod, dtype = call.options["mask"], call.options["score_mod"], queries.query.dtype
     batch, heads, seq_q, _ = queries.query.shape
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((queries, call.sources))))

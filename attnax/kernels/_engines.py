@@ -1,7 +1,7 @@
-"""The engines of exact attention. `ENGINES` has for each whether it serves a call, and its two passes.
+"""The engines of exact attention. `ENGINES` has, for each engine, a test of calls and the two passes.
 
-The tile loop (`_xla`) runs anywhere. A program lowered for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, one for a
-TPU the kernels of `_tpu`, where these serve the call. All engines keep the same few residuals.
+The tile loop (`_xla`) runs on any platform. A program for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, a program
+for a TPU runs the kernels of `_tpu`, if these serve the call. All engines keep the same few residuals.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Backend = Literal["tiles", "automatic", "pallas", "interpret"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static part of a call, beside shapes."""
+    """The static part of a call besides shapes."""
 
     tiles: tile_loop.Tiles
     backend: Backend
@@ -63,12 +63,12 @@ Gradients = tuple[Array, Array, Array, tuple[Array, ...]]
 class Engine(NamedTuple):
     """One way to run a call."""
 
-    serves: Callable[[Plan], bool]  # whether a program for its platform may use it
+    serves: Callable[[Plan], bool]  # whether a program for the platform may use the engine
     # (plan, exact, arrays, operands) -> out, lse in units of log 2, and if `exact` the rounding error of out.
     forward: Callable[[Plan, bool, Arrays, Operands], tuple[Array, Array, Any]]
     # (plan, arrays, operands, results) -> the gradients of the arrays and of `operands.learned`.
     backward: Callable[[Plan, Arrays, Operands, Results], tuple[Any, ...]]
-    # (plan, arrays, operands, results, sums) -> the shares of some keys; that in `learned` is added to `sums`.
+    # (plan, arrays, operands, results, sums) -> gradients from some keys; those of `learned` are added to `sums`.
     backward_part: Callable[[Plan, Arrays, Operands, Results, tuple[Array, ...]], Gradients] | None = None
 
 
@@ -94,7 +94,7 @@ def attend_part(plan: Plan, arrays: Arrays, operands: Operands) -> tuple[Array, 
 def backward_part(
     plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
 ) -> Gradients:
-    """The share of some of the keys in the gradients; `sums` holds the shares of other keys in `learned`."""
+    """The gradients from some of the keys; `sums` holds the gradients of `learned` from other keys."""
     return _by_platform(
         plan,
         lambda engine: engine.backward_part and partial(engine.backward_part, plan),
@@ -158,7 +158,7 @@ def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands)
     setup = _setup(plan, arrays, operands, backward=False)
     if setup is None:
         return _tiles_forward(plan, exact, arrays, operands)
-    from attnax.kernels._gpu import launch  # Pallas takes as long to import as all of the rest, and is seldom wanted
+    from attnax.kernels._gpu import launch  # Pallas takes long to import, and is seldom needed
 
     return launch.forward(arrays, setup, low=exact)
 
@@ -188,12 +188,12 @@ def _kernel_backward_part(
 
 
 def why_not_kernels(plan: Plan, arrays: Arrays, operands: Operands) -> str | None:
-    """Why the kernels for GPUs do not serve a call; None if they do."""
+    """The reason why the GPU kernels do not serve a call, or None."""
     return why_no_kernel(plan.kernel, arrays, operands, plan.dropout_rate, interpret=plan.backend == "interpret")
 
 
 def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) -> Any:
-    """The setup of the GPU kernels for a pass; None where the tile loop must run.
+    """The setup of the GPU kernels for a pass; None if the tile loop must run.
 
     Raises:
         NotImplementedError: the plan asks for the GPU kernels, and they do not serve the call.

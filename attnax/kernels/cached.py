@@ -1,4 +1,4 @@
-"""cached_attention: attention to the tokens in a layer's cache of any kind."""
+"""cached_attention: attention to the tokens in the cache of a layer, for any kind of cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["cached_attention"]
 SlotCache = InSlots | StoredTokens
 AnyCache = SlotCache | PagedKVCache
 
-_FEW = SPARE_SLOTS + 1  # queries, as many as a step with a draft has; more fill the tiles of `flash_attention`
+_FEW = SPARE_SLOTS + 1  # queries of a step with a draft; more queries fill the tiles of `flash_attention`
 _CHUNK = 128  # slots that are read at once
 
 
@@ -47,8 +47,8 @@ def cached_attention(
 
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
-        cache: keys and values, also of the queries' own tokens: append first, then attend to the second
-            result of `append`. In a ring of a window queries attend that window only.
+        cache: keys and values, also of the queries' own tokens: append first, then attend to the second result of
+            `append`. In a ring with a window, queries attend only the window.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
@@ -165,7 +165,7 @@ def _attend_slots(
 
 
 def _token_arrays(cache: SlotCache) -> TokenArrays | None:
-    """The slots as they are; None where they are no arrays."""
+    """The slots without a copy; None if they hold 8-bit integers."""
     if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows):
         return None
     return TokenArrays(cache.keys, cache.values, cache.positions, None)

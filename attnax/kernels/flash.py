@@ -75,8 +75,8 @@ def memory_efficient_attention(
         value: (batch, num_kv_heads, seq_kv, value_dim).
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
             (batch, num_heads, seq_q, seq_kv).
-        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores. Arrays that it captures get gradients; a
-            captured NumPy array cannot be indexed by traced indices (that is NumPy's error): make it a JAX array.
+        score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores. Captured JAX arrays get gradients. Traced
+            indices cannot index a captured NumPy array (NumPy raises the error): make it a JAX array.
         dropout_rng: key of the attention dropout.
         dropout_rate: probability of dropping each attention weight.
         deterministic: no dropout.
@@ -144,10 +144,10 @@ def flash_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
-    On an NVIDIA GPU that is cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None.
-    Anywhere else it is the engine of `memory_efficient_attention`. The choice is made when the program is lowered: one
-    that is exported for "cuda" on a machine without a GPU holds the same kernel. All arguments, results and errors are
-    those of `memory_efficient_attention`. With a `block_size` its tiles run on every platform.
+    An NVIDIA GPU runs cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None. A TPU
+    runs JAX's splash attention for plain calls. All other calls, and calls with a `block_size`, run the tiles of
+    `memory_efficient_attention`, with the same arguments, results and errors. The choice is made when the program is
+    lowered: a program that is exported for "cuda" on a machine without a GPU holds the GPU kernel.
 
     Example:
         >>> import jax.numpy as jnp
@@ -191,7 +191,7 @@ def pallas_flash_attention(
     """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs, with mask and score mod inside of it.
 
     On any other platform the call runs in the engine of `memory_efficient_attention`. Arguments, results and errors are
-    those of that function, beside the last four arguments. On a GPU, products of float32 arrays are in float32 (no
+    those of that function, except for the last four arguments. On a GPU, products of float32 arrays are in float32 (no
     TF32). Products of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
 
     Args:
@@ -250,7 +250,7 @@ def why_not_pallas(
     block_kv: int | None = None,
     **options: Unpack[AttentionOptions],
 ) -> str | None:
-    """Why the Pallas kernel does not serve these arguments; None if it does.
+    """The reason why the Pallas kernel does not serve these arguments, or None.
 
     If there is a reason, `flash_attention` uses the engine of `memory_efficient_attention`. `pallas_flash_attention`
     does so only if the reason is the platform, and raises otherwise.
@@ -259,12 +259,12 @@ def why_not_pallas(
         query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.
         key: likewise.
         value: likewise.
-        platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
+        platform: "cuda" asks for an NVIDIA GPU on any machine; by default the platform of this process.
         block_q: as in `pallas_flash_attention`.
         block_kv: as in `pallas_flash_attention`. The card that the program is for must have the shared memory for these
             tiles: the card of this process, or the card that the mesh of the program names; if neither is known, every
             card must.
-        options: the keywords of `flash_attention` but `block_size` and `return_lse`.
+        options: the keywords of `flash_attention`, except `block_size` and `return_lse`.
 
     Raises:
         ValueError: arguments that no kernel takes, or another platform.
@@ -306,7 +306,7 @@ def why_not_cudnn(
     platform: str | None = None,
     **options: Unpack[AttentionOptions],
 ) -> str | None:
-    """Why `flash_attention` does not use cuDNN for these arguments; None if it does.
+    """The reason why `flash_attention` does not use cuDNN for these arguments, or None.
 
     cuDNN serves float16 and bfloat16 without a mask, with `causal()`, or with a causal `sliding_window` of known size,
     without score mod, dropout and log-sum-exp. To write its kernels into a program JAX needs its CUDA plugin (package
@@ -316,9 +316,9 @@ def why_not_cudnn(
         query: as in `flash_attention`, or a `jax.ShapeDtypeStruct`.
         key: likewise.
         value: likewise.
-        return_lse: as there.
-        platform: "cuda" asks for an NVIDIA GPU wherever this runs; by default the platform of this process.
-        options: the other keywords of `flash_attention` but `block_size`.
+        return_lse: as in `flash_attention`.
+        platform: "cuda" asks for an NVIDIA GPU on any machine; by default the platform of this process.
+        options: the other keywords of `flash_attention`, except `block_size`.
 
     Raises:
         ValueError: arguments that no kernel takes, or another platform.

@@ -1,8 +1,8 @@
-"""Each row times the matrix of its group, at the cost of the rows, however many groups there are.
+"""Each row times the matrix of its group; the cost follows the rows, not the number of groups.
 
 Rows are sorted by group. A tile is a few rows of one group. A loop visits the tiles that hold rows, so an empty group
-costs nothing and no row of a large group is dropped. A tile has a static length and may reach into another tile's rows:
-it leaves their values, and counts them as zeros in the gradient of the matrix. The backward pass loops over the same
+costs nothing and no row of a large group is dropped. A tile has a static length and may overlap rows of another tile:
+such rows keep their values, and count as zeros in the gradient of the matrix. The backward pass loops over the same
 tiles and adds in place to the gradient of the tile's matrix; reverse mode through a `lax.scan` would add an array as
 large as all matrices at every tile.
 
@@ -58,7 +58,7 @@ def grouped_product(x: Array, weights: Array, bias: Array | None, sizes: Array) 
 
 
 def tile_length(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about as many as a group has, so that both the tiles and their unused rows are few."""
+    """Rows of a tile: about the mean rows of a group, so that both tiles and unused rows are few."""
     if not isinstance(num_rows, int):  # a symbolic size cannot be rounded to a power of 2
         return jax.core.min_dim(num_rows, MAX_TILE)
     mean = -(-num_rows // num_groups)

@@ -21,7 +21,7 @@ _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class LinearOptions(AttentionFnOptions, total=False):
-    """The keywords of `linear_attention`, beside `return_state`."""
+    """The keywords of `linear_attention`, except `return_state`."""
 
     causal: bool
     chunk_size: int
@@ -60,9 +60,9 @@ def linear_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], LinearState]:
     """phi(query) (phi(key)^T value) / (phi(query) . sum of phi(key)), phi(x) = elu(x) + 1, over the allowed keys.
 
-    Causal attention goes through the sequence in chunks: it is dense within a chunk, and reads the state for earlier
-    keys. Time and memory are linear in the length. A gradient also keeps one state for each chunk: chunks of about
-    value_dim balance both.
+    Causal attention works in chunks: it is dense within a chunk, and reads the state for earlier keys. Time and memory
+    are linear in the length. A gradient also keeps one state for each chunk; a chunk_size of about value_dim balances
+    both.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -131,7 +131,7 @@ def linear_attention(
     if state is not None:
         _check_state(state, batch, num_kv_heads, head_dim, value_dim, wide_dtype(query.dtype))
 
-    # Heads that share keys sit side by side on an axis of their own.
+    # Heads that share keys have an axis of their own.
     query = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, seq_q, head_dim)
     if causal:
         if not return_state:  # no query attends the keys after the last query
@@ -200,16 +200,16 @@ def _phi(x: Array) -> Array:
 
 
 def _query_features(query: Array) -> tuple[Array, Array]:
-    """The phi of each query up to a factor, and which queries are finite."""
+    """The phi of each query up to a factor, and True for each finite query."""
     finite = jnp.isfinite(query).all(-1)
     query = jnp.where(finite[..., None], query.astype(wide_dtype(query.dtype)), 0)
-    # Below 0 phi is exp: a shift is a factor there, which the division cancels. Shifted, no query underflows.
+    # Below 0 phi is exp, so a shift is a factor that the division cancels. With the shift no query underflows.
     peak = lax.stop_gradient(query.max(-1, keepdims=True))
     return _phi(query - jnp.minimum(peak, 0)), finite
 
 
 def _key_features(key: Array, value: Array, real: Array) -> tuple[Array, Array, Array]:
-    """phi(key) and value, both 0 for padding and non-finite keys, and which keys (B, K, S) are real and non-finite."""
+    """phi(key) and value, both 0 for padding and non-finite keys, and True for real, non-finite keys (B, K, S)."""
     dtype = wide_dtype(key.dtype)
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     real = real[:, None]
@@ -227,7 +227,7 @@ def _add_keys(state: LinearState | None, features: Array, value: Array, non_fini
 
 
 def _read_state(state: LinearState, features: Array) -> tuple[Array, Array, Array]:
-    """Numerator, denominator, and which heads a non-finite key has contaminated."""
+    """Numerator, denominator, and True for each head that a non-finite key has contaminated."""
     finite = jnp.isfinite(state.key_sum).all(-1)
     key_sum = jnp.where(finite[..., None], state.key_sum, 0)
     numerator = _einsum("BKGTH,BKHV->BKGTV", features, state.key_value_sum)
@@ -236,7 +236,7 @@ def _read_state(state: LinearState, features: Array) -> tuple[Array, Array, Arra
 
 
 def _finish(numerator: Array, denominator: Array, contaminated: Array, finite: Array, dtype: Any) -> Array:
-    """The quotient: 0 where nothing is attended, NaN in a contaminated row and for a query that is not finite."""
+    """The quotient: 0 where nothing is attended, NaN in a contaminated row and for a non-finite query."""
     attended = denominator >= jnp.finfo(denominator.dtype).tiny
     contaminated = contaminated | (attended & ~finite)
     contaminated = contaminated | ~jnp.isfinite(numerator).all(-1) | ~jnp.isfinite(denominator)

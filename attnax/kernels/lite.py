@@ -1,4 +1,4 @@
-"""Lite attention: one learned gate weighs each position, whose output is its own value."""
+"""Lite attention: one learned gate weighs each position; the output of a position is its weighted value."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def lite_attention(
     num_kv_heads, value_dim = value.shape[1], value.shape[3]
     causal, real = split_mask("lite_attention", mask, (batch, num_heads, length, length))
 
-    # Heads that share keys sit side by side on an axis of their own: (B, K, G, T, ...).
+    # Heads that share keys have an axis of their own: (B, K, G, T, ...).
     out_dtype, dtype = query.dtype, wide_dtype(query.dtype)
     grouped = batch, num_kv_heads, num_heads // num_kv_heads, length
     query, key, value = (
@@ -83,7 +83,7 @@ def lite_attention(
     )
     real = jnp.broadcast_to(real[:, None, None], grouped)
     finite = real & jnp.isfinite(query).all(-1) & jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    # Both factors: the gradient of one of them is 0 times the other, which may be NaN.
+    # Both factors become 0: the gradient of one factor is 0 times the other, which may be NaN.
     query, key, value = (jnp.where(finite[..., None], x, 0) for x in (query, key, value))
 
     logits = gate_proj((query * key).reshape(batch, num_heads, length, head_dim))
@@ -126,7 +126,7 @@ def _weigh(logits: Array, real: Array, finite: Array, causal: bool) -> tuple[Arr
     `real` positions are no padding; `finite` ones are real, with finite query, key and value.
     """
     finite = finite & jnp.isfinite(logits)
-    # Not -inf: -inf - -inf is NaN. The lowest number vanishes as well beside any finite logit.
+    # Not -inf: -inf - -inf is NaN. The lowest number vanishes too next to any finite logit.
     lowest = jnp.finfo(logits.dtype).min
     logits = jnp.where(finite, logits, lowest)
     non_finite = real & ~finite

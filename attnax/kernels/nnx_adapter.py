@@ -25,7 +25,7 @@ def nnx_attention_fn(
     mask: Mask | MaskMod | ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
 ) -> NnxAttention:
-    """`attention_fn` as the `attention_fn=` of `flax.nnx.MultiHeadAttention`: one argument, the same layer otherwise.
+    """Adapts `attention_fn` to the argument `attention_fn=` of `flax.nnx.MultiHeadAttention`; the layer stays the same.
 
     The layer's own masks (arrays in which nonzero attends, as in Flax, or a Mask object given as its `mask`) and its
     `is_causal` are joined to `mask`. The function differs from Flax's in these points:
@@ -43,9 +43,9 @@ def nnx_attention_fn(
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores.
 
     Returns:
-        A callable pytree. If `mask` or `score_mod` hold arrays, wrap it in `flax.nnx.data(...)` for the layer, which
-        otherwise takes it for a constant and says so. Then the `nnx.Param` of a score mod that is a module gets
-        gradients. (Arrays that a plain function captures are constants.)
+        A callable pytree. If `mask` or `score_mod` hold arrays, wrap the pytree in `flax.nnx.data(...)` for the layer:
+        otherwise the layer takes the pytree for a constant and says so. With the wrapper, the `nnx.Param` of a score
+        mod that is a module gets gradients. Arrays that a plain function captures are constants.
 
     Raises:
         ValueError: `mask` is of no such kind. In a call: shapes that do not fit, or `is_causal` with one query for
@@ -71,7 +71,7 @@ def nnx_attention_fn(
 
 @pytree_dataclass
 class NnxAttention:
-    """The result of `nnx_attention_fn`. It equals one of equal parts, so that an equal layer compiles nothing new."""
+    """The result of `nnx_attention_fn`. Objects of equal parts are equal, so an equal layer compiles nothing new."""
 
     attention_fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
     mask: Mask | None

@@ -1,6 +1,6 @@
 """paged_attention: attention to the tokens of a `PagedKVCache`, read from its pages.
 
-The pages of a row are gathered a chunk at a time, never a whole row or the pool. How many chunks are read is a traced
+The pages of a row are gathered a chunk at a time, never a whole row or the pool. The number of chunks is a traced
 value, see `_decode_call.py`.
 """
 
@@ -30,7 +30,7 @@ _CHUNK = 128  # keys that are read at once, in whole pages
 
 
 class PagedOptions(AttentionOptions, total=False):
-    """The keywords of `paged_attention` in every form, beside `return_lse`."""
+    """The keywords of `paged_attention` in every form, except `return_lse`."""
 
     query_positions: ArrayLike | None
 
@@ -76,13 +76,13 @@ def paged_attention(
 ) -> Float[Array, "*batch N T Hv"] | tuple[Float[Array, "*batch N T Hv"], Float[Array, "*batch N T"]]:
     """softmax(scale * query @ keys^T) @ values, over the tokens that each row of a paged cache holds.
 
-    It is called in three forms:
+    There are three forms of a call:
 
     - `paged_attention(query, cache, sequence_idx)`: query (num_heads, T, head_dim) of one row of the cache;
     - `paged_attention(query, cache)`: query (batch, num_heads, T, head_dim), all rows, each with its own length;
-    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, as of `MultiHeadAttention`.
-      It takes query, key and value of T new tokens, which follow the tokens in the cache, and queries attend both. The
-      new tokens are **not** written to the cache; `append_rows` does that.
+    - `functools.partial(paged_attention, cache=cache)` is an `attnax.AttentionFn`, for example for
+      `MultiHeadAttention`. Query, key and value belong to T new tokens, which follow the tokens in the cache; queries
+      attend both. The new tokens are **not** written to the cache; `append_rows` writes tokens.
 
     Masks and score mods see true positions: the position of a key is its index within its row's own text. In the first
     two forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
@@ -91,16 +91,16 @@ def paged_attention(
     which attends nothing under a mask.
 
     Tokens are read in chunks of about 128, and only chunks in use that the mask lets some query attend. Shapes do not
-    depend on lengths or block tables, so one compiled program serves all. Beside the arguments it needs the memory of
-    one chunk and its scores, (batch, num_heads, T, 128).
+    depend on lengths or block tables, so one compiled program serves all. Besides the arguments, a call needs memory
+    for one chunk and its scores, (batch, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
         *arguments: cache and sequence_idx, or key (batch, num_kv_heads, T, head_dim) and value
             (batch, num_kv_heads, T, value_dim) in the dtype of query.
         cache: its pools may have another floating dtype. The result of a row whose `overflowed` is set is NaN.
-        sequence_idx: row of the cache, a number or an integer scalar, the b of masks and score mods. For a traced index
-            of no row the result is NaN.
+        sequence_idx: row of the cache, an integer or an integer scalar, and the b of masks and score mods. A traced
+            index of no row gives NaN.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an array is
             position j; if it has fewer columns than max_len (in the third form max_len + T), later positions are not
             attended. Its rows are the T queries in order, or, if there are max_len (max_len + T) of them, positions. An
@@ -225,8 +225,8 @@ class PageChunks:
     """The pages of a cache, in chunks."""
 
     cache: PagedKVCache
-    order: Array  # (C,), all chunks, beginning with the needed ones
-    num_chunks: Array  # how many are needed
+    order: Array  # (C,), all chunks; the needed chunks come first
+    num_chunks: Array  # the number of needed chunks
 
     @property
     def chunk_size(self) -> int:
@@ -245,7 +245,7 @@ class PageChunks:
         exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
 
         def read(pool: Pool) -> Array:
-            # Page -1 is masked; any other page serves in its place.
+            # Page -1 is masked, so page 0 is read in its place.
             return read_blocks(pool, jnp.maximum(blocks, 0)).swapaxes(1, 2)
 
         return Chunk(
@@ -284,7 +284,7 @@ def _pages_to_read(
 
 
 def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
-    """The pages as they are; None where they are no arrays."""
+    """The pages without a copy; None if they hold 8-bit integers."""
     if isinstance(cache.key_pool, Int8Rows) or isinstance(cache.value_pool, Int8Rows):
         return None
     index = jnp.arange(cache.max_len, dtype=jnp.int32)[None]

@@ -1,9 +1,9 @@
 """Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
 
-Each device attends from its queries to the keys that it holds, by the engine of `flash_attention`, merges the softmax
-states, and sends the keys on. The backward pass is a second ring, in which the gradients of the keys travel with the
-keys until both are back. No device holds more than its share, forward or backward. A hop whose keys the mask forbids
-costs only communication.
+Each device attends from its queries to its current keys by the engine of `flash_attention`, merges the softmax states,
+and sends the keys on. The backward pass is a second ring: the gradients of the keys travel with the keys until both are
+back. No device holds more than its share, forward or backward. A hop whose keys the mask forbids costs only
+communication.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def ring_attention(
         value: (batch, num_kv_heads, seq_kv / P, value_dim).
         mask: of the whole sequence, the same on every device: indices are global, arrays broadcast to
             (batch, num_heads, seq_q, seq_kv).
-        score_mod: of the whole sequence, too.
+        score_mod: of the whole sequence, with global indices.
         dropout_rng: the same key on every device drops the weights that one device would drop.
         dropout_rate: probability of dropping each attention weight.
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        axis_name: the mesh axis along which the sequence is cut; None if it is not: this device holds all of it, and
-            the call is `flash_attention`.
-        zigzag: the sequence was put into `zigzag_order`, which gives each device the same work under a causal mask.
+        axis_name: the mesh axis that cuts the sequence; with None this device holds the whole sequence, and the call is
+            `flash_attention`.
+        zigzag: the sequence is in `zigzag_order`, which gives each device the same work under a causal mask.
         block_size: queries and keys of a tile, by default chosen by shape.
 
     Returns:

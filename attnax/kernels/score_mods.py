@@ -41,7 +41,7 @@ __all__ = [
 
 @pytree_dataclass
 class ComposedScoreMod(NoTruth):
-    """Applies its mods, each a pytree, from the first to the last; a pair that one of them masks stays masked."""
+    """Applies its mods, each a pytree, in order; a pair that one mod masks stays masked."""
 
     mods: tuple[ScoreMod, ...]
 
@@ -144,7 +144,7 @@ class ClippedBias(PerHead):
 
 
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
-    """One score mod that applies `mods` in order, skipping None. A single mod is returned as it is; without any, None.
+    """One score mod that applies `mods` in order, skipping None. One mod is returned unchanged; no mods give None.
 
     A pair that a mod forbids stays forbidden, whatever later mods do. Masks (`causal_mod()` and the like) are applied
     together at the end, where kernels find them.
@@ -197,7 +197,7 @@ def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
 
 
 def alibi_mod(num_heads: int) -> ScoreMod:
-    """`scores - slope[h] * |q - kv|`: every head prefers near keys, each to its own degree.
+    """`scores - slope[h] * |q - kv|`: each head prefers near keys, to its own degree.
 
     The paper is about causal attention, where this is `scores + slope[h] * (kv - q)`; keys after the query get the bias
     of keys before it. Combine with `causal_mod()` or `mask=` as needed. The slopes, `alibi_slopes(num_heads)`, are a
@@ -303,7 +303,7 @@ def relative_bucket(
     _check_buckets("relative_bucket", num_buckets, max_distance, bidirectional)
     distance = jnp.asarray(distance, jnp.int32)
     begins = _bucket_begins(num_buckets // 2 if bidirectional else num_buckets, max_distance)
-    # Comparisons count the bucket, without a table, so that a kernel can do it.
+    # Comparisons count the bucket. A GPU kernel has these, and has no table.
     reach = abs(distance) if bidirectional else -distance
     bucket = jnp.zeros_like(distance)
     for begin in begins:
@@ -380,8 +380,8 @@ def sliding_window_mod(window_size: int | Int[ArrayLike, ""], *, causal: bool = 
     """-inf outside of `0 <= q - kv < window_size`: `attnax.masks.sliding_window` as a score mod.
 
     Args:
-        window_size: in tokens, itself included; at least 1.
-        causal: nothing after the query; otherwise the window is `|q - kv| < window_size`.
+        window_size: in tokens, the query included; at least 1.
+        causal: no key after the query; otherwise the window is `|q - kv| < window_size`.
 
     Raises:
         ValueError: a window that is below 1 or no whole number.
@@ -463,7 +463,7 @@ def mask_mod_to_boolean_mask(
 
 
 def _bucket_begins(count: int, max_distance: int) -> list[int]:
-    """The least distance, one way, of each of `count` buckets but the first."""
+    """The least distance of each of the `count` buckets of one direction, except the first."""
     exact = count // 2
     grown = count - exact
 

@@ -52,8 +52,8 @@ def standard_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """softmax(scale * query @ key^T) @ value, over the pairs that the mask allows.
 
-    This is the readable definition, with which tests compare the fast kernels. Derivatives of any order work, forward
-    and reverse.
+    This is the readable definition. Tests compare the fast kernels with it. Derivatives of any order work, forward and
+    reverse.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
@@ -211,8 +211,8 @@ def _attend(
     weights = weights.reshape(groups, rows, seq_kv)
     out = jnp.einsum("XMS,XSV->XMV", weights, value, precision=lax.Precision.HIGHEST)
     out = out.reshape(batch, num_heads, seq_q, value_dim)
-    # A contaminated row is all NaN, a row that attended nothing is 0. The cotangent of either stops here: it reaches no
-    # key that the row may not attend.
+    # A contaminated row is all NaN, a row that attended nothing is 0. The cotangents of both stop here and reach no key
+    # that the row may not attend.
     out = jnp.where(is_finite(out)[..., None], out, jnp.nan)
     out = jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(out_dtype)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))

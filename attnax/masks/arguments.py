@@ -79,7 +79,7 @@ def mask_argument(
     if mask is None:
         return None
     if getattr(kernel_of(attention_fn), "takes_mask_objects", False):
-        return mask  # the kernel checks it, against lengths that only the kernel may know: in a ring they are global
+        return mask  # the kernel checks the mask: in a ring only the kernel knows the global lengths
     mask.check(caller, score_shape)
     array = mask(*index_grid(*score_shape))
     return array.reshape((1,) * (4 - array.ndim) + array.shape)  # not `score_shape`: a window is the same for all heads
@@ -93,7 +93,7 @@ def kernel_of(attention_fn: Any) -> Any:
 
 
 def takes_mask_objects(attention_fn: Function) -> Function:
-    """Marks an attention function whose `mask=` may be a Mask; any other gets a dense boolean array."""
+    """Marks an attention function whose `mask=` may be a Mask; any other function gets a dense boolean array."""
     attention_fn.takes_mask_objects = True  # type: ignore[attr-defined]
     return attention_fn
 

@@ -85,7 +85,7 @@ def combine_masks(*masks: Mask | MaskMod | ArrayLike | None) -> Mask | Array | N
 
 
 class TileCounts(NamedTuple):
-    """Numbers of tiles in which a mask allows nothing (kernels skip them), a part, and everything."""
+    """Numbers of empty tiles (kernels skip them), partial tiles and full tiles of a mask."""
 
     empty: int
     partial: int

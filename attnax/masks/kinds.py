@@ -1,4 +1,4 @@
-"""The common masks; each knows its value over whole tiles."""
+"""The common masks, with their bounds over tiles."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
     """Each query attends the nearest `window_size` keys: `0 <= q - kv < window_size`, or `|q - kv| < window_size`.
 
     Args:
-        window_size: in tokens, itself included; at least 1.
+        window_size: in tokens, the query included; at least 1.
         causal: no key after the query is attended.
 
     Raises:

@@ -27,7 +27,7 @@ _BLOCK = 16  # tokens that share one pair of bounds
 
 
 class NoTruth:
-    """A function with a value for each pair, so that `and`, `or`, `not` and `if` raise TypeError."""
+    """A function with a value for each pair and no truth value: `and`, `or`, `not` and `if` raise TypeError."""
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -42,9 +42,9 @@ class Mask(NoTruth):
 
     @property
     def is_opaque(self) -> bool:
-        """Whether `tile` may call a tile partial that is empty or full.
+        """Whether `tile` may report an empty or a full tile as partial.
 
-        A kernel then evaluates the pairs of each partial tile. False for a kind whose `tile` is good enough.
+        A kernel then evaluates the pairs of each partial tile. False for a mask whose `tile` is exact enough.
         """
         return True
 
@@ -55,7 +55,7 @@ class Mask(NoTruth):
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         """Bounds over a tile: `(may any pair attend, do all pairs attend)`.
 
-        Both are safe: `any` may be True where nothing attends, `all` may be False where everything does.
+        Both bounds are safe: the first may be True if no pair attends, the second may be False if all pairs attend.
         `(True, False)`, the default, means "cannot tell".
         """
         return True, False
@@ -199,7 +199,7 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
 
 
 def value_at(values: Array, b: Index, index: Index) -> Array:
-    """`values[b, index]` of (B|1, length); an index outside reads the first or the last value, as in `range_bounds`."""
+    """`values[b, index]` of (B|1, length); an out-of-range index reads the nearest value, as in `range_bounds`."""
     return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
 
 

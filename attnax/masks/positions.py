@@ -66,7 +66,7 @@ class ScoreModAtPositions(NoTruth):
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         """Raises ValueError if the positions, or the mod's arrays, do not fit (B, N, T, S) = `score_shape`.
 
-        The mod is given None for the lengths, because its positions may be any.
+        The mod gets None for the lengths, because positions have no limit.
         """
         _check_both_positions(caller, self.q_positions, self.kv_positions, score_shape)
         check_score_mod(caller, self.score_mod, (*score_shape[:2], None, None))
@@ -84,7 +84,7 @@ def at_positions(
     """Reads a mask or a score mod at true positions instead of array indices.
 
     Args:
-        mask_or_mod: a Mask, or None for "everything attends"; anything else is taken as a score mod (wrap a
+        mask_or_mod: a Mask, or None for "everything attends"; any other function counts as a score mod (wrap a
             plain mask function in `as_mask` first).
         q_positions: the position of each query: an index within its row's own text.
         kv_positions: the position of each key; a negative position marks an empty slot or padding, which no query
@@ -122,7 +122,7 @@ def tile_at_positions(
     q_range: Range,
     kv_range: Range,
 ) -> tuple[Any, Any]:
-    """`AtPositions.tile` for positions (B|1, T) and (B|1, S); `tile` is that of the mask inside, None if all attend."""
+    """`AtPositions.tile` for positions (B|1, T) and (B|1, S); `tile` is that of the inner mask, None if all attend."""
     absent_last = jnp.where(kv_positions < 0, jnp.iinfo(jnp.int32).max, kv_positions)
     kv_least, _ = range_bounds(absent_last, b, kv_range)
     lowest, kv_most = range_bounds(kv_positions, b, kv_range)

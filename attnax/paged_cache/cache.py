@@ -36,7 +36,7 @@ class PagedKVCache:
         key_pool: (num_blocks, block_size, num_kv_heads, head_dim).
         value_pool: (num_blocks, block_size, num_kv_heads, value_dim).
         block_table: int32 (batch, max_blocks_per_seq), the blocks that each row holds, in order; -1 is unused, and
-            only -1 follows it. No block stands in the table twice.
+            only -1 follows -1. No block stands in the table twice.
         seq_lengths: int32 (batch,), the tokens of each row.
         overflowed: bool (batch,), whether blocks or room ran out under jit, so that tokens of the row may be missing;
             stays set until the row is freed.
@@ -66,7 +66,7 @@ class PagedKVCache:
         return self.seq_lengths
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
-        """The cache with the new tokens, twice, as `LayerCache` has it; rows take the blocks that they lack.
+        """The cache with the new tokens, twice, as in `InSlots.append`; rows take the blocks that they lack.
 
         Args:
             keys: (batch, num_kv_heads, T, head_dim).

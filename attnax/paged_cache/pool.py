@@ -18,19 +18,19 @@ Pool = Array | Int8Rows
 
 
 def missing_blocks(block_table: Any, num_tokens: Any, block_size: int) -> Any:
-    """How many blocks rows lack for `num_tokens` in all: NumPy's in and out, or JAX's."""
+    """The number of blocks that rows lack for `num_tokens` in all, as a NumPy or JAX array like the arguments."""
     return (-(-num_tokens // block_size) - _num_held(block_table)).clip(0)
 
 
 def _num_held(block_table: Any) -> Any:
-    """How many blocks rows hold: NumPy's in and out, or JAX's."""
+    """The number of blocks that rows hold, as a NumPy or JAX array like the argument."""
     return (block_table >= 0).sum(-1, dtype=np.int32)
 
 
-@jax.jit  # so that the eager forms compile and start one program rather than each operation
+@jax.jit  # eager callers then start one program, not one for each operation
 def give_blocks(block_table: Array, num_blocks: Array, free_ids: Array) -> Array:
     """The table with `num_blocks` (B,) more blocks in each row, from the front of `free_ids`, to rows in order."""
-    # For each column of the table, which of the row's new blocks it gets.
+    # For each column of the table, the number of the row's new block that goes there.
     nth = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None] - _num_held(block_table)[:, None]
     first = jnp.cumsum(num_blocks, dtype=jnp.int32) - num_blocks
     ids = free_ids.at[first[:, None] + nth].get(mode="fill", fill_value=-1)

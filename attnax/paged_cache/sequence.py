@@ -33,7 +33,7 @@ def allocate_blocks(
         free_block_ids: integers (F,), blocks that no sequence holds; keep `free_block_ids[used:]` for the next call.
 
     Returns:
-        The cache and `used`, the number of blocks taken, an int: 0 where the blocks that the sequence has suffice.
+        The cache and `used`, the number of blocks taken, an int: 0 if the sequence has enough blocks.
 
     Raises:
         ValueError: too few free blocks, tokens past `max_len`, an id that is no block of the pool, is given twice or
@@ -51,7 +51,7 @@ def allocate_blocks(
             f"allocate_blocks: sequence {index} needs {used} blocks for {num_new} new tokens; got {free.size} in "
             "free_block_ids. Free a sequence by free_rows, or make the pool larger."
         )
-    taken = np.full(table.size, -1, np.int32)  # of one size, so that nothing is compiled anew as the list shrinks
+    taken = np.full(table.size, -1, np.int32)  # of one size: a shorter list compiles nothing new
     taken[:used] = free[:used]
     wanted = np.zeros(cache.block_table.shape[0], np.int32)
     wanted[index] = used

@@ -1,7 +1,7 @@
-"""Follows each axis of each value through the program of a mask or score mod, from the arguments on.
+"""Follows the axes of all values through the program of a mask or score mod.
 
 An operation that mixes an axis of the pairs (a row's maximum, a roll, a product over heads) is refused by name. The
-file is longer than 500 lines because it lists a rule for each of JAX's primitives.
+file is longer than 500 lines because each primitive of JAX needs a rule.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _CALLS = {
 
 
 class Factor(NamedTuple):
-    """A part of an axis: `reshape` merges axes into one and splits one into several.
+    """A factor of an axis: `reshape` merges and splits axes.
 
-    `kind` is the name of an axis of the pairs; "array" for an axis of an array or of features, along which values
-    differ; "same" for an axis along which they do not.
+    `kind` is the name of an axis of the pairs, "array" for an axis of an array or of features along which values
+    differ, or "same" for an axis along which all values are equal.
     """
 
     kind: str
@@ -42,14 +42,14 @@ Axis = tuple[Factor, ...]
 
 
 class Value(NamedTuple):
-    """The axes of a value, and the loops over an axis of the pairs in which it is computed."""
+    """The axes of a value, and the loops over axes of the pairs that compute the value."""
 
     axes: tuple[Axis, ...]
     steps: frozenset[Any] = frozenset()
 
 
 class RefusedError(Exception):
-    """The function mixes pairs; the message says by what."""
+    """The function mixes pairs; the message names the operation."""
 
 
 _PAIRS = ("batch", "heads", "queries", "keys")
@@ -121,14 +121,14 @@ def _of_array(array: Any) -> Value:
 
 
 def _mixed(eqn: JaxprEqn, axis: Axis) -> None:
-    """Raises RefusedError if `axis` of an operand, which the equation mixes, is one of the pairs."""
+    """Raises RefusedError if `axis`, which the equation mixes, is an axis of the pairs."""
     kinds = [factor.kind for factor in axis if factor.kind in _PAIRS]
     if kinds:
         raise RefusedError(f"mixes {' and '.join(kinds)} by {eqn.primitive.name}")
 
 
 def _join(eqn: JaxprEqn, values: Iterable[Value]) -> Value:
-    """The axes that values of an elementwise operation have together; numbers broadcast."""
+    """The axes of the result of an elementwise operation; numbers broadcast."""
     values = list(values)
     rank = max((len(value.axes) for value in values), default=0)
     whole = [value for value in values if len(value.axes) == rank]
@@ -147,7 +147,7 @@ def _join_axes(eqn: JaxprEqn, axes: Sequence[Axis]) -> Axis:
 
 
 def _meet(eqn: JaxprEqn, left: Axis, right: Axis) -> Axis:
-    """One axis along which two values vary, factor by factor."""
+    """The common axis of two values, factor by factor."""
     joined: list[Factor] = []
     rest = [list(reversed(left)), list(reversed(right))]
     while rest[0] and rest[1]:
@@ -227,7 +227,7 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of an operation along one axis, where each result may depend on all elements."""
+    """The rule of operations along one axis; each result may depend on all elements of the axis."""
     along, operand = _axis_along(eqn), _join(eqn, inputs)
     _mixed(eqn, operand.axes[along])
     results = []
@@ -239,12 +239,12 @@ def _along(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _axis_along(eqn: JaxprEqn) -> int:
-    """The axis that an operation of `_along` works along, a parameter whose name differs by operation."""
+    """The axis of an operation of `_along`; the name of the parameter differs by operation."""
     return next(int(eqn.params[name]) for name in ("dimension", "axis", "operand_axis") if name in eqn.params)
 
 
 def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of operations that cut, pad, join and reverse arrays: along an axis of the pairs nothing may move."""
+    """The rule of operations that cut, pad, join and reverse: no element may move along an axis of the pairs."""
     operand = _join(eqn, (_without_joined(value, eqn) for value in inputs))
     outputs = []
     for var in eqn.outvars:
@@ -261,7 +261,7 @@ def _reorder(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _without_joined(value: Value, eqn: JaxprEqn) -> Value:
-    """An operand of `_reorder`. For `concatenate` the joined axis, whose size differs by operand, is left out."""
+    """The operand without the axis that `concatenate` joins: the size of that axis differs by operand."""
     if eqn.primitive.name != "concatenate":
         return value
     along = eqn.params["dimension"]
@@ -270,7 +270,7 @@ def _without_joined(value: Value, eqn: JaxprEqn) -> Value:
 
 
 def _moves(eqn: JaxprEqn, axis: int, new: int, old: int) -> bool:
-    """Whether an equation of `_reorder` moves anything along an axis of sizes `old` and `new`."""
+    """Whether an equation of `_reorder` moves elements along an axis of size `old` before and `new` after."""
     match eqn.primitive.name:
         case "concatenate":
             return bool(axis == eqn.params["dimension"])
@@ -341,7 +341,7 @@ def _gather(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _scatter(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of scatters, whose indices may not depend on the pairs; the update may, along axes not indexed."""
+    """The rule of scatters: indices must not depend on the pairs; the update may, along axes that are not indexed."""
     (operand, indices, update), numbers = inputs, eqn.params["dimension_numbers"]
     for axis in indices.axes:
         _mixed(eqn, axis)
@@ -384,7 +384,7 @@ def _iota(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _random_bits(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The rule of `random_bits`, `random_split` and `random_unwrap`, which add axes behind those of the keys."""
+    """The rule of `random_bits`, `random_split` and `random_unwrap`: new axes follow the axes of the keys."""
     shape = shape_of(eqn.outvars[0])[len(inputs[0].axes) :]
     return [Value((*inputs[0].axes, *(_axis("array", size) for size in shape)), inputs[0].steps)]
 
@@ -407,7 +407,7 @@ def _while(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
     def step(carry: Sequence[Value]) -> list[Value]:
         (going,) = _follow_call(eqn.params["cond_jaxpr"], (*of_cond, *carry))
-        # Under `vmap` each element has its own condition, whose axes come first in every carried value.
+        # Under `vmap` each element has its own condition. Its axes come first in every carried value.
         return [
             _join(eqn, (value, Value((*going.axes, *value.axes[len(going.axes) :]), going.steps)))
             for value in _follow_call(eqn.params["body_jaxpr"], (*of_body, *carry))
@@ -504,10 +504,10 @@ _RULES |= dict.fromkeys(
 
 
 def sizes_mixed(eqn: JaxprEqn) -> tuple[Any, ...]:
-    """Sizes of the axes that an equation mixes, so that its result may depend on how many places there are.
+    """The sizes of the axes that an equation mixes; the result may depend on these sizes.
 
-    `check_program` refuses axes of the pairs first. But an array that is filled by the sizes of the arguments has an
-    axis "same", and its sum tells the length of that axis.
+    `check_program` refuses axes of the pairs before. Arrays of equal values remain: the sum over an axis "same" tells
+    the length of that axis.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [shape_of(var) for var in eqn.invars]

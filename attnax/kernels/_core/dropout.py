@@ -11,23 +11,23 @@ from attnax.typing import Array, AttentionOptions, Index
 
 
 def dropout_words(dropout_rng: Array) -> Array:
-    """The words that `keep_weights` takes, (4,) uint32: two random ones from the key, the first row, the first head."""
+    """The words for `keep_weights`, (4,) uint32: two random words from the key, the first row, the first head."""
     return jnp.concatenate([jax.random.bits(dropout_rng, (2,), jnp.uint32), jnp.zeros(2, jnp.uint32)])
 
 
 def rate_of(options: AttentionOptions) -> float:
-    """The rate of a call's dropout, 0 where it is deterministic."""
+    """The dropout rate of a call; 0 if the call is deterministic."""
     return 0.0 if options.get("deterministic", True) else options.get("dropout_rate", 0.0)
 
 
 def words_of(options: AttentionOptions) -> Array | None:
-    """The `dropout_words` of a call's key, None where nothing is dropped."""
+    """The `dropout_words` of a call; None if the call drops no weights."""
     dropout_rng = options.get("dropout_rng")
     return None if dropout_rng is None or rate_of(options) == 0.0 else dropout_words(dropout_rng)
 
 
 def words_of_shard(words: Array, row: Array, head: Array) -> Array:
-    """The words for a shard that begins at this row of the batch and this head of the whole."""
+    """The words for a shard whose first row and first head, in the whole array, are `row` and `head`."""
     return jnp.concatenate([words[:2], jnp.stack([row, head]).astype(jnp.uint32)])
 
 
@@ -36,8 +36,8 @@ def keep_weights(
 ) -> Array:
     """True where the attention weight of (b, h, q, kv) is kept; indices count from the shard's first row and head.
 
-    A word is hashed from (key, b, h, q) once for each row of weights. A single weight costs one more `_mix`, far less
-    than a counter-based generator for each weight.
+    One word is hashed from (key, b, h, q) for each row of weights. Each weight then costs one more `_mix`, far less
+    than a counter-based generator.
     """
     b, h, q, kv = (jnp.asarray(index).astype(jnp.uint32) for index in (b, h, q, kv))
     word_0, word_1, first_row, first_head = words
@@ -50,7 +50,7 @@ def keep_weights(
 def dropout_of(
     words: Array | tuple[Array, ...], dropout_rate: float, b: Index, h: Index, q: Index, kv: Index
 ) -> Callable[[Array], Array]:
-    """What dropout does to the weights of the pairs at these indices, an array of as many elements."""
+    """A function that applies dropout to the weights of the pairs at these indices."""
     kept = keep_weights(words, dropout_rate, b, h, q, kv)
     return lambda weights: jnp.where(kept.reshape(weights.shape), weights / (1.0 - dropout_rate), 0)
 

@@ -11,9 +11,9 @@ from attnax.typing import Array, ArrayLike, MaskMod
 def split_mask(
     caller: str, mask: Mask | MaskMod | ArrayLike | None, score_shape: tuple[int, int, int, int]
 ) -> tuple[bool, Array]:
-    """(whether `mask` is causal, which keys are no padding: booleans (B, S) or (1, S)).
+    """(whether `mask` is causal, True for each real key: booleans (B, S) or (1, S)).
 
-    Raises ValueError if the mask does not fit `score_shape`, NotImplementedError if it has another part.
+    Raises ValueError if the mask does not fit `score_shape`, NotImplementedError for a mask with any other part.
     """
     batch, _, _, seq_kv = score_shape
     causal, real = False, jnp.ones((1, seq_kv), bool)

@@ -1,9 +1,9 @@
-"""Lifting: a user's function of pairs, with the arrays that it captures as operands that get gradients.
+"""Lifting turns the arrays that a user's function captures into operands with gradients.
 
 A score mod or mask may close over arrays: parameters, document ids, values of an enclosing `grad`, `vmap` or
 `shard_map`. A hand-written backward pass sees only its operands, so `lift` traces the function once. Work on captured
-arrays alone is done at once, under ordinary differentiation. The rest is a program that runs for each tile; the values
-that it needs are its operands.
+arrays alone is done at once, under ordinary differentiation. All other work is a program that runs for each tile. The
+captured values that the program needs are its operands.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ __all__ = ["Deferred", "Lifted", "defer", "lift", "lift_marked", "lift_traced", 
 
 @pytree_dataclass
 class Lifted:
-    """A traced function and the values that it captured.
+    """A traced function and its captured values.
 
     Attributes:
-        values: the captured arrays, as far as tiles need them.
-        program: run for each tile.
-        refusal: why the program runs only at the shapes that it was traced at; None if it runs at any shapes that
-            broadcast. The result then has the shape to which they broadcast, or one that broadcasts to it.
+        values: the captured arrays that tiles need.
+        program: the code that runs for each tile.
+        refusal: the reason why the program runs only at the shapes of its trace; None if any shapes that broadcast are
+            allowed. The result then has the broadcast shape, or a shape that broadcasts to it.
     """
 
     values: tuple[Array, ...]
@@ -64,7 +64,7 @@ class Lifted:
         return tuple(x for x in self.values if is_float(x))
 
     def gradients(self) -> tuple[Array, ...]:
-        """Zeros to accumulate the gradients of `floats` in, at least float32: a sum of many tiles needs it."""
+        """Zeros for the sums of the gradients of `floats`, float32 or wider because many tiles are added."""
         return tuple(vary(jnp.zeros(x.shape, wide_dtype(x.dtype)), varying_axes(x)) for x in self.floats)
 
     def finish(self, gradients: Sequence[Array]) -> tuple[Array, ...]:
@@ -74,9 +74,9 @@ class Lifted:
     def differentiate(self, scores: Array, *indices: Array) -> tuple[Array, Callable[..., Any]]:
         """The result for arguments (scores, *indices), and its pullback.
 
-        The pullback takes the result's cotangent and the gradients accumulated so far. It returns the gradient of the
-        scores, and the accumulated gradients with this tile's share. Where the function reads a captured array by
-        index, the share is scattered into the accumulator: its cost is that of the elements read, not of the array.
+        The pullback takes the cotangent of the result and the accumulated gradients. It returns the gradient of the
+        scores, and the accumulated gradients plus the share of this tile. If the function reads a captured array by
+        index, the share is scattered into the sum: the cost follows the elements read, not the size of the array.
         """
         arguments = (scores, *indices)
         reads = self._reads(arguments)
@@ -108,7 +108,7 @@ class Lifted:
         return result, pullback
 
     def _reads(self, arguments: tuple[Array, ...]) -> dict[int, tuple[Array, int, JaxprEqn, list[Any]]]:
-        """By equation: reads of a floating captured array at indices that do not depend on the scores."""
+        """By equation, the reads of floating captured arrays at indices that do not depend on the scores."""
         program, reads = self.program, {}
         position = {var: i for i, var in enumerate(program.captured) if is_float(self.values[i])}
         tainted = {program.arguments[0]}
@@ -132,7 +132,7 @@ class Lifted:
         return results[0] if len(results) == 1 else results
 
     def _step(self, eqn: JaxprEqn, env: dict[Var, Any], known: dict[int, Array]) -> list[Any]:
-        """Runs an equation, if its result is not known; returns the indices of one that reads by index."""
+        """Runs an equation unless the result is known; for a read by index, returns the indices."""
         if id(eqn) in known:
             env[eqn.outvars[0]] = known[id(eqn)]
             return []
@@ -161,14 +161,14 @@ def lift(function: Callable[..., Any], *arguments: Any) -> Lifted:
 
 
 def lift_marked(function: Callable[..., Any], *, scores: Any = None) -> Lifted:
-    """A function of (b, h, q, kv), or of scores of this dtype before them, for arguments of any shapes if it can be."""
+    """Lifts a function of (b, h, q, kv), after scores if `scores` is a dtype, for any shapes if possible."""
     arguments = natural.examples(scores)
     return lift_traced(jax.make_jaxpr(function)(*arguments), arguments, marked=True)
 
 
 def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) -> Lifted:
-    """A program of `arguments`, which are of the sizes `natural.MARKS` if they are `marked`."""
-    # Calls are inlined, so that their work on captured arrays alone can be done here.
+    """Lifts a traced program; `marked` arguments have the sizes `natural.MARKS`."""
+    # Calls are inlined: work inside a call on captured arrays alone is then done here.
     flat = jax.make_jaxpr(lambda captured, *rest: inline(traced.jaxpr, captured, rest))(traced.consts, *arguments)
     count = len(traced.consts)
     inner = flat.jaxpr.invars[count:]
@@ -194,27 +194,27 @@ def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) 
     refusal: str | None = "it was traced at one shape"
     if marked:
         refusal = natural.why_not_natural(program)
-        if refusal is not None:  # the reason of a kernel, which accepts less
+        if refusal is not None:  # kernels accept fewer programs: give their reason
             refusal = natural.why_not_natural(program, natural.KERNEL_ELEMENTWISE)
     return Lifted(values, program, refusal)
 
 
 def _spreads(eqn: JaxprEqn) -> bool:
-    """Whether an equation lays values out along axes of marked sizes, which no array has."""
+    """Whether an equation broadcasts values along an axis of a marked size."""
     have, made = ({size for var in variables for size in shape_of(var)} for variables in (eqn.invars, eqn.outvars))
     return bool((made - have) & {*natural.MARKS})
 
 
 @pytree_dataclass
 class Deferred:
-    """A mask or score mod of the library's own, to be traced when a program is lowered for a platform that needs it.
+    """A mask or score mod of Attnax, traced when a program is lowered for a platform that needs the trace.
 
-    It reads only its arrays, which are operands until then. A user's function may read values of an enclosing
-    transformation, which no longer exist at that time, so it is lifted at once.
+    Its arrays are operands until then. A user's function is lifted at once: it may read values of an enclosing
+    transformation, and these no longer exist when a program is lowered.
 
     Attributes:
-        arrays: its leaves that are arrays.
-        rest: its structure, and its leaves with None where an array stands.
+        arrays: the leaves that are arrays.
+        rest: the tree structure, and the leaves with None in place of each array.
     """
 
     arrays: tuple[Array, ...]
@@ -228,7 +228,7 @@ class Deferred:
 
 
 def defer(function: Any) -> Deferred | None:
-    """The function as a Deferred, None if something in it is not the library's own."""
+    """The function as a Deferred; None if a part of the function is not from Attnax."""
     if not is_own(function):
         return None
     leaves, structure = jax.tree.flatten(function)
@@ -244,7 +244,7 @@ def sum_in_float32(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         traced = jax.make_jaxpr(function)(*arguments)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return function(*arguments)  # the function asks for values, which exist outside of jit
+        return function(*arguments)  # the function needs values, which exist only outside of jit
     if not any(is_narrow(jnp.result_type(x)) for x in traced.consts):
         return function(*arguments)
     (result,) = inline(traced.jaxpr, traced.consts, arguments)

@@ -1,9 +1,9 @@
 """A function of pairs, traced once at sizes that no array has, and run at any shapes.
 
-`MARKS` tell the axes of the pairs apart in the shapes of a traced function. If the function computes place by place and
-reads single elements of captured arrays, its program is not tied to these sizes. The natural shape of a value is the
-broadcast shape of the indices that it depends on. The same equations then serve a tile of any size, transposed or
-not, a tile of a GPU's kernel, and whole arrays.
+`MARKS` identify the axes of the pairs in the shapes of a traced function. If the function is elementwise and reads
+single elements of captured arrays, the program is not tied to these sizes. The natural shape of a value is the
+broadcast shape of the indices on which the value depends. The same equations then serve a tile of any size, transposed
+or not, a tile of a GPU kernel, and whole arrays.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KERNEL_ELEMENTWISE = frozenset((
     "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
     "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ))
-"""The elementwise primitives that the GPU kernels have."""
+"""The elementwise primitives of the GPU kernels."""
 
 ELEMENTWISE = KERNEL_ELEMENTWISE | frozenset((
     "bessel_i0e", "bessel_i1e", "complex", "conj", "copy_p", "digamma", "eq_to", "erf", "erf_inv", "erfc", "igamma",
@@ -76,7 +76,7 @@ _MODES = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS, la
 
 
 def examples(scores: Any = None, sizes: Sequence[int] = MARKS, axes: frozenset[str] = frozenset()) -> tuple[Any, ...]:
-    """Arguments to trace a function at: indices (b, h, q, kv) of these sizes, after scores if their dtype is given."""
+    """Arguments for a trace: indices (b, h, q, kv) of these sizes, preceded by scores if `scores` is a dtype."""
 
     def example(shape: tuple[int, ...], dtype: Any) -> Any:
         return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
@@ -90,11 +90,11 @@ class TiedToShapeError(Exception):
 
 
 def why_not_natural(program: Program, elementwise: frozenset[str] = ELEMENTWISE - _OF_SHAPES) -> str | None:
-    """Why a program is tied to the marked sizes at which it was traced; None if it is not.
+    """The reason why a program is tied to the marked sizes of its trace, or None.
 
     Args:
-        program: of arguments as `examples` gives them, or ranges of them.
-        elementwise: the primitives that may be used.
+        program: traced at arguments from `examples`, or at ranges of them.
+        elementwise: the primitives that the program may use.
     """
     captured = set(program.captured)
     try:
@@ -177,7 +177,7 @@ def evaluate(
     gather: Gather,
     bind: Bind | None = None,
 ) -> None:
-    """Runs equations on values of natural shapes. The result of `concatenate`, an index, is a tuple of its parts.
+    """Runs equations on values of natural shapes. The result of `concatenate` is an index: a tuple of its parts.
 
     Args:
         equations: of a program that `why_not_natural` accepts.
@@ -190,7 +190,7 @@ def evaluate(
 
     def read(var: Any) -> Any:
         value = dtype_of(var).type(var.val) if isinstance(var, Literal) else env[var]
-        # A captured array of one element may have any number of axes. A kernel that learns it has one per row.
+        # A captured array of one element may have any number of axes. A kernel that learns it uses one per row.
         is_number = np.ndim(value) and jnp.size(value) == 1 and not _marks(shape_of(var))
         return value.reshape(()) if is_number else value
 
@@ -223,7 +223,7 @@ def run_varying(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
 
 
 def align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    """The operands of an elementwise equation at one shape; numbers stay numbers where they were traced as such."""
+    """The operands of an elementwise equation, broadcast to one shape; traced numbers stay numbers."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, values))
     return [
         x if jnp.shape(x) in (shape, shape_of(var)) else spread(jnp.asarray(x), shape)
@@ -232,7 +232,7 @@ def align(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 def gather(table: Array, eqn: JaxprEqn, index: tuple[Any, ...]) -> tuple[Array, Array]:
-    """The elements that a gather reads of a table, and the array of indices (..., axes indexed) that it takes."""
+    """The elements that a gather reads from a table, and the array of indices (..., indexed axes)."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, index))
     parts = [lax.expand_dims(spread(jnp.asarray(x), shape), [len(shape)]) for x in index]
     where = parts[0] if len(parts) == 1 else lax.concatenate(parts, len(shape))
@@ -240,7 +240,7 @@ def gather(table: Array, eqn: JaxprEqn, index: tuple[Any, ...]) -> tuple[Array, 
 
 
 def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:
-    """The programs of a function with a derivative of its own: its result, and the result's tangent."""
+    """The programs of a function with a custom derivative: the result, and the tangent of the result."""
     programs = flatten(eqn.params["call_jaxpr"], rules=True), trace_rule(eqn)
     if any(program.consts for program in programs):
         raise TiedToShapeError(f"{eqn.primitive.name} with arrays of its own")
@@ -248,7 +248,7 @@ def _call_and_rule(eqn: JaxprEqn) -> tuple[Any, Any]:
 
 
 def _call_with_rule(eqn: JaxprEqn, values: Sequence[Any], rules: dict[int, Any], bind: Bind) -> Sequence[Array]:
-    """The results of a function with a derivative of its own, which is kept."""
+    """The results of a function with a custom derivative; the derivative is kept."""
     if id(eqn) not in rules:
         rules[id(eqn)] = _call_and_rule(eqn)
     of_call, of_rule = rules[id(eqn)]

@@ -1,4 +1,4 @@
-"""Marks the results of a loop of traced length, so that their reverse-mode derivative raises in words."""
+"""Marks the results of a loop of traced length; their reverse-mode derivative raises a clear error."""
 
 from __future__ import annotations
 

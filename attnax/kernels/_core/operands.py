@@ -27,7 +27,7 @@ Arrays = tuple[Array, Array, Array, Array]
 
 @pytree_dataclass
 class Operands:
-    """The inputs of both passes, beside query, key, value and scale."""
+    """The inputs of both passes besides query, key, value and scale."""
 
     mask: Lifted | None  # (b, h, q, kv) -> keep
     bounds: Lifted | Deferred | None  # see `lift_bounds`; Deferred until a program needs them
@@ -43,7 +43,7 @@ class Operands:
         return () if self.score_mod is None else self.score_mod.floats
 
     def gradients(self) -> tuple[Array, ...]:
-        """Zeros to accumulate the gradients of `learned` in, in float32 at least."""
+        """Zeros for the sums of the gradients of `learned`, float32 or wider."""
         return () if self.score_mod is None else self.score_mod.gradients()
 
     def finish(self, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -62,26 +62,26 @@ def bind(
     score_shape: tuple[int, int, int, int],
     tile_shape: tuple[int, int, int, int],
 ) -> tuple[tuple[Any, Any, Any, Array], Operands]:
-    """The arrays and the operands, marked as varying over all mesh axes over which any of them does.
+    """The arrays and the operands, all marked as varying over the union of their mesh axes.
 
     Args:
-        caller: for errors.
+        caller: the name in errors.
         arrays: query, key, value and scale; for arrays that a `shard_map` will cut, the shapes of their shards.
         mask: of the call.
         score_mod: of the call.
         index: of queries and keys.
         words: of the dropout.
         score_shape: (B, N, T, S), of all devices together.
-        tile_shape: (B, N, T, S) of a tile; functions that do not run at any shapes are traced at these.
+        tile_shape: (B, N, T, S) of a tile; a function that is tied to its shapes is traced at this shape.
 
     Raises:
-        MixedPairsError: the mask or the score mod looks beyond its own pair.
+        MixedPairsError: the mask or the score mod mixes pairs.
     """
     axes, dtype = frozenset().union(*map(varying_axes, arrays)), arrays[3].dtype
     functions = lift_functions(caller, mask, score_mod, score_shape, axes, dtype)
     bounds: Lifted | Deferred | None = None
     if mask is not None:
-        # One tile needs no bounds. Only a GPU, with smaller tiles, asks for them then.
+        # One tile needs no bounds. Only a GPU kernel, with smaller tiles, may need bounds.
         is_one_tile = tile_shape[2:] == (index[0].size, index[1].size)
         bounds = (defer(mask) if is_one_tile else None) or lift_bounds(mask)
     is_opaque = mask is not None and (mask.is_opaque or bounds is None)
@@ -104,10 +104,10 @@ def lift_functions(
 ) -> Callable[..., tuple[Lifted | None, Lifted | None]]:
     """A function of example arguments (scores, b, h, q, kv) that gives the lifted mask and score mod.
 
-    A function whose program runs at any shapes is called once, here. Any other is traced at each set of examples.
+    A mask or score mod whose program runs at any shapes is traced once. Any other is traced at each set of examples.
 
     Raises:
-        MixedPairsError: the mask or the score mod looks beyond its own pair.
+        MixedPairsError: the mask or the score mod mixes pairs.
     """
     any_mask = None if mask is None else lift_pairs(caller, mask, score_shape, axes)
     any_mod = None if score_mod is None else lift_pairs(caller, score_mod, score_shape, axes, scores=dtype)
@@ -126,9 +126,9 @@ def lift_functions(
 
 
 def lift_bounds(mask: Mask) -> Lifted | None:
-    """(b, h, first and last q, first and last kv) -> (may any pair attend, do all) of tiles at any of these indices.
+    """The bounds of tiles: (b, h, first and last q, first and last kv) -> (may any pair attend, do all pairs attend).
 
-    None if the mask has no bounds, or reads the sizes of its arguments; its pairs then decide.
+    None if the mask has no bounds, or reads the sizes of its arguments; the pairs then decide.
     """
     if type(mask).tile is Mask.tile:
         return None

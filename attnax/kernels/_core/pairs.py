@@ -1,9 +1,9 @@
-"""Finds out whether a mask or score mod looks at one pair of query and key at a time, so that it can run in tiles.
+"""Tests whether a mask or score mod looks at one pair of query and key at a time. Only such a function runs in tiles.
 
 A tile holds some rows of the batch, heads, queries and keys. A function that takes a row's maximum, rolls, or mixes
-heads would see a tile's values instead of the row's. A function that reads the sizes of its arguments would see those
-of a tile. For most functions one trace, at sizes that no array has, shows that they do neither. Otherwise the function
-is traced at the true sizes and at two further ones, and the traces are compared.
+heads would see the values of a tile instead of the row. A function that reads the sizes of its arguments would see the
+sizes of a tile. For most functions one trace, at sizes that no array has, excludes both. Otherwise the function is
+traced at the true sizes and at two further sizes, and the traces are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from attnax.typing import ScoreMod
 __all__ = ["MixedPairsError", "check_pairs", "lift_pairs", "lift_where_it_can"]
 
 
-# The errors that a function may raise because its arguments have other sizes than it expects.
+# The errors that a function may raise for arguments of unexpected sizes.
 _OF_SIZES = TypeError, ValueError, LookupError, ArithmeticError, AssertionError
 
 
@@ -51,7 +51,7 @@ def check_pairs(
 def lift_pairs(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], *, scores: Any = None
 ) -> Lifted | str:
-    """A mask or score mod for arguments of any shapes, or why it must be lifted at the shapes that it runs at.
+    """A mask or score mod lifted for arguments of any shapes, or the reason why it is tied to its shapes.
 
     Args:
         caller: the kernel, for errors.
@@ -61,7 +61,7 @@ def lift_pairs(
         scores: the dtype of the scores of a score mod; None for a mask.
 
     Raises:
-        MixedPairsError: it looks beyond its own pair.
+        MixedPairsError: the function mixes pairs.
         ValueError: the result does not broadcast to the shape of the indices.
     """
     try:
@@ -77,11 +77,11 @@ def lift_pairs(
 def _examine(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> Lifted | str:
-    """The result of `lift_pairs`; RefusedError if the function looks beyond its own pair."""
+    """The result of `lift_pairs`; RefusedError if the function mixes pairs."""
     run = function if scores is None else partial(apply_score_mod, caller, function)
     if is_own(function) or 0 in score_shape:
         return lift_where_it_can(run, *examples(scores))[1]
-    # A function that reads sizes may loop over them, and marked sizes are large.
+    # A function that reads sizes may loop over them. Marked sizes are large, so smaller sizes come first.
     last = _compare(caller, run, score_shape, axes, scores) if could_read_sizes(function) else None
     traced, lifted = lift_where_it_can(run, *examples(scores))
     if last is None:
@@ -92,23 +92,23 @@ def _examine(
         if traced is not None and not axes:
             _check_same(last, traced)
             return lifted
-    except RefusedError:  # at marked sizes, which are larger than the true ones, it does otherwise
+    except RefusedError:  # the program differs at marked sizes, which are larger than the true sizes
         pass
     return lifted if isinstance(lifted, str) else "it may read the sizes of its arguments"
 
 
 def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Lifted | str]:
-    """The trace of a function at marked sizes, and the function lifted for any shapes, or why it cannot be."""
+    """The trace of a function at marked sizes, and the function lifted for any shapes or the reason against it."""
     try:
         traced = jax.make_jaxpr(function)(*arguments)
-    except _OF_SIZES as error:  # if sizes did not cause it, the trace at true sizes raises it again
+    except _OF_SIZES as error:  # an error of another cause is raised again at true sizes
         return None, f"it works at the sizes of the call, and not at others ({error})"
     lifted = lift_traced(traced, arguments, marked=True)
     return traced, lifted if lifted.refusal is None else lifted.refusal
 
 
 def _is_of_pairs(traced: Any, lifted: Lifted | str, scores: Any) -> bool:
-    """Whether a program, traced at marked sizes, looks at one pair at a time and uses no such size."""
+    """Whether a program, traced at marked sizes, looks at one pair at a time and uses no marked size."""
     shapes = [*map(shape_of, traced.jaxpr.outvars)]
     if any(len(shape) > 4 for shape in shapes) or _shows_marks(traced):
         return False
@@ -122,7 +122,7 @@ def _is_of_pairs(traced: Any, lifted: Lifted | str, scores: Any) -> bool:
 
 
 def _shows_marks(traced: Any) -> bool:
-    """Whether one of `MARKS` is a number in a program, or the size of an array or axis that its result depends on."""
+    """Whether one of `MARKS` is a number in a program, or the size of an array or axis that the result needs."""
     shapes = [np.shape(x) for x in getattr(traced, "consts", ())]
     return _holds_mark(shapes) or _program_shows_marks(getattr(traced, "jaxpr", traced))
 
@@ -140,7 +140,7 @@ def _program_shows_marks(program: Jaxpr) -> bool:
 
 
 def _rule_of(eqn: JaxprEqn) -> list[Jaxpr]:
-    """The derivative that a `jax.custom_jvp` function brings, as a program."""
+    """The custom derivative of a `jax.custom_jvp` function, as a program."""
     return [trace_rule(eqn).jaxpr] if eqn.primitive.name == "custom_jvp_call" else []
 
 
@@ -157,7 +157,7 @@ def _compare(
     """A program of the function at other sizes than the true ones.
 
     Raises:
-        RefusedError: it mixes pairs, or depends on sizes.
+        RefusedError: the function mixes pairs, or depends on sizes.
         ValueError: as in `lift_pairs`.
     """
 
@@ -188,7 +188,7 @@ def _compare(
         except (TypeError, ValueError) as error:
             raise RefusedError(f"works with {score_shape} scores, and not with {sizes} ({error})") from error
         check_program(programs[-1], sizes, scores is not None)
-    if 1 in score_shape:  # an axis of size 1 needs no broadcast and can be mixed with nothing
+    if 1 in score_shape:  # an axis of size 1 needs no broadcast, so this program differs
         del programs[0]
     for one, other in itertools.pairwise(programs):
         _check_same(one, other)
@@ -243,7 +243,7 @@ def _same_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Whether two constants at the same place of two programs are equal; traced ones are taken to be."""
+    """Whether two constants at the same place of two programs are equal; traced constants count as equal."""
     if left is right or isinstance(left, jax.core.Tracer) or isinstance(right, jax.core.Tracer):
         return True
     if any(jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) for x in (left, right)):

@@ -1,7 +1,7 @@
 """One operation with an implementation for each platform, chosen when a program is lowered.
 
 `jax.lax.platform_dependent` chooses at the same time but traces every branch first: each compilation for a CPU would
-pay for the GPU's kernels. Here the function of another platform is called only when a program is lowered for it. The
+pay for the GPU kernels. Here the function of a platform is called only when a program is lowered for that platform. The
 derivatives of the operation are those of the default function.
 """
 
@@ -31,9 +31,9 @@ def by_platform(default: Branch, *arguments: Any, now: Collection[str] = (), **p
         default: traced at once.
         arguments: pytrees of arrays.
         now: the platforms whose functions are traced at once too, so that JAX sees the operations in them.
-        platforms: for a platform by JAX's name ("cuda", "tpu") a function whose results have the shapes and dtypes of
-            those of `default`. It must depend on arrays through `arguments` alone. "cudnn" goes before "cuda" where
-            JAX can write cuDNN's kernels.
+        platforms: for each platform, by JAX's name ("cuda", "tpu"), a function with results of the same shapes and
+            dtypes as `default`. The function must depend on arrays through `arguments` alone. "cudnn" goes before
+            "cuda" if JAX can write cuDNN's kernels.
     """
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -61,7 +61,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def why_no_triton() -> str | None:
-    """Why this JAX can compile no kernel of `_gpu/kernels.py` at all; None if it can."""
+    """The reason why this JAX cannot compile the kernels of `_gpu/kernels.py`, or None."""
     try:  # Pallas takes long to import, and is seldom needed
         import jax.experimental.pallas.triton as _backend  # noqa: F401
     except ImportError:
@@ -70,12 +70,12 @@ def why_no_triton() -> str | None:
 
 
 def abstract_device() -> Any:
-    """The device that the mesh of the program names (`jax.sharding.AbstractDevice`); None if it names none."""
+    """The device (`jax.sharding.AbstractDevice`) that the mesh of the program names, or None."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def why_no_card() -> str | None:
-    """Why this JAX lowers no kernel for the GPU of a program; None if it does. JAX before 0.11.1 always does."""
+    """The reason why this JAX cannot lower kernels for the GPU of a program, or None. JAX before 0.11.1 always can."""
     device = abstract_device()
     if has_nvidia_gpu() or _lowers_kernels(device):
         return None
@@ -105,7 +105,7 @@ def _lowers_kernels(device: Any) -> bool:
                 return False
         return True
 
-    # In a thread of its own, so outside of an enclosing shard_map, in which lowering fails.
+    # Lowering fails inside of a shard_map. A new thread is outside of every shard_map.
     with warnings.catch_warnings(), ThreadPoolExecutor(1) as elsewhere:
         warnings.simplefilter("ignore", DeprecationWarning)  # of the backend; the kernel itself gives it again
         return elsewhere.submit(lowers).result()
@@ -125,7 +125,7 @@ def _avals(*_: Any, default: Any, **__: Any) -> Any:
 
 
 def _function(branch: Any) -> Branch:
-    """The branch as a function, also where it was traced."""
+    """The branch as a function, even if the branch was traced."""
     function: Branch = branch if callable(branch) else jaxpr_as_fun(branch)
     return function
 
@@ -141,7 +141,7 @@ def _lower(*names: str) -> Any:
 
 
 def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any, **params: Any) -> Any:
-    """cuDNN's function, except where JAX would have to cut its kernels over devices without having traced them."""
+    """Lowers to cuDNN's function, unless JAX would have to partition kernels that JAX has not traced."""
     module = context.module_context
     names: tuple[str, ...] = ("cudnn", "cuda")
     if callable(dict(zip(platforms, branches, strict=True)).get("cudnn")):
@@ -157,7 +157,7 @@ def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any
 
 
 def _lower_for_tpu(context: Any, *arguments: Any, **params: Any) -> Any:
-    """The function for TPU, except for several devices: JAX does not cut its kernels over them."""
+    """Lowers to the function for TPU on one device: JAX does not partition TPU kernels over several devices."""
     num_devices = getattr(context.module_context.axis_context, "num_devices", 1)
     return _lower(*["tpu"] * (num_devices == 1))(context, *arguments, **params)
 

@@ -68,10 +68,10 @@ _BROADCASTS = frozenset(("add", "atan2", "div", "max", "min", "mul", "nextafter"
 
 
 def inline(jaxpr: Jaxpr, captured: Sequence[Any], arguments: Sequence[Any], *, rules: bool = True) -> list[Any]:
-    """The program's results with calls inlined; with `rules=False` also calls with their own derivative.
+    """The results of a program with calls inlined; `rules=False` also inlines calls with a custom derivative.
 
-    Operations that only move numbers, or that broadcast an operand, move float16 and bfloat16 as float32. The values
-    stay the same, and the gradients of an element that is copied to many places are summed in float32.
+    Operations that move or broadcast numbers carry float16 and bfloat16 as float32. The values stay the same, and the
+    gradients of an element that is copied to many places are summed in float32.
     """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*captured, *arguments), strict=True))
     wide: dict[Var, Any] = {}
@@ -115,7 +115,7 @@ def _spread_wide(env: dict[Var, Any], wide: dict[Var, Any], var: Var, shape: tup
 
 
 def spread(x: Array, shape: tuple[int, ...], wide: Array | None = None) -> Array:
-    """x, broadcast to `shape`. A narrow x is broadcast, and its gradient summed, in float32 (`wide` if known)."""
+    """`x` broadcast to `shape`. A narrow `x` is broadcast in float32 (`wide` if known), for the sum of its gradient."""
     if x.shape == shape or not is_narrow(x.dtype):
         return jnp.broadcast_to(x, shape)
     wide = x.astype(jnp.float32) if wide is None else wide
@@ -143,7 +143,7 @@ def step(eqn: JaxprEqn, env: dict[Var, Any], later: Mapping[Var, JaxprEqn] | Non
 
 
 def without_mesh(eqn: JaxprEqn) -> JaxprEqn:
-    """The equation without the mesh that it was traced under: a tile of it runs on the shard of a device."""
+    """The equation without the mesh of its trace: a tile runs on the shard of one device."""
     meshes = {key: None for key, value in eqn.params.items() if isinstance(value, jax.sharding.Sharding)}
     return eqn.replace(params=eqn.params | meshes) if meshes else eqn
 
@@ -157,7 +157,7 @@ class UniqueError(Exception):
 
 
 def structure_of(cut: Sequence[Var], inner: Sequence[Var], equations: Sequence[JaxprEqn], results: Any) -> Hashable:
-    """Equal for programs that do the same to operands of the same types; unique if that cannot be told."""
+    """A key: equal for equal programs on operands of equal types, unique if equality cannot be told."""
     try:
         structure = _equations_structure((*cut, *inner), equations, results)
     except UniqueError:
@@ -205,7 +205,7 @@ def _param_structure(value: Any) -> Hashable:
 
 
 def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects: bool = False) -> list[JaxprEqn]:
-    """The equations that lead to some results, or to effects if these count."""
+    """The equations that some results need, and with `effects` those that effects need."""
     kept: list[JaxprEqn] = []
     wanted = {var for var in results if isinstance(var, Var)}
     for eqn in reversed(equations):
@@ -216,11 +216,11 @@ def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects
 
 
 def trace_rule(eqn: JaxprEqn) -> Any:
-    """The derivative of a function that brings its own, as a program without calls.
+    """The custom derivative of a function, as a program without calls.
 
     The rule of a `custom_jvp` maps operands and tangents of floating operands to tangents of results. The rule of a
-    `custom_vjp` maps operands and cotangents of results to cotangents of floating operands. In a rule all calls are
-    inlined, since it is not differentiated itself.
+    `custom_vjp` maps operands and cotangents of results to cotangents of floating operands. All calls in a rule are
+    inlined, because a rule is not differentiated.
     """
     bind = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
     operands, results = (list(map(example_of, variables)) for variables in (eqn.invars, eqn.outvars))

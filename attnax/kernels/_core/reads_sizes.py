@@ -1,8 +1,8 @@
-"""Whether a user's function could read the sizes of its arguments, by the names and instructions in its code.
+"""Finds functions of users that could read the sizes of their arguments, by names and instructions in the code.
 
 A tile has sizes of its own. A function that reads a size is traced at several sizes, and the programs are compared.
-Most functions name nothing that tells a size, and one trace shows all that they do. Anything that cannot be inspected
-counts as telling.
+Most functions name nothing that tells a size; one trace then shows all their operations. A value that cannot be
+inspected counts as telling a size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 __all__ = ["could_read_sizes"]
 
 # fmt: off
-# Attributes and functions that tell a size, iterate over an axis, or reach anything.
+# Attributes and functions that tell a size, iterate over an axis, or can reach any value.
 _TELLING = frozenset((
     "__array_interface__", "__getattribute__", "__iter__", "__len__", "__repr__", "__str__", "all", "any", "aval",
     "axis_size", "compile", "dict", "enumerate", "eval", "eval_shape", "exec", "filter", "format", "getattr",
@@ -32,7 +32,7 @@ _TELLING_INSTRUCTIONS = (
     "FORMAT_", "FOR_ITER", "GET_ITER", "MATCH_", "UNPACK_", "LOAD_FROM_DICT", "LOAD_BUILD_CLASS", "CONVERT_VALUE",
 )
 # fmt: on
-# What functions of these packages make of sizes shows in the program: an iota, a reduced axis, a number.
+# A size that functions of these packages use shows in the program: as an iota, a reduced axis or a number.
 _KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", "jaxtyping", "math", "numpy", "typing"))
 _CONSTANTS = (jax.Array, np.ndarray, np.generic)
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), slice)
@@ -48,11 +48,11 @@ _MOST = 1000  # values to look into
 
 
 class TellingError(Exception):
-    """Something tells a size, or cannot be inspected."""
+    """A name or an instruction tells a size, or a value cannot be inspected."""
 
 
 def could_read_sizes(function: Any) -> bool:
-    """Whether a function, or anything that it can reach, names a size or cannot be inspected."""
+    """Whether a function, or a value that the function can reach, names a size or cannot be inspected."""
     seen: dict[int, Any] = {}
     waiting = [function]
     while waiting and len(seen) < _MOST:
@@ -70,7 +70,7 @@ def _reached_from(x: Any) -> Iterable[Any]:
     """The values that a value holds or can call.
 
     Raises:
-        TellingError: it names something that tells a size, or cannot be inspected.
+        TellingError: the value names a size, or cannot be inspected.
     """
     kind = type(x)
     if isinstance(x, _CONSTANTS) or kind in _PLAIN:
@@ -115,7 +115,7 @@ def _of_function(x: types.FunctionType) -> Iterable[Any]:
 
 
 def _named(code: types.CodeType, module: dict[str, Any]) -> Iterator[Any]:
-    """The values of the names in a function's code, and in the functions that it makes."""
+    """The values of the names in the code of a function and of its inner functions."""
     if code.co_exceptiontable or set(code.co_names) & _TELLING:
         raise TellingError
     attributes = set(code.co_names)

@@ -1,7 +1,7 @@
-"""Attention local to the shards of a mesh with Explicit axes: batch and heads may be cut, nothing is gathered.
+"""Attention on the shards of a mesh with Explicit axes: batch and heads may be cut, and no array is gathered.
 
-With Explicit axes the type of an array says how it is cut. A kernel reads the cut from its operands and runs under
-`jax.shard_map` on the shards of each device. Masks and score mods still see the indices of the whole.
+With Explicit axes the type of an array states the cut. A kernel reads the cut from its operands and runs under
+`jax.shard_map` on the shards of each device. Masks and score mods still see global indices.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Offset:
         return None if score_mod is None else ShardScoreMod(score_mod, self)
 
     def moved(self, b: Index, h: Index) -> tuple[Array, Array]:
-        """The row and the head of the whole, for a row and a head of the shard."""
+        """The global row and head, for a row and a head of the shard."""
         return jnp.add(b, self.row), jnp.add(h, self.head)
 
 
 @pytree_dataclass
 class ShardMask(Mask):
-    """A mask of the whole, read by a shard."""
+    """A mask of global indices, read by a shard."""
 
     mask: Mask
     offset: Offset
@@ -66,7 +66,7 @@ class ShardMask(Mask):
 
 @pytree_dataclass
 class ShardScoreMod:
-    """A score mod of the whole, read by a shard."""
+    """A score mod of global indices, read by a shard."""
 
     score_mod: ScoreMod
     offset: Offset
@@ -77,7 +77,7 @@ class ShardScoreMod:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How query, key and value are cut; `batch`, `heads` and `kv_heads` are entries of a `PartitionSpec`."""
+    """The cut of query, key and value; `batch`, `heads` and `kv_heads` are entries of a `PartitionSpec`."""
 
     mesh: Any
     batch: Any
@@ -86,7 +86,7 @@ class Shards:
 
     @property
     def axes(self) -> frozenset[str]:
-        """The mesh axes that cut something."""
+        """The mesh axes that cut batch or heads."""
         return frozenset((*_names(self.batch), *_names(self.heads)))
 
     def local(self, x: Any, *, of_keys: bool = False) -> jax.ShapeDtypeStruct:
@@ -95,7 +95,7 @@ class Shards:
         return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
-        """Masks and score mods with every array uncut, also arrays that functions close over, bind or default to."""
+        """Masks and score mods with all arrays uncut, also arrays in closures, partials and default arguments."""
         return self._whole(tree, ())
 
     def _whole(self, tree: Any, around: tuple[Any, ...]) -> Any:
@@ -124,7 +124,7 @@ class Shards:
         return made
 
     def run(self, attend: Callable[..., Any], query: Array, key: Array, value: Array, operands: Any) -> Any:
-        """`attend(offset, query, key, value, operands)` on each device, whose results have axes (B, N, ...)."""
+        """Runs `attend(offset, query, key, value, operands)` on each device; results have axes (B, N, ...)."""
         spec, of_keys = P(self.batch, self.heads), P(self.batch, self.kv_heads)
 
         def local(query: Array, *others: Any) -> Any:
@@ -156,7 +156,7 @@ class Shards:
         return math.prod(self.mesh.shape[name] for name in _names(names))
 
     def _cut(self, x: Array, spec: P) -> Array:
-        """The array cut by `spec`, without communication where it is cut less."""
+        """The array cut by `spec`, without communication if the array was cut less before."""
         have = jax.typeof(x).sharding
         if _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
             return x
@@ -164,10 +164,10 @@ class Shards:
 
 
 def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards | None:
-    """How Explicit mesh axes cut the operands; None if they do not.
+    """The cut of the operands by Explicit mesh axes; None if no axis cuts them.
 
     Raises:
-        NotImplementedError: they cut a sequence, the width of heads, or heads that keys do not have.
+        NotImplementedError: an axis cuts a sequence, the width of heads, or heads that the keys lack.
     """
     cuts = {name: _cut_by(x) for name, x in (("query", query), ("key", key), ("value", value))}
     if not any(any(cut) for cut in cuts.values()):

@@ -84,7 +84,7 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
     Args:
         scores_TS: scale * q k^T; in units of log 2 unless there is a score mod.
         keep: where the mask allows the pair; None in a full tile.
-        bias: is added to the scores: 0, NaN for a non-finite key, -inf for an out-of-range key; None for 0.
+        bias: added to the scores: 0, NaN for a non-finite key, -inf for an out-of-range key; None for 0.
         score_mod: of the natural scores; -inf and float32's lowest number count as masked.
     """
     if score_mod is not None:

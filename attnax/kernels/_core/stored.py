@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
     """Some tokens of every row."""
 
     position: Array  # (B, 1, 1, S)
-    exists: Array  # (B, 1, 1, S); a slot without a token is masked, whatever it holds
+    exists: Array  # (B, 1, 1, S); a slot without a token is masked, with any contents
     read: Callable[[], tuple[Array, Array]]  # () -> (B, K, S, H), (B, K, S, V)
 
 
@@ -31,9 +31,9 @@ class Source(Protocol):
 
     @property
     def num_chunks(self) -> Array:
-        """How many chunks to read.
+        """The number of chunks to read.
 
-        A traced number: JAX could differentiate a loop of known length in reverse, but without the contract for NaN.
+        It is traced: JAX would differentiate a loop of known length in reverse, without the contract for NaN.
         """
 
     @property
@@ -45,7 +45,7 @@ class Source(Protocol):
         """(K, V)."""
 
     def chunk(self, n: Array) -> Chunk:
-        """The chunk that is read as number n."""
+        """The n-th chunk in the order of reading."""
 
 
 @pytree_dataclass
@@ -60,7 +60,7 @@ class TokenArrays:
 
 @pytree_dataclass
 class SlotChunks:
-    """Tokens in one piece, in chunks; from slot `in_use` on there is no token."""
+    """Chunks of tokens that lie in one piece; slots from `in_use` on hold no token."""
 
     keys: Rows  # (B, K, S, H)
     values: Rows  # (B, K, S, V)
@@ -79,7 +79,7 @@ class SlotChunks:
     def chunk(self, n: Array) -> Chunk:
         size, length = self.chunk_size, self.positions.shape[1]
         start = jnp.asarray(n, jnp.int32) * size
-        # The last chunk ends at `length`, so its first slots may be those of the chunk before.
+        # The last chunk ends at `length`, so it may overlap the chunk before.
         first = jnp.minimum(start, length - size)
 
         def cut(x: Array, axis: int) -> Array:

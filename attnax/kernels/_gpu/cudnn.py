@@ -1,9 +1,9 @@
 """cuDNN's attention for NVIDIA GPUs, through `jax.nn`, for the plain calls that it serves.
 
-cuDNN's forward pass gives out and the log-sum-exp, and its backward pass reads them. JAX's public function is
-differentiable as a whole, and rounds the log-sum-exp that it returns. But its pullback is a pytree with both as leaves,
-not rounded. The forward pass here takes the log-sum-exp from that pullback. The backward pass traces JAX's function
-again and puts the known results into its pullback; nothing then reads the traced forward pass, and XLA drops it.
+The forward pass of cuDNN gives out and the log-sum-exp, and the backward pass reads both. JAX's public function is
+differentiable as a whole, and rounds the log-sum-exp. The pullback of that function is a pytree with both results as
+leaves, not rounded. The forward pass here takes the log-sum-exp from the pullback. The backward pass traces JAX's
+function again and puts the known results into the pullback; XLA then drops the traced forward pass as unused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Cudnn", "cudnn_backward", "cudnn_forward", "why_not_cudnn_call", "wh
 
 
 class Cudnn(NamedTuple):
-    """The arguments of cuDNN beside arrays."""
+    """The arguments of cuDNN besides arrays."""
 
     scale: float
     is_causal: bool
@@ -51,9 +51,9 @@ def why_not_cudnn_call(
     return_lse: bool,
     scale: Any,
 ) -> str | None:
-    """Why cuDNN does not serve a checked call on any machine; None if it does.
+    """The reason why cuDNN serves a checked call on no machine, or None.
 
-    Mask and score mod are as `resolve_masks` returns them. `dropout_rate` is 0 if the call is deterministic. With
+    Mask and score mod come from `resolve_masks`. `dropout_rate` is 0 if the call is deterministic. With
     `return_lse` the caller gets the log-sum-exp, which then needs a gradient.
     """
     (batch, _, seq_q, head_dim), seq_kv = query.shape, key.shape[2]
@@ -79,9 +79,9 @@ def why_not_cudnn_call(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-@functools.cache  # a machine does not change, and asking takes as long as tracing a call
+@functools.cache  # a machine does not change, and the test takes as long as a trace
 def why_not_cudnn_here() -> str | None:
-    """Why JAX cannot write cuDNN's kernels into programs on this machine; None if it can.
+    """The reason why JAX cannot write cuDNN's kernels into programs on this machine, or None.
 
     JAX reads the version of the cuDNN in its CUDA plugin and, if there is a GPU, its compute capability.
     """
@@ -129,7 +129,7 @@ def cudnn_backward(
 
 
 def _with_rows(function: Any) -> Any:
-    """The function with a batch axis that `vmap` makes longer: JAX 0.10 fails unless all arrays are mapped."""
+    """The function with a `vmap` that lengthens the batch axis: JAX 0.10 fails unless all arrays are mapped."""
     mapped = custom_vmap(function)
 
     @mapped.def_vmap

@@ -34,7 +34,7 @@ class DecodeInputs:
     def attend(
         self, mask: Lifted | None, score_mod: Lifted | None, *, interpret: bool = False
     ) -> tuple[Array, Array] | None:
-        """(out, natural log-sum-exp) in float32, by the kernel; None where it does not serve the call.
+        """(out, natural log-sum-exp) in float32, from the kernel; None if the kernel does not serve the call.
 
         Mask and score mod see true positions. `interpret` runs the kernel as ordinary JAX.
         """
@@ -64,7 +64,7 @@ class DecodeInputs:
         return out, softmax.in_nats(lse)
 
     def _tile(self) -> tile_sizes.Tile | None:
-        """The tile, of as many keys as a page; None where the kernel cannot read the arrays as they are."""
+        """The tile, with as many keys as a page; None if the kernel cannot read the arrays without a copy."""
         tokens, card = self.tokens, tile_sizes.running_card()
         sizes = tokens.keys.shape[-1], tokens.values.shape[-1]
         lengths = sizes if tokens.block_table is None else (*sizes, tokens.keys.shape[1])

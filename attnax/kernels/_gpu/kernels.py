@@ -1,16 +1,15 @@
 """Exact attention as Pallas kernels for NVIDIA GPUs.
 
-One program computes the results of one tile of queries (of keys, in the second backward kernel) and visits the tiles of
-the other side that a list names: the full ones, then the partial ones. `_gpu/tile.py` has the work at one
-tile. No two programs write the same element, so results are repeatable.
+One program computes the results of one tile of queries (of keys, in the second backward kernel). It visits the listed
+tiles of the other side: full tiles, then partial tiles. `_gpu/tile.py` has the work at one tile. No two programs write
+the same element, so results are repeatable.
 
     forward       out, lse          a program for each tile of queries, loops over keys
     d_query       dq, mod's rows    a program for each tile of queries, loops over keys
     d_key_value   dk, dv, columns   a program for each tile of keys, loops over the heads that share them and queries
     d_tables      a mod's tables    a program for each tile of queries, or for each tile of pairs
 
-Every line that knows the Triton backend of Pallas is here, in `_gpu/tile.py` or in `why_no_triton` of
-`_core/platform.py`.
+Only this file, `_gpu/tile.py` and `_core/platform.py` know the Triton backend of Pallas.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def _visit(
     """`visit(full, tile, state)` for the tiles that a list names at (b, h, row) = `where`, or for all of `count`.
 
     Without a list the first `num_full` tiles are full. `no_full` says whether all tiles count as partial; None for yes.
-    With `part` = (n, parts) only the n-th of so many equal parts of the tiles is visited.
+    `part` = (n, parts) cuts the tiles into equal parts and visits only part n.
     """
     num_visited: Any = count
     at: tuple[Any, ...] = ()
@@ -106,7 +105,7 @@ def forward_kernel(spec: KernelSpec, parts: int, inputs: Inputs, outputs: dict[s
     """The attention of a tile of queries, or its state over one of several parts of the keys."""
     kernel, grid = Kernel(spec, inputs), spec.grid
     step, h, b = (pl.program_id(axis) for axis in range(3))
-    i = grid.num_q - 1 - step // parts  # under a causal mask the last tiles have most to do, so they start first
+    i = grid.num_q - 1 - step // parts  # under a causal mask the last tiles have the most work, so they start first
     start = TilePlace(b, h, i, 0)
     rows = b, h, pl.ds(kernel.q_first(i), grid.block_q)
     query = inputs.query[(*rows, slice(None))]
@@ -204,8 +203,8 @@ def d_key_value_kernel(spec: KernelSpec, inputs: Inputs, outputs: dict[str, Any]
 def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
     """The gradient of a table for one read of it, summed over some tiles of queries and all their keys.
 
-    A program holds a chunk of the table. For each tile it loops over the elements from the first to the last one that
-    the tile reads, which are few in a table by distance.
+    A program holds a part of the table. For each tile it loops over the elements from the first to the last one that
+    the tile reads. In a table by distance these are few.
     """
     kernel, score_mod, num_q = Kernel(spec, inputs), spec.score_mod, spec.grid.num_q
     assert score_mod is not None

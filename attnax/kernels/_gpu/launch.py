@@ -1,6 +1,6 @@
 """Calls of the GPU kernels: their inputs, their results, and the gradients of captured arrays.
 
-Nothing here is written for one kind of GPU; the kernels are in `_gpu/kernels.py`.
+This file does not depend on the kind of GPU; the kernels are in `_gpu/kernels.py`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from attnax.typing import Array
 __all__ = ["Setup", "backward", "decode", "forward", "why_not_learn"]
 
 _DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
-_TABLE_CHUNK = 4096  # elements, at most, that a program keeps the gradient of in its registers
-_SMALL_TABLE = 1024  # elements of a table by several indices, of which a tile may read any
-_TABLE_PROGRAMS = 1024  # enough for any GPU, and each writes its share of the table
+_TABLE_CHUNK = 4096  # the most elements whose gradient a program keeps in registers
+_SMALL_TABLE = 1024  # the most elements of a table by several indices; a tile may read any of them
+_TABLE_PROGRAMS = 1024  # enough for any GPU; each program writes a share of the table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The arguments of a pass, beside arrays."""
+    """The arguments of a pass besides query, key, value and scale."""
 
     tile: Tile
     mask: Lifted | None
@@ -82,15 +82,15 @@ def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, A
 
 
 def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Array]:
-    """(out, lse), float32, of a few queries over many keys, in programs for parts of the keys that are merged.
+    """(out, lse) in float32 of a few queries over many keys; states of parts of the keys are merged.
 
     Args:
         arrays: head sizes are powers of 2; with `pages`, key and value are pages (P, page, K, H).
-        setup: the rest.
+        setup: the other arguments.
         pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
     """
     spec, inputs = _prepare(arrays, setup, pages)
-    # Testing all keys first would take as long as attending them.
+    # A test of all keys beforehand would take as long as the attention.
     inputs = inputs._replace(any_non_finite=None, finite=None)
     (batch, heads, seq_q, _), grid = spec.score_shape, spec.grid
     parts = _num_parts(batch * heads * grid.num_q, grid.num_kv)
@@ -107,7 +107,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
 
 
 def _num_parts(programs: int, num_kv: int) -> int:
-    """Into how many parts the keys go so that every multiprocessor of a large GPU has work: a power of 2."""
+    """The number of parts of the keys, a power of 2, that gives every multiprocessor of a large GPU work."""
     parts = 1
     while programs * parts < _DECODING_PROGRAMS and 2 * parts <= num_kv:
         parts *= 2
@@ -121,14 +121,14 @@ def backward(
 
     Args:
         arrays: as in `forward`.
-        setup: likewise.
+        setup: as in `forward`.
         out: the result, float32.
         lse: the result, in units of log 2.
         d_out: cotangent of out.
         d_lse: cotangent of the natural log-sum-exp.
     """
     query, key, value, _ = arrays
-    d_out = lax.optimization_barrier(d_out)  # of a sum it is a constant, which XLA would test at compile time
+    d_out = lax.optimization_barrier(d_out)  # the cotangent of a sum is a constant: XLA would test it
     finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
     finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
     delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
@@ -228,9 +228,9 @@ def _table_gradient(spec: KernelSpec, inputs: Inputs, setup: Setup, n: int, shap
 
 
 def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, int]) -> str | None:
-    """How a kernel computes the gradient of a table that is read by pair; None if none does.
+    """The kernel for the gradient of a table that is read by pair; None if no kernel serves.
 
-    "pairs" where each pair has an element of its own, "table" where a tile reads few elements.
+    "pairs" if each pair has an element of its own, "table" if a tile reads few elements.
     """
     assert setup.score_mod is not None
     shape, index = read.shape, split(setup.score_mod).index_of(read, score_shape)
@@ -245,13 +245,13 @@ def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, in
 
 
 def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
-    """Whether an index is that of each query (axis 2) or key (axis 3) itself."""
+    """Whether an index array is 0, 1, ... along the queries (axis 2) or keys (axis 3)."""
     want = np.arange(size).reshape([size if axis == other else 1 for other in range(4)])
     return index is not None and index.shape == want.shape and bool((index == want).all())
 
 
 def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
-    """Why no kernel gives the gradients of the arrays that a score mod captured; None if one does."""
+    """The reason why no kernel gives the gradients of a score mod's captured arrays, or None."""
     assert setup.score_mod is not None
     (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
     for read in split(setup.score_mod).reads:

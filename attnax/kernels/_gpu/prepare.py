@@ -1,4 +1,4 @@
-"""Prepares a call for the GPU kernels, or says why they do not serve it."""
+"""Prepares a call for the GPU kernels, or gives the reason why the kernels do not serve the call."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class KernelTiles(NamedTuple):
     """Tiles of the kernels, forward and backward."""
 
     plain: tuple[Tile, Tile]
-    busy: tuple[Tile, Tile]  # where dropout is drawn, or something is loaded for each pair
+    busy: tuple[Tile, Tile]  # for kernels that draw dropout or load elements for each pair
 
 
 def choose_kernel_tiles(query: Any, value: Any, block_size: Any) -> KernelTiles | None:
-    """Tiles for arrays of these shapes, None where the kernels do not serve them."""
+    """Tiles for arrays of these shapes; None if the kernels do not serve these arrays."""
     size = max(query.shape[-1], value.shape[-1])
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or size > tile_sizes.LARGEST_HEAD:
         return None
@@ -44,7 +44,7 @@ def choose_kernel_tiles(query: Any, value: Any, block_size: Any) -> KernelTiles 
 def why_no_kernel(
     tiles: KernelTiles | None, arrays: Arrays, operands: Operands, dropout_rate: float, *, interpret: bool
 ) -> str | None:
-    """Why the kernels do not serve a call; None if they do."""
+    """The reason why the kernels do not serve a call, or None."""
     if tiles is None:
         most = tile_sizes.LARGEST_HEAD
         return f"kernels take float32, bfloat16 and float16, heads of at most {most} and no symbolic batch"
@@ -70,7 +70,7 @@ def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> t
 
 
 def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> str | None:
-    """Why the card, or some card if it is not known, has too little shared memory; None if there is enough."""
+    """The reason why the card (some card, if unknown) has too little shared memory, or None."""
     query, _, value, _ = arrays
     card = tile_sizes.running_card()
     reason = tile_sizes.why_too_old(card)
@@ -104,13 +104,13 @@ def prepare(
     Args:
         tiles: of the kernels.
         operands: of the call.
-        dropout_rate: likewise.
+        dropout_rate: of the call.
         backward: which pass.
         learn_scale: whether the scale gets a gradient.
         is_part: whether the keys are only some of all keys: `operands` has their indices, and results are in float32.
         interpret: whether the kernels run as ordinary JAX.
     """
-    from attnax.kernels._gpu.launch import Setup  # Pallas takes as long to import as all of the rest
+    from attnax.kernels._gpu.launch import Setup  # Pallas takes long to import
 
     bounds = bind_bounds(operands.bounds)
     positions = (operands.q_index, operands.kv_index) if is_part else None

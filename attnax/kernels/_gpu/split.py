@@ -1,10 +1,10 @@
 """A user's function of (batch, head, query, key) as straight-line code that runs on indices of any shape.
 
-A kernel cannot call Python, index an array that it holds, or use arrays from outside. `split` cuts a traced function
-into parts that it can run. Parts that depend on captured arrays and on a query or a key alone are computed before the
-kernel, for all queries and keys, and become its operands. An index into a captured array by query and key together
-becomes a load. The rest is elementwise. Anything else is refused by name. Values keep their natural shapes (see
-`_core/natural.py`), so the same code serves tiles of any size, transposed or not, and whole arrays.
+A kernel cannot call Python, index an array in registers, or use arrays from outside. `split` cuts a traced function
+into parts that a kernel can run. Values that depend on captured arrays and on a query or a key alone are computed
+before the kernel, for all queries and keys, and become operands. An index into a captured array by query and key
+together becomes a load. Other operations must be elementwise, or they are refused by name. Values keep their natural
+shapes (see `_core/natural.py`), so one code serves tiles of any size, transposed or not, and whole arrays.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _CASTS = "bitcast_convert_type", "convert_element_type"  # whose parameters name
 
 
 class Read(NamedTuple):
-    """An element of a captured array by query and key together, inside of the kernel."""
+    """A read of a captured array by query and key together, inside of the kernel."""
 
-    table: int  # which of the captured values
+    table: int  # the number of the captured value
     equation: JaxprEqn
     axes: tuple[int, ...]  # of the table, whose index depends on query or key (or on the score)
     by_score: bool  # whether the index depends on the score
@@ -61,10 +61,10 @@ class Split:
 
     Attributes:
         program: the whole.
-        before: its equations that are run before the kernel.
-        inside: its equations that are run in the kernel.
-        operands: results of the first part, and captured values, that the second part takes.
-        reads: elements that the second part loads.
+        before: the equations that run before the kernel.
+        inside: the equations that run in the kernel.
+        operands: results of `before`, and captured values, that `inside` takes.
+        reads: the reads in `inside`.
     """
 
     program: Program
@@ -75,7 +75,7 @@ class Split:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of shared memory for the elements loaded for each pair: copies are of 4 bytes at least."""
+        """Bytes of shared memory for the elements loaded for each pair: a copy takes at least 4 bytes."""
         return sum(max(4, read.dtype.itemsize) for read in self.reads)
 
     def compute_operands(
@@ -98,7 +98,7 @@ class Split:
         return tuple(x.reshape((1,) * (4 - jnp.ndim(x)) + jnp.shape(x)) for x in results)
 
     def __call__(self, operands: Sequence[Any], load: Load, *arguments: Any) -> Any:
-        """The function's result for (scores, b, h, q, kv), or (b, h, q, kv), given the operands cut to them."""
+        """The function's result for (scores, b, h, q, kv), or (b, h, q, kv), from the operands at these indices."""
         env: dict[Any, Any] = dict(zip(self.operands, operands, strict=True))
         env.update(zip(self.program.arguments, arguments, strict=True))
         reads = {id(read.equation): read for read in self.reads}
@@ -117,7 +117,7 @@ class Split:
         return self.program.arguments[-4:]
 
     def index_of(self, read: Read, score_shape: tuple[int, int, int, int]) -> list[np.ndarray | None]:
-        """The index of a read along each axis of its table, in natural shapes; None if it is not simple.
+        """The index of a read along each axis of its table, in natural shapes; None for an index that is not simple.
 
         A simple index depends on no captured value, and not on query and key together.
         """
@@ -144,14 +144,14 @@ class Split:
 
 
 def split(lifted: Lifted) -> Split:
-    """How a mask or score mod that `why_not_split` accepts runs inside of a kernel."""
+    """The split of a mask or score mod that `why_not_split` accepts."""
     found = _split_or_reason(lifted)
     assert isinstance(found, Split), found
     return found
 
 
 def why_not_split(lifted: Lifted) -> str | None:
-    """Why no kernel can hold a mask or score mod; None if one can."""
+    """The reason why no kernel can hold a mask or score mod, or None."""
     found = _split_or_reason(lifted)
     return None if isinstance(found, Split) else found
 
@@ -176,7 +176,7 @@ def _split(program: Program) -> Split:
         mine = frozenset().union(*inputs)
         depends.update(dict.fromkeys(eqn.outvars, mine))
         of_pairs = "scores" in mine or {"q", "kv"} <= mine
-        if of_pairs or "captured" not in mine:  # without captured arrays it is cheap where it is used
+        if of_pairs or "captured" not in mine:  # without captured arrays it is cheap to compute in the kernel
             inside.append(eqn)
     made_inside = {var for eqn in inside for var in eqn.outvars} | set(program.arguments)
     wanted: dict[Var, None] = {}
@@ -208,7 +208,7 @@ def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, fr
 
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:
-    """The result of an elementwise equation. Triton divides no 16-bit floats and has no functions of them."""
+    """The result of an elementwise equation. Triton has no division and no functions of 16-bit floats."""
     dtype, values = dtype_of(eqn.outvars[0]), align(eqn, values)
     if dtype not in _NARROW or eqn.primitive.name in _CASTS:
         return run_varying(eqn, values)

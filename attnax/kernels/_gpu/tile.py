@@ -1,10 +1,10 @@
 """A tile of pairs inside a GPU kernel: its arrays, its mask and score mod, its scores and their gradients.
 
-Tiles are full, where no mask is tested, or partial. The kernels that visit them are in `_gpu/kernels.py`; the
-mathematics of a tile comes from `_core/softmax.py`, the functions of a mask and a score mod from `_gpu/split.py`.
+A full tile needs no mask test; any other tile is partial. The kernels that visit tiles are in `_gpu/kernels.py`. The
+mathematics of a tile comes from `_core/softmax.py`, and masks and score mods come from `_gpu/split.py`.
 
-A non-finite row or key must contaminate only the rows that attend it. Where `any_non_finite` says that a head holds
-one, none of its tiles counts as full: in partial tiles such keys are not loaded, and a NaN stands for them.
+A non-finite row or key must contaminate only the rows that attend it. If `any_non_finite` is set for a head, all tiles
+of the head count as partial: a partial tile does not load non-finite keys, and their scores are NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Inputs", "Kernel", "KernelSpec", "QueryTile", "TilePlace", "either",
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """The static part of a call: everything that is known when its kernels are written."""
+    """The static part of a call, known when its kernels are traced."""
 
     score_shape: tuple[int, int, int, int]  # (B, N, T, S)
     kv_heads: int
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     tiles: TileList | None  # for each tile of queries; None where all are full
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
-    any_non_finite: Any  # (B, K) int32: whether anything of a head is non-finite; None where it was not computed
+    any_non_finite: Any  # (B, K) int32: whether a head holds a non-finite row; None if not computed
     finite: Any  # (B, K, S) int32: which keys and values are finite; None if not computed: the kernel tests them
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
@@ -76,11 +76,11 @@ class Inputs(NamedTuple):
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN in a contaminated row
     delta: Any = None  # (B, N, T), see `softmax.tile_gradients`
     positions: Any = None  # (T,) and (S,) int32, of queries and keys, for masks and score mods; None for 0, 1, ...
-    block_table: Any = None  # (B, num_kv) int32: where tiles of keys lie, if key and value are pools (P, page, K, H)
+    block_table: Any = None  # (B, num_kv) int32: the page of a tile of keys, if key and value are pools (P, page, K, H)
 
 
 class TilePlace(NamedTuple):
-    """The tile that a program is at: tile i of queries and j of keys of a head; `turned` has keys as rows."""
+    """The current tile of a program: tile i of queries and j of keys of a head; `turned` has keys as rows."""
 
     b: Any
     h: Any
@@ -118,7 +118,7 @@ class Kernel:
         return _first(j, self.spec.grid.block_kv, self.spec.grid.seq_kv)
 
     def own(self, n: Any, *, of_queries: bool) -> Array | None:
-        """Which queries, or keys, of a tile are in no tile before it; None for all."""
+        """True for the queries, or keys, of a tile that no earlier tile holds; None for all."""
         grid = self.spec.grid
         if of_queries:
             first, block, is_alone = self.q_first(n), grid.block_q, grid.even_q or grid.num_q == 1
@@ -127,7 +127,7 @@ class Kernel:
         return None if is_alone else first + jnp.arange(block, dtype=jnp.int32) >= n * block
 
     def write(self, ref: Any, where: tuple[Any, ...], x: Array, own: Array | None) -> None:
-        """Writes the program's own rows of `x`; a second program might write them with other last bits."""
+        """Writes only the program's own rows of `x`: another program might write other last bits."""
         if own is None or self.spec.interpret:
             ref[where] = x
             return
@@ -137,7 +137,7 @@ class Kernel:
         triton.store(ref.at[where], x, mask=jnp.broadcast_to(mask, x.shape))
 
     def load(self, ref: Any, where: tuple[Any, ...], rows: Array | None) -> Array:
-        """A matrix of an array, with zeros for the rows that are not to be loaded; None loads all."""
+        """A matrix of an array, with zeros where `rows` is False; None loads all rows."""
         if rows is None:
             return ref[where]
         if self.spec.interpret:
@@ -147,7 +147,7 @@ class Kernel:
         return triton.load(ref.at[where], mask=jnp.broadcast_to(rows[:, None], (rows.size, ref.shape[-1])), other=0)
 
     def keys(self, place: TilePlace, *, full: bool = False) -> tuple[Array, Array, Array | None]:
-        """The tile's keys and values, with zeros for non-finite ones, and which are finite: None for all."""
+        """The tile's keys and values, with zeros for non-finite ones, and True for each finite one: None for all."""
         kv_head, inputs = place.h // self.spec.shared, self.inputs
         columns = place.b, kv_head, pl.ds(self.kv_first(place.j), self.spec.grid.block_kv)
         where: tuple[Any, ...] = (*columns, slice(None))
@@ -256,7 +256,7 @@ class Kernel:
 
         def pull(d_scores: Array) -> tuple[Array, tuple[Array, ...]]:
             d_raw, d_learned = pulls[0](d_scores)
-            # A mod's derivative may be NaN at the scores that stand for forbidden pairs.
+            # A mod's derivative may be NaN at forbidden pairs.
             return jnp.where(masked == -jnp.inf, 0, d_raw), d_learned
 
         return masked, pull
@@ -301,7 +301,7 @@ class Kernel:
         return either(code == EMPTY, 0, 1)
 
     def index_of(self, read: Read, place: TilePlace, shape: tuple[int, ...]) -> list[Array]:
-        """Where the score mod reads, for each axis of the table; the indices do not depend on scores."""
+        """The indices of a read of the score mod, for each axis of the table; no index depends on scores."""
         found: list[list[Array]] = []
         score_mod = self.spec.score_mod
         assert score_mod is not None
@@ -348,7 +348,7 @@ class Kernel:
         return run, learned
 
     def learned(self, learn: str | None) -> tuple[int, ...]:
-        """Which operands, or reads, of the score mod `learn` names: floating ones of queries, keys or pairs."""
+        """The numbers of the floating operands, or reads, of the score mod that `learn` names."""
         refs = self.inputs.mod_tables if learn == "tables" else self.inputs.mod if learn else ()
         chosen = [n for n, ref in enumerate(refs) if jnp.issubdtype(ref.dtype, jnp.inexact)]
         return tuple(n for n in chosen if learn == "tables" or (refs[n].shape[3] > 1) == (learn == "columns"))
@@ -367,11 +367,11 @@ def either(condition: Any, x: Any, otherwise: Any) -> Any:
 
 
 def rows_finite(*arrays: Array) -> Array:
-    """Which rows are finite in all arrays."""
+    """True for each row that is finite in all arrays."""
     non_finite = [jnp.where(jnp.isfinite(x.astype(jnp.float32)), 0, 1).max(1) for x in arrays]
     return functools.reduce(jnp.maximum, non_finite) == 0
 
 
 def _first(n: Any, block: int, length: int) -> Any:
-    """Where tile n begins; the last one begins early enough to end at `length`."""
+    """The start of tile n; the last tile starts early enough to end at `length`."""
     return n * block if length % block == 0 else jnp.maximum(0, jnp.minimum(n * block, length - block))

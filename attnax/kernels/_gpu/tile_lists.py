@@ -102,7 +102,7 @@ class TileList(NamedTuple):
 
 @pytree_dataclass
 class BoundsAtPositions:
-    """The bounds of a mask that is read at positions, whose range in a tile is computed at each call.
+    """The bounds of a mask that is read at positions; each call computes the range of positions in a tile.
 
     Without a mask, a query attends every key whose position is not negative.
     """
@@ -137,7 +137,7 @@ def tile_codes(
 ) -> Array:
     """FULL, PARTIAL or EMPTY for every tile, (B', N', num_q, num_kv) int32.
 
-    A tile that is not whole is never full. Where the bounds of an opaque mask cannot tell, its pairs do.
+    A tile that is not whole is never full. If the bounds of an opaque mask cannot tell, its pairs decide.
 
     Args:
         grid: of the tiles.

@@ -89,7 +89,7 @@ _NAMES = {
 
 
 def running_card() -> int:
-    """Ten times the compute capability of the GPU that a program traced now runs on; 0 where it is not known.
+    """Ten times the compute capability of the GPU of a program that is traced now; 0 if unknown.
 
     The mesh that the program is traced under may name the GPU (`jax.sharding.AbstractDevice`); by default it is the GPU
     of this process.
@@ -102,7 +102,7 @@ def running_card() -> int:
 
 
 def why_too_old(card: int) -> str | None:
-    """Why there is no kernel for a card; None if the card is new enough, or not known."""
+    """The reason why a card is too old for the kernels; None if the card is new enough, or unknown."""
     if 0 < card < _OLDEST:
         return f"the Pallas kernels are for GPUs of compute capability 8.0 and later; this one has {card / 10}"
     return None
@@ -114,9 +114,9 @@ def shared_memory(card: int) -> int:
 
 
 def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: bool = False) -> Tile:
-    """The tile of "forward", "backward" or "decode" for heads of this size, which the card can hold; 0 for any card.
+    """The tile of "forward", "backward" or "decode" for heads of this size that fits the card; 0 for any card.
 
-    `busy` kernels draw dropout, or load something for each pair of a query and a key.
+    `busy` kernels draw dropout, or load an element for each pair of a query and a key.
     """
     key = min(key for key in TILES if key[:2] == (kind, bits) and key[2] >= head_dim)
     if busy and key in BUSY:
@@ -125,7 +125,7 @@ def choose(kind: str, head_dim: int, bits: int = 16, card: int = 0, *, busy: boo
 
 
 class Footprint(NamedTuple):
-    """Everything that decides how much shared memory a kind of kernel takes.
+    """The facts that decide the shared memory of a kind of kernel.
 
     Its methods take a card as ten times its compute capability; 0 stands for every card.
     """

@@ -1,7 +1,7 @@
 """Splash attention, the TPU kernels that JAX ships, for the plain calls that they serve.
 
-Inside a block its kernels multiply values by the weight 0 of a forbidden pair, and 0 * NaN is NaN. So the kernels get
-zeros in place of non-finite rows, and every result that such a row contaminates is set to NaN afterwards.
+Inside a block the kernels multiply values by the weight 0 of a forbidden pair, and 0 * NaN is NaN. So the kernels get
+zeros in place of non-finite rows, and every contaminated result is set to NaN afterwards.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ def why_not_splash(
     dropout_rate: float,
     return_lse: bool,
 ) -> str | None:
-    """Why splash attention does not serve a checked call; None if it does.
+    """The reason why splash attention does not serve a checked call, or None.
 
-    Mask and score mod are as `resolve_masks` returns them. `dropout_rate` is 0 if the call is deterministic. With
+    Mask and score mod come from `resolve_masks`. `dropout_rate` is 0 if the call is deterministic. With
     `return_lse` the caller gets the log-sum-exp, which then needs a gradient.
 
-    One reason shows only when a program is lowered, not here: `jit` compiles for several devices because its arguments
-    lie on them.
+    One more reason shows only when a program is lowered: `jit` compiles for several devices if its arguments lie there.
     """
     (seq_q, head_dim), (seq_kv, value_dim) = query.shape[2:], value.shape[2:]
     blocks = (seq_q // _block_size(seq_q)) * (seq_kv // _block_size(seq_kv))
@@ -63,7 +62,7 @@ def why_not_splash(
 
 
 def _why_not_here() -> str | None:
-    """Why JAX's settings or the mesh around a call exclude splash attention; None if they do not."""
+    """The reason why JAX's settings or the mesh around a call exclude splash attention, or None."""
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return "splash attention counts in 32 bits, and JAX in 64 here"
     mesh = jax.sharding.get_abstract_mesh()
@@ -100,7 +99,7 @@ def splash_backward(
     """The gradients of (scale * query, key, value) in float32, for the cotangent of out.
 
     JAX has no public function that takes the results of `splash_forward`, but the pullback is a pytree that holds them.
-    The known results are put in their place; nothing then reads the forward pass traced here, and XLA drops it.
+    The known results replace these leaves; XLA then drops the traced forward pass as unused.
     """
     given = _make_finite(query, key, value, scale, mask)
     # The cotangent of a sum is a constant: without the barrier XLA would test its rows while it compiles.
@@ -213,7 +212,7 @@ def _is_finite(x: Array) -> Array:
 
 
 def _reach(marked: Array, mask: Mask | None, length: int, *, backwards: bool) -> Array:
-    """Which of `length` queries attend a marked key; backwards, which keys a marked query attends: (B, K, length)."""
+    """True for queries that attend a marked key; `backwards` for keys that a marked query attends: (B, K, length)."""
     if mask is None:
         return jnp.broadcast_to(marked.any(-1, keepdims=True), (*marked.shape[:2], length))
     most = max(marked.shape[2], length)

@@ -67,7 +67,7 @@ def attend_chunks(
 def visit_chunk(
     source: Source, functions: ChunkFunctions, queries: Queries, dropout_rate: float, n: Any, state: SoftmaxState
 ) -> SoftmaxState:
-    """The state after chunk n, which is not read if the mask forbids all of it."""
+    """The state after chunk n; the chunk is not read if the mask forbids all of its tokens."""
     batch, heads, seq_q, _ = queries.query.shape
     chunk = source.chunk(n)
     head_indices = vary(jnp.arange(heads, dtype=jnp.int32), varying_axes(queries.query))
@@ -103,7 +103,7 @@ def visit_chunk(
         return softmax.update(state, scores, value, dropout=drop)
 
     def visit(state: SoftmaxState) -> SoftmaxState:
-        """With keys and values as they are; a non-finite one shows in the sums, since 0 * NaN is NaN."""
+        """First without a test of keys and values: a non-finite one shows in the sums, since 0 * NaN is NaN."""
         after = update(state, all_finite=True)
         finite = jnp.isfinite(after.acc).all() & jnp.isfinite(after.sum).all()
         return lax.cond(finite, lambda: after, lambda: update(state, all_finite=False))

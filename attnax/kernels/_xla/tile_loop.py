@@ -1,8 +1,8 @@
-"""The tile loop: which tiles of queries and keys are computed, in what order, forward and backward.
+"""The tile loop: selects, orders and computes tiles of queries and keys, forward and backward.
 
-Memory is that of the arguments and the result, never T * S. For each tile of queries the keys' tiles are sorted into
-full, partial and empty ones by the mask's bounds and, where the bounds cannot tell, by the mask itself. Empty tiles are
-skipped; full ones need no mask test. The backward pass goes over tiles of keys in the same way and recomputes the
+Memory is that of the arguments and the result, never T * S. For each tile of queries the bounds of the mask sort the
+tiles of keys into full, partial and empty ones; if the bounds cannot tell, the mask itself decides. Empty tiles are
+skipped; full tiles need no mask test. The backward pass loops over tiles of keys in the same way and recomputes the
 weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` prepares the functions of a user.
 
 The file is longer than 500 lines because both passes share one way to cut, order and visit tiles.
@@ -63,7 +63,7 @@ def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
 
 
 class BackwardRows(NamedTuple):
-    """The queries of the backward pass, with the results of each."""
+    """The queries of the backward pass, with their results."""
 
     query: Array  # (B, N, T, H), scaled
     d_out: Array  # (B, N, T, V)
@@ -122,7 +122,7 @@ class Order(NamedTuple):
     """The order of the tiles along one axis: full tiles first, then partial ones; the remaining tiles are empty."""
 
     nth: Callable[[Any], Any]
-    num_full: Any  # an int where that is known
+    num_full: Any  # an int if known
     num_visited: Any
 
 
@@ -290,8 +290,8 @@ def forward(
     """The attention of every query to these keys.
 
     Args:
-        tiles: their sizes.
-        dropout_rate: where `operands` have words of the dropout.
+        tiles: the sizes of a tile.
+        dropout_rate: used if `operands` have words of the dropout.
         query: (B, N, T, H), scaled, in units of log 2 unless there is a score mod.
         key: (B, K, S, H).
         value: (B, K, S, V).
@@ -343,7 +343,7 @@ def backward(
     operands: Operands,
     gradients: tuple[Array, ...],
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """The shares of these keys in the gradients of query, key and value; that of the score mod's arrays is added.
+    """The gradients of query, key and value from these keys, and `gradients` with the share of these keys added.
 
     `gradients` has the sums so far for the score mod's arrays. The loop runs over tiles of keys, so that each key is
     read once; the gradient of the query is updated in place.
@@ -411,7 +411,7 @@ def backward(
 def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Array) -> BackwardRows:
     """The queries of `backward`, from results (lse in units of log 2) and their cotangents."""
     finite = jnp.isfinite(zero_or_nan(query) + zero_or_nan(d_out) + 0 * d_lse + 0 * lse)
-    # A CPU takes 60 times as long for an elementwise product and a sum.
+    # On a CPU an elementwise product and a sum take 60 times as long.
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
     lse = softmax.select(lse != -jnp.inf, softmax.select(finite, lse, jnp.nan), jnp.inf)
     return BackwardRows(query, d_out, lse, softmax.select(finite, delta - d_lse, 0), finite)
@@ -491,7 +491,7 @@ def _cut(x: Array, place: HeadBlock, tile: Any, size: int) -> Array:
 
 
 def _cut_transposed(x: Array, place: HeadBlock, tile: Any, tiles: Tiles) -> Array:
-    """The same tile of (B, N, width, L'), as (Xt, width, N / K * size)."""
+    """The tile of `_cut` from (B, N, width, L'), as (Xt, width, N / K * size)."""
     width = x.shape[2]
     shape = place.num_rows, place.num_heads, width, tiles.queries
     cut = x
@@ -525,7 +525,7 @@ def _put(whole: Array, part: Array, place: HeadBlock, tile: Any, size: int) -> A
 
 
 def _divide(step: Any, count: int) -> tuple[Any, Any]:
-    """Quotient and remainder of a non-negative number: `//` takes more equations, for negative numbers."""
+    """Quotient and remainder of a non-negative number: `//` needs more equations, for negative numbers."""
     if isinstance(step, int):
         return divmod(step, count)
     whole = jnp.asarray(count, step.dtype)
@@ -550,7 +550,7 @@ def _ranges(index: Array, size: int) -> tuple[Array, Array]:
 
 def _two_loops(tile: Callable[[bool, Any, Any], Any], order: Order, state: Any) -> Any:
     """`tile(is_full, n, state)` for the full tiles, then for the partial ones."""
-    if isinstance(order.num_full, int):  # all of one kind
+    if isinstance(order.num_full, int):  # all tiles are of one kind
         return _loop(order.num_visited, partial(tile, order.num_full > 0), state)
     state = lax.fori_loop(0, order.num_full, partial(tile, True), state)
     state = lax.fori_loop(order.num_full, order.num_visited, partial(tile, False), state)
