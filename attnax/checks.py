@@ -27,7 +27,7 @@ __all__ = [
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether the value of `x` can be read now (it is not being traced by a transformation)."""
+    """Whether the value of `x` can be read now: no transformation traces `x`."""
     return not isinstance(x, jax.core.Tracer)
 
 
@@ -65,7 +65,7 @@ def explain_tracing(caller: str, name: str) -> Iterator[None]:
 
 
 def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: Any) -> Array:
-    """The result of a score mod in the dtype of `scores`; ValueError if its shape differs or it is not floating."""
+    """The result of a score mod in the dtype of `scores`; ValueError for another shape or no floating dtype."""
     with explain_tracing(caller, "score_mod"):
         result = jnp.asarray(score_mod(scores, *indices))
     if result.shape != scores.shape:

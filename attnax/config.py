@@ -63,10 +63,10 @@ class RopeScaling(ConfigFields):
         kind: "linear" (positions / factor), "ntk" (a larger base), "yarn" (by wavelength, with a temperature) or
             "llama3" (by wavelength).
         factor: the new length divided by the length of training.
-        original_max_len: the length of training, in tokens; "yarn" and "llama3" need it.
+        original_max_len: the length of training, in tokens; needed by "yarn" and "llama3".
         beta_fast: "yarn": a frequency that turns at least this often within original_max_len stays as it is.
         beta_slow: "yarn": a frequency that turns at most this often is divided by factor.
-        attention_factor: "yarn": cosines and sines are multiplied by it, by default 0.1 log(factor) + 1.
+        attention_factor: "yarn": the factor of cosines and sines, by default 0.1 log(factor) + 1.
         truncate: "yarn": the bounds between beta_fast and beta_slow are rounded outwards to whole frequencies.
         low_freq_factor: "llama3": a wavelength above original_max_len / low_freq_factor is stretched by factor.
         high_freq_factor: "llama3": a wavelength below original_max_len / high_freq_factor stays as it is.
@@ -141,7 +141,7 @@ class BlockConfig(ConfigFields):
         rope_base: the wavelength of the slowest rotation is about 2 pi * rope_base positions.
         rope_fraction: the part of each head that is rotated, from its start.
         rope_scaling: a RopeScaling, or a mapping of its fields.
-        rope_max_positions: positions from here on raise an error where their values are known; None sets no limit.
+        rope_max_positions: positions from here on raise an error if their values are known; None sets no limit.
         kernel_init: of every projection: "lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", or "normal"
             with standard deviation init_std.
         embedding_init: of token embeddings, by the names of kernel_init; "lecun_normal" gives rows of unit length.
@@ -399,7 +399,7 @@ class TransformerConfig(StackConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(ConfigFields):
-    """An encoder and the decoder that attends it.
+    """An encoder, and a decoder that attends the tokens of the encoder.
 
     Attributes:
         encoder: a TransformerConfig, or a mapping of its fields. Vocabulary, depth and widths may differ from the
@@ -437,7 +437,7 @@ class VisionTransformerConfig(StackConfig):
 
     Attributes:
         image_size: height and width in pixels, or the pair of them.
-        patch_size: height and width of a patch in pixels, or the pair of them; it divides image_size.
+        patch_size: height and width of a patch in pixels, or the pair of them; a divisor of image_size.
         num_channels: of the image.
         num_classes: width of the head; None has no head and returns the tokens.
         use_cls_token: a learned token goes first.

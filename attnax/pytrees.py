@@ -23,7 +23,7 @@ def pytree_dataclass(cls: type[Instance]) -> type[Instance]:
 
 
 def function_pytree(function: Any) -> Any:
-    """A function as a pytree: unchanged if it is a pytree (its arrays are leaves), else a pytree without leaves."""
+    """A function as a pytree: a pytree (its arrays are leaves) stays, any other function gets no leaves."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 

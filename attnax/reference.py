@@ -5,8 +5,8 @@ of a token, k the width of a query or a key, v the width of a value.
 
     head_i = activation(Q W_i^Q (K W_i^K)^T / sqrt(k)) V W_i^V        MultiHead = concat(head_1 ... head_N) W^O
 
-This file is one of the two definitions that tests compare the kernels with. It is slow, and no other file of Attnax
-calls it. References: A. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.
+This file is one of the two definitions that tests compare the kernels with. The code is slow, and no other file of
+Attnax calls it. References: A. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ __all__ = [
 
 @runtime_checkable
 class MaskMod(Protocol):
-    """`(b, h, q, kv) -> bool`: may query `q` attend key `kv`, in batch row `b` and head `h`?
+    """`(b, h, q, kv) -> bool`: whether query `q` may attend key `kv`, in batch row `b` and head `h`.
 
     Indices are integer arrays of any shapes that broadcast together; True means attend. The result for a pair may
     depend on the indices of that pair and on arrays that the function reads at these indices.
@@ -63,7 +63,7 @@ class MaskMod(Protocol):
 class ScoreMod(Protocol):
     """`(scores, b, h, q, kv) -> scores`: change the scaled float32 scores before the softmax.
 
-    Indices broadcast against `scores`; never use `scores.shape`, which is that of a tile. The result for a pair may
+    Indices broadcast against `scores`; never use `scores.shape`, the shape of a tile. The result for a pair may
     depend on the score and the indices of that pair, and on arrays that the function reads at these indices. Only
     `standard_attention` takes a function that mixes pairs (a row's maximum, a mean over heads); other kernels refuse
     it. A result of -inf (or of float32's lowest number) counts as masked. Pairs that the mask forbids are evaluated

@@ -51,7 +51,7 @@ class EmptyCache:
         return stored
 
     def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
-        """`cache.append`, where padding behind the last token of all rows takes no slot."""
+        """`cache.append`, but padding behind the last token of all rows takes no slot."""
         cache, _ = self.cache.append(keys, values, positions)
         if not isinstance(cache, KVLayerCache):
             return cache
@@ -63,4 +63,4 @@ class EmptyCache:
         return EmptyCache(self.cache.select_rows(rows))
 
     def forget(self, first: Int[ArrayLike, "B"]) -> EmptyCache:
-        return self  # it holds no token
+        return self  # there is no token

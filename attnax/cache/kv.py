@@ -42,7 +42,7 @@ class KVLayerCache(InSlots):
         return self.length
 
     def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
-        """The cache with the new tokens, twice: it holds every token that they may attend."""
+        """The cache with the new tokens, twice: the cache holds every token that the new tokens may attend."""
         cache = update_kv_layer_cache(self, keys, values, positions=positions)
         return cache, cache
 
@@ -92,7 +92,7 @@ def update_kv_layer_cache(
             numbers.
 
     Raises:
-        ValueError: shapes that do not fit the cache, or more tokens than it has room for. With a traced `start` a
+        ValueError: shapes that do not fit the cache, or more tokens than fit. With a traced `start` a
             lack of room raises no error: no token is written, and `overflowed` is set for good.
     """
     batch, heads, max_len, _ = cache.keys.shape

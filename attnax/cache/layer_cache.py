@@ -83,7 +83,7 @@ class LayerCache(Protocol):
 
 
 def select_rows(caches: Caches, rows: Int[ArrayLike, "R"]) -> Caches:
-    """`rows` of every cache in a pytree, and of the other arrays in it along axis 0."""
+    """`rows` of every cache in a pytree, and of all other arrays of the pytree along axis 0."""
 
     def select(node: Any) -> Any:
         return node.select_rows(rows) if isinstance(node, LayerCache) else node[rows]

@@ -37,7 +37,7 @@ class DecodeCall:
     sources: tuple[Source, ...]  # of the tokens
     options: AttentionOptions  # mask and score mod as `resolve_masks` gives them, both of true positions
     b: Array | None = None  # (B,), the rows of the batch that masks and score mods see; None for all in order
-    arrays: TokenArrays | None = None  # the same tokens for a GPU kernel; None where it cannot read them
+    arrays: TokenArrays | None = None  # the same tokens for a GPU kernel; None if no kernel can read them
 
 
 def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:

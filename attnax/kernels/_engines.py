@@ -37,14 +37,12 @@ class Plan:
 
     tiles: tile_loop.Tiles
     backend: Backend
-    kernel: KernelTiles | None  # of the GPU kernels, where they serve the arrays
+    kernel: KernelTiles | None  # of the GPU kernels; None if the kernels do not serve the arrays
     dropout_rate: float
     learn_scale: bool
-    cudnn: Cudnn | None = None  # the arguments of cuDNN, where it serves the call
-    splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of a TPU's kernels, where they serve it
-    is_part: bool = (
-        False  # the keys are some of all keys: `Operands` has their indices, and results are in float32 at least
-    )
+    cudnn: Cudnn | None = None  # the arguments of cuDNN, if cuDNN serves the call
+    splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of splash, if splash serves the call
+    is_part: bool = False  # the keys are some of all keys: `Operands` has their indices; results are float32 or wider
 
 
 class Results(NamedTuple):
@@ -74,7 +72,7 @@ class Engine(NamedTuple):
 
 def forward(plan: Plan, arrays: Arrays, operands: Operands, *, exact: bool) -> tuple[Array, Array, Any]:
     """(out, lse in units of log 2, the rounding error of out if `exact` and out is rounded, else None)."""
-    # If cuDNN is sure to run, no engine reads the rounding error. A program for another machine keeps it.
+    # If cuDNN is sure to run, no engine reads the rounding error. A program for another machine keeps the error.
     is_sure = plan.cudnn is not None and has_nvidia_gpu() and why_not_cudnn_here() is None
     exact = exact and arrays[0].dtype.itemsize < 4 and not is_sure
     return _by_platform(plan, lambda engine: partial(engine.forward, plan, exact), arrays, operands)

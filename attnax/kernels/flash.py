@@ -92,7 +92,7 @@ def memory_efficient_attention(
         ValueError: shapes, dtypes or options that do not fit together.
         TypeError: forward-mode differentiation (`jax.jvp`); `standard_attention` has every derivative. Forward over
             reverse (`jax.jvp` of `jax.grad`) works.
-        NotImplementedError: reverse over reverse, where there are several tiles; a mask or score mod that mixes pairs
+        NotImplementedError: reverse over reverse, with several tiles; a mask or score mod that mixes pairs
             (see `attnax.ScoreMod`), which `standard_attention` computes; a mesh that cuts the sequence.
 
     Example:
@@ -188,7 +188,7 @@ def pallas_flash_attention(
     interpret: bool = False,
     force_fallback: bool = False,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs, with mask and score mod inside of it.
+    """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs that holds mask and score mod.
 
     On any other platform the call runs in the engine of `memory_efficient_attention`. Arguments, results and errors are
     those of that function, except for the last four arguments. On a GPU, products of float32 arrays are in float32 (no

@@ -60,7 +60,7 @@ def linear_attention(
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], LinearState]:
     """phi(query) (phi(key)^T value) / (phi(query) . sum of phi(key)), phi(x) = elu(x) + 1, over the allowed keys.
 
-    Causal attention works in chunks: it is dense within a chunk, and reads the state for earlier keys. Time and memory
+    Causal attention works in chunks: dense within a chunk, through the state for earlier keys. Time and memory
     are linear in the length. A gradient also keeps one state for each chunk; a chunk_size of about value_dim balances
     both.
 
@@ -78,13 +78,13 @@ def linear_attention(
         causal: query i attends the keys 0 to i, by index also when seq_q != seq_kv. A mask with a causal part makes
             attention causal in any case.
         chunk_size: length of a chunk. Changes rounding only.
-        state: of the previous call, whose keys come before all keys of this one. Causal only.
+        state: of the previous call, whose keys come before all keys of this call. Causal only.
         return_state: also return the state after all keys. Causal only.
 
     Returns:
         (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_state` the LinearState.
         Features, products and sums are in float32 (float64 for float64). A NaN or infinity in a key or value makes
-        the queries that may attend it NaN; it changes no other query and no gradient of another.
+        the queries that may attend it NaN; all other queries, and their gradients, stay the same.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.

@@ -50,8 +50,8 @@ def lite_attention(
 
     Returns:
         (batch, num_heads, length, value_dim) in the dtype of query; gate logits and softmax are in float32 (float64 for
-        float64). A NaN or infinity at a position makes the positions whose softmax includes it NaN; it changes no other
-        position and no gradient of another.
+        float64). A NaN or infinity at a position makes the positions whose softmax includes it NaN; all other
+        positions, and their gradients, stay the same.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.

@@ -49,7 +49,7 @@ def nnx_attention_fn(
 
     Raises:
         ValueError: `mask` is of no such kind. In a call: shapes that do not fit, or `is_causal` with one query for
-            several keys, as in decoding, since it counts from index 0 and the layer masks its cache by itself.
+            several keys, as in decoding: `is_causal` counts from index 0, and the layer masks its cache by itself.
         NotImplementedError: in a call, `sow_weights=True` or `input_positions`.
 
     Example:

@@ -86,13 +86,13 @@ def paged_attention(
 
     Masks and score mods see true positions: the position of a key is its index within its row's own text. In the first
     two forms the queries are the last T tokens in the cache (append first, then attend): query i of row b is at
-    `seq_lengths[b] - T + i`. In the third form it is at `seq_lengths[b] + i`. So `mask=causal()` is right for prefill
-    in any chunks; without a mask every token is attended. If T exceeds a row's length, its first queries are padding,
-    which attends nothing under a mask.
+    `seq_lengths[b] - T + i`. In the third form query i is at `seq_lengths[b] + i`. So `mask=causal()` is right for
+    prefill in any chunks; without a mask every token is attended. If T exceeds a row's length, its first queries are
+    padding, which attends nothing under a mask.
 
-    Tokens are read in chunks of about 128, and only chunks in use that the mask lets some query attend. Shapes do not
-    depend on lengths or block tables, so one compiled program serves all. Besides the arguments, a call needs memory
-    for one chunk and its scores, (batch, num_heads, T, 128).
+    Tokens are read in chunks of about 128. A chunk is skipped if it is not in use, or if no query may attend it. Shapes
+    do not depend on lengths or block tables, so one compiled program serves all. Besides the arguments, a call needs
+    memory for one chunk and its scores, (batch, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.

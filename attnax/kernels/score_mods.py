@@ -1,7 +1,7 @@
 """Score mods: functions `(scores, b, h, q, kv) -> scores` on the scaled float32 scores, before the softmax.
 
-The mods made here are callable pytrees: their arrays get gradients, and rebuilding one on every call compiles nothing
-new. A mod that only forbids pairs carries its mask, so that kernels skip the same tiles as with `mask=`.
+The mods made here are callable pytrees: their arrays get gradients, and a mod that is rebuilt on every call compiles
+nothing new. A mod that only forbids pairs carries its mask, so that kernels skip the same tiles as with `mask=`.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class ClippedBias(PerHead):
 def compose_score_mods(*mods: ScoreMod | None) -> ScoreMod | None:
     """One score mod that applies `mods` in order, skipping None. One mod is returned unchanged; no mods give None.
 
-    A pair that a mod forbids stays forbidden, whatever later mods do. Masks (`causal_mod()` and the like) are applied
-    together at the end, where kernels find them.
+    A pair that a mod forbids stays forbidden, also after later mods. Masks (`causal_mod()` and the like) are applied
+    together at the end, so that kernels find them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -222,10 +222,10 @@ def additive_bias_mod(bias: Float[ArrayLike, "..."]) -> ScoreMod:
 
     Args:
         bias: up to 4 axes that broadcast to (batch, num_heads, seq_q, seq_kv); it gets gradients. -inf forbids a pair,
-            but saves no work: give a mask where you can.
+            but saves no work: prefer a mask.
 
     Raises:
-        ValueError: a bias that is not floating or has more axes; on use, one that does not broadcast.
+        ValueError: a bias that is not floating or has more axes; on use, a bias that does not broadcast.
 
     Example:
         >>> import jax.numpy as jnp
@@ -303,7 +303,7 @@ def relative_bucket(
     _check_buckets("relative_bucket", num_buckets, max_distance, bidirectional)
     distance = jnp.asarray(distance, jnp.int32)
     begins = _bucket_begins(num_buckets // 2 if bidirectional else num_buckets, max_distance)
-    # Comparisons count the bucket. A GPU kernel has these, and has no table.
+    # Comparisons count the bucket without a table, so that a GPU kernel can compute the bucket.
     reach = abs(distance) if bidirectional else -distance
     bucket = jnp.zeros_like(distance)
     for begin in begins:
@@ -342,8 +342,8 @@ def relative_table_mod(table: Float[ArrayLike, "N distances"]) -> ScoreMod:
     """`scores + table[h, clip(q - kv, -clip, clip) + clip]`: a learned bias for each head and distance.
 
     Args:
-        table: (num_heads, 2 * clip + 1), from `clip` or more keys after the query to `clip` or more before it; it gets
-            gradients.
+        table: (num_heads, 2 * clip + 1), from `clip` or more keys after the query to `clip` or more before the query;
+            the table gets gradients.
 
     Raises:
         ValueError: a table of another shape or dtype; on use, a query with another number of heads.
@@ -430,7 +430,7 @@ def mask_mod_to_score_mod(mask_mod: Mask | MaskMod | Bool[ArrayLike, "..."]) -> 
     """-inf where `mask_mod(b, h, q, kv)` is False, for any mask: an object, a function or a boolean array.
 
     Raises:
-        ValueError: an array that is not boolean, or anything that cannot be called.
+        ValueError: an array that is not boolean, or an object that cannot be called.
 
     Example:
         >>> import jax.numpy as jnp

@@ -194,7 +194,7 @@ def _attend(
         keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
     # The contamination of the scores of a pair.
     of_query = jnp.where(query_finite, 0, jnp.nan)[..., None]
-    # Not by jnp.repeat: outside of jit it fails on a shard of a mesh with Explicit axes.
+    # Not jnp.repeat, which fails outside of jit on a shard of a mesh with Explicit axes.
     of_key = jnp.where(key_finite, 0, jnp.nan)[:, :, None, None, :]
     of_key = jnp.broadcast_to(of_key, (batch, num_kv_heads, num_heads // num_kv_heads, 1, seq_kv))
     of_key = of_key.reshape(batch, num_heads, 1, seq_kv)

@@ -32,7 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class MaskedScoreMod(NoTruth):
     """A score mod that carries a mask: `score_mod` first, then -inf where `mask` forbids the pair.
 
-    Kernels split it, so that a mask given as a score mod saves as much work as a mask given as `mask=`.
+    Kernels split such a mod, so that a mask given as a score mod saves as much work as a mask given as `mask=`.
     """
 
     score_mod: ScoreMod | None  # a pytree

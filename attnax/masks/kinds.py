@@ -39,7 +39,7 @@ class Causal(Mask):
 
 @pytree_dataclass
 class SlidingWindow(Mask):
-    """A query attends the `before - 1` keys before it, itself, and the `after - 1` keys after it."""
+    """A query attends `before - 1` keys before its position, its own key, and `after - 1` keys after its position."""
 
     before: int | ArrayLike
     after: int | ArrayLike

@@ -182,7 +182,7 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
     """The Mask of a boolean array (which broadcasts to (B, N, T, S)) or of a function `(b, h, q, kv) -> bool`.
 
     Raises:
-        ValueError: an array that is not boolean or has more than 4 axes, or anything that cannot be called.
+        ValueError: an array that is not boolean or has more than 4 axes, or an object that cannot be called.
     """
     if isinstance(mask, Mask):
         return mask

@@ -338,7 +338,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
     real = jnp.arange(cache.max_len, dtype=jnp.int32)[None] < cache.seq_lengths[:, None]
 
     def rows(pool: Pool) -> Array:
-        # An unused entry, -1, reads the last block of the pool: it lies past the length.
+        # An unused entry, -1, reads the last block of the pool; these tokens lie past the length.
         return jnp.where(real[:, None, :, None], jnp.moveaxis(read_blocks(pool, cache.block_table), 2, 1), 0)
 
     return rows(cache.key_pool), rows(cache.value_pool), cache.seq_lengths

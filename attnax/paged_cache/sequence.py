@@ -64,7 +64,7 @@ def append_kv(
     keys_new: Float[ArrayLike, "T K H"],
     values_new: Float[ArrayLike, "T K Hv"],
 ) -> PagedKVCache:
-    """Writes tokens behind the last one of one sequence, into blocks that it was given before.
+    """Writes tokens behind the last one of one sequence, into blocks that the sequence was given before.
 
     Args:
         cache: stays as it is; the result holds new pools, so that each call copies them. `append_rows` under jit,

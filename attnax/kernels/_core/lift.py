@@ -91,7 +91,7 @@ class Lifted:
             for i, x in zip(direct, given, strict=True):
                 values[i] = x
             modified = self._run(values, (scores, *indices), dict(zip(reads, read, strict=True)))
-            return jnp.broadcast_to(modified, scores.shape)  # smaller if it does not depend on the scores
+            return jnp.broadcast_to(modified, scores.shape)  # smaller if the result does not depend on the scores
 
         result, pull = jax.vjp(run, scores, [self.values[i] for i in direct], [x for x, _, _, _ in reads.values()])
 
@@ -209,8 +209,8 @@ def _spreads(eqn: JaxprEqn) -> bool:
 class Deferred:
     """A mask or score mod of Attnax, traced when a program is lowered for a platform that needs the trace.
 
-    Its arrays are operands until then. A user's function is lifted at once: it may read values of an enclosing
-    transformation, and these no longer exist when a program is lowered.
+    Its arrays are operands until then. A user's function is lifted at once: the function may read values of an
+    enclosing transformation, and these values no longer exist when a program is lowered.
 
     Attributes:
         arrays: the leaves that are arrays.

@@ -164,7 +164,7 @@ def _check_gather(eqn: JaxprEqn, captured: set[Var]) -> None:
 
 
 Gather = Callable[[JaxprEqn, tuple[Any, ...]], Any]
-"""The elements that a gather reads, given an index for each axis that it indexes."""
+"""The elements that a gather reads, given an index for each indexed axis."""
 
 Bind = Callable[[JaxprEqn, list[Any]], Any]
 """The result of an elementwise equation on values of natural shapes."""

@@ -51,7 +51,7 @@ def check_pairs(
 def lift_pairs(
     caller: str, function: Any, score_shape: tuple[int, ...], axes: frozenset[str], *, scores: Any = None
 ) -> Lifted | str:
-    """A mask or score mod lifted for arguments of any shapes, or the reason why it is tied to its shapes.
+    """A mask or score mod lifted for arguments of any shapes, or the reason why the function is tied to its shapes.
 
     Args:
         caller: the kernel, for errors.
@@ -154,7 +154,7 @@ def _holds_mark(numbers: Any) -> bool:
 def _compare(
     caller: str, run: Callable[..., Any], score_shape: tuple[int, ...], axes: frozenset[str], scores: Any
 ) -> Any:
-    """A program of the function at other sizes than the true ones.
+    """A program of the function at sizes other than the true sizes.
 
     Raises:
         RefusedError: the function mixes pairs, or depends on sizes.

@@ -47,9 +47,7 @@ class Program:
     results: tuple[Any, ...]
     structure: Hashable
     rules: dict[int, Any] = dataclasses.field(default_factory=dict)  # by equation, derivatives that were traced
-    found: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # by name, results of analysing the program, such as its split
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name, results of an analysis, as the split
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.structure == other.structure
@@ -205,7 +203,7 @@ def _param_structure(value: Any) -> Hashable:
 
 
 def needed_for(equations: Sequence[JaxprEqn], results: Iterable[Any], *, effects: bool = False) -> list[JaxprEqn]:
-    """The equations that some results need, and with `effects` those that effects need."""
+    """The equations that some results need, and with `effects` also the equations that effects need."""
     kept: list[JaxprEqn] = []
     wanted = {var for var in results if isinstance(var, Var)}
     for eqn in reversed(equations):

@@ -142,7 +142,7 @@ def _named(code: types.CodeType, module: dict[str, Any]) -> Iterator[Any]:
 
 
 def _members(kind: type) -> Iterator[Any]:
-    """The members of a user's class that run when an object of it is called or read."""
+    """The members of a user's class that run when an object of the class is called or read."""
     for name, value in vars(kind).items():
         is_code = callable(value) or hasattr(type(value), "__get__")
         if (

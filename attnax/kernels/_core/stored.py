@@ -33,7 +33,7 @@ class Source(Protocol):
     def num_chunks(self) -> Array:
         """The number of chunks to read.
 
-        It is traced: JAX would differentiate a loop of known length in reverse, without the contract for NaN.
+        The number is traced: JAX would differentiate a loop of known length in reverse, without the contract for NaN.
         """
 
     @property
@@ -79,7 +79,7 @@ class SlotChunks:
     def chunk(self, n: Array) -> Chunk:
         size, length = self.chunk_size, self.positions.shape[1]
         start = jnp.asarray(n, jnp.int32) * size
-        # The last chunk ends at `length`, so it may overlap the chunk before.
+        # The last chunk ends at `length`, so the last chunk may overlap the chunk before.
         first = jnp.minimum(start, length - size)
 
         def cut(x: Array, axis: int) -> Array:

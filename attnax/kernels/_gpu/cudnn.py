@@ -1,4 +1,4 @@
-"""cuDNN's attention for NVIDIA GPUs, through `jax.nn`, for the plain calls that it serves.
+"""cuDNN's attention for NVIDIA GPUs, through `jax.nn`, for the plain calls that cuDNN serves.
 
 The forward pass of cuDNN gives out and the log-sum-exp, and the backward pass reads both. JAX's public function is
 differentiable as a whole, and rounds the log-sum-exp. The pullback of that function is a pytree with both results as

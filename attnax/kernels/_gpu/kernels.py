@@ -1,8 +1,8 @@
 """Exact attention as Pallas kernels for NVIDIA GPUs.
 
-One program computes the results of one tile of queries (of keys, in the second backward kernel). It visits the listed
-tiles of the other side: full tiles, then partial tiles. `_gpu/tile.py` has the work at one tile. No two programs write
-the same element, so results are repeatable.
+One program computes the results of one tile of queries (of keys, in the second backward kernel). The program visits
+the listed tiles of the other side: full tiles, then partial tiles. `_gpu/tile.py` has the work at one tile. No two
+programs write the same element, so results are repeatable.
 
     forward       out, lse          a program for each tile of queries, loops over keys
     d_query       dq, mod's rows    a program for each tile of queries, loops over keys
@@ -201,10 +201,10 @@ def d_key_value_kernel(spec: KernelSpec, inputs: Inputs, outputs: dict[str, Any]
 
 
 def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
-    """The gradient of a table for one read of it, summed over some tiles of queries and all their keys.
+    """The gradient of a table for one of its reads, summed over some tiles of queries and all their keys.
 
-    A program holds a part of the table. For each tile it loops over the elements from the first to the last one that
-    the tile reads. In a table by distance these are few.
+    A program holds a part of the table. For each tile the program loops over the elements from the first to the last
+    one that the tile reads. In a table by distance these elements are few.
     """
     kernel, score_mod, num_q = Kernel(spec, inputs), spec.score_mod, spec.grid.num_q
     assert score_mod is not None
@@ -248,7 +248,7 @@ def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, 
 
 
 def d_pairs_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, Any]) -> None:
-    """The gradient of a table with an element for each pair, for one read of it, summed over rows and heads."""
+    """The gradient of a table with an element for each pair, for one of its reads, summed over rows and heads."""
     kernel, grid = Kernel(spec, inputs), spec.grid
     step, head, row = (pl.program_id(axis) for axis in range(3))
     rows, heads = outputs["table"].shape[:2]

@@ -48,7 +48,7 @@ class Setup:
 
     tile: Tile
     mask: Lifted | None
-    bounds: Lifted | BoundsAtPositions | None  # of the mask; None if it has none
+    bounds: Lifted | BoundsAtPositions | None  # of the mask; None without bounds
     is_opaque: bool
     score_mod: Lifted | None
     positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
@@ -87,7 +87,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
     Args:
         arrays: head sizes are powers of 2; with `pages`, key and value are pages (P, page, K, H).
         setup: the other arguments.
-        pages: int32 (B, num_pages), where the pages of a row lie; None for keys in place.
+        pages: int32 (B, num_pages), the block table; None for keys in one piece.
     """
     spec, inputs = _prepare(arrays, setup, pages)
     # A test of all keys beforehand would take as long as the attention.

@@ -157,7 +157,7 @@ def why_not_split(lifted: Lifted) -> str | None:
 
 
 def _split_or_reason(lifted: Lifted) -> Split | str:
-    """The split of a program, made once and kept with it, or the reason why there is none."""
+    """The split of a program, made once and kept with the program, or the reason why there is no split."""
     program = lifted.program
     if "split" not in program.found:
         reason = lifted.refusal or why_not_natural(program, KERNEL_ELEMENTWISE)

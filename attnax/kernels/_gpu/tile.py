@@ -62,14 +62,14 @@ class Inputs(NamedTuple):
     key: Any  # (B, K, S, H)
     value: Any  # (B, K, S, V)
     scale: Any  # (1,) float32
-    tiles: TileList | None  # for each tile of queries; None where all are full
+    tiles: TileList | None  # for each tile of queries; None if all are full
     turned: TileList | None  # for each tile of keys
     codes: Any  # (B', N', num_q, num_kv), or None
     any_non_finite: Any  # (B, K) int32: whether a head holds a non-finite row; None if not computed
     finite: Any  # (B, K, S) int32: which keys and values are finite; None if not computed: the kernel tests them
     dropout: Any  # (4,) uint32, or None
     mask: tuple[Any, ...]  # operands of the mask, (B', N', T', S')
-    mask_tables: tuple[Any, ...]  # the arrays that it loads from, one for each read
+    mask_tables: tuple[Any, ...]  # the arrays that the mask loads from, one for each read
     mod: tuple[Any, ...]
     mod_tables: tuple[Any, ...]
     d_out: Any = None  # (B, N, T, V)
@@ -292,7 +292,7 @@ class Kernel:
         return (weights, d_scores, ()) if pull is None else (weights, *pull(d_scores))
 
     def is_visited(self, place: TilePlace) -> Any:
-        """1 for a tile that is not empty, 0 for one that is."""
+        """1 for a full or partial tile, 0 for an empty tile."""
         codes = self.inputs.codes
         if codes is None:
             return 1
@@ -316,7 +316,7 @@ class Kernel:
         return found[0]
 
     def no_full_tiles(self, b: Any, h: Any) -> Any:
-        """Whether every tile of the head counts as partial; None where all tiles of all heads do."""
+        """Whether every tile of the head counts as partial; None if all tiles of all heads are partial."""
         any_non_finite = self.inputs.any_non_finite
         return None if any_non_finite is None else any_non_finite[b, h // self.spec.shared] != 0
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class TileGrid(NamedTuple):
-    """Queries and keys in tiles. The last tile begins earlier if it would pass the end."""
+    """Queries and keys in tiles. The last tile begins earlier, so that the tile does not pass the end."""
 
     seq_q: int  # without padding; fewer than a tile are padded
     seq_kv: int
@@ -83,7 +83,7 @@ class TileGrid(NamedTuple):
 class TileList(NamedTuple):
     """For each tile along one axis, the tiles along the other: full ones first, then partial, then empty ones.
 
-    B' and N' are 1 where the mask is the same for all.
+    B' and N' are 1 if the mask is the same for all rows or heads.
     """
 
     order: Array  # (B', N', rows, columns) int32
@@ -143,7 +143,7 @@ def tile_codes(
         grid: of the tiles.
         batch: B.
         heads: N.
-        bounds: of the mask; None if it has none.
+        bounds: of the mask; None if the mask has no bounds.
         mask: the mask itself.
         is_opaque: whether pairs must decide where bounds cannot.
         positions: (T,) and (S,), the indices that the mask sees of queries and keys; by default 0, 1, and so on.

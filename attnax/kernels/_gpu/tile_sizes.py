@@ -64,7 +64,7 @@ LARGER = {
     ("backward", 16, 256): Tile(64, 32, 8, 2),
 }
 
-# In place of both tables for kernels that draw dropout or load something for each pair: larger tiles would spill
+# In place of both tables for kernels that draw dropout or load elements for each pair: larger tiles would spill
 # registers.
 BUSY = {
     ("forward", 16, 128): Tile(64, 64, 8, 2),
@@ -91,7 +91,7 @@ _NAMES = {
 def running_card() -> int:
     """Ten times the compute capability of the GPU of a program that is traced now; 0 if unknown.
 
-    The mesh that the program is traced under may name the GPU (`jax.sharding.AbstractDevice`); by default it is the GPU
+    The mesh that the program is traced under may name the GPU (`jax.sharding.AbstractDevice`); the default is the GPU
     of this process.
     """
     device = abstract_device()

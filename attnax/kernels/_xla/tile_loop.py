@@ -56,7 +56,7 @@ Shape = tuple[int, int, int, int, int]
 
 
 def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
-    """(rows of the batch, heads, queries, keys) of a tile, as masks and score mods see it."""
+    """(rows of the batch, heads, queries, keys) of a tile, as masks and score mods see the tile."""
     _, heads, _, kv_heads, _ = shape
     rows = max(1, tiles.groups // kv_heads)
     return rows, tiles.groups // rows * (heads // kv_heads), tiles.queries, tiles.keys
@@ -422,7 +422,7 @@ _MOST = 512  # queries or keys of a tile
 
 
 def _even(length: int) -> int:
-    """The tile of at most `_MOST` that cuts `length` most evenly, in whole 16s where there are several tiles."""
+    """The tile of at most `_MOST` that cuts `length` most evenly; a multiple of 16 if there are several tiles."""
     count = -(-length // _MOST)
     return length if count == 1 else -(-length // (16 * count)) * 16
 
