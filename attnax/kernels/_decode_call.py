@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.kernels._core.dropout import dropout_words
+from attnax.kernels._core.dropout import rate_of, words_of
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import defer
 from attnax.kernels._core.mesh import vary, vary_all, vary_with, varying_axes
@@ -44,8 +44,7 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
     """(out, log-sum-exp), in float32 at least, of the queries over the tokens of all sources."""
     query, options = call.query, call.options
     mask, score_mod, scale = options["mask"], options["score_mod"], options["scale"]
-    rate, rng = 0.0 if options["deterministic"] else options["dropout_rate"], options["dropout_rng"]
-    words = dropout_words(rng) if rate > 0.0 and rng is not None else None
+    words = words_of(options)
     b = jnp.arange(query.shape[0], dtype=jnp.int32) if call.b is None else call.b
     queries = Queries(scale_query(query, scale, has_score_mod=score_mod is not None), b, call.positions, words)
     queries, sources, functions = _lift(call, queries)
@@ -57,7 +56,7 @@ def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
         is_opaque = mask is not None and mask.is_opaque
         kernel = DecodeInputs(query, scale, call.positions, call.arrays, bounds, is_opaque)
         kernel = vary_all(kernel, axes)
-    return _attend(queries, sources, functions, kernel, dropout_rate=rate)
+    return _attend(queries, sources, functions, kernel, dropout_rate=rate_of(options))
 
 
 @partial(jax.jit, static_argnames="dropout_rate")  # so that a call outside of jit compiles once

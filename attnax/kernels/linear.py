@@ -11,6 +11,7 @@ from jax import lax
 
 from attnax.cache import LinearState
 from attnax.checks import check_attention, wide_dtype
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionFnOptions, Float, MaskMod, ScoreMod, Shaped
@@ -201,7 +202,7 @@ def _phi(x: Array) -> Array:
 
 def _query_features(query: Array) -> tuple[Array, Array]:
     """The phi of each query up to a factor, and True for each finite query."""
-    finite = jnp.isfinite(query).all(-1)
+    finite = is_finite(query)
     query = jnp.where(finite[..., None], query.astype(wide_dtype(query.dtype)), 0)
     # Below 0 phi is exp, so a shift is a factor that the division cancels. With the shift no query underflows.
     peak = lax.stop_gradient(query.max(-1, keepdims=True))
@@ -211,7 +212,7 @@ def _query_features(query: Array) -> tuple[Array, Array]:
 def _key_features(key: Array, value: Array, real: Array) -> tuple[Array, Array, Array]:
     """phi(key) and value, both 0 for padding and non-finite keys, and True for real, non-finite keys (B, K, S)."""
     dtype = wide_dtype(key.dtype)
-    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    finite = is_finite(key) & is_finite(value)
     real = real[:, None]
     counts = (finite & real)[..., None]
     features = jnp.where(counts, _phi(jnp.where(counts, key.astype(dtype), 0)), 0)
@@ -228,7 +229,7 @@ def _add_keys(state: LinearState | None, features: Array, value: Array, non_fini
 
 def _read_state(state: LinearState, features: Array) -> tuple[Array, Array, Array]:
     """Numerator, denominator, and True for each head that a non-finite key has contaminated."""
-    finite = jnp.isfinite(state.key_sum).all(-1)
+    finite = is_finite(state.key_sum)
     key_sum = jnp.where(finite[..., None], state.key_sum, 0)
     numerator = _einsum("BKGTH,BKHV->BKGTV", features, state.key_value_sum)
     denominator = _einsum("BKGTH,BKH->BKGT", features, key_sum)
@@ -239,7 +240,7 @@ def _finish(numerator: Array, denominator: Array, contaminated: Array, finite: A
     """The quotient: 0 where nothing is attended, NaN in a contaminated row and for a non-finite query."""
     attended = denominator >= jnp.finfo(denominator.dtype).tiny
     contaminated = contaminated | (attended & ~finite)
-    contaminated = contaminated | ~jnp.isfinite(numerator).all(-1) | ~jnp.isfinite(denominator)
+    contaminated = contaminated | ~is_finite(numerator) | ~jnp.isfinite(denominator)
     divides = attended & ~contaminated
     # The derivative of a quotient holds 1 / denominator^2, which overflows below 1e-19, so it is scaled to 1 first.
     denominator = jnp.where(divides, denominator, 1)

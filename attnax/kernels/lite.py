@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.checks import check_attention, wide_dtype
-from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.dropout import dropout_of, dropout_words
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.key_padding import split_mask
 from attnax.masks import Mask, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionFnOptions, Float, MaskMod, ScoreMod, Shaped
@@ -82,7 +83,7 @@ def lite_attention(
         x.astype(dtype) for x in (query.reshape(*grouped, head_dim), key[:, :, None], value[:, :, None])
     )
     real = jnp.broadcast_to(real[:, None, None], grouped)
-    finite = real & jnp.isfinite(query).all(-1) & jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    finite = real & is_finite(query) & is_finite(key) & is_finite(value)
     # Both factors become 0: the gradient of one factor is 0 times the other, which may be NaN.
     query, key, value = (jnp.where(finite[..., None], x, 0) for x in (query, key, value))
 
@@ -96,8 +97,7 @@ def lite_attention(
     if dropout_rate > 0.0 and not deterministic:
         assert dropout_rng is not None
         b, h, position = jnp.ix_(*(jnp.arange(size) for size in (batch, num_heads, length)))
-        kept = keep_weights(dropout_words(dropout_rng), dropout_rate, b, h, position, position)
-        weights = jnp.where(kept.reshape(grouped), weights / (1.0 - dropout_rate), 0)
+        weights = dropout_of(dropout_words(dropout_rng), dropout_rate, b, h, position, position)(weights)
     out = jnp.where((real & contaminated)[..., None], jnp.nan, weights[..., None] * value)
     return out.reshape(batch, num_heads, length, value_dim).astype(out_dtype)
 

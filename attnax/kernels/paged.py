@@ -355,7 +355,7 @@ def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) 
     """Raises ValueError for an array over the new tokens alone if there are tokens in the cache."""
     if new is None or not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
         return
-    if 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
+    if mask.ndim and 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
         raise ValueError(
             "paged_attention: columns of an array are positions, and tokens in the cache come before the new ones; "
             f"got mask.shape={mask.shape} for {new[0].shape[2]} new tokens behind "

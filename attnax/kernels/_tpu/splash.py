@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.mesh import varying_axes
 from attnax.kernels.score_mods import SoftCap
 from attnax.masks import Causal, Mask, SlidingWindow
@@ -104,7 +105,7 @@ def splash_backward(
     given = _make_finite(query, key, value, scale, mask)
     # The cotangent of a sum is a constant: without the barrier XLA would test its rows while it compiles.
     d_out = lax.optimization_barrier(d_out)
-    contaminated = given.contaminated | ~_is_finite(d_out)
+    contaminated = given.contaminated | ~is_finite(d_out)
     d_out, out = (jnp.where(contaminated[..., None], 0, x).astype(query.dtype) for x in (d_out, out))
     lse = jnp.where(contaminated, 0, lse).astype(jnp.float32)
     with _precision(query):
@@ -196,19 +197,15 @@ class FiniteInputs(NamedTuple):
 
 def _make_finite(query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None) -> FiniteInputs:
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    finite_keys = _is_finite(key) & _is_finite(value)
+    finite_keys = is_finite(key) & is_finite(value)
     by_keys = _reach(~finite_keys, mask, query.shape[2], backwards=False)
-    contaminated = ~_is_finite(scaled) | jnp.repeat(by_keys, query.shape[1] // key.shape[1], axis=1)
+    contaminated = ~is_finite(scaled) | jnp.repeat(by_keys, query.shape[1] // key.shape[1], axis=1)
     return FiniteInputs(
         jnp.where(contaminated[..., None], 0, scaled),
         jnp.where(finite_keys[..., None], key, 0),
         jnp.where(finite_keys[..., None], value, 0),
         contaminated,
     )
-
-
-def _is_finite(x: Array) -> Array:
-    return jnp.isfinite(x).all(-1)
 
 
 def _reach(marked: Array, mask: Mask | None, length: int, *, backwards: bool) -> Array:

@@ -14,6 +14,7 @@ from jax import lax
 
 from attnax.kernels._core import softmax
 from attnax.kernels._core.dropout import dropout_of
+from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
@@ -114,6 +115,6 @@ def visit_chunk(
 
 def _replace_non_finite(key: Array, value: Array) -> tuple[Array, Array, Array]:
     """Keys and values with zeros for non-finite ones, and the contamination of their scores: (B, K, S), NaN or 0."""
-    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    finite = is_finite(key) & is_finite(value)
     key, value = (jnp.where(finite[..., None], x, 0) for x in (key, value))
     return key, value, jnp.where(finite, 0, jnp.nan).astype(key.dtype)
