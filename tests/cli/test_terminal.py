@@ -207,7 +207,10 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(hub):
     out, error = done.stdout.decode(), done.stderr.decode()
     assert out.splitlines()[-1] == "1 0 2 2"
     assert "unheard_of" in out and "passed over   n_special" in out
-    assert "tiny/nothing: there is no such folder, and the hub has no such public model" in error and "Traceback" not in error
+    assert (
+        "tiny/nothing: there is no such folder, and the hub has no such public model" in error
+        and "Traceback" not in error
+    )
     assert "no such revision of it; got revision='v3'" in error
 
 

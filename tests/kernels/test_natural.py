@@ -1,5 +1,6 @@
 """A user's function is traced once a call, at sizes that no array has, and runs at any shapes."""
 
+import collections
 import functools
 import warnings
 from typing import NamedTuple
@@ -320,5 +321,17 @@ def test_what_names_no_size_is_not_looked_into_further():
     for function in (nested, Looking(), functools.partial(nested, 1), jax.jit(nested), masks.causal() & nested):
         assert could_read_sizes(function)
     plain = lambda s, *_: s + jnp.asarray(TABLE)[0, 0]
-    for function in (plain, functools.partial(biased), jax.jit(plain), compose_score_mods(soft_cap_mod(3.0), plain)):
+    counts = collections.Counter()
+
+    def counting(s, *_):
+        counts["calls"] += 1
+        return s
+
+    for function in (
+        plain,
+        counting,
+        functools.partial(biased),
+        jax.jit(plain),
+        compose_score_mods(soft_cap_mod(3.0), plain),
+    ):
         assert not could_read_sizes(function)

@@ -8,6 +8,7 @@ inspected counts as telling a size.
 from __future__ import annotations
 
 import builtins
+import collections
 import dis
 import functools
 import types
@@ -33,7 +34,13 @@ _TELLING_INSTRUCTIONS = (
 )
 # fmt: on
 # A size that functions of these packages use shows in the program: as an iota, a reduced axis or a number.
-_KNOWN = frozenset(("attnax", "builtins", "flax", "functools", "jax", "jaxlib", "jaxtyping", "math", "numpy", "typing"))
+# fmt: off
+_KNOWN = frozenset((
+    "attnax", "builtins", "collections", "dataclasses", "enum", "flax", "functools", "jax", "jaxlib", "jaxtyping",
+    "math", "numpy", "time", "typing",
+))
+# fmt: on
+_CONTAINERS = (tuple, list, set, frozenset, dict, collections.deque)
 _CONSTANTS = (jax.Array, np.ndarray, np.generic)
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), slice)
 _NOT_CALLED = frozenset(("__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__"))
@@ -75,8 +82,8 @@ def _reached_from(x: Any) -> Iterable[Any]:
     kind = type(x)
     if isinstance(x, _CONSTANTS) or kind in _PLAIN:
         return ()
-    if kind in (tuple, list, set, frozenset, dict):
-        return x.values() if kind is dict else x
+    if kind in _CONTAINERS or (isinstance(x, _CONTAINERS) and _is_known(kind)):
+        return x.values() if isinstance(x, dict) else tuple(x)
     if kind is types.FunctionType:
         return _of_function(x)
     if kind in _HELD:
@@ -91,9 +98,9 @@ def _reached_from(x: Any) -> Iterable[Any]:
         return () if _is_known(x) else [y for base in x.__mro__ if not _is_known(base) for y in _members(base)]
     if isinstance(x, functools.partial) and _is_known(kind):
         return x.func, x.args, x.keywords
-    if _is_known(kind) and (isinstance(x, tuple) or kind.__name__ == "PjitFunction"):  # that of `jax.jit`
-        return tuple(x) if isinstance(x, tuple) else (x.__wrapped__,)
-    if isinstance(x, tuple | list | dict | set | frozenset | types.ModuleType) or not _has_plain_attributes(kind):
+    if kind.__name__ == "PjitFunction" and _is_known(kind):  # that of `jax.jit`
+        return (x.__wrapped__,)
+    if isinstance(x, (*_CONTAINERS, types.ModuleType)) or not _has_plain_attributes(kind):
         raise TellingError
     try:
         held = list(object.__getattribute__(x, "__dict__").values())  # no method of a user's class runs
