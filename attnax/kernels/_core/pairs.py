@@ -88,13 +88,15 @@ def _examine(
         if traced is not None and _is_of_pairs(traced, lifted, scores):
             return lifted
         last = _compare(caller, run, score_shape, axes, scores)
+    if isinstance(lifted, str):
+        return lifted
     try:
-        if traced is not None and not axes:
-            _check_same(last, traced)
-            return lifted
-    except RefusedError:  # the program differs at marked sizes, which are larger than the true sizes
-        pass
-    return lifted if isinstance(lifted, str) else "it may read the sizes of its arguments"
+        if axes:  # the compared sizes were small, so a branch by size may be unseen
+            raise RefusedError("may read the sizes of its arguments")
+        _check_same(last, traced)
+    except RefusedError as reason:  # at true sizes the function is allowed; it is traced again at those of a tile
+        return f"it {reason}"
+    return lifted
 
 
 def lift_where_it_can(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Lifted | str]:

@@ -28,13 +28,11 @@ _TELLING = frozenset((
     "hasattr", "iter", "itemsize", "len", "linearize", "list", "make_jaxpr", "map", "max", "min", "nbytes", "next",
     "psum", "repr", "reversed", "set", "shape", "size", "sorted", "str", "sum", "tuple", "typeof", "vars", "zip",
 ))
-# Instructions that iterate or print. Code with an exception table may catch an error that a size caused.
+# Instructions that iterate, print or build a class.
 _TELLING_INSTRUCTIONS = (
     "FORMAT_", "FOR_ITER", "GET_ITER", "MATCH_", "UNPACK_", "LOAD_FROM_DICT", "LOAD_BUILD_CLASS", "CONVERT_VALUE",
 )
-# fmt: on
 # A size that functions of these packages use shows in the program: as an iota, a reduced axis or a number.
-# fmt: off
 _KNOWN = frozenset((
     "attnax", "builtins", "collections", "dataclasses", "enum", "flax", "functools", "jax", "jaxlib", "jaxtyping",
     "math", "numpy", "time", "typing",
@@ -123,7 +121,7 @@ def _of_function(x: types.FunctionType) -> Iterable[Any]:
 
 def _named(code: types.CodeType, module: dict[str, Any]) -> Iterator[Any]:
     """The values of the names in the code of a function and of its inner functions."""
-    if code.co_exceptiontable or set(code.co_names) & _TELLING:
+    if code.co_exceptiontable or set(code.co_names) & _TELLING:  # code may catch an error that a size caused
         raise TellingError
     attributes = set(code.co_names)
     for step in dis.get_instructions(code):
