@@ -126,30 +126,35 @@ wheel: $(VENV)/.dev
 	cd build/wheel && env/bin/python ../../tests/smoke.py
 	rm -rf build/wheel
 
+# A page holds a section for each kind of machine, and a run replaces that of its own kind. `make bench KIND=avx2` runs as on a
+# machine without AVX-512, also on one that has it.
+$(if $(filter-out avx2,$(KIND)),$(error KIND= takes avx2 only, which hides AVX-512))
+BENCH = $(if $(KIND),$(BIN)/python benchmarks/without_avx512.py )$(BIN)/python
+
 bench: $(VENV)/.dev $(TORCH)/.made
-	$(BIN)/python benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
+	$(BENCH) benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
 
 bench-first-token: $(VENV)/.train
-	$(BIN)/python benchmarks/first_token.py --markdown docs/first-token-cpu.md
+	$(BENCH) benchmarks/first_token.py --markdown docs/first-token-cpu.md
 
 bench-train: $(VENV)/.dev $(TORCH)/.made
-	$(BIN)/python benchmarks/train.py
+	$(BENCH) benchmarks/train.py
 
 bench-moe: $(VENV)/.dev
-	$(BIN)/python benchmarks/moe.py
+	$(BENCH) benchmarks/moe.py
 
 bench-models: $(VENV)/.dev $(TORCH)/.made
-	$(BIN)/python benchmarks/models.py --markdown docs/models-cpu.md
+	$(BENCH) benchmarks/models.py --markdown docs/models-cpu.md
 
 bench-decode: $(VENV)/.dev $(TORCH)/.made
-	$(BIN)/python benchmarks/decode.py --markdown docs/decode-cpu.md
+	$(BENCH) benchmarks/decode.py --markdown docs/decode-cpu.md
 
 bench-load: $(VENV)/.dev $(TORCH)/.made
-	$(BIN)/python benchmarks/load.py
+	$(BENCH) benchmarks/load.py
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
-	$(BIN)/python benchmarks/speculative.py --markdown docs/speculative-cpu.md
+	$(BENCH) benchmarks/speculative.py --markdown docs/speculative-cpu.md
 
 # On a machine with an NVIDIA GPU, like test-gpu; compares with PyTorch too if torch is installed.
 bench-gpu:

@@ -10,11 +10,12 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from _cases import CAP, CLIP, Arrays, Case, common_cases, jax_results
+from _flops import attention_flops
 from _pairs import Work, serve_cases
 
 HEADS, HEAD_DIM, WINDOW = 8, 64, 512
@@ -74,17 +75,38 @@ class Job:
         return [rng.standard_normal(self.shape, np.float32) for _ in range(4)]
 
     def dense_mask(self, extra: Arrays) -> np.ndarray:
-        """The mask as an array (B or 1, 1, T or 1, S), computed by rows to save memory."""
-        keep, (batch, _, length, _) = CASES[self.case].keep, self.shape
-        assert keep is not None
+        """The mask as an array (B or 1, 1, T or 1, S)."""
         if self.case == "padding":
-            return np.asarray(keep(np.arange(batch).reshape(-1, 1, 1, 1), 0, 0, np.arange(length), extra))
-        mask = np.empty((1, 1, length, length), bool)
-        keys = np.arange(length, dtype=np.int32)
-        for first in range(0, length, 1024):
-            rows = keys[first : first + 1024, None]
-            mask[0, 0, first : first + 1024] = keep(0, 0, rows, keys, extra)
+            return self._padding(extra)
+        mask = np.empty((1, 1, self.length, self.length), bool)
+        for rows, block in self._mask_rows(extra):
+            mask[0, 0, rows] = block
         return mask
+
+    def _padding(self, extra: Arrays) -> np.ndarray:
+        keep = CASES["padding"].keep
+        assert keep is not None
+        return np.asarray(keep(np.arange(self.shape[0]).reshape(-1, 1, 1, 1), 0, 0, np.arange(self.length), extra))
+
+    def _mask_rows(self, extra: Arrays) -> Iterator[tuple[slice, np.ndarray]]:
+        """The mask by rows, to save memory."""
+        keep = CASES[self.case].keep
+        assert keep is not None
+        keys = np.arange(self.length, dtype=np.int32)
+        for first in range(0, self.length, 1024):
+            rows = slice(first, first + 1024)
+            yield rows, keep(0, 0, keys[rows, None], keys, extra)
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """The operations of the products of the pairs that the mask allows."""
+        if CASES[self.case].keep is None:
+            pairs = self.heads * self.length**2
+        elif self.case == "padding":
+            pairs = self.shape[1] * self.length * int(np.count_nonzero(self._padding(self.extra)))
+        else:
+            pairs = self.heads * sum(int(np.count_nonzero(block)) for _, block in self._mask_rows(self.extra))
+        return attention_flops(pairs, HEAD_DIM, backward=self.backward)
 
 
 class CannotError(Exception):

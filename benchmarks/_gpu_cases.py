@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from _cases import CAP, Arrays, common_cases, document_ids, jax_results
+from _flops import FLOPS_OF_PAIR
 
 WINDOW = 1024
 CASES = common_cases(WINDOW)
@@ -26,8 +27,6 @@ SIDES = {
     "flex": "torch Flex",
 }
 PASSES = ("forward", "forward + backward")
-# Floating-point operations for each pair of a query and a key that the mask allows, divided by the head size.
-FLOPS = {"forward": 4, "backward": 10, "forward + backward": 14}
 SETS = 3  # of inputs, used in turn
 MOST_BIAS_BYTES = 6e9
 PERIOD = 2**20 - 3  # numbers drawn for an array; a prime, so that repeated numbers stand in other places of a row
@@ -74,7 +73,7 @@ class Job:
 
     def flops(self, name: str) -> float:
         """Floating-point operations of a pass; only pairs that the mask allows count."""
-        return float(FLOPS[name] * PAIRS[self.case](self.length) * self.batch * self.heads * self.head_dim)
+        return float(FLOPS_OF_PAIR[name] * PAIRS[self.case](self.length) * self.batch * self.heads * self.head_dim)
 
 
 @dataclasses.dataclass

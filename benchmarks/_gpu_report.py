@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_cases import ATTNAX, CASES, FLOPS, PASSES, SIDES, Job
+from _flops import FLOPS_OF_PAIR
+from _gpu_cases import ATTNAX, CASES, PASSES, SIDES, Job
 from _pages import markdown_table
 
 PEERS = tuple(side for side in SIDES if side not in ATTNAX)
@@ -25,7 +26,7 @@ Sides = dict[str, dict[str, dict[str, Any]]]
 def rows_of(job: Job, sides: Sides) -> list[dict[str, Any]]:
     """A row for each pass, also for the backward pass alone, with milliseconds, TFLOP/s and ratios."""
     rows = []
-    for name in FLOPS:
+    for name in FLOPS_OF_PAIR:
         cells = {side: _cell(job, name, passes) for side, passes in sides.items()}
         ratios = {words: _ratio(cells, side, peers) for words, (side, peers) in RATIOS.items()}
         rows.append({**dataclasses.asdict(job), "pass": name, "sides": cells, "ratios": ratios})

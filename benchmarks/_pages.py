@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["markdown_table", "show", "write_section"]
+__all__ = ["markdown_table", "show", "write_kind", "write_section"]
 
 _END = "<!-- end -->"
 
@@ -21,6 +21,18 @@ def write_section(page: Path, command: str, text: str) -> None:
     if not begin or not end:
         raise ValueError(f"{page} has no place for a table: <!-- {command} --> and, on a later line, {_END}.")
     page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+
+
+def write_kind(page: Path, command: str, kind: str, text: str) -> None:
+    """Replaces the text of a kind of machine, between `<!-- command, kind -->` and the next `<!-- end -->`.
+
+    A page without that place, or no page yet, gets it at the end.
+    """
+    name = f"{command}, {kind}"
+    written = page.read_text() if page.exists() else ""
+    if f"<!-- {name} -->\n" not in written:
+        page.write_text(f"{written}\n<!-- {name} -->\n{_END}\n".lstrip())
+    write_section(page, name, text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

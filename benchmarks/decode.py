@@ -11,6 +11,9 @@ PyTorch's model is GPT2LMHeadModel with its defaults: eager, scaled_dot_product_
 - `generate`: greedy, whole calls, with the time to read the prompt.
 - `steps`: decode steps after tokens that are written into the cache directly.
 - `storage`: 8-bit keys and values, and the ring of a window: speed, error, bytes.
+
+"Of peak" is the share of a median that the products would take at the peak. A step of one token is mostly the time to
+read weights and caches, so its share is small.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import functools
 import importlib
 import itertools
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from _flops import attention_flops, linear_flops, share
 
 Prepared = tuple[Callable[[], Any] | None, dict[str, Any]]
 
@@ -52,6 +56,21 @@ class Plan:
 
 FULL = Plan(SIZE, 64, 64, (1, 8, 32), (1, 8), (128, 512, 1024, 2048, 4000), (144, 1024, 4096))
 QUICK = Plan(SMALL, 8, 8, (1, 2), (1, 2), (32, 128), (48, 256))
+
+
+def flops(case: dict[str, Any]) -> float:
+    """The operations of the products of a call."""
+    size, batch = case["size"], case["batch"]
+    layers, width, hidden = size["layers"], size["width"], size["hidden"]
+    before = case.get("filled", 0)
+    # The last token that is written is not read; the prompt's logits are needed after its last token only.
+    tokens, logits = (STEPS, STEPS) if case["work"] == "steps" else (case["prompt"] + case["new"] - 1, case["new"])
+    pairs = before * tokens + tokens * (tokens + 1) // 2
+    return batch * (
+        linear_flops(layers * (4 * width**2 + 2 * width * hidden), tokens)
+        + linear_flops(width * size["vocabulary"], logits)
+        + attention_flops(layers * size["heads"] * pairs, width // size["heads"])
+    )
 
 
 # Attnax's side.
@@ -316,26 +335,36 @@ def head(*cells: str) -> list[str]:
     return [row(*cells), "|" + "---|" * len(cells)]
 
 
-def generate_tables(plan: Plan, rounds: int) -> list[str]:
+def with_share(names: tuple[str, ...]) -> list[str]:
+    return [column for name in names for column in (name, "of peak")]
+
+
+def shared(shown: str, case: dict[str, Any], values: list[float], peak: float) -> tuple[str, str]:
+    """The cells of a side: a figure, and the share of its median that the products would take at the peak."""
+    return shown, share(flops(case), statistics.median(values), peak)
+
+
+def generate_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     names = (CONTIGUOUS, PAGED, HUGGING_FACE)
-    common = {"work": "generate", "size": plan.size, "prompt": plan.prompt}
+    common: dict[str, Any] = {"work": "generate", "size": plan.size, "prompt": plan.prompt}
     lengths = list(itertools.product(plan.batches, (plan.new, 1)))
-    seconds = measure(names, [common | {"batch": batch, "new": new} for batch, new in lengths], rounds)
-    whole, first = seconds[::2], seconds[1::2]
+    cases = [common | {"batch": batch, "new": new} for batch, new in lengths]
+    measured = list(zip(cases, measure(names, cases, rounds), strict=True))
     ratios = [f"{name} / {HUGGING_FACE}" for name in names[:2]]
     lines = [f"Greedy, {plan.prompt} tokens of prompt and {plan.new} new tokens, tokens a second of whole calls.", ""]
-    lines += head("batch", *names, *ratios)
-    for batch, times in zip(plan.batches, whole, strict=True):
-        cells = [rate(times[name], batch * plan.new) for name in names]
-        lines.append(row(batch, *cells, *(ratio(times, name) for name in names[:2])))
-    lines += ["", f"Time to the first token, {plan.prompt} tokens of prompt, ms.", "", *head("batch", *names, *ratios)]
-    for batch, times in zip(plan.batches, first, strict=True):
-        cells = [milliseconds(times[name]) for name in names]
-        lines.append(row(batch, *cells, *(ratio(times, name) for name in names[:2])))
+    columns = head("batch", *with_share(names), *ratios)
+    lines += columns
+    for case, times in measured[::2]:
+        cells = [shared(rate(times[name], case["batch"] * plan.new), case, times[name], peak) for name in names]
+        lines.append(row(case["batch"], *itertools.chain(*cells), *(ratio(times, name) for name in names[:2])))
+    lines += ["", f"Time to the first token, {plan.prompt} tokens of prompt, ms.", "", *columns]
+    for case, times in measured[1::2]:
+        cells = [shared(milliseconds(times[name]), case, times[name], peak) for name in names]
+        lines.append(row(case["batch"], *itertools.chain(*cells), *(ratio(times, name) for name in names[:2])))
     return lines
 
 
-def steps_tables(plan: Plan, rounds: int) -> list[str]:
+def steps_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     names = (CONTIGUOUS, PAGED, HUGGING_FACE)
     largest = max(plan.capacities)
     places = [(capacity, plan.filled[0]) for capacity in plan.capacities]
@@ -348,16 +377,22 @@ def steps_tables(plan: Plan, rounds: int) -> list[str]:
     lines = [
         f"A decode step, ms, mean of {STEPS} steps after the tokens in the cache; {HUGGING_FACE} has no capacity.",
         "",
-        *head("batch", "capacity", "tokens in it", *names, *(f"{name} / {HUGGING_FACE}" for name in names[:2])),
+        *head(
+            "batch",
+            "capacity",
+            "tokens in it",
+            *with_share(names),
+            *(f"{name} / {HUGGING_FACE}" for name in names[:2]),
+        ),
     ]
     for case, times in zip(cases, measure(names, cases, rounds), strict=True):
-        cells = [milliseconds(times[name], STEPS) for name in names]
+        cells = [shared(milliseconds(times[name], STEPS), case, times[name], peak) for name in names]
         ratios = [ratio(times, name) for name in names[:2]]
-        lines.append(row(case["batch"], case["capacity"], case["filled"], *cells, *ratios))
+        lines.append(row(case["batch"], case["capacity"], case["filled"], *itertools.chain(*cells), *ratios))
     return lines
 
 
-def storage_tables(plan: Plan, rounds: int) -> list[str]:
+def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     batch, capacity, names = plan.step_batches[-1], max(plan.capacities), (CONTIGUOUS, INT8)
     common: dict[str, Any] = {"size": plan.size, "batch": batch, "prompt": plan.prompt, "new": plan.new}
     full = {"work": "steps", "capacity": capacity, "filled": plan.filled[-1]}
@@ -366,15 +401,15 @@ def storage_tables(plan: Plan, rounds: int) -> list[str]:
     lines = [
         f"Keys and values in 8 bits, contiguous, batch {batch}.",
         "",
-        *head("", "float32", "int8", "int8 / float32"),
+        *head("", *with_share(("float32", "int8")), "int8 / float32"),
         row(
             f"tokens a second, {plan.prompt} + {plan.new}",
-            *(rate(whole[name], batch * plan.new) for name in names),
+            *itertools.chain(*(shared(rate(x, batch * plan.new), cases[0], x, peak) for x in whole.values())),
             ratio(whole, INT8, CONTIGUOUS),
         ),
         row(
             f"ms a step, {plan.filled[-1]} tokens in the cache",
-            *(milliseconds(steps[name], STEPS) for name in names),
+            *itertools.chain(*(shared(milliseconds(x, STEPS), cases[1], x, peak) for x in steps.values())),
             ratio(steps, INT8, CONTIGUOUS),
         ),
     ]
@@ -404,7 +439,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke test, no measurement")
-    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here, by kind of machine")
     options = parser.parse_args()
     if options.side:
         from _pairs import serve_cases
@@ -412,25 +447,27 @@ def main() -> None:
         serve_cases(torch_case if options.side == HUGGING_FACE else lambda case: attnax_case(case, options.side))
         return
     plan, rounds = (QUICK, 1) if options.quick else (FULL, options.rounds)
+    from _machine import measure as measure_machine
+    from _pages import write_kind
     from _pairs import peer_version
 
+    machine = measure_machine()
     peers = (f"{name} {peer_version(name)}" for name in ("torch", "transformers"))
     versions = ", ".join([f"jax {version('jax')}", *peers])
     lines = [
-        "# Decoding on the CPU",
-        "",
-        f"{platform.machine()}, 2 cores, float32, {versions}; medians (of the fastest round)",
+        f"{machine.line}; float32, {versions}; medians (of the fastest round)",
         "",
         f"`python benchmarks/decode.py`: {plan.size['layers']} layers, d_model {plan.size['width']}, vocabulary "
         f"{plan.size['vocabulary']}, random weights, {rounds} rounds. The sides are processes of their own, and take "
         "turns. transformers runs GPT2LMHeadModel, eager, with its DynamicCache. With a ratio above 1 Attnax is "
-        "faster.",
+        'faster. "Of peak" is the share of the median that the products would take at the peak; a step is mostly the '
+        "time to read weights and caches.",
     ]
     for part in options.parts:
-        lines += ["", *PARTS[part](plan, rounds)]
+        lines += ["", *PARTS[part](plan, rounds, machine.peak)]
     print("\n" + "\n".join(lines))
     if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n")
+        write_kind(options.markdown, "make bench-decode", machine.kind, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ process of its own: with nothing compiled before ("cold"), and with JAX's compil
 ("cache"). The same process then reads prompts of two other lengths, one that is padded to the length of the first and
 one that is not, and writes 64 tokens. Times are seconds. Tracing, lowering and XLA are durations of JAX's monitoring
 events; nested events count once. The second table has the traced equations (those of an inner function count for each
-call) and the compile time of a training step of the same layers, beside AttentionType.STANDARD.
+call) and the compile time of a training step of the same layers, beside AttentionType.STANDARD. These are times of
+Python and of compilers, so there is no share of the machine's peak.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from _pages import markdown_table
+from _machine import Machine, measure
+from _pages import markdown_table, write_kind
 
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
 SHAPE["max_len"] = 2048
@@ -134,16 +137,7 @@ def medians(results: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(result[name] for result in results) for name in results[0]}
 
 
-def machine() -> str:
-    """Processor and versions, which a reader needs to compare figures."""
-    import jax
-
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    kind = "with" if "avx512f" in flags else "without"
-    return f"{os.cpu_count()} CPU cores {kind} AVX-512, jax {jax.__version__}, Python {platform.python_version()}"
-
-
-def report(rounds: int) -> str:
+def report(machine: Machine, rounds: int) -> str:
     """Both tables."""
     columns = ("tracing", "lowering", "XLA", "all")
     rows: list[tuple[str, ...]] = [("", *columns, "programs")]
@@ -163,22 +157,23 @@ def report(rounds: int) -> str:
             step = medians([run("--side", attention_type, "--length", str(length)) for _ in range(rounds)])
             cells = [f"{step[column]:.2f}" for column in columns]
             rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
-    return f"{machine()}; medians of {rounds} processes, in seconds.\n\n{tokens}\n\n{markdown_table(rows)}\n"
+    title = f"{machine.line}; jax {version('jax')}, Python {platform.python_version()}; medians of {rounds} processes"
+    return f"{title}, in seconds.\n\n{tokens}\n\n{markdown_table(rows)}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds until a first token, by phase.")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind; the table has medians")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file, by kind of machine")
     parser.add_argument("--side", choices=("tokens", "standard", "flash"), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side is None:
-        text = report(arguments.rounds)
+        machine = measure()
+        text = report(machine, arguments.rounds)
         print(text)
         if arguments.markdown is not None:
-            title = "# Seconds until a first token, and the size of programs\n\n"
-            arguments.markdown.write_text(f"{title}`make bench-first-token` wrote this page. {text}")
+            write_kind(arguments.markdown, "make bench-first-token", machine.kind, text)
     elif arguments.side == "tokens":
         print(json.dumps(measure_tokens()))
     else:

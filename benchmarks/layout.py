@@ -7,7 +7,6 @@ Times forward + backward on the CPU, compiled, the two layouts in turns; the siz
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from _machine import measure
 
 BATCH, LENGTH, WIDTH, HIDDEN, HEADS, KV_HEADS = 8, 256, 384, 1024, 6, 2
 
@@ -56,7 +56,7 @@ def compare(name: str, apart: Callable[..., Any], merged: Callable[..., Any], *s
 
 
 def main() -> None:
-    print(f"{platform.machine()}, jax {jax.__version__}, forward + backward")
+    print(f"{measure().line}; jax {jax.__version__}, forward + backward")
     weights = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
     compare("feed-forward", feed_forward, merged_feed_forward, (BATCH, LENGTH, WIDTH), *weights)
     head = WIDTH // HEADS

@@ -5,7 +5,8 @@
 Each side loads in processes of its own, in turns. Memory is the growth of the process's peak from just before the load,
 when libraries are imported and a first array is made. The file is in the page cache. The time of the first token
 includes the load. For it, Attnax compiles the program that reads the prompt: all layers, one layer
-(`with_scan_layers`), or nothing if an earlier process left its program in JAX's compilation cache.
+(`with_scan_layers`), or nothing if an earlier process left its program in JAX's compilation cache. These are times of
+memory and compilers, so there is no share of the machine's peak.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _machine import measure
 from _pairs import side_command
 
 SIZES = {"vocab_size": 16000, "d_model": 1024, "num_heads": 16, "num_kv_heads": 4, "num_layers": 8, "d_ff": 3072}
@@ -96,6 +98,7 @@ def main() -> None:
             )
             print(json.dumps(result))
         return
+    machine = measure()
     with tempfile.TemporaryDirectory() as folder:
 
         def run(side: str) -> Any:
@@ -109,7 +112,7 @@ def main() -> None:
         run(CACHED)
         size = (Path(folder) / "model.safetensors").stat().st_size / 2**20
         rounds = [{side: run(side) for side in SIDES} for _ in range(arguments.pairs)]
-    print(f"{size:.0f} MiB, {arguments.pairs} rounds, minimum and median\n")
+    print(f"{machine.line}; {size:.0f} MiB, {arguments.pairs} rounds, minimum and median\n")
     print("| | load, s | first token, s | memory, MiB |\n|---|---|---|---|")
     for side in SIDES:
         columns = [[each[side][measure] for each in rounds] for measure in ("seconds", "first token", "MiB")]

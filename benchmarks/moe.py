@@ -5,13 +5,13 @@
 All sides have the same weights and the same routing. `sparse` is `MixtureOfExperts`. `dense` computes all experts for
 all tokens and weighs them: as one product over the experts, or one expert after the other (the faster one counts).
 `ideal` is one dense feed-forward as wide as the chosen experts together: the same number of products, and no routing.
-Decoding is one token, forward only.
+Decoding is one token, forward only. "Of peak" is the share of a median that the products of the chosen experts and of
+the router would take at the peak, on every side. One token has none: its time is that of reading weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from _flops import linear_flops, share
+from _machine import measure
 from flax import nnx
 
 from attnax.nn.feedforward import FeedForward
@@ -74,20 +76,27 @@ def take_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return {name: [round_[name] for round_ in times[1:]] for name in sides}
 
 
-def report(title: str, times: dict[str, list[float]]) -> None:
-    print(f"{title:34}{'min ms':>10}{'median ms':>11}{'ratio of mins':>15}{'of medians':>12}")
+def flops(num_experts: int, hidden: int) -> float:
+    """The operations of the products of a training step."""
+    return linear_flops(TOP_K * 3 * WIDTH * hidden + WIDTH * num_experts, TOKENS, backward=True)
+
+
+def report(title: str, times: dict[str, list[float]], of_peak: Callable[[float], str] | None = None) -> None:
+    """Prints a table; `of_peak` is the share of some seconds."""
+    columns = f"{'min ms':>10}{'median ms':>11}{'ratio of mins':>15}{'of medians':>12}"
+    print(f"{title:34}{columns}{'' if of_peak is None else '  of peak'}")
     for name, values in times.items():
         least, middle = (f(values) / f(times["sparse"]) for f in (min, statistics.median))
-        print(f"  {name:32}{min(values):10.1f}{statistics.median(values):11.1f}{least:14.2f}x{middle:11.2f}x")
+        part = "" if of_peak is None else f"{of_peak(statistics.median(values) / 1e3):>9}"
+        print(f"  {name:32}{min(values):10.1f}{statistics.median(values):11.1f}{least:14.2f}x{middle:11.2f}x{part}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    print(
-        f"{platform.machine()}, jax {jax.__version__}, {TOKENS} tokens, d_model {WIDTH}, top {TOP_K}, float32, swiglu"
-    )
+    machine = measure()  # before JAX starts its threads, one for each core that was measured
+    print(f"{machine.line}; jax {jax.__version__}, {TOKENS} tokens, d_model {WIDTH}, top {TOP_K}, float32, swiglu")
     for num_experts, hidden in EXPERTS.items():
         common: dict[str, Any] = {"d_model": WIDTH, "ff_activation": "swiglu", "use_bias": False}
         sparse, params = functional(
@@ -102,7 +111,8 @@ def main() -> None:
             "ideal": (training_step(ideal), ideal_params),
         }
         times = take_turns({name: partial(step, tree, x) for name, (step, tree) in steps.items()}, rounds)
-        report(f"{num_experts} experts of {hidden}, training", times)
+        needed = flops(num_experts, hidden)
+        report(f"{num_experts} experts of {hidden}, training", times, partial(share, needed, peak=machine.peak))
         steps = {
             "sparse": (jax.jit(sparse), params),
             "dense, at once": (jax.jit(dense_at_once), params),

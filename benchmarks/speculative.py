@@ -5,7 +5,8 @@
 
 Both models are trained on the standard library of the running interpreter, without the held-out files; the prompts come
 from these. The large model is so large that the time of a step is the time to read its weights, for one token or a few.
-All runs are in one process, in turns: without a draft, then with drafts of each length.
+All runs are in one process, in turns: without a draft, then with drafts of each length. As their times are those of
+reading, there is no share of the machine's peak.
 """
 
 from __future__ import annotations
@@ -289,23 +290,24 @@ def main() -> None:
     counts = ("rounds", "target_steps", "grown_steps", "draft_steps")
     for name in counts:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of {getattr(Plan, name)}")
-    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here, by kind of machine")
     options = parser.parse_args()
     if options.side:
         side(Plan(**json.loads(options.side)))
         return
+    from _machine import measure
+    from _pages import write_kind
     from _pairs import side_command, started
 
     given = {name: getattr(options, name) for name in counts}
     fields = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
     plan = Plan(**fields)
+    machine = measure()
     command = side_command(__file__, json.dumps(dataclasses.asdict(plan)))
     with started({"attnax": command}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}) as sides:
         about = sides["attnax"].about
     lines = [
-        "# Speculative decoding on the CPU",
-        "",
-        f"{platform.machine()}, 2 cores, float32, jax {version('jax')}; medians (of the fastest round)",
+        f"{machine.line}; float32, jax {version('jax')}; medians (of the fastest round)",
         "",
         "`python benchmarks/speculative.py`: two byte-level models (RoPE, RMSNorm, no biases) are trained by AdamW on "
         f"the standard library of Python {platform.python_version()}, in windows of {plan.window} bytes, and are "
@@ -317,7 +319,7 @@ def main() -> None:
     ]
     print("\n" + "\n".join(lines))
     if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n")
+        write_kind(options.markdown, "make bench-speculative", machine.kind, "\n".join(lines))
 
 
 if __name__ == "__main__":

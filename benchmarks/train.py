@@ -5,19 +5,20 @@
 
 The model has 6 layers, d_model 384, 6 heads, SwiGLU of 1024, RoPE, RMSNorm, tied embeddings; batch 8 of 256 tokens,
 vocabulary 4096, float32. PyTorch uses scaled_dot_product_attention, fused AdamW, and runs both eager and compiled.
+"Of peak" is the share of a median step that its products would take at the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _flops import attention_flops, linear_flops, share
 
 LAYERS, WIDTH, HEADS, HIDDEN, LENGTH, BATCH, VOCABULARY = 6, 384, 6, 1024, 256, 8, 4096
 STEPS = 4  # in a round
@@ -49,6 +50,13 @@ def trainer_of(**change: Any) -> Any:
         **change,
     )
     return Trainer(config, OptimizerConfig(steps=1000, learning_rate=1e-3))
+
+
+def flops() -> float:
+    """The operations of the products of a step."""
+    weights = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * HIDDEN) + WIDTH * VOCABULARY
+    pairs = LAYERS * BATCH * HEADS * LENGTH * (LENGTH + 1) / 2
+    return linear_flops(weights, BATCH * LENGTH, backward=True) + attention_flops(pairs, WIDTH // HEADS, backward=True)
 
 
 def attnax_side() -> None:
@@ -147,8 +155,10 @@ def main() -> None:
         torch_side(compiled=options.side == "torch-compile")
         return
 
+    from _machine import measure
     from _pairs import compare, peer_version, side_command
 
+    machine = measure()
     names = ("attnax", "torch", "torch-compile")
     sides = {name: side_command(__file__, name, torch=name != "attnax") for name in names}
     tunables = "glibc.malloc.hugetlb=1" if options.pages == "huge" else ""
@@ -165,16 +175,18 @@ def main() -> None:
     }
     best = min((name for name in figures if name != "attnax"), key=lambda name: figures[name]["step_ms_median"])
     ratio = figures["attnax"]["tokens_per_second"] / figures[best]["tokens_per_second"]
-    print(f"{platform.machine()}, {options.pages} pages, jax {version('jax')}, torch {peer_version('torch')}")
-    print(f"{'':14}{'parameters':>12}{'first loss':>12}{'min ms':>10}{'median ms':>11}{'tokens/s':>10}")
+    print(f"{machine.line}; {options.pages} pages, jax {version('jax')}, torch {peer_version('torch')}")
+    print(f"{'':14}{'parameters':>12}{'first loss':>12}{'min ms':>10}{'median ms':>11}{'of peak':>9}{'tokens/s':>10}")
     for name, row in figures.items():
         print(
             f"{name:14}{row['parameters']:12,}{row['first_loss']:12.3f}{row['step_ms_min']:10.0f}"
-            f"{row['step_ms_median']:11.0f}{row['tokens_per_second']:10,.0f}"
+            f"{row['step_ms_median']:11.0f}{share(flops(), row['step_ms_median'] / 1e3, machine.peak):>9}"
+            f"{row['tokens_per_second']:10,.0f}"
         )
     print(f"attnax / {best}: {ratio:.2f}x tokens per second")
     if options.json:
-        options.json.write_text(json.dumps({"pages": options.pages, "sides": figures, "ratio": ratio}, indent=2) + "\n")
+        found = {"machine": machine.line, "pages": options.pages, "sides": figures, "ratio": ratio}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

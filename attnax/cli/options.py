@@ -248,8 +248,8 @@ class Bench:
         cases: names of masks and biases; by default all.
         lengths: of the sequences; by default 512, 2048 and 4096.
         rounds: number of measurements of each side, in turns.
-        json: file to write the figures to as well.
-        markdown: file to write the table to as well.
+        json: file to write the figures to as well, under the kind of machine (AVX-512 or AVX2).
+        markdown: file to write the table to as well, in the section of the kind of machine.
     """
 
     cases: tuple[str, ...] = ()
