@@ -49,9 +49,9 @@ class Machine:
     def line(self) -> str:
         products = ", ".join(f"{library} {speed:.0f}" for library, speed in self.products.items())
         return (
-            f"{self.processor}, {self.cores} {'core' if self.cores == 1 else 'cores'}, {self.kind} ({' '.join(self.flags)})"
-            f"{', AVX-512 hidden' if self.hidden else ''}; peak {self.peak:.0f} GFLOP/s (float32 product of {SIZE} x "
-            f"{SIZE}: {products})"
+            f"{self.processor}, {self.cores} {'core' if self.cores == 1 else 'cores'}, {self.kind} "
+            f"({' '.join(self.flags)}){', AVX-512 hidden' if self.hidden else ''}; peak {self.peak:.0f} GFLOP/s "
+            f"(float32 product of {SIZE} x {SIZE}: {products})"
         )
 
 
