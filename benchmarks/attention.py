@@ -110,7 +110,8 @@ def goals_of(kind: str) -> list[Goal]:
         (Job("documents", True, 8192), "sdpa", 4.0),
     ]
     goals = [
-        Goal(job, f"{job.name}: faster than {SIDES[side]}", _ratio(job, side), wanted) for job, side, wanted in against
+        Goal(job, f"{job.name}: speed against {SIDES[side]}", _ratio(job, side), wanted)
+        for job, side, wanted in against
     ]
     goals.append(
         Goal(
