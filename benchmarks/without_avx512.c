@@ -34,7 +34,10 @@ static void answer_cpuid(int number, siginfo_t *info, void *context) {
   greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
   const unsigned char *instruction = (const unsigned char *)registers[REG_RIP];
   if (instruction[0] != 0x0f || instruction[1] != 0xa2) { /* not CPUID: a true fault, which now ends the program */
-    signal(SIGSEGV, SIG_DFL);
+    struct sigaction end;
+    memset(&end, 0, sizeof end);
+    end.sa_handler = SIG_DFL;
+    real_sigaction(SIGSEGV, &end, 0);
     return;
   }
   unsigned leaf = registers[REG_RAX], subleaf = registers[REG_RCX], a, b, c, d;
@@ -66,6 +69,15 @@ int sigaction(int number, const struct sigaction *action, struct sigaction *old)
     return 0;
   }
   return real_sigaction(number, action, old);
+}
+
+/* GCC, which torch.compile runs, takes this way. */
+sighandler_t signal(int number, sighandler_t handler) {
+  struct sigaction action, old;
+  memset(&action, 0, sizeof action);
+  action.sa_handler = handler;
+  action.sa_flags = SA_RESTART;
+  return sigaction(number, &action, &old) < 0 ? SIG_ERR : old.sa_handler;
 }
 
 __attribute__((constructor)) static void hide(void) {
