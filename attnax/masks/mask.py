@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnax.checks import check_broadcast, explain_tracing
+from attnax.checks import check_broadcast, explain_tracing, is_concrete
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, MaskMod, ScoreShape
 
@@ -59,6 +59,13 @@ class Mask(NoTruth):
         `(True, False)`, the default, means "cannot tell".
         """
         return True, False
+
+    def keys_per_query(self, seq_kv: int) -> int:
+        """About how many of `seq_kv` keys a query attends; a kernel chooses its tiles by it, and no result changes.
+
+        A sixteenth, the default, means "cannot tell".
+        """
+        return -(-seq_kv // 16)
 
     @property
     def num_positions(self) -> int | None:
@@ -105,6 +112,9 @@ class And(Mask):
         right_any, right_all = self.right.tile(b, h, q_range, kv_range)
         return jnp.logical_and(left_any, right_any), jnp.logical_and(left_all, right_all)
 
+    def keys_per_query(self, seq_kv: int) -> int:
+        return min(self.left.keys_per_query(seq_kv), self.right.keys_per_query(seq_kv))
+
     @property
     def num_positions(self) -> int | None:
         known = [n for n in (self.left.num_positions, self.right.num_positions) if n is not None]
@@ -132,6 +142,9 @@ class Not(Mask):
         some, every = self.mask.tile(b, h, q_range, kv_range)
         return jnp.logical_not(every), jnp.logical_not(some)
 
+    def keys_per_query(self, seq_kv: int) -> int:
+        return seq_kv - self.mask.keys_per_query(seq_kv)
+
     @property
     def num_positions(self) -> int | None:
         return self.mask.num_positions
@@ -152,6 +165,9 @@ class Dense(Mask):
         return self.array.at[tuple(0 if size == 1 else index for index, size in indices)].get(
             mode="fill", fill_value=False
         )
+
+    def keys_per_query(self, seq_kv: int) -> int:
+        return seq_kv if self.array.shape[2] == 1 else super().keys_per_query(seq_kv)
 
     @property
     def num_positions(self) -> int | None:
@@ -208,17 +224,28 @@ def range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Ar
 
     Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.
     """
-    blocks = -(-values.shape[1] // _BLOCK)
-    blocked = jnp.pad(values, ((0, 0), (0, blocks * _BLOCK - values.shape[1])), mode="edge")
-    blocked = blocked.reshape(-1, blocks, _BLOCK)
+    # NumPy computes the tables of a constant. XLA would fold them while it compiles, longer for a longer text.
+    tables = _range_tables(np.asarray(values), np) if is_concrete(values) else _range_tables(values, jnp)
     first, last = (jnp.clip(jnp.asarray(index), 0, values.shape[1] - 1) // _BLOCK for index in index_range)
     level = jnp.maximum(31 - lax.clz((last - first + 1).astype(jnp.int32)), 0)
-    bounds = []
-    for reduce, join in ((jnp.min, jnp.minimum), (jnp.max, jnp.maximum)):
+    row = 0 if values.shape[0] == 1 else b
+    least, most = (
+        join(table[level, row, first], table[level, row, last + 1 - (1 << level)])
+        for table, join in zip(map(jnp.asarray, tables), (jnp.minimum, jnp.maximum), strict=True)
+    )
+    return least, most
+
+
+def _range_tables(values: Any, xp: Any) -> list[Any]:
+    """The least and the greatest values, each (levels, B|1, blocks), by NumPy or `jax.numpy`."""
+    blocks = -(-values.shape[1] // _BLOCK)
+    blocked = xp.pad(values, ((0, 0), (0, blocks * _BLOCK - values.shape[1])), mode="edge")
+    blocked = blocked.reshape(-1, blocks, _BLOCK)
+    tables = []
+    for reduce, join in ((xp.min, xp.minimum), (xp.max, xp.maximum)):
         table = [reduce(blocked, axis=2)]
         while 2 ** len(table) <= blocks:
             half = 2 ** (len(table) - 1)
-            table.append(join(table[-1], jnp.pad(table[-1][:, half:], ((0, 0), (0, half)), mode="edge")))
-        levels, row = jnp.stack(table), 0 if values.shape[0] == 1 else b
-        bounds.append(join(levels[level, row, first], levels[level, row, last + 1 - (1 << level)]))
-    return bounds[0], bounds[1]
+            table.append(join(table[-1], xp.pad(table[-1][:, half:], ((0, 0), (0, half)), mode="edge")))
+        tables.append(xp.stack(table))
+    return tables
