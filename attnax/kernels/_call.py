@@ -20,7 +20,7 @@ from attnax.kernels._engines import Backend, Plan, Results, backward, forward, w
 from attnax.kernels._gpu.cudnn import Cudnn, why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._gpu.prepare import choose_kernel_tiles
 from attnax.kernels._tpu.splash import why_not_splash
-from attnax.kernels._xla.tile_loop import check_block_size, choose_tiles, tile_shape
+from attnax.kernels._xla.tiles import check_block_size, choose_tiles, tile_shape
 from attnax.masks import resolve_masks
 from attnax.typing import Array, AttentionOptions
 
@@ -178,7 +178,7 @@ def prepare_part(
     """
     (batch, heads, seq_q, head_dim), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
     shape = batch, heads, seq_q // pieces, seq_kv // pieces
-    tiles, scale = choose_tiles(shape, kv_heads, block_size), options.get("scale")
+    tiles, scale = choose_tiles(shape, kv_heads, block_size, options.get("mask")), options.get("scale")
     plan = Plan(
         tiles,
         backend,

@@ -22,6 +22,7 @@ from attnax.kernels._gpu.cudnn import Cudnn, cudnn_backward, cudnn_forward, why_
 from attnax.kernels._gpu.prepare import KernelTiles, prepare, why_no_kernel
 from attnax.kernels._tpu.splash import splash_backward, splash_forward
 from attnax.kernels._xla import tile_loop
+from attnax.kernels._xla.tiles import Tiles
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod
 
@@ -35,7 +36,7 @@ Backend = Literal["tiles", "automatic", "pallas", "interpret"]
 class Plan:
     """The static part of a call besides shapes."""
 
-    tiles: tile_loop.Tiles
+    tiles: Tiles
     backend: Backend
     kernel: KernelTiles | None  # of the GPU kernels; None if the kernels do not serve the arrays
     dropout_rate: float

@@ -36,6 +36,9 @@ class Causal(Mask):
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         return jnp.less_equal(kv_range[0], q_range[1]), jnp.less_equal(kv_range[1], q_range[0])
 
+    def keys_per_query(self, seq_kv: int) -> int:
+        return seq_kv // 2
+
 
 @pytree_dataclass
 class SlidingWindow(Mask):
@@ -53,6 +56,11 @@ class SlidingWindow(Mask):
         least, most = jnp.subtract(q_range[0], kv_range[1]), jnp.subtract(q_range[1], kv_range[0])
         some = jnp.logical_and(least < self.before, -most < self.after)
         return some, jnp.logical_and(most < self.before, -least < self.after)
+
+    def keys_per_query(self, seq_kv: int) -> int:
+        if not (is_concrete(self.before) and is_concrete(self.after)):
+            return super().keys_per_query(seq_kv)
+        return min(int(self.before) + int(self.after) - 1, seq_kv)
 
 
 @pytree_dataclass
@@ -100,6 +108,9 @@ class Lengths(Mask):
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
         lengths = self.lengths[b]
         return jnp.less(kv_range[0], lengths), jnp.less(kv_range[1], lengths)
+
+    def keys_per_query(self, seq_kv: int) -> int:
+        return seq_kv
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         if self.lengths.shape != score_shape[:1]:

@@ -42,6 +42,9 @@ class AtPositions(Mask):
         tile = None if self.mask is None else self.mask.tile
         return tile_at_positions(tile, self.q_positions, self.kv_positions, b, h, q_range, kv_range)
 
+    def keys_per_query(self, seq_kv: int) -> int:
+        return seq_kv if self.mask is None else self.mask.keys_per_query(seq_kv)
+
     @property
     def num_positions(self) -> int | None:
         return min(self.q_positions.shape[1], self.kv_positions.shape[1])

@@ -14,7 +14,9 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
-from attnax.kernels._xla import tile_loop
+from attnax.kernels._core.shards import Offset
+from attnax.kernels._xla.exponential import exp2
+from attnax.kernels._xla.tiles import Tiles, choose_tiles
 from attnax.kernels.score_mods import relative_table_mod
 from attnax.pytrees import pytree_dataclass
 
@@ -67,8 +69,68 @@ def every_dense():
 
 @pytest.mark.parametrize(("length", "size"), [(7, 7), (512, 512), (513, 272), (1025, 352), (1500, 512), (5000, 512)])
 def test_a_length_is_cut_into_the_fewest_tiles_as_evenly_as_whole_16s_allow(length, size):
-    assert tile_loop._even(length) == size
+    assert choose_tiles((1, 1, length, length), 1, None, None) == Tiles(1, size, size)
     assert -(-length // size) == -(-length // 512)
+
+
+WINDOW = masks.sliding_window(256)
+DOCUMENTS = masks.documents(np.zeros(4096, int))
+
+
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    [
+        (None, 512),
+        (masks.causal(), 256),
+        (WINDOW, 128),
+        (masks.causal() & WINDOW, 128),
+        (masks.causal() | WINDOW, 256),
+        (~WINDOW, 512),
+        (masks.sliding_window(512, causal=False), 256),
+        (masks.sliding_window(np.array(3000)), 512),
+        (masks.sliding_window(np.array(256)), 128),
+        (DOCUMENTS, 128),
+        (masks.padding(np.array([4000])), 512),
+        (masks.padding(np.ones((1, 4096), bool)), 512),
+        (masks.as_mask(np.ones((1, 4096), bool)), 512),
+        (masks.prefix(np.array([100])), 512),
+        (masks.as_mask(lambda b, h, q, kv: kv <= q), 128),
+        (masks.at_positions(WINDOW, np.arange(4096), np.arange(4096)), 128),
+        (masks.at_positions(None, np.arange(4096), np.arange(4096)), 512),
+        (Offset(np.array(0), np.array(0)).mask(WINDOW), 128),
+    ],
+)
+def test_tiles_are_smaller_where_a_mask_allows_a_query_fewer_keys(mask, size):
+    assert choose_tiles((1, 1, 4096, 4096), 1, None, mask) == Tiles(1, size, size)
+
+
+def test_tiles_under_a_traced_window_and_of_causal_texts():
+    traced = []
+    jax.jit(lambda window: traced.append(masks.sliding_window(window).keys_per_query(4096)))(1000)
+    assert traced == [256]  # cannot tell
+    sizes = {length: choose_tiles((1, 1, length, length), 1, None, masks.causal()).keys for length in (512, 1024, 8192)}
+    assert sizes == {512: 512, 1024: 128, 8192: 512}
+
+
+def test_the_heads_of_a_tile_follow_its_size():
+    shape = (4, 16, 4096, 4096)
+    masks_of_tiles = {512: None, 256: masks.causal(), 128: WINDOW}
+    groups = {size: choose_tiles(shape, 16, None, mask).groups for size, mask in masks_of_tiles.items()}
+    assert groups == {512: 4, 256: 8, 128: 16}
+    assert choose_tiles((4, 16, 64, 64), 16, None, WINDOW).groups == 64  # one tile, whatever the mask
+    assert choose_tiles(shape, 16, (128, None), WINDOW) == Tiles(64, 128, 128)  # the user's size
+
+
+def test_the_exponential_is_exact_to_a_rounding_and_keeps_zero_and_nan():
+    x = np.linspace(-126, 20, 200_001, dtype=np.float32)
+    error = np.asarray(jax.jit(exp2)(x)) / np.exp2(x.astype(float)) - 1
+    assert abs(error).max() < 1.3e-7
+    assert np.sqrt(np.mean(error**2)) < 5e-8
+    edges = jnp.array([-jnp.inf, -1e30, -127, 0, 127, jnp.nan], jnp.float32)
+    np.testing.assert_array_equal(exp2(edges), np.array([0, 0, 0, 1, 2.0**127, np.nan], np.float32))
+    np.testing.assert_allclose(jax.grad(exp2)(jnp.float32(3.5)), np.log(2) * 2**3.5, rtol=1e-6)
+    with jax.enable_x64():
+        assert exp2(jnp.float64(0.5)) == jnp.exp2(jnp.float64(0.5))
 
 
 def dense(name):

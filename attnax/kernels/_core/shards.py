@@ -63,6 +63,9 @@ class ShardMask(Mask):
     def tile(self, b: Index, h: Index, q_range: Any, kv_range: Any) -> tuple[Any, Any]:
         return self.mask.tile(*self.offset.moved(b, h), q_range, kv_range)
 
+    def keys_per_query(self, seq_kv: int) -> int:
+        return self.mask.keys_per_query(seq_kv)
+
 
 @pytree_dataclass
 class ShardScoreMod:

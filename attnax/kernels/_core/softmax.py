@@ -102,14 +102,29 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
 
 
 def update(
-    state: SoftmaxState, scores_TS: Array, value_SV: Array, *, masked: bool = True, dropout: OfTile | None = None
+    state: SoftmaxState,
+    scores_TS: Array,
+    value_SV: Array,
+    *,
+    masked: bool = True,
+    dropout: OfTile | None = None,
+    exp2: OfTile = jnp.exp2,
 ) -> SoftmaxState:
-    """The state after the keys of one more tile; `masked` says whether its scores may be -inf."""
+    """The state after the keys of one more tile.
+
+    Args:
+        state: of the keys before.
+        scores_TS: of the tile, in units of log 2.
+        value_SV: the tile's values.
+        masked: whether scores may be -inf.
+        dropout: of the tile's weights.
+        exp2: 2 to the power of an array, as an engine computes it.
+    """
     peak_T = jnp.maximum(state.max, scores_TS.max(-1))
     # exp2(-inf - -inf) is NaN, so the peak of a row that has attended nothing yet counts as 0.
     zero_T = select(peak_T != -jnp.inf, peak_T, 0) if masked else peak_T
-    weights_TS = jnp.exp2(scores_TS - zero_T[..., None])
-    shrink_T = jnp.exp2(state.max - zero_T)
+    weights_TS = exp2(scores_TS - zero_T[..., None])
+    shrink_T = exp2(state.max - zero_T)
     sum_T = state.sum * shrink_T + weights_TS.sum(-1)
     if dropout is not None:
         weights_TS = dropout(weights_TS)
@@ -136,7 +151,14 @@ def finish(state: SoftmaxState) -> tuple[Array, Array]:
 
 
 def tile_gradients(
-    scores: Array, lse: Array, delta: Array, d_weights: Array, *, masked: bool = True, dropout: OfTile | None = None
+    scores: Array,
+    lse: Array,
+    delta: Array,
+    d_weights: Array,
+    *,
+    masked: bool = True,
+    dropout: OfTile | None = None,
+    exp2: OfTile = jnp.exp2,
 ) -> tuple[Array, Array]:
     """(weights after dropout, gradient of the natural scores), in the shape of the scores, (..., T, S) or (..., S, T).
 
@@ -148,8 +170,9 @@ def tile_gradients(
         d_weights: d_out v^T.
         masked: whether scores may be -inf.
         dropout: the same as in `update`.
+        exp2: the same as in `update`.
     """
-    weights = jnp.exp2(scores - lse)
+    weights = exp2(scores - lse)
     if masked:
         weights = select(scores != -jnp.inf, weights, 0)
     if dropout is None:

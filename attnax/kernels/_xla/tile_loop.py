@@ -5,7 +5,7 @@ tiles of keys into full, partial and empty ones; if the bounds cannot tell, the 
 skipped; full tiles need no mask test. The backward pass loops over tiles of keys in the same way and recomputes the
 weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` prepares the functions of a user.
 
-The file is longer than 500 lines because both passes share one way to cut, order and visit tiles.
+`tiles.py` chooses their sizes. The file is as long as it is because both passes share one way to cut, order and visit.
 """
 
 from __future__ import annotations
@@ -26,40 +26,15 @@ from attnax.kernels._core.mesh import vary, vary_all, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
 from attnax.kernels._core.operands import Operands
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL, code_of
+from attnax.kernels._xla.exponential import exp2
+from attnax.kernels._xla.tiles import Shape, Tiles, tile_shape
 from attnax.typing import Array
 
 __all__ = [
-    "Tiles",
     "backward",
-    "check_block_size",
-    "choose_tiles",
     "forward",
     "prepare_rows",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """The sizes of a tile.
-
-    Query heads that share keys are a group. Groups are numbered over all rows of the batch. A tile holds consecutive
-    groups: some groups of one row, or all groups of several rows.
-    """
-
-    groups: int
-    queries: int
-    keys: int
-
-
-Shape = tuple[int, int, int, int, int]
-"""(B, N, T, K, S)."""
-
-
-def tile_shape(tiles: Tiles, shape: Shape) -> tuple[int, int, int, int]:
-    """(rows of the batch, heads, queries, keys) of a tile, as masks and score mods see the tile."""
-    _, heads, _, kv_heads, _ = shape
-    rows = max(1, tiles.groups // kv_heads)
-    return rows, tiles.groups // rows * (heads // kv_heads), tiles.queries, tiles.keys
 
 
 class BackwardRows(NamedTuple):
@@ -86,36 +61,11 @@ class HeadBlock(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values, padded to whole tiles. In a tile a non-finite key is 0, and its `bias` contaminates."""
+    """Keys and values, padded to whole tiles, with 0 in place of non-finite ones, whose `bias` contaminates."""
 
     key: Array  # (B, K, S', H)
     value: Array  # (B, K, S', V)
     bias: Array  # (B, K, S'): 0, NaN for a non-finite key or value, -inf for an out-of-range one
-
-
-def check_block_size(caller: str, block_size: int | tuple[int | None, int | None] | None) -> None:
-    """Raises ValueError for a tile size that is not an int above 0; a pair is named `block_q` and `block_kv`."""
-    named = {"block_size": block_size}
-    if isinstance(block_size, tuple) and len(block_size) == 2:
-        named = {"block_q": block_size[0], "block_kv": block_size[1]}
-    for name, size in named.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{caller}: {name} must be a whole number, at least 1; got {name}={size!r}.")
-
-
-def choose_tiles(
-    score_shape: tuple[int, int, int, int], kv_heads: int, block_size: int | tuple[int | None, int | None] | None
-) -> Tiles:
-    """Tiles for (B, N, T, S) = `score_shape` and K = `kv_heads`."""
-    batch, heads, seq_q, seq_kv = score_shape
-    block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-    queries = _even(seq_q) if block_q is None else min(block_q, seq_q)
-    keys = _even(seq_kv) if block_kv is None else min(block_kv, seq_kv)
-    whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    if isinstance(batch, int):
-        whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
-    groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= _SCORES)
-    return Tiles(groups, queries, keys)
 
 
 class Order(NamedTuple):
@@ -189,9 +139,10 @@ class Walk:
     def mask_scores(
         self, scores: Array, key_bias: Array, keep: Array | None, x: Any, i: Any, j: Any
     ) -> tuple[Array, Callable[..., Any] | None]:
-        """The tile's scores (X, M, St) after score mod and mask, and the pullback of the score mod if there is one."""
+        """The tile's scores (X, M, St) after score mod, mask and `key_bias` (X, St), and the score mod's pullback."""
         shape, score_mod = tile_shape(self.tiles, self.shape), self.operands.score_mod
-        key_bias = jnp.broadcast_to(key_bias, (*key_bias.shape[:1], self.shape[1] // self.shape[3], shape[3]))
+        shared = self.shape[1] // self.shape[3]
+        key_bias = jnp.broadcast_to(key_bias[:, None], (key_bias.shape[0], shared, shape[3]))
         key_bias = key_bias.reshape(*shape[:2], 1, shape[3])
         if score_mod is None:
             return softmax.mask_scores(scores.reshape(shape), keep, key_bias).reshape(scores.shape), None
@@ -303,6 +254,8 @@ def forward(
     walk = _walk(tiles, dropout_rate, operands, _shape(query, key))
     axes, seq_q = varying_axes(query), query.shape[2]
     query, keys = _pad(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
+    # A CPU multiplies by a matrix faster than by its transpose.
+    key_transposed = keys.key.swapaxes(2, 3)
 
     def row_of_tiles(step: Any, results: tuple[Array, ...]) -> tuple[Array, ...]:
         x, i = _divide(step, walk.num_queries)
@@ -314,12 +267,15 @@ def forward(
         def tile(is_full: bool, n: Any, state: softmax.SoftmaxState) -> softmax.SoftmaxState:
             j = order.nth(n)
             is_plain = is_full and walk.is_plain
-            # A full tile's scores are used as they are, so the contamination must be in the keys.
-            key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles, jnp.nan if is_plain else 0.0)
-            scores = softmax.product(query_tile, key_tile, 1, 1)
-            if not is_plain:
+            key_tile = _cut_transposed(key_transposed, kv_place, j, tiles.keys, tiles.groups)
+            value_tile, bias = (_flat(_cut(x, kv_place, j, tiles.keys), tiles.groups) for x in keys[1:])
+            scores = softmax.product(query_tile, key_tile, 1, 0)
+            if is_plain:
+                # Every query attends every key, so a non-finite one contaminates all sums.
+                state = state._replace(sum=state.sum + bias.sum(1, keepdims=True))
+            else:
                 scores, _ = walk.mask_scores(scores, bias, None if is_full else walk.keep(x, i, j), x, i, j)
-            return softmax.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j))
+            return softmax.update(state, scores, value_tile, masked=not is_plain, dropout=walk.drop(x, i, j), exp2=exp2)
 
         state = vary_all(softmax.initial_state(query_tile.shape[:2], value.shape[3], query.dtype), axes)
         state = _two_loops(tile, order, state)
@@ -357,21 +313,23 @@ def backward(
         softmax.select(rows.finite[:, :, None], x.swapaxes(2, 3), 0) for x in (rows.query, rows.d_out)
     )
     unit = 1.0 / softmax.unit(has_score_mod=not walk.is_plain)
+    cut_queries = partial(_cut_transposed, size=tiles.queries, groups=tiles.groups)
 
     def column_of_tiles(step: Any, sums: Any) -> Any:
         x, j = _divide(step, walk.num_keys)
         x = x * tiles.groups
         q_place, kv_place = walk.places(x)
         order = walk.queries_for(x, j)
+        key_tile, value_tile, bias = (_flat(_cut(x, kv_place, j, tiles.keys), tiles.groups) for x in keys)
+        key_transposed, value_transposed = key_tile.swapaxes(1, 2), value_tile.swapaxes(1, 2)
 
         def tile(is_full: bool, n: Any, sums: Any) -> Any:
             (d_query, gradients), d_key, d_value = sums
             i = order.nth(n)
             is_plain = is_full and walk.is_plain
             # A query that attends a non-finite key has the log-sum-exp NaN: the key need not contaminate again.
-            key_tile, value_tile, bias = _cut_keys(keys, kv_place, j, tiles)
             query_tile, d_out_tile, lse_tile, delta_tile = _cut_rows(rows, q_place, i, tiles)
-            scores, pull = softmax.product(query_tile, key_tile, 1, 1), None
+            scores, pull = softmax.product(query_tile, key_transposed, 1, 0), None
             if not is_plain:
                 keep = None if is_full else walk.keep(x, i, j)
                 scores, pull = walk.mask_scores(scores, bias, keep, x, i, j)
@@ -379,14 +337,15 @@ def backward(
                 scores,
                 lse_tile[..., None],
                 delta_tile[..., None],
-                softmax.product(d_out_tile, value_tile, 1, 1),
+                softmax.product(d_out_tile, value_transposed, 1, 0),
                 masked=not is_plain,
                 dropout=walk.drop(x, i, j),
+                exp2=exp2,
             )
             if pull is not None:
                 d_scores, gradients = pull(d_scores, gradients)
-            d_key = d_key + softmax.product(_cut_transposed(query_transposed, q_place, i, tiles), d_scores, 1, 0)
-            d_value = d_value + softmax.product(_cut_transposed(d_out_transposed, q_place, i, tiles), weights, 1, 0)
+            d_key = d_key + softmax.product(cut_queries(query_transposed, q_place, i), d_scores, 1, 0)
+            d_value = d_value + softmax.product(cut_queries(d_out_transposed, q_place, i), weights, 1, 0)
             share = softmax.product(d_scores, key_tile, 1, 0) * unit
             old = _cut(d_query, q_place, i, tiles.queries)
             d_query = _put(d_query, old + share.reshape(old.shape), q_place, i, tiles.queries)
@@ -415,16 +374,6 @@ def prepare_rows(query: Array, out: Array, lse: Array, d_out: Array, d_lse: Arra
     delta = jnp.einsum("BNTV,BNTV->BNT", out, d_out, precision=lax.Precision.HIGHEST)
     lse = softmax.select(lse != -jnp.inf, softmax.select(finite, lse, jnp.nan), jnp.inf)
     return BackwardRows(query, d_out, lse, softmax.select(finite, delta - d_lse, 0), finite)
-
-
-_SCORES = 2**20  # of a tile, at most: more do not fit the caches of a CPU
-_MOST = 512  # queries or keys of a tile
-
-
-def _even(length: int) -> int:
-    """The tile of at most `_MOST` that cuts `length` most evenly; a multiple of 16 if there are several tiles."""
-    count = -(-length // _MOST)
-    return length if count == 1 else -(-length // (16 * count)) * 16
 
 
 def _shape(query: Any, key: Any) -> Shape:
@@ -465,6 +414,8 @@ def _cut_rows(rows: BackwardRows, place: HeadBlock, tile: Any, tiles: Tiles) -> 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
     bias = zero_or_nan(key) + zero_or_nan(value)
+    finite = ~jnp.isnan(bias)[..., None]
+    key, value = (softmax.select(finite, x, 0) for x in (key, value))
     return Keys(_pad(key, size), _pad(value, size, 0), _pad(bias, size, -jnp.inf))
 
 
@@ -490,24 +441,14 @@ def _cut(x: Array, place: HeadBlock, tile: Any, size: int) -> Array:
     return lax.dynamic_slice(x, place.start(tile * size, 0)[: x.ndim], shape, allow_negative_indices=False)
 
 
-def _cut_transposed(x: Array, place: HeadBlock, tile: Any, tiles: Tiles) -> Array:
+def _cut_transposed(x: Array, place: HeadBlock, tile: Any, size: int, groups: int) -> Array:
     """The tile of `_cut` from (B, N, width, L'), as (Xt, width, N / K * size)."""
     width = x.shape[2]
-    shape = place.num_rows, place.num_heads, width, tiles.queries
+    shape = place.num_rows, place.num_heads, width, size
     cut = x
     if shape != x.shape:
-        start = place.start(0, tile * tiles.queries)
-        cut = lax.dynamic_slice(x, start, shape, allow_negative_indices=False)
-    return cut.reshape(tiles.groups, -1, width, tiles.queries).swapaxes(1, 2).reshape(tiles.groups, width, -1)
-
-
-def _cut_keys(
-    keys: Keys, place: HeadBlock, tile: Any, tiles: Tiles, non_finite: float = 0.0
-) -> tuple[Array, Array, Array]:
-    """(keys, values, bias) of a tile: (Xt, St, H), (Xt, St, V), (Xt, 1, St); `non_finite` replaces non-finite keys."""
-    key, value, bias = (_flat(_cut(x, place, tile, tiles.keys), tiles.groups) for x in keys)
-    finite = ~jnp.isnan(bias)[..., None]
-    return softmax.select(finite, key, non_finite), softmax.select(finite, value, 0), bias[:, None, :]
+        cut = lax.dynamic_slice(x, place.start(0, tile * size), shape, allow_negative_indices=False)
+    return cut.reshape(groups, -1, width, size).swapaxes(1, 2).reshape(groups, width, -1)
 
 
 def _flat(x: Array, groups: int) -> Array:
