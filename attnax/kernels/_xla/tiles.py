@@ -10,6 +10,7 @@ __all__ = ["Shape", "Tiles", "check_block_size", "choose_tiles", "tile_shape"]
 
 _SCORES = 2**20  # of a tile, at most: more do not fit the caches of a CPU
 _LARGEST = 512  # queries or keys of a tile
+_ONE_TILE = 256  # a shorter text is not cut: loops take longer to compile, and save little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,18 @@ def choose_tiles(
 def _largest(mask: Mask | None, seq_kv: int) -> int:
     """The most queries or keys of a tile.
 
-    A query computes the keys that the mask allows and, at the edges of the mask, about one tile of forbidden ones.
+    A query computes the keys that the mask allows and, at each edge of the mask, about half a tile of forbidden ones.
     Smaller tiles compute fewer forbidden pairs and are slower by the pair: tiles of 512, 256 and 128 compute 1, 0.9
-    and 0.77 times as many pairs a second (`benchmarks/tiles.py`). The limits are where (keys + tile) / speed are equal.
+    and 0.77 times as many pairs a second (`benchmarks/tiles.py`). With two edges, as a window has, (keys + tile) / speed
+    is equal at the limits below. A mask that allows half of the keys has one edge, as the causal mask.
     """
     keys = seq_kv if mask is None else mask.keys_per_query(seq_kv)
     if mask is None or keys > 2304:
         return _LARGEST
-    return 256 if keys > 576 else 128
+    return 128 if keys <= 576 and keys < seq_kv // 2 else 256
 
 
 def _even(length: int, largest: int) -> int:
-    """The tile of at most `largest` that cuts `length` most evenly; a multiple of 16 if there are several tiles.
-
-    A length of at most `_LARGEST` is one tile, which needs no loop.
-    """
-    count = 1 if length <= _LARGEST else -(-length // largest)
+    """The tile of at most `largest` that cuts `length` most evenly; a multiple of 16 if there are several tiles."""
+    count = 1 if length <= _ONE_TILE else -(-length // largest)
     return length if count == 1 else -(-length // (16 * count)) * 16
