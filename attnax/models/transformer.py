@@ -411,9 +411,13 @@ class TokenHead(nnx.Module):
         self.scale, self.soft_cap = config.logit_scale, config.logit_soft_cap
 
     @jax.named_scope("head")
-    def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding) -> Float[Array, "*L V"]:
-        """The logits; `tokens` holds the embeddings of the predicted tokens."""
-        logits = tokens.attend(hidden) if self.projection is None else self.projection(hidden)
+    def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding | None) -> Float[Array, "*L V"]:
+        """The logits; `tokens` holds the embeddings of the predicted tokens, which a projection does not need."""
+        if self.projection is None:
+            assert tokens is not None
+            logits = tokens.attend(hidden)
+        else:
+            logits = self.projection(hidden)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
         if self.scale != 1.0:

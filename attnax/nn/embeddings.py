@@ -14,7 +14,7 @@ from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
-from attnax.nn.linear import make_initializer
+from attnax.nn.linear import make_initializer, wide_gradient
 from attnax.nn.norms import norm_of
 from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod
 
@@ -69,7 +69,10 @@ class TokenEmbedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Products of x with every row, in float32, or in float64 for a float64 x."""
-        table = self.embedding[...].astype(x.dtype)
+        table = self.embedding[...]
+        if self.vocab_size > table.shape[1]:
+            table = wide_gradient(table)
+        table = table.astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
         logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=wide_dtype(x.dtype))
         return logits.reshape(*x.shape[:-1], self.vocab_size)

@@ -17,6 +17,7 @@ from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.pytrees import pytree_dataclass
 from attnax.training.corpus import TokenStream
+from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import OptimizerConfig
 from attnax.typing import Array, Bool, Float, Int
 
@@ -147,11 +148,12 @@ class Trainer:
         An update is skipped if a loss or gradient in its passes is non-finite, or if it would make float16 parameters
         non-finite.
         """
-        key = jax.random.fold_in(jax.random.key(self.seed), state.passes)
+        key, targets = jax.random.fold_in(jax.random.key(self.seed), state.passes), tokens[:, 1:]
 
         def mean_loss(params: Any) -> Array:
-            losses, aux = self._losses(params, tokens, deterministic=False, rngs=nnx.Rngs(dropout=key))
-            return losses.mean() + self.optimizer.weigh(aux)
+            weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
+            loss, aux = self._loss(params, tokens, weights, deterministic=False, rngs=nnx.Rngs(dropout=key))
+            return loss + self.optimizer.weigh(aux)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
         accumulate, is_finite = self.optimizer.accumulate, jnp.isfinite(loss)
@@ -190,16 +192,28 @@ class Trainer:
         return jnp.ones((), bool), jax.tree.map(jnp.zeros_like, params)
 
     def _score_windows(self, params: Any, tokens: Int[Array, "B T"], counts: Array) -> Float[Array, ""]:
-        return jnp.where(counts, self._losses(params, tokens, deterministic=True)[0], 0.0).sum()
+        return self._loss(params, tokens, counts.astype(jnp.float32), deterministic=True)[0]
 
-    def _losses(self, params: Any, tokens: Array, **options: Any) -> tuple[Float[Array, "B T"], dict[str, Any]]:
-        """Cross-entropy of every token after the first, in nats, and the losses of the model's layers."""
+    def _loss(
+        self, params: Any, tokens: Array, weights: Float[Array, "B T"], **options: Any
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Weighted sum of the cross-entropies of every token after the first, and the losses of the model's layers."""
         read = tokens[:, :-1]
         if self.document_token is not None:
             documents, positions = find_documents(read, self.document_token)
             options |= {"mask": masks.documents(documents), "position_ids": positions}
-        out = self.merge(params).run(read, **options)
-        return optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]), out.aux
+        model = self.merge(params)
+        out = model.decoder.run(read, **options)
+        graphdef, head = nnx.split((model.head, model.decoder.embed.tokens if self.model.tie_embeddings else None))
+
+        def logits_of(head: Any, hidden: Array) -> Array:
+            head_layer, table = nnx.merge(graphdef, head)
+            logits: Array = head_layer(hidden, table)
+            return logits
+
+        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+        loss = weighted_cross_entropy(logits_of, head, hidden, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+        return loss, out.aux
 
 
 def _is_narrow(params: Any) -> bool:

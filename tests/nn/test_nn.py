@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tiny import build
 
 import attnax
 from attnax import masks, nn, reference
+from attnax.nn import linear
 from attnax.nn.blocks import Residual
 
 attention = nn.MultiHeadAttention
@@ -396,6 +398,20 @@ def test_attend_gives_the_logits_of_tied_embeddings():
     x = normal(1, 2, 4, 3)
     logits = nnx.jit(lambda embed: embed.attend(x))(embed)
     np.testing.assert_allclose(logits, np.asarray(x) @ np.asarray(embed.embedding[...]).T, atol=1e-6)
+
+
+def test_the_gradient_of_a_tall_matrix_is_a_product_with_the_wider_factor_on_the_right():
+    x, kernel = normal(0, 11, 7), normal(1, 7, 3)
+    dims = (((1,), (0,)), ((), ()))
+
+    def total(kernel, product):
+        return jnp.square(product(x, kernel, dims)).sum()
+
+    gradient = jax.jit(jax.grad(lambda kernel: total(kernel, linear._dot_general_of_tall)))
+    np.testing.assert_allclose(gradient(kernel), 2 * x.T @ (x @ kernel), rtol=1e-5)
+    assert re.search(r"\[3,7\]\S* dot\(|f32\[3,7\]\S* \S*fusion\(", gradient.lower(kernel).compile().as_text())
+    tangent = jax.jvp(lambda kernel: linear._dot_general_of_tall(x, kernel, dims), (kernel,), (2 * kernel,))[1]
+    np.testing.assert_allclose(tangent, 2 * x @ kernel, rtol=1e-5)
 
 
 class TestDropout:

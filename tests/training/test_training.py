@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -26,6 +27,7 @@ from attnax.training import (
     restore_checkpoint,
     save_checkpoint,
 )
+from attnax.training.loss import weighted_cross_entropy
 
 MODEL = TransformerConfig(
     vocab_size=17, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7, dropout_rate=0.0, pos_emb_type="rope"
@@ -164,6 +166,45 @@ def leaves_close(left, right, atol=1e-6):
         np.testing.assert_allclose(one, two, atol=atol)
 
 
+def losses_of(trainer, params, tokens):
+    """The loss of each token after the first, (B, T)."""
+    shape = tokens.shape[0], tokens.shape[1] - 1
+    one_at_a_time = np.eye(math.prod(shape), dtype=np.float32).reshape(-1, *shape)
+    loss = jax.jit(jax.vmap(lambda params, tokens, weights: trainer._loss(params, tokens, weights)[0], (None, None, 0)))
+    return np.asarray(loss(params, tokens, one_at_a_time)).reshape(shape)
+
+
+def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(0)
+    head = {"table": rng.normal(size=(5, 3)).astype("f"), "bias": rng.normal(size=5).astype("f")}
+    hidden, targets = rng.normal(size=(11, 3)).astype("f"), jax.device_put(rng.integers(0, 5, 11, dtype=np.int32))
+    weights = jax.device_put(np.where(np.arange(11) == 7, 0.0, rng.uniform(size=11)).astype("f"))
+
+    def logits_of(head, hidden):
+        return 2.0 * jnp.tanh(hidden @ head["table"].T + head["bias"][None])
+
+    def whole(head, hidden):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(head, hidden), targets)
+        return (losses * weights).sum()
+
+    def in_chunks(head, hidden):
+        return 3.0 * weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+
+    monkeypatch.setattr("attnax.training.loss._TOKENS", 4)  # 3 chunks, of which the last has one token less
+    monkeypatch.setattr("attnax.training.loss._LOGITS", 4)
+    loss, (by_head, by_hidden) = jax.jit(jax.value_and_grad(in_chunks, argnums=(0, 1)))(head, hidden)
+    expected, (head_expected, hidden_expected) = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)))(head, hidden)
+    np.testing.assert_allclose([loss, jax.jit(in_chunks)(head, hidden)], 3 * expected, rtol=1e-6)
+    leaves_close(by_head, jax.tree.map(lambda x: 3 * x, head_expected))
+    np.testing.assert_allclose(by_hidden, 3 * hidden_expected, atol=1e-6)
+
+
+def test_a_step_holds_no_logits_of_all_tokens():
+    trainer = Trainer(dataclasses.replace(MODEL, vocab_size=4093), OptimizerConfig())
+    program = jax.jit(trainer._step).lower(trainer.init(), np.zeros((179, 8), np.int32)).as_text()
+    assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "418", ""}  # 1253 tokens are 3 chunks
+
+
 @pytest.fixture(scope="module")
 def trainer():
     """An optimizer that learns fast, without warm-up; Adam's updates do not depend on the clipping."""
@@ -270,12 +311,12 @@ class TestTrainer:
         trainer = Trainer(model, OptimizerConfig(), document_token=0)
         params = trainer.init().params
         row, places = np.array([[5, 6, 0, 7, 0, 9, 3, 4]], np.int32), ((0, 2), (2, 4), (4, 7))
-        losses = np.asarray(jax.jit(trainer._losses)(params, row)[0])[0]
+        losses = losses_of(trainer, params, row)[0]
         alone = np.zeros((4, 8), np.int32)  # later documents change nothing in a document
         for one, (start, end) in zip(alone, places, strict=False):
             one[: end + 1 - start] = row[0, start : end + 1]
         alone[3] = row
-        *documents, unpacked = np.asarray(jax.jit(Trainer(model, OptimizerConfig())._losses)(params, alone)[0])
+        *documents, unpacked = losses_of(Trainer(model, OptimizerConfig()), params, alone)
         for document, (start, end) in zip(documents, places, strict=True):
             np.testing.assert_allclose(losses[start:end], document[: end - start], atol=1e-5)
         assert (np.abs(unpacked - losses)[3:] > 1e-4).any()
@@ -295,10 +336,11 @@ class TestTrainer:
         weights = {"load_balance_loss": 0.02, "router_z_loss": 0.003}
         trainer = Trainer(dataclasses.replace(MODEL, num_experts=3, top_k=1), OptimizerConfig(**weights))
         (batch,), state = self.batches(1), trainer.init()
-        losses, aux = jax.jit(trainer._losses)(state.params, batch)
+        mean = np.full((batch.shape[0], batch.shape[1] - 1), 1 / batch[:, 1:].size, np.float32)
+        loss, aux = jax.jit(trainer._loss)(state.params, batch, mean)
         weighed = [weight * float(aux[name]) for name, weight in weights.items()]
         _, metrics = trainer.step(state, batch)
-        assert float(metrics.loss) - np.asarray(losses).mean() == pytest.approx(sum(weighed), abs=1e-6)
+        assert float(metrics.loss) - float(loss) == pytest.approx(sum(weighed), abs=1e-6)
         assert min(weighed) > 1e-4
 
     def test_statistics_of_packed_documents_are_those_of_each_beside_padding(self):
@@ -309,7 +351,7 @@ class TestTrainer:
         documents = np.array([[5, 6, 8], [0, 7, 8], [0, 9, 3]], np.int32)
         real = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], bool)
         apart = jax.jit(lambda params: trainer.merge(params).run(documents, padding_mask=real).aux)(params)
-        leaves_close(jax.jit(trainer._losses)(params, row)[1], apart, atol=2e-6)
+        leaves_close(jax.jit(trainer._loss)(params, row, np.ones((1, 7), "f"))[1], apart, atol=2e-6)
 
     def test_weight_decay_spares_vectors_and_the_schedule_warms_up_and_decays(self):
         config = OptimizerConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.2, weight_decay=0.5)
