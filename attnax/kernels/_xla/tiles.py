@@ -72,9 +72,9 @@ def _largest(mask: Mask | None, seq_kv: int) -> int:
     """The most queries or keys of a tile.
 
     A query computes the keys that the mask allows and, at each edge of the mask, about half a tile of forbidden ones.
-    Smaller tiles compute fewer forbidden pairs and are slower by the pair: tiles of 512, 256 and 128 compute 1, 0.9
-    and 0.77 times as many pairs a second (`benchmarks/tiles.py`). With two edges, as a window has, (keys + tile) / speed
-    is equal at the limits below. A mask that allows half of the keys has one edge, as the causal mask.
+    Smaller tiles compute fewer forbidden pairs, and fewer pairs a second: tiles of 512, 256 and 128 about 1, 0.9 and
+    0.77 times as many (`benchmarks/tiles.py`). With two edges, as a window has, (keys + tile) / speed is equal at the
+    limits below. A mask that allows half of the keys, as the causal mask does, has one edge.
     """
     keys = seq_kv if mask is None else mask.keys_per_query(seq_kv)
     if mask is None or keys > 2304:
