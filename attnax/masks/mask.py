@@ -63,9 +63,9 @@ class Mask(NoTruth):
     def keys_per_query(self, seq_kv: int) -> int:
         """About how many of `seq_kv` keys a query attends; a kernel chooses its tiles by it, and no result changes.
 
-        A sixteenth, the default, means "cannot tell".
+        One in 32, the default, means "cannot tell".
         """
-        return -(-seq_kv // 16)
+        return -(-seq_kv // 32)
 
     @property
     def num_positions(self) -> int | None:

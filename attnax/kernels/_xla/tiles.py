@@ -62,7 +62,9 @@ def choose_tiles(
     is_cut = block_size is None and (queries, keys) != (seq_q, seq_kv)
     scores = _SCORES * largest // _LARGEST if is_cut else _SCORES  # small tiles are fast in fewer heads
     whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    if isinstance(batch, int):
+    # A tile of several rows is computed if one row needs it, so large tiles under a mask hold one row.
+    is_large = is_cut and mask is not None and heads * queries * keys >= _SCORES // 8
+    if isinstance(batch, int) and not is_large:
         whole += [n * kv_heads for n in range(2, batch + 1) if batch % n == 0]
     groups = max(n for n in whole if n == 1 or n * heads // kv_heads * queries * keys <= scores)
     return Tiles(groups, queries, keys)
