@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attnax.typing import Array
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import optax
 
 __all__ = ["OptimizerConfig"]
+
+Algorithm = Literal["adamw", "muon"]
 
 _LIMITS: dict[tuple[str, ...], tuple[str, Callable[[float], bool]]] = {  # in words and as a test
     ("steps", "batch_size", "accumulate"): ("at least 1", lambda x: x >= 1),
@@ -26,9 +28,14 @@ _LIMITS: dict[tuple[str, ...], tuple[str, Callable[[float], bool]]] = {  # in wo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW, or Muon for the matrices of the layers, with linear warm-up and cosine decay.
+
+    Muon makes the update of a matrix nearly orthogonal. It takes fewer steps to the same loss, and the products of each
+    update take time: little in a step of many tokens. Its updates have the size of AdamW's, so that learning rate and
+    weight decay suit both. Embeddings, the head, norms and biases have AdamW.
 
     Attributes:
+        algorithm: "adamw" or "muon".
         steps: number of updates of the parameters.
         batch_size: number of sequences in a forward pass.
         accumulate: number of forward passes whose gradients are averaged into one update.
@@ -40,8 +47,14 @@ class OptimizerConfig:
         max_grad_norm: gradients of a larger norm are scaled down to this norm.
         load_balance_loss: weight of the mixtures' load-balance losses, summed over the layers, in the loss.
         router_z_loss: weight of the mixtures' router z-losses, summed over the layers, in the loss.
+
+    References:
+        K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+        https://kellerjordan.github.io/posts/muon/.
+        J. Liu et al., "Muon is scalable for LLM training", 2025, https://arxiv.org/abs/2502.16982 (size of updates).
     """
 
+    algorithm: Algorithm = "adamw"
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -55,6 +68,9 @@ class OptimizerConfig:
     router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            known = " or ".join(map(repr, get_args(Algorithm)))
+            raise ValueError(f"OptimizerConfig: algorithm must be {known}; got algorithm={self.algorithm!r}.")
         for names, (rule, holds) in _LIMITS.items():
             for name in names:
                 if not holds(getattr(self, name)):
@@ -81,14 +97,29 @@ class OptimizerConfig:
         """The optimizer; each call of its `update` is an update with the gradients that `Trainer` accumulated."""
         import jax
         import optax
+        from optax import contrib
 
-        adamw = optax.adamw(
-            self.schedule(),
-            b2=self.beta2,
-            weight_decay=self.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
-        )
-        return _in_float32(optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw))
+        def of_each(function: Callable[..., Any]) -> Callable[[Any], Any]:
+            return lambda params: jax.tree_util.tree_map_with_path(function, params)
+
+        decay, decays = self.weight_decay, of_each(_decays)
+        if self.algorithm == "adamw":
+            update = optax.adamw(self.schedule(), b2=self.beta2, weight_decay=decay, mask=decays)
+        else:
+            axes = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)  # further axes: layers, experts
+            update = contrib.muon(
+                self.schedule(),
+                weight_decay=decay,
+                weight_decay_mask=decays,
+                adam_b2=self.beta2,
+                adam_weight_decay=decay,
+                muon_weight_dimension_numbers=of_each(lambda *leaf: axes if _is_hidden(*leaf) else None),
+                consistent_rms=_UPDATE_OF_ADAM,
+            )
+        return _in_float32(optax.chain(optax.clip_by_global_norm(self.max_grad_norm), update))
+
+
+_UPDATE_OF_ADAM = 0.2  # its usual root mean square, as a share of the learning rate (Liu et al.)
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -104,6 +135,12 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return optimizer.update(widen(gradients), state, None if params is None else widen(params))
 
     return optax.GradientTransformation(lambda params: optimizer.init(widen(params)), update)
+
+
+def _is_hidden(path: tuple[Any, ...], parameter: Any) -> bool:
+    """Whether a parameter is a matrix between hidden states: not an embedding, and not of the head."""
+    names = [str(key.key) for key in path if hasattr(key, "key")]
+    return _decays(path, parameter) and not any(name in ("head", "embed", "embedding") for name in names)
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:

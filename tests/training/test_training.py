@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -376,6 +377,28 @@ class TestTrainer:
         assert (updates.pop("matrix") < 0).all()
         assert all((update == 0).all() for update in updates.values())  # also where layers or experts are stacked
 
+    def test_muon_gives_hidden_matrices_orthogonal_updates_of_the_size_of_adams_and_the_rest_adams(self):
+        """Also matrices that are stacked by layer and expert; every singular value of an update is nearly the same."""
+        shapes = {"embed": {"embedding": (7, 4)}, "head": {"kernel": (4, 7)}, "up_bias": (3, 4)}
+        hidden = {"kernel": (6, 4), "stack": {"down": (2, 3, 4, 8)}}
+        rng, rate = np.random.default_rng(0), 0.01
+        leaves, structure = jax.tree.flatten(shapes | hidden, is_leaf=lambda x: isinstance(x, tuple))
+        params, gradients = (structure.unflatten(rng.standard_normal(x, np.float32) for x in leaves) for _ in range(2))
+
+        def update(algorithm, **change):
+            fields = {"weight_decay": 0.0, "warmup": 0.0, "learning_rate": rate} | change
+            optimizer = OptimizerConfig(algorithm=algorithm, **fields).build()
+            return jax.jit(lambda x, p: optimizer.update(x, optimizer.init(p), p)[0])(gradients, params)
+
+        muon, adamw, decayed = update("muon"), update("adamw"), update("muon", weight_decay=0.5)
+        change = -rate * 0.5 * params["kernel"]
+        np.testing.assert_allclose(decayed["kernel"], muon["kernel"] + change, atol=1e-6)
+        for x in jax.tree.leaves({name: muon.pop(name) for name in hidden}):
+            singular = np.linalg.svd(np.asarray(x), compute_uv=False)
+            assert singular.max() < 1.8 * singular.min()
+            assert np.sqrt(np.mean(np.square(x))) == pytest.approx(0.2 * rate, rel=0.3)
+        leaves_close(muon, {name: adamw[name] for name in shapes}, atol=1e-8)
+
     def test_a_configuration_is_a_value(self):
         assert {OptimizerConfig(): "default"}[OptimizerConfig(steps=1000)] == "default"
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -423,6 +446,10 @@ class TestTrainer:
     def test_wrong_options_are_refused_in_words(self, fields, words):
         with pytest.raises(ValueError, match=words):
             OptimizerConfig(**fields)
+
+    def test_an_unknown_algorithm_is_refused_in_words(self):
+        with pytest.raises(ValueError, match="algorithm must be 'adamw' or 'muon'; got algorithm='sgd'"):
+            OptimizerConfig.__post_init__(types.SimpleNamespace(algorithm="sgd"))  # tests check annotations first
 
 
 class TestCheckpoints:
