@@ -59,8 +59,13 @@ def main(command: Sequence[str]) -> int:
         if subprocess.run(compiler, check=False).returncode != 0:
             print(f"without_avx512: cc could not compile {SOURCE}; its messages are above.", file=sys.stderr)
             return 2
-        preload = " ".join(filter(None, [library, os.environ.get("LD_PRELOAD")]))
-        return subprocess.run(command, check=False, env={**os.environ, "LD_PRELOAD": preload}).returncode
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": " ".join(filter(None, [library, os.environ.get("LD_PRELOAD")])),
+            # torch.compile keeps its programs without the instructions that they use.
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/programs",
+        }
+        return subprocess.run(command, check=False, env=environment).returncode
 
 
 if __name__ == "__main__":
