@@ -108,7 +108,7 @@ class BlockConfig(ConfigFields):
         qk_norm: RMSNorm of queries and keys before the rotation: "head" (over each head), "projection" (over all
             heads together) or "none".
         attention_type: the attention function; FLASH chooses the fastest for the machine.
-        attention_block_size: tile length of MEMORY_EFFICIENT, FLASH and PALLAS_FLASH, by default chosen by shape.
+        attention_block_size: tile length of MEMORY_EFFICIENT, FLASH and PALLAS_FLASH, by default by shape and mask.
         linear_attention_chunk_size: of LINEAR.
         attention_window: self-attention reaches the keys with |q - kv| < attention_window only.
         attention_scale: of the scores, by default head_dim ** -0.5.

@@ -1,4 +1,4 @@
-"""The time that merged leading axes save in `Linear` and in attention: the same mathematics in both layouts.
+"""The time that two layouts save: merged leading axes in `Linear` and in attention, and gradients of tall matrices.
 
     python benchmarks/layout.py
 
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from _machine import measure
+
+from attnax.nn.linear import wide_gradient
 
 BATCH, LENGTH, WIDTH, HIDDEN, HEADS, KV_HEADS = 8, 256, 384, 1024, 6, 2
 
@@ -39,11 +41,11 @@ def merged_products(query: Any, key: Any, value: Any) -> Any:
     return jnp.einsum("XMS,XSH->XMH", jax.nn.softmax(jnp.einsum("XMH,XSH->XMS", query, key)), value)
 
 
-def compare(name: str, apart: Callable[..., Any], merged: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
+def compare(name: str, first: Callable[..., Any], second: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
     arrays = [jax.random.normal(jax.random.key(index), shape) * 0.1 for index, shape in enumerate(shapes)]
     steps = [
         jax.jit(jax.grad(lambda *x, f=f: (f(*x) ** 2).sum(), argnums=tuple(range(len(shapes)))))
-        for f in (apart, merged)
+        for f in (first, second)
     ]
     seconds: list[list[float]] = [[], []]
     for _ in range(12):
@@ -52,16 +54,18 @@ def compare(name: str, apart: Callable[..., Any], merged: Callable[..., Any], *s
             jax.block_until_ready(step(*arrays))
             times.append(time.perf_counter() - start)
     ms = [1000 * statistics.median(times[2:]) for times in seconds]  # the first calls compile and warm up
-    print(f"{name:14}apart {ms[0]:6.1f} ms   merged {ms[1]:6.1f} ms   {ms[0] / ms[1]:.2f}x")
+    print(f"{name:32}{ms[0]:6.1f} ms   {ms[1]:6.1f} ms   {ms[0] / ms[1]:.2f}x")
 
 
 def main() -> None:
     print(f"{measure().line}; jax {jax.__version__}, forward + backward")
     weights = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    compare("feed-forward", feed_forward, merged_feed_forward, (BATCH, LENGTH, WIDTH), *weights)
+    compare("feed-forward, apart and merged", feed_forward, merged_feed_forward, (BATCH, LENGTH, WIDTH), *weights)
     head = WIDTH // HEADS
     keys = (BATCH, KV_HEADS, LENGTH, head)
-    compare("attention", products, merged_products, (BATCH, HEADS, LENGTH, head), keys, keys)
+    compare("attention, apart and merged", products, merged_products, (BATCH, HEADS, LENGTH, head), keys, keys)
+    down = (BATCH * LENGTH, HIDDEN), (HIDDEN, WIDTH)
+    compare("gradient, tall and wide", lambda x, kernel: x @ kernel, lambda x, kernel: x @ wide_gradient(kernel), *down)
 
 
 if __name__ == "__main__":

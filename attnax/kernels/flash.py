@@ -82,7 +82,7 @@ def memory_efficient_attention(
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        block_size: queries and keys of a tile, by default chosen by shape.
+        block_size: queries and keys of a tile, by default chosen by shape and mask.
 
     Returns:
         (batch, num_heads, seq_q, value_dim) in the dtype of query, and with `return_lse` the log-sum-exp
@@ -206,7 +206,7 @@ def pallas_flash_attention(
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        block_q: queries of a tile, by default chosen by shape; on a GPU a power of 2, at least 16.
+        block_q: queries of a tile, by default chosen by shape and mask; on a GPU a power of 2, at least 16.
         block_kv: keys of a tile, likewise.
         interpret: run the GPU kernel as ordinary JAX on any platform; slow, for debugging.
         force_fallback: run the tiles of `memory_efficient_attention` on any platform.

@@ -86,7 +86,7 @@ def ring_attention(
         axis_name: the mesh axis that cuts the sequence; with None this device holds the whole sequence, and the call is
             `flash_attention`.
         zigzag: the sequence is in `zigzag_order`, which gives each device the same work under a causal mask.
-        block_size: queries and keys of a tile, by default chosen by shape.
+        block_size: queries and keys of a tile, by default chosen by shape and mask.
 
     Returns:
         (batch, num_heads, seq_q / P, value_dim), and with `return_lse` (batch, num_heads, seq_q / P).

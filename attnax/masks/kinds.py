@@ -57,10 +57,9 @@ class SlidingWindow(Mask):
         some = jnp.logical_and(least < self.before, -most < self.after)
         return some, jnp.logical_and(most < self.before, -least < self.after)
 
-    def keys_per_query(self, seq_kv: int) -> int:
-        if not (is_concrete(self.before) and is_concrete(self.after)):
-            return super().keys_per_query(seq_kv)
-        return min(int(self.before) + int(self.after) - 1, seq_kv)
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        is_known = is_concrete(self.before) and is_concrete(self.after)
+        return min(int(self.before) + int(self.after) - 1, seq_kv) if is_known else None
 
 
 @pytree_dataclass

@@ -60,12 +60,12 @@ class Mask(NoTruth):
         """
         return True, False
 
-    def keys_per_query(self, seq_kv: int) -> int:
+    def keys_per_query(self, seq_kv: int) -> int | None:
         """About how many of `seq_kv` keys a query attends; a kernel chooses its tiles by it, and no result changes.
 
-        One in 32, the default, means "cannot tell".
+        None, the default, means "cannot tell".
         """
-        return -(-seq_kv // 32)
+        return None
 
     @property
     def num_positions(self) -> int | None:
@@ -112,8 +112,9 @@ class And(Mask):
         right_any, right_all = self.right.tile(b, h, q_range, kv_range)
         return jnp.logical_and(left_any, right_any), jnp.logical_and(left_all, right_all)
 
-    def keys_per_query(self, seq_kv: int) -> int:
-        return min(self.left.keys_per_query(seq_kv), self.right.keys_per_query(seq_kv))
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        left, right = self.left.keys_per_query(seq_kv), self.right.keys_per_query(seq_kv)
+        return None if left is None or right is None else min(left, right)
 
     @property
     def num_positions(self) -> int | None:
@@ -142,8 +143,9 @@ class Not(Mask):
         some, every = self.mask.tile(b, h, q_range, kv_range)
         return jnp.logical_not(every), jnp.logical_not(some)
 
-    def keys_per_query(self, seq_kv: int) -> int:
-        return seq_kv - self.mask.keys_per_query(seq_kv)
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        forbidden = self.mask.keys_per_query(seq_kv)
+        return None if forbidden is None else seq_kv - forbidden
 
     @property
     def num_positions(self) -> int | None:
@@ -166,8 +168,8 @@ class Dense(Mask):
             mode="fill", fill_value=False
         )
 
-    def keys_per_query(self, seq_kv: int) -> int:
-        return seq_kv if self.array.shape[2] == 1 else super().keys_per_query(seq_kv)
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        return seq_kv if self.array.shape[2] == 1 else None
 
     @property
     def num_positions(self) -> int | None:

@@ -42,7 +42,7 @@ class AtPositions(Mask):
         tile = None if self.mask is None else self.mask.tile
         return tile_at_positions(tile, self.q_positions, self.kv_positions, b, h, q_range, kv_range)
 
-    def keys_per_query(self, seq_kv: int) -> int:
+    def keys_per_query(self, seq_kv: int) -> int | None:
         return seq_kv if self.mask is None else self.mask.keys_per_query(seq_kv)
 
     @property

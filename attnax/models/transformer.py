@@ -413,11 +413,12 @@ class TokenHead(nnx.Module):
     @jax.named_scope("head")
     def __call__(self, hidden: Float[Array, "*L D"], tokens: TokenEmbedding | None) -> Float[Array, "*L V"]:
         """The logits; `tokens` holds the embeddings of the predicted tokens, which a projection does not need."""
-        if self.projection is None:
-            assert tokens is not None
+        if self.projection is not None:
+            logits = self.projection(hidden)
+        elif tokens is not None:
             logits = tokens.attend(hidden)
         else:
-            logits = self.projection(hidden)
+            raise ValueError("TokenHead: a head without a projection needs `tokens`, the embeddings of the tokens.")
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
         if self.scale != 1.0:

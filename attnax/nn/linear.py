@@ -58,23 +58,19 @@ class Linear(nnx.Linear):
             return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
 
 
+@jax.custom_jvp
 def wide_gradient(tall: Float[Array, "I O"]) -> Float[Array, "I O"]:
     """The same matrix; its gradient is computed as a matrix (O, I), then transposed.
 
     A gradient (I, O) is a product of activations whose second factor has O columns. XLA's CPU backend computes the
-    transposed product, of I columns, up to twice as fast if I is larger, but chooses the other one by itself.
+    transposed product, of I columns, faster if I is larger (`benchmarks/layout.py`), but chooses the other by itself.
     """
-    return _tangent_as_it_is(tall.T).T
+    return tall
 
 
-@jax.custom_jvp
-def _tangent_as_it_is(x: Array) -> Array:
-    return x
-
-
-@_tangent_as_it_is.defjvp
+@wide_gradient.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return primals[0], jax.lax.optimization_barrier(tangents[0])  # XLA would swap the factors instead of transposing
+    return primals[0], jax.lax.optimization_barrier(tangents[0].T).T  # XLA would swap the factors without the barrier
 
 
 def _dot_general_of_tall(x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:

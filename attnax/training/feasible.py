@@ -16,6 +16,7 @@ from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.models import TransformerLM
+from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.trainer import Trainer
 
@@ -23,7 +24,7 @@ __all__ = ["require_memory", "require_traces"]
 
 
 def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None:
-    """Compares the memory with a lower bound: weights, their gradient and moments, and activations of each token.
+    """Compares the memory with a lower bound: weights, their gradient and moments, hidden states, logits of a chunk.
 
     Raises:
         InputError: the machine, or its first accelerator, has less memory than the bound.
@@ -33,7 +34,7 @@ def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None
     count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
     tokens = optimizer.batch_size * model.max_len
     needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
-    needed += 4 * tokens * (model.vocab_size + model.num_layers * model.d_model)
+    needed += 4 * (logits_of_chunk(tokens, model.vocab_size) + tokens * model.num_layers * model.d_model)
     limit = _memory()
     if needed > limit:
         raise InputError(

@@ -12,38 +12,48 @@ import optax
 from attnax.checks import wide_dtype
 from attnax.typing import Array, Float, Int
 
-__all__ = ["weighted_cross_entropy"]
+__all__ = ["logits_of_chunk", "weighted_cross_entropy"]
 
 _LOGITS = 1 << 21  # of a chunk: 8 MiB in float32
-_TOKENS = 512  # of a chunk at least: the products of fewer tokens are slower
+_TOKENS = 512  # of a chunk, at least
+
+
+def logits_of_chunk(num_tokens: int, vocab_size: int) -> int:
+    """The number of logits that are held at a time."""
+    return min(num_tokens, max(_TOKENS, _LOGITS // vocab_size)) * vocab_size
 
 
 def weighted_cross_entropy(
     logits_of: Callable[[Any, Array], Array],
     head: Any,
-    hidden: Float[Array, "M D"],
-    targets: Int[Array, "M"],
-    weights: Float[Array, "M"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """sum_i weights_i * -log softmax(logits_of(head, hidden_i))[targets_i], in nats.
+    """sum_i weights_i * -log softmax(logits_of(head, hidden_i))[targets_i] over all tokens i, in nats.
 
     Tokens are computed in chunks, and under `jax.grad` each chunk's gradients together with its loss: the logits of all
-    tokens are never held, and none are computed twice. A token of weight 0 adds nothing, even if its loss is NaN.
+    tokens are never held, and none are computed twice. A chunk holds some tokens of every row, so that a batch that is
+    cut over devices stays where it is. A token of weight 0 adds nothing to the loss or a gradient, even if it is NaN.
 
     Args:
-        logits_of: `(head, hidden) -> logits` of each token, (chunk, D) -> (chunk, V).
+        logits_of: `(head, hidden) -> logits` of each token, (B, t, D) -> (B, t, V).
         head: a pytree of arrays, the parameters of `logits_of`; it has gradients.
         hidden: has gradients.
         targets: no gradients.
         weights: no gradients.
+
+    Returns:
+        The sum, in the dtype of the logits.
 
     Raises:
         TypeError: forward-mode differentiation (`jax.jvp`).
     """
 
     def loss_of_chunk(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
+        hidden = jnp.where((weights == 0)[..., None], 0, hidden)  # before the products, or 0 * NaN gives NaN gradients
         losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(head, hidden), targets)
-        return jnp.where(weights == 0, 0.0, weights * losses).sum()
+        return (weights * losses).sum()
 
     @jax.custom_vjp
     def total(head: Any, hidden: Array, chunks: tuple[Array, Array]) -> Array:
@@ -57,7 +67,7 @@ def weighted_cross_entropy(
             loss, (by_head, by_hidden) = jax.value_and_grad(loss_of_chunk, argnums=(0, 1))(head, *chunk)
             return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, (loss, by_head)), by_hidden
 
-        by_head = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), head)
+        by_head = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), head)
         (loss, by_head), by_hidden = jax.lax.scan(add, (zero, by_head), (hidden, *chunks))
         return loss, (jax.tree.map(lambda total, x: total.astype(x.dtype), by_head, head), by_hidden)
 
@@ -66,13 +76,14 @@ def weighted_cross_entropy(
         return by_head, by_hidden, None
 
     total.defvjp(total_and_gradients, scale)
-    num_tokens, zero = len(targets), jnp.zeros((), weights.dtype)
-    vocabulary = jax.eval_shape(logits_of, head, hidden).shape[-1]
-    num_chunks = -(-num_tokens // max(_TOKENS, _LOGITS // vocabulary))
-    size = -(-num_tokens // num_chunks)
+    rows, length = targets.shape
+    logits = jax.eval_shape(logits_of, head, hidden)
+    held = logits_of_chunk(rows * length, logits.shape[-1]) // logits.shape[-1]  # tokens
+    num_chunks = max(1, -(-rows * length // max(held, 1)))
+    size, zero = -(-length // num_chunks), jnp.zeros((), logits.dtype)
 
     def cut(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, num_chunks * size - num_tokens)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(num_chunks, size, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, num_chunks, size, *x.shape[2:]), 1, 0)
 
-    return total(head, cut(hidden), (cut(targets), cut(weights)))
+    return total(head, cut(hidden), (cut(targets), cut(weights.astype(zero.dtype))))

@@ -32,7 +32,7 @@ class OptimizerConfig:
 
     Muon makes the update of a matrix nearly orthogonal. It takes fewer steps to the same loss, and the products of each
     update take time: little in a step of many tokens. Its updates have the size of AdamW's, so that learning rate and
-    weight decay suit both. Embeddings, the head, norms and biases have AdamW.
+    weight decay suit both. Embeddings and other tables, routers, the head, norms and biases have AdamW.
 
     Attributes:
         algorithm: "adamw" or "muon".
@@ -102,20 +102,18 @@ class OptimizerConfig:
         def of_each(function: Callable[..., Any]) -> Callable[[Any], Any]:
             return lambda params: jax.tree_util.tree_map_with_path(function, params)
 
-        decay, decays = self.weight_decay, of_each(_decays)
-        if self.algorithm == "adamw":
-            update = optax.adamw(self.schedule(), b2=self.beta2, weight_decay=decay, mask=decays)
-        else:
+        decay = self.weight_decay
+        update = optax.adamw(self.schedule(), b2=self.beta2, weight_decay=decay, mask=of_each(_decays))
+        if self.algorithm == "muon":
             axes = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)  # further axes: layers, experts
-            update = contrib.muon(
+            muon = contrib.muon(
                 self.schedule(),
                 weight_decay=decay,
-                weight_decay_mask=decays,
-                adam_b2=self.beta2,
-                adam_weight_decay=decay,
-                muon_weight_dimension_numbers=of_each(lambda *leaf: axes if _is_hidden(*leaf) else None),
+                muon_weight_dimension_numbers=of_each(lambda *leaf: axes),
                 consistent_rms=_UPDATE_OF_ADAM,
             )
+            labels = of_each(lambda *leaf: "muon" if _is_hidden(*leaf) else "adamw")
+            update = optax.partition({"muon": muon, "adamw": update}, labels)
         return _in_float32(optax.chain(optax.clip_by_global_norm(self.max_grad_norm), update))
 
 
@@ -138,9 +136,9 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _is_hidden(path: tuple[Any, ...], parameter: Any) -> bool:
-    """Whether a parameter is a matrix between hidden states: not an embedding, and not of the head."""
-    names = [str(key.key) for key in path if hasattr(key, "key")]
-    return _decays(path, parameter) and not any(name in ("head", "embed", "embedding") for name in names)
+    """Whether a parameter is a matrix between hidden states: not a table, a router or the head."""
+    names = {str(key.key) for key in path if hasattr(key, "key")}
+    return _decays(path, parameter) and not names & {"embed", "embedding", "relative_bias", "router", "head"}
 
 
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:

@@ -151,7 +151,7 @@ class Trainer:
         key, targets = jax.random.fold_in(jax.random.key(self.seed), state.passes), tokens[:, 1:]
 
         def mean_loss(params: Any) -> Array:
-            weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
+            weights = jnp.full(targets.shape, 1 / max(1, targets.size), jnp.float32)
             loss, aux = self._loss(params, tokens, weights, deterministic=False, rngs=nnx.Rngs(dropout=key))
             return loss + self.optimizer.weigh(aux)
 
@@ -211,9 +211,7 @@ class Trainer:
             logits: Array = head_layer(hidden, table)
             return logits
 
-        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
-        loss = weighted_cross_entropy(logits_of, head, hidden, tokens[:, 1:].reshape(-1), weights.reshape(-1))
-        return loss, out.aux
+        return weighted_cross_entropy(logits_of, head, out.hidden, tokens[:, 1:], weights), out.aux
 
 
 def _is_narrow(params: Any) -> bool:

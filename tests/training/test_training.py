@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build
@@ -29,6 +30,7 @@ from attnax.training import (
     save_checkpoint,
 )
 from attnax.training.loss import weighted_cross_entropy
+from attnax.training.optimizer import _is_hidden as is_hidden
 
 MODEL = TransformerConfig(
     vocab_size=17, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7, dropout_rate=0.0, pos_emb_type="rope"
@@ -175,35 +177,72 @@ def losses_of(trainer, params, tokens):
     return np.asarray(loss(params, tokens, one_at_a_time)).reshape(shape)
 
 
-def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(monkeypatch):
+class TestLoss:
     rng = np.random.default_rng(0)
     head = {"table": rng.normal(size=(5, 3)).astype("f"), "bias": rng.normal(size=5).astype("f")}
-    hidden, targets = rng.normal(size=(11, 3)).astype("f"), jax.device_put(rng.integers(0, 5, 11, dtype=np.int32))
-    weights = jax.device_put(np.where(np.arange(11) == 7, 0.0, rng.uniform(size=11)).astype("f"))
+    hidden = rng.normal(size=(2, 7, 3)).astype("f")
+    targets = rng.integers(0, 5, (2, 7), dtype=np.int32)
+    weights = np.where(np.arange(14) == 8, 0.0, rng.uniform(size=14)).astype("f").reshape(2, 7)
 
+    @pytest.fixture(autouse=True)
+    def small_chunks(self, monkeypatch):
+        monkeypatch.setattr("attnax.training.loss._TOKENS", 4)  # 4 chunks of 2 tokens a row; the last has one padded
+        monkeypatch.setattr("attnax.training.loss._LOGITS", 4)
+
+    @staticmethod
     def logits_of(head, hidden):
-        return 2.0 * jnp.tanh(hidden @ head["table"].T + head["bias"][None])
+        return 2.0 * jnp.tanh(hidden @ head["table"].T + head["bias"][None, None])
 
-    def whole(head, hidden):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(head, hidden), targets)
-        return (losses * weights).sum()
+    def whole(self, head, hidden):
+        losses = optax.softmax_cross_entropy_with_integer_labels(self.logits_of(head, hidden), self.targets)
+        return 3.0 * (losses * self.weights).sum()
 
-    def in_chunks(head, hidden):
-        return 3.0 * weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+    def in_chunks(self, head, hidden):
+        targets, weights = jax.device_put((self.targets, self.weights))
+        return 3.0 * weighted_cross_entropy(self.logits_of, head, jnp.asarray(hidden), targets, weights)
 
-    monkeypatch.setattr("attnax.training.loss._TOKENS", 4)  # 3 chunks, of which the last has one token less
-    monkeypatch.setattr("attnax.training.loss._LOGITS", 4)
-    loss, (by_head, by_hidden) = jax.jit(jax.value_and_grad(in_chunks, argnums=(0, 1)))(head, hidden)
-    expected, (head_expected, hidden_expected) = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)))(head, hidden)
-    np.testing.assert_allclose([loss, jax.jit(in_chunks)(head, hidden)], 3 * expected, rtol=1e-6)
-    leaves_close(by_head, jax.tree.map(lambda x: 3 * x, head_expected))
-    np.testing.assert_allclose(by_hidden, 3 * hidden_expected, atol=1e-6)
+    def results(self, function, head, hidden):
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(head, hidden)
+
+    def test_value_and_gradients_are_those_of_the_whole(self):
+        have, want = (self.results(function, self.head, self.hidden) for function in (self.in_chunks, self.whole))
+        leaves_close(have, want, atol=5e-6)
+        np.testing.assert_allclose(jax.jit(self.in_chunks)(self.head, self.hidden), want[0], rtol=1e-6)
+
+    def test_a_token_of_weight_0_adds_nothing_even_if_it_is_nan(self):
+        spoiled = self.hidden.copy()
+        spoiled[1, 1] = np.nan
+        have = self.results(self.in_chunks, self.head, spoiled)
+        leaves_close(have, self.results(self.in_chunks, self.head, self.hidden), atol=0)
+        assert not have[1][1][1, 1].any()
+
+    def test_it_has_the_dtype_of_the_logits(self):
+        with jax.enable_x64():
+            wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (self.head, self.hidden))
+            have = self.results(self.in_chunks, *wide)
+            assert {x.dtype for x in jax.tree.leaves(have)} == {np.dtype("float64")}
+            leaves_close(have, self.results(self.whole, *wide), atol=1e-12)
+
+    def test_a_cut_batch_stays_where_it_is(self):
+        """Also on a mesh with Explicit axes; no device gathers the rows of another."""
+        mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+        want = self.results(self.in_chunks, self.head, self.hidden)
+        with jax.set_mesh(mesh):
+            cut = jax.device_put(self.hidden, jax.P("rows"))
+            placed = jax.device_put((self.targets, self.weights), jax.P("rows"))
+
+            def in_chunks(head, hidden):
+                return 3.0 * weighted_cross_entropy(self.logits_of, head, hidden, *placed)
+
+            program = jax.jit(jax.value_and_grad(in_chunks, argnums=(0, 1))).lower(self.head, cut).compile()
+            leaves_close(program(self.head, cut), want)
+        assert "all-gather" not in program.as_text()
 
 
 def test_a_step_holds_no_logits_of_all_tokens():
     trainer = Trainer(dataclasses.replace(MODEL, vocab_size=4093), OptimizerConfig())
     program = jax.jit(trainer._step).lower(trainer.init(), np.zeros((179, 8), np.int32)).as_text()
-    assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "418", ""}  # 1253 tokens are 3 chunks
+    assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "179x3", "537", ""}  # 1253 tokens are 3 chunks
 
 
 @pytest.fixture(scope="module")
@@ -390,14 +429,22 @@ class TestTrainer:
             optimizer = OptimizerConfig(algorithm=algorithm, **fields).build()
             return jax.jit(lambda x, p: optimizer.update(x, optimizer.init(p), p)[0])(gradients, params)
 
-        muon, adamw, decayed = update("muon"), update("adamw"), update("muon", weight_decay=0.5)
+        muon, adamw, decayed = update("muon"), update("adamw", weight_decay=0.5), update("muon", weight_decay=0.5)
         change = -rate * 0.5 * params["kernel"]
         np.testing.assert_allclose(decayed["kernel"], muon["kernel"] + change, atol=1e-6)
-        for x in jax.tree.leaves({name: muon.pop(name) for name in hidden}):
+        for x in jax.tree.leaves({name: muon[name] for name in hidden}):
             singular = np.linalg.svd(np.asarray(x), compute_uv=False)
             assert singular.max() < 1.8 * singular.min()
             assert np.sqrt(np.mean(np.square(x))) == pytest.approx(0.2 * rate, rel=0.3)
-        leaves_close(muon, {name: adamw[name] for name in shapes}, atol=1e-8)
+        leaves_close(*({name: x[name] for name in shapes} for x in (decayed, adamw)), atol=1e-8)
+
+    def test_muon_takes_the_matrices_of_the_layers_of_every_model(self):
+        layers = {"num_layers": 1, "num_experts": 2, "top_k": 1, "scan_layers": True, "pos_emb_type": "relative"}
+        model = dataclasses.replace(MODEL, tie_embeddings=False, **layers)
+        params = nnx.eval_shape(lambda: nnx.state(TransformerLM(nnx.Rngs(0), model), nnx.Param))
+        paths = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params))
+        taken = {path[-1].key if path[-1].key != "kernel" else path[-2].key for path, x in paths if is_hidden(path, x)}
+        assert taken == {"query", "key", "value", "out", "up", "down"}
 
     def test_a_configuration_is_a_value(self):
         assert {OptimizerConfig(): "default"}[OptimizerConfig(steps=1000)] == "default"

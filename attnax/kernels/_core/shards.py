@@ -63,7 +63,7 @@ class ShardMask(Mask):
     def tile(self, b: Index, h: Index, q_range: Any, kv_range: Any) -> tuple[Any, Any]:
         return self.mask.tile(*self.offset.moved(b, h), q_range, kv_range)
 
-    def keys_per_query(self, seq_kv: int) -> int:
+    def keys_per_query(self, seq_kv: int) -> int | None:
         return self.mask.keys_per_query(seq_kv)
 
 

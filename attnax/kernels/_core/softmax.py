@@ -124,7 +124,7 @@ def update(
     # exp2(-inf - -inf) is NaN, so the peak of a row that has attended nothing yet counts as 0.
     zero_T = select(peak_T != -jnp.inf, peak_T, 0) if masked else peak_T
     weights_TS = exp2(scores_TS - zero_T[..., None])
-    shrink_T = exp2(state.max - zero_T)
+    shrink_T = jnp.exp2(state.max - zero_T)
     sum_T = state.sum * shrink_T + weights_TS.sum(-1)
     if dropout is not None:
         weights_TS = dropout(weights_TS)

@@ -28,12 +28,13 @@ _COEFFICIENTS = (
 
 @jax.custom_jvp
 def exp2(x: Array) -> Array:
-    """2^x, elementwise, for x < 128; 0 below -126.5, NaN for NaN."""
+    """2^x, elementwise, for x < 128, as scores less their maximum or log-sum-exp are; 0 below -126.5, NaN for NaN."""
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
-    x = lax.select(x < -127.0, lax.full_like(x, -127.0), x)  # `maximum` would test for NaN once more
+    x = lax.max(x, -127.0)
     whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    rest, power = x - whole, lax.full_like(x, _COEFFICIENTS[0])
+    rest = x - whole
+    power: Array | float = _COEFFICIENTS[0]
     for coefficient in _COEFFICIENTS[1:]:
         power = power * rest + coefficient
     # The bits of 2^whole: a float32 keeps its exponent plus 127, and all bits of the number 0 are 0.

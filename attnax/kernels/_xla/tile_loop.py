@@ -61,7 +61,7 @@ class HeadBlock(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values, padded to whole tiles, with 0 in place of non-finite ones, whose `bias` contaminates."""
+    """Keys and values, padded to whole tiles. In a tile a non-finite key is 0, and its `bias` contaminates."""
 
     key: Array  # (B, K, S', H)
     value: Array  # (B, K, S', V)
@@ -255,7 +255,7 @@ def forward(
     axes, seq_q = varying_axes(query), query.shape[2]
     query, keys = _pad(query, tiles.queries), _prepare_keys(key, value, tiles.keys)
     # A CPU multiplies by a matrix faster than by its transpose.
-    key_transposed = keys.key.swapaxes(2, 3)
+    key_transposed, value = _finite(keys.key, keys.bias).swapaxes(2, 3), _finite(keys.value, keys.bias)
 
     def row_of_tiles(step: Any, results: tuple[Array, ...]) -> tuple[Array, ...]:
         x, i = _divide(step, walk.num_queries)
@@ -268,7 +268,7 @@ def forward(
             j = order.nth(n)
             is_plain = is_full and walk.is_plain
             key_tile = _cut_transposed(key_transposed, kv_place, j, tiles.keys, tiles.groups)
-            value_tile, bias = (_flat(_cut(x, kv_place, j, tiles.keys), tiles.groups) for x in keys[1:])
+            value_tile, bias = (_flat(_cut(x, kv_place, j, tiles.keys), tiles.groups) for x in (value, keys.bias))
             scores = softmax.product(query_tile, key_tile, 1, 0)
             if is_plain:
                 # Every query attends every key, so a non-finite one contaminates all sums.
@@ -321,6 +321,7 @@ def backward(
         q_place, kv_place = walk.places(x)
         order = walk.queries_for(x, j)
         key_tile, value_tile, bias = (_flat(_cut(x, kv_place, j, tiles.keys), tiles.groups) for x in keys)
+        key_tile, value_tile = _finite(key_tile, bias), _finite(value_tile, bias)
         key_transposed, value_transposed = key_tile.swapaxes(1, 2), value_tile.swapaxes(1, 2)
 
         def tile(is_full: bool, n: Any, sums: Any) -> Any:
@@ -414,9 +415,12 @@ def _cut_rows(rows: BackwardRows, place: HeadBlock, tile: Any, tiles: Tiles) -> 
 
 def _prepare_keys(key: Array, value: Array, size: int) -> Keys:
     bias = zero_or_nan(key) + zero_or_nan(value)
-    finite = ~jnp.isnan(bias)[..., None]
-    key, value = (softmax.select(finite, x, 0) for x in (key, value))
     return Keys(_pad(key, size), _pad(value, size, 0), _pad(bias, size, -jnp.inf))
+
+
+def _finite(x: Array, bias: Array) -> Array:
+    """Keys or values (..., S, H) with 0 in place of the non-finite ones, which have the bias (..., S) NaN."""
+    return softmax.select(~jnp.isnan(bias)[..., None], x, 0)
 
 
 def _pad(x: Array, size: int, fill: Any = None) -> Array:

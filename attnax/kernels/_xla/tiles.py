@@ -59,7 +59,7 @@ def choose_tiles(
     largest = _largest(mask, seq_kv)
     queries = _even(seq_q, largest) if block_q is None else min(block_q, seq_q)
     keys = _even(seq_kv, largest) if block_kv is None else min(block_kv, seq_kv)
-    is_cut = block_size is None and (queries, keys) != (seq_q, seq_kv)
+    is_cut = block_q is None and block_kv is None and (queries, keys) != (seq_q, seq_kv)
     scores = _SCORES * largest // _LARGEST if is_cut else _SCORES  # small tiles are fast in fewer heads
     whole = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
     # A tile of several rows is computed if one row needs it, so large tiles under a mask hold one row.
@@ -74,11 +74,13 @@ def _largest(mask: Mask | None, seq_kv: int) -> int:
     """The most queries or keys of a tile.
 
     A query computes the keys that the mask allows and, at each edge of the mask, about half a tile of forbidden ones.
-    Smaller tiles compute fewer forbidden pairs, and fewer pairs a second: tiles of 512, 256 and 128 about 1, 0.9 and
-    0.77 times as many (`benchmarks/tiles.py`). With two edges, as a window has, (keys + tile) / speed is equal at the
+    Smaller tiles compute fewer forbidden pairs, but a pair takes longer: about 1, 1.1 and 1.3 times as long in tiles of
+    512, 256 and 128 (`benchmarks/tiles.py`). With two edges, as a window has, (keys + tile) * time is equal at the
     limits below. A mask that allows half of the keys, as the causal mask does, has one edge.
     """
     keys = seq_kv if mask is None else mask.keys_per_query(seq_kv)
+    if keys is None:
+        return 128
     if mask is None or keys > 2304:
         return _LARGEST
     return 128 if keys <= 576 and keys < seq_kv // 2 else 256
