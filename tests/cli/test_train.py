@@ -20,6 +20,7 @@ from attnax.cli import main
 from attnax.errors import InputError
 from attnax.text import DOCUMENT, byte_tokenizer
 from attnax.training import RunFolder, open_run, read_corpus
+from attnax.training.run_folder import _digest as digest
 from attnax.training.run_model import _abstract as abstract
 
 
@@ -67,6 +68,14 @@ def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
     assert RunFolder(tmp_path / "runs" / "001").load()[0] == parts[0]
 
 
+def test_a_run_from_before_muon_has_adamw(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    assert config["options"]["optimizer"].pop("algorithm") == "muon"
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sha256": digest(config)}))
+    assert RunFolder(tmp_path).load()[0].optimizer.algorithm == "adamw"
+
+
 def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
     made = []
 
@@ -75,9 +84,10 @@ def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
         raise InputError("no training today")
 
     monkeypatch.setattr("attnax.cli.train.Trainer", trainer)
-    for flags in (["--seed", "7"], ["--tokenizer", "bytes", "--pack"]):
+    for flags in (["--seed", "7"], ["--tokenizer", "bytes", "--pack", "--algorithm", "adamw"]):
         assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *TINY, *flags)
     (model, optimizer, seed, document_token), packed = made
+    assert (optimizer.algorithm, packed[1].algorithm) == ("muon", "adamw")
     assert (model.d_model, model.num_kv_heads, model.max_len, model.pos_emb_type) == (16, 1, 32, "rope")
     assert (optimizer.steps, optimizer.batch_size, optimizer.learning_rate) == (12, 4, 0.03)
     assert 257 < model.vocab_size <= 300 and (seed, document_token) == (7, None)
