@@ -73,6 +73,7 @@ def test_a_run_from_before_muon_has_adamw(run, tmp_path):
     assert config["options"]["optimizer"].pop("algorithm") == "muon"
     del config["sha256"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"sha256": digest(config)}))
+    (tmp_path / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
     assert RunFolder(tmp_path).load()[0].optimizer.algorithm == "adamw"
 
 

@@ -137,6 +137,7 @@ def test_the_exponential_is_exact_to_a_rounding_and_keeps_zero_and_nan():
     np.testing.assert_allclose(jax.grad(exp2)(jnp.float32(3.5)), np.log(2) * 2**3.5, rtol=1e-6)
     with jax.enable_x64():
         assert exp2(jnp.float64(0.5)) == jnp.exp2(jnp.float64(0.5))
+        assert exp2(jnp.float32(3)) == 8 and exp2(jnp.float32(3)).dtype == jnp.float32
 
 
 def dense(name):

@@ -31,7 +31,7 @@ def exp2(x: Array) -> Array:
     """2^x, elementwise, for x < 128, as scores less their maximum or log-sum-exp are; 0 below -126.5, NaN for NaN."""
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
-    x = lax.max(x, -127.0)
+    x = lax.max(x, lax.full_like(x, -127.0))
     whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
     rest = x - whole
     power: Array | float = _COEFFICIENTS[0]
