@@ -62,8 +62,9 @@ class Linear(nnx.Linear):
 def wide_gradient(tall: Float[Array, "I O"]) -> Float[Array, "I O"]:
     """The same matrix; its gradient is computed as a matrix (O, I), then transposed.
 
-    A gradient (I, O) is a product of activations whose second factor has O columns. XLA's CPU backend computes the
-    transposed product, of I columns, faster if I is larger (`benchmarks/layout.py`), but chooses the other by itself.
+    A gradient (I, O) is a product of activations whose second factor has O columns. The transposed product has I
+    columns. XLA's CPU backend computes it faster for some shapes with I > O (`benchmarks/layout.py` times one), but
+    chooses the other by itself.
     """
     return tall
 
