@@ -181,7 +181,7 @@ class Dense(Mask):
 
 @pytree_dataclass
 class Pointwise(Mask):
-    """A user's function `(b, h, q, kv) -> bool`; nothing is known about its tiles."""
+    """A user's function `(b, h, q, kv) -> bool`; kernels find bounds of its tiles in its trace."""
 
     function: MaskMod  # a pytree
 

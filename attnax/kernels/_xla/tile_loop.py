@@ -1,9 +1,10 @@
 """The tile loop: selects, orders and computes tiles of queries and keys, forward and backward.
 
 Memory is that of the arguments and the result, never T * S. For each tile of queries the bounds of the mask sort the
-tiles of keys into full, partial and empty ones; if the bounds cannot tell, the mask itself decides. Empty tiles are
-skipped; full tiles need no mask test. The backward pass loops over tiles of keys in the same way and recomputes the
-weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` prepares the functions of a user.
+tiles of keys into full, partial and empty ones; those of a user's function come from `_core/intervals.py`. If bounds
+cannot tell, the pairs of the tile decide. Empty tiles are skipped; full tiles need no mask test. The backward pass
+loops over tiles of keys in the same way and recomputes the weights. `_core/softmax.py` has the mathematics of a tile;
+`_core/operands.py` prepares the functions of a user.
 
 `tiles.py` chooses their sizes. The file is as long as it is because both passes share one way to cut, order and visit.
 """
@@ -11,7 +12,7 @@ weights. `_core/softmax.py` has the mathematics of a tile; `_core/operands.py` p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax import lax
 from attnax.kernels._core import softmax
 from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.finite import zero_or_nan
+from attnax.kernels._core.intervals import bounds_of
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, vary_all, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
@@ -187,15 +189,13 @@ class Walk:
         self, x: Any, ranges: tuple[Array, ...], count: int, last: Any, keep: Callable[[Array], Array | None]
     ) -> Order:
         """The order by the bounds of `count` tiles; `last` is True for tiles that hold the last keys."""
-        if self.operands.bounds is None:
-            some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
-        else:
-            assert isinstance(self.operands.bounds, Lifted)
-            of_heads = map(_four_axes, self.operands.bounds(*self._rows_and_heads(x), *ranges))
-            some, every = (
-                jnp.broadcast_to(reduce(x, (0, 1)).reshape(-1), (count,))
+        some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
+        for of_heads in self._bounds(*self._rows_and_heads(x), *ranges):
+            may, must = (
+                jnp.broadcast_to(reduce(_four_axes(x), (0, 1)).reshape(-1), (count,))
                 for x, reduce in zip(of_heads, (jnp.any, jnp.all), strict=True)
             )
+            some, every = some & may, every | must
         axes = varying_axes(self.operands.q_index)
         codes, tiles = (vary(x, axes) for x in (code_of(some, every), jnp.arange(count, dtype=jnp.int32)))
         if self.operands.is_opaque:
@@ -215,6 +215,15 @@ class Walk:
             codes = jnp.where(last, jnp.maximum(codes, PARTIAL), codes)
         _, order = lax.sort((codes, tiles), num_keys=1, is_stable=True)
         return Order(partial(_at, order), (codes == FULL).sum(), (codes < EMPTY).sum())
+
+    def _bounds(self, b: Array, h: Array, *ends: Array) -> Iterator[tuple[Array, Array]]:
+        """What is known of tiles, as `Mask.tile` tells it: by the mask itself, and by intervals where it is opaque."""
+        bounds, mask = self.operands.bounds, self.operands.mask
+        if bounds is not None:
+            assert isinstance(bounds, Lifted)
+            yield bounds(b, h, *ends)
+        if self.operands.is_opaque and mask is not None and (told := bounds_of(mask, b, h, *ends)) is not None:
+            yield told
 
     def places(self, x: Any) -> tuple[HeadBlock, HeadBlock]:
         """The rows and heads of the queries, and of the keys, of the tile whose first group is x."""
