@@ -39,6 +39,8 @@ FUNCTIONS = {
     "past the end": (lambda b, h, q, kv: ROW[kv + 1] == 0, False),
     "or of an unknown": (lambda b, h, q, kv: (jnp.sqrt(1.0 * kv) < 3.0) | (q < 32), False),
     "and of an unknown": (lambda b, h, q, kv: (jnp.sqrt(1.0 * kv) < 3.0) & (kv <= q), False),
+    "not of an unknown": (lambda b, h, q, kv: ~(~(jnp.sqrt(1.0 * kv) < 3.0) & (kv > q)), False),
+    "neither of an unknown": (lambda b, h, q, kv: ~((jnp.sqrt(1.0 * kv) < 3.0) | (kv > q)), False),
     "wraps around": (lambda b, h, q, kv: (q * 2_000_000_000 > kv) & (q + 2_147_483_600 > 0), False),
 }
 

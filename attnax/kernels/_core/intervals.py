@@ -270,7 +270,7 @@ _RULES: dict[str, Callable[..., Interval | None]] = {
 """By primitive, `(equation, *intervals) -> interval` for integers and booleans."""
 
 _OF_UNKNOWN: dict[str, Callable[..., Interval | None]] = {
-    "and": lambda x, y: None if x is None and y is None else Interval(False, (x or y).high),
-    "or": lambda x, y: None if x is None and y is None else Interval((x or y).low, True),
+    "and": lambda x, y: None if x is None and y is None else Interval(np.False_, (x or y).high),
+    "or": lambda x, y: None if x is None and y is None else Interval((x or y).low, np.True_),
 }
 """The rules of primitives that tell something although they know nothing of an operand: booleans only."""
