@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from io import BufferedReader
@@ -34,6 +35,7 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_FILE_BYTES = 1 << 50
 BLOCK_BYTES = 1 << 20  # stays in a cache while its elements are put to their places
+HUGE_BYTES = 4 << 20  # from which size on NumPy takes huge pages
 LINE_BYTES = 64  # of a cache, and what JAX's CPU backend aligns arrays to
 
 _DTYPES: dict[str, np.dtype[Any]] = {  # the library writes wide dtypes first, so that all tensors are aligned
@@ -184,8 +186,15 @@ def _fill(rest: memoryview, file: BufferedReader, info: TensorInfo) -> None:
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing."""
+    """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing.
+
+    NumPy takes huge pages for large arrays. These take small pages, all at once: where a virtual machine's host must
+    find memory for each huge page first, a load is half as fast with huge pages (`benchmarks/load.py`).
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= HUGE_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+        return np.frombuffer(mmap.mmap(-1, size, flags), np.uint8).view(dtype).reshape(shape)
     room = np.empty(size + LINE_BYTES, np.uint8)
     start = -room.ctypes.data % LINE_BYTES
     return room[start : start + size].view(dtype).reshape(shape)

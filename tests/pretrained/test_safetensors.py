@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -86,6 +87,14 @@ def test_parameters_are_read_in_blocks(tmp_path, monkeypatch, layout, shapes, dt
         arrays = [np.zeros(shape, dtype) for shape in shapes]
         read_into(find_places(arrays, layout, sizes), info)
         assert np.array_equal(np.concatenate(arrays, -1), wanted.astype(dtype))
+
+
+@pytest.mark.parametrize("size", [1001, (1 << 20) + 1])
+def test_jax_takes_memory_as_it_is(size):
+    array = empty_aligned((size,), np.float32)
+    array[...] = 1
+    taken = jax.device_put(array)
+    assert taken.unsafe_buffer_pointer() == array.ctypes.data and taken.sum() == size
 
 
 def test_a_transposed_tensor_takes_the_memory_of_its_result(tmp_path):
