@@ -52,7 +52,7 @@ def load_pretrained(
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
-    All files are checked before a tensor is read; then the tensors are read one at a time. The model computes the same
+    All files are checked before a tensor is read; then a few threads read the tensors, the largest first. The model computes the same
     as transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
 
     Args:
@@ -112,7 +112,7 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: memory is fullest at the last tensors, which are then small.
+    # The largest first: the threads end together, and what another device holds twice at the end is small.
     ordered = sorted(bindings, key=lambda binding: binding.num_elements, reverse=True)
     for binding, values in _read_all(checkpoint, ordered, dtype):
         for name, value in zip(binding.parameters, values, strict=True):
