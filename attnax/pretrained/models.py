@@ -52,8 +52,8 @@ def load_pretrained(
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
-    All files are checked before a tensor is read; then a few threads read the tensors, the largest first. The model computes the same
-    as transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
+    All files are checked before a tensor is read; then a few threads read the tensors. The model computes the same as
+    transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
 
     Args:
         folder: with the files; `model.safetensors` may be several files that `model.safetensors.index.json` names. A
