@@ -3,15 +3,17 @@
     python benchmarks/load.py            # needs torch and transformers; `make bench-load` installs them in .venv-torch
 
 Each side loads in processes of its own, in turns. Memory is the growth of the process's peak from just before the load,
-when libraries are imported and a first array is made. The file is in the page cache. The time of the first token
-includes the load. For it, Attnax compiles the program that reads the prompt: all layers, one layer
-(`with_scan_layers`), or nothing if an earlier process left its program in JAX's compilation cache. These are times of
-memory and compilers, so there is no share of the machine's peak.
+when libraries are imported, a first array is made, and Python's garbage collector has run (after these imports a full
+run takes 0.1 s, and falls into a load by chance). The file is in the page cache. The time of the first token includes
+the load. For it, Attnax compiles the program that reads the prompt: all layers, one layer (`with_scan_layers`), or
+nothing if an earlier process left its program in JAX's compilation cache. These are times of memory and compilers, so
+there is no share of the machine's peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -55,6 +57,7 @@ def attnax_side(folder: str, *, scan_layers: bool) -> dict[str, float]:
     from attnax.pretrained import load_pretrained
 
     jnp.zeros(3).block_until_ready()
+    gc.collect()
     before, start = peak(), time.perf_counter()
     model, _ = load_pretrained(folder)
     jax.block_until_ready(nnx.state(model))
@@ -70,6 +73,7 @@ def transformers_side(folder: str) -> dict[str, float]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(2)
     torch.zeros(3)
+    gc.collect()
     kind = transformers.LlamaForCausalLM
     before, start = peak(), time.perf_counter()
     model = kind.from_pretrained(folder)

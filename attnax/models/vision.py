@@ -245,7 +245,7 @@ def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
 def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int) -> nnx.Param[Array] | None:
     if count == 0:
         return None
-    init = nnx.initializers.normal(0.02)  # not 0: registers without positions would stay equal to each other
+    init = make_initializer("normal", 0.02)  # not 0: registers without positions would stay equal to each other
     return nnx.Param(init(rngs.params(), (count, config.d_model), config.param_dtype))
 
 

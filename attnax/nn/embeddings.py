@@ -52,7 +52,7 @@ class TokenEmbedding(nnx.Module):
         param_dtype: Any = "float32",
     ):
         self.vocab_size, self.dtype = vocab_size, dtype or param_dtype
-        init = nnx.initializers.normal(d_model**-0.5) if embedding_init is None else embedding_init
+        init = make_initializer("normal", d_model**-0.5) if embedding_init is None else embedding_init
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), param_dtype))
 
     def __call__(self, input_ids: Int[ArrayLike, "*L"]) -> Float[Array, "*L D"]:
@@ -144,7 +144,7 @@ class LearnedPositionalEmbedding(_PositionTable):
         self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, offset: int = 0, param_dtype: Any = "float32"
     ):
         self.offset, shape = offset, (offset + num_positions, d_model)
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
+        self.embedding = nnx.Param(make_initializer("normal", 0.02)(rngs.params(), shape, param_dtype))
 
     def _table(self, dtype: Any) -> Array:
         return self.embedding[...][self.offset :]
@@ -179,7 +179,7 @@ class TransformerEmbedding(nnx.Module):
                     param_dtype=config.param_dtype,
                 )
             )
-        init = nnx.initializers.normal(0.02)
+        init = make_initializer("normal", 0.02)
         self.types = nnx.data(
             table(vocab_size=config.num_token_types, embedding_init=init) if config.num_token_types else None
         )
@@ -254,7 +254,7 @@ class RelativePositionBias(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, bidirectional: bool):
-        init = nnx.initializers.normal(config.d_model**-0.5)
+        init = make_initializer("normal", config.d_model**-0.5)
         shape = (config.relative_buckets, config.num_heads)
         self.table = nnx.Param(init(rngs.params(), shape, config.param_dtype))
         self.max_distance, self.bidirectional = config.relative_max_distance, bidirectional

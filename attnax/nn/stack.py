@@ -20,6 +20,7 @@ from attnax.masks import kernel_of
 from attnax.nn._run import run_of
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
+from attnax.nn.linear import ShapesOnly
 from attnax.typing import Array, Float
 
 __all__ = ["Stack", "with_scan_layers"]
@@ -41,7 +42,12 @@ class Stack(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: StackConfig, make_block: Callable[..., Any]):
         self.config = config
-        self._hold([make_block(rngs, config.layer(index)) for index in range(config.num_layers)])
+        layers = [config.layer(index) for index in range(config.num_layers)]
+        if isinstance(rngs, ShapesOnly):
+            made = {layer: make_block(rngs, layer) for layer in dict.fromkeys(layers)}
+            self._hold([nnx.clone(made[layer]) for layer in layers])
+        else:
+            self._hold([make_block(rngs, layer) for layer in layers])
 
     def _hold(self, blocks: Sequence[nnx.Module]) -> None:
         period = max(1, len(self.config.layer_pattern))

@@ -14,7 +14,7 @@ import numpy as np
 from attnax.pretrained.errors import CheckpointError
 from attnax.pretrained.foreign import no_tensors
 from attnax.pretrained.json_object import read_object
-from attnax.pretrained.safetensors import MAX_TENSORS, TensorInfo, read_header, read_tensor
+from attnax.pretrained.safetensors import MAX_TENSORS, TensorInfo, read_header
 
 __all__ = ["SINGLE_FILE", "WANTED", "Checkpoint", "open_checkpoint"]
 
@@ -56,10 +56,6 @@ class Checkpoint:
             problems = [f"{new_name(name)!r} is there twice, once by its old name {name!r}." for name in old]
             raise CheckpointError(self.folder, problems)
         return Checkpoint(self.folder, renamed)
-
-    def read(self, name: str, dtype: Any) -> np.ndarray:
-        """The floating tensor `name`, converted to `dtype`."""
-        return read_tensor(self.tensors[name]).astype(dtype, copy=False)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], harmless: Iterable[str] = (), heads: Collection[str] = ()

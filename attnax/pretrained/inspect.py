@@ -15,6 +15,7 @@ from flax import nnx
 from attnax.config import Dtype, EncoderDecoderConfig
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerEncoder
+from attnax.nn.linear import ShapesOnly
 from attnax.pretrained.checkpoint import Checkpoint, open_checkpoint
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
@@ -233,7 +234,7 @@ def _bind(seen: Inspection, family: Family, checkpoint: Checkpoint, dtype: Any) 
     config = seen.config = _with_dtype(config, _check_dtype(checkpoint, not_counted, dtype))
     _check_counts(config, checkpoint)
     try:
-        seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(_OneKey(0), config)))
+        seen.abstract = nnx.split(nnx.eval_shape(lambda: family.model(ShapesOnly(0), config)))
     except ValueError as error:
         raise CheckpointError(checkpoint.folder / "config.json", str(error)) from error
     seen.bindings = family.bind(config, parameter_shapes(seen.abstract[1]), family.base_of(checkpoint.tensors))
@@ -260,13 +261,6 @@ def _with_embeddings(checkpoint: Checkpoint, bindings: Sequence[Binding], repeat
     if not copies or tables[0] in checkpoint.tensors:
         return checkpoint
     return checkpoint.rename(lambda name: tables[0] if name == copies[0] else name)
-
-
-class _OneKey(nnx.Rngs):
-    """One key for all parameters of a model that is only traced: the time to count keys is quadratic in the depth."""
-
-    def params(self) -> jax.Array:
-        return self["default"].key[...]
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

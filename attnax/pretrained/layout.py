@@ -6,13 +6,15 @@ layout read from right to left is its inverse, so that one line describes both r
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["arrange", "arranged_shape", "reverse"]
+__all__ = ["Places", "arrange", "arranged_shape", "find_places", "reverse"]
 
 _GROUP = re.compile(r"\(([^)]*)\)|(\S+)")
 Shape = tuple[int, ...]
@@ -45,6 +47,78 @@ def arranged_shape(shape: Shape, layout: str, sizes: Mapping[str, int]) -> Shape
     """The shape that `arrange` gives an array of `shape`."""
     source, target = map(_groups, layout.split(" -> "))
     return _shape(target, _bind(source, shape, sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The places of a tensor's elements in arrays, each of which takes a range of one of the tensor's axes.
+
+    Attributes:
+        views: of the arrays, with the axes of the tensor, in its order and with merged axes apart. Their sizes along
+            `axis` add up to the tensor's; along other axes their sizes are the tensor's.
+        axis: of the tensor.
+    """
+
+    views: tuple[np.ndarray, ...]
+    axis: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor, with merged axes apart."""
+        shape = self.views[0].shape
+        whole = sum(view.shape[self.axis] for view in self.views)
+        return (*shape[: self.axis], whole, *shape[self.axis + 1 :])
+
+    def at(self, index: int) -> Places:
+        """The places of the elements with this index along the first axis."""
+        if self.axis:
+            return Places(tuple(view[index] for view in self.views), self.axis - 1)
+        for view in self.views:
+            if index < len(view):
+                return Places((view[index],))
+            index -= len(view)
+        raise IndexError(index)
+
+    def put(self, first: int, block: np.ndarray) -> None:
+        """Puts a block of the tensor, the elements from index `first` of the first axis on, to its places."""
+        ends = itertools.accumulate(view.shape[self.axis] for view in self.views)
+        for view, end in zip(self.views, ends, strict=True):
+            begin = end - view.shape[self.axis]
+            if self.axis:
+                cut = (slice(None),) * self.axis + (slice(begin, end),)
+                view[first : first + len(block)] = block[cut]
+            elif first < end and begin < first + len(block):
+                low, high = max(first, begin), min(first + len(block), end)
+                view[low - begin : high - begin] = block[low - first : high - first]
+
+
+def find_places(arrays: Sequence[np.ndarray], layout: str | None, sizes: Mapping[str, int]) -> Places:
+    """The places of the elements of a tensor that holds `arrays` side by side along their last axis.
+
+    Args:
+        arrays: contiguous, of shapes that differ along the last axis only.
+        layout: from the tensor to the arrays side by side, or None where both are laid out alike.
+        sizes: of axes, by their letters.
+
+    Raises:
+        ValueError: the arrays do not fit the right side, or end inside of an axis of the tensor.
+    """
+    if layout is None:
+        side = " ".join(f"axis{index}" for index in range(arrays[0].ndim))
+        layout = f"{side} -> {side}"
+    source, target = map(_groups, layout.split(" -> "))
+    widths = [array.shape[-1] for array in arrays]
+    bound = _bind(target, (*arrays[0].shape[:-1], sum(widths)), sizes)
+    axes, order = ([axis for group in side for axis in group if axis != "1"] for side in (source, target))
+    cut, *inner = target[-1]
+    step = math.prod(bound[axis] for axis in inner)
+    if any(width % step for width in widths):
+        raise ValueError(f"layout: {layout!r} has no place for arrays of widths {widths} with {bound}.")
+    views = []
+    for array, width in zip(arrays, widths, strict=True):
+        apart = array.reshape([width // step if axis == cut else bound[axis] for axis in order])
+        views.append(apart.transpose([order.index(axis) for axis in axes]))
+    return Places(tuple(views), axes.index(cut))
 
 
 def _groups(side: str) -> list[list[str]]:

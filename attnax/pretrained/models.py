@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +28,7 @@ from attnax.pretrained.family import Family, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_name, parameter_shapes
 from attnax.pretrained.rules import Binding
-from attnax.pretrained.safetensors import empty_aligned, same_data, write_tensors
+from attnax.pretrained.safetensors import empty_aligned, read_into, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
 from attnax.pretrained.tokenizer_file import load_tokenizer
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["Sharding", "load_inspected", "load_pretrained", "save_pretrained"]
+
+MOST_THREADS = 8  # more than a few find no more memory bandwidth
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -47,8 +52,8 @@ def load_pretrained(
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
     """The model in a folder of `config.json` and `model.safetensors` as Hugging Face publishes them, and its tokenizer.
 
-    All files are checked before a tensor is read; then the tensors are read one at a time. The model computes the same
-    as transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
+    All files are checked before a tensor is read; then a few threads read the tensors. The model computes the same as
+    transformers (`tests/parity/pretrained.py`). It has no dropout, even if the config has some.
 
     Args:
         folder: with the files; `model.safetensors` may be several files that `model.safetensors.index.json` names. A
@@ -107,11 +112,12 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: memory is fullest at the last tensors, which are then small.
-    for binding in sorted(bindings, key=lambda binding: binding.num_elements, reverse=True):
-        for name, value in zip(binding.parameters, binding.split(_read(checkpoint, binding, dtype)), strict=True):
+    # The largest first: the threads end together, and what another device holds twice at the end is small.
+    ordered = sorted(bindings, key=lambda binding: binding.num_elements, reverse=True)
+    for binding, values in _read_all(checkpoint, ordered, dtype):
+        for name, value in zip(binding.parameters, values, strict=True):
             where = sharding(name, value.shape) if callable(sharding) else sharding
-            arrays[name] = jax.device_put(value, where)  # transposes faster than NumPy does
+            arrays[name] = jax.device_put(value, where)  # in this thread, whose default device it uses
     flat = [(path, variable.replace(arrays[parameter_name(path)])) for path, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     model.loaded_as = family.model_type  # static, so that copies and `nnx.split` keep it
@@ -213,11 +219,30 @@ def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: S
             raise CheckpointError(checkpoint.folder, problem + hint)
 
 
-def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> np.ndarray:
-    """The tensor of a binding, or the tensors of all experts stacked."""
-    if not binding.stacked:
-        return checkpoint.read(binding.tensors[0], dtype)
-    whole = empty_aligned((len(binding.tensors), *binding.tensor_shape), dtype)
-    for expert, name in enumerate(binding.tensors):
-        whole[expert] = checkpoint.read(name, dtype)
-    return whole
+def _read_all(
+    checkpoint: Checkpoint, bindings: Iterable[Binding], dtype: str
+) -> Iterator[tuple[Binding, list[np.ndarray]]]:
+    """Each binding with its parameters. Some threads read the next ones meanwhile."""
+    count = min(MOST_THREADS, os.cpu_count() or 1)
+    waiting: deque[tuple[Binding, Future[list[np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for binding in bindings:
+                waiting.append((binding, pool.submit(_read, checkpoint, binding, dtype)))
+                if len(waiting) > count:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _read(checkpoint: Checkpoint, binding: Binding, dtype: str) -> list[np.ndarray]:
+    """The parameters of a binding."""
+    arrays = [empty_aligned(shape, dtype) for shape in binding.shapes]
+    for name, places in binding.places(arrays):
+        read_into(places, checkpoint.tensors[name])
+    return arrays

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from attnax.pretrained.layout import Shape, arrange, arranged_shape, reverse
+from attnax.pretrained.layout import Places, Shape, arrange, arranged_shape, find_places, reverse
 
 __all__ = ["Binding", "Rule", "attention", "embedding", "linear", "norm", "within"]
 
@@ -106,12 +106,11 @@ class Binding:
         """The number of elements of all the parameters together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The parameters in a tensor, or in the tensors of all experts stacked."""
-        if self.layout is not None:
-            tensor = arrange(tensor, self.layout, self.sizes)
-        ends = np.cumsum([shape[-1] for shape in self.shapes])
-        return np.split(tensor, ends[:-1], axis=-1)
+    def places(self, arrays: Sequence[np.ndarray]) -> Iterator[tuple[str, Places]]:
+        """The name of each tensor, and the places of its elements in `arrays`, which become the parameters."""
+        places = find_places(arrays, self.layout, self.sizes)
+        for index, name in enumerate(self.tensors):
+            yield name, places.at(index) if self.stacked else places
 
     def join(self, parameters: Sequence[np.ndarray], name: str) -> np.ndarray:
         """The tensor `name`, which holds the parameters, or one expert's part of them."""

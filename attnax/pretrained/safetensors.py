@@ -2,8 +2,9 @@
 
 A file is 8 bytes (the length of the header, little-endian), the header, a JSON object
 `{name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}`, and the bytes of the tensors one after the
-other. A header has at most 16 MiB, and is read and checked completely. Memory for a tensor is allocated when the tensor
-is read; by then the file is known to hold its bytes.
+other. A header has at most 16 MiB, and is read and checked completely. Tensors are read into arrays of the caller, who
+allocates them when the file is known to hold their bytes. Files are not mapped into memory: to read a mapped file that
+another process cuts off ends the program.
 
 References:
     https://github.com/huggingface/safetensors#format
@@ -14,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,16 @@ import numpy as np
 
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.json_object import MAX_JSON_BYTES, open_file, parse_object
+from attnax.pretrained.layout import Places
 
-__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_tensor", "same_data", "write_tensors"]
+__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_into", "same_data", "write_tensors"]
 
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_FILE_BYTES = 1 << 50
+BLOCK_BYTES = 1 << 20  # stays in a cache while its elements are put to their places
+HUGE_BYTES = 4 << 20  # from which size on NumPy takes huge pages
+LINE_BYTES = 64  # of a cache, and what JAX's CPU backend aligns arrays to
 
 _DTYPES: dict[str, np.dtype[Any]] = {  # the library writes wide dtypes first, so that all tensors are aligned
     "U64": np.dtype(np.uint64),
@@ -112,47 +119,84 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_tensor(info: TensorInfo) -> np.ndarray:
-    """The array, read into memory of its own.
+def read_into(places: Places, info: TensorInfo) -> None:
+    """Puts the elements of a tensor to their places, converted to the dtype of the arrays there.
+
+    Args:
+        places: as many as the tensor has elements. Their axes are the tensor's, with merged axes apart.
+        info: of the tensor.
 
     Raises:
         CheckpointError: the file is shorter than it was when its header was read.
     """
-    array = empty_aligned(info.shape, info.dtype)
-    if array.nbytes:
-        _read_into(array.reshape(-1).view(np.uint8).data, info, 0)
-    return array
+    with open_file(info.path) as file:
+        file.seek(info.start)
+        _put_next(file, info, places)
+
+
+def _put_next(file: BufferedReader, info: TensorInfo, places: Places) -> None:
+    """Puts the next elements of the file, as many as there are places."""
+    view, *more = places.views
+    if not more and view.dtype == info.dtype and view.flags.c_contiguous:
+        if view.nbytes:
+            _fill(view.reshape(-1).view(np.uint8).data, file, info)
+        return
+    shape, itemsize = places.shape, info.dtype.itemsize
+    width = math.prod(shape[1:])
+    if width * itemsize > BLOCK_BYTES and len(shape) > 2:
+        for index in range(shape[0]):
+            _put_next(file, info, places.at(index))
+        return
+    # Transposed, a block is a column of the result; in steps of whole cache lines no line is written twice.
+    line = LINE_BYTES // min(itemsize, view.dtype.itemsize)
+    rows = min(shape[0], max(BLOCK_BYTES // max(width * itemsize, 1) // line, 1) * line)
+    # No even number of cache lines from row to row: after a power of two, a column would fill few sets of the cache.
+    in_line = LINE_BYTES // view.dtype.itemsize
+    pitch = width + (in_line if width % (2 * in_line) == 0 else 0)
+    block, spaced = np.empty((rows, width), info.dtype), np.empty((rows, pitch), view.dtype)
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        _fill(block[:count].reshape(-1).view(np.uint8).data, file, info)
+        spaced[:count, :width] = block[:count]
+        places.put(first, spaced[:count, :width].reshape(count, *shape[1:]))
 
 
 def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two tensors of the same size hold the same bytes; only a part of them is in memory at a time."""
-    size = 16 << 20
-    parts = np.empty((2, size), np.uint8)
-    for start in range(0, one.num_bytes, size):
-        count = min(size, one.num_bytes - start)
-        for part, info in zip(parts, (one, other), strict=True):
-            _read_into(part[:count].data, info, start)
-        if not np.array_equal(parts[0, :count], parts[1, :count]):
-            return False
+    parts = np.empty((2, BLOCK_BYTES), np.uint8)
+    with open_file(one.path) as file, open_file(other.path) as other_file:
+        file.seek(one.start)
+        other_file.seek(other.start)
+        for start in range(0, one.num_bytes, BLOCK_BYTES):
+            count = min(BLOCK_BYTES, one.num_bytes - start)
+            _fill(parts[0, :count].data, file, one)
+            _fill(parts[1, :count].data, other_file, other)
+            if not np.array_equal(parts[0, :count], parts[1, :count]):
+                return False
     return True
 
 
-def _read_into(rest: memoryview, info: TensorInfo, start: int) -> None:
-    """Fills `rest` with the tensor's bytes from offset `start` on."""
-    with open_file(info.path) as file:
-        file.seek(info.start + start)
-        while rest:
-            count = file.readinto(rest)
-            if not count:
-                raise CheckpointError(info.path, "it was cut off after its header was read.")
-            rest = rest[count:]
+def _fill(rest: memoryview, file: BufferedReader, info: TensorInfo) -> None:
+    """Fills `rest` with the next bytes of a tensor's file."""
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise CheckpointError(info.path, "it was cut off after its header was read.")
+        rest = rest[count:]
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing."""
-    size, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
-    room = np.empty(size + alignment, np.uint8)
-    start = -room.ctypes.data % alignment
+    """Like `np.empty`, aligned for JAX's CPU backend, so that `jax.device_put` copies nothing.
+
+    NumPy takes huge pages for large arrays. These take small pages, all at once: where a virtual machine's host must
+    find memory for each huge page first, a load is half as fast with huge pages (`benchmarks/load.py`).
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= HUGE_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+        return np.frombuffer(mmap.mmap(-1, size, flags), np.uint8).view(dtype).reshape(shape)
+    room = np.empty(size + LINE_BYTES, np.uint8)
+    start = -room.ctypes.data % LINE_BYTES
     return room[start : start + size].view(dtype).reshape(shape)
 
 

@@ -63,10 +63,10 @@ class TestInspect:
         assert "share_embeddings=True" in text and "encoder.stack.blocks.{0..1}.attention.query.kernel 30x35" in text
 
     def test_no_tensor_is_read(self, show, monkeypatch):
-        def refuse(rest, info, start):
+        def refuse(rest, file, info):
             raise AssertionError(info)
 
-        monkeypatch.setattr("attnax.pretrained.safetensors._read_into", refuse)
+        monkeypatch.setattr("attnax.pretrained.safetensors._fill", refuse)
         with pytest.raises(AssertionError):
             load_pretrained(FOLDER / "gpt2")
         assert show(FOLDER / "gpt2")[0] == 0

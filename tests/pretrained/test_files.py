@@ -26,6 +26,8 @@ from golden_copies import (
 
 from attnax import TransformerEncoder
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
+from attnax.pretrained.inspect import inspect_folder
+from attnax.pretrained.models import load_inspected
 
 
 def test_dtype_is_that_of_the_tensors_or_the_one_given():
@@ -50,6 +52,19 @@ def test_float64_is_not_read_as_less_without_a_word(tmp_path):
     assert load_pretrained(tmp_path, dtype="float32")[0].config == load("gpt2").config
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "t5_variant", "vit_classes"])
+def test_a_model_of_shapes_is_the_model_without_its_numbers(name):
+    """Equal layers of it are copies."""
+    seen = inspect_folder(FOLDER / name)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: seen.family.model(nnx.Rngs(0), seen.config)))
+    assert seen.abstract[0] == graphdef
+    of_shapes, of_numbers = (
+        {path: (variable.shape, variable.dtype) for path, variable in nnx.to_flat_state(each)}
+        for each in (seen.abstract[1], state)
+    )
+    assert of_shapes == of_numbers
+
+
 def test_parameters_go_where_sharding_says():
     mesh = jax.make_mesh((2,), ("model",))
     spread, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "model"), ()))
@@ -60,6 +75,22 @@ def test_parameters_go_where_sharding_says():
     assert attention.query.kernel[...].sharding == spread and attention.key.kernel[...].sharding == whole
     model, _ = load_pretrained(FOLDER / "llama3", sharding=whole)
     assert {array.sharding for array in jax.tree.leaves(nnx.state(model))} == {whole}
+
+
+def test_parameters_go_to_the_callers_default_device():
+    """Other threads, which read the files, do not know it."""
+    last = jax.devices()[-1]
+    with jax.default_device(last):
+        model, _ = load_pretrained(FOLDER / "llama3")
+    assert {device for array in jax.tree.leaves(nnx.state(model)) for device in array.devices()} == {last}
+
+
+def test_a_file_that_is_cut_off_while_tensors_are_read_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "gpt2", tmp_path, dirs_exist_ok=True)
+    seen = inspect_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cut off after its header was read"):
+        load_inspected(seen)
 
 
 def test_a_tokenizer_is_read_if_it_is_there(tmp_path):

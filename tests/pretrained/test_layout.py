@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from attnax.pretrained.layout import arrange, arranged_shape, reverse
+from attnax.pretrained.layout import arrange, arranged_shape, find_places, reverse
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,9 @@ def test_a_layout_means_what_einops_says():
     )
     with pytest.raises(ValueError, match="layout: .* does not fit the shape"):
         arrange(np.zeros((5, 2)), "(N 3 H) I -> I (3 N H)", {"H": 2})
+
+
+def test_an_array_must_end_where_an_axis_of_the_tensor_does():
+    arrays = [np.zeros((7, width)) for width in (9, 21)]
+    with pytest.raises(ValueError, match=r"layout: '.*' has no place for arrays of widths \[9, 21\]"):
+        find_places(arrays, "(N 3 H) I -> I (3 N H)", {"N": 5, "H": 2})

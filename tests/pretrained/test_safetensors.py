@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from tiny import SEED
 
 from attnax.pretrained import CheckpointError
 from attnax.pretrained.checkpoint import open_checkpoint
-from attnax.pretrained.safetensors import read_header, read_tensor, write_tensors
+from attnax.pretrained.layout import Places, arrange, find_places, reverse
+from attnax.pretrained.safetensors import empty_aligned, read_header, read_into, write_tensors
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (64, 32, 16, 8)] + ["bool"]
@@ -36,6 +38,12 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+def read(info, dtype=None):
+    array = empty_aligned(info.shape, info.dtype if dtype is None else dtype)
+    read_into(Places((array,)), info)
+    return array
+
+
 def problems_of(path):
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
@@ -46,11 +54,58 @@ def problems_of(path):
 def test_reads_what_the_library_writes(tmp_path):
     tensors = random_tensors(0)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    read = {name: read_tensor(info) for name, info in read_header(tmp_path / "model.safetensors").items()}
-    assert read.keys() == tensors.keys()
+    found = {name: read(info) for name, info in read_header(tmp_path / "model.safetensors").items()}
+    assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        assert read[name].tobytes() == tensor.tobytes()
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].tobytes() == tensor.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["as it is", "converted"])
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        ("O I -> I O", [(37, 70)]),
+        ("O I -> I O", [(37, 41), (37, 11), (37, 18)]),
+        (None, [(37, 41), (37, 11), (37, 11)]),
+        (None, [(70,)]),
+        ("(N 3 H) I -> I (3 N H)", [(37, 10)] * 3),
+        ("E D (F 2) -> E D (2 F)", [(3, 11, 13)] * 2),
+        ("D C h w -> (h w C) D", [(42, 37)]),
+        ("1 T D -> T D", [(5, 37)]),
+    ],
+)
+def test_parameters_are_read_in_blocks(tmp_path, monkeypatch, layout, shapes, dtype):
+    """Blocks are a few rows, or less than a row; the elements are those of a tensor read at once and rearranged."""
+    sizes = {"N": 5, "H": 2, "h": 2, "w": 7}
+    wanted = np.random.default_rng(0).standard_normal((*shapes[0][:-1], sum(shape[-1] for shape in shapes)), "f")
+    tensor = wanted if layout is None else arrange(wanted, reverse(layout), sizes)
+    safetensors.numpy.save_file({"a": np.ascontiguousarray(tensor)}, tmp_path / "model.safetensors")
+    info = read_header(tmp_path / "model.safetensors")["a"]
+    for block_bytes in (1, 40, 3000):
+        monkeypatch.setattr("attnax.pretrained.safetensors.BLOCK_BYTES", block_bytes)
+        arrays = [np.zeros(shape, dtype) for shape in shapes]
+        read_into(find_places(arrays, layout, sizes), info)
+        assert np.array_equal(np.concatenate(arrays, -1), wanted.astype(dtype))
+
+
+@pytest.mark.parametrize("size", [1001, (1 << 20) + 1])
+def test_jax_takes_memory_as_it_is(size):
+    array = empty_aligned((size,), np.float32)
+    array[...] = 1
+    taken = jax.device_put(array)
+    assert taken.unsafe_buffer_pointer() == array.ctypes.data and taken.sum() == size
+
+
+def test_a_transposed_tensor_takes_the_memory_of_its_result(tmp_path):
+    safetensors.numpy.save_file({"a": np.ones((4096, 1024), "f")}, tmp_path / "model.safetensors")
+    info = read_header(tmp_path / "model.safetensors")["a"]
+    tracemalloc.start()
+    array = np.empty((1024, 4096), "f")
+    read_into(find_places([array], "O I -> I O", {}), info)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert array.all() and peak < array.nbytes + (3 << 20)
 
 
 def test_writes_the_bytes_that_the_library_writes(tmp_path):
@@ -162,7 +217,9 @@ def test_a_file_cut_off_after_its_header_was_read_is_noticed(tmp_path):
     info = read_header(path)["a"]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut off after its header was read"):
-        read_tensor(info)
+        read(info)
+    with pytest.raises(CheckpointError, match="cut off after its header was read"):
+        read(info, np.float16)
 
 
 def write_shards(folder, places, **files):
@@ -175,7 +232,7 @@ def test_shards_are_one_checkpoint(tmp_path):
     write_shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors", "c": "x.safetensors"}, x="ac", y="b")
     checkpoint = open_checkpoint(tmp_path, {})
     assert sorted(checkpoint.tensors) == ["a", "b", "c"]
-    assert checkpoint.read("b", "float32").tolist() == [1.0, 1.0, 1.0]
+    assert read(checkpoint.tensors["b"]).tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +292,8 @@ def test_missing_unexpected_and_wrong_tensors_are_told_together(tmp_path):
         "'gone' is missing; a floating tensor of shape (2, 3) was expected.",
         "'extra' is float32(2, 3); no such tensor was expected.",
     ]
-    assert open_checkpoint(tmp_path, {}).read("fine", "float32").dtype == np.float32
+    fine = read(open_checkpoint(tmp_path, {}).tensors["fine"], np.float32)
+    assert fine.dtype == np.float32 and not fine.any()
 
 
 def odd_value(rng):
@@ -322,7 +380,7 @@ def test_of_mutated_files_only_our_own_exception_comes_out(tmp_path, seed, count
         try:
             checkpoint = open_checkpoint(tmp_path, {})
             checkpoint.check({name: tensor.shape for name, tensor in tensors.items()})
-            held = sum(read_tensor(info).nbytes for info in checkpoint.tensors.values())
+            held = sum(read(info).nbytes for info in checkpoint.tensors.values())
             assert held < path.stat().st_size  # no tensor is larger than the file
         except CheckpointError as error:
             refused += 1
