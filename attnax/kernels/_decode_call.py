@@ -21,7 +21,7 @@ from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._core.stored import Source, TokenArrays
 from attnax.kernels._gpu.decode import DecodeInputs
-from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks
+from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks, rows_at_once
 from attnax.typing import Array, AttentionOptions
 
 __all__ = ["DecodeCall", "attend_tokens"]
@@ -93,10 +93,11 @@ def _lift(call: DecodeCall, queries: Queries) -> tuple[Queries, tuple[Source, ..
         def example(*shape: int, dtype: Any = jnp.int32) -> Any:
             return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
 
-        b, h, q = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1)
+        rows = rows_at_once(call.sources, batch)
+        b, h, q = example(rows, 1, 1, 1), example(1, heads, 1, 1), example(rows, 1, seq_q, 1)
         sizes = (source.chunk_size for source in call.sources)
         return tuple(
-            ChunkFunctions(*functions(example(batch, heads, seq_q, n, dtype=dtype), b, h, q, example(batch, 1, 1, n)))
+            ChunkFunctions(*functions(example(rows, heads, seq_q, n, dtype=dtype), b, h, q, example(rows, 1, 1, n)))
             for n in sizes
         )
 

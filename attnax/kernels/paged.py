@@ -225,8 +225,22 @@ class PageChunks:
     """The pages of a cache, in chunks."""
 
     cache: PagedKVCache
-    order: Array  # (C,), all chunks; the needed chunks come first
-    num_chunks: Array  # the number of needed chunks
+    needed: Array  # (B, C), the chunks that a row may attend
+    order: Array  # (C,), all chunks; the chunks that some row may attend come first
+    num_chunks: Array  # the number of chunks that some row may attend
+
+    @classmethod
+    def of(cls, cache: PagedKVCache, needed: Array) -> PageChunks:
+        """The chunks that some row may attend."""
+        some = needed.any(0)
+        return cls(cache, needed, jnp.argsort(~some, stable=True), some.sum(dtype=jnp.int32))
+
+    @property
+    def row_lengths(self) -> Array | None:
+        return self.cache.seq_lengths
+
+    def of_rows(self, rows: Array) -> PageChunks:
+        return PageChunks.of(_rows_of(self.cache, rows), self.needed[rows])
 
     @property
     def chunk_size(self) -> int:
@@ -234,7 +248,7 @@ class PageChunks:
 
     @property
     def value_shape(self) -> tuple[int, int]:
-        return self.cache.value_pool.shape[2], self.cache.value_pool.shape[3]
+        return self.cache.value_pool.shape[1], self.cache.value_pool.shape[3]
 
     def chunk(self, n: Array) -> Chunk:
         cache, count, block_size = self.cache, _pages_in_chunk(self.cache), self.cache.block_size
@@ -246,7 +260,7 @@ class PageChunks:
 
         def read(pool: Pool) -> Array:
             # Page -1 is masked, so page 0 is read in its place.
-            return read_blocks(pool, jnp.maximum(blocks, 0)).swapaxes(1, 2)
+            return read_blocks(pool, jnp.maximum(blocks, 0))
 
         return Chunk(
             jnp.broadcast_to(position, exists.shape)[:, None, None],
@@ -279,8 +293,7 @@ def _pages_to_read(
         h = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
         some, _ = mask.tile(rows[:, None, None], h, q_range, (first, first + size - 1))
         needed = needed & some
-    needed = needed.any((0, 1))
-    return PageChunks(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
+    return PageChunks.of(cache, needed.any(1))
 
 
 def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
@@ -366,12 +379,14 @@ def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) 
 def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
     """The cache with these rows alone; a row that does not exist counts as overflowed."""
     missing = (rows < 0) | (rows >= cache.seq_lengths.shape[0])
-    return dataclasses.replace(
-        cache,
-        block_table=cache.block_table[rows],
-        seq_lengths=cache.seq_lengths[rows],
-        overflowed=cache.overflowed[rows] | missing,
-    )
+    cache = _rows_of(cache, rows)
+    return dataclasses.replace(cache, overflowed=cache.overflowed | missing)
+
+
+def _rows_of(cache: PagedKVCache, rows: Array) -> PagedKVCache:
+    """The cache with these rows alone, over the same pools."""
+    table, lengths, overflowed = (x[rows] for x in (cache.block_table, cache.seq_lengths, cache.overflowed))
+    return dataclasses.replace(cache, block_table=table, seq_lengths=lengths, overflowed=overflowed)
 
 
 def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
@@ -379,10 +394,10 @@ def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) 
     pools = cache.key_pool, cache.value_pool
     batch, _, seq_q, _ = query.shape
     if new is None:
-        key, value = (jnp.zeros((batch, pool.shape[2], 0, pool.shape[3]), query.dtype) for pool in pools)
+        key, value = (jnp.zeros((batch, pool.shape[1], 0, pool.shape[3]), query.dtype) for pool in pools)
         return key, value
     key, value = (jnp.asarray(x) for x in new)
-    want = [(batch, pool.shape[2], seq_q, pool.shape[3]) for pool in pools]
+    want = [(batch, pool.shape[1], seq_q, pool.shape[3]) for pool in pools]
     if [key.shape, value.shape] != want:
         raise ValueError(
             "paged_attention: key and value must hold the tokens of query, in the heads and sizes of the cache, "

@@ -33,8 +33,8 @@ class PagedKVCache:
     """Keys and values of one attention layer for `batch` sequences of their own lengths.
 
     Attributes:
-        key_pool: (num_blocks, block_size, num_kv_heads, head_dim).
-        value_pool: (num_blocks, block_size, num_kv_heads, value_dim).
+        key_pool: (num_blocks, num_kv_heads, block_size, head_dim).
+        value_pool: (num_blocks, num_kv_heads, block_size, value_dim).
         block_table: int32 (batch, max_blocks_per_seq), the blocks that each row holds, in order; -1 is unused, and
             only -1 follows -1. No block stands in the table twice.
         seq_lengths: int32 (batch,), the tokens of each row.
@@ -42,8 +42,8 @@ class PagedKVCache:
             stays set until the row is freed.
     """
 
-    key_pool: Float[Array, "P Z K H"] | Int8Rows
-    value_pool: Float[Array, "P Z K Hv"] | Int8Rows
+    key_pool: Float[Array, "P K Z H"] | Int8Rows
+    value_pool: Float[Array, "P K Z Hv"] | Int8Rows
     block_table: Int[Array, "B M"]
     seq_lengths: Int[Array, "B"]
     overflowed: Bool[Array, "B"]
@@ -51,7 +51,7 @@ class PagedKVCache:
     @property
     def block_size(self) -> int:
         """Tokens a block holds."""
-        return self.key_pool.shape[1]
+        return self.key_pool.shape[2]
 
     @property
     def max_len(self) -> int:
@@ -79,7 +79,7 @@ class PagedKVCache:
                 positions the last two cannot be raised: `overflowed` is set then.
         """
         batch, num_new = self.block_table.shape[0], keys.shape[2] if keys.ndim == 4 else 0
-        pools, leading = (self.key_pool, self.value_pool), (batch, self.key_pool.shape[2], num_new)
+        pools, leading = (self.key_pool, self.value_pool), (batch, self.key_pool.shape[1], num_new)
         check_new_tokens("PagedKVCache.append", pools, keys, values, leading)
         positions = check_new_positions("PagedKVCache.append", positions, batch, num_new)
         real = positions >= 0
@@ -170,8 +170,8 @@ def init_paged_kv_cache(
     sizes |= {"batch_size": batch_size, "max_blocks_per_seq": max_blocks_per_seq, "value_dim": value_dim}
     check_sizes("init_paged_kv_cache", **sizes)
     return PagedKVCache(
-        key_pool=zero_rows((num_blocks, block_size, num_kv_heads, head_dim), dtype),
-        value_pool=zero_rows((num_blocks, block_size, num_kv_heads, value_dim), dtype),
+        key_pool=zero_rows((num_blocks, num_kv_heads, block_size, head_dim), dtype),
+        value_pool=zero_rows((num_blocks, num_kv_heads, block_size, value_dim), dtype),
         block_table=jnp.full((batch_size, max_blocks_per_seq), -1, jnp.int32),
         seq_lengths=jnp.zeros(batch_size, jnp.int32),
         overflowed=jnp.zeros(batch_size, bool),
@@ -300,7 +300,7 @@ def append_rows(
         ([5, 1], [[0, 1, -1], [2, -1, -1]])
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
-    leading = (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens)
+    leading = (cache.block_table.shape[0], cache.key_pool.shape[1], num_tokens)
     check_new_tokens("append_rows", (cache.key_pool, cache.value_pool), keys_new, values_new, leading)
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
     num_new = _counts("append_rows", num_new_tokens, cache, num_tokens)
@@ -316,8 +316,8 @@ def append_rows(
     table, start = cache.block_table, cache.seq_lengths
     return dataclasses.replace(
         cache,
-        key_pool=write_tokens(cache.key_pool, table, start, jnp.moveaxis(keys_new, 2, 1), num_new),
-        value_pool=write_tokens(cache.value_pool, table, start, jnp.moveaxis(values_new, 2, 1), num_new),
+        key_pool=write_tokens(cache.key_pool, table, start, jnp.asarray(keys_new), num_new),
+        value_pool=write_tokens(cache.value_pool, table, start, jnp.asarray(values_new), num_new),
         seq_lengths=start + num_new,
         overflowed=cache.overflowed | ~fits,
     )
@@ -339,7 +339,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
 
     def rows(pool: Pool) -> Array:
         # An unused entry, -1, reads the last block of the pool; these tokens lie past the length.
-        return jnp.where(real[:, None, :, None], jnp.moveaxis(read_blocks(pool, cache.block_table), 2, 1), 0)
+        return jnp.where(real[:, None, :, None], read_blocks(pool, cache.block_table), 0)
 
     return rows(cache.key_pool), rows(cache.value_pool), cache.seq_lengths
 

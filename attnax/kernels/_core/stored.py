@@ -44,13 +44,20 @@ class Source(Protocol):
     def value_shape(self) -> tuple[int, int]:
         """(K, V)."""
 
+    @property
+    def row_lengths(self) -> Array | None:
+        """(B,), about how many tokens are read of each row; None if all rows have the same chunks."""
+
+    def of_rows(self, rows: Array) -> Source:
+        """The tokens of the rows `rows` (R,)."""
+
     def chunk(self, n: Array) -> Chunk:
         """The n-th chunk in the order of reading."""
 
 
 @pytree_dataclass
 class TokenArrays:
-    """All stored tokens as arrays: in one piece (B, K, S, H), or in pages (P, page, K, H)."""
+    """All stored tokens as arrays: in one piece (B, K, S, H), or in pages (P, K, page, H)."""
 
     keys: Array
     values: Array
@@ -75,6 +82,14 @@ class SlotChunks:
     @property
     def value_shape(self) -> tuple[int, int]:
         return self.values.shape[1], self.values.shape[3]
+
+    @property
+    def row_lengths(self) -> Array | None:
+        return None
+
+    def of_rows(self, rows: Array) -> SlotChunks:
+        keys, values, positions = jax.tree.map(lambda x: x[rows], (self.keys, self.values, self.positions))
+        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
 
     def chunk(self, n: Array) -> Chunk:
         size, length = self.chunk_size, self.positions.shape[1]
