@@ -1,7 +1,7 @@
 """A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The loop over chunks has a traced length, so a step's work follows the tokens in use. Rows of different lengths are sorted
-and read in groups: a long row does not make all others wait for its chunks.
+The loop over chunks has a traced length, so a step's work follows the tokens in use. Rows of different lengths are
+sorted and read in groups: a long row does not make all others wait for its chunks.
 """
 
 from __future__ import annotations
