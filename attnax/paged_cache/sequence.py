@@ -8,7 +8,6 @@ from typing import Any, SupportsIndex
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache.layer_cache import check_new_tokens
 from attnax.checks import is_concrete
 from attnax.paged_cache.cache import PagedKVCache
 from attnax.paged_cache.pool import give_blocks, missing_blocks, read_blocks, write_tokens
@@ -93,8 +92,13 @@ def append_kv(
     """
     index, length, table = _sequence("append_kv", "append_rows", cache, sequence_idx)
     num_new = keys_new.shape[0] if keys_new.ndim else 0
-    pools, leading = (cache.key_pool, cache.value_pool), (num_new, cache.key_pool.shape[1])
-    check_new_tokens("append_kv", pools, keys_new, values_new, leading, "(new tokens, num_kv_heads, size)")
+    for name, new, like in zip(("keys_new", "values_new"), (keys_new, values_new), cache.key_value, strict=True):
+        want = (num_new, *like.shape)
+        if new.shape != want:
+            raise ValueError(
+                f"append_kv: {name} must have shape (new tokens, num_kv_heads, size)={want}; got "
+                f"{name}.shape={new.shape}."
+            )
     if missing_blocks(table, length + num_new, cache.block_size):
         raise ValueError(
             f"append_kv: {num_new} new tokens behind length={length} reach an unallocated block; got blocks "

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from attnax import MultiHeadAttention, masks, standard_attention
-from attnax.kernels import paged
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels.paged import paged_attention
 from attnax.masks import MaskedScoreMod
@@ -25,6 +24,7 @@ from attnax.paged_cache import (
     gather_kv,
     init_paged_kv_cache,
 )
+from attnax.paged_cache.chunks import pages_in_chunk
 from attnax.pytrees import pytree_dataclass
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, QUERIES = 6, 2, 5, 7, 5
@@ -429,7 +429,7 @@ def test_memory_does_not_grow_with_the_pool(options):
 def test_a_chunk_is_as_many_whole_pages_as_128_keys_hold(block_size, pages):
     sizes = {"num_kv_heads": 1, "head_dim": 2, "batch_size": 1, "max_blocks_per_seq": 20}
     cache = jax.eval_shape(lambda: init_paged_kv_cache(num_blocks=20, block_size=block_size, **sizes))
-    assert paged._pages_in_chunk(cache) == pages
+    assert pages_in_chunk(cache.block_table, cache.key_pool) == pages
 
 
 def long_cache():

@@ -6,12 +6,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from attnax.cache import TokenArrays
 from attnax.kernels._core import softmax
 from attnax.kernels._core.lift import Deferred, Lifted, lift_marked
 from attnax.kernels._core.mesh import vary_all, varying_axes
 from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
-from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.masks import as_mask, at_positions
 from attnax.pytrees import pytree_dataclass

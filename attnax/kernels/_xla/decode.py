@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnax.cache import Source
 from attnax.kernels._core import softmax
 from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.finite import is_finite
@@ -20,7 +21,6 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
 from attnax.kernels._core.softmax import SoftmaxState
-from attnax.kernels._core.stored import Source
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 

@@ -1,20 +1,39 @@
-"""Stored tokens as the engines of decoding read them."""
+"""Stored tokens in the pieces that attention reads: a kind of cache states here what kernels need to know of it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.int8_rows import Rows, decode_rows
+from attnax.int8_rows import decode_rows
+from attnax.masks import Mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["Chunk", "SlotChunks", "Source", "TokenArrays"]
+__all__ = ["CHUNK", "Chunk", "Reading", "SlotChunks", "Source", "TokenArrays"]
+
+CHUNK = 128  # tokens that are read at once, about
+
+
+class Reading(NamedTuple):
+    """The queries that read a cache, by which a cache chooses what is read.
+
+    Attributes:
+        mask: at positions; None if all tokens may be attended.
+        rows: (B,), the rows of the batch as masks see them.
+        positions: (B, T) of the queries; a negative position is padding.
+        num_heads: of the queries.
+    """
+
+    mask: Mask | None
+    rows: Array
+    positions: Array
+    num_heads: int
 
 
 class Chunk(NamedTuple):
@@ -67,13 +86,14 @@ class TokenArrays:
 
 @pytree_dataclass
 class SlotChunks:
-    """Chunks of tokens that lie in one piece; slots from `in_use` on hold no token."""
+    """Chunks of tokens that lie in the slots of a cache; slots from `in_use` on hold no token."""
 
-    keys: Rows  # (B, K, S, H)
-    values: Rows  # (B, K, S, V)
-    positions: Array  # (B, S); -1 is no token
+    cache: Any  # an `InSlots`
     in_use: Array
-    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def chunk_size(self) -> int:
+        return min(self.cache.positions.shape[1], CHUNK)
 
     @property
     def num_chunks(self) -> Array:
@@ -81,18 +101,18 @@ class SlotChunks:
 
     @property
     def value_shape(self) -> tuple[int, int]:
-        return self.values.shape[1], self.values.shape[3]
+        _, values = jax.eval_shape(lambda cache: cache.keys_values(cache.slots), self.cache)
+        return values.shape[1], values.shape[3]
 
     @property
     def row_lengths(self) -> Array | None:
         return None
 
     def of_rows(self, rows: Array) -> SlotChunks:
-        keys, values, positions = jax.tree.map(lambda x: x[rows], (self.keys, self.values, self.positions))
-        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
+        return dataclasses.replace(self, cache=self.cache.select_rows(rows))
 
     def chunk(self, n: Array) -> Chunk:
-        size, length = self.chunk_size, self.positions.shape[1]
+        cache, size, length = self.cache, self.chunk_size, self.cache.positions.shape[1]
         start = jnp.asarray(n, jnp.int32) * size
         # The last chunk ends at `length`, so the last chunk may overlap the chunk before.
         first = jnp.minimum(start, length - size)
@@ -101,9 +121,9 @@ class SlotChunks:
             return x if size == length else lax.dynamic_slice_in_dim(x, first, size, axis)
 
         def read() -> tuple[Array, Array]:
-            keys, values = jax.tree.map(lambda x: cut(x, 2), (self.keys, self.values))
-            return decode_rows(keys, self.keys.dtype), decode_rows(values, self.values.dtype)
+            keys, values = cache.keys_values(jax.tree.map(lambda x: cut(x, 2), cache.slots))
+            return decode_rows(keys, keys.dtype), decode_rows(values, values.dtype)
 
-        position, is_new = cut(self.positions, 1), first + jnp.arange(size, dtype=jnp.int32) >= start
+        position, is_new = cut(cache.positions, 1), first + jnp.arange(size, dtype=jnp.int32) >= start
         exists = (position >= 0) & is_new[None]
         return Chunk(jnp.maximum(position, 0)[:, None, None], exists[:, None, None], read)
