@@ -122,7 +122,7 @@ def test_documented_example():
 
     assert free.tolist() == list(range(3, 16))
     assert paged.block_table.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1]]
-    assert paged.key_pool.shape == paged.value_pool.shape == (16, 8, 4, 16)
+    assert paged.key_pool.shape == paged.value_pool.shape == (16, 4, 8, 16)
     assert (paged.block_size, paged.max_len) == (8, 32)
     for seq_idx, (keys, values) in enumerate(given):
         got_keys, got_values, length = gather_kv(paged, seq_idx)
@@ -333,7 +333,7 @@ def test_gradients_reach_the_tokens_that_were_written():
 
 def test_a_new_cache_is_zero_and_value_dim_defaults_to_head_dim():
     cache = make_cache(value_dim=None)
-    assert cache.value_pool.shape == (BLOCKS, SIZE, KV_HEADS, KEY_DIM)
+    assert cache.value_pool.shape == (BLOCKS, KV_HEADS, SIZE, KEY_DIM)
     assert not any(np.asarray(x).any() for x in (cache.key_pool, cache.value_pool, cache.overflowed))
     keys, values, length = gather_kv(cache, 0)
     assert keys.shape == values.shape == (0, KV_HEADS, KEY_DIM) and length == 0

@@ -13,7 +13,8 @@ Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head o
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
-from attnax.cache import empty, from_config, kv, layer_cache, linear, ring
+from attnax.cache import chunks, empty, from_config, kv, layer_cache, linear, ring
+from attnax.cache.chunks import *
 from attnax.cache.empty import *
 from attnax.cache.from_config import *
 from attnax.cache.kv import *
@@ -21,4 +22,4 @@ from attnax.cache.layer_cache import *
 from attnax.cache.linear import *
 from attnax.cache.ring import *
 
-__all__ = [name for module in (empty, from_config, kv, layer_cache, linear, ring) for name in module.__all__]
+__all__ = [name for module in (chunks, empty, from_config, kv, layer_cache, linear, ring) for name in module.__all__]

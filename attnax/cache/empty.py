@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
-from attnax.cache.kv import KVLayerCache
-from attnax.cache.layer_cache import LayerCache, StoredTokens
+from attnax.cache.layer_cache import CacheCall, Keeps, LayerCache, StoredTokens
 from attnax.checks import is_concrete
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
@@ -28,6 +24,12 @@ class EmptyCache:
     """
 
     cache: Any
+    is_empty: ClassVar[bool] = True
+
+    @property
+    def keeps(self) -> Keeps:
+        kind: Keeps = getattr(self.cache, "keeps", "tokens")  # `check` refuses an object that is no cache
+        return kind
 
     def check(self, caller: str) -> None:
         """Raises ValueError without an inner cache, or if the inner cache is known to hold tokens."""
@@ -50,14 +52,11 @@ class EmptyCache:
         stored: StoredTokens = self.cache.tokens(dtype)
         return stored
 
-    def store(self, keys: Array, values: Array, positions: ArrayLike) -> Any:
-        """`cache.append`, but padding behind the last token of all rows takes no slot."""
-        cache, _ = self.cache.append(keys, values, positions)
-        if not isinstance(cache, KVLayerCache):
-            return cache
-        real = (jnp.atleast_2d(positions) >= 0).any(0)
-        length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
-        return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
+    def attend(self, call: CacheCall) -> tuple[Array, Any]:
+        result: tuple[Array, Any] = self.cache.attend_first(call)
+        return result
+
+    attend_first = attend
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> EmptyCache:
         return EmptyCache(self.cache.select_rows(rows))

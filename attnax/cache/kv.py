@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnax.cache.layer_cache import InSlots, check_new_positions, check_new_tokens, empty_slots
+from attnax.cache.layer_cache import InSlots, check_new_positions, check_new_tokens, count_new, empty_slots
 from attnax.checks import check_shape, is_concrete
 from attnax.int8_rows import Int8Rows, Rows, encode_rows
 from attnax.pytrees import pytree_dataclass
@@ -41,10 +42,17 @@ class KVLayerCache(InSlots):
     def slots_in_use(self) -> Int[Array, ""]:
         return self.length
 
-    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
+    def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
         """The cache with the new tokens, twice: the cache holds every token that the new tokens may attend."""
-        cache = update_kv_layer_cache(self, keys, values, positions=positions)
+        cache = _write("KVLayerCache.append", self, new, None, positions)
         return cache, cache
+
+    def store(self, new: Mapping[str, Array], positions: ArrayLike) -> KVLayerCache:
+        """`append`, but padding behind the last token of all rows takes no slot."""
+        cache, _ = self.append(new, positions)
+        real = (jnp.atleast_2d(positions) >= 0).any(0)
+        length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
+        return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
 
 def init_kv_layer_cache(
@@ -95,16 +103,22 @@ def update_kv_layer_cache(
         ValueError: shapes that do not fit the cache, or more tokens than fit. With a traced `start` a
             lack of room raises no error: no token is written, and `overflowed` is set for good.
     """
-    batch, heads, max_len, _ = cache.keys.shape
-    num_new = keys_new.shape[2] if keys_new.ndim == 4 else 0
-    held = cache.keys, cache.values
-    check_new_tokens("update_kv_layer_cache", held, keys_new, values_new, (batch, heads, num_new))
+    return _write("update_kv_layer_cache", cache, {"keys": keys_new, "values": values_new}, start, positions)
+
+
+def _write(
+    caller: str, cache: KVLayerCache, new: Mapping[str, Array], start: Any, positions: ArrayLike | None
+) -> KVLayerCache:
+    """`update_kv_layer_cache` for arrays of any names."""
+    batch, max_len = cache.positions.shape
+    num_new = count_new(new)
+    check_new_tokens(caller, cache.slots, new, num_new)
     if start is not None:
-        check_shape("update_kv_layer_cache", "start", start, (), integers=True)
+        check_shape(caller, "start", start, (), integers=True)
     start = cache.length if start is None else jnp.asarray(start, jnp.int32)
     if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
         raise ValueError(
-            f"update_kv_layer_cache: {num_new} tokens from slot {int(start)} do not fit into a cache of "
+            f"{caller}: {num_new} tokens from slot {int(start)} do not fit into a cache of "
             f"max_len={max_len}. Make the cache longer."
         )
     if num_new > max_len:  # traced start: no slice of this size exists to write back to
@@ -112,7 +126,7 @@ def update_kv_layer_cache(
     fits = (start >= 0) & (start + num_new <= max_len)
     slots = start + jnp.arange(num_new, dtype=jnp.int32)
     positions = slots if positions is None else positions
-    positions = check_new_positions("update_kv_layer_cache", positions, batch, num_new)
+    positions = check_new_positions(caller, positions, batch, num_new)
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
         # A write that does not fit puts the old tokens back: cheaper than a choice between two whole caches.
@@ -122,9 +136,9 @@ def update_kv_layer_cache(
     def write_rows(held: Rows, new: Array) -> Rows:
         return jax.tree.map(lambda buffer, part: write(buffer, part, 2), held, encode_rows(new, held))
 
-    return KVLayerCache(
-        keys=write_rows(cache.keys, keys_new),
-        values=write_rows(cache.values, values_new),
+    return dataclasses.replace(
+        cache,
+        **{name: write_rows(held, new[name]) for name, held in cache.slots.items()},
         length=jnp.where(fits, jnp.maximum(cache.length, start + num_new), cache.length),
         positions=write(cache.positions, positions, 1),
         overflowed=cache.overflowed | ~fits,

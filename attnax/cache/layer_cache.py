@@ -3,67 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from attnax.cache.chunks import Reading, SlotChunks, Source, TokenArrays
 from attnax.checks import check_positions, check_shape, is_concrete
 from attnax.int8_rows import Int8Rows, Rows, decode_rows, zero_rows
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
-__all__ = ["InSlots", "LayerCache", "StoredTokens", "check_rows", "forget", "select_rows"]
+__all__ = [
+    "CacheCall",
+    "InSlots",
+    "LayerCache",
+    "StoredTokens",
+    "StoresTokens",
+    "check_rows",
+    "forget",
+    "nan_where_lost",
+    "select_rows",
+]
+
+Keeps = Literal["tokens", "sums"]
 
 Caches = TypeVar("Caches")
 Slots = TypeVar("Slots", bound=Any)
 
 
-@pytree_dataclass
-class StoredTokens:
-    """Tokens in one piece, in any order.
-
-    Attributes:
-        keys: (batch, num_kv_heads, S, head_dim), rotated.
-        values: (batch, num_kv_heads, S, value_head_dim).
-        positions: int32 (batch, S); -1 is no token.
-        window: queries attend keys with |q - kv| < window; None if they attend all.
-    """
-
-    keys: Float[Array, "B K S H"] | Int8Rows
-    values: Float[Array, "B K S Hv"] | Int8Rows
-    positions: Int[Array, "B S"]
-    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+@runtime_checkable
+class CacheCall(Protocol):
+    """The new tokens of a layer, and the ways in which the layer attends; `LayerCache.attend` chooses one."""
 
     @property
-    def slots_in_use(self) -> Int[Array, ""]:
-        """The end of the slots in use; no later slot holds a token."""
-        return jnp.int32(self.positions.shape[1])
+    def new(self) -> dict[str, Array]:
+        """The arrays of the new tokens by the names of the slots: `keys` (B, K, T, H), `values` (B, K, T, Hv)."""
 
     @property
-    def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover; None if there is no bound."""
-        return None
+    def positions(self) -> Int[Array, "#B T"]:
+        """Of the new tokens; -1 is padding."""
 
-    @property
-    def overflowed(self) -> Bool[Array, ""]:
-        """False: no write was dropped."""
-        return jnp.zeros((), bool)
+    def attend_new(self) -> Array:
+        """The new tokens attend each other, at indices; padding is hidden."""
 
-    def tokens(self, dtype: Any) -> StoredTokens:
-        """The tokens, with keys and values as arrays of `dtype`."""
-        keys, values = decode_rows(self.keys, dtype), decode_rows(self.values, dtype)
-        return dataclasses.replace(self, keys=keys, values=values)
+    def attend_stored(self, stored: InSlots | Any) -> Array:
+        """The new tokens attend stored ones, at positions; `stored` is the second result of `append`."""
+
+    def attend_sums(self, state: Any) -> tuple[Array, Any]:
+        """Linear attention to sums and the new tokens: the output, and the sums with the new tokens."""
 
 
 @runtime_checkable
 class LayerCache(Protocol):
     """The methods of every cache of one layer. No cache changes in place.
 
-    Each kind stores keys and values in its own layout and dtype; `tokens` reads every kind. A kind with tokens in slots
-    derives from `InSlots`, which states the members that softmax attention reads. `PagedKVCache` has no slots, but has
-    `append`, `num_positions` and `overflowed`.
+    Each kind stores its arrays in its own layout and dtype; `tokens` reads every kind. A kind with tokens in slots
+    derives from `InSlots`.
     """
+
+    @property
+    def keeps(self) -> Keeps:
+        """What the cache keeps: "tokens" for softmax attention, "sums" for linear attention."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the cache is known to hold no token: new tokens attend each other at indices, as without a cache."""
+
+    def check(self, caller: str) -> None:
+        """Raises ValueError if the cache cannot take part in a call of the layer `caller`."""
+
+    def attend(self, call: CacheCall) -> tuple[Array, Any]:
+        """The attention of the new tokens to the cache and to each other, and the cache with the new tokens."""
+
+    def attend_first(self, call: CacheCall) -> tuple[Array, Any]:
+        """`attend`, where the cache is known to be empty."""
 
     def tokens(self, dtype: Any) -> StoredTokens:
         """The tokens as arrays (batch, num_kv_heads, S, head_dim) of `dtype` with their positions, in any order.
@@ -96,35 +111,119 @@ def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
     return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
 
 
-class InSlots:
-    """The base of a LayerCache whose tokens lie in slots, each with its position. `cached_attention` takes any kind.
+class StoresTokens:
+    """The base of every LayerCache that stores tokens: softmax attention reads them, in chunks or as arrays.
 
-    A kind has these fields, and defines `append`.
+    A kind has an `append` and the members below; nothing else of it is read by layers and kernels.
+
+    Attributes:
+        overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
+
+    overflowed: Bool[Array, "..."]
+    window: int | None = None
+    keeps: ClassVar[Keeps] = "tokens"
+    is_empty: ClassVar[bool] = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        raise NotImplementedError
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that a mask array must cover; None if there is no bound."""
+        raise NotImplementedError
+
+    @property
+    def key_value(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Shapes (K, H) and (K, V) of the keys and values of a token, with the dtypes in which they are read."""
+        raise NotImplementedError
+
+    def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[Any, Any]:
+        """Returns (new cache, the tokens that the new tokens attend).
+
+        The second result is the new cache, or a StoredTokens if the write loses a token that is still attended.
+
+        Args:
+            new: the arrays of T new tokens by name, each (batch, heads, T, size).
+            positions: int32 (T,) or (batch, T), the index of each token in its row's text; -1 is padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: a cache that stores tokens needs an append method.")
+
+    def chunks(self, reading: Reading) -> Source:
+        """The tokens in the pieces that a few queries read."""
+        raise NotImplementedError
+
+    def arrays(self) -> TokenArrays | None:
+        """The tokens as a GPU kernel reads them, without a copy; None if it cannot."""
+        return None
+
+    def tokens(self, dtype: Any) -> StoredTokens:
+        """As in `LayerCache`."""
+        raise NotImplementedError
+
+    def store(self, new: Mapping[str, Array], positions: ArrayLike) -> Any:
+        """`append` to an empty cache; padding behind the last token of all rows may take no slot."""
+        cache, _ = self.append(new, positions)
+        return cache
+
+    def check(self, caller: str) -> None:
+        """Every call may read the cache."""
+
+    def attend(self, call: CacheCall) -> tuple[Array, Any]:
+        """As in `LayerCache`."""
+        cache, stored = self.append(call.new, call.positions)
+        return nan_where_lost(call.attend_stored(stored), cache), cache
+
+    def attend_first(self, call: CacheCall) -> tuple[Array, Any]:
+        """As in `LayerCache`."""
+        cache = self.store(call.new, call.positions)
+        return nan_where_lost(call.attend_new(), cache), cache
+
+
+class InSlots(StoresTokens):
+    """The base of a LayerCache whose tokens lie in slots, each with its position.
+
+    The fields that `slot_names` lists are arrays with a vector for each slot and head: keys and values, and whatever
+    else a layer keeps of a token. `keys_values` says which keys and values slots stand for. A kind that has other
+    arrays, such as latents from which keys and values are projected, overrides it. A kind defines `append`.
 
     Attributes:
         keys: (batch, num_kv_heads, slots, head_dim).
         values: (batch, num_kv_heads, slots, value_head_dim).
         positions: int32 (batch, slots); -1 is empty or padding.
-        overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
-        window: queries attend keys with |q - kv| < window; None if they attend all.
     """
 
-    keys: Float[Array, "B K S H"] | Int8Rows
-    values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
-    overflowed: Bool[Array, "..."]
-    window: int | None = None
+    slot_names: ClassVar[tuple[str, ...]] = ("keys", "values")
 
-    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[Any, Any]:
-        """Returns (new cache, the tokens that the new tokens attend).
+    @property
+    def slots(self) -> dict[str, Rows]:
+        """The arrays of all slots by name, each (batch, heads, slots, size)."""
+        return {name: getattr(self, name) for name in self.slot_names}
 
-        The second result is the new cache, or a StoredTokens if the write loses a token that is still attended.
+    def keys_values(self, slots: Mapping[str, Rows]) -> tuple[Rows, Rows]:
+        """Keys (batch, num_kv_heads, S, head_dim) and values (batch, num_kv_heads, S, value_head_dim) of some slots.
+
+        Args:
+            slots: arrays as in `slots`, of any S.
         """
-        raise NotImplementedError(f"{type(self).__name__}: a cache that stores tokens needs an append method.")
+        return slots["keys"], slots["values"]
+
+    @property
+    def key_value(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        keys, values = jax.eval_shape(lambda cache: cache.keys_values(cache.slots), self)
+        key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[3]), x.dtype) for x in (keys, values))
+        return key, value
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.shape[0]
 
     @property
     def num_positions(self) -> int | None:
-        """The number of positions that a mask array must cover; None if there is no bound."""
         return self.max_len if self.window is None else None
 
     @property
@@ -135,25 +234,74 @@ class InSlots:
     @property
     def max_len(self) -> int:
         """Capacity in tokens."""
-        return self.keys.shape[2]
+        return self.positions.shape[1]
 
     def next_positions(self) -> Int[Array, "B"]:
         return self.positions.max(axis=1, initial=-1) + 1
 
-    def tokens(self: Any, dtype: Any) -> StoredTokens:
+    def chunks(self, reading: Reading) -> Source:
+        return SlotChunks(self, self.slots_in_use)
+
+    def arrays(self) -> TokenArrays | None:
+        keys, values = self.keys_values(self.slots)
+        if (
+            isinstance(keys, Int8Rows)
+            or isinstance(values, Int8Rows)
+            or type(self).keys_values is not InSlots.keys_values
+        ):
+            return None
+        return TokenArrays(keys, values, self.positions, None)
+
+    def tokens(self, dtype: Any) -> StoredTokens:
         """All slots, as arrays of `dtype`."""
-        return StoredTokens(self.keys, self.values, self.positions, self.window).tokens(dtype)
+        keys, values = (decode_rows(rows, dtype) for rows in self.keys_values(self.slots))
+        return StoredTokens(keys, values, self.positions, self.window)
 
     def select_rows(self: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
         rows = check_rows("select_rows", rows, self.positions.shape[0])
-        keys, values, positions = jax.tree.map(lambda x: x[rows], (self.keys, self.values, self.positions))
-        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
+        slots, positions = jax.tree.map(lambda x: x[rows], (self.slots, self.positions))
+        return dataclasses.replace(self, **slots, positions=positions)
 
     def forget(self: Slots, first: Int[ArrayLike, "B"]) -> Slots:
         """Takes back each row's tokens from position `first` on, by marking their slots as empty."""
         check_shape("forget", "first", first, self.positions.shape[:1], integers=True)
         first = jnp.asarray(first, jnp.int32)
         return dataclasses.replace(self, positions=jnp.where(self.positions < first[:, None], self.positions, -1))
+
+
+@pytree_dataclass
+class StoredTokens(InSlots):
+    """Tokens in one piece, in any order.
+
+    Attributes:
+        keys: (batch, num_kv_heads, S, head_dim), rotated.
+        values: (batch, num_kv_heads, S, value_head_dim).
+        positions: int32 (batch, S); -1 is no token.
+        window: queries attend keys with |q - kv| < window; None if they attend all.
+    """
+
+    keys: Float[Array, "B K S H"] | Int8Rows
+    values: Float[Array, "B K S Hv"] | Int8Rows
+    positions: Int[Array, "B S"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def num_positions(self) -> int | None:
+        return None
+
+    @property
+    def overflowed(self) -> Bool[Array, ""]:  # type: ignore[override]
+        """False: no write was dropped."""
+        return jnp.zeros((), bool)
+
+
+def nan_where_lost(results: Any, cache: StoresTokens) -> Any:
+    """Results (B, ...) with NaN in the rows where the cache dropped a write, so that the error is seen."""
+
+    def mark(x: Array) -> Array:
+        return jnp.where(cache.overflowed.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x)
+
+    return jax.tree.map(mark, results)
 
 
 def empty_slots(
@@ -189,17 +337,24 @@ def check_sizes(caller: str, **sizes: int) -> None:
 
 def check_new_tokens(
     caller: str,
-    held: tuple[Rows, Rows],
-    keys: ArrayLike,
-    values: ArrayLike,
-    leading: tuple[int, ...],
+    held: Mapping[str, Rows | jax.ShapeDtypeStruct],
+    new: Mapping[str, ArrayLike],
+    num_new: int,
     axes: str = "(batch, num_kv_heads, new tokens, size)",
 ) -> None:
-    """Raises ValueError unless the new keys and values have the `leading` axes, and the sizes of `held`."""
-    for name, new, like in (("keys_new", keys, held[0]), ("values_new", values, held[1])):
-        want = (*leading, like.shape[3])
-        if new.shape != want:
-            raise ValueError(f"{caller}: {name} must have shape {axes}={want}; got {name}.shape={new.shape}.")
+    """Raises ValueError unless `new` has the arrays of `held`, (batch, heads, slots, size), with `num_new` slots."""
+    if new.keys() != held.keys():
+        raise ValueError(f"{caller}: the arrays of new tokens must be {', '.join(held)}; got {', '.join(new)}.")
+    for name, like in held.items():
+        want, x = (*like.shape[:2], num_new, like.shape[3]), new[name]
+        if x.shape != want:
+            raise ValueError(f"{caller}: {name}_new must have shape {axes}={want}; got {name}_new.shape={x.shape}.")
+
+
+def count_new(new: Mapping[str, ArrayLike]) -> int:
+    """T of arrays (batch, heads, T, size); 0 for arrays of another shape, which `check_new_tokens` refuses."""
+    first = next(iter(new.values()), None)
+    return first.shape[2] if first is not None and first.ndim == 4 else 0
 
 
 def check_new_positions(caller: str, positions: ArrayLike, batch: int, num_new: int) -> Array:

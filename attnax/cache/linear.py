@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from attnax.cache.layer_cache import StoredTokens, check_rows, check_sizes
+from attnax.cache.layer_cache import CacheCall, Keeps, StoredTokens, check_rows, check_sizes
 from attnax.checks import wide_dtype
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
@@ -34,6 +34,17 @@ class LinearLayerCache:
 
     state: LinearState
     lengths: Int[Array, "B"]
+    keeps: ClassVar[Keeps] = "sums"
+    is_empty: ClassVar[bool] = False
+
+    def check(self, caller: str) -> None:
+        """Every call may read the sums."""
+
+    def attend(self, call: CacheCall) -> tuple[Array, LinearLayerCache]:
+        out, state = call.attend_sums(self.state)
+        return out, LinearLayerCache(state, jnp.maximum(self.lengths, call.positions.max(1, initial=-1) + 1))
+
+    attend_first = attend
 
     def tokens(self, dtype: Any) -> StoredTokens:
         """Raises NotImplementedError: a sum does not know its terms."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from attnax.cache.layer_cache import (
     check_new_positions,
     check_new_tokens,
     check_sizes,
+    count_new,
     empty_slots,
 )
 from attnax.checks import is_concrete
@@ -52,9 +54,7 @@ class RingKVCache(InSlots):
     def slots_in_use(self) -> Int[Array, ""]:
         return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
 
-    def append(
-        self, keys: Array, values: Array, positions: ArrayLike
-    ) -> tuple[RingKVCache, RingKVCache | StoredTokens]:
+    def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[RingKVCache, RingKVCache | StoredTokens]:
         """The cache with the new tokens, and an object with every token that the new tokens may attend.
 
         Both are the same, unless a new token overwrites a key that an earlier new token attends. The second is then a
@@ -65,9 +65,8 @@ class RingKVCache(InSlots):
                 positions so far apart that one token overwrites another that is still attended. With traced positions
                 the last two cannot be raised: `overflowed` is set for good.
         """
-        batch, heads, slots, _ = self.keys.shape
-        num_new, window = keys.shape[2] if keys.ndim == 4 else 0, self.window
-        check_new_tokens("RingKVCache.append", (self.keys, self.values), keys, values, (batch, heads, num_new))
+        (batch, slots), num_new, window = self.positions.shape, count_new(new), self.window
+        check_new_tokens("RingKVCache.append", self.slots, new, num_new)
         positions = check_new_positions("RingKVCache.append", positions, batch, num_new)
         kept, joins = positions >= 0, window is not None and num_new + window - 1 > slots
         last = positions.max(axis=1, initial=-1, keepdims=True)
@@ -85,19 +84,20 @@ class RingKVCache(InSlots):
         kept = kept & (positions > last - slots) & (positions < slots if window is None else True)
         slot = jnp.where(kept, positions % slots, slots)  # one past the end is dropped
         rows = jnp.arange(batch)[:, None]
-        held, new = (self.keys, self.values), (encode_rows(keys, self.keys), encode_rows(values, self.values))
-        written = jax.tree.map(lambda x, y: x.at[rows, :, slot].set(y.swapaxes(1, 2), mode="drop"), held, new)
-        cache = RingKVCache(
-            keys=written[0],
-            values=written[1],
+        held = self.slots
+        stored = {name: encode_rows(new[name], like) for name, like in held.items()}
+        written = jax.tree.map(lambda x, y: x.at[rows, :, slot].set(y.swapaxes(1, 2), mode="drop"), held, stored)
+        cache = dataclasses.replace(
+            self,
+            **written,
             positions=self.positions.at[rows, slot].set(positions, mode="drop"),
             overflowed=self.overflowed | ~fits,
-            window=window,
         )
         if not joins:
             return cache, cache
-        all_keys, all_values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), held, new)
-        return cache, StoredTokens(all_keys, all_values, jnp.concatenate([self.positions, positions], axis=1), window)
+        joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), held, stored)
+        all_positions = jnp.concatenate([self.positions, positions], axis=1)
+        return cache, StoredTokens(*self.keys_values(joined), all_positions, window)
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> RingKVCache:
         cache = super().select_rows(rows)

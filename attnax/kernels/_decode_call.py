@@ -12,19 +12,83 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attnax.cache import Reading, Source, StoresTokens, TokenArrays, nan_where_lost
+from attnax.checks import check_attention
 from attnax.kernels._core.dropout import rate_of, words_of
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import defer
 from attnax.kernels._core.mesh import vary, vary_all, vary_with, varying_axes
 from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
-from attnax.kernels._core.stored import Source, TokenArrays
 from attnax.kernels._gpu.decode import DecodeInputs
-from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks
+from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks, rows_at_once
+from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, sliding_window
 from attnax.typing import Array, AttentionOptions
 
-__all__ = ["DecodeCall", "attend_tokens"]
+__all__ = ["attend_stored", "stored_mask"]
+
+
+def attend_stored(
+    caller: str,
+    query: Array,
+    cache: StoresTokens,
+    positions: Array,
+    options: AttentionOptions,
+    *,
+    rows: tuple[Array, int] | None = None,
+    new: StoresTokens | None = None,
+) -> tuple[Array, Array]:
+    """(out, log-sum-exp) of a few queries over the tokens of a cache, and over new tokens that follow them.
+
+    Args:
+        caller: the name in errors.
+        query: (B, N, T, H).
+        cache: holds B rows.
+        positions: (B, T) of the queries.
+        options: every option, as the caller gave it.
+        rows: (B,), the rows of the batch that masks and score mods see, and the rows of the batch; None for all.
+        new: tokens that are not in the cache.
+    """
+    (batch, num_heads, _, _), num_new = query.shape, 0 if new is None else query.shape[2]
+    key, value = (jax.ShapeDtypeStruct((batch, x.shape[0], num_new, x.shape[1]), query.dtype) for x in cache.key_value)
+    given, checked = options["mask"], options.copy()
+    if isinstance(given, jax.Array | np.ndarray):  # its shape must fit the positions, which `stored_mask` checks
+        checked["mask"] = np.zeros((), given.dtype)
+    check_attention(caller, query, key, value, **checked)
+    num_positions = None if cache.num_positions is None else cache.num_positions + num_new
+    b, num_rows = (jnp.arange(batch, dtype=jnp.int32), batch) if rows is None else rows
+    score_shape = num_rows, num_heads, num_positions, num_positions
+    where = f"{caller}, which reads masks and score mods at the positions of tokens"
+    mask = stored_mask(where, cache, given, positions, score_shape)
+    mask, score_mod = resolve_masks(where, mask, options["score_mod"], score_shape)
+    reading = Reading(mask, b, positions, num_heads)
+    sources = tuple(tokens.chunks(reading) for tokens in (cache, new) if tokens is not None)
+    call = DecodeCall(
+        caller,
+        query,
+        positions,
+        sources,
+        {**options, "mask": mask, "score_mod": score_mod},
+        b=None if rows is None else b,
+        arrays=cache.arrays() if new is None else None,
+    )
+    out, lse = nan_where_lost(attend_tokens(call), cache)
+    return out.astype(query.dtype), lse
+
+
+def stored_mask(
+    caller: str, cache: StoresTokens, mask: Any, positions: Array, score_shape: tuple[int | None, ...]
+) -> Mask | None:
+    """The mask of a call at the positions of stored tokens, with the window of the cache."""
+    if mask is not None:
+        mask = mask_of_cache(as_mask(mask), positions, score_shape[3])
+        mask.check(caller, score_shape)
+    if cache.window is None:
+        return mask
+    window = sliding_window(cache.window, causal=False)
+    return window if mask is None else mask & window
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,10 +157,11 @@ def _lift(call: DecodeCall, queries: Queries) -> tuple[Queries, tuple[Source, ..
         def example(*shape: int, dtype: Any = jnp.int32) -> Any:
             return vary(jnp.zeros(shape, dtype), axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
 
-        b, h, q = example(batch, 1, 1, 1), example(1, heads, 1, 1), example(batch, 1, seq_q, 1)
+        rows = rows_at_once(call.sources, batch)
+        b, h, q = example(rows, 1, 1, 1), example(1, heads, 1, 1), example(rows, 1, seq_q, 1)
         sizes = (source.chunk_size for source in call.sources)
         return tuple(
-            ChunkFunctions(*functions(example(batch, heads, seq_q, n, dtype=dtype), b, h, q, example(batch, 1, 1, n)))
+            ChunkFunctions(*functions(example(rows, heads, seq_q, n, dtype=dtype), b, h, q, example(rows, 1, 1, n)))
             for n in sizes
         )
 

@@ -7,29 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.cache import SPARE_SLOTS, InSlots, StoredTokens
-from attnax.checks import attention_options, check_attention, check_positions
-from attnax.int8_rows import Int8Rows
-from attnax.kernels._core.stored import SlotChunks, TokenArrays
-from attnax.kernels._decode_call import DecodeCall, attend_tokens
+from attnax.cache import SPARE_SLOTS, StoresTokens, nan_where_lost
+from attnax.checks import attention_options, check_positions
+from attnax.kernels._decode_call import attend_stored, stored_mask
 from attnax.kernels.flash import flash_attention
-from attnax.kernels.paged import attend_rows
-from attnax.masks import Mask, as_mask, at_positions, mask_of_cache, resolve_masks, sliding_window
-from attnax.paged_cache import PagedKVCache
-from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, ScoreShape, Shaped
+from attnax.masks import Mask, at_positions
+from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped
 
 __all__ = ["cached_attention"]
 
-SlotCache = InSlots | StoredTokens
-AnyCache = SlotCache | PagedKVCache
-
 _FEW = SPARE_SLOTS + 1  # queries of a step with a draft; more queries fill the tiles of `flash_attention`
-_CHUNK = 128  # slots that are read at once
 
 
 def cached_attention(
     query: Float[ArrayLike, "B N T H"],
-    cache: InSlots | StoredTokens | PagedKVCache,
+    cache: StoresTokens,
     query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"],
     *,
     mask: Mask | MaskMod | ArrayLike | None = None,
@@ -82,90 +74,43 @@ def cached_attention(
     positions = _check_call(query, cache, query_positions)
     options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     # Which weights are dropped depends on positions, which the tiles of `flash_attention` do not know.
-    by_chunks = query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic)
-    if by_chunks and isinstance(cache, PagedKVCache):
-        out, lse = attend_rows(query, cache, positions, options)
+    if query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic):
+        out, lse = attend_stored("cached_attention", query, cache, positions, options)
         return (out, lse) if return_lse else out
-    score_shape = query.shape[0], query.shape[1], cache.num_positions, cache.num_positions
-    if mask is not None:
-        options["mask"] = mask_of_cache(as_mask(mask), positions, cache.num_positions)
-        options["mask"].check("cached_attention, which reads masks at positions", score_shape)
-    result: Any
-    if by_chunks:
-        assert not isinstance(cache, PagedKVCache)
-        out, lse = _attend_slots(query, cache, positions, _in_window(cache, options), score_shape)
-        result = (out, lse) if return_lse else out
-    else:
-        result = _attend_tiles(query, cache, positions, _in_window(cache, options), return_lse)
-    lost = cache.overflowed.reshape(-1, 1, 1)  # a dropped write must not pass unseen
-    return jax.tree.map(lambda x: jnp.where(lost if x.ndim == 3 else lost[..., None], jnp.nan, x), result)
+    return nan_where_lost(_attend_tiles(query, cache, positions, options, return_lse), cache)
 
 
 def _check_call(query: Array, cache: Any, query_positions: Any) -> Array:
     """The positions of the queries, (batch, T); ValueError unless cache, query and positions fit together."""
-    if not isinstance(cache, AnyCache):
+    if not isinstance(cache, StoresTokens):
         raise ValueError(
-            "cached_attention: cache must hold tokens in slots (a KVLayerCache, a RingKVCache or another InSlots) or "
-            f"be a StoredTokens or a PagedKVCache; got {type(cache).__name__}."
+            "cached_attention: cache must store tokens (a KVLayerCache, a RingKVCache, a PagedKVCache, a StoredTokens "
+            f"or another StoresTokens); got {type(cache).__name__}."
         )
-    batch = (cache.seq_lengths if isinstance(cache, PagedKVCache) else cache.positions).shape[0]
-    if query.ndim != 4 or query.shape[0] != batch:
+    if query.ndim != 4 or query.shape[0] != cache.num_rows:
         raise ValueError(
-            f"cached_attention: query must be ({batch}, num_heads, T, head_dim), with the rows of the cache; "
+            f"cached_attention: query must be ({cache.num_rows}, num_heads, T, head_dim), with the rows of the cache; "
             f"got query.shape={query.shape}."
         )
-    seq_q = query.shape[2]
+    batch, _, seq_q, _ = query.shape
     positions = check_positions("cached_attention", "query_positions", query_positions, batch, seq_q)
     return jnp.broadcast_to(positions, (batch, seq_q))
 
 
-def _in_window(cache: AnyCache, options: AttentionOptions) -> AttentionOptions:
-    """The options, with the window of the cache in the mask."""
-    if isinstance(cache, PagedKVCache) or cache.window is None:
-        return options
-    window, mask = sliding_window(cache.window, causal=False), options["mask"]
-    return {**options, "mask": window if mask is None else mask & window}
-
-
-def _attend_tiles(query: Array, cache: AnyCache, positions: Array, options: AttentionOptions, return_lse: bool) -> Any:
+def _attend_tiles(
+    query: Array, cache: StoresTokens, positions: Array, options: AttentionOptions, return_lse: bool
+) -> Any:
     """`flash_attention` to all slots of the cache."""
-    stored_dtype = (cache.key_pool if isinstance(cache, PagedKVCache) else cache.keys).dtype
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(query.dtype, stored_dtype)  # stored tokens are not rounded to the query's dtype
+        dtype = jnp.promote_types(query.dtype, cache.key_value[0].dtype)  # stored tokens are not rounded
+    score_shape = query.shape[0], query.shape[1], cache.num_positions, cache.num_positions
+    mask = stored_mask(
+        "cached_attention, which reads masks at positions", cache, options["mask"], positions, score_shape
+    )
     stored = cache.tokens(dtype)
-    options = {**options, "mask": at_positions(options["mask"], positions, stored.positions)}
+    options = {**options, "mask": at_positions(mask, positions, stored.positions)}
     if options["score_mod"] is not None:
         options["score_mod"] = at_positions(options["score_mod"], positions, stored.positions)
     attend: Any = flash_attention
     result = attend(query.astype(stored.keys.dtype), stored.keys, stored.values, return_lse=return_lse, **options)
     return (result[0].astype(query.dtype), result[1]) if return_lse else result.astype(query.dtype)
-
-
-def _attend_slots(
-    query: Array, cache: SlotCache, positions: Array, options: AttentionOptions, score_shape: ScoreShape
-) -> tuple[Array, Array]:
-    """(out, log-sum-exp) over the slots in use, chunk by chunk."""
-    key, value = (jax.ShapeDtypeStruct(rows.shape, query.dtype) for rows in (cache.keys, cache.values))
-    options, mask = options.copy(), options["mask"]
-    options["mask"] = None  # was checked, against positions
-    check_attention("cached_attention", query, key, value, **options)
-    mask, score_mod = resolve_masks("cached_attention", mask, options["score_mod"], score_shape)
-    chunk_size = min(cache.positions.shape[1], _CHUNK)
-    out, lse = attend_tokens(
-        DecodeCall(
-            "cached_attention",
-            query,
-            positions,
-            (SlotChunks(cache.keys, cache.values, cache.positions, cache.slots_in_use, chunk_size),),
-            {**options, "mask": mask, "score_mod": score_mod},
-            arrays=_token_arrays(cache),
-        )
-    )
-    return out.astype(query.dtype), lse
-
-
-def _token_arrays(cache: SlotCache) -> TokenArrays | None:
-    """The slots without a copy; None if they hold 8-bit integers."""
-    if isinstance(cache.keys, Int8Rows) or isinstance(cache.values, Int8Rows):
-        return None
-    return TokenArrays(cache.keys, cache.values, cache.positions, None)

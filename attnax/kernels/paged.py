@@ -12,21 +12,15 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from attnax.checks import attention_options, check_attention, check_positions, is_concrete
-from attnax.int8_rows import Int8Rows
-from attnax.kernels._core.stored import Chunk, SlotChunks, Source, TokenArrays
-from attnax.kernels._decode_call import DecodeCall, attend_tokens
-from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, takes_mask_objects
-from attnax.paged_cache import PagedKVCache, Pool
-from attnax.paged_cache.pool import read_blocks
-from attnax.pytrees import pytree_dataclass
+from attnax.cache import StoredTokens
+from attnax.checks import attention_options, check_positions, is_concrete
+from attnax.kernels._decode_call import attend_stored
+from attnax.masks import Mask, takes_mask_objects
+from attnax.paged_cache import PagedKVCache
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped
 
 __all__ = ["paged_attention"]
-
-_CHUNK = 128  # keys that are read at once, in whole pages
 
 
 class PagedOptions(AttentionOptions, total=False):
@@ -153,106 +147,19 @@ def paged_attention(
     cache, sequence_idx, new = _call_form(arguments, cache, sequence_idx)
     query = jnp.asarray(query)
     options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
-    if sequence_idx is None:
-        out, lse = attend_rows(query, cache, query_positions, options, new=new)
-    else:
-        _check_query(query, cache, sequence_idx)
-        row = jnp.asarray(sequence_idx, jnp.int32)[None]
-        out, lse = attend_rows(query[None], cache, query_positions, options, rows=row)
+    _check_query(query, cache, sequence_idx)
+    row = None
+    if sequence_idx is not None:
+        query, row = query[None], (jnp.asarray(sequence_idx, jnp.int32)[None], cache.num_rows)
+        cache = _only(row[0], cache)
+    tokens = None if new is None else _new_tokens(query, cache, new)
+    if tokens is not None:
+        _check_columns(mask, cache, tokens)
+    positions = _positions_of(query, cache, query_positions, has_new=new is not None)
+    out, lse = attend_stored("paged_attention", query, cache, positions, options, rows=row, new=tokens)
+    if sequence_idx is not None:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
-
-
-def attend_rows(
-    query: Array,
-    cache: PagedKVCache,
-    query_positions: ArrayLike | None,
-    options: AttentionOptions,
-    *,
-    rows: Array | None = None,
-    new: tuple[Any, Any] | None = None,
-) -> tuple[Array, Array]:
-    """(out, log-sum-exp) of query (B, N, T, H) over the tokens of B rows of the cache, and over new tokens.
-
-    `options` holds every option, as the caller gave it. `rows` are (B,) rows of the cache, None for all; `new` is key
-    and value of the new tokens.
-    """
-    num_rows = cache.seq_lengths.shape[0]
-    if rows is None:
-        _check_query(query, cache, None)
-    else:
-        cache = _only(rows, cache)
-    num_heads = query.shape[1]
-    key, value = _new_tokens(query, cache, new)
-    mask, checked = options["mask"], options.copy()
-    if isinstance(mask, jax.Array | np.ndarray):  # its shape must fit the positions, which `resolve_masks` checks
-        checked["mask"] = np.zeros((), mask.dtype)
-    check_attention("paged_attention", query, key, value, **checked)
-    positions = _positions_of(query, cache, query_positions, has_new=new is not None)
-    num_positions = cache.max_len + key.shape[2]
-    if mask is not None:
-        _check_columns(mask, cache, new)
-        mask = mask_of_cache(as_mask(mask), positions, num_positions)
-    mask, score_mod = resolve_masks(
-        "paged_attention, which reads masks and score mods at the positions of cached and new tokens",
-        mask,
-        options["score_mod"],
-        (num_rows, num_heads, num_positions, num_positions),
-    )
-    b = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
-    sources: list[Source] = [_pages_to_read(mask, cache, b, positions, num_heads)]
-    if new is not None:
-        num_new = key.shape[2]
-        new_positions = cache.seq_lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
-        sources.append(SlotChunks(key, value, new_positions, jnp.int32(num_new), min(num_new, _CHUNK)))
-    out, lse = attend_tokens(
-        DecodeCall(
-            "paged_attention",
-            query,
-            positions,
-            tuple(sources),
-            {**options, "mask": mask, "score_mod": score_mod},
-            b=rows,
-            arrays=_token_arrays(cache) if new is None else None,
-        )
-    )
-    lost = cache.overflowed[:, None, None]  # a dropped write must not pass unseen
-    return jnp.where(lost[..., None], jnp.nan, out).astype(query.dtype), jnp.where(lost, jnp.nan, lse)
-
-
-@pytree_dataclass
-class PageChunks:
-    """The pages of a cache, in chunks."""
-
-    cache: PagedKVCache
-    order: Array  # (C,), all chunks; the needed chunks come first
-    num_chunks: Array  # the number of needed chunks
-
-    @property
-    def chunk_size(self) -> int:
-        return _pages_in_chunk(self.cache) * self.cache.block_size
-
-    @property
-    def value_shape(self) -> tuple[int, int]:
-        return self.cache.value_pool.shape[2], self.cache.value_pool.shape[3]
-
-    def chunk(self, n: Array) -> Chunk:
-        cache, count, block_size = self.cache, _pages_in_chunk(self.cache), self.cache.block_size
-        chunk = self.order[n]
-        table = jnp.pad(cache.block_table, ((0, 0), (0, -cache.block_table.shape[1] % count)), constant_values=-1)
-        blocks = lax.dynamic_slice_in_dim(table, chunk * count, count, axis=1)
-        position = chunk.astype(jnp.int32) * (count * block_size) + jnp.arange(count * block_size, dtype=jnp.int32)
-        exists = jnp.repeat(blocks >= 0, block_size, axis=1) & (position[None] < cache.seq_lengths[:, None])
-
-        def read(pool: Pool) -> Array:
-            # Page -1 is masked, so page 0 is read in its place.
-            return read_blocks(pool, jnp.maximum(blocks, 0)).swapaxes(1, 2)
-
-        return Chunk(
-            jnp.broadcast_to(position, exists.shape)[:, None, None],
-            exists[:, None, None],
-            lambda: (read(cache.key_pool), read(cache.value_pool)),
-        )
 
 
 def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *, has_new: bool) -> Array:
@@ -263,37 +170,6 @@ def _positions_of(query: Array, cache: PagedKVCache, given: ArrayLike | None, *,
         return jnp.broadcast_to(positions, (batch, seq_q))
     starts = cache.seq_lengths if has_new else cache.seq_lengths - seq_q
     return starts[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None]
-
-
-def _pages_to_read(
-    mask: Mask | None, cache: PagedKVCache, rows: Array, q_positions: Array, num_heads: int
-) -> PageChunks:
-    """The chunks of the cache; the chunks that some row may attend come first."""
-    count = _pages_in_chunk(cache)
-    size = count * cache.block_size
-    first = jnp.arange(-(-cache.block_table.shape[1] // count), dtype=jnp.int32)[None, None] * size
-    needed = first < cache.seq_lengths[:, None, None]
-    if mask is not None and q_positions.shape[1]:
-        present = jnp.where(q_positions < 0, q_positions.max(1, keepdims=True), q_positions)
-        q_range = present.min(1)[:, None, None], present.max(1)[:, None, None]
-        h = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
-        some, _ = mask.tile(rows[:, None, None], h, q_range, (first, first + size - 1))
-        needed = needed & some
-    needed = needed.any((0, 1))
-    return PageChunks(cache, jnp.argsort(~needed, stable=True), needed.sum(dtype=jnp.int32))
-
-
-def _token_arrays(cache: PagedKVCache) -> TokenArrays | None:
-    """The pages without a copy; None if they hold 8-bit integers."""
-    if isinstance(cache.key_pool, Int8Rows) or isinstance(cache.value_pool, Int8Rows):
-        return None
-    index = jnp.arange(cache.max_len, dtype=jnp.int32)[None]
-    exists = jnp.repeat(cache.block_table >= 0, cache.block_size, axis=1) & (index < cache.seq_lengths[:, None])
-    return TokenArrays(cache.key_pool, cache.value_pool, jnp.where(exists, index, -1), cache.block_table)
-
-
-def _pages_in_chunk(cache: PagedKVCache) -> int:
-    return min(cache.block_table.shape[1], max(1, _CHUNK // cache.block_size))
 
 
 def _call_form(
@@ -351,41 +227,34 @@ def _check_query(query: Array, cache: PagedKVCache, sequence_idx: Any) -> None:
         )
 
 
-def _check_columns(mask: Any, cache: PagedKVCache, new: tuple[Any, Any] | None) -> None:
+def _check_columns(mask: Any, cache: PagedKVCache, new: StoredTokens) -> None:
     """Raises ValueError for an array over the new tokens alone if there are tokens in the cache."""
-    if new is None or not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
+    if not isinstance(mask, jax.Array | np.ndarray) or not is_concrete(cache.seq_lengths):
         return
-    if mask.ndim and 1 < mask.shape[-1] == new[0].shape[2] and cache.seq_lengths.max(initial=0) > 0:
+    num_new = new.positions.shape[1]
+    if mask.ndim and 1 < mask.shape[-1] == num_new and cache.seq_lengths.max(initial=0) > 0:
         raise ValueError(
             "paged_attention: columns of an array are positions, and tokens in the cache come before the new ones; "
-            f"got mask.shape={mask.shape} for {new[0].shape[2]} new tokens behind "
+            f"got mask.shape={mask.shape} for {num_new} new tokens behind "
             f"seq_lengths={cache.seq_lengths.tolist()}. Pass a Mask or a function, or an array over all positions."
         )
 
 
 def _only(rows: Array, cache: PagedKVCache) -> PagedKVCache:
-    """The cache with these rows alone; a row that does not exist counts as overflowed."""
-    missing = (rows < 0) | (rows >= cache.seq_lengths.shape[0])
-    return dataclasses.replace(
-        cache,
-        block_table=cache.block_table[rows],
-        seq_lengths=cache.seq_lengths[rows],
-        overflowed=cache.overflowed[rows] | missing,
-    )
+    """The cache with these rows alone, over the same pools; a row that does not exist counts as overflowed."""
+    missing = (rows < 0) | (rows >= cache.num_rows)
+    table, lengths, overflowed = (x[rows] for x in (cache.block_table, cache.seq_lengths, cache.overflowed))
+    return dataclasses.replace(cache, block_table=table, seq_lengths=lengths, overflowed=overflowed | missing)
 
 
-def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any] | None) -> tuple[Array, Array]:
-    """Key and value of the new tokens, of length 0 if there are none; ValueError if they do not fit query and cache."""
-    pools = cache.key_pool, cache.value_pool
-    batch, _, seq_q, _ = query.shape
-    if new is None:
-        key, value = (jnp.zeros((batch, pool.shape[2], 0, pool.shape[3]), query.dtype) for pool in pools)
-        return key, value
+def _new_tokens(query: Array, cache: PagedKVCache, new: tuple[Any, Any]) -> StoredTokens:
+    """Key and value of the new tokens, which follow the tokens in the cache; ValueError if they do not fit."""
     key, value = (jnp.asarray(x) for x in new)
-    want = [(batch, pool.shape[2], seq_q, pool.shape[3]) for pool in pools]
+    batch, _, seq_q, _ = query.shape
+    want = [(batch, x.shape[0], seq_q, x.shape[1]) for x in cache.key_value]
     if [key.shape, value.shape] != want:
         raise ValueError(
             "paged_attention: key and value must hold the tokens of query, in the heads and sizes of the cache, "
             f"{want[0]} and {want[1]}; got key.shape={key.shape}, value.shape={value.shape}."
         )
-    return key, value
+    return StoredTokens(key, value, cache.seq_lengths[:, None] + jnp.arange(seq_q, dtype=jnp.int32)[None])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import EmptyCache, LayerCache
+from attnax.cache import LayerCache
 from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
@@ -123,7 +123,7 @@ class _TokenTransformer(nnx.Module):
                 f"{name}: layer_kv_caches must hold one cache a layer; "
                 f"got {len(caches)} for num_layers={self.config.num_layers}."
             )
-        if len({isinstance(cache, EmptyCache) for cache in caches}) > 1:
+        if len({cache.is_empty for cache in caches}) > 1:
             raise ValueError(
                 f"{name}: either every cache is an EmptyCache or none is; got a mixture. Read a prompt "
                 "into all layers at once."
@@ -144,7 +144,7 @@ class _TokenTransformer(nnx.Module):
         mods to indices.
         """
         name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
-        is_alone = caches is None or isinstance(caches[0], EmptyCache)  # the tokens attend each other only
+        is_alone = caches is None or caches[0].is_empty  # the tokens attend each other only
         padding_mask, given, position_ids = options.get("padding_mask"), options.get("position_ids"), None
         real = None if padding_mask is None else self._real_tokens(padding_mask, shape)
         if given is not None:

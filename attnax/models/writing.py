@@ -47,7 +47,7 @@ class Writer(NamedTuple):
 
 def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
     """The options of a decoder for `tokens`: the padding of a prompt that enters empty caches, else positions."""
-    if isinstance(cache[0], EmptyCache):
+    if cache[0].is_empty:
         return {"padding_mask": tokens.position_ids >= 0}
     return {"position_ids": tokens.position_ids}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import SPARE_SLOTS, EmptyCache, LinearLayerCache
+from attnax.cache import SPARE_SLOTS, LayerCache, LinearState, StoresTokens
 from attnax.config import AttentionType, BlockConfig
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
@@ -134,12 +134,14 @@ def attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
 
 def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
     """Raises unless the attention function can read the cache and the cache's window holds the layer's window."""
-    if isinstance(cache, EmptyCache):
-        cache.check("MultiHeadAttention")
-        cache = cache.cache
+    if not isinstance(cache, LayerCache):
+        raise ValueError(
+            f"MultiHeadAttention: kv_cache must be a cache of one layer (attnax.cache); got {type(cache).__name__}."
+        )
+    cache.check("MultiHeadAttention")
     kernel = kernel_of(function)
     is_lite = isinstance(kernel, LiteAttention) or kernel is lite_attention
-    if is_lite or (kernel is linear_attention) != isinstance(cache, LinearLayerCache):
+    if is_lite or (kernel is linear_attention) != (cache.keeps == "sums"):
         name = "lite" if is_lite else "linear" if kernel is linear_attention else "softmax"
         raise NotImplementedError(
             f"MultiHeadAttention: {name} attention does not read a {type(cache).__name__}. Linear attention "
@@ -153,36 +155,68 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
         )
 
 
-def attend_cache(kernel: Kernel, heads: Heads, cache: Any) -> tuple[Array, Any]:
-    """The attention to the cache and the new tokens, and the cache with the new tokens appended."""
-    assert heads.positions is not None
-    empty = cache if isinstance(cache, EmptyCache) else None
-    cache = cache if empty is None else empty.cache
-    if isinstance(cache, LinearLayerCache):
-        return _attend_sums(kernel, heads, heads.positions, cache)
-    if empty is not None:  # the new tokens attend each other only, at indices
-        positions = jnp.broadcast_to(heads.positions, (heads.query.shape[0], heads.query.shape[2]))
-        real = padding(positions >= 0)
-        out = kernel.attend(heads._replace(mask=real if heads.mask is None else heads.mask & real))
-        cache = empty.store(heads.key, heads.value, positions)
-        return _nan_where_lost(out, cache), cache
+class CachedCall(NamedTuple):
+    """A call with a cache, as the cache sees it: a `CacheCall`."""
 
-    mask = heads.mask
-    if mask is not None:
-        mask = mask_of_cache(mask, heads.positions, cache.num_positions)
-        shape = (*heads.query.shape[:2], cache.num_positions, cache.num_positions)
-        mask.check("MultiHeadAttention, with a cache", shape)
-    cache, seen = cache.append(heads.key, heads.value, heads.positions)
-    if _reads_chunks(kernel.function, heads.query.shape[2]):
-        options = {name: x for name, x in _bound(kernel.function).items() if name in _CACHED_OPTIONS}
-        read = functools.partial(cached_attention, heads.query, seen, heads.positions, **options)
-        return kernel.call(functools.partial(read, mask=mask), heads), cache
-    stored, score_mod = seen.tokens(heads.query.dtype), heads.score_mod
-    mask = at_positions(mask, heads.positions, stored.positions)
-    if score_mod is not None:
-        score_mod = at_positions(score_mod, heads.positions, stored.positions)
-    out = kernel.attend(heads._replace(key=stored.keys, value=stored.values, mask=mask, score_mod=score_mod))
-    return _nan_where_lost(out, cache), cache
+    kernel: Kernel
+    heads: Heads
+    num_positions: int | None  # of the cache
+
+    @property
+    def new(self) -> dict[str, Array]:
+        return {"keys": self.heads.key, "values": self.heads.value}
+
+    @property
+    def positions(self) -> Array:
+        assert self.heads.positions is not None
+        return self.heads.positions
+
+    def attend_new(self) -> Array:
+        heads = self.heads
+        positions = jnp.broadcast_to(self.positions, (heads.query.shape[0], heads.query.shape[2]))
+        real = padding(positions >= 0)
+        return self.kernel.attend(heads._replace(mask=real if heads.mask is None else heads.mask & real))
+
+    def attend_stored(self, stored: StoresTokens) -> Array:
+        kernel, heads, positions = self.kernel, self.heads, self.positions
+        mask, score_mod = heads.mask, heads.score_mod
+        if mask is not None:
+            mask = mask_of_cache(mask, positions, self.num_positions)
+            batch, num_heads, _, _ = heads.query.shape
+            shape = batch, num_heads, self.num_positions, self.num_positions
+            mask.check("MultiHeadAttention, with a cache", shape)
+        if _reads_chunks(kernel.function, heads.query.shape[2]):
+            options = {name: x for name, x in _bound(kernel.function).items() if name in _CACHED_OPTIONS}
+            read = functools.partial(cached_attention, heads.query, stored, positions, **options)
+            out: Array = kernel.call(functools.partial(read, mask=mask), heads)
+            return out
+        tokens = stored.tokens(heads.query.dtype)
+        mask = at_positions(mask, positions, tokens.positions)
+        if score_mod is not None:
+            score_mod = at_positions(score_mod, positions, tokens.positions)
+        key: Any = tokens.keys
+        value: Any = tokens.values
+        return kernel.attend(heads._replace(key=key, value=value, mask=mask, score_mod=score_mod))
+
+    def attend_sums(self, state: LinearState) -> tuple[Array, LinearState]:
+        heads = self.heads
+        if not isinstance(heads.mask, Causal):
+            raise NotImplementedError(
+                "MultiHeadAttention: the sums of linear attention hold all tokens before, so with a cache mask must be "
+                f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for another mask."
+            )
+        mask = causal() & padding(jnp.broadcast_to(self.positions >= 0, (heads.query.shape[0], heads.query.shape[2])))
+        function: Any = self.kernel.function
+        attend = functools.partial(
+            function, heads.query, heads.key, heads.value, mask=mask, state=state, return_state=True
+        )
+        out: tuple[Array, LinearState] = self.kernel.call(attend, heads)
+        return out
+
+
+def attend_cache(kernel: Kernel, heads: Heads, cache: LayerCache) -> tuple[Array, Any]:
+    """The attention to the cache and the new tokens, and the cache with the new tokens appended."""
+    return cache.attend(CachedCall(kernel, heads, getattr(cache, "num_positions", None)))
 
 
 _CACHED_OPTIONS = inspect.signature(cached_attention).parameters
@@ -203,26 +237,3 @@ def _bound(function: Any) -> dict[str, Any]:
     if not isinstance(function, functools.partial):
         return {}
     return _bound(function.func) | function.keywords
-
-
-def _attend_sums(
-    kernel: Kernel, heads: Heads, positions: Array, cache: LinearLayerCache
-) -> tuple[Array, LinearLayerCache]:
-    if not isinstance(heads.mask, Causal):
-        raise NotImplementedError(
-            "MultiHeadAttention: the sums of linear attention hold all tokens before, so with a cache mask must be "
-            f"masks.causal(); got mask={heads.mask!r}. Use a softmax kernel for another mask."
-        )
-    mask = causal() & padding(jnp.broadcast_to(positions >= 0, (heads.query.shape[0], heads.query.shape[2])))
-    function: Any = kernel.function
-    attend = functools.partial(
-        function, heads.query, heads.key, heads.value, mask=mask, state=cache.state, return_state=True
-    )
-    out, state = kernel.call(attend, heads)
-    lengths = jnp.maximum(cache.lengths, positions.max(1, initial=-1) + 1)
-    return out, LinearLayerCache(state, lengths)
-
-
-def _nan_where_lost(out: Array, cache: Any) -> Array:
-    """NaN where the cache dropped a write, so that the error is seen."""
-    return jnp.where(cache.overflowed.reshape(-1, 1, 1, 1), jnp.nan, out)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from attnax.cache import EmptyCache, LayerCache
+from attnax.cache import LayerCache
 from attnax.checks import check_options, check_positions, is_concrete
 from attnax.config import BlockConfig, resolve_config
 from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mod
@@ -230,7 +230,7 @@ class MultiHeadAttention(nnx.Module):
         mask = None if given is None else as_mask(given)
         if context is None:
             # A cache with tokens is read at positions anyway.
-            is_alone = cache is None or isinstance(cache, EmptyCache)
+            is_alone = cache is None or cache.is_empty
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
             mask = window if mask is None else mask if window is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)

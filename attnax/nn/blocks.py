@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import EmptyCache, LayerCache
+from attnax.cache import LayerCache
 from attnax.checks import check_options
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
@@ -370,7 +370,7 @@ def _real_tokens(x: Array, mask: Any, positions: ArrayLike | None, cache: Any) -
     """True for the tokens of x that are real by positions and mask, (batch, T); None where neither marks padding."""
     real = None if positions is None else jnp.atleast_2d(jnp.asarray(positions)) >= 0
     # With a cache that may hold tokens, the columns of the mask are positions, not tokens of x.
-    if mask is not None and (cache is None or isinstance(cache, EmptyCache)):
+    if mask is not None and (cache is None or cache.is_empty):
         real = _both(real, _attended_keys(as_mask(mask), jnp.arange(x.shape[1])[None, :]))
     return None if real is None else jnp.broadcast_to(real, x.shape[:2])
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache.layer_cache import StoredTokens, check_new_positions, check_new_tokens, check_rows, check_sizes
+from attnax.cache.chunks import Reading, TokenArrays
+from attnax.cache.layer_cache import (
+    StoredTokens,
+    StoresTokens,
+    check_new_positions,
+    check_new_tokens,
+    check_rows,
+    check_sizes,
+    count_new,
+)
 from attnax.checks import check_shape, is_concrete
 from attnax.config import TransformerConfig
 from attnax.int8_rows import Int8Rows, zero_rows
+from attnax.paged_cache.chunks import PageChunks
 from attnax.paged_cache.pool import Pool, give_blocks, missing_blocks, read_blocks, write_tokens
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
@@ -29,12 +40,12 @@ __all__ = [
 
 
 @pytree_dataclass
-class PagedKVCache:
+class PagedKVCache(StoresTokens):
     """Keys and values of one attention layer for `batch` sequences of their own lengths.
 
     Attributes:
-        key_pool: (num_blocks, block_size, num_kv_heads, head_dim).
-        value_pool: (num_blocks, block_size, num_kv_heads, value_dim).
+        key_pool: (num_blocks, num_kv_heads, block_size, head_dim).
+        value_pool: (num_blocks, num_kv_heads, block_size, value_dim).
         block_table: int32 (batch, max_blocks_per_seq), the blocks that each row holds, in order; -1 is unused, and
             only -1 follows -1. No block stands in the table twice.
         seq_lengths: int32 (batch,), the tokens of each row.
@@ -42,8 +53,8 @@ class PagedKVCache:
             stays set until the row is freed.
     """
 
-    key_pool: Float[Array, "P Z K H"] | Int8Rows
-    value_pool: Float[Array, "P Z K Hv"] | Int8Rows
+    key_pool: Float[Array, "P K Z H"] | Int8Rows
+    value_pool: Float[Array, "P K Z Hv"] | Int8Rows
     block_table: Int[Array, "B M"]
     seq_lengths: Int[Array, "B"]
     overflowed: Bool[Array, "B"]
@@ -51,7 +62,7 @@ class PagedKVCache:
     @property
     def block_size(self) -> int:
         """Tokens a block holds."""
-        return self.key_pool.shape[1]
+        return self.key_pool.shape[2]
 
     @property
     def max_len(self) -> int:
@@ -65,12 +76,33 @@ class PagedKVCache:
     def next_positions(self) -> Int[Array, "B"]:
         return self.seq_lengths
 
-    def append(self, keys: Array, values: Array, positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
-        """The cache with the new tokens, twice, as in `InSlots.append`; rows take the blocks that they lack.
+    @property
+    def num_rows(self) -> int:
+        return self.seq_lengths.shape[0]
+
+    @property
+    def key_value(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        keys, values = (
+            jax.ShapeDtypeStruct((pool.shape[1], pool.shape[3]), pool.dtype)
+            for pool in (self.key_pool, self.value_pool)
+        )
+        return keys, values
+
+    def chunks(self, reading: Reading) -> PageChunks:
+        return PageChunks.to_read((self.key_pool, self.value_pool), self.block_table, self.seq_lengths, reading)
+
+    def arrays(self) -> TokenArrays | None:
+        if isinstance(self.key_pool, Int8Rows) or isinstance(self.value_pool, Int8Rows):
+            return None
+        index = jnp.arange(self.max_len, dtype=jnp.int32)[None]
+        exists = jnp.repeat(self.block_table >= 0, self.block_size, axis=1) & (index < self.seq_lengths[:, None])
+        return TokenArrays(self.key_pool, self.value_pool, jnp.where(exists, index, -1), self.block_table)
+
+    def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[PagedKVCache, PagedKVCache]:
+        """The cache with the new tokens, twice; rows take the blocks that they lack.
 
         Args:
-            keys: (batch, num_kv_heads, T, head_dim).
-            values: (batch, num_kv_heads, T, value_dim).
+            new: `keys` (batch, num_kv_heads, T, head_dim) and `values` (batch, num_kv_heads, T, value_dim).
             positions: int32 (T,) or (batch, T): the tokens of a row count on from `seq_lengths`; -1 is padding, which
                 is not stored.
 
@@ -78,9 +110,8 @@ class PagedKVCache:
             ValueError: shapes that do not fit, too few free blocks, or positions that do not count on. With traced
                 positions the last two cannot be raised: `overflowed` is set then.
         """
-        batch, num_new = self.block_table.shape[0], keys.shape[2] if keys.ndim == 4 else 0
-        pools, leading = (self.key_pool, self.value_pool), (batch, self.key_pool.shape[2], num_new)
-        check_new_tokens("PagedKVCache.append", pools, keys, values, leading)
+        batch, num_new = self.num_rows, count_new(new)
+        _check_tokens("PagedKVCache.append", self, new, num_new)
         positions = check_new_positions("PagedKVCache.append", positions, batch, num_new)
         real = positions >= 0
         count_on = self.seq_lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
@@ -92,9 +123,9 @@ class PagedKVCache:
             )
         if num_new > 1:  # padding to the right
             order = jnp.argsort(~real, axis=1, stable=True)[:, None, :, None]
-            keys, values = (jnp.take_along_axis(x, order, axis=2) for x in (keys, values))
+            new = {name: jnp.take_along_axis(x, order, axis=2) for name, x in new.items()}
         counts = real.sum(1, dtype=jnp.int32)
-        cache = append_rows(allocate_rows(self, counts), keys, values, counts)
+        cache = append_rows(allocate_rows(self, counts), new["keys"], new["values"], counts)
         cache = dataclasses.replace(cache, overflowed=cache.overflowed | ~in_order)
         return cache, cache
 
@@ -170,8 +201,8 @@ def init_paged_kv_cache(
     sizes |= {"batch_size": batch_size, "max_blocks_per_seq": max_blocks_per_seq, "value_dim": value_dim}
     check_sizes("init_paged_kv_cache", **sizes)
     return PagedKVCache(
-        key_pool=zero_rows((num_blocks, block_size, num_kv_heads, head_dim), dtype),
-        value_pool=zero_rows((num_blocks, block_size, num_kv_heads, value_dim), dtype),
+        key_pool=zero_rows((num_blocks, num_kv_heads, block_size, head_dim), dtype),
+        value_pool=zero_rows((num_blocks, num_kv_heads, block_size, value_dim), dtype),
         block_table=jnp.full((batch_size, max_blocks_per_seq), -1, jnp.int32),
         seq_lengths=jnp.zeros(batch_size, jnp.int32),
         overflowed=jnp.zeros(batch_size, bool),
@@ -300,8 +331,7 @@ def append_rows(
         ([5, 1], [[0, 1, -1], [2, -1, -1]])
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
-    leading = (cache.block_table.shape[0], cache.key_pool.shape[2], num_tokens)
-    check_new_tokens("append_rows", (cache.key_pool, cache.value_pool), keys_new, values_new, leading)
+    _check_tokens("append_rows", cache, {"keys": keys_new, "values": values_new}, num_tokens)
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
     num_new = _counts("append_rows", num_new_tokens, cache, num_tokens)
     is_count = (num_new >= 0) & (num_new <= num_tokens)
@@ -316,8 +346,8 @@ def append_rows(
     table, start = cache.block_table, cache.seq_lengths
     return dataclasses.replace(
         cache,
-        key_pool=write_tokens(cache.key_pool, table, start, jnp.moveaxis(keys_new, 2, 1), num_new),
-        value_pool=write_tokens(cache.value_pool, table, start, jnp.moveaxis(values_new, 2, 1), num_new),
+        key_pool=write_tokens(cache.key_pool, table, start, jnp.asarray(keys_new), num_new),
+        value_pool=write_tokens(cache.value_pool, table, start, jnp.asarray(values_new), num_new),
         seq_lengths=start + num_new,
         overflowed=cache.overflowed | ~fits,
     )
@@ -339,7 +369,7 @@ def gather_rows(cache: PagedKVCache) -> tuple[Float[Array, "B K S H"], Float[Arr
 
     def rows(pool: Pool) -> Array:
         # An unused entry, -1, reads the last block of the pool; these tokens lie past the length.
-        return jnp.where(real[:, None, :, None], jnp.moveaxis(read_blocks(pool, cache.block_table), 2, 1), 0)
+        return jnp.where(real[:, None, :, None], read_blocks(pool, cache.block_table), 0)
 
     return rows(cache.key_pool), rows(cache.value_pool), cache.seq_lengths
 
@@ -367,6 +397,12 @@ def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
         seq_lengths=jnp.where(keep, cache.seq_lengths, 0),
         overflowed=cache.overflowed & keep,
     )
+
+
+def _check_tokens(caller: str, cache: PagedKVCache, new: Mapping[str, ArrayLike], num_new: int) -> None:
+    """Raises ValueError unless the new tokens fit the pools and the rows of the cache."""
+    keys, values = (jax.ShapeDtypeStruct((cache.num_rows, x.shape[0], 0, x.shape[1]), x.dtype) for x in cache.key_value)
+    check_new_tokens(caller, {"keys": keys, "values": values}, new, num_new)
 
 
 def _counts(caller: str, counts: Any, cache: PagedKVCache, limit: int) -> Array:

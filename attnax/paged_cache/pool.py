@@ -39,23 +39,24 @@ def give_blocks(block_table: Array, num_blocks: Array, free_ids: Array) -> Array
 
 @jax.jit
 def write_tokens(pool: Pool, table: Array, start: Array, new: Array, num_new: Array) -> Pool:
-    """The pool with the first `num_new` (R,) of the tokens `new` (R, T, K, H) from position `start` (R,) on.
+    """The pool with the first `num_new` (R,) of the tokens `new` (R, K, T, H) from position `start` (R,) on.
 
     Rows hold the blocks for them, in `table` (R, M).
     """
-    num_blocks, block_size = pool.shape[:2]
-    steps = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    num_blocks, _, block_size, _ = pool.shape
+    steps = jnp.arange(new.shape[2], dtype=jnp.int32)[None]
     positions = start[:, None] + steps
     blocks = jnp.take_along_axis(table, positions // block_size, axis=1, mode="clip")
     # Padding goes to a block out of range, which drops it; -1 would wrap around to the last block.
     blocks = jnp.where(steps < num_new[:, None], blocks, num_blocks)
+    offsets = positions % block_size
     return jax.tree.map(
-        lambda held, new: held.at[blocks, positions % block_size].set(new, mode="drop"), pool, encode_rows(new, pool)
+        lambda held, new: held.at[blocks, :, offsets].set(new.swapaxes(1, 2), mode="drop"), pool, encode_rows(new, pool)
     )
 
 
 def read_blocks(pool: Pool, blocks: Array) -> Array:
-    """The tokens of `blocks` (..., M) in one axis: (..., M * block_size, K, H)."""
-    *rows, num_blocks = blocks.shape
-    read = decode_rows(jax.tree.map(lambda x: x[blocks], pool), pool.dtype)
-    return read.reshape(*rows, num_blocks * pool.shape[1], *pool.shape[2:])
+    """The tokens of `blocks` (R, M), each row's in one axis: (R, K, M * block_size, H)."""
+    heads = jnp.arange(pool.shape[1], dtype=jnp.int32)[None, :, None]
+    read = decode_rows(jax.tree.map(lambda x: x[blocks[:, None], heads], pool), pool.dtype)
+    return read.reshape(blocks.shape[0], pool.shape[1], -1, pool.shape[3])

@@ -8,7 +8,6 @@ from typing import Any, SupportsIndex
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache.layer_cache import check_new_tokens
 from attnax.checks import is_concrete
 from attnax.paged_cache.cache import PagedKVCache
 from attnax.paged_cache.pool import give_blocks, missing_blocks, read_blocks, write_tokens
@@ -93,8 +92,13 @@ def append_kv(
     """
     index, length, table = _sequence("append_kv", "append_rows", cache, sequence_idx)
     num_new = keys_new.shape[0] if keys_new.ndim else 0
-    pools, leading = (cache.key_pool, cache.value_pool), (num_new, cache.key_pool.shape[2])
-    check_new_tokens("append_kv", pools, keys_new, values_new, leading, "(new tokens, num_kv_heads, size)")
+    for name, new, like in zip(("keys_new", "values_new"), (keys_new, values_new), cache.key_value, strict=True):
+        want = (num_new, *like.shape)
+        if new.shape != want:
+            raise ValueError(
+                f"append_kv: {name} must have shape (new tokens, num_kv_heads, size)={want}; got "
+                f"{name}.shape={new.shape}."
+            )
     if missing_blocks(table, length + num_new, cache.block_size):
         raise ValueError(
             f"append_kv: {num_new} new tokens behind length={length} reach an unallocated block; got blocks "
@@ -104,8 +108,8 @@ def append_kv(
     start, count = np.array([length], np.int32), np.array([num_new], np.int32)
     return dataclasses.replace(
         cache,
-        key_pool=write_tokens(cache.key_pool, table[None], start, keys_new[None], count),
-        value_pool=write_tokens(cache.value_pool, table[None], start, values_new[None], count),
+        key_pool=write_tokens(cache.key_pool, table[None], start, jnp.swapaxes(keys_new, 0, 1)[None], count),
+        value_pool=write_tokens(cache.value_pool, table[None], start, jnp.swapaxes(values_new, 0, 1)[None], count),
         seq_lengths=cache.seq_lengths.at[index].add(num_new),
     )
 
@@ -126,8 +130,9 @@ def gather_kv(
         ValueError: a wrong index, or a traced cache or index. `gather_rows` takes traced ones.
     """
     _, length, table = _sequence("gather_kv", "gather_rows", cache, sequence_idx)
-    blocks = jnp.asarray(table[: -(-length // cache.block_size)])
-    return read_blocks(cache.key_pool, blocks)[:length], read_blocks(cache.value_pool, blocks)[:length], length
+    blocks = jnp.asarray(table[None, : -(-length // cache.block_size)])
+    keys, values = (read_blocks(pool, blocks)[0].swapaxes(0, 1) for pool in (cache.key_pool, cache.value_pool))
+    return keys[:length], values[:length], length
 
 
 def _free_blocks(cache: PagedKVCache, free_block_ids: Any) -> np.ndarray:

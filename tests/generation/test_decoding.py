@@ -208,7 +208,7 @@ def test_a_ring_without_spare_slots_attends_the_tokens_that_it_overwrites(slots)
 
     @jax.jit
     def read(ring, key, value, query, positions):
-        ring, seen = ring.append(key, value, positions)
+        ring, seen = ring.append({"keys": key, "values": value}, positions)
         # The ring's own window is enforced, whatever the mask.
         return ring, attnax.cached_attention(query, seen, positions, mask=masks.causal())
 
@@ -230,7 +230,7 @@ MODS = (lambda s, b, h, q, kv: jnp.where(s > 0, s, 0.0), lambda s, b, h, q, kv: 
 def attend_through_mods(kind, key, value, query):
     config = dataclasses.replace(BASE, num_heads=2, num_kv_heads=2, head_dim=4, value_head_dim=4)
     positions = np.arange(key.shape[2])
-    cache, _ = make_caches(kind, config, batch_size=1)[0].append(key, value, positions)
+    cache, _ = make_caches(kind, config, batch_size=1)[0].append({"keys": key, "values": value}, positions)
     return [attnax.cached_attention(query, cache, positions, mask=masks.causal(), score_mod=mod) for mod in MODS]
 
 
@@ -281,7 +281,7 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
         ),
         (
             lambda: attnax.cached_attention(query, attnax.init_linear_layer_cache(2, 2, 4), np.zeros(1, int)),
-            "cache must hold tokens in slots .* got LinearLayerCache",
+            "cache must store tokens .* got LinearLayerCache",
         ),
         (
             lambda: attnax.cached_attention(query, cache, np.zeros(1, int), mask=whole),
@@ -291,11 +291,19 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
             lambda: attnax.cached_attention(ones(2, 2, 1, 3), cache, np.zeros(1, int)),
             "query and key must have the same head_dim",
         ),
-        (lambda: cache.append(query, query, np.zeros(1)), "positions must be integers of shape .1,. or .2, 1."),
-        (lambda: cache.append(ones(2, 1, 4), ones(2, 1, 4), np.zeros(1, int)), "keys_new must have shape"),
+        (
+            lambda: cache.append({"keys": query, "values": query}, np.zeros(1)),
+            "positions must be integers of shape .1,. or .2, 1.",
+        ),
+        (
+            lambda: cache.append({"keys": ones(2, 1, 4), "values": ones(2, 1, 4)}, np.zeros(1, int)),
+            "keys_new must have shape",
+        ),
         (lambda: attnax.cache.select_rows(cache, np.array([2])), "rows must be at least 0 and below 2; got rows=.2."),
         (
-            lambda: make_caches("paged", BASE)[0].append(ones(2, 2, 3, 4), ones(2, 2, 5, 6), np.arange(3)),
+            lambda: make_caches("paged", BASE)[0].append(
+                {"keys": ones(2, 2, 3, 4), "values": ones(2, 2, 5, 6)}, np.arange(3)
+            ),
             "values_new must have shape",
         ),
         (
@@ -375,8 +383,8 @@ def test_neighbours_and_place_change_no_bit_of_a_row(kind):
 
 
 @jax.jit
-def append(cache, *new):
-    return cache.append(*new)
+def append(cache, keys, values, positions):
+    return cache.append({"keys": keys, "values": values}, positions)
 
 
 @jax.jit
@@ -420,7 +428,7 @@ class TestRing:
         with pytest.raises(
             ValueError, match="positions must be below the number of slots, 5, .* got positions up to 5"
         ):
-            self.ring().append(*self.tokens([4, 5], [0, 1]))
+            append.__wrapped__(self.ring(), *self.tokens([4, 5], [0, 1]))
         cache, _ = append(self.ring(), *self.tokens([4, 5], [0, 1]))
         assert cache.overflowed.tolist() == [True, False] and np.asarray(cache.positions)[0].tolist() == [
             -1,
@@ -433,7 +441,7 @@ class TestRing:
     def test_tokens_too_far_apart_are_refused(self):
         ring, _ = append(self.ring(8, window=4), *self.tokens([0, 1, 2, 3], [0, 1, 2, 3]))
         with pytest.raises(ValueError, match="must span at most 5 positions .* got positions up to 11 in 2 tokens"):
-            ring.append(*self.tokens([4, 11], [4, 5]))
+            append.__wrapped__(ring, *self.tokens([4, 11], [4, 5]))
         late, _ = append(ring, *self.tokens([4, 11], [4, 5]))
         assert late.overflowed.tolist() == [True, False]
 
@@ -504,7 +512,7 @@ def test_positions_that_do_not_count_on_are_refused_by_pages():
     cache, _ = append(cache, *new, np.array([[0, 1], [-1, 0]], np.int32))
     assert cache.seq_lengths.tolist() == [2, 1]
     with pytest.raises(ValueError, match=r"positions must count on from seq_lengths=\[2, 1\]"):
-        cache.append(*new, np.array([[2, 3], [2, 3]], np.int32))
+        append.__wrapped__(cache, *new, np.array([[2, 3], [2, 3]], np.int32))
     late, _ = append(cache, *new, np.array([[2, 3], [2, 3]], np.int32))
     assert late.overflowed.tolist() == [False, True]
 
@@ -524,7 +532,7 @@ def test_a_cache_gives_its_tokens_whatever_it_is(kind):
 @functools.partial(jax.jit, static_argnames=("kind", "dtype"))
 def append_and_select(kind, dtype, keys, values, positions, rows):
     """All tokens of a cache before and after rows of it were selected."""
-    cache, _ = make_caches(kind, BASE, max_len=24, dtype=dtype)[0].append(keys, values, positions)
+    cache, _ = make_caches(kind, BASE, max_len=24, dtype=dtype)[0].append({"keys": keys, "values": values}, positions)
     return [x.tokens(jnp.float32) for x in (attnax.cache.select_rows([cache], rows)[0], cache)]
 
 

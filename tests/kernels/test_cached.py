@@ -53,6 +53,43 @@ def test_a_kind_of_the_user_is_read_as_its_tokens_are(queries):
     assert own.num_positions == own.max_len == 40
 
 
+@pytree_dataclass
+class Latents(KVLayerCache):
+    """A kind with other arrays: values are projected from latents that all heads share, and each token has a weight."""
+
+    weights: jax.Array  # (B, 1, S, 1)
+    projection: jax.Array  # (num_kv_heads, size of a latent, value_head_dim)
+    slot_names = ("keys", "values", "weights")
+
+    def keys_values(self, slots):
+        latents = slots["values"] * slots["weights"]
+        return slots["keys"], jnp.einsum("BoSR,KRV->BKSV", latents, self.projection)
+
+
+@pytest.mark.parametrize("queries", [3, 19])
+def test_a_kind_may_keep_other_arrays_of_a_token(queries):
+    rng = np.random.default_rng(3)
+    new = {
+        "keys": rng.standard_normal((2, 2, 150, 4), np.float32),
+        "values": rng.standard_normal((2, 1, 150, 3), np.float32),
+        "weights": rng.random((2, 1, 150, 1), np.float32),
+    }
+    new = jax.device_put(new)
+    empty = {name: jnp.zeros((*x.shape[:2], 200, x.shape[3])) for name, x in new.items()}
+    fields = {"length": jnp.int32(0), "positions": jnp.full((2, 200), -1), "overflowed": jnp.zeros((), bool)}
+    projection = jax.device_put(rng.standard_normal((2, 3, 5), np.float32))
+    cache, seen = Latents(**empty, **fields, projection=projection).append(new, np.arange(150))
+    cache = cache.select_rows(np.array([1, 0]))
+    query, positions = rng.standard_normal((2, 4, queries, 4), np.float32), 140 + np.arange(queries)
+    out = cached_attention(query, cache, positions, mask=masks.causal())
+    keys, values = new["keys"][::-1], jnp.einsum("BoSR,KRV->BKSV", new["values"] * new["weights"], projection)[::-1]
+    mask = masks.at_positions(masks.causal(), jnp.asarray(positions)[None], jnp.arange(150)[None])
+    np.testing.assert_allclose(out, standard_attention(query, keys, values, mask=mask), atol=3e-6)
+    assert out.shape == (2, 4, queries, 5) and cache.arrays() is None and seen.slots.keys() == new.keys()
+    with pytest.raises(ValueError, match="the arrays of new tokens must be keys, values, weights; got keys"):
+        cache.append({"keys": new["keys"]}, np.arange(150))
+
+
 @pytest.mark.parametrize("queries", [3, 19])  # by chunks, and in tiles
 def test_an_array_is_about_the_queries_and_the_first_positions(queries):
     rng = np.random.default_rng(1)

@@ -31,7 +31,7 @@ from attnax.kernels._core.lift import lift_marked
 from attnax.kernels._core.natural import examples
 from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._gpu import decode, tile_lists
-from attnax.kernels.paged import _token_arrays, paged_attention
+from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
 interpreted = partial(pallas_flash_attention, interpret=True, block_q=16, block_kv=16)
@@ -450,7 +450,7 @@ class TestDecode:
             empty, *tokens(), lengths
         )
         query, positions = normal(2, 6, 3, 16), lengths[:, None] - 3 + np.arange(3)
-        stored = jax.jit(_token_arrays)(cache)
+        stored = jax.jit(lambda cache: cache.arrays())(cache)
         self.check(query, stored, positions, options, self.exact(query, positions, lengths, options))
         assert lowered(partial(paged_attention, **options), query, cache) == {"decode"}
 

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from attnax import MultiHeadAttention, masks, standard_attention
-from attnax.kernels import paged
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels.paged import paged_attention
 from attnax.masks import MaskedScoreMod
@@ -25,6 +24,7 @@ from attnax.paged_cache import (
     gather_kv,
     init_paged_kv_cache,
 )
+from attnax.paged_cache.chunks import pages_in_chunk
 from attnax.pytrees import pytree_dataclass
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, QUERIES = 6, 2, 5, 7, 5
@@ -49,13 +49,13 @@ def make_cache(key, value, lengths=LENGTHS, *, block_size=3, spare=11, elsewhere
     counts = -(-np.asarray(lengths) // block_size)
     num_blocks, per_row = counts.sum() + spare, -(-key.shape[2] // block_size)
     blocks = np.random.default_rng(block_size).permutation(num_blocks)
-    pools = [np.full((num_blocks, block_size, x.shape[1], x.shape[3]), elsewhere, np.float32) for x in (key, value)]
+    pools = [np.full((num_blocks, x.shape[1], block_size, x.shape[3]), elsewhere, np.float32) for x in (key, value)]
     table = np.full((len(lengths), per_row), -1, np.int32)
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         table[row, :count], blocks = blocks[:count], blocks[count:]
         for t in range(length):
             for pool, text in zip(pools, (key, value), strict=True):
-                pool[table[row, t // block_size], t % block_size] = text[row, :, t]
+                pool[table[row, t // block_size], :, t % block_size] = text[row, :, t]
     overflowed = jax.device_put(np.zeros(len(lengths), bool))
     return PagedKVCache(*map(jnp.asarray, (*pools, table, np.asarray(lengths, np.int32))), overflowed)
 
@@ -318,7 +318,7 @@ def test_nan_in_a_token_contaminates_only_the_rows_that_may_attend_it(form, bad,
     cache = filled()
     pools = [cache.key_pool, cache.value_pool]
     block = cache.block_table[0, 257 // 3]
-    pools[which] = pools[which].at[block, 257 % 3, 1, 2].set(bad)
+    pools[which] = pools[which].at[block, 1, 257 % 3, 2].set(bad)
     clean = call(form, queries(), cache, mask=checker)
     contaminated = call(
         form, queries(), dataclasses.replace(cache, key_pool=pools[0], value_pool=pools[1]), mask=checker
@@ -429,7 +429,7 @@ def test_memory_does_not_grow_with_the_pool(options):
 def test_a_chunk_is_as_many_whole_pages_as_128_keys_hold(block_size, pages):
     sizes = {"num_kv_heads": 1, "head_dim": 2, "batch_size": 1, "max_blocks_per_seq": 20}
     cache = jax.eval_shape(lambda: init_paged_kv_cache(num_blocks=20, block_size=block_size, **sizes))
-    assert paged._pages_in_chunk(cache) == pages
+    assert pages_in_chunk(cache.block_table, cache.key_pool) == pages
 
 
 def long_cache():
@@ -444,6 +444,20 @@ def test_under_jit_only_chunks_in_use_are_read():
     assert count_visits({}, lengths, cache, query) == [0, 1, 3, 3, 6, 10]
     assert count_visits({"mask": masks.sliding_window(7)}, lengths, cache, query) == [0, 1, 3, 3, 1, 1]
     assert count_visits({"mask": lambda b, h, q, kv: q - kv < 300}, lengths, cache, query) == [0, 1, 3, 3, 3, 3]
+
+
+def test_rows_of_other_lengths_do_not_wait_for_the_longest():
+    """19 rows are three groups, sorted by length; each reads the chunks of its own longest row."""
+    rows = [np.random.default_rng(3).standard_normal((19, 1, 400, dim), np.float32) for dim in (3, 2)]
+    lengths = np.random.default_rng(4).permutation(np.r_[np.full(8, 5), np.full(8, 130), [0, 300, 400]])
+    query = jax.device_put(np.random.default_rng(5).standard_normal((19, 2, 2, 3), np.float32))
+    cache = make_cache(*rows, lengths, elsewhere=0.0)
+    # 0 and seven of 5; one of 5 and seven of 130; one of 130, 300 and 400
+    assert count_visits({}, [lengths], cache, query) == [1 + 2 + 4]
+    options = {"mask": masks.causal() & checker, "score_mod": alibi, "return_lse": True}
+    together = paged_attention(query, cache, **options)
+    alone = [paged_attention(query[row], cache, np.int32(row), **options) for row in range(19)]
+    agree(together, [jnp.stack(x) for x in zip(*alone, strict=True)])
 
 
 @pytree_dataclass

@@ -6,12 +6,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from attnax.cache import TokenArrays
 from attnax.kernels._core import softmax
 from attnax.kernels._core.lift import Deferred, Lifted, lift_marked
 from attnax.kernels._core.mesh import vary_all, varying_axes
 from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
-from attnax.kernels._core.stored import TokenArrays
 from attnax.kernels._gpu import split, tile_lists, tile_sizes
 from attnax.masks import as_mask, at_positions
 from attnax.pytrees import pytree_dataclass
@@ -67,7 +67,7 @@ class DecodeInputs:
         """The tile, with as many keys as a page; None if the kernel cannot read the arrays without a copy."""
         tokens, card = self.tokens, tile_sizes.running_card()
         sizes = tokens.keys.shape[-1], tokens.values.shape[-1]
-        lengths = sizes if tokens.block_table is None else (*sizes, tokens.keys.shape[1])
+        lengths = sizes if tokens.block_table is None else (*sizes, tokens.keys.shape[2])
         dtypes = {self.query.dtype, tokens.keys.dtype, tokens.values.dtype}
         if len(dtypes) > 1 or self.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return None
@@ -77,7 +77,7 @@ class DecodeInputs:
         bits = self.query.dtype.itemsize * 8
         tile = tile_sizes.choose("decode", max(sizes), bits)
         if tokens.block_table is not None:
-            tile = tile._replace(block_kv=tokens.keys.shape[1])
+            tile = tile._replace(block_kv=tokens.keys.shape[2])
         # Where the card is not known, every card must hold the tile.
         fits = tile_sizes.Footprint("decode", tile._replace(num_stages=1), *sizes, bits).fits(card)
         return tile if fits else None

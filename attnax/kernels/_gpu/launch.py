@@ -85,7 +85,7 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
     """(out, lse) in float32 of a few queries over many keys; states of parts of the keys are merged.
 
     Args:
-        arrays: head sizes are powers of 2; with `pages`, key and value are pages (P, page, K, H).
+        arrays: head sizes are powers of 2; with `pages`, key and value are pages (P, K, page, H).
         setup: the other arguments.
         pages: int32 (B, num_pages), the block table; None for keys in one piece.
     """
@@ -269,7 +269,9 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     """The static and the array arguments of a kernel. Keys in pages are not tested for non-finite rows beforehand."""
     query, key, value, scale = arrays
     batch, heads, seq_q, _ = query.shape
-    kv_heads, seq_kv = key.shape[1:3] if pages is None else (key.shape[2], pages.shape[1] * key.shape[1])
+    _, kv_heads, seq_kv, _ = key.shape
+    if pages is not None:
+        seq_kv *= pages.shape[1]
     score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     mask, score_mod = (None if x is None else split(x) for x in (setup.mask, setup.score_mod))

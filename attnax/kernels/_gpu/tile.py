@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
     lse: Any = None  # (B, N, T) in units of log 2; +inf where nothing is attended, NaN in a contaminated row
     delta: Any = None  # (B, N, T), see `softmax.tile_gradients`
     positions: Any = None  # (T,) and (S,) int32, of queries and keys, for masks and score mods; None for 0, 1, ...
-    block_table: Any = None  # (B, num_kv) int32: the page of a tile of keys, if key and value are pools (P, page, K, H)
+    block_table: Any = None  # (B, num_kv) int32: the page of a tile of keys, if key and value are pools (P, K, page, H)
 
 
 class TilePlace(NamedTuple):
@@ -152,7 +152,7 @@ class Kernel:
         columns = place.b, kv_head, pl.ds(self.kv_first(place.j), self.spec.grid.block_kv)
         where: tuple[Any, ...] = (*columns, slice(None))
         if inputs.block_table is not None:
-            where = jnp.maximum(inputs.block_table[place.b, place.j], 0), slice(None), kv_head, slice(None)
+            where = jnp.maximum(inputs.block_table[place.b, place.j], 0), kv_head, slice(None), slice(None)
         finite = None if full or inputs.finite is None else inputs.finite[columns] != 0
         key, value = (self.load(ref, where, finite) for ref in (inputs.key, inputs.value))
         if not full and finite is None:

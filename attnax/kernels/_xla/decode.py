@@ -1,6 +1,7 @@
 """A few queries over many stored tokens on any platform, a chunk of tokens at a time.
 
-The loop over chunks has a traced length, so a step's work follows the tokens in use.
+The loop over chunks has a traced length, so a step's work follows the tokens in use. Rows of different lengths are
+sorted and read in groups: a long row does not make all others wait for its chunks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnax.cache import Source
 from attnax.kernels._core import softmax
 from attnax.kernels._core.dropout import dropout_of
 from attnax.kernels._core.finite import is_finite
@@ -19,11 +21,12 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.no_reverse import without_reverse
 from attnax.kernels._core.softmax import SoftmaxState
-from attnax.kernels._core.stored import Source
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array
 
-__all__ = ["ChunkFunctions", "Queries", "attend_chunks"]
+__all__ = ["ChunkFunctions", "Queries", "attend_chunks", "rows_at_once"]
+
+_GROUP = 8  # rows that are read together, if rows differ in length
 
 
 @pytree_dataclass
@@ -44,10 +47,35 @@ class ChunkFunctions:
     score_mod: Lifted | None  # (scores, b, h, q, kv) -> scores
 
 
+def rows_at_once(sources: tuple[Any, ...], batch: int) -> int:
+    """The rows that `attend_chunks` reads together."""
+    return batch if sources[0].row_lengths is None else min(batch, _GROUP)
+
+
 def attend_chunks(
     dropout_rate: float, queries: Queries, sources: tuple[Any, ...], functions: tuple[ChunkFunctions, ...]
 ) -> tuple[Array, Array]:
     """(out, natural log-sum-exp) over the tokens of all sources."""
+    batch = queries.query.shape[0]
+    size = rows_at_once(sources, batch)
+    if size == batch:
+        return _attend_rows(dropout_rate, queries, sources, functions)
+
+    def of_group(rows: Array) -> tuple[Array, Array]:
+        query, b, positions = (x[rows] for x in (queries.query, queries.b, queries.positions))
+        of_rows = tuple(source.of_rows(rows) for source in sources)
+        return _attend_rows(dropout_rate, Queries(query, b, positions, queries.dropout), of_rows, functions)
+
+    order = jnp.argsort(sources[0].row_lengths)
+    groups = jnp.pad(order, (0, -batch % size), mode="edge").reshape(-1, size)
+    place = jnp.argsort(order)  # of each row among the sorted rows
+    out, lse = (x.reshape(-1, *x.shape[2:])[place] for x in lax.map(of_group, groups))
+    return out, lse
+
+
+def _attend_rows(
+    dropout_rate: float, queries: Queries, sources: tuple[Any, ...], functions: tuple[ChunkFunctions, ...]
+) -> tuple[Array, Array]:
     batch, heads, seq_q, _ = queries.query.shape
     kv_heads, value_dim = sources[0].value_shape
     axes = varying_axes(queries.query)
