@@ -176,10 +176,9 @@ def _keep_top_p(kept: _Kept, p: Array, logits: Float[Array, "R V"]) -> _Kept:
     weights = jnp.exp(_cut(kept) - peak)
     total, others = weights.sum(-1, keepdims=True), jnp.zeros_like(peak)
     if size < vocab_size:
-        last = kept.logits[:, -1:]
-        lower = jnp.where(logits < last, jnp.exp(logits - peak), 0.0).sum(-1, keepdims=True)
-        equal = (_count(logits >= last) - np.int32(size)).astype(np.float32)[:, None]
-        others = jnp.where(kept.number[:, None] > size, lower + equal * jnp.exp(last - peak), 0.0)
+        is_uncut = kept.number[:, None] > size
+        mass = partial(_mass_of_others, logits, kept.logits[:, -1:], peak, size)
+        others = lax.cond(is_uncut.any(), lambda: jnp.where(is_uncut, mass(), 0.0), lambda: others)
         total = total + others
     # Mass of each token and all less likely tokens: a sum from the front loses a tail below 1e-7, even for p = 1.
     rest, least = lax.cumsum(weights / total, axis=1, reverse=True) + others / total, (1 - p)[:, None]
@@ -189,6 +188,13 @@ def _keep_top_p(kept: _Kept, p: Array, logits: Float[Array, "R V"]) -> _Kept:
         clear = (jnp.abs(rest - least) - _MARGIN * jnp.maximum(rest, least))[:, 1:].min(-1) > 0
         kept = kept._replace(certain=kept.certain & (clear | (p == 1)))
     return _shorten(kept, number, p == 1, vocab_size)
+
+
+def _mass_of_others(logits: Float[Array, "R V"], last: Array, peak: Array, size: int) -> Float[Array, "R 1"]:
+    """The sum of exp(logits - peak) of all tokens but the first `size`, of which `last` is the least."""
+    lower = jnp.where(logits < last, jnp.exp(logits - peak), 0.0).sum(-1, keepdims=True)
+    equal = (_count(logits >= last) - np.int32(size)).astype(np.float32)[:, None]
+    return lower + equal * jnp.exp(last - peak)
 
 
 def _shorten(kept: _Kept, number: Array, is_neutral: Array, vocab_size: int) -> _Kept:
