@@ -29,7 +29,7 @@ class Request:
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
         key: one typed key, one for each prompt, or one for each row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
-        sampler: draws tokens; numbers of a row are those of a row of the result.
+        sampler: draws tokens; its arrays have a number for each row of the result.
         stops: (K, n), the sequences of tokens that end a row, filled with -1 on the left.
         fill: the token after the end.
         context: as in `Tokens`.
