@@ -20,13 +20,18 @@ from jax import lax
 
 from attnax.typing import Array, Bool, Float, Int
 
-__all__ = ["CUTS", "cut_logits", "draw_kept", "draw_token", "likeliest_token"]
+__all__ = ["CUTS", "Cuts", "cut_logits", "draw_kept", "draw_token", "likeliest_token"]
 
-CUTS = ("top_k", "top_p", "min_p")
-"""The fields of a `Sampler` that cut off tokens of a draw, in the order of their use."""
 
-Cuts = dict[str, Array]
-"""The numbers (R,) of the cuts that are in use, by name."""
+class Cuts(NamedTuple):
+    """The numbers of the fields of a `Sampler` that cut off tokens, in the order of their use; None leaves one out."""
+
+    top_k: Int[Array, "R"] | None = None
+    top_p: Float[Array, "R"] | None = None
+    min_p: Float[Array, "R"] | None = None
+
+
+CUTS = Cuts._fields
 
 _SIZES = (256, 2048)  # candidates of every row, and of a row that these do not serve, before the whole vocabulary
 # Probabilities are added up in another order for a few candidates than for all. Both sums are within 1e-6 of the true
@@ -92,7 +97,7 @@ def cut_logits(logits: Float[Array, "R V"], cuts: Cuts, wanted: Bool[Array, "R"]
     floor, last = _look(look, wanted, logits, cuts)
     tokens = _iota(logits)
     keep = (logits > floor) | ((logits == floor) & (tokens < last)) | (tokens == last)
-    if "top_k" in cuts:
+    if cuts.top_k is not None:
         keep = keep & ~jnp.isnan(logits)
     return jnp.where(keep, logits, -jnp.inf)
 
@@ -138,7 +143,7 @@ def _kept(size: int, logits: Float[Array, "R V"], cuts: Cuts) -> _Kept:
     number, certain = jnp.full(num_rows, vocab_size, np.int32), jnp.ones(num_rows, bool)
     missing = jnp.zeros(num_rows, np.int32)
     if size == vocab_size:
-        if "top_k" in cuts:  # which counts a NaN as the largest, and does not keep it
+        if cuts.top_k is not None:  # which counts a NaN as the largest, and does not keep it
             missing = _count(jnp.isnan(logits))
             logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
         ordered, tokens = _sort(logits)
@@ -149,13 +154,13 @@ def _kept(size: int, logits: Float[Array, "R V"], cuts: Cuts) -> _Kept:
         certain = jnp.isfinite(logits.max(-1))  # no NaN
         number = jnp.where(jnp.isneginf(ordered[:, -1]), np.int32(size), number)  # no other token can be drawn
     kept = _Kept(ordered, tokens, number, certain)
-    if "top_k" in cuts:
-        kept = _keep_top_k(kept, cuts["top_k"], missing, vocab_size)
-    if "top_p" in cuts:
-        kept = _keep_top_p(kept, cuts["top_p"], logits)
-    if "min_p" in cuts:
-        floor = ordered[:, :1] + jnp.log(cuts["min_p"])[:, None]
-        kept = _shorten(kept, _count(ordered >= floor), cuts["min_p"] == 0, vocab_size)
+    if cuts.top_k is not None:
+        kept = _keep_top_k(kept, cuts.top_k, missing, vocab_size)
+    if cuts.top_p is not None:
+        kept = _keep_top_p(kept, cuts.top_p, logits)
+    if cuts.min_p is not None:
+        floor = ordered[:, :1] + jnp.log(cuts.min_p)[:, None]
+        kept = _shorten(kept, _count(ordered >= floor), cuts.min_p == 0, vocab_size)
     return kept
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from attnax.checks import check_shape, is_concrete
-from attnax.generation.candidates import CUTS, cut_logits, draw_kept, draw_token, likeliest_token
+from attnax.generation.candidates import CUTS, Cuts, cut_logits, draw_kept, draw_token, likeliest_token
 from attnax.generation.text import Text
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, Float, Int
@@ -176,7 +176,7 @@ class Sampler:
         check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
         cuts, wanted = self._cuts(logits.shape[0])
         scaled = self._scale(logits)
-        return cut_logits(scaled, cuts, wanted) if cuts else scaled
+        return scaled if cuts is None else cut_logits(scaled, cuts, wanted)
 
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         """The distribution that `__call__` draws from; at temperature 0, 1 for the likeliest token."""
@@ -205,7 +205,7 @@ class Sampler:
         def draw() -> Array:
             cuts, wanted = self._cuts(logits.shape[0])
             scaled = self._scale(logits)
-            return draw_kept(scaled, keys, cuts, wanted) if cuts else draw_token(scaled, keys)
+            return draw_token(scaled, keys) if cuts is None else draw_kept(scaled, keys, cuts, wanted)
 
         return self._unless_greedy(logits.shape[0], lambda: likeliest_token(logits), draw)
 
@@ -225,16 +225,15 @@ class Sampler:
         temperature = self._column("temperature", logits.shape[0])
         return logits / jnp.where(temperature == 0, 1.0, temperature)
 
-    def _cuts(self, num_rows: int) -> tuple[dict[str, Array], Array]:
-        """The numbers of the cuts of each row, and the rows that are not greedy."""
-        cuts = {
-            name: jnp.broadcast_to(self._column(name, num_rows), (num_rows, 1))[:, 0]
-            for name in CUTS
-            if getattr(self, name) is not None
-        }
-        if self.temperature is None:
-            return cuts, jnp.ones(num_rows, bool)
-        return cuts, jnp.broadcast_to(self._column("temperature", num_rows) != 0, (num_rows, 1))[:, 0]
+    def _cuts(self, num_rows: int) -> tuple[Cuts | None, Array]:
+        """The numbers of the cuts of each row, None without a cut, and the rows that are not greedy."""
+
+        def of_rows(name: str) -> Array:
+            return jnp.broadcast_to(self._column(name, num_rows), (num_rows, 1))[:, 0]
+
+        given = {name: of_rows(name) for name in CUTS if getattr(self, name) is not None}
+        wanted = jnp.ones(num_rows, bool) if self.temperature is None else of_rows("temperature") != 0
+        return (Cuts(**given) if given else None), wanted
 
     def _unless_greedy(self, num_rows: int, likeliest: Callable[[], Array], drawn: Callable[[], Array]) -> Array:
         """`likeliest()` in rows of temperature 0, `drawn()` in all others."""

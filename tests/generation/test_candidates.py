@@ -40,7 +40,7 @@ def by_sorting(sampler, logits, keys):
 def both_ways(sampler, logits, keys):
     """Tokens and probabilities of the sampler and of the definition, and the rows that the fewest candidates serve."""
     keys = jax.random.wrap_key_data(keys)
-    cuts = {name: getattr(sampler, name) for name in candidates.CUTS if getattr(sampler, name) is not None}
+    cuts = candidates.Cuts(sampler.top_k, sampler.top_p, sampler.min_p)
     few = min(candidates._SIZES[0], logits.shape[-1])
     served = candidates._kept(few, logits / sampler.temperature[:, None], cuts).certain
     tokens, cut = by_sorting(sampler, logits, keys)
@@ -97,7 +97,7 @@ def test_tokens_are_those_of_sorting_the_vocabulary(size, names):
 
 def test_a_sum_that_rounding_may_decide_is_left_to_the_whole_vocabulary():
     """Of 512 equal tokens a quarter is 128, but for rounding."""
-    cuts = {"top_p": jax.device_put(np.array([0.25, 0.2495], np.float32))}
+    cuts = candidates.Cuts(top_p=jax.device_put(np.array([0.25, 0.2495], np.float32)))
     kept = candidates._kept(256, jax.device_put(np.zeros((2, 512), np.float32)), cuts)
     assert kept.certain.tolist() == [False, True] and kept.number[1] == 128
 
