@@ -1,15 +1,15 @@
 """The tokens that top_k, top_p and min_p keep, and a draw from them, found among a few candidates of each row.
 
 Each cut keeps the first tokens of a row that is ordered from the likeliest on; of equal tokens the lower comes first.
-So the 256 largest logits decide a cut that keeps fewer. Where cuts keep more, or may keep more, the row takes more
-candidates, and at last the sorted vocabulary. What a row takes depends on its own numbers, and so does its token.
+So the 256 largest logits decide a cut that keeps fewer. Where cuts keep more, or may keep more, the row takes the
+sorted vocabulary. What a row takes depends on its own numbers, and so does its token.
 
 Noise has the numbers of `jax.random.gumbel(key, (vocabulary,))`, so a draw is that of `jax.random.categorical`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,8 @@ class Cuts(NamedTuple):
 
 CUTS = Cuts._fields
 
-_SIZES = (256, 2048)  # candidates of every row, and of a row that these do not serve, before the whole vocabulary
+_CANDIDATES = 256  # of every row, before the whole vocabulary
+_LARGE = 8192  # tokens of a vocabulary whose sort takes longer than the second program takes to compile
 # Probabilities are added up in another order for a few candidates than for all. Both sums are within 1e-6 of the true
 # one; where that could decide, the whole vocabulary does.
 _MARGIN = np.float32(4e-6)
@@ -103,36 +104,31 @@ def cut_logits(logits: Float[Array, "R V"], cuts: Cuts, wanted: Bool[Array, "R"]
 
 
 def _look(look: Callable[..., _Found], wanted: Array, logits: Array, *others: Any) -> Any:
-    """The results of `look(size, *rows) -> (results, certain)`, with as many candidates as each row needs."""
+    """The results of `look(size, *rows) -> (results, certain)`: of few candidates, or of all where a row needs them."""
     vocab_size = logits.shape[-1]
-    sizes = [*(size for size in _SIZES if 2 * size <= vocab_size), vocab_size]
 
     def once(*rows: Any) -> Any:
         return look(vocab_size, *rows)[0]
 
     rows = wanted, logits, *others
-    if len(sizes) == 1:
+    if vocab_size < _LARGE:
         return once(*rows)
     # Elsewhere XLA sorts for so many candidates too, and single rows are no work for an accelerator.
-    return lax.platform_dependent(*rows, cpu=partial(_look_closer, look, sizes), default=once)
+    return lax.platform_dependent(*rows, cpu=partial(_look_closer, look, once), default=once)
 
 
-def _look_closer(look: Callable[..., _Found], sizes: Sequence[int], *rows: Any) -> Any:
-    """The results of the rows with the first size, or with the later ones in rows that are not certain."""
-    results, certain = look(sizes[0], *rows)
-    if len(sizes) == 1:
-        return results
-
+def _look_closer(look: Callable[..., _Found], once: Callable[..., Any], *rows: Any) -> Any:
+    """The results of the rows with few candidates, or of `once` in rows that are not certain."""
+    results, certain = look(_CANDIDATES, *rows)
     if certain.shape == (1,):  # a loop over one row would be no loop for XLA, which runs the work of its body before it
-        return lax.cond(certain[0], lambda: results, lambda: _look_closer(look, sizes[1:], *rows))
+        return lax.cond(certain[0], lambda: results, lambda: once(*rows))
 
     def go_on(found: _Found) -> _Found:
         results, certain = found
         row = certain.astype(np.int32).argmin()
         alone = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), rows)
-        more = _look_closer(look, sizes[1:], *alone)
         put = partial(lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-        return jax.tree.map(put, results, more), certain.at[row].set(True)
+        return jax.tree.map(put, results, once(*alone)), certain.at[row].set(True)
 
     return lax.while_loop(lambda found: ~found[1].all(), go_on, (results, certain))[0]
 

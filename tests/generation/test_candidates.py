@@ -36,12 +36,18 @@ def by_sorting(sampler, logits, keys):
     return jax.vmap(jax.random.categorical)(keys, logits), logits
 
 
+@pytest.fixture(autouse=True)
+def _small_vocabularies(monkeypatch):
+    """Few candidates are tried in small vocabularies too."""
+    monkeypatch.setattr(candidates, "_LARGE", 512)
+
+
 @jax.jit
 def both_ways(sampler, logits, keys):
     """Tokens and probabilities of the sampler and of the definition, and the rows that the fewest candidates serve."""
     keys = jax.random.wrap_key_data(keys)
     cuts = candidates.Cuts(sampler.top_k, sampler.top_p, sampler.min_p)
-    few = min(candidates._SIZES[0], logits.shape[-1])
+    few = min(candidates._CANDIDATES, logits.shape[-1])
     served = candidates._kept(few, logits / sampler.temperature[:, None], cuts).certain
     tokens, cut = by_sorting(sampler, logits, keys)
     softmax = jax.nn.softmax
