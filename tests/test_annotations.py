@@ -105,7 +105,7 @@ def stand_in(annotation, names):
     if {typing.Any, types.NoneType} & set(options) or isinstance(hint, typing.TypeVar):
         return None
     kind = typing.get_origin(options[0]) or options[0]
-    known = {int: 1, str: "text", typing.SupportsIndex: 1, Callable: print}
+    known = {int: 1, bool: True, str: "text", typing.SupportsIndex: 1, Callable: print}
     if kind in known:
         return known[kind]
     return tuple.__new__(kind, [None] * len(kind._fields)) if issubclass(kind, tuple) else object.__new__(kind)

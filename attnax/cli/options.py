@@ -15,7 +15,8 @@ import tyro
 
 from attnax.cache import SPARE_SLOTS, CacheKind
 from attnax.errors import InputError
-from attnax.generation.samplers import CUTS, Sampler
+from attnax.generation.candidates import CUTS
+from attnax.generation.samplers import Sampler
 from attnax.training.run_options import RunOptions, check_seed
 
 if TYPE_CHECKING:

@@ -98,6 +98,7 @@ def beam_search(
         hopeful=jnp.ones((batch,), bool),
         cache=cache,
     )
+    request = dataclasses.replace(request, sampler=request.sampler.repeat_rows(batch, num_beams))
     choose = partial(_choose, request=request, length_penalty=length_penalty, early_stopping=early_stopping)
 
     def unfinished(search: _Search) -> Array:

@@ -231,12 +231,19 @@ def advance(model: Model, request: Request, progress: Progress, context: Any) ->
 def append(progress: Progress, token: Array, logits: Array, request: Request, where: Array) -> Progress:
     """Writes a token to the rows where `where` is True, and marks the rows that it ends."""
     text, (num_rows, room) = progress.text, progress.log_probs.shape
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
+    log_prob = _log_prob(logits.astype(jnp.float32), token)
     index = jnp.where(where, text.lengths - text.prompt_lengths, room)  # out-of-range: dropped
     log_probs = progress.log_probs.at[jnp.arange(num_rows), index].set(log_prob, mode="drop")
     text = text.append(token, where)
     ended = text.ends_with(request.stops) | (text.lengths - text.prompt_lengths >= request.max_new_tokens)
     return dataclasses.replace(progress, text=text, log_probs=log_probs, finished=progress.finished | (where & ended))
+
+
+def _log_prob(logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Float[Array, "R"]:
+    """`log_softmax` at one token of each row, without those of all tokens."""
+    peak = logits.max(-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return (chosen - peak - jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)))[:, 0]
 
 
 def position_keys(keys: Array | None, text: Text, stream: int | None = None) -> Array | None:

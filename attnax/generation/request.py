@@ -29,7 +29,7 @@ class Request:
         position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
         key: one typed key, one for each prompt, or one for each row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
-        sampler: draws tokens.
+        sampler: draws tokens; its arrays have a number for each row of the result.
         stops: (K, n), the sequences of tokens that end a row, filled with -1 on the left.
         fill: the token after the end.
         context: as in `Tokens`.
@@ -92,9 +92,11 @@ def make_request(
     the vocabulary are not refused; models read such ids as NaN. With `pad_to` the prompt gets padding on the right up
     to that length.
 
+    A sampler's number for each row is (batch,) or, with several samples, (batch * num_samples,).
+
     Raises:
-        ValueError: arguments out of range, a row without a token, sampling without a key, or a traced number of tokens
-            or samples, end token or stop sequence.
+        ValueError: arguments out of range, a row without a token, sampling without a key, a sampler of other rows, or a
+            traced number of tokens or samples, end token or stop sequence.
         NotImplementedError: a traced prompt that Explicit mesh axes shard.
     """
     check_options("make_request", options, RequestOptions)
@@ -115,7 +117,8 @@ def make_request(
     ends, stops = _stops(end_token, stop_sequences, vocab_size)
     xp = np if is_concrete(prompt_ids) and is_concrete(padding_mask) else jnp
     ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(xp, prompt_ids.shape, padding_mask)
-    sampler = (options.get("sampler") or Sampler()).as_arrays(vocab_size)
+    sampler = options.get("sampler") or Sampler()
+    sampler = sampler.as_arrays(vocab_size).repeat_rows(ids.shape[0], num_samples)
     missing = ((0, 0), (0, max(0, (pad_to or 0) - ids.shape[1])))
     positions = xp.where(real, xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
     return Request(

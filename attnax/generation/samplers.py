@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +12,27 @@ import numpy as np
 from jax import lax
 
 from attnax.checks import check_shape, is_concrete
+from attnax.generation.candidates import CUTS, Cuts, cut_logits, draw_kept, draw_token, likeliest_token
 from attnax.generation.text import Text
 from attnax.pytrees import function_pytree, pytree_dataclass
-from attnax.typing import Array, ArrayLike, Float, Int
+from attnax.typing import Array, Float, Int
 
-__all__ = ["CUTS", "Sampler"]
+__all__ = ["Sampler"]
+
+Number = float | Array | np.ndarray | np.generic
+"""A number for all rows, or an array (rows,) of one for each."""
+
+_FINITE = ("finite", np.isfinite)
+_RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "temperature": ("at least 0 and finite", lambda x: (x >= 0) & (x < np.inf)),
+    "top_k": ("a whole number, at least 1 and below 2 ** 31", lambda x: (x >= 1) & (x < 2**31) & (x == np.floor(x))),
+    "top_p": ("above 0 and at most 1", lambda x: (x > 0) & (x <= 1)),
+    "min_p": ("at least 0 and at most 1", lambda x: (x >= 0) & (x <= 1)),
+    "repetition_penalty": ("above 0 and finite", lambda x: (x > 0) & (x < np.inf)),
+    "presence_penalty": _FINITE,
+    "frequency_penalty": _FINITE,
+}
+"""The fields that are numbers, and the rule of each."""
 
 
 @pytree_dataclass
@@ -28,12 +43,17 @@ class Sampler:
     out. The numbers are leaves of a pytree, so new values compile nothing. Only temperature 0, greedy decoding,
     is a program of its own.
 
+    Each number may be an array (rows,), with a number for each row. A row's token is the token of a sampler that holds
+    the row's numbers. These numbers change nothing, for rows that do without a step: top_k of at least the vocabulary's
+    size, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0 and frequency_penalty=0.
+
     Attributes:
         temperature: 0 or None takes the likeliest token; 1 samples the model's own distribution.
         top_k: keep the k likeliest tokens, and tokens that tie with the last of them.
         top_p: keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
         min_p: keep the tokens that are at least min_p times as likely as the likeliest.
-        logit_bias: added to the logits: an array (vocab_size,), or a mapping of token ids to numbers.
+        logit_bias: added to the logits: an array (vocab_size,) or (rows, vocab_size), or a mapping of token ids to
+            numbers.
         repetition_penalty: divides positive logits of tokens in the text, prompt included, and multiplies negative
             ones.
         presence_penalty: subtracted from the logits of written tokens.
@@ -45,7 +65,7 @@ class Sampler:
             should be a callable pytree; a new lambda is compiled anew.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, in any row, or an array of another rank.
 
     References:
         A. Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019, https://arxiv.org/abs/1904.09751.
@@ -53,41 +73,25 @@ class Sampler:
         M. Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024, https://arxiv.org/abs/2407.01082.
     """
 
-    temperature: float | Array | None = 0.0
-    top_k: int | Array | None = None
-    top_p: float | Array | None = None
-    min_p: float | Array | None = None
+    temperature: Number | None = 0.0
+    top_k: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
     logit_bias: Any = None
-    repetition_penalty: float | Array | None = None
-    presence_penalty: float | Array | None = None
-    frequency_penalty: float | Array | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
     no_repeat_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
     logits_fn: Callable[[Array, Text], Array] | None = None
 
     def __post_init__(self) -> None:
-        finite = ("finite", math.isfinite)
-        rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-            "temperature": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
-            "top_k": ("a whole number, at least 1 and below 2 ** 31", lambda x: 1 <= x < 2**31 and x == int(x)),
-            "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
-            "min_p": ("at least 0 and at most 1", lambda x: 0 <= x <= 1),
-            "repetition_penalty": ("above 0 and finite", lambda x: 0 < x < math.inf),
-            "presence_penalty": finite,
-            "frequency_penalty": finite,
-            "no_repeat_ngram": ("at least 1 and a whole number", lambda x: x >= 1),
-        }
-        for name, (rule, holds) in rules.items():
-            value = getattr(self, name)
-            # JAX rebuilds pytrees around placeholders too; only a concrete number can be checked.
-            if isinstance(value, jax.Array) and value.ndim:
-                raise ValueError(f"Sampler: {name} must be one number for all rows; got shape={value.shape}.")
-            if name == "no_repeat_ngram" and not isinstance(value, int | None):
-                raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
-            if isinstance(value, int | float | jax.Array) and is_concrete(value):
-                with np.errstate(over="ignore"):
-                    known = float(np.float32(value))  # the number that is used
-                if not holds(known):
-                    raise ValueError(f"Sampler: {name} must be {rule}; got {name}={value}.")
+        for name, (rule, holds) in _RULES.items():
+            _check_number(name, getattr(self, name), rule, holds)
+        size = self.no_repeat_ngram
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ValueError(
+                f"Sampler: no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram={size}."
+            )
 
     def as_arrays(self, vocab_size: int) -> Sampler:
         """The same sampler with arrays for numbers, so that 1 and 1.0 are one program; a temperature of 0 becomes None.
@@ -96,16 +100,34 @@ class Sampler:
             ValueError: a logit_bias that does not fit the vocabulary.
         """
         numbers: dict[str, Any] = {
-            field.name: _number(value, np.int32 if field.name == "top_k" else np.float32)
-            for field in dataclasses.fields(self)
-            if field.name not in ("no_repeat_ngram", "logits_fn", "logit_bias")
-            and (value := getattr(self, field.name)) is not None
+            name: _number(value, np.int32 if name == "top_k" else np.float32)
+            for name in _RULES
+            if (value := getattr(self, name)) is not None
         }
-        if is_concrete(self.temperature) and not self.temperature:
+        if is_concrete(self.temperature) and not np.any(self.temperature):
             numbers["temperature"] = None
         logits_fn = None if self.logits_fn is None else function_pytree(self.logits_fn)
         bias = None if self.logit_bias is None else _bias_array(self.logit_bias, vocab_size)
         return dataclasses.replace(self, **numbers, logits_fn=logits_fn, logit_bias=bias)
+
+    def repeat_rows(self, batch: int, count: int) -> Sampler:
+        """The sampler of `batch` * `count` rows: numbers of `batch` rows are repeated `count` times each.
+
+        Raises:
+            ValueError: arrays with another number of rows.
+        """
+        given = {name: getattr(self, name) for name in _RULES if np.ndim(getattr(self, name)) == 1}
+        if not isinstance(self.logit_bias, Mapping) and np.ndim(self.logit_bias) == 2:
+            given["logit_bias"] = self.logit_bias
+        for name, value in given.items():
+            if value.shape[0] not in (batch, batch * count):
+                rows = f"{batch * count}" if count == 1 else f"{batch} or {batch * count}"
+                raise ValueError(
+                    f"Sampler: {name} must be one for all rows, or one a row, here {rows}; got shape={value.shape}."
+                )
+            if value.shape[0] == batch:
+                given[name] = (np if isinstance(value, np.ndarray) else jnp).repeat(value, count, axis=0)
+        return dataclasses.replace(self, **given)
 
     @property
     def reads_text(self) -> bool:
@@ -122,21 +144,22 @@ class Sampler:
         check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
         if text is None and self.reads_text:
             raise ValueError("Sampler: penalties, n-grams and logits_fn need the text so far; got text=None.")
-        logits, size = logits.astype(jnp.float32), logits.shape[-1]
+        logits, (num_rows, size) = logits.astype(jnp.float32), logits.shape
         if self.logit_bias is not None:
-            logits = logits + jnp.asarray(_bias_array(self.logit_bias, size))[None]
+            bias = jnp.asarray(_bias_array(self.logit_bias, size))
+            if bias.ndim == 2:
+                check_shape("Sampler", "logit_bias", bias, (num_rows, size))
+            logits = logits + (bias if bias.ndim == 2 else bias[None])
         if text is None:
             return logits
         if self.repetition_penalty is not None:
-            penalty = self.repetition_penalty
-            changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
-            logits = jnp.where(text.counts(size, prompt=True) > 0, changed, logits)
-        if self.presence_penalty is not None or self.frequency_penalty is not None:
-            counts = text.counts(size, prompt=False)
-            if self.presence_penalty is not None:
-                logits = logits - self.presence_penalty * (counts > 0)
-            if self.frequency_penalty is not None:
-                logits = logits - self.frequency_penalty * counts
+            penalty = self._column("repetition_penalty", num_rows)
+            logits = text.change(logits, lambda x: jnp.where(x > 0, x / penalty, x * penalty), prompt=True)
+        if self.presence_penalty is not None:
+            presence = self._column("presence_penalty", num_rows)
+            logits = text.change(logits, lambda x: x - presence, prompt=False)
+        if self.frequency_penalty is not None:
+            logits = logits - self._column("frequency_penalty", num_rows) * text.counts(size)
         if self.no_repeat_ngram is not None:
             logits = jnp.where(text.completes_ngram(self.no_repeat_ngram, size), -jnp.inf, logits)
         if self.logits_fn is not None:
@@ -151,71 +174,101 @@ class Sampler:
     def cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Penalised logits / temperature, -inf for tokens that are cut off; the draw is from their softmax."""
         check_shape("Sampler", "logits", logits, ("rows", "vocab_size"))
-        scaled = logits
-        if self.temperature is not None:
-            scaled = logits / jnp.where(jnp.asarray(self.temperature) == 0, 1.0, self.temperature)
-        for name, keep in CUTS.items():
-            if (number := getattr(self, name)) is not None:
-                scaled = keep(scaled, number)
-        return scaled
+        cuts, wanted = self._cuts(logits.shape[0])
+        scaled = self._scale(logits)
+        return scaled if cuts is None else cut_logits(scaled, cuts, wanted)
 
     def probabilities(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         """The distribution that `__call__` draws from; at temperature 0, 1 for the likeliest token."""
         logits = self.penalise(logits, text)
 
         def likeliest() -> Array:
-            return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32)
+            return jax.nn.one_hot(likeliest_token(logits), logits.shape[-1], dtype=jnp.float32)
 
-        if self.temperature is None:
-            return likeliest()
-        return lax.cond(jnp.asarray(self.temperature) == 0, likeliest, lambda: jax.nn.softmax(self.cut(logits)))
+        return self._unless_greedy(logits.shape[0], likeliest, lambda: jax.nn.softmax(self.cut(logits)))
 
     def __call__(self, logits: Float[Array, "B V"], keys: Array | None, text: Text | None = None) -> Int[Array, "B"]:
-        """One token for each row; `keys` holds a typed key for each row, or is None with temperature=None."""
+        """One token for each row; `keys` holds a typed key for each row, or is None with temperature=None.
+
+        Raises:
+            ValueError: other keys, or numbers for another number of rows.
+        """
         logits = self.penalise(logits, text)
-
-        def likeliest() -> Array:
-            return logits.argmax(-1).astype(jnp.int32)
-
         if self.temperature is None:
-            return likeliest()
+            return likeliest_token(logits)
         if keys is None:
             raise ValueError(
                 "Sampler: drawing needs keys; got keys=None. Pass one typed key a row, or temperature=None."
             )
         check_shape("Sampler", "keys", keys, logits.shape[:1])
-        return lax.cond(
-            jnp.asarray(self.temperature) == 0,
-            likeliest,
-            lambda: jax.vmap(jax.random.categorical)(keys, self.cut(logits)).astype(jnp.int32),
+
+        def draw() -> Array:
+            cuts, wanted = self._cuts(logits.shape[0])
+            scaled = self._scale(logits)
+            return draw_token(scaled, keys) if cuts is None else draw_kept(scaled, keys, cuts, wanted)
+
+        return self._unless_greedy(logits.shape[0], lambda: likeliest_token(logits), draw)
+
+    def _column(self, name: str, num_rows: int) -> Array:
+        """A number as an array that broadcasts to the logits; raises ValueError for another number of rows."""
+        number = jnp.asarray(getattr(self, name))
+        if number.shape not in ((), (num_rows,)):
+            raise ValueError(
+                f"Sampler: {name} must be one number, or one a row, here {num_rows}; got shape={number.shape}."
+            )
+        return number[:, None] if number.ndim else number
+
+    def _scale(self, logits: Array) -> Array:
+        """The logits over the temperature; over 1 in greedy rows."""
+        if self.temperature is None:
+            return logits
+        temperature = self._column("temperature", logits.shape[0])
+        return logits / jnp.where(temperature == 0, 1.0, temperature)
+
+    def _cuts(self, num_rows: int) -> tuple[Cuts | None, Array]:
+        """The numbers of the cuts of each row, None without a cut, and the rows that are not greedy."""
+
+        def of_rows(name: str) -> Array:
+            return jnp.broadcast_to(self._column(name, num_rows), (num_rows, 1))[:, 0]
+
+        given = {name: of_rows(name) for name in CUTS if getattr(self, name) is not None}
+        wanted = jnp.ones(num_rows, bool) if self.temperature is None else of_rows("temperature") != 0
+        return (Cuts(**given) if given else None), wanted
+
+    def _unless_greedy(self, num_rows: int, likeliest: Callable[[], Array], drawn: Callable[[], Array]) -> Array:
+        """`likeliest()` in rows of temperature 0, `drawn()` in all others."""
+        if self.temperature is None:
+            return likeliest()
+        greedy = self._column("temperature", num_rows) == 0
+        if greedy.ndim == 0:
+            return lax.cond(greedy, likeliest, drawn)
+
+        def mixed() -> Array:
+            tokens = drawn()
+            return jnp.where(greedy if tokens.ndim == 2 else greedy[:, 0], likeliest(), tokens)
+
+        return lax.cond(greedy.all(), likeliest, mixed)
+
+
+def _check_number(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> None:
+    """Raises ValueError unless all that is known of a number keeps its rule."""
+    if isinstance(value, list | tuple):
+        raise ValueError(f"Sampler: {name} must be a number or an array (rows,); got {value}. Use numpy.array.")
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    if is_array and value.ndim > 1:
+        raise ValueError(
+            f"Sampler: {name} must be one number for all rows, or an array (rows,); got shape={value.shape}."
         )
-
-
-def keep_top_k(logits: Float[Array, "B V"], k: int | Int[ArrayLike, ""]) -> Float[Array, "B V"]:
-    """-inf for all but the k largest logits of each row and the logits that equal the smallest of them."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    threshold = jnp.take(ordered, jnp.clip(jnp.asarray(k), 1, logits.shape[-1]) - 1, axis=-1)
-    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
-
-
-def keep_top_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> Float[Array, "B V"]:
-    """-inf for all but the fewest largest logits of each row whose probabilities sum to at least p."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # Mass of each token and all less likely tokens: a sum from the front loses a tail below 1e-7, even for p = 1.
-    rest = lax.cumsum(probabilities, axis=probabilities.ndim - 1, reverse=True)
-    keep = (rest > 1 - p).at[..., 0].set(True)
-    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def keep_min_p(logits: Float[Array, "B V"], p: float | Float[ArrayLike, ""]) -> Float[Array, "B V"]:
-    """-inf for the tokens that are less than p times as likely as the likeliest of their row."""
-    return jnp.where(logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p)), logits, -jnp.inf)
-
-
-CUTS: dict[str, Callable[[Array, Any], Array]] = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
-"""The fields of a `Sampler` that cut off tokens of a draw, in the order of their use: `(logits, number) -> logits`."""
+    # JAX rebuilds pytrees around placeholders too; only a concrete number can be checked.
+    if not (is_array or isinstance(value, int | float | np.generic)) or not is_concrete(value):
+        return
+    with np.errstate(over="ignore"):
+        known = np.asarray(value).astype(np.float32)  # the numbers that are used
+    kept = np.atleast_1d(holds(known))
+    if not kept.all():
+        row = int(kept.argmin())
+        got = f"{name}[{row}]={np.asarray(value)[row]}" if known.ndim else f"{name}={value}"
+        raise ValueError(f"Sampler: {name} must be {rule}; got {got}.")
 
 
 def _number(value: Any, dtype: Any) -> Any:
@@ -232,6 +285,8 @@ def _bias_array(bias: Any, vocab_size: int) -> Any:
         array = np.zeros(vocab_size, np.float32)
         array[list(bias)] = list(bias.values())
         return jnp.asarray(array)
-    if jnp.shape(bias) != (vocab_size,):
-        raise ValueError(f"Sampler: logit_bias must have shape ({vocab_size},); got {jnp.shape(bias)}.")
+    if np.ndim(bias) not in (1, 2) or np.shape(bias)[-1] != vocab_size:
+        raise ValueError(
+            f"Sampler: logit_bias must have shape ({vocab_size},) or (rows, {vocab_size}); got {np.shape(bias)}."
+        )
     return bias

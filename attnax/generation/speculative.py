@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import forget
+from attnax.generation.candidates import draw_token, likeliest_token
 from attnax.generation.loop import (
     Generation,
     Model,
@@ -192,5 +193,5 @@ def _uniform(keys: Array | None, num_rows: int) -> Array:
 
 def _draw(weights: Array, keys: Array | None) -> Array:
     if keys is None:
-        return weights.argmax(-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, jnp.log(weights)).astype(jnp.int32)
+        return likeliest_token(weights)
+    return draw_token(jnp.log(weights), keys)

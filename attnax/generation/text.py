@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 
 from attnax.checks import check_shape
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, ArrayLike, Bool, Int
+from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["Text"]
 
@@ -77,15 +78,32 @@ class Text:
         real = steps < (self.lengths - self.prompt_lengths)[:, None]
         return jnp.where(real, jnp.take_along_axis(self.ids, index, axis=1), fill)
 
-    def counts(self, vocab_size: int, *, prompt: bool) -> Int[Array, "R V"]:
-        """How often each token was written; with `prompt`, how often the text holds it."""
-        rows, size = self.ids.shape
-        index = jnp.arange(size, dtype=jnp.int32)[None]
+    def counts(self, vocab_size: int) -> Int[Array, "R V"]:
+        """How often each token was written."""
+        counts = jnp.zeros((self.ids.shape[0], vocab_size), jnp.int32)
+        return counts.at[self._rows(), self.ids].add(self._counted(prompt=False).astype(jnp.int32), mode="drop")
+
+    def change(
+        self, logits: Float[Array, "R V"], function: Callable[[Array], Array], *, prompt: bool
+    ) -> Float[Array, "R V"]:
+        """`function` of the logits (R, L) of written tokens, and of the prompt's tokens with `prompt`.
+
+        Only these logits are computed, so it takes less time than `function` of all logits.
+        """
+        check_shape("Text", "logits", logits, (self.ids.shape[0], "vocab_size"))
+        index = jnp.where(self._counted(prompt), self.ids, logits.shape[1])  # out-of-range: dropped
+        # A token that occurs twice is set to the same number twice.
+        changed = function(logits.at[self._rows(), index].get(mode="clip"))
+        return logits.at[self._rows(), index].set(changed, mode="drop")
+
+    def _rows(self) -> Array:
+        return jnp.arange(self.ids.shape[0])[:, None]
+
+    def _counted(self, prompt: bool) -> Bool[Array, "R L"]:
+        """Where written tokens stand and, with `prompt`, tokens of the prompt."""
+        index = jnp.arange(self.ids.shape[1], dtype=jnp.int32)[None]
         counted = index < self.lengths[:, None]
-        if not prompt:
-            counted = counted & (index >= self.prompt_lengths[:, None])
-        counts = jnp.zeros((rows, vocab_size), jnp.int32)
-        return counts.at[jnp.arange(rows)[:, None], self.ids].add(counted.astype(jnp.int32), mode="drop")
+        return counted if prompt else counted & (index >= self.prompt_lengths[:, None])
 
     def ends_with(self, sequences: Int[ArrayLike, "K n"]) -> Bool[Array, "R"]:
         """Whether the written tokens end with one of the sequences, which are filled with -1 on the left."""

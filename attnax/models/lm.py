@@ -117,7 +117,8 @@ class TransformerLM(nnx.Module):
         Args:
             prompt_ids: (batch, T). If Explicit axes of a mesh shard the prompts, every device generates all rows.
             max_new_tokens: tokens to write at most.
-            sampler: how tokens are drawn; by default each is the likeliest.
+            sampler: how tokens are drawn; by default each is the likeliest. Its numbers may be arrays, with one for
+                each prompt or for each row of the result.
             key: one typed key, or one for each row; needed with a temperature. A row's text depends only on its own key
                 and prompt.
             padding_mask: True for real tokens; padding may stand left or right.

@@ -15,9 +15,10 @@ from attnax.cache import SPARE_SLOTS, CacheKind, EmptyCache, init_decoder_kv_cac
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
+from attnax.generation.candidates import CUTS
 from attnax.generation.loop import Generation, Step, Tokens
 from attnax.generation.request import Request, RequestOptions, make_request, padded_length
-from attnax.generation.samplers import CUTS, Sampler
+from attnax.generation.samplers import Sampler
 from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
 from attnax.typing import Array, ArrayLike
@@ -174,7 +175,7 @@ def beam_search(
         raise ValueError(f"beam_search: length_penalty must be finite; got length_penalty={length_penalty}.")
     sampler = options.get("sampler") or Sampler()
     cuts = {name: getattr(sampler, name) for name in CUTS if getattr(sampler, name) is not None}
-    if (sampler.temperature is not None and float(sampler.temperature) != 0.0) or cuts:
+    if np.any(0.0 if sampler.temperature is None else sampler.temperature) or cuts:
         raise ValueError(
             f"beam_search: nothing is drawn, so temperature must be 0 and each of {', '.join(CUTS)} None; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."

@@ -12,7 +12,8 @@ import numpy as np
 from attnax.errors import InputError
 from attnax.generation import TokenRules
 from attnax.generation.beam import EarlyStopping
-from attnax.generation.samplers import CUTS, Sampler
+from attnax.generation.candidates import CUTS
+from attnax.generation.samplers import Sampler
 from attnax.models.seq2seq import Transformer
 from attnax.pretrained.errors import quoted
 from attnax.typing import ArrayLike

@@ -20,7 +20,8 @@ from tiny import build
 
 import attnax
 from attnax import Sampler, Transformer, TransformerConfig, TransformerLM, generation
-from attnax.generation import Text, samplers
+from attnax.generation import Text
+from attnax.generation.candidates import CUTS
 
 CONFIG = TransformerConfig(
     vocab_size=23,
@@ -190,6 +191,19 @@ def test_neighbours_do_not_change_a_row(model):
     np.testing.assert_array_equal(one.log_probs[0], two.log_probs[0])
 
 
+def test_greedy_and_sampled_rows_go_through_one_call(model, count_compilations):
+    """With the tokens of calls that are all greedy or all sampled; other numbers are no other program."""
+    sampled = [np.asarray(model.generate(IDS, key=own_keys(1), sampler=Sampler(t), **OPTIONS).tokens) for t in (0, 1)]
+    is_drawn = np.array([False, True, True, False])
+    mixed = model.generate(IDS, key=own_keys(1), sampler=Sampler(is_drawn.astype(np.float32)), **OPTIONS)
+    np.testing.assert_array_equal(mixed.tokens, np.where(is_drawn[:, None], *sampled[::-1]))
+    keys = own_keys(1)
+    del count_compilations[:]
+    others = model.generate(IDS, key=keys, sampler=Sampler(np.array([1, 1, 0, 0])), **OPTIONS)
+    assert not count_compilations
+    np.testing.assert_array_equal(np.asarray(others.tokens)[1], np.asarray(mixed.tokens)[1])
+
+
 def test_one_key_gives_every_row_its_own(model):
     """That of a row is the fold of its number, so that more rows change no other."""
     same, real = slowly.lay_out([PROMPTS[0]] * 4, 8)
@@ -299,7 +313,7 @@ def test_samplers_draw_from_their_distribution():
 
 @jax.jit
 def cuts(logits, k, p):
-    return samplers.keep_top_k(logits, k), samplers.keep_top_p(logits, p)
+    return Sampler(1.0, top_k=k).cut(logits), Sampler(1.0, top_p=p).cut(logits)
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -379,7 +393,7 @@ class TestPenalties:
     def test_wrong_biases_and_functions_are_refused_in_words(self):
         with pytest.raises(ValueError, match=r"logit_bias must name tokens from 0 to 9; got \[10\]"):
             penalised(Sampler(logit_bias={10: 1.0}), self.LOGITS)
-        with pytest.raises(ValueError, match=r"logit_bias must have shape \(10,\); got \(3,\)"):
+        with pytest.raises(ValueError, match=r"logit_bias must have shape \(10,\) or \(rows, 10\); got \(3,\)"):
             penalised(Sampler(logit_bias=np.zeros(3, np.float32)), self.LOGITS)
         with pytest.raises(ValueError, match="penalties, n-grams and logits_fn need the text so far"):
             penalised(Sampler(repetition_penalty=1.5), self.LOGITS)
@@ -423,6 +437,10 @@ def test_a_sampler_refuses_logits_of_other_shapes_in_words(call, shape):
         (
             lambda text: text.append(zeros(2), zeros(2, 1) == 0),
             r"where must be of shape \(2,\); got where.shape=\(2, 1\)",
+        ),
+        (
+            lambda text: text.change(np.zeros((3, 5), np.float32), lambda x: x, prompt=True),
+            r"logits must be of shape \(2, vocab_size\); got logits.shape=\(3, 5\)",
         ),
         (lambda text: text.written(1, zeros(1)), r"fill must be integers of shape \(\); got fill.shape=\(1,\)"),
         (lambda text: text.ends_with(zeros(3)), r"sequences must be integers of shape \(sequences, length\); got"),
@@ -573,6 +591,16 @@ class TestBeams:
             np.testing.assert_array_equal(beams.tokens[row], texts[best])
             np.testing.assert_allclose(beams.scores[row], scores[best], atol=1e-5)
 
+    def test_a_prompt_may_have_numbers_of_its_own(self, model):
+        """As alone, though the beams of a prompt are rows too."""
+        biases = np.random.default_rng(5).normal(0, 3, (2, 23)).astype(np.float32)
+        options = {"num_beams": 8, "max_new_tokens": 4, "padding_mask": self.REAL, "end_token": 22}
+        both = model.beam_search(self.IDS, sampler=Sampler(logit_bias=biases), **options)
+        for row, bias in enumerate(biases):
+            alone = self.search(model, dict(enumerate(bias.tolist())))
+            np.testing.assert_array_equal(both.tokens[row], alone.tokens[row])
+        assert (both.tokens[0, 0] != alone.tokens[0, 0]).any()
+
     @pytest.mark.contract
     def test_one_beam_is_greedy(self, model):
         one = self.search(model, num_beams=1)
@@ -597,7 +625,8 @@ class TestBeams:
                 "temperature must be 0 and each of top_k, top_p, min_p None; got temperature=1.0, top_k=3",
             ),
             ({"length_penalty": float("nan")}, "length_penalty must be finite; got length_penalty=nan"),
-            *(({"sampler": Sampler(**{name: 1})}, f"got temperature=0.0, {name}=1") for name in samplers.CUTS),
+            ({"sampler": Sampler(np.array([0, 0.5]))}, r"got temperature=\[0.  0.5\]"),
+            *(({"sampler": Sampler(**{name: 1})}, f"got temperature=0.0, {name}=1") for name in CUTS),
         ],
     )
     @pytest.mark.usefixtures("unchecked_shapes")
@@ -659,7 +688,17 @@ def test_a_position_table_cannot_be_left():
         ({"frequency_penalty": float("inf")}, "frequency_penalty must be finite; got frequency_penalty=inf"),
         ({"top_k": 2.7}, "top_k must be a whole number, at least 1"),
         ({"no_repeat_ngram": 2.0}, "no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram=2.0"),
-        ({"temperature": jax.device_put(np.ones(2))}, "temperature must be one number for all rows; got shape=.2,."),
+        (
+            {"temperature": np.ones((2, 1))},
+            "temperature must be one number for all rows, or an array .rows,.; got shape=.2, 1.",
+        ),
+        ({"temperature": jax.device_put(np.ones((2, 1)))}, "temperature must be one number for all rows, or an array"),
+        ({"top_p": [0.5, 0.9]}, r"top_p must be a number or an array \(rows,\); got \[0.5, 0.9\]. Use numpy.array."),
+        ({"top_p": np.float32(5)}, "top_p must be above 0 and at most 1; got top_p=5.0"),
+        ({"top_p": np.array([0.5, 1.0, 1.5])}, r"top_p must be above 0 and at most 1; got top_p\[2\]=1.5"),
+        ({"top_k": jax.device_put(np.array([3, 0]))}, r"top_k must be a whole number, at least 1 .*; got top_k\[1\]=0"),
+        ({"top_k": np.array([3.5])}, r"top_k must be a whole number, at least 1 .*; got top_k\[0\]=3.5"),
+        ({"temperature": np.array([0.0, np.nan])}, r"temperature must be at least 0 .*; got temperature\[1\]=nan"),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram must be at least 1 and a whole number; got no_repeat_ngram=0"),
         ({"presence_penalty": 1e39}, "presence_penalty must be finite"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),

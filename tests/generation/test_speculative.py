@@ -103,6 +103,17 @@ def test_a_row_keeps_its_tokens_whatever_its_place_and_neighbours(model, draft):
     assert (other.tokens[1] != straight.tokens[1]).any()
 
 
+def test_greedy_and_sampled_rows_go_through_one_draft(model, draft):
+    """With the tokens of drafts that are all greedy or all sampled."""
+    keys = slowly.keys_of(1, np.arange(2))
+    greedy = write(model, draft)
+    sampled = write(model, draft, sampler=dataclasses.replace(FREE, temperature=1.0), key=keys)
+    mixed = write(model, draft, sampler=dataclasses.replace(FREE, temperature=np.array([0.0, 1.0])), key=keys)
+    np.testing.assert_array_equal(mixed.tokens, [greedy.tokens[0], sampled.tokens[1]])
+    np.testing.assert_array_equal(mixed.steps, [greedy.steps[0], sampled.steps[1]])
+    assert (sampled.tokens != greedy.tokens).any(1).all()
+
+
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 4])
 @pytest.mark.parametrize(
     "options",

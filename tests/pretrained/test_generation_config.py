@@ -11,7 +11,7 @@ from tiny import build
 from attnax import Sampler, Transformer, TransformerConfig, TransformerLM
 from attnax.errors import InputError
 from attnax.generation import TokenRules
-from attnax.generation.samplers import CUTS
+from attnax.generation.candidates import CUTS
 from attnax.pretrained import CheckpointError, GenerationSettings, load_generation_config
 from attnax.pretrained.errors import quoted
 from attnax.pretrained.generation_config import _UNSUPPORTED
@@ -248,4 +248,4 @@ def test_settings_that_are_fields_of_a_sampler_have_its_limits(read, name):
 def test_fields_of_a_sampler_are_supported():
     assert _UNSUPPORTED.keys().isdisjoint(field.name for field in dataclasses.fields(Sampler))
     settings = GenerationSettings(do_sample=True)
-    assert settings.drawing().keys() == {"temperature"} | (CUTS.keys() & vars(settings).keys())
+    assert settings.drawing().keys() == {"temperature"} | (vars(settings).keys() & set(CUTS))
