@@ -120,6 +120,11 @@ def formula_of(name):
     return np.broadcast_to(all_masks()[name][1](*np.indices(score_shape)), score_shape)
 
 
+def test_a_window_longer_than_any_text_hides_nothing():
+    q, kv = np.array([2**31 - 2], np.int32), np.arange(3, dtype=np.int32)
+    assert masks.sliding_window(10**12)(0, 0, q, kv).all()
+
+
 def test_a_mask_is_its_formula():
     for name, array in dense({name: mask for name, (mask, _) in all_masks().items()}, 2, 1, LENGTH, LENGTH).items():
         np.testing.assert_array_equal(array, formula_of(name), err_msg=name)
@@ -345,6 +350,7 @@ X = np.ones((2, 1, 5, 3), np.float32)
         (lambda: masks.sliding_window(2.5), "whole number, at least 1; got window_size=2.5"),
         (lambda: masks.sliding_window(np.array([2, 3])), "must be a whole number"),
         (lambda: masks.sliding_window(True), "got window_size=True"),
+        (lambda: masks.sliding_window("3"), "got window_size='3'"),
         (lambda: masks.prefix(np.ones(2)), "prefix: give one whole length a batch row; .* dtype=float"),
         (lambda: masks.prefix(np.ones((2, 1), int)), "got shape=.2, 1."),
         (lambda: masks.documents(np.ones(3)), "documents: ids must be integers .* dtype=float"),

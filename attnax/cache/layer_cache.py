@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnax.cache.chunks import Reading, SlotChunks, Source, TokenArrays
 from attnax.checks import check_positions, check_shape, is_concrete
@@ -329,8 +330,10 @@ def check_rows(caller: str, rows: Int[ArrayLike, "R"], batch: int) -> Array:
 
 
 def check_sizes(caller: str, **sizes: int) -> None:
-    """Raises ValueError for a size below 1."""
+    """Raises ValueError for a size that is no whole number or below 1."""
     for name, size in sizes.items():
+        if isinstance(size, str | float | np.floating | bool | None):  # other types are whole, or sizes of an export
+            raise ValueError(f"{caller}: {name} must be a whole number, at least 1; got {name}={size!r}.")
         if size < 1:
             raise ValueError(f"{caller}: {name} must be at least 1; got {name}={size}.")
 

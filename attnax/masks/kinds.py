@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnax.checks import is_concrete
 from attnax.masks.mask import Dense, Mask, Range, range_bounds, value_at
@@ -177,11 +179,14 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
         >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
         [False, True, True, False]
     """
-    whole = jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
+    number = isinstance(window_size, int | jax.Array | np.ndarray | np.generic)
+    whole = number and jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
     if not whole or (is_concrete(window_size) and window_size < 1):
         raise ValueError(
             f"sliding_window: window_size must be a whole number, at least 1; got window_size={window_size!r}."
         )
+    if isinstance(window_size, int | np.integer):
+        window_size = min(int(window_size), np.iinfo(np.int32).max)  # no text is longer
     return SlidingWindow(window_size, 1 if causal else window_size)
 
 

@@ -167,7 +167,8 @@ class PagedKVCache(StoresTokens):
     def forget(self, first: Int[ArrayLike, "B"]) -> PagedKVCache:
         """Takes back each row's tokens from position `first` on; the row keeps their blocks."""
         check_shape("forget", "first", first, self.seq_lengths.shape, integers=True)
-        return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, jnp.asarray(first, jnp.int32)))
+        first = jnp.maximum(jnp.asarray(first, jnp.int32), 0)
+        return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, first))
 
 
 def init_paged_kv_cache(

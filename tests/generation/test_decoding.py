@@ -310,6 +310,13 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
             lambda: attnax.init_paged_kv_caches_from_config(BASE, batch_size=1, block_size=0),
             "block_size must be at least 1; got block_size=0",
         ),
+        *(
+            (
+                lambda size=size: attnax.init_paged_kv_caches_from_config(BASE, batch_size=1, block_size=size),
+                "block_size must be a whole number, at least 1; got block_size=",
+            )
+            for size in ("64", 2.5, None, True)
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -466,6 +473,11 @@ class TestRing:
             self.ring(2, window=3)
         with pytest.raises(ValueError, match="window must be at least 1; got window=0"):
             self.ring(2, window=0)
+
+
+def test_pages_forget_all_from_a_position_below_0():
+    cache = make_caches("paged", BASE)[0]
+    assert cache.forget(np.array([-3, 0])).seq_lengths.tolist() == [0, 0]
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
