@@ -52,6 +52,12 @@ class EmptyCache:
         stored: StoredTokens = self.cache.tokens(dtype)
         return stored
 
+    @property
+    def window(self) -> int | None:
+        """Of the inner cache."""
+        window: int | None = getattr(self.cache, "window", None)
+        return window
+
     def attend(self, call: CacheCall) -> tuple[Array, Any]:
         result: tuple[Array, Any] = self.cache.attend_first(call)
         return result

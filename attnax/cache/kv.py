@@ -48,8 +48,9 @@ class KVLayerCache(InSlots):
         return cache, cache
 
     def store(self, new: Mapping[str, Array], positions: ArrayLike) -> KVLayerCache:
-        """`append`, but padding behind the last token of all rows takes no slot."""
-        cache, _ = self.append(new, positions)
+        """`append` from the first slot on; padding behind the last token of all rows takes no slot."""
+        empty = dataclasses.replace(self, length=jnp.zeros_like(self.length))  # tokens may have been taken back
+        cache = _write("KVLayerCache.store", empty, new, 0, positions)
         real = (jnp.atleast_2d(positions) >= 0).any(0)
         length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
         return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))

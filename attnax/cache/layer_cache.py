@@ -49,7 +49,7 @@ class CacheCall(Protocol):
     def attend_new(self) -> Array:
         """The new tokens attend each other, at indices; padding is hidden."""
 
-    def attend_stored(self, stored: InSlots | Any) -> Array:
+    def attend_stored(self, stored: StoresTokens) -> Array:
         """The new tokens attend stored ones, at positions; `stored` is the second result of `append`."""
 
     def attend_sums(self, state: Any) -> tuple[Array, Any]:
@@ -115,7 +115,8 @@ def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
 class StoresTokens:
     """The base of every LayerCache that stores tokens: softmax attention reads them, in chunks or as arrays.
 
-    A kind has an `append` and the members below; nothing else of it is read by layers and kernels.
+    A kind defines `num_rows`, `num_positions`, `key_value`, `append`, `chunks` and `tokens`, which kernels and layers
+    read, and `next_positions`, `select_rows` and `forget` of `LayerCache`.
 
     Attributes:
         overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
@@ -130,17 +131,17 @@ class StoresTokens:
     @property
     def num_rows(self) -> int:
         """Rows of the batch."""
-        raise NotImplementedError
+        raise self._lacks("num_rows")
 
     @property
     def num_positions(self) -> int | None:
         """The number of positions that a mask array must cover; None if there is no bound."""
-        raise NotImplementedError
+        raise self._lacks("num_positions")
 
     @property
     def key_value(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes (K, H) and (K, V) of the keys and values of a token, with the dtypes in which they are read."""
-        raise NotImplementedError
+        raise self._lacks("key_value")
 
     def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[Any, Any]:
         """Returns (new cache, the tokens that the new tokens attend).
@@ -151,11 +152,11 @@ class StoresTokens:
             new: the arrays of T new tokens by name, each (batch, heads, T, size).
             positions: int32 (T,) or (batch, T), the index of each token in its row's text; -1 is padding.
         """
-        raise NotImplementedError(f"{type(self).__name__}: a cache that stores tokens needs an append method.")
+        raise self._lacks("append")
 
     def chunks(self, reading: Reading) -> Source:
         """The tokens in the pieces that a few queries read."""
-        raise NotImplementedError
+        raise self._lacks("chunks")
 
     def arrays(self) -> TokenArrays | None:
         """The tokens as a GPU kernel reads them, without a copy; None if it cannot."""
@@ -163,7 +164,25 @@ class StoresTokens:
 
     def tokens(self, dtype: Any) -> StoredTokens:
         """As in `LayerCache`."""
-        raise NotImplementedError
+        raise self._lacks("tokens")
+
+    def next_positions(self) -> Int[Array, "B"]:
+        """As in `LayerCache`."""
+        raise self._lacks("next_positions")
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
+        """As in `LayerCache`."""
+        raise self._lacks("select_rows")
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> Any:
+        """As in `LayerCache`."""
+        raise self._lacks("forget")
+
+    def _lacks(self, name: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__}: a cache that stores tokens needs {name} here; attnax.cache.StoresTokens says what "
+            "it is."
+        )
 
     def store(self, new: Mapping[str, Array], positions: ArrayLike) -> Any:
         """`append` to an empty cache; padding behind the last token of all rows may take no slot."""
@@ -346,8 +365,9 @@ def check_new_tokens(
     axes: str = "(batch, num_kv_heads, new tokens, size)",
 ) -> None:
     """Raises ValueError unless `new` has the arrays of `held`, (batch, heads, slots, size), with `num_new` slots."""
-    if new.keys() != held.keys():
-        raise ValueError(f"{caller}: the arrays of new tokens must be {', '.join(held)}; got {', '.join(new)}.")
+    if not isinstance(new, Mapping) or new.keys() != held.keys():
+        got = ", ".join(new) or "none" if isinstance(new, Mapping) else type(new).__name__
+        raise ValueError(f"{caller}: new must hold the arrays {', '.join(held)} by name; got {got}.")
     for name, like in held.items():
         want, x = (*like.shape[:2], num_new, like.shape[3]), new[name]
         if x.shape != want:
@@ -356,7 +376,7 @@ def check_new_tokens(
 
 def count_new(new: Mapping[str, ArrayLike]) -> int:
     """T of arrays (batch, heads, T, size); 0 for arrays of another shape, which `check_new_tokens` refuses."""
-    first = next(iter(new.values()), None)
+    first = next(iter(new.values()), None) if isinstance(new, Mapping) else None
     return first.shape[2] if first is not None and first.ndim == 4 else 0
 
 

@@ -23,10 +23,11 @@ from attnax.int8_rows import Int8Rows, encode_rows
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
-__all__ = ["SPARE_SLOTS", "RingKVCache", "init_ring_kv_cache"]
+__all__ = ["FEW_QUERIES", "SPARE_SLOTS", "RingKVCache", "init_ring_kv_cache"]
 
 # Slots of a ring beyond its window: the chunk of a draft is written before it is attended, and may be taken back.
 SPARE_SLOTS = 16
+FEW_QUERIES = SPARE_SLOTS + 1  # of a step with a draft; more queries fill the tiles of `flash_attention`
 
 
 @pytree_dataclass

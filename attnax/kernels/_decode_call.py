@@ -52,7 +52,10 @@ def attend_stored(
         new: tokens that are not in the cache.
     """
     (batch, num_heads, _, _), num_new = query.shape, 0 if new is None else query.shape[2]
-    key, value = (jax.ShapeDtypeStruct((batch, x.shape[0], num_new, x.shape[1]), query.dtype) for x in cache.key_value)
+    key, value = (
+        jax.ShapeDtypeStruct((batch, x.shape[0], num_new, x.shape[1]), query.dtype if new is None else like.dtype)
+        for x, like in zip(cache.key_value, (cache if new is None else new).key_value, strict=True)
+    )
     given, checked = options["mask"], options.copy()
     if isinstance(given, jax.Array | np.ndarray):  # its shape must fit the positions, which `stored_mask` checks
         checked["mask"] = np.zeros((), given.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnax.cache import SPARE_SLOTS, StoresTokens, nan_where_lost
+from attnax.cache import FEW_QUERIES, StoresTokens, nan_where_lost
 from attnax.checks import attention_options, check_positions
 from attnax.kernels._decode_call import attend_stored, stored_mask
 from attnax.kernels.flash import flash_attention
@@ -15,8 +15,6 @@ from attnax.masks import Mask, at_positions
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, Int, MaskMod, ScoreMod, Shaped
 
 __all__ = ["cached_attention"]
-
-_FEW = SPARE_SLOTS + 1  # queries of a step with a draft; more queries fill the tiles of `flash_attention`
 
 
 def cached_attention(
@@ -74,7 +72,7 @@ def cached_attention(
     positions = _check_call(query, cache, query_positions)
     options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     # Which weights are dropped depends on positions, which the tiles of `flash_attention` do not know.
-    if query.shape[2] <= _FEW or (dropout_rate > 0.0 and not deterministic):
+    if query.shape[2] <= FEW_QUERIES or (dropout_rate > 0.0 and not deterministic):
         out, lse = attend_stored("cached_attention", query, cache, positions, options)
         return (out, lse) if return_lse else out
     return nan_where_lost(_attend_tiles(query, cache, positions, options, return_lse), cache)

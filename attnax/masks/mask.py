@@ -181,7 +181,7 @@ class Dense(Mask):
 
 @pytree_dataclass
 class Pointwise(Mask):
-    """A user's function `(b, h, q, kv) -> bool`; kernels find bounds of its tiles in its trace."""
+    """A user's function `(b, h, q, kv) -> bool`; on CPUs kernels find bounds of its tiles in its trace."""
 
     function: MaskMod  # a pytree
 
@@ -221,13 +221,16 @@ def value_at(values: Array, b: Index, index: Index) -> Array:
     return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
 
 
-def range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array]:
+def range_bounds(values: Array, b: Index, index_range: Range, tables: list[Any] | None = None) -> tuple[Array, Array]:
     """Bounds (least, greatest) on `values[b, first:last + 1]`, exact for a range of whole blocks of 16.
 
-    Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.
+    Args:
+        values: (B|1, length).
+        b: row of the values.
+        index_range: first and last index.
+        tables: `range_tables(values)`, where they are there already.
     """
-    # NumPy computes the tables of a constant. XLA would fold them while it compiles, longer for a longer text.
-    tables = _range_tables(np.asarray(values), np) if is_concrete(values) else _range_tables(values, jnp)
+    tables = range_tables(values) if tables is None else tables
     first, last = (jnp.clip(jnp.asarray(index), 0, values.shape[1] - 1) // _BLOCK for index in index_range)
     level = jnp.maximum(31 - lax.clz((last - first + 1).astype(jnp.int32)), 0)
     row = 0 if values.shape[0] == 1 else b
@@ -236,6 +239,15 @@ def range_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Ar
         for table, join in zip(map(jnp.asarray, tables), (jnp.minimum, jnp.maximum), strict=True)
     )
     return least, most
+
+
+def range_tables(values: Array) -> list[Any]:
+    """The bounds of ranges of `values` (B|1, length), for `range_bounds`.
+
+    Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.
+    """
+    # NumPy computes the tables of a constant. XLA would fold them while it compiles, longer for a longer text.
+    return _range_tables(np.asarray(values), np) if is_concrete(values) else _range_tables(values, jnp)
 
 
 def _range_tables(values: Any, xp: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import SPARE_SLOTS, LayerCache, LinearState, StoresTokens
+from attnax.cache import FEW_QUERIES, LayerCache, LinearState, StoresTokens
 from attnax.config import AttentionType, BlockConfig
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
@@ -136,15 +136,17 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
     """Raises unless the attention function can read the cache and the cache's window holds the layer's window."""
     if not isinstance(cache, LayerCache):
         raise ValueError(
-            f"MultiHeadAttention: kv_cache must be a cache of one layer (attnax.cache); got {type(cache).__name__}."
+            "MultiHeadAttention: kv_cache must be a cache of one layer, with the members of attnax.cache.LayerCache; "
+            f"got {type(cache).__name__}. Make one by init_kv_layer_cache, or derive a kind from StoresTokens."
         )
     cache.check("MultiHeadAttention")
     kernel = kernel_of(function)
     is_lite = isinstance(kernel, LiteAttention) or kernel is lite_attention
     if is_lite or (kernel is linear_attention) != (cache.keeps == "sums"):
+        inner = getattr(cache, "cache", cache)  # of an EmptyCache
         name = "lite" if is_lite else "linear" if kernel is linear_attention else "softmax"
         raise NotImplementedError(
-            f"MultiHeadAttention: {name} attention does not read a {type(cache).__name__}. Linear attention "
+            f"MultiHeadAttention: {name} attention does not read a {type(inner).__name__}. Linear attention "
             "reads a LinearLayerCache, softmax kernels read the other caches, lite attention reads none."
         )
     held = getattr(cache, "window", None)
@@ -220,7 +222,6 @@ def attend_cache(kernel: Kernel, heads: Heads, cache: LayerCache) -> tuple[Array
 
 
 _CACHED_OPTIONS = inspect.signature(cached_attention).parameters
-_FEW = SPARE_SLOTS + 1  # queries of a call that decodes, with a draft or without
 
 
 def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
@@ -229,7 +230,9 @@ def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
     A function with options of its own, such as a tile size, computes many queries itself: they fill its tiles.
     """
     has_options = isinstance(function, functools.partial)
-    return getattr(kernel_of(function), "reads_cache_in_chunks", False) and (num_queries <= _FEW or not has_options)
+    return getattr(kernel_of(function), "reads_cache_in_chunks", False) and (
+        num_queries <= FEW_QUERIES or not has_options
+    )
 
 
 def _bound(function: Any) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if tokenizer is not None and pooling is not None:
         fit_tokenizer(tokenizer, seen.folder, pooling, config)
     dtype, arrays = stacks(config)[-1].param_dtype, {}
-    # The largest first: the threads end together, and what another device holds twice at the end is small.
+    # The largest first, so that the threads end together. A tensor for another device is in host memory too: of the
+    # largest, at most one more than there are threads at a time.
     ordered = sorted(bindings, key=lambda binding: binding.num_elements, reverse=True)
     for binding, values in _read_all(checkpoint, ordered, dtype):
         for name, value in zip(binding.parameters, values, strict=True):

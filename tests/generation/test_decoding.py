@@ -299,6 +299,15 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
             lambda: cache.append({"keys": ones(2, 1, 4), "values": ones(2, 1, 4)}, np.zeros(1, int)),
             "keys_new must have shape",
         ),
+        (
+            lambda: cache.append({"keys": query}, np.zeros(1, int)),
+            "new must hold the arrays keys, values by name; got keys",
+        ),
+        (lambda: cache.append(query, np.zeros(1, int)), "keys, values by name; got ArrayImpl"),
+        (
+            lambda: cache.append({}, np.zeros(1, int)),
+            "keys, values by name; got none",
+        ),
         (lambda: attnax.cache.select_rows(cache, np.array([2])), "rows must be at least 0 and below 2; got rows=.2."),
         (
             lambda: make_caches("paged", BASE)[0].append(
@@ -467,12 +476,24 @@ class TestRing:
             ValueError, match="must be set and at most the window of its cache; got window=3, attention_window=None"
         ):
             layer(ones(2, 1, 6), kv_cache=attnax.init_ring_kv_cache(2, 2, 3, 8, window=3))
+        with pytest.raises(ValueError, match="at most the window of its cache; got window=3"):
+            layer(ones(2, 1, 6), kv_cache=attnax.cache.EmptyCache(attnax.init_ring_kv_cache(2, 2, 3, 8, window=3)))
+        with pytest.raises(NotImplementedError, match="softmax attention does not read a LinearLayerCache"):
+            layer(ones(2, 1, 6), kv_cache=attnax.cache.EmptyCache(attnax.init_linear_layer_cache(2, 2, 3)))
 
     def test_wrong_sizes_are_refused_in_words(self):
         with pytest.raises(ValueError, match="max_len must be at least the window; got max_len=2, window=3"):
             self.ring(2, window=3)
         with pytest.raises(ValueError, match="window must be at least 1; got window=0"):
             self.ring(2, window=0)
+
+
+def test_a_prompt_enters_a_cache_whose_tokens_were_taken_back():
+    cache, _ = append(attnax.init_kv_layer_cache(1, 1, 2, 8), ones(1, 1, 5, 2), ones(1, 1, 5, 2), np.arange(5))
+    prompt = {"keys": 2 * ones(1, 1, 3, 2), "values": 2 * ones(1, 1, 3, 2)}
+    stored = cache.forget(np.array([0])).store(prompt, np.arange(3))
+    assert int(stored.length) == 3 and stored.positions.tolist() == [[0, 1, 2, -1, -1, -1, -1, -1]]
+    np.testing.assert_array_equal(stored.keys[0, 0, :3], 2 * ones(3, 2))
 
 
 def test_pages_forget_all_from_a_position_below_0():

@@ -261,8 +261,8 @@ def test_padding_behind_a_prompt_takes_no_slot_of_a_contiguous_cache():
     @jax.jit
     def store(new):
         (cache,) = init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=5)
-        cache = EmptyCache(cache).store(new, new, positions)
-        return cache.append(new[:, :, :1], new[:, :, :1], np.array([[2], [3]]))[0]
+        cache = cache.store({"keys": new, "values": new}, positions)
+        return cache.append({"keys": new[:, :, :1], "values": new[:, :, :1]}, np.array([[2], [3]]))[0]
 
     cache = store(new)
     assert int(cache.length) == 5 and not bool(cache.overflowed)

@@ -1,5 +1,6 @@
 """Attention to a cache reads only the slots in use; the tests of decoding show that it is exact."""
 
+import inspect
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from attnax import (
     pallas_flash_attention,
     standard_attention,
 )
-from attnax.cache import InSlots, KVLayerCache, RingKVCache, StoredTokens
+from attnax.cache import InSlots, KVLayerCache, RingKVCache, StoredTokens, StoresTokens
 from attnax.pytrees import pytree_dataclass
 
 SLOTS = 400  # four chunks of 128, the last of which overlaps
@@ -86,8 +87,21 @@ def test_a_kind_may_keep_other_arrays_of_a_token(queries):
     mask = masks.at_positions(masks.causal(), jnp.asarray(positions)[None], jnp.arange(150)[None])
     np.testing.assert_allclose(out, standard_attention(query, keys, values, mask=mask), atol=3e-6)
     assert out.shape == (2, 4, queries, 5) and cache.arrays() is None and seen.slots.keys() == new.keys()
-    with pytest.raises(ValueError, match="the arrays of new tokens must be keys, values, weights; got keys"):
+    with pytest.raises(ValueError, match="new must hold the arrays keys, values, weights by name; got keys"):
         cache.append({"keys": new["keys"]}, np.arange(150))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    "name", ["num_rows", "num_positions", "key_value", "append", "chunks", "tokens", "next_positions", "select_rows"]
+)
+def test_a_kind_without_a_member_says_which_one(name):
+    class Bare(StoresTokens):
+        pass
+
+    with pytest.raises(NotImplementedError, match=f"Bare: a cache that stores tokens needs {name} here"):
+        member = getattr(Bare(), name)
+        member(*[None] * len(inspect.signature(member).parameters))
 
 
 @pytest.mark.parametrize("queries", [3, 19])  # by chunks, and in tiles

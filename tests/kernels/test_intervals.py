@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from attnax import masks
 from attnax.kernels._core.intervals import bounds_of
@@ -12,7 +13,17 @@ from attnax.kernels._core.pairs import lift_pairs
 SEQ, TILE = 96, 16
 IDS = np.sort(np.random.default_rng(0).integers(0, 5, (2, SEQ))).astype(np.int32)
 ROWS, ROW, FLAGS = jnp.asarray(IDS), jnp.asarray(IDS[0]), jnp.asarray(IDS[0] % 2 == 0)
+TURNED = jnp.zeros((110, SEQ), bool).at[1, 30:].set(True).at[0].set(True)  # more rows than keys
 LENGTHS, WINDOWS, WINDOW = jnp.array([40, 90]), jnp.array([8, 64]), jnp.array(20)
+
+NUMBERS = lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0, 1), start_index_map=(1, 0))
+
+
+def turned_gather(b, h, q, kv):
+    """`TURNED[b, kv]`, with the index in the order (kv, b)."""
+    b, kv = (x[..., None] for x in jnp.broadcast_arrays(b, kv))
+    return lax.gather(TURNED, lax.concatenate([kv, b], 4), NUMBERS, (1, 1), mode="clip")
+
 
 # By name: a function, and whether intervals find every empty tile.
 FUNCTIONS = {
@@ -35,6 +46,7 @@ FUNCTIONS = {
     "where": (lambda b, h, q, kv: jnp.where(kv < 32, True, q - kv < 10) & (kv <= q), True),
     "documents": (lambda b, h, q, kv: (ROWS[b, q] == ROWS[b, kv]) & (kv <= q), True),
     "documents of one row": (lambda b, h, q, kv: ROW[q] == ROW[kv], True),
+    "turned": (turned_gather, True),
     "flags": (lambda b, h, q, kv: FLAGS[kv], True),
     "past the end": (lambda b, h, q, kv: ROW[kv + 1] == 0, False),
     "or of an unknown": (lambda b, h, q, kv: (jnp.sqrt(1.0 * kv) < 3.0) | (q < 32), False),

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 from attnax import MultiHeadAttention, masks, standard_attention
@@ -456,6 +457,20 @@ def test_rows_of_other_lengths_do_not_wait_for_the_longest():
     assert count_visits({}, [lengths], cache, query) == [1 + 2 + 4]
     options = {"mask": masks.causal() & checker, "score_mod": alibi, "return_lse": True}
     together = paged_attention(query, cache, **options)
+    new = [jax.device_put(np.random.default_rng(6).standard_normal((19, 1, 2, dim), np.float32)) for dim in (3, 2)]
+    dropped = {"dropout_rng": jax.random.key(0), "dropout_rate": 0.4, "deterministic": False}
+    with_new = paged_attention(query, *new, cache=cache, mask=masks.causal(), return_lse=True)
+    for row in (2, 11, 18):  # of the new tokens, and with dropout by the true row
+        one = dataclasses.replace(
+            cache,
+            **{name: getattr(cache, name)[row : row + 1] for name in ("block_table", "seq_lengths", "overflowed")},
+        )
+        alone = paged_attention(
+            query[row : row + 1], *(x[row : row + 1] for x in new), cache=one, mask=masks.causal(), return_lse=True
+        )
+        agree([x[row : row + 1] for x in with_new], alone)
+        alone = paged_attention(query[row], cache, np.int32(row), **dropped)
+        np.testing.assert_allclose(paged_attention(query, cache, **dropped)[row], alone, atol=1e-5)
     alone = [paged_attention(query[row], cache, np.int32(row), **options) for row in range(19)]
     agree(together, [jnp.stack(x) for x in zip(*alone, strict=True)])
 
@@ -668,6 +683,7 @@ KEY, VALUE = (
             lambda: paged_attention(Q, KEY[:, :, :3], VALUE[:, :, :3], cache=filled()),
             r"key and value must hold the tokens of query, .*\(5, 2, 5, 5\) and \(5, 2, 5, 7\); got key.shape=",
         ),
+        (lambda: paged_attention(Q, KEY.astype(int), VALUE, cache=filled()), "must have one floating dtype; got"),
         (lambda: paged_attention(Q, KEY, KEY, cache=filled()), r"got .*, value.shape=\(5, 2, 5, 5\)"),
         (lambda: paged_attention(Q, KEY[:, :1], VALUE, cache=filled()), r"got key.shape=\(5, 1, 5, 5\)"),
         (
@@ -708,3 +724,17 @@ def test_wrong_input_is_refused_in_words(run, words):
 def test_it_takes_mask_objects_through_partial():
     attention_fn = functools.partial(paged_attention, cache=filled())
     assert masks.mask_argument("test", attention_fn, masks.causal(), (5, 6, 5, 5)) == masks.causal()
+
+
+@pytest.mark.usefixtures("unchecked_shapes")  # a symbol is no int, as shapes are annotated
+def test_any_batch_is_exported():
+    (batch,) = export.symbolic_shape("batch")
+    cache = make_cache(*texts())
+
+    def rows(x):
+        return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+
+    names = ("block_table", "seq_lengths", "overflowed")
+    any_rows = dataclasses.replace(cache, **{name: rows(getattr(cache, name)) for name in names})
+    exported = export.export(jax.jit(paged_attention))(rows(queries()), any_rows)
+    np.testing.assert_allclose(exported.call(queries(), cache), paged_attention(queries(), cache), atol=1e-6)

@@ -20,7 +20,7 @@ from attnax.kernels._core import natural
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary_all, varying_axes
 from attnax.kernels._core.programs import dtype_of, shape_of
-from attnax.masks.mask import range_bounds
+from attnax.masks.mask import range_bounds, range_tables
 from attnax.typing import Array
 
 __all__ = ["bounds_of"]
@@ -48,8 +48,9 @@ def bounds_of(mask: Lifted, b: Array, h: Array, *ends: Array) -> tuple[Array, Ar
     q, kv = Interval(ends[0], ends[1]), Interval(ends[2], ends[3])
     env: dict[Any, Any] = {var: Interval(x, x) for var, x in zip(program.captured, values, strict=True)}
     env |= zip(program.arguments, (Interval(b, b), Interval(h, h), q, kv), strict=True)
+    tables: dict[int, list[Any]] = {}
     for eqn in program.equations:
-        results = _step(eqn, [_read(env, var) for var in eqn.invars], program.rules)
+        results = _step(eqn, [_read(env, var) for var in eqn.invars], program.rules, tables)
         env |= zip(eqn.outvars, results, strict=True)
     result = _read(env, program.results[0])
     return None if result is None else (jnp.asarray(result.high), jnp.asarray(result.low))
@@ -63,8 +64,8 @@ def _read(env: dict[Any, Any], var: Any) -> Any:
     return Interval(value, value)
 
 
-def _step(eqn: JaxprEqn, operands: list[Any], rules: dict[int, Any]) -> list[Any]:
-    """The results of an equation."""
+def _step(eqn: JaxprEqn, operands: list[Any], rules: dict[int, Any], tables: dict[int, list[Any]]) -> list[Any]:
+    """The results of an equation; `tables` holds the tables of captured arrays by their id."""
     name = eqn.primitive.name
     if name in natural.SHAPE:
         return operands[:1]
@@ -79,7 +80,7 @@ def _step(eqn: JaxprEqn, operands: list[Any], rules: dict[int, Any]) -> list[Any
     if all(part.is_exact for part in parts):
         return [Interval(x, x) for x in _exact(eqn, operands, rules)]
     if name == "gather":
-        return [_gather(eqn, operands)]
+        return [_gather(eqn, operands, tables)]
     if name not in _RULES or not all(_has_order(dtype_of(var)) for var in (*eqn.invars, *eqn.outvars)):
         return unknown
     return [_RULES[name](eqn, *map(_number, operands))]
@@ -101,20 +102,24 @@ def _exact(eqn: JaxprEqn, operands: list[Any], rules: dict[int, Any]) -> list[Ar
     return [env[var] for var in eqn.outvars]
 
 
-def _gather(eqn: JaxprEqn, operands: list[Any]) -> Interval | None:
+def _gather(eqn: JaxprEqn, operands: list[Any], tables: dict[int, list[Any]]) -> Interval | None:
     """The least and the greatest element that a range of the last index reads."""
-    table, index = operands[0].low, operands[1]
-    axes = eqn.params["dimension_numbers"].start_index_map
-    index = dict(zip(axes, (index,) if isinstance(index, Interval) else index, strict=True))
-    *rows, last = sorted(axes)
+    index = operands[1]
+    order = eqn.params["dimension_numbers"].start_index_map
+    index = dict(zip(order, (index,) if isinstance(index, Interval) else index, strict=True))
+    *rows, last = axes = sorted(order)
     dtype = dtype_of(eqn.invars[0])
     if len(rows) > 1 or any(not index[axis].is_exact for axis in rows) or not _has_order(dtype):
         return None
     low, high = index[last]
     row = index[rows[0]].low if rows else 0
-    table = table.reshape([shape_of(eqn.invars[0])[axis] for axis in axes] if rows else (1, -1))
-    fits = (low >= 0) & (high < table.shape[1]) & (row >= 0) & (row < table.shape[0])
-    return _where(fits, Interval(*range_bounds(table, row, (low, high))), dtype)
+    values, shape = operands[0].low, shape_of(eqn.invars[0])
+    values = values.reshape([shape[axis] for axis in axes] if rows else (1, -1))
+    name = id(operands[0].low)
+    if name not in tables:
+        tables[name] = range_tables(values)
+    fits = (low >= 0) & (high < values.shape[1]) & (row >= 0) & (row < values.shape[0])
+    return _where(fits, Interval(*range_bounds(values, row, (low, high), tables[name])), dtype)
 
 
 def _has_order(dtype: Any) -> bool:

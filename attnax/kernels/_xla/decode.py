@@ -49,7 +49,8 @@ class ChunkFunctions:
 
 def rows_at_once(sources: tuple[Any, ...], batch: int) -> int:
     """The rows that `attend_chunks` reads together."""
-    return batch if sources[0].row_lengths is None else min(batch, _GROUP)
+    is_known = isinstance(batch, int)  # it is a symbol in an export of any batch
+    return batch if sources[0].row_lengths is None or not is_known else min(batch, _GROUP)
 
 
 def attend_chunks(
