@@ -84,9 +84,11 @@ def paged_attention(
     prefill in any chunks; without a mask every token is attended. If T exceeds a row's length, its first queries are
     padding, which attends nothing under a mask.
 
-    Tokens are read in chunks of about 128. A chunk is skipped if it is not in use, or if no query may attend it. Shapes
-    do not depend on lengths or block tables, so one compiled program serves all. Besides the arguments, a call needs
-    memory for one chunk and its scores, (batch, num_heads, T, 128).
+    Tokens are read in chunks of about 128. A chunk is skipped if it is not in use, or if no query may attend it. More
+    than 8 rows are sorted by length and read in groups of 8, so that a group ends with its own longest row. Rows on
+    several devices are read by their devices in a `jax.shard_map`; where a mesh shards them otherwise, every device
+    reads all rows. Shapes do not depend on lengths or block tables, so one compiled program serves all. Besides the
+    arguments, a call needs memory for one chunk and its scores, (8 rows or fewer, num_heads, T, 128).
 
     Args:
         query: any floating dtype; num_heads is a multiple of the cache's num_kv_heads.
