@@ -20,6 +20,7 @@ __all__ = [
     "CacheCall",
     "InSlots",
     "LayerCache",
+    "RowsOfText",
     "StoredTokens",
     "StoresTokens",
     "check_rows",
@@ -57,7 +58,18 @@ class CacheCall(Protocol):
 
 
 @runtime_checkable
-class LayerCache(Protocol):
+class RowsOfText(Protocol):
+    """What generation does with the cache of a model: choose its rows, and take tokens back."""
+
+    def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
+        """A cache of the rows `rows`: in any order, also repeated or left out."""
+
+    def forget(self, first: Int[ArrayLike, "B"]) -> Any:
+        """Takes back each row's tokens from position `first` on."""
+
+
+@runtime_checkable
+class LayerCache(RowsOfText, Protocol):
     """The methods of every cache of one layer. No cache changes in place.
 
     Each kind stores its arrays in its own layout and dtype; `tokens` reads every kind. A kind with tokens in slots
@@ -91,25 +103,19 @@ class LayerCache(Protocol):
     def next_positions(self) -> Int[Array, "B"]:
         """The position that follows the last token of each row."""
 
-    def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
-        """A cache of the rows `rows`: in any order, also repeated or left out."""
-
-    def forget(self, first: Int[ArrayLike, "B"]) -> Any:
-        """Takes back each row's tokens from position `first` on."""
-
 
 def select_rows(caches: Caches, rows: Int[ArrayLike, "R"]) -> Caches:
     """`rows` of every cache in a pytree, and of all other arrays of the pytree along axis 0."""
 
     def select(node: Any) -> Any:
-        return node.select_rows(rows) if isinstance(node, LayerCache) else node[rows]
+        return node.select_rows(rows) if isinstance(node, RowsOfText) else node[rows]
 
-    return jax.tree.map(select, caches, is_leaf=lambda node: isinstance(node, LayerCache))
+    return jax.tree.map(select, caches, is_leaf=lambda node: isinstance(node, RowsOfText))
 
 
 def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
     """Takes back each row's tokens from position `first` on, in every cache of a pytree."""
-    return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, LayerCache))
+    return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, RowsOfText))
 
 
 class StoresTokens:

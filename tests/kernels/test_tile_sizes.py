@@ -87,7 +87,7 @@ def test_an_unknown_card_has_the_least_shared_memory():
 
 def test_pages_that_no_card_holds_are_left_to_the_chunks():
     def paged(page):
-        pages = jnp.zeros((1, page, 1, 128), jnp.bfloat16)
+        pages = jnp.zeros((1, 1, page, 128), jnp.bfloat16)
         tokens = decode.TokenArrays(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
         query, positions = jnp.zeros((1, 4, 1, 128), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
         return decode.DecodeInputs(query, jnp.float32(1), positions, tokens)._tile()
