@@ -63,7 +63,7 @@ def attend_stored(
     num_positions = None if cache.num_positions is None else cache.num_positions + num_new
     b, num_rows = (jnp.arange(batch, dtype=jnp.int32), batch) if rows is None else rows
     score_shape = num_rows, num_heads, num_positions, num_positions
-    where = f"{caller}, which reads masks and score mods at the positions of tokens"
+    where = f"{caller}, which reads masks and score mods at the positions of cached and new tokens"
     mask = stored_mask(where, cache, given, positions, score_shape)
     mask, score_mod = resolve_masks(where, mask, options["score_mod"], score_shape)
     reading = Reading(mask, b, positions, num_heads)
