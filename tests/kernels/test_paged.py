@@ -574,8 +574,8 @@ def test_vmap_over_rows_equals_the_batched_form():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_heads_may_be_split_over_devices(axis_type):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(axis_type,))
-    pool, heads = PartitionSpec(None, None, "model"), PartitionSpec(None, "model")
-    specs = PagedKVCache(pool, pool, PartitionSpec(), PartitionSpec(), PartitionSpec())
+    heads = PartitionSpec(None, "model")  # of the pools too
+    specs = PagedKVCache(heads, heads, PartitionSpec(), PartitionSpec(), PartitionSpec())
     slopes = jnp.linspace(0.01, 0.1, HEADS)
 
     def run(query, key, value, cache, slopes):
