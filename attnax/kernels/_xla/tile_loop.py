@@ -190,12 +190,12 @@ class Walk:
     ) -> Order:
         """The order by the bounds of `count` tiles; `last` is True for tiles that hold the last keys."""
         some, every = jnp.ones(count, bool), jnp.full(count, self.operands.mask is None)
-        for of_heads in self._bounds(*self._rows_and_heads(x), *ranges):
+        for nth, of_heads in enumerate(self._bounds(*self._rows_and_heads(x), *ranges)):
             may, must = (
                 jnp.broadcast_to(reduce(_four_axes(x), (0, 1)).reshape(-1), (count,))
                 for x, reduce in zip(of_heads, (jnp.any, jnp.all), strict=True)
             )
-            some, every = some & may, every | must
+            some, every = (may, must) if nth == 0 else (some & may, every | must)
         axes = varying_axes(self.operands.q_index)
         codes, tiles = (vary(x, axes) for x in (code_of(some, every), jnp.arange(count, dtype=jnp.int32)))
         if self.operands.is_opaque:
