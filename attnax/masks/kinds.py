@@ -167,7 +167,7 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
     """Each query attends the nearest `window_size` keys: `0 <= q - kv < window_size`, or `|q - kv| < window_size`.
 
     Args:
-        window_size: in tokens, the query included; at least 1.
+        window_size: in tokens, the query included; at least 1. One that is longer than any text hides nothing.
         causal: no key after the query is attended.
 
     Raises:

@@ -165,7 +165,7 @@ class PagedKVCache(StoresTokens):
         )
 
     def forget(self, first: Int[ArrayLike, "B"]) -> PagedKVCache:
-        """Takes back each row's tokens from position `first` on; the row keeps their blocks."""
+        """Takes back each row's tokens from position `first` on; the row keeps their blocks. Below 0 stands for 0."""
         check_shape("forget", "first", first, self.seq_lengths.shape, integers=True)
         first = jnp.maximum(jnp.asarray(first, jnp.int32), 0)
         return dataclasses.replace(self, seq_lengths=jnp.minimum(self.seq_lengths, first))

@@ -195,6 +195,7 @@ class Walk:
                 jnp.broadcast_to(reduce(_four_axes(x), (0, 1)).reshape(-1), (count,))
                 for x, reduce in zip(of_heads, (jnp.any, jnp.all), strict=True)
             )
+            # The first bounds take the place of "cannot tell", which saves equations.
             some, every = (may, must) if nth == 0 else (some & may, every | must)
         axes = varying_axes(self.operands.q_index)
         codes, tiles = (vary(x, axes) for x in (code_of(some, every), jnp.arange(count, dtype=jnp.int32)))
