@@ -52,6 +52,10 @@ class EmptyCache:
         stored: StoredTokens = self.cache.tokens(dtype)
         return stored
 
+    def slots_in_use(self) -> Int[Array, ""]:
+        slots: Array = self.cache.slots_in_use()
+        return slots
+
     @property
     def window(self) -> int | None:
         """Of the inner cache."""
@@ -66,6 +70,9 @@ class EmptyCache:
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> EmptyCache:
         return EmptyCache(self.cache.select_rows(rows))
+
+    def grow(self, max_len: int, num_rows: int) -> EmptyCache:
+        return EmptyCache(self.cache.grow(max_len, num_rows))
 
     def forget(self, first: Int[ArrayLike, "B"]) -> EmptyCache:
         return self  # there is no token

@@ -26,7 +26,8 @@ class KVLayerCache(InSlots):
     Attributes:
         keys: (batch, num_kv_heads, max_len, head_dim).
         values: (batch, num_kv_heads, max_len, value_head_dim).
-        length: int32 scalar, the slots written so far (the same for every row; padding takes slots too).
+        length: int32 scalar, the slots written so far, the same for every row. Padding takes slots too, but not behind
+            the last token of all rows.
         positions: int32 (batch, max_len), the index of each slot's token within its row's own text; -1 is empty or
             padding.
         overflowed: whether a write beyond max_len was ever dropped; attention then gives NaN.
@@ -38,7 +39,6 @@ class KVLayerCache(InSlots):
     positions: Int[Array, "B S"]
     overflowed: Bool[Array, ""]
 
-    @property
     def slots_in_use(self) -> Int[Array, ""]:
         return self.length
 
@@ -50,10 +50,7 @@ class KVLayerCache(InSlots):
     def store(self, new: Mapping[str, Array], positions: ArrayLike) -> KVLayerCache:
         """`append` from the first slot on; padding behind the last token of all rows takes no slot."""
         empty = dataclasses.replace(self, length=jnp.zeros_like(self.length))  # tokens may have been taken back
-        cache = _write("KVLayerCache.store", empty, new, 0, positions)
-        real = (jnp.atleast_2d(positions) >= 0).any(0)
-        length = jnp.where(real, jnp.arange(1, real.size + 1, dtype=jnp.int32), 0).max(initial=0)
-        return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
+        return _write("KVLayerCache.store", empty, new, 0, positions)
 
 
 def init_kv_layer_cache(
@@ -90,7 +87,7 @@ def update_kv_layer_cache(
     *,
     positions: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
 ) -> KVLayerCache:
-    """Writes T tokens into slots start ... start + T - 1.
+    """Writes T tokens into slots start ... start + T - 1; padding behind the last token of all rows takes no slot.
 
     Args:
         cache: stays as it is; the result is a new one (donate the old one under jit to write in place).
@@ -111,28 +108,34 @@ def _write(
     caller: str, cache: KVLayerCache, new: Mapping[str, Array], start: Any, positions: ArrayLike | None
 ) -> KVLayerCache:
     """`update_kv_layer_cache` for arrays of any names."""
-    batch, max_len = cache.positions.shape
-    num_new = count_new(new)
+    (batch, max_len), num_new = cache.positions.shape, count_new(new)
     check_new_tokens(caller, cache.slots, new, num_new)
     if start is not None:
         check_shape(caller, "start", start, (), integers=True)
+    may_shift = num_new > 1 and not (isinstance(start, int) and start == 0)
     start = cache.length if start is None else jnp.asarray(start, jnp.int32)
-    if is_concrete(start) and not 0 <= int(start) <= max_len - num_new:
+    index = jnp.arange(num_new, dtype=jnp.int32)
+    positions = start + index if positions is None else positions
+    positions = check_new_positions(caller, positions, batch, num_new)
+    num_taken = jnp.where((positions >= 0).any(0), index + 1, 0).max(initial=0)
+    fits = (start >= 0) & (start + num_taken <= max_len)
+    if is_concrete(fits) and not fits:
         raise ValueError(
-            f"{caller}: {num_new} tokens from slot {int(start)} do not fit into a cache of "
+            f"{caller}: {int(num_taken)} tokens from slot {int(start)} do not fit into a cache of "
             f"max_len={max_len}. Make the cache longer."
         )
-    if num_new > max_len:  # traced start: no slice of this size exists to write back to
-        return dataclasses.replace(cache, overflowed=jnp.ones((), bool))
-    fits = (start >= 0) & (start + num_new <= max_len)
-    slots = start + jnp.arange(num_new, dtype=jnp.int32)
-    positions = slots if positions is None else positions
-    positions = check_new_positions(caller, positions, batch, num_new)
+    size = min(num_new, max_len)
+    first = jnp.clip(start, 0, max_len - size)
+    shift = start - first  # above 0 where the slots of the last padding do not exist
+    taken = fits & (index[:size] >= shift) & (index[:size] < shift + num_taken)
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
-        # A write that does not fit puts the old tokens back: cheaper than a choice between two whole caches.
-        old = lax.dynamic_slice_in_dim(buffer, start, num_new, axis)
-        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(fits, new, old), start, axis)
+        # What does not fit puts the old tokens back: cheaper than a choice between two whole caches.
+        old = lax.dynamic_slice_in_dim(buffer, first, size, axis)
+        new = lax.slice_in_dim(new, 0, size, axis=axis)
+        new = jnp.roll(new, shift, axis) if may_shift else new
+        where = taken.reshape(*(1,) * axis, size, *(1,) * (new.ndim - axis - 1))
+        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(where, new, old), first, axis)
 
     def write_rows(held: Rows, new: Array) -> Rows:
         return jax.tree.map(lambda buffer, part: write(buffer, part, 2), held, encode_rows(new, held))
@@ -140,7 +143,7 @@ def _write(
     return dataclasses.replace(
         cache,
         **{name: write_rows(held, new[name]) for name, held in cache.slots.items()},
-        length=jnp.where(fits, jnp.maximum(cache.length, start + num_new), cache.length),
+        length=jnp.where(fits, jnp.maximum(cache.length, start + num_taken), cache.length),
         positions=write(cache.positions, positions, 1),
         overflowed=cache.overflowed | ~fits,
     )

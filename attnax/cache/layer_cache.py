@@ -25,6 +25,7 @@ __all__ = [
     "StoresTokens",
     "check_rows",
     "forget",
+    "grow",
     "nan_where_lost",
     "select_rows",
 ]
@@ -59,13 +60,16 @@ class CacheCall(Protocol):
 
 @runtime_checkable
 class RowsOfText(Protocol):
-    """What generation does with the cache of a model: choose its rows, and take tokens back."""
+    """What generation does with the cache of a model: choose its rows, take tokens back, and make room."""
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
         """A cache of the rows `rows`: in any order, also repeated or left out."""
 
     def forget(self, first: Int[ArrayLike, "B"]) -> Any:
         """Takes back each row's tokens from position `first` on."""
+
+    def grow(self, max_len: int, num_rows: int) -> Any:
+        """The same tokens with room for `max_len` slots a row; a pool has room for `num_rows` such rows."""
 
 
 @runtime_checkable
@@ -79,6 +83,9 @@ class LayerCache(RowsOfText, Protocol):
     @property
     def keeps(self) -> Keeps:
         """What the cache keeps: "tokens" for softmax attention, "sums" for linear attention."""
+
+    def slots_in_use(self) -> Int[Array, ""]:
+        """The slots of a row that hold tokens or padding, at most; new tokens need as many slots more."""
 
     @property
     def is_empty(self) -> bool:
@@ -118,11 +125,20 @@ def forget(caches: Caches, first: Int[ArrayLike, "B"]) -> Caches:
     return jax.tree.map(lambda cache: cache.forget(first), caches, is_leaf=lambda node: isinstance(node, RowsOfText))
 
 
+def grow(caches: Caches, max_len: int, num_rows: int) -> Caches:
+    """The same tokens with room for `max_len` slots a row, in every cache of a pytree."""
+
+    def grow_one(cache: Any) -> Any:
+        return cache.grow(max_len, num_rows)
+
+    return jax.tree.map(grow_one, caches, is_leaf=lambda node: isinstance(node, RowsOfText))
+
+
 class StoresTokens:
     """The base of every LayerCache that stores tokens: softmax attention reads them, in chunks or as arrays.
 
     A kind defines `num_rows`, `num_positions`, `key_value`, `append`, `chunks` and `tokens`, which kernels and layers
-    read, and `next_positions`, `select_rows` and `forget` of `LayerCache`.
+    read, and `next_positions`, `slots_in_use`, `select_rows`, `forget` and `grow` of `LayerCache`.
 
     Attributes:
         overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
@@ -176,6 +192,10 @@ class StoresTokens:
         """As in `LayerCache`."""
         raise self._lacks("next_positions")
 
+    def slots_in_use(self) -> Int[Array, ""]:
+        """As in `LayerCache`."""
+        raise self._lacks("slots_in_use")
+
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
         """As in `LayerCache`."""
         raise self._lacks("select_rows")
@@ -183,6 +203,10 @@ class StoresTokens:
     def forget(self, first: Int[ArrayLike, "B"]) -> Any:
         """As in `LayerCache`."""
         raise self._lacks("forget")
+
+    def grow(self, max_len: int, num_rows: int) -> Any:
+        """As in `LayerCache`."""
+        raise self._lacks("grow")
 
     def _lacks(self, name: str) -> NotImplementedError:
         return NotImplementedError(
@@ -252,7 +276,6 @@ class InSlots(StoresTokens):
     def num_positions(self) -> int | None:
         return self.max_len if self.window is None else None
 
-    @property
     def slots_in_use(self) -> Int[Array, ""]:
         """The end of the slots in use; no later slot holds a token."""
         return jnp.int32(self.max_len)
@@ -266,7 +289,7 @@ class InSlots(StoresTokens):
         return self.positions.max(axis=1, initial=-1) + 1
 
     def chunks(self, reading: Reading) -> Source:
-        return SlotChunks(self, self.slots_in_use)
+        return SlotChunks(self, self.slots_in_use())
 
     def arrays(self) -> TokenArrays | None:
         keys, values = self.keys_values(self.slots)
@@ -293,6 +316,12 @@ class InSlots(StoresTokens):
         check_shape("forget", "first", first, self.positions.shape[:1], integers=True)
         first = jnp.asarray(first, jnp.int32)
         return dataclasses.replace(self, positions=jnp.where(self.positions < first[:, None], self.positions, -1))
+
+    def grow(self: Slots, max_len: int, num_rows: int) -> Slots:
+        missing = max(0, max_len - self.positions.shape[1])
+        slots = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), self.slots)
+        positions = jnp.pad(self.positions, ((0, 0), (0, missing)), constant_values=-1)
+        return dataclasses.replace(self, **slots, positions=positions)
 
 
 @pytree_dataclass

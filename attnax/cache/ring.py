@@ -51,7 +51,6 @@ class RingKVCache(InSlots):
     overflowed: Bool[Array, "B"]
     window: int | None = dataclasses.field(metadata={"static": True})
 
-    @property
     def slots_in_use(self) -> Int[Array, ""]:
         return jnp.minimum(self.next_positions().max(initial=0), self.max_len)
 
@@ -103,6 +102,9 @@ class RingKVCache(InSlots):
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> RingKVCache:
         cache = super().select_rows(rows)
         return dataclasses.replace(cache, overflowed=self.overflowed[jnp.asarray(rows)])
+
+    def grow(self, max_len: int, num_rows: int) -> RingKVCache:
+        return super().grow(max_len, num_rows) if self.window is None else self  # a window needs no more slots
 
     def forget(self, first: Int[ArrayLike, "B"]) -> RingKVCache:
         """Takes back each row's tokens from position `first` on; their slots are free again.

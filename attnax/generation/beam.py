@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import select_rows
-from attnax.generation.loop import Model, Step, Tokens, prompt_tokens, text_length
+from attnax.generation.prompt import read_prompt
 from attnax.generation.request import Request
+from attnax.generation.step import Model, Step, Tokens
 from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Float, Int
@@ -83,11 +84,8 @@ def beam_search(
     """
     batch = request.ids.shape[0]
     model = Model(step, state)
-    cache, context = model.made(cache), model.made(request.context)
-    logits, cache = model(prompt_tokens(request, context), cache)
-    text = Text.of_prompt(request.ids, request.position_ids, text_length(request, max_new_tokens))
     rows = jnp.repeat(jnp.arange(batch), num_beams)
-    cache, context, logits, text = select_rows((cache, context, logits[:, 0], text), rows)
+    logits, cache, context, text = select_rows(read_prompt(model, request, cache, max_new_tokens), rows)
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _WORST)  # all beams are equal at first: only one runs on
     search = _Search(
         text=text,

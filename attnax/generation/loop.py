@@ -2,7 +2,8 @@
 
 With two programs, prompts of different lengths share the loop, and a single new token needs no loop. This package needs
 no model class, only a `Step`: a function `(state, tokens, cache) -> (logits, cache)` of new tokens of every row and a
-cache of the earlier tokens.
+cache of the earlier tokens. The texts and caches at the end of a call are a `TextCaches`, with which another call can
+go on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,52 +20,14 @@ from jax import lax
 
 from attnax.cache import select_rows
 from attnax.checks import is_concrete
-from attnax.generation.request import Request, padded_length
+from attnax.generation.prompt import TextCaches, read_prompt
+from attnax.generation.request import Request
+from attnax.generation.step import Model, Planned, Step, Tokens
 from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Bool, Float, Int
 
-__all__ = ["Generation", "Planned", "Step", "Tokens", "generate", "stream"]
-
-
-class Tokens(NamedTuple):
-    """The input of a step.
-
-    Attributes:
-        ids: (rows, T).
-        position_ids: (rows, T), each token's index within its row's text, -1 for padding.
-        wanted: (rows, n), the indices within T of the tokens after which logits are wanted.
-        context: arrays that a row attends beside its text, rows first: an encoder's keys and values, or None.
-    """
-
-    ids: Int[Array, "R T"]
-    position_ids: Int[Array, "R T"]
-    wanted: Int[Array, "R n"]
-    context: Any = None
-
-
-@runtime_checkable
-class Step(Protocol):
-    """A model that decodes; a step must hash by value, since it is a key of compiled programs."""
-
-    def __call__(self, state: Any, tokens: Tokens, cache: Any, /) -> tuple[Array, Any]:
-        """Logits (rows, n, vocabulary) of the token after each wanted token, and the cache with all tokens appended."""
-
-
-@pytree_dataclass
-class Model:
-    """A step with its parameters."""
-
-    step: Step = dataclasses.field(metadata={"static": True})
-    state: Any
-
-    def __call__(self, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
-        """As `Step`."""
-        return self.step(self.state, tokens, cache)
-
-    def made(self, value: Any) -> Any:
-        """The cache or context; made here if it is Planned."""
-        return value.make(self.state) if isinstance(value, Planned) else value
+__all__ = ["Generation", "Stream", "generate"]
 
 
 class Generation(NamedTuple):
@@ -76,20 +39,14 @@ class Generation(NamedTuple):
         log_probs: (rows, max_new_tokens) float32, the model's log-probability of each token (before penalties,
             temperature and cuts); 0 after the end.
         steps: (rows,) int32, the calls of the model for the row: one for each token, fewer with a draft.
+        caches: the texts with their caches, from which another call goes on; None unless asked for.
     """
 
     tokens: Int[Array, "R T"]
     lengths: Int[Array, "R"]
     log_probs: Float[Array, "R T"]
     steps: Int[Array, "R"]
-
-
-@runtime_checkable
-class Planned(Protocol):
-    """A pytree from which the program that reads the prompt makes a cache or a context."""
-
-    def make(self, state: Any, /) -> Any:
-        """The empty caches, or the context of the rows, from the parameters of the model."""
+    caches: TextCaches | None = None
 
 
 @pytree_dataclass
@@ -103,8 +60,15 @@ class Progress:
     steps: Int[Array, "R"]
     cache: Any
 
+    @property
+    def caches(self) -> TextCaches:
+        """The texts so far and their caches."""
+        return TextCaches(self.text, self.cache)
 
-def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> tuple[Generation, Any]:
+
+def generate(
+    step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int
+) -> tuple[Generation, TextCaches]:
     """Reads the prompt and writes until every row has ended.
 
     Args:
@@ -112,35 +76,59 @@ def generate(step: Step, state: Any, request: Request, cache: Any, *, max_new_to
         state: its parameters.
         request: the prompts, and how to continue them.
         cache: of the prompts' rows; must have room for the prompt and max_new_tokens - 1 tokens. The cache is donated,
-            unless there are several samples, whose cache has other shapes. It may be Planned.
+            unless there are several samples, whose cache has other shapes, or it is Planned.
         max_new_tokens: static, the room of the result; at least the request's max_new_tokens, which may be traced.
 
     Returns:
-        The generation and the cache, which holds all tokens but the last.
+        The generation, and the texts with the cache, which holds all tokens but the last.
     """
     model = Model(step, state)
     progress, context, written, _ = _read_prompt(model, request, cache, max_new_tokens)
     if is_concrete(progress.finished) and np.asarray(progress.finished).all():
-        return written, progress.cache
+        return written, progress.caches
     rest = dataclasses.replace(progress, cache=None)
     return _write_rest(model, request.after_prompt(), rest, progress.cache, context)
 
 
-def stream(step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int) -> Iterator[np.ndarray]:
-    """Yields the next token of each row, (rows,) int32, as soon as drawn; the same tokens as `generate`.
+class Stream(Iterator[np.ndarray]):
+    """The tokens of `generate`, (rows,) int32 at a time, each as soon as it is drawn.
 
-    Stops after the request's max_new_tokens, or when every row has ended.
+    Ends after the request's max_new_tokens, or when every row has ended. Arguments are as in `generate`.
     """
-    model = Model(step, state)
-    progress, context, _, token = _read_prompt(model, request, cache, max_new_tokens)
-    request = request.after_prompt()
-    if not is_concrete(token):
-        raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
-    while True:
-        yield np.asarray(token)
-        if np.asarray(progress.finished).all():
-            return
-        progress, token = _next_token(model, request, progress, context)
+
+    def __init__(self, step: Step, state: Any, request: Request, cache: Any, *, max_new_tokens: int):
+        self._model, self._request, self._cache, self._room = Model(step, state), request, cache, max_new_tokens
+        self._progress: Progress | None = None
+        self._context: Any = None
+        self._has_ended = False
+
+    def __next__(self) -> np.ndarray:
+        if self._has_ended:
+            raise StopIteration
+        if self._progress is None:
+            read = _read_prompt(self._model, self._request, self._cache, self._room)
+            self._progress, self._context, _, token = read
+            self._request, self._cache = self._request.after_prompt(), None
+            if not is_concrete(token):
+                raise ValueError("stream: tokens must be known to be yielded; got traced ones. Use generate under jit.")
+        else:
+            self._progress, token = _next_token(self._model, self._request, self._progress, self._context)
+        self._has_ended = bool(np.asarray(self._progress.finished).all())
+        return np.asarray(token)
+
+    def stop(self) -> TextCaches:
+        """Ends the stream, and returns the texts so far with their caches.
+
+        The texts hold the tokens that were yielded. The stream ends because its next token would reuse the memory of
+        the caches.
+
+        Raises:
+            ValueError: no token was yielded yet.
+        """
+        if self._progress is None:
+            raise ValueError("Stream.stop: there are no caches before the first token; got none yet. Call next first.")
+        self._has_ended = True
+        return self._progress.caches
 
 
 def _begin(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Array]:
@@ -153,21 +141,26 @@ _begin_in_place = jax.jit(_begin, static_argnames="room", donate_argnames="cache
 
 
 def _read_prompt(model: Model, request: Request, cache: Any, room: int) -> tuple[Progress, Any, Generation, Array]:
-    """The first program: the results of `start`, the generation so far and the first token of each row.
+    """The first program: the results of `start`, the generation so far and the first token of each row."""
+    begin = _begin_in_place if can_donate(request, cache) else _begin_program
+    return begin(model, request, cache, room)
 
-    The cache is donated if each prompt has one sample.
-    """
-    return (_begin_in_place if request.num_samples == 1 else _begin_program)(model, request, cache, room)
+
+def can_donate(request: Request, *caches: Any) -> bool:
+    """Whether the first program may reuse the memory of its caches; what is Planned may hold arrays of a user."""
+    return request.num_samples == 1 and not any(isinstance(cache, Planned) for cache in caches)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _write_rest(model: Model, request: Request, progress: Progress, cache: Any, context: Any) -> tuple[Generation, Any]:
+def _write_rest(
+    model: Model, request: Request, progress: Progress, cache: Any, context: Any
+) -> tuple[Generation, TextCaches]:
     def go_on(progress: Progress) -> Progress:
         return advance(model, request, progress, context)
 
     progress = dataclasses.replace(progress, cache=cache)
     progress = lax.while_loop(lambda progress: ~progress.finished.all(), go_on, progress)
-    return result(progress, request), progress.cache
+    return result(progress, request), progress.caches
 
 
 @partial(jax.jit, donate_argnames="progress")
@@ -180,11 +173,7 @@ def _next_token(model: Model, request: Request, progress: Progress, context: Any
 
 def start(model: Model, request: Request, cache: Any, room: int, spare: int = 0) -> tuple[Progress, Any]:
     """Reads the prompt and draws the first of `room` tokens: the progress, and the context of each row."""
-    cache, context = model.made(cache), model.made(request.context)
-    logits, cache = model(prompt_tokens(request, context), cache)
-    logits = logits[:, 0]
-    text = Text.of_prompt(request.ids, request.position_ids, text_length(request, room + spare))
-    cache, context, logits, text = for_samples(request, (cache, context, logits, text))
+    logits, cache, context, text = for_samples(request, read_prompt(model, request, cache, room + spare))
     num_rows = request.num_rows
     progress = Progress(
         keys=request.row_keys(),
@@ -198,22 +187,11 @@ def start(model: Model, request: Request, cache: Any, room: int, spare: int = 0)
     return append(progress, token, logits, request, progress.steps > 0), context
 
 
-def text_length(request: Request, room: int) -> int:
-    """The room of a row's text in tokens: one of a few lengths, so that prompts of several lengths share the loop."""
-    return padded_length(request.ids.shape[1] + room)
-
-
 def for_samples(request: Request, rows_of_prompts: Any) -> Any:
     """The rows of the prompts, repeated for their samples: a prompt is read once."""
     if request.num_samples == 1:
         return rows_of_prompts
     return select_rows(rows_of_prompts, jnp.repeat(jnp.arange(request.ids.shape[0]), request.num_samples))
-
-
-def prompt_tokens(request: Request, context: Any) -> Tokens:
-    """The prompt as the input of a step; logits are wanted after the last real token of each row."""
-    ids, position_ids = jnp.asarray(request.ids), jnp.asarray(request.position_ids)
-    return Tokens(ids, position_ids, position_ids.argmax(axis=1)[:, None], context)
 
 
 def advance(model: Model, request: Request, progress: Progress, context: Any) -> Progress:

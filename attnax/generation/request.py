@@ -14,10 +14,11 @@ from jax.sharding import AxisType
 
 from attnax.checks import check_options, is_concrete
 from attnax.generation.samplers import Sampler
+from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Int
 
-__all__ = ["Request", "RequestOptions", "make_request", "padded_length", "place_like", "row_keys"]
+__all__ = ["Request", "RequestOptions", "longest", "make_request", "padded_length", "place_like", "row_keys"]
 
 
 @pytree_dataclass
@@ -26,14 +27,18 @@ class Request:
 
     Attributes:
         ids: (batch, T) prompt.
-        position_ids: (batch, T), each token's index within its row's prompt, -1 for padding.
+        position_ids: (batch, T), each token's index within its row's text, -1 for padding.
         key: one typed key, one for each prompt, or one for each row; None where nothing is drawn.
         max_new_tokens: tokens to write at most.
         sampler: draws tokens; its arrays have a number for each row of the result.
         stops: (K, n), the sequences of tokens that end a row, filled with -1 on the left.
         fill: the token after the end.
         context: as in `Tokens`.
+        earlier: the texts that the caches hold already, but for the last token of each row; of one row, or one for
+            each prompt.
         num_samples: rows of the result for each prompt.
+        prefill_chunk: tokens of a row that the model reads at once; None reads the whole prompt at once.
+        earlier_length: room of the longest earlier text.
     """
 
     ids: Int[ArrayLike, "B T"]
@@ -44,7 +49,10 @@ class Request:
     stops: Int[ArrayLike, "K n"]
     fill: Int[ArrayLike, ""]
     context: Any = None
+    earlier: Text | None = None
     num_samples: int = dataclasses.field(default=1, metadata={"static": True})
+    prefill_chunk: int | None = dataclasses.field(default=None, metadata={"static": True})
+    earlier_length: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
@@ -59,10 +67,38 @@ class Request:
         """
         return None if self.key is None else row_keys(self.key, self.ids.shape[0], self.num_samples)
 
+    @property
+    def whole_length(self) -> int:
+        """The tokens of a row of `as_one_prompt`, padding included."""
+        length = self.ids.shape[1]
+        return length if self.earlier is None else padded_length(self.earlier_length + length)
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether the model reads the prompt in one call, into empty caches."""
+        return self.earlier is None and (self.prefill_chunk is None or self.whole_length <= self.prefill_chunk)
+
+    def text(self, room: int) -> Text:
+        """The text of each prompt with room for `room` tokens more, rounded up: few lengths share the loop."""
+        size = padded_length(self.earlier_length + self.ids.shape[1] + room)
+        if self.earlier is None:
+            return Text.of_prompt(self.ids, self.position_ids, size)
+        return self.earlier.with_prompt(self.ids, self.position_ids, size)
+
+    def as_one_prompt(self) -> Request:
+        """The request for a model that has not read the earlier text: that text begins the prompt."""
+        if self.earlier is None:
+            return self
+        text = self.text(0)
+        index = jnp.arange(text.ids.shape[1], dtype=jnp.int32)[None]
+        position_ids = jnp.where(index < text.lengths[:, None], index, -1)
+        return dataclasses.replace(self, ids=text.ids, position_ids=position_ids, earlier=None, earlier_length=0)
+
     def after_prompt(self) -> Request:
-        """The request without the prompt, its keys and its context: equal shapes for prompts of every length."""
+        """The request without all that the prompt needs: equal shapes for prompts of every length."""
         ids, position_ids = self.ids[:, :0], self.position_ids[:, :0]
-        return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None)
+        rest: dict[str, Any] = {"earlier": None, "prefill_chunk": None, "earlier_length": 0}
+        return dataclasses.replace(self, ids=ids, position_ids=position_ids, key=None, context=None, **rest)
 
 
 class RequestOptions(TypedDict, total=False):
@@ -84,15 +120,18 @@ def make_request(
     pad_token: int = 0,
     context: Any = None,
     pad_to: int | None = None,
+    earlier: Text | None = None,
+    prefill_chunk: int | None = None,
     **options: Unpack[RequestOptions],
 ) -> Request:
     """The arguments of a model's `generate`, checked.
 
-    JAX computes nothing here unless the prompt or its padding is traced. Then rows without a token and ids outside of
-    the vocabulary are not refused; models read such ids as NaN. With `pad_to` the prompt gets padding on the right up
-    to that length.
+    JAX computes nothing here unless the prompt, its padding or an earlier text is traced. Then rows without a token and
+    ids outside of the vocabulary are not refused; models read such ids as NaN. With `pad_to` the prompt gets padding on
+    the right up to that length.
 
-    A sampler's number for each row is (batch,) or, with several samples, (batch * num_samples,).
+    A sampler's number for each row is (batch,) or, with several samples, (batch * num_samples,). With an `earlier`
+    text, prompts may be empty.
 
     Raises:
         ValueError: arguments out of range, a row without a token, sampling without a key, a sampler of other rows, or a
@@ -102,7 +141,7 @@ def make_request(
     check_options("make_request", options, RequestOptions)
     num_samples, padding_mask = options.get("num_samples", 1), options.get("padding_mask")
     end_token, stop_sequences = options.get("end_token"), options.get("stop_sequences", ())
-    _check_prompt(prompt_ids)
+    _check_prompt(prompt_ids, earlier)
     static = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
     for name, value in (static | {"end_token": end_token, "stop_sequences": stop_sequences}).items():
         if not all(map(is_concrete, jax.tree.leaves(value))):
@@ -113,14 +152,16 @@ def make_request(
     for name, count in static.items():
         if count < 1:
             raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
-    _check_tokens("token ids", prompt_ids, vocab_size)
+    if prompt_ids.shape[1]:
+        _check_tokens("token ids", prompt_ids, vocab_size)
     ends, stops = _stops(end_token, stop_sequences, vocab_size)
-    xp = np if is_concrete(prompt_ids) and is_concrete(padding_mask) else jnp
-    ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(xp, prompt_ids.shape, padding_mask)
+    xp = np if all(map(is_concrete, jax.tree.leaves((prompt_ids, padding_mask, earlier)))) else jnp
+    ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(xp, prompt_ids.shape, padding_mask, earlier)
     sampler = options.get("sampler") or Sampler()
     sampler = sampler.as_arrays(vocab_size).repeat_rows(ids.shape[0], num_samples)
     missing = ((0, 0), (0, max(0, (pad_to or 0) - ids.shape[1])))
-    positions = xp.where(real, xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
+    first = 0 if earlier is None else xp.asarray(earlier.lengths)[:, None]
+    positions = xp.where(real, first + xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
     return Request(
         ids=place_like(prompt_ids, xp.pad(ids, missing)),
         position_ids=place_like(prompt_ids, xp.pad(positions, missing, constant_values=-1)),
@@ -130,8 +171,16 @@ def make_request(
         stops=stops,
         fill=np.asarray(ends[0] if ends else pad_token, np.int32),
         context=context,
+        earlier=earlier,
         num_samples=num_samples,
+        prefill_chunk=prefill_chunk,
+        earlier_length=0 if earlier is None else padded_length(longest(earlier)),
     )
+
+
+def longest(text: Text) -> int:
+    """The tokens of the longest row; where lengths are traced, the room of the rows."""
+    return int(np.max(text.lengths)) if is_concrete(text.lengths) else text.ids.shape[1]
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
@@ -176,9 +225,9 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch * num_samples))
 
 
-def _check_prompt(prompt_ids: ArrayLike) -> None:
+def _check_prompt(prompt_ids: ArrayLike, earlier: Text | None) -> None:
     """Raises ValueError or NotImplementedError for a prompt of another shape, or a prompt that a mesh shards."""
-    if prompt_ids.ndim != 2 or 0 in prompt_ids.shape:
+    if prompt_ids.ndim != 2 or 0 in (prompt_ids.shape if earlier is None else prompt_ids.shape[:1]):
         raise ValueError(
             "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
             f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
@@ -190,10 +239,10 @@ def _check_prompt(prompt_ids: ArrayLike) -> None:
         )
 
 
-def _real_tokens(xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None) -> Any:
+def _real_tokens(xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None, earlier: Text | None) -> Any:
     """True for the real tokens of a prompt, in NumPy or JAX (`xp`)."""
     real = xp.ones(shape, bool) if padding_mask is None else xp.asarray(padding_mask)
-    is_empty = is_concrete(real) and not np.asarray(real).any(-1).all()
+    is_empty = earlier is None and is_concrete(real) and not np.asarray(real).any(-1).all()
     if real.shape != shape or real.dtype != bool or is_empty:
         raise ValueError(
             f"generate: padding_mask must be boolean {shape} with a real token in every row; "

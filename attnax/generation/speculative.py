@@ -24,18 +24,17 @@ from attnax.cache import forget
 from attnax.generation.candidates import draw_token, likeliest_token
 from attnax.generation.loop import (
     Generation,
-    Model,
     Progress,
-    Step,
-    Tokens,
     append,
+    can_donate,
     for_samples,
     position_keys,
-    prompt_tokens,
     result,
     start,
 )
+from attnax.generation.prompt import TextCaches, read_prompt
 from attnax.generation.request import Request
+from attnax.generation.step import Model, Step, Tokens
 from attnax.generation.text import Text
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Bool, Float, Int
@@ -70,35 +69,37 @@ def generate_with_draft(
     *,
     max_new_tokens: int,
     num_draft_tokens: int,
-) -> tuple[Generation, Any, Any]:
+) -> tuple[Generation, TextCaches, Any]:
     """`generate` with a draft: the same tokens at temperature 0, the same distribution at other temperatures.
+
+    Where the cache holds an earlier text, the draft reads that text too: its cache begins empty.
 
     Args:
         step: the model.
         state: its parameters.
         request: the prompts, and how to continue them.
         cache: of the prompts' rows; must be able to forget tokens, with room for num_draft_tokens more than in
-            `generate`. The cache is donated, unless there are several samples.
+            `generate`. The cache is donated as in `generate`.
         draft: the small model.
         draft_cache: the same for the draft.
         max_new_tokens: static, at least 1.
         num_draft_tokens: static, tokens drafted in each round.
 
     Returns:
-        The generation, whose `steps` count the calls of the large model, and both caches.
+        The generation, whose `steps` count the calls of the large model, the texts with the cache, and the draft's
+        cache.
     """
-    run = _generate_in_place if request.num_samples == 1 else _generate
+    run = _generate_in_place if can_donate(request, cache, draft_cache) else _generate
     return run(Model(step, state), request, cache, draft, draft_cache, max_new_tokens, num_draft_tokens)
 
 
 def _write_all(
     model: Model, request: Request, cache: Any, draft: Draft, draft_cache: Any, room: int, num_draft_tokens: int
-) -> tuple[Generation, Any, Any]:
+) -> tuple[Generation, TextCaches, Any]:
     progress, context = start(model, request, cache, room, num_draft_tokens)
     small = Model(draft.step, draft.state)
-    draft_cache, draft_context = small.made(draft_cache), small.made(draft.context)
-    _, draft_cache = small(prompt_tokens(request, draft_context), draft_cache)
-    draft_cache, draft_context = for_samples(request, (draft_cache, draft_context))
+    prompt = read_prompt(small, dataclasses.replace(request.as_one_prompt(), context=draft.context), draft_cache, 0)
+    draft_cache, draft_context = for_samples(request, (prompt.cache, prompt.context))
 
     def go_on(carry: tuple[Progress, Any]) -> tuple[Progress, Any]:
         progress, draft_cache = carry
@@ -109,7 +110,7 @@ def _write_all(
         return ~carry[0].finished.all()
 
     progress, draft_cache = lax.while_loop(unfinished, go_on, (progress, draft_cache))
-    return result(progress, request), progress.cache, draft_cache
+    return result(progress, request), progress.caches, draft_cache
 
 
 _STATIC = ("room", "num_draft_tokens")

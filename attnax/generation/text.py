@@ -36,13 +36,24 @@ class Text:
     def of_prompt(cls, ids: Int[ArrayLike, "R T"], position_ids: Int[ArrayLike, "R T"], size: int) -> Text:
         """The prompt, with room for `size` tokens in all; a position of -1 is padding."""
         check_shape("Text", "ids", ids, ("rows", "length"), integers=True)
+        rows = ids.shape[0]
+        empty = jnp.zeros((rows,), jnp.int32)
+        return cls(jnp.zeros((rows, size), jnp.int32), empty, empty).with_prompt(ids, position_ids, size)
+
+    def with_prompt(self, ids: Int[ArrayLike, "R T"], position_ids: Int[ArrayLike, "R T"], size: int) -> Text:
+        """A longer prompt: the tokens so far and new ones at `position_ids`, with room for `size` tokens in all.
+
+        A position of -1 is padding. `size` must be at least the tokens of the longest row.
+        """
+        check_shape("Text", "ids", ids, ("rows", "length"), integers=True)
         check_shape("Text", "position_ids", position_ids, ids.shape, integers=True)
         ids, position_ids, rows = jnp.asarray(ids), jnp.asarray(position_ids), ids.shape[0]
-        lengths = position_ids.max(1, initial=-1) + 1
+        missing = ((0, 0), (0, max(0, size - self.ids.shape[1])))
+        before = jnp.broadcast_to(jnp.pad(self.ids, missing)[:, :size], (rows, size))
+        lengths = jnp.maximum(self.lengths, position_ids.max(1, initial=-1) + 1)
         where = jnp.where(position_ids < 0, size, position_ids)  # out-of-range: dropped
-        empty = jnp.zeros((rows, size), jnp.int32)
-        text = empty.at[jnp.arange(rows)[:, None], where].set(ids.astype(jnp.int32), mode="drop")
-        return cls(text, lengths, lengths)
+        text = before.at[jnp.arange(rows)[:, None], where].set(ids.astype(jnp.int32), mode="drop")
+        return Text(text, lengths, lengths)
 
     def select_rows(self, rows: Int[Array, "Q"]) -> Text:
         """The text of the rows with these indices."""

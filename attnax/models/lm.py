@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attnax.cache import CacheKind, LayerCache
 from attnax.config import TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
-from attnax.generation.loop import Generation, Tokens
+from attnax.generation.loop import Generation, Stream
+from attnax.generation.prompt import TextCaches
 from attnax.generation.samplers import Sampler
+from attnax.generation.step import Tokens
 from attnax.masks import Mask
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
-from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
+from attnax.models.writing import (
+    PREFILL_CHUNK,
+    PromptOptions,
+    Writer,
+    beam_search,
+    generate,
+    prefill,
+    prompt_or_positions,
+    stream,
+)
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
 from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
@@ -98,7 +108,7 @@ class TransformerLM(nnx.Module):
 
     def generate(
         self,
-        prompt_ids: Int[ArrayLike, "B T"],
+        prompt_ids: Int[ArrayLike, "B T"] | None,
         *,
         max_new_tokens: int,
         sampler: Sampler | None = None,
@@ -111,11 +121,15 @@ class TransformerLM(nnx.Module):
         num_draft_tokens: int = 4,
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
+        caches: TextCaches | None = None,
+        return_caches: bool = False,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Generation:
         """Continues each prompt, in two compiled programs that serve prompts of several lengths.
 
         Args:
-            prompt_ids: (batch, T). If Explicit axes of a mesh shard the prompts, every device generates all rows.
+            prompt_ids: (batch, T). If Explicit axes of a mesh shard the prompts, every device generates all rows. None
+                goes on with the texts of `caches`.
             max_new_tokens: tokens to write at most.
             sampler: how tokens are drawn; by default each is the likeliest. Its numbers may be arrays, with one for
                 each prompt or for each row of the result.
@@ -126,41 +140,71 @@ class TransformerLM(nnx.Module):
             stop_sequences: sequences of tokens that end a row once written in full.
             num_samples: rows of the result for each prompt, which is read once.
             draft: a small model of the same vocabulary, which drafts tokens that this model reads at once. With fewer
-                steps, the tokens at temperature 0, and their distribution at other temperatures, stay the same.
+                steps, the tokens at temperature 0, and their distribution at other temperatures, stay the same. The
+                draft reads the texts of `caches` itself.
             num_draft_tokens: tokens drafted each time.
             cache: "contiguous", "ring" (rows of different lengths waste no slots) or "paged"; by default "contiguous",
                 or "ring" with a draft.
             cache_dtype: of keys and values, by default the config's dtype; "int8" needs a quarter of float32's memory.
+            caches: of an earlier call of this model: its texts, which prompts follow, are not read again. The tokens
+                are those of a prompt that holds everything. They have one row for all prompts or a row for each, and
+                stay as they are.
+            return_caches: the result has the `caches` of its rows, for a later call.
+            prefill_chunk: tokens of a row that the model reads at once. A longer prompt enters in chunks, so that the
+                memory of reading it does not grow with its length.
 
         Returns:
-            Generation of batch * num_samples rows: tokens, lengths, the model's log-probabilities, steps.
+            Generation of batch * num_samples rows: tokens, lengths, the model's log-probabilities, steps, caches.
 
         Raises:
-            ValueError: arguments out of range, or more positions than a learned or sinusoidal table has.
+            ValueError: arguments out of range, more positions than a learned or sinusoidal table has, or caches of
+                another model or of other rows.
         """
         if draft is not None and not isinstance(draft, TransformerLM):
             raise ValueError(f"generate: a draft must be a TransformerLM too; got {type(draft).__name__}.")
-        options: WriteOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
-        options |= {"stop_sequences": stop_sequences, "num_samples": num_samples}
-        options |= {"cache": cache, "cache_dtype": cache_dtype}
+        options: PromptOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
+        options |= {"stop_sequences": stop_sequences, "num_samples": num_samples, "prefill_chunk": prefill_chunk}
+        options |= {"cache": cache, "cache_dtype": cache_dtype, "caches": caches}
         return generate(
             self._writer(),
             prompt_ids,
             None if draft is None else draft._writer(),
             max_new_tokens=max_new_tokens,
             num_draft_tokens=num_draft_tokens,
+            return_caches=return_caches,
             **options,
         )
 
     def stream(
-        self, prompt_ids: Int[ArrayLike, "B T"], *, max_new_tokens: int, **options: Unpack[WriteOptions]
-    ) -> Iterator[np.ndarray]:
-        """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
+        self, prompt_ids: Int[ArrayLike, "B T"] | None, *, max_new_tokens: int, **options: Unpack[PromptOptions]
+    ) -> Stream:
+        """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft.
+
+        `stop()` of the result ends it, and returns the caches of the texts so far.
+        """
         return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
+
+    def prefill(
+        self,
+        prompt_ids: Int[ArrayLike, "B T"],
+        *,
+        padding_mask: Bool[ArrayLike, "B T"] | None = None,
+        cache: CacheKind | None = None,
+        cache_dtype: Any = None,
+        caches: TextCaches | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> TextCaches:
+        """Reads prompts and writes nothing: the caches that `generate(caches=...)` goes on from.
+
+        Arguments and errors are as in `generate`. Prompts must hold tokens.
+        """
+        options: PromptOptions = {"padding_mask": padding_mask, "cache": cache, "cache_dtype": cache_dtype}
+        options |= {"caches": caches, "prefill_chunk": prefill_chunk}
+        return prefill(self._writer(), prompt_ids, **options)
 
     def beam_search(
         self,
-        prompt_ids: Int[ArrayLike, "B T"],
+        prompt_ids: Int[ArrayLike, "B T"] | None,
         *,
         num_beams: int,
         max_new_tokens: int,
@@ -172,6 +216,8 @@ class TransformerLM(nnx.Module):
         stop_sequences: Sequence[Sequence[int]] = (),
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
+        caches: TextCaches | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Beams:
         """The `num_beams` best texts found after each prompt, the best first.
 
@@ -182,8 +228,9 @@ class TransformerLM(nnx.Module):
                 its present length, "never" when no running text can score better at any length.
             sampler: only its penalties apply, to log-probabilities.
         """
-        options: WriteOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
+        options: PromptOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
+        options |= {"caches": caches, "prefill_chunk": prefill_chunk}
         return beam_search(
             self._writer(),
             prompt_ids,

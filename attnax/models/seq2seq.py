@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -15,9 +15,10 @@ from attnax.cache import CacheKind
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
-from attnax.generation.loop import Generation, Tokens
+from attnax.generation.loop import Generation, Stream
 from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
+from attnax.generation.step import Tokens
 from attnax.masks import padding
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
@@ -217,7 +218,7 @@ class Transformer(nnx.Module):
         *,
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         **options: Unpack[WriteOptions],
-    ) -> Iterator[np.ndarray]:
+    ) -> Stream:
         """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
@@ -11,21 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, CacheKind, EmptyCache, init_decoder_kv_caches_from_config
+from attnax.cache import SPARE_SLOTS, CacheKind, KVLayerCache
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.candidates import CUTS
-from attnax.generation.loop import Generation, Step, Tokens
-from attnax.generation.request import Request, RequestOptions, make_request, padded_length
+from attnax.generation.loop import Generation, Stream
+from attnax.generation.prompt import TextCaches
+from attnax.generation.request import Request, RequestOptions, longest, make_request, padded_length
 from attnax.generation.samplers import Sampler
+from attnax.generation.step import Step, Tokens
 from attnax.masks import Mask
-from attnax.paged_cache import init_paged_kv_caches_from_config
+from attnax.models.planned_caches import CachePlan, Continued, check_caches
 from attnax.typing import Array, ArrayLike
 
-__all__ = ["WriteOptions", "Writer", "beam_search", "generate", "stream"]
+__all__ = ["PREFILL_CHUNK", "PromptOptions", "WriteOptions", "Writer", "beam_search", "generate", "prefill", "stream"]
 
-_PAGE = 16  # tokens of a page
+PREFILL_CHUNK = 512  # tokens of a row that a model reads at once
 
 
 class Writer(NamedTuple):
@@ -60,61 +60,50 @@ class WriteOptions(RequestOptions, total=False):
     cache_dtype: Any
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class CachePlan:
-    """The empty caches of a model, which a program makes; plans of equal sizes are equal."""
+class PromptOptions(WriteOptions, total=False):
+    """The options of a model that continues prompts: those of `WriteOptions`, and how it reads the prompts."""
 
-    config: TransformerConfig
-    kind: CacheKind
-    batch_size: int
-    max_len: int
-    dtype: str | None
-    pool_rows: int  # rows that share a pool of pages
-
-    def make(self, state: Any, /) -> tuple[EmptyCache, ...]:
-        """One cache a layer."""
-        sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
-        if self.kind == "paged":
-            num_blocks = self.pool_rows * -(-self.max_len // _PAGE)
-            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
-        else:
-            caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
-        return tuple(map(EmptyCache, caches))
+    caches: TextCaches | None
+    prefill_chunk: int
 
 
 def generate(
     writer: Writer,
-    prompt_ids: ArrayLike,
+    prompt_ids: ArrayLike | None,
     draft: Writer | None,
     *,
     max_new_tokens: int,
     num_draft_tokens: int,
-    **options: Unpack[WriteOptions],
+    return_caches: bool = False,
+    **options: Unpack[PromptOptions],
 ) -> Generation:
     """`TransformerLM.generate` for any writer."""
     if draft is None:
-        request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, **options)
-        written, _ = generation.generate(writer.step, writer.state, request, cache, max_new_tokens=room)
-        return _shorten(written, max_new_tokens)
-    _check_draft(writer, draft, num_draft_tokens, options)
-    options["cache"] = options.get("cache") or "ring"
-    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
-    _, draft_cache, _ = _prepare(draft, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
-    written, _, _ = generation.generate_with_draft(
-        writer.step,
-        writer.state,
-        request,
-        cache,
-        generation.Draft(draft.step, draft.state, draft.context),
-        draft_cache,
-        max_new_tokens=room,
-        num_draft_tokens=num_draft_tokens,
-    )
-    return _shorten(written, max_new_tokens)
+        call = _prepare(writer, prompt_ids, max_new_tokens, **options)
+        written, caches = generation.generate(
+            writer.step, writer.state, call.request, call.caches, max_new_tokens=call.room
+        )
+    else:
+        _check_draft(writer, draft, num_draft_tokens, options)
+        if options.get("caches") is None:
+            options["cache"] = options.get("cache") or "ring"
+        call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
+        sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask)
+        written, caches, _ = generation.generate_with_draft(
+            writer.step,
+            writer.state,
+            call.request,
+            call.caches,
+            generation.Draft(draft.step, draft.state, draft.context),
+            sizes.empty_caches(call.request.as_one_prompt(), options.get("cache") or "ring", options.get("cache_dtype")),
+            max_new_tokens=call.room,
+            num_draft_tokens=num_draft_tokens,
+        )
+    written = _shorten(written, max_new_tokens)
+    return written._replace(caches=caches) if return_caches else written
 
 
-def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: WriteOptions) -> None:
+def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: PromptOptions) -> None:
     """Raises ValueError or NotImplementedError for a draft that cannot be used."""
     sizes = writer.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
@@ -126,10 +115,12 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
             f"generate: num_draft_tokens must be at least 1 and at most {SPARE_SLOTS}; "
             f"got num_draft_tokens={num_draft_tokens}."
         )
-    if options.get("cache") == "contiguous":
+    caches = options.get("caches")
+    held = [] if caches is None else [cache for cache in caches.layers if isinstance(cache, KVLayerCache)]
+    if options.get("cache") == "contiguous" or held:
         raise ValueError(
-            "generate: with a draft a cache must use the slots of rejected tokens again; got cache='contiguous'. "
-            "Use 'ring' or 'paged'."
+            "generate: with a draft a cache must use the slots of rejected tokens again; got "
+            f"{'a KVLayerCache in caches' if held else repr(dict(options)['cache'])}. Use cache='ring' or 'paged'."
         )
     for config in (writer.config, draft.config):
         if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
@@ -140,25 +131,36 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
 
 
 def stream(
-    writer: Writer, prompt_ids: ArrayLike, *, max_new_tokens: int, **options: Unpack[WriteOptions]
-) -> Iterator[np.ndarray]:
+    writer: Writer, prompt_ids: ArrayLike | None, *, max_new_tokens: int, **options: Unpack[PromptOptions]
+) -> Stream:
     """The tokens of `generate`, (rows,) at a time."""
-    unknown = sorted(options.keys() - WriteOptions.__annotations__.keys())
+    unknown = sorted(options.keys() - WriteOptions.__annotations__.keys() - PromptOptions.__annotations__.keys())
     if unknown:
-        raise ValueError(f"stream: takes the options of generate, but no draft; got {', '.join(unknown)}.")
-    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, **options)
-    return generation.stream(writer.step, writer.state, request, cache, max_new_tokens=room)
+        raise ValueError(
+            "stream: takes the options of generate but a draft and return_caches, in place of which it has stop(); "
+            f"got {', '.join(unknown)}."
+        )
+    call = _prepare(writer, prompt_ids, max_new_tokens, **options)
+    return Stream(writer.step, writer.state, call.request, call.caches, max_new_tokens=call.room)
+
+
+def prefill(writer: Writer, prompt_ids: ArrayLike, **options: Unpack[PromptOptions]) -> TextCaches:
+    """`TransformerLM.prefill` for any writer."""
+    call = _prepare(writer, prompt_ids, 1, **options)
+    if call.sizes.prompt == 0:
+        raise ValueError(f"prefill: prompt_ids must hold tokens; got prompt_ids.shape={prompt_ids.shape}.")
+    return generation.prefill(writer.step, writer.state, call.request, call.caches)
 
 
 def beam_search(
     writer: Writer,
-    prompt_ids: ArrayLike,
+    prompt_ids: ArrayLike | None,
     *,
     max_new_tokens: int,
     num_beams: int,
     length_penalty: float,
     early_stopping: EarlyStopping,
-    **options: Unpack[WriteOptions],
+    **options: Unpack[PromptOptions],
 ) -> Beams:
     """`TransformerLM.beam_search` for any writer."""
     if not 1 <= num_beams <= writer.config.vocab_size:
@@ -180,70 +182,157 @@ def beam_search(
             f"beam_search: nothing is drawn, so temperature must be 0 and each of {', '.join(CUTS)} None; "
             f"got temperature={sampler.temperature}{''.join(f', {name}={value}' for name, value in cuts.items())}."
         )
-    request, cache, room = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
+    call = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
     found = generation.beam_search(
         writer.step,
         writer.state,
-        request,
-        cache,
+        call.request,
+        call.caches,
         num_beams=num_beams,
-        max_new_tokens=room,
+        max_new_tokens=call.room,
         length_penalty=np.float32(length_penalty),
         early_stopping=early_stopping,
     )
     return _shorten(found, max_new_tokens)
 
 
+class _Sizes(NamedTuple):
+    """The lengths of a call, rounded up so that few programs serve all.
+
+    Attributes:
+        config: of the model that reads and writes.
+        mask: of its text. A mask that holds arrays has a fixed number of positions: nothing is rounded up.
+        earlier: tokens of the longest text in the caches.
+        prompt: tokens of a row of the prompt, padding included.
+        new: tokens to write at most.
+        spare: slots for tokens that are taken back.
+        pool_rows: rows that share a pool of pages.
+    """
+
+    config: TransformerConfig
+    mask: Mask | None
+    earlier: int
+    prompt: int
+    new: int
+    spare: int
+    pool_rows: int
+
+    @property
+    def room(self) -> int:
+        """Of the result, in tokens."""
+        return self.new if self._fixed else padded_length(max(64, self.new))
+
+    @property
+    def padded_prompt(self) -> int:
+        """Behind an earlier text the model reads one token more than the prompt."""
+        if self._fixed:
+            return self.prompt
+        return padded_length(self.prompt + 1) - 1 if self.earlier else padded_length(self.prompt)
+
+    @property
+    def _fixed(self) -> int | None:
+        return None if self.mask is None else self.mask.num_positions
+
+    def check(self) -> None:
+        """Raises ValueError if the text does not fit into the positions of the model."""
+        total = self.earlier + self.prompt
+        if self.config.pos_emb_type in ("learned", "sinusoidal") and total + self.new > self.config.max_len + 1:
+            raise ValueError(
+                f"generate: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
+                f"got {total} + {self.new}."
+            )
+
+    def slots(self, earlier: int) -> int:
+        """The slots of a row whose cache holds `earlier` tokens or none."""
+        if self._fixed:
+            return max(self._fixed, earlier + self.prompt + self.new + self.spare)
+        slots = earlier + self.padded_prompt + self.room + self.spare
+        # Padding after a prompt takes no slot, so a long total is padded only once.
+        return padded_length(slots if slots <= 1024 else earlier + self.prompt + max(64, self.new) + self.spare)
+
+    def empty_caches(self, request: Request, kind: CacheKind, dtype: Any) -> CachePlan:
+        """Caches for the whole text of the request."""
+        self.check()
+        name = None if dtype is None else jnp.dtype(dtype).name
+        batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
+        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, request.reads_at_once)
+
+    def held_caches(self, request: Request, caches: TextCaches) -> Continued:
+        """The caches of an earlier call with room for the rest of the text."""
+        self.check()
+        return Continued.with_room(caches, request.ids.shape[0], self.slots, self.pool_rows)
+
+
+class _Call(NamedTuple):
+    """What a loop of `attnax.generation` takes."""
+
+    request: Request
+    caches: CachePlan | Continued
+    room: int
+    sizes: _Sizes
+
+
 def _prepare(
     writer: Writer,
-    prompt_ids: ArrayLike,
+    prompt_ids: ArrayLike | None,
     max_new_tokens: int,
     *,
     spare: int = 0,
     num_beams: int = 1,
     cache: CacheKind | None = None,
     cache_dtype: Any = None,
+    caches: TextCaches | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     **options: Unpack[RequestOptions],
-) -> tuple[Request, CachePlan, int]:
-    """The request, its caches and the room of the result; sizes are rounded up, so that few programs serve all."""
-    config = writer.config
-    if not hasattr(prompt_ids, "shape"):
-        try:
-            prompt_ids = np.asarray(prompt_ids)
-        except ValueError as error:
+) -> _Call:
+    """The arguments, checked, and the caches."""
+    prompt_ids, config = _as_array(prompt_ids, caches), writer.config
+    if cache not in (None, *get_args(CacheKind)):
+        raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
+    if prefill_chunk < 1:
+        raise ValueError(f"generate: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
+    batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (1, 1)  # `make_request` refuses another shape
+    earlier = None
+    if caches is not None:
+        check_caches("generate", caches, config, batch)
+        if cache is not None or cache_dtype is not None:
             raise ValueError(
-                "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and mark "
-                "the real tokens in padding_mask."
-            ) from error
-    length = max(1, prompt_ids.shape[1] if prompt_ids.ndim == 2 else 1)
-    # A mask that holds arrays has a fixed number of positions; prompt and new tokens get no room beyond it.
-    is_fixed = writer.self_mask is not None and writer.self_mask.num_positions is not None
-    length = length if is_fixed else padded_length(length)
+                "generate: caches have a kind and a dtype already; got caches with "
+                f"cache={cache!r}, cache_dtype={cache_dtype!r}. Leave these out."
+            )
+        earlier = caches.text
+    rows = batch * options.get("num_samples", 1) * num_beams
+    held = 0 if earlier is None else longest(earlier)
+    sizes = _Sizes(config, writer.self_mask, held, length, max_new_tokens, spare, rows)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
         max_new_tokens=max_new_tokens,
         pad_token=config.pad_token_id,
         context=writer.context,
-        pad_to=length,
+        pad_to=sizes.padded_prompt,
+        earlier=earlier,
+        prefill_chunk=prefill_chunk,
         **options,
     )
-    (batch, prompt_length), cache = prompt_ids.shape, cache or "contiguous"
-    if cache not in get_args(CacheKind):
-        raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
-    has_table = config.pos_emb_type in ("learned", "sinusoidal")
-    if has_table and prompt_length + max_new_tokens > config.max_len + 1:
+    if caches is None:
+        return _Call(request, sizes.empty_caches(request, cache or "contiguous", cache_dtype), sizes.room, sizes)
+    return _Call(request, sizes.held_caches(request, caches), sizes.room, sizes)
+
+
+def _as_array(prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:
+    """The prompts as an array; without prompts, empty ones behind the text of the caches."""
+    if prompt_ids is None and isinstance(caches, TextCaches):
+        return np.zeros((caches.text.lengths.shape[0], 0), np.int32)
+    if isinstance(prompt_ids, jax.Array | np.ndarray):
+        return prompt_ids
+    try:
+        return np.asarray(prompt_ids)
+    except ValueError as error:
         raise ValueError(
-            f"generate: prompt and new tokens must fit into the {config.max_len} positions of the model; "
-            f"got {prompt_length} + {max_new_tokens}."
-        )
-    room = max_new_tokens if is_fixed else padded_length(max(64, max_new_tokens))
-    slots = length + room + spare
-    if not is_fixed:  # padding after a prompt takes no slot, so a long total is padded only once
-        slots = padded_length(slots if slots <= 1024 else prompt_length + max(64, max_new_tokens) + spare)
-    dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
-    plan = CachePlan(config, cache, batch, slots, dtype, num_beams * request.num_rows)
-    return request, plan, room
+            "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and mark "
+            "the real tokens in padding_mask."
+        ) from error
 
 
 Written = TypeVar("Written", Generation, Beams)

@@ -76,6 +76,9 @@ class PagedKVCache(StoresTokens):
     def next_positions(self) -> Int[Array, "B"]:
         return self.seq_lengths
 
+    def slots_in_use(self) -> Int[Array, ""]:
+        return self.seq_lengths.max(initial=0)
+
     @property
     def num_rows(self) -> int:
         return self.seq_lengths.shape[0]
@@ -163,6 +166,16 @@ class PagedKVCache(StoresTokens):
             seq_lengths=jnp.where(fits, self.seq_lengths[rows], 0),
             overflowed=self.overflowed[rows] | ~fits,
         )
+
+    def grow(self, max_len: int, num_rows: int) -> PagedKVCache:
+        """A row may hold `max_len` tokens, and the pool has blocks for `num_rows` such rows."""
+        blocks = max(self.block_table.shape[1], -(-max_len // self.block_size))
+        missing = max(0, num_rows * blocks - self.key_pool.shape[0])
+        pools = self.key_pool, self.value_pool
+        key_pool, value_pool = jax.tree.map(lambda x: jnp.pad(x, ((0, missing), (0, 0), (0, 0), (0, 0))), pools)
+        unused = ((0, 0), (0, blocks - self.block_table.shape[1]))
+        table = jnp.pad(self.block_table, unused, constant_values=-1)
+        return dataclasses.replace(self, key_pool=key_pool, value_pool=value_pool, block_table=table)
 
     def forget(self, first: Int[ArrayLike, "B"]) -> PagedKVCache:
         """Takes back each row's tokens from position `first` on; the row keeps their blocks. Below 0 stands for 0."""

@@ -421,7 +421,7 @@ class TestRing:
         cache, seen = append(self.ring(), *self.tokens([0, 1, 2], [-1, 0, -1]))
         jax.tree.map(np.testing.assert_array_equal, seen, cache)
         assert cache.positions.tolist() == [[0, 1, 2, -1, -1], [0, -1, -1, -1, -1]]
-        assert cache.next_positions().tolist() == [3, 1] and int(cache.slots_in_use) == 3
+        assert cache.next_positions().tolist() == [3, 1] and int(cache.slots_in_use()) == 3
         cache = forget(cache, np.array([1, 0]))
         assert cache.positions.tolist() == [[0, -1, -1, -1, -1], [-1] * 5]
 

@@ -1,0 +1,124 @@
+"""The caches of a call that writes, made by the program that reads the prompt: empty ones, or those of another call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnax.cache import CacheKind, EmptyCache, StoresTokens, grow, init_decoder_kv_caches_from_config, select_rows
+from attnax.checks import is_concrete
+from attnax.config import TransformerConfig
+from attnax.generation.prompt import TextCaches
+from attnax.paged_cache import init_paged_kv_caches_from_config
+from attnax.pytrees import pytree_dataclass
+
+__all__ = ["CachePlan", "Continued", "check_caches"]
+
+_PAGE = 16  # tokens of a page
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """The empty caches of a model, which a program makes; plans of equal sizes are equal.
+
+    Attributes:
+        config: of the model.
+        kind: of the caches.
+        batch_size: prompts.
+        max_len: slots of a row.
+        dtype: of keys and values; None for the config's.
+        pool_rows: rows that share a pool of pages.
+        at_once: the model reads the whole prompt in one call, so that the caches are known to be empty.
+    """
+
+    config: TransformerConfig
+    kind: CacheKind
+    batch_size: int
+    max_len: int
+    dtype: str | None
+    pool_rows: int
+    at_once: bool
+
+    def make(self, state: Any, /) -> tuple[Any, ...]:
+        """One cache a layer."""
+        sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
+        if self.kind == "paged":
+            num_blocks = self.pool_rows * -(-self.max_len // _PAGE)
+            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
+        else:
+            caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
+        return tuple(map(EmptyCache, caches)) if self.at_once else caches
+
+
+@pytree_dataclass
+class Continued:
+    """The caches of an earlier call, which a program gives room for more tokens.
+
+    Attributes:
+        layers: of one row, or of a row for each prompt.
+        batch_size: prompts.
+        max_len: slots of a row.
+        pool_rows: rows that share a pool of pages.
+    """
+
+    layers: Any
+    batch_size: int = dataclasses.field(metadata={"static": True})
+    max_len: int = dataclasses.field(metadata={"static": True})
+    pool_rows: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def with_room(
+        cls, caches: TextCaches, batch_size: int, num_slots: Callable[[int], int], pool_rows: int
+    ) -> Continued:
+        """The caches for a longer text: `num_slots` is the number of slots in use -> the number of slots needed."""
+        capacity = max(getattr(cache, "max_len", 0) for cache in caches.layers)
+        ends = [cache.slots_in_use() for cache in caches.layers]
+        in_use = max(map(int, ends)) if all(map(is_concrete, ends)) else capacity
+        return cls(caches.layers, batch_size, max(capacity, num_slots(in_use)), pool_rows)
+
+    def make(self, state: Any, /) -> Any:
+        """The caches of the prompts."""
+        layers = grow(self.layers, self.max_len, self.pool_rows)
+        if layers[0].next_positions().shape[0] == self.batch_size:
+            return layers
+        return select_rows(layers, jnp.zeros(self.batch_size, jnp.int32))
+
+
+def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size: int) -> None:
+    """Raises ValueError unless `caches` can belong to a model of this config, and their rows to this many prompts."""
+    if not isinstance(caches, TextCaches):
+        raise ValueError(
+            f"{caller}: caches must be TextCaches, which prefill and generate(return_caches=True) return; "
+            f"got {type(caches).__name__}."
+        )
+    rows = caches.text.lengths.shape[0]
+    if rows not in (1, batch_size):
+        raise ValueError(
+            f"{caller}: caches must have one row, or a row for each prompt; got {rows} rows for {batch_size} prompts. "
+            "Choose rows by caches.select_rows."
+        )
+    if len(caches.layers) != config.num_layers:
+        raise ValueError(
+            f"{caller}: caches must have a layer for each of the model, here {config.num_layers}; "
+            f"got {len(caches.layers)}. Give the caches of this model."
+        )
+    for index, cache in enumerate(caches.layers):
+        layer = config.layer(index)
+        want = (layer.kv_heads, layer.head_size), (layer.kv_heads, layer.value_head_size)
+        if isinstance(cache, StoresTokens) and (got := tuple(x.shape for x in cache.key_value)) != want:
+            raise ValueError(
+                f"{caller}: layer {index} has keys and values of {want[0]} and {want[1]} (heads, size); "
+                f"got caches with {got[0]} and {got[1]}. Give the caches of this model."
+            )
+    known = is_concrete(caches.text.ids) and is_concrete(caches.text.lengths)
+    if known and int(np.max(caches.text.ids)) >= config.vocab_size:
+        raise ValueError(
+            f"{caller}: the text of the caches must have tokens below vocab_size={config.vocab_size}; "
+            f"got {int(np.max(caches.text.ids))}. Give the caches of this model."
+        )
