@@ -116,7 +116,7 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
             f"got num_draft_tokens={num_draft_tokens}."
         )
     caches = options.get("caches")
-    held = [] if caches is None else [cache for cache in caches.layers if isinstance(cache, KVLayerCache)]
+    held = isinstance(caches, TextCaches) and any(isinstance(cache, KVLayerCache) for cache in caches.layers)
     if options.get("cache") == "contiguous" or held:
         raise ValueError(
             "generate: with a draft a cache must use the slots of rejected tokens again; got "
