@@ -106,6 +106,8 @@ with lazy_imports(globals()):
     from attnax.paged_cache import gather_rows as gather_rows
     from attnax.paged_cache import init_paged_kv_cache as init_paged_kv_cache
     from attnax.paged_cache import init_paged_kv_caches_from_config as init_paged_kv_caches_from_config
+    from attnax.pretrained.caches import load_caches as load_caches
+    from attnax.pretrained.caches import save_caches as save_caches
     from attnax.typing import AttentionFn as AttentionFn
     from attnax.typing import MaskMod as MaskMod
     from attnax.typing import ScoreMod as ScoreMod

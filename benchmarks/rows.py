@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ CASES = {
 KINDS = "contiguous", "ring", "paged"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
-    options = parser.parse_args()
+    parser.add_argument("--layers", type=int, default=6)
+    options = parser.parse_args(arguments)
     machine = measure()  # before JAX starts its threads
 
     import jax
@@ -39,7 +41,8 @@ def main() -> None:
 
     from attnax import TransformerLM
 
-    fields: dict[str, Any] = {"d_model": 384, "num_heads": 6, "num_layers": 6, "d_ff": 1024, "max_len": CAPACITY}
+    fields: dict[str, Any] = {"d_model": 384, "num_heads": 6, "num_layers": options.layers, "d_ff": 1024}
+    fields |= {"max_len": CAPACITY}
     fields |= {"norm_type": "rms", "ff_activation": "swiglu", "pos_emb_type": "rope", "tie_embeddings": True}
     model = TransformerLM(nnx.Rngs(0), vocab_size=VOCABULARY, dropout_rate=0.0, use_bias=False, **fields)
     print(f"{machine.line}; jax {jax.__version__}; CPU ms of a step, medians of {STEPS}\n")

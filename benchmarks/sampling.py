@@ -1,7 +1,7 @@
 """The time in which a `Sampler` draws a token for each row.
 
     python benchmarks/sampling.py
-    python benchmarks/sampling.py --rows 1 8 --vocabularies 50257
+    python benchmarks/sampling.py --rows 1 8 --vocabularies 50257 --cases greedy "top_k=50"
 
 Logits fall with the logarithm of a token's rank, times 1.5 in "peaked" rows and 1 in "flat" ones, with noise; the
 temperature is 0.8. "Sorted" is the same draw where every row sorts the vocabulary, as it does where no few candidates
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,12 +34,13 @@ CASES: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[32])
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[8192, 50257])
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine = measure()  # before JAX starts its threads
 
     import jax
@@ -48,7 +49,7 @@ def main() -> None:
     table = [["rows", "vocabulary", "sampler", "CPU", "clock", "sorted, CPU", "sorted, clock"]]
     for rows in options.rows:
         for size in options.vocabularies:
-            for name in CASES:
+            for name in options.cases:
                 times = medians(name, rows, size, options.rounds)
                 table.append([str(rows), str(size), name, *(f"{1e3 * t:.1f}" for t in times)])
     show(table)

@@ -101,15 +101,21 @@ def update_kv_layer_cache(
         ValueError: shapes that do not fit the cache, or more tokens than fit. With a traced `start` a
             lack of room raises no error: no token is written, and `overflowed` is set for good.
     """
-    return _write("update_kv_layer_cache", cache, {"keys": keys_new, "values": values_new}, start, positions)
+    new = {"keys": keys_new, "values": values_new}
+    return _write("update_kv_layer_cache", cache, new, start, positions, suffix="_new")
 
 
 def _write(
-    caller: str, cache: KVLayerCache, new: Mapping[str, Array], start: Any, positions: ArrayLike | None
+    caller: str,
+    cache: KVLayerCache,
+    new: Mapping[str, Array],
+    start: Any,
+    positions: ArrayLike | None,
+    suffix: str = "",
 ) -> KVLayerCache:
     """`update_kv_layer_cache` for arrays of any names."""
     (batch, max_len), num_new = cache.positions.shape, count_new(new)
-    check_new_tokens(caller, cache.slots, new, num_new)
+    check_new_tokens(caller, cache.slots, new, num_new, suffix)
     if start is not None:
         check_shape(caller, "start", start, (), integers=True)
     may_shift = num_new > 1 and not (isinstance(start, int) and start == 0)

@@ -397,16 +397,27 @@ def check_new_tokens(
     held: Mapping[str, Rows | jax.ShapeDtypeStruct],
     new: Mapping[str, ArrayLike],
     num_new: int,
-    axes: str = "(batch, num_kv_heads, new tokens, size)",
+    suffix: str = "",
 ) -> None:
-    """Raises ValueError unless `new` has the arrays of `held`, (batch, heads, slots, size), with `num_new` slots."""
+    """Raises ValueError unless `new` has the arrays of `held`, (batch, heads, slots, size), with `num_new` slots.
+
+    Args:
+        caller: for the message.
+        held: the arrays of the cache by name.
+        new: the arrays of the new tokens by name.
+        num_new: new tokens.
+        suffix: what the caller's arguments have behind the names of the arrays, if they are arguments.
+    """
     if not isinstance(new, Mapping) or new.keys() != held.keys():
         got = ", ".join(new) or "none" if isinstance(new, Mapping) else type(new).__name__
         raise ValueError(f"{caller}: new must hold the arrays {', '.join(held)} by name; got {got}.")
     for name, like in held.items():
-        want, x = (*like.shape[:2], num_new, like.shape[3]), new[name]
+        want, x, shown = (*like.shape[:2], num_new, like.shape[3]), new[name], name + suffix
         if x.shape != want:
-            raise ValueError(f"{caller}: {name}_new must have shape {axes}={want}; got {name}_new.shape={x.shape}.")
+            raise ValueError(
+                f"{caller}: {shown} must have shape (batch, num_kv_heads, new tokens, size)={want}; got "
+                f"{shown}.shape={x.shape}."
+            )
 
 
 def count_new(new: Mapping[str, ArrayLike]) -> int:

@@ -109,7 +109,8 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
     session = _Session(settings, corpus, tokenizer)
     session.run = run
-    session.max_skipped = options.max_skipped or settings.max_skipped
+    if options.max_skipped is not None:
+        session.max_skipped = options.max_skipped
     session.restore(options.step)
     return session
 
@@ -144,7 +145,7 @@ class _Session:
         self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document)
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
-        self.max_skipped = options.max_skipped
+        self.max_skipped = options.max_skipped or 0
         self.seconds = 0.0  # of training before this process
         self._tokens_per_step = options.optimizer.batch_size * options.optimizer.accumulate * window
         self._schedule = options.optimizer.schedule()

@@ -61,11 +61,12 @@ class TokenEmbedding(nnx.Module):
         Raises:
             ValueError: a concrete id outside the vocabulary; under jit its vector is NaN.
         """
-        return _look_up(self.embedding[...], input_ids, "TokenEmbedding", "token ids").astype(self.dtype)
+        ids = _as_array(input_ids)
+        return _look_up(self.embedding[...], ids, "TokenEmbedding", "token ids").astype(self.dtype)
 
     def check(self, input_ids: Int[ArrayLike, "*L"]) -> None:
         """Raises ValueError for ids that are not integers, and for concrete ids outside the vocabulary."""
-        _check_ids(input_ids, self.vocab_size, "TokenEmbedding", "token ids")
+        _check_ids(_as_array(input_ids), self.vocab_size, "TokenEmbedding", "token ids")
 
     def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Products of x with every row, in float32, or in float64 for a float64 x."""
@@ -212,11 +213,13 @@ class TransformerEmbedding(nnx.Module):
             ValueError: a concrete id or position past its table (under jit its vector is NaN), arrays of other shapes,
                 token types without a table, or not exactly one table of token embeddings.
         """
+        input_ids = _as_array(input_ids)
         check_shape("TransformerEmbedding", "input_ids", input_ids, ("batch", "length"))
         batch, length = input_ids.shape
         if position_ids is not None:
             check_shape("TransformerEmbedding", "position_ids", position_ids, (1, length), (batch, length))
         if token_type_ids is not None:
+            token_type_ids = _as_array(token_type_ids)
             check_shape("TransformerEmbedding", "token_type_ids", token_type_ids, (batch, length))
         if (self.tokens is None) == (tokens is None):
             raise ValueError(
@@ -272,6 +275,11 @@ def take_rows(table: Array, index: Array, **options: Any) -> Array:
         table = jax.sharding.reshard(table, jax.NamedSharding(cut.mesh, jax.P()))
         options["out_sharding"] = jax.NamedSharding(cut.mesh, jax.P(*cut.spec, *(None,) * (table.ndim - 1)))
     return table.at[index].get(**options)
+
+
+def _as_array(ids: Any) -> ArrayLike:
+    """Token ids as they are, or lists of numbers as an array, as models take them."""
+    return ids if isinstance(ids, jax.Array | np.ndarray) else jnp.asarray(ids)
 
 
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:

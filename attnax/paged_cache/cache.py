@@ -345,7 +345,7 @@ def append_rows(
         ([5, 1], [[0, 1, -1], [2, -1, -1]])
     """
     num_tokens = keys_new.shape[2] if keys_new.ndim > 2 else 0
-    _check_tokens("append_rows", cache, {"keys": keys_new, "values": values_new}, num_tokens)
+    _check_tokens("append_rows", cache, {"keys": keys_new, "values": values_new}, num_tokens, suffix="_new")
     num_new_tokens = num_tokens if num_new_tokens is None else num_new_tokens
     num_new = _counts("append_rows", num_new_tokens, cache, num_tokens)
     is_count = (num_new >= 0) & (num_new <= num_tokens)
@@ -413,10 +413,12 @@ def free_rows(cache: PagedKVCache, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
     )
 
 
-def _check_tokens(caller: str, cache: PagedKVCache, new: Mapping[str, ArrayLike], num_new: int) -> None:
+def _check_tokens(
+    caller: str, cache: PagedKVCache, new: Mapping[str, ArrayLike], num_new: int, suffix: str = ""
+) -> None:
     """Raises ValueError unless the new tokens fit the pools and the rows of the cache."""
     keys, values = (jax.ShapeDtypeStruct((cache.num_rows, x.shape[0], 0, x.shape[1]), x.dtype) for x in cache.key_value)
-    check_new_tokens(caller, {"keys": keys, "values": values}, new, num_new)
+    check_new_tokens(caller, {"keys": keys, "values": values}, new, num_new, suffix)
 
 
 def _counts(caller: str, counts: Any, cache: PagedKVCache, limit: int) -> Array:

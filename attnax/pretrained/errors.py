@@ -1,4 +1,4 @@
-"""The error about a published checkpoint, with all problems at once."""
+"""The error about a checkpoint or a file of caches, with all problems at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 20
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be read, or a model cannot be written as one.
+    """A checkpoint or a file of caches cannot be read or written.
 
     Attributes:
         where: the file or folder with the problems.

@@ -29,7 +29,17 @@ from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.json_object import MAX_JSON_BYTES, open_file, parse_object
 from attnax.pretrained.layout import Places
 
-__all__ = ["MAX_TENSORS", "TensorInfo", "empty_aligned", "read_header", "read_into", "same_data", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "MAX_TENSORS",
+    "TensorInfo",
+    "empty_aligned",
+    "read_header",
+    "read_header_and_metadata",
+    "read_into",
+    "same_data",
+    "write_tensors",
+]
 
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
@@ -56,6 +66,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {  # the library writes wide dtypes first, s
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+DTYPES = tuple(_CODES)
+"""The dtypes that the format has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +101,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is missing, cut off, too long or damaged; all problems of the header are named.
     """
+    tensors, _ = read_header_and_metadata(path)
+    return tensors
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """`read_header`, and the text in the `__metadata__` of the file by name."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -100,7 +118,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(path, f"a header must have at most {MAX_JSON_BYTES} bytes; got {length}.")
         data = file.read(length)
     # Checked before parsing: an object of two bytes in a file takes hundreds of bytes in memory.
-    if data.count(b"{") > MAX_TENSORS + 2 or data.count(b"[") > 2 * (MAX_TENSORS + 2):
+    if _holds_too_much(data):
         raise CheckpointError(path, f"it must hold at most {MAX_TENSORS} tensors.")
     header = parse_object(path, data)
     metadata, problems = header.pop("__metadata__", {}), []
@@ -116,7 +134,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         problems = _check_layout(tensors, 8 + length, size)
     if problems:
         raise CheckpointError(path, problems)
-    return tensors
+    return tensors, metadata
 
 
 def read_into(places: Places, info: TensorInfo) -> None:
@@ -201,7 +219,10 @@ def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def write_tensors(
-    path: Path, types: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], make: Callable[[str], np.ndarray]
+    path: Path,
+    types: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    make: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file as the safetensors library does, with one tensor in memory at a time.
 
@@ -211,18 +232,19 @@ def write_tensors(
         path: of the file; an existing file is replaced.
         types: dtype and shape of each tensor.
         make: returns the array of a name.
+        metadata: text by name, by default the format that transformers requires.
 
     Raises:
-        ValueError: a dtype that the format does not have, or an array that does not fit `types`.
+        ValueError: a dtype that the format does not have, more than `read_header` reads, or an array that does not fit
+            `types`.
     """
     unknown = sorted({str(dtype) for dtype, _ in types.values() if dtype not in _CODES})
     if unknown:
         raise ValueError(
-            f"write_tensors: dtypes must be among {', '.join(map(str, _CODES))}; got {', '.join(unknown)}."
+            f"write_tensors: dtypes must be among {', '.join(map(str, DTYPES))}; got {', '.join(unknown)}."
         )
-    order = list(_CODES)
-    names = sorted(types, key=lambda name: (order.index(types[name][0]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
+    names = sorted(types, key=lambda name: (DTYPES.index(types[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     offset = 0
     for name in names:
         dtype, shape = types[name]
@@ -231,6 +253,14 @@ def write_tensors(
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    deep = sorted(name for name, (_, shape) in types.items() if len(shape) > MAX_DIMS)
+    if deep:
+        raise ValueError(f"write_tensors: a tensor must have at most {MAX_DIMS} axes; got more in {', '.join(deep)}.")
+    if len(types) > MAX_TENSORS or _holds_too_much(text) or len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"write_tensors: a file must hold at most {MAX_TENSORS} tensors, and a header of {MAX_JSON_BYTES} bytes; "
+            f"got {len(types)} tensors and a header of {len(text)} bytes. Write several files."
+        )
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -244,6 +274,11 @@ def write_tensors(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _holds_too_much(header: bytes) -> bool:
+    """Whether the text of a header has more objects or lists than MAX_TENSORS tensors need."""
+    return header.count(b"{") > MAX_TENSORS + 2 or header.count(b"[") > 2 * (MAX_TENSORS + 2)
 
 
 def _tensor_info(path: Path, data_start: int, entry: Any) -> TensorInfo:

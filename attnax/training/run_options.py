@@ -45,7 +45,7 @@ class RunOptions:
         held_out: fraction of the files to hold out.
         checkpoint_every: number of updates between checkpoints, each with an evaluation on held-out text.
         max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
-            run.
+            run. By default 0, with --resume the run's own number.
         seed: of parameters, data order and dropout.
         model: config of the model; its vocab_size is the tokenizer's.
         optimizer: config of the training.
@@ -56,7 +56,7 @@ class RunOptions:
     pack: bool = False
     held_out: float = HELD_OUT
     checkpoint_every: int = 500
-    max_skipped: int = 0
+    max_skipped: int | None = None
     seed: int = 0
     model: TransformerConfig = DEFAULT_MODEL
     optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
@@ -72,7 +72,7 @@ class RunOptions:
             raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.checkpoint_every < 1:
             raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
-        if self.max_skipped < 0:
+        if self.max_skipped is not None and self.max_skipped < 0:
             raise InputError(f"--max-skipped must be at least 0; got {self.max_skipped}.")
         if self.data is not None and not self.data:
             raise InputError("--data must not be empty. Leave it out for the source of Python's standard library.")

@@ -156,6 +156,8 @@ class TestDivergence:
         monkeypatch.setattr(QuickTrainer, "bad", (3, 4, 8))
         assert start("run", "--max-skipped", "2") == 1
         assert "step 8: the loss is nan, and of 2 to skip none is left." in capsys.readouterr().err
+        assert main(["train", "--resume", str(tmp_path / "run"), "--max-skipped", "0"]) == 1
+        assert "step 8: the loss is nan, and the update was not made." in capsys.readouterr().err
         assert start("other", "--max-skipped", "3") == 0
         made = [row for row in rows(tmp_path / "other") if "loss" in row]
         assert [row.get("skipped", 0) for row in made] == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]

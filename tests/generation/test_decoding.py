@@ -297,7 +297,7 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
         ),
         (
             lambda: cache.append({"keys": ones(2, 1, 4), "values": ones(2, 1, 4)}, np.zeros(1, int)),
-            "keys_new must have shape",
+            "KVLayerCache.append: keys must have shape .*; got keys.shape=",
         ),
         (
             lambda: cache.append({"keys": query}, np.zeros(1, int)),
@@ -313,7 +313,7 @@ def test_wrong_input_of_attention_to_a_cache_is_refused_in_words():
             lambda: make_caches("paged", BASE)[0].append(
                 {"keys": ones(2, 2, 3, 4), "values": ones(2, 2, 5, 6)}, np.arange(3)
             ),
-            "values_new must have shape",
+            "PagedKVCache.append: values must have shape .*; got values.shape=",
         ),
         (
             lambda: attnax.init_paged_kv_caches_from_config(BASE, batch_size=1, block_size=0),

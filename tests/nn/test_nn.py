@@ -393,6 +393,19 @@ def test_ids_outside_the_vocabulary_raise_and_are_nan_under_jit():
         assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_embeddings_take_lists_of_ids_as_models_do():
+    config = attnax.TransformerConfig(vocab_size=5, d_model=6, num_heads=2, num_layers=1, d_ff=7, num_token_types=2)
+    whole, table = build(lambda rngs: nn.TransformerEmbedding(rngs, config)), [[0, 4, 3], [1, 2, 0]]
+    assert jax.eval_shape(lambda: whole(table, token_type_ids=[[0, 1, 1], [0, 0, 1]])).shape == (2, 3, 6)
+    assert jax.eval_shape(lambda: whole.tokens(table)).shape == (2, 3, 6)
+    whole.tokens.check(table)
+    with pytest.raises(ValueError, match="token ids must be at least 0 and below 5; got 7"):
+        whole([[0, 7]])
+    with pytest.raises(ValueError, match="token ids must be integers; got dtype=float32"):
+        whole.tokens([0.5])
+
+
 def test_attend_gives_the_logits_of_tied_embeddings():
     embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 3))
     x = normal(1, 2, 4, 3)
