@@ -89,13 +89,14 @@ def generate(
             options["cache"] = options.get("cache") or "ring"
         call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
         sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask)
+        kind: CacheKind = options.get("cache") or "ring"
         written, caches, _ = generation.generate_with_draft(
             writer.step,
             writer.state,
             call.request,
             call.caches,
             generation.Draft(draft.step, draft.state, draft.context),
-            sizes.empty_caches(call.request.as_one_prompt(), options.get("cache") or "ring", options.get("cache_dtype")),
+            sizes.empty_caches(call.request.as_one_prompt(), kind, options.get("cache_dtype")),
             max_new_tokens=call.room,
             num_draft_tokens=num_draft_tokens,
         )

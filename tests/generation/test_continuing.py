@@ -204,6 +204,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_caches_are_refused_in_words(model, first, options, message):
     options = {"caches": first.caches, **options}
     if "draft" in options:

@@ -21,7 +21,7 @@ from attnax.models import MaskedLM, SentenceEncoder, lm, seq2seq
 from attnax.models.masked import MaskedOptions
 from attnax.models.seq2seq import TransformerOptions
 from attnax.models.transformer import CachedOptions, DecoderOptions, EncoderOptions
-from attnax.models.writing import WriteOptions
+from attnax.models.writing import PromptOptions, WriteOptions
 from attnax.nn import Output
 from attnax.nn._run import Mode, SelfAttentionOptions
 from attnax.nn.attention import MultiHeadOptions
@@ -43,11 +43,23 @@ CALLS = [
     (Transformer.__call__, TransformerOptions, set(), set()),
 ]
 WRITERS = [
-    (TransformerLM.generate, set(), {"draft", "num_draft_tokens"}),
-    (TransformerLM.beam_search, {"key", "num_samples"}, {"num_beams", "length_penalty", "early_stopping"}),
-    (Transformer.generate, {"padding_mask"}, {"draft", "num_draft_tokens", "temperature", "source_padding_mask"}),
+    (TransformerLM.generate, PromptOptions, set(), {"draft", "num_draft_tokens", "return_caches"}),
+    (TransformerLM.prefill, PromptOptions, {"sampler", "key", "end_token", "stop_sequences", "num_samples"}, set()),
+    (
+        TransformerLM.beam_search,
+        PromptOptions,
+        {"key", "num_samples"},
+        {"num_beams", "length_penalty", "early_stopping"},
+    ),
+    (
+        Transformer.generate,
+        WriteOptions,
+        {"padding_mask"},
+        {"draft", "num_draft_tokens", "temperature", "source_padding_mask"},
+    ),
     (
         Transformer.beam_search,
+        WriteOptions,
         {"padding_mask", "key", "num_samples"},
         {"num_beams", "length_penalty", "early_stopping", "source_padding_mask"},
     ),
@@ -95,25 +107,26 @@ def test_a_call_hands_each_option_to_run(call):
     assert handed == {IN_RUN.get(name, name): value for name, value in given.items()}
 
 
-@pytest.mark.parametrize(("call", "lacks", "beside"), WRITERS, ids=name_of)
+@pytest.mark.parametrize(("call", "options", "lacks", "beside"), WRITERS, ids=name_of)
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_a_call_that_writes_names_the_options_of_its_dictionary_and_hands_them_on(monkeypatch, call, lacks, beside):
+def test_a_call_that_writes_names_the_options_of_its_dictionary_and_hands_them_on(
+    monkeypatch, call, options, lacks, beside
+):
     named = options_of(call)
-    assert named.keys() - beside == listed(WriteOptions).keys() - lacks
+    assert named.keys() - beside == listed(options).keys() - lacks
 
     handed = {}
 
     def hand(writer, prompt_ids, draft=None, **options):
         handed.update(options)
 
-    for module in (lm, seq2seq):
-        monkeypatch.setattr(module, call.__name__, hand)
+    monkeypatch.setattr(lm if call.__qualname__.startswith("TransformerLM") else seq2seq, call.__name__, hand)
     given = {name: object() for name in named.keys() - {"temperature", "draft"}}
     ids, model = np.zeros((1, 2), int), types.SimpleNamespace(_writer=lambda *others: None)
     counts = {name: 1 for name in inspect.signature(call).parameters if name in COUNTS}
     call(model, ids, **counts, **given)
     given = {name: value for name, value in given.items() if name != "source_padding_mask"}
-    assert handed == given | {"max_new_tokens": 1}
+    assert handed == given | ({"max_new_tokens": 1} if counts else {})
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
