@@ -122,36 +122,50 @@ def test_the_sums_of_a_loop_cannot_take_tokens_back():
         forget(caches, jax.device_put(np.zeros(2, np.int32)))
 
 
+def test_rows_that_find_too_few_pages_in_a_loop_overflow():
+    (cache,) = make_caches(dataclasses.replace(CONFIG, num_layers=1), "paged", max_len=8, num_blocks=3)
+    cache = dataclasses.replace(cache, block_table=jax.device_put(np.array([[0, 1], [2, -1]], np.int32)))
+    caches, rows = stack_caches("caller", (cache, cache), 1, 2), np.array([0, 0], np.int32)
+    (selected,) = jax.jit(lambda caches: select_rows(caches, rows))(caches).places
+    assert_same(selected.overflowed, np.array([[False, True]] * 2))
+
+
 def test_rows_outside_of_the_batch_are_refused_in_words():
     caches = stack_caches("caller", make_caches(), 2, 2)
     with pytest.raises(ValueError, match=r"rows must be at least 0 and below 2; got rows=\[0, 2\]"):
         select_rows(caches, np.array([0, 2], np.int32))
 
 
-def equations(jaxpr):
+def equations(program):
     """All equations of a program, with those of the programs in it."""
-    for equation in jaxpr.eqns:
+    for equation in program.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
-def test_a_step_neither_stacks_the_caches_nor_makes_new_ones():
-    graphdef, state = nnx.split(make_model())
-    _, caches = jax.eval_shape(lambda state: read_prompt(nnx.merge(graphdef, state), make_caches()), state)
+def joins(of_program, size):
+    """The equations that make arrays of at least `size` elements from several arrays."""
+    return [e for e in of_program if e.primitive.name in ("concatenate", "stack") and e.outvars[0].aval.size >= size]
+
+
+def test_a_step_writes_the_caches_in_place():
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    graphdef, state = nnx.split(make_model(config))
+    layers = jax.eval_shape(lambda: make_caches(config))
+    stack = functools.partial(stack_caches, "caller", num_places=2, num_periods=2)
+    caches, size = jax.eval_shape(stack, layers), min(cache.keys.size for cache in layers)
 
     def step(state, caches):
-        return nnx.merge(graphdef, state)(IDS[:, :1], layer_kv_caches=caches)
+        return nnx.merge(graphdef, state)(IDS[:, :1], layer_kv_caches=caches)[1]
 
-    program = jax.make_jaxpr(step)(state, caches)
-    smallest = min(cache.keys.size for cache in caches.places)
-    of_step = list(equations(program.jaxpr))
-    assert not [e for e in of_step if e.primitive.name == "concatenate" and e.outvars[0].aval.size >= smallest]
-    loop = next(e for e in of_step if e.primitive.name == "scan")  # over the layers
-    period = loop.params["jaxpr"].jaxpr
-    assert {cache.keys.shape for cache in caches.places} <= {x.aval.shape for x in period.outvars}
-    assert jax.tree.structure(jax.eval_shape(step, state, caches)[1]) == jax.tree.structure(caches)
+    program, after = jax.make_jaxpr(step, return_shape=True)(state, caches)
+    of_step = list(equations(program))
+    assert not joins(of_step, size) and joins(equations(jax.make_jaxpr(stack)(layers)), size)
+    assert jax.tree.structure(after) == jax.tree.structure(caches)  # as a loop carries them
+    period = next(e for e in of_step if e.primitive.name == "scan").params["jaxpr"]
+    assert {cache.keys.shape for cache in caches.places} <= {x.shape for x in period.out_avals}
 
 
 def test_stacked_caches_are_a_sequence_of_the_caches_of_the_layers():
