@@ -3,9 +3,9 @@
     python benchmarks/prefill.py
 
 A decoder in the shape of GPT-2 (12 layers, d_model 768, vocabulary 50,257, RoPE, random weights) reads one prompt by
-`prefill`, each cell in a process of its own. "Memory" is the peak of the process's resident memory during a second call,
-over what it had before: caches, the temporary arrays of the program and what XLA's allocator keeps. "Temporary" is
-XLA's own figure for the compiled program, without the caches. Times are medians of the calls after the first.
+`prefill`, each cell in a process of its own. "Memory" is the peak of the process's resident memory in the calls after
+the first, over what it had before them: caches, the temporary arrays of the program and what the allocator keeps.
+"Temporary" is XLA's own figure for the compiled program, without the caches. Times are medians of these calls.
 """
 
 from __future__ import annotations
@@ -45,20 +45,26 @@ def read_prompt(length: int, chunk: int, cache: str, layers: int, calls: int) ->
     model = jax.block_until_ready(TransformerLM(nnx.Rngs(0), num_layers=layers, max_len=2 * length, **SHAPE))
     ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, length)).astype(np.int32)
     writer = model._writer()
-    call = writing._prepare(writer, ids, 1, cache=cache, prefill_chunk=chunk)
+    options: dict[str, Any] = {"cache": cache, "prefill_chunk": chunk}
+    call = writing._prepare(writer, ids, 1, **options)
     program = prompt._prefill.lower(Model(writer.step, writer.state), call.request, call.caches).compile()
-    temporary = program.memory_analysis().temp_size_in_bytes
-    jax.block_until_ready(model.prefill(ids, cache=cache, prefill_chunk=chunk))
+    analysis: Any = program.memory_analysis()
+    jax.block_until_ready(model.prefill(ids, **options))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     times = []
     for _ in range(calls):
         begun = time.perf_counter()
-        caches = jax.block_until_ready(model.prefill(ids, cache=cache, prefill_chunk=chunk))
+        caches = jax.block_until_ready(model.prefill(ids, **options))
         times.append(time.perf_counter() - begun)
     held = sum(x.nbytes for x in jax.tree.leaves(caches.layers))
     peak = resident("VmHWM") - before
-    return {"temporary": temporary, "memory": peak, "caches": held, "seconds": statistics.median(times)}
+    return {
+        "temporary": analysis.temp_size_in_bytes,
+        "memory": peak,
+        "caches": held,
+        "seconds": statistics.median(times),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cell", type=int, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.cell is not None:
-        print(json.dumps(read_prompt(*given.cell, given.cache, given.layers, given.calls)))
+        print(json.dumps(read_prompt(given.cell[0], given.cell[1], given.cache, given.layers, given.calls)))
         return
     rows: list[tuple[str, ...]] = [("prompt", "at a time", "caches, MiB", "temporary, MiB", "memory, MiB", "seconds")]
     for length in given.lengths:

@@ -9,11 +9,14 @@ Every kind of cache obeys `LayerCache`, and attention takes any of them:
 - `attnax.paged_cache.PagedKVCache`: all rows share a pool of pages;
 - `EmptyCache`: a cache of any of these kinds before its first token.
 
+A model takes one cache a layer, in a tuple or a list. A model whose layers are one loop (`scan_layers`) returns
+`StackedCaches`: the same sequence of caches, as arrays of all layers.
+
 Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head of each token has a scale of its own.
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
-from attnax.cache import chunks, empty, from_config, kv, layer_cache, linear, ring
+from attnax.cache import chunks, empty, from_config, kv, layer_cache, linear, ring, stacked
 from attnax.cache.chunks import *
 from attnax.cache.empty import *
 from attnax.cache.from_config import *
@@ -21,5 +24,8 @@ from attnax.cache.kv import *
 from attnax.cache.layer_cache import *
 from attnax.cache.linear import *
 from attnax.cache.ring import *
+from attnax.cache.stacked import *
 
-__all__ = [name for module in (chunks, empty, from_config, kv, layer_cache, linear, ring) for name in module.__all__]
+_MODULES = chunks, empty, from_config, kv, layer_cache, linear, ring, stacked
+
+__all__ = [name for module in _MODULES for name in module.__all__]

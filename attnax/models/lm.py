@@ -80,9 +80,9 @@ class TransformerLM(nnx.Module):
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
-        layer_kv_caches: tuple[LayerCache, ...] | None = None,
+        layer_kv_caches: Sequence[LayerCache] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple[Any, ...]]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Sequence[Any]]:
         """float32 logits (batch, T, vocab_size); with caches, the pair (logits, new caches).
 
         Arguments are as in `TransformerDecoder`.

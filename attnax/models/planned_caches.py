@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.cache import CacheKind, EmptyCache, StoresTokens, grow, init_decoder_kv_caches_from_config, select_rows
+from attnax.cache import (
+    CacheKind,
+    EmptyCache,
+    StoresTokens,
+    cache_kinds,
+    grow,
+    init_decoder_kv_caches_from_config,
+    select_rows,
+    slots_in_use,
+    stack_caches,
+)
 from attnax.checks import is_concrete
 from attnax.config import TransformerConfig
 from attnax.generation.prompt import TextCaches
@@ -45,7 +55,7 @@ class CachePlan:
     pool_rows: int
     at_once: bool
 
-    def make(self, state: Any, /) -> tuple[Any, ...]:
+    def make(self, state: Any, /) -> Sequence[Any]:
         """One cache a layer."""
         sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
         if self.kind == "paged":
@@ -53,7 +63,12 @@ class CachePlan:
             caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
         else:
             caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
-        return tuple(map(EmptyCache, caches)) if self.at_once else caches
+        if self.at_once:
+            return tuple(map(EmptyCache, caches))
+        places = max(1, len(self.config.layer_pattern))
+        if not self.config.scan_layers or self.config.num_layers < places:
+            return caches
+        return stack_caches("generate", caches, places, self.config.num_layers // places)  # as the model returns them
 
 
 @pytree_dataclass
@@ -77,9 +92,9 @@ class Continued:
         cls, caches: TextCaches, batch_size: int, num_slots: Callable[[int], int], pool_rows: int
     ) -> Continued:
         """The caches for a longer text: `num_slots` is the number of slots in use -> the number of slots needed."""
-        capacity = max(getattr(cache, "max_len", 0) for cache in caches.layers)
-        ends = [cache.slots_in_use() for cache in caches.layers]
-        in_use = max(map(int, ends)) if all(map(is_concrete, ends)) else capacity
+        capacity = max(getattr(cache, "max_len", 0) for cache in cache_kinds(caches.layers))
+        taken = slots_in_use(caches.layers)
+        in_use = max(int(np.max(x)) for x in taken) if all(map(is_concrete, taken)) else capacity
         return cls(caches.layers, batch_size, max(capacity, num_slots(in_use)), pool_rows)
 
     def make(self, state: Any, /) -> Any:
@@ -108,7 +123,7 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
             f"{caller}: caches must have a layer for each of the model, here {config.num_layers}; "
             f"got {len(caches.layers)}. Give the caches of this model."
         )
-    for index, cache in enumerate(caches.layers):
+    for index, cache in enumerate(jax.eval_shape(tuple, caches.layers)):
         layer = config.layer(index)
         want = (layer.kv_heads, layer.head_size), (layer.kv_heads, layer.value_head_size)
         if isinstance(cache, StoresTokens) and (got := tuple(x.shape for x in cache.key_value)) != want:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import LayerCache
+from attnax.cache import LayerCache, cache_kinds
 from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
@@ -38,7 +39,7 @@ class TokenOptions(SelfAttentionOptions, total=False):
 class CachedOptions(TokenOptions, total=False):
     """The options of `TransformerLM`, encoder and decoder; in `__call__`, `caches` is `layer_kv_caches`."""
 
-    caches: tuple[LayerCache, ...] | None
+    caches: Sequence[LayerCache] | None
 
 
 class EncoderOptions(CachedOptions, total=False):
@@ -123,7 +124,7 @@ class _TokenTransformer(nnx.Module):
                 f"{name}: layer_kv_caches must hold one cache a layer; "
                 f"got {len(caches)} for num_layers={self.config.num_layers}."
             )
-        if len({cache.is_empty for cache in caches}) > 1:
+        if len({cache.is_empty for cache in cache_kinds(caches)}) > 1:
             raise ValueError(
                 f"{name}: either every cache is an EmptyCache or none is; got a mixture. Read a prompt "
                 "into all layers at once."
@@ -159,7 +160,7 @@ class _TokenTransformer(nnx.Module):
         if position_ids is not None and mask is not None:
             known = length if caches is None else None  # a cache may hold any positions
             if caches is not None and not is_alone:
-                bounds = [getattr(cache, "num_positions", None) for cache in caches]
+                bounds = [getattr(cache, "num_positions", None) for cache in cache_kinds(caches)]
                 known = min((bound for bound in bounds if bound is not None), default=None)
             mask.check(name, (batch, self.config.num_heads, known, known))
         if position_ids is not None and is_alone:
@@ -225,9 +226,9 @@ class TransformerEncoder(_TokenTransformer):
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         token_type_ids: Int[ArrayLike, "B T"] | None = None,
         score_mod: ScoreMod | None = None,
-        layer_kv_caches: tuple[LayerCache, ...] | None = None,
+        layer_kv_caches: Sequence[LayerCache] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Sequence[Any]]:
         """Hidden states of `input_ids`.
 
         Args:
@@ -320,9 +321,9 @@ class TransformerDecoder(_TokenTransformer):
         encoder_output: Float[Array, "B S De"] | tuple[KeysValues, ...] | None = None,
         cross_mask: Mask | MaskMod | ArrayLike | None = None,
         encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
-        layer_kv_caches: tuple[LayerCache, ...] | None = None,
+        layer_kv_caches: Sequence[LayerCache] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Sequence[Any]]:
         """Hidden states of `input_ids`.
 
         Arguments, result and errors are as in `TransformerEncoder`; `mask` and `score_mod` are for self-attention.
@@ -427,7 +428,7 @@ class TokenHead(nnx.Module):
 
 
 def count_positions(
-    shape: tuple[int, ...], real: Array | None, caches: tuple[LayerCache, ...] | None
+    shape: tuple[int, ...], real: Array | None, caches: Sequence[LayerCache] | None
 ) -> Int[Array, "B T"]:
     """Positions of real tokens, counted on from the tokens in the caches; padding is at -1."""
     real = jnp.ones(shape, bool) if real is None else real

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, CacheKind, KVLayerCache
+from attnax.cache import SPARE_SLOTS, CacheKind, KVLayerCache, cache_kinds
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
@@ -117,7 +117,9 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
             f"got num_draft_tokens={num_draft_tokens}."
         )
     caches = options.get("caches")
-    held = isinstance(caches, TextCaches) and any(isinstance(cache, KVLayerCache) for cache in caches.layers)
+    held = isinstance(caches, TextCaches) and any(
+        isinstance(cache, KVLayerCache) for cache in cache_kinds(caches.layers)
+    )
     if options.get("cache") == "contiguous" or held:
         raise ValueError(
             "generate: with a draft a cache must use the slots of rejected tokens again; got "

@@ -31,7 +31,7 @@ class Output(NamedTuple):
 
     Attributes:
         hidden: (batch, T, d_model); for a model, the input of its head.
-        caches: the new cache of a block, the tuple of the new caches of a stack, or None.
+        caches: the new cache of a block, the new caches of a stack, one a layer, or None.
         aux: losses and statistics of mixtures of experts by name: scalars, summed over the layers, and `expert_load`, a
             tuple with one array for each mixture. Only real tokens count. Padding is a token at a negative position, or
             a token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attnax.cache import StackedCaches, stack_caches
 from attnax.checks import is_concrete
 from attnax.config import StackConfig
 from attnax.masks import kernel_of
@@ -90,11 +91,19 @@ class Stack(nnx.Module):
             **options: options of `block.run` that all layers share.
 
         Returns:
-            The stream, the tuple of the new caches if there are any, and aux of all layers.
+            The stream, the new caches if there are any, and aux of all layers. The caches are a tuple; with
+            `scan_layers` they are StackedCaches, which the next call writes in place.
+
+        Raises:
+            ValueError: with `scan_layers`, caches at one place of the pattern that differ in kind or size.
         """
         options["deterministic"] = deterministic
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.num_layers)]
-        for name, entries in (each or {}).items():
+        each, scanned, held = dict(each or {}), self.config.num_layers - len(self.blocks), None
+        if scanned and (caches := each.get("cache")) is not None:
+            held = stack_caches("Stack", caches, len(self.periods), scanned // len(self.periods))
+            each["cache"] = (*[None] * scanned, *held.rest)
+        for name, entries in each.items():
             if entries is not None:
                 for layer, entry in zip(layers, entries, strict=True):
                     layer[name] = entry
@@ -103,18 +112,21 @@ class Stack(nnx.Module):
         elif rngs is not None and _draws(self, deterministic):
             for layer, key in zip(layers, jax.random.split(rngs.dropout(), len(layers)), strict=True):
                 layer["key"] = key
-        scanned = self.config.num_layers - len(self.blocks)
-        caches: list[Any] = []
+        places: tuple[Any, ...] = ()
         aux: dict[str, Any] = {}
         if scanned:
-            x, caches, aux = self._scan(x, layers[:scanned], options)
+            x, places, aux = self._scan(x, layers[:scanned], options, held)
+        rest: list[Any] = []
         run_block = self._block_runner(options)
         for index, block in enumerate(self.blocks, scanned):
             with jax.named_scope(f"layer_{index}"):
                 x, cache, block_aux = run_block(block, x, layers[index])
-            caches.append(cache)
+            rest.append(cache)
             aux = add_aux(aux, block_aux)
-        return Output(x, tuple(caches) if caches[0] is not None else None, aux)
+        if (*places, *rest)[0] is None:
+            return Output(x, None, aux)
+        made = StackedCaches(places, tuple(rest), scanned // len(places)) if scanned else tuple(rest)
+        return Output(x, made, aux)
 
     def _block_runner(self, options: dict[str, Any]) -> Callable[..., tuple[Array, Any, dict[str, Any]]]:
         """(block, x, options of the layer) -> (x, cache, aux).
@@ -142,31 +154,43 @@ class Stack(nnx.Module):
         return run
 
     def _scan(
-        self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any]
-    ) -> tuple[Array, list[Any], dict[str, Any]]:
+        self, x: Array, layers: list[dict[str, Any]], options: dict[str, Any], held: StackedCaches | None
+    ) -> tuple[Array, tuple[Any, ...], dict[str, Any]]:
+        """(x, the new caches of the places, aux) of the whole periods."""
         places = len(self.periods)
         graphdefs, states = zip(*(nnx.split(block) for block in self.periods), strict=True)
         functions = [self._as_function(graphdef, options) for graphdef in graphdefs]
         stacked = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers[place::places]) for place in range(places)]
+        carried: dict[int, Any] = {}  # the caches that the loop writes in place
+        if held is not None:
+            functions = [jax.jit(function) for function in functions]  # traced once, here or in the loop
+            for place, cache in enumerate(held.places):
+                stacked[place]["cache"] = cache
+                if _keeps_cache(functions[place], x, states[place], stacked[place]):
+                    carried[place] = stacked[place].pop("cache")
 
-        def run_period(x: Array, inputs: Any) -> tuple[Array, Any]:
+        def run_period(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            x, carried = carry
+            period, *of_places = inputs
             outputs = []
-            for place, (function, state, layer) in enumerate(zip(functions, *inputs, strict=True)):
+            for place, (function, state, layer) in enumerate(zip(functions, *of_places, strict=True)):
+                own = {"cache": _at(carried[place], period)} if place in carried else {}
                 with jax.named_scope(f"period_{place}"):
-                    x, *output = function(x, state, layer)
-                outputs.append(output)
-            return x, outputs
+                    x, cache, *output = function(x, state, layer | own)
+                if place in carried:
+                    put = functools.partial(lax.dynamic_update_index_in_dim, index=period, axis=0)
+                    carried = carried | {place: jax.tree.map(put, carried[place], cache)}
+                outputs.append((None if place in carried else cache, *output))
+            return (x, carried), outputs
 
-        x, outputs = lax.scan(run_period, x, (list(states), stacked))
-        caches: list[Any] = []
+        periods = jnp.arange(len(layers) // places) if carried else None
+        (x, carried), outputs = lax.scan(run_period, (x, carried), (periods, list(states), stacked))
         aux: dict[str, Any] = {}
         for layer in range(len(layers)):
-            of_layer = jax.tree.map(operator.itemgetter(layer // places), outputs[layer % places][:2])
-            caches.append(of_layer[0])
-            aux = add_aux(aux, of_layer[1])
+            aux = add_aux(aux, jax.tree.map(operator.itemgetter(layer // places), outputs[layer % places][1]))
         for block, (_, _, written) in zip(self.periods, outputs, strict=True):
             nnx.update(block, written)
-        return x, caches, aux
+        return x, tuple(carried.get(place, cache) for place, (cache, *_) in enumerate(outputs)), aux
 
     def _as_function(self, graphdef: Any, options: dict[str, Any]) -> Callable[..., Any]:
         """(x, state, options of the layer) -> (x, cache, aux, the variables that the call has written)."""
@@ -225,6 +249,22 @@ def _stack(blocks: Sequence[nnx.Module]) -> nnx.Module:
 def _take(block: nnx.Module, index: int) -> nnx.Module:
     graphdef, state = nnx.split(block)
     return nnx.merge(graphdef, jax.tree.map(operator.itemgetter(index), state))
+
+
+def _at(tree: Any, period: Any) -> Any:
+    """The entries of one period, which may be traced."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, period, keepdims=False), tree)
+
+
+def _keeps_cache(function: Callable[..., Any], x: Array, state: Any, layer: dict[str, Any]) -> bool:
+    """Whether a layer returns a cache of the type that it was given, as a loop carries it; not for an EmptyCache."""
+
+    def first_period(x: Array, *inputs: Any) -> tuple[Any, Any]:
+        state, layer = _at(inputs, 0)
+        return layer["cache"], function(x, state, layer)[1]
+
+    before, after = jax.eval_shape(first_period, x, state, layer)
+    return jax.tree.flatten(before) == jax.tree.flatten(after)
 
 
 def _refuse_change(*_: Any) -> None:

@@ -27,7 +27,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnax.cache import EmptyCache, KVLayerCache, LinearLayerCache, LinearState, RingKVCache, StoredTokens
+from attnax.cache import (
+    EmptyCache,
+    KVLayerCache,
+    LinearLayerCache,
+    LinearState,
+    RingKVCache,
+    StackedCaches,
+    StoredTokens,
+)
 from attnax.checks import is_concrete
 from attnax.generation.prompt import TextCaches
 from attnax.generation.text import Text
@@ -59,6 +67,7 @@ _OWN = (
     LinearState,
     PagedKVCache,
     RingKVCache,
+    StackedCaches,
     StoredTokens,
     Text,
     TextCaches,

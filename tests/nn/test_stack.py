@@ -112,7 +112,7 @@ def test_caches_of_a_scan_are_those_of_the_loop():
             logits[name], caches[name] = run(model, chunk, caches[name])
         np.testing.assert_allclose(logits["scan"], logits["loop"], atol=1e-5)
     assert len(caches["scan"]) == 5
-    for one, two in zip(jax.tree.leaves(caches["scan"]), jax.tree.leaves(caches["loop"]), strict=True):
+    for one, two in zip(jax.tree.leaves(tuple(caches["scan"])), jax.tree.leaves(caches["loop"]), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
