@@ -22,7 +22,8 @@ def build(make, seed=0):
 
     def draw(path, leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(int(rng.integers(2**31)))
+            key = jax.random.key(int(rng.integers(2**31)))
+            return jax.random.split(key, leaf.shape) if leaf.shape else key
         if not np.issubdtype(np.dtype(leaf.dtype), np.inexact) and leaf.dtype != jnp.bfloat16:
             return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
         values = rng.normal(size=leaf.shape)
