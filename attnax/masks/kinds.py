@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.checks import is_concrete
-from attnax.masks.mask import Dense, Mask, Range, range_bounds, value_at
+from attnax.checks import check_shape, is_concrete
+from attnax.masks.mask import Dense, Mask, Range, present_bounds, value_at
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Index, Int, ScoreShape
 
@@ -19,6 +19,7 @@ __all__ = [
     "Lengths",
     "SlidingWindow",
     "causal",
+    "document_ids",
     "documents",
     "padding",
     "prefix",
@@ -77,10 +78,11 @@ class Documents(Mask):
         return jnp.equal(q_id, value_at(self.kv_ids, b, kv)) & jnp.greater_equal(q_id, 0)
 
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
-        q_least, q_most = range_bounds(self.q_ids, b, q_range)
-        kv_least, kv_most = range_bounds(self.kv_ids, b, kv_range)
-        some = (jnp.maximum(q_least, 0) <= kv_most) & (jnp.maximum(kv_least, 0) <= q_most)
-        return some, (q_least == kv_most) & (kv_least == q_most) & (q_least >= 0)
+        # Padding must not widen the bounds: a row's last tile, half padding, would meet all documents.
+        q_least, q_most, q_lowest = present_bounds(self.q_ids, b, q_range)
+        kv_least, kv_most, kv_lowest = present_bounds(self.kv_ids, b, kv_range)
+        every = (q_lowest == kv_most) & (kv_lowest == q_most) & (q_lowest >= 0)
+        return (q_least <= kv_most) & (kv_least <= q_most), every
 
     @property
     def num_positions(self) -> int | None:
@@ -238,3 +240,48 @@ def documents(
                 f"got shape={ids.shape}, dtype={ids.dtype}."
             )
     return Documents(jnp.atleast_2d(q_ids), jnp.atleast_2d(kv_ids))
+
+
+def document_ids(
+    cu_seqlens: Int[ArrayLike, "M"] | Int[ArrayLike, "B M"], length: int
+) -> Int[Array, "T"] | Int[Array, "B T"]:
+    """The document of each token of a packed row, for `documents`, from the cumulative lengths of the documents.
+
+    Document i holds the tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1, as in the functions of FlashAttention for
+    sequences of different lengths. Equal neighbours are documents without tokens, so that rows with fewer documents
+    repeat their last number.
+
+    Args:
+        cu_seqlens: (number of documents + 1,) or (batch, number of documents + 1), from 0 on, never decreasing; may be
+            traced.
+        length: of a row. Tokens after the last document are padding, with the id -1.
+
+    Raises:
+        ValueError: an array of another shape or dtype; known numbers that do not begin with 0, that decrease or that
+            exceed the length.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks
+        >>> ids = masks.document_ids(jnp.array([0, 3, 5]), 7)
+        >>> ids.tolist()
+        [0, 0, 0, 1, 1, -1, -1]
+        >>> mask = masks.causal() & masks.documents(ids)
+    """
+    check_shape("document_ids", "cu_seqlens", cu_seqlens, ("number + 1",), ("batch", "number + 1"), integers=True)
+    if is_concrete(cu_seqlens):
+        known = np.asarray(cu_seqlens)
+        is_valid = known.shape[-1] > 0 and (known[..., 0] == 0).all() and (np.diff(known) >= 0).all()
+        if not is_valid or known.max(initial=0) > length:
+            raise ValueError(
+                "document_ids: cu_seqlens must begin with 0, never decrease and end at most at the length; "
+                f"got cu_seqlens={known.tolist()}, length={length}."
+            )
+    ends = jnp.asarray(cu_seqlens, jnp.int32)[..., 1:]
+    index = jnp.arange(length, dtype=jnp.int32)
+
+    def of_row(ends: Array) -> Array:
+        ids = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+        return jnp.where(ids < len(ends), ids, -1)
+
+    return of_row(ends) if ends.ndim == 1 else jax.vmap(of_row)(ends)
