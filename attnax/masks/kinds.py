@@ -16,11 +16,13 @@ from attnax.typing import Array, ArrayLike, Bool, Index, Int, ScoreShape
 __all__ = [
     "Causal",
     "Documents",
+    "First",
     "Lengths",
     "SlidingWindow",
     "causal",
     "document_ids",
     "documents",
+    "first",
     "padding",
     "prefix",
     "sliding_window",
@@ -63,6 +65,23 @@ class SlidingWindow(Mask):
     def keys_per_query(self, seq_kv: int) -> int | None:
         is_known = is_concrete(self.before) and is_concrete(self.after)
         return min(int(self.before) + int(self.after) - 1, seq_kv) if is_known else None
+
+
+@pytree_dataclass
+class First(Mask):
+    """All queries attend the keys at positions below `end`."""
+
+    end: int | ArrayLike
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.less(kv, self.end)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        return jnp.less(kv_range[0], self.end), jnp.less(kv_range[1], self.end)
+
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        return min(int(self.end), seq_kv) if is_concrete(self.end) else None
 
 
 @pytree_dataclass
@@ -181,15 +200,32 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
         >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
         [False, True, True, False]
     """
-    number = isinstance(window_size, int | jax.Array | np.ndarray | np.generic)
-    whole = number and jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
-    if not whole or (is_concrete(window_size) and window_size < 1):
-        raise ValueError(
-            f"sliding_window: window_size must be a whole number, at least 1; got window_size={window_size!r}."
-        )
-    if isinstance(window_size, int | np.integer):
-        window_size = min(int(window_size), np.iinfo(np.int32).max)  # no text is longer
+    window_size = _whole_number("sliding_window", "window_size", window_size, 1)
     return SlidingWindow(window_size, 1 if causal else window_size)
+
+
+def first(num_tokens: int | Int[ArrayLike, ""]) -> Mask:
+    """All queries attend the first `num_tokens` keys of their row: `kv < num_tokens`.
+
+    With a window these keys are the attention sinks of StreamingLLM. `RingKVCache` keeps exactly the keys of this mask.
+
+    Args:
+        num_tokens: the same for all rows; `padding` takes one number for each row.
+
+    Raises:
+        ValueError: a number that is below 0 or not whole.
+
+    Example:
+        >>> from attnax import masks
+        >>> mask = masks.causal() & (masks.sliding_window(2) | masks.first(1))
+        >>> [bool(mask(0, 0, 3, kv)) for kv in range(5)]
+        [True, False, True, True, False]
+
+    References:
+        G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+        https://arxiv.org/abs/2309.17453.
+    """
+    return First(_whole_number("first", "num_tokens", num_tokens, 0))
 
 
 def prefix(lengths: Int[ArrayLike, "B"]) -> Mask:
@@ -285,3 +321,13 @@ def document_ids(
         return jnp.where(ids < len(ends), ids, -1)
 
     return of_row(ends) if ends.ndim == 1 else jax.vmap(of_row)(ends)
+
+
+def _whole_number(caller: str, name: str, number: Any, least: int) -> Any:
+    """The number, at most the greatest int32; ValueError unless it is whole and, if known, at least `least`."""
+    is_number = isinstance(number, int | jax.Array | np.ndarray | np.generic)
+    is_whole = is_number and jnp.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
+    if not is_whole or (is_concrete(number) and number < least):
+        raise ValueError(f"{caller}: {name} must be a whole number, at least {least}; got {name}={number!r}.")
+    # No text is longer.
+    return min(int(number), np.iinfo(np.int32).max) if isinstance(number, int | np.integer) else number
