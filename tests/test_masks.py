@@ -326,7 +326,7 @@ def test_padding_at_the_end_of_documents_does_not_widen_their_tiles():
     # Tiles of 16 tokens. The row ends within its last tile, whose tokens meet the tile of their own document only.
     mask = masks.documents(np.repeat([0, 1, 2, -1], [16, 16, 5, 11]))
     q, kv = 16 * np.indices((3, 3))
-    some, every = mask.tile(0, 0, (q, q + 15), (kv, kv + 15))
+    some, every = jax.jit(lambda q, kv: mask.tile(0, 0, (q, q + 15), (kv, kv + 15)))(q, kv)
     np.testing.assert_array_equal(some, np.eye(3, dtype=bool))
     np.testing.assert_array_equal(every, np.diag([True, True, False]))
 

@@ -243,12 +243,12 @@ def range_bounds(
     return least, most
 
 
-def present_bounds(values: Array, b: Index, index_range: Range) -> tuple[Array, Array, Array]:
+def present_bounds(values: ArrayLike, b: Index, index_range: Range) -> tuple[Array, Array, Array]:
     """Bounds (least, greatest) as `range_bounds`, on the values that are not negative; then the least of all values.
 
     Without such a value the first is the greatest integer and the second is negative.
     """
-    xp = np if is_concrete(values) else jnp  # the tables of a constant are computed by NumPy
+    xp, values = (np, np.asarray(values)) if is_concrete(values) else (jnp, values)  # as in `range_tables`
     absent_last = xp.where(values < 0, jnp.iinfo(values.dtype).max, values)
     least, _ = range_bounds(absent_last, b, index_range)
     lowest, most = range_bounds(values, b, index_range)
