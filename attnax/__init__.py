@@ -50,6 +50,7 @@ with lazy_imports(globals()):
     from attnax.kernels.flash import why_not_pallas as why_not_pallas
     from attnax.kernels.linear import linear_attention as linear_attention
     from attnax.kernels.lite import lite_attention as lite_attention
+    from attnax.kernels.merge import merge_attention as merge_attention
     from attnax.kernels.nnx_adapter import nnx_attention_fn as nnx_attention_fn
     from attnax.kernels.paged import paged_attention as paged_attention
     from attnax.kernels.ring import ring_attention as ring_attention

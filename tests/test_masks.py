@@ -59,6 +59,7 @@ def all_masks():
         "real tokens": (masks.padding(np.arange(LENGTH) < LENGTHS[:, None]), lambda b, h, q, kv: kv < LENGTHS[b]),
         "window": (masks.sliding_window(WINDOW), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
         "array window": (masks.sliding_window(jnp.int32(WINDOW)), lambda b, h, q, kv: (kv <= q) & (q - kv < WINDOW)),
+        "first": (masks.first(21), lambda b, h, q, kv: kv < 21),
         "window of both sides": (masks.sliding_window(WINDOW, causal=False), lambda b, h, q, kv: abs(q - kv) < WINDOW),
         "prefix": (masks.prefix(PREFIXES), lambda b, h, q, kv: (kv <= q) | (kv < PREFIXES[b])),
         "documents": (masks.documents(SORTED), lambda b, h, q, kv: SORTED[b, q] == SORTED[b, kv]),
@@ -321,6 +322,38 @@ def test_padding_among_documents_attends_nothing_and_is_attended_by_nothing():
     assert not np.asarray(out)[np.broadcast_to((ids < 0)[:, None], (2, 1, 6))].any()
 
 
+def test_padding_at_the_end_of_documents_does_not_widen_their_tiles():
+    # Tiles of 16 tokens. The row ends within its last tile, whose tokens meet the tile of their own document only.
+    mask = masks.documents(np.repeat([0, 1, 2, -1], [16, 16, 5, 11]))
+    q, kv = 16 * np.indices((3, 3))
+    some, every = jax.jit(lambda q, kv: mask.tile(0, 0, (q, q + 15), (kv, kv + 15)))(q, kv)
+    np.testing.assert_array_equal(some, np.eye(3, dtype=bool))
+    np.testing.assert_array_equal(every, np.diag([True, True, False]))
+
+
+def test_document_ids_are_those_of_cumulative_lengths():
+    ends = np.array([[0, 3, 3, 7, 11], [0, 0, 5, 5, 5]], np.int32)  # with documents without tokens
+    want = np.array([[0] * 3 + [2] * 4 + [3] * 4 + [-1] * 2, [1] * 5 + [-1] * 8])
+    of_length = jax.jit(partial(masks.document_ids, length=13))
+    np.testing.assert_array_equal(of_length(ends), want)
+    np.testing.assert_array_equal(of_length(ends[0]), want[0])
+    assert masks.document_ids(np.zeros(1, np.int32), 2).tolist() == [-1, -1]
+
+
+def test_images_see_themselves_and_text_is_causal_in_one_line():
+    # Two images of 32 and 16 tokens in a text, and tiles of 16 tokens.
+    image = np.repeat([-1, 0, -1, 1, -1], [16, 32, 16, 16, 48])
+    mask = masks.causal() | masks.documents(image)
+    q, kv = np.indices((128, 128))
+    want = (kv <= q) | ((image[q] == image[kv]) & (image[q] >= 0))
+    np.testing.assert_array_equal(dense(mask, 1, 1, 128, 128)[0, 0], want)
+    first_q, first_kv = 16 * np.indices((8, 8))
+    some, every = mask.tile(0, 0, (first_q, first_q + 15), (first_kv, first_kv + 15))
+    tiles = want.reshape(8, 16, 8, 16)
+    np.testing.assert_array_equal(some, tiles.any((1, 3)))
+    np.testing.assert_array_equal(every, tiles.all((1, 3)))
+
+
 def test_functions_that_do_not_take_masks_get_an_array_as_small_as_the_mask():
     score_shape = (2, 3, 5, 7)
     plain = lambda query, key, value, *, mask: mask
@@ -349,6 +382,8 @@ X = np.ones((2, 1, 5, 3), np.float32)
         (lambda: masks.sliding_window(0), "sliding_window: window_size must be .*, at least 1; got window_size=0"),
         (lambda: masks.sliding_window(2.5), "whole number, at least 1; got window_size=2.5"),
         (lambda: masks.sliding_window(np.array([2, 3])), "must be a whole number"),
+        (lambda: masks.first(-1), "first: num_tokens must be a whole number, at least 0; got num_tokens=-1"),
+        (lambda: masks.first(np.array([2, 3])), "must be a whole number"),
         (lambda: masks.sliding_window(True), "got window_size=True"),
         (lambda: masks.sliding_window("3"), "got window_size='3'"),
         (lambda: masks.prefix(np.ones(2)), "prefix: give one whole length a batch row; .* dtype=float"),
@@ -356,6 +391,11 @@ X = np.ones((2, 1, 5, 3), np.float32)
         (lambda: masks.documents(np.ones(3)), "documents: ids must be integers .* dtype=float"),
         (lambda: masks.documents(SORTED[None]), "got shape=.1, 2, 53."),
         (lambda: masks.documents(RUNS, np.int32(3)), "got shape=.., dtype=int32"),
+        (lambda: masks.document_ids(np.array([1, 3]), 5), r"begin with 0, .* got cu_seqlens=.1, 3., length=5"),
+        (lambda: masks.document_ids(np.array([0, 3, 2]), 5), "never decrease"),
+        (lambda: masks.document_ids(np.array([0, 3, 6]), 5), "end at most at the length"),
+        (lambda: masks.document_ids(np.zeros(0, int), 5), "begin with 0"),
+        (lambda: masks.document_ids(np.zeros((1, 1, 2), int), 5), "cu_seqlens must be integers of shape"),
         (lambda: make_sliding_window_mask(5, window_size=-2), "got window_size=-2"),
         (lambda: standard_attention(X, X, X, mask=lambda b, h, q, kv: q - kv), "must return booleans"),
         (lambda: standard_attention(X, X, X, mask=~masks.padding(LENGTHS[:1])), "one length a batch row; got .*=.1,"),

@@ -62,6 +62,12 @@ class EmptyCache:
         window: int | None = getattr(self.cache, "window", None)
         return window
 
+    @property
+    def num_sinks(self) -> int:
+        """Of the inner cache."""
+        num_sinks: int = getattr(self.cache, "num_sinks", 0)
+        return num_sinks
+
     def attend(self, call: CacheCall) -> tuple[Array, Any]:
         result: tuple[Array, Any] = self.cache.attend_first(call)
         return result

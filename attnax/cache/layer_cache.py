@@ -13,6 +13,7 @@ import numpy as np
 from attnax.cache.chunks import Reading, SlotChunks, Source, TokenArrays
 from attnax.checks import check_positions, check_shape, is_concrete
 from attnax.int8_rows import Int8Rows, Rows, decode_rows, zero_rows
+from attnax.masks import Mask, first, sliding_window
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
@@ -48,8 +49,8 @@ class CacheCall(Protocol):
     def positions(self) -> Int[Array, "#B T"]:
         """Of the new tokens; -1 is padding."""
 
-    def attend_new(self) -> Array:
-        """The new tokens attend each other, at indices; padding is hidden."""
+    def attend_new(self, kept: Mask | None = None) -> Array:
+        """The new tokens attend each other, at indices; padding is hidden, and pairs of positions outside of `kept`."""
 
     def attend_stored(self, stored: StoresTokens) -> Array:
         """The new tokens attend stored ones, at positions; `stored` is the second result of `append`."""
@@ -143,10 +144,12 @@ class StoresTokens:
     Attributes:
         overflowed: bool, () or (batch,), whether a write was dropped; attention then gives NaN.
         window: queries attend keys with |q - kv| < window; None if they attend all.
+        num_sinks: with a window, queries attend the first `num_sinks` keys too.
     """
 
     overflowed: Bool[Array, "..."]
     window: int | None = None
+    num_sinks: int = 0
     keeps: ClassVar[Keeps] = "tokens"
     is_empty: ClassVar[bool] = False
 
@@ -164,6 +167,14 @@ class StoresTokens:
     def key_value(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes (K, H) and (K, V) of the keys and values of a token, with the dtypes in which they are read."""
         raise self._lacks("key_value")
+
+    @property
+    def kept(self) -> Mask | None:
+        """The pairs of positions that may attend: the cache keeps the keys of these pairs only. None for all pairs."""
+        if self.window is None:
+            return None
+        near = sliding_window(self.window, causal=False)
+        return near | first(self.num_sinks) if self.num_sinks else near
 
     def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[Any, Any]:
         """Returns (new cache, the tokens that the new tokens attend).
@@ -230,7 +241,8 @@ class StoresTokens:
     def attend_first(self, call: CacheCall) -> tuple[Array, Any]:
         """As in `LayerCache`."""
         cache = self.store(call.new, call.positions)
-        return nan_where_lost(call.attend_new(), cache), cache
+        # A window alone is at least the layer's own, which is in its mask.
+        return nan_where_lost(call.attend_new(self.kept if self.num_sinks else None), cache), cache
 
 
 class InSlots(StoresTokens):
@@ -304,7 +316,7 @@ class InSlots(StoresTokens):
     def tokens(self, dtype: Any) -> StoredTokens:
         """All slots, as arrays of `dtype`."""
         keys, values = (decode_rows(rows, dtype) for rows in self.keys_values(self.slots))
-        return StoredTokens(keys, values, self.positions, self.window)
+        return StoredTokens(keys, values, self.positions, self.window, self.num_sinks)
 
     def select_rows(self: Slots, rows: Int[ArrayLike, "R"]) -> Slots:
         rows = check_rows("select_rows", rows, self.positions.shape[0])
@@ -333,12 +345,14 @@ class StoredTokens(InSlots):
         values: (batch, num_kv_heads, S, value_head_dim).
         positions: int32 (batch, S); -1 is no token.
         window: queries attend keys with |q - kv| < window; None if they attend all.
+        num_sinks: with a window, queries attend the first `num_sinks` keys too.
     """
 
     keys: Float[Array, "B K S H"] | Int8Rows
     values: Float[Array, "B K S Hv"] | Int8Rows
     positions: Int[Array, "B S"]
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    num_sinks: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def num_positions(self) -> int | None:

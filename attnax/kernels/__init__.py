@@ -7,16 +7,19 @@ engines: softmax of a tile, dropout, captured arrays, meshes, platforms. `tests/
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
-from attnax.kernels import cached, flash, linear, lite, nnx_adapter, paged, ring, standard
+from attnax.kernels import cached, flash, linear, lite, merge, nnx_adapter, paged, ring, standard
 from attnax.kernels.cached import *
 from attnax.kernels.flash import *
 from attnax.kernels.linear import *
 from attnax.kernels.lite import *
+from attnax.kernels.merge import *
 from attnax.kernels.nnx_adapter import *
 from attnax.kernels.paged import *
 from attnax.kernels.ring import *
 from attnax.kernels.standard import *
 
 __all__ = [
-    name for module in (cached, flash, linear, lite, nnx_adapter, paged, ring, standard) for name in module.__all__
+    name
+    for module in (cached, flash, linear, lite, merge, nnx_adapter, paged, ring, standard)
+    for name in module.__all__
 ]

@@ -24,7 +24,7 @@ from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
 from attnax.kernels._gpu.decode import DecodeInputs
 from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks, rows_at_once
-from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks, sliding_window
+from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks
 from attnax.typing import Array, AttentionOptions
 
 __all__ = ["attend_stored", "stored_mask"]
@@ -84,14 +84,12 @@ def attend_stored(
 def stored_mask(
     caller: str, cache: StoresTokens, mask: Any, positions: Array, score_shape: tuple[int | None, ...]
 ) -> Mask | None:
-    """The mask of a call at the positions of stored tokens, with the window of the cache."""
+    """The mask of a call at the positions of stored tokens, without the pairs whose keys the cache does not keep."""
     if mask is not None:
         mask = mask_of_cache(as_mask(mask), positions, score_shape[3])
         mask.check(caller, score_shape)
-    if cache.window is None:
-        return mask
-    window = sliding_window(cache.window, causal=False)
-    return window if mask is None else mask & window
+    kept = cache.kept
+    return mask if kept is None else kept if mask is None else mask & kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ def cached_attention(
     Args:
         query: (batch, num_heads, T, head_dim), any floating dtype.
         cache: keys and values, also of the queries' own tokens: append first, then attend to the second result of
-            `append`. In a ring with a window, queries attend only the window.
+            `append`. In a ring with a window, queries attend only the window and the sinks of the ring.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.
         mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an

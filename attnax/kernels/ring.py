@@ -247,9 +247,10 @@ def _ring_forward(
         state, shard = carry
         key, value = ring.send(shard)
         here = ring.operands(operands, count, key, query)
-        return softmax.merge(state, _state(*attend_part(plan, (query, key, value, scale), here))), (key, value)
+        part = softmax.as_state(*attend_part(plan, (query, key, value, scale), here))
+        return softmax.merge(state, part), (key, value)
 
-    start = _state(*attend_part(plan, arrays, operands)), (key, value)
+    start = softmax.as_state(*attend_part(plan, arrays, operands)), (key, value)
     state, _ = lax.fori_loop(1, ring.size, hop, start)
     out, lse = checkpoint_name(softmax.finish(state), "attention_out")
     return (out, softmax.in_nats(lse)), (arrays, operands, out, lse)
@@ -275,11 +276,6 @@ def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Arr
 
 _ring_of.defvjp(_ring_forward, _ring_backward)
 _ring = jax.jit(_ring_of, static_argnums=(0, 1))
-
-
-def _state(out: Array, lse: Array) -> softmax.SoftmaxState:
-    """A finished result as a softmax state, as if its keys were one key."""
-    return softmax.SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
 
 
 def _axis_size(axis_name: Any) -> int:

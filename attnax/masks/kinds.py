@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnax.checks import is_concrete
-from attnax.masks.mask import Dense, Mask, Range, range_bounds, value_at
+from attnax.checks import check_shape, is_concrete
+from attnax.masks.mask import Dense, Mask, Range, present_bounds, value_at
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Index, Int, ScoreShape
 
 __all__ = [
     "Causal",
     "Documents",
+    "First",
     "Lengths",
     "SlidingWindow",
     "causal",
+    "document_ids",
     "documents",
+    "first",
     "padding",
     "prefix",
     "sliding_window",
@@ -65,6 +68,23 @@ class SlidingWindow(Mask):
 
 
 @pytree_dataclass
+class First(Mask):
+    """All queries attend the keys at positions below `end`."""
+
+    end: int | ArrayLike
+    is_opaque = False
+
+    def __call__(self, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        return jnp.less(kv, self.end)
+
+    def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
+        return jnp.less(kv_range[0], self.end), jnp.less(kv_range[1], self.end)
+
+    def keys_per_query(self, seq_kv: int) -> int | None:
+        return min(int(self.end), seq_kv) if is_concrete(self.end) else None
+
+
+@pytree_dataclass
 class Documents(Mask):
     """Tokens attend the tokens of the same id; a negative id is padding, which neither attends nor is attended."""
 
@@ -77,10 +97,11 @@ class Documents(Mask):
         return jnp.equal(q_id, value_at(self.kv_ids, b, kv)) & jnp.greater_equal(q_id, 0)
 
     def tile(self, b: Index, h: Index, q_range: Range, kv_range: Range) -> tuple[Any, Any]:
-        q_least, q_most = range_bounds(self.q_ids, b, q_range)
-        kv_least, kv_most = range_bounds(self.kv_ids, b, kv_range)
-        some = (jnp.maximum(q_least, 0) <= kv_most) & (jnp.maximum(kv_least, 0) <= q_most)
-        return some, (q_least == kv_most) & (kv_least == q_most) & (q_least >= 0)
+        # Padding must not widen the bounds: a row's last tile, half padding, would meet all documents.
+        q_least, q_most, q_lowest = present_bounds(self.q_ids, b, q_range)
+        kv_least, kv_most, kv_lowest = present_bounds(self.kv_ids, b, kv_range)
+        every = (q_lowest == kv_most) & (kv_lowest == q_most) & (q_lowest >= 0)
+        return (q_least <= kv_most) & (kv_least <= q_most), every
 
     @property
     def num_positions(self) -> int | None:
@@ -179,15 +200,32 @@ def sliding_window(window_size: int | Int[ArrayLike, ""], *, causal: bool = True
         >>> [bool(mask(0, 0, 2, kv)) for kv in range(4)]
         [False, True, True, False]
     """
-    number = isinstance(window_size, int | jax.Array | np.ndarray | np.generic)
-    whole = number and jnp.ndim(window_size) == 0 and jnp.issubdtype(jnp.result_type(window_size), jnp.integer)
-    if not whole or (is_concrete(window_size) and window_size < 1):
-        raise ValueError(
-            f"sliding_window: window_size must be a whole number, at least 1; got window_size={window_size!r}."
-        )
-    if isinstance(window_size, int | np.integer):
-        window_size = min(int(window_size), np.iinfo(np.int32).max)  # no text is longer
+    window_size = _whole_number("sliding_window", "window_size", window_size, 1)
     return SlidingWindow(window_size, 1 if causal else window_size)
+
+
+def first(num_tokens: int | Int[ArrayLike, ""]) -> Mask:
+    """All queries attend the first `num_tokens` keys of their row: `kv < num_tokens`.
+
+    With a window these keys are the attention sinks of StreamingLLM. `RingKVCache` keeps exactly the keys of this mask.
+
+    Args:
+        num_tokens: the same for all rows; `padding` takes one number for each row.
+
+    Raises:
+        ValueError: a number that is below 0 or not whole.
+
+    Example:
+        >>> from attnax import masks
+        >>> mask = masks.causal() & (masks.sliding_window(2) | masks.first(1))
+        >>> [bool(mask(0, 0, 3, kv)) for kv in range(5)]
+        [True, False, True, True, False]
+
+    References:
+        G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+        https://arxiv.org/abs/2309.17453.
+    """
+    return First(_whole_number("first", "num_tokens", num_tokens, 0))
 
 
 def prefix(lengths: Int[ArrayLike, "B"]) -> Mask:
@@ -238,3 +276,58 @@ def documents(
                 f"got shape={ids.shape}, dtype={ids.dtype}."
             )
     return Documents(jnp.atleast_2d(q_ids), jnp.atleast_2d(kv_ids))
+
+
+def document_ids(
+    cu_seqlens: Int[ArrayLike, "M"] | Int[ArrayLike, "B M"], length: int
+) -> Int[Array, "T"] | Int[Array, "B T"]:
+    """The document of each token of a packed row, for `documents`, from the cumulative lengths of the documents.
+
+    Document i holds the tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1, as in the functions of FlashAttention for
+    sequences of different lengths. Equal neighbours are documents without tokens, so that rows with fewer documents
+    repeat their last number.
+
+    Args:
+        cu_seqlens: (number of documents + 1,) or (batch, number of documents + 1), from 0 on, never decreasing; may be
+            traced.
+        length: of a row. Tokens after the last document are padding, with the id -1.
+
+    Raises:
+        ValueError: an array of another shape or dtype; known numbers that do not begin with 0, that decrease or that
+            exceed the length.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import masks
+        >>> ids = masks.document_ids(jnp.array([0, 3, 5]), 7)
+        >>> ids.tolist()
+        [0, 0, 0, 1, 1, -1, -1]
+        >>> mask = masks.causal() & masks.documents(ids)
+    """
+    check_shape("document_ids", "cu_seqlens", cu_seqlens, ("number + 1",), ("batch", "number + 1"), integers=True)
+    if is_concrete(cu_seqlens):
+        known = np.asarray(cu_seqlens)
+        is_valid = known.shape[-1] > 0 and (known[..., 0] == 0).all() and (np.diff(known) >= 0).all()
+        if not is_valid or known.max(initial=0) > length:
+            raise ValueError(
+                "document_ids: cu_seqlens must begin with 0, never decrease and end at most at the length; "
+                f"got cu_seqlens={known.tolist()}, length={length}."
+            )
+    ends = jnp.asarray(cu_seqlens, jnp.int32)[..., 1:]
+    index = jnp.arange(length, dtype=jnp.int32)
+
+    def of_row(ends: Array) -> Array:
+        ids = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+        return jnp.where(ids < len(ends), ids, -1)
+
+    return of_row(ends) if ends.ndim == 1 else jax.vmap(of_row)(ends)
+
+
+def _whole_number(caller: str, name: str, number: Any, least: int) -> Any:
+    """The number, at most the greatest int32; ValueError unless it is whole and, if known, at least `least`."""
+    is_number = isinstance(number, int | jax.Array | np.ndarray | np.generic)
+    is_whole = is_number and jnp.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
+    if not is_whole or (is_concrete(number) and number < least):
+        raise ValueError(f"{caller}: {name} must be a whole number, at least {least}; got {name}={number!r}.")
+    # No text is longer.
+    return min(int(number), np.iinfo(np.int32).max) if isinstance(number, int | np.integer) else number

@@ -221,7 +221,9 @@ def value_at(values: Array, b: Index, index: Index) -> Array:
     return values[0 if values.shape[0] == 1 else b, jnp.maximum(index, 0)]
 
 
-def range_bounds(values: Array, b: Index, index_range: Range, tables: list[Any] | None = None) -> tuple[Array, Array]:
+def range_bounds(
+    values: ArrayLike, b: Index, index_range: Range, tables: list[Any] | None = None
+) -> tuple[Array, Array]:
     """Bounds (least, greatest) on `values[b, first:last + 1]`, exact for a range of whole blocks of 16.
 
     Args:
@@ -241,7 +243,19 @@ def range_bounds(values: Array, b: Index, index_range: Range, tables: list[Any] 
     return least, most
 
 
-def range_tables(values: Array) -> list[Any]:
+def present_bounds(values: ArrayLike, b: Index, index_range: Range) -> tuple[Array, Array, Array]:
+    """Bounds (least, greatest) as `range_bounds`, on the values that are not negative; then the least of all values.
+
+    Without such a value the first is the greatest integer and the second is negative.
+    """
+    xp, values = (np, np.asarray(values)) if is_concrete(values) else (jnp, values)  # as in `range_tables`
+    absent_last = xp.where(values < 0, jnp.iinfo(values.dtype).max, values)
+    least, _ = range_bounds(absent_last, b, index_range)
+    lowest, most = range_bounds(values, b, index_range)
+    return least, most, lowest
+
+
+def range_tables(values: ArrayLike) -> list[Any]:
     """The bounds of ranges of `values` (B|1, length), for `range_bounds`.
 
     Level j of a table holds the bounds of 2**j blocks from each block on; two entries of one level cover any range.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from attnax.checks import check_broadcast, check_positions
 from attnax.masks.arguments import MaskedScoreMod, check_score_mod, split_score_mod
-from attnax.masks.mask import Dense, Mask, NoTruth, Range, range_bounds, value_at
+from attnax.masks.mask import Dense, Mask, NoTruth, Range, present_bounds, range_bounds, value_at
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, Int, ScoreMod, ScoreShape
 
@@ -126,9 +126,7 @@ def tile_at_positions(
     kv_range: Range,
 ) -> tuple[Any, Any]:
     """`AtPositions.tile` for positions (B|1, T) and (B|1, S); `tile` is that of the inner mask, None if all attend."""
-    absent_last = jnp.where(kv_positions < 0, jnp.iinfo(jnp.int32).max, kv_positions)
-    kv_least, _ = range_bounds(absent_last, b, kv_range)
-    lowest, kv_most = range_bounds(kv_positions, b, kv_range)
+    kv_least, kv_most, lowest = present_bounds(kv_positions, b, kv_range)
     some, every = True, True
     if tile is not None:
         some, every = tile(b, h, range_bounds(q_positions, b, q_range), (kv_least, kv_most))

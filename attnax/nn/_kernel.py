@@ -150,7 +150,9 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
             "reads a LinearLayerCache, softmax kernels read the other caches, lite attention reads none."
         )
     held = getattr(cache, "window", None)
-    if held is not None and (window is None or window > held):
+    # A ring with sinks is asked for, and hides what it does not keep: a layer has no option that says the same.
+    needs_window = held is not None and not getattr(cache, "num_sinks", 0)
+    if (window is None and needs_window) or (window is not None and held is not None and window > held):
         raise ValueError(
             "MultiHeadAttention: the layer's attention_window must be set and at most the window of its cache; "
             f"got window={held}, attention_window={window}. Make the cache with that window, or with none."
@@ -173,10 +175,10 @@ class CachedCall(NamedTuple):
         assert self.heads.positions is not None
         return self.heads.positions
 
-    def attend_new(self) -> Array:
+    def attend_new(self, kept: Mask | None = None) -> Array:
         heads = self.heads
         positions = jnp.broadcast_to(self.positions, (heads.query.shape[0], heads.query.shape[2]))
-        real = padding(positions >= 0)
+        real = padding(positions >= 0) if kept is None else at_positions(kept, positions, positions)
         return self.kernel.attend(heads._replace(mask=real if heads.mask is None else heads.mask & real))
 
     def attend_stored(self, stored: StoresTokens) -> Array:
@@ -193,6 +195,8 @@ class CachedCall(NamedTuple):
             out: Array = kernel.call(functools.partial(read, mask=mask), heads)
             return out
         tokens = stored.tokens(heads.query.dtype)
+        if stored.num_sinks and stored.kept is not None:  # a window alone is the layer's, which is in its mask
+            mask = stored.kept if mask is None else mask & stored.kept
         mask = at_positions(mask, positions, tokens.positions)
         if score_mod is not None:
             score_mod = at_positions(score_mod, positions, tokens.positions)

@@ -16,6 +16,8 @@ with lazy_imports(globals()):
     from attnax.text.model import TextModel as TextModel
     from attnax.text.model import Translator as Translator
     from attnax.text.model import prompt_array as prompt_array
+    from attnax.text.packing import Packed as Packed
+    from attnax.text.packing import pack as pack
     from attnax.text.published import is_published as is_published
     from attnax.text.published import open_published as open_published
     from attnax.text.published_codec import PublishedCodec as PublishedCodec

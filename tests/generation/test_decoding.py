@@ -188,6 +188,49 @@ def test_a_window_needs_the_memory_of_the_window(position, kind):
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
 
 
+WINDOW, SINKS = 4, 3
+
+
+def ring_with_sinks(model, slots):
+    sizes = ROWS, model.config.num_kv_heads, model.config.layer(0).head_size, slots
+    ring = attnax.init_ring_kv_cache(*sizes, window=WINDOW, num_sinks=SINKS, value_head_dim=model.config.value_head_dim)
+    return (ring,) * model.config.num_layers
+
+
+def logits_of_window_and_sinks(model, ids, lengths):
+    """Of the full forward of the model with a mask that attends what a ring with sinks keeps, (ROWS, LENGTH, V)."""
+    model.decoder.self_mask = nnx.data(masks.causal() & (masks.sliding_window(WINDOW) | masks.first(SINKS)))
+    return np.asarray(full_forward(*nnx.split(model), ids, np.arange(LENGTH)[None] < lengths[:, None]))
+
+
+@pytest.mark.parametrize("slots", [SINKS + WINDOW, pytest.param(SINKS + WINDOW + 5, marks=pytest.mark.contract)])
+def test_a_model_whose_mask_keeps_the_first_tokens_decodes_with_a_ring_of_window_and_sinks(slots):
+    rng, lengths, model = np.random.default_rng(11), np.array([LENGTH, 19]), make_model("rope in two layers")
+    ids = rng.integers(0, BASE.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    expected = logits_of_window_and_sinks(model, ids, lengths)
+    splits = (PREFILL, [9, 18]), (CHUNK, [1, 0]), (CHUNK, [4, 1]), (CHUNK, [3, 0]), (CHUNK, [5, 0]), (CHUNK, [1, 0])
+    splits = [(width, np.array(counts)) for width, counts in splits]
+    logits = through_cache(*nnx.split(model), ring_with_sinks(model, slots), ids, lengths, splits, rng)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("attention_type", ["flash", "standard"])
+def test_a_model_without_a_window_attends_what_a_ring_with_sinks_keeps(attention_type):
+    """The prompt, longer than the ring, enters an EmptyCache."""
+    model, lengths = make_model("rope", attention_type=attention_type), np.array([LENGTH, LENGTH])
+    ids = np.random.default_rng(12).integers(0, BASE.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    expected = logits_of_window_and_sinks(model, ids, lengths)
+    model.decoder.self_mask = nnx.data(masks.causal())
+    graphdef, state = nnx.split(model)
+    caches, logits = tuple(map(attnax.cache.EmptyCache, ring_with_sinks(model, SINKS + WINDOW))), []
+    for chunk in (slice(0, PREFILL), slice(PREFILL, LENGTH)):
+        position_ids = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[chunk], (ROWS, chunk.stop - chunk.start))
+        out, caches = read_chunk(graphdef, state, ids[:, chunk], position_ids, caches)
+        logits.append(np.asarray(out))
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
+
+
 def ones(*shape):
     return jax.device_put(np.ones(shape, np.float32))
 
@@ -201,9 +244,9 @@ def indices(length):
     return np.arange(length)[:, None], np.arange(length)[None]
 
 
-@pytest.mark.parametrize("slots", [3, 200])
-def test_a_ring_without_spare_slots_attends_the_tokens_that_it_overwrites(slots):
-    length = slots + 20 + -slots % 5
+@pytest.mark.parametrize(("slots", "num_sinks"), [(3, 0), (200, 0), (7, 4)])
+def test_a_ring_without_spare_slots_attends_the_tokens_that_it_overwrites(slots, num_sinks):
+    length, window = slots + 20 + -slots % 5, slots - num_sinks
     key, value, query = keys_values(0, length)
 
     @jax.jit
@@ -212,14 +255,14 @@ def test_a_ring_without_spare_slots_attends_the_tokens_that_it_overwrites(slots)
         # The ring's own window is enforced, whatever the mask.
         return ring, attnax.cached_attention(query, seen, positions, mask=masks.causal())
 
-    ring, outputs = attnax.init_ring_kv_cache(1, 2, 4, slots, window=slots), []
+    ring, outputs = attnax.init_ring_kv_cache(1, 2, 4, slots, window=window, num_sinks=num_sinks), []
     for start in range(0, length, 5):
         chunk = slice(start, start + 5)
         positions = np.arange(start, start + 5)
         ring, out = read(ring, *(x[:, :, chunk] for x in (key, value, query)), positions)
         outputs.append(np.asarray(out))
     q, kv = indices(length)
-    wanted, _ = attention(query, key, value, keep=(kv <= q) & (kv > q - slots))
+    wanted, _ = attention(query, key, value, keep=(kv <= q) & ((kv > q - window) | (kv < num_sinks)))
     np.testing.assert_allclose(np.concatenate(outputs, axis=2), wanted, atol=1e-5)
 
 
@@ -409,8 +452,8 @@ def forget(cache, first):
 
 
 class TestRing:
-    def ring(self, slots=5, window=None):
-        return attnax.init_ring_kv_cache(2, 1, 3, slots, window=window)
+    def ring(self, slots=5, window=None, num_sinks=0):
+        return attnax.init_ring_kv_cache(2, 1, 3, slots, window=window, num_sinks=num_sinks)
 
     def tokens(self, *positions):
         positions = np.array(positions, np.int32)
@@ -470,6 +513,33 @@ class TestRing:
         short, _ = append(self.ring(6, window=4), *self.tokens([0, 1, 2], [0, 1, 2]))
         assert forget(short, np.array([0, 1])).overflowed.tolist() == [False, False]
 
+    def test_the_first_tokens_stay_in_slots_of_their_own(self):
+        ring, positions = self.ring(6, window=3, num_sinks=2), np.arange(15).reshape(5, 3)
+        for chunk in positions:
+            ring, seen = append(ring, *self.tokens(chunk, np.where(chunk < 9, chunk, -1)))
+        assert ring.positions.tolist() == [[0, 1, 14, 11, 12, 13], [0, 1, 6, 7, 8, 5]]
+        assert np.asarray(ring.keys)[:, 0, :, 0].tolist() == ring.positions.tolist()
+        assert seen.num_sinks == 2 and seen.positions.shape == (2, 9)  # three tokens overwrite attended ones
+        assert ring.next_positions().tolist() == [15, 9]
+        rows = attnax.cache.select_rows([ring], np.array([1, 0]))[0]
+        assert (rows.num_sinks, rows.positions[1].tolist()) == (2, ring.positions[0].tolist())
+
+    def test_sinks_are_taken_back_as_other_tokens_are(self):
+        ring = self.ring(6, window=3, num_sinks=2)
+        for chunk in np.arange(12).reshape(6, 2):
+            ring, _ = append(ring, *self.tokens(chunk, chunk))
+        assert forget(ring, np.array([10, 9])).overflowed.tolist() == [False, True]
+        short, _ = append(self.ring(6, window=3, num_sinks=2), *self.tokens([0, 1, 2], [0, 1, -1]))
+        short = forget(short, np.array([1, 0]))
+        assert short.overflowed.tolist() == [False, False] and short.next_positions().tolist() == [1, 0]
+        late, _ = append(ring, *self.tokens([12, 14], [12, 13]))
+        assert late.overflowed.tolist() == [True, False]
+
+    def test_a_layer_with_a_longer_window_refuses_a_ring_with_sinks(self):
+        layer = build(lambda rngs: attnax.MultiHeadAttention(rngs, num_heads=2, in_features=6, attention_window=5))
+        with pytest.raises(ValueError, match="at most the window of its cache; got window=3, attention_window=5"):
+            layer(ones(2, 1, 6), kv_cache=attnax.init_ring_kv_cache(2, 2, 3, 8, window=3, num_sinks=2))
+
     def test_a_layer_must_have_the_window(self):
         layer = build(lambda rngs: attnax.MultiHeadAttention(rngs, num_heads=2, in_features=6))
         with pytest.raises(
@@ -482,10 +552,16 @@ class TestRing:
             layer(ones(2, 1, 6), kv_cache=attnax.cache.EmptyCache(attnax.init_linear_layer_cache(2, 2, 3)))
 
     def test_wrong_sizes_are_refused_in_words(self):
-        with pytest.raises(ValueError, match="max_len must be at least the window; got max_len=2, window=3"):
+        with pytest.raises(ValueError, match=r"max_len must be at least window \+ num_sinks; got max_len=2, window=3"):
             self.ring(2, window=3)
         with pytest.raises(ValueError, match="window must be at least 1; got window=0"):
             self.ring(2, window=0)
+        with pytest.raises(ValueError, match=r"at least window \+ num_sinks; got max_len=4, window=3, num_sinks=2"):
+            self.ring(4, window=3, num_sinks=2)
+        with pytest.raises(ValueError, match="with sinks must have a window; got num_sinks=2, window=None"):
+            self.ring(4, num_sinks=2)
+        with pytest.raises(ValueError, match="num_sinks must be at least 1; got num_sinks=-1"):
+            self.ring(4, window=3, num_sinks=-1)
 
 
 def test_a_prompt_enters_a_cache_whose_tokens_were_taken_back():

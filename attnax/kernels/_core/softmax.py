@@ -29,6 +29,7 @@ from attnax.typing import Array
 __all__ = [
     "LOG2E",
     "SoftmaxState",
+    "as_state",
     "finish",
     "in_log2",
     "in_nats",
@@ -141,6 +142,11 @@ def merge(left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
         peak_T,
         left.sum * left_T + right.sum * right_T,
     )
+
+
+def as_state(out: Array, lse: Array) -> SoftmaxState:
+    """A finished result as a state, as if its keys were one key; `lse` is in units of log 2."""
+    return SoftmaxState(out, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)))
 
 
 def finish(state: SoftmaxState) -> tuple[Array, Array]:
