@@ -287,3 +287,18 @@ def test_text_caches_are_a_pytree_of_rows(first):
     leaves = jax.tree.leaves(first.caches)
     assert isinstance(jax.tree.map(np.asarray, first.caches), TextCaches) and len(leaves) == 8
     assert init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=3)[0].next_positions().tolist() == [0, 0]
+
+
+def test_slots_of_tokens_that_were_taken_back_are_used_again(model, first):
+    cache = first.caches.forget(jax.device_put(np.array([5, 3]))).layers[0]
+    assert int(cache.slots_in_use()) == 4 and cache.length.dtype == np.int32
+    caches = first.caches
+    for _ in range(2):
+        caches = caches.forget(jax.device_put(np.array([7, 7])))
+        caches = model.generate(SECOND, caches=caches, max_new_tokens=6, return_caches=True).caches
+        assert int(caches.layers[0].slots_in_use()) == 7 + 5 + 6 - 1
+
+
+def test_rows_of_numpy_caches_are_chosen(model):
+    caches = jax.tree.map(np.asarray, model.prefill(FIRST, cache="paged"))
+    assert caches.select_rows(jax.device_put(np.array([1, 1]))).layers[0].seq_lengths.tolist() == [6, 6]
