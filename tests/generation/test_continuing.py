@@ -299,6 +299,19 @@ def test_slots_of_tokens_that_were_taken_back_are_used_again(model, first):
         assert int(caches.layers[0].slots_in_use()) == 7 + 5 + 6 - 1
 
 
+def test_a_text_goes_on_under_jit_in_64_bits(model):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        caches = model.prefill(FIRST)
+        answer = jax.jit(lambda caches: model.generate(SECOND, caches=caches, max_new_tokens=1))
+        assert_same(answer(caches), model.generate(BOTH, max_new_tokens=1))
+
+
+def test_beams_are_the_same_in_64_bits(model):
+    want = model.beam_search(FIRST, num_beams=2, max_new_tokens=2).tokens
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(model.beam_search(FIRST, num_beams=2, max_new_tokens=2).tokens, want)
+
+
 def test_rows_of_numpy_caches_are_chosen(model):
     caches = jax.tree.map(np.asarray, model.prefill(FIRST, cache="paged"))
     assert caches.select_rows(jax.device_put(np.array([1, 1]))).layers[0].seq_lengths.tolist() == [6, 6]
