@@ -139,7 +139,7 @@ def stream(
     writer: Writer, prompt_ids: ArrayLike | None, *, max_new_tokens: int, **options: Unpack[PromptOptions]
 ) -> Stream:
     """The tokens of `generate`, (rows,) at a time."""
-    unknown = sorted(options.keys() - WriteOptions.__annotations__.keys() - PromptOptions.__annotations__.keys())
+    unknown = sorted(options.keys() - PromptOptions.__annotations__.keys())
     if unknown:
         raise ValueError(
             "stream: takes the options of generate but a draft and return_caches, in place of which it has stop(); "

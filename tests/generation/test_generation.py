@@ -665,8 +665,14 @@ def test_wrong_input_is_refused_in_words(model, options, words):
         model.generate(options.pop("prompt_ids"), **options)
 
 
+@pytest.mark.parametrize("option", ["draft", "caches", "prefill_chunk"])
+def test_options_that_streaming_a_translation_lacks_are_refused_in_words(translator, option):
+    with pytest.raises(TypeError, match=f"Transformer.stream: options must be among .*; got {option}"):
+        translator.stream(SOURCE, 5, 1, **{option: None})
+
+
 def test_options_that_streaming_lacks_are_refused_in_words(model):
-    with pytest.raises(ValueError, match="takes the options of generate, but no draft; got draft, num_draft_tokens"):
+    with pytest.raises(ValueError, match="options of generate but a draft and return_caches.*got draft, num_draft_tokens"):
         model.stream(prompt(), max_new_tokens=3, draft=model, num_draft_tokens=2)
 
 
