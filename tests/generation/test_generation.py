@@ -122,7 +122,7 @@ def test_the_cache_is_donated(model):
     caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=4, max_len=17)
     _, after = generation.generate(writer.step, writer.state, request, caches, max_new_tokens=9)
     assert all(x.is_deleted() for x in jax.tree.leaves(caches))
-    assert int(after[0].length) == 16 and after[0].positions[3].tolist() == [*range(16), -1]
+    assert int(after.layers[0].length) == 16 and after.layers[0].positions[3].tolist() == [*range(16), -1]
 
 
 @pytest.mark.thorough
