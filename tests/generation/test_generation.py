@@ -672,7 +672,7 @@ def test_options_that_streaming_a_translation_lacks_are_refused_in_words(transla
 
 
 def test_options_that_streaming_lacks_are_refused_in_words(model):
-    with pytest.raises(ValueError, match="options of generate but a draft and return_caches.*got draft, num_draft_tokens"):
+    with pytest.raises(ValueError, match="a draft and return_caches, in place.*got draft, num_draft_tokens"):
         model.stream(prompt(), max_new_tokens=3, draft=model, num_draft_tokens=2)
 
 
