@@ -42,6 +42,13 @@ class KVLayerCache(InSlots):
     def slots_in_use(self) -> Int[Array, ""]:
         return self.length
 
+    def forget(self, first: Int[ArrayLike, "B"]) -> KVLayerCache:
+        """Takes back each row's tokens from position `first` on; slots behind the last token of all rows are free."""
+        cache = super().forget(first)
+        held = (cache.positions >= 0).any(0)
+        end = jnp.where(held, jnp.arange(1, self.max_len + 1, dtype=jnp.int32), 0).max()
+        return dataclasses.replace(cache, length=jnp.minimum(self.length, end))
+
     def append(self, new: Mapping[str, Array], positions: ArrayLike) -> tuple[KVLayerCache, KVLayerCache]:
         """The cache with the new tokens, twice: the cache holds every token that the new tokens may attend."""
         cache = _write("KVLayerCache.append", self, new, None, positions)
@@ -49,7 +56,7 @@ class KVLayerCache(InSlots):
 
     def store(self, new: Mapping[str, Array], positions: ArrayLike) -> KVLayerCache:
         """`append` from the first slot on; padding behind the last token of all rows takes no slot."""
-        empty = dataclasses.replace(self, length=jnp.zeros_like(self.length))  # tokens may have been taken back
+        empty = dataclasses.replace(self, length=jnp.zeros_like(self.length))  # rows may have been left out
         return _write("KVLayerCache.store", empty, new, 0, positions)
 
 

@@ -61,16 +61,13 @@ class CacheCall(Protocol):
 
 @runtime_checkable
 class RowsOfText(Protocol):
-    """What generation does with the cache of a model: choose its rows, take tokens back, and make room."""
+    """What generation does with the cache of any step: choose its rows, and take tokens back."""
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> Any:
         """A cache of the rows `rows`: in any order, also repeated or left out."""
 
     def forget(self, first: Int[ArrayLike, "B"]) -> Any:
         """Takes back each row's tokens from position `first` on."""
-
-    def grow(self, max_len: int, num_rows: int) -> Any:
-        """The same tokens with room for `max_len` slots a row; a pool has room for `num_rows` such rows."""
 
 
 @runtime_checkable
@@ -87,6 +84,9 @@ class LayerCache(RowsOfText, Protocol):
 
     def slots_in_use(self) -> Int[Array, ""]:
         """The slots of a row that hold tokens or padding, at most; new tokens need as many slots more."""
+
+    def grow(self, max_len: int, num_rows: int) -> Any:
+        """The same tokens with room for `max_len` slots a row; a pool has room for `num_rows` such rows."""
 
     @property
     def is_empty(self) -> bool:

@@ -129,7 +129,7 @@ def _choose(
     # Each beam has at most one continuation for each stop sequence that ends it, so at least num_beams do not end.
     count = min((1 + max(1, request.stops.shape[0])) * num_beams, scores.shape[1])
     scores, index = lax.top_k(scores, count)
-    parents = (jnp.arange(batch)[:, None] * num_beams + index // size).reshape(-1)
+    parents = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + index // size).reshape(-1)
     text = search.text.select_rows(parents).append((index % size).reshape(-1))
     written = (text.lengths - text.prompt_lengths).reshape(batch, count)
     ends = text.ends_with(request.stops).reshape(batch, count) | (written >= request.max_new_tokens)

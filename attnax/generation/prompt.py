@@ -38,7 +38,11 @@ class TextCaches:
         return TextCaches(*select_rows((self.text, self.layers), jnp.asarray(rows)))
 
     def forget(self, first: Int[ArrayLike, "B"]) -> TextCaches:
-        """Takes back each row's tokens from position `first` on; the first token of a row stays."""
+        """Takes back each row's tokens from position `first` on; the first token of a row stays.
+
+        Behind a window some tokens are gone: where the next token needs one, its row's log-probabilities are NaN
+        (`RingKVCache.forget`).
+        """
         lengths = jnp.clip(jnp.asarray(first, jnp.int32), 1, self.text.lengths)
         text = Text(self.text.ids, jnp.minimum(self.text.prompt_lengths, lengths), lengths)
         return TextCaches(text, forget(self.layers, lengths - 1))

@@ -161,7 +161,7 @@ def make_request(
     sampler = sampler.as_arrays(vocab_size).repeat_rows(ids.shape[0], num_samples)
     missing = ((0, 0), (0, max(0, (pad_to or 0) - ids.shape[1])))
     first = 0 if earlier is None else xp.asarray(earlier.lengths)[:, None]
-    positions = xp.where(real, first + xp.cumsum(real, axis=1) - 1, -1).astype(np.int32)
+    positions = xp.where(real, first + xp.cumsum(real, axis=1, dtype=np.int32) - 1, -1).astype(np.int32)
     return Request(
         ids=place_like(prompt_ids, xp.pad(ids, missing)),
         position_ids=place_like(prompt_ids, xp.pad(positions, missing, constant_values=-1)),
@@ -180,7 +180,7 @@ def make_request(
 
 def longest(text: Text) -> int:
     """The tokens of the longest row; where lengths are traced, the room of the rows."""
-    return int(np.max(text.lengths)) if is_concrete(text.lengths) else text.ids.shape[1]
+    return int(np.asarray(text.lengths).max()) if is_concrete(text.lengths) else text.ids.shape[1]
 
 
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
@@ -296,6 +296,7 @@ def _check_tokens(name: str, ids: Any, vocab_size: int) -> None:
         raise ValueError(f"generate: {name} must be whole numbers, at least one; got {ids}.")
     if not is_concrete(ids):
         return
-    low, high = int(np.min(ids)), int(np.max(ids))
+    ids = np.asarray(ids)
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"generate: {name} must be at least 0 and below {vocab_size}; got {low if low < 0 else high}.")

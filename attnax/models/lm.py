@@ -21,7 +21,6 @@ from attnax.generation.step import Tokens
 from attnax.masks import Mask
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import (
-    PREFILL_CHUNK,
     PromptOptions,
     Writer,
     beam_search,
@@ -123,7 +122,7 @@ class TransformerLM(nnx.Module):
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
         return_caches: bool = False,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> Generation:
         """Continues each prompt, in two compiled programs that serve prompts of several lengths.
 
@@ -147,11 +146,12 @@ class TransformerLM(nnx.Module):
                 or "ring" with a draft.
             cache_dtype: of keys and values, by default the config's dtype; "int8" needs a quarter of float32's memory.
             caches: of an earlier call of this model: its texts, which prompts follow, are not read again. The tokens
-                are those of a prompt that holds everything. They have one row for all prompts or a row for each, and
-                stay as they are.
+                are those of a prompt that holds everything, unless a token attends later ones. The caches have one row
+                for all prompts or a row for each, and stay as they are.
             return_caches: the result has the `caches` of its rows, for a later call.
-            prefill_chunk: tokens of a row that the model reads at once. A longer prompt enters in chunks, so that the
-                memory of reading it does not grow with its length.
+            prefill_chunk: tokens of a row that the model reads at once, by default 512. A longer prompt enters in
+                chunks, so that the memory of reading it does not grow with its length. No token attends a later chunk,
+                so a model whose `self_mask` is not `causal()` or `causal() & mask` reads a prompt at once by default.
 
         Returns:
             Generation of batch * num_samples rows: tokens, lengths, the model's log-probabilities, steps, caches.
@@ -192,7 +192,7 @@ class TransformerLM(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> TextCaches:
         """Reads prompts and writes nothing: the caches that `generate(caches=...)` goes on from.
 
@@ -217,7 +217,7 @@ class TransformerLM(nnx.Module):
         cache: CacheKind | None = None,
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> Beams:
         """The `num_beams` best texts found after each prompt, the best first.
 
@@ -297,4 +297,5 @@ def _called(model: TransformerLM, ids: Array, options: dict[str, Any]) -> tuple[
     result = model(ids, **options)
     if not isinstance(result, tuple) or len(result) != 2 or jnp.shape(result[0])[:2] != ids.shape:
         raise NotImplementedError(advice.format(f"got {type(result).__name__}"))
-    return result
+    logits, caches = result
+    return logits, tuple(caches) if isinstance(caches, list) else caches  # a loop carries one type

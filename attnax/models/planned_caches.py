@@ -63,12 +63,7 @@ class CachePlan:
             caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
         else:
             caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
-        if self.at_once:
-            return tuple(map(EmptyCache, caches))
-        places = max(1, len(self.config.layer_pattern))
-        if not self.config.scan_layers or self.config.num_layers < places:
-            return caches
-        return stack_caches("generate", caches, places, self.config.num_layers // places)  # as the model returns them
+        return tuple(map(EmptyCache, caches)) if self.at_once else _as_returned(caches, self.config)
 
 
 @pytree_dataclass
@@ -77,32 +72,47 @@ class Continued:
 
     Attributes:
         layers: of one row, or of a row for each prompt.
+        config: of the model that goes on.
         batch_size: prompts.
         max_len: slots of a row.
         pool_rows: rows that share a pool of pages.
     """
 
     layers: Any
+    config: TransformerConfig = dataclasses.field(metadata={"static": True})
     batch_size: int = dataclasses.field(metadata={"static": True})
     max_len: int = dataclasses.field(metadata={"static": True})
     pool_rows: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def with_room(
-        cls, caches: TextCaches, batch_size: int, num_slots: Callable[[int], int], pool_rows: int
+        cls,
+        caches: TextCaches,
+        config: TransformerConfig,
+        batch_size: int,
+        num_slots: Callable[[int], int],
+        pool_rows: int,
     ) -> Continued:
         """The caches for a longer text: `num_slots` is the number of slots in use -> the number of slots needed."""
         capacity = max(getattr(cache, "max_len", 0) for cache in cache_kinds(caches.layers))
         taken = slots_in_use(caches.layers)
-        in_use = max(int(np.max(x)) for x in taken) if all(map(is_concrete, taken)) else capacity
-        return cls(caches.layers, batch_size, max(capacity, num_slots(in_use)), pool_rows)
+        in_use = max(int(np.asarray(x).max()) for x in taken) if all(map(is_concrete, taken)) else capacity
+        return cls(caches.layers, config, batch_size, max(capacity, num_slots(in_use)), pool_rows)
 
     def make(self, state: Any, /) -> Any:
         """The caches of the prompts."""
         layers = grow(self.layers, self.max_len, self.pool_rows)
-        if layers[0].next_positions().shape[0] == self.batch_size:
-            return layers
-        return select_rows(layers, jnp.zeros(self.batch_size, jnp.int32))
+        if layers[0].next_positions().shape[0] != self.batch_size:
+            layers = select_rows(layers, jnp.zeros(self.batch_size, jnp.int32))
+        return _as_returned(layers, self.config)
+
+
+def _as_returned(caches: Sequence[Any], config: TransformerConfig) -> Sequence[Any]:
+    """The caches in the form in which the model returns them, stacked or not: a loop carries one form."""
+    places = max(1, len(config.layer_pattern))
+    if not config.scan_layers or config.num_layers < places:
+        return tuple(caches)
+    return stack_caches("generate", caches, places, config.num_layers // places)
 
 
 def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size: int) -> None:
@@ -131,9 +141,9 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
                 f"{caller}: layer {index} has keys and values of {want[0]} and {want[1]} (heads, size); "
                 f"got caches with {got[0]} and {got[1]}. Give the caches of this model."
             )
-    known = is_concrete(caches.text.ids) and is_concrete(caches.text.lengths)
-    if known and int(np.max(caches.text.ids)) >= config.vocab_size:
+    highest = int(np.asarray(caches.text.ids).max()) if is_concrete(caches.text.ids) else 0
+    if highest >= config.vocab_size:
         raise ValueError(
             f"{caller}: the text of the caches must have tokens below vocab_size={config.vocab_size}; "
-            f"got {int(np.max(caches.text.ids))}. Give the caches of this model."
+            f"got {highest}. Give the caches of this model."
         )

@@ -220,6 +220,7 @@ class Transformer(nnx.Module):
         **options: Unpack[WriteOptions],
     ) -> Stream:
         """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
+        check_options("Transformer.stream", options, WriteOptions)
         writer = self._writer(source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 

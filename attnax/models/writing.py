@@ -19,13 +19,13 @@ from attnax.generation.prompt import TextCaches
 from attnax.generation.request import Request, RequestOptions, longest, make_request, padded_length
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Step, Tokens
-from attnax.masks import Mask
+from attnax.masks import And, Causal, Mask
 from attnax.models.planned_caches import CachePlan, Continued, check_caches
 from attnax.typing import Array, ArrayLike
 
 __all__ = ["PREFILL_CHUNK", "PromptOptions", "WriteOptions", "Writer", "beam_search", "generate", "prefill", "stream"]
 
-PREFILL_CHUNK = 512  # tokens of a row that a model reads at once
+PREFILL_CHUNK = 512  # tokens of a row that a model with a causal mask reads at once
 
 
 class Writer(NamedTuple):
@@ -64,7 +64,7 @@ class PromptOptions(WriteOptions, total=False):
     """The options of a model that continues prompts: those of `WriteOptions`, and how it reads the prompts."""
 
     caches: TextCaches | None
-    prefill_chunk: int
+    prefill_chunk: int | None
 
 
 def generate(
@@ -89,6 +89,7 @@ def generate(
             options["cache"] = options.get("cache") or "ring"
         call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
         sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask)
+        whole = jax.eval_shape(Request.as_one_prompt, call.request)  # only its sizes: the program makes the arrays
         kind: CacheKind = options.get("cache") or "ring"
         written, caches, _ = generation.generate_with_draft(
             writer.step,
@@ -96,7 +97,7 @@ def generate(
             call.request,
             call.caches,
             generation.Draft(draft.step, draft.state, draft.context),
-            sizes.empty_caches(call.request.as_one_prompt(), kind, options.get("cache_dtype")),
+            sizes.empty_caches(whole, kind, options.get("cache_dtype")),
             max_new_tokens=call.room,
             num_draft_tokens=num_draft_tokens,
         )
@@ -121,9 +122,10 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
         isinstance(cache, KVLayerCache) for cache in cache_kinds(caches.layers)
     )
     if options.get("cache") == "contiguous" or held:
+        got = "a KVLayerCache in caches" if held else "cache='contiguous'"
         raise ValueError(
-            "generate: with a draft a cache must use the slots of rejected tokens again; got "
-            f"{'a KVLayerCache in caches' if held else repr(dict(options)['cache'])}. Use cache='ring' or 'paged'."
+            f"generate: with a draft a cache must use the slots of rejected tokens again; got {got}. Use cache='ring' "
+            "or 'paged'."
         )
     for config in (writer.config, draft.config):
         if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
@@ -137,7 +139,7 @@ def stream(
     writer: Writer, prompt_ids: ArrayLike | None, *, max_new_tokens: int, **options: Unpack[PromptOptions]
 ) -> Stream:
     """The tokens of `generate`, (rows,) at a time."""
-    unknown = sorted(options.keys() - WriteOptions.__annotations__.keys() - PromptOptions.__annotations__.keys())
+    unknown = sorted(options.keys() - PromptOptions.__annotations__.keys())
     if unknown:
         raise ValueError(
             "stream: takes the options of generate but a draft and return_caches, in place of which it has stop(); "
@@ -151,7 +153,7 @@ def prefill(writer: Writer, prompt_ids: ArrayLike, **options: Unpack[PromptOptio
     """`TransformerLM.prefill` for any writer."""
     call = _prepare(writer, prompt_ids, 1, **options)
     if call.sizes.prompt == 0:
-        raise ValueError(f"prefill: prompt_ids must hold tokens; got prompt_ids.shape={prompt_ids.shape}.")
+        raise ValueError(f"prefill: prompt_ids must hold tokens; got prompt_ids={prompt_ids}.")
     return generation.prefill(writer.step, writer.state, call.request, call.caches)
 
 
@@ -205,7 +207,8 @@ class _Sizes(NamedTuple):
     Attributes:
         config: of the model that reads and writes.
         mask: of its text. A mask that holds arrays has a fixed number of positions: nothing is rounded up.
-        earlier: tokens of the longest text in the caches.
+        earlier: tokens of the longest text in the caches; its room where lengths are traced.
+        is_known: lengths are not traced.
         prompt: tokens of a row of the prompt, padding included.
         new: tokens to write at most.
         spare: slots for tokens that are taken back.
@@ -215,6 +218,7 @@ class _Sizes(NamedTuple):
     config: TransformerConfig
     mask: Mask | None
     earlier: int
+    is_known: bool
     prompt: int
     new: int
     spare: int
@@ -237,9 +241,9 @@ class _Sizes(NamedTuple):
         return None if self.mask is None else self.mask.num_positions
 
     def check(self) -> None:
-        """Raises ValueError if the text does not fit into the positions of the model."""
-        total = self.earlier + self.prompt
-        if self.config.pos_emb_type in ("learned", "sinusoidal") and total + self.new > self.config.max_len + 1:
+        """Raises ValueError if the text is known not to fit into the positions of the model, which later are NaN."""
+        total, has_table = self.earlier + self.prompt, self.config.pos_emb_type in ("learned", "sinusoidal")
+        if has_table and self.is_known and total + self.new > self.config.max_len + 1:
             raise ValueError(
                 f"generate: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
                 f"got {total} + {self.new}."
@@ -263,7 +267,7 @@ class _Sizes(NamedTuple):
     def held_caches(self, request: Request, caches: TextCaches) -> Continued:
         """The caches of an earlier call with room for the rest of the text."""
         self.check()
-        return Continued.with_room(caches, request.ids.shape[0], self.slots, self.pool_rows)
+        return Continued.with_room(caches, self.config, request.ids.shape[0], self.slots, self.pool_rows)
 
 
 class _Call(NamedTuple):
@@ -285,14 +289,16 @@ def _prepare(
     cache: CacheKind | None = None,
     cache_dtype: Any = None,
     caches: TextCaches | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     **options: Unpack[RequestOptions],
 ) -> _Call:
     """The arguments, checked, and the caches."""
     prompt_ids, config = _as_array(prompt_ids, caches), writer.config
     if cache not in (None, *get_args(CacheKind)):
         raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
-    if prefill_chunk < 1:
+    if prefill_chunk is None:
+        prefill_chunk = PREFILL_CHUNK if _is_causal(writer.self_mask) else None
+    elif prefill_chunk < 1:
         raise ValueError(f"generate: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
     batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (1, 1)  # `make_request` refuses another shape
     earlier = None
@@ -305,8 +311,8 @@ def _prepare(
             )
         earlier = caches.text
     rows = batch * options.get("num_samples", 1) * num_beams
-    held = 0 if earlier is None else longest(earlier)
-    sizes = _Sizes(config, writer.self_mask, held, length, max_new_tokens, spare, rows)
+    held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
+    sizes = _Sizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
@@ -321,6 +327,13 @@ def _prepare(
     if caches is None:
         return _Call(request, sizes.empty_caches(request, cache or "contiguous", cache_dtype), sizes.room, sizes)
     return _Call(request, sizes.held_caches(request, caches), sizes.room, sizes)
+
+
+def _is_causal(mask: Mask | None) -> bool:
+    """Whether the mask is known to let no token attend a later one, which a later chunk may hold."""
+    if isinstance(mask, And):
+        return _is_causal(mask.left) or _is_causal(mask.right)
+    return mask is None or isinstance(mask, Causal)
 
 
 def _as_array(prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:

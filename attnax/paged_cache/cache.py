@@ -158,7 +158,7 @@ class PagedKVCache(StoresTokens):
             )
         target = jnp.where(held, table, num_blocks)  # past the end: dropped
         pools = self.key_pool, self.value_pool
-        key_pool, value_pool = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), pools)
+        key_pool, value_pool = jax.tree.map(lambda x: jnp.asarray(x).at[target].set(x[source], mode="drop"), pools)
         return PagedKVCache(
             key_pool=key_pool,
             value_pool=value_pool,

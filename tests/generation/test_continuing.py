@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import build
 
 from attnax import Sampler, TransformerConfig, TransformerLM
@@ -19,7 +20,9 @@ from attnax.cache import (
 )
 from attnax.generation import TextCaches, prompt
 from attnax.generation.step import Model
+from attnax.masks import causal, sliding_window
 from attnax.models import writing
+from attnax.nn import with_scan_layers
 from attnax.paged_cache import init_paged_kv_cache
 
 CONFIG = TransformerConfig(
@@ -287,3 +290,95 @@ def test_text_caches_are_a_pytree_of_rows(first):
     leaves = jax.tree.leaves(first.caches)
     assert isinstance(jax.tree.map(np.asarray, first.caches), TextCaches) and len(leaves) == 8
     assert init_decoder_kv_caches_from_config(CONFIG, batch_size=2, max_len=3)[0].next_positions().tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_prompts_without_tokens_are_refused_by_prefill_in_words(model, first):
+    for prompt_ids in (None, [[], []]):
+        with pytest.raises(ValueError, match="prefill: prompt_ids must hold tokens; got prompt_ids="):
+            model.prefill(prompt_ids, caches=first.caches)
+
+
+def test_stacked_and_separate_layers_go_on_from_each_other_in_chunks():
+    """A loop over chunks carries the caches in the form in which the model returns them."""
+    scanned = lm(num_layers=2, scan_layers=True)
+    separate = with_scan_layers(scanned, False)
+    want = scanned.generate(BOTH, max_new_tokens=1)
+    for reads, writes in ((scanned, separate), (separate, scanned)):
+        assert_same(writes.generate(SECOND, caches=reads.prefill(FIRST), prefill_chunk=3, max_new_tokens=1), want)
+
+
+def test_a_call_that_returns_a_list_of_caches_reads_in_chunks(model):
+    class Listing(TransformerLM):
+        def __call__(self, input_ids, **options):
+            logits, caches = super().__call__(input_ids, **options)
+            return logits, list(caches)
+
+    listing = build(lambda rngs: Listing(rngs, CONFIG))
+    want = model.generate(FIRST, max_new_tokens=1)
+    assert_same(listing.generate(FIRST, max_new_tokens=1, prefill_chunk=5), want)
+
+
+def test_a_mask_that_may_look_ahead_reads_a_prompt_at_once_by_default(monkeypatch):
+    monkeypatch.setattr(writing, "PREFILL_CHUNK", 5)
+
+    def chunk(self_mask, **options):
+        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), CONFIG, self_mask=self_mask))
+        return writing._prepare(model._writer(), FIRST, 1, **options).request.prefill_chunk
+
+    def of_a_prefix(b, h, q, kv):
+        return (kv <= q) | (kv < 7)
+
+    assert chunk(None) == chunk(causal() & of_a_prefix) == chunk(sliding_window(3) & causal()) == 5
+    assert chunk(of_a_prefix) is None and chunk(sliding_window(3)) is None
+    assert chunk(of_a_prefix, prefill_chunk=3) == 3
+
+
+def test_slots_of_tokens_that_were_taken_back_are_used_again(model, first):
+    cache = first.caches.forget(jax.device_put(np.array([5, 3]))).layers[0]
+    assert int(cache.slots_in_use()) == 4 and cache.length.dtype == np.int32
+    caches = first.caches
+    for _ in range(2):
+        caches = caches.forget(jax.device_put(np.array([7, 7])))
+        caches = model.generate(SECOND, caches=caches, max_new_tokens=6, return_caches=True).caches
+        assert int(caches.layers[0].slots_in_use()) == 7 + 5 + 6 - 1
+
+
+def test_known_caches_and_prompts_go_on_inside_a_program(model):
+    caches, want = model.prefill(FIRST), model.generate(BOTH, max_new_tokens=1)
+    prompts = jax.device_put(SECOND)
+    assert_same(jax.jit(lambda: model.generate(prompts, caches=caches, max_new_tokens=1))(), want)
+
+
+def test_traced_texts_may_be_shorter_than_their_room():
+    """Positions past a table are NaN under jit, and are not refused where the lengths are unknown."""
+    table = lm(pos_emb_type="learned", max_len=13)
+    answer = jax.jit(lambda caches: table.generate(SECOND, caches=caches, max_new_tokens=3))
+    written = answer(table.prefill(FIRST))
+    assert np.isnan(written.log_probs).tolist() == [[False, False, True]] * 2
+
+
+def test_a_text_goes_on_under_jit_in_64_bits(model):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        caches = model.prefill(FIRST)
+        answer = jax.jit(lambda caches: model.generate(SECOND, caches=caches, max_new_tokens=1))
+        assert_same(answer(caches), model.generate(BOTH, max_new_tokens=1))
+
+
+def test_beams_are_the_same_in_64_bits(model):
+    want = model.beam_search(FIRST, num_beams=2, max_new_tokens=2).tokens
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(model.beam_search(FIRST, num_beams=2, max_new_tokens=2).tokens, want)
+
+
+def test_a_draft_behind_caches_is_one_program(model, count_compilations):
+    small, caches = lm(d_model=8, num_heads=2), model.prefill(FIRST, cache="ring")
+    model.generate(SECOND, caches=caches, max_new_tokens=3)  # compiles what eager checks need
+    del count_compilations[:]
+    model.generate(SECOND, caches=caches, max_new_tokens=3, draft=small)
+    assert len(count_compilations) == 1
+
+
+def test_rows_of_numpy_caches_are_chosen(model):
+    caches = jax.tree.map(np.asarray, model.prefill(FIRST, cache="paged"))
+    assert caches.select_rows(jax.device_put(np.array([1, 1]))).layers[0].seq_lengths.tolist() == [6, 6]

@@ -122,7 +122,7 @@ def test_the_cache_is_donated(model):
     caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=4, max_len=17)
     _, after = generation.generate(writer.step, writer.state, request, caches, max_new_tokens=9)
     assert all(x.is_deleted() for x in jax.tree.leaves(caches))
-    assert int(after[0].length) == 16 and after[0].positions[3].tolist() == [*range(16), -1]
+    assert int(after.layers[0].length) == 16 and after.layers[0].positions[3].tolist() == [*range(16), -1]
 
 
 @pytest.mark.thorough
@@ -665,8 +665,14 @@ def test_wrong_input_is_refused_in_words(model, options, words):
         model.generate(options.pop("prompt_ids"), **options)
 
 
+@pytest.mark.parametrize("option", ["draft", "caches", "prefill_chunk"])
+def test_options_that_streaming_a_translation_lacks_are_refused_in_words(translator, option):
+    with pytest.raises(TypeError, match=f"Transformer.stream: options must be among .*; got {option}"):
+        translator.stream(SOURCE, 5, 1, **{option: None})
+
+
 def test_options_that_streaming_lacks_are_refused_in_words(model):
-    with pytest.raises(ValueError, match="takes the options of generate, but no draft; got draft, num_draft_tokens"):
+    with pytest.raises(ValueError, match="a draft and return_caches, in place.*got draft, num_draft_tokens"):
         model.stream(prompt(), max_new_tokens=3, draft=model, num_draft_tokens=2)
 
 
