@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache import forget, select_rows
+from attnax.checks import check_shape
 from attnax.generation.request import Request
 from attnax.generation.step import Model, Step, Tokens
 from attnax.generation.text import Text
@@ -43,6 +44,7 @@ class TextCaches:
         Behind a window some tokens are gone: where the next token needs one, its row's log-probabilities are NaN
         (`RingKVCache.forget`).
         """
+        check_shape("TextCaches.forget", "first", first, self.text.lengths.shape, integers=True)
         lengths = jnp.clip(jnp.asarray(first, jnp.int32), 1, self.text.lengths)
         text = Text(self.text.ids, jnp.minimum(self.text.prompt_lengths, lengths), lengths)
         return TextCaches(text, forget(self.layers, lengths - 1))

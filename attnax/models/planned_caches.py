@@ -1,10 +1,10 @@
-"""The caches of a call that writes, made by the program that reads the prompt: empty ones, or those of another call."""
+"""The sizes and the caches of a call that writes; its first program makes them, or gives those of another call room."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,12 @@ from attnax.cache import (
 from attnax.checks import is_concrete
 from attnax.config import TransformerConfig
 from attnax.generation.prompt import TextCaches
+from attnax.generation.request import Request, padded_length
+from attnax.masks import Mask
 from attnax.paged_cache import init_paged_kv_caches_from_config
 from attnax.pytrees import pytree_dataclass
 
-__all__ = ["CachePlan", "Continued", "check_caches"]
+__all__ = ["CachePlan", "CallSizes", "Continued", "check_caches"]
 
 _PAGE = 16  # tokens of a page
 
@@ -107,6 +109,76 @@ class Continued:
         return _as_returned(layers, self.config)
 
 
+class CallSizes(NamedTuple):
+    """The lengths of a call, rounded up so that few programs serve all.
+
+    Attributes:
+        config: of the model that reads and writes.
+        mask: of its text. A mask that holds arrays has a fixed number of positions: nothing is rounded up.
+        earlier: tokens of the longest text in the caches; its room where lengths are traced.
+        is_known: lengths are not traced.
+        prompt: tokens of a row of the prompt, padding included.
+        new: tokens to write at most.
+        spare: slots for tokens that are taken back.
+        pool_rows: rows that share a pool of pages.
+    """
+
+    config: TransformerConfig
+    mask: Mask | None
+    earlier: int
+    is_known: bool
+    prompt: int
+    new: int
+    spare: int
+    pool_rows: int
+
+    @property
+    def room(self) -> int:
+        """Of the result, in tokens."""
+        return padded_length(max(64, self.new)) if self.fixed is None else self.new
+
+    @property
+    def padded_prompt(self) -> int:
+        """Behind an earlier text the model reads one token more than the prompt."""
+        if self.fixed is not None:
+            return self.prompt
+        return padded_length(self.prompt + 1) - 1 if self.earlier else padded_length(self.prompt)
+
+    @property
+    def fixed(self) -> int | None:
+        """The positions of a mask that holds arrays."""
+        return None if self.mask is None else self.mask.num_positions
+
+    def check(self) -> None:
+        """Raises ValueError if the text is known not to fit into the positions of the model, which later are NaN."""
+        total, has_table = self.earlier + self.prompt, self.config.pos_emb_type in ("learned", "sinusoidal")
+        if has_table and self.is_known and total + self.new > self.config.max_len + 1:
+            raise ValueError(
+                f"generate: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
+                f"got {total} + {self.new}."
+            )
+
+    def slots(self, earlier: int) -> int:
+        """The slots of a row whose cache holds `earlier` tokens or none."""
+        if self.fixed is not None:
+            return max(self.fixed, earlier + self.prompt + self.new + self.spare)
+        slots = earlier + self.padded_prompt + self.room + self.spare
+        # Padding after a prompt takes no slot, so a long total is padded only once.
+        return padded_length(slots if slots <= 1024 else earlier + self.prompt + max(64, self.new) + self.spare)
+
+    def empty_caches(self, request: Request, kind: CacheKind, dtype: Any) -> CachePlan:
+        """Caches for the whole text of the request."""
+        self.check()
+        name = None if dtype is None else jnp.dtype(dtype).name
+        batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
+        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, request.reads_at_once)
+
+    def held_caches(self, request: Request, caches: TextCaches) -> Continued:
+        """The caches of an earlier call with room for the rest of the text."""
+        self.check()
+        return Continued.with_room(caches, self.config, request.ids.shape[0], self.slots, self.pool_rows)
+
+
 def _as_returned(caches: Sequence[Any], config: TransformerConfig) -> Sequence[Any]:
     """The caches in the form in which the model returns them, stacked or not: a loop carries one form."""
     places = max(1, len(config.layer_pattern))
@@ -115,7 +187,7 @@ def _as_returned(caches: Sequence[Any], config: TransformerConfig) -> Sequence[A
     return stack_caches("generate", caches, places, config.num_layers // places)
 
 
-def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size: int) -> None:
+def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size: int | None) -> None:
     """Raises ValueError unless `caches` can belong to a model of this config, and their rows to this many prompts."""
     if not isinstance(caches, TextCaches):
         raise ValueError(
@@ -123,7 +195,7 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
             f"got {type(caches).__name__}."
         )
     rows = caches.text.lengths.shape[0]
-    if rows not in (1, batch_size):
+    if batch_size is not None and rows not in (1, batch_size):
         raise ValueError(
             f"{caller}: caches must have one row, or a row for each prompt; got {rows} rows for {batch_size} prompts. "
             "Choose rows by caches.select_rows."
@@ -141,7 +213,10 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
                 f"{caller}: layer {index} has keys and values of {want[0]} and {want[1]} (heads, size); "
                 f"got caches with {got[0]} and {got[1]}. Give the caches of this model."
             )
-    highest = int(np.asarray(caches.text.ids).max()) if is_concrete(caches.text.ids) else 0
+    if not (is_concrete(caches.text.ids) and is_concrete(caches.text.lengths)):
+        return
+    ids, lengths = np.asarray(caches.text.ids), np.asarray(caches.text.lengths)
+    highest = int(np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, 0).max())
     if highest >= config.vocab_size:
         raise ValueError(
             f"{caller}: the text of the caches must have tokens below vocab_size={config.vocab_size}; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from attnax import generation
@@ -16,11 +15,11 @@ from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.candidates import CUTS
 from attnax.generation.loop import Generation, Stream
 from attnax.generation.prompt import TextCaches
-from attnax.generation.request import Request, RequestOptions, longest, make_request, padded_length
+from attnax.generation.request import Request, RequestOptions, longest, make_request
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Step, Tokens
 from attnax.masks import And, Causal, Mask
-from attnax.models.planned_caches import CachePlan, Continued, check_caches
+from attnax.models.planned_caches import CachePlan, CallSizes, Continued, check_caches
 from attnax.typing import Array, ArrayLike
 
 __all__ = ["PREFILL_CHUNK", "PromptOptions", "WriteOptions", "Writer", "beam_search", "generate", "prefill", "stream"]
@@ -201,82 +200,13 @@ def beam_search(
     return _shorten(found, max_new_tokens)
 
 
-class _Sizes(NamedTuple):
-    """The lengths of a call, rounded up so that few programs serve all.
-
-    Attributes:
-        config: of the model that reads and writes.
-        mask: of its text. A mask that holds arrays has a fixed number of positions: nothing is rounded up.
-        earlier: tokens of the longest text in the caches; its room where lengths are traced.
-        is_known: lengths are not traced.
-        prompt: tokens of a row of the prompt, padding included.
-        new: tokens to write at most.
-        spare: slots for tokens that are taken back.
-        pool_rows: rows that share a pool of pages.
-    """
-
-    config: TransformerConfig
-    mask: Mask | None
-    earlier: int
-    is_known: bool
-    prompt: int
-    new: int
-    spare: int
-    pool_rows: int
-
-    @property
-    def room(self) -> int:
-        """Of the result, in tokens."""
-        return self.new if self._fixed else padded_length(max(64, self.new))
-
-    @property
-    def padded_prompt(self) -> int:
-        """Behind an earlier text the model reads one token more than the prompt."""
-        if self._fixed:
-            return self.prompt
-        return padded_length(self.prompt + 1) - 1 if self.earlier else padded_length(self.prompt)
-
-    @property
-    def _fixed(self) -> int | None:
-        return None if self.mask is None else self.mask.num_positions
-
-    def check(self) -> None:
-        """Raises ValueError if the text is known not to fit into the positions of the model, which later are NaN."""
-        total, has_table = self.earlier + self.prompt, self.config.pos_emb_type in ("learned", "sinusoidal")
-        if has_table and self.is_known and total + self.new > self.config.max_len + 1:
-            raise ValueError(
-                f"generate: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
-                f"got {total} + {self.new}."
-            )
-
-    def slots(self, earlier: int) -> int:
-        """The slots of a row whose cache holds `earlier` tokens or none."""
-        if self._fixed:
-            return max(self._fixed, earlier + self.prompt + self.new + self.spare)
-        slots = earlier + self.padded_prompt + self.room + self.spare
-        # Padding after a prompt takes no slot, so a long total is padded only once.
-        return padded_length(slots if slots <= 1024 else earlier + self.prompt + max(64, self.new) + self.spare)
-
-    def empty_caches(self, request: Request, kind: CacheKind, dtype: Any) -> CachePlan:
-        """Caches for the whole text of the request."""
-        self.check()
-        name = None if dtype is None else jnp.dtype(dtype).name
-        batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
-        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, request.reads_at_once)
-
-    def held_caches(self, request: Request, caches: TextCaches) -> Continued:
-        """The caches of an earlier call with room for the rest of the text."""
-        self.check()
-        return Continued.with_room(caches, self.config, request.ids.shape[0], self.slots, self.pool_rows)
-
-
 class _Call(NamedTuple):
     """What a loop of `attnax.generation` takes."""
 
     request: Request
     caches: CachePlan | Continued
     room: int
-    sizes: _Sizes
+    sizes: CallSizes
 
 
 def _prepare(
@@ -300,7 +230,7 @@ def _prepare(
         prefill_chunk = PREFILL_CHUNK if _is_causal(writer.self_mask) else None
     elif prefill_chunk < 1:
         raise ValueError(f"generate: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
-    batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (1, 1)  # `make_request` refuses another shape
+    batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (None, 1)  # `make_request` refuses another shape
     earlier = None
     if caches is not None:
         check_caches("generate", caches, config, batch)
@@ -310,9 +240,9 @@ def _prepare(
                 f"cache={cache!r}, cache_dtype={cache_dtype!r}. Leave these out."
             )
         earlier = caches.text
-    rows = batch * options.get("num_samples", 1) * num_beams
+    rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
-    sizes = _Sizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows)
+    sizes = CallSizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,

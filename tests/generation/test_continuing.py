@@ -121,8 +121,17 @@ def test_one_prefix_serves_many_rows_and_samples(model, cache):
     assert_same(written, model.generate(whole, max_new_tokens=3, num_samples=2, **DRAWN))
 
 
+def test_a_turn_of_another_length_compiles_nothing(model, count_compilations):
+    caches = model.prefill(FIRST)
+    options = {"caches": caches, "max_new_tokens": 3}
+    model.generate(SECOND, **options)
+    del count_compilations[:]
+    assert model.generate(FIRST, **options).tokens.shape == (2, 3)
+    assert not count_compilations
+
+
 def test_a_long_chat_grows_its_caches(model):
-    """Longer than any room that the first call made, and each turn compiles nothing new."""
+    """Longer than any room that the first call made."""
     caches, whole = None, np.zeros((2, 0), np.int32)
     for turn in range(4):
         asked = RNG.integers(1, CONFIG.vocab_size, (2, 29)).astype(np.int32)
@@ -216,6 +225,7 @@ def test_wrong_caches_are_refused_in_words(model, first, options, message):
         model.generate(SECOND, max_new_tokens=3, **options)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_caches_of_another_model_or_of_other_rows_are_refused(model, first):
     for fields, message in (
         ({"num_layers": 2}, "caches must have a layer for each of the model, here 2; got 1"),
@@ -226,6 +236,10 @@ def test_caches_of_another_model_or_of_other_rows_are_refused(model, first):
             lm(**fields).generate(np.ones((2, 1), np.int32), max_new_tokens=3, caches=first.caches)
     with pytest.raises(ValueError, match=r"a row for each prompt; got 2 rows for 3 prompts. Choose rows"):
         model.generate(np.ones((3, 1), np.int32), max_new_tokens=3, caches=first.caches)
+    with pytest.raises(ValueError, match=r"prompt_ids must be \(batch, length\).*got \(3,\)"):
+        model.generate(np.ones(3, np.int32), max_new_tokens=3, caches=first.caches)
+    with pytest.raises(ValueError, match=r"TextCaches.forget: first must be integers of shape \(2,\)"):
+        first.caches.forget(jax.device_put(np.ones(3, np.int32)))
     with pytest.raises(ValueError, match=r"prompt_ids must be \(batch, length\)"):
         model.generate(np.ones((2, 0), np.int32), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"prefill: prompt_ids must hold tokens"):
