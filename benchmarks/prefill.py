@@ -38,33 +38,23 @@ def read_prompt(length: int, chunk: int, cache: str, layers: int, calls: int) ->
     from flax import nnx
 
     from attnax import TransformerLM
-    from attnax.generation import prompt
-    from attnax.generation.step import Model
-    from attnax.models import writing
 
-    model = jax.block_until_ready(TransformerLM(nnx.Rngs(0), num_layers=layers, max_len=2 * length, **SHAPE))
+    model = TransformerLM(nnx.Rngs(0), num_layers=layers, max_len=2 * length, **SHAPE)
+    graphdef, state = nnx.split(model)
     ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, length)).astype(np.int32)
-    writer = model._writer()
     options: dict[str, Any] = {"cache": cache, "prefill_chunk": chunk}
-    call = writing._prepare(writer, ids, 1, **options)
-    program = prompt._prefill.lower(Model(writer.step, writer.state), call.request, call.caches).compile()
-    analysis: Any = program.memory_analysis()
-    jax.block_until_ready(model.prefill(ids, **options))
+    program = jax.jit(lambda state, ids: nnx.merge(graphdef, state).prefill(ids, **options)).lower(state, ids).compile()
+    jax.block_until_ready(program(state, ids))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     times = []
     for _ in range(calls):
         begun = time.perf_counter()
-        caches = jax.block_until_ready(model.prefill(ids, **options))
+        caches = jax.block_until_ready(program(state, ids))
         times.append(time.perf_counter() - begun)
-    held = sum(x.nbytes for x in jax.tree.leaves(caches.layers))
-    peak = resident("VmHWM") - before
-    return {
-        "temporary": analysis.temp_size_in_bytes,
-        "memory": peak,
-        "caches": held,
-        "seconds": statistics.median(times),
-    }
+    analysis: Any = program.memory_analysis()
+    figures = {"caches": sum(x.nbytes for x in jax.tree.leaves(caches.layers)), "memory": resident("VmHWM") - before}
+    return figures | {"temporary": analysis.temp_size_in_bytes, "seconds": statistics.median(times)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import prefill
 import pytest
 import rows
 import sampling
@@ -35,3 +36,9 @@ def test_a_draw_is_timed_beside_one_that_sorts(run):
     head, *lines = run(sampling, "--rows", "2", "--vocabularies", "11", "--rounds", "1", "--cases", "top_p=0.9")
     assert lines[-1][:3] == ["2", "11", "top_p=0.9"] and len(lines[-1]) == len(head)
     assert all(float(cell) >= 0 for cell in lines[-1][3:])
+
+
+def test_a_prompt_is_read_in_chunks_and_at_once(monkeypatch):
+    monkeypatch.setattr(prefill, "SHAPE", {"vocab_size": 7, "d_model": 8, "num_heads": 2, "d_ff": 8})
+    cell = prefill.read_prompt(5, 2, "contiguous", 1, 1)
+    assert cell.keys() == {"caches", "temporary", "memory", "seconds"} and cell["caches"] > 0 and cell["seconds"] > 0

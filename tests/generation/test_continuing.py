@@ -18,8 +18,7 @@ from attnax.cache import (
     init_ring_kv_cache,
     update_kv_layer_cache,
 )
-from attnax.generation import TextCaches, prompt
-from attnax.generation.step import Model
+from attnax.generation import TextCaches
 from attnax.masks import causal, sliding_window
 from attnax.models import writing
 from attnax.nn import with_scan_layers
@@ -194,13 +193,12 @@ def test_caches_go_on_under_jit(model):
 
 def test_the_memory_of_a_prompt_does_not_grow_with_its_length():
     """Temporary memory of the compiled program; the caches themselves are arguments and results."""
-    model = lm(max_len=8192, d_ff=512)
-    writer = model._writer()
+    graphdef, state = nnx.split(lm(max_len=8192, d_ff=512))
 
     def temporary(length):
-        call = writing._prepare(writer, np.ones((1, length), np.int32), 1, prefill_chunk=64)
-        run = prompt._prefill.lower(Model(writer.step, writer.state), call.request, call.caches)
-        return run.compile().memory_analysis().temp_size_in_bytes
+        read = jax.jit(lambda state, ids: nnx.merge(graphdef, state).prefill(ids, prefill_chunk=64))
+        program = read.lower(state, np.ones((1, length), np.int32)).compile()
+        return program.memory_analysis().temp_size_in_bytes
 
     short, long = temporary(256), temporary(4096)
     held = 2 * 12 // 3 * 4 * (4096 - 256)  # keys and values of the longer text
