@@ -150,8 +150,9 @@ class TransformerLM(nnx.Module):
                 for all prompts or a row for each, and stay as they are.
             return_caches: the result has the `caches` of its rows, for a later call.
             prefill_chunk: tokens of a row that the model reads at once, by default 512. A longer prompt enters in
-                chunks, so that the memory of reading it does not grow with its length. No token attends a later chunk,
-                so a model whose `self_mask` is not `causal()` or `causal() & mask` reads a prompt at once by default.
+                chunks: beside the caches, reading it needs the memory of one chunk and of one layer's keys and values.
+                No token attends a later chunk, so a model whose `self_mask` is not `causal()` or `causal() & mask`
+                reads a prompt at once by default.
 
         Returns:
             Generation of batch * num_samples rows: tokens, lengths, the model's log-probabilities, steps, caches.
