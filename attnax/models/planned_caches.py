@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from attnax.pytrees import pytree_dataclass
 
 __all__ = ["CachePlan", "CallSizes", "Continued", "check_caches"]
 
-_PAGE = 16  # tokens of a page
+_PAGE = 16  # tokens of a page, at most
 
 
 @jax.tree_util.register_static
@@ -61,8 +62,9 @@ class CachePlan:
         """One cache a layer."""
         sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
         if self.kind == "paged":
-            num_blocks = self.pool_rows * -(-self.max_len // _PAGE)
-            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=_PAGE, num_blocks=num_blocks)
+            page = math.gcd(_PAGE, self.max_len)  # a mask with a fixed number of positions gets no slot more
+            num_blocks = self.pool_rows * self.max_len // page
+            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=page, num_blocks=num_blocks)
         else:
             caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
         return tuple(map(EmptyCache, caches)) if self.at_once else _as_returned(caches, self.config)
