@@ -209,8 +209,8 @@ def test_unequal_caches_of_one_place_are_refused_in_words(change):
     }[change]
     message = (
         "Stack: with scan_layers the caches of layers 0 and 2 are stacked, so they must be of one kind and size; got "
-        rf"RingKVCache\(.*window=3, num_sinks=0\) and {type(caches[2]).__name__}\(.*\)\. Make them alike, or make the model with "
-        "scan_layers=False"
+        rf"RingKVCache\(.*window=3, num_sinks=0\) and {type(caches[2]).__name__}\(.*\)\. "
+        "Make them alike, or make the model with scan_layers=False"
     )
     with pytest.raises(ValueError, match=message):
         make_model()(IDS[:, :1], layer_kv_caches=caches)
