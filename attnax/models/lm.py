@@ -150,7 +150,7 @@ class TransformerLM(nnx.Module):
                 for all prompts or a row for each, and stay as they are.
             return_caches: the result has the `caches` of its rows, for a later call.
             prefill_chunk: tokens of a row that the model reads at once, by default 512. A longer prompt enters in
-                chunks: beside the caches, it needs the memory of one chunk and of copies of one layer's keys and values.
+                chunks: beside the caches, it needs the memory of a chunk and of copies of one layer's keys and values.
                 No token attends a later chunk, so a model whose `self_mask` is not `causal()` or `causal() & mask`
                 reads a prompt at once by default.
 
