@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gallery_page import idea, make_page
+from gallery_page import IDEAS, idea, make_page
 from jax import lax
 
 from attnax import cached_attention, flash_attention, init_kv_layer_cache, masks, merge_attention, standard_attention
@@ -290,7 +290,7 @@ def tree_attention(query, text, key, value, parents, attend=flash_attention):
 
 def main(arguments=None):
     """Prints the table, and returns the ideas with what was measured."""
-    return make_page(__doc__, arguments)
+    return make_page(IDEAS, __doc__, arguments)
 
 
 if __name__ == "__main__":

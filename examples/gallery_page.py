@@ -260,15 +260,15 @@ class Row:
 HEAD = ["idea", "lines", "values", "gradients", "tiles", "on a CPU", "lowered for cuda"]
 
 
-def make_page(doc: str, arguments: list[str] | None = None) -> list[Row]:
+def make_page(ideas: list[Idea], doc: str, arguments: list[str] | None = None) -> list[Row]:
     """Measures every idea and prints the table; with `--write`, writes the page and the pictures."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write gallery.md and its pictures here")
-    parser.add_argument("--only", nargs="+", choices=[one.name for one in IDEAS], metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[one.name for one in ideas], metavar="NAME")
     options = parser.parse_args(arguments)
     plain, rows = runpy.run_path(str(PLAIN)), []
     print(layout(HEAD))
-    for one in IDEAS:
+    for one in ideas:
         if options.only is None or one.name in options.only:
             rows.append(Row.of(one, plain[one.name]))
             print(layout(rows[-1].cells), flush=True)
@@ -314,21 +314,22 @@ def link(one: Idea) -> str:
 
 INTRODUCTION = """# Gallery
 
-{count} published ideas about attention, each in a few lines: {few} of them take fewer than 10, the longest takes {most}. The
-code is that of [`attention_gallery.py`](../examples/attention_gallery.py), which also measured all figures and wrote this
-page: `python examples/attention_gallery.py --write docs`.
+{count} published ideas about attention, each in a few lines: {few} of them take fewer than 10, the longest takes
+{most}. The code is that of [`attention_gallery.py`](../examples/attention_gallery.py), which also measured all
+figures and wrote this page: `python examples/attention_gallery.py --write docs`.
 
 - **lines**: of the function below, without blank lines, comments and docstrings.
-- **values, gradients**: the greatest difference from a plain definition in float64, relative to the greatest number of
-  an array. Gradients are those of all arrays that the idea takes. The definitions
-  ([`plain_ideas.py`](../tests/examples/plain_ideas.py)) use arrays of all pairs and no part of Attnax. Ideas in tiles run
-  in tiles of 16 x 16 there.
-- **tiles**: those of {tile} x {tile} pairs in which the masks of the idea let some pair attend, for {tiled} tokens; no kernel
-  computes the others. An idea that leaves the mask to its caller has the share of a causal mask.
+- **values, gradients**: the greatest difference from a plain definition in float64, relative to the greatest number
+  of an array. Gradients are those of all arrays that the idea takes. The definitions
+  ([`plain_ideas.py`](../tests/examples/plain_ideas.py)) use arrays of all pairs and no part of Attnax. Ideas in tiles
+  run in tiles of 16 x 16 there.
+- **tiles**: those of {tile} x {tile} pairs in which the masks of the idea let some pair attend, for {tiled} tokens;
+  no kernel computes the others. An idea that leaves the mask to its caller has the share of a causal mask.
 - **on a CPU**: what runs in the program of the value and all gradients for {long} tokens. Tiles need O(T + S) memory;
   "an array of all pairs" is one that the idea itself makes. "Standard only": the idea mixes pairs, which every tiled
   kernel refuses and `standard_attention` computes.
-- **lowered for cuda**: the Pallas kernels in the same program for an H100, or XLA's own code. Nothing here ran on a GPU.
+- **lowered for cuda**: the Pallas kernels in the same program for an H100, or XLA's own code. Nothing here ran on a
+  GPU.
 
 {table}
 
@@ -338,8 +339,8 @@ The functions need these names:
 {imports}
 ```
 
-`attend` is any kernel, and `**options` are those of a kernel, such as `mask`. The pictures show the weight of each value
-in each result of one head, for 64 random queries: blue is positive, red negative.
+`attend` is any kernel, and `**options` are those of a kernel, such as `mask`. The pictures show the weight of each
+value in each result of one head, for 64 random queries: blue is positive, red negative.
 
 {sections}
 ## How to use one

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import attention_gallery
 import gallery_page
 import plain_ideas
 import pytest
@@ -10,10 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 QUICK = {"differential_attention", "sink_attention", "forgetting_attention", "big_bird", "tree_attention"}
 PAGE = (DOCS / "gallery.md").read_text()
-ROWS = {
-    cells[1]: cells for line in PAGE.splitlines() if line.startswith("| [") for cells in [line.strip("| ").split(" | ")]
-}
-IDEAS = {one.name: one for one in gallery_page.IDEAS}
+IDEAS = {one.name: one for one in attention_gallery.IDEAS}
 
 
 def cells(one):
