@@ -20,7 +20,8 @@ from attnax.masks import Causal
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
-from attnax.nn.stack import Stack, with_scan_layers
+from attnax.nn.depth import with_scan_layers
+from attnax.nn.stack import Stack
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
