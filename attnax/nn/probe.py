@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attnax.checks import is_concrete
 from attnax.typing import Array
 
-__all__ = ["Probe", "Probed"]
+__all__ = ["Probe", "Probed", "join_layers", "with_probe"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,11 @@ class Probed(NamedTuple):
     hidden_states: Any = None
     attention_weights: Any = None
     cross_attention_weights: Any = None
+
+
+def with_probe(probe: Probe | None) -> dict[str, Probe]:
+    """The option of a `run` that may be a user's and know no probe: it is handed down only where there is one."""
+    return {} if probe is None else {"probe": probe}
 
 
 def join_layers(streams: Sequence[Array], weights: Sequence[Probed | None]) -> Probed:

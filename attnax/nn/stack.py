@@ -244,8 +244,8 @@ class Stack(nnx.Module):
                 if _keeps_cache(functions[place], made, states[place], stacked[place]):
                     carried[place] = stacked[place].pop("cache")
 
-        def run_period(state: Any, inputs: Any) -> tuple[Any, Any]:
-            x, carry, carried = state
+        def run_period(loop: Any, inputs: Any) -> tuple[Any, Any]:
+            x, carry, carried = loop
             period, *of_places = inputs
             outputs = []
             for place, (function, state, layer) in enumerate(zip(functions, *of_places, strict=True)):

@@ -173,7 +173,7 @@ def test_a_copy_of_a_scanned_layer_refuses_every_change():
             lambda: layer(jnp.ones((1, 3, 8)), deterministic=False),  # its stream of dropout would go on
         ]
         for change in changes:
-            with pytest.raises(ValueError, match=r"Stack.layers: .*a change would be lost.*with_scan_layers\(model, Fal"):
+            with pytest.raises(ValueError, match=r"Stack.layers: .*a change would be lost.*with_scan_layers"):
                 change()
         assert layer(jnp.ones((1, 3, 8))).shape == (1, 3, 8)
         nnx.view(layer, deterministic=False).eval()
