@@ -19,6 +19,7 @@ from attnax.checks import is_concrete
 from attnax.config import StackConfig
 from attnax.masks import kernel_of
 from attnax.nn._run import run_of
+from attnax.nn.attention import FUNCTIONS
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import ShapesOnly
@@ -64,6 +65,11 @@ class Stack(nnx.Module):
         """
         scanned = self.config.num_layers - len(self.blocks)
         return [_read_only(block) if layer < scanned else block for layer, block in enumerate(self._unstacked())]
+
+    def holders(self) -> list[Any]:
+        """The block that holds the parameters of each layer; layers of one place of `periods` share theirs."""
+        count, places = self.config.num_layers - len(self.blocks), len(self.periods)
+        return [*(self.periods[layer % places] for layer in range(count)), *self.blocks]
 
     def _unstacked(self) -> list[Any]:
         """The blocks from first to last; blocks of `periods` are copies."""
@@ -317,7 +323,7 @@ def _draws(module: nnx.Module, deterministic: bool | None) -> bool:
 def _is_own(module: nnx.Module) -> bool:
     """Whether a module and all modules and functions in it come from the library or Flax."""
     parts: list[Any] = [part for _, part in nnx.iter_modules(module)]
-    functions = [getattr(part, name, None) for part in parts for name in ("attention_fn", "rope", "score_mod")]
+    functions = [getattr(part, name, None) for part in parts for name in FUNCTIONS]
     for part in [*map(type, parts), *functions]:
         inner = kernel_of(part)
         owner = inner if hasattr(inner, "__module__") else type(inner)
