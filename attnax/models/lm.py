@@ -19,6 +19,7 @@ from attnax.generation.prompt import TextCaches
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
 from attnax.masks import Mask
+from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import (
     PromptOptions,
@@ -258,7 +259,8 @@ class TransformerLM(nnx.Module):
                 "program would keep them; got model.run. Override run in a subclass."
             )
         graphdef, state = nnx.split(self)
-        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask)
+        heads = scalar_heads(self.decoder.stack)
+        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask, scalar_heads=heads)
 
 
 @dataclasses.dataclass(frozen=True)

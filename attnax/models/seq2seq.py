@@ -20,6 +20,7 @@ from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
 from attnax.masks import padding
+from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._parts import MakeBlock
@@ -301,7 +302,8 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self)
         ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
-        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
+        heads = scalar_heads(self.decoder.stack)
+        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask, heads)
 
 
 _RUN = Transformer.run  # a function that is assigned to the class later counts as an override

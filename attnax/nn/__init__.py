@@ -1,5 +1,6 @@
 """Layers on Flax NNX."""
 
+from attnax.nn._token_scalars import TokenScalars
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.depth import first_layers, with_scan_layers
@@ -31,6 +32,7 @@ __all__ = [
     "RotaryEmbedding",
     "Stack",
     "TokenEmbedding",
+    "TokenScalars",
     "TransformerEmbedding",
     "apply_rope",
     "create_norm",

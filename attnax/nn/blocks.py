@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -107,6 +107,7 @@ class EncoderBlockOptions(SelfAttentionOptions, total=False):
     mask: Mask | MaskMod | ArrayLike | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     cache: LayerCache | None
+    mix_values: Callable[[Array], Array] | None
 
 
 class EncoderBlock(nnx.Module):
@@ -122,6 +123,9 @@ class EncoderBlock(nnx.Module):
         d_ff: the field of BlockConfig, if config is d_model.
         attention_fn: as in `MultiHeadAttention`.
         score_mod: as in `MultiHeadAttention`.
+        attention: the self-attention in place of a MultiHeadAttention of the config, for example one with hooks. Any
+            nnx.Module will do whose `run(x, **options)` takes the options of `MultiHeadAttention.run` and returns
+            (result, new cache or None).
         **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -142,10 +146,11 @@ class EncoderBlock(nnx.Module):
         *,
         attention_fn: AttentionFn | None = None,
         score_mod: ScoreMod | None = None,
+        attention: nnx.Module | None = None,
         **fields: Any,
     ):
         config = _block_config(config, num_heads, d_ff, fields)
-        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+        self.attention = _self_attention("EncoderBlock", rngs, config, attention, attention_fn, score_mod)
         self.around_attention = Residual(rngs, config)
         self.feed_forward = _make_feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
@@ -160,6 +165,7 @@ class EncoderBlock(nnx.Module):
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         self_attn_kv_cache: LayerCache | None = None,
+        mix_values: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after both sublayers; with a cache, the pair (stream, new cache).
@@ -167,7 +173,8 @@ class EncoderBlock(nnx.Module):
         Arguments and errors are as in `MultiHeadAttention`.
         """
         options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
-        options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
+        options |= {"cache": self_attn_kv_cache, "mix_values": mix_values}
+        options |= {"deterministic": deterministic, "rngs": rngs}
         out = self.run(x, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
@@ -188,6 +195,7 @@ class EncoderBlock(nnx.Module):
                 mask=options.get("mask"),
                 position_ids_q=options.get("position_ids"),
                 kv_cache=options.get("cache"),
+                **_mixing(options),
                 **select_options(options, SelfAttentionOptions),
             )
 
@@ -212,6 +220,7 @@ class DecoderBlockOptions(SelfAttentionOptions, total=False):
     position_ids_cross_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
     cache: LayerCache | None
+    mix_values: Callable[[Array], Array] | None
 
 
 class DecoderBlock(nnx.Module):
@@ -229,6 +238,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
         score_mod: of self-attention, as in `MultiHeadAttention`.
+        attention: of self-attention, as in `EncoderBlock`.
         **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -250,6 +260,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: int | None = None,
         attention_fn: AttentionFn | None = None,
         score_mod: ScoreMod | None = None,
+        attention: nnx.Module | None = None,
         **fields: Any,
     ):
         config = _block_config(config, num_heads, d_ff, fields)
@@ -261,7 +272,7 @@ class DecoderBlock(nnx.Module):
         cross = config
         if config.attention_type == AttentionType.LITE:
             cross = dataclasses.replace(config, attention_type=AttentionType.FLASH)
-        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+        self.attention = _self_attention("DecoderBlock", rngs, config, attention, attention_fn, score_mod)
         self.around_attention = Residual(rngs, config)
         self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
         self.around_cross_attention = Residual(rngs, config)
@@ -281,12 +292,13 @@ class DecoderBlock(nnx.Module):
         position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
         self_attn_kv_cache: LayerCache | None = None,
+        mix_values: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after the three sublayers; with a cache, the pair (stream, new cache).
 
-        Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod` and
-        `self_attn_kv_cache` are for self-attention. Cross-attention has:
+        Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod`, `mix_values`
+        and `self_attn_kv_cache` are for self-attention. Cross-attention has:
             encoder_output: (batch, S, encoder_features), or its `keys_values` from this block's cross_attention.
             cross_mask: mask of the tokens of x against the tokens of the encoder, read at indices.
             position_ids_cross_q: positions of x for RoPE, by default `position_ids_self`.
@@ -295,7 +307,7 @@ class DecoderBlock(nnx.Module):
         options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
         options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}
         options |= {"position_ids_cross_kv": position_ids_cross_kv, "cache": self_attn_kv_cache}
-        options |= {"deterministic": deterministic, "rngs": rngs}
+        options |= {"mix_values": mix_values, "deterministic": deterministic, "rngs": rngs}
         out = self.run(x, encoder_output=encoder_output, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
@@ -324,6 +336,7 @@ class DecoderBlock(nnx.Module):
                 mask=options.get("self_mask"),
                 position_ids_q=positions,
                 kv_cache=cache,
+                **_mixing(options),
                 **select_options(options, SelfAttentionOptions),
             )
 
@@ -375,6 +388,37 @@ def _weigh(attention: Any, x: Array, position_ids: Any, options: dict[str, Any])
         )
     weights: Array = attention.attention_weights(x, position_ids_q=position_ids, **options)
     return weights
+
+
+def _self_attention(
+    caller: str,
+    rngs: nnx.Rngs,
+    config: BlockConfig,
+    attention: nnx.Module | None,
+    attention_fn: AttentionFn | None,
+    score_mod: ScoreMod | None,
+) -> nnx.Module:
+    """The given module, or the MultiHeadAttention of the config."""
+    if attention is None:
+        return MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+    if attention_fn is not None or score_mod is not None:
+        raise ValueError(
+            f"{caller}: attention has a function and a score mod of its own; got it with "
+            f"{'score_mod' if attention_fn is None else 'attention_fn'}. Give it to "
+            f"MultiHeadAttention(rngs, config, ...) in attention."
+        )
+    if not isinstance(attention, nnx.Module) or not callable(getattr(attention, "run", None)):
+        raise ValueError(
+            f"{caller}: attention must be an nnx.Module with run(x, **options) -> (result, new cache or None), such as "
+            f"a MultiHeadAttention; got {type(attention).__name__}."
+        )
+    return attention
+
+
+def _mixing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option mix_values, if it is given: an attention of a user need not have it."""
+    mix_values = options.get("mix_values")
+    return {} if mix_values is None else {"mix_values": mix_values}
 
 
 @jax.named_scope("norm")

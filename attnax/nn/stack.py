@@ -103,6 +103,11 @@ class Stack(nnx.Module):
             for layer, block in enumerate(self._unstacked())
         ]
 
+    def holders(self) -> list[Any]:
+        """The block that holds the parameters of each layer; layers of one place of `periods` share theirs."""
+        count, places = self.config.num_layers - len(self.blocks), len(self.periods)
+        return [*(self.periods[layer % places] for layer in range(count)), *self.blocks]
+
     def _unstacked(self) -> list[Any]:
         """The blocks from first to last; blocks of `periods` are copies."""
         count = self.config.num_layers - len(self.blocks)
