@@ -269,7 +269,8 @@ class Stack(nnx.Module):
 
         periods = jnp.arange(len(layers) // places, dtype=jnp.int32) if carried or probe.edit else None
         first = (made.x, made.carry, carried)
-        (x, carry, carried), outputs = lax.scan(run_period, first, (periods, list(states), stacked))
+        inputs, length = (periods, list(states), stacked), len(layers) // places
+        (x, carry, carried), outputs = lax.scan(run_period, first, inputs, length=length)
         aux, streams, weights = made.aux, list(made.streams), list(made.weights)
         for layer in range(len(layers)):
             of_place = outputs[layer % places]._replace(cache=None, written=None)
