@@ -14,7 +14,7 @@ from jax import lax
 from attnax.nn._parts import is_own_class
 from attnax.nn._run import overrides_call, run_of
 from attnax.nn._stacked import read_only
-from attnax.nn.blocks import Output
+from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.typing import Array
 
 __all__ = ["call_block", "init_carry"]
@@ -61,6 +61,9 @@ def call_block(block: Any, x: Array, carry: Any, options: dict[str, Any]) -> Out
             f"Stack: the run of a block must take x and every option that the model hands down; got {name}.run, for "
             f"which {error}. Write run(self, x, **options), and hand the options on to attention."
         ) from None
+    names_weights = "attention_weights" in inspect.signature(run).parameters
+    if options.get("attention_weights") and not (names_weights or isinstance(block, EncoderBlock | DecoderBlock)):
+        raise _without_weights(name)
     out = run(x, **options)
     if not isinstance(out, Output):
         raise ValueError(
@@ -83,10 +86,15 @@ def _check(name: str, out: Output, x: Array, options: dict[str, Any]) -> None:
             "`cache` to its attention, and return the new cache as Output.caches."
         )
     if options.get("attention_weights") and (out.probed is None or out.probed.attention_weights is None):
-        raise ValueError(
-            f"Probe: attention_weights needs them of every block; got none from {name}.run. Hand its options on to "
-            "EncoderBlock.run or DecoderBlock.run, or return Output(..., probed=Probed(attention_weights=...))."
-        )
+        raise _without_weights(name)
+
+
+def _without_weights(name: str) -> ValueError:
+    return ValueError(
+        f"Probe: attention_weights needs them of every block; got none from {name}.run. Derive the block from "
+        "EncoderBlock or DecoderBlock and hand its options on, or take attention_weights=False as an option of run and "
+        "return Output(..., probed=Probed(attention_weights=weights))."
+    )
 
 
 def _next_carry(name: str, before: Any, after: Any, takes_carry: bool) -> Any:
@@ -97,15 +105,12 @@ def _next_carry(name: str, before: Any, after: Any, takes_carry: bool) -> Any:
             f"Stack: a block with a carry must have init_carry(x, input_ids); got a carry from {name}.run, which has "
             "none. Define init_carry, or derive the class from the one that has it."
         )
-    kinds = []
-    for tree in (before, after):
-        leaves, structure = jax.tree.flatten(tree)
-        kinds.append(([f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in leaves], structure))
-    (had, had_structure), (has, structure) = kinds
-    if structure != had_structure:
-        raise ValueError(
-            f"Stack: a block must keep the structure of the carry, {had_structure}; got {structure} from {name}.run."
-        )
+    had, has = (
+        [f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in jax.tree.leaves(tree)] for tree in (before, after)
+    )
+    want, got = (str(jax.tree.structure(tree)) for tree in (before, after))
+    if want != got:
+        raise ValueError(f"Stack: a block must keep the structure of the carry, {want}; got {got} from {name}.run.")
     paths = [jax.tree_util.keystr(path) or "the carry" for path, _ in jax.tree_util.tree_flatten_with_path(before)[0]]
     for path, one, other in zip(paths, had, has, strict=True):
         if one != other:

@@ -95,7 +95,7 @@ def read_only(block: Any, message: str) -> Any:
             object.__setattr__(node, "_trace_state", refusing)
         elif isinstance(node, nnx.Pytree):
             node.__class__ = _read_only_class(type(node))
-            node._pytree__state._trace_state = refusing
+            node._pytree__state._trace_state = refusing  # type: ignore[assignment]
     return block
 
 
@@ -105,8 +105,9 @@ def _read_only_class(cls: type[Any]) -> type[Any]:
 
     def delete(self: Any, name: str) -> None:
         self._pytree__state.trace_state.is_valid()
-        cls.__delattr__(self, name)
+        super(own, self).__delattr__(name)  # type: ignore[arg-type]
 
     members: dict[str, Any] = {"__delattr__": delete, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     members["__doc__"] = cls.__doc__
-    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+    own = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+    return own

@@ -170,8 +170,7 @@ def broken(made=0.0, /, **changes):
     def result(out):
         return out._replace(**{name: change(out) for name, change in changes.items()})
 
-    kind = type("Broken", (Broken,), {"carry": made, "result": staticmethod(result)})
-    return lambda rngs, config: kind(rngs, config)
+    return type("Broken", (Broken,), {"carry": made, "result": staticmethod(result)})
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_a_block_that_breaks_the_protocol_is_named(make_block, words, scan_layer
 def test_a_block_that_returns_no_output_or_loses_its_cache_is_named():
     def refuse(result, words):
         kind = type("Broken", (Broken,), {"result": staticmethod(result)})
-        decoder = TransformerDecoder(nnx.Rngs(0), CONFIG, make_block=lambda rngs, config: kind(rngs, config))
+        decoder = TransformerDecoder(nnx.Rngs(0), CONFIG, make_block=kind)
         caches = attnax.init_decoder_kv_caches_from_config(CONFIG, batch_size=2)
         with pytest.raises(ValueError, match=words):
             decoder(IDS, layer_kv_caches=caches)

@@ -95,7 +95,8 @@ def plain_value_residual(blocks, x, input_ids):
             attended = attend(block.attention, normed)
         else:
             one, own = block.shares[...]
-            attended = attend(block.attention, normed, lambda v, one=one, own=own: one * first + own * v)
+            mixed = [first, one, own]
+            attended = attend(block.attention, normed, lambda v, mixed=mixed: mixed[1] * mixed[0] + mixed[2] * v)
         x = feed(block, x + attended)
     return x
 
