@@ -15,12 +15,13 @@ from attnax.cache import LayerCache
 from attnax.checks import check_options
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
-from attnax.nn._run import Mode, SelfAttentionOptions, run_of, select_options
+from attnax.nn._run import Mode, SelfAttentionOptions, run_of, runs, select_options
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import norm_of
+from attnax.nn.probe import Probed
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
@@ -32,17 +33,23 @@ class Output(NamedTuple):
     Attributes:
         hidden: (batch, T, d_model); for a model, the input of its head.
         caches: the new cache of a block, the new caches of a stack, one a layer, or None.
-        aux: losses and statistics of mixtures of experts by name: scalars, summed over the layers, and `expert_load`, a
-            tuple with one array for each mixture. Only real tokens count. Padding is a token at a negative position, or
-            a token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
-            and functions do not mark padding.
+        aux: losses and statistics by name, summed over the layers. `attnax.training.Trainer` adds every scalar whose
+            name ends in "_loss" to the loss; a block of a user scales its own. Mixtures of experts have scalars, and
+            `expert_load`, a tuple with one array for each mixture. Only real tokens count. Padding is a token at a
+            negative position, or a token that the call's mask hides from all queries by `masks.padding`, an array or
+            positions. Other masks and functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
+        carry: of a block, the new carry, and None where it stays as it was; of a stack or a model, the last one. See
+            `Stack`.
+        probed: what a `Probe` asked for, or None.
     """
 
     hidden: Array
     caches: Any
     aux: dict[str, Any]
     logits: Any = None
+    carry: Any = None
+    probed: Probed | None = None
 
 
 def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +178,18 @@ class EncoderBlock(nnx.Module):
         out = self.run(x, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
-        """The call; it always returns an Output."""
+    def run(
+        self, x: Float[Array, "B T D"], *, attention_weights: bool = False, **options: Unpack[EncoderBlockOptions]
+    ) -> Output:
+        """The call; it always returns an Output, with `attention_weights` in `probed`, (batch, num_heads, T, T)."""
         check_options("EncoderBlock", options, EncoderBlockOptions)
-        mode = select_options(options, Mode)
+        mode, probed = select_options(options, Mode), None
 
         def attend(x: Array) -> tuple[Array, Any]:
+            nonlocal probed
+            if attention_weights:
+                own = {"mask": options.get("mask"), "score_mod": options.get("score_mod")}
+                probed = Probed(attention_weights=_weigh(self.attention, x, options.get("position_ids"), own))
             return run_of(self.attention)(
                 x,
                 mask=options.get("mask"),
@@ -192,10 +205,10 @@ class EncoderBlock(nnx.Module):
         if self.parallel:
             attended, new_cache = self.around_attention.branch(x, attend, **mode)
             fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
-            return Output(x + attended + fed, new_cache, aux)
+            return Output(x + attended + fed, new_cache, aux, probed=probed)
         x, new_cache = self.around_attention(x, attend, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, new_cache, aux)
+        return Output(x, new_cache, aux, probed=probed)
 
 
 class DecoderBlockOptions(SelfAttentionOptions, total=False):
@@ -303,16 +316,21 @@ class DecoderBlock(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         encoder_output: Float[Array, "B S De"] | KeysValues,
+        attention_weights: bool = False,
         **options: Unpack[DecoderBlockOptions],
     ) -> Output:
-        """The call; it always returns an Output."""
+        """The call; it always returns an Output, with the `attention_weights` of both attentions in `probed`."""
         check_options("DecoderBlock", options, DecoderBlockOptions)
         mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
         if positions is None and cache is not None:
             positions = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        cross_positions = options.get("position_ids_cross_q")
+        cross_positions, weights = options.get("position_ids_cross_q"), Probed()
 
         def attend(x: Array) -> tuple[Array, Any]:
+            nonlocal weights
+            if attention_weights:
+                own = {"mask": options.get("self_mask"), "score_mod": options.get("score_mod")}
+                weights = weights._replace(attention_weights=_weigh(self.attention, x, positions, own))
             return run_of(self.attention)(
                 x,
                 mask=options.get("self_mask"),
@@ -324,21 +342,20 @@ class DecoderBlock(nnx.Module):
 
         @jax.named_scope("cross")
         def attend_encoder(x: Array) -> tuple[Array, None]:
-            out, _ = run_of(self.cross_attention)(
-                x,
-                context=encoder_output,
-                mask=options.get("cross_mask"),
-                position_ids_q=positions if cross_positions is None else cross_positions,
-                position_ids_kv=options.get("position_ids_cross_kv"),
-                **mode,
-            )
-            return out, None
+            nonlocal weights
+            own = {"context": encoder_output, "mask": options.get("cross_mask")}
+            own |= {"position_ids_kv": options.get("position_ids_cross_kv")}
+            positions_q = positions if cross_positions is None else cross_positions
+            if attention_weights:
+                cross = _weigh(self.cross_attention, x, positions_q, own)
+                weights = weights._replace(cross_attention_weights=cross)
+            return run_of(self.cross_attention)(x, position_ids_q=positions_q, **own, **mode)[0], None
 
         feed_forward = _as_sublayer(self.feed_forward, options.get("self_mask"), positions, cache, mode)
         x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, new_cache, aux)
+        return Output(x, new_cache, aux, probed=weights if attention_weights else None)
 
 
 def _block_config(
@@ -354,6 +371,23 @@ def _block_config(
         sizes["d_model"], config = config, None
     given = {name: size for name, size in sizes.items() if size is not None}
     return resolve_config(BlockConfig, config, fields | given)
+
+
+def _weigh(attention: Any, x: Array, position_ids: Any, options: dict[str, Any]) -> Array:
+    """The weights of an attention, for a `Probe`.
+
+    Raises:
+        ValueError: a class of a user whose run is its own and whose attention_weights would not be those of run.
+    """
+    kind = type(attention)
+    own = getattr(kind, "attention_weights", None)
+    if own is None or (own is MultiHeadAttention.attention_weights and not runs(attention, MultiHeadAttention.run)):
+        raise ValueError(
+            "Probe: attention_weights are those of MultiHeadAttention.attention_weights; got "
+            f"{kind.__module__}.{kind.__qualname__} with a run of its own. Define attention_weights in it too."
+        )
+    weights: Array = attention.attention_weights(x, position_ids_q=position_ids, **options)
+    return weights
 
 
 def _self_attention(
