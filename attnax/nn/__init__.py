@@ -1,5 +1,6 @@
 """Layers on Flax NNX."""
 
+from attnax.nn._kernel import attend
 from attnax.nn._token_scalars import TokenScalars
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
@@ -35,6 +36,7 @@ __all__ = [
     "TokenScalars",
     "TransformerEmbedding",
     "apply_rope",
+    "attend",
     "create_norm",
     "first_layers",
     "rope_cos_sin_from_positions",
