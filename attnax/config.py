@@ -17,6 +17,7 @@ NormPlacement = Literal["pre", "post", "sandwich", "branch"]
 PosEmbType = Literal["sinusoidal", "learned", "rope", "alibi", "relative", "none"]
 RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
 QkNorm = Literal["none", "head", "projection"]
+AttentionGate = Literal["none", "head", "element"]
 RouterType = Literal["softmax", "sigmoid"]
 Initializer = Literal["lecun_normal", "xavier_uniform", "xavier_normal", "he_normal", "normal"]
 ResidualInit = Literal["depth", "none"]
@@ -24,7 +25,7 @@ Remat = Literal["none", "full", "attention_out", "dots_saveable", "dots_with_no_
 Pool = Literal["cls", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-BIASES = ("query", "key", "value", "out", "feed_forward", "router", "norm", "head")
+BIASES = ("query", "key", "value", "gate", "out", "feed_forward", "router", "norm", "head")
 
 __all__ = [
     "AttentionType",
@@ -114,6 +115,8 @@ class BlockConfig(ConfigFields):
         attention_scale: of the scores, by default head_dim ** -0.5.
         attention_soft_cap: scores become cap * tanh(scores / cap).
         attention_sinks: each head has a learned score that takes part in the softmax and has no value.
+        attention_gate: the output of the heads is multiplied by the sigmoid of a projection of the layer's input, with
+            one number for each "head" or each "element" of a head, before the output projection; or "none".
         attention_dropout_rate: probability of dropping an attention weight, by default dropout_rate.
         d_ff: hidden width of the feed-forward, or of each expert.
         ff_activation: "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), "silu" = "swish", or gated: "swiglu",
@@ -125,7 +128,7 @@ class BlockConfig(ConfigFields):
         router_renormalize: the weights of the chosen experts are divided by their sum.
         router_jitter: in training router inputs are multiplied by uniform numbers within 1 +- router_jitter.
         use_bias: True (all but router and head), False, or the names of the layers that have a bias, among query, key,
-            value, out, feed_forward, router, norm (LayerNorm only) and head (of a language model).
+            value, gate (of attention), out, feed_forward, router, norm (LayerNorm only) and head (of a language model).
         dropout_rate: probability of dropping hidden activations of the feed-forward, outputs of sublayers and, in a
             model, embeddings.
         norm_type: "layer" or "rms".
@@ -164,6 +167,7 @@ class BlockConfig(ConfigFields):
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     attention_sinks: bool = False
+    attention_gate: AttentionGate = "none"
     attention_dropout_rate: float | None = None
     d_ff: int = 2048
     ff_activation: FfActivation = "gelu"

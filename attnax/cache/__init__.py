@@ -7,6 +7,7 @@ Every kind of cache obeys `LayerCache`, and attention takes any of them:
   nothing, tokens can be taken back, and a layer with a window needs the memory of the window only;
 - `LinearLayerCache`: the sums of linear attention, of one size for any length;
 - `attnax.paged_cache.PagedKVCache`: all rows share a pool of pages;
+- `ScalarCache`: a cache of tokens with numbers of each token, for layers with `token_scalars`;
 - `EmptyCache`: a cache of any of these kinds before its first token.
 
 A model takes one cache a layer, in a tuple or a list. A model whose layers are one loop (`scan_layers`) returns
@@ -16,7 +17,7 @@ Keys and values may be stored as 8-bit integers: with `dtype="int8"` each head o
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
-from attnax.cache import chunks, empty, from_config, kv, layer_cache, linear, ring, stacked
+from attnax.cache import chunks, empty, from_config, kv, layer_cache, linear, ring, scalars, stacked
 from attnax.cache.chunks import *
 from attnax.cache.empty import *
 from attnax.cache.from_config import *
@@ -24,8 +25,9 @@ from attnax.cache.kv import *
 from attnax.cache.layer_cache import *
 from attnax.cache.linear import *
 from attnax.cache.ring import *
+from attnax.cache.scalars import *
 from attnax.cache.stacked import *
 
-_MODULES = chunks, empty, from_config, kv, layer_cache, linear, ring, stacked
+_MODULES = chunks, empty, from_config, kv, layer_cache, linear, ring, scalars, stacked
 
 __all__ = [name for module in _MODULES for name in module.__all__]

@@ -364,7 +364,7 @@ class StoredTokens(InSlots):
         return jnp.zeros((), bool)
 
 
-def nan_where_lost(results: Any, cache: StoresTokens) -> Any:
+def nan_where_lost(results: Any, cache: Any) -> Any:
     """Results (B, ...) with NaN in the rows where the cache dropped a write, so that the error is seen."""
 
     def mark(x: Array) -> Array:

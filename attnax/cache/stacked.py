@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnax.cache.layer_cache import forget, grow, select_rows
+from attnax.cache.scalars import ScalarCache
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
 
@@ -88,11 +89,15 @@ def stack_caches(caller: str, caches: Sequence[Any], num_places: int, num_period
 
 
 def cache_kinds(caches: Sequence[Any]) -> tuple[Any, ...]:
-    """Caches with every kind and size that is among `caches`; the arrays of StackedCaches are replaced by shapes."""
-    if not isinstance(caches, StackedCaches):
-        return tuple(caches)
-    num_places = len(caches.places)
-    return (*jax.eval_shape(lambda stacked: stacked[:num_places], caches), *caches.rest)
+    """Caches with every kind and size that is among `caches`, those inside of ScalarCaches.
+
+    The arrays of StackedCaches are replaced by shapes.
+    """
+    kinds = caches
+    if isinstance(caches, StackedCaches):
+        num_places = len(caches.places)
+        kinds = (*jax.eval_shape(lambda stacked: stacked[:num_places], caches), *caches.rest)
+    return tuple(cache.cache if isinstance(cache, ScalarCache) else cache for cache in kinds)
 
 
 def slots_in_use(caches: Sequence[Any]) -> list[Int[Array, "..."]]:

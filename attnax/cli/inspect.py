@@ -21,7 +21,7 @@ from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shapes
 from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
-from attnax.training import RunFolder, latest_checkpoint
+from attnax.training import RunFolder, checkpoint_arrays, latest_checkpoint
 
 # In the form of `str`, so that a range determines the names, and short enough for `int`.
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
@@ -80,10 +80,24 @@ def _print_run(run: RunFolder) -> None:
     since = "without a checkpoint yet" if step is None else f"after {step} updates"
     _print_fields("attnax", [f"TransformerLM, a run {since}"])
     _print_fields("config", _changed(options.model))
+    if run.parts:
+        _print_fields("made with", [f"{part}={name}, which is not in the folder" for part, name in run.parts.items()])
+        _print_saved(run, step)
+        return
     model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), options.model))
     shapes = parameter_shapes(nnx.state(model, nnx.Param))
     _print_table([Entry(name, shape, options.model.param_dtype) for name, shape in shapes.items()])
     _print_parameters(sum(map(math.prod, shapes.values())))
+
+
+def _print_saved(run: RunFolder, step: int | None) -> None:
+    """The parameters in the newest checkpoint; a model with parts of a user cannot be made from its config."""
+    if step is None:
+        _print_fields("parameters", ["known from the first checkpoint on"])
+        return
+    arrays = checkpoint_arrays(run.checkpoints, step, "params")
+    _print_table([Entry(name, tuple(shape), dtype) for name, (shape, dtype) in arrays.items()])
+    _print_parameters(sum(math.prod(shape) for shape, _ in arrays.values()))
 
 
 def _print_model(seen: Inspection) -> None:

@@ -101,6 +101,9 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session
     """The run in a folder, locked, restored from its checkpoint."""
     run = RunFolder(folder)
     settings, tokenizer, corpus_digest = run.load()
+    if run.parts:
+        names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
+        raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
     if run.result.exists():
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
     stack.enter_context(run.locked())

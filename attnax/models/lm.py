@@ -19,6 +19,7 @@ from attnax.generation.prompt import TextCaches
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
 from attnax.masks import Mask
+from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import (
     PromptOptions,
@@ -29,9 +30,11 @@ from attnax.models.writing import (
     prompt_or_positions,
     stream,
 )
+from attnax.nn._parts import MakeBlock, Parts
 from attnax.nn._run import overrides_call, run_of, runs
 from attnax.nn.blocks import Output
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
+from attnax.nn.probe import Probe, with_probe
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["TransformerLM"]
 
@@ -45,6 +48,8 @@ class TransformerLM(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
         self_mask: mask of self-attention, by default `causal()`.
+        make_block: as in `TransformerDecoder`.
+        attention_fn: as in `TransformerDecoder`.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -64,10 +69,13 @@ class TransformerLM(nnx.Module):
         config: TransformerConfig | None = None,
         *,
         self_mask: Mask | MaskMod | None = None,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
         **fields: Any,
     ):
         self.config = config = resolve_config(TransformerConfig, config, fields)
-        self.decoder = TransformerDecoder(rngs, config, self_mask=self_mask)
+        parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
+        self.decoder = TransformerDecoder(rngs, config, self_mask=self_mask, **parts)
         self.head = TokenHead(rngs, config)
 
     def __call__(
@@ -91,9 +99,11 @@ class TransformerLM(nnx.Module):
         out = self.run(input_ids, **options)
         return out.logits if out.caches is None else (out.logits, out.caches)
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[CachedOptions]) -> Output:
+    def run(
+        self, input_ids: Int[ArrayLike, "B T"], *, probe: Probe | None = None, **options: Unpack[CachedOptions]
+    ) -> Output:
         """`TransformerDecoder.run`, and the logits of its hidden states."""
-        out = run_of(self.decoder)(input_ids, **options)
+        out = run_of(self.decoder)(input_ids, **with_probe(probe), **options)
         return out._replace(logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
@@ -249,7 +259,8 @@ class TransformerLM(nnx.Module):
                 "program would keep them; got model.run. Override run in a subclass."
             )
         graphdef, state = nnx.split(self)
-        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask)
+        heads = scalar_heads(self.decoder.stack)
+        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask, scalar_heads=heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,14 @@ from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
 from attnax.models.transformer import EncoderOptions, TokenHead, TransformerEncoder
+from attnax.nn._parts import MakeBlock
 from attnax.nn._run import SelfAttentionOptions, run_of
 from attnax.nn.blocks import Output
 from attnax.nn.feedforward import ACTIVATIONS
 from attnax.nn.linear import Linear
 from attnax.nn.norms import norm_of
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+from attnax.nn.probe import Probe, with_probe
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, ScoreMod
 
 __all__ = ["MaskedLM"]
 
@@ -37,6 +39,8 @@ class MaskedLM(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig; act is its ff_activation without the gate.
+        make_block: as in `TransformerEncoder`.
+        attention_fn: as in `TransformerEncoder`.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -52,9 +56,17 @@ class MaskedLM(nnx.Module):
         https://arxiv.org/abs/1810.04805.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: TransformerConfig | None = None, **fields: Any):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: TransformerConfig | None = None,
+        *,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
+        **fields: Any,
+    ):
         self.config = config = resolve_config(TransformerConfig, config, fields)
-        self.encoder = TransformerEncoder(rngs, config)
+        self.encoder = TransformerEncoder(rngs, config, make_block=make_block, attention_fn=attention_fn)
         with_bias = dataclasses.replace(config, use_bias=("head",))
         self.transform = Linear(rngs, with_bias, config.d_model, config.d_model, bias="head")
         self.norm = norm_of(config, rngs)
@@ -76,9 +88,11 @@ class MaskedLM(nnx.Module):
         options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
         return self.run(input_ids, **options).logits
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
+    def run(
+        self, input_ids: Int[ArrayLike, "B T"], *, probe: Probe | None = None, **options: Unpack[EncoderOptions]
+    ) -> Output:
         """`TransformerEncoder.run`, and the logits of its hidden states."""
-        out = run_of(self.encoder)(input_ids, **options)
+        out = run_of(self.encoder)(input_ids, **with_probe(probe), **options)
         return out._replace(logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:

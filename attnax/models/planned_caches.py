@@ -10,27 +10,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from attnax.cache import (
     CacheKind,
     EmptyCache,
+    ScalarCache,
     StoresTokens,
     cache_kinds,
     grow,
     init_decoder_kv_caches_from_config,
+    init_scalar_cache,
     select_rows,
     slots_in_use,
     stack_caches,
 )
-from attnax.checks import is_concrete
+from attnax.checks import is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.generation.prompt import TextCaches
 from attnax.generation.request import Request, padded_length
 from attnax.masks import Mask
+from attnax.nn.attention import MultiHeadAttention
+from attnax.nn.blocks import DecoderBlock, EncoderBlock
+from attnax.nn.stack import Stack
 from attnax.paged_cache import init_paged_kv_caches_from_config
 from attnax.pytrees import pytree_dataclass
 
-__all__ = ["CachePlan", "CallSizes", "Continued", "check_caches"]
+__all__ = ["CachePlan", "CallSizes", "Continued", "check_caches", "scalar_heads"]
 
 _PAGE = 16  # tokens of a page, at most
 
@@ -48,6 +54,7 @@ class CachePlan:
         dtype: of keys and values; None for the config's.
         pool_rows: rows that share a pool of pages.
         at_once: the model reads the whole prompt in one call, so that the caches are known to be empty.
+        scalar_heads: of the token scalars of each layer, 0 for none.
     """
 
     config: TransformerConfig
@@ -57,6 +64,7 @@ class CachePlan:
     dtype: str | None
     pool_rows: int
     at_once: bool
+    scalar_heads: tuple[int, ...]
 
     def make(self, state: Any, /) -> Sequence[Any]:
         """One cache a layer."""
@@ -67,7 +75,14 @@ class CachePlan:
             caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=page, num_blocks=num_blocks)
         else:
             caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
+        caches = tuple(map(self._with_scalars, range(len(caches)), caches))
         return tuple(map(EmptyCache, caches)) if self.at_once else _as_returned(caches, self.config)
+
+    def _with_scalars(self, layer: int, cache: Any) -> Any:
+        if not self.scalar_heads[layer]:
+            return cache
+        dtype = wide_dtype(self.config.layer(layer).dtype)
+        return init_scalar_cache(cache, self.scalar_heads[layer], num_positions=self.max_len, dtype=dtype)
 
 
 @pytree_dataclass
@@ -123,6 +138,7 @@ class CallSizes(NamedTuple):
         new: tokens to write at most.
         spare: slots for tokens that are taken back.
         pool_rows: rows that share a pool of pages.
+        scalar_heads: of the token scalars of each layer, 0 for none.
     """
 
     config: TransformerConfig
@@ -133,6 +149,7 @@ class CallSizes(NamedTuple):
     new: int
     spare: int
     pool_rows: int
+    scalar_heads: tuple[int, ...]
 
     @property
     def room(self) -> int:
@@ -173,7 +190,8 @@ class CallSizes(NamedTuple):
         self.check()
         name = None if dtype is None else jnp.dtype(dtype).name
         batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
-        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, request.reads_at_once)
+        at_once, heads = request.reads_at_once, self.scalar_heads
+        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, at_once, heads)
 
     def held_caches(self, request: Request, caches: TextCaches) -> Continued:
         """The caches of an earlier call with room for the rest of the text."""
@@ -187,6 +205,18 @@ def _as_returned(caches: Sequence[Any], config: TransformerConfig) -> Sequence[A
     if not config.scan_layers or config.num_layers < places:
         return tuple(caches)
     return stack_caches("generate", caches, places, config.num_layers // places)
+
+
+def scalar_heads(stack: Stack) -> tuple[int, ...]:
+    """The heads of the token scalars of each layer, 0 for none: those of the MultiHeadAttention in its block."""
+    return tuple(map(_scalar_heads, stack.holders()))
+
+
+def _scalar_heads(block: Any) -> int:
+    if type(block) in (EncoderBlock, DecoderBlock) and type(block.attention) is MultiHeadAttention:
+        return block.attention.scalar_heads
+    parts = [part for _, part in nnx.iter_modules(block) if isinstance(part, MultiHeadAttention)]
+    return max((part.scalar_heads for part in parts), default=0)
 
 
 def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size: int | None) -> None:
@@ -207,8 +237,8 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
             f"{caller}: caches must have a layer for each of the model, here {config.num_layers}; "
             f"got {len(caches.layers)}. Give the caches of this model."
         )
-    for index, cache in enumerate(jax.eval_shape(tuple, caches.layers)):
-        layer = config.layer(index)
+    for index, held in enumerate(jax.eval_shape(tuple, caches.layers)):
+        layer, cache = config.layer(index), held.cache if isinstance(held, ScalarCache) else held
         want = (layer.kv_heads, layer.head_size), (layer.kv_heads, layer.value_head_size)
         if isinstance(cache, StoresTokens) and (got := tuple(x.shape for x in cache.key_value)) != want:
             raise ValueError(

@@ -20,14 +20,17 @@ from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
 from attnax.masks import padding
+from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
+from attnax.nn._parts import MakeBlock
 from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
+from attnax.nn.probe import Probe, with_probe
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, ScoreMod
 
 __all__ = ["Transformer"]
 
@@ -49,6 +52,10 @@ class Transformer(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: an EncoderDecoderConfig, or the encoder's TransformerConfig.
         decoder: the decoder's TransformerConfig.
+        make_encoder_block: the `make_block` of the encoder, as in `TransformerEncoder`.
+        make_decoder_block: the `make_block` of the decoder. Its blocks get `encoder_output` and the other options of
+            `DecoderBlock.run`; for `generate` they have a `cross_attention`.
+        attention_fn: of self-attention in every layer of both halves; a function without arrays.
         **fields: the fields of EncoderDecoderConfig: `encoder`, `decoder` and `share_embeddings`.
 
     Raises:
@@ -74,6 +81,10 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         config: EncoderDecoderConfig | TransformerConfig | None = None,
         decoder: TransformerConfig | Mapping[str, Any] | None = None,
+        *,
+        make_encoder_block: MakeBlock | None = None,
+        make_decoder_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
         **fields: Any,
     ):
         if decoder is not None:
@@ -83,13 +94,17 @@ class Transformer(nnx.Module):
                 raise ValueError("Transformer: encoder must be given once; got it by position and by name.")
             config, fields = None, {"encoder": config, **fields}
         config = resolve_config(EncoderDecoderConfig, config, fields)
-        self.encoder = TransformerEncoder(rngs, config.encoder)
+        self.encoder = TransformerEncoder(
+            rngs, config.encoder, make_block=make_encoder_block, attention_fn=attention_fn
+        )
         self.decoder = TransformerDecoder(
             rngs,
             config.decoder,
             cross_attention=True,
             encoder_features=config.encoder.d_model,
             own_tokens=not config.share_embeddings,
+            make_block=make_decoder_block,
+            attention_fn=attention_fn,
         )
         self.head = TokenHead(rngs, config.decoder)
 
@@ -135,9 +150,14 @@ class Transformer(nnx.Module):
         self,
         source_ids: Int[ArrayLike, "B S"],
         target_ids: Int[ArrayLike, "B T"],
+        *,
+        probe: Probe | None = None,
         **options: Unpack[TransformerOptions],
     ) -> Output:
-        """The decoder's hidden states and their logits, with the losses of both halves in `aux`."""
+        """The decoder's hidden states and their logits, with the losses of both halves in `aux`.
+
+        A `probe` is of the decoder; `encoder.run(source_ids, probe=...)` probes the encoder.
+        """
         check_options("Transformer", options, TransformerOptions)
         source_ids, padding_mask, real = jnp.asarray(source_ids), options.get("source_padding_mask"), None
         if padding_mask is not None:
@@ -150,6 +170,7 @@ class Transformer(nnx.Module):
             cross_mask=None if real is None else padding(real),
             encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
             token_embedding=self._shared_tokens,
+            **with_probe(probe),
             **select_options(options, SelfAttentionOptions),
         )
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
@@ -281,7 +302,8 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self)
         ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
-        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask)
+        heads = scalar_heads(self.decoder.stack)
+        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask, heads)
 
 
 _RUN = Transformer.run  # a function that is assigned to the class later counts as an override

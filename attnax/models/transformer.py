@@ -16,14 +16,16 @@ from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
 from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
+from attnax.nn._parts import MakeBlock, block_maker
 from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.attention import KeysValues
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.embeddings import RelativePositionBias, TokenEmbedding, TransformerEmbedding
 from attnax.nn.linear import Linear
 from attnax.nn.norms import norm_of
+from attnax.nn.probe import Probe
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Bool, Float, Int, MaskMod, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["TokenHead", "TransformerDecoder", "TransformerEncoder", "count_positions"]
 
@@ -63,7 +65,7 @@ class _TokenTransformer(nnx.Module):
         self,
         rngs: nnx.Rngs,
         config: TransformerConfig,
-        make_block: Any,
+        make_block: MakeBlock,
         self_mask: Any,
         *,
         bidirectional: bool,
@@ -89,6 +91,7 @@ class _TokenTransformer(nnx.Module):
         token_type_ids: ArrayLike | None = None,
         tokens: TokenEmbedding | None = None,
         cross: dict[str, Any] | None = None,
+        probe: Probe | None = None,
     ) -> Output:
         """The hidden states of token ids; `cross` holds the options of cross-attention, None for blocks without it."""
         ids, mode = jnp.asarray(input_ids), select_options(options, Mode)
@@ -103,7 +106,7 @@ class _TokenTransformer(nnx.Module):
             shared = cross | {"self_mask": mask, "position_ids_self": position_ids}
             if isinstance(shared["encoder_output"], tuple | list):
                 each["encoder_output"] = shared.pop("encoder_output")
-        out = self.stack.run(x, each=each, score_mod=score_mod, **mode, **shared)
+        out = self.stack.run(x, each=each, input_ids=ids, probe=probe, score_mod=score_mod, **mode, **shared)
         with jax.named_scope("norm"):
             return out if self.norm is None else out._replace(hidden=self.norm(out.hidden))
 
@@ -194,6 +197,9 @@ class TransformerEncoder(_TokenTransformer):
         rngs: for the initial weights and the stored dropout streams.
         config: a TransformerConfig.
         self_mask: mask of self-attention, by default none. No token attends padding.
+        make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
+            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/own-blocks.md has examples.
+        attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -211,10 +217,13 @@ class TransformerEncoder(_TokenTransformer):
         config: TransformerConfig | None = None,
         *,
         self_mask: Mask | MaskMod | None = None,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
         **fields: Any,
     ):
         config = resolve_config(TransformerConfig, config, fields)
-        super().__init__(rngs, config, EncoderBlock, self_mask, bidirectional=True)
+        make_block = block_maker("TransformerEncoder", EncoderBlock, make_block, attention_fn)
+        super().__init__(rngs, config, make_block, self_mask, bidirectional=True)
 
     def __call__(
         self,
@@ -257,10 +266,12 @@ class TransformerEncoder(_TokenTransformer):
         out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[EncoderOptions]) -> Output:
-        """The call; it always returns an Output."""
+    def run(
+        self, input_ids: Int[ArrayLike, "B T"], *, probe: Probe | None = None, **options: Unpack[EncoderOptions]
+    ) -> Output:
+        """The call; it always returns an Output, with what a `probe` asks for in `probed`."""
         check_options("TransformerEncoder", options, EncoderOptions)
-        return self._run(input_ids, options, token_type_ids=options.get("token_type_ids"))
+        return self._run(input_ids, options, token_type_ids=options.get("token_type_ids"), probe=probe)
 
 
 class TransformerDecoder(_TokenTransformer):
@@ -276,6 +287,10 @@ class TransformerDecoder(_TokenTransformer):
         cross_attention: whether blocks attend an encoder's output.
         encoder_features: width of the encoder's output, by default d_model.
         own_tokens: whether the model has a table of token embeddings; if not, every `run` takes a table.
+        make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
+            EncoderBlock, or DecoderBlock with cross_attention. `attnax.nn.Stack` says what a block is, and
+            docs/own-blocks.md has examples.
+        attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -296,6 +311,8 @@ class TransformerDecoder(_TokenTransformer):
         cross_attention: bool = False,
         encoder_features: int | None = None,
         own_tokens: bool = True,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
         **fields: Any,
     ):
         config = resolve_config(TransformerConfig, config, fields)
@@ -304,7 +321,8 @@ class TransformerDecoder(_TokenTransformer):
                 f"TransformerDecoder: token types are an encoder's; got num_token_types={config.num_token_types}. "
                 "Leave it out."
             )
-        make_block = partial(DecoderBlock, encoder_features=encoder_features) if cross_attention else EncoderBlock
+        default = partial(DecoderBlock, encoder_features=encoder_features) if cross_attention else EncoderBlock
+        make_block = block_maker("TransformerDecoder", default, make_block, attention_fn)
         self.cross_attention = cross_attention
         self_mask = causal() if self_mask is None else self_mask
         super().__init__(rngs, config, make_block, self_mask, bidirectional=False, own_tokens=own_tokens)
@@ -344,9 +362,13 @@ class TransformerDecoder(_TokenTransformer):
         input_ids: Int[ArrayLike, "B T"],
         *,
         token_embedding: TokenEmbedding | None = None,
+        probe: Probe | None = None,
         **options: Unpack[DecoderOptions],
     ) -> Output:
-        """The call; it always returns an Output. A decoder without own_tokens needs `token_embedding`."""
+        """The call; it always returns an Output, with what a `probe` asks for in `probed`.
+
+        A decoder without own_tokens needs `token_embedding`.
+        """
         check_options("TransformerDecoder", options, DecoderOptions)
         self._check_cross(options)
         cross = {
@@ -354,7 +376,8 @@ class TransformerDecoder(_TokenTransformer):
             "cross_mask": options.get("cross_mask"),
             "position_ids_cross_kv": options.get("encoder_position_ids"),
         }
-        return self._run(input_ids, options, tokens=token_embedding, cross=cross if self.cross_attention else None)
+        cross_options = cross if self.cross_attention else None
+        return self._run(input_ids, options, tokens=token_embedding, cross=cross_options, probe=probe)
 
     def _check_cross(self, options: DecoderOptions) -> None:
         """Raises ValueError for options of cross-attention that do not fit the model or each other."""
@@ -386,10 +409,19 @@ class TransformerDecoder(_TokenTransformer):
         encoder_output: Float[Array, "B S De"],
         encoder_position_ids: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
     ) -> tuple[KeysValues, ...]:
-        """The keys and values of an encoder's output for every layer, computed once for many calls."""
-        return tuple(
-            block.cross_attention.keys_values(encoder_output, encoder_position_ids) for block in self.stack.layers()
-        )
+        """The keys and values of an encoder's output for every layer, computed once for many calls.
+
+        Raises:
+            ValueError: a block of a user without `cross_attention`, whose `keys_values` these are.
+        """
+        blocks = self.stack.layers()
+        for block in blocks:
+            if not hasattr(getattr(block, "cross_attention", None), "keys_values"):
+                raise ValueError(
+                    "TransformerDecoder: keys_values, which generate calls, are those of the cross_attention of each "
+                    f"block, a MultiHeadAttention; got {type(block).__name__} without it. Give it that name."
+                )
+        return tuple(block.cross_attention.keys_values(encoder_output, encoder_position_ids) for block in blocks)
 
 
 class TokenHead(nnx.Module):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from attnax.checks import check_options, wide_dtype
 from attnax.config import VisionTransformerConfig, resolve_config
+from attnax.nn._parts import MakeBlock, block_maker
 from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.blocks import EncoderBlock, Output
 from attnax.nn.dropout import Dropout
@@ -19,8 +20,9 @@ from attnax.nn.embeddings import LearnedPositionalEmbedding
 from attnax.nn.linear import Linear, make_initializer
 from attnax.nn.norms import norm_of
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
+from attnax.nn.probe import Probe
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Float, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, ScoreMod
 
 __all__ = ["VisionTransformer", "with_image_size"]
 
@@ -35,6 +37,9 @@ class VisionTransformer(nnx.Module):
     Args:
         rngs: for the initial weights and the stored dropout streams.
         config: a VisionTransformerConfig. The head always has a bias.
+        make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
+            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/own-blocks.md has examples.
+        attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of VisionTransformerConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -52,7 +57,15 @@ class VisionTransformer(nnx.Module):
         T. Darcet et al., "Vision Transformers Need Registers", 2023, https://arxiv.org/abs/2309.16588.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionTransformerConfig | None = None, **fields: Any):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: VisionTransformerConfig | None = None,
+        *,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
+        **fields: Any,
+    ):
         self.config = config = resolve_config(VisionTransformerConfig, config, fields)
         self.patches = PatchEmbedding(
             rngs,
@@ -79,7 +92,7 @@ class VisionTransformer(nnx.Module):
                 )
             )
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
-        self.stack = Stack(rngs, config, EncoderBlock)
+        self.stack = Stack(rngs, config, block_maker("VisionTransformer", EncoderBlock, make_block, attention_fn))
         # After "post" blocks the stream is normalised already.
         self.norm = nnx.data(None if config.norm_placement == "post" else norm_of(config, rngs))
         with_bias = dataclasses.replace(config, use_bias=("head",))
@@ -116,12 +129,16 @@ class VisionTransformer(nnx.Module):
         return out.hidden if self.head is None else out.logits
 
     def run(
-        self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[SelfAttentionOptions]
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        *,
+        probe: Probe | None = None,
+        **options: Unpack[SelfAttentionOptions],
     ) -> Output:
-        """The call; it always returns an Output, with tokens in `hidden`."""
+        """The call; it always returns an Output, with tokens in `hidden` and what a `probe` asks for in `probed`."""
         check_options("VisionTransformer", options, SelfAttentionOptions)
         x = self._embed(images, **select_options(options, Mode))
-        out = self.stack.run(x, **options)
+        out = self.stack.run(x, probe=probe, **options)
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
         out = out._replace(hidden=tokens)
         if self.head is None:
@@ -134,6 +151,8 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "B N T S"]:
         """The attention weights of one layer, (batch, num_heads, T, T); no dropout.
 
+        All layers are computed: `run(images, probe=Probe(attention_weights=True))` returns the weights of all.
+
         Args:
             images: as in a call.
             layer: index of the layer; -1 is the last layer.
@@ -142,20 +161,13 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: a layer that the model does not have, or as in a call.
         """
-        blocks = self.stack.layers()
-        if not -len(blocks) <= layer < len(blocks):
-            raise ValueError(
-                f"VisionTransformer: layer must be the index of one of {len(blocks)} layers; got layer={layer}."
-            )
-        *before, block = blocks[: layer % len(blocks) + 1]
-        x = self._embed(images, deterministic=True)
-        for earlier in before:
-            x = earlier.run(x, score_mod=score_mod, deterministic=True).hidden
-
-        def weigh(x: Array) -> tuple[Array, Array]:
-            return x, block.attention.attention_weights(x, score_mod=score_mod)
-
-        return block.around_attention.branch(x, weigh, deterministic=True)[1]
+        count = self.config.num_layers
+        if not -count <= layer < count:
+            raise ValueError(f"VisionTransformer: layer must be the index of one of {count} layers; got layer={layer}.")
+        seen = self.run(images, probe=Probe(attention_weights=True), score_mod=score_mod, deterministic=True).probed
+        assert seen is not None
+        weights: Array = seen.attention_weights[layer]
+        return weights
 
     def _embed(self, images: ArrayLike, **mode: Unpack[Mode]) -> Float[Array, "B T D"]:
         """The tokens that enter the first block."""

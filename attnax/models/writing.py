@@ -36,6 +36,7 @@ class Writer(NamedTuple):
         config: of the decoder.
         context: arrays that each row attends beside its text; may be Planned.
         self_mask: mask of the text.
+        scalar_heads: of the token scalars of each layer, 0 for none.
     """
 
     step: Step
@@ -43,6 +44,7 @@ class Writer(NamedTuple):
     config: TransformerConfig
     context: Any = None
     self_mask: Mask | None = None
+    scalar_heads: tuple[int, ...] = ()
 
 
 def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def generate(
         if options.get("caches") is None:
             options["cache"] = options.get("cache") or "ring"
         call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
-        sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask)
+        sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask, scalar_heads=draft.scalar_heads)
         whole = jax.eval_shape(Request.as_one_prompt, call.request)  # only its sizes: the program makes the arrays
         kind: CacheKind = options.get("cache") or "ring"
         written, caches, _ = generation.generate_with_draft(
@@ -242,7 +244,8 @@ def _prepare(
         earlier = caches.text
     rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
-    sizes = CallSizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows)
+    heads = writer.scalar_heads
+    sizes = CallSizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows, heads)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,

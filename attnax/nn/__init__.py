@@ -1,15 +1,19 @@
 """Layers on Flax NNX."""
 
+from attnax.nn._kernel import attend
+from attnax.nn._token_scalars import TokenScalars
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
+from attnax.nn.depth import first_layers, with_scan_layers
 from attnax.nn.dropout import Dropout
 from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding, TransformerEmbedding
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import RMSNorm, create_norm
 from attnax.nn.patches import PatchEmbedding
+from attnax.nn.probe import Probe, Probed
 from attnax.nn.rope import RotaryEmbedding, apply_rope, rope_cos_sin_from_positions, rope_cos_sin_table, rope_inv_freq
-from attnax.nn.stack import Stack, with_scan_layers
+from attnax.nn.stack import Stack
 
 __all__ = [
     "DecoderBlock",
@@ -23,13 +27,18 @@ __all__ = [
     "Output",
     "PatchEmbedding",
     "PositionalEncoding",
+    "Probe",
+    "Probed",
     "RMSNorm",
     "RotaryEmbedding",
     "Stack",
     "TokenEmbedding",
+    "TokenScalars",
     "TransformerEmbedding",
     "apply_rope",
+    "attend",
     "create_norm",
+    "first_layers",
     "rope_cos_sin_from_positions",
     "rope_cos_sin_table",
     "rope_inv_freq",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -18,13 +19,17 @@ from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn._kernel import Heads, Kernel, attend_cache, attention_function, check_cache
 from attnax.nn._run import SelfAttentionOptions
+from attnax.nn._token_scalars import check_scalar_cache, check_token_scalars, place_scalars
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
 from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
-__all__ = ["KeysValues", "MultiHeadAttention"]
+__all__ = ["FUNCTIONS", "KeysValues", "MultiHeadAttention"]
+
+FUNCTIONS = ("attention_fn", "score_mod", "rope", "query_fn", "key_fn", "value_fn")
+"""The attributes of a layer that hold a function of the library or of a user."""
 
 
 class KeysValues(NamedTuple):
@@ -47,6 +52,7 @@ class MultiHeadOptions(SelfAttentionOptions, total=False):
     position_ids_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
     kv_cache: LayerCache | None
+    mix_values: Callable[[Array], Array] | None
 
 
 class MultiHeadAttention(nnx.Module):
@@ -69,6 +75,13 @@ class MultiHeadAttention(nnx.Module):
         rope: a function `(heads, position_ids) -> heads` that rotates queries and keys, by default the config's.
         query_norm: norm of the queries before the rotation, over each head or all heads by its `num_features`.
         key_norm: the same for the keys.
+        query_fn: a function `(heads, x) -> heads` of the projected queries (batch, num_heads, T, head_dim), after the
+            norm and before the rotation, and of x (batch, T, in_features). It must act on each token alone, because a
+            cache keeps transformed tokens. Its arrays must be state, like those of a score_mod.
+        key_fn: the same for the keys (batch, num_kv_heads, S, head_dim); x is the context, if there is one.
+        value_fn: the same for the values (batch, num_kv_heads, S, value_head_dim), which no rotation follows.
+        token_scalars: numbers of each token that enter the scores, as `attnax.nn.TokenScalars` describes; for
+            self-attention. Its cache is a ScalarCache (`attnax.cache.init_scalar_cache`); `generate` makes it.
         **fields: other fields of BlockConfig (num_heads, num_kv_heads, dropout_rate, attention_window, ...), and
             `use_rope`.
 
@@ -93,6 +106,9 @@ class MultiHeadAttention(nnx.Module):
         J. Ainslie et al., "GQA", 2023, https://arxiv.org/abs/2305.13245.
         G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
         https://arxiv.org/abs/2309.17453.
+        Z. Qiu et al., "Gated Attention for Large Language Models", 2025, https://arxiv.org/abs/2505.06708.
+        Z. Lin et al., "Forgetting Transformer: Softmax Attention with a Forget Gate", 2025,
+        https://arxiv.org/abs/2503.02130.
     """
 
     def __init__(
@@ -109,6 +125,10 @@ class MultiHeadAttention(nnx.Module):
         rope: Any = None,
         query_norm: nnx.Module | None = None,
         key_norm: nnx.Module | None = None,
+        query_fn: Callable[[Array, Array], Array] | None = None,
+        key_fn: Callable[[Array, Array], Array] | None = None,
+        value_fn: Callable[[Array, Array], Array] | None = None,
+        token_scalars: nnx.Module | None = None,
         **fields: Any,
     ):
         if config is not None and (in_features is not None or qkv_features is not None):
@@ -124,17 +144,12 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_heads = config.num_heads, config.kv_heads
         head_dim, value_dim = config.head_size, config.value_head_size
         context_features = config.d_model if context_features is None else context_features
+        out_features = config.d_model if out_features is None else out_features
         self.query = Linear(rngs, config, config.d_model, heads * head_dim, bias="query")
         self.key = Linear(rngs, config, context_features, kv_heads * head_dim, bias="key")
         self.value = Linear(rngs, config, context_features, kv_heads * value_dim, bias="value")
-        self.out = Linear(
-            rngs,
-            config,
-            heads * value_dim,
-            config.d_model if out_features is None else out_features,
-            bias="out",
-            scale=config.residual_init_scale,
-        )
+        scale = config.residual_init_scale
+        self.out = Linear(rngs, config, heads * value_dim, out_features, bias="out", scale=scale)
         self.query_norm = nnx.data(_head_norm(config, heads, rngs) if query_norm is None else query_norm)
         self.key_norm = nnx.data(_head_norm(config, kv_heads, rngs) if key_norm is None else key_norm)
         if rope is None and config.pos_emb_type == "rope":
@@ -148,7 +163,10 @@ class MultiHeadAttention(nnx.Module):
         self.rope = _as_attribute(rope)
         self.attention_fn = _as_attribute(attention_function(rngs, config) if attention_fn is None else attention_fn)
         self.score_mod = _as_attribute(score_mod)
-        self._check_functions()
+        self.query_fn, self.key_fn, self.value_fn = map(_as_attribute, (query_fn, key_fn, value_fn))
+        self.token_scalars = nnx.data(token_scalars)
+        self.gate = nnx.data(_gate(rngs, config))
+        self.scalar_heads = self._check_functions()
         self.sinks = nnx.data(None)
         if config.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), config.param_dtype))
@@ -165,6 +183,7 @@ class MultiHeadAttention(nnx.Module):
         position_ids_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
         kv_cache: LayerCache | None = None,
+        mix_values: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T Do"] | tuple[Float[Array, "B T Do"], Any]:
         """The attention of each token of x to the tokens of `context`, or of x itself.
@@ -184,6 +203,8 @@ class MultiHeadAttention(nnx.Module):
             score_mod: applied to the scores after the layer's own.
             kv_cache: a cache of any kind (`attnax.cache`); x is appended to the cache and attends all of it. Masks and
                 score mods are then read at positions; with an EmptyCache at indices, as without a cache.
+            mix_values: a function of the values (batch, num_kv_heads, S, value_head_dim), after value_fn and before
+                they enter the cache; for example one that adds the `values` of the first layer.
             rngs: randomness of the dropout, instead of the stored stream.
 
         Returns:
@@ -194,7 +215,7 @@ class MultiHeadAttention(nnx.Module):
             NotImplementedError: the attention function lacks a feature, such as a cache for linear attention.
         """
         options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "kv_cache": kv_cache}
-        options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
+        options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv, "mix_values": mix_values}
         options |= {"deterministic": deterministic, "rngs": rngs}
         out, cache = self.run(x, **options)
         return out if cache is None else (out, cache)
@@ -205,6 +226,9 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_cache = self._attend(x, options)
         if not getattr(kernel_of(self.attention_fn), "names_residuals", False):
             heads = _named("attention_out", heads)
+        if self.gate is not None:  # one number a head, or one an element
+            gate = jax.nn.sigmoid(self.gate(x)).reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
+            heads = heads * gate.astype(heads.dtype)
         return self.out(heads.swapaxes(1, 2).reshape(*x.shape[:2], self.out.in_features)), kv_cache
 
     def _attend(
@@ -216,12 +240,14 @@ class MultiHeadAttention(nnx.Module):
         positions, kv_positions = self._check_positions(x, options)
 
         query = self._heads(self.query, x, self.config.num_heads, self.query_norm)
+        query = _transformed("query_fn", self.query_fn, query, x)
         if self.rope is not None:
             query = self.rope(query, positions)
         if isinstance(context, KeysValues):
             key, value = context
         else:
             key, value = self.keys_values(x if context is None else context, kv_positions)
+        value = _transformed("mix_values", options.get("mix_values"), value)
         query, key, value = map(_named, ("attention_query", "attention_key", "attention_value"), (query, key, value))
 
         scores = _scores(x.shape[0], self.config.num_heads, x.shape[1], key.shape[2])
@@ -234,7 +260,10 @@ class MultiHeadAttention(nnx.Module):
             window, alibi = self._window_and_alibi(positions if is_alone else None, kv_positions)
             mask = window if mask is None else mask if window is None else mask & window
         cap = None if self.config.attention_soft_cap is None else soft_cap_mod(self.config.attention_soft_cap)
-        score_mod = compose_score_mods(cap, alibi, self.score_mod, score_mod)
+        of_tokens = None
+        if self.token_scalars is not None:
+            of_tokens, cache = place_scalars(self.token_scalars, x, positions, cache)
+        score_mod = compose_score_mods(cap, alibi, of_tokens, self.score_mod, score_mod)
 
         dropout_rng = self.dropout.key(options.get("deterministic"), options.get("rngs"))
         if weights:  # with unit vectors as values, the output is the weights
@@ -256,6 +285,12 @@ class MultiHeadAttention(nnx.Module):
                     f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
                 )
             check_cache(self.attention_fn, cache, self.config.attention_window)
+            check_scalar_cache("MultiHeadAttention", cache, self.scalar_heads)
+        if context is not None and self.token_scalars is not None:
+            raise ValueError(
+                "MultiHeadAttention: token_scalars are for self-attention, whose queries and keys are the same tokens; "
+                "got context. Leave one of the two out."
+            )
         if isinstance(context, KeysValues):
             if kv_positions is not None:
                 raise ValueError(
@@ -299,9 +334,16 @@ class MultiHeadAttention(nnx.Module):
         if position_ids is not None:
             position_ids = check_positions("MultiHeadAttention", "position_ids_kv", position_ids, batch, length)
         key = self._heads(self.key, context, self.config.kv_heads, self.key_norm)
+        key = _transformed("key_fn", self.key_fn, key, context)
         if self.rope is not None:
             key = self.rope(key, position_ids)
-        return KeysValues(key, self._heads(self.value, context, self.config.kv_heads, None))
+        return KeysValues(key, self.values(context))
+
+    def values(self, context: Float[Array, "B S Dc"]) -> Float[Array, "B K S Hv"]:
+        """The values of x, or of a context, before any `mix_values`."""
+        self._check_tokens("context", context, self.value, None)
+        value = self._heads(self.value, context, self.config.kv_heads, None)
+        return _transformed("value_fn", self.value_fn, value, context)
 
     def _window_and_alibi(self, positions: Any, kv_positions: Any) -> tuple[Mask | None, ScoreMod | None]:
         """The layer's window and ALiBi, read at positions if there are any, like RoPE; else at indices, like masks."""
@@ -333,28 +375,40 @@ class MultiHeadAttention(nnx.Module):
         options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
         return self._attend(x, options, weights=True)[0]
 
-    def _check_functions(self) -> None:
-        """Raises ValueError for an attention function without the keywords that the config needs.
+    def _check_functions(self) -> int:
+        """The heads of the token scalars, or 0.
+
+        Raises ValueError for an attention function without the keywords that the config needs.
 
         Also refuses arrays outside of the layer's state, which would get no gradient. Functions are traced with axes
         of length 1, which broadcast against arrays of any size. A call traces the score mod again, at its own sizes.
         """
         config = self.config
-        heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
+        key_value = (config.kv_heads, config.head_size), (config.kv_heads, config.value_head_size)
         query, key, value = (
             jax.ShapeDtypeStruct((1, number, 1, size), config.dtype)
-            for number, size in (*heads, (config.kv_heads, config.value_head_size))
+            for number, size in ((config.num_heads, config.head_size), *key_value)
         )
         scores = _scores(1, config.num_heads, 1, 1)
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
         refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
         refuse_hidden_arrays_of_kernel("MultiHeadAttention", self.attention_fn, (query, key, value), scores)
+        for name, heads, width in (
+            ("query_fn", query, self.query.in_features),
+            ("key_fn", key, self.key.in_features),
+            ("value_fn", value, self.value.in_features),
+        ):
+            x = jax.ShapeDtypeStruct((1, 1, width), config.dtype)
+            refuse_hidden_arrays("MultiHeadAttention", name, getattr(self, name), (heads, x))
         for field, keyword in (("attention_sinks", "return_lse"), ("attention_scale", "scale")):
             if getattr(config, field) and keyword not in inspect.signature(self.attention_fn).parameters:
                 raise ValueError(
                     f"MultiHeadAttention: {field} needs an attention function with {keyword}; "
                     f"got attention_fn={self.attention_fn!r}. Use one of the softmax kernels."
                 )
+        if self.token_scalars is None:
+            return 0
+        return check_token_scalars("MultiHeadAttention", self.token_scalars, config, scores)
 
 
 def _named(name: str, x: Array) -> Array:
@@ -372,6 +426,26 @@ def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.Sh
 def _as_attribute(function: Any) -> Any:
     """The function as an attribute of a module: state if it holds arrays."""
     return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
+
+
+def _transformed(name: str, function: Any, heads: Array, *arguments: Array) -> Array:
+    """The result of a user's function of the heads, which must have their shape."""
+    if function is None:
+        return heads
+    result: Array = function(heads, *arguments)
+    if getattr(result, "shape", None) != heads.shape:
+        raise ValueError(
+            f"MultiHeadAttention: {name} must return heads of the shape {heads.shape} that it gets; got "
+            f"{getattr(result, 'shape', type(result).__name__)}."
+        )
+    return result.astype(heads.dtype)
+
+
+def _gate(rngs: nnx.Rngs, config: BlockConfig) -> Linear | None:
+    if config.attention_gate == "none":
+        return None
+    width = 1 if config.attention_gate == "head" else config.value_head_size
+    return Linear(rngs, config, config.d_model, config.num_heads * width, bias="gate")
 
 
 def _head_dim(qkv_features: int, num_heads: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -15,12 +15,13 @@ from attnax.cache import LayerCache
 from attnax.checks import check_options
 from attnax.config import AttentionType, BlockConfig, resolve_config
 from attnax.masks import And, AtPositions, Dense, Documents, Lengths, Mask, as_mask
-from attnax.nn._run import Mode, SelfAttentionOptions, run_of, select_options
+from attnax.nn._run import Mode, SelfAttentionOptions, run_of, runs, select_options
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.dropout import Dropout
 from attnax.nn.feedforward import FeedForward
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import norm_of
+from attnax.nn.probe import Probed
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["DecoderBlock", "EncoderBlock", "Output", "Residual", "add_aux"]
@@ -32,17 +33,23 @@ class Output(NamedTuple):
     Attributes:
         hidden: (batch, T, d_model); for a model, the input of its head.
         caches: the new cache of a block, the new caches of a stack, one a layer, or None.
-        aux: losses and statistics of mixtures of experts by name: scalars, summed over the layers, and `expert_load`, a
-            tuple with one array for each mixture. Only real tokens count. Padding is a token at a negative position, or
-            a token that the call's mask hides from all queries by `masks.padding`, an array or positions. Other masks
-            and functions do not mark padding.
+        aux: losses and statistics by name, summed over the layers. `attnax.training.Trainer` adds every scalar whose
+            name ends in "_loss" to the loss; a block of a user scales its own. Mixtures of experts have scalars, and
+            `expert_load`, a tuple with one array for each mixture. Only real tokens count. Padding is a token at a
+            negative position, or a token that the call's mask hides from all queries by `masks.padding`, an array or
+            positions. Other masks and functions do not mark padding.
         logits: float32 (batch, T, vocab_size) or (batch, num_classes) of a model with a head, or None.
+        carry: of a block, the new carry, and None where it stays as it was; of a stack or a model, the last one. See
+            `Stack`.
+        probed: what a `Probe` asked for, or None.
     """
 
     hidden: Array
     caches: Any
     aux: dict[str, Any]
     logits: Any = None
+    carry: Any = None
+    probed: Probed | None = None
 
 
 def add_aux(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +107,7 @@ class EncoderBlockOptions(SelfAttentionOptions, total=False):
     mask: Mask | MaskMod | ArrayLike | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     cache: LayerCache | None
+    mix_values: Callable[[Array], Array] | None
 
 
 class EncoderBlock(nnx.Module):
@@ -115,6 +123,9 @@ class EncoderBlock(nnx.Module):
         d_ff: the field of BlockConfig, if config is d_model.
         attention_fn: as in `MultiHeadAttention`.
         score_mod: as in `MultiHeadAttention`.
+        attention: the self-attention in place of a MultiHeadAttention of the config, for example one with hooks. Any
+            nnx.Module will do whose `run(x, **options)` takes the options of `MultiHeadAttention.run` and returns
+            (result, new cache or None).
         **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -135,10 +146,11 @@ class EncoderBlock(nnx.Module):
         *,
         attention_fn: AttentionFn | None = None,
         score_mod: ScoreMod | None = None,
+        attention: nnx.Module | None = None,
         **fields: Any,
     ):
         config = _block_config(config, num_heads, d_ff, fields)
-        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+        self.attention = _self_attention("EncoderBlock", rngs, config, attention, attention_fn, score_mod)
         self.around_attention = Residual(rngs, config)
         self.feed_forward = _make_feed_forward(rngs, config)
         self.around_feed_forward = Residual(rngs, config)
@@ -153,6 +165,7 @@ class EncoderBlock(nnx.Module):
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
         score_mod: ScoreMod | None = None,
         self_attn_kv_cache: LayerCache | None = None,
+        mix_values: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after both sublayers; with a cache, the pair (stream, new cache).
@@ -160,21 +173,29 @@ class EncoderBlock(nnx.Module):
         Arguments and errors are as in `MultiHeadAttention`.
         """
         options: EncoderBlockOptions = {"mask": mask, "position_ids": position_ids, "score_mod": score_mod}
-        options |= {"cache": self_attn_kv_cache, "deterministic": deterministic, "rngs": rngs}
+        options |= {"cache": self_attn_kv_cache, "mix_values": mix_values}
+        options |= {"deterministic": deterministic, "rngs": rngs}
         out = self.run(x, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
-    def run(self, x: Float[Array, "B T D"], **options: Unpack[EncoderBlockOptions]) -> Output:
-        """The call; it always returns an Output."""
+    def run(
+        self, x: Float[Array, "B T D"], *, attention_weights: bool = False, **options: Unpack[EncoderBlockOptions]
+    ) -> Output:
+        """The call; it always returns an Output, with `attention_weights` in `probed`, (batch, num_heads, T, T)."""
         check_options("EncoderBlock", options, EncoderBlockOptions)
-        mode = select_options(options, Mode)
+        mode, probed = select_options(options, Mode), None
 
         def attend(x: Array) -> tuple[Array, Any]:
+            nonlocal probed
+            if attention_weights:
+                own = {"mask": options.get("mask"), "score_mod": options.get("score_mod")}
+                probed = Probed(attention_weights=_weigh(self.attention, x, options.get("position_ids"), own))
             return run_of(self.attention)(
                 x,
                 mask=options.get("mask"),
                 position_ids_q=options.get("position_ids"),
                 kv_cache=options.get("cache"),
+                **_mixing(options),
                 **select_options(options, SelfAttentionOptions),
             )
 
@@ -184,10 +205,10 @@ class EncoderBlock(nnx.Module):
         if self.parallel:
             attended, new_cache = self.around_attention.branch(x, attend, **mode)
             fed, aux = self.around_feed_forward.branch(x, feed_forward, **mode)
-            return Output(x + attended + fed, new_cache, aux)
+            return Output(x + attended + fed, new_cache, aux, probed=probed)
         x, new_cache = self.around_attention(x, attend, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, new_cache, aux)
+        return Output(x, new_cache, aux, probed=probed)
 
 
 class DecoderBlockOptions(SelfAttentionOptions, total=False):
@@ -199,6 +220,7 @@ class DecoderBlockOptions(SelfAttentionOptions, total=False):
     position_ids_cross_q: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None
     cache: LayerCache | None
+    mix_values: Callable[[Array], Array] | None
 
 
 class DecoderBlock(nnx.Module):
@@ -216,6 +238,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: width of the encoder's output, by default d_model.
         attention_fn: of self-attention, as in `MultiHeadAttention`.
         score_mod: of self-attention, as in `MultiHeadAttention`.
+        attention: of self-attention, as in `EncoderBlock`.
         **fields: fields of BlockConfig; an unknown field or a value out of range raises ValueError.
 
     Example:
@@ -237,6 +260,7 @@ class DecoderBlock(nnx.Module):
         encoder_features: int | None = None,
         attention_fn: AttentionFn | None = None,
         score_mod: ScoreMod | None = None,
+        attention: nnx.Module | None = None,
         **fields: Any,
     ):
         config = _block_config(config, num_heads, d_ff, fields)
@@ -248,7 +272,7 @@ class DecoderBlock(nnx.Module):
         cross = config
         if config.attention_type == AttentionType.LITE:
             cross = dataclasses.replace(config, attention_type=AttentionType.FLASH)
-        self.attention = MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+        self.attention = _self_attention("DecoderBlock", rngs, config, attention, attention_fn, score_mod)
         self.around_attention = Residual(rngs, config)
         self.cross_attention = MultiHeadAttention(rngs, cross, context_features=encoder_features)
         self.around_cross_attention = Residual(rngs, config)
@@ -268,12 +292,13 @@ class DecoderBlock(nnx.Module):
         position_ids_cross_kv: Int[ArrayLike, "S"] | Int[ArrayLike, "#B S"] | None = None,
         score_mod: ScoreMod | None = None,
         self_attn_kv_cache: LayerCache | None = None,
+        mix_values: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]:
         """The stream after the three sublayers; with a cache, the pair (stream, new cache).
 
-        Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod` and
-        `self_attn_kv_cache` are for self-attention. Cross-attention has:
+        Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod`, `mix_values`
+        and `self_attn_kv_cache` are for self-attention. Cross-attention has:
             encoder_output: (batch, S, encoder_features), or its `keys_values` from this block's cross_attention.
             cross_mask: mask of the tokens of x against the tokens of the encoder, read at indices.
             position_ids_cross_q: positions of x for RoPE, by default `position_ids_self`.
@@ -282,7 +307,7 @@ class DecoderBlock(nnx.Module):
         options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
         options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}
         options |= {"position_ids_cross_kv": position_ids_cross_kv, "cache": self_attn_kv_cache}
-        options |= {"deterministic": deterministic, "rngs": rngs}
+        options |= {"mix_values": mix_values, "deterministic": deterministic, "rngs": rngs}
         out = self.run(x, encoder_output=encoder_output, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
@@ -291,41 +316,46 @@ class DecoderBlock(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         encoder_output: Float[Array, "B S De"] | KeysValues,
+        attention_weights: bool = False,
         **options: Unpack[DecoderBlockOptions],
     ) -> Output:
-        """The call; it always returns an Output."""
+        """The call; it always returns an Output, with the `attention_weights` of both attentions in `probed`."""
         check_options("DecoderBlock", options, DecoderBlockOptions)
         mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
         if positions is None and cache is not None:
             positions = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        cross_positions = options.get("position_ids_cross_q")
+        cross_positions, weights = options.get("position_ids_cross_q"), Probed()
 
         def attend(x: Array) -> tuple[Array, Any]:
+            nonlocal weights
+            if attention_weights:
+                own = {"mask": options.get("self_mask"), "score_mod": options.get("score_mod")}
+                weights = weights._replace(attention_weights=_weigh(self.attention, x, positions, own))
             return run_of(self.attention)(
                 x,
                 mask=options.get("self_mask"),
                 position_ids_q=positions,
                 kv_cache=cache,
+                **_mixing(options),
                 **select_options(options, SelfAttentionOptions),
             )
 
         @jax.named_scope("cross")
         def attend_encoder(x: Array) -> tuple[Array, None]:
-            out, _ = run_of(self.cross_attention)(
-                x,
-                context=encoder_output,
-                mask=options.get("cross_mask"),
-                position_ids_q=positions if cross_positions is None else cross_positions,
-                position_ids_kv=options.get("position_ids_cross_kv"),
-                **mode,
-            )
-            return out, None
+            nonlocal weights
+            own = {"context": encoder_output, "mask": options.get("cross_mask")}
+            own |= {"position_ids_kv": options.get("position_ids_cross_kv")}
+            positions_q = positions if cross_positions is None else cross_positions
+            if attention_weights:
+                cross = _weigh(self.cross_attention, x, positions_q, own)
+                weights = weights._replace(cross_attention_weights=cross)
+            return run_of(self.cross_attention)(x, position_ids_q=positions_q, **own, **mode)[0], None
 
         feed_forward = _as_sublayer(self.feed_forward, options.get("self_mask"), positions, cache, mode)
         x, new_cache = self.around_attention(x, attend, **mode)
         x, _ = self.around_cross_attention(x, attend_encoder, **mode)
         x, aux = self.around_feed_forward(x, feed_forward, **mode)
-        return Output(x, new_cache, aux)
+        return Output(x, new_cache, aux, probed=weights if attention_weights else None)
 
 
 def _block_config(
@@ -341,6 +371,54 @@ def _block_config(
         sizes["d_model"], config = config, None
     given = {name: size for name, size in sizes.items() if size is not None}
     return resolve_config(BlockConfig, config, fields | given)
+
+
+def _weigh(attention: Any, x: Array, position_ids: Any, options: dict[str, Any]) -> Array:
+    """The weights of an attention, for a `Probe`.
+
+    Raises:
+        ValueError: a class of a user whose run is its own and whose attention_weights would not be those of run.
+    """
+    kind = type(attention)
+    own = getattr(kind, "attention_weights", None)
+    if own is None or (own is MultiHeadAttention.attention_weights and not runs(attention, MultiHeadAttention.run)):
+        raise ValueError(
+            "Probe: attention_weights are those of MultiHeadAttention.attention_weights; got "
+            f"{kind.__module__}.{kind.__qualname__} with a run of its own. Define attention_weights in it too."
+        )
+    weights: Array = attention.attention_weights(x, position_ids_q=position_ids, **options)
+    return weights
+
+
+def _self_attention(
+    caller: str,
+    rngs: nnx.Rngs,
+    config: BlockConfig,
+    attention: nnx.Module | None,
+    attention_fn: AttentionFn | None,
+    score_mod: ScoreMod | None,
+) -> nnx.Module:
+    """The given module, or the MultiHeadAttention of the config."""
+    if attention is None:
+        return MultiHeadAttention(rngs, config, attention_fn=attention_fn, score_mod=score_mod)
+    if attention_fn is not None or score_mod is not None:
+        raise ValueError(
+            f"{caller}: attention has a function and a score mod of its own; got it with "
+            f"{'score_mod' if attention_fn is None else 'attention_fn'}. Give it to "
+            f"MultiHeadAttention(rngs, config, ...) in attention."
+        )
+    if not isinstance(attention, nnx.Module) or not callable(getattr(attention, "run", None)):
+        raise ValueError(
+            f"{caller}: attention must be an nnx.Module with run(x, **options) -> (result, new cache or None), such as "
+            f"a MultiHeadAttention; got {type(attention).__name__}."
+        )
+    return attention
+
+
+def _mixing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option mix_values, if it is given: an attention of a user need not have it."""
+    mix_values = options.get("mix_values")
+    return {} if mix_values is None else {"mix_values": mix_values}
 
 
 @jax.named_scope("norm")

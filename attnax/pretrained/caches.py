@@ -33,6 +33,7 @@ from attnax.cache import (
     LinearLayerCache,
     LinearState,
     RingKVCache,
+    ScalarCache,
     StackedCaches,
     StoredTokens,
 )
@@ -67,6 +68,7 @@ _OWN = (
     LinearState,
     PagedKVCache,
     RingKVCache,
+    ScalarCache,
     StackedCaches,
     StoredTokens,
     Text,

@@ -72,4 +72,6 @@ def _effective(config: Any, name: str) -> Any:
 def _has_layer(config: Any, layer: str) -> bool:
     if layer == "router":
         return config.num_experts is not None
+    if layer == "gate":
+        return bool(config.attention_gate != "none")
     return layer != "norm" or config.norm_type == "layer"

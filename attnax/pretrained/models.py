@@ -20,13 +20,15 @@ from attnax.masks import Causal
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
-from attnax.nn.stack import Stack, with_scan_layers
+from attnax.nn.depth import with_scan_layers
+from attnax.nn.stack import Stack
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Family, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_name, parameter_shapes
+from attnax.pretrained.parts import changed_parts
 from attnax.pretrained.rules import Binding
 from attnax.pretrained.safetensors import empty_aligned, read_into, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
@@ -207,6 +209,7 @@ def _unwritable(model: Any) -> Iterator[str]:
             yield f"self_mask must be None; got {module.self_mask!r}."
         elif isinstance(module, MultiHeadAttention) and module.score_mod is not None:
             yield f"score_mod must be None; got {module.score_mod!r}."
+    yield from changed_parts(model)
 
 
 def _check_tied(config: Any, family: Family, checkpoint: Checkpoint, bindings: Sequence[Binding]) -> None:

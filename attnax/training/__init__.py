@@ -9,6 +9,7 @@ from attnax.lazy import lazy_imports
 
 with lazy_imports(globals()):
     from attnax.training.checkpoints import DamagedCheckpointError as DamagedCheckpointError
+    from attnax.training.checkpoints import checkpoint_arrays as checkpoint_arrays
     from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
     from attnax.training.checkpoints import delete_checkpoints_after as delete_checkpoints_after
     from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint

@@ -24,6 +24,7 @@ from attnax.errors import InputError
 
 __all__ = [
     "DamagedCheckpointError",
+    "checkpoint_arrays",
     "checkpoint_steps",
     "delete_checkpoints_after",
     "latest_checkpoint",
@@ -88,6 +89,16 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 def latest_checkpoint(folder: Path) -> int | None:
     """The step of the newest checkpoint, or None."""
     return max(checkpoint_steps(folder), default=None)
+
+
+def checkpoint_arrays(folder: Path, step: int, item: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and the dtype of each array in a checkpoint, by name; no array is read.
+
+    Raises:
+        InputError: the list of its contents cannot be read.
+    """
+    types = _read_manifest(folder, step, item)[1]
+    return {name: (tuple(shape), dtype) for name, (shape, dtype) in types.items()}
 
 
 class DamagedCheckpointError(InputError):
@@ -190,11 +201,7 @@ def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, An
         InputError: the manifest cannot be read or is of another run, or a file is missing or changed.
     """
     target = folder.absolute() / str(step)
-    try:
-        manifest = json.loads((folder / f"{step}.json").read_text())
-        saved_owner, types, digests = manifest["owner"], dict(manifest["types"][item]), dict(manifest["sha256"][item])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
+    saved_owner, types, digests = _read_manifest(folder, step, item)
     if saved_owner != owner:
         raise InputError(f"the checkpoint {target} belongs to another run.")
     found = _digests(target / item)
@@ -205,6 +212,16 @@ def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, An
             + (f", and so have {len(names) - 1} other files." if len(names) > 1 else ".")
         )
     return types
+
+
+def _read_manifest(folder: Path, step: int, item: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """The owner of a checkpoint, and the types of an item's arrays and the digests of its files."""
+    target = folder.absolute() / str(step)
+    try:
+        manifest = json.loads((folder / f"{step}.json").read_text())
+        return manifest["owner"], dict(manifest["types"][item]), dict(manifest["sha256"][item])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
 
 
 def _delete(folder: Path, step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.models import TransformerLM
+from attnax.nn._parts import Parts
 from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.trainer import Trainer
@@ -23,14 +24,18 @@ from attnax.training.trainer import Trainer
 __all__ = ["require_memory", "require_traces"]
 
 
-def require_memory(model: TransformerConfig, optimizer: OptimizerConfig) -> None:
+def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, **parts: Unpack[Parts]) -> None:
     """Compares the memory with a lower bound: weights, their gradient and moments, hidden states, logits of a chunk.
+
+    `parts` are the `make_block` and the `attention_fn` of the model.
 
     Raises:
         InputError: the machine, or its first accelerator, has less memory than the bound.
     """
     period = len(model.layer_pattern or (None,))
-    shallow, deep = (_num_parameters(dataclasses.replace(model, num_layers=layers)) for layers in (period, 2 * period))
+    shallow, deep = (
+        _num_parameters(dataclasses.replace(model, num_layers=layers), parts) for layers in (period, 2 * period)
+    )
     count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
     tokens = optimizer.batch_size * model.max_len
     needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
@@ -61,9 +66,9 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
         raise InputError(f"this model cannot be trained: {error}") from error
 
 
-def _num_parameters(config: TransformerConfig) -> int:
+def _num_parameters(config: TransformerConfig, parts: Parts) -> int:
     try:
-        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
+        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config, **parts))
     except ValueError as error:
         raise InputError(f"this model cannot be trained: {error}") from error
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -89,9 +89,26 @@ class OptimizerConfig:
         )
 
     def weigh(self, aux: dict[str, Any]) -> Array | float:
-        """The weighted sum of the losses of a model's layers, which is added to the loss; 0 if there are none."""
+        """The sum of the losses of a model's layers, which is added to the loss; 0 if there are none.
+
+        The losses are the entries of `aux` whose names end in "_loss". Those of mixtures have the weights of this
+        config; one of a user's block has the weight 1.
+
+        Raises:
+            ValueError: such an entry is no floating scalar.
+        """
+        import jax.numpy as jnp
+
         weights = {"load_balance_loss": self.load_balance_loss, "router_z_loss": self.router_z_loss}
-        return sum((weight * aux[name] for name, weight in weights.items() if name in aux), 0.0)
+        losses = {name: value for name, value in aux.items() if name.endswith("_loss")}
+        for name, value in losses.items():
+            shape, dtype = jnp.shape(value), jnp.result_type(value)
+            if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    "OptimizerConfig: an entry of Output.aux whose name ends in _loss is added to the loss, so it must "
+                    f"be a floating scalar; got {name} of {dtype}{list(shape)}. Take its mean, or another name."
+                )
+        return sum((weights.get(name, 1.0) * value for name, value in losses.items()), 0.0)
 
     def build(self) -> optax.GradientTransformation:
         """The optimizer; each call of its `update` is an update with the gradients that `Trainer` accumulated."""

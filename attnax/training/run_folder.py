@@ -1,7 +1,8 @@
 """The folder of a run: its options, its metrics and its checkpoints.
 
 .lock           held by the process that trains; .lock.owner names the process
-config.json     the options and the version of attnax, and the SHA-256 of the corpus and of the tokenizer
+config.json     the options and the version of attnax, the SHA-256 of the corpus and of the tokenizer, and the names of
+                parts that the config of the model cannot hold
 tokenizer.json  in the format of the `tokenizers` library
 metrics.jsonl   a line for each update and each evaluation on held-out text
 checkpoints/    of Orbax
@@ -26,6 +27,7 @@ from typing import Any
 from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
+from attnax.nn._parts import part_names
 from attnax.text.tokenizer import Tokenizer
 from attnax.training.corpus import Corpus
 from attnax.training.optimizer import OptimizerConfig
@@ -59,11 +61,19 @@ class RunFolder:
         return self.path / "result.json"
 
     @classmethod
-    def create(cls, out: Path | None, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> RunFolder:
+    def create(
+        cls,
+        out: Path | None,
+        options: RunOptions,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        parts: Mapping[str, Any] | None = None,
+    ) -> RunFolder:
         """Makes `out`, or the next free runs/NNN, with the files that `load` reads.
 
         config.json is written last and makes the folder a run. A folder is also free if it is empty, or if its process
-        was killed before config.json was written.
+        was killed before config.json was written. `parts` are those of the model, such as `Trainer.parts`; the folder
+        keeps their names.
 
         Raises:
             InputError: `out` exists already, or cannot be made.
@@ -76,7 +86,7 @@ class RunFolder:
                 if run._is_free():
                     with run.locked():
                         if run._is_free():  # checked again: no other process can take it now
-                            run._save(options, corpus, tokenizer)
+                            run._save(options, corpus, tokenizer, part_names(**(parts or {})))
                             return run
             except (FileExistsError, LockedError):
                 continue
@@ -116,7 +126,7 @@ class RunFolder:
             owner.unlink(missing_ok=True)
             lock.release()
 
-    def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, str]) -> None:
         content = tokenizer.to_json().encode()
         (self.path / "tokenizer.json").write_bytes(content)
         given = dataclasses.asdict(options)  # the options may be of a subclass with more fields
@@ -126,6 +136,7 @@ class RunFolder:
             "corpus_sha256": corpus.fingerprint,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
             "options": {field.name: given[field.name] for field in dataclasses.fields(RunOptions)},
+            **({"parts": parts} if parts else {}),
         }
         config["sha256"] = _digest(config)
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
@@ -142,6 +153,30 @@ class RunFolder:
         if found != tokenizer_digest:
             raise InputError(f"{path} is {'missing' if found is None else 'not the one of this run'}.")
         return options, Tokenizer.load(path), corpus_digest
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The names of the parts that the model was made with and its config cannot hold; `load` checks the file."""
+        return dict(json.loads(self._config).get("parts", {}))
+
+    def require_parts(self, given: Mapping[str, Any]) -> None:
+        """Raises InputError unless the parts are those of the run, by their names without the module.
+
+        The module is left out, since a part of a script is in `__main__` where the script runs.
+        """
+        names, wanted = part_names(**given), self.parts
+        for part in dict.fromkeys((*wanted, *names)):
+            have, want = names.get(part), wanted.get(part)
+            if want is None:
+                raise InputError(f"the model of {self.path} was made without {part}; got {part}={have}. Leave it out.")
+            if have is None:
+                name = want.rpartition(".")[2]
+                raise InputError(
+                    f"the model of {self.path} was made with {part}={want}, which is code and not in the folder. Open "
+                    f"it in Python: attnax.training.open_run(path, {part}={name})."
+                )
+            if have.rpartition(".")[2] != want.rpartition(".")[2]:
+                raise InputError(f"the model of {self.path} was made with {part}={want}; got {part}={have}.")
 
     def _load_config(self) -> tuple[RunOptions, str, str]:
         """The options, and the SHA-256 of the corpus and of the tokenizer."""

@@ -15,11 +15,12 @@ from attnax import masks
 from attnax.checks import check_shape
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
+from attnax.nn._parts import MakeBlock, Parts
 from attnax.pytrees import pytree_dataclass
 from attnax.training.corpus import TokenStream
 from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import OptimizerConfig
-from attnax.typing import Array, Bool, Float, Int
+from attnax.typing import Array, AttentionFn, Bool, Float, Int
 
 __all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"]
 
@@ -80,6 +81,11 @@ class Trainer:
         seed: of the parameters and of the dropout.
         document_token: the first token of every document. If it is given, the documents in a window are packed: they do
             not attend each other, and the positions of each start at 0.
+        make_block: as in `TransformerLM`. Scalars in `Output.aux` whose names end in "_loss" are added to the loss.
+        attention_fn: as in `TransformerLM`.
+
+    Attributes:
+        parts: the parts that were given, by name, for `TransformerLM(rngs, model, **parts)`.
 
     Raises:
         ValueError: a configuration that the model refuses.
@@ -102,10 +108,13 @@ class Trainer:
         seed: int = 0,
         *,
         document_token: int | None = None,
+        make_block: MakeBlock | None = None,
+        attention_fn: AttentionFn | None = None,
     ):
         self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token
+        self.parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
         rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
-        graphdef, params, *rest = nnx.split(TransformerLM(rngs, model), nnx.Param, ...)
+        graphdef, params, *rest = nnx.split(TransformerLM(rngs, model, **self.parts), nnx.Param, ...)
         self._initial = nnx.to_pure_dict(params)
         self._graphdef, self._rest = graphdef, rest
         self._update = optimizer.build()

@@ -31,7 +31,12 @@ IN_RUN = {"self_attn_kv_cache": "cache", "layer_kv_caches": "caches"}
 # A public call, the dictionary of its options, the options that the call lacks, and the arguments that it has beside.
 CALLS = [
     (MultiHeadAttention.__call__, MultiHeadOptions, set(), set()),
-    (MultiHeadAttention.attention_weights, MultiHeadOptions, {"kv_cache", "deterministic", "rngs"}, set()),
+    (
+        MultiHeadAttention.attention_weights,
+        MultiHeadOptions,
+        {"kv_cache", "mix_values", "deterministic", "rngs"},
+        set(),
+    ),
     (EncoderBlock.__call__, EncoderBlockOptions, set(), set()),
     (DecoderBlock.__call__, DecoderBlockOptions, set(), {"encoder_output"}),
     (TransformerEncoder.__call__, EncoderOptions, set(), set()),

@@ -12,8 +12,8 @@ from tiny import build
 
 from attnax import AttentionType, VisionTransformerConfig
 from attnax.models.vision import VisionTransformer, with_image_size
+from attnax.nn import with_scan_layers
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
-from attnax.nn.stack import with_scan_layers
 from attnax.visualize import attention_weights
 
 CONFIG = VisionTransformerConfig(

@@ -21,6 +21,7 @@ from attnax.cache import (
     init_kv_layer_cache,
     init_linear_layer_cache,
     init_ring_kv_cache,
+    init_scalar_cache,
 )
 from attnax.generation.text import Text
 from attnax.paged_cache import init_paged_kv_cache
@@ -66,6 +67,7 @@ KINDS = {
     "paged int8": lambda: paged("int8"),
     "linear": lambda: init_linear_layer_cache(*SIZES[:3], value_head_dim=11),
     "empty": lambda: EmptyCache(init_kv_layer_cache(*SIZES)),
+    "scalars": lambda: init_scalar_cache(init_ring_kv_cache(*SIZES, window=4), 5),
     "stored": lambda: stored(4),
     "text": lambda: Text(*(jnp.zeros(shape, jnp.int32) for shape in ((2, 3), (2,), (2,)))),
     "layers": lambda: tuple(init_ring_kv_cache(*SIZES, window=window) for window in (3, None, 5)),

@@ -371,7 +371,7 @@ class TestTrainer:
     def test_losses_of_a_mixture_count_by_their_weights(self, monkeypatch):
         monkeypatch.setattr(
             "attnax.training.trainer.TransformerLM",
-            lambda rngs, config: build(lambda rngs: TransformerLM(rngs, config)),
+            lambda rngs, config, **parts: build(lambda rngs: TransformerLM(rngs, config, **parts)),
         )
         weights = {"load_balance_loss": 0.02, "router_z_loss": 0.003}
         trainer = Trainer(dataclasses.replace(MODEL, num_experts=3, top_k=1), OptimizerConfig(**weights))
