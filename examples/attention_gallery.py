@@ -8,15 +8,29 @@ so that most of the functions are themselves attention functions for layers and 
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gallery_page import IDEAS, idea, make_page
+from flax import nnx
+from gallery_ideas import IDEAS, as_model, idea, in_attention, in_block, in_layer
+from gallery_page import make_page
 from jax import lax
 
-from attnax import cached_attention, flash_attention, init_kv_layer_cache, masks, merge_attention, standard_attention
+from attnax import (
+    EncoderBlock,
+    TransformerLM,
+    cached_attention,
+    flash_attention,
+    init_kv_layer_cache,
+    masks,
+    merge_attention,
+    standard_attention,
+)
 from attnax.kernels.score_mods import additive_bias_mod, compose_score_mods
+from attnax.models.transformer import TokenHead
+from attnax.nn import Output, RotaryEmbedding, attend, first_layers
 
 QKV = {"query": "BNTH", "key": "BKTH", "value": "BKTV"}
 
@@ -286,6 +300,157 @@ def tree_attention(query, text, key, value, parents, attend=flash_attention):
     behind = cached_attention(query, text, positions, return_lse=True)
     drafts = attend(query, key, value, mask=ancestors, return_lse=True)
     return merge_attention([behind, drafts])[0]
+
+
+@idea(
+    "Multi-head latent attention (MLA)",
+    "DeepSeek-AI, 2024",
+    "2405.04434",
+    model=in_attention(num_kv_heads=1, head_dim=12, value_head_dim=8),
+)
+class LatentAttention(nnx.Module):
+    """All heads read one latent of each token and one rotated key, and a cache stores nothing else.
+
+    The query projection holds that of the keys, the output projection that of the values.
+    """
+
+    def __init__(self, rngs, config):
+        latent, rotated = config.value_head_size, config.head_size - config.value_head_size
+        sizes = {"query": config.num_heads * latent, "turned_query": config.num_heads * rotated}
+        for name, size in (sizes | {"latent": latent, "turned_key": rotated}).items():
+            setattr(self, name, nnx.Linear(config.d_model, size, use_bias=False, rngs=rngs, param_dtype=config.dtype))
+        self.out = nnx.Linear(sizes["query"], config.d_model, use_bias=False, rngs=rngs, param_dtype=config.dtype)
+        self.num_heads, self.rope = config.num_heads, RotaryEmbedding(rotated)
+
+    def run(self, x, *, mask=None, score_mod=None, position_ids_q=None, kv_cache=None, **mode):
+        heads = lambda layer, count: layer(x).reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
+        turned = lambda layer, count: self.rope(heads(layer, count), position_ids_q)
+        query = [heads(self.query, self.num_heads), turned(self.turned_query, self.num_heads)]
+        latent, options = heads(self.latent, 1), {"mask": mask, "score_mod": score_mod}
+        query, key = (jnp.concatenate(x, axis=3) for x in (query, [latent, turned(self.turned_key, 1)]))
+        out, cache = attend(query, key, latent, position_ids=position_ids_q, kv_cache=kv_cache, **options)
+        return self.out(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cache
+
+
+@idea("Gated attention", "Z. Qiu et al., 2025", "2505.06708", model=as_model)
+def gated_attention(rngs, config):
+    """A sigmoid of the input gates each element of the heads, before the output projection."""
+    return TransformerLM(rngs, replace(config, attention_gate="element"))
+
+
+@idea("Forgetting Transformer in a model", "Z. Lin et al., 2025", "2503.02130", model=in_layer("token_scalars"))
+class ForgetGate(nnx.Module):
+    """The gates of each token enter the scores as running sums, which have slots of their own in a cache."""
+
+    cumulative = True
+
+    def __init__(self, rngs, config):
+        self.gate = nnx.Linear(config.d_model, config.num_heads, rngs=rngs, param_dtype=config.dtype)
+
+    def __call__(self, x):
+        return jax.nn.log_sigmoid(self.gate(x)).swapaxes(1, 2)
+
+    def mod(self, scores, b, h, q, kv, of_query, of_key):
+        return scores + of_query - of_key
+
+
+@idea("Differential transformer", "T. Ye et al., 2024", "2410.05258", model=in_layer("attention_fn"))
+class DifferentialHeads(nnx.Module):
+    """Each head is two halves with a map of attention each; the difference of the maps is normed."""
+
+    takes_mask_objects = True
+
+    def __init__(self, rngs, config):
+        self.share = nnx.Param(jnp.full((config.num_heads,), 0.8, config.dtype))
+        self.norm = nnx.RMSNorm(config.value_head_size, rngs=rngs, param_dtype=config.dtype)
+
+    def __call__(self, query, key, value, **options):
+        pairs = (jnp.stack(jnp.split(x, 2, axis=3)) for x in (query, key))
+        return 0.2 * self.norm(differential_attention(*pairs, value, self.share[...], **options))
+
+
+@idea("Value residual", "Z. Zhou et al., 2024", "2410.17897", model=in_block)
+class ValueResidual(EncoderBlock):
+    """Later layers mix the values of the first layer into their own; the carry of the stack brings them."""
+
+    def __init__(self, rngs, config):
+        super().__init__(rngs, config)
+        self.shares = nnx.Param(jnp.full((2,), 0.5, config.dtype))
+
+    def init_carry(self, x, input_ids):
+        return {"first": self.attention.values(self.around_attention.norm_in(x)), "layer": 0}
+
+    def run(self, x, *, carry, **options):
+        first, own = self.shares[...]
+        mix = lambda values: jnp.where(carry["layer"] == 0, values, first * carry["first"] + own * values)
+        out = super().run(x, mix_values=mix, **options)
+        return out._replace(carry=carry | {"layer": carry["layer"] + 1})
+
+
+@idea("Hyper-connections", "D. Zhu et al., 2024", "2409.19606", model=in_block)
+class HyperConnections(EncoderBlock):
+    """Two streams in place of one: each sublayer reads a mixture of them, and writes to a mixture of them."""
+
+    def __init__(self, rngs, config):
+        super().__init__(rngs, config)
+        self.reads, self.writes = (nnx.Param(jnp.ones((2, 2), config.dtype)) for _ in range(2))
+        self.mixes = nnx.Param(jnp.ones((2, 2, 2), config.dtype))
+
+    def init_carry(self, x, input_ids):
+        return jnp.stack([x, x])
+
+    def run(self, x, *, carry, mask, position_ids, cache=None, **options):
+        attend = lambda x: self.attention.run(x, mask=mask, position_ids_q=position_ids, kv_cache=cache, **options)
+        around = self.around_attention, self.around_feed_forward
+        for n, sublayer in enumerate((attend, lambda x: (self.feed_forward(x), None))):
+            branch, extra = around[n].branch(jnp.einsum("nBTD,n->BTD", carry, self.reads[n]), sublayer)
+            carry = (
+                jnp.einsum("nBTD,nm->mBTD", carry, self.mixes[n]) + branch[None] * self.writes[n][:, None, None, None]
+            )
+            cache = cache if n else extra
+        return Output(carry.sum(0), cache, {}, carry=carry)
+
+
+@idea("Embeddings a layer", "Google (Gemma 3n), 2025", "https://ai.google.dev/gemma/docs/gemma-3n", model=in_block)
+class LayerEmbeddings(EncoderBlock):
+    """Each layer looks the tokens up in a table of its own."""
+
+    def __init__(self, rngs, config):
+        super().__init__(rngs, config)
+        self.table = nnx.Param(jnp.zeros((config.vocab_size, config.d_model), config.dtype))
+
+    def init_carry(self, x, input_ids):
+        return input_ids
+
+    def run(self, x, *, carry, **options):
+        return super().run(x + self.table[carry], **options)
+
+
+@idea("Early exit", "M. Elhoushi et al. (LayerSkip), 2024", "2404.16710", model=as_model)
+def early_exit(rngs, config):
+    """The first layers with the last norm and the head: a model of its own, and a draft for the whole one."""
+    return first_layers(TransformerLM(rngs, config), 1)
+
+
+@idea(
+    "Several heads of tokens",
+    "F. Gloeckle et al., 2024",
+    "2404.19737",
+    model=as_model,
+    result=lambda model, ids: jnp.stack([*model.losses(ids)]),
+)
+class SeveralTokens(TransformerLM):
+    """Further heads predict the tokens behind the next one; `generate` uses the first head."""
+
+    def __init__(self, rngs, config, **parts):
+        super().__init__(rngs, config, **parts)
+        self.further = nnx.List([TokenHead(rngs, config) for _ in range(2)])
+
+    def losses(self, ids):
+        hidden = self.run(ids).hidden
+        for ahead, head in enumerate((self.head, *self.further), 1):
+            log_probs = jax.nn.log_softmax(head(hidden[:, :-ahead], self.decoder.embed.tokens))
+            yield -jnp.take_along_axis(log_probs, ids[:, ahead:, None], axis=2).mean()
 
 
 def main(arguments=None):

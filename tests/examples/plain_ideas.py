@@ -191,3 +191,141 @@ def tree_attention(query, text_key, text_value, key, value, parents):
         keep[draft, length:] = [other in path for other in range(count)]
     key, value = jnp.concatenate([text_key, key], axis=2), jnp.concatenate([text_value, value], axis=2)
     return attend(query, key, value, keep[None, None])
+
+
+def heads(layer, x, count):
+    """(B, N, T, H) of a projection."""
+    return layer(x).reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
+
+
+def joined(out):
+    return out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+
+def projected(layer, x):
+    sizes = layer.config.num_heads, layer.config.kv_heads, layer.config.kv_heads
+    return (heads(part, x, count) for part, count in zip((layer.query, layer.key, layer.value), sizes, strict=True))
+
+
+def causal_heads(query, key, value, bias=0.0):
+    return attend(query, key, value, causal(query.shape[2]), bias)
+
+
+def hidden_states(model, ids, attention):
+    """The hidden states of a model whose layers have `attention(block, normed x)`."""
+    x = model.decoder.embed(ids)
+    for block in model.decoder.stack.blocks:
+        x = x + attention(block, block.around_attention.norm_in(x))
+        x = x + block.feed_forward(block.around_feed_forward.norm_in(x))
+    return model.decoder.norm(x)
+
+
+def plain_attention(block, x):
+    return block.attention.out(joined(causal_heads(*projected(block.attention, x))))
+
+
+def latent_attention(model, ids):
+    """With the keys and values of each head, which the projections of the idea hold inside."""
+
+    def turned(x):  # pairs of halves, by angles that fall with the pair
+        size = x.shape[3] // 2
+        angles = np.arange(x.shape[2])[:, None] / 10_000.0 ** (np.arange(size) / size)[None]
+        sine, cosine = np.sin(angles)[None, None], np.cos(angles)[None, None]
+        one, two = x[..., :size], x[..., size:]
+        return jnp.concatenate([one * cosine - two * sine, two * cosine + one * sine], axis=3)
+
+    def attention(block, x):
+        layer = block.attention
+        count, latent = layer.num_heads, heads(layer.latent, x, 1)
+        scores = heads(layer.query, x, count) @ latent.swapaxes(2, 3)
+        scores += turned(heads(layer.turned_query, x, count)) @ turned(heads(layer.turned_key, x, 1)).swapaxes(2, 3)
+        weights = softmax(scores / np.sqrt(12), causal(x.shape[1]))
+        return layer.out(joined(weights @ latent))
+
+    return hidden_states(model, ids, attention)
+
+
+def gated_attention(model, ids):
+    def attention(block, x):
+        layer = block.attention
+        return layer.out(joined(causal_heads(*projected(layer, x))) * jax.nn.sigmoid(layer.gate(x)))
+
+    return hidden_states(model, ids, attention)
+
+
+def forget_gate(model, ids):
+    def attention(block, x):
+        layer = block.attention
+        gate = heads(layer.token_scalars.gate, x, layer.config.num_heads)[..., 0]
+        query, key, value = projected(layer, x)
+        return layer.out(joined(forgetting_attention(query, key, value, gate)))
+
+    return hidden_states(model, ids, attention)
+
+
+def differential_heads(model, ids):
+    def attention(block, x):
+        layer = block.attention
+        query, key, value = projected(layer, x)
+        pairs = [(x[..., : x.shape[3] // 2], x[..., x.shape[3] // 2 :]) for x in (query, key)]
+        function = layer.attention_fn
+        out = differential_attention(*pairs, value, function.share[...])
+        return layer.out(joined(0.2 * function.norm(out)))
+
+    return hidden_states(model, ids, attention)
+
+
+def value_residual(model, ids):
+    first = []
+
+    def attention(block, x):
+        layer = block.attention
+        query, key, value = projected(layer, x)
+        if first:
+            one, own = block.shares[...]
+            value = one * first[0] + own * value
+        else:
+            first.append(value)
+        return layer.out(joined(causal_heads(query, key, value)))
+
+    return hidden_states(model, ids, attention)
+
+
+def hyper_connections(model, ids):
+    one = two = model.decoder.embed(ids)
+    for block in model.decoder.stack.blocks:
+        for n in range(2):
+            read, write, mix = (x[...][n] for x in (block.reads, block.writes, block.mixes))
+            x = read[0] * one + read[1] * two
+            if n == 0:
+                x = plain_attention(block, block.around_attention.norm_in(x))
+            else:
+                x = block.feed_forward(block.around_feed_forward.norm_in(x))
+            one, two = (mix[0, m] * one + mix[1, m] * two + write[m] * x for m in range(2))
+    return model.decoder.norm(one + two)
+
+
+def layer_embeddings(model, ids):
+    x = model.decoder.embed(ids)
+    for block in model.decoder.stack.blocks:
+        x = x + block.table[...][ids]
+        x = x + plain_attention(block, block.around_attention.norm_in(x))
+        x = x + block.feed_forward(block.around_feed_forward.norm_in(x))
+    return model.decoder.norm(x)
+
+
+def early_exit(model, ids):
+    """The model has lost its second layer."""
+    [block] = model.decoder.stack.blocks
+    x = model.decoder.embed(ids)
+    x = x + plain_attention(block, block.around_attention.norm_in(x))
+    return model.decoder.norm(x + block.feed_forward(block.around_feed_forward.norm_in(x)))
+
+
+def several_tokens(model, ids):
+    hidden, losses = hidden_states(model, ids, plain_attention), []
+    for ahead, head in enumerate((model.head, *model.further), 1):
+        logits = head.projection(hidden)[:, :-ahead]
+        right = jnp.take_along_axis(logits, ids[:, ahead:, None], axis=2)[..., 0]
+        losses.append((jax.scipy.special.logsumexp(logits, axis=2) - right).mean())
+    return jnp.stack(losses)
