@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gallery_ideas import IDEAS, as_model, idea, in_attention, in_block, in_layer
+from gallery_ideas import AS_BLOCK, AS_KERNEL, AS_KERNEL_WITH_NUMBERS, AS_MODEL, IDEAS, idea, in_block, in_layer
 from gallery_page import make_page
 from jax import lax
 
@@ -65,7 +65,9 @@ def differential_attention(query, key, value, weight, attend=flash_attention, **
     return first - weight[None, :, None, None] * second
 
 
-@idea("Attention sinks", "G. Xiao et al., 2023", "2309.17453", takes=dict(**QKV, sink="N"))
+@idea(
+    "Attention sinks", "G. Xiao et al., 2023", "2309.17453", place=AS_KERNEL_WITH_NUMBERS, takes=dict(**QKV, sink="N")
+)
 def sink_attention(query, key, value, sink, attend=flash_attention, **options):
     """A learned score of each head that takes a share of the softmax and has no value.
 
@@ -75,7 +77,13 @@ def sink_attention(query, key, value, sink, attend=flash_attention, **options):
     return out * jax.nn.sigmoid(lse - sink[None, :, None])[..., None]
 
 
-@idea("Sigmoid attention", "J. Ramapuram et al., 2024", "2409.04431", takes=dict(**QKV, bias="N"))
+@idea(
+    "Sigmoid attention",
+    "J. Ramapuram et al., 2024",
+    "2409.04431",
+    place=AS_KERNEL_WITH_NUMBERS,
+    takes=dict(**QKV, bias="N"),
+)
 def sigmoid_attention(query, key, value, bias, attend=flash_attention, score_mod=None, **options):
     """The weight of a key is sigmoid(score + bias), whatever the other keys are.
 
@@ -86,7 +94,7 @@ def sigmoid_attention(query, key, value, bias, attend=flash_attention, score_mod
     return out * jnp.exp(lse)[..., None]
 
 
-@idea("Softpick", "Z. M. K. Zuhri et al., 2025", "2504.20966", takes=QKV)
+@idea("Softpick", "Z. M. K. Zuhri et al., 2025", "2504.20966", place=AS_KERNEL, takes=QKV)
 def softpick(query, key, value, attend=flash_attention, score_mod=None, **options):
     """relu(exp(s) - 1) / (sum |exp(s) - 1| + eps): keys with a negative score get the weight 0, and no sink arises."""
     size = lambda s: jnp.maximum(s, 0) + jnp.log(-jnp.expm1(-abs(s)))  # log |exp(s) - 1|
@@ -306,7 +314,7 @@ def tree_attention(query, text, key, value, parents, attend=flash_attention):
     "Multi-head latent attention (MLA)",
     "DeepSeek-AI, 2024",
     "2405.04434",
-    model=in_attention(num_kv_heads=1, head_dim=12, value_head_dim=8),
+    place=in_block(num_kv_heads=1, head_dim=12, value_head_dim=8),
 )
 class LatentAttention(nnx.Module):
     """All heads read one latent of each token and one rotated key, and a cache stores nothing else.
@@ -332,13 +340,13 @@ class LatentAttention(nnx.Module):
         return self.out(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cache
 
 
-@idea("Gated attention", "Z. Qiu et al., 2025", "2505.06708", model=as_model)
+@idea("Gated attention", "Z. Qiu et al., 2025", "2505.06708", place=AS_MODEL)
 def gated_attention(rngs, config):
     """A sigmoid of the input gates each element of the heads, before the output projection."""
     return TransformerLM(rngs, replace(config, attention_gate="element"))
 
 
-@idea("Forgetting Transformer in a model", "Z. Lin et al., 2025", "2503.02130", model=in_layer("token_scalars"))
+@idea("Forgetting Transformer in a model", "Z. Lin et al., 2025", "2503.02130", place=in_layer("token_scalars"))
 class ForgetGate(nnx.Module):
     """The gates of each token enter the scores as running sums, which have slots of their own in a cache."""
 
@@ -354,7 +362,7 @@ class ForgetGate(nnx.Module):
         return scores + of_query - of_key
 
 
-@idea("Differential transformer", "T. Ye et al., 2024", "2410.05258", model=in_layer("attention_fn"))
+@idea("Differential transformer", "T. Ye et al., 2024", "2410.05258", place=in_layer("attention_fn"))
 class DifferentialHeads(nnx.Module):
     """Each head is two halves with a map of attention each; the difference of the maps is normed."""
 
@@ -369,7 +377,7 @@ class DifferentialHeads(nnx.Module):
         return 0.2 * self.norm(differential_attention(*pairs, value, self.share[...], **options))
 
 
-@idea("Value residual", "Z. Zhou et al., 2024", "2410.17897", model=in_block)
+@idea("Value residual", "Z. Zhou et al., 2024", "2410.17897", place=AS_BLOCK)
 class ValueResidual(EncoderBlock):
     """Later layers mix the values of the first layer into their own; the carry of the stack brings them."""
 
@@ -387,7 +395,7 @@ class ValueResidual(EncoderBlock):
         return out._replace(carry=carry | {"layer": carry["layer"] + 1})
 
 
-@idea("Hyper-connections", "D. Zhu et al., 2024", "2409.19606", model=in_block)
+@idea("Hyper-connections", "D. Zhu et al., 2024", "2409.19606", place=AS_BLOCK)
 class HyperConnections(EncoderBlock):
     """Two streams in place of one: each sublayer reads a mixture of them, and writes to a mixture of them."""
 
@@ -411,7 +419,7 @@ class HyperConnections(EncoderBlock):
         return Output(carry.sum(0), cache, {}, carry=carry)
 
 
-@idea("Embeddings a layer", "Google (Gemma 3n), 2025", "https://ai.google.dev/gemma/docs/gemma-3n", model=in_block)
+@idea("Embeddings a layer", "Google (Gemma 3n), 2025", "https://ai.google.dev/gemma/docs/gemma-3n", place=AS_BLOCK)
 class LayerEmbeddings(EncoderBlock):
     """Each layer looks the tokens up in a table of its own."""
 
@@ -426,7 +434,7 @@ class LayerEmbeddings(EncoderBlock):
         return super().run(x + self.table[carry], **options)
 
 
-@idea("Early exit", "M. Elhoushi et al. (LayerSkip), 2024", "2404.16710", model=as_model)
+@idea("Early exit", "M. Elhoushi et al. (LayerSkip), 2024", "2404.16710", place=AS_MODEL)
 def early_exit(rngs, config):
     """The first layers with the last norm and the head: a model of its own, and a draft for the whole one."""
     return first_layers(TransformerLM(rngs, config), 1)
@@ -436,7 +444,7 @@ def early_exit(rngs, config):
     "Several heads of tokens",
     "F. Gloeckle et al., 2024",
     "2404.19737",
-    model=as_model,
+    place=AS_MODEL,
     result=lambda model, ids: jnp.stack([*model.losses(ids)]),
 )
 class SeveralTokens(TransformerLM):

@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,18 @@ LONG = 2560  # of the programs: a number that no other axis has, and more than a
 Arrays = dict[str, Any]
 
 
+class Place(NamedTuple):
+    """Where an idea stands in a model.
+
+    Attributes:
+        text: the code that puts it there, with {name} for the idea's.
+        make: `(code, rngs, config) -> model`.
+    """
+
+    text: str
+    make: Callable[[Any, nnx.Rngs, TransformerConfig], Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Idea:
     """A published idea and its code.
@@ -40,12 +52,14 @@ class Idea:
         paper: authors and year.
         link: the paper's number on arXiv, or an address.
         code: a function or a class; its docstring says what the idea is.
+        place: in a model, if it has one.
     """
 
     title: str
     paper: str
     link: str
     code: Any
+    place: Place | None
 
     @property
     def name(self) -> str:
@@ -94,6 +108,40 @@ class Idea:
         with jax.sharding.use_abstract_mesh(mesh) if platform == "cuda" else contextlib.nullcontext():
             loss, *arguments = self.loss(platform)
             return jax.jit(jax.value_and_grad(loss)).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+    def make(self, dtype: str, *, abstract: bool = False) -> Any:
+        """A model of two layers: its weights are drawn by NumPy, or shapes."""
+        config = TransformerConfig(
+            vocab_size=64, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=6, num_layers=2, d_ff=24,
+            max_len=LONG, pos_emb_type="none", norm_type="rms",
+            use_bias=False, dropout_rate=0.0, dtype=dtype, param_dtype=dtype,
+        )  # fmt: skip
+        assert self.place is not None
+        shapes = nnx.eval_shape(lambda: self.place.make(self.code, nnx.Rngs(0), config))
+        if abstract:
+            return shapes
+        graphdef, state = nnx.split(shapes)
+        rng = np.random.default_rng(0)
+
+        def draw(leaf: Any) -> Any:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jax.random.key(0) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+            return jnp.asarray(normal(rng, leaf.shape, leaf.dtype))
+
+        return nnx.merge(graphdef, jax.tree.map(draw, state))
+
+    def caches(self) -> str:
+        """The kinds of caches with which a model generates the tokens of its forward pass; "-" without a place."""
+        if self.place is None:
+            return "-"
+        model, prompt = self.make("float32"), np.random.default_rng(4).integers(64, size=(2, 5))
+        run, kinds = nnx.jit(lambda model, ids: model(ids)), []
+        for kind in ("contiguous", "ring", "paged"):
+            written = model.generate(prompt, max_new_tokens=4, cache=kind).tokens
+            logits = run(model, np.concatenate([prompt, written], axis=1))
+            if (logits[:, 4:-1].argmax(2) == written).all():
+                kinds.append(kind)
+        return ", ".join(kinds) or "none"
 
     def both(self, plain: Callable[..., Any]) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], Any]:
         """The idea and its plain definition as functions of arrays, and the arrays."""
@@ -192,32 +240,10 @@ class OfModel(Idea):
     """An idea that has a place in a model.
 
     Attributes:
-        model: `(code, rngs, config) -> model`.
         result: `(model, ids) -> array`, what is compared with the plain definition.
     """
 
-    model: Callable[[Any, nnx.Rngs, TransformerConfig], Any]
     result: Callable[[Any, Any], Any]
-
-    def make(self, dtype: str, *, abstract: bool = False) -> Any:
-        """A model of two layers: its weights are drawn by NumPy, or shapes."""
-        config = TransformerConfig(
-            vocab_size=64, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=6, num_layers=2, d_ff=24,
-            max_len=LONG, pos_emb_type="none", norm_type="rms",
-            use_bias=False, dropout_rate=0.0, dtype=dtype, param_dtype=dtype,
-        )  # fmt: skip
-        shapes = nnx.eval_shape(lambda: self.model(self.code, nnx.Rngs(0), config))
-        if abstract:
-            return shapes
-        graphdef, state = nnx.split(shapes)
-        rng = np.random.default_rng(0)
-
-        def draw(leaf: Any) -> Any:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jax.random.key(0) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
-            return jnp.asarray(normal(rng, leaf.shape, leaf.dtype))
-
-        return nnx.merge(graphdef, jax.tree.map(draw, state))
 
     def both(self, plain: Callable[..., Any]) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], Any]:
         graphdef, params, rest = nnx.split(self.make("float64"), nnx.Param, ...)
@@ -259,50 +285,66 @@ def idea(
     takes: dict[str, str] | None = None,
     gets: Callable[[int], Arrays] = lambda length: {},
     prepares: Callable[[Arrays], Arrays] = lambda arrays: arrays,
-    model: Callable[..., Any] | None = None,
+    place: Place | None = None,
     result: Callable[[Any, Any], Any] = lambda model, ids: model.run(ids).hidden,
 ) -> Callable[[Any], Any]:
-    """Adds a function of heads (`takes`) or a part of a model (`model`) to the gallery."""
+    """Adds a function of heads (`takes`), or a part of a model, to the gallery."""
 
     def add(code: Any) -> Any:
         if takes is not None:
-            IDEAS.append(OfHeads(title, paper, link, code, takes, gets, prepares))
+            IDEAS.append(OfHeads(title, paper, link, code, place, takes, gets, prepares))
         else:
-            IDEAS.append(OfModel(title, paper, link, code, model, result))
+            IDEAS.append(OfModel(title, paper, link, code, place, result))
         return code
 
     return add
 
 
-def as_model(code: Any, rngs: nnx.Rngs, config: TransformerConfig) -> Any:
-    """The code is the model, or makes it."""
-    return code(rngs, config)
+class PerHead(nnx.Module):
+    """An attention function with a number for each head."""
+
+    takes_mask_objects = True
+
+    def __init__(self, code: Any, config: Any):
+        self.code, self.numbers = code, nnx.Param(jnp.zeros((config.num_heads,), config.dtype))
+
+    def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        return self.code(query, key, value, self.numbers[...], **options)
 
 
-def in_block(code: Any, rngs: nnx.Rngs, config: TransformerConfig) -> Any:
-    """The code is a block."""
-    return TransformerLM(rngs, config, make_block=code)
+def with_blocks(make_block: Callable[..., Any], **fields: Any) -> Callable[..., Any]:
+    """Makes a language model from `make_block(code, rngs, config)`, with some fields of the config changed."""
+    return lambda code, rngs, config: TransformerLM(
+        rngs, dataclasses.replace(config, **fields), make_block=partial(make_block, code)
+    )
 
 
-def in_layer(hook: str) -> Callable[..., Any]:
-    """The code is an argument of MultiHeadAttention."""
+def in_layer(hook: str) -> Place:
+    """An argument of MultiHeadAttention."""
 
     def make_block(code: Any, rngs: nnx.Rngs, config: Any) -> EncoderBlock:
         layer = MultiHeadAttention(rngs, config, **{hook: code(rngs, config)})
         return EncoderBlock(rngs, config, attention=layer)
 
-    return lambda code, rngs, config: TransformerLM(rngs, config, make_block=partial(make_block, code))
+    return Place(f"MultiHeadAttention(rngs, config, {hook}={{name}}(rngs, config))", with_blocks(make_block))
 
 
-def in_attention(**fields: Any) -> Callable[..., Any]:
-    """The code stands in place of MultiHeadAttention; `fields` of the config are the heads that a cache stores."""
+def in_block(**fields: Any) -> Place:
+    """In place of MultiHeadAttention; `fields` of the config are the heads that a cache stores."""
+    make = with_blocks(lambda code, rngs, config: EncoderBlock(rngs, config, attention=code(rngs, config)), **fields)
+    return Place("EncoderBlock(rngs, config, attention={name}(rngs, config))", make)
 
-    def make_block(code: Any, rngs: nnx.Rngs, config: Any) -> EncoderBlock:
-        return EncoderBlock(rngs, config, attention=code(rngs, config))
 
-    return lambda code, rngs, config: TransformerLM(
-        rngs, dataclasses.replace(config, **fields), make_block=partial(make_block, code)
-    )
+AS_MODEL = Place("{name}(rngs, config)", lambda code, rngs, config: code(rngs, config))
+AS_BLOCK = Place("TransformerLM(rngs, config, make_block={name})", with_blocks(lambda code, *given: code(*given)))
+AS_KERNEL = Place(
+    "TransformerLM(rngs, config, attention_fn={name})",
+    lambda code, rngs, config: TransformerLM(rngs, config, attention_fn=code),
+)
+AS_KERNEL_WITH_NUMBERS = Place(
+    "EncoderBlock(rngs, config, attention_fn=...), with a module that holds the numbers of the heads and calls {name}",
+    with_blocks(lambda code, rngs, config: EncoderBlock(rngs, config, attention_fn=PerHead(code, config))),
+)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

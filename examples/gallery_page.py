@@ -36,18 +36,27 @@ class Row:
     tiles: tuple[int, int]
     cpu: str
     cuda: str
+    caches: str
 
     @classmethod
     def of(cls, one: Idea, plain: Callable[..., Any]) -> "Row":
         """Measures an idea."""
-        return cls(one, one.exactness(plain), one.tiles(), one.runs_on("cpu"), one.runs_on("cuda"))
+        return cls(one, one.exactness(plain), one.tiles(), one.runs_on("cpu"), one.runs_on("cuda"), one.caches())
 
     @property
     def cells(self) -> list[str]:
         """The cells of the table."""
         visited, total = self.tiles
         title, share = self.one.title, f"{100 * visited / total:.0f}%" if self.cpu.startswith("tiles") else "all"
-        return [title, str(self.one.num_lines), *(f"{x:.0e}" for x in self.exact), share, self.cpu, self.cuda]
+        return [
+            title,
+            str(self.one.num_lines),
+            *(f"{x:.0e}" for x in self.exact),
+            share,
+            self.cpu,
+            self.cuda,
+            self.caches,
+        ]
 
     @property
     def section(self) -> str:
@@ -56,12 +65,15 @@ class Row:
         [brief, *more] = inspect.getdoc(one.code).split("\n\n")
         address = one.link if ":" in one.link else f"https://arxiv.org/abs/{one.link}"
         paper = f"[{one.paper}]({address})."
-        picture = f'<img src="gallery/{one.name}.png" height="200" alt="Weights of keys for queries: {one.title}">'
+        subject = "Weights of values" if isinstance(one, OfHeads) else "Influence of tokens"
+        picture = f'<img src="gallery/{one.name}.png" height="200" alt="{subject}: {one.title}">'
+        if one.place is not None:
+            more.append(f"In a model: `{one.place.text.format(name=one.code.__name__)}`.")
         text = "\n\n".join([f"{brief} {paper}", *more])
         return f"## {one.title}\n\n{text}\n\n```python\n{one.source}\n```\n\n{picture}\n"
 
 
-HEAD = ["idea", "lines", "values", "gradients", "tiles", "on a CPU", "lowered for cuda"]
+HEAD = ["idea", "lines", "values", "gradients", "tiles", "on a CPU", "lowered for cuda", "caches"]
 
 
 def make_page(ideas: list[Idea], doc: str, arguments: list[str] | None = None) -> list[Row]:
@@ -86,7 +98,7 @@ def make_page(ideas: list[Idea], doc: str, arguments: list[str] | None = None) -
 
 def layout(cells: list[str]) -> str:
     """A line of the printed table."""
-    widths = 39, 6, 7, 10, 6, 34, 0
+    widths = 39, 6, 7, 10, 6, 34, 40, 0
     return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
