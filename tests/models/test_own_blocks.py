@@ -136,6 +136,20 @@ def test_an_attention_function_is_used_in_every_form_and_every_copy(parts):
         np.testing.assert_allclose(form(IDS), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "cache", ["paged", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("contiguous", "ring"))]
+)
+def test_an_attention_function_and_a_block_write_with_every_kind_of_cache(cache):
+    def make_block(rngs, config):
+        return Doubled(rngs, config, attention_fn=halved)
+
+    config = dataclasses.replace(CONFIG, pos_emb_type="rope", scan_layers=True, remat="full")
+    model = build(lambda rngs: TransformerLM(rngs, config, make_block=make_block))
+    written = np.asarray(model.generate(IDS, max_new_tokens=4, cache=cache).tokens)
+    text = np.concatenate([IDS, written], 1)
+    np.testing.assert_array_equal(written, np.asarray(model(text))[:, 4:-1].argmax(-1))
+
+
 def test_a_loss_of_a_block_is_added_to_the_loss_of_the_trainer():
     optimizer = OptimizerConfig(steps=2, batch_size=2)
     trainer = Trainer(CONFIG, optimizer, make_block=Doubled)
@@ -290,6 +304,8 @@ LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", 
             "feed_forward must be .*Lin",
         ),
         (lambda block: setattr(block.attention, "key_norm", nnx.RMSNorm(4, rngs=nnx.Rngs(0))), "key_norm"),
+        (lambda block: setattr(block.attention, "query_fn", halved), r"query_fn must be .*None; got .*halved"),
+        (lambda block: setattr(block.around_attention, "scale", 0.5), r"around_attention.scale must be .*1.0; got 0.5"),
         (lambda block: setattr(block, "scale", jnp.tanh), r"blocks.1.scale must be .*None; got .*tanh"),
     ],
 )
