@@ -37,6 +37,7 @@ from attnax.training import (
     RunFolder,
     RunOptions,
     Trainer,
+    delete_checkpoints_after,
     open_run,
     save_checkpoint,
 )
@@ -280,6 +281,9 @@ def test_a_run_is_opened_with_its_parts_and_not_without(make_run, capsys):
     assert "decoder.stack.blocks.{0..1}.attention.query.kernel" in printed
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert f"parameters    {count:,}:" in printed
+    delete_checkpoints_after(path / "checkpoints", 0)
+    assert main(["inspect", str(path)]) == 0
+    assert "parameters    known from the first checkpoint on" in capsys.readouterr().out
 
 
 def test_a_run_without_parts_refuses_one(make_run):
