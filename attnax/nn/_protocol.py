@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,11 +19,12 @@ from attnax.typing import Array
 __all__ = ["call_block", "init_carry"]
 
 
-def init_carry(blocks: Sequence[Any], x: Array, input_ids: Array | None) -> Any:
-    """The carry that the first of `blocks` with an `init_carry` makes; None without such a block."""
-    block = next((block for block in blocks if hasattr(block, "init_carry")), None)
-    if block is None:
-        return None
+def init_carry(block: Any, x: Array, input_ids: Array | None) -> Any:
+    """The carry that a block makes from the stream that enters the stack and the token ids.
+
+    Raises:
+        ValueError: `init_carry` changes the block, or returns something else than a pytree of arrays.
+    """
     name = type(block).__name__
     copy = read_only(
         nnx.merge(*nnx.split(block)),

@@ -160,8 +160,7 @@ class Stack(nnx.Module):
             each["cache"] = (*[None] * scanned, *held.rest)
         layers = self._options_of_layers(each, rngs, options)
         x = probe.edited(0, x)
-        firsts = [take_block(block, 0) for block in self.periods]
-        made = _Layers(x, init_carry([*firsts, *self.blocks], x, input_ids), (), {}, [x], [])
+        made = _Layers(x, self._init_carry(x, input_ids), (), {}, [x], [])
         if scanned:
             made = self._scan(made, layers[:scanned], options, held, probe)
         places = made.caches
@@ -175,6 +174,13 @@ class Stack(nnx.Module):
         if probe.hidden_states or probe.attention_weights:
             probed = join_layers(made.streams if probe.hidden_states else (), made.weights)
         return Output(made.x, caches, made.aux, carry=made.carry, probed=probed)
+
+    def _init_carry(self, x: Array, input_ids: Array | None) -> Any:
+        """The carry that the first block with an `init_carry` makes; None without such a block."""
+        for index, block in enumerate((*self.periods, *self.blocks)):
+            if hasattr(block, "init_carry"):
+                return init_carry(take_block(block, 0) if index < len(self.periods) else block, x, input_ids)
+        return None
 
     def _options_of_layers(
         self, each: dict[str, Any], rngs: nnx.Rngs | None, options: dict[str, Any]

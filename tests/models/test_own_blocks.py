@@ -37,6 +37,7 @@ from attnax.training import (
     RunFolder,
     RunOptions,
     Trainer,
+    delete_checkpoints_after,
     open_run,
     save_checkpoint,
 )
@@ -134,6 +135,20 @@ def test_an_attention_function_is_used_in_every_form_and_every_copy(parts):
     scanned = with_scan_layers(model, True)
     for form in (model, scanned, with_scan_layers(scanned, False), nnx.clone(model), nnx.merge(*nnx.split(scanned))):
         np.testing.assert_allclose(form(IDS), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cache", ["paged", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("contiguous", "ring"))]
+)
+def test_an_attention_function_and_a_block_write_with_every_kind_of_cache(cache):
+    def make_block(rngs, config):
+        return Doubled(rngs, config, attention_fn=halved)
+
+    config = dataclasses.replace(CONFIG, pos_emb_type="rope", scan_layers=True, remat="full")
+    model = build(lambda rngs: TransformerLM(rngs, config, make_block=make_block))
+    written = np.asarray(model.generate(IDS, max_new_tokens=4, cache=cache).tokens)
+    text = np.concatenate([IDS, written], 1)
+    np.testing.assert_array_equal(written, np.asarray(model(text))[:, 4:-1].argmax(-1))
 
 
 def test_a_loss_of_a_block_is_added_to_the_loss_of_the_trainer():
@@ -266,6 +281,9 @@ def test_a_run_is_opened_with_its_parts_and_not_without(make_run, capsys):
     assert "decoder.stack.blocks.{0..1}.attention.query.kernel" in printed
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert f"parameters    {count:,}:" in printed
+    delete_checkpoints_after(path / "checkpoints", 0)
+    assert main(["inspect", str(path)]) == 0
+    assert "parameters    known from the first checkpoint on" in capsys.readouterr().out
 
 
 def test_a_run_without_parts_refuses_one(make_run):
@@ -290,6 +308,8 @@ LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", 
             "feed_forward must be .*Lin",
         ),
         (lambda block: setattr(block.attention, "key_norm", nnx.RMSNorm(4, rngs=nnx.Rngs(0))), "key_norm"),
+        (lambda block: setattr(block.attention, "query_fn", halved), r"query_fn must be .*None; got .*halved"),
+        (lambda block: setattr(block.around_attention, "scale", 0.5), r"around_attention.scale must be .*1.0; got 0.5"),
         (lambda block: setattr(block, "scale", jnp.tanh), r"blocks.1.scale must be .*None; got .*tanh"),
     ],
 )
