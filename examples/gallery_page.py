@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gallery_ideas import LENGTH, LONG, TILE, Idea
+from gallery_ideas import LENGTH, LONG, TILE, Idea, OfHeads
 from matplotlib.figure import Figure
 
 PLAIN = Path(__file__).parents[1] / "tests" / "examples" / "plain_ideas.py"
