@@ -317,7 +317,7 @@ def tree_attention(query, text, key, value, parents, attend=flash_attention):
     place=in_block(num_kv_heads=1, head_dim=12, value_head_dim=8),
 )
 class LatentAttention(nnx.Module):
-    """All heads read one latent of each token and one rotated key, and a cache stores nothing else.
+    """All heads read one latent of each token and one rotated key: a cache stores these, and the latent as the value.
 
     The query projection holds that of the keys, the output projection that of the values.
     """
