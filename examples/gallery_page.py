@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 import runpy
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,9 @@ def section(one: Idea) -> str:
     subject = "Weights of values" if isinstance(one, OfHeads) else "Influence of tokens"
     picture = f'<img src="gallery/{one.name}.png" height="200" alt="{subject}: {one.title}">'
     if one.place is not None:
-        more.append(f"In a model: `{one.place.text.format(name=one.code.__name__)}`.")
-    text = "\n\n".join([f"{brief} {paper}", *more])
+        more.append(f"In a model: {one.place.text.format(name=one.code.__name__)}.")
+    parts = [" ".join(part.split()) for part in (f"{brief} {paper}", *more)]
+    text = "\n\n".join(textwrap.fill(part, 128, break_long_words=False, break_on_hyphens=False) for part in parts)
     return f"## {one.title}\n\n{text}\n\n```python\n{one.source}\n```\n\n{picture}\n"
 
 
@@ -151,7 +153,8 @@ figures and wrote this page: `python examples/attention_gallery.py --write docs`
   Attnax. Functions run in tiles of 16 x 16 there; models have two layers, and the gradients are those of all
   parameters.
 - **tiles**: those of {tile} x {tile} pairs in which the masks of the idea let some pair attend, for {tiled} tokens;
-  no kernel computes the others. An idea that leaves the mask to its caller has the share of a causal mask.
+  they are counted for each row and head, as kernels of GPUs go. A tile on a CPU holds several heads, and is computed
+  if one of them needs it. An idea that leaves the mask to its caller has the share of a causal mask.
 - **on a CPU**: what runs in the program of the value and all gradients for {long} tokens. Tiles need O(T + S) memory;
   "an array of all pairs" is one that the idea itself makes. "Standard only": the idea mixes pairs, which every tiled
   kernel refuses and `standard_attention` computes.
