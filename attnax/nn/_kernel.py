@@ -21,7 +21,7 @@ from attnax.masks import Causal, Mask, at_positions, causal, kernel_of, mask_arg
 from attnax.nn.linear import Linear
 from attnax.typing import Array, AttentionFn, Float, ScoreMod
 
-__all__ = ["Heads", "Kernel", "attend_cache", "attention_function", "check_cache"]
+__all__ = ["Heads", "Kernel", "attend_cache", "attention_function", "bound_options", "check_cache"]
 
 
 class Heads(NamedTuple):
@@ -190,7 +190,7 @@ class CachedCall(NamedTuple):
             shape = batch, num_heads, self.num_positions, self.num_positions
             mask.check("MultiHeadAttention, with a cache", shape)
         if _reads_chunks(kernel.function, heads.query.shape[2]):
-            options = {name: x for name, x in _bound(kernel.function).items() if name in _CACHED_OPTIONS}
+            options = {name: x for name, x in bound_options(kernel.function).items() if name in _CACHED_OPTIONS}
             read = functools.partial(cached_attention, heads.query, stored, positions, **options)
             out: Array = kernel.call(functools.partial(read, mask=mask), heads)
             return out
@@ -239,8 +239,8 @@ def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
     )
 
 
-def _bound(function: Any) -> dict[str, Any]:
+def bound_options(function: Any) -> dict[str, Any]:
     """The keywords that partials bind."""
     if not isinstance(function, functools.partial):
         return {}
-    return _bound(function.func) | function.keywords
+    return bound_options(function.func) | function.keywords

@@ -1,6 +1,7 @@
 """Numbers of tokens in the scores: exact against their formula, with gradients, and the same behind every cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from attnax import (
     init_paged_kv_cache,
     init_ring_kv_cache,
     masks,
+    ring_attention,
 )
 from attnax.cache import EmptyCache, forget, grow, init_scalar_cache, select_rows
 
@@ -256,6 +258,9 @@ def test_objects_that_are_no_token_scalars_are_refused():
     for kind in ("linear", "lite"):
         with pytest.raises(ValueError, match=f"token_scalars change scores; got attention_type={kind}"):
             make(lambda: ForgetGate(nnx.Rngs(0)), attention_type=kind)
+    ring = functools.partial(ring_attention, axis_name="sequence")
+    with pytest.raises(NotImplementedError, match="a device of a ring knows those of its shard only"):
+        make(lambda: ForgetGate(nnx.Rngs(0)), attention_fn=ring)
 
 
 def test_a_block_takes_a_forgetting_layer():
