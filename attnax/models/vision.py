@@ -12,6 +12,7 @@ from flax import nnx
 
 from attnax.checks import check_options, wide_dtype
 from attnax.config import VisionTransformerConfig, resolve_config
+from attnax.masks import Mask
 from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.blocks import EncoderBlock, Output
 from attnax.nn.dropout import Dropout
@@ -20,9 +21,15 @@ from attnax.nn.linear import Linear, make_initializer
 from attnax.nn.norms import norm_of
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, Float, ScoreMod
+from attnax.typing import Array, ArrayLike, Float, MaskMod, ScoreMod
 
 __all__ = ["VisionTransformer", "with_image_size"]
+
+
+class VisionOptions(SelfAttentionOptions, total=False):
+    """The options of `VisionTransformer`, which `__call__` describes."""
+
+    mask: Mask | MaskMod | ArrayLike | None
 
 
 class VisionTransformer(nnx.Module):
@@ -93,6 +100,7 @@ class VisionTransformer(nnx.Module):
         self,
         images: Float[ArrayLike, "B height width channels"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
@@ -101,6 +109,8 @@ class VisionTransformer(nnx.Module):
 
         Args:
             images: (batch, height, width, channels), floating.
+            mask: True to attend, of every layer; indices count tokens. A Mask, a function `(b, h, q, kv) -> bool`, or a
+                boolean array that broadcasts to (batch, num_heads, T, T).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the attention scores of every layer; indices count tokens.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -112,14 +122,12 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: images of another shape, or not floating.
         """
-        out = self.run(images, deterministic=deterministic, score_mod=score_mod, rngs=rngs)
+        out = self.run(images, mask=mask, deterministic=deterministic, score_mod=score_mod, rngs=rngs)
         return out.hidden if self.head is None else out.logits
 
-    def run(
-        self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[SelfAttentionOptions]
-    ) -> Output:
+    def run(self, images: Float[ArrayLike, "B height width channels"], **options: Unpack[VisionOptions]) -> Output:
         """The call; it always returns an Output, with tokens in `hidden`."""
-        check_options("VisionTransformer", options, SelfAttentionOptions)
+        check_options("VisionTransformer", options, VisionOptions)
         x = self._embed(images, **select_options(options, Mode))
         out = self.stack.run(x, **options)
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
@@ -130,13 +138,19 @@ class VisionTransformer(nnx.Module):
         return out._replace(logits=self.head(pooled))
 
     def attention_weights(
-        self, images: Float[ArrayLike, "B height width channels"], layer: int = -1, *, score_mod: ScoreMod | None = None
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        layer: int = -1,
+        *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
     ) -> Float[Array, "B N T S"]:
         """The attention weights of one layer, (batch, num_heads, T, T); no dropout.
 
         Args:
             images: as in a call.
             layer: index of the layer; -1 is the last layer.
+            mask: as in a call.
             score_mod: as in a call.
 
         Raises:
@@ -150,10 +164,10 @@ class VisionTransformer(nnx.Module):
         *before, block = blocks[: layer % len(blocks) + 1]
         x = self._embed(images, deterministic=True)
         for earlier in before:
-            x = earlier.run(x, score_mod=score_mod, deterministic=True).hidden
+            x = earlier.run(x, mask=mask, score_mod=score_mod, deterministic=True).hidden
 
         def weigh(x: Array) -> tuple[Array, Array]:
-            return x, block.attention.attention_weights(x, score_mod=score_mod)
+            return x, block.attention.attention_weights(x, mask=mask, score_mod=score_mod)
 
         return block.around_attention.branch(x, weigh, deterministic=True)[1]
 
