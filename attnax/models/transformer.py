@@ -159,12 +159,8 @@ class _TokenTransformer(nnx.Module):
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
         if position_ids is not None and mask is not None:
-            known = length if caches is None else None  # a cache may hold any positions
-            if caches is not None and not is_alone:
-                bounds = [getattr(cache, "num_positions", None) for cache in cache_kinds(caches)]
-                known = min((bound for bound in bounds if bound is not None), default=None)
-            mask.check(name, (batch, self.config.num_heads, known, known))
-            mask = over_text(mask) if caches is not None and not is_alone else mask
+            self._check_at_positions(mask, batch, length, caches)
+            mask = mask if is_alone else over_text(mask)
         if position_ids is not None and is_alone:
             # Counted positions are in the order of the indices, so a causal mask is the same for both.
             if given is not None or not (mask is None or isinstance(mask, Causal)):
@@ -181,6 +177,20 @@ class _TokenTransformer(nnx.Module):
         """The mask that is read at positions: of the call, else the model's own."""
         of_call = options.get("self_mask")
         return self.self_mask if of_call is None else as_mask(of_call)
+
+    def _check_at_positions(self, mask: Mask, batch: int, length: int, caches: Sequence[LayerCache] | None) -> None:
+        """Raises ValueError for arrays of other rows or heads, or of fewer positions than a text may have."""
+        name, known = type(self).__name__, length if caches is None else None
+        mask.check(name, (batch, self.config.num_heads, known, known))
+        if caches is None or caches[0].is_empty:
+            return
+        bounds = [getattr(cache, "num_positions", None) for cache in cache_kinds(caches)]
+        room, has = min((bound for bound in bounds if bound is not None), default=None), mask.num_positions
+        if has is not None and room is not None and has < room:
+            raise ValueError(
+                f"{name}: arrays of self_mask must cover the positions that the caches have room for; "
+                f"got {has} positions for caches of {room}. Make the arrays longer, or the caches shorter."
+            )
 
     def _real_tokens(self, padding_mask: ArrayLike, shape: tuple[int, ...]) -> Array:
         padding_mask = jnp.asarray(padding_mask)
