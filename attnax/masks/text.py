@@ -10,7 +10,7 @@ import numpy as np
 
 from attnax.masks.arguments import MaskedScoreMod, split_score_mod
 from attnax.masks.mask import Mask, NoTruth, Range
-from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.pytrees import function_pytree, is_own, pytree_dataclass
 from attnax.typing import Array, Index, ScoreMod, ScoreShape
 
 __all__ = ["OverText", "ScoreModOverText", "has_arrays", "over_text"]
@@ -69,13 +69,14 @@ def over_text(mask_or_mod: Mask, rows: Array | None = None) -> Mask: ...
 @overload
 def over_text(mask_or_mod: ScoreMod, rows: Array | None = None) -> ScoreMod: ...
 def over_text(mask_or_mod: Mask | ScoreMod, rows: Array | None = None) -> Mask | ScoreMod:
-    """Reads the arrays of a mask or score mod at positions of a text; one without arrays is returned unchanged.
+    """Reads a mask or score mod at positions of a text; one of Attnax without arrays is returned unchanged.
 
     Args:
         mask_or_mod: a Mask; any other function counts as a score mod.
-        rows: (B,) int32, the row of the arrays for each row of the batch; None if they are the same.
+        rows: (B,) int32, the row that the mask or mod sees for each row of the batch; None if they are the same.
     """
-    if isinstance(mask_or_mod, OverText) or not has_arrays(mask_or_mod):
+    sees_rows = rows is not None and not is_own(mask_or_mod)  # a user's function may capture an array
+    if isinstance(mask_or_mod, OverText) or not (has_arrays(mask_or_mod) or sees_rows):
         return mask_or_mod
     if isinstance(mask_or_mod, Mask):
         return OverText(mask_or_mod, rows)

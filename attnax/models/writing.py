@@ -91,6 +91,7 @@ def generate(
             options["cache"] = options.get("cache") or "ring"
         call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
         draft = _under_masks(draft, call.request.ids.shape[0], options)
+        _check_covers(draft, call.request, call.sizes)
         whole = jax.eval_shape(Request.as_one_prompt, call.request)  # only its sizes: the program makes the arrays
         kind = options.get("cache") or "ring"
         planned = call.sizes._replace(config=draft.config).empty_caches(whole, kind, options.get("cache_dtype"))
@@ -274,7 +275,7 @@ def _prepare(
         caller=caller,
         **options,
     )
-    check_covers(caller, writer.state.masks, request, earlier=held, prompt=length, new=max_new_tokens)
+    _check_covers(writer, request, sizes)
     if caches is None:
         planned = sizes.empty_caches(request, cache or "contiguous", cache_dtype)
         return _Call(writer, request, planned, sizes)
@@ -294,6 +295,12 @@ def _under_masks(writer: Writer, batch: int, options: Mapping[str, Any]) -> Writ
         masks.check(writer.caller, batch, writer.config.num_heads)
         context = np.arange(batch, dtype=np.int32) if context is None else context
     return writer._replace(state=writer.state._replace(masks=masks), context=context, self_mask=mask)
+
+
+def _check_covers(writer: Writer, request: Request, sizes: CallSizes) -> None:
+    """Raises ValueError unless the arrays of the call's masks cover the text."""
+    lengths = {"earlier": sizes.earlier, "prompt": sizes.prompt, "new": sizes.new}
+    check_covers(writer.caller, writer.state.masks, request, **lengths)
 
 
 def _is_causal(mask: Mask | None) -> bool:

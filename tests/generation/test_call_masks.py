@@ -108,9 +108,14 @@ def test_other_arrays_and_windows_compile_nothing_and_count(model, count_compila
 
 
 def test_samples_read_the_arrays_of_their_prompt(model):
-    masks, keep, bias = CALLS["all"]
-    drawn = model.generate(IDS, **OPTIONS, **masks, num_samples=2, sampler=Sampler(1.0), key=jax.random.key(0))
-    assert_written(model, drawn.tokens, [0, 0, 1, 1], keep, bias, drawn.log_probs, greedy=False)
+    """Also those that a plain function captures."""
+
+    def keep(b, h, q, kv):
+        return jax.numpy.asarray(KEEP)[b, h, q, kv]
+
+    options = {"self_mask": near, "mask": keep, "score_mod": bias_mod(), "num_samples": 2}
+    drawn = model.generate(IDS, **OPTIONS, **options, sampler=Sampler(1.0), key=jax.random.key(0))
+    assert_written(model, drawn.tokens, [0, 0, 1, 1], NEAR & KEEP, BIAS, drawn.log_probs, greedy=False)
 
 
 def test_beams_read_the_arrays_of_their_prompt(model):
