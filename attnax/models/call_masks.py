@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -65,8 +66,10 @@ class State(NamedTuple):
         return {name: over_text(value, rows) for name, value in given.items() if value is not None}
 
 
-def masks_of_call(caller: str, own: Mask | None, options: MaskOptions) -> tuple[Mask | None, CallMasks | None]:
-    """The mask of the text, and the masks that differ from the model's own; None if there is nothing of the kind.
+def masks_of_call(caller: str, own: Mask | None, options: Mapping[str, Any]) -> tuple[Mask | None, CallMasks | None]:
+    """The mask of the text, and what a call has beside the model's own mask; None if there is nothing of the kind.
+
+    The options are MaskOptions, among others.
 
     Raises:
         ValueError: an object that is no mask or score mod.

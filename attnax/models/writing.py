@@ -242,11 +242,7 @@ def _prepare(
     prompt_ids = _as_array(caller, prompt_ids, caches)
     batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (None, 1)  # `make_request` refuses another shape
     writer = _under_masks(writer, batch or 1, {"mask": mask, "self_mask": self_mask, "score_mod": score_mod})
-    if not callable(cache) and cache not in (None, *get_args(CacheKind)):
-        raise ValueError(
-            f"{caller}: cache must be one of {', '.join(get_args(CacheKind))}, or a function that makes the cache of a "
-            f"layer; got cache={cache!r}."
-        )
+    _check_cache(caller, cache)
     if prefill_chunk is None:
         prefill_chunk = PREFILL_CHUNK if _is_causal(writer.self_mask) else None
     elif prefill_chunk < 1:
@@ -254,11 +250,7 @@ def _prepare(
     earlier = None
     if caches is not None:
         check_caches(caller, caches, config, batch)
-        if cache is not None or cache_dtype is not None:
-            raise ValueError(
-                f"{caller}: caches have a kind and a dtype already; got caches with "
-                f"cache={cache!r}, cache_dtype={cache_dtype!r}. Leave these out."
-            )
+        _check_no_kind(caller, cache, cache_dtype)
         earlier = caches.text
     rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
@@ -283,18 +275,29 @@ def _prepare(
 
 
 def _under_masks(writer: Writer, batch: int, options: Mapping[str, Any]) -> Writer:
-    """The writer with its state and its mask in a call; raises ValueError for masks that do not fit."""
-    given: MaskOptions = {
-        "mask": options.get("mask"),
-        "self_mask": options.get("self_mask"),
-        "score_mod": options.get("score_mod"),
-    }
-    mask, masks = masks_of_call(writer.caller, writer.self_mask, given)
+    """The writer with its state and its mask under the masks among the options; ValueError if they do not fit."""
+    mask, masks = masks_of_call(writer.caller, writer.self_mask, options)
     context = writer.context
     if masks is not None:
         masks.check(writer.caller, batch, writer.config.num_heads)
         context = np.arange(batch, dtype=np.int32) if context is None else context
     return writer._replace(state=writer.state._replace(masks=masks), context=context, self_mask=mask)
+
+
+def _check_cache(caller: str, cache: CacheKind | CacheFunction | None) -> None:
+    if not callable(cache) and cache not in (None, *get_args(CacheKind)):
+        raise ValueError(
+            f"{caller}: cache must be one of {', '.join(get_args(CacheKind))}, or a function that makes the cache of a "
+            f"layer; got cache={cache!r}."
+        )
+
+
+def _check_no_kind(caller: str, cache: CacheKind | CacheFunction | None, cache_dtype: Any) -> None:
+    if cache is not None or cache_dtype is not None:
+        raise ValueError(
+            f"{caller}: caches have a kind and a dtype already; got caches with cache={cache!r}, "
+            f"cache_dtype={cache_dtype!r}. Leave these out."
+        )
 
 
 def _check_covers(writer: Writer, request: Request, sizes: CallSizes) -> None:
