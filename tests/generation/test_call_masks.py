@@ -11,7 +11,8 @@ from tiny import build
 import attnax
 from attnax import Sampler, TransformerConfig, TransformerLM, additive_bias_mod, init_kv_layer_cache, init_ring_kv_cache
 from attnax import masks as attnax_masks
-from attnax.masks import causal, documents, first, sliding_window
+from attnax.kernels.score_mods import compose_score_mods, mask_mod_to_score_mod
+from attnax.masks import causal, documents, first, over_text, sliding_window
 
 CONFIG = TransformerConfig(
     vocab_size=11, d_model=8, num_heads=2, num_kv_heads=1, num_layers=2, d_ff=12, max_len=64, pos_emb_type="rope"
@@ -313,3 +314,18 @@ def test_a_target_is_written_under_the_masks_of_the_call(pair):
     assert (tokens[::2] == tokens[1::2]).all()
     after = read(pair, np.pad(tokens[::2], ((0, 0), (1, LENGTH - 1 - NEW)), constant_values=1))[:, :NEW]
     np.testing.assert_array_equal(after.argmax(-1), tokens[::2])
+
+
+def test_a_mask_over_a_text_has_the_rows_and_the_tiles_of_its_prompts():
+    rows = jax.device_put(np.array([1, 0, 1], np.int32))
+    packed = documents(np.repeat([[0, 1, 1], [0, 0, 1]], 16, axis=1))  # bounds are exact for blocks of 16
+    mask = over_text(packed, rows)
+    for b, row in enumerate([1, 0, 1]):
+        np.testing.assert_array_equal(mask(b, 0, 3, np.arange(48)), packed(row, 0, 3, np.arange(48)))
+    tiles = [tuple(map(bool, mask.tile(b, 0, (0, 15), (16, 31)))) for b in range(3)]
+    assert tiles == [(True, True), (False, False), (True, True)]
+    assert not mask.is_opaque and mask.keys_per_query(48) == packed.keys_per_query(48)
+    assert over_text(mask, rows) is mask and over_text(causal(), rows) == causal()
+    both = over_text(compose_score_mods(bias_mod(), mask_mod_to_score_mod(causal() & packed)), rows)
+    score = jax.device_put(np.float32(1))
+    assert both(score, 0, 1, 4, 2) == 1 + BIAS[1, 1, 4, 2] and both(score, 0, 1, 2, 4) == -np.inf
