@@ -93,6 +93,15 @@ def test_kernels(name, dtype):
     jax.eval_shape(jax.grad(loss), jax.ShapeDtypeStruct((1, 2, 5, 4), dtype))
 
 
+@pytest.mark.parametrize("name", ["standard", "tiles"])
+def test_kernels_take_float64_scores_of_a_user(name):
+    mod = compose_score_mods(lambda scores, b, h, q, kv: 2 * scores, lambda scores, b, h, q, kv: scores + 1.0)
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((1, 2, 5, 4), "float64")
+        out = jax.eval_shape(jax.grad(lambda x: KERNELS[name](x, x, x, score_mod=mod).sum()), x)
+    assert out.dtype == "float64"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_caches_and_linear_attention(dtype):
     x = jax.ShapeDtypeStruct((1, 2, 5, 4), dtype)

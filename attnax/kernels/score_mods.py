@@ -49,7 +49,7 @@ class ComposedScoreMod(NoTruth):
         first, *rest = self.mods
         scores = first(scores, b, h, q, kv)
         for mod in rest:
-            masked = scores <= jnp.finfo(jnp.float32).min
+            masked = scores <= float(jnp.finfo(jnp.float32).min)
             scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
         return scores
 

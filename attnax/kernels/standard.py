@@ -191,7 +191,7 @@ def _attend(
         # The first `where` keeps the mod's derivative at forbidden pairs out of the gradients of query and key.
         scores = jnp.where(keep, scores, 0)
         scores = apply_score_mod("standard_attention", partial(sum_in_float32, score_mod), scores, *indices)
-        keep = keep & ~(scores <= jnp.finfo(jnp.float32).min)  # not `>`: a NaN from a mod must be seen
+        keep = keep & ~(scores <= float(jnp.finfo(jnp.float32).min))  # not `>`: a NaN from a mod must be seen
     # The contamination of the scores of a pair.
     of_query = jnp.where(query_finite, 0, jnp.nan)[..., None]
     # Not jnp.repeat, which fails outside of jit on a shard of a mesh with Explicit axes.

@@ -27,7 +27,7 @@ def init_carry(block: Any, x: Array, input_ids: Array | None) -> Any:
     """
     name = type(block).__name__
     copy = read_only(
-        nnx.merge(*nnx.split(block)),
+        nnx.clone(block),
         f"{name}.init_carry: it must leave the block as it is; got a change, which would be lost. Return what the "
         "blocks need, or change it in run.",
     )

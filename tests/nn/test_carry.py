@@ -103,6 +103,22 @@ class Counter(EncoderBlock):
         return out._replace(carry=carry | {"count": carry["count"] + 1})
 
 
+def test_a_model_with_a_carry_is_trained_by_nnx_jit_after_a_call():
+    """The carry is made by a copy of the block, whose parameters refuse every change; the block's own must not."""
+    model = lm(LayerEmbeddings, num_layers=1)
+    before = np.asarray(model(IDS))
+
+    @nnx.jit
+    def step(model):
+        table = model.decoder.stack.blocks[0].table
+        table[...] = table[...] + 1.0
+        return model(IDS)
+
+    after = step(model)
+    assert np.abs(after - before).max() > 1e-2
+    np.testing.assert_allclose(model(IDS), after, atol=1e-5)
+
+
 def alternating(rngs, config):
     return (Counter if config.attention_window else EncoderBlock)(rngs, config)
 

@@ -92,7 +92,7 @@ def mask_scores(scores_TS: Array, keep: Array | None, bias: Array | None, score_
         # Forbidden pairs have the score 0: the mod's derivative there must not matter.
         scores_TS = score_mod(scores_TS if keep is None else select(keep, scores_TS, 0))
         # Not `>`: a NaN from the mod must stay, except at out-of-range keys.
-        masked = scores_TS <= jnp.finfo(jnp.float32).min
+        masked = scores_TS <= float(jnp.finfo(jnp.float32).min)
         if bias is not None:
             masked = masked | (bias == -jnp.inf)
         keep = ~masked if keep is None else keep & ~masked
