@@ -61,6 +61,7 @@ def test_every_public_name_exists():
 
 def test_the_package_has_the_classes_and_functions_of_attention_and_its_caches():
     used_with_their_package = {"EmptyCache", "InSlots", "LayerCache", "StoredTokens", "check_rows", "forget"}
+    used_with_their_package |= {"ScalarCache", "ScalarSlots", "init_scalar_cache"}
     used_with_their_package |= {"CacheCall", "StoresTokens", "Chunk", "Reading", "SlotChunks", "Source", "TokenArrays"}
     used_with_their_package |= {"nan_where_lost", "RowsOfText", "StackedCaches", "cache_kinds", "stack_caches"}
     used_with_their_package |= {"grow", "slots_in_use"}

@@ -1,6 +1,5 @@
 """Layers on Flax NNX."""
 
-from attnax.nn._kernel import attend
 from attnax.nn._token_scalars import TokenScalars
 from attnax.nn.attention import KeysValues, MultiHeadAttention
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
@@ -8,6 +7,7 @@ from attnax.nn.depth import first_layers, with_scan_layers
 from attnax.nn.dropout import Dropout
 from attnax.nn.embeddings import LearnedPositionalEmbedding, PositionalEncoding, TokenEmbedding, TransformerEmbedding
 from attnax.nn.feedforward import FeedForward
+from attnax.nn.heads import attend
 from attnax.nn.moe import MixtureOfExperts
 from attnax.nn.norms import RMSNorm, create_norm
 from attnax.nn.patches import PatchEmbedding

@@ -11,19 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnax.cache import FEW_QUERIES, LayerCache, LinearState, StoresTokens
-from attnax.checks import check_attention, check_positions
 from attnax.config import AttentionType, BlockConfig
 from attnax.kernels.cached import cached_attention
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.linear import linear_attention
 from attnax.kernels.lite import lite_attention
 from attnax.kernels.standard import standard_attention
-from attnax.masks import Causal, Mask, as_mask, at_positions, causal, kernel_of, mask_argument, mask_of_cache, padding
-from attnax.nn._token_scalars import check_scalar_cache
+from attnax.masks import Causal, Mask, at_positions, causal, kernel_of, mask_argument, mask_of_cache, padding
 from attnax.nn.linear import Linear
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
+from attnax.typing import Array, AttentionFn, Float, ScoreMod
 
-__all__ = ["Heads", "Kernel", "attend", "attend_cache", "attention_function", "check_cache"]
+__all__ = ["Heads", "Kernel", "attend_cache", "attention_function", "bound_options", "check_cache"]
 
 
 class Heads(NamedTuple):
@@ -192,7 +190,7 @@ class CachedCall(NamedTuple):
             shape = batch, num_heads, self.num_positions, self.num_positions
             mask.check("MultiHeadAttention, with a cache", shape)
         if _reads_chunks(kernel.function, heads.query.shape[2]):
-            options = {name: x for name, x in _bound(kernel.function).items() if name in _CACHED_OPTIONS}
+            options = {name: x for name, x in bound_options(kernel.function).items() if name in _CACHED_OPTIONS}
             read = functools.partial(cached_attention, heads.query, stored, positions, **options)
             out: Array = kernel.call(functools.partial(read, mask=mask), heads)
             return out
@@ -227,69 +225,6 @@ def attend_cache(kernel: Kernel, heads: Heads, cache: LayerCache) -> tuple[Array
     return cache.attend(CachedCall(kernel, heads, getattr(cache, "num_positions", None)))
 
 
-def attend(
-    query: Float[Array, "B N T H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S Hv"],
-    *,
-    attention_fn: AttentionFn = flash_attention,
-    mask: Mask | MaskMod | ArrayLike | None = None,
-    score_mod: ScoreMod | None = None,
-    scale: float | None = None,
-    position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
-    kv_cache: LayerCache | None = None,
-) -> tuple[Float[Array, "B N T Hv"], Any]:
-    """Attention of the heads of a layer of your own, with a cache of any kind or without one.
-
-    Args:
-        query: (batch, num_heads, T, head_dim), rotated if they are to be.
-        key: (batch, num_kv_heads, S, head_dim); with a cache, of the same tokens as the queries.
-        value: (batch, num_kv_heads, S, value_head_dim).
-        attention_fn: as in `MultiHeadAttention`.
-        mask: as in a call of `MultiHeadAttention`.
-        score_mod: as in a call of `MultiHeadAttention`.
-        scale: of the scores, by default head_dim ** -0.5.
-        position_ids: of the queries, for the cache, by default those after the cache; -1 is padding.
-        kv_cache: keys and values are appended, and the queries attend all of it.
-
-    Returns:
-        (batch, num_heads, T, value_head_dim), and the new cache or None.
-
-    Raises:
-        ValueError: arguments that do not fit together, a ScalarCache, or a cache with a window but no sinks.
-        NotImplementedError: the attention function does not read such a cache.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from attnax import masks
-        >>> from attnax.cache import init_kv_layer_cache
-        >>> from attnax.nn import attend
-        >>> x = jnp.ones((1, 2, 3, 4))
-        >>> out, cache = attend(x, x, x, mask=masks.causal(), kv_cache=init_kv_layer_cache(1, 2, 4, max_len=5))
-        >>> out.shape, int(cache.length)
-        ((1, 2, 3, 4), 3)
-    """
-    check_attention("attend", query, key, value, mask=mask, score_mod=score_mod, scale=scale)
-    batch, length = query.shape[0], query.shape[2]
-    positions: Any = None
-    if position_ids is not None:
-        positions = check_positions("attend", "position_ids", position_ids, batch, length)
-    kernel = Kernel(attention_fn, 0.0, scale, None)
-    heads = Heads(query, key, value, None if mask is None else as_mask(mask), score_mod, None, positions)
-    if kv_cache is None:
-        return kernel.attend(heads), None
-    check_cache(attention_fn, kv_cache, None)
-    check_scalar_cache("attend", kv_cache, 0)
-    if key.shape[2] != length:
-        raise ValueError(
-            f"attend: with a cache keys must be those of the queries' tokens; got {key.shape[2]} keys for {length} "
-            "queries."
-        )
-    if positions is None:
-        positions = kv_cache.next_positions()[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-    return attend_cache(kernel, heads._replace(positions=positions), kv_cache)
-
-
 _CACHED_OPTIONS = inspect.signature(cached_attention).parameters
 
 
@@ -304,8 +239,8 @@ def _reads_chunks(function: AttentionFn, num_queries: int) -> bool:
     )
 
 
-def _bound(function: Any) -> dict[str, Any]:
+def bound_options(function: Any) -> dict[str, Any]:
     """The keywords that partials bind."""
     if not isinstance(function, functools.partial):
         return {}
-    return _bound(function.func) | function.keywords
+    return bound_options(function.func) | function.keywords

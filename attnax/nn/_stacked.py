@@ -14,7 +14,7 @@ from flax import nnx
 
 from attnax.nn._parts import name_of
 
-__all__ = ["COPY_OF_A_LAYER", "read_only", "stack_blocks", "take_block"]
+__all__ = ["COPY_OF_A_LAYER", "read_only", "refuse_shared", "stack_blocks", "take_block"]
 
 COPY_OF_A_LAYER = (
     "Stack.layers: with scan_layers layers share stacked parameters, and these are copies, so a change would be "
@@ -40,6 +40,18 @@ def stack_blocks(blocks: Sequence[nnx.Module]) -> nnx.Module:
                 "Keep what differs in an array (an nnx.Variable), or take scan_layers=False."
             )
     return nnx.merge(graphdefs[0], jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
+
+
+def refuse_shared(blocks: Sequence[nnx.Module]) -> None:
+    """Raises ValueError if two of the blocks share a parameter, of which stacking would make two."""
+    owners: dict[int, int] = {}
+    for layer, block in enumerate(blocks):
+        for path, node in nnx.iter_graph(block):
+            if isinstance(node, nnx.Variable) and owners.setdefault(id(node), layer) != layer:
+                raise ValueError(
+                    "Stack: with scan_layers each layer has parameters of its own, which are stacked; got layers "
+                    f"{owners[id(node)]} and {layer} that share {'.'.join(map(str, path))}. Take scan_layers=False."
+                )
 
 
 def take_block(block: nnx.Module, index: int) -> nnx.Module:

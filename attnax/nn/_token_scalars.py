@@ -12,10 +12,12 @@ from flax import nnx
 from attnax.cache import EmptyCache, ScalarCache, ScalarSlots
 from attnax.checks import wide_dtype
 from attnax.config import AttentionType, BlockConfig
-from attnax.masks import NoTruth
+from attnax.kernels.ring import ring_attention
+from attnax.masks import NoTruth, kernel_of
 from attnax.nn._hidden import refuse_hidden_arrays
+from attnax.nn._kernel import bound_options
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, Float, Index, ScoreMod
+from attnax.typing import Array, AttentionFn, Float, Index, ScoreMod
 
 __all__ = ["TokenScalars", "check_scalar_cache", "check_token_scalars", "place_scalars"]
 
@@ -81,13 +83,14 @@ def place_scalars(module: Any, x: Array, positions: Array | None, cache: Any) ->
     return TokenScalarMod(module, scalars, ScalarSlots(scalars.shape[2])), cache
 
 
-def check_token_scalars(caller: str, module: Any, config: BlockConfig, scores: Any) -> int:
+def check_token_scalars(caller: str, module: Any, config: BlockConfig, attention_fn: AttentionFn, scores: Any) -> int:
     """The heads of a layer's token scalars; raises ValueError for an object that is none.
 
     Args:
         caller: for the message.
         module: the argument token_scalars.
         config: of the layer.
+        attention_fn: of the layer.
         scores: shapes and dtypes of the arguments of a score mod.
     """
     if not isinstance(module, nnx.Module) or not isinstance(module, TokenScalars):
@@ -99,6 +102,11 @@ def check_token_scalars(caller: str, module: Any, config: BlockConfig, scores: A
         raise ValueError(
             f"{caller}: token_scalars change scores; got attention_type={config.attention_type}, which has none. Use a "
             "softmax kernel."
+        )
+    if kernel_of(attention_fn) is ring_attention and bound_options(attention_fn).get("axis_name") is not None:
+        raise NotImplementedError(
+            f"{caller}: token_scalars are read by the index in the whole text, and a device of a ring knows those of "
+            "its shard only; got attention_fn=ring_attention with an axis_name. Use flash_attention."
         )
     x = jax.ShapeDtypeStruct((1, 1, config.d_model), config.dtype)
     made = jax.eval_shape(lambda: module(jnp.zeros(x.shape, x.dtype)))

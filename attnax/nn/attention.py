@@ -26,10 +26,7 @@ from attnax.nn.norms import rms_norm_of
 from attnax.nn.rope import RotaryEmbedding
 from attnax.typing import Array, ArrayLike, AttentionFn, Float, Int, MaskMod, ScoreMod
 
-__all__ = ["FUNCTIONS", "KeysValues", "MultiHeadAttention"]
-
-FUNCTIONS = ("attention_fn", "score_mod", "rope", "query_fn", "key_fn", "value_fn")
-"""The attributes of a layer that hold a function of the library or of a user."""
+__all__ = ["KeysValues", "MultiHeadAttention"]
 
 
 class KeysValues(NamedTuple):
@@ -408,7 +405,7 @@ class MultiHeadAttention(nnx.Module):
                 )
         if self.token_scalars is None:
             return 0
-        return check_token_scalars("MultiHeadAttention", self.token_scalars, config, scores)
+        return check_token_scalars("MultiHeadAttention", self.token_scalars, config, self.attention_fn, scores)
 
 
 def _named(name: str, x: Array) -> Array:

@@ -18,7 +18,7 @@ from attnax.config import StackConfig
 from attnax.masks import kernel_of
 from attnax.nn._parts import MakeBlock, find_parts
 from attnax.nn._protocol import call_block, init_carry
-from attnax.nn._stacked import COPY_OF_A_LAYER, read_only, stack_blocks, take_block
+from attnax.nn._stacked import COPY_OF_A_LAYER, read_only, refuse_shared, stack_blocks, take_block
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import ShapesOnly
@@ -72,7 +72,8 @@ class Stack(nnx.Module):
         make_block: `(rngs, config) -> block`, called once for each layer, from first to last.
 
     Raises:
-        ValueError: with `scan_layers`, blocks at one place of the pattern that differ in more than their arrays.
+        ValueError: with `scan_layers`, blocks at one place of the pattern that differ in more than their arrays, or
+            blocks that share parameters.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: StackConfig, make_block: MakeBlock):
@@ -88,6 +89,8 @@ class Stack(nnx.Module):
     def _hold(self, blocks: Sequence[nnx.Module]) -> None:
         period = max(1, len(self.config.layer_pattern))
         whole = len(blocks) // period * period if self.config.scan_layers else 0
+        if whole:
+            refuse_shared(blocks)
         self.periods = nnx.List([stack_blocks(blocks[place:whole:period]) for place in range(period) if place < whole])
         self.blocks = nnx.List(blocks[whole:])
 

@@ -82,7 +82,8 @@ class Trainer:
         document_token: the first token of every document. If it is given, the documents in a window are packed: they do
             not attend each other, and the positions of each start at 0.
         make_block: as in `TransformerLM`. Scalars in `Output.aux` whose names end in "_loss" are added to the loss.
-        attention_fn: as in `TransformerLM`.
+        attention_fn: as in `TransformerLM`. A step raises ValueError for a block that writes into variables which are
+            not parameters.
 
     Attributes:
         parts: the parts that were given, by name, for `TransformerLM(rngs, model, **parts)`.
@@ -129,7 +130,8 @@ class Trainer:
 
     def merge(self, params: Any) -> TransformerLM:
         """The model with these parameters."""
-        model: TransformerLM = nnx.merge(self._graphdef, params, *self._rest)
+        rest = jax.tree.map(lambda leaf: leaf, self._rest)  # variables of the model's own
+        model: TransformerLM = nnx.merge(self._graphdef, params, *rest)
         return model
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
@@ -212,7 +214,15 @@ class Trainer:
             documents, positions = find_documents(read, self.document_token)
             options |= {"mask": masks.documents(documents), "position_ids": positions}
         model = self.merge(params)
+        before = _other_variables(model)
         out = model.decoder.run(read, **options)
+        written = [path for path, value in _other_variables(model).items() if before.get(path) is not value]
+        if written:
+            raise ValueError(
+                "Trainer: a step keeps parameters alone, so that what a block writes into other variables would be "
+                f"lost; got a change of {'.'.join(map(str, written[0]))}. Pass state on in the carry or in aux, draw "
+                "from the rngs of run, or train in a loop of your own."
+            )
         graphdef, head = nnx.split((model.head, model.decoder.embed.tokens if self.model.tie_embeddings else None))
 
         def logits_of(head: Any, hidden: Array) -> Array:
@@ -221,6 +231,12 @@ class Trainer:
             return logits
 
         return weighted_cross_entropy(logits_of, head, out.hidden, tokens[:, 1:], weights), out.aux
+
+
+def _other_variables(model: TransformerLM) -> dict[Any, Any]:
+    """The values of a model's variables but parameters and `sow`n intermediates, which nobody expects to be kept."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate))))
+    return {path: variable.get_raw_value() for path, variable in state}
 
 
 def _is_narrow(params: Any) -> bool:

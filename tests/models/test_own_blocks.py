@@ -165,6 +165,46 @@ def test_a_loss_of_a_block_is_added_to_the_loss_of_the_trainer():
     assert optimizer.weigh({"expert_load": (jnp.zeros(3),), "my_number": 3.0}) == 0.0
 
 
+class Counting(EncoderBlock):
+    def __init__(self, rngs, config):
+        super().__init__(rngs, config)
+        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def run(self, x, **options):
+        self.calls[...] += 1
+        return super().run(x, **options)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_trainer_refuses_a_block_whose_writes_it_would_lose(scan_layers):
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    trainer = Trainer(config, OptimizerConfig(steps=2, batch_size=2), make_block=Counting)
+    with pytest.raises(ValueError, match=r"would be lost; got a change of decoder.stack.\w+.0.calls. Pass state on in"):
+        trainer.step.trace(jax.eval_shape(trainer.init), IDS)
+
+
+def test_layers_that_are_one_block_stay_one_or_are_refused():
+    """As in the Universal Transformer and ALBERT."""
+
+    def sharing():
+        made = []
+
+        def make_block(rngs, config):
+            made.append(made[0] if made else EncoderBlock(rngs, config))
+            return made[0]
+
+        return make_block
+
+    model = build(lambda rngs: TransformerLM(rngs, CONFIG, make_block=sharing()))
+    block, x = model.decoder.stack.blocks[0], model.decoder.embed(jnp.asarray(IDS))
+    for _ in range(2):
+        x = block(x, mask=model.decoder.self_mask)
+    np.testing.assert_allclose(model.decoder(IDS), model.decoder.norm(x), atol=1e-5)
+    assert len(jax.tree.leaves(nnx.state(model.decoder.stack, nnx.Param))) == len(jax.tree.leaves(nnx.state(block)))
+    with pytest.raises(ValueError, match="got layers 0 and 1 that share .*Take scan_layers=False"):
+        with_scan_layers(model, True)
+
+
 class MultiToken(TransformerLM):
     """Predicts the next tokens by heads of their own (F. Gloeckle et al., 2024, arXiv 2404.19737)."""
 

@@ -1,6 +1,7 @@
 """Numbers of tokens in the scores: exact against their formula, with gradients, and the same behind every cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from attnax import (
     init_paged_kv_cache,
     init_ring_kv_cache,
     masks,
+    ring_attention,
 )
 from attnax.cache import EmptyCache, forget, grow, init_scalar_cache, select_rows
 
@@ -113,27 +115,25 @@ def test_numbers_of_tokens_are_exact_with_gradients(kind, num_heads, options):
 
 PAGES = {"num_blocks": 8, "block_size": 4, "max_blocks_per_seq": 4, "num_kv_heads": KV_HEADS, "head_dim": SIZE}
 ROW = 2, KV_HEADS, SIZE
-CACHES = {
-    "contiguous": (lambda: init_scalar_cache(init_kv_layer_cache(*ROW, 16), HEADS), None, 0),
-    "ring": (lambda: init_scalar_cache(init_ring_kv_cache(*ROW, 16), HEADS), None, 0),
-    "paged": (lambda: init_scalar_cache(init_paged_kv_cache(**PAGES, batch_size=2), HEADS), None, 0),
-    # The numbers of a window and of the largest piece: later tokens take the slots of earlier ones.
-    "window": (lambda: init_scalar_cache(init_ring_kv_cache(*ROW, 5, window=3), HEADS), 3, 0),
-    "window and sinks": (
-        lambda: init_scalar_cache(init_ring_kv_cache(*ROW, 7, window=3, num_sinks=2), HEADS),
-        3,
-        2,
-    ),
+CACHES = {  # the cache, its window and its sinks
+    "contiguous": (lambda: init_kv_layer_cache(*ROW, 16), None, 0),
+    "ring": (lambda: init_ring_kv_cache(*ROW, 16), None, 0),
+    "paged": (lambda: init_paged_kv_cache(**PAGES, batch_size=2), None, 0),
+    # Room for a window and the tokens of a call: later tokens take the slots of earlier ones.
+    "window": (lambda: init_ring_kv_cache(*ROW, 5, window=3), 3, 0),
+    "window and sinks": (lambda: init_ring_kv_cache(*ROW, 7, window=3, num_sinks=2), 3, 2),
 }
 
 
-@pytest.mark.parametrize("name", CACHES)
-def test_a_cache_gives_the_same_with_padding_and_tokens_taken_back(name):
+@pytest.mark.parametrize(
+    ("name", "kind", "num_heads"), [*((name, ForgetGate, HEADS) for name in CACHES), ("ring", Temperature, 1)]
+)
+def test_a_cache_gives_the_same_with_padding_and_tokens_taken_back(name, kind, num_heads):
     make, window, num_sinks = CACHES[name]
     near = masks.causal()
     if window is not None:
         near = near & (masks.sliding_window(window) | masks.first(num_sinks)) if num_sinks else near
-    attn = attention(attention_window=None if num_sinks else window)
+    attn = attention(kind, num_heads, attention_window=None if num_sinks else window)
     x = jax.device_put(X.astype(np.float32))
 
     @nnx.jit
@@ -152,7 +152,7 @@ def test_a_cache_gives_the_same_with_padding_and_tokens_taken_back(name):
         whole = attn(x, mask=masks.at_positions(near, POSITIONS, POSITIONS), position_ids_q=POSITIONS)
         return jnp.concatenate([*outs, out[:, :1], last[::-1]], axis=1), whole
 
-    have, whole = run(attn, make())
+    have, whole = run(attn, init_scalar_cache(make(), num_heads))
     distance = POSITIONS[:, :, None] - POSITIONS[:, None]
     pairs = CAUSAL & REAL[:, None]
     if window is not None:
@@ -256,6 +256,9 @@ def test_objects_that_are_no_token_scalars_are_refused():
     for kind in ("linear", "lite"):
         with pytest.raises(ValueError, match=f"token_scalars change scores; got attention_type={kind}"):
             make(lambda: ForgetGate(nnx.Rngs(0)), attention_type=kind)
+    ring = functools.partial(ring_attention, axis_name="sequence")
+    with pytest.raises(NotImplementedError, match="a device of a ring knows those of its shard only"):
+        make(lambda: ForgetGate(nnx.Rngs(0)), attention_fn=ring)
 
 
 def test_a_block_takes_a_forgetting_layer():
