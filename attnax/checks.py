@@ -83,6 +83,11 @@ def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: A
 
 def check_positions(caller: str, name: str, positions: Any, batch: int, length: int) -> Array:
     """Positions as int32 (1 or batch, length); ValueError unless they are integers (length,) or (batch, length)."""
+    if isinstance(positions, list | tuple):
+        try:
+            positions = np.asarray(positions)
+        except ValueError as error:
+            raise ValueError(f"{caller}: {name} must have rows of one length; got lists of several.") from error
     shape, dtype = jnp.shape(positions), jnp.result_type(positions)
     if shape not in ((length,), (1, length), (batch, length)) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ from attnax.cache.linear import init_linear_layer_cache
 from attnax.cache.ring import SPARE_SLOTS, init_ring_kv_cache
 from attnax.config import AttentionType, BlockConfig, TransformerConfig
 
-__all__ = ["CacheKind", "init_decoder_kv_caches", "init_decoder_kv_caches_from_config"]
+__all__ = ["CacheFunction", "CacheKind", "init_decoder_kv_caches", "init_decoder_kv_caches_from_config"]
 
 CacheKind = Literal["contiguous", "ring", "paged"]
 """The kinds of caches that generation makes: KVLayerCache, RingKVCache and PagedKVCache."""
+
+CacheFunction = Callable[..., Any]
+"""`(*, batch_size, num_kv_heads, head_dim, value_head_dim, max_len, dtype) -> LayerCache`: the empty cache of a layer,
+with room for `max_len` tokens of each row or for those that the layer attends."""
 
 
 def init_decoder_kv_caches(

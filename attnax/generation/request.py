@@ -122,9 +122,10 @@ def make_request(
     pad_to: int | None = None,
     earlier: Text | None = None,
     prefill_chunk: int | None = None,
+    caller: str = "make_request",
     **options: Unpack[RequestOptions],
 ) -> Request:
-    """The arguments of a model's `generate`, checked.
+    """The arguments of a model's `generate`, checked; errors name the `caller`.
 
     JAX computes nothing here unless the prompt, its padding or an earlier text is traced. Then rows without a token and
     ids outside of the vocabulary are not refused; models read such ids as NaN. With `pad_to` the prompt gets padding on
@@ -141,22 +142,22 @@ def make_request(
     check_options("make_request", options, RequestOptions)
     num_samples, padding_mask = options.get("num_samples", 1), options.get("padding_mask")
     end_token, stop_sequences = options.get("end_token"), options.get("stop_sequences", ())
-    _check_prompt(prompt_ids, earlier)
+    _check_prompt(caller, prompt_ids, earlier)
     static = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
     for name, value in (static | {"end_token": end_token, "stop_sequences": stop_sequences}).items():
         if not all(map(is_concrete, jax.tree.leaves(value))):
             raise ValueError(
-                f"generate: {name} must be known, since sizes depend on it; got a traced array. "
+                f"{caller}: {name} must be known, since sizes depend on it; got a traced array. "
                 "Make it static under jit."
             )
     for name, count in static.items():
         if count < 1:
-            raise ValueError(f"generate: {name} must be at least 1; got {name}={count}.")
+            raise ValueError(f"{caller}: {name} must be at least 1; got {name}={count}.")
     if prompt_ids.shape[1]:
-        _check_tokens("token ids", prompt_ids, vocab_size)
-    ends, stops = _stops(end_token, stop_sequences, vocab_size)
+        _check_tokens(caller, "token ids", prompt_ids, vocab_size)
+    ends, stops = _stops(caller, end_token, stop_sequences, vocab_size)
     xp = np if all(map(is_concrete, jax.tree.leaves((prompt_ids, padding_mask, earlier)))) else jnp
-    ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(xp, prompt_ids.shape, padding_mask, earlier)
+    ids, real = xp.asarray(prompt_ids, np.int32), _real_tokens(caller, xp, prompt_ids.shape, padding_mask, earlier)
     sampler = options.get("sampler") or Sampler()
     sampler = sampler.as_arrays(vocab_size).repeat_rows(ids.shape[0], num_samples)
     missing = ((0, 0), (0, max(0, (pad_to or 0) - ids.shape[1])))
@@ -165,7 +166,7 @@ def make_request(
     return Request(
         ids=place_like(prompt_ids, xp.pad(ids, missing)),
         position_ids=place_like(prompt_ids, xp.pad(positions, missing, constant_values=-1)),
-        key=_sampling_key(sampler, options.get("key"), ids.shape[0], num_samples),
+        key=_sampling_key(caller, sampler, options.get("key"), ids.shape[0], num_samples),
         max_new_tokens=np.asarray(max_new_tokens, np.int32),
         sampler=sampler,
         stops=stops,
@@ -216,7 +217,7 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
     Raises:
         ValueError: not a typed key, or another number of keys.
     """
-    _check_keys(key, batch, num_samples)
+    _check_keys("row_keys", key, batch, num_samples)
     if key.shape == (batch * num_samples,):
         return key
     if key.shape:
@@ -225,78 +226,80 @@ def row_keys(key: Array, batch: int, num_samples: int = 1) -> Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch * num_samples))
 
 
-def _check_prompt(prompt_ids: ArrayLike, earlier: Text | None) -> None:
+def _check_prompt(caller: str, prompt_ids: ArrayLike, earlier: Text | None) -> None:
     """Raises ValueError or NotImplementedError for a prompt of another shape, or a prompt that a mesh shards."""
     if prompt_ids.ndim != 2 or 0 in (prompt_ids.shape if earlier is None else prompt_ids.shape[:1]):
         raise ValueError(
-            "generate: prompt_ids must be (batch, length) with at least one row and at least one token; "
+            f"{caller}: prompt_ids must be (batch, length) with at least one row and at least one token; "
             f"got {prompt_ids.shape}. Give token ids, [[1, 2, 3]] for one prompt; a tokenizer makes them of text."
         )
     if not is_concrete(prompt_ids) and any(jax.typeof(prompt_ids).sharding.spec):
         raise NotImplementedError(
-            f"generate: mesh axes that are Explicit may not cut a traced prompt; got {jax.typeof(prompt_ids)}. "
+            f"{caller}: mesh axes that are Explicit may not cut a traced prompt; got {jax.typeof(prompt_ids)}. "
             "Give each device all of it, jax.sharding.reshard(prompt_ids, jax.P()), or its rows in jax.shard_map."
         )
 
 
-def _real_tokens(xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None, earlier: Text | None) -> Any:
+def _real_tokens(
+    caller: str, xp: Any, shape: tuple[int, ...], padding_mask: ArrayLike | None, earlier: Text | None
+) -> Any:
     """True for the real tokens of a prompt, in NumPy or JAX (`xp`)."""
     real = xp.ones(shape, bool) if padding_mask is None else xp.asarray(padding_mask)
     is_empty = earlier is None and is_concrete(real) and not np.asarray(real).any(-1).all()
     if real.shape != shape or real.dtype != bool or is_empty:
         raise ValueError(
-            f"generate: padding_mask must be boolean {shape} with a real token in every row; "
+            f"{caller}: padding_mask must be boolean {shape} with a real token in every row; "
             f"got shape={real.shape}, dtype={real.dtype}."
         )
     return real
 
 
-def _sampling_key(sampler: Sampler, key: Array | None, batch: int, num_samples: int) -> Array | None:
+def _sampling_key(caller: str, sampler: Sampler, key: Array | None, batch: int, num_samples: int) -> Array | None:
     """The key of the draws; None where nothing is drawn."""
     if key is not None:
-        _check_keys(key, batch, num_samples)
+        _check_keys(caller, key, batch, num_samples)
     elif sampler.temperature is not None:
         raise ValueError(
-            f"generate: sampling needs a key; got temperature={sampler.temperature}, key=None. "
+            f"{caller}: sampling needs a key; got temperature={sampler.temperature}, key=None. "
             "Pass key=jax.random.key(seed)."
         )
     return None if sampler.temperature is None else key
 
 
-def _check_keys(key: Array, batch: int, num_samples: int) -> None:
+def _check_keys(caller: str, key: Array, batch: int, num_samples: int) -> None:
     rows = batch * num_samples
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,), (rows,)):
         raise ValueError(
-            f"generate: key must be one typed key (jax.random.key(seed)) or one a row, here {rows}; "
+            f"{caller}: key must be one typed key (jax.random.key(seed)) or one a row, here {rows}; "
             f"got shape={key.shape}, dtype={key.dtype}."
         )
 
 
 def _stops(
-    end_token: int | Sequence[int] | None, stop_sequences: Sequence[Sequence[int]], vocab_size: int
+    caller: str, end_token: int | Sequence[int] | None, stop_sequences: Sequence[Sequence[int]], vocab_size: int
 ) -> tuple[list[int], np.ndarray]:
     """The end tokens, and the `Request.stops` of end tokens and stop sequences."""
     ends: list[int] = [] if end_token is None else np.atleast_1d(np.asarray(end_token)).tolist()
     if not all(isinstance(sequence, Sequence | np.ndarray) for sequence in stop_sequences):
         raise ValueError(
-            f"generate: stop_sequences must be sequences of tokens; got {stop_sequences!r}. Use end_token."
+            f"{caller}: stop_sequences must be sequences of tokens; got {stop_sequences!r}. Use end_token."
         )
     sequences = [[end] for end in ends] + [list(sequence) for sequence in stop_sequences]
     longest = max(map(len, sequences), default=0)
     stops = np.full((len(sequences), longest), -1, np.int32)
     for row, sequence in zip(stops, sequences, strict=True):
-        _check_tokens("stop sequences and end tokens", sequence, vocab_size)
+        _check_tokens(caller, "stop sequences and end tokens", sequence, vocab_size)
         row[longest - len(sequence) :] = sequence
     return ends, stops
 
 
-def _check_tokens(name: str, ids: Any, vocab_size: int) -> None:
+def _check_tokens(caller: str, name: str, ids: Any, vocab_size: int) -> None:
     ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
     if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"generate: {name} must be whole numbers, at least one; got {ids}.")
+        raise ValueError(f"{caller}: {name} must be whole numbers, at least one; got {ids}.")
     if not is_concrete(ids):
         return
     ids = np.asarray(ids)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"generate: {name} must be at least 0 and below {vocab_size}; got {low if low < 0 else high}.")
+        raise ValueError(f"{caller}: {name} must be at least 0 and below {vocab_size}; got {low if low < 0 else high}.")

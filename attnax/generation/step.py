@@ -18,7 +18,8 @@ class Tokens(NamedTuple):
         ids: (rows, T).
         position_ids: (rows, T), each token's index within its row's text, -1 for padding.
         wanted: (rows, n), the indices within T of the tokens after which logits are wanted.
-        context: arrays that a row attends beside its text, rows first: an encoder's keys and values, or None.
+        context: arrays of each row beside its text, rows first: an encoder's keys and values, the index of its prompt;
+            or None.
     """
 
     ids: Int[Array, "R T"]

@@ -58,6 +58,12 @@ class ComposedScoreMod(NoTruth):
         for mod in self.mods:
             check_score_mod(caller, mod, score_shape)
 
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that the arrays of its mods cover; None if there is no limit."""
+        known = [getattr(mod, "num_positions", None) for mod in self.mods]
+        return min((n for n in known if n is not None), default=None)
+
 
 class PerHead(NoTruth):
     """A score mod that holds an array with an entry for each head."""
@@ -100,6 +106,11 @@ class AdditiveBias(NoTruth):
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         """Raises ValueError unless the bias broadcasts to (B, N, T, S) = `score_shape`."""
         check_broadcast(f"{caller}: additive_bias_mod", "bias", self.bias.shape, score_shape)
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that the bias covers; None if there is no limit."""
+        return min((size for size in self.bias.shape[2:] if size > 1), default=None)
 
 
 @pytree_dataclass

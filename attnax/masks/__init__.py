@@ -5,11 +5,12 @@ boolean arrays. `mask.py` says what a mask is; a new kind goes into `kinds.py`.
 """
 
 # ruff: noqa: F403  # every name stands once, in the `__all__` of its module
-from attnax.masks import arguments, arrays, kinds, mask, positions
+from attnax.masks import arguments, arrays, kinds, mask, positions, text
 from attnax.masks.arguments import *
 from attnax.masks.arrays import *
 from attnax.masks.kinds import *
 from attnax.masks.mask import *
 from attnax.masks.positions import *
+from attnax.masks.text import *
 
-__all__ = [name for module in (arguments, arrays, kinds, mask, positions) for name in module.__all__]
+__all__ = [name for module in (arguments, arrays, kinds, mask, positions, text) for name in module.__all__]

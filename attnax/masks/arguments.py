@@ -43,6 +43,12 @@ class MaskedScoreMod(NoTruth):
             scores = self.score_mod(scores, b, h, q, kv)
         return jnp.where(self.mask(b, h, q, kv), scores, -jnp.inf)
 
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that the arrays of both parts cover; None if there is no limit."""
+        known = [getattr(part, "num_positions", None) for part in (self.score_mod, self.mask)]
+        return min((n for n in known if n is not None), default=None)
+
 
 def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask | None]:
     """The part of a score mod that changes scores, and the mask that it carries."""

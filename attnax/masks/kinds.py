@@ -111,8 +111,9 @@ class Documents(Mask):
         batch, _, seq_q, seq_kv = score_shape
         for name, ids, length in (("document_ids", self.q_ids, seq_q), ("kv_ids", self.kv_ids, seq_kv)):
             if ids.shape[0] not in (1, batch) or (length is not None and ids.shape[1] != length):
+                size = "length" if length is None else length
                 raise ValueError(
-                    f"{caller}: documents need one id a token, ({length},) or ({batch}, {length}) for {name}; "
+                    f"{caller}: documents need one id a token, ({size},) or ({batch}, {size}) for {name}; "
                     f"got {name}.shape={ids.shape}. Where queries and keys differ, use documents(ids, kv_ids)."
                 )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from attnax.checks import check_broadcast, check_positions
 from attnax.masks.arguments import MaskedScoreMod, check_score_mod, split_score_mod
 from attnax.masks.mask import Dense, Mask, NoTruth, Range, present_bounds, range_bounds, value_at
+from attnax.masks.text import OverText
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, Int, ScoreMod, ScoreShape
 
@@ -156,6 +157,7 @@ def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> 
 
     The columns of an array are positions; positions past the last column get False. The rows are positions if there
     are `num_positions` of them, the capacity of the cache (None for no bound). Otherwise they are the queries in order.
+    The mask of a whole text (`OverText`) stays as it is.
     """
     short: list[int] = []
 
@@ -171,7 +173,7 @@ def mask_of_cache(mask: Mask, q_positions: Array, num_positions: int | None) -> 
             return Dense(array)
         return RowsOfCall(array, q_positions)
 
-    converted: Mask = jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions))
+    converted: Mask = jax.tree.map(convert, mask, is_leaf=lambda node: isinstance(node, Dense | AtPositions | OverText))
     if num_positions is None or not short:
         return converted
     # Positions past the end of an array are never attended, not even where `~` inverts the array.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnax.cache import CacheKind, LayerCache
+from attnax.cache import CacheFunction, CacheKind, LayerCache
 from attnax.config import TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
 from attnax.generation.loop import Generation, Stream
@@ -19,6 +19,7 @@ from attnax.generation.prompt import TextCaches
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
 from attnax.masks import Mask
+from attnax.models.call_masks import State
 from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import CachedOptions, TokenHead, TokenOptions, TransformerDecoder
 from attnax.models.writing import (
@@ -83,6 +84,7 @@ class TransformerLM(nnx.Module):
         input_ids: Int[ArrayLike, "B T"],
         *,
         mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
@@ -94,8 +96,9 @@ class TransformerLM(nnx.Module):
 
         Arguments are as in `TransformerDecoder`.
         """
-        options: CachedOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
-        options |= {"score_mod": score_mod, "caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
+        options: CachedOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
+        options |= {"position_ids": position_ids, "score_mod": score_mod, "caches": layer_kv_caches}
+        options |= {"deterministic": deterministic, "rngs": rngs}
         out = self.run(input_ids, **options)
         return out.logits if out.caches is None else (out.logits, out.caches)
 
@@ -122,13 +125,16 @@ class TransformerLM(nnx.Module):
         max_new_tokens: int,
         sampler: Sampler | None = None,
         key: Array | None = None,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | None = None,
         end_token: int | Sequence[int] | None = None,
         stop_sequences: Sequence[Sequence[int]] = (),
         num_samples: int = 1,
         draft: TransformerLM | None = None,
         num_draft_tokens: int = 4,
-        cache: CacheKind | None = None,
+        cache: CacheKind | CacheFunction | None = None,
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
         return_caches: bool = False,
@@ -144,6 +150,14 @@ class TransformerLM(nnx.Module):
                 each prompt or for each row of the result.
             key: one typed key, or one for each row; needed with a temperature. A row's text depends only on its own key
                 and prompt.
+            mask: narrows the model's own mask: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array of
+                (batch or 1, heads or 1, L, L) for the positions of prompt and new tokens. Indices are positions of each
+                row's text, padding not counted; `b` is the row of the prompt, also for samples and beams. Arrays that
+                a mask holds are inputs of the programs; those that a plain function captures are constants, and a
+                function that is new in each call compiles anew.
+            self_mask: the same, in place of the model's own mask.
+            score_mod: applied to the scores of every layer, at the same positions. A pytree that holds arrays, such as
+                `additive_bias_mod(bias)` or `jax.tree_util.Partial(function, array)`, is an input of the programs.
             padding_mask: True for real tokens; padding may stand left or right.
             end_token: a token that ends a row, or several.
             stop_sequences: sequences of tokens that end a row once written in full.
@@ -153,10 +167,12 @@ class TransformerLM(nnx.Module):
                 draft reads the texts of `caches` itself.
             num_draft_tokens: tokens drafted each time.
             cache: "contiguous", "ring" (rows of different lengths waste no slots) or "paged"; by default "contiguous",
-                or "ring" with a draft.
+                or "ring" with a draft. Or a function `(*, batch_size, num_kv_heads, head_dim, value_head_dim, max_len,
+                dtype) -> LayerCache` that makes the empty cache of a layer, such as a ring with sinks.
             cache_dtype: of keys and values, by default the config's dtype; "int8" needs a quarter of float32's memory.
             caches: of an earlier call of this model: its texts, which prompts follow, are not read again. The tokens
-                are those of a prompt that holds everything, unless a token attends later ones. The caches have one row
+                are those of a prompt that holds everything, unless a token attends later ones, or masks differ: what
+                earlier tokens attended stays as the earlier call had it. The caches have one row
                 for all prompts or a row for each, and stay as they are.
             return_caches: the result has the `caches` of its rows, for a later call.
             prefill_chunk: tokens of a row that the model reads at once, by default 512. A longer prompt enters in
@@ -176,10 +192,11 @@ class TransformerLM(nnx.Module):
         options: PromptOptions = {"sampler": sampler, "key": key, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "num_samples": num_samples, "prefill_chunk": prefill_chunk}
         options |= {"cache": cache, "cache_dtype": cache_dtype, "caches": caches}
+        options |= {"mask": mask, "self_mask": self_mask, "score_mod": score_mod}
         return generate(
-            self._writer(),
+            self._writer("generate"),
             prompt_ids,
-            None if draft is None else draft._writer(),
+            None if draft is None else draft._writer("generate"),
             max_new_tokens=max_new_tokens,
             num_draft_tokens=num_draft_tokens,
             return_caches=return_caches,
@@ -193,14 +210,17 @@ class TransformerLM(nnx.Module):
 
         `stop()` of the result ends it, and returns the caches of the texts so far.
         """
-        return stream(self._writer(), prompt_ids, max_new_tokens=max_new_tokens, **options)
+        return stream(self._writer("stream"), prompt_ids, max_new_tokens=max_new_tokens, **options)
 
     def prefill(
         self,
         prompt_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | None = None,
-        cache: CacheKind | None = None,
+        cache: CacheKind | CacheFunction | None = None,
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
         prefill_chunk: int | None = None,
@@ -211,7 +231,8 @@ class TransformerLM(nnx.Module):
         """
         options: PromptOptions = {"padding_mask": padding_mask, "cache": cache, "cache_dtype": cache_dtype}
         options |= {"caches": caches, "prefill_chunk": prefill_chunk}
-        return prefill(self._writer(), prompt_ids, **options)
+        options |= {"mask": mask, "self_mask": self_mask, "score_mod": score_mod}
+        return prefill(self._writer("prefill"), prompt_ids, **options)
 
     def beam_search(
         self,
@@ -222,10 +243,13 @@ class TransformerLM(nnx.Module):
         length_penalty: float = 1.0,
         early_stopping: EarlyStopping = "heuristic",
         sampler: Sampler | None = None,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | None = None,
         end_token: int | Sequence[int] | None = None,
         stop_sequences: Sequence[Sequence[int]] = (),
-        cache: CacheKind | None = None,
+        cache: CacheKind | CacheFunction | None = None,
         cache_dtype: Any = None,
         caches: TextCaches | None = None,
         prefill_chunk: int | None = None,
@@ -242,8 +266,9 @@ class TransformerLM(nnx.Module):
         options: PromptOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}
         options |= {"caches": caches, "prefill_chunk": prefill_chunk}
+        options |= {"mask": mask, "self_mask": self_mask, "score_mod": score_mod}
         return beam_search(
-            self._writer(),
+            self._writer("beam_search"),
             prompt_ids,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
@@ -252,15 +277,15 @@ class TransformerLM(nnx.Module):
             **options,
         )
 
-    def _writer(self) -> Writer:
+    def _writer(self, caller: str) -> Writer:
         if inspect.ismethod(vars(self).get("run")):
             raise NotImplementedError(
-                "generate: a method assigned to model.run is bound to the parameters that the model has now, and a "
+                f"{caller}: a method assigned to model.run is bound to the parameters that the model has now, and a "
                 "program would keep them; got model.run. Override run in a subclass."
             )
         graphdef, state = nnx.split(self)
-        heads = scalar_heads(self.decoder.stack)
-        return Writer(_Step(graphdef), state, self.config, self_mask=self.decoder.self_mask, scalar_heads=heads)
+        mask, heads = self.decoder.self_mask, scalar_heads(self.decoder.stack)
+        return Writer(caller, _Step(graphdef), State(state), self.config, self_mask=mask, scalar_heads=heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,17 +294,20 @@ class _Step:
 
     graphdef: nnx.GraphDef[TransformerLM]
 
-    def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
-        model = nnx.merge(self.graphdef, state)
-        options = prompt_or_positions(tokens, cache)
+    def __call__(self, state: State, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
+        model = nnx.merge(self.graphdef, state.params)
+        options = prompt_or_positions(tokens, cache) | state.mask_options(tokens.context)
         if overrides_call(model):
             logits, caches = _called(model, tokens.ids, options | {"layer_kv_caches": cache})
         elif not runs(model, _RUN):
-            out = model.run(tokens.ids, caches=cache, deterministic=True, **options)
+            options |= {"caches": cache, "deterministic": True}
+            advice = f"TransformerLM: {type(model).__name__}.run must take input_ids, {_names(options)}; {{}}."
+            _check_takes(type(model).run, (model, tokens.ids), options, advice)
+            out = model.run(tokens.ids, **options)
             if out.logits is None:
                 raise NotImplementedError(
-                    f"generate: {type(model).__name__}.run must return an Output with logits; got logits=None. Return "
-                    "out._replace(logits=self.logits(out.hidden))."
+                    f"TransformerLM: {type(model).__name__}.run must return an Output with logits; got logits=None. "
+                    "Return out._replace(logits=self.logits(out.hidden))."
                 )
             logits, caches = out.logits, out.caches
         else:  # only the wanted tokens go through the head
@@ -297,17 +325,27 @@ def _called(model: TransformerLM, ids: Array, options: dict[str, Any]) -> tuple[
     Raises:
         NotImplementedError: that `__call__` takes no caches, or does not return (logits, caches).
     """
-    advice = (
-        f"generate: {type(model).__name__}.__call__ must take input_ids, padding_mask, position_ids, layer_kv_caches "
-        "and deterministic, and return (logits, caches); {}. Or override run, which generate then calls."
-    )
     options = {"deterministic": True, **options}
-    try:
-        inspect.signature(type(model).__call__).bind(model, ids, **options)
-    except TypeError as error:
-        raise NotImplementedError(advice.format(f"got a signature that does not: {error}")) from None
+    advice = (
+        f"TransformerLM: {type(model).__name__}.__call__ must take input_ids, {_names(options)}, and return (logits, "
+        "caches); {}. Or override run, which generation then calls."
+    )
+    _check_takes(type(model).__call__, (model, ids), options, advice)
     result = model(ids, **options)
     if not isinstance(result, tuple) or len(result) != 2 or jnp.shape(result[0])[:2] != ids.shape:
         raise NotImplementedError(advice.format(f"got {type(result).__name__}"))
     logits, caches = result
     return logits, tuple(caches) if isinstance(caches, list) else caches  # a loop carries one type
+
+
+def _names(options: Mapping[str, Any]) -> str:
+    """Of the options of generation's calls: the prompt has its padding, new tokens have their positions."""
+    return ", ".join(sorted({*options, "padding_mask", "position_ids"}))
+
+
+def _check_takes(method: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], advice: str) -> None:
+    """Raises NotImplementedError if a user's method lacks an option."""
+    try:
+        inspect.signature(method).bind(*arguments, **options)
+    except TypeError as error:
+        raise NotImplementedError(advice.format(f"got a signature that does not: {error}")) from None

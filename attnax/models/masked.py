@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from attnax.config import TransformerConfig, resolve_config
+from attnax.masks import Mask
 from attnax.models.transformer import EncoderOptions, TokenHead, TransformerEncoder
 from attnax.nn._parts import MakeBlock
 from attnax.nn._run import SelfAttentionOptions, run_of
@@ -17,14 +18,16 @@ from attnax.nn.feedforward import ACTIVATIONS
 from attnax.nn.linear import Linear
 from attnax.nn.norms import norm_of
 from attnax.nn.probe import Probe, with_probe
-from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["MaskedLM"]
 
 
 class MaskedOptions(SelfAttentionOptions, total=False):
-    """The options of `MaskedLM`: `EncoderOptions` without `mask` and `caches`."""
+    """The options of `MaskedLM`: `EncoderOptions` without `caches`."""
 
+    mask: Mask | MaskMod | ArrayLike | None
+    self_mask: Mask | MaskMod | ArrayLike | None
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
     token_type_ids: Int[ArrayLike, "B T"] | None
@@ -76,6 +79,8 @@ class MaskedLM(nnx.Module):
         self,
         input_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
@@ -84,7 +89,8 @@ class MaskedLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits (batch, T, vocab_size); arguments are as in `TransformerEncoder`."""
-        options: MaskedOptions = {"padding_mask": padding_mask, "position_ids": position_ids, "score_mod": score_mod}
+        options: MaskedOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
+        options |= {"position_ids": position_ids, "score_mod": score_mod}
         options |= {"token_type_ids": token_type_ids, "deterministic": deterministic, "rngs": rngs}
         return self.run(input_ids, **options).logits
 

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 from attnax.cache import (
+    CacheFunction,
     CacheKind,
     EmptyCache,
+    LayerCache,
     ScalarCache,
     StoresTokens,
     cache_kinds,
@@ -29,7 +31,6 @@ from attnax.checks import is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.generation.prompt import TextCaches
 from attnax.generation.request import Request, padded_length
-from attnax.masks import Mask
 from attnax.nn.attention import MultiHeadAttention
 from attnax.nn.blocks import DecoderBlock, EncoderBlock
 from attnax.nn.stack import Stack
@@ -44,11 +45,11 @@ _PAGE = 16  # tokens of a page, at most
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """The empty caches of a model, which a program makes; plans of equal sizes are equal.
+    """The empty caches of a model, which a program makes; plans of equal sizes and of one function are equal.
 
     Attributes:
         config: of the model.
-        kind: of the caches.
+        kind: of the caches; or a function that makes the cache of a layer.
         batch_size: prompts.
         max_len: slots of a row.
         dtype: of keys and values; None for the config's.
@@ -58,7 +59,7 @@ class CachePlan:
     """
 
     config: TransformerConfig
-    kind: CacheKind
+    kind: CacheKind | CacheFunction
     batch_size: int
     max_len: int
     dtype: str | None
@@ -68,15 +69,52 @@ class CachePlan:
 
     def make(self, state: Any, /) -> Sequence[Any]:
         """One cache a layer."""
-        sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
-        if self.kind == "paged":
-            page = math.gcd(_PAGE, self.max_len)  # a mask with a fixed number of positions gets no slot more
-            num_blocks = self.pool_rows * self.max_len // page
-            caches = init_paged_kv_caches_from_config(self.config, **sizes, block_size=page, num_blocks=num_blocks)
-        else:
-            caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
+        caches = self._layers()
         caches = tuple(map(self._with_scalars, range(len(caches)), caches))
         return tuple(map(EmptyCache, caches)) if self.at_once else _as_returned(caches, self.config)
+
+    def _layers(self) -> tuple[Any, ...]:
+        sizes: dict[str, Any] = {"batch_size": self.batch_size, "max_len": self.max_len, "dtype": self.dtype}
+        if self.kind == "paged":
+            page = math.gcd(_PAGE, self.max_len)
+            num_blocks = self.pool_rows * self.max_len // page
+            return init_paged_kv_caches_from_config(self.config, **sizes, block_size=page, num_blocks=num_blocks)
+        caches = init_decoder_kv_caches_from_config(self.config, **sizes, ring=self.kind == "ring")
+        if not callable(self.kind):
+            return caches
+        return tuple(
+            self.kind(
+                batch_size=self.batch_size,
+                num_kv_heads=layer.kv_heads,
+                head_dim=layer.head_size,
+                value_head_dim=layer.value_head_size,
+                max_len=self.max_len,
+                dtype=layer.dtype if self.dtype is None else self.dtype,
+            )
+            if cache.keeps == "tokens"  # the sums of linear attention are one kind
+            else cache
+            for layer, cache in zip(map(self.config.layer, range(self.config.num_layers)), caches, strict=True)
+        )
+
+    def check(self, caller: str) -> None:
+        """Raises ValueError if a function makes caches that are none or have other rows or heads."""
+        if callable(self.kind):
+            jax.eval_shape(lambda: self._check(caller, self._layers()))
+
+    def _check(self, caller: str, caches: Sequence[Any]) -> None:
+        for cache in caches:
+            if not isinstance(cache, LayerCache) or isinstance(cache, EmptyCache):
+                raise ValueError(
+                    f"{caller}: a function given as cache must return the cache of a layer; "
+                    f"got {type(cache).__name__} from {self.kind!r}. Return init_ring_kv_cache(...), for example."
+                )
+            rows = cache.next_positions().shape[0]
+            if rows != self.batch_size:
+                raise ValueError(
+                    f"{caller}: a function given as cache must make a row for each prompt, here {self.batch_size}; "
+                    f"got {rows} rows from {self.kind!r}. Hand on its batch_size."
+                )
+        _check_heads(caller, caches, self.config)
 
     def _with_scalars(self, layer: int, cache: Any) -> Any:
         if not self.scalar_heads[layer]:
@@ -130,8 +168,8 @@ class CallSizes(NamedTuple):
     """The lengths of a call, rounded up so that few programs serve all.
 
     Attributes:
+        caller: for errors.
         config: of the model that reads and writes.
-        mask: of its text. A mask that holds arrays has a fixed number of positions: nothing is rounded up.
         earlier: tokens of the longest text in the caches; its room where lengths are traced.
         is_known: lengths are not traced.
         prompt: tokens of a row of the prompt, padding included.
@@ -141,8 +179,8 @@ class CallSizes(NamedTuple):
         scalar_heads: of the token scalars of each layer, 0 for none.
     """
 
+    caller: str
     config: TransformerConfig
-    mask: Mask | None
     earlier: int
     is_known: bool
     prompt: int
@@ -154,44 +192,37 @@ class CallSizes(NamedTuple):
     @property
     def room(self) -> int:
         """Of the result, in tokens."""
-        return padded_length(max(64, self.new)) if self.fixed is None else self.new
+        return padded_length(max(64, self.new))
 
     @property
     def padded_prompt(self) -> int:
         """Behind an earlier text the model reads one token more than the prompt."""
-        if self.fixed is not None:
-            return self.prompt
         return padded_length(self.prompt + 1) - 1 if self.earlier else padded_length(self.prompt)
-
-    @property
-    def fixed(self) -> int | None:
-        """The positions of a mask that holds arrays."""
-        return None if self.mask is None else self.mask.num_positions
 
     def check(self) -> None:
         """Raises ValueError if the text is known not to fit into the positions of the model, which later are NaN."""
         total, has_table = self.earlier + self.prompt, self.config.pos_emb_type in ("learned", "sinusoidal")
         if has_table and self.is_known and total + self.new > self.config.max_len + 1:
             raise ValueError(
-                f"generate: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
+                f"{self.caller}: prompt and new tokens must fit into the {self.config.max_len} positions of the model; "
                 f"got {total} + {self.new}."
             )
 
     def slots(self, earlier: int) -> int:
         """The slots of a row whose cache holds `earlier` tokens or none."""
-        if self.fixed is not None:
-            return max(self.fixed, earlier + self.prompt + self.new + self.spare)
         slots = earlier + self.padded_prompt + self.room + self.spare
         # Padding after a prompt takes no slot, so a long total is padded only once.
         return padded_length(slots if slots <= 1024 else earlier + self.prompt + max(64, self.new) + self.spare)
 
-    def empty_caches(self, request: Request, kind: CacheKind, dtype: Any) -> CachePlan:
+    def empty_caches(self, request: Request, kind: CacheKind | CacheFunction, dtype: Any) -> CachePlan:
         """Caches for the whole text of the request."""
         self.check()
         name = None if dtype is None else jnp.dtype(dtype).name
         batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
         at_once, heads = request.reads_at_once, self.scalar_heads
-        return CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, at_once, heads)
+        plan = CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, at_once, heads)
+        plan.check(self.caller)
+        return plan
 
     def held_caches(self, request: Request, caches: TextCaches) -> Continued:
         """The caches of an earlier call with room for the rest of the text."""
@@ -237,14 +268,7 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
             f"{caller}: caches must have a layer for each of the model, here {config.num_layers}; "
             f"got {len(caches.layers)}. Give the caches of this model."
         )
-    for index, held in enumerate(jax.eval_shape(tuple, caches.layers)):
-        layer, cache = config.layer(index), held.cache if isinstance(held, ScalarCache) else held
-        want = (layer.kv_heads, layer.head_size), (layer.kv_heads, layer.value_head_size)
-        if isinstance(cache, StoresTokens) and (got := tuple(x.shape for x in cache.key_value)) != want:
-            raise ValueError(
-                f"{caller}: layer {index} has keys and values of {want[0]} and {want[1]} (heads, size); "
-                f"got caches with {got[0]} and {got[1]}. Give the caches of this model."
-            )
+    _check_heads(caller, jax.eval_shape(tuple, caches.layers), config)
     if not (is_concrete(caches.text.ids) and is_concrete(caches.text.lengths)):
         return
     ids, lengths = np.asarray(caches.text.ids), np.asarray(caches.text.lengths)
@@ -254,3 +278,15 @@ def check_caches(caller: str, caches: Any, config: TransformerConfig, batch_size
             f"{caller}: the text of the caches must have tokens below vocab_size={config.vocab_size}; "
             f"got {highest}. Give the caches of this model."
         )
+
+
+def _check_heads(caller: str, caches: Sequence[Any], config: TransformerConfig) -> None:
+    """Raises ValueError unless keys and values of the caches have the heads of the model."""
+    for index, held in enumerate(caches):
+        layer, cache = config.layer(index), held.cache if isinstance(held, ScalarCache) else held
+        want = (layer.kv_heads, layer.head_size), (layer.kv_heads, layer.value_head_size)
+        if isinstance(cache, StoresTokens) and (got := tuple(x.shape for x in cache.key_value)) != want:
+            raise ValueError(
+                f"{caller}: layer {index} has keys and values of {want[0]} and {want[1]} (heads, size); "
+                f"got caches with {got[0]} and {got[1]}. Give the caches of this model."
+            )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnax.cache import CacheKind
+from attnax.cache import CacheFunction, CacheKind
 from attnax.checks import check_options, is_concrete
 from attnax.config import EncoderDecoderConfig, TransformerConfig, resolve_config
 from attnax.generation.beam import Beams, EarlyStopping
@@ -19,9 +19,10 @@ from attnax.generation.loop import Generation, Stream
 from attnax.generation.request import padded_length, place_like
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Tokens
-from attnax.masks import padding
+from attnax.masks import Mask, padding
+from attnax.models.call_masks import State
 from attnax.models.planned_caches import scalar_heads
-from attnax.models.transformer import TokenHead, TransformerDecoder, TransformerEncoder, count_positions
+from attnax.models.transformer import TokenHead, TokenOptions, TransformerDecoder, TransformerEncoder, count_positions
 from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
 from attnax.nn._parts import MakeBlock
 from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
@@ -30,7 +31,7 @@ from attnax.nn.blocks import Output, add_aux
 from attnax.nn.embeddings import TokenEmbedding
 from attnax.nn.probe import Probe, with_probe
 from attnax.pytrees import pytree_dataclass
-from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Bool, Float, Int, MaskMod, ScoreMod
 
 __all__ = ["Transformer"]
 
@@ -38,6 +39,8 @@ __all__ = ["Transformer"]
 class TransformerOptions(SelfAttentionOptions, total=False):
     """The options of `Transformer`, which `__call__` describes."""
 
+    mask: Mask | MaskMod | ArrayLike | None
+    self_mask: Mask | MaskMod | ArrayLike | None
     source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None
     target_padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
 
@@ -127,6 +130,8 @@ class Transformer(nnx.Module):
         source_ids: Int[ArrayLike, "B S"],
         target_ids: Int[ArrayLike, "B T"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         target_padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
@@ -138,11 +143,14 @@ class Transformer(nnx.Module):
         Arguments and errors are as in `TransformerEncoder`, for two texts:
             source_ids: (batch, S), of the encoder's vocabulary.
             target_ids: (batch, T), of the decoder's vocabulary.
+            mask: of the decoder's self-attention.
+            self_mask: in place of the mask of the decoder's self-attention.
             source_padding_mask: True for real tokens, (batch, S) or (batch, 1, 1, S).
             target_padding_mask: True for real tokens of the target, (batch, T) or (batch, 1, 1, T).
             score_mod: applied to the self-attention scores of every decoder layer.
         """
         options: TransformerOptions = {"score_mod": score_mod, "deterministic": deterministic, "rngs": rngs}
+        options |= {"mask": mask, "self_mask": self_mask}
         options |= {"source_padding_mask": source_padding_mask, "target_padding_mask": target_padding_mask}
         return self.run(source_ids, target_ids, **options).logits
 
@@ -171,7 +179,7 @@ class Transformer(nnx.Module):
             encoder_position_ids=None if real is None else count_positions(real.shape, real, None),
             token_embedding=self._shared_tokens,
             **with_probe(probe),
-            **select_options(options, SelfAttentionOptions),
+            **select_options(options, TokenOptions),
         )
         return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
 
@@ -193,13 +201,16 @@ class Transformer(nnx.Module):
         temperature: float = 0.0,
         key: Array | None = None,
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         sampler: Sampler | None = None,
         stop_sequences: Sequence[Sequence[int]] = (),
         num_samples: int = 1,
         draft: Transformer | None = None,
         num_draft_tokens: int = 4,
-        cache: CacheKind | None = None,
+        cache: CacheKind | CacheFunction | None = None,
         cache_dtype: Any = None,
     ) -> Generation:
         """Writes a target for each source, in two compiled programs that serve sources of several lengths.
@@ -208,6 +219,8 @@ class Transformer(nnx.Module):
             source_ids: (batch, S).
             max_length: tokens to write at most, the start token not counted.
             start_token: the first token of every target, not part of the result.
+            mask: of the decoder's self-attention, as `self_mask` and `score_mod` are. Positions are those of the
+                target, whose start token is at 0.
             temperature: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
             source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
             draft: a small Transformer of the same vocabularies.
@@ -222,10 +235,11 @@ class Transformer(nnx.Module):
         options: WriteOptions = {"sampler": sampler or Sampler(temperature=temperature), "key": key}
         options |= {"end_token": end_token, "stop_sequences": stop_sequences, "num_samples": num_samples}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
+        options |= {"mask": mask, "self_mask": self_mask, "score_mod": score_mod}
         return generate(
-            self._writer(source_ids, source_padding_mask),
+            self._writer("generate", source_ids, source_padding_mask),
             _starts(source_ids, start_token),
-            None if draft is None else draft._writer(source_ids, source_padding_mask),
+            None if draft is None else draft._writer("generate", source_ids, source_padding_mask),
             max_new_tokens=max_length,
             num_draft_tokens=num_draft_tokens,
             **options,
@@ -242,7 +256,7 @@ class Transformer(nnx.Module):
     ) -> Stream:
         """Yields the tokens of `generate` as they are drawn, (rows,) at a time; its options, but no draft."""
         check_options("Transformer.stream", options, WriteOptions)
-        writer = self._writer(source_ids, source_padding_mask)
+        writer = self._writer("stream", source_ids, source_padding_mask)
         return stream(writer, _starts(source_ids, start_token), max_new_tokens=max_length, **options)
 
     def beam_search(
@@ -255,17 +269,21 @@ class Transformer(nnx.Module):
         num_beams: int,
         length_penalty: float = 1.0,
         early_stopping: EarlyStopping = "heuristic",
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
         source_padding_mask: Bool[ArrayLike, "B S"] | Bool[ArrayLike, "B 1 1 S"] | None = None,
         sampler: Sampler | None = None,
         stop_sequences: Sequence[Sequence[int]] = (),
-        cache: CacheKind | None = None,
+        cache: CacheKind | CacheFunction | None = None,
         cache_dtype: Any = None,
     ) -> Beams:
         """The `num_beams` best targets found for each source; arguments as in `TransformerLM.beam_search`."""
         options: WriteOptions = {"sampler": sampler, "end_token": end_token, "stop_sequences": stop_sequences}
         options |= {"cache": cache, "cache_dtype": cache_dtype}
+        options |= {"mask": mask, "self_mask": self_mask, "score_mod": score_mod}
         return beam_search(
-            self._writer(source_ids, source_padding_mask),
+            self._writer("beam_search", source_ids, source_padding_mask),
             _starts(source_ids, start_token),
             max_new_tokens=max_length,
             num_beams=num_beams,
@@ -274,17 +292,17 @@ class Transformer(nnx.Module):
             **options,
         )
 
-    def _writer(self, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
+    def _writer(self, caller: str, source_ids: ArrayLike, source_padding_mask: ArrayLike | None) -> Writer:
         """The decoder as a writer, with the sources as its context."""
         if overrides_call(self) or not runs(self, _RUN):
             raise NotImplementedError(
-                f"generate: a target is written token by token, by encoder.run and decoder.run; "
+                f"{caller}: a target is written token by token, by encoder.run and decoder.run; "
                 f"got {type(self).__name__} with a __call__ or run of its own, which would be ignored. "
                 "Override run of the encoder or the decoder."
             )
         if np.ndim(source_ids) != 2:
             raise ValueError(
-                f"generate: source_ids must be of shape (batch, length); got source_ids.shape={np.shape(source_ids)}."
+                f"{caller}: source_ids must be of shape (batch, length); got source_ids.shape={np.shape(source_ids)}."
             )
         xp = np if is_concrete(source_ids) and is_concrete(source_padding_mask) else jnp
         placed, source_ids = source_ids, xp.asarray(source_ids)
@@ -302,8 +320,8 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self)
         ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
-        heads = scalar_heads(self.decoder.stack)
-        return Writer(_Step(graphdef), state, self.decoder.config, context, self.decoder.self_mask, heads)
+        heads, mask = scalar_heads(self.decoder.stack), self.decoder.self_mask
+        return Writer(caller, _Step(graphdef), State(state), self.decoder.config, context, mask, heads)
 
 
 _RUN = Transformer.run  # a function that is assigned to the class later counts as an override
@@ -321,11 +339,12 @@ class _Source:
     real: Bool[ArrayLike, "B S"]
     graphdef: nnx.GraphDef[Transformer] = dataclasses.field(metadata={"static": True})
 
-    def make(self, state: Any, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"]]:
-        """Keys and values of the sources for each cross-attention, and True for their real tokens."""
-        model, real = nnx.merge(self.graphdef, state), jnp.asarray(self.real)
+    def make(self, state: State, /) -> tuple[tuple[KeysValues, ...], Bool[Array, "B S"], Int[Array, "B"]]:
+        """Keys and values of the sources for each cross-attention, True for their real tokens, and their indices."""
+        model, real = nnx.merge(self.graphdef, state.params), jnp.asarray(self.real)
         encoded = run_of(model.encoder)(self.ids, padding_mask=real, deterministic=True).hidden
-        return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real
+        rows = jnp.arange(real.shape[0], dtype=jnp.int32)
+        return model.decoder.keys_values(encoded, count_positions(real.shape, real, None)), real, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,9 +353,9 @@ class _Step:
 
     graphdef: nnx.GraphDef[Transformer]
 
-    def __call__(self, state: Any, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
-        contexts, real = tokens.context
-        model = nnx.merge(self.graphdef, state)
+    def __call__(self, state: State, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
+        contexts, real, rows = tokens.context
+        model = nnx.merge(self.graphdef, state.params)
         out = run_of(model.decoder)(
             tokens.ids,
             caches=cache,
@@ -345,6 +364,7 @@ class _Step:
             token_embedding=model._shared_tokens,
             deterministic=True,
             **prompt_or_positions(tokens, cache),
+            **state.mask_options(rows),
         )
         hidden = jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)
         return model._logits(hidden), out.caches

@@ -15,7 +15,7 @@ from attnax.cache import LayerCache, cache_kinds
 from attnax.checks import check_options, check_positions
 from attnax.config import TransformerConfig, resolve_config
 from attnax.kernels.score_mods import compose_score_mods
-from attnax.masks import Causal, Mask, as_mask, at_positions, causal, padding
+from attnax.masks import Causal, Mask, as_mask, at_positions, causal, over_text, padding
 from attnax.nn._parts import MakeBlock, block_maker
 from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.attention import KeysValues
@@ -34,6 +34,7 @@ class TokenOptions(SelfAttentionOptions, total=False):
     """The options of `TransformerLM.log_probs`, a call without caches."""
 
     mask: Mask | MaskMod | ArrayLike | None
+    self_mask: Mask | MaskMod | ArrayLike | None
     padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None
     position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None
 
@@ -143,9 +144,9 @@ class _TokenTransformer(nnx.Module):
     ) -> tuple[Array | None, Mask | None, ScoreMod | None]:
         """The positions of the tokens (None for 0, 1, 2, ...), and the mask and the score mod of all layers.
 
-        The model's own mask and the score mods are read at positions, the mask of the call at indices. With a cache
-        that holds tokens, attention reads everything at positions; for other calls this function converts masks and
-        mods to indices.
+        The `self_mask` (of the call, else the model's own) and the score mods are read at positions, the `mask` of the
+        call at indices. With a cache that holds tokens, attention reads everything at positions; for other calls this
+        function converts masks and mods to indices.
         """
         name, caches, (batch, length) = type(self).__name__, options.get("caches"), shape
         is_alone = caches is None or caches[0].is_empty  # the tokens attend each other only
@@ -157,15 +158,12 @@ class _TokenTransformer(nnx.Module):
         elif real is not None or caches is not None:
             position_ids = count_positions(shape, real, None if is_alone else caches)
 
-        mask, score_mod = self.self_mask, options.get("score_mod")
+        mask, score_mod = self._self_mask(options), options.get("score_mod")
         if self.relative_bias is not None:
             score_mod = compose_score_mods(self.relative_bias.score_mod(), score_mod)
         if position_ids is not None and mask is not None:
-            known = length if caches is None else None  # a cache may hold any positions
-            if caches is not None and not is_alone:
-                bounds = [getattr(cache, "num_positions", None) for cache in cache_kinds(caches)]
-                known = min((bound for bound in bounds if bound is not None), default=None)
-            mask.check(name, (batch, self.config.num_heads, known, known))
+            self._check_at_positions(mask, batch, length, caches)
+            mask = mask if is_alone else over_text(mask)
         if position_ids is not None and is_alone:
             # Counted positions are in the order of the indices, so a causal mask is the same for both.
             if given is not None or not (mask is None or isinstance(mask, Causal)):
@@ -177,6 +175,25 @@ class _TokenTransformer(nnx.Module):
         if (call_mask := options.get("mask")) is not None:
             mask = as_mask(call_mask) if mask is None else mask & call_mask
         return position_ids, mask, score_mod
+
+    def _self_mask(self, options: CachedOptions) -> Mask | None:
+        """The mask that is read at positions: of the call, else the model's own."""
+        of_call = options.get("self_mask")
+        return self.self_mask if of_call is None else as_mask(of_call)
+
+    def _check_at_positions(self, mask: Mask, batch: int, length: int, caches: Sequence[LayerCache] | None) -> None:
+        """Raises ValueError for arrays of other rows or heads, or of fewer positions than a text may have."""
+        name, known = type(self).__name__, length if caches is None else None
+        mask.check(name, (batch, self.config.num_heads, known, known))
+        if caches is None or caches[0].is_empty:
+            return
+        bounds = [getattr(cache, "num_positions", None) for cache in cache_kinds(caches)]
+        room, has = min((bound for bound in bounds if bound is not None), default=None), mask.num_positions
+        if has is not None and room is not None and has < room:
+            raise ValueError(
+                f"{name}: arrays of self_mask must cover the positions that the caches have room for; "
+                f"got {has} positions for caches of {room}. Make the arrays longer, or the caches shorter."
+            )
 
     def _real_tokens(self, padding_mask: ArrayLike, shape: tuple[int, ...]) -> Array:
         padding_mask = jnp.asarray(padding_mask)
@@ -230,6 +247,7 @@ class TransformerEncoder(_TokenTransformer):
         input_ids: Int[ArrayLike, "B T"],
         *,
         mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
@@ -245,10 +263,12 @@ class TransformerEncoder(_TokenTransformer):
             mask: of this call, beside the model's own mask; read at indices even if positions are given. An example is
                 `masks.documents(ids)` for packed rows. With caches, a boolean array (batch, heads, T, tokens so far):
                 column j is position j, or index j with an EmptyCache.
+            self_mask: takes the place of the model's own mask in this call; read at positions as that is. Windows of
+                layers (`attention_window`) stay.
             padding_mask: True for real tokens, (batch, T) or (batch, 1, 1, T); padding may stand left or right.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids: each token's index within its row's text, -1 for padding; by default counted from the
-                padding mask and the caches. The model's own mask and score mods are read at positions.
+                padding mask and the caches. `self_mask` and score mods are read at positions.
             token_type_ids: (batch, T), below the config's num_token_types, by default 0.
             score_mod: applied to the attention scores of every layer.
             layer_kv_caches: one for each layer. Tokens are appended and attend all tokens in a cache, later tokens too.
@@ -260,9 +280,9 @@ class TransformerEncoder(_TokenTransformer):
         Raises:
             ValueError: ids outside the vocabulary, a sequence longer than max_len, or arguments that do not fit.
         """
-        options: EncoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
-        options |= {"token_type_ids": token_type_ids, "score_mod": score_mod, "caches": layer_kv_caches}
-        options |= {"deterministic": deterministic, "rngs": rngs}
+        options: EncoderOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
+        options |= {"position_ids": position_ids, "token_type_ids": token_type_ids, "score_mod": score_mod}
+        options |= {"caches": layer_kv_caches, "deterministic": deterministic, "rngs": rngs}
         out = self.run(input_ids, **options)
         return out.hidden if out.caches is None else (out.hidden, out.caches)
 
@@ -332,6 +352,7 @@ class TransformerDecoder(_TokenTransformer):
         input_ids: Int[ArrayLike, "B T"],
         *,
         mask: Mask | MaskMod | ArrayLike | None = None,
+        self_mask: Mask | MaskMod | ArrayLike | None = None,
         padding_mask: Bool[ArrayLike, "B T"] | Bool[ArrayLike, "B 1 1 T"] | None = None,
         deterministic: bool | None = None,
         position_ids: Int[ArrayLike, "T"] | Int[ArrayLike, "#B T"] | None = None,
@@ -344,13 +365,14 @@ class TransformerDecoder(_TokenTransformer):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Sequence[Any]]:
         """Hidden states of `input_ids`.
 
-        Arguments, result and errors are as in `TransformerEncoder`; `mask` and `score_mod` are for self-attention.
+        Arguments, result and errors are as in `TransformerEncoder`; masks and `score_mod` are for self-attention.
         With cross_attention a call also takes:
             encoder_output: (batch, S, encoder_features), or its `keys_values`; required.
             cross_mask: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
             encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
         """
-        options: DecoderOptions = {"mask": mask, "padding_mask": padding_mask, "position_ids": position_ids}
+        options: DecoderOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
+        options |= {"position_ids": position_ids}
         options |= {"encoder_output": encoder_output, "cross_mask": cross_mask, "score_mod": score_mod}
         options |= {"encoder_position_ids": encoder_position_ids, "caches": layer_kv_caches}
         options |= {"deterministic": deterministic, "rngs": rngs}

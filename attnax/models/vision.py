@@ -12,6 +12,7 @@ from flax import nnx
 
 from attnax.checks import check_options, wide_dtype
 from attnax.config import VisionTransformerConfig, resolve_config
+from attnax.masks import Mask
 from attnax.nn._parts import MakeBlock, block_maker
 from attnax.nn._run import Mode, SelfAttentionOptions, select_options
 from attnax.nn.blocks import EncoderBlock, Output
@@ -22,9 +23,15 @@ from attnax.nn.norms import norm_of
 from attnax.nn.patches import GridPositionalEncoding, PatchEmbedding
 from attnax.nn.probe import Probe
 from attnax.nn.stack import Stack
-from attnax.typing import Array, ArrayLike, AttentionFn, Float, ScoreMod
+from attnax.typing import Array, ArrayLike, AttentionFn, Float, MaskMod, ScoreMod
 
 __all__ = ["VisionTransformer", "with_image_size"]
+
+
+class VisionOptions(SelfAttentionOptions, total=False):
+    """The options of `VisionTransformer`, which `__call__` describes."""
+
+    mask: Mask | MaskMod | ArrayLike | None
 
 
 class VisionTransformer(nnx.Module):
@@ -106,6 +113,7 @@ class VisionTransformer(nnx.Module):
         self,
         images: Float[ArrayLike, "B height width channels"],
         *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
         deterministic: bool | None = None,
         score_mod: ScoreMod | None = None,
         rngs: nnx.Rngs | None = None,
@@ -114,6 +122,8 @@ class VisionTransformer(nnx.Module):
 
         Args:
             images: (batch, height, width, channels), floating.
+            mask: True to attend, of every layer; indices count tokens. A Mask, a function `(b, h, q, kv) -> bool`, or a
+                boolean array that broadcasts to (batch, num_heads, T, T).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the attention scores of every layer; indices count tokens.
             rngs: randomness of the dropout, instead of the stored streams.
@@ -125,7 +135,7 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: images of another shape, or not floating.
         """
-        out = self.run(images, deterministic=deterministic, score_mod=score_mod, rngs=rngs)
+        out = self.run(images, mask=mask, deterministic=deterministic, score_mod=score_mod, rngs=rngs)
         return out.hidden if self.head is None else out.logits
 
     def run(
@@ -133,10 +143,10 @@ class VisionTransformer(nnx.Module):
         images: Float[ArrayLike, "B height width channels"],
         *,
         probe: Probe | None = None,
-        **options: Unpack[SelfAttentionOptions],
+        **options: Unpack[VisionOptions],
     ) -> Output:
         """The call; it always returns an Output, with tokens in `hidden` and what a `probe` asks for in `probed`."""
-        check_options("VisionTransformer", options, SelfAttentionOptions)
+        check_options("VisionTransformer", options, VisionOptions)
         x = self._embed(images, **select_options(options, Mode))
         out = self.stack.run(x, probe=probe, **options)
         tokens = out.hidden if self.norm is None else self.norm(out.hidden)
@@ -147,7 +157,12 @@ class VisionTransformer(nnx.Module):
         return out._replace(logits=self.head(pooled))
 
     def attention_weights(
-        self, images: Float[ArrayLike, "B height width channels"], layer: int = -1, *, score_mod: ScoreMod | None = None
+        self,
+        images: Float[ArrayLike, "B height width channels"],
+        layer: int = -1,
+        *,
+        mask: Mask | MaskMod | ArrayLike | None = None,
+        score_mod: ScoreMod | None = None,
     ) -> Float[Array, "B N T S"]:
         """The attention weights of one layer, (batch, num_heads, T, T); no dropout.
 
@@ -156,15 +171,17 @@ class VisionTransformer(nnx.Module):
         Args:
             images: as in a call.
             layer: index of the layer; -1 is the last layer.
+            mask: as in a call.
             score_mod: as in a call.
 
         Raises:
             ValueError: a layer that the model does not have, or as in a call.
         """
         count = self.config.num_layers
+        options: VisionOptions = {"mask": mask, "score_mod": score_mod, "deterministic": True}
         if not -count <= layer < count:
             raise ValueError(f"VisionTransformer: layer must be the index of one of {count} layers; got layer={layer}.")
-        seen = self.run(images, probe=Probe(attention_weights=True), score_mod=score_mod, deterministic=True).probed
+        seen = self.run(images, probe=Probe(attention_weights=True), **options).probed
         assert seen is not None
         weights: Array = seen.attention_weights[layer]
         return weights

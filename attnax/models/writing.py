@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, CacheKind, KVLayerCache, cache_kinds
+from attnax.cache import SPARE_SLOTS, CacheFunction, CacheKind, KVLayerCache, cache_kinds
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
@@ -19,8 +20,9 @@ from attnax.generation.request import Request, RequestOptions, longest, make_req
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Step, Tokens
 from attnax.masks import And, Causal, Mask
+from attnax.models.call_masks import MaskOptions, State, check_covers, masks_of_call
 from attnax.models.planned_caches import CachePlan, CallSizes, Continued, check_caches
-from attnax.typing import Array, ArrayLike
+from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
 
 __all__ = ["PREFILL_CHUNK", "PromptOptions", "WriteOptions", "Writer", "beam_search", "generate", "prefill", "stream"]
 
@@ -31,16 +33,19 @@ class Writer(NamedTuple):
     """A model that is ready to write.
 
     Attributes:
-        step: the model as a function.
-        state: its parameters.
+        caller: the method that a user called, for errors.
+        step: the model as a function of a `State`.
+        state: its parameters, and the masks of a call.
         config: of the decoder.
-        context: arrays that each row attends beside its text; may be Planned.
+        context: arrays that each row attends beside its text, and the index of its prompt; may be Planned. None for
+            the index alone.
         self_mask: mask of the text.
         scalar_heads: of the token scalars of each layer, 0 for none.
     """
 
+    caller: str
     step: Step
-    state: Any
+    state: State
     config: TransformerConfig
     context: Any = None
     self_mask: Mask | None = None
@@ -54,10 +59,10 @@ def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:
     return {"position_ids": tokens.position_ids}
 
 
-class WriteOptions(RequestOptions, total=False):
+class WriteOptions(RequestOptions, MaskOptions, total=False):
     """The options of a model's `generate`, which `TransformerLM.generate` describes."""
 
-    cache: CacheKind | None
+    cache: CacheKind | CacheFunction | None
     cache_dtype: Any
 
 
@@ -81,24 +86,23 @@ def generate(
     """`TransformerLM.generate` for any writer."""
     if draft is None:
         call = _prepare(writer, prompt_ids, max_new_tokens, **options)
-        written, caches = generation.generate(
-            writer.step, writer.state, call.request, call.caches, max_new_tokens=call.room
-        )
+        written, caches = generation.generate(*call.arguments, max_new_tokens=call.room)
     else:
-        _check_draft(writer, draft, num_draft_tokens, options)
+        _check_draft(writer, draft, num_draft_tokens)
         if options.get("caches") is None:
             options["cache"] = options.get("cache") or "ring"
         call = _prepare(writer, prompt_ids, max_new_tokens, spare=num_draft_tokens, **options)
-        sizes = call.sizes._replace(config=draft.config, mask=draft.self_mask, scalar_heads=draft.scalar_heads)
+        draft = _under_masks(draft, call.request.ids.shape[0], options)
+        _check_covers(draft, call.request, call.sizes)
         whole = jax.eval_shape(Request.as_one_prompt, call.request)  # only its sizes: the program makes the arrays
-        kind: CacheKind = options.get("cache") or "ring"
+        kind = options.get("cache") or "ring"
+        sizes = call.sizes._replace(config=draft.config, scalar_heads=draft.scalar_heads)
+        planned = sizes.empty_caches(whole, kind, options.get("cache_dtype"))
+        _check_takes_back(call.caches, planned)
         written, caches, _ = generation.generate_with_draft(
-            writer.step,
-            writer.state,
-            call.request,
-            call.caches,
+            *call.arguments,
             generation.Draft(draft.step, draft.state, draft.context),
-            sizes.empty_caches(whole, kind, options.get("cache_dtype")),
+            planned,
             max_new_tokens=call.room,
             num_draft_tokens=num_draft_tokens,
         )
@@ -106,7 +110,7 @@ def generate(
     return written._replace(caches=caches) if return_caches else written
 
 
-def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: PromptOptions) -> None:
+def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int) -> None:
     """Raises ValueError or NotImplementedError for a draft that cannot be used."""
     sizes = writer.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
@@ -118,21 +122,23 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int, options: 
             f"generate: num_draft_tokens must be at least 1 and at most {SPARE_SLOTS}; "
             f"got num_draft_tokens={num_draft_tokens}."
         )
-    caches = options.get("caches")
-    held = isinstance(caches, TextCaches) and any(
-        isinstance(cache, KVLayerCache) for cache in cache_kinds(caches.layers)
-    )
-    if options.get("cache") == "contiguous" or held:
-        got = "a KVLayerCache in caches" if held else "cache='contiguous'"
-        raise ValueError(
-            f"generate: with a draft a cache must use the slots of rejected tokens again; got {got}. Use cache='ring' "
-            "or 'paged'."
-        )
     for config in (writer.config, draft.config):
         if any(config.layer(index).attention_type == AttentionType.LINEAR for index in range(config.num_layers)):
             raise NotImplementedError(
                 "generate: the sums of linear attention cannot take drafted tokens back; got "
                 "attention_type=linear with a draft. Generate without one."
+            )
+
+
+def _check_takes_back(*planned: CachePlan | Continued) -> None:
+    """Raises ValueError for a cache that could not use the slots of rejected tokens again."""
+    for caches in planned:
+        layers = caches.layers if isinstance(caches, Continued) else jax.eval_shape(caches.make, None)
+        if any(isinstance(getattr(cache, "cache", cache), KVLayerCache) for cache in cache_kinds(layers)):
+            got = "a KVLayerCache in caches" if isinstance(caches, Continued) else f"cache={caches.kind!r}"
+            raise ValueError(
+                f"generate: with a draft a cache must use the slots of rejected tokens again; got {got}. Use "
+                "cache='ring' or 'paged'."
             )
 
 
@@ -147,7 +153,7 @@ def stream(
             f"got {', '.join(unknown)}."
         )
     call = _prepare(writer, prompt_ids, max_new_tokens, **options)
-    return Stream(writer.step, writer.state, call.request, call.caches, max_new_tokens=call.room)
+    return Stream(*call.arguments, max_new_tokens=call.room)
 
 
 def prefill(writer: Writer, prompt_ids: ArrayLike, **options: Unpack[PromptOptions]) -> TextCaches:
@@ -155,7 +161,7 @@ def prefill(writer: Writer, prompt_ids: ArrayLike, **options: Unpack[PromptOptio
     call = _prepare(writer, prompt_ids, 1, **options)
     if call.sizes.prompt == 0:
         raise ValueError(f"prefill: prompt_ids must hold tokens; got prompt_ids={prompt_ids}.")
-    return generation.prefill(writer.step, writer.state, call.request, call.caches)
+    return generation.prefill(*call.arguments)
 
 
 def beam_search(
@@ -190,10 +196,7 @@ def beam_search(
         )
     call = _prepare(writer, prompt_ids, max_new_tokens, num_beams=num_beams, **options)
     found = generation.beam_search(
-        writer.step,
-        writer.state,
-        call.request,
-        call.caches,
+        *call.arguments,
         num_beams=num_beams,
         max_new_tokens=call.room,
         length_penalty=np.float32(length_penalty),
@@ -205,10 +208,20 @@ def beam_search(
 class _Call(NamedTuple):
     """What a loop of `attnax.generation` takes."""
 
+    writer: Writer
     request: Request
     caches: CachePlan | Continued
-    room: int
     sizes: CallSizes
+
+    @property
+    def arguments(self) -> tuple[Step, State, Request, CachePlan | Continued]:
+        """The first arguments of every loop."""
+        return self.writer.step, self.writer.state, self.request, self.caches
+
+    @property
+    def room(self) -> int:
+        """Of the result, in tokens."""
+        return self.sizes.room
 
 
 def _prepare(
@@ -218,34 +231,34 @@ def _prepare(
     *,
     spare: int = 0,
     num_beams: int = 1,
-    cache: CacheKind | None = None,
+    cache: CacheKind | CacheFunction | None = None,
     cache_dtype: Any = None,
     caches: TextCaches | None = None,
     prefill_chunk: int | None = None,
+    mask: Mask | MaskMod | ArrayLike | None = None,
+    self_mask: Mask | MaskMod | ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     **options: Unpack[RequestOptions],
 ) -> _Call:
     """The arguments, checked, and the caches."""
-    prompt_ids, config = _as_array(prompt_ids, caches), writer.config
-    if cache not in (None, *get_args(CacheKind)):
-        raise ValueError(f"generate: cache must be one of {', '.join(get_args(CacheKind))}; got cache={cache!r}.")
+    caller, config = writer.caller, writer.config
+    prompt_ids = _as_array(caller, prompt_ids, caches)
+    batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (None, 1)  # `make_request` refuses another shape
+    writer = _under_masks(writer, batch or 1, {"mask": mask, "self_mask": self_mask, "score_mod": score_mod})
+    _check_cache(caller, cache)
     if prefill_chunk is None:
         prefill_chunk = PREFILL_CHUNK if _is_causal(writer.self_mask) else None
     elif prefill_chunk < 1:
-        raise ValueError(f"generate: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
-    batch, length = prompt_ids.shape if prompt_ids.ndim == 2 else (None, 1)  # `make_request` refuses another shape
+        raise ValueError(f"{caller}: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
     earlier = None
     if caches is not None:
-        check_caches("generate", caches, config, batch)
-        if cache is not None or cache_dtype is not None:
-            raise ValueError(
-                "generate: caches have a kind and a dtype already; got caches with "
-                f"cache={cache!r}, cache_dtype={cache_dtype!r}. Leave these out."
-            )
+        check_caches(caller, caches, config, batch)
+        _check_no_kind(caller, cache, cache_dtype)
         earlier = caches.text
     rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
     heads = writer.scalar_heads
-    sizes = CallSizes(config, writer.self_mask, held, is_known, length, max_new_tokens, spare, rows, heads)
+    sizes = CallSizes(caller, config, held, is_known, length, max_new_tokens, spare, rows, heads)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
@@ -255,11 +268,46 @@ def _prepare(
         pad_to=sizes.padded_prompt,
         earlier=earlier,
         prefill_chunk=prefill_chunk,
+        caller=caller,
         **options,
     )
+    _check_covers(writer, request, sizes)
     if caches is None:
-        return _Call(request, sizes.empty_caches(request, cache or "contiguous", cache_dtype), sizes.room, sizes)
-    return _Call(request, sizes.held_caches(request, caches), sizes.room, sizes)
+        planned = sizes.empty_caches(request, cache or "contiguous", cache_dtype)
+        return _Call(writer, request, planned, sizes)
+    return _Call(writer, request, sizes.held_caches(request, caches), sizes)
+
+
+def _under_masks(writer: Writer, batch: int, options: Mapping[str, Any]) -> Writer:
+    """The writer with its state and its mask under the masks among the options; ValueError if they do not fit."""
+    mask, masks = masks_of_call(writer.caller, writer.self_mask, options)
+    context = writer.context
+    if masks is not None:
+        masks.check(writer.caller, batch, writer.config.num_heads)
+        context = np.arange(batch, dtype=np.int32) if context is None else context
+    return writer._replace(state=writer.state._replace(masks=masks), context=context, self_mask=mask)
+
+
+def _check_cache(caller: str, cache: CacheKind | CacheFunction | None) -> None:
+    if not callable(cache) and cache not in (None, *get_args(CacheKind)):
+        raise ValueError(
+            f"{caller}: cache must be one of {', '.join(get_args(CacheKind))}, or a function that makes the cache of a "
+            f"layer; got cache={cache!r}."
+        )
+
+
+def _check_no_kind(caller: str, cache: CacheKind | CacheFunction | None, cache_dtype: Any) -> None:
+    if cache is not None or cache_dtype is not None:
+        raise ValueError(
+            f"{caller}: caches have a kind and a dtype already; got caches with cache={cache!r}, "
+            f"cache_dtype={cache_dtype!r}. Leave these out."
+        )
+
+
+def _check_covers(writer: Writer, request: Request, sizes: CallSizes) -> None:
+    """Raises ValueError unless the arrays of the call's masks cover the text."""
+    lengths = {"earlier": sizes.earlier, "prompt": sizes.prompt, "new": sizes.new}
+    check_covers(writer.caller, writer.state.masks, request, **lengths)
 
 
 def _is_causal(mask: Mask | None) -> bool:
@@ -269,7 +317,7 @@ def _is_causal(mask: Mask | None) -> bool:
     return mask is None or isinstance(mask, Causal)
 
 
-def _as_array(prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:
+def _as_array(caller: str, prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:
     """The prompts as an array; without prompts, empty ones behind the text of the caches."""
     if prompt_ids is None and isinstance(caches, TextCaches):
         return np.zeros((caches.text.lengths.shape[0], 0), np.int32)
@@ -279,7 +327,7 @@ def _as_array(prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:
         return np.asarray(prompt_ids)
     except ValueError as error:
         raise ValueError(
-            "generate: prompt_ids must be of one length; got lists of several. Pad them, left or right, and mark "
+            f"{caller}: prompt_ids must be of one length; got lists of several. Pad them, left or right, and mark "
             "the real tokens in padding_mask."
         ) from error
 

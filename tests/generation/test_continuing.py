@@ -336,7 +336,7 @@ def test_a_mask_that_may_look_ahead_reads_a_prompt_at_once_by_default(monkeypatc
 
     def chunk(self_mask, **options):
         model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), CONFIG, self_mask=self_mask))
-        return writing._prepare(model._writer(), FIRST, 1, **options).request.prefill_chunk
+        return writing._prepare(model._writer("generate"), FIRST, 1, **options).request.prefill_chunk
 
     def of_a_prefix(b, h, q, kv):
         return (kv <= q) | (kv < 7)

@@ -695,8 +695,8 @@ def test_an_encoder_is_read_once():
     config = dataclasses.replace(BASE, pos_emb_type="rope", num_layers=2)
     model = build(lambda rngs: attnax.Transformer(rngs, encoder=config, decoder=config))
     source = np.ones((ROWS, 7), int)
-    writer = model._writer(source, None)
-    contexts, real = jax.jit(writer.context.make)(writer.state)
+    writer = model._writer("generate", source, None)
+    contexts, real, _ = jax.jit(writer.context.make)(writer.state)
     assert np.asarray(real).sum(1).tolist() == [7] * ROWS
     assert len(contexts) == 2 and contexts[0].keys.shape[2] >= 7  # padded
     wanted = jax.jit(lambda source: model.decoder.keys_values(model.encoder(source)))(source)

@@ -115,7 +115,7 @@ def test_a_generation_is_two_compilations_and_the_next_is_none(model, mode, coun
 
 
 def test_the_cache_is_donated(model):
-    writer = model._writer()
+    writer = model._writer("generate")
     request = generation.make_request(
         jnp.asarray(IDS), vocab_size=23, max_new_tokens=9, padding_mask=REAL, sampler=Sampler(0.0)
     )
@@ -656,7 +656,7 @@ class TestBeams:
         ({"stop_sequences": [[1], []]}, "stop sequences and end tokens must be whole numbers, at least one; got .."),
         ({"stop_sequences": [3, 4]}, r"stop_sequences must be sequences of tokens; got \[3, 4\]. Use end_token"),
         ({"cache_dtype": "int4"}, "dtype must be a floating one or int8; got dtype=int4"),
-        ({"cache": "infinite"}, "cache must be one of contiguous, ring, paged; got cache='infinite'"),
+        ({"cache": "infinite"}, "cache must be one of contiguous, ring, paged, or a function .*; got cache='infinite'"),
     ],
 )
 def test_wrong_input_is_refused_in_words(model, options, words):

@@ -21,9 +21,10 @@ from attnax.models import MaskedLM, SentenceEncoder, lm, seq2seq
 from attnax.models.masked import MaskedOptions
 from attnax.models.seq2seq import TransformerOptions
 from attnax.models.transformer import CachedOptions, DecoderOptions, EncoderOptions
+from attnax.models.vision import VisionOptions
 from attnax.models.writing import PromptOptions, WriteOptions
 from attnax.nn import Output
-from attnax.nn._run import Mode, SelfAttentionOptions
+from attnax.nn._run import Mode
 from attnax.nn.attention import MultiHeadOptions
 from attnax.nn.blocks import DecoderBlockOptions, EncoderBlockOptions
 
@@ -44,7 +45,7 @@ CALLS = [
     (TransformerLM.__call__, CachedOptions, set(), set()),
     (MaskedLM.__call__, MaskedOptions, set(), set()),
     (SentenceEncoder.__call__, Mode, set(), {"padding_mask", "token_type_ids"}),
-    (VisionTransformer.__call__, SelfAttentionOptions, set(), set()),
+    (VisionTransformer.__call__, VisionOptions, set(), set()),
     (Transformer.__call__, TransformerOptions, set(), set()),
 ]
 WRITERS = [

@@ -1,0 +1,119 @@
+"""The masks and the score mod of a call that writes: inputs of its programs, read at positions of each row's text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from attnax.checks import is_concrete
+from attnax.generation.request import Request
+from attnax.masks import Mask, as_mask, has_arrays, over_text, resolve_masks
+from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
+
+__all__ = ["CallMasks", "MaskOptions", "State", "check_covers", "masks_of_call"]
+
+
+class MaskOptions(TypedDict, total=False):
+    """The masks and the score mod of a call that writes, which `TransformerLM.generate` describes."""
+
+    mask: Mask | MaskMod | ArrayLike | None
+    self_mask: Mask | MaskMod | ArrayLike | None
+    score_mod: ScoreMod | None
+
+
+@pytree_dataclass
+class CallMasks:
+    """What a model attends in a call, where that is not its own mask alone.
+
+    Attributes:
+        self_mask: of the whole text, in place of the model's own; None leaves the model's own.
+        score_mod: of the call.
+    """
+
+    self_mask: Mask | None
+    score_mod: ScoreMod | None
+
+    @property
+    def num_positions(self) -> int | None:
+        """The positions that the arrays cover; None if there is no limit."""
+        known = [getattr(part, "num_positions", None) for part in (self.self_mask, self.score_mod)]
+        return min((n for n in known if n is not None), default=None)
+
+    def check(self, caller: str, batch: int, num_heads: int) -> None:
+        """Raises ValueError for arrays of other rows or heads."""
+        resolve_masks(caller, self.self_mask, self.score_mod, (batch, num_heads, None, None))
+
+
+class State(NamedTuple):
+    """The state of a step.
+
+    Attributes:
+        params: the parameters of the model.
+        masks: of the call; None if the model's own mask is all.
+    """
+
+    params: Any
+    masks: CallMasks | None = None
+
+    def mask_options(self, rows: Array | None) -> dict[str, Any]:
+        """The options of a decoder for tokens in rows of the prompts `rows` (R,)."""
+        if self.masks is None:
+            return {}
+        given = {"self_mask": self.masks.self_mask, "score_mod": self.masks.score_mod}
+        return {name: over_text(value, rows) for name, value in given.items() if value is not None}
+
+
+def masks_of_call(caller: str, own: Mask | None, options: Mapping[str, Any]) -> tuple[Mask | None, CallMasks | None]:
+    """The mask of the text, and what a call has beside the model's own mask; None if there is nothing of the kind.
+
+    The options are MaskOptions, among others.
+
+    Raises:
+        ValueError: an object that is no mask or score mod.
+    """
+    given, score_mod = {name: options.get(name) for name in ("self_mask", "mask")}, options.get("score_mod")
+    masks = {name: _as_mask(caller, name, mask) for name, mask in given.items() if mask is not None}
+    if score_mod is not None and not callable(score_mod):
+        raise ValueError(
+            f"{caller}: score_mod must be a function (scores, b, h, q, kv) -> scores; got {type(score_mod).__name__}. "
+            "Give an array as additive_bias_mod(array)."
+        )
+    mask, narrow = masks.get("self_mask", own), masks.get("mask")
+    if narrow is not None:
+        mask = narrow if mask is None else mask & narrow
+    # Arrays of the model's own mask, too, have as many positions as they have, and not those of a cache.
+    differs = bool(masks) or (own is not None and has_arrays(own))
+    if not differs and score_mod is None:
+        return mask, None
+    return mask, CallMasks(mask if differs else None, None if score_mod is None else function_pytree(score_mod))
+
+
+def check_covers(
+    caller: str, masks: CallMasks | None, request: Request, *, earlier: int, prompt: int, new: int
+) -> None:
+    """Raises ValueError unless the arrays cover every text: earlier tokens, at most `prompt` tokens and `new` ones."""
+    limit = None if masks is None else masks.num_positions
+    if limit is None:
+        return
+    length = earlier + prompt
+    if is_concrete(request.position_ids):  # without padding
+        length = max(earlier, int(np.asarray(request.position_ids).max(initial=-1)) + 1)
+    if length + new - 1 > limit:  # the last token is written and not read
+        raise ValueError(
+            f"{caller}: arrays of mask, self_mask and score_mod must cover all positions of prompt and new tokens; "
+            f"got {limit} positions for {length} + {new} tokens. Give arrays of {length + new} positions or more, or "
+            "functions of positions."
+        )
+
+
+def _as_mask(caller: str, name: str, mask: Any) -> Mask:
+    try:
+        return as_mask(np.asarray(mask) if isinstance(mask, list | tuple) else mask)
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: {name} must be a Mask, a function (b, h, q, kv) -> bool or a boolean array of at most 4 axes; "
+            f"{str(error).split('; ')[-1]}"
+        ) from error
