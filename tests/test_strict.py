@@ -11,6 +11,7 @@ from flax import nnx
 
 from attnax import (
     AttentionType,
+    MultiHeadAttention,
     Transformer,
     TransformerConfig,
     TransformerEncoder,
@@ -24,6 +25,7 @@ from attnax import (
     document_mask_mod,
     flash_attention,
     init_kv_layer_cache,
+    init_ring_kv_cache,
     linear_attention,
     masks,
     memory_efficient_attention,
@@ -37,6 +39,7 @@ from attnax import (
     standard_attention,
     update_kv_layer_cache,
 )
+from attnax.cache import EmptyCache, init_scalar_cache
 from attnax.generation import Sampler
 from attnax.nn.moe import MixtureOfExperts
 
@@ -101,6 +104,7 @@ def test_caches_and_linear_attention(dtype):
 SIZES = {"vocab_size": 11, "d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "max_len": 16}
 MODELS = {
     "rope": {"pos_emb_type": "rope", "qk_norm": "head", "attention_sinks": True, "attention_soft_cap": 5.0},
+    "gate": {"pos_emb_type": "none", "attention_gate": "element"},
     "experts": {"pos_emb_type": "alibi", "num_experts": 4, "num_shared_experts": 1, "router_jitter": 0.1},
     "post-norm": {"pos_emb_type": "learned", "norm_placement": "post", "norm_type": "layer", "attention_window": 3},
     "standard": {"pos_emb_type": "sinusoidal", "attention_type": AttentionType.STANDARD, "dropout_rate": 0.1},
@@ -118,6 +122,31 @@ def test_language_models(name, dtype):
         return out.logits, out.aux, model.log_probs(ids)
 
     jax.eval_shape(run, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+
+
+class ForgetGate(nnx.Module):
+    cumulative = True
+
+    def __call__(self, x):
+        return -jnp.abs(x[..., :2]).swapaxes(1, 2)
+
+    def mod(self, scores, b, h, q, kv, of_query, of_key):
+        return scores + of_query - of_key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hooks_of_attention(dtype):
+    def run(x):
+        hooks = {"query_fn": lambda heads, x: heads, "token_scalars": ForgetGate(), "attention_gate": "head"}
+        sizes = {"d_model": 8, "num_heads": 2, "dtype": dtype, "attention_window": 6}
+        layer = MultiHeadAttention(nnx.Rngs(0), **sizes, **hooks)
+        cache = EmptyCache(init_scalar_cache(init_ring_kv_cache(1, 2, 4, 11, dtype, window=6), 2))
+        options = {"mask": masks.causal(), "mix_values": lambda values: values}
+        _, cache = layer(x, kv_cache=cache, **options)
+        return [layer(x, **options), layer(x, kv_cache=cache, **options)[0]]
+
+    outs = jax.eval_shape(run, jax.ShapeDtypeStruct((1, 5, 8), dtype))
+    assert [out.dtype for out in outs] == [dtype] * 2
 
 
 def test_statistics_of_experts_in_float64():

@@ -64,8 +64,13 @@ def check_greedy(model, tokens, prompt=PROMPT, real=REAL):
     np.testing.assert_array_equal(tokens, want)
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
-@pytest.mark.parametrize("chunk", [None, 2])
+QUICK = [("contiguous", None), ("ring", 2), ("paged", None)]
+THOROUGH = [("contiguous", 2), ("ring", None), ("paged", 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunk"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.thorough) for case in THOROUGH)]
+)
 def test_generation_gives_the_tokens_of_the_model_without_a_cache(kind, chunk):
     model = make_model()
     options = {"padding_mask": REAL, "cache": kind, "prefill_chunk": chunk}
