@@ -68,6 +68,12 @@ def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: A
     """The result of a score mod in the dtype of `scores`; ValueError for another shape or no floating dtype."""
     with explain_tracing(caller, "score_mod"):
         result = jnp.asarray(score_mod(scores, *indices))
+    return check_scores(caller, result, scores).astype(scores.dtype)
+
+
+def check_scores(caller: str, result: Any, scores: Any) -> Array:
+    """The result of a score mod; ValueError for another shape than that of `scores` or no floating dtype."""
+    result = jnp.asarray(result)
     if result.shape != scores.shape:
         raise ValueError(
             f"{caller}: score_mod must return scores of the shape that it is given; got {result.shape} "
@@ -78,7 +84,7 @@ def apply_score_mod(caller: str, score_mod: ScoreMod, scores: Array, *indices: A
             f"{caller}: score_mod must return floating scores; got dtype={result.dtype}. "
             "Pass a function that returns booleans as the mask, or through mask_mod_to_score_mod."
         )
-    return result.astype(scores.dtype)
+    return result
 
 
 def check_positions(caller: str, name: str, positions: Any, batch: int, length: int) -> Array:

@@ -92,7 +92,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
     data = None if options.data is None else str(Path(options.data).absolute())
     settings = dataclasses.replace(options, model=model, data=data)
     session = _Session(settings, corpus, tokenizer)
-    session.run = RunFolder.create(options.out, settings, corpus, tokenizer)
+    session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
     stack.enter_context(session.run.locked())
     return session
 

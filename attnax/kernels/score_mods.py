@@ -17,7 +17,7 @@ import numpy as np
 
 from attnax import masks
 from attnax.checks import check_broadcast, is_concrete
-from attnax.masks import Mask, MaskedScoreMod, NoTruth, as_mask, check_score_mod, index_grid, split_score_mod
+from attnax.masks import ComposedScoreMod, Mask, MaskedScoreMod, NoTruth, as_mask, index_grid, split_score_mod
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Index, Int, MaskMod, ScoreMod, ScoreShape
 
@@ -37,32 +37,6 @@ __all__ = [
     "sliding_window_mod",
     "soft_cap_mod",
 ]
-
-
-@pytree_dataclass
-class ComposedScoreMod(NoTruth):
-    """Applies its mods, each a pytree, in order; a pair that one mod masks stays masked."""
-
-    mods: tuple[ScoreMod, ...]
-
-    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
-        first, *rest = self.mods
-        scores = first(scores, b, h, q, kv)
-        for mod in rest:
-            masked = scores <= float(jnp.finfo(jnp.float32).min)
-            scores = jnp.where(masked, -jnp.inf, mod(jnp.where(masked, 0, scores), b, h, q, kv))
-        return scores
-
-    def check(self, caller: str, score_shape: ScoreShape) -> None:
-        """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `score_shape`."""
-        for mod in self.mods:
-            check_score_mod(caller, mod, score_shape)
-
-    @property
-    def num_positions(self) -> int | None:
-        """The number of positions that the arrays of its mods cover; None if there is no limit."""
-        known = [getattr(mod, "num_positions", None) for mod in self.mods]
-        return min((n for n in known if n is not None), default=None)
 
 
 class PerHead(NoTruth):

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from attnax.checks import check_scores
 from attnax.masks.arrays import index_grid
 from attnax.masks.mask import Mask, NoTruth, as_mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Index, ScoreMod, ScoreShape
 
 __all__ = [
+    "ComposedScoreMod",
     "MaskedScoreMod",
     "check_score_mod",
     "kernel_of",
@@ -47,6 +49,36 @@ class MaskedScoreMod(NoTruth):
     def num_positions(self) -> int | None:
         """The number of positions that the arrays of both parts cover; None if there is no limit."""
         known = [getattr(part, "num_positions", None) for part in (self.score_mod, self.mask)]
+        return min((n for n in known if n is not None), default=None)
+
+
+@pytree_dataclass
+class ComposedScoreMod(NoTruth):
+    """Applies its mods, each a pytree, in order; a pair that one mod masks stays masked."""
+
+    mods: tuple[ScoreMod, ...]
+
+    def __call__(self, scores: Array, b: Index, h: Index, q: Index, kv: Index) -> Array:
+        first, *rest = self.mods
+        scores = self._apply(first, scores, b, h, q, kv)
+        for mod in rest:
+            masked = scores <= float(jnp.finfo(jnp.float32).min)
+            scores = jnp.where(masked, -jnp.inf, self._apply(mod, jnp.where(masked, 0, scores), b, h, q, kv))
+        return scores
+
+    def _apply(self, mod: ScoreMod, scores: Array, *indices: Index) -> Array:
+        """The scores of one mod; the next mod would broadcast a result of another shape, and hide the error."""
+        return check_scores("compose_score_mods", mod(scores, *indices), scores)
+
+    def check(self, caller: str, score_shape: ScoreShape) -> None:
+        """Raises ValueError if a mod holds arrays that do not fit (B, N, T, S) = `score_shape`."""
+        for mod in self.mods:
+            check_score_mod(caller, mod, score_shape)
+
+    @property
+    def num_positions(self) -> int | None:
+        """The number of positions that the arrays of its mods cover; None if there is no limit."""
+        known = [getattr(mod, "num_positions", None) for mod in self.mods]
         return min((n for n in known if n is not None), default=None)
 
 

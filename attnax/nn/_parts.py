@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -47,6 +48,7 @@ def block_maker(
                 f"{caller}: make_block makes the attention of the blocks too; got make_block={name_of(make_block)} and "
                 f"attention_fn={name_of(attention_fn)}. Hand the attention_fn to the block in make_block."
             )
+        _check_maker(caller, make_block)
         return make_block
     if attention_fn is None:
         return default
@@ -59,6 +61,19 @@ def block_maker(
             f"make_block=lambda rngs, config: {block}(rngs, config, attention_fn=MyAttention(rngs, config))."
         )
     return functools.partial(default, attention_fn=attention_fn)
+
+
+def _check_maker(caller: str, make_block: Any) -> None:
+    """Raises ValueError unless `make_block` can be called with the random streams and a config."""
+    advice = "make_block must be a class or a function (rngs, config) -> block"
+    if isinstance(make_block, nnx.Module) or not callable(make_block):
+        raise ValueError(
+            f"{caller}: {advice}, which makes one for each layer; got an object of {type(make_block).__name__}."
+        )
+    try:
+        inspect.signature(make_block).bind(None, None)
+    except TypeError as error:
+        raise ValueError(f"{caller}: {advice}; got {name_of(make_block)}, for which {error}.") from None
 
 
 def part_names(**parts: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ from attnax.nn._stacked import read_only
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.typing import Array
 
-__all__ = ["call_block", "init_carry"]
+__all__ = ["call_block", "check_block", "init_carry"]
 
 
 def init_carry(block: Any, x: Array, input_ids: Array | None) -> Any:
@@ -38,19 +38,27 @@ def init_carry(block: Any, x: Array, input_ids: Array | None) -> Any:
         raise ValueError(f"{name}.init_carry: the carry must be a pytree of arrays; {error}") from error
 
 
+def check_block(block: Any) -> None:
+    """Raises ValueError unless make_block has made a module with a `run`; a `__call__` alone is refused at the call."""
+    is_module = isinstance(block, nnx.Module)
+    if not is_module or not (hasattr(block, "run") or overrides_call(block)):
+        raise ValueError(
+            "Stack: make_block must return a block, an nnx.Module with run(x, **options) that returns an Output; got "
+            f"{type(block).__name__}{' without run' if is_module else ''}."
+        )
+
+
 def call_block(block: Any, x: Array, carry: Any, options: dict[str, Any]) -> Output:
     """The Output of a block with the new carry; a block of a user is held to the protocol.
 
     Raises:
-        ValueError: the block has no run, its run does not take the options or does not return an Output, the stream
+        ValueError: its run does not take the options or does not return an Output, the stream
             changes its shape or dtype, a cache is lost, or the carry changes its structure, shapes or dtypes.
     """
     if is_own_class(block):
         out: Output = run_of(block)(x, **options)
         return out._replace(carry=carry)
     name = type(block).__name__
-    if not hasattr(block, "run") and not overrides_call(block):
-        raise ValueError(f"Stack: a block must have run(x, **options) that returns an Output; got {name} without run.")
     takes_carry, run = hasattr(block, "init_carry"), run_of(block)
     if takes_carry:
         options = options | {"carry": carry}

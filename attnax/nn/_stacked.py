@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnax.nn._parts import name_of
@@ -76,9 +77,16 @@ def _differences(one: nnx.Module, other: nnx.Module) -> Iterator[str]:
         for name in dict.fromkeys((*vars(left), *vars(right))):
             if name.startswith("_pytree__"):
                 continue
-            words = [_words(vars(side).get(name)) for side in (left, right)]
-            if words[0] != words[1]:
-                yield f"{where}.{name}: {words[0]} and {words[1]}".lstrip(".")
+            values = [vars(side).get(name) for side in (left, right)]
+            if not _is_equal(*values):
+                yield f"{where}.{name}: {_words(values[0])} and {_words(values[1])}".lstrip(".")
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Whether two attributes are equal; modules have a path of their own, and variables differ by shape and dtype."""
+    if isinstance(one, nnx.Module | nnx.Variable) or isinstance(other, nnx.Module | nnx.Variable):
+        return _words(one) == _words(other)
+    return one is other or bool(np.all(one == other))
 
 
 def _words(value: Any) -> str:

@@ -182,7 +182,7 @@ class EncoderBlock(nnx.Module):
         self, x: Float[Array, "B T D"], *, attention_weights: bool = False, **options: Unpack[EncoderBlockOptions]
     ) -> Output:
         """The call; it always returns an Output, with `attention_weights` in `probed`, (batch, num_heads, T, T)."""
-        check_options("EncoderBlock", options, EncoderBlockOptions)
+        _check_options("EncoderBlock", options, EncoderBlockOptions)
         mode, probed = select_options(options, Mode), None
 
         def attend(x: Array) -> tuple[Array, Any]:
@@ -320,7 +320,7 @@ class DecoderBlock(nnx.Module):
         **options: Unpack[DecoderBlockOptions],
     ) -> Output:
         """The call; it always returns an Output, with the `attention_weights` of both attentions in `probed`."""
-        check_options("DecoderBlock", options, DecoderBlockOptions)
+        _check_options("DecoderBlock", options, DecoderBlockOptions)
         mode, cache, positions = select_options(options, Mode), options.get("cache"), options.get("position_ids_self")
         if positions is None and cache is not None:
             positions = cache.next_positions()[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
@@ -358,10 +358,29 @@ class DecoderBlock(nnx.Module):
         return Output(x, new_cache, aux, probed=weights if attention_weights else None)
 
 
+# Arguments of MultiHeadAttention that no config has.
+_ATTENTION_ARGUMENTS = ("rope", "query_norm", "key_norm", "query_fn", "key_fn", "value_fn", "token_scalars")
+
+
+def _check_options(caller: str, options: Mapping[str, Any], kind: type) -> None:
+    """`check_options`, and ValueError for a carry that a class of a user hands on."""
+    if "carry" in options:
+        raise ValueError(
+            f"{caller}: a class with init_carry keeps the carry to itself; got carry among the options of "
+            f"{caller}.run. Write run(self, x, *, carry, **options), and super().run(x, **options)."
+        )
+    check_options(caller, options, kind)
+
+
 def _block_config(
     config: BlockConfig | int | None, num_heads: int | None, d_ff: int | None, fields: dict[str, Any]
 ) -> BlockConfig:
     """The config of a block, whose sizes may be positional arguments."""
+    if hooks := [name for name in fields if name in _ATTENTION_ARGUMENTS]:
+        raise ValueError(
+            f"a block takes the arguments of its attention in attention=MultiHeadAttention(rngs, config, "
+            f"{hooks[0]}=...); got {', '.join(hooks)}."
+        )
     sizes = {"num_heads": num_heads, "d_ff": d_ff}
     if isinstance(config, int | np.integer):
         if "d_model" in fields:

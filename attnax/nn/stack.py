@@ -17,7 +17,7 @@ from attnax.checks import is_concrete
 from attnax.config import StackConfig
 from attnax.masks import kernel_of
 from attnax.nn._parts import MakeBlock, find_parts
-from attnax.nn._protocol import call_block, init_carry
+from attnax.nn._protocol import call_block, check_block, init_carry
 from attnax.nn._stacked import COPY_OF_A_LAYER, read_only, refuse_shared, stack_blocks, take_block
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
@@ -84,7 +84,10 @@ class Stack(nnx.Module):
             made = {layer: make_block(rngs, layer) for layer in dict.fromkeys(layers)}
             self._hold([nnx.clone(made[layer]) for layer in layers])
         else:
-            self._hold([make_block(rngs, layer) for layer in layers])
+            blocks = [make_block(rngs, layer) for layer in layers]
+            for block in blocks:
+                check_block(block)
+            self._hold(blocks)
 
     def _hold(self, blocks: Sequence[nnx.Module]) -> None:
         period = max(1, len(self.config.layer_pattern))

@@ -28,7 +28,7 @@ from attnax.pretrained.families import FAMILIES
 from attnax.pretrained.family import Family, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_name, parameter_shapes
-from attnax.pretrained.parts import changed_parts
+from attnax.pretrained.parts import changed_parts, foreign_parts
 from attnax.pretrained.rules import Binding
 from attnax.pretrained.safetensors import empty_aligned, read_into, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
@@ -147,9 +147,10 @@ def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None
     model = model if sentence is None else sentence.encoder
     if any(isinstance(module, Stack) and module.config.scan_layers for _, module in nnx.iter_modules(model)):
         model = with_scan_layers(model, False)
+    if parts := list(foreign_parts(model)):
+        raise CheckpointError("save_pretrained", parts)
     found, config = _family_for(model, family)
-    problems = list(_unwritable(model))
-    if problems:
+    if problems := list(_unwritable(model)):
         raise CheckpointError("save_pretrained", problems)
     state = nnx.state(model, nnx.Param)
     parameters = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}

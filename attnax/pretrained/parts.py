@@ -10,15 +10,25 @@ from flax import nnx
 
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.standard import standard_attention
-from attnax.nn._parts import name_of
+from attnax.nn._parts import find_parts, name_of
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import ShapesOnly
 
-__all__ = ["changed_parts"]
+__all__ = ["changed_parts", "foreign_parts"]
 
 _EXACT = (standard_attention, memory_efficient_attention, flash_attention, pallas_flash_attention)
 _TILES = {"block_size", "block_q", "block_kv"}  # of a kernel, which change no result
 _WITHOUT_EFFECT = {"dtype", "param_dtype", "loaded_as"}
+
+
+def foreign_parts(model: Any) -> Iterator[str]:
+    """One sentence for each class and function of a user in a model, with the first place that has it."""
+    places: dict[str, str] = {}
+    for where, part in find_parts(model).items():
+        if where:  # the class of the model itself is another question
+            places.setdefault(name_of(part), where)
+    for name, where in places.items():
+        yield f"{where} must be of Attnax, since config.json holds no code; got {name}."
 
 
 def changed_parts(model: Any) -> Iterator[str]:

@@ -47,8 +47,9 @@ class Tokenizer:
         vocabulary: dict[str, int] = self._model.get_vocab()
         return vocabulary
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """The ids of `text`, uint16 or uint32, without a document token."""
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """The ids of `text`, uint16 or uint32, without a document token; a str is its bytes in UTF-8."""
+        text = text.encode() if isinstance(text, str) else text
         return self._ids(self._model.encode(text.decode("latin-1")).ids)
 
     def encode_documents(self, texts: Sequence[bytes]) -> np.ndarray:

@@ -67,13 +67,13 @@ class RunFolder:
         options: RunOptions,
         corpus: Corpus,
         tokenizer: Tokenizer,
-        parts: Mapping[str, Any] | None = None,
+        parts: Mapping[str, Any],
     ) -> RunFolder:
         """Makes `out`, or the next free runs/NNN, with the files that `load` reads.
 
         config.json is written last and makes the folder a run. A folder is also free if it is empty, or if its process
-        was killed before config.json was written. `parts` are those of the model, such as `Trainer.parts`; the folder
-        keeps their names.
+        was killed before config.json was written. `parts` are those of the model, `Trainer.parts`; the folder keeps
+        their names, and {} is a model of its config alone.
 
         Raises:
             InputError: `out` exists already, or cannot be made.
@@ -86,7 +86,7 @@ class RunFolder:
                 if run._is_free():
                     with run.locked():
                         if run._is_free():  # checked again: no other process can take it now
-                            run._save(options, corpus, tokenizer, part_names(**(parts or {})))
+                            run._save(options, corpus, tokenizer, part_names(**parts))
                             return run
             except (FileExistsError, LockedError):
                 continue

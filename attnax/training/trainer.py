@@ -159,6 +159,8 @@ class Trainer:
         An update is skipped if a loss or gradient in its passes is non-finite, or if it would make float16 parameters
         non-finite.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"Trainer.step: tokens must be (batch, T); got tokens.shape={tokens.shape}.")
         key, targets = jax.random.fold_in(jax.random.key(self.seed), state.passes), tokens[:, 1:]
 
         def mean_loss(params: Any) -> Array:

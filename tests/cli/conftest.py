@@ -59,7 +59,7 @@ def draw_run(run):
         tokenizer = its_own if tokenizer is None else tokenizer
         model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
         settings = dataclasses.replace(options, seed=seed, model=model)
-        made = RunFolder.create(folder, settings, read_corpus(options.data), tokenizer)
+        made = RunFolder.create(folder, settings, read_corpus(options.data), tokenizer, {})
         params = nnx.state(build(lambda rngs: TransformerLM(rngs, model), seed), nnx.Param)
         save_checkpoint(made.checkpoints, 1, {"params": nnx.to_pure_dict(params)}, owner=made.owner)
         return folder

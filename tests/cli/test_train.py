@@ -56,7 +56,7 @@ def test_the_compressors_see_the_same_held_out_bytes(run, corpus):
 
 def test_runs_are_numbered(run, corpus, tmp_path, monkeypatch):
     """A process that was killed before its run began leaves files; a user's own tokenizer is not one of them."""
-    parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer()
+    parts = RunFolder(run).load()[0], read_corpus(str(corpus)), byte_tokenizer(), {}
     monkeypatch.chdir(tmp_path)
     for number, names in enumerate((["config.json"], [".lock", "tokenizer.json"], ["tokenizer.json"])):
         (tmp_path / "runs" / f"{number:03d}").mkdir(parents=True)

@@ -410,6 +410,10 @@ def test_a_bias_past_its_end_is_nan_and_not_another_bias():
         (lambda: document_mask_mod(BIAS[0, 0]), "ids must be integers"),
         (lambda: mask_mod_to_score_mod(BIAS), "must be boolean"),
         (
+            lambda: compose_score_mods(lambda s, *_: s[:, :1], lambda s, *_: s + 1.0)(jnp.zeros((4, 5)), 0, 0, 0, 0),
+            r"must return scores of the shape that it is given; got \(4, 1\) for \(4, 5\)",
+        ),
+        (
             lambda: mask_mod_to_boolean_mask(BIAS > 0, batch=2, num_heads=6, seq_q=13, seq_kv=12),
             r"mask_mod_to_boolean_mask: mask must broadcast to .*=\(2, 6, 13, 12\); got mask.shape=\(2, 6, 13, 13\)",
         ),

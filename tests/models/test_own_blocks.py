@@ -90,6 +90,15 @@ def test_every_model_takes_a_block_and_an_attention_function(kind):
             ValueError, match=r"Doubled and attention_fn=.*halved. Hand the attention_fn to the block in"
         ):
             make(make_block=Doubled, attention_fn=halved)
+        for wrong, words in (
+            (
+                stack.layers()[0],
+                "function .rngs, config. -> block, which makes one for each layer; got an object of EncoderBlock",
+            ),
+            (lambda rngs: Doubled(rngs, CONFIG), "-> block; got .*lambda>, for which too many positional arguments"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                make(make_block=wrong)
         own = MultiHeadAttention(nnx.Rngs(0), num_heads=1, in_features=2)
         with pytest.raises(ValueError, match=r"would share its arrays.*make_block=lambda rngs, config: EncoderBlock\("):
             make(attention_fn=own)
@@ -338,17 +347,17 @@ LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"make_block": Doubled}, r"decoder.stack.blocks.0 must be .*EncoderBlock.*got .*Doubled"),
-        ({"attention_fn": halved}, r"blocks.0.attention.attention_fn must be .*flash_attention; got .*halved"),
+        ({"make_block": Doubled}, r"decoder.stack.blocks.0 must be of Attnax, since config.json .*got .*Doubled"),
+        ({"attention_fn": halved}, r"blocks.0.attention.attention_fn must be of Attnax.*got .*halved"),
         ({"attention_fn": linear_attention}, r"attention_fn must be .*flash_attention; got .*linear_attention"),
-        (lambda block: setattr(block.attention, "rope", halved), r"blocks.1.attention.rope must be .*got .*halved"),
+        (lambda block: setattr(block.attention, "rope", halved), r"blocks.1.attention.rope must be of .*got .*halved"),
         (lambda block: setattr(block.attention, "rope", None), r"blocks.1.attention.rope must be .*got None"),
         (
             lambda block: setattr(block, "feed_forward", nnx.Linear(8, 8, rngs=nnx.Rngs(0))),
             "feed_forward must be .*Lin",
         ),
         (lambda block: setattr(block.attention, "key_norm", nnx.RMSNorm(4, rngs=nnx.Rngs(0))), "key_norm"),
-        (lambda block: setattr(block.attention, "query_fn", halved), r"query_fn must be .*None; got .*halved"),
+        (lambda block: setattr(block.attention, "query_fn", halved), r"query_fn must be of Attnax.*got .*halved"),
         (lambda block: setattr(block.around_attention, "scale", 0.5), r"around_attention.scale must be .*1.0; got 0.5"),
         (lambda block: setattr(block, "scale", jnp.tanh), r"blocks.1.scale must be .*None; got .*tanh"),
     ],

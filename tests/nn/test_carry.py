@@ -164,6 +164,11 @@ class NoOptions(EncoderBlock):
         return super().run(x, mask=mask)
 
 
+class HandsOn(LayerEmbeddings):
+    def run(self, x, **options):
+        return EncoderBlock.run(self, x, **options)
+
+
 class NoRun(nnx.Module):
     pass
 
@@ -192,7 +197,9 @@ def broken(made=0.0, /, **changes):
 @pytest.mark.parametrize(
     ("make_block", "words"),
     [
-        (lambda rngs, config: NoRun(), r"a block must have run\(x, \*\*options\).*got NoRun without run"),
+        (lambda rngs, config: NoRun(), r"an nnx.Module with run\(x, \*\*options\).*got NoRun without run"),
+        (lambda rngs, config: None, "make_block must return a block.*got NoneType"),
+        (HandsOn, "EncoderBlock: a class with init_carry keeps the carry to itself.*Write run.self, x, ., carry"),
         (NoOptions, "must take x and every option.*got NoOptions.run, for which got an unexpected keyword"),
         (broken(hidden=lambda out: out.hidden[:, 1:]), r"shape.*float32\[2, 5, 8\]; got float32\[2, 4, 8\] from Bro"),
         (broken(hidden=lambda out: out.hidden.astype("bfloat16")), r"the dtype of the stream.*got bfloat16\[2, 5, 8\]"),

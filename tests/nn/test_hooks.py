@@ -391,3 +391,10 @@ def test_a_block_takes_its_attention_or_the_parts_of_one(block):
             make(attention=attn, **options)
     with pytest.raises(ValueError, match=f"{block.__name__}: attention must be an nnx.Module with run"):
         make(attention=nnx.eval_shape(lambda: nnx.RMSNorm(3, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("block", [EncoderBlock, DecoderBlock])
+def test_hooks_of_attention_are_no_arguments_of_a_block(block):
+    words = r"attention=MultiHeadAttention\(rngs, config, value_fn=...\); got value_fn"
+    with pytest.raises(ValueError, match=words):
+        block(nnx.Rngs(0), BlockConfig(d_model=4, num_heads=1, d_ff=4), value_fn=lambda heads, x: heads)

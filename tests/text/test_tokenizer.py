@@ -24,6 +24,7 @@ def test_ids_take_as_many_bytes_as_the_vocabulary_needs(size, dtype):
     vocabulary = {chr(number): number for number in range(256)} | {f"{number:x}": number for number in range(256, size)}
     tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[])))
     assert tokenizer.vocab_size == size and tokenizer.encode(b"text").dtype == dtype
+    assert tokenizer.encode("größe").tolist() == tokenizer.encode("größe".encode()).tolist()
 
 
 def check_survival(tokenizer, text):

@@ -256,6 +256,10 @@ class TestTrainer:
         rng = np.random.default_rng(0)
         return [((rng.integers(0, 16, (size, 1)) + np.arange(8)) % 17).astype(np.int32) for _ in range(count)]
 
+    def test_one_row_without_a_batch_is_refused(self, trainer, unchecked_shapes):
+        with pytest.raises(ValueError, match=r"tokens must be \(batch, T\); got tokens.shape=\(6,\)"):
+            jax.eval_shape(lambda: trainer.step(trainer.init(), np.zeros(6, np.int32)))
+
     def test_it_learns(self, trainer):
         state, losses = trainer.init(), []
         for batch in self.batches(200):
