@@ -93,7 +93,7 @@ def test_every_model_takes_a_block_and_an_attention_function(kind):
         for wrong, words in (
             (
                 stack.layers()[0],
-                "function .rngs, config. -> block, which makes one for each layer; got an object of EncoderBlock",
+                "which makes one for each layer; got an object of EncoderBlock",
             ),
             (lambda rngs: Doubled(rngs, CONFIG), "-> block; got .*lambda>, for which too many positional arguments"),
         ):
