@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -13,7 +14,17 @@ from attnax.config import BlockConfig
 from attnax.masks import kernel_of
 from attnax.typing import AttentionFn
 
-__all__ = ["MakeBlock", "Parts", "block_maker", "find_parts", "is_own", "is_own_class", "name_of", "part_names"]
+__all__ = [
+    "MakeBlock",
+    "Parts",
+    "block_maker",
+    "find_parts",
+    "is_own",
+    "is_own_class",
+    "name_of",
+    "part_names",
+    "without_modules",
+]
 
 MakeBlock = Callable[[nnx.Rngs, BlockConfig], Any]
 
@@ -62,8 +73,16 @@ def block_maker(
 
 
 def part_names(**parts: Any) -> dict[str, str]:
-    """The names of the parts that are given, such as {"make_block": "module.MyBlock"}."""
-    return {name: name_of(part) for name, part in parts.items() if part is not None}
+    """The names of the parts that are given, such as {"make_block": "module.MyBlock"}.
+
+    The name of a partial says what it binds.
+    """
+    return {name: _name_with_bound(part) for name, part in parts.items() if part is not None}
+
+
+def without_modules(name: str) -> str:
+    """A name of `part_names` as a script would write it."""
+    return re.sub(r"([A-Za-z_<][\w<>]*\.)+", "", name)
 
 
 def name_of(part: Any) -> str:
@@ -93,6 +112,13 @@ def find_parts(module: nnx.Module) -> dict[str, Any]:
             if callable(value) and not isinstance(value, nnx.Module | nnx.Variable) and not is_own(value):
                 found[f"{where}.{name}".lstrip(".")] = value
     return found
+
+
+def _name_with_bound(part: Any) -> str:
+    if isinstance(part, functools.partial):
+        words = [*map(_name_with_bound, part.args), *(f"{k}={_name_with_bound(v)}" for k, v in part.keywords.items())]
+        return f"functools.partial({', '.join([_name_with_bound(part.func), *words])})"
+    return repr(part) if part is None or isinstance(part, int | float | str) else name_of(part)
 
 
 def _owner(part: Any) -> Any:

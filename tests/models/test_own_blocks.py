@@ -1,6 +1,7 @@
 """What a user puts into a model works in every model, in training, in folders and in copies, or is refused by name."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -330,6 +331,34 @@ def test_a_run_without_parts_refuses_one(make_run):
     path, _ = make_run()
     with pytest.raises(InputError, match="made without attention_fn; got attention_fn=.*halved. Leave it out"):
         open_run(path, attention_fn=halved)
+
+
+class WithConstants(EncoderBlock):
+    """Has a variable and an array that are no parameters."""
+
+    def __init__(self, rngs, config, draw=False):
+        super().__init__(rngs, config)
+        self.factor = nnx.Variable(jax.random.normal(rngs.params(), (1,)) if draw else jnp.full((1,), 3.0))
+        self.signs = nnx.data(np.array([-1.0, 1.0] * (config.d_model // 2), np.float32))
+
+    def run(self, x, **options):
+        return super().run(x * self.factor[...][None, None] * self.signs[None, None], **options)
+
+
+def test_constants_of_a_block_are_made_again(make_run):
+    path, model = make_run(make_block=WithConstants)
+    np.testing.assert_array_equal(open_run(path, make_block=WithConstants).model(IDS), model(IDS))
+
+
+def test_random_numbers_that_a_checkpoint_does_not_keep_are_refused(make_run):
+    random = functools.partial(WithConstants, draw=True)
+    path, _ = make_run(make_block=random)
+    with pytest.raises(InputError, match=r"random numbers that are no parameters, .*'factor'.*: a checkpoint"):
+        open_run(path, make_block=random)
+    with pytest.raises(
+        InputError, match=r"made with make_block=functools.partial\(\w+.WithConstants, draw=True\); got"
+    ):
+        open_run(path, make_block=WithConstants)
 
 
 LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
