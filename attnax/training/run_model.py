@@ -96,6 +96,6 @@ def _constants(config: TransformerConfig, parts: Parts) -> Any:
         if not np.array_equal(one, two):
             raise InputError(
                 f"the model has random numbers that are no parameters, {jax.tree_util.keystr(path)}: a checkpoint does "
-                "not keep them. Draw them from a key of their own, such as jax.random.key(0), or make them an nnx.Param."
+                "not keep them. Make them an nnx.Param, or draw them from a key of their own, jax.random.key(0)."
             )
     return made
