@@ -18,6 +18,7 @@ __all__ = [
     "MakeBlock",
     "Parts",
     "block_maker",
+    "check_function",
     "find_parts",
     "is_own",
     "is_own_class",
@@ -50,9 +51,15 @@ def block_maker(
         attention_fn: of the user; a function that all layers share.
 
     Raises:
-        ValueError: both are given, or an attention_fn with arrays.
+        ValueError: both are given, one that is no function, or an attention_fn with arrays.
     """
+    check_function(caller, "attention_fn", attention_fn)
     if make_block is not None:
+        if not callable(make_block):
+            raise ValueError(
+                f"{caller}: make_block must be a function (rngs, config) -> block, or the class of a block; got "
+                f"make_block={make_block!r}."
+            )
         if attention_fn is not None:
             raise ValueError(
                 f"{caller}: make_block makes the attention of the blocks too; got make_block={name_of(make_block)} and "
@@ -70,6 +77,15 @@ def block_maker(
             f"make_block=lambda rngs, config: {block}(rngs, config, attention_fn=MyAttention(rngs, config))."
         )
     return functools.partial(default, attention_fn=attention_fn)
+
+
+def check_function(caller: str, name: str, function: Any) -> None:
+    """Raises ValueError for an argument that is neither None nor a function nor an object with __call__."""
+    if function is not None and (isinstance(function, type) or not callable(function)):
+        raise ValueError(
+            f"{caller}: {name} must be a function, or an object with __call__; got {name}={function!r}. "
+            f"{'Make an object of the class.' if isinstance(function, type) else 'Leave it out for none.'}"
+        )
 
 
 def part_names(**parts: Any) -> dict[str, str]:

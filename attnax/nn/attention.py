@@ -18,7 +18,7 @@ from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mo
 from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn._kernel import Heads, Kernel, attend_cache, attention_function, check_cache
-from attnax.nn._parts import name_of
+from attnax.nn._parts import check_function, name_of
 from attnax.nn._run import SelfAttentionOptions
 from attnax.nn._token_scalars import check_scalar_cache, check_token_scalars, place_scalars
 from attnax.nn.dropout import Dropout
@@ -391,6 +391,8 @@ class MultiHeadAttention(nnx.Module):
             jax.ShapeDtypeStruct((1, number, 1, size), config.dtype)
             for number, size in ((config.num_heads, config.head_size), *key_value)
         )
+        for name in ("attention_fn", "score_mod", "rope", "query_fn", "key_fn", "value_fn"):
+            check_function("MultiHeadAttention", name, getattr(self, name))
         scores = _scores(1, config.num_heads, 1, 1)
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
         refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
@@ -456,6 +458,7 @@ def _transformed(name: str, function: Any, heads: Array, *arguments: Array) -> A
     """The result of a user's function of the heads, which must have their shape."""
     if function is None:
         return heads
+    check_function("MultiHeadAttention", name, function)
     result: Array = function(heads, *arguments)
     if getattr(result, "shape", None) != heads.shape:
         raise ValueError(

@@ -89,7 +89,7 @@ def _constants(config: TransformerConfig, parts: Parts) -> Any:
     """
 
     def make(seed: int) -> Any:
-        return nnx.split(TransformerLM(nnx.Rngs(seed), config, **parts), nnx.Param, nnx.RngState, ...)[3]
+        return nnx.state(TransformerLM(nnx.Rngs(seed), config, **parts), nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
 
     made = make(0)
     for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(make(1)), strict=True):

@@ -98,6 +98,13 @@ def test_every_model_takes_a_block_and_an_attention_function(kind):
     jax.eval_shape(run)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("part", ["make_block", "attention_fn"])
+def test_a_part_that_is_no_function_is_refused(part):
+    with pytest.raises(ValueError, match=f"TransformerDecoder: {part} must be a function.*got {part}=3"):
+        TransformerLM(nnx.Rngs(0), CONFIG, **{part: 3})
+
+
 def test_both_halves_of_a_transformer_take_blocks():
     parts = {"make_encoder_block": Doubled, "make_decoder_block": DoubledDecoder}
     model = build(lambda rngs: Transformer(rngs, CONFIG, CONFIG, **parts))

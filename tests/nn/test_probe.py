@@ -173,12 +173,14 @@ class NoWeights(EncoderBlock):
         return Output(x, None, {})
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("fields", "probe", "words"),
     [
         ({"make_block": HyperConnections}, ALL, "needs them of every block; got none from HyperConnections.run"),
         ({"make_block": NoWeights}, ALL, "got none from NoWeights.run. Derive the block from EncoderBlock"),
         ({"make_block": WithOwnAttention}, ALL, "got .*OwnAttention with a run of its own. Define attention_weights"),
+        ({}, True, r"probe must be an attnax.nn.Probe; got probe=True. Write Probe"),
         ({}, Probe(edit=lambda layer, x: x[:, :2]), r"edit must return.*float32\[2, 5, 8\]; got float32\[2, 2, 8\]"),
         (
             {"scan_layers": True},
