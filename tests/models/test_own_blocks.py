@@ -377,6 +377,11 @@ LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", 
         ({"make_block": Doubled}, r"decoder.stack.blocks.0 must be .*EncoderBlock.*got .*Doubled"),
         ({"attention_fn": halved}, r"blocks.0.attention.attention_fn must be .*flash_attention; got .*halved"),
         ({"attention_fn": linear_attention}, r"attention_fn must be .*flash_attention; got .*linear_attention"),
+        (lambda block: setattr(block, "parallel", True), "blocks.1.parallel must be .*False; got True"),
+        (
+            lambda block: setattr(block.attention, "config", dataclasses.replace(block.attention.config, top_k=1)),
+            "blocks.1.attention.config.top_k must be .*2; got 1",
+        ),
         (lambda block: setattr(block.attention, "rope", halved), r"blocks.1.attention.rope must be .*got .*halved"),
         (lambda block: setattr(block.attention, "rope", None), r"blocks.1.attention.rope must be .*got None"),
         (
