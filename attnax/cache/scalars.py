@@ -53,12 +53,15 @@ class ScalarCache:
         cache: a cache of one layer that stores tokens.
         scalars: (batch, heads, P), float32 or wider. The numbers of the token at position p lie in slot p. Behind a
             window they lie in slot p % P, after the slots of the cache's sinks.
-        overflowed: bool (batch,), whether a token had no slot; attention then gives NaN.
+        overflowed: bool (batch,), whether a token had no slot, or tokens were taken back to a position that attends
+            numbers which are gone; attention then gives NaN.
+        lost: int32 (batch,). Behind a window, the numbers of positions below are gone, but for the sinks.
     """
 
     cache: Any
     scalars: Float[Array, "B n P"]
     overflowed: Bool[Array, "B"]
+    lost: Int[Array, "B"]
     keeps: ClassVar[Keeps] = "tokens"
 
     @property
@@ -113,11 +116,12 @@ class ScalarCache:
         positions = jnp.broadcast_to(positions, (batch, positions.shape[1]))
         real = positions >= 0
         last = positions.max(axis=1, initial=-1, keepdims=True)
-        kept, fits = real & (positions < slots.size), last[:, 0] < slots.size
+        kept, fits, lost = real & (positions < slots.size), last[:, 0] < slots.size, self.lost
         if self.window is not None:
             first = jnp.where(real, positions, last).min(axis=1, initial=jnp.iinfo(jnp.int32).max)
             kept = real & ((positions < slots.num_sinks) | (positions > last - slots.ring_size))
             fits = fits | (last[:, 0] - first + self.window <= slots.ring_size) | is_first
+            lost = jnp.maximum(lost, last[:, 0] + 1 - slots.ring_size)
         if is_concrete(fits) and not fits.all():
             behind = "" if self.window is None else f" and a window of {self.window}"
             raise ValueError(
@@ -128,7 +132,7 @@ class ScalarCache:
         slot = jnp.where(kept, slots(positions), slots.size)  # one past the end is dropped
         new = scalars.swapaxes(1, 2).astype(self.scalars.dtype)
         written = self.scalars.at[jnp.arange(batch)[:, None], :, slot].set(new, mode="drop")
-        return ScalarCache(self.cache, written, self.overflowed | ~fits)
+        return ScalarCache(self.cache, written, self.overflowed | ~fits, lost)
 
     def check(self, caller: str) -> None:
         """As in `LayerCache`, and ValueError unless there is an inner cache that stores tokens."""
@@ -166,11 +170,21 @@ class ScalarCache:
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> ScalarCache:
         """As in `LayerCache`."""
         cache, rows = self.cache.select_rows(rows), jnp.asarray(rows)
-        return ScalarCache(cache, self.scalars[rows], self.overflowed[rows])
+        return ScalarCache(cache, self.scalars[rows], self.overflowed[rows], self.lost[rows])
 
     def forget(self, first: Int[ArrayLike, "B"]) -> ScalarCache:
-        """As in `LayerCache`; the numbers of forgotten tokens stay until their slots are written again."""
-        return dataclasses.replace(self, cache=self.cache.forget(first))
+        """As in `LayerCache`; the numbers of forgotten tokens stay until their slots are written again.
+
+        Behind a window, the slots hold what the next token attends if at most slots - sinks - window tokens are taken
+        back; `overflowed` is set for a row that lacks some of it.
+        """
+        cache = self.cache.forget(first)
+        if self.window is None:
+            return dataclasses.replace(self, cache=cache)
+        first = jnp.maximum(jnp.asarray(first, jnp.int32), 0)
+        oldest = jnp.maximum(first - max(self.window - 1, 1), self.num_sinks)  # running sums go on from the last token
+        lacks = (cache.next_positions() < self.cache.next_positions()) & (oldest < jnp.minimum(self.lost, first))
+        return ScalarCache(cache, self.scalars, self.overflowed | lacks, jnp.minimum(self.lost, first))
 
     def grow(self, max_len: int, num_rows: int) -> ScalarCache:
         """As in `LayerCache`."""
@@ -186,7 +200,7 @@ class ScalarCache:
             source = jnp.where(slot < new.num_sinks, slot, old(jnp.where(held, turned, 0)))
             held = held | (slot < new.num_sinks)
             scalars = jnp.where(held[:, None], jnp.take_along_axis(scalars, source[:, None], axis=2), 0)
-        return ScalarCache(self.cache.grow(max_len, num_rows), scalars, self.overflowed)
+        return dataclasses.replace(self, cache=self.cache.grow(max_len, num_rows), scalars=scalars)
 
 
 def init_scalar_cache(
@@ -198,7 +212,7 @@ def init_scalar_cache(
         cache: an empty cache that stores tokens, of any kind; an EmptyCache goes around the result.
         num_heads: heads of the numbers: the layer's num_heads, or 1.
         num_positions: slots, by default the `max_len` of the cache. A cache with a window needs as many as the window
-            and the tokens of a call together, and no more for a longer text.
+            and the tokens of a call together, and no more for a longer text; with more, tokens can be taken back.
         dtype: of the numbers.
 
     Raises:
@@ -212,6 +226,7 @@ def init_scalar_cache(
     size: Any = getattr(cache, "max_len", None) if num_positions is None else num_positions
     check_sizes("init_scalar_cache", num_heads=num_heads, num_positions=size)
     rows = cache.next_positions().shape[0]
-    made = ScalarCache(cache, jnp.zeros((rows, num_heads, size), dtype), jnp.zeros((rows,), bool))
+    scalars, lost = jnp.zeros((rows, num_heads, size), dtype), jnp.zeros((rows,), jnp.int32)
+    made = ScalarCache(cache, scalars, jnp.zeros((rows,), bool), lost)
     made.check("init_scalar_cache")
     return made

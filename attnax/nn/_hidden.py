@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnax.pytrees import is_own
 
-__all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel"]
+__all__ = ["refuse_hidden_arrays", "refuse_hidden_arrays_of_kernel", "unchanged"]
 
 
 def refuse_hidden_arrays(
@@ -69,6 +69,18 @@ def refuse_hidden_arrays_of_kernel(
         refuse_hidden_arrays(caller, "attention_fn", attention_fn, arguments, visible=visible, **options)
 
 
+def unchanged(function: Any) -> Any:
+    """A function for one trace: a module, or the module of a method, is a copy with the same arrays.
+
+    What the module writes, such as the count of a dropout stream, stays in the trace.
+    """
+    if isinstance(function, nnx.Module):
+        return nnx.clone(function)
+    if isinstance(module := getattr(function, "__self__", None), nnx.Module):
+        return getattr(unchanged(module), function.__name__)
+    return function
+
+
 def _refusal(caller: str, name: str, function: Any, array: Any) -> ValueError:
     instead = {"score_mod": ", or give it to the call", "attention_fn": ", and give a score mod as score_mod"}
     return ValueError(
@@ -90,7 +102,7 @@ def _is_floating(x: Any) -> bool:
 def _floating_constants(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """The floating JAX arrays and tracers that a trace of the function captures; NumPy arrays do not count."""
     try:
-        traced = jax.make_jaxpr(lambda *arguments: function(*arguments, **options))(*arguments)
+        traced = jax.make_jaxpr(lambda *arguments: unchanged(function)(*arguments, **options))(*arguments)
     # The function was not made for these sizes, or not for this machine.
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
         return []

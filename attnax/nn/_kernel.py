@@ -132,21 +132,21 @@ def attention_function(rngs: nnx.Rngs, config: BlockConfig) -> AttentionFn:
             return LiteAttention(rngs, config)
 
 
-def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
+def check_cache(caller: str, function: AttentionFn, cache: Any, window: int | None) -> None:
     """Raises unless the attention function can read the cache and the cache's window holds the layer's window."""
     if not isinstance(cache, LayerCache):
         raise ValueError(
-            "MultiHeadAttention: kv_cache must be a cache of one layer, with the members of attnax.cache.LayerCache; "
-            f"got {type(cache).__name__}. Make one by init_kv_layer_cache, or derive a kind from StoresTokens."
+            f"{caller}: kv_cache must be a cache of one layer, with the members of attnax.cache.LayerCache; got "
+            f"{type(cache).__name__}. Make one by init_kv_layer_cache, or derive a kind from StoresTokens."
         )
-    cache.check("MultiHeadAttention")
+    cache.check(caller)
     kernel = kernel_of(function)
     is_lite = isinstance(kernel, LiteAttention) or kernel is lite_attention
     if is_lite or (kernel is linear_attention) != (cache.keeps == "sums"):
         inner = getattr(cache, "cache", cache)  # of an EmptyCache
         name = "lite" if is_lite else "linear" if kernel is linear_attention else "softmax"
         raise NotImplementedError(
-            f"MultiHeadAttention: {name} attention does not read a {type(inner).__name__}. Linear attention "
+            f"{caller}: {name} attention does not read a {type(inner).__name__}. Linear attention "
             "reads a LinearLayerCache, softmax kernels read the other caches, lite attention reads none."
         )
     held = getattr(cache, "window", None)
@@ -154,7 +154,7 @@ def check_cache(function: AttentionFn, cache: Any, window: int | None) -> None:
     needs_window = held is not None and not getattr(cache, "num_sinks", 0)
     if (window is None and needs_window) or (window is not None and held is not None and window > held):
         raise ValueError(
-            "MultiHeadAttention: the layer's attention_window must be set and at most the window of its cache; "
+            f"{caller}: the layer's attention_window must be set and at most the window of its cache; "
             f"got window={held}, attention_window={window}. Make the cache with that window, or with none."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -14,7 +15,18 @@ from attnax.config import BlockConfig
 from attnax.masks import kernel_of
 from attnax.typing import AttentionFn
 
-__all__ = ["MakeBlock", "Parts", "block_maker", "find_parts", "is_own", "is_own_class", "name_of", "part_names"]
+__all__ = [
+    "MakeBlock",
+    "Parts",
+    "block_maker",
+    "check_function",
+    "find_parts",
+    "is_own",
+    "is_own_class",
+    "name_of",
+    "part_names",
+    "without_modules",
+]
 
 MakeBlock = Callable[[nnx.Rngs, BlockConfig], Any]
 
@@ -40,9 +52,15 @@ def block_maker(
         attention_fn: of the user; a function that all layers share.
 
     Raises:
-        ValueError: both are given, or an attention_fn with arrays.
+        ValueError: both are given, one that is no function, or an attention_fn with arrays.
     """
+    check_function(caller, "attention_fn", attention_fn)
     if make_block is not None:
+        if not callable(make_block):
+            raise ValueError(
+                f"{caller}: make_block must be a function (rngs, config) -> block, or the class of a block; got "
+                f"make_block={make_block!r}."
+            )
         if attention_fn is not None:
             raise ValueError(
                 f"{caller}: make_block makes the attention of the blocks too; got make_block={name_of(make_block)} and "
@@ -76,9 +94,26 @@ def _check_maker(caller: str, make_block: Any) -> None:
         raise ValueError(f"{caller}: {advice}; got {name_of(make_block)}, for which {error}.") from None
 
 
+def check_function(caller: str, name: str, function: Any) -> None:
+    """Raises ValueError for an argument that is neither None nor a function nor an object with __call__."""
+    if function is not None and (isinstance(function, type) or not callable(function)):
+        raise ValueError(
+            f"{caller}: {name} must be a function, or an object with __call__; got {name}={function!r}. "
+            f"{'Make an object of the class.' if isinstance(function, type) else 'Leave it out for none.'}"
+        )
+
+
 def part_names(**parts: Any) -> dict[str, str]:
-    """The names of the parts that are given, such as {"make_block": "module.MyBlock"}."""
-    return {name: name_of(part) for name, part in parts.items() if part is not None}
+    """The names of the parts that are given, such as {"make_block": "module.MyBlock"}.
+
+    The name of a partial says what it binds.
+    """
+    return {name: _name_with_bound(part) for name, part in parts.items() if part is not None}
+
+
+def without_modules(name: str) -> str:
+    """A name of `part_names` as a script would write it."""
+    return re.sub(r"([A-Za-z_<][\w<>]*\.)+", "", name)
 
 
 def name_of(part: Any) -> str:
@@ -108,6 +143,13 @@ def find_parts(module: nnx.Module) -> dict[str, Any]:
             if callable(value) and not isinstance(value, nnx.Module | nnx.Variable) and not is_own(value):
                 found[f"{where}.{name}".lstrip(".")] = value
     return found
+
+
+def _name_with_bound(part: Any) -> str:
+    if isinstance(part, functools.partial):
+        words = [*map(_name_with_bound, part.args), *(f"{k}={_name_with_bound(v)}" for k, v in part.keywords.items())]
+        return f"functools.partial({', '.join([_name_with_bound(part.func), *words])})"
+    return repr(part) if part is None or isinstance(part, int | float | str) else name_of(part)
 
 
 def _owner(part: Any) -> Any:

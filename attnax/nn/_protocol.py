@@ -83,6 +83,11 @@ def call_block(block: Any, x: Array, carry: Any, options: dict[str, Any]) -> Out
 
 def _check(name: str, out: Output, x: Array, options: dict[str, Any]) -> None:
     """Raises ValueError for an Output of a user's block that the stack or a loop around it cannot go on from."""
+    for field, kind, wanted in (("hidden", jax.Array, "an array"), ("aux", dict, "a dictionary, {} for none")):
+        if not isinstance(value := getattr(out, field), kind):
+            raise ValueError(
+                f"Stack: Output.{field} of a block must be {wanted}; got {type(value).__name__} from {name}.run."
+            )
     if out.hidden.shape != x.shape or out.hidden.dtype != x.dtype:
         raise ValueError(
             f"Stack: a block must keep the shape and the dtype of the stream, {x.dtype}{list(x.shape)}; got "
@@ -132,4 +137,5 @@ def _next_carry(name: str, before: Any, after: Any, takes_carry: bool) -> Any:
 def _as_array(leaf: Any) -> Array:
     """The leaf as an array whose dtype is fixed, as a loop carries it."""
     array = jnp.asarray(leaf)
-    return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+    # A random key is an array without weak types.
+    return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array

@@ -121,7 +121,7 @@ def read_only(block: Any, message: str) -> Any:
 
 @functools.cache  # one class for each class, so that the copies of equal blocks are equal
 def _read_only_class(cls: type[Any]) -> type[Any]:
-    """A class that refuses deletions too, of which Flax asks nobody."""
+    """A class that refuses deletions too, of which Flax asks nobody; `nnx.clone` gives the class itself again."""
 
     def delete(self: Any, name: str) -> None:
         self._pytree__state.trace_state.is_valid()
@@ -129,5 +129,6 @@ def _read_only_class(cls: type[Any]) -> type[Any]:
 
     members: dict[str, Any] = {"__delattr__": delete, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     members["__doc__"] = cls.__doc__
+    members["_graph_node_create_empty"] = staticmethod(lambda node_type: object.__new__(cls))
     own = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
     return own

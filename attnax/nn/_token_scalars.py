@@ -14,7 +14,7 @@ from attnax.checks import wide_dtype
 from attnax.config import AttentionType, BlockConfig
 from attnax.kernels.ring import ring_attention
 from attnax.masks import NoTruth, kernel_of
-from attnax.nn._hidden import refuse_hidden_arrays
+from attnax.nn._hidden import refuse_hidden_arrays, unchanged
 from attnax.nn._kernel import bound_options
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, AttentionFn, Float, Index, ScoreMod
@@ -109,7 +109,7 @@ def check_token_scalars(caller: str, module: Any, config: BlockConfig, attention
             "its shard only; got attention_fn=ring_attention with an axis_name. Use flash_attention."
         )
     x = jax.ShapeDtypeStruct((1, 1, config.d_model), config.dtype)
-    made = jax.eval_shape(lambda: module(jnp.zeros(x.shape, x.dtype)))
+    made = jax.eval_shape(lambda: unchanged(module)(jnp.zeros(x.shape, x.dtype)))
     shape = getattr(made, "shape", None)
     if shape not in ((1, 1, 1), (1, config.num_heads, 1)) or not jnp.issubdtype(made.dtype, jnp.floating):
         raise ValueError(

@@ -18,6 +18,7 @@ from attnax.kernels.score_mods import alibi_mod, compose_score_mods, soft_cap_mo
 from attnax.masks import Mask, as_mask, at_positions, kernel_of, sliding_window
 from attnax.nn._hidden import refuse_hidden_arrays, refuse_hidden_arrays_of_kernel
 from attnax.nn._kernel import Heads, Kernel, attend_cache, attention_function, check_cache
+from attnax.nn._parts import check_function, name_of
 from attnax.nn._run import SelfAttentionOptions
 from attnax.nn._token_scalars import check_scalar_cache, check_token_scalars, place_scalars
 from attnax.nn.dropout import Dropout
@@ -263,11 +264,11 @@ class MultiHeadAttention(nnx.Module):
         score_mod = compose_score_mods(cap, alibi, of_tokens, self.score_mod, score_mod)
 
         dropout_rng = self.dropout.key(options.get("deterministic"), options.get("rngs"))
-        if weights:  # with unit vectors as values, the output is the weights
-            value = jnp.broadcast_to(jnp.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
         heads = Heads(query, key, value, mask, score_mod, dropout_rng, positions)
         sinks = None if self.sinks is None else self.sinks[...]
         kernel = Kernel(self.attention_fn, self.dropout.rate, self.config.attention_scale, sinks)
+        if weights:
+            return _weights(kernel, heads), None
         return (kernel.attend(heads), None) if cache is None else attend_cache(kernel, heads, cache)
 
     def _check_positions(self, x: Array, options: MultiHeadOptions) -> tuple[Array | None, Any]:
@@ -281,7 +282,7 @@ class MultiHeadAttention(nnx.Module):
                     "MultiHeadAttention: kv_cache is for self-attention, whose keys are x; got it with "
                     f"{'context' if context is not None else 'position_ids_kv'}. Leave one of the two out."
                 )
-            check_cache(self.attention_fn, cache, self.config.attention_window)
+            check_cache("MultiHeadAttention", self.attention_fn, cache, self.config.attention_window)
             check_scalar_cache("MultiHeadAttention", cache, self.scalar_heads)
         if context is not None and self.token_scalars is not None:
             raise ValueError(
@@ -367,6 +368,10 @@ class MultiHeadAttention(nnx.Module):
         """The weight of each key for each query, (batch, num_heads, T, S), for small inputs; no dropout.
 
         The arguments are as in a call. A row sums to 1, to less with sinks, and to 0 if no key may be attended.
+
+        Raises:
+            ValueError: an attention function of a user whose result for doubled values is not the double (under jit:
+                NaN), as that of a function with a norm of the heads.
         """
         options: MultiHeadOptions = {"context": context, "mask": mask, "score_mod": score_mod, "deterministic": True}
         options |= {"position_ids_q": position_ids_q, "position_ids_kv": position_ids_kv}
@@ -386,6 +391,8 @@ class MultiHeadAttention(nnx.Module):
             jax.ShapeDtypeStruct((1, number, 1, size), config.dtype)
             for number, size in ((config.num_heads, config.head_size), *key_value)
         )
+        for name in ("attention_fn", "score_mod", "rope", "query_fn", "key_fn", "value_fn"):
+            check_function("MultiHeadAttention", name, getattr(self, name))
         scores = _scores(1, config.num_heads, 1, 1)
         refuse_hidden_arrays("MultiHeadAttention", "score_mod", self.score_mod, scores)
         refuse_hidden_arrays("MultiHeadAttention", "rope", self.rope, (query, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
@@ -420,6 +427,28 @@ def _scores(batch: int, num_heads: int, seq_q: int, seq_kv: int) -> tuple[jax.Sh
     return jax.ShapeDtypeStruct((batch, num_heads, seq_q, seq_kv), jnp.float32), *indices
 
 
+def _weights(kernel: Kernel, heads: Heads) -> Float[Array, "B N T S"]:
+    """The result for unit vectors as values, which are the weights if the result is a weighted sum of the values."""
+    keys = heads.key.shape[2]
+    unit = jnp.broadcast_to(jnp.eye(keys, dtype=heads.key.dtype), (*heads.key.shape[:3], keys))
+    function = kernel_of(kernel.function)
+    if str(getattr(function, "__module__", "")).startswith("attnax."):
+        return kernel.attend(heads._replace(value=unit))
+    message = (
+        "MultiHeadAttention.attention_weights: the attention function must be a weighted sum of the values, of any "
+        f"width; got attention_fn={name_of(function)}, which is none. Define attention_weights "
+        "in a class derived from MultiHeadAttention."
+    )
+    try:
+        once, twice = (kernel.attend(heads._replace(value=value)) for value in (unit, 2 * unit))
+    except TypeError as error:  # shapes that do not fit
+        raise ValueError(message) from error
+    is_sum = jnp.allclose(twice, 2 * once, rtol=1e-2, atol=1e-6, equal_nan=True)
+    if is_concrete(is_sum) and not is_sum:
+        raise ValueError(message)
+    return jnp.where(is_sum, once, jnp.nan)
+
+
 def _as_attribute(function: Any) -> Any:
     """The function as an attribute of a module: state if it holds arrays."""
     return function if jax.tree_util.all_leaves([function]) else nnx.data(function)
@@ -429,6 +458,7 @@ def _transformed(name: str, function: Any, heads: Array, *arguments: Array) -> A
     """The result of a user's function of the heads, which must have their shape."""
     if function is None:
         return heads
+    check_function("MultiHeadAttention", name, function)
     result: Array = function(heads, *arguments)
     if getattr(result, "shape", None) != heads.shape:
         raise ValueError(

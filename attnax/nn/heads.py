@@ -59,7 +59,9 @@ def attend(
         >>> out.shape, int(cache.length)
         ((1, 2, 3, 4), 3)
     """
-    check_attention("attend", query, key, value, mask=mask, score_mod=score_mod, scale=scale)
+    # With a cache, the columns of a mask are positions.
+    read_now = mask if kv_cache is None else None
+    check_attention("attend", query, key, value, mask=read_now, score_mod=score_mod, scale=scale)
     batch, length = query.shape[0], query.shape[2]
     positions: Any = None
     if position_ids is not None:
@@ -68,7 +70,7 @@ def attend(
     heads = Heads(query, key, value, None if mask is None else as_mask(mask), score_mod, None, positions)
     if kv_cache is None:
         return kernel.attend(heads), None
-    check_cache(attention_fn, kv_cache, None)
+    check_cache("attend", attention_fn, kv_cache, None)
     check_scalar_cache("attend", kv_cache, 0)
     if key.shape[2] != length:
         raise ValueError(

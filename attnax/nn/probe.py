@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attnax.checks import is_concrete
 from attnax.typing import Array
 
-__all__ = ["Probe", "Probed", "join_layers", "with_probe"]
+__all__ = ["Probe", "Probed", "as_probe", "join_layers", "with_probe"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,15 @@ class Probed(NamedTuple):
     hidden_states: Any = None
     attention_weights: Any = None
     cross_attention_weights: Any = None
+
+
+def as_probe(probe: Probe | None) -> Probe:
+    """The probe, or one that asks for nothing; raises ValueError for another object."""
+    if probe is not None and not isinstance(probe, Probe):
+        raise ValueError(
+            f"Stack: probe must be an attnax.nn.Probe; got probe={probe!r}. Write Probe(hidden_states=True)."
+        )
+    return Probe() if probe is None else probe
 
 
 def with_probe(probe: Probe | None) -> dict[str, Probe]:

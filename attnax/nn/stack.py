@@ -22,7 +22,7 @@ from attnax.nn._stacked import COPY_OF_A_LAYER, read_only, refuse_shared, stack_
 from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import ShapesOnly
-from attnax.nn.probe import Probe, Probed, join_layers
+from attnax.nn.probe import Probe, Probed, as_probe, join_layers
 from attnax.typing import Array, Float, Int
 
 __all__ = ["Stack"]
@@ -153,7 +153,7 @@ class Stack(nnx.Module):
         """
         options["deterministic"] = deterministic
         each, scanned, held = dict(each or {}), self.config.num_layers - len(self.blocks), None
-        probe = Probe() if probe is None else probe
+        probe = as_probe(probe)
         if probe.attention_weights:
             if each.get("cache") is not None:
                 raise ValueError(
@@ -166,7 +166,7 @@ class Stack(nnx.Module):
             each["cache"] = (*[None] * scanned, *held.rest)
         layers = self._options_of_layers(each, rngs, options)
         x = probe.edited(0, x)
-        made = _Layers(x, self._init_carry(x, input_ids), (), {}, [x], [])
+        made = _Layers(x, self._init_carry(x, input_ids), (), {}, [x] if probe.hidden_states else [], [])
         if scanned:
             made = self._scan(made, layers[:scanned], options, held, probe)
         places = made.caches
@@ -178,7 +178,7 @@ class Stack(nnx.Module):
             caches = StackedCaches(places, caches[len(places) :], scanned // len(places))
         probed = None
         if probe.hidden_states or probe.attention_weights:
-            probed = join_layers(made.streams if probe.hidden_states else (), made.weights)
+            probed = join_layers(made.streams, made.weights if probe.attention_weights else ())
         return Output(made.x, caches, made.aux, carry=made.carry, probed=probed)
 
     def _init_carry(self, x: Array, input_ids: Array | None) -> Any:
@@ -213,7 +213,7 @@ class Stack(nnx.Module):
                 out = run_block(block, x, carry, layers[index])
             x, carry = probe.edited(index + 1, out.x), out.carry
             caches, aux = (*caches, out.cache), add_aux(aux, out.aux)
-            streams, weights = [*streams, x], [*weights, out.weights]
+            streams, weights = streams + ([x] if probe.hidden_states else []), [*weights, out.weights]
         return _Layers(x, carry, caches, aux, streams, weights)
 
     def _block_runner(self, options: dict[str, Any]) -> Callable[..., _Layer]:
@@ -287,7 +287,8 @@ class Stack(nnx.Module):
         for layer in range(len(layers)):
             of_place = outputs[layer % places]._replace(cache=None, written=None)
             out = jax.tree.map(operator.itemgetter(layer // places), of_place)
-            aux, streams, weights = add_aux(aux, out.aux), [*streams, out.x], [*weights, out.weights]
+            aux, weights = add_aux(aux, out.aux), [*weights, out.weights]
+            streams += [out.x] if probe.hidden_states else []
         for block, output in zip(self.periods, outputs, strict=True):
             nnx.update(block, output.written)
         caches = tuple(carried.get(place, output.cache) for place, output in enumerate(outputs))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
+from attnax.config import BlockConfig
 from attnax.kernels.flash import flash_attention, memory_efficient_attention, pallas_flash_attention
 from attnax.kernels.standard import standard_attention
 from attnax.nn._parts import find_parts, name_of
@@ -18,7 +20,8 @@ __all__ = ["changed_parts", "foreign_parts"]
 
 _EXACT = (standard_attention, memory_efficient_attention, flash_attention, pallas_flash_attention)
 _TILES = {"block_size", "block_q", "block_kv"}  # of a kernel, which change no result
-_WITHOUT_EFFECT = {"dtype", "param_dtype", "loaded_as"}
+_WITHOUT_EFFECT = {"dtype", "param_dtype", "loaded_as", "deterministic"}
+_OF_PROGRAMS = {"dtype", "param_dtype", "scan_layers", "remat"}  # fields of a config
 
 
 def foreign_parts(model: Any) -> Iterator[str]:
@@ -32,7 +35,7 @@ def foreign_parts(model: Any) -> Iterator[str]:
 
 
 def changed_parts(model: Any) -> Iterator[str]:
-    """One sentence for each module, function and number in a model that is not what its config makes."""
+    """One sentence for each module, function and option in a model that is not what its config makes."""
     fresh = nnx.eval_shape(lambda: type(model)(ShapesOnly(0), model.config))
     made = {path: part for path, part in nnx.iter_modules(fresh) if not isinstance(part, nnx.RngStream)}
     for path, part in nnx.iter_modules(model):
@@ -49,15 +52,17 @@ def changed_parts(model: Any) -> Iterator[str]:
 
 
 def _counts(value: Any) -> bool:
-    """Whether an attribute of a module is a function or a number; modules and parameters are compared elsewhere."""
-    if isinstance(value, nnx.Module | nnx.Variable | bool):
+    """Whether an attribute of a module is a function or an option; modules and parameters are compared elsewhere."""
+    if isinstance(value, nnx.Module | nnx.Variable):
         return False
-    return callable(value) or isinstance(value, int | float)
+    return callable(value) or isinstance(value, int | float | str | BlockConfig)
 
 
 def _is_same(value: Any, wanted: Any) -> bool:
     if isinstance(value, nnx.Module) and isinstance(wanted, nnx.Module):
         return True
+    if isinstance(value, BlockConfig) and isinstance(wanted, BlockConfig):
+        return not _different(value, wanted)
     kernels = [_kernel(function) for function in (value, wanted)]
     return value is wanted or bool(value == wanted) or None not in kernels
 
@@ -69,7 +74,17 @@ def _kernel(function: Any) -> Any:
     return function if function in _EXACT else None
 
 
+def _different(one: BlockConfig, other: BlockConfig) -> dict[str, list[Any]]:
+    """The values of each field in which two configs differ."""
+    names = dict.fromkeys(field.name for config in (one, other) for field in dataclasses.fields(config))
+    pairs = {name: [getattr(config, name, None) for config in (one, other)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in _OF_PROGRAMS}
+
+
 def _sentence(where: str, wanted: Any, got: Any) -> str:
+    if isinstance(wanted, BlockConfig) and isinstance(got, BlockConfig):
+        name, (value, want) = next(iter(_different(got, wanted).items()))
+        return _sentence(f"{where}.{name}", want, value)
     words = [name_of(part) if callable(part) else repr(part) for part in (wanted, got)]
     another = "another " if words[0] == words[1] else ""
     return f"{where} must be what the config makes, {words[0]}; got {another}{words[1]}, which has no place in it."

@@ -161,7 +161,9 @@ def _is_hidden(path: tuple[Any, ...], parameter: Any) -> bool:
 def _decays(path: tuple[Any, ...], parameter: Any) -> bool:
     """Whether a parameter has weight decay: matrices have decay; norms, biases and sinks do not.
 
-    A stack or a mixture may hold many norms, biases or sinks in one array of more axes, also without decay.
+    Vectors that a scanned stack holds in one array are vectors. A mixture may hold many norms or biases in one array of
+    more axes, also without decay.
     """
+    names = {str(key.key) for key in path if hasattr(key, "key")}
     name = next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
-    return parameter.ndim > 1 and not any(word in name for word in ("bias", "scale", "sinks"))
+    return parameter.ndim - ("periods" in names) > 1 and not any(word in name for word in ("bias", "scale", "sinks"))

@@ -27,7 +27,7 @@ from typing import Any
 from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
-from attnax.nn._parts import part_names
+from attnax.nn._parts import part_names, without_modules
 from attnax.text.tokenizer import Tokenizer
 from attnax.training.corpus import Corpus
 from attnax.training.optimizer import OptimizerConfig
@@ -170,12 +170,11 @@ class RunFolder:
             if want is None:
                 raise InputError(f"the model of {self.path} was made without {part}; got {part}={have}. Leave it out.")
             if have is None:
-                name = want.rpartition(".")[2]
                 raise InputError(
                     f"the model of {self.path} was made with {part}={want}, which is code and not in the folder. Open "
-                    f"it in Python: attnax.training.open_run(path, {part}={name})."
+                    f"it in Python: attnax.training.open_run(path, {part}={without_modules(want)})."
                 )
-            if have.rpartition(".")[2] != want.rpartition(".")[2]:
+            if without_modules(have) != without_modules(want):
                 raise InputError(f"the model of {self.path} was made with {part}={want}; got {part}={have}.")
 
     def _load_config(self) -> tuple[RunOptions, str, str]:

@@ -42,7 +42,8 @@ def open_run(
 
     Raises:
         InputError: the folder is not a run, or the checkpoint is missing or damaged; the message names the newest
-            complete one. Or the parts are not those that the run was made with.
+            complete one. Or the parts are not those that the run was made with, or hold random numbers that are no
+            parameters, which a checkpoint does not keep.
     """
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
@@ -51,25 +52,50 @@ def open_run(
     if not checkpoint_steps(folder.checkpoints):
         raise InputError(f"{path} has no checkpoint yet.")
     # Not initialised: that would take JAX longer than restoring the checkpoint.
-    graphdef, state, streams = _abstract(options.model, parts)
+    graphdef, state, rest = _abstract(options.model, parts)
     likes = {"params": nnx.to_pure_dict(state)}
     _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
     params = items["params"]
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
-        graphdef, state, streams = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype), parts)
+        graphdef, state, rest = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype), parts)
     nnx.replace_by_pure_dict(state, params)
-    return TextModel(path, nnx.merge(graphdef, state, streams), ByteCodec(tokenizer))
+    return TextModel(path, nnx.merge(graphdef, state, *rest), ByteCodec(tokenizer))
 
 
 def _abstract(config: TransformerConfig, parts: Parts) -> Any:
-    """The structure of a model, the shapes of its parameters, and dropout streams, which generation does not use."""
+    """The structure of a model, the shapes of its parameters, and dropout streams and constants.
+
+    Generation does not use the streams.
+    """
     model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config, **parts))
-    graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState)
-    params, streams = states
+    graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    params, streams, constants = states
+    if jax.tree.leaves(constants):
+        constants = _constants(config, parts)
 
     def stream(x: Any) -> jax.Array:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return jnp.broadcast_to(jax.random.key(0), x.shape) if is_key else jax.device_put(np.zeros(x.shape, x.dtype))
 
-    return graphdef, params, jax.tree.map(stream, streams)
+    return graphdef, params, (jax.tree.map(stream, streams), constants)
+
+
+def _constants(config: TransformerConfig, parts: Parts) -> Any:
+    """What the parts of a user hold beside parameters: the same in every model of the config.
+
+    Raises:
+        InputError: some of it differs between two models, so that it is random.
+    """
+
+    def make(seed: int) -> Any:
+        return nnx.state(TransformerLM(nnx.Rngs(seed), config, **parts), nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+
+    made = make(0)
+    for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(make(1)), strict=True):
+        if not np.array_equal(one, two):
+            raise InputError(
+                f"the model has random numbers that are no parameters, {jax.tree_util.keystr(path)}: a checkpoint does "
+                "not keep them. Make them an nnx.Param, or draw them from a key of their own, jax.random.key(0)."
+            )
+    return made

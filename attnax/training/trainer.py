@@ -82,14 +82,14 @@ class Trainer:
         document_token: the first token of every document. If it is given, the documents in a window are packed: they do
             not attend each other, and the positions of each start at 0.
         make_block: as in `TransformerLM`. Scalars in `Output.aux` whose names end in "_loss" are added to the loss.
-        attention_fn: as in `TransformerLM`. A step raises ValueError for a block that writes into variables which are
-            not parameters.
+        attention_fn: as in `TransformerLM`.
 
     Attributes:
         parts: the parts that were given, by name, for `TransformerLM(rngs, model, **parts)`.
 
     Raises:
-        ValueError: a configuration that the model refuses.
+        ValueError: a configuration that the model refuses; from a step, a block that writes into variables which are no
+            parameters.
 
     Example:
         >>> import numpy as np

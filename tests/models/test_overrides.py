@@ -178,6 +178,7 @@ def test_a_copy_of_a_scanned_layer_refuses_every_change():
         assert layer(jnp.ones((1, 3, 8))).shape == (1, 3, 8)
         nnx.view(layer, deterministic=False).eval()
         copy = nnx.clone(layer)
+        assert type(copy) is EncoderBlock and type(copy.attention) is MultiHeadAttention
         copy.attention.query.kernel[...] = 0 * kernel[...]
         copy.train()
         with_scan_layers(model, False).decoder.stack.layers()[1].attention.query.kernel[...] = 0 * kernel[...]

@@ -1,6 +1,7 @@
 """What a user puts into a model works in every model, in training, in folders and in copies, or is refused by name."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,13 @@ def test_every_model_takes_a_block_and_an_attention_function(kind):
             make(attention_fn=own)
 
     jax.eval_shape(run)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("part", ["make_block", "attention_fn"])
+def test_a_part_that_is_no_function_is_refused(part):
+    with pytest.raises(ValueError, match=f"TransformerDecoder: {part} must be a function.*got {part}=3"):
+        TransformerLM(nnx.Rngs(0), CONFIG, **{part: 3})
 
 
 def test_both_halves_of_a_transformer_take_blocks():
@@ -341,6 +349,34 @@ def test_a_run_without_parts_refuses_one(make_run):
         open_run(path, attention_fn=halved)
 
 
+class WithConstants(EncoderBlock):
+    """Has a variable and an array that are no parameters."""
+
+    def __init__(self, rngs, config, draw=False):
+        super().__init__(rngs, config)
+        self.factor = nnx.Variable(jax.random.normal(rngs.params(), (1,)) if draw else jnp.full((1,), 3.0))
+        self.signs = nnx.data(np.array([-1.0, 1.0] * (config.d_model // 2), np.float32))
+
+    def run(self, x, **options):
+        return super().run(x * self.factor[...][None, None] * self.signs[None, None], **options)
+
+
+def test_constants_of_a_block_are_made_again(make_run):
+    path, model = make_run(make_block=WithConstants)
+    np.testing.assert_array_equal(open_run(path, make_block=WithConstants).model(IDS), model(IDS))
+
+
+def test_random_numbers_that_a_checkpoint_does_not_keep_are_refused(make_run):
+    random = functools.partial(WithConstants, draw=True)
+    path, _ = make_run(make_block=random)
+    with pytest.raises(InputError, match=r"random numbers that are no parameters, .*'factor'.*: a checkpoint"):
+        open_run(path, make_block=random)
+    with pytest.raises(
+        InputError, match=r"made with make_block=functools.partial\(\w+.WithConstants, draw=True\); got"
+    ):
+        open_run(path, make_block=WithConstants)
+
+
 LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
 
 
@@ -350,6 +386,11 @@ LLAMA = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", 
         ({"make_block": Doubled}, r"decoder.stack.blocks.0 must be of Attnax, since config.json .*got .*Doubled"),
         ({"attention_fn": halved}, r"blocks.0.attention.attention_fn must be of Attnax.*got .*halved"),
         ({"attention_fn": linear_attention}, r"attention_fn must be .*flash_attention; got .*linear_attention"),
+        (lambda block: setattr(block, "parallel", True), "blocks.1.parallel must be .*False; got True"),
+        (
+            lambda block: setattr(block.attention, "config", dataclasses.replace(block.attention.config, top_k=1)),
+            "blocks.1.attention.config.top_k must be .*2; got 1",
+        ),
         (lambda block: setattr(block.attention, "rope", halved), r"blocks.1.attention.rope must be of .*got .*halved"),
         (lambda block: setattr(block.attention, "rope", None), r"blocks.1.attention.rope must be .*got None"),
         (

@@ -146,6 +146,28 @@ def test_images_have_no_token_ids():
     assert out.carry["ids"].shape == () and out.carry["count"].shape == ()
 
 
+class Drawing(EncoderBlock):
+    """Draws from a random key that passes from block to block."""
+
+    def init_carry(self, x, input_ids):
+        return jax.random.key(0)
+
+    def run(self, x, *, carry, **options):
+        own, rest = jax.random.split(carry)
+        return super().run(x + jax.random.normal(own, x.shape), **options)._replace(carry=rest)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_random_key_is_a_carry(scan_layers):
+    config = dataclasses.replace(CONFIG, num_layers=2, scan_layers=scan_layers)
+
+    def run():
+        carry = TransformerDecoder(nnx.Rngs(0), config, make_block=Drawing).run(IDS).carry
+        assert jnp.issubdtype(carry.dtype, jax.dtypes.prng_key)
+
+    jax.eval_shape(run)
+
+
 class Broken(EncoderBlock):
     """Breaks the protocol in the way that the tests set."""
 
@@ -203,6 +225,8 @@ def broken(made=0.0, /, **changes):
         (NoOptions, "must take x and every option.*got NoOptions.run, for which got an unexpected keyword"),
         (broken(hidden=lambda out: out.hidden[:, 1:]), r"shape.*float32\[2, 5, 8\]; got float32\[2, 4, 8\] from Bro"),
         (broken(hidden=lambda out: out.hidden.astype("bfloat16")), r"the dtype of the stream.*got bfloat16\[2, 5, 8\]"),
+        (broken(hidden=lambda out: None), "Output.hidden of a block must be an array; got NoneType from Broken.run"),
+        (broken(aux=lambda out: None), "Output.aux of a block must be a dictionary, {} for none; got NoneType from B"),
         (broken(carry=lambda out: (out.hidden,)), r"keep the structure of the carry.*got .* from Broken.run"),
         (
             broken({"a": np.float32(0), "b": jnp.zeros(3)}, carry=lambda out: {"a": 0.0, "b": jnp.zeros(4)}),

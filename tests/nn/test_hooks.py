@@ -352,10 +352,52 @@ def test_an_attention_of_ones_own_with_run_alone_generates_with_any_cache(kind):
     np.testing.assert_array_equal(written.tokens, np.argmax(logits, -1)[:, 2:-1])
 
 
+class Dropping(nnx.Module):
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, heads, x):
+        return self.dropout(heads)
+
+
+def test_a_hook_may_have_state():
+    attn = MultiHeadAttention(nnx.Rngs(0), **SIZES, query_fn=Dropping())
+    count = attn.query_fn.dropout.rngs.count
+    assert count[...] == 0  # though the layer has looked for hidden arrays
+    jax.eval_shape(lambda: nnx.clone(attn)(jnp.ones((1, 3, attn.config.d_model))))
+    attn(jax.device_put(np.ones((1, 1, attn.config.d_model), np.float32)))
+    assert count[...] == 1
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("name", ["attention_fn", "score_mod", "rope", "query_fn", "key_fn", "value_fn"])
+def test_hooks_that_are_no_functions_are_refused(name):
+    def run():
+        with pytest.raises(ValueError, match=rf"{name} must be a function, or an object with __call__; got {name}=3"):
+            MultiHeadAttention(nnx.Rngs(0), **SIZES, **{name: 3})
+        with pytest.raises(ValueError, match=f"{name} must be .*Make an object of the class."):
+            MultiHeadAttention(nnx.Rngs(0), **SIZES, **{name: Dropping})
+
+    jax.eval_shape(run)
+
+
+def test_attend_reads_a_mask_of_arrays_by_position_with_a_cache():
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, 2, 5, SIZE)).astype(np.float32))
+    triangle = jnp.tri(5, dtype=bool)[None, None]
+    whole, _ = nn.attend(x, x, x, mask=triangle)
+    cache, parts = init_ring_kv_cache(2, 2, SIZE, 5), []
+    for part in (x[:, :, :3], x[:, :, 3:]):
+        out, cache = nn.attend(part, part, part, mask=triangle, kv_cache=cache)
+        parts.append(out)
+    np.testing.assert_allclose(jnp.concatenate(parts, 2), whole, atol=1e-6)
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_call_of_attend_that_does_not_fit_is_refused():
     x = jax.device_put(np.ones((2, 2, 3, SIZE), np.float32))
     cache = CACHES["contiguous"]()
+    with pytest.raises(ValueError, match="attend: kv_cache must be a cache of one layer.*got tuple"):
+        nn.attend(x, x, x, kv_cache=())
     with pytest.raises(ValueError, match="attend: with a cache keys must be those of the queries' tokens; got 2 keys"):
         nn.attend(x, x[:, :, :2], x[:, :, :2], kv_cache=cache)
     with pytest.raises(ValueError, match="attend: query and key must have the same head_dim"):

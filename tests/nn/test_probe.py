@@ -17,6 +17,7 @@ from attnax import (
     TransformerConfig,
     TransformerLM,
     VisionTransformer,
+    standard_attention,
 )
 from attnax.models import MaskedLM
 from attnax.nn import EncoderBlock, Output, Probe, with_scan_layers
@@ -125,6 +126,37 @@ def test_the_weights_of_a_block_are_those_of_its_own_stream():
     np.testing.assert_allclose(seen.attention_weights[0], wanted, atol=1e-5)
 
 
+class Normed(nnx.Module):
+    """An attention function whose result is no weighted sum of the values."""
+
+    def __init__(self, width):
+        self.norm = nnx.RMSNorm(width, rngs=nnx.Rngs(0))
+
+    def __call__(self, query, key, value, **options):
+        return self.norm(standard_attention(query, key, value, **options))
+
+
+def halved(query, key, value, **options):
+    return standard_attention(query, key, value, **options) / 2
+
+
+def test_weights_are_those_of_a_weighted_sum_of_the_values_only():
+    """The norm over the heads is that of a differential transformer."""
+
+    def attention(function):
+        return build(lambda rngs: MultiHeadAttention(rngs, d_model=8, num_heads=2, attention_fn=function))
+
+    x = jax.device_put(np.random.default_rng(0).normal(size=(1, 5, 8)).astype(np.float32))
+    weights = attention(halved).attention_weights(x)
+    np.testing.assert_allclose(weights.sum(-1), np.full((1, 2, 5), 0.5), atol=1e-6)
+    words = "must be a weighted sum of the values, of any width; got attention_fn=.*Normed, which is none. Define"
+    normed = attention(Normed(4))
+    for length in (4, 5):  # equal to the width of a value, or not
+        with pytest.raises(ValueError, match=words):
+            normed.attention_weights(x[:, :length])
+    assert np.isnan(nnx.jit(lambda attn: attn.attention_weights(x[:, :4]))(normed)).all()
+
+
 class OwnAttention(MultiHeadAttention):
     def run(self, x, **options):
         out, cache = super().run(x, **options)
@@ -141,12 +173,14 @@ class NoWeights(EncoderBlock):
         return Output(x, None, {})
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("fields", "probe", "words"),
     [
         ({"make_block": HyperConnections}, ALL, "needs them of every block; got none from HyperConnections.run"),
         ({"make_block": NoWeights}, ALL, "got none from NoWeights.run. Derive the block from EncoderBlock"),
         ({"make_block": WithOwnAttention}, ALL, "got .*OwnAttention with a run of its own. Define attention_weights"),
+        ({}, True, r"probe must be an attnax.nn.Probe; got probe=True. Write Probe"),
         ({}, Probe(edit=lambda layer, x: x[:, :2]), r"edit must return.*float32\[2, 5, 8\]; got float32\[2, 2, 8\]"),
         (
             {"scan_layers": True},

@@ -193,6 +193,22 @@ def test_numbers_without_a_slot_are_refused_or_give_nan():
         full.write(jnp.zeros((2, HEADS, 4)), jnp.arange(4)[None])
 
 
+def test_tokens_that_are_taken_back_past_the_numbers_of_a_ring_give_nan():
+    """The numbers hold what is attended after 3 tokens are taken back, the keys after 4."""
+    cache = scalar_ring(num_positions=5)
+    for position in range(8):
+        positions, tokens = jnp.full((2, 1), position), jnp.ones((2, KV_HEADS, 1, SIZE))
+        cache = cache.write(jnp.ones((2, HEADS, 1)), positions)
+        inner, _ = cache.cache.append({"keys": tokens, "values": tokens}, positions)
+        cache = dataclasses.replace(cache, cache=inner)
+    assert forget(cache, np.array([5, 4])).overflowed.tolist() == [False, True]
+    assert not forget(cache, np.array([4, 0])).cache.overflowed.any()  # so the keys alone do not tell
+    twice = forget(forget(cache, np.array([6, 8])), np.array([4, 8]))
+    assert twice.overflowed.tolist() == [True, False]
+    anew = forget(cache, np.array([0, 0]))
+    assert not anew.overflowed.any() and not anew.lost.any()
+
+
 @pytest.mark.parametrize("num_sinks", [0, 2])
 def test_a_longer_ring_keeps_the_numbers_of_the_last_tokens(num_sinks):
     inner = init_ring_kv_cache(*ROW, 9, window=3, num_sinks=num_sinks)

@@ -408,6 +408,7 @@ class TestTrainer:
             "up_bias": np.ones((3, 2), "f"),
             "scale": np.ones((3, 2), "f"),
             "sinks": np.ones((3, 2), "f"),
+            "periods": {"shares": np.ones((3, 2), "f")},
         }
 
         @jax.jit
@@ -418,6 +419,7 @@ class TestTrainer:
 
         updates = jax.tree.map(np.asarray, two_steps(params))
         assert (updates.pop("matrix") < 0).all()
+        assert (updates.pop("periods")["shares"] == 0).all()  # one vector for each layer
         assert all((update == 0).all() for update in updates.values())  # also where layers or experts are stacked
 
     def test_muon_gives_hidden_matrices_orthogonal_updates_of_the_size_of_adams_and_the_rest_adams(self):
