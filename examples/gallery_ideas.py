@@ -35,7 +35,7 @@ class Place(NamedTuple):
     """Where an idea stands in a model.
 
     Attributes:
-        text: the code that puts it there, with {name} for the idea's.
+        text: the code that puts it there, in words of the page, with {name} for the idea's.
         make: `(code, rngs, config) -> model`.
     """
 
@@ -326,23 +326,23 @@ def in_layer(hook: str) -> Place:
         layer = MultiHeadAttention(rngs, config, **{hook: code(rngs, config)})
         return EncoderBlock(rngs, config, attention=layer)
 
-    return Place(f"MultiHeadAttention(rngs, config, {hook}={{name}}(rngs, config))", with_blocks(make_block))
+    return Place(f"`MultiHeadAttention(rngs, config, {hook}={{name}}(rngs, config))`", with_blocks(make_block))
 
 
 def in_block(**fields: Any) -> Place:
     """In place of MultiHeadAttention; `fields` of the config are the heads that a cache stores."""
     make = with_blocks(lambda code, rngs, config: EncoderBlock(rngs, config, attention=code(rngs, config)), **fields)
-    return Place("EncoderBlock(rngs, config, attention={name}(rngs, config))", make)
+    return Place("`EncoderBlock(rngs, config, attention={name}(rngs, config))`", make)
 
 
-AS_MODEL = Place("{name}(rngs, config)", lambda code, rngs, config: code(rngs, config))
-AS_BLOCK = Place("TransformerLM(rngs, config, make_block={name})", with_blocks(lambda code, *given: code(*given)))
+AS_MODEL = Place("`{name}(rngs, config)`", lambda code, rngs, config: code(rngs, config))
+AS_BLOCK = Place("`TransformerLM(rngs, config, make_block={name})`", with_blocks(lambda code, *given: code(*given)))
 AS_KERNEL = Place(
-    "TransformerLM(rngs, config, attention_fn={name})",
+    "`TransformerLM(rngs, config, attention_fn={name})`",
     lambda code, rngs, config: TransformerLM(rngs, config, attention_fn=code),
 )
 AS_KERNEL_WITH_NUMBERS = Place(
-    "EncoderBlock(rngs, config, attention_fn=...), with a module that holds the numbers of the heads and calls {name}",
+    "`EncoderBlock(rngs, config, attention_fn=...)`, with a module that holds the heads' numbers and calls `{name}`",
     with_blocks(lambda code, rngs, config: EncoderBlock(rngs, config, attention_fn=PerHead(code, config))),
 )
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 import runpy
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,26 +59,15 @@ class Row:
             self.caches,
         ]
 
-    @property
-    def section(self) -> str:
-        """The part of the page about the idea."""
-        one = self.one
-        [brief, *more] = inspect.getdoc(one.code).split("\n\n")
-        address = one.link if ":" in one.link else f"https://arxiv.org/abs/{one.link}"
-        paper = f"[{one.paper}]({address})."
-        subject = "Weights of values" if isinstance(one, OfHeads) else "Influence of tokens"
-        picture = f'<img src="gallery/{one.name}.png" height="200" alt="{subject}: {one.title}">'
-        if one.place is not None:
-            more.append(f"In a model: `{one.place.text.format(name=one.code.__name__)}`.")
-        text = "\n\n".join([f"{brief} {paper}", *more])
-        return f"## {one.title}\n\n{text}\n\n```python\n{one.source}\n```\n\n{picture}\n"
-
 
 HEAD = ["idea", "lines", "values", "gradients", "tiles", "on a CPU", "lowered for cuda", "caches"]
 
 
 def make_page(ideas: list[Idea], doc: str, arguments: list[str] | None = None) -> list[Row]:
-    """Measures every idea and prints the table; with `--write`, writes the page and the pictures."""
+    """Measures ideas and prints the table; with `--write`, writes the page and the pictures.
+
+    With `--only`, the page keeps the figures of the other ideas.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write gallery.md and its pictures here")
     parser.add_argument("--only", nargs="+", choices=[one.name for one in ideas], metavar="NAME")
@@ -92,8 +82,24 @@ def make_page(ideas: list[Idea], doc: str, arguments: list[str] | None = None) -
         (options.write / "gallery").mkdir(exist_ok=True)
         for row in rows:
             draw(row.one.picture(), options.write / "gallery" / f"{row.one.name}.png")
-        (options.write / "gallery.md").write_text(page(rows))
+        path = options.write / "gallery.md"
+        table = (read_table(path.read_text()) if path.exists() else {}) | {link(row.one): row.cells[1:] for row in rows}
+        path.write_text(page([one for one in ideas if link(one) in table], table))
     return rows
+
+
+def section(one: Idea) -> str:
+    """The part of the page about the idea."""
+    [brief, *more] = inspect.getdoc(one.code).split("\n\n")
+    address = one.link if ":" in one.link else f"https://arxiv.org/abs/{one.link}"
+    paper = f"[{one.paper}]({address})."
+    subject = "Weights of values" if isinstance(one, OfHeads) else "Influence of tokens"
+    picture = f'<img src="gallery/{one.name}.png" height="200" alt="{subject}: {one.title}">'
+    if one.place is not None:
+        more.append(f"In a model: {one.place.text.format(name=one.code.__name__)}.")
+    parts = [" ".join(part.split()) for part in (f"{brief} {paper}", *more)]
+    text = "\n\n".join(textwrap.fill(part, 128, break_long_words=False, break_on_hyphens=False) for part in parts)
+    return f"## {one.title}\n\n{text}\n\n```python\n{one.source}\n```\n\n{picture}\n"
 
 
 def layout(cells: list[str]) -> str:
@@ -102,27 +108,29 @@ def layout(cells: list[str]) -> str:
     return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def page(rows: list[Row]) -> str:
+def read_table(text: str) -> dict[str, list[str]]:
+    """The cells of the table of a page, by the link in the first one."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    return {first: rest for first, *rest in lines}
+
+
+def page(ideas: list[Idea], table: dict[str, list[str]]) -> str:
     """The text of docs/gallery.md."""
-    code = Path(inspect.getfile(rows[0].one.code)).read_text()
+    code = Path(inspect.getfile(ideas[0].code)).read_text()
     imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = [
-        ast.get_source_segment(code, node)
-        for node in imports
-        if getattr(node, "module", "") not in ("gallery_ideas", "gallery_page")
-    ]
-    few = sum(row.one.num_lines < 10 for row in rows)
-    table = [HEAD, ["---"] * len(HEAD), *([link(row.one), *row.cells[1:]] for row in rows)]
+    ours = "gallery_ideas", "gallery_page"
+    lines = [ast.get_source_segment(code, node) for node in imports if getattr(node, "module", "") not in ours]
+    rows = [HEAD, ["---"] * len(HEAD), *([link(one), *table[link(one)]] for one in ideas)]
     return INTRODUCTION.format(
-        count=len(rows),
-        few=few,
-        most=max(row.one.num_lines for row in rows),
+        count=len(ideas),
+        few=sum(one.num_lines < 10 for one in ideas),
+        most=max(one.num_lines for one in ideas),
         tile=TILE,
         tiled=LENGTH,
         long=LONG,
-        table="\n".join(f"| {' | '.join(line)} |" for line in table),
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         imports="\n".join(lines),
-        sections="\n".join(row.section for row in rows),
+        sections="\n".join(map(section, ideas)),
     )
 
 
@@ -141,15 +149,19 @@ figures and wrote this page: `python examples/attention_gallery.py --write docs`
 - **lines**: of the function below, without blank lines, comments and docstrings.
 - **values, gradients**: the greatest difference from a plain definition in float64, relative to the greatest number
   of an array. Gradients are those of all arrays that the idea takes. The definitions
-  ([`plain_ideas.py`](../tests/examples/plain_ideas.py)) use arrays of all pairs and no part of Attnax. Ideas in tiles
-  run in tiles of 16 x 16 there.
+  ([`plain_ideas.py`](../tests/examples/plain_ideas.py)) use arrays of all pairs, and no kernel, mask or score mod of
+  Attnax. Functions run in tiles of 16 x 16 there; models have two layers, and the gradients are those of all
+  parameters.
 - **tiles**: those of {tile} x {tile} pairs in which the masks of the idea let some pair attend, for {tiled} tokens;
-  no kernel computes the others. An idea that leaves the mask to its caller has the share of a causal mask.
+  they are counted for each row and head, as kernels of GPUs go. A tile on a CPU holds several heads, and is computed
+  if one of them needs it. An idea that leaves the mask to its caller has the share of a causal mask.
 - **on a CPU**: what runs in the program of the value and all gradients for {long} tokens. Tiles need O(T + S) memory;
   "an array of all pairs" is one that the idea itself makes. "Standard only": the idea mixes pairs, which every tiled
   kernel refuses and `standard_attention` computes.
 - **lowered for cuda**: the Pallas kernels in the same program for an H100, or XLA's own code. Nothing here ran on a
   GPU.
+- **caches**: the kinds with which a model that has the idea generates the tokens of its forward pass; "-" where no
+  model is tried.
 
 {table}
 
@@ -160,7 +172,8 @@ The functions need these names:
 ```
 
 `attend` is any kernel, and `**options` are those of a kernel, such as `mask`. The pictures show the weight of each
-value in each result of one head, for 64 random queries: blue is positive, red negative.
+value in each result of one head, for 64 random queries: blue is positive, red negative. For an idea in a model they
+show how much each hidden state depends on each token: the length of a gradient.
 
 {sections}
 ## How to use one
