@@ -61,8 +61,7 @@ class ComposedScoreMod(NoTruth):
     @property
     def num_positions(self) -> int | None:
         """The number of positions that the arrays of its mods cover; None if there is no limit."""
-        known = [getattr(mod, "num_positions", None) for mod in self.mods]
-        return min((n for n in known if n is not None), default=None)
+        return masks.least_positions(*self.mods)
 
 
 class PerHead(NoTruth):
@@ -110,7 +109,7 @@ class AdditiveBias(NoTruth):
     @property
     def num_positions(self) -> int | None:
         """The number of positions that the bias covers; None if there is no limit."""
-        return min((size for size in self.bias.shape[2:] if size > 1), default=None)
+        return masks.positions_of(self.bias)
 
 
 @pytree_dataclass

@@ -11,7 +11,7 @@ import numpy as np
 from attnax.checks import is_concrete
 from attnax.generation.request import Request, place_like
 from attnax.generation.step import Tokens
-from attnax.masks import And, Causal, Mask, as_mask, causal, has_arrays, over_text, resolve_masks
+from attnax.masks import And, Causal, Mask, as_mask, causal, has_arrays, least_positions, over_text, resolve_masks
 from attnax.pytrees import function_pytree, is_own, pytree_dataclass
 from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
 
@@ -41,8 +41,7 @@ class CallMasks:
     @property
     def num_positions(self) -> int | None:
         """The positions that the arrays cover; None if there is no limit."""
-        known = [getattr(part, "num_positions", None) for part in (self.self_mask, self.score_mod)]
-        return min((n for n in known if n is not None), default=None)
+        return least_positions(self.self_mask, self.score_mod)
 
     def check(self, caller: str, batch: int, num_heads: int) -> None:
         """Raises ValueError for arrays of other rows or heads."""

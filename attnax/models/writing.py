@@ -270,8 +270,7 @@ def _prepare(
         earlier = caches.text
     rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
-    heads = writer.scalar_heads
-    sizes = CallSizes(caller, config, held, is_known, length, max_new_tokens, spare, rows, heads)
+    sizes = CallSizes(caller, config, held, is_known, length, max_new_tokens, spare, rows, writer.scalar_heads)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
