@@ -84,7 +84,7 @@ class AdditiveBias(NoTruth):
     @property
     def num_positions(self) -> int | None:
         """The number of positions that the bias covers; None if there is no limit."""
-        return min((size for size in self.bias.shape[2:] if size > 1), default=None)
+        return masks.positions_of(self.bias)
 
 
 @pytree_dataclass

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from attnax.checks import check_scores
 from attnax.masks.arrays import index_grid
-from attnax.masks.mask import Mask, NoTruth, as_mask
+from attnax.masks.mask import Mask, NoTruth, as_mask, least_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Index, ScoreMod, ScoreShape
 
@@ -48,8 +48,7 @@ class MaskedScoreMod(NoTruth):
     @property
     def num_positions(self) -> int | None:
         """The number of positions that the arrays of both parts cover; None if there is no limit."""
-        known = [getattr(part, "num_positions", None) for part in (self.score_mod, self.mask)]
-        return min((n for n in known if n is not None), default=None)
+        return least_positions(self.score_mod, self.mask)
 
 
 @pytree_dataclass
@@ -78,8 +77,7 @@ class ComposedScoreMod(NoTruth):
     @property
     def num_positions(self) -> int | None:
         """The number of positions that the arrays of its mods cover; None if there is no limit."""
-        known = [getattr(mod, "num_positions", None) for mod in self.mods]
-        return min((n for n in known if n is not None), default=None)
+        return least_positions(*self.mods)
 
 
 def split_score_mod(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, Mask | None]:

@@ -18,7 +18,7 @@ from attnax.checks import check_broadcast, explain_tracing, is_concrete
 from attnax.pytrees import function_pytree, pytree_dataclass
 from attnax.typing import Array, ArrayLike, Index, MaskMod, ScoreShape
 
-__all__ = ["And", "Dense", "Mask", "NoTruth", "Not", "Pointwise", "Range", "as_mask"]
+__all__ = ["And", "Dense", "Mask", "NoTruth", "Not", "Pointwise", "Range", "as_mask", "least_positions", "positions_of"]
 
 Range = tuple[Index, Index]
 """First and last index of a tile along one axis, both included."""
@@ -118,8 +118,7 @@ class And(Mask):
 
     @property
     def num_positions(self) -> int | None:
-        known = [n for n in (self.left.num_positions, self.right.num_positions) if n is not None]
-        return min(known, default=None)
+        return least_positions(self.left, self.right)
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         self.left.check(caller, score_shape)
@@ -173,7 +172,7 @@ class Dense(Mask):
 
     @property
     def num_positions(self) -> int | None:
-        return min((size for size in self.array.shape[2:] if size > 1), default=None)
+        return positions_of(self.array)
 
     def check(self, caller: str, score_shape: ScoreShape) -> None:
         check_broadcast(caller, "mask", self.array.shape, score_shape)
@@ -214,6 +213,17 @@ def as_mask(mask: Mask | MaskMod | ArrayLike) -> Mask:
     if callable(mask):
         return Pointwise(function_pytree(mask))
     raise ValueError(f"as_mask: a mask is a boolean array, a Mask or a function (b, h, q, kv) -> bool; got {mask!r}.")
+
+
+def least_positions(*parts: Any) -> int | None:
+    """The positions that the arrays of all masks and score mods cover; None if there is no limit."""
+    known = [getattr(part, "num_positions", None) for part in parts]
+    return min((n for n in known if n is not None), default=None)
+
+
+def positions_of(array: Array) -> int | None:
+    """The positions that an array (B|1, N|1, T|1, S|1) covers; None if there is no limit."""
+    return min((size for size in array.shape[2:] if size > 1), default=None)
 
 
 def value_at(values: Array, b: Index, index: Index) -> Array:

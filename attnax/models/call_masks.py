@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
+import jax
 import numpy as np
 
 from attnax.checks import is_concrete
-from attnax.generation.request import Request
-from attnax.masks import Mask, as_mask, has_arrays, over_text, resolve_masks
-from attnax.pytrees import function_pytree, pytree_dataclass
+from attnax.generation.request import Request, place_like
+from attnax.generation.step import Tokens
+from attnax.masks import And, Causal, Mask, as_mask, causal, has_arrays, least_positions, over_text, resolve_masks
+from attnax.pytrees import function_pytree, is_own, pytree_dataclass
 from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
 
-__all__ = ["CallMasks", "MaskOptions", "State", "check_covers", "masks_of_call"]
+__all__ = ["CallMasks", "MaskOptions", "State", "check_covers", "is_causal", "masks_of_call"]
 
 
 class MaskOptions(TypedDict, total=False):
@@ -39,8 +41,7 @@ class CallMasks:
     @property
     def num_positions(self) -> int | None:
         """The positions that the arrays cover; None if there is no limit."""
-        known = [getattr(part, "num_positions", None) for part in (self.self_mask, self.score_mod)]
-        return min((n for n in known if n is not None), default=None)
+        return least_positions(self.self_mask, self.score_mod)
 
     def check(self, caller: str, batch: int, num_heads: int) -> None:
         """Raises ValueError for arrays of other rows or heads."""
@@ -58,11 +59,14 @@ class State(NamedTuple):
     params: Any
     masks: CallMasks | None = None
 
-    def mask_options(self, rows: Array | None) -> dict[str, Any]:
+    def mask_options(self, tokens: Tokens, rows: Array | None) -> dict[str, Any]:
         """The options of a decoder for tokens in rows of the prompts `rows` (R,)."""
         if self.masks is None:
             return {}
-        given = {"self_mask": self.masks.self_mask, "score_mod": self.masks.score_mod}
+        mask, are_drafted = self.masks.self_mask, tokens.wanted.shape[1] > 1
+        if mask is not None and are_drafted and not is_causal(mask):
+            mask = causal() & mask  # without a draft no later token is there
+        given = {"self_mask": mask, "score_mod": self.masks.score_mod}
         return {name: over_text(value, rows) for name, value in given.items() if value is not None}
 
 
@@ -84,11 +88,21 @@ def masks_of_call(caller: str, own: Mask | None, options: Mapping[str, Any]) -> 
     mask, narrow = masks.get("self_mask", own), masks.get("mask")
     if narrow is not None:
         mask = narrow if mask is None else mask & narrow
-    # Arrays of the model's own mask, too, have as many positions as they have, and not those of a cache.
-    differs = bool(masks) or (own is not None and has_arrays(own))
-    if not differs and score_mod is None:
+    # Of its own mask the model knows neither the length of the text, nor the rows of prompts, nor drafted tokens.
+    reads_own = own is None or (is_causal(own) and is_own(own) and not has_arrays(own))
+    if not masks and reads_own and score_mod is None:
         return mask, None
-    return mask, CallMasks(mask if differs else None, None if score_mod is None else function_pytree(score_mod))
+    mod = None if score_mod is None else function_pytree(score_mod)
+    call = CallMasks(None if not masks and reads_own else mask, mod)
+    # Each device has the whole arrays, as it has the whole prompt.
+    return mask, jax.tree.map(lambda x: place_like(x, x) if isinstance(x, jax.Array) else x, call)
+
+
+def is_causal(mask: Mask | None) -> bool:
+    """Whether the mask is known to let no token attend a later one."""
+    if isinstance(mask, And):
+        return is_causal(mask.left) or is_causal(mask.right)
+    return mask is None or isinstance(mask, Causal)
 
 
 def check_covers(

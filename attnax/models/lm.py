@@ -297,7 +297,7 @@ class _Step:
 
     def __call__(self, state: State, tokens: Tokens, cache: Any) -> tuple[Array, Any]:
         model = nnx.merge(self.graphdef, state.params)
-        options = prompt_or_positions(tokens, cache) | state.mask_options(tokens.context)
+        options = prompt_or_positions(tokens, cache) | state.mask_options(tokens, tokens.context)
         if overrides_call(model):
             logits, caches = _called(model, tokens.ids, options | {"layer_kv_caches": cache})
         elif not runs(model, _RUN):

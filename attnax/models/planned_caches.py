@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from attnax.cache import (
     stack_caches,
 )
 from attnax.checks import is_concrete, wide_dtype
-from attnax.config import TransformerConfig
+from attnax.config import BlockConfig, TransformerConfig
 from attnax.generation.prompt import TextCaches
 from attnax.generation.request import Request, padded_length
 from attnax.nn.attention import MultiHeadAttention
@@ -83,25 +84,37 @@ class CachePlan:
         if not callable(self.kind):
             return caches
         return tuple(
-            self.kind(
-                batch_size=self.batch_size,
-                num_kv_heads=layer.kv_heads,
-                head_dim=layer.head_size,
-                value_head_dim=layer.value_head_size,
-                max_len=self.max_len,
-                dtype=layer.dtype if self.dtype is None else self.dtype,
-            )
+            self.kind(**self._sizes(layer))
             if cache.keeps == "tokens"  # the sums of linear attention are one kind
             else cache
             for layer, cache in zip(map(self.config.layer, range(self.config.num_layers)), caches, strict=True)
         )
 
-    def check(self, caller: str) -> None:
-        """Raises ValueError if a function makes caches that are none or have other rows or heads."""
-        if callable(self.kind):
-            jax.eval_shape(lambda: self._check(caller, self._layers()))
+    def _sizes(self, layer: BlockConfig) -> dict[str, Any]:
+        """The arguments of a CacheFunction for a layer."""
+        return {
+            "batch_size": self.batch_size,
+            "num_kv_heads": layer.kv_heads,
+            "head_dim": layer.head_size,
+            "value_head_dim": layer.value_head_size,
+            "max_len": self.max_len,
+            "dtype": layer.dtype if self.dtype is None else self.dtype,
+        }
 
-    def _check(self, caller: str, caches: Sequence[Any]) -> None:
+    def check(self, caller: str, num_tokens: int) -> None:
+        """Raises ValueError if a function makes no caches, or caches of other rows or heads or of fewer tokens."""
+        if not callable(self.kind):
+            return
+        try:
+            inspect.signature(self.kind).bind(**self._sizes(self.config))
+        except TypeError as error:
+            raise ValueError(
+                f"{caller}: a function given as cache must take {', '.join(self._sizes(self.config))} by name; "
+                f"got {self.kind!r}: {error}. Take those that it does not need as **sizes."
+            ) from None
+        jax.eval_shape(lambda: self._check(caller, num_tokens, self._layers()))
+
+    def _check(self, caller: str, num_tokens: int, caches: Sequence[Any]) -> None:
         for cache in caches:
             if not isinstance(cache, LayerCache) or isinstance(cache, EmptyCache):
                 raise ValueError(
@@ -113,6 +126,12 @@ class CachePlan:
                 raise ValueError(
                     f"{caller}: a function given as cache must make a row for each prompt, here {self.batch_size}; "
                     f"got {rows} rows from {self.kind!r}. Hand on its batch_size."
+                )
+            room = getattr(cache, "num_positions", None)
+            if room is not None and room < num_tokens:
+                raise ValueError(
+                    f"{caller}: a function given as cache must make room for the whole text, here {num_tokens} tokens; "
+                    f"got room for {room} from {self.kind!r}. Hand on its max_len, or make a ring with a window."
                 )
         _check_heads(caller, caches, self.config)
 
@@ -221,8 +240,15 @@ class CallSizes(NamedTuple):
         batch_size, slots = request.ids.shape[0], self.slots(self.earlier)
         at_once, heads = request.reads_at_once, self.scalar_heads
         plan = CachePlan(self.config, kind, batch_size, slots, name, self.pool_rows, at_once, heads)
-        plan.check(self.caller)
+        plan.check(self.caller, self._least_tokens(request))
         return plan
+
+    def _least_tokens(self, request: Request) -> int:
+        """The tokens that the longest row will have in a cache, if no end token ends it; at least."""
+        ids, read = request.position_ids, self.earlier if self.is_known else 0
+        if isinstance(ids, np.ndarray | jax.Array) and is_concrete(ids):
+            read = max(read, int(np.asarray(ids).max(initial=-1)) + 1)
+        return read + self.new - 1 + self.spare
 
     def held_caches(self, request: Request, caches: TextCaches) -> Continued:
         """The caches of an earlier call with room for the rest of the text."""

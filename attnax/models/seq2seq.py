@@ -364,7 +364,7 @@ class _Step:
             token_embedding=model._shared_tokens,
             deterministic=True,
             **prompt_or_positions(tokens, cache),
-            **state.mask_options(rows),
+            **state.mask_options(tokens, rows),
         )
         hidden = jnp.take_along_axis(out.hidden, tokens.wanted[..., None], axis=1)
         return model._logits(hidden), out.caches

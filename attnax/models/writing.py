@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from attnax import generation
-from attnax.cache import SPARE_SLOTS, CacheFunction, CacheKind, KVLayerCache, cache_kinds
+from attnax.cache import SPARE_SLOTS, CacheFunction, CacheKind, KVLayerCache, RingKVCache, cache_kinds
 from attnax.checks import is_concrete
 from attnax.config import AttentionType, TransformerConfig
 from attnax.generation.beam import Beams, EarlyStopping
@@ -19,8 +19,8 @@ from attnax.generation.prompt import TextCaches
 from attnax.generation.request import Request, RequestOptions, longest, make_request
 from attnax.generation.samplers import Sampler
 from attnax.generation.step import Step, Tokens
-from attnax.masks import And, Causal, Mask
-from attnax.models.call_masks import MaskOptions, State, check_covers, masks_of_call
+from attnax.masks import Mask
+from attnax.models.call_masks import MaskOptions, State, check_covers, is_causal, masks_of_call
 from attnax.models.planned_caches import CachePlan, CallSizes, Continued, check_caches
 from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
 
@@ -98,7 +98,7 @@ def generate(
         kind = options.get("cache") or "ring"
         sizes = call.sizes._replace(config=draft.config, scalar_heads=draft.scalar_heads)
         planned = sizes.empty_caches(whole, kind, options.get("cache_dtype"))
-        _check_takes_back(call.caches, planned)
+        _check_takes_back(num_draft_tokens, call.caches, planned)
         written, caches, _ = generation.generate_with_draft(
             *call.arguments,
             generation.Draft(draft.step, draft.state, draft.context),
@@ -130,16 +130,29 @@ def _check_draft(writer: Writer, draft: Writer, num_draft_tokens: int) -> None:
             )
 
 
-def _check_takes_back(*planned: CachePlan | Continued) -> None:
-    """Raises ValueError for a cache that could not use the slots of rejected tokens again."""
+def _check_takes_back(num_draft_tokens: int, *planned: CachePlan | Continued) -> None:
+    """Raises ValueError for a cache in which rejected tokens would keep their slots, or would have taken others'."""
     for caches in planned:
         layers = caches.layers if isinstance(caches, Continued) else jax.eval_shape(caches.make, None)
-        if any(isinstance(getattr(cache, "cache", cache), KVLayerCache) for cache in cache_kinds(layers)):
-            got = "a KVLayerCache in caches" if isinstance(caches, Continued) else f"cache={caches.kind!r}"
-            raise ValueError(
-                f"generate: with a draft a cache must use the slots of rejected tokens again; got {got}. Use "
-                "cache='ring' or 'paged'."
-            )
+        for cache in map(_innermost, cache_kinds(layers)):
+            held = f"a {type(cache).__name__} in caches"
+            got = held if isinstance(caches, Continued) else f"cache={caches.kind!r}"
+            if isinstance(cache, KVLayerCache):
+                raise ValueError(
+                    f"generate: with a draft a cache must use the slots of rejected tokens again; got {got}. Use "
+                    "cache='ring' or 'paged'."
+                )
+            has_window = isinstance(cache, RingKVCache) and cache.window is not None
+            if has_window and (spare := cache.ring_size - cache.window) < num_draft_tokens:
+                raise ValueError(
+                    f"generate: with a draft a ring must have num_draft_tokens={num_draft_tokens} slots beside its "
+                    f"window and its sinks; got {spare} from {got}. Make it longer, or draft fewer tokens."
+                )
+
+
+def _innermost(cache: Any) -> Any:
+    """The cache inside of others."""
+    return _innermost(cache.cache) if hasattr(cache, "cache") else cache
 
 
 def stream(
@@ -247,7 +260,7 @@ def _prepare(
     writer = _under_masks(writer, batch or 1, {"mask": mask, "self_mask": self_mask, "score_mod": score_mod})
     _check_cache(caller, cache)
     if prefill_chunk is None:
-        prefill_chunk = PREFILL_CHUNK if _is_causal(writer.self_mask) else None
+        prefill_chunk = PREFILL_CHUNK if is_causal(writer.self_mask) else None  # a later chunk holds later tokens
     elif prefill_chunk < 1:
         raise ValueError(f"{caller}: prefill_chunk must be at least 1; got prefill_chunk={prefill_chunk}.")
     earlier = None
@@ -257,8 +270,7 @@ def _prepare(
         earlier = caches.text
     rows = (batch or 1) * options.get("num_samples", 1) * num_beams
     held, is_known = (0, True) if earlier is None else (longest(earlier), is_concrete(earlier.lengths))
-    heads = writer.scalar_heads
-    sizes = CallSizes(caller, config, held, is_known, length, max_new_tokens, spare, rows, heads)
+    sizes = CallSizes(caller, config, held, is_known, length, max_new_tokens, spare, rows, writer.scalar_heads)
     request = make_request(
         prompt_ids,
         vocab_size=config.vocab_size,
@@ -308,13 +320,6 @@ def _check_covers(writer: Writer, request: Request, sizes: CallSizes) -> None:
     """Raises ValueError unless the arrays of the call's masks cover the text."""
     lengths = {"earlier": sizes.earlier, "prompt": sizes.prompt, "new": sizes.new}
     check_covers(writer.caller, writer.state.masks, request, **lengths)
-
-
-def _is_causal(mask: Mask | None) -> bool:
-    """Whether the mask is known to let no token attend a later one, which a later chunk may hold."""
-    if isinstance(mask, And):
-        return _is_causal(mask.left) or _is_causal(mask.right)
-    return mask is None or isinstance(mask, Causal)
 
 
 def _as_array(caller: str, prompt_ids: Any, caches: TextCaches | None) -> ArrayLike:

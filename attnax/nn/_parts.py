@@ -56,17 +56,12 @@ def block_maker(
     """
     check_function(caller, "attention_fn", attention_fn)
     if make_block is not None:
-        if not callable(make_block):
-            raise ValueError(
-                f"{caller}: make_block must be a function (rngs, config) -> block, or the class of a block; got "
-                f"make_block={make_block!r}."
-            )
+        _check_maker(caller, make_block)
         if attention_fn is not None:
             raise ValueError(
                 f"{caller}: make_block makes the attention of the blocks too; got make_block={name_of(make_block)} and "
                 f"attention_fn={name_of(attention_fn)}. Hand the attention_fn to the block in make_block."
             )
-        _check_maker(caller, make_block)
         return make_block
     if attention_fn is None:
         return default

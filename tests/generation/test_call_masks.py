@@ -11,8 +11,10 @@ from tiny import build
 import attnax
 from attnax import Sampler, TransformerConfig, TransformerLM, additive_bias_mod, init_kv_layer_cache, init_ring_kv_cache
 from attnax import masks as attnax_masks
+from attnax.generation.step import Tokens
 from attnax.kernels.score_mods import compose_score_mods, mask_mod_to_score_mod
 from attnax.masks import causal, documents, first, over_text, sliding_window
+from attnax.models.call_masks import State, masks_of_call
 
 CONFIG = TransformerConfig(
     vocab_size=11, d_model=8, num_heads=2, num_kv_heads=1, num_layers=2, d_ff=12, max_len=64, pos_emb_type="rope"
@@ -155,6 +157,24 @@ def test_the_models_own_arrays_are_read_in_turns_and_samples_too(model):
     assert_written(model, written.tokens, [0, 0, 1, 1], SAME, 0 * BIAS, written.log_probs)
 
 
+def test_a_function_of_the_model_sees_the_rows_of_the_prompts():
+    own = causal() & (lambda b, h, q, kv: jax.numpy.asarray(KEEP)[b, h, q, kv])
+    _, call = masks_of_call("generate", own, {})
+    rows = jax.device_put(np.array([0, 0, 1, 1], np.int32))
+    tokens = Tokens(ids=np.zeros((4, 1), int), position_ids=np.zeros((4, 1), int), wanted=np.zeros((4, 1), int))
+    mask = State(None, call).mask_options(tokens, rows)["self_mask"]
+    for b, row in enumerate([0, 0, 1, 1]):
+        np.testing.assert_array_equal(mask(b, 1, 9, np.arange(LENGTH)), (CAUSAL & KEEP)[row, 1, 9])
+
+
+def test_every_device_has_the_arrays_that_a_mesh_cuts():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    keep = jax.device_put(KEEP, jax.NamedSharding(mesh, jax.P("x")))
+    _, call = masks_of_call("generate", causal(), {"mask": keep})
+    [array] = jax.tree.leaves(call)
+    assert array.sharding.is_fully_replicated and (np.asarray(array) == KEEP).all()
+
+
 def ring(*, max_len, **sizes):
     return init_ring_kv_cache(max_len=4, window=3, num_sinks=1, **sizes)
 
@@ -181,6 +201,14 @@ def test_a_draft_reads_the_masks_too_in_caches_of_the_same_function(model, count
     del count_compilations[:]
     model.generate(IDS, **options, **masks)
     assert not count_compilations
+
+
+def test_a_draft_lets_no_token_attend_a_later_drafted_one(model):
+    """As without a draft, where a later token is not there yet; tokens of a prompt attend each other."""
+    written = model.generate(IDS, **OPTIONS, draft=model, self_mask=lambda b, h, q, kv: (kv <= q) | (kv < 9))
+    lengths = np.array([[[[3]]], [[[5]]]])
+    keep = CAUSAL | ((lengths > Q) & (lengths > KV))
+    assert_written(model, written.tokens, [0, 1], keep, 0 * BIAS, written.log_probs)
 
 
 @pytest.mark.thorough
@@ -213,6 +241,27 @@ def fixed(**sizes):
             fixed,
             {"draft": True},
             "with a draft a cache must use the slots of rejected tokens again; got cache=<function",
+        ),
+        (
+            lambda *, max_len, **sizes: init_ring_kv_cache(max_len=7, window=3, num_sinks=1, **sizes),
+            {"draft": True},
+            "a ring must have num_draft_tokens=4 slots beside its window and its sinks; got 3 from cache=<function",
+        ),
+        (
+            lambda *, max_len, **sizes: init_kv_layer_cache(max_len=7, **sizes),
+            {},
+            "must make room for the whole text, here 8 tokens; got room for 7 from <function .*Hand on its max_len",
+        ),
+        (
+            lambda *, max_len, **sizes: init_ring_kv_cache(max_len=11, **sizes),
+            {"draft": True},
+            "must make room for the whole text, here 12 tokens; got room for 11 from <function",
+        ),
+        (
+            lambda batch_size, heads: None,
+            {},
+            "must take batch_size, num_kv_heads, head_dim, value_head_dim, max_len, dtype by name; got <function .*: "
+            "missing a required argument: 'heads'. Take those that it does not need as",
         ),
     ],
 )

@@ -144,3 +144,9 @@ def test_a_plan_knows_the_heads_of_every_layer():
     caches = tuple(EmptyCache(init_kv_layer_cache(2, 2, 4, 8)) for _ in range(2))
     with pytest.raises(ValueError, match=r"kv_cache must be a ScalarCache with as many; got KVLayerCache"):
         jax.eval_shape(lambda: model(jnp.asarray(PROMPT), layer_kv_caches=caches))
+
+
+def test_a_contiguous_cache_with_numbers_is_refused_with_a_draft():
+    model = make_model()
+    with pytest.raises(ValueError, match="must use the slots of rejected tokens again; got cache='contiguous'"):
+        model.generate(PROMPT, max_new_tokens=3, draft=model, cache="contiguous")
