@@ -42,8 +42,9 @@ def check_broadcast(caller: str, name: str, shape: Sequence[int], score_shape: S
         want is None or have in (1, want) for have, want in zip(reversed(shape), reversed(score_shape), strict=False)
     )
     if not fits:
+        sizes = ", ".join("any" if want is None else str(want) for want in score_shape)
         raise ValueError(
-            f"{caller}: {name} must broadcast to (batch, num_heads, seq_q, seq_kv)={score_shape}; "
+            f"{caller}: {name} must broadcast to (batch, num_heads, seq_q, seq_kv)=({sizes}); "
             f"got {name}.shape={tuple(shape)}. Insert axes of size 1 where the {name} does not vary."
         )
 

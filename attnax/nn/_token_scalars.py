@@ -132,5 +132,5 @@ def check_scalar_cache(caller: str, cache: Any, num_heads: int) -> None:
         raise ValueError(
             f"{caller}: {needs if num_heads else 'without token_scalars kv_cache must be no ScalarCache'}; got "
             f"{type(inner).__name__}{f' with {held}' if held else ''}. "
-            f"{f'Make it by init_scalar_cache(cache, {num_heads}).' if num_heads else 'Give its cache.'}"
+            f"{f'Make it by attnax.cache.init_scalar_cache(cache, {num_heads}).' if num_heads else 'Give its cache.'}"
         )

@@ -24,7 +24,7 @@ __all__ = ["open_run"]
 
 
 def open_run(
-    path: Path,
+    path: str | Path,
     dtype: Dtype | None = None,
     step: int | None = None,
     *,
@@ -45,6 +45,7 @@ def open_run(
             complete one. Or the parts are not those that the run was made with, or hold random numbers that are no
             parameters, which a checkpoint does not keep.
     """
+    path = Path(path)
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
     parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}

@@ -346,7 +346,7 @@ def test_a_run_is_opened_with_its_parts_and_not_without(make_run, capsys):
 def test_a_run_without_parts_refuses_one(make_run):
     path, _ = make_run()
     with pytest.raises(InputError, match="made without attention_fn; got attention_fn=.*halved. Leave it out"):
-        open_run(path, attention_fn=halved)
+        open_run(str(path), attention_fn=halved)
 
 
 class WithConstants(EncoderBlock):
