@@ -140,7 +140,7 @@ def test_both_halves_of_a_transformer_take_blocks():
     jax.eval_shape(run)
 
 
-@pytest.mark.parametrize("parts", [{"make_block": with_halves}, {"attention_fn": halved}], ids=str)
+@pytest.mark.parametrize("parts", [{"make_block": with_halves}, {"attention_fn": halved}], ids=", ".join)
 def test_an_attention_function_is_used_in_every_form_and_every_copy(parts):
     model = build(lambda rngs: TransformerLM(rngs, CONFIG, **parts))
     plain = build(lambda rngs: TransformerLM(rngs, CONFIG))
