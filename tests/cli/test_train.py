@@ -156,6 +156,6 @@ def test_a_process_that_is_interrupted_saves_and_ends(run, corpus, tmp_path):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_run_opens_without_initial_weights(scan_layers):
     config = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, d_ff=16, scan_layers=scan_layers)
-    graphdef, params, streams = abstract(config, {})
+    graphdef, params, rest = abstract(config, {})
     weights = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.1, x.dtype)), params)
-    assert nnx.merge(graphdef, weights, streams)(np.zeros((1, 3), np.int32), deterministic=True).shape == (1, 3, 11)
+    assert nnx.merge(graphdef, weights, *rest)(np.zeros((1, 3), np.int32), deterministic=True).shape == (1, 3, 11)

@@ -445,7 +445,7 @@ AT_POSITIONS = functools.partial(masks.at_positions, q_positions=np.arange(13), 
         (AT_POSITIONS(alibi_mod(4)), "alibi_mod must be made for"),
         (
             AT_POSITIONS(compose_score_mods(additive_bias_mod(BIAS[:, :3]), soft_cap_mod(3))),
-            r"bias must broadcast to .*=\(2, 6, None, None\)",
+            r"bias must broadcast to .*=\(2, 6, any, any\)",
         ),
         (masks.at_positions(soft_cap_mod(3), np.arange(12), np.arange(13)), r"q_positions must be .*\(13,\)"),
         (document_mask_mod(IDS[:, :12]), "documents need one id a token"),
