@@ -147,7 +147,7 @@ def _kept(size: int, logits: Float[Array, "R V"], cuts: Cuts) -> _Kept:
         largest = lax.top_k(jnp.where(logits == 0, 0.0, logits), size)  # which puts -0.0 below 0.0
         # Without the barrier XLA merges later slices into it, and then sorts all logits.
         ordered, tokens = lax.optimization_barrier(largest)
-        # NaN are counted, since XLA's maximum of a row with NaN was seen to be finite in some processes.
+        # NaN are counted: XLA's optimised maximum of a row with NaN may be finite on CPUs.
         certain = jnp.isfinite(logits.max(-1)) & (_count(jnp.isnan(logits)) == 0)
         number = jnp.where(jnp.isneginf(ordered[:, -1]), np.int32(size), number)  # no other token can be drawn
     kept = _Kept(ordered, tokens, number, certain)

@@ -31,7 +31,8 @@ def by_sorting(sampler, logits, keys):
         keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
         logits = jnp.where(keep, logits, -jnp.inf)
     if sampler.min_p is not None:
-        floor = logits.max(-1, keepdims=True) + jnp.log(sampler.min_p)[:, None]
+        peak = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, logits.max(-1))  # an optimised maximum may lose a NaN
+        floor = peak[:, None] + jnp.log(sampler.min_p)[:, None]
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits), logits
 
