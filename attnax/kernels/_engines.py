@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from attnax.kernels._core import softmax
+from attnax.kernels._core.captured import Captured
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.platform import by_platform, has_nvidia_gpu, why_no_card
@@ -204,8 +205,6 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) ->
             warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
     setup = None
     if reason is None:
-        from attnax.kernels._gpu import launch
-
         assert plan.kernel is not None
         setup = prepare(
             plan.kernel,
@@ -217,7 +216,8 @@ def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) ->
             interpret=plan.backend == "interpret",
         )
         if backward and setup.score_mod is not None:
-            reason = launch.why_not_learn(setup, arrays)
+            (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
+            reason = Captured(setup.score_mod, (batch, heads, seq_q, seq_kv), setup.positions).why_not_learn()
     if reason is None:
         return setup
     if plan.backend != "automatic":

@@ -15,7 +15,8 @@ from attnax import TransformerConfig, TransformerLM
 from attnax.cache import CacheKind, EmptyCache, init_decoder_kv_caches_from_config
 from attnax.generation.request import padded_length
 from attnax.kernels import _engines
-from attnax.kernels._gpu import decode, split
+from attnax.kernels._core import split
+from attnax.kernels._gpu import decode
 
 CONFIG = TransformerConfig(
     vocab_size=31, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=1024, pos_emb_type="rope"
@@ -140,7 +141,7 @@ def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
         raise AssertionError("traced for a GPU")
 
     for module, name in (
-        (split, "split"),
+        (split, "_split"),
         (_engines, "prepare"),
         (decode.DecodeInputs, "attend"),
     ):

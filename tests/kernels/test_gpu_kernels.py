@@ -30,7 +30,10 @@ from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.lift import lift_marked
 from attnax.kernels._core.natural import examples
 from attnax.kernels._core.operands import lift_bounds, lift_functions
-from attnax.kernels._gpu import decode, tile_lists
+from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL
+from attnax.kernels._core.tile_grid import TileGrid, tile_codes
+from attnax.kernels._gpu import decode
+from attnax.kernels._gpu.tile_lists import TileList
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
 
@@ -245,10 +248,10 @@ def every_tile_list():
     def run():
         results = {}
         for name in MASKED:
-            mask, grid = masks.as_mask(MASKS[name]), tile_lists.TileGrid(SEQ, SEQ, 16, 32)
+            mask, grid = masks.as_mask(MASKS[name]), TileGrid(SEQ, SEQ, 16, 32, overlaps=True)
             lifted, bounds = lift_marked(mask), lift_bounds(mask)
-            codes = tile_lists.tile_codes(grid, 1, 1, bounds, lifted, is_opaque=mask.is_opaque)
-            lists = tile_lists.TileList.of(codes)
+            codes = tile_codes(grid, 1, 1, bounds, lifted, is_opaque=mask.is_opaque)
+            lists = TileList.of(codes)
             results[name] = codes, lists.order, lists.num_visited
         return results
 
@@ -259,15 +262,15 @@ def every_tile_list():
 def test_lists_name_the_tiles_in_which_something_is_attended(name):
     codes, order, num_visited = every_tile_list()[name]
     tiles = dense(name).reshape(6, 16, 3, 32)
-    want = np.where(tiles.any((1, 3)), np.where(tiles.all((1, 3)), tile_lists.FULL, tile_lists.PARTIAL), 2)
+    want = np.where(tiles.any((1, 3)), np.where(tiles.all((1, 3)), FULL, PARTIAL), 2)
     have = np.broadcast_to(codes, (1, 1, 6, 3))[0, 0]
-    np.testing.assert_array_equal(have == tile_lists.EMPTY, want == tile_lists.EMPTY)
-    assert (have[have == tile_lists.FULL] == want[have == tile_lists.FULL]).all()
+    np.testing.assert_array_equal(have == EMPTY, want == EMPTY)
+    assert (have[have == FULL] == want[have == FULL]).all()
     if masks.as_mask(MASKS[name]).is_opaque:
         np.testing.assert_array_equal(have, want)
     for i in range(codes.shape[2]):
         visited = order[0, 0, i, : num_visited[0, 0, i]]
-        assert sorted(visited.tolist()) == np.flatnonzero(have[i % have.shape[0]] != tile_lists.EMPTY).tolist()
+        assert sorted(visited.tolist()) == np.flatnonzero(have[i % have.shape[0]] != EMPTY).tolist()
 
 
 def test_full_tiles_are_not_tested():

@@ -195,7 +195,7 @@ def lift_traced(traced: Any, arguments: Sequence[Any], *, marked: bool = False) 
     if marked:
         refusal = natural.why_not_natural(program)
         if refusal is not None:  # kernels accept fewer programs: give their reason
-            refusal = natural.why_not_natural(program, natural.KERNEL_ELEMENTWISE)
+            refusal = natural.why_not_natural(program, natural.GPU_ELEMENTWISE)
     return Lifted(values, program, refusal)
 
 

@@ -24,9 +24,11 @@ from attnax.typing import Array
 
 __all__ = [
     "ELEMENTWISE",
-    "KERNEL_ELEMENTWISE",
+    "GPU_ELEMENTWISE",
     "MARKS",
     "SHAPE",
+    "TPU_ELEMENTWISE",
+    "Bind",
     "align",
     "evaluate",
     "examples",
@@ -40,7 +42,7 @@ MARKS = 499, 503, 1009, 1013
 """Sizes of (B, N, T, S) at which functions are traced: unequal primes that no real axis has."""
 
 # fmt: off
-KERNEL_ELEMENTWISE = frozenset((
+GPU_ELEMENTWISE = frozenset((
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "convert_element_type", "copy", "cos", "cosh", "div",
     "eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic",
@@ -50,7 +52,12 @@ KERNEL_ELEMENTWISE = frozenset((
 ))
 """The elementwise primitives of the GPU kernels."""
 
-ELEMENTWISE = KERNEL_ELEMENTWISE | frozenset((
+TPU_ELEMENTWISE = GPU_ELEMENTWISE - {
+    "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "cosh", "expm1", "sinh",
+} | {"erf", "erf_inv", "round"}
+"""The elementwise primitives of the TPU kernels: those that Pallas lowers and libtpu compiles."""
+
+ELEMENTWISE = GPU_ELEMENTWISE | frozenset((
     "bessel_i0e", "bessel_i1e", "complex", "conj", "copy_p", "digamma", "eq_to", "erf", "erf_inv", "erfc", "igamma",
     "igamma_grad_a", "igammac", "imag", "le_to", "lgamma", "log2", "lt_to", "mesh_cast", "mulhi", "name", "nextafter",
     "one_minus_square", "optimization_barrier", "pcast", "polygamma", "polynomial", "pvary", "random_fold_in",

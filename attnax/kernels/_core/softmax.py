@@ -202,6 +202,7 @@ def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array
         left.astype(dtype),
         right.astype(dtype),
         (((len(batch) + left_axis,), (len(batch) + right_axis,)), (batch, batch)),
-        precision=lax.Precision.HIGHEST,  # no TF32
+        # No TF32, and no bfloat16 on a TPU, whose products of bfloat16 take no precision.
+        precision=None if jnp.finfo(dtype).bits == 16 else lax.Precision.HIGHEST,
         preferred_element_type=wide_dtype(dtype),
     )

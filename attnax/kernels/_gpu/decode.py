@@ -10,9 +10,12 @@ from attnax.cache import TokenArrays
 from attnax.kernels._core import softmax
 from attnax.kernels._core.lift import Deferred, Lifted, lift_marked
 from attnax.kernels._core.mesh import vary_all, varying_axes
+from attnax.kernels._core.natural import GPU_ELEMENTWISE
 from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
-from attnax.kernels._gpu import split, tile_lists, tile_sizes
+from attnax.kernels._core.split import why_not_split
+from attnax.kernels._core.tile_grid import BoundsAtPositions
+from attnax.kernels._gpu import tile_sizes
 from attnax.masks import as_mask, at_positions
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ScoreMod
@@ -49,12 +52,12 @@ class DecodeInputs:
         keep, bounds, modify = vary_all(
             (
                 lift_marked(at_positions(None if mask is None else as_mask(mask), *positions)),
-                None if mask is not None and of_mask is None else tile_lists.BoundsAtPositions(of_mask, *positions),
+                None if mask is not None and of_mask is None else BoundsAtPositions(of_mask, *positions),
                 None if modify is None else lift_marked(modify, scores=jnp.float32),
             ),
             varying_axes(self.query),
         )
-        if any(function is not None and split.why_not_split(function) for function in (keep, modify)):
+        if any(function is not None and why_not_split(function, GPU_ELEMENTWISE) for function in (keep, modify)):
             return None
         from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
 

@@ -25,7 +25,8 @@ from jax.experimental import pallas as pl
 
 from attnax.kernels._core import softmax
 from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._gpu.tile import Inputs, Kernel, KernelSpec, TilePlace, either, rows_finite
+from attnax.kernels._core.tile import KernelSpec, TilePlace
+from attnax.kernels._gpu.tile import Inputs, Kernel, either, rows_finite
 from attnax.kernels._gpu.tile_lists import TileList
 from attnax.kernels._gpu.tile_sizes import Footprint, running_card
 from attnax.typing import Array
@@ -107,7 +108,7 @@ def forward_kernel(spec: KernelSpec, parts: int, inputs: Inputs, outputs: dict[s
     step, h, b = (pl.program_id(axis) for axis in range(3))
     i = grid.num_q - 1 - step // parts  # under a causal mask the last tiles have the most work, so they start first
     start = TilePlace(b, h, i, 0)
-    rows = b, h, pl.ds(kernel.q_first(i), grid.block_q)
+    rows = b, h, pl.ds(grid.q_first(i), grid.block_q)
     query = inputs.query[(*rows, slice(None))]
     finite = rows_finite(query)
     query = jnp.where(finite[:, None], query, 0)
@@ -158,7 +159,7 @@ def d_query_kernel(spec: KernelSpec, inputs: Inputs, outputs: dict[str, Any]) ->
     d_query = jnp.zeros((grid.block_q, inputs.query.shape[-1]), jnp.float32)
     state = d_query, tuple(jnp.zeros((grid.block_q, 1), jnp.float32) for _ in learn)
     d_query, learned = visit_keys(kernel, visit, start, state)
-    rows, own = (b, h, pl.ds(kernel.q_first(start.i), grid.block_q)), kernel.own(start.i, of_queries=True)
+    rows, own = (b, h, pl.ds(grid.q_first(start.i), grid.block_q)), kernel.own(start.i, of_queries=True)
     d_query = d_query if spec.learn_scale else d_query * inputs.scale[0]
     kernel.write(outputs["d_query"], (*rows, slice(None)), d_query.astype(outputs["d_query"].dtype), own)
     for n, x in zip(learn, learned, strict=True):
@@ -171,7 +172,7 @@ def d_key_value_kernel(spec: KernelSpec, inputs: Inputs, outputs: dict[str, Any]
     j, kv_head, b = (pl.program_id(axis) for axis in range(3))
     key, value, _ = kernel.keys(TilePlace(b, kv_head * spec.shared, 0, j))
     learn = kernel.learned("columns")
-    columns, own = pl.ds(kernel.kv_first(j), grid.block_kv), kernel.own(j, of_queries=False)
+    columns, own = pl.ds(grid.kv_first(j), grid.block_kv), kernel.own(j, of_queries=False)
 
     def head(n: Any, sums: Any) -> Any:
         h = kv_head * spec.shared + n
@@ -220,7 +221,7 @@ def d_table_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, 
 
         def visit(full: bool, j: Any, total: Array) -> Array:
             place = start._replace(j=j)
-            where = kernel.index_of(read, place, (spec.grid.block_q, spec.grid.block_kv))
+            where = kernel.index_of(read, place)
             element = jnp.int32(0)
             for axis in read.axes:
                 element = element * read.shape[axis] + where[axis]
@@ -267,7 +268,7 @@ def d_pairs_kernel(spec: KernelSpec, n: int, inputs: Inputs, outputs: dict[str, 
 
     total = jnp.zeros((grid.block_q, grid.block_kv), jnp.float32)
     total = lax.fori_loop(0, num_rows, lambda b, total: lax.fori_loop(0, num_heads, partial(add, b), total), total)
-    where = row, head, pl.ds(kernel.q_first(i), grid.block_q), pl.ds(kernel.kv_first(j), grid.block_kv)
+    where = row, head, pl.ds(grid.q_first(i), grid.block_q), pl.ds(grid.kv_first(j), grid.block_kv)
     rows_own, columns_own = kernel.own(i, of_queries=True), kernel.own(j, of_queries=False)
     own = None if rows_own is None else rows_own[:, None]
     if columns_own is not None:

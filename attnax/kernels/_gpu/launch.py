@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from attnax.kernels._core import softmax
+from attnax.kernels._core.captured import Captured, is_each
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.operands import Arrays
+from attnax.kernels._core.split import split
+from attnax.kernels._core.tile import KernelSpec, query_rows
+from attnax.kernels._core.tile_grid import BoundsAtPositions, tile_codes
 from attnax.kernels._gpu.kernels import (
     Shapes,
     d_key_value_kernel,
@@ -28,17 +30,15 @@ from attnax.kernels._gpu.kernels import (
     forward_kernel,
     run,
 )
-from attnax.kernels._gpu.split import Read, add_slabs, split
-from attnax.kernels._gpu.tile import Inputs, Kernel, KernelSpec
-from attnax.kernels._gpu.tile_lists import BoundsAtPositions, TileGrid, TileList, tile_codes
-from attnax.kernels._gpu.tile_sizes import Tile
+from attnax.kernels._gpu.tile import Inputs, Kernel
+from attnax.kernels._gpu.tile_lists import TileList
+from attnax.kernels._gpu.tile_sizes import Tile, grid_of
 from attnax.typing import Array
 
-__all__ = ["Setup", "backward", "decode", "forward", "why_not_learn"]
+__all__ = ["Setup", "backward", "decode", "forward"]
 
 _DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
 _TABLE_CHUNK = 4096  # the most elements whose gradient a program keeps in registers
-_SMALL_TABLE = 1024  # the most elements of a table by several indices; a tile may read any of them
 _TABLE_PROGRAMS = 1024  # enough for any GPU; each program writes a share of the table
 
 
@@ -128,20 +128,15 @@ def backward(
         d_lse: cotangent of the natural log-sum-exp.
     """
     query, key, value, _ = arrays
-    d_out = lax.optimization_barrier(d_out)  # the cotangent of a sum is a constant: XLA would test it
-    finite = is_finite(query) & is_finite(d_out) & jnp.isfinite(d_lse)
-    finite &= jnp.isfinite(lse) | (lse == -jnp.inf)
-    delta = jnp.where(finite, (out * d_out.astype(jnp.float32)).sum(-1) - d_lse, 0)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(finite, lse, jnp.nan))
+    rows = query_rows(query, key.shape[1], out, lse, d_out, d_lse)
     spec, inputs = _prepare(arrays, setup)
     batch, heads, seq_q, seq_kv = spec.score_shape
-    non_finite = ~finite.reshape(batch, spec.kv_heads, -1).all(2)
     length = inputs.query.shape[2]
     inputs = inputs._replace(
-        any_non_finite=inputs.any_non_finite | non_finite.astype(jnp.int32),
-        d_out=_whole_rows(d_out, length, 0),
-        lse=_whole_rows(lse, length, jnp.inf),
-        delta=_whole_rows(delta, length, 0),
+        any_non_finite=inputs.any_non_finite | rows.any_contaminated.astype(jnp.int32),
+        d_out=_whole_rows(rows.d_out, length, 0),
+        lse=_whole_rows(rows.lse, length, jnp.inf),
+        delta=_whole_rows(rows.delta, length, 0),
     )
     kernel = Kernel(spec, inputs)
     query_shape, key_shape, value_shape = (x.shape for x in inputs[:3])
@@ -165,104 +160,38 @@ def backward(
 
 def _mod_gradients(spec: KernelSpec, inputs: Inputs, setup: Setup, sums: dict[str, Array]) -> tuple[Array, ...]:
     """The gradients of the score mod's floating values, from sums over queries, keys and pairs."""
-    score_mod, kernel = spec.score_mod, Kernel(spec, inputs)
-    if score_mod is None or setup.score_mod is None:
+    if setup.score_mod is None:
         return ()
-    values = setup.score_mod.values
-    floats = [n for n, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def operands(given: list[Array]) -> list[Array]:
-        changed = dict(zip(floats, given, strict=True))
-        computed = score_mod.compute_operands(
-            [changed.get(n, x) for n, x in enumerate(values)], spec.score_shape, setup.positions
-        )
-        return [x for x in computed if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    numbers = sorted((*kernel.learned("rows"), *kernel.learned("columns")))
-    results, pull = jax.vjp(operands, [values[n] for n in floats])
-    cotangents = []
-    for n, result in zip(numbers, results, strict=True):
-        of_keys = result.shape[3] > 1
-        total = sums[f"mod {n}"][:, :, : spec.score_shape[3] if of_keys else spec.score_shape[2]]
-        total = total[:, :, None, :] if of_keys else total[:, :, :, None]
-        extra = tuple(axis for axis in range(4) if result.shape[axis] == 1 and total.shape[axis] > 1)
-        cotangents.append(total.sum(extra, keepdims=True).astype(result.dtype))
-    (gradients,) = pull(cotangents)
-    for n in kernel.learned("tables"):
-        read = score_mod.reads[n]
-        position = floats.index(read.table)
-        share = _table_gradient(spec, inputs, setup, n, values[read.table].shape)
-        gradients[position] = gradients[position] + share.astype(gradients[position].dtype)
-    return tuple(gradients)
+    kernel, captured = Kernel(spec, inputs), Captured(setup.score_mod, spec.score_shape, setup.positions)
+    return captured.gradients(
+        {n: sums[f"mod {n}"] for n in (*kernel.learned("rows"), *kernel.learned("columns"))},
+        kernel.learned("tables"),
+        partial(_table_gradient, spec, inputs, captured),
+    )
 
 
-def _table_gradient(spec: KernelSpec, inputs: Inputs, setup: Setup, n: int, shape: tuple[int, ...]) -> Array:
-    """The gradient of a table from one of its reads."""
-    score_mod = spec.score_mod
-    assert score_mod is not None
-    read, (batch, heads, seq_q, seq_kv) = score_mod.reads[n], spec.score_shape
-    index = [
-        x if x is None else np.clip(x, 0, size - 1)
-        for x, size in zip(score_mod.index_of(read, spec.score_shape), shape, strict=True)
-    ]
-    if _how_to_learn(setup, read, spec.score_shape) == "pairs":
+def _table_gradient(spec: KernelSpec, inputs: Inputs, captured: Captured, n: int) -> Array:
+    """The gradient of a table from one of its reads, for each slab."""
+    read, (batch, heads, seq_q, seq_kv) = captured.split.reads[n], spec.score_shape
+    if captured.how_to_learn(read) == "pairs":
+        index = captured.index(read)
         outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
         slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
         grid = spec.grid.num_q * spec.grid.num_kv, slab[1], slab[0]
         shapes: Shapes = {"table": ((*slab, inputs.query.shape[2], inputs.key.shape[2]), jnp.float32)}
         total = run("attnax_d_pairs", partial(d_pairs_kernel, spec, n), spec, grid, inputs, shapes)["table"]
         total = total[:, :, :seq_q, :seq_kv]
-        if not _is_each(index[read.axes[0]], 2, seq_q):  # the table has keys before queries
-            total = total.swapaxes(2, 3)
-    else:
-        sizes = [shape[axis] for axis in read.axes]
-        count = math.prod(sizes)
-        size = min(_TABLE_CHUNK, _next_power_of_2(count))
-        chunks = -(-count // size)
-        groups = min(spec.grid.num_q, max(1, _TABLE_PROGRAMS // (batch * heads * chunks)))
-        shapes = {"table": ((batch, heads, chunks, groups, size), jnp.float32)}
-        grid = groups * chunks, heads, batch
-        total = run("attnax_d_table", partial(d_table_kernel, spec, n), spec, grid, inputs, shapes)["table"]
-        total = total.sum(3).reshape(batch, heads, -1)[..., :count].reshape(batch, heads, *sizes)
-    return add_slabs(shape, read.axes, total, index)
-
-
-def _how_to_learn(setup: Setup, read: Read, score_shape: tuple[int, int, int, int]) -> str | None:
-    """The kernel for the gradient of a table that is read by pair; None if no kernel serves.
-
-    "pairs" if each pair has an element of its own, "table" if a tile reads few elements.
-    """
-    assert setup.score_mod is not None
-    shape, index = read.shape, split(setup.score_mod).index_of(read, score_shape)
-    if read.by_score or any(x is None for axis, x in enumerate(index) if axis not in read.axes):
-        return None
-    if len(read.axes) == 2 and setup.positions is None:
-        for q_axis, kv_axis in (read.axes, read.axes[::-1]):
-            if _is_each(index[q_axis], 2, score_shape[2]) and _is_each(index[kv_axis], 3, score_shape[3]):
-                return "pairs" if shape[q_axis] >= score_shape[2] and shape[kv_axis] >= score_shape[3] else None
-    is_small = math.prod(shape[axis] for axis in read.axes) <= _SMALL_TABLE
-    return "table" if len(read.axes) == 1 or is_small else None
-
-
-def _is_each(index: np.ndarray | None, axis: int, size: int) -> bool:
-    """Whether an index array is 0, 1, ... along the queries (axis 2) or keys (axis 3)."""
-    want = np.arange(size).reshape([size if axis == other else 1 for other in range(4)])
-    return index is not None and index.shape == want.shape and bool((index == want).all())
-
-
-def why_not_learn(setup: Setup, arrays: Arrays) -> str | None:
-    """The reason why no kernel gives the gradients of a score mod's captured arrays, or None."""
-    assert setup.score_mod is not None
-    (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
-    for read in split(setup.score_mod).reads:
-        table = setup.score_mod.values[read.table]
-        is_float = jnp.issubdtype(table.dtype, jnp.inexact)
-        if is_float and _how_to_learn(setup, read, (batch, heads, seq_q, seq_kv)) is None:
-            return (
-                f"the gradient of a captured array of shape {table.shape} that is read by query and key together, "
-                "but neither at [q, kv] nor small"
-            )
-    return None
+        # The table may have keys before queries.
+        return total if is_each(index[read.axes[0]], 2, seq_q) else total.swapaxes(2, 3)
+    sizes = [read.shape[axis] for axis in read.axes]
+    count = math.prod(sizes)
+    size = min(_TABLE_CHUNK, _next_power_of_2(count))
+    chunks = -(-count // size)
+    groups = min(spec.grid.num_q, max(1, _TABLE_PROGRAMS // (batch * heads * chunks)))
+    shapes = {"table": ((batch, heads, chunks, groups, size), jnp.float32)}
+    grid = groups * chunks, heads, batch
+    total = run("attnax_d_table", partial(d_table_kernel, spec, n), spec, grid, inputs, shapes)["table"]
+    return total.sum(3).reshape(batch, heads, -1)[..., :count].reshape(batch, heads, *sizes)
 
 
 def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[KernelSpec, Inputs]:
@@ -272,7 +201,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> tuple[
     _, kv_heads, seq_kv, _ = key.shape
     if pages is not None:
         seq_kv *= pages.shape[1]
-    score_shape, grid = (batch, heads, seq_q, seq_kv), TileGrid.of(setup.tile, seq_q, seq_kv)
+    score_shape, grid = (batch, heads, seq_q, seq_kv), grid_of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     mask, score_mod = (None if x is None else split(x) for x in (setup.mask, setup.score_mod))
     codes = tiles = turned = any_non_finite = finite = None

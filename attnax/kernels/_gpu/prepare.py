@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
+from attnax.kernels._core.natural import GPU_ELEMENTWISE
 from attnax.kernels._core.operands import Arrays, Operands, bind_bounds
 from attnax.kernels._core.platform import why_no_triton
-from attnax.kernels._gpu import split, tile_lists, tile_sizes
+from attnax.kernels._core.split import split, why_not_split
+from attnax.kernels._core.tile_grid import BoundsAtPositions
+from attnax.kernels._gpu import tile_sizes
 from attnax.kernels._gpu.tile_sizes import Tile
 
 if TYPE_CHECKING:
@@ -55,17 +58,17 @@ def why_no_kernel(
     pair_bytes = 0
     for name, function in (("mask", operands.mask), ("score mod", operands.score_mod)):
         if function is not None:
-            refused = split.why_not_split(function)
+            refused = why_not_split(function, GPU_ELEMENTWISE)
             if refused is not None:
                 return f"no kernel can hold this {name}: {refused}"
-            pair_bytes += split.split(function).pair_bytes
+            pair_bytes += split(function).pair_bytes
     if interpret:
         return None
     return why_no_triton() or _why_no_room(_tiles_for(tiles, operands, dropout_rate), arrays, pair_bytes)
 
 
 def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> tuple[Tile, Tile]:
-    functions = [split.split(function) for function in (operands.mask, operands.score_mod) if function is not None]
+    functions = [split(function) for function in (operands.mask, operands.score_mod) if function is not None]
     return tiles.busy if dropout_rate > 0.0 or any(function.reads for function in functions) else tiles.plain
 
 
@@ -116,7 +119,7 @@ def prepare(
     positions = (operands.q_index, operands.kv_index) if is_part else None
     of_tiles: Any = bounds
     if positions is not None and bounds is not None:
-        of_tiles = tile_lists.BoundsAtPositions(bounds, positions[0][None], positions[1][None])
+        of_tiles = BoundsAtPositions(bounds, positions[0][None], positions[1][None])
     return Setup(
         _tiles_for(tiles, operands, dropout_rate)[backward],
         operands.mask,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu
+from attnax.kernels._core.tile_grid import TileGrid
 
 __all__ = [
     "BUSY",
@@ -21,6 +22,7 @@ __all__ = [
     "Footprint",
     "Tile",
     "choose",
+    "grid_of",
     "running_card",
     "shared_memory",
     "why_too_old",
@@ -34,6 +36,15 @@ class Tile(NamedTuple):
     block_kv: int  # keys
     num_warps: int
     num_stages: int  # tiles of keys and values that are loaded ahead, the one in use included
+
+
+def grid_of(tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
+    """The grid of such tiles, or of smaller ones for shorter arrays: powers of 2, at least 16."""
+    block_q, block_kv = (
+        min(most, max(16, 1 << (length - 1).bit_length()))
+        for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
+    )
+    return TileGrid(seq_q, seq_kv, block_q, block_kv, overlaps=True)
 
 
 # For any card. A key is a kind, the bits of a number, and the largest head size that the entry serves.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,8 @@ from attnax.checks import wide_dtype
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary, varying_axes
 from attnax.kernels._core.natural import (
-    KERNEL_ELEMENTWISE,
     SHAPE,
+    Bind,
     align,
     evaluate,
     no_table,
@@ -34,7 +35,7 @@ from attnax.kernels._core.natural import (
 from attnax.kernels._core.programs import Program, dtype_of, needed_for, shape_of
 from attnax.typing import Array
 
-__all__ = ["Read", "Split", "add_slabs", "split", "why_not_split"]
+__all__ = ["Read", "Split", "add_slabs", "bind_in_float32", "split", "why_not_split"]
 
 _NARROW = jnp.float16, jnp.bfloat16
 _CASTS = "bitcast_convert_type", "convert_element_type"  # whose parameters name the dtype of the result
@@ -97,16 +98,22 @@ class Split:
         results = (env[var] for var in self.operands)
         return tuple(x.reshape((1,) * (4 - jnp.ndim(x)) + jnp.shape(x)) for x in results)
 
-    def __call__(self, operands: Sequence[Any], load: Load, *arguments: Any) -> Any:
-        """The function's result for (scores, b, h, q, kv), or (b, h, q, kv), from the operands at these indices."""
+    def __call__(self, operands: Sequence[Any], load: Load, *arguments: Any, bind: Bind) -> Any:
+        """The function's result for (scores, b, h, q, kv), or (b, h, q, kv), from the operands at these indices.
+
+        `bind` runs an elementwise equation as the kernel's backend can.
+        """
         env: dict[Any, Any] = dict(zip(self.operands, operands, strict=True))
         env.update(zip(self.program.arguments, arguments, strict=True))
         reads = {id(read.equation): read for read in self.reads}
-        self._evaluate(self.inside, env, lambda eqn, index: load(reads[id(eqn)], index))
+        self._evaluate(self.inside, env, lambda eqn, index: load(reads[id(eqn)], index), bind)
         return self._result(env)
 
-    def _evaluate(self, equations: Sequence[JaxprEqn], env: dict[Any, Any], load: Callable[..., Array]) -> None:
-        evaluate(equations, env, self.program.rules, lambda eqn, index: _gather(eqn, index, load), _bind)
+    def _evaluate(
+        self, equations: Sequence[JaxprEqn], env: dict[Any, Any], load: Callable[..., Array], bind: Bind | None = None
+    ) -> None:
+        gather = partial(_gather, load=load)
+        evaluate(equations, env, self.program.rules, gather, bind or bind_in_float32)
 
     def _result(self, env: dict[Any, Any]) -> Array:
         (result,) = self.program.results
@@ -144,26 +151,23 @@ class Split:
 
 
 def split(lifted: Lifted) -> Split:
-    """The split of a mask or score mod that `why_not_split` accepts."""
-    found = _split_or_reason(lifted)
-    assert isinstance(found, Split), found
-    return found
-
-
-def why_not_split(lifted: Lifted) -> str | None:
-    """The reason why no kernel can hold a mask or score mod, or None."""
-    found = _split_or_reason(lifted)
-    return None if isinstance(found, Split) else found
-
-
-def _split_or_reason(lifted: Lifted) -> Split | str:
-    """The split of a program, made once and kept with the program, or the reason why there is no split."""
+    """The split of a mask or score mod that `why_not_split` accepts, made once and kept with the program."""
     program = lifted.program
     if "split" not in program.found:
-        reason = lifted.refusal or why_not_natural(program, KERNEL_ELEMENTWISE)
-        program.found["split"] = _split(program) if reason is None else reason
-    found: Split | str = program.found["split"]
+        program.found["split"] = _split(program)
+    found: Split = program.found["split"]
     return found
+
+
+def why_not_split(lifted: Lifted, elementwise: frozenset[str]) -> str | None:
+    """The reason why no kernel with these elementwise primitives can hold a mask or score mod, or None."""
+    if lifted.refusal is not None:
+        return lifted.refusal
+    known = lifted.program.found.setdefault("why not", {})
+    if elementwise not in known:
+        known[elementwise] = why_not_natural(lifted.program, elementwise)
+    reason: str | None = known[elementwise]
+    return reason
 
 
 def _split(program: Program) -> Split:
@@ -207,8 +211,8 @@ def _moving_axes(eqn: JaxprEqn, equations: list[JaxprEqn], depends: dict[Var, fr
     return tuple(sorted(axis for axis, moves in zip(axes, moving, strict=True) if moves))
 
 
-def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:
-    """The result of an elementwise equation. Triton has no division and no functions of 16-bit floats."""
+def bind_in_float32(eqn: JaxprEqn, values: list[Any]) -> Array:
+    """The result of an elementwise equation, whose 16-bit floats are computed in float32."""
     dtype, values = dtype_of(eqn.outvars[0]), align(eqn, values)
     if dtype not in _NARROW or eqn.primitive.name in _CASTS:
         return run_varying(eqn, values)
@@ -224,7 +228,7 @@ def _by_axis(eqn: JaxprEqn, index: Any) -> list[Any]:
     return [by_axis.get(axis, jnp.int32(0)) for axis in range(len(shape_of(eqn.invars[0])))]
 
 
-def _gather(eqn: JaxprEqn, index: Any, load: Callable[[JaxprEqn, list[Array]], Array]) -> Array:
+def _gather(eqn: JaxprEqn, index: Any, *, load: Callable[[JaxprEqn, list[Array]], Array]) -> Array:
     shape = shape_of(eqn.invars[0])
     parts = _by_axis(eqn, index)
     inside = [(part >= 0) & (part < size) for part, size in zip(parts, shape, strict=True)]
