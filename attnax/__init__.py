@@ -48,6 +48,7 @@ with lazy_imports(globals()):
     from attnax.kernels.flash import pallas_flash_attention as pallas_flash_attention
     from attnax.kernels.flash import why_not_cudnn as why_not_cudnn
     from attnax.kernels.flash import why_not_pallas as why_not_pallas
+    from attnax.kernels.flash import why_not_tpu as why_not_tpu
     from attnax.kernels.linear import linear_attention as linear_attention
     from attnax.kernels.lite import lite_attention as lite_attention
     from attnax.kernels.merge import merge_attention as merge_attention

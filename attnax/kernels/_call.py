@@ -16,9 +16,10 @@ from attnax.kernels._core.dropout import rate_of, words_of, words_of_shard
 from attnax.kernels._core.operands import Arrays, Operands, bind
 from attnax.kernels._core.platform import has_nvidia_gpu
 from attnax.kernels._core.shards import Offset, Shards, find_shards
-from attnax.kernels._engines import Backend, Plan, Results, backward, forward, why_not_kernels
+from attnax.kernels._engines import GPU_KERNELS, TPU_KERNELS, Backend, Plan, Results, backward, forward
 from attnax.kernels._gpu.cudnn import Cudnn, why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._gpu.prepare import choose_kernel_tiles
+from attnax.kernels._tpu.prepare import choose_tpu_tiles
 from attnax.kernels._tpu.splash import why_not_splash
 from attnax.kernels._xla.tiles import check_block_size, choose_tiles, tile_shape
 from attnax.masks import resolve_masks
@@ -49,9 +50,10 @@ class Call(NamedTuple):
     operands: Operands
     shards: tuple[Shards, Offset] | None = None  # for a mesh with Explicit axes; the offset is a placeholder
 
-    def why_not_kernels(self) -> str | None:
-        """The reason why the GPU kernels do not serve the call, or None."""
-        return why_not_kernels(self.plan, self.arrays, self.operands)
+    def why_not_kernels(self, *, of_tpu: bool = False) -> str | None:
+        """The reason why the Pallas kernels of GPUs, or of TPUs, do not serve the call, or None."""
+        kernels = TPU_KERNELS if of_tpu else GPU_KERNELS
+        return kernels.why_not(self.plan, self.arrays, self.operands)
 
     def run(self) -> tuple[Array, Array]:
         """(out, log-sum-exp)."""
@@ -92,8 +94,9 @@ def attend(
     """Checks, prepares and runs a call of a built-in kernel; errors name `caller`."""
     call = prepare(caller, query, key, value, return_lse=return_lse, block_size=block_size, backend=backend, **options)
     if isinstance(call, Call):
-        needs_kernel = backend == "interpret" or (backend == "pallas" and has_nvidia_gpu())
-        reason = call.why_not_kernels() if needs_kernel else None
+        of_tpu = backend == "interpret tpu" or (backend == "pallas" and jax.default_backend() == "tpu")
+        of_gpu = backend == "interpret" or (backend == "pallas" and has_nvidia_gpu())
+        reason = call.why_not_kernels(of_tpu=of_tpu) if of_tpu or of_gpu else None
         if reason is not None:
             raise NotImplementedError(f"{caller}: {reason}. Use flash_attention.")
         out, lse = call.run()
@@ -183,6 +186,7 @@ def prepare_part(
         tiles,
         backend,
         None if backend == "tiles" else choose_kernel_tiles(arrays[0], arrays[2], block_size),
+        None if backend == "tiles" else choose_tpu_tiles(arrays[0], arrays[2], block_size),
         rate_of(options),
         learn_scale=not is_concrete(scale),
         is_part=True,

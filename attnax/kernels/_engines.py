@@ -1,7 +1,8 @@
 """The engines of exact attention. `ENGINES` has, for each engine, a test of calls and the two passes.
 
 The tile loop (`_xla`) runs on any platform. A program for an NVIDIA GPU runs cuDNN or the kernels of `_gpu`, a program
-for a TPU runs the kernels of `_tpu`, if these serve the call. All engines keep the same few residuals.
+for a TPU runs splash attention or the kernels of `_tpu`, if these serve the call. All engines keep the same few
+residuals.
 """
 
 from __future__ import annotations
@@ -15,22 +16,33 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.captured import Captured
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.platform import by_platform, has_nvidia_gpu, why_no_card
+from attnax.kernels._core.setup import Setup
 from attnax.kernels._gpu.cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_here
-from attnax.kernels._gpu.prepare import KernelTiles, prepare, why_no_kernel
+from attnax.kernels._gpu.prepare import KernelTiles, gpu_tile, why_no_kernel
+from attnax.kernels._tpu.prepare import TpuTiles, tpu_tile, why_not_tpu_kernels
 from attnax.kernels._tpu.splash import splash_backward, splash_forward
 from attnax.kernels._xla import tile_loop
 from attnax.kernels._xla.tiles import Tiles
 from attnax.masks import Mask
 from attnax.typing import Array, ScoreMod
 
-__all__ = ["Backend", "Plan", "attend_part", "backward", "backward_part", "finish", "forward", "why_not_kernels"]
+__all__ = [
+    "GPU_KERNELS",
+    "TPU_KERNELS",
+    "Backend",
+    "Plan",
+    "attend_part",
+    "backward",
+    "backward_part",
+    "finish",
+    "forward",
+]
 
-Backend = Literal["tiles", "automatic", "pallas", "interpret"]
-"""The tile loop on all platforms, the fastest engine, the GPU kernels, or the GPU kernels interpreted."""
+Backend = Literal["tiles", "automatic", "pallas", "interpret", "interpret tpu"]
+"""The tile loop on all platforms, the fastest engine, the Pallas kernels, or the GPU's or TPU's kernels interpreted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +51,18 @@ class Plan:
 
     tiles: Tiles
     backend: Backend
-    kernel: KernelTiles | None  # of the GPU kernels; None if the kernels do not serve the arrays
+    gpu: KernelTiles | None  # of the GPU kernels; None if the kernels do not serve the arrays
+    tpu: TpuTiles | None  # of the TPU kernels, likewise
     dropout_rate: float
     learn_scale: bool
     cudnn: Cudnn | None = None  # the arguments of cuDNN, if cuDNN serves the call
     splash: tuple[Mask | None, ScoreMod | None] | None = None  # the arguments of splash, if splash serves the call
     is_part: bool = False  # the keys are some of all keys: `Operands` has their indices; results are float32 or wider
+
+    @property
+    def interprets(self) -> bool:
+        """Whether kernels run as ordinary JAX."""
+        return self.backend in ("interpret", "interpret tpu")
 
 
 class Results(NamedTuple):
@@ -107,8 +125,9 @@ def backward_part(
 
 def _by_platform(plan: Plan, pass_of: Callable[[Engine], Any], *arguments: Any) -> Any:
     """The result of the engine that is chosen when the program is lowered."""
-    if plan.backend in ("tiles", "interpret"):
-        return pass_of(ENGINES["tiles" if plan.backend == "tiles" else "cuda"])(*arguments)
+    alone = {"tiles": "tiles", "interpret": "cuda", "interpret tpu": "tpu"}.get(plan.backend)
+    if alone is not None:
+        return pass_of(ENGINES[alone])(*arguments)
     passes = {platform: pass_of(engine) for platform, engine in ENGINES.items() if engine.serves(plan)}
     tiles = passes.pop("tiles")
     # On a GPU JAX must see cuDNN's kernels at once, to partition them over several devices.
@@ -154,75 +173,98 @@ def _in_float32(arrays: Arrays, operands: Operands) -> tuple[Array, Array, Array
     return query, key.astype(query.dtype), value.astype(query.dtype)
 
 
-def _kernel_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
-    setup = _setup(plan, arrays, operands, backward=False)
-    if setup is None:
-        return _tiles_forward(plan, exact, arrays, operands)
-    from attnax.kernels._gpu import launch  # Pallas takes long to import, and is seldom needed
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The Pallas kernels of a platform."""
 
-    return launch.forward(arrays, setup, low=exact)
+    tiles: Callable[[Plan], Any]
+    why_not: Callable[[Plan, Arrays, Operands], str | None]  # why the kernels do not serve a call
+    why_not_here: Callable[[], str | None]  # why no program can hold them here
+    tile: Callable[..., Any]  # (tiles, operands, dropout rate, backward) -> the tile of a pass
+    launch: Callable[[], Any]  # the module that runs them: Pallas takes long to import, and is seldom needed
+
+    def setup(self, plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) -> Setup | None:
+        """The setup of a pass; None if the tile loop must run.
+
+        Raises:
+            NotImplementedError: the plan asks for kernels, and they do not serve the call.
+        """
+        reason = self.why_not(plan, arrays, operands)
+        if reason is None and not plan.interprets:
+            reason = self.why_not_here()
+            if reason is not None and plan.backend == "automatic":
+                warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
+        if reason is None:
+            setup = Setup.of(
+                self.tile(self.tiles(plan), operands, plan.dropout_rate, backward=backward),
+                operands,
+                plan.dropout_rate,
+                learn_scale=plan.learn_scale,
+                is_part=plan.is_part,
+                interpret=plan.interprets,
+            )
+            captured = setup.captured(arrays) if backward else None
+            reason = None if captured is None else captured.why_not_learn()
+            if reason is None:
+                return setup
+        if plan.backend != "automatic":
+            raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
+        return None
+
+    def forward(self, plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+        setup = self.setup(plan, arrays, operands, backward=False)
+        if setup is None:
+            return _tiles_forward(plan, exact, arrays, operands)
+        out: tuple[Array, Array, Any] = self.launch().forward(arrays, setup, low=exact)
+        return out
+
+    def backward(self, plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+        setup = self.setup(plan, arrays, operands, backward=True)
+        if setup is None:
+            return _tiles_backward(plan, arrays, operands, results)
+        gradients = self.launch().backward(arrays, setup, *results)
+        if plan.learn_scale:
+            return finish(plan, arrays, operands, gradients)
+        return *gradients[:3], jnp.zeros_like(arrays[3]), gradients[3]
+
+    def backward_part(
+        self, plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
+    ) -> Gradients:
+        setup = self.setup(plan, arrays, operands, backward=True)
+        if setup is None:
+            return _tiles_backward_part(plan, arrays, operands, results, sums)
+        d_query, d_key, d_value, d_learned = self.launch().backward(arrays, setup, *results)
+        return d_query, d_key, d_value, tuple(x + y.astype(x.dtype) for x, y in zip(sums, d_learned, strict=True))
 
 
-def _kernel_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
-    setup = _setup(plan, arrays, operands, backward=True)
-    if setup is None:
-        return _tiles_backward(plan, arrays, operands, results)
+def _gpu_launch() -> Any:
     from attnax.kernels._gpu import launch
 
-    gradients = launch.backward(arrays, setup, *results)
-    if plan.learn_scale:
-        return finish(plan, arrays, operands, gradients)
-    return *gradients[:3], jnp.zeros_like(arrays[3]), gradients[3]
+    return launch
 
 
-def _kernel_backward_part(
-    plan: Plan, arrays: Arrays, operands: Operands, results: Results, sums: tuple[Array, ...]
-) -> Gradients:
-    setup = _setup(plan, arrays, operands, backward=True)
-    if setup is None:
-        return _tiles_backward_part(plan, arrays, operands, results, sums)
-    from attnax.kernels._gpu import launch
+def _tpu_launch() -> Any:
+    from attnax.kernels._tpu import launch
 
-    d_query, d_key, d_value, d_learned = launch.backward(arrays, setup, *results)
-    return d_query, d_key, d_value, tuple(x + y.astype(x.dtype) for x, y in zip(sums, d_learned, strict=True))
+    return launch
 
 
-def why_not_kernels(plan: Plan, arrays: Arrays, operands: Operands) -> str | None:
-    """The reason why the GPU kernels do not serve a call, or None."""
-    return why_no_kernel(plan.kernel, arrays, operands, plan.dropout_rate, interpret=plan.backend == "interpret")
-
-
-def _setup(plan: Plan, arrays: Arrays, operands: Operands, *, backward: bool) -> Any:
-    """The setup of the GPU kernels for a pass; None if the tile loop must run.
-
-    Raises:
-        NotImplementedError: the plan asks for the GPU kernels, and they do not serve the call.
-    """
-    reason = why_not_kernels(plan, arrays, operands)
-    if reason is None and plan.backend != "interpret":
-        reason = why_no_card()
-        if reason is not None and plan.backend == "automatic":
-            warnings.warn(f"flash_attention: {reason}. It runs in tiles.", stacklevel=1)
-    setup = None
-    if reason is None:
-        assert plan.kernel is not None
-        setup = prepare(
-            plan.kernel,
-            operands,
-            plan.dropout_rate,
-            backward=backward,
-            learn_scale=plan.learn_scale,
-            is_part=plan.is_part,
-            interpret=plan.backend == "interpret",
-        )
-        if backward and setup.score_mod is not None:
-            (batch, heads, seq_q, _), seq_kv = arrays[0].shape, arrays[1].shape[2]
-            reason = Captured(setup.score_mod, (batch, heads, seq_q, seq_kv), setup.positions).why_not_learn()
-    if reason is None:
-        return setup
-    if plan.backend != "automatic":
-        raise NotImplementedError(f"pallas_flash_attention: {reason}. Use flash_attention.")
-    return None
+GPU_KERNELS = Kernels(
+    lambda plan: plan.gpu,
+    lambda plan, arrays, operands: why_no_kernel(
+        plan.gpu, arrays, operands, plan.dropout_rate, interpret=plan.interprets
+    ),
+    why_no_card,
+    gpu_tile,
+    _gpu_launch,
+)
+TPU_KERNELS = Kernels(
+    lambda plan: plan.tpu,
+    lambda plan, arrays, operands: why_not_tpu_kernels(plan.tpu, arrays, operands, is_part=plan.is_part),
+    lambda: None,
+    tpu_tile,
+    _tpu_launch,
+)
 
 
 def _cudnn_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
@@ -238,23 +280,25 @@ def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Res
     return *cudnn_backward(query, key, value, plan.cudnn, out, lse, results.d_out), jnp.zeros_like(scale), ()
 
 
-def _splash_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
-    assert plan.splash is not None
+def _tpu_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
+    if plan.splash is None:
+        return TPU_KERNELS.forward(plan, exact, arrays, operands)
     out, lse = splash_forward(*arrays, *plan.splash)
     return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
 
 
-def _splash_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
-    assert plan.splash is not None
+def _tpu_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
+    if plan.splash is None:
+        return TPU_KERNELS.backward(plan, arrays, operands, results)
     d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.in_nats(results.lse), results.d_out)
     return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
 
 
 ENGINES = {  # by the platform's name in `by_platform`
     "tiles": Engine(lambda plan: True, _tiles_forward, _tiles_backward, _tiles_backward_part),
-    "cuda": Engine(lambda plan: True, _kernel_forward, _kernel_backward, _kernel_backward_part),
+    "cuda": Engine(lambda plan: True, GPU_KERNELS.forward, GPU_KERNELS.backward, GPU_KERNELS.backward_part),
     "cudnn": Engine(
         lambda plan: plan.cudnn is not None and why_not_cudnn_here() is None, _cudnn_forward, _cudnn_backward
     ),
-    "tpu": Engine(lambda plan: plan.splash is not None, _splash_forward, _splash_backward),
+    "tpu": Engine(lambda plan: True, _tpu_forward, _tpu_backward, TPU_KERNELS.backward_part),
 }

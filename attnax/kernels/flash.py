@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnax.checks import attention_options
-from attnax.kernels._call import Call, attend, prepare, why_not_cudnn_here
+from attnax.kernels._call import Backend, Call, attend, prepare, why_not_cudnn_here
 from attnax.kernels._call import why_not_cudnn as why_not_cudnn_call
 from attnax.kernels._core.pairs import MixedPairsError
 from attnax.kernels._core.platform import abstract_device, has_nvidia_gpu, why_no_card
@@ -23,7 +23,11 @@ __all__ = [
     "pallas_flash_attention",
     "why_not_cudnn",
     "why_not_pallas",
+    "why_not_tpu",
 ]
+
+
+_INTERPRETED: dict[Any, Backend] = {True: "interpret", "cuda": "interpret", "tpu": "interpret tpu"}
 
 
 class _Options(AttentionOptions, total=False):
@@ -145,8 +149,9 @@ def flash_attention(
     """softmax(scale * query @ key^T) @ value on the fastest exact kernel of the platform; memory O(T + S).
 
     An NVIDIA GPU runs cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None. A TPU
-    runs JAX's splash attention for plain calls. All other calls, and calls with a `block_size`, run the tiles of
-    `memory_efficient_attention`, with the same arguments, results and errors. The choice is made when the program is
+    runs JAX's splash attention for plain calls, else the Pallas kernel if `why_not_tpu` gives None. All other calls,
+    and calls with a `block_size`, run the tiles of `memory_efficient_attention`, with the same arguments, results and
+    errors. The choice is made when the program is
     lowered: a program that is exported for "cuda" on a machine without a GPU holds the GPU kernel.
 
     Example:
@@ -185,14 +190,14 @@ def pallas_flash_attention(
     return_lse: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
-    interpret: bool = False,
+    interpret: bool | Literal["cuda", "tpu"] = False,
     force_fallback: bool = False,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value in a Pallas kernel for NVIDIA GPUs that holds mask and score mod.
+    """softmax(scale * query @ key^T) @ value in a Pallas kernel, for NVIDIA GPUs or TPUs, that holds mask and score mod.
 
     On any other platform the call runs in the engine of `memory_efficient_attention`. Arguments, results and errors are
-    those of that function, except for the last four arguments. On a GPU, products of float32 arrays are in float32 (no
-    TF32). Products of bfloat16 and float16 run on tensor cores, with weights in that dtype and all sums in float32.
+    those of that function, except for the last four arguments. Products of float32 arrays are in float32 (no TF32).
+    Products of bfloat16, and of float16 on a GPU, are of numbers in that dtype, weights too, with all sums in float32.
 
     Args:
         query: (batch, num_heads, seq_q, head_dim).
@@ -206,14 +211,17 @@ def pallas_flash_attention(
         deterministic: no dropout.
         scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the log of each query's sum of exponentials.
-        block_q: queries of a tile, by default chosen by shape and mask; on a GPU a power of 2, at least 16.
+        block_q: queries of a tile, by default chosen by shape and mask; on a GPU a power of 2, at least 16, on a TPU a
+            multiple of 128.
         block_kv: keys of a tile, likewise.
-        interpret: run the GPU kernel as ordinary JAX on any platform; slow, for debugging.
+        interpret: run the kernel for a GPU (True or "cuda") or for a TPU ("tpu") as ordinary JAX on any platform; slow,
+            for debugging.
         force_fallback: run the tiles of `memory_efficient_attention` on any platform.
 
     Raises:
-        ValueError: both interpret and force_fallback.
-        NotImplementedError: on a GPU, or interpreted, the reason that `why_not_pallas` gives.
+        ValueError: both interpret and force_fallback, or another word for interpret.
+        NotImplementedError: on a GPU, or interpreted, the reason that `why_not_pallas` gives; on a TPU that of
+            `why_not_tpu`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -222,10 +230,14 @@ def pallas_flash_attention(
         >>> pallas_flash_attention(x, x, x, block_q=16, block_kv=32).shape
         (1, 4, 37, 8)
     """
+    if interpret not in (False, *_INTERPRETED):
+        raise ValueError(
+            f'pallas_flash_attention: interpret must be True, False, "cuda" or "tpu"; got interpret={interpret!r}.'
+        )
     if interpret and force_fallback:
         raise ValueError(
-            "pallas_flash_attention: interpret runs the GPU's kernel and force_fallback does without; "
-            "got interpret=True, force_fallback=True. Leave one of the two out."
+            "pallas_flash_attention: interpret runs a kernel and force_fallback does without; "
+            f"got interpret={interpret!r}, force_fallback=True. Leave one of the two out."
         )
     options = attention_options(mask, score_mod, dropout_rng, dropout_rate, deterministic, scale)
     return attend(
@@ -235,7 +247,7 @@ def pallas_flash_attention(
         value,
         return_lse=return_lse,
         block_size=(block_q, block_kv),
-        backend="tiles" if force_fallback else "interpret" if interpret else "pallas",
+        backend="tiles" if force_fallback else "pallas" if not interpret else _INTERPRETED[interpret],
         **options,
     )
 
@@ -281,20 +293,50 @@ def why_not_pallas(
     """
     _check_question("why_not_pallas", platform, options)
 
-    def ask(query: Array, key: Array, value: Array) -> str | None:
-        blocks = block_q, block_kv
-        try:
-            call = prepare("why_not_pallas", query, key, value, block_size=blocks, backend="pallas", **options)
-        except MixedPairsError as error:
-            return str(error).removeprefix("why_not_pallas: ")
-        return call.why_not_kernels() if isinstance(call, Call) else None
-
-    reason = _of_shapes(ask, query, key, value)
+    reason = _why_not_kernels("why_not_pallas", query, key, value, (block_q, block_kv), of_tpu=False, **options)
     if reason is None and abstract_device() is not None:
         reason = why_no_card()
     if reason is None and platform != "cuda" and not has_nvidia_gpu():
         return f"the Pallas kernel is for NVIDIA GPUs; this process computes on {jax.default_backend()}"
     return reason
+
+
+def why_not_tpu(
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    **options: Unpack[AttentionOptions],
+) -> str | None:
+    """The reason why the Pallas kernel for TPUs does not serve these arguments, or None; the same on any machine.
+
+    If there is a reason, a program for a TPU runs `flash_attention` in tiles, unless JAX's splash attention serves the
+    call, and `pallas_flash_attention` raises. Under `jit` over several devices, outside of `jax.shard_map` and without
+    a mesh of Explicit axes, JAX would have to cut the kernel itself, and tiles run too.
+
+    Args:
+        query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.
+        key: likewise.
+        value: likewise.
+        block_q: as in `pallas_flash_attention`; a multiple of 128.
+        block_kv: likewise.
+        options: the keywords of `flash_attention`, except `block_size` and `return_lse`.
+
+    Raises:
+        ValueError: arguments that no kernel takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnax import why_not_tpu
+        >>> x = jnp.ones((1, 4, 37, 8))
+        >>> why_not_tpu(x, x, x, score_mod=lambda scores, b, h, q, kv: scores - 0.1 * jnp.log1p(abs(q - kv)))
+        >>> why_not_tpu(x, x, x, score_mod=lambda scores, b, h, q, kv: jnp.arcsin(scores))
+        'no TPU kernel can hold this score mod: asin'
+    """
+    _check_question("why_not_tpu", None, options)
+    return _why_not_kernels("why_not_tpu", query, key, value, (block_q, block_kv), of_tpu=True, **options)
 
 
 def why_not_cudnn(
@@ -348,6 +390,26 @@ def _check_question(caller: str, platform: str | None, options: AttentionOptions
     unknown = sorted(set(options) - set(AttentionOptions.__annotations__))
     if unknown:
         raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def _why_not_kernels(
+    caller: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    blocks: tuple[int | None, int | None],
+    *,
+    of_tpu: bool,
+    **options: Unpack[AttentionOptions],
+) -> str | None:
+    def ask(query: Array, key: Array, value: Array) -> str | None:
+        try:
+            call = prepare(caller, query, key, value, block_size=blocks, backend="pallas", **options)
+        except MixedPairsError as error:
+            return str(error).removeprefix(f"{caller}: ")
+        return call.why_not_kernels(of_tpu=of_tpu) if isinstance(call, Call) else None
+
+    return _of_shapes(ask, query, key, value)
 
 
 def _of_shapes(ask: Callable[[Array, Array, Array], str | None], *arrays: Any) -> str | None:

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
+from attnax.kernels._core.platform import by_platform
 from attnax.kernels._tpu import splash as engine
 from attnax.kernels.score_mods import alibi_mod, soft_cap_mod
 
@@ -306,6 +307,32 @@ def test_a_program_that_jax_cuts_over_several_tpus_runs_in_tiles():
         sharding = jax.sharding.NamedSharding(tpu, PartitionSpec("x"))
         run = jax.jit(flash_attention, in_shardings=(sharding,) * 3)
         text = run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == kernels
+
+
+FOUR = AbstractMesh((2, 2), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v5e", 4, "tpu"))
+
+
+def lowered_in_shard_maps(function, maps, *arguments, **options):
+    """The program for four TPUs of a function inside of a `shard_map` over each set of axes."""
+    specs = PartitionSpec()
+    for axes in maps:
+        function = jax.shard_map(function, in_specs=specs, out_specs=specs, axis_names=set(axes), **options)
+    with jax.sharding.use_abstract_mesh(FOUR):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize(("maps", "chosen"), [(("xy",), "cosine"), (("y", "x"), "cosine"), (("x",), "sine")])
+def test_the_function_for_a_tpu_runs_only_where_a_shard_map_cuts_all_axes(maps, chosen, check_vma):
+    text = lowered_in_shard_maps(lambda x: by_platform(jnp.sin, x, tpu=jnp.cos), maps, jnp.ones(4), check_vma=check_vma)
+    assert {name for name in ("sine", "cosine") if f"stablehlo.{name}" in text} == {chosen}
+
+
+def test_a_shard_map_over_all_axes_holds_a_kernel():
+    x = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
+    for maps, kernels in ((("xy",), 1), (("x",), 0)):
+        text = lowered_in_shard_maps(lambda x: flash_attention(x, x, x), maps, x, check_vma=False)
         assert text.count("tpu_custom_call") == kernels
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-__all__ = ["vary", "vary_all", "vary_with", "varying_axes"]
+__all__ = ["vary", "vary_all", "vary_with", "varying_axes", "varying_shape"]
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -23,6 +23,15 @@ def vary(x: Any, axes: frozenset[str]) -> Any:
     """`x`, marked as varying over `axes` too."""
     new = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, new, to="varying") if new else x
+
+
+def varying_shape(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a result that varies over the mesh axes over which `like` varies."""
+    aval, axes = jax.typeof(like), varying_axes(like)
+    varying: dict[str, Any] = {}
+    if axes:
+        varying = {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": axes}
+    return jax.ShapeDtypeStruct(shape, dtype, **varying)
 
 
 def vary_all(tree: Any, axes: frozenset[str]) -> Any:

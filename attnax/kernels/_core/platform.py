@@ -145,21 +145,26 @@ def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any
     module = context.module_context
     names: tuple[str, ...] = ("cudnn", "cuda")
     if callable(dict(zip(platforms, branches, strict=True)).get("cudnn")):
-        axes = module.axis_context
-        if hasattr(axes, "mesh"):  # of a shard_map
-            names = names if set(axes.manual_axes) == set(axes.mesh.axis_names) else ("cuda",)
-        elif getattr(axes, "num_devices", 1) > 1:
+        if _is_partitioned(module.axis_context):
             names = ("cuda",)
-        elif hasattr(axes, "device_assignment"):
-            alone = dataclasses.replace(axes, device_assignment=(None,))  # JAX reads only the number of devices
+        elif hasattr(module.axis_context, "device_assignment"):
+            # JAX reads only the number of devices.
+            alone = dataclasses.replace(module.axis_context, device_assignment=(None,))
             context = context.replace(module_context=module.replace(axis_context=alone))
     return _lower(*names)(context, *arguments, platforms=platforms, branches=branches, **params)
 
 
 def _lower_for_tpu(context: Any, *arguments: Any, **params: Any) -> Any:
-    """Lowers to the function for TPU on one device: JAX does not partition TPU kernels over several devices."""
-    num_devices = getattr(context.module_context.axis_context, "num_devices", 1)
-    return _lower(*["tpu"] * (num_devices == 1))(context, *arguments, **params)
+    """Lowers to the function for TPU, unless JAX would have to partition its kernels, which JAX refuses."""
+    names = () if _is_partitioned(context.module_context.axis_context) else ("tpu",)
+    return _lower(*names)(context, *arguments, **params)
+
+
+def _is_partitioned(axes: Any) -> bool:
+    """Whether arrays of the program may be cut over devices by XLA; a `shard_map` over all mesh axes has cut them."""
+    if hasattr(axes, "mesh"):  # of a shard_map
+        return set(axes.manual_axes) != set(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 1) > 1
 
 
 def _batch(arguments: Any, axes: Any, *, default: Any, branches: tuple[Any, ...], **params: Any) -> tuple[Any, Any]:

@@ -242,6 +242,8 @@ def _gather(eqn: JaxprEqn, index: Any, *, load: Callable[[JaxprEqn, list[Array]]
     everywhere = inside[0]
     for more in inside[1:]:
         everywhere = everywhere & more
+    if dtype == jnp.bool_:  # a TPU's kernels have no select of booleans
+        return value | ~everywhere if fill else value & everywhere
     return jnp.where(everywhere, value, jnp.asarray(fill, dtype))
 
 

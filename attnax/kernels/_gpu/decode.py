@@ -13,6 +13,7 @@ from attnax.kernels._core.mesh import vary_all, varying_axes
 from attnax.kernels._core.natural import GPU_ELEMENTWISE
 from attnax.kernels._core.operands import bind_bounds
 from attnax.kernels._core.platform import why_no_card, why_no_triton
+from attnax.kernels._core.setup import Setup
 from attnax.kernels._core.split import why_not_split
 from attnax.kernels._core.tile_grid import BoundsAtPositions
 from attnax.kernels._gpu import tile_sizes
@@ -61,7 +62,7 @@ class DecodeInputs:
             return None
         from attnax.kernels._gpu import launch  # imports Pallas, which takes long and is seldom needed
 
-        setup = launch.Setup(tile, keep, bounds, self.is_opaque, modify, interpret=interpret)
+        setup = Setup(tile, keep, bounds, self.is_opaque, modify, interpret=interpret)
         arrays = self.query, tokens.keys, tokens.values, self.scale
         out, lse = launch.decode(arrays, setup, tokens.block_table)
         return out, softmax.in_nats(lse)

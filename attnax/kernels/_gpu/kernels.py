@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from attnax.kernels._core import softmax
-from attnax.kernels._core.mesh import vary, varying_axes
+from attnax.kernels._core.mesh import vary, varying_axes, varying_shape
 from attnax.kernels._core.tile import KernelSpec, TilePlace
 from attnax.kernels._gpu.tile import Inputs, Kernel, either, rows_finite
 from attnax.kernels._gpu.tile_lists import TileList
@@ -285,12 +285,10 @@ def run(
     """The arrays that a kernel writes: `kernel(inputs, outputs)` runs for each program of a grid."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
     inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
-    aval = jax.typeof(inputs.query)
-    varying = {} if not axes else {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": axes}
     return pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape={key: jax.ShapeDtypeStruct(shape, dtype, **varying) for key, (shape, dtype) in shapes.items()},
+        out_shape={key: varying_shape(shape, dtype, inputs.query) for key, (shape, dtype) in shapes.items()},
         compiler_params=None if spec.interpret else _compiler_params(name, spec, inputs),
         interpret=spec.interpret,
         name=name,

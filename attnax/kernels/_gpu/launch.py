@@ -5,7 +5,6 @@ This file does not depend on the kind of GPU; the kernels are in `_gpu/kernels.p
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -18,9 +17,10 @@ from attnax.kernels._core.captured import Captured, is_each
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.operands import Arrays
+from attnax.kernels._core.setup import Setup
 from attnax.kernels._core.split import split
 from attnax.kernels._core.tile import KernelSpec, query_rows
-from attnax.kernels._core.tile_grid import BoundsAtPositions, tile_codes
+from attnax.kernels._core.tile_grid import tile_codes
 from attnax.kernels._gpu.kernels import (
     Shapes,
     d_key_value_kernel,
@@ -32,31 +32,14 @@ from attnax.kernels._gpu.kernels import (
 )
 from attnax.kernels._gpu.tile import Inputs, Kernel
 from attnax.kernels._gpu.tile_lists import TileList
-from attnax.kernels._gpu.tile_sizes import Tile, grid_of
+from attnax.kernels._gpu.tile_sizes import grid_of
 from attnax.typing import Array
 
-__all__ = ["Setup", "backward", "decode", "forward"]
+__all__ = ["backward", "decode", "forward"]
 
 _DECODING_PROGRAMS = 264  # two for each multiprocessor of an H100
 _TABLE_CHUNK = 4096  # the most elements whose gradient a program keeps in registers
 _TABLE_PROGRAMS = 1024  # enough for any GPU; each program writes a share of the table
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Setup:
-    """The arguments of a pass besides query, key, value and scale."""
-
-    tile: Tile
-    mask: Lifted | None
-    bounds: Lifted | BoundsAtPositions | None  # of the mask; None without bounds
-    is_opaque: bool
-    score_mod: Lifted | None
-    positions: tuple[Array, Array] | None = None  # (T,) and (S,): the indices of queries and keys, if not 0, 1, ...
-    words: Array | None = None  # of the dropout
-    dropout_rate: float = 0.0
-    learn_scale: bool = False  # the gradient of the query is not scaled, and in float32
-    is_wide: bool = False  # results are in float32
-    interpret: bool = False  # run kernels as ordinary JAX, on any platform
 
 
 def forward(arrays: Arrays, setup: Setup, *, low: bool) -> tuple[Array, Array, Array | None]:

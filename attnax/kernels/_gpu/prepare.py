@@ -1,23 +1,19 @@
-"""Prepares a call for the GPU kernels, or gives the reason why the kernels do not serve the call."""
+"""Gives the tiles of the GPU kernels for a call, or the reason why the kernels do not serve it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from attnax.kernels._core.natural import GPU_ELEMENTWISE
-from attnax.kernels._core.operands import Arrays, Operands, bind_bounds
+from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.platform import why_no_triton
 from attnax.kernels._core.split import split, why_not_split
-from attnax.kernels._core.tile_grid import BoundsAtPositions
 from attnax.kernels._gpu import tile_sizes
 from attnax.kernels._gpu.tile_sizes import Tile
 
-if TYPE_CHECKING:
-    from attnax.kernels._gpu.launch import Setup
-
-__all__ = ["KernelTiles", "choose_kernel_tiles", "prepare", "why_no_kernel"]
+__all__ = ["KernelTiles", "choose_kernel_tiles", "gpu_tile", "why_no_kernel"]
 
 
 class KernelTiles(NamedTuple):
@@ -67,6 +63,11 @@ def why_no_kernel(
     return why_no_triton() or _why_no_room(_tiles_for(tiles, operands, dropout_rate), arrays, pair_bytes)
 
 
+def gpu_tile(tiles: KernelTiles, operands: Operands, dropout_rate: float, *, backward: bool) -> Tile:
+    """The tile of a pass."""
+    return _tiles_for(tiles, operands, dropout_rate)[backward]
+
+
 def _tiles_for(tiles: KernelTiles, operands: Operands, dropout_rate: float) -> tuple[Tile, Tile]:
     functions = [split(function) for function in (operands.mask, operands.score_mod) if function is not None]
     return tiles.busy if dropout_rate > 0.0 or any(function.reads for function in functions) else tiles.plain
@@ -90,46 +91,3 @@ def _why_no_room(tiles: tuple[Tile, Tile], arrays: Arrays, pair_bytes: int) -> s
                 f"{kind} kernel, and {owner} {have // 1024}"
             )
     return None
-
-
-def prepare(
-    tiles: KernelTiles,
-    operands: Operands,
-    dropout_rate: float,
-    *,
-    backward: bool,
-    learn_scale: bool,
-    is_part: bool,
-    interpret: bool,
-) -> Setup:
-    """The setup of the kernels of one pass, for a call that `why_no_kernel` accepts.
-
-    Args:
-        tiles: of the kernels.
-        operands: of the call.
-        dropout_rate: of the call.
-        backward: which pass.
-        learn_scale: whether the scale gets a gradient.
-        is_part: whether the keys are only some of all keys: `operands` has their indices, and results are in float32.
-        interpret: whether the kernels run as ordinary JAX.
-    """
-    from attnax.kernels._gpu.launch import Setup  # Pallas takes long to import
-
-    bounds = bind_bounds(operands.bounds)
-    positions = (operands.q_index, operands.kv_index) if is_part else None
-    of_tiles: Any = bounds
-    if positions is not None and bounds is not None:
-        of_tiles = BoundsAtPositions(bounds, positions[0][None], positions[1][None])
-    return Setup(
-        _tiles_for(tiles, operands, dropout_rate)[backward],
-        operands.mask,
-        of_tiles,
-        operands.is_opaque,
-        operands.score_mod,
-        positions,
-        operands.dropout,
-        dropout_rate,
-        learn_scale=learn_scale or is_part,
-        is_wide=is_part,
-        interpret=interpret,
-    )

@@ -1,0 +1,43 @@
+"""Tile sizes of the TPU kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from attnax.kernels._core.tile_grid import TileGrid
+
+__all__ = ["LARGEST_HEAD", "Tile", "choose", "grid_of"]
+
+LARGEST_HEAD = 256
+LANES = 128  # numbers in a row of a register
+
+
+class Tile(NamedTuple):
+    """The work of one program of a kernel."""
+
+    block_q: int  # queries
+    block_kv: int  # keys
+    is_decoding: bool = False  # a few queries: their tile holds no more
+    vmem: int = 64 * 2**20  # bytes of vector memory that a kernel may take
+
+
+def choose(kind: str, size: int, bits: int) -> Tile:
+    """The tile of a kernel: "forward", "backward" or "decode".
+
+    Args:
+        kind: of the kernel.
+        size: the larger head size, of keys and values.
+        bits: of a number of the arrays.
+    """
+    if kind == "decode":
+        return Tile(16, 512, is_decoding=True)
+    block = 512 if size <= 128 or bits == 16 else 256
+    return Tile(block, block)
+
+
+def grid_of(tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
+    """The grid of such tiles, or of smaller ones for shorter arrays."""
+    block_q, block_kv = (
+        min(most, -(-length // LANES) * LANES) for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
+    )
+    return TileGrid(seq_q, seq_kv, block_q, block_kv, overlaps=False)
