@@ -193,7 +193,7 @@ def pallas_flash_attention(
     interpret: bool | Literal["cuda", "tpu"] = False,
     force_fallback: bool = False,
 ) -> Float[Array, "B N T Hv"] | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """softmax(scale * query @ key^T) @ value in a Pallas kernel, for NVIDIA GPUs or TPUs, that holds mask and score mod.
+    """softmax(scale * query @ key^T) @ value in a Pallas kernel for GPUs or TPUs that holds mask and score mod.
 
     On any other platform the call runs in the engine of `memory_efficient_attention`. Arguments, results and errors are
     those of that function, except for the last four arguments. Products of float32 arrays are in float32 (no TF32).
