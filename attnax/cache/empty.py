@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from attnax.cache.layer_cache import CacheCall, Keeps, LayerCache, StoredTokens
+from attnax.cache.around import AroundCache
+from attnax.cache.layer_cache import CacheCall, Keeps, LayerCache
 from attnax.checks import is_concrete
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Int
@@ -13,7 +14,7 @@ __all__ = ["EmptyCache"]
 
 
 @pytree_dataclass
-class EmptyCache:
+class EmptyCache(AroundCache):
     """A cache without tokens. The type states this, because a traced array cannot.
 
     The tokens of a prompt attend each other by index, as without a cache, and are stored. A layer returns the inner
@@ -44,29 +45,6 @@ class EmptyCache:
                 f"{caller}: an EmptyCache must hold no token; got one with {int(ends.max())} in a row. "
                 "Give the cache itself."
             )
-
-    def next_positions(self) -> Int[Array, "B"]:
-        return self.cache.next_positions()
-
-    def tokens(self, dtype: Any) -> StoredTokens:
-        stored: StoredTokens = self.cache.tokens(dtype)
-        return stored
-
-    def slots_in_use(self) -> Int[Array, ""]:
-        slots: Array = self.cache.slots_in_use()
-        return slots
-
-    @property
-    def window(self) -> int | None:
-        """Of the inner cache."""
-        window: int | None = getattr(self.cache, "window", None)
-        return window
-
-    @property
-    def num_sinks(self) -> int:
-        """Of the inner cache."""
-        num_sinks: int = getattr(self.cache, "num_sinks", 0)
-        return num_sinks
 
     def attend(self, call: CacheCall) -> tuple[Array, Any]:
         result: tuple[Array, Any] = self.cache.attend_first(call)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from attnax.cache.layer_cache import CacheCall, Keeps, LayerCache, StoredTokens, check_sizes, nan_where_lost
+from attnax.cache.around import AroundCache
+from attnax.cache.layer_cache import CacheCall, Keeps, LayerCache, check_sizes, nan_where_lost
 from attnax.checks import is_concrete
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
@@ -44,7 +45,7 @@ class ScalarSlots:
 
 
 @pytree_dataclass
-class ScalarCache:
+class ScalarCache(AroundCache):
     """A cache of tokens, and numbers of each token by its position: those of `MultiHeadAttention(token_scalars=...)`.
 
     The layer writes the numbers by `write` before `attend` appends the tokens.
@@ -68,18 +69,6 @@ class ScalarCache:
     def is_empty(self) -> bool:
         """As in `LayerCache`."""
         return bool(self.cache.is_empty)
-
-    @property
-    def window(self) -> int | None:
-        """Of the inner cache."""
-        window: int | None = getattr(self.cache, "window", None)
-        return window
-
-    @property
-    def num_sinks(self) -> int:
-        """Of the inner cache."""
-        num_sinks: int = getattr(self.cache, "num_sinks", 0)
-        return num_sinks
 
     @property
     def num_positions(self) -> int | None:
@@ -152,20 +141,6 @@ class ScalarCache:
         """As in `LayerCache`."""
         out, cache = self.cache.attend_first(call)
         return nan_where_lost(out, self), dataclasses.replace(self, cache=cache)
-
-    def tokens(self, dtype: Any) -> StoredTokens:
-        """As in `LayerCache`."""
-        stored: StoredTokens = self.cache.tokens(dtype)
-        return stored
-
-    def next_positions(self) -> Int[Array, "B"]:
-        """As in `LayerCache`."""
-        return self.cache.next_positions()
-
-    def slots_in_use(self) -> Int[Array, ""]:
-        """As in `LayerCache`."""
-        slots: Array = self.cache.slots_in_use()
-        return slots
 
     def select_rows(self, rows: Int[ArrayLike, "R"]) -> ScalarCache:
         """As in `LayerCache`."""
