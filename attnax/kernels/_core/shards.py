@@ -1,7 +1,8 @@
-"""Attention on the shards of a mesh with Explicit axes: batch and heads may be cut, and no array is gathered.
+"""Attention on the shards of a mesh: batch and heads may be cut.
 
 With Explicit axes the type of an array states the cut. A kernel reads the cut from its operands and runs under
-`jax.shard_map` on the shards of each device. Masks and score mods still see global indices.
+`jax.shard_map` on the shards of each device, and no array is gathered. Masks and score mods still see global indices.
+With Auto axes the cut is unknown while a program is traced and lowered, and `on_shards` chooses one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attnax.masks import Mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Index, ScoreMod
 
-__all__ = ["Offset", "Shards", "find_shards"]
+__all__ = ["Offset", "Shards", "find_shards", "on_shards"]
 
 
 @pytree_dataclass
@@ -199,6 +200,28 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
         )
     cut_keys = by_head if key.shape[1] % count == 0 else ()
     return Shards(mesh, next(iter(batches), None), by_head or None, cut_keys or None)
+
+
+def on_shards(run: Callable[..., Any], query: Array, key: Array, *others: Array) -> Any:
+    """`run(query, key, *others)`, in a `shard_map` if a mesh with Auto axes is around the call.
+
+    Arrays and results of three and more axes begin with batch and heads. The mesh axes in turn cut the batch if they
+    divide it, else the heads of the keys if they divide these. XLA moves arrays that are cut otherwise.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or mesh.manual_axes:  # a call outside of a mesh has an empty one, of size 0
+        return run(query, key, *others)
+    sizes, cut = list(key.shape[:2]), tuple[list[str], list[str]](([], []))
+    for name, size in mesh.shape.items():
+        axis = next((axis for axis in (0, 1) if sizes[axis] % size == 0), None)
+        if axis is not None:
+            sizes[axis] //= size
+            cut[axis].append(name)
+    spec = P(*(tuple(names) or None for names in cut))
+    arrays = query, key, *others
+    in_specs = tuple(spec if x.ndim > 2 else P() for x in arrays)
+    # check_vma=False: the kernels of splash attention do not say over which axes they vary.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _cut_by(x: Array) -> tuple[tuple[str, ...], ...]:
