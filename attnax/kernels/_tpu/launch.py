@@ -408,11 +408,13 @@ def _table_gradient(call: Call, captured: Captured, n: int) -> Array:
     """The gradient of a table from one of its reads, for each slab."""
     read, (batch, heads, seq_q, seq_kv) = captured.split.reads[n], call.spec.score_shape
     if captured.how_to_learn(read) == "pairs":
-        total = _on_shards(partial(_d_pairs, captured, n), call)[:, :, :seq_q, :seq_kv]
-        slabs = _slabs(captured, n, call)
-        if total.shape[:2] != slabs:  # sums of each shard
-            total = total.sum([axis for axis in (0, 1) if slabs[axis] == 1], keepdims=True)
-        axes = pair_axes(read, captured.index(read), call.spec.score_shape)
+        index = captured.index(read)
+        outer = [x for axis, x in enumerate(index) if axis not in read.axes and x is not None]
+        summed = tuple(axis for axis in (0, 1) if all(x.shape[axis] == 1 for x in outer))
+        total = _on_shards(partial(_d_pairs, n, summed), call)[:, :, :seq_q, :seq_kv]
+        if any(total.shape[axis] > 1 for axis in summed):  # a sum for each shard
+            total = total.sum(summed, keepdims=True)
+        axes = pair_axes(read, index, call.spec.score_shape)
         return total if axes == read.axes else total.swapaxes(2, 3)  # the table may have keys before queries
     sizes = [read.shape[axis] for axis in read.axes]
     elements = math.prod(sizes)
@@ -430,19 +432,9 @@ def _d_table(n: int, elements: int, call: Call) -> Array:
     return total[:, :, 0, :elements]
 
 
-def _slabs(captured: Captured, n: int, call: Call) -> tuple[int, int]:
-    """The slabs of a table of pairs along rows and heads: one for each, or one for all."""
-    read = captured.split.reads[n]
-    index = [x for axis, x in enumerate(captured.index(read)) if axis not in read.axes and x is not None]
-    rows, heads = (
-        size if any(x.shape[axis] > 1 for x in index) else 1 for axis, size in enumerate(call.spec.score_shape[:2])
-    )
-    return rows, heads
-
-
-def _d_pairs(captured: Captured, n: int, call: Call) -> Array:
+def _d_pairs(n: int, summed: tuple[int, ...], call: Call) -> Array:
     spec, (batch, heads, *_), grid = call.spec, call.spec.score_shape, call.spec.grid
-    slabs = _slabs(captured, n, call)
+    slabs = 1 if 0 in summed else batch, 1 if 1 in summed else heads
     rows, columns = call.codes.shape[:2]
     walk = Walk((rows, columns, 0), 0, 1, turned=False)  # the words are the codes of all tiles
     call = call._replace(spec=dataclasses.replace(spec, walk=walk), known=call.known._replace(words=call.codes))
