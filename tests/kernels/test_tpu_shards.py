@@ -117,3 +117,15 @@ def test_lists_of_tiles_are_as_long_as_a_shard_needs():
     attend = lambda x: flash_attention(x, x, x, mask=padding)
     assert len(kernels(attend, (2**9, 2**8, 256, 64))) == 1
     assert kernels(attend, (2**9, 2**10, 256, 64)) == []
+
+
+@pytest.mark.parametrize("interpret", ["tpu", "cuda"])
+def test_a_table_may_be_read_in_a_shard_map_under_a_mesh(interpret):
+    def run(x, pairs):
+        mod = lambda s, b, h, q, kv: s + pairs[h, q, kv]
+        return (pallas_flash_attention(x, x, x, score_mod=mod, interpret=interpret) ** 2).sum(keepdims=True)
+
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))):
+        call = jax.shard_map(run, in_specs=(P("x"), P()), out_specs=P("x"), check_vma=False)
+        gradient = jax.jit(jax.grad(lambda *x: call(*x).sum(), (0, 1)))
+        assert jax.eval_shape(gradient, normal(0, 2, 2, 16, 8), normal(1, 2, 16, 16))[1].shape == (2, 16, 16)

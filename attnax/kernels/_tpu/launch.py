@@ -108,7 +108,7 @@ def _on_shards(run: Callable[[Call], _Results], call: Call) -> _Results:
         inputs = inputs._replace(key=P(None, cut[1]), value=P(None, cut[1]))
 
     def local(known: Known, inputs: Inputs, codes: Array) -> _Results:
-        first = Offset.of(*cut, inputs.query)
+        first = Offset.of(cut[0], cut[1], inputs.query)
         return run(call.shard(known, inputs._replace(first=jnp.stack([first.row, first.head])), codes))
 
     shards = jax.shard_map(local, in_specs=(known, inputs, codes), out_specs=cut, check_vma=False)
