@@ -20,6 +20,7 @@ from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.platform import by_platform, has_nvidia_gpu, why_no_card
 from attnax.kernels._core.setup import Setup
+from attnax.kernels._core.shards import on_shards
 from attnax.kernels._gpu.cudnn import Cudnn, cudnn_backward, cudnn_forward, why_not_cudnn_here
 from attnax.kernels._gpu.prepare import KernelTiles, gpu_tile, why_no_kernel
 from attnax.kernels._tpu.prepare import TpuTiles, tpu_tile, why_not_tpu_kernels
@@ -283,14 +284,17 @@ def _cudnn_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Res
 def _tpu_forward(plan: Plan, exact: bool, arrays: Arrays, operands: Operands) -> tuple[Array, Array, Any]:
     if plan.splash is None:
         return TPU_KERNELS.forward(plan, exact, arrays, operands)
-    out, lse = splash_forward(*arrays, *plan.splash)
+    mask, score_mod = plan.splash
+    out, lse = on_shards(partial(splash_forward, mask=mask, score_mod=score_mod), *arrays)
     return out, softmax.in_log2(lse), jnp.zeros_like(out) if exact else None
 
 
 def _tpu_backward(plan: Plan, arrays: Arrays, operands: Operands, results: Results) -> tuple[Any, ...]:
     if plan.splash is None:
         return TPU_KERNELS.backward(plan, arrays, operands, results)
-    d_arrays = splash_backward(*arrays, *plan.splash, results.out, softmax.in_nats(results.lse), results.d_out)
+    mask, score_mod = plan.splash
+    run = partial(splash_backward, mask=mask, score_mod=score_mod)
+    d_arrays = on_shards(run, *arrays, results.out, softmax.in_nats(results.lse), results.d_out)
     return finish(plan, arrays, operands, (*d_arrays, operands.gradients()))
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from attnax import flash_attention, masks, memory_efficient_attention, standard_attention
 from attnax.kernels._core.platform import by_platform
+from attnax.kernels._core.shards import on_shards
 from attnax.kernels._tpu import splash as engine
 from attnax.kernels.score_mods import alibi_mod, soft_cap_mod
 
@@ -70,9 +71,9 @@ def why_not(query, key, value, mask=None, score_mod=None, dropout_rate=0.0, retu
 def splash(mask, score_mod, query, key, value, cotangent, scale):
     """(out, lse) and the gradients of (scale * query, key, value)."""
     assert why_not(query, key, value, mask, score_mod) is None
-    given = query, key, value, scale, mask, score_mod
-    results = engine.splash_forward(*given)
-    return results, engine.splash_backward(*given, *results, cotangent)
+    options = {"mask": mask, "score_mod": score_mod}
+    results = engine.splash_forward(query, key, value, scale, **options)
+    return results, engine.splash_backward(query, key, value, scale, *results, cotangent, **options)
 
 
 def definition(attend, mask, score_mod, query, key, value, cotangent, scale):
@@ -100,9 +101,9 @@ def test_the_backward_pass_reads_the_results_that_it_is_given(interpreted):
     *given, cotangent = map(jax.device_put, arrays(128, 256, heads=(2, 1)))
 
     def gradients(add, factor):
-        call = *given, jnp.float32(0.3), masks.causal(), None
-        out, lse = engine.splash_forward(*call)
-        return engine.splash_backward(*call, factor * out, lse + add, cotangent)
+        options = {"mask": masks.causal(), "score_mod": None}
+        out, lse = engine.splash_forward(*given, jnp.float32(0.3), **options)
+        return engine.splash_backward(*given, jnp.float32(0.3), factor * out, lse + add, cotangent, **options)
 
     gradients = jax.jit(gradients)
     (d_query, _, d_value), (_, _, halved), (other, _, same) = (
@@ -244,9 +245,10 @@ def test_meshes_are_refused_except_in_a_shard_map_that_does_not_check():
     assert "does not say over which axes" in run()
     assert run(check_vma=False) is None
     assert "over all axes" in run(axis_names={"x"})
-    with jax.set_mesh(mesh):
-        jax.eval_shape(see, shaped(128, 128)[0])
-    assert "one device" in seen.pop()
+    for axis_type, refused in ((AxisType.Auto, False), (AxisType.Explicit, True)):
+        with jax.set_mesh(jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2)):
+            jax.eval_shape(see, shaped(128, 128)[0])
+        assert (seen.pop() is not None) == refused
 
 
 @pytest.mark.parametrize(
@@ -300,17 +302,44 @@ def test_a_marked_row_reaches_only_the_rows_that_attend_it(backwards):
         np.testing.assert_array_equal(reached, want.any(2))
 
 
-def test_a_program_that_jax_cuts_over_several_tpus_runs_in_tiles():
-    x = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
-    for count, kernels in ((1, 1), (2, 0)):
-        tpu = AbstractMesh((count,), ("x",), abstract_device=AbstractDevice("TPU v5e", count, "tpu"))
-        sharding = jax.sharding.NamedSharding(tpu, PartitionSpec("x"))
-        run = jax.jit(flash_attention, in_shardings=(sharding,) * 3)
-        text = run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
-        assert text.count("tpu_custom_call") == kernels
-
-
 FOUR = AbstractMesh((2, 2), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v5e", 4, "tpu"))
+
+
+@pytest.mark.parametrize(("batch", "local"), [(8, "2x4x256x64"), (6, "3x2x256x64"), (1, "1x256x64")])
+def test_a_program_that_jit_cuts_over_several_tpus_holds_kernels_for_shards(batch, local):
+    sharding = jax.sharding.NamedSharding(FOUR, PartitionSpec())
+    x = jax.ShapeDtypeStruct((batch, 4, 256, 64), jnp.bfloat16, sharding=sharding)
+    run = jax.jit(jax.grad(lambda *x: flash_attention(*x).astype("float32").sum()))
+    text = run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+    kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert kernels and all(f"tensor<{local}xbf16>" in line for line in kernels)
+
+
+def test_a_program_whose_arrays_name_no_mesh_runs_in_tiles():
+    x = jax.ShapeDtypeStruct((8, 4, 256, 64), jnp.bfloat16)
+    run = jax.jit(flash_attention, in_shardings=(jax.sharding.NamedSharding(FOUR, PartitionSpec("x")),) * 3)
+    assert "tpu_custom_call" not in run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("batch", [8, 3])
+def test_shards_of_auto_axes_compute_what_one_device_does(interpreted, batch):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    query, key = (rng.standard_normal((batch, heads, 128, 8), np.float32) for heads in (8, 4))
+    options = {"mask": masks.causal(), "score_mod": None}
+
+    def run(query, key):
+        out, lse = on_shards(partial(engine.splash_forward, **options), query, key, key, jnp.float32(0.3))
+        return out, on_shards(
+            partial(engine.splash_backward, **options), query, key, key, 0.3 + 0 * lse[0, 0, 0], out, lse, out
+        )
+
+    want = jax.jit(run)(query, key)
+    with jax.set_mesh(mesh):
+        have = jax.jit(run)(query, key)
+    for x, y in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        assert not x.sharding.is_fully_replicated
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def lowered_in_shard_maps(function, maps, *arguments, **options):

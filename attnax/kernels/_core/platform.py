@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 __all__ = ["abstract_device", "by_platform", "has_nvidia_gpu", "why_no_card", "why_no_triton"]
 
@@ -33,7 +34,8 @@ def by_platform(default: Branch, *arguments: Any, now: Collection[str] = (), **p
         now: the platforms whose functions are traced at once too, so that JAX sees the operations in them.
         platforms: for each platform, by JAX's name ("cuda", "tpu"), a function with results of the same shapes and
             dtypes as `default`. The function must depend on arrays through `arguments` alone. "cudnn" goes before
-            "cuda" if JAX can write cuDNN's kernels.
+            "cuda" if JAX can write cuDNN's kernels. In a program that XLA cuts over several TPUs "tpu" is called under
+            the mesh of the arrays, with Auto axes: see `on_shards`.
     """
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -155,9 +157,15 @@ def _lower_for_cuda(context: Any, *arguments: Any, platforms: Any, branches: Any
 
 
 def _lower_for_tpu(context: Any, *arguments: Any, **params: Any) -> Any:
-    """Lowers to the function for TPU, unless JAX would have to partition its kernels, which JAX refuses."""
-    names = () if _is_partitioned(context.module_context.axis_context) else ("tpu",)
-    return _lower(*names)(context, *arguments, **params)
+    """Lowers to the function for TPU. JAX does not partition TPU kernels, so the function gets the mesh to do it."""
+    axes = context.module_context.axis_context
+    if not _is_partitioned(axes):
+        return _lower("tpu")(context, *arguments, **params)
+    meshes = {x.sharding.mesh for x in context.avals_in if x.sharding.mesh.size > 1}
+    if hasattr(axes, "mesh") or len(meshes) != 1 or set(*(x.axis_types for x in meshes)) != {AxisType.Auto}:
+        return _lower()(context, *arguments, **params)
+    with jax.sharding.use_abstract_mesh(meshes.pop()):
+        return _lower("tpu")(context, *arguments, **params)
 
 
 def _is_partitioned(axes: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Attention on the shards of a mesh with Explicit axes: batch and heads may be cut, and no array is gathered.
+"""Attention on the shards of a mesh: batch and heads may be cut.
 
 With Explicit axes the type of an array states the cut. A kernel reads the cut from its operands and runs under
-`jax.shard_map` on the shards of each device. Masks and score mods still see global indices.
+`jax.shard_map` on the shards of each device, and no array is gathered. Masks and score mods still see global indices.
+With Auto axes the cut is unknown while a program is traced and lowered, and `on_shards` chooses one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import math
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from attnax.masks import Mask
 from attnax.pytrees import pytree_dataclass
 from attnax.typing import Array, Index, ScoreMod
 
-__all__ = ["Offset", "Shards", "find_shards"]
+__all__ = ["AutoCut", "Offset", "Shards", "auto_cut", "find_shards", "on_shards"]
 
 
 @pytree_dataclass
@@ -32,6 +33,12 @@ class Offset:
 
     row: Array  # () int32
     head: Array  # () int32
+
+    @classmethod
+    def of(cls, batch: Any, heads: Any, query: Array) -> Offset:
+        """That of a device inside of a `shard_map`, from the mesh axes that cut batch and heads and its own queries."""
+        first = (_shard_index(names) * size for names, size in zip((batch, heads), query.shape, strict=False))
+        return cls(*(jnp.asarray(x, jnp.int32) for x in first))
 
     def mask(self, mask: Mask | None) -> Mask | None:
         """The mask as a shard sees it."""
@@ -131,10 +138,7 @@ class Shards:
         spec, of_keys = P(self.batch, self.heads), P(self.batch, self.kv_heads)
 
         def local(query: Array, *others: Any) -> Any:
-            first = (
-                _shard_index(names) * size for names, size in zip((self.batch, self.heads), query.shape, strict=False)
-            )
-            return attend(Offset(*(jnp.asarray(x, jnp.int32) for x in first)), query, *others)
+            return attend(Offset.of(self.batch, self.heads, query), query, *others)
 
         run = jax.shard_map(
             local,
@@ -199,6 +203,44 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
         )
     cut_keys = by_head if key.shape[1] % count == 0 else ()
     return Shards(mesh, next(iter(batches), None), by_head or None, cut_keys or None)
+
+
+class AutoCut(NamedTuple):
+    """The cut of a call by a mesh with Auto axes."""
+
+    spec: P | None  # of axes (B, N or K); None without such a mesh
+    batch: int  # of one shard
+    kv_heads: int
+
+
+def auto_cut(batch: int, kv_heads: int) -> AutoCut:
+    """The cut that `on_shards` chooses for a call under the current mesh.
+
+    The mesh axes in turn cut the batch if they divide it, else the heads of the keys if they divide these.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return AutoCut(None, batch, kv_heads)
+    sizes, cut = [batch, kv_heads], tuple[list[str], list[str]](([], []))
+    for name, size in mesh.shape.items():
+        axis = next((axis for axis in (0, 1) if sizes[axis] % size == 0), None)
+        if axis is not None:
+            sizes[axis] //= size
+            cut[axis].append(name)
+    return AutoCut(P(*(tuple(names) or None for names in cut)), *sizes)
+
+
+def on_shards(run: Callable[..., Any], query: Array, key: Array, *others: Array) -> Any:
+    """`run(query, key, *others)`, in a `shard_map` if a mesh with Auto axes is around the call.
+
+    Arrays and results of three and more axes begin with batch and heads. XLA moves arrays that are cut otherwise.
+    """
+    spec, arrays = auto_cut(*key.shape[:2]).spec, (query, key, *others)
+    if spec is None:
+        return run(*arrays)
+    in_specs = tuple(spec if x.ndim > 2 else P() for x in arrays)
+    # check_vma=False: the kernels of splash attention do not say over which axes they vary.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _cut_by(x: Array) -> tuple[tuple[str, ...], ...]:

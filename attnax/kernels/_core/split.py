@@ -128,7 +128,9 @@ class Split:
 
         A simple index depends on no captured value, and not on query and key together.
         """
-        with jax.ensure_compile_time_eval():
+        # Inside of a shard_map under `jax.set_mesh` JAX computes nothing at once.
+        nowhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+        with nowhere, jax.ensure_compile_time_eval():
             env: dict[Any, Any] = {
                 var: jnp.arange(size, dtype=jnp.int32).reshape(_only(axis, size))
                 for axis, (var, size) in enumerate(zip(self._indices, score_shape, strict=True))

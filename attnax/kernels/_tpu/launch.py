@@ -6,11 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import P
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -20,6 +21,7 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.mesh import vary_all, varying_axes, varying_shape
 from attnax.kernels._core.operands import Arrays
 from attnax.kernels._core.setup import Setup
+from attnax.kernels._core.shards import Offset, auto_cut
 from attnax.kernels._core.split import Split, split
 from attnax.kernels._core.tile import query_rows
 from attnax.kernels._core.tile_codes import FULL
@@ -41,10 +43,14 @@ __all__ = ["INTERPRET", "backward", "decode", "forward"]
 
 INTERPRET: Any = True  # or `pltpu.InterpretParams`, which also detects races, and takes three times as long
 _LANES = 128
+_Results = TypeVar("_Results")
 
 
 class Call(NamedTuple):
-    """The arrays of a call as the kernels take them, and where the blocks of a program lie in them."""
+    """The arrays of a call as the kernels take them, and where the blocks of a program lie in them.
+
+    Lists by row and head are arrays (B | 1, N | K | 1) here, and in scalar memory flat.
+    """
 
     spec: Spec
     known: Known
@@ -56,6 +62,57 @@ class Call(NamedTuple):
         walk, words, count = walk_of(self.codes, self.spec.score_shape[1] // inner, inner, turned=turned)
         spec = dataclasses.replace(self.spec, walk=walk)
         return self._replace(spec=spec, known=self.known._replace(words=words)), count
+
+    def shard(self, known: Known, inputs: Inputs, codes: Array) -> Call:
+        """The call of a device that has these of the arrays."""
+        spec = self.spec
+
+        def shapes(operands: tuple[Array, ...], whole: tuple[Any, ...]) -> tuple[Any, ...]:
+            pairs = zip(operands, whole, strict=True)
+            return tuple(jax.ShapeDtypeStruct((*x.shape[:2], *old.shape[2:]), old.dtype) for x, old in pairs)
+
+        spec = dataclasses.replace(
+            spec,
+            score_shape=(*inputs.query.shape[:2], *spec.score_shape[2:]),
+            kv_heads=inputs.key.shape[1],
+            mask_shapes=shapes(inputs.mask, spec.mask_shapes),
+            mod_shapes=shapes(inputs.mod, spec.mod_shapes),
+        )
+        return Call(spec, known, inputs, codes)
+
+    def flat(self) -> Call:
+        """The call with lists for scalar memory."""
+        known = jax.tree.map(lambda x: x.reshape(-1), self.known)
+        mask, mod = (
+            tuple(x.reshape(-1) if x.ndim == 2 else x for x in operands)
+            for operands in (self.inputs.mask, self.inputs.mod)
+        )
+        return self._replace(known=known, inputs=self.inputs._replace(mask=mask, mod=mod))
+
+
+def _on_shards(run: Callable[[Call], _Results], call: Call) -> _Results:
+    """`run(call)`, in a `shard_map` if a mesh with Auto axes is around the call: see `auto_cut`.
+
+    Results have axes (B, N or K, ...). If `run` sums over one of these, the result has an element for each shard.
+    """
+    cut = auto_cut(call.spec.score_shape[0], call.spec.kv_heads).spec
+    if cut is None:
+        return run(call)
+
+    def of(x: Array) -> P:  # (B | 1, N | K | 1, ...), or a list for all devices
+        return P() if x.ndim == 1 else P(*(cut[axis] if x.shape[axis] > 1 else None for axis in (0, 1)))
+
+    known, inputs, codes = jax.tree.map(of, (call.known, call.inputs, call.codes))
+    inputs = inputs._replace(mask_tables=P(), mod_tables=P())
+    if call.known.block_table is not None:
+        inputs = inputs._replace(key=P(None, cut[1]), value=P(None, cut[1]))
+
+    def local(known: Known, inputs: Inputs, codes: Array) -> _Results:
+        first = Offset.of(cut[0], cut[1], inputs.query)
+        return run(call.shard(known, inputs._replace(first=jnp.stack([first.row, first.head])), codes))
+
+    shards = jax.shard_map(local, in_specs=(known, inputs, codes), out_specs=cut, check_vma=False)
+    return shards(call.known, call.inputs, call.codes)
 
 
 Block = tuple[tuple[int, ...], Callable[..., tuple[Any, ...]]]
@@ -95,6 +152,7 @@ def _run(
         scratch: by name, shapes in vector memory.
         turns: the number of axes that carry sums.
     """
+    call = call.flat()
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((call.known, call.inputs))))
     known, inputs = vary_all((call.known, call.inputs), axes)
     known_leaves, known_tree = jax.tree.flatten(known)
@@ -180,6 +238,7 @@ def _specs(call: Call, block: Callable[..., pl.BlockSpec]) -> Inputs:
         None if inputs.d_out is None else of_queries(inputs.d_out),
         None if inputs.lse is None else vector(inputs.lse, True),
         None if inputs.delta is None else vector(inputs.delta, True),
+        None if inputs.first is None else scalar,
     )
 
 
@@ -232,6 +291,10 @@ def decode(arrays: Arrays, setup: Setup, pages: Array | None) -> tuple[Array, Ar
 
 
 def _forward(name: str, call: Call, inner: int, dtype: Any, *, low: bool) -> tuple[Array, Array, Array | None]:
+    return _on_shards(partial(_forward_of_shard, name, inner, dtype, low), call)
+
+
+def _forward_of_shard(name: str, inner: int, dtype: Any, low: bool, call: Call) -> tuple[Array, Array, Array | None]:
     call, count = call.walk(inner)
     spec, inputs = call.spec, call.inputs
     (batch, heads, seq_q, _), block_q, head_dim = spec.score_shape, spec.grid.block_q, inputs.query.shape[-1]
@@ -279,15 +342,16 @@ def backward(
     call = _prepare(arrays, setup)
     length, known = call.inputs.query.shape[2], call.known
     call = call._replace(
-        known=known._replace(any_non_finite=known.any_non_finite | rows.any_contaminated.reshape(-1).astype(jnp.int32)),
+        known=known._replace(any_non_finite=known.any_non_finite | rows.any_contaminated.astype(jnp.int32)),
         inputs=call.inputs._replace(
             d_out=_whole(rows.d_out, length, 2),
             lse=_whole(rows.lse, length, 2, jnp.inf)[:, :, None],
             delta=_whole(rows.delta, length, 2)[:, :, None],
         ),
     )
-    by_query = _d_query(call, jnp.dtype(jnp.float32 if setup.learn_scale else query.dtype))
-    by_key = _d_key_value(call, jnp.dtype(jnp.float32 if setup.is_wide else key.dtype))
+    of_query, of_key = (jnp.dtype(jnp.float32 if wide else query.dtype) for wide in (setup.learn_scale, setup.is_wide))
+    by_query = _on_shards(partial(_d_query, of_query), call)
+    by_key = _on_shards(partial(_d_key_value, of_key), call)
     d_learned: tuple[Array, ...] = ()
     captured = setup.captured(arrays)
     if captured is not None:
@@ -303,7 +367,7 @@ def _reader(call: Call) -> Kernel:
     return Kernel(call.spec, call.known, call.inputs)
 
 
-def _d_query(call: Call, dtype: Any) -> dict[str, Array]:
+def _d_query(dtype: Any, call: Call) -> dict[str, Array]:
     call, count = call.walk(1)
     spec, inputs, block_q = call.spec, call.inputs, call.spec.grid.block_q
     head_dim, learn = inputs.query.shape[-1], _reader(call).learned("rows")
@@ -325,7 +389,7 @@ def _query_scratch(call: Call) -> dict[str, Any]:
     }
 
 
-def _d_key_value(call: Call, dtype: Any) -> dict[str, Array]:
+def _d_key_value(dtype: Any, call: Call) -> dict[str, Array]:
     call, count = call.walk(call.spec.shared, turned=True)
     spec, inputs, block_kv = call.spec, call.inputs, call.spec.grid.block_kv
     (batch, heads), inner, learn = spec.score_shape[:2], spec.shared, _reader(call).learned("columns")
@@ -347,31 +411,36 @@ def _table_gradient(call: Call, captured: Captured, n: int) -> Array:
     """The gradient of a table from one of its reads, for each slab."""
     read, (batch, heads, seq_q, seq_kv) = captured.split.reads[n], call.spec.score_shape
     if captured.how_to_learn(read) == "pairs":
-        total = _d_pairs(call, captured, n)[:, :, :seq_q, :seq_kv]
-        axes = pair_axes(read, captured.index(read), call.spec.score_shape)
+        index = captured.index(read)
+        outer = [x for axis, x in enumerate(index) if axis not in read.axes and x is not None]
+        summed = tuple(axis for axis in (0, 1) if all(x.shape[axis] == 1 for x in outer))
+        total = _on_shards(partial(_d_pairs, n, summed), call)[:, :, :seq_q, :seq_kv]
+        if any(total.shape[axis] > 1 for axis in summed):  # a sum for each shard
+            total = total.sum(summed, keepdims=True)
+        axes = pair_axes(read, index, call.spec.score_shape)
         return total if axes == read.axes else total.swapaxes(2, 3)  # the table may have keys before queries
-    call, count = call.walk(1)
     sizes = [read.shape[axis] for axis in read.axes]
     elements = math.prod(sizes)
-    size = -(-elements // _LANES) * _LANES
+    total = _on_shards(partial(_d_table, n, elements), call)
+    return total.reshape(batch, heads, *sizes)
+
+
+def _d_table(n: int, elements: int, call: Call) -> Array:
+    call, count = call.walk(1)
+    (batch, heads), size = call.spec.score_shape[:2], -(-elements // _LANES) * _LANES
     block: Block = (1, 1, 1, size), lambda at: (at.b, at.h, 0, 0)
     outputs = {"table": (jax.ShapeDtypeStruct((batch, heads, 1, size), jnp.float32), block)}
     kernel = partial(d_table_kernel, call.spec, n)
     total = _walking("attnax_d_table", kernel, call, count, outputs, _query_scratch(call))["table"]
-    return total[:, :, 0, :elements].reshape(batch, heads, *sizes)
+    return total[:, :, 0, :elements]
 
 
-def _d_pairs(call: Call, captured: Captured, n: int) -> Array:
+def _d_pairs(n: int, summed: tuple[int, ...], call: Call) -> Array:
     spec, (batch, heads, *_), grid = call.spec, call.spec.score_shape, call.spec.grid
-    read = captured.split.reads[n]
-    index = captured.index(read)
-    outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
-    slabs: Any = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
+    slabs = 1 if 0 in summed else batch, 1 if 1 in summed else heads
     rows, columns = call.codes.shape[:2]
     walk = Walk((rows, columns, 0), 0, 1, turned=False)  # the words are the codes of all tiles
-    call = call._replace(
-        spec=dataclasses.replace(spec, walk=walk), known=call.known._replace(words=call.codes.reshape(-1))
-    )
+    call = call._replace(spec=dataclasses.replace(spec, walk=walk), known=call.known._replace(words=call.codes))
 
     def place(row: Any, head: Any, i: Any, j: Any, turn: Any, known: Known) -> Place:
         at, _, _ = pairs_place(call.spec, slabs, row, head, i, j, turn)
@@ -402,7 +471,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
     any_non_finite = None
     if not setup.tile.is_decoding:  # a test of all keys beforehand would take as long as the attention
         finite = is_finite(key) & is_finite(value)
-        any_non_finite = (~finite.all(2)).astype(jnp.int32).reshape(-1)
+        any_non_finite = (~finite.all(2)).astype(jnp.int32)
         key, value = _whole(key, lengths[1], 2), _whole(value, lengths[1], 2)
     slabs: list[Array] = []
 
@@ -454,8 +523,8 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
         mask_how,
         mod_how,
     )
-    block_table = None if pages is None else jnp.maximum(pages, 0).astype(jnp.int32).reshape(-1)
-    known = Known(jnp.zeros(0, jnp.int32), any_non_finite, tuple(slabs), block_table)
+    block_table = None if pages is None else jnp.maximum(pages, 0).astype(jnp.int32)[:, None]
+    known = Known(None, any_non_finite, tuple(slabs), block_table)
     return Call(spec, known, inputs, codes)
 
 
@@ -473,7 +542,7 @@ def _codes(grid: TileGrid, setup: Setup, batch: int, heads: int) -> Array:
 def table_of(
     cut: Split, read: Any, values: Array, score_shape: tuple[int, int, int, int], positions: Any
 ) -> tuple[Array, Array, bool]:
-    """(table, the slab of each row and head (B * N,) int32, whether a slab has an element for each pair).
+    """(table, the slab of each row and head (B, N) int32, whether a slab has an element for each pair).
 
     The table is (slabs, T, S) in an order of its axes that has queries before keys, or (slabs * elements,).
     """
@@ -488,7 +557,7 @@ def table_of(
     slab: Any = np.zeros((batch, heads, 1, 1), np.int32)
     for axis in outer:
         slab = slab * read.shape[axis] + index[axis]
-    slab = np.broadcast_to(slab, (batch, heads, 1, 1)).reshape(-1)
+    slab = np.broadcast_to(slab, (batch, heads, 1, 1))[:, :, 0, 0]
     table = _in_32_bits(values, of_pairs=pairs is not None).transpose(*outer, *inner)
     sizes = [read.shape[axis] for axis in inner]
     table = table.reshape(-1, *sizes) if pairs is not None else table.reshape(-1)
@@ -496,11 +565,11 @@ def table_of(
 
 
 def _operand(x: Array, lengths: tuple[int, int]) -> Array:
-    """An operand (B', N', T | 1, S | 1) as kernels read it: (B', N', 1, T | S), or (B' * N',) in scalar memory."""
+    """An operand (B', N', T | 1, S | 1) as kernels read it: (B', N', 1, T | S), or (B', N') for scalar memory."""
     rows, heads, seq_q, seq_kv = x.shape
     x = _in_32_bits(x, of_pairs=False)
     if seq_q == seq_kv == 1:
-        return x.reshape(-1)
+        return x[:, :, 0, 0]
     return _whole(x.reshape(rows, heads, 1, -1), lengths[seq_q == 1], 3)
 
 

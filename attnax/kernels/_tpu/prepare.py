@@ -16,6 +16,7 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.natural import TPU_ELEMENTWISE
 from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.programs import dtype_of
+from attnax.kernels._core.shards import auto_cut
 from attnax.kernels._core.split import Read, Split, split, why_not_split
 from attnax.kernels._tpu.tile_sizes import LANES, LARGEST_HEAD, Tile, choose
 
@@ -77,7 +78,11 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
     if numbers > _MOST_NUMBERS:
         return f"the small tables of a TPU kernel have at most {_MOST_NUMBERS} elements together; got {numbers}"
     tile = min(tiles, key=lambda tile: tile.block_q * tile.block_kv)
-    count = -(-seq_q // tile.block_q) * -(-seq_kv // tile.block_kv) * (1 if operands.mask is None else batch * heads)
+    count = -(-seq_q // tile.block_q) * -(-seq_kv // tile.block_kv)
+    if operands.mask is not None:
+        kv_heads = arrays[1].shape[1]
+        shard = auto_cut(batch, kv_heads)
+        count *= shard.batch * shard.kv_heads * (heads // kv_heads)
     if count > _MOST_TILES:
         return f"TPU kernels list at most {_MOST_TILES} tiles of all rows and heads; got {count}"
     return None

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from attnax.kernels._core.finite import is_finite
 from attnax.kernels._core.mesh import varying_axes
@@ -41,7 +42,8 @@ def why_not_splash(
     Mask and score mod come from `resolve_masks`. `dropout_rate` is 0 if the call is deterministic. With
     `return_lse` the caller gets the log-sum-exp, which then needs a gradient.
 
-    One more reason shows only when a program is lowered: `jit` compiles for several devices if its arguments lie there.
+    One more reason may show only when a program is lowered: `jit` compiles for several devices, and the types of its
+    arguments do not name one mesh with Auto axes.
     """
     (seq_q, head_dim), (seq_kv, value_dim) = query.shape[2:], value.shape[2:]
     blocks = (seq_q // _block_size(seq_q)) * (seq_kv // _block_size(seq_kv))
@@ -67,8 +69,8 @@ def _why_not_here() -> str | None:
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return "splash attention counts in 32 bits, and JAX in 64 here"
     mesh = jax.sharding.get_abstract_mesh()
-    if set(mesh.manual_axes) != set(mesh.axis_names) and (mesh.size > 1 or mesh.manual_axes):
-        return "splash attention runs on one device, or inside of a shard_map over all axes of a mesh"
+    if (mesh.size > 1 or mesh.manual_axes) and set(mesh.axis_types) not in ({AxisType.Auto}, {AxisType.Manual}):
+        return "splash attention takes meshes with Auto axes, or a shard_map over all axes"
     # Only the type of a varying value shows whether the shard_map checks varying axes.
     if any(varying_axes(lax.axis_index(axis)) for axis in mesh.manual_axes):
         return "splash attention does not say over which axes of a shard_map it varies; check_vma=False does not ask"
@@ -76,7 +78,7 @@ def _why_not_here() -> str | None:
 
 
 def splash_forward(
-    query: Array, key: Array, value: Array, scale: float | Array, mask: Mask | None, score_mod: ScoreMod | None
+    query: Array, key: Array, value: Array, scale: float | Array, *, mask: Mask | None, score_mod: ScoreMod | None
 ) -> tuple[Array, Array]:
     """(out in the dtype of query, natural log-sum-exp in float32) of a call that `why_not_splash` accepts."""
     given = _make_finite(query, key, value, scale, mask)
@@ -91,11 +93,12 @@ def splash_backward(
     key: Array,
     value: Array,
     scale: float | Array,
-    mask: Mask | None,
-    score_mod: ScoreMod | None,
     out: Array,
     lse: Array,
     d_out: Array,
+    *,
+    mask: Mask | None,
+    score_mod: ScoreMod | None,
 ) -> tuple[Array, Array, Array]:
     """The gradients of (scale * query, key, value) in float32, for the cotangent of out.
 

@@ -69,6 +69,7 @@ class Inputs(NamedTuple):
     d_out: Any = None  # (1, 1, T, V)
     lse: Any = None  # (1, 1, 1, T), see `QueryRows`
     delta: Any = None
+    first: Any = None  # (2,) int32, in scalar memory: the first row and head of a shard; None for (0, 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +115,11 @@ class Kernel(TileKernel):
             query, d_out = jnp.where(kept, query, 0), jnp.where(kept, d_out, 0)
             delta = jnp.where(_inside(jnp.full(delta.shape, True), place.i, grid.seq_q), delta, 0)
         return QueryTile(query, d_out, lse, delta)
+
+    def index(self, place: TilePlace) -> tuple[Any, Any, Array, Array]:
+        b, h, q, kv = super().index(place)
+        first = self.inputs.first
+        return (b, h, q, kv) if first is None else (b + first[0], h + first[1], q, kv)
 
     def lay(self, place: TilePlace, x: Array, *, of_queries: bool) -> Array:
         is_column = x.shape[1] == 1
