@@ -138,13 +138,16 @@ def _specs(call: Call, block: Callable[..., pl.BlockSpec]) -> Inputs:
     def of_queries(x: Array) -> pl.BlockSpec:
         return block((1, 1, grid.block_q, x.shape[-1]), lambda at: (at.b, at.h, at.i, 0))
 
-    def of_keys(x: Array) -> pl.BlockSpec:
-        if inputs_pages is not None:
-            return block(
-                (1, 1, grid.block_kv, x.shape[-1]),
-                lambda at: (at.known.block_table[at.b * grid.num_kv + at.j], at.h // spec.shared, 0, 0),
-            )
+    def of_keys(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(of_page(pages, n, len(x)) for n, pages in enumerate(x))
         return block((1, 1, grid.block_kv, x.shape[-1]), lambda at: (at.b, at.h // spec.shared, at.j, 0))
+
+    def of_page(pages: Array, n: int, count: int) -> pl.BlockSpec:
+        def where(at: Place) -> tuple[Any, ...]:
+            return at.known.block_table[(at.b * grid.num_kv + at.j) * count + n], at.h // spec.shared, 0, 0
+
+        return block((1, 1, *pages.shape[2:]), where)
 
     def vector(x: Array, of_queries: bool) -> pl.BlockSpec:
         rows, heads = x.shape[:2]
@@ -165,7 +168,6 @@ def _specs(call: Call, block: Callable[..., pl.BlockSpec]) -> Inputs:
             (1, grid.block_q, grid.block_kv), lambda at: (at.known.slabs[how.slab][at.b * heads + at.h], at.i, at.j)
         )
 
-    inputs_pages = call.known.block_table
     return Inputs(
         of_queries(inputs.query),
         of_keys(inputs.key),
@@ -232,7 +234,7 @@ def _forward(name: str, call: Call, inner: int, dtype: Any, *, low: bool) -> tup
     call, count = call.walk(inner)
     spec, inputs = call.spec, call.inputs
     (batch, heads, seq_q, _), block_q, head_dim = spec.score_shape, spec.grid.block_q, inputs.query.shape[-1]
-    value_dim, length = inputs.value.shape[-1], inputs.query.shape[2]
+    value_dim, length = jax.tree.leaves(inputs.value)[0].shape[-1], inputs.query.shape[2]
     wide: Block = (1, inner, block_q, value_dim), lambda at: (at.b, at.outer, at.i, 0)
     outputs = {
         "out": (jax.ShapeDtypeStruct((batch, heads, length, value_dim), dtype), wide),
@@ -451,7 +453,12 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
         mask_how,
         mod_how,
     )
-    block_table = None if pages is None else jnp.maximum(pages, 0).astype(jnp.int32).reshape(-1)
+    block_table = None
+    if pages is not None:
+        count = grid.block_kv // key.shape[2]  # pages of a tile
+        inputs = inputs._replace(key=(key,) * count, value=(value,) * count)
+        # What lies in place of a missing page is read but not attended.
+        block_table = _whole(jnp.maximum(pages, 0).astype(jnp.int32), grid.num_kv * count, 1).reshape(-1)
     known = Known(jnp.zeros(0, jnp.int32), any_non_finite, tuple(slabs), block_table)
     return Call(spec, known, inputs, codes)
 
