@@ -23,7 +23,9 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "flash": flash_attention,
     "tiles of 4": functools.partial(memory_efficient_attention, block_size=4),
     "pallas": functools.partial(pallas_flash_attention, interpret=True, block_q=16, block_kv=16),
+    "tpu": functools.partial(pallas_flash_attention, interpret="tpu"),
 }
+INTERPRETED = "pallas", "tpu"  # by JAX, which does not interpret kernels inside of shard_map
 
 
 def _alibi(scores, b, h, q, kv):

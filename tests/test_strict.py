@@ -61,6 +61,7 @@ KERNELS = {
     "flash": flash_attention,
     "tiles": functools.partial(memory_efficient_attention, block_size=2),
     "pallas": functools.partial(pallas_flash_attention, interpret=True),
+    "tpu": functools.partial(pallas_flash_attention, interpret="tpu"),
     "ring": ring_attention,
 }
 IDS = np.array([0, 0, 1, 1, -1])
@@ -84,7 +85,7 @@ def options(ids):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [contract_unless(name != "pallas", name) for name in KERNELS])
+@pytest.mark.parametrize("name", [contract_unless(name not in ("pallas", "tpu"), name) for name in KERNELS])
 def test_kernels(name, dtype):
     def loss(x):
         out, lse = KERNELS[name](x, x, x, **options(IDS), return_lse=True)

@@ -215,6 +215,7 @@ KERNELS = {
     "flash": flash_attention,
     "memory efficient": memory_efficient_attention,
     "pallas": functools.partial(pallas_flash_attention, interpret=True),
+    "tpu": functools.partial(pallas_flash_attention, interpret="tpu"),
     "ring": ring_attention,
     "few cached": cached,
 }

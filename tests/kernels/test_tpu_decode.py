@@ -39,13 +39,13 @@ def in_one_piece(capacity, *, dtype=jnp.float32, value_dim=13):
     )
 
 
-def in_pages(lengths, num_pages, *, page=8, dtype=jnp.float32):
+def in_pages(lengths, num_pages, *, page=8, dtype=jnp.float32, head_dim=128):
     """A cache whose rows hold pages in any order, with NaN in all pages that no row holds and behind each row's end."""
     cache = init_paged_kv_cache(
         num_blocks=len(lengths) * num_pages + 2,
         block_size=page,
         num_kv_heads=KV_HEADS,
-        head_dim=11,
+        head_dim=head_dim,
         batch_size=len(lengths),
         max_blocks_per_seq=num_pages,
         dtype=dtype,
@@ -86,6 +86,7 @@ CACHES = {  # name: (a cache, its number of tiles of keys)
     "tiles past the end": lambda: in_one_piece(700),
     "pages": lambda: in_pages([133, 21, 0], 19),  # 16 pages are a tile
     "a few pages": lambda: in_pages([17, 3, 24], 3),
+    "large pages of small heads": lambda: in_pages([150, 300, 0], 3, page=128, head_dim=11),
 }
 
 
@@ -102,7 +103,7 @@ def interpret(monkeypatch):
 
 
 def check(monkeypatch, cache, seq_q, options, *, tolerance=3e-6, dtype=jnp.float32):
-    query = normal(3, HEADS, seq_q, 11, dtype=dtype)
+    query = normal(3, HEADS, seq_q, cache.key_value[0].shape[1], dtype=dtype)
     if hasattr(cache, "seq_lengths"):
         run = partial(paged_attention, return_lse=True, **options)
         arguments = query, cache
@@ -125,7 +126,7 @@ def check(monkeypatch, cache, seq_q, options, *, tolerance=3e-6, dtype=jnp.float
     ("cache", "seq_q", "options"),
     [
         contract_unless(
-            (cache, seq_q, options) in (("one tile", 3, "causal & ALiBi"), ("pages", 1, "T5 table")),
+            (cache, seq_q, options) in (("one tile", 3, "causal & ALiBi"), ("pages", 3, "T5 table")),
             cache,
             seq_q,
             options,
@@ -133,7 +134,7 @@ def check(monkeypatch, cache, seq_q, options, *, tolerance=3e-6, dtype=jnp.float
         for i, cache in enumerate(CACHES)
         for j, options in enumerate(OPTIONS)
         for seq_q in (1, 3)
-        if (i + j + seq_q // 2) % 2
+        if (i + j + seq_q // 2) % 2 == 0
     ],
 )
 def test_the_kernel_gives_what_the_chunks_give(monkeypatch, cache, seq_q, options):
@@ -186,9 +187,9 @@ def cached(capacity=40, head_dim=11, dtype=jnp.float32, query=None, **options):
     return has_kernel(run, normal(2, HEADS, 1, head_dim, dtype=query or dtype), cache)
 
 
-def paged(page, dtype=jnp.float32, num_pages=3):
-    cache = in_pages([3], num_pages, page=page, dtype=dtype)
-    return has_kernel(paged_attention, normal(1, HEADS, 1, 11, dtype=dtype), cache)
+def paged(page, dtype=jnp.float32, num_pages=3, head_dim=128):
+    cache = in_pages([3], num_pages, page=page, dtype=dtype, head_dim=head_dim)
+    return has_kernel(paged_attention, normal(1, HEADS, 1, head_dim, dtype=dtype), cache)
 
 
 def test_a_program_for_a_tpu_has_the_kernel():
@@ -201,7 +202,9 @@ def test_a_program_for_a_tpu_has_the_kernel():
     [
         (True, partial(cached, 700)),
         (True, partial(cached, head_dim=256)),
+        (True, partial(cached, head_dim=128)),
         (True, partial(paged, 8)),
+        (True, partial(paged, 256, head_dim=64)),
         (True, partial(paged, 1000, num_pages=1)),
         (False, partial(cached, head_dim=257)),
         (False, partial(cached, dtype=jnp.float16)),
@@ -209,6 +212,7 @@ def test_a_program_for_a_tpu_has_the_kernel():
         (False, partial(cached, mask=lambda b, h, q, kv: jnp.ones((40, 40), bool)[q, kv])),
         (False, partial(cached, score_mod=lambda x, b, h, q, kv: x + jnp.cbrt(x))),
         (False, partial(paged, 12)),
+        (False, partial(paged, 64, head_dim=64)),  # such pages would be copied
         (False, partial(paged, 8, jnp.bfloat16)),
         (False, partial(paged, 1000)),  # a tile of 16 pages would be too large
     ],

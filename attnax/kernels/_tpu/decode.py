@@ -61,7 +61,8 @@ def decode_tile(inputs: DecodeInputs) -> Tile | None:
     if tokens.block_table is None:
         return tile
     page = tokens.keys.shape[2]
-    if page % (32 // query.dtype.itemsize):  # the rows of a register
+    # XLA keeps small pages whose rows do not fill registers in an order that no kernel can read.
+    if page % (LANES if any(size % LANES for size in sizes) else 32 // query.dtype.itemsize):
         return None
     # Vectors over keys come in blocks of full registers.
     least = math.lcm(page, LANES)

@@ -42,6 +42,7 @@ class Spec(KernelSpec):
     mod_shapes: tuple[jax.ShapeDtypeStruct, ...]
     mask_tables: tuple[Table, ...]
     mod_tables: tuple[Table, ...]
+    turned: tuple[bool, bool] = (False, False)  # whether keys, and values, lie as columns
 
 
 class Known(NamedTuple):
@@ -57,7 +58,7 @@ class Inputs(NamedTuple):
     """References to the blocks of a program."""
 
     query: Any  # (1, 1, T, H)
-    key: Any  # (1, 1, S, H), or a tuple of pages (1, 1, page, H)
+    key: Any  # (1, 1, S, H), or (1, 1, H, S) if `Spec.turned`, or a tuple of such pages
     value: Any  # (1, 1, S, V), likewise
     scale: Any  # (1,) float32, in scalar memory
     dropout: Any  # (4,) int32, in scalar memory, or None
@@ -97,7 +98,8 @@ class Kernel(TileKernel):
 
     def keys(self, place: TilePlace, *, full: bool = False) -> tuple[Array, Array, Array | None]:
         """The tile's keys and values, with zeros for non-finite ones, and True for each finite one; None for all."""
-        key, value = _rows_of(self.inputs.key), _rows_of(self.inputs.value)
+        blocks = self.inputs.key, self.inputs.value
+        key, value = (_rows_of(x, turned=turned) for x, turned in zip(blocks, self.spec.turned, strict=True))
         if full:
             return key, value, None
         finite = rows_finite(key, value)
@@ -194,11 +196,12 @@ class Kernel(TileKernel):
         )
 
 
-def _rows_of(blocks: Any) -> Array:
+def _rows_of(blocks: Any, *, turned: bool) -> Array:
     """The keys or values of a tile, from its block or its pages."""
-    if not isinstance(blocks, tuple):
-        return blocks[0, 0]
-    return blocks[0][0, 0] if len(blocks) == 1 else jnp.concatenate([page[0, 0] for page in blocks])
+    if isinstance(blocks, tuple) and len(blocks) > 1:
+        return jnp.concatenate([_rows_of(page, turned=turned) for page in blocks])
+    x = (blocks[0] if isinstance(blocks, tuple) else blocks)[0, 0]
+    return jnp.transpose(x) if turned else x
 
 
 def rows_finite(*arrays: Array) -> Array:
