@@ -35,7 +35,8 @@ def attend(
     setup = inputs.setup(tile, mask, score_mod, TPU_ELEMENTWISE, interpret=interpret)
     if setup is None:
         return None
-    score_shape = *inputs.query.shape[:3], inputs.tokens.positions.shape[1]
+    (batch, heads, seq_q, _), capacity = inputs.query.shape, inputs.tokens.positions.shape[1]
+    score_shape = batch, heads, seq_q, capacity
     functions = [function for function in (setup.mask, setup.score_mod) if function is not None]
     if any(why_not_function(function, score_shape, has_positions=False) for function in functions):
         return None
