@@ -192,7 +192,7 @@ class StoresTokens:
         raise self._lacks("chunks")
 
     def arrays(self) -> TokenArrays | None:
-        """The tokens as a GPU kernel reads them, without a copy; None if it cannot."""
+        """The tokens as a kernel reads them, without a copy; None if it cannot."""
         return None
 
     def tokens(self, dtype: Any) -> StoredTokens:

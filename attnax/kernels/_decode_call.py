@@ -16,13 +16,15 @@ import numpy as np
 
 from attnax.cache import Reading, Source, StoresTokens, TokenArrays, nan_where_lost
 from attnax.checks import check_attention
+from attnax.kernels._core.decode import DecodeInputs
 from attnax.kernels._core.dropout import rate_of, words_of
 from attnax.kernels._core.finite import scale_query
 from attnax.kernels._core.lift import defer
 from attnax.kernels._core.mesh import vary, vary_all, vary_with, varying_axes
 from attnax.kernels._core.operands import lift_bounds, lift_functions
 from attnax.kernels._core.platform import by_platform
-from attnax.kernels._gpu.decode import DecodeInputs
+from attnax.kernels._gpu import decode as gpu_decode
+from attnax.kernels._tpu import decode as tpu_decode
 from attnax.kernels._xla.decode import ChunkFunctions, Queries, attend_chunks, rows_at_once
 from attnax.masks import Mask, as_mask, mask_of_cache, resolve_masks
 from attnax.typing import Array, AttentionOptions
@@ -102,7 +104,7 @@ class DecodeCall:
     sources: tuple[Source, ...]  # of the tokens
     options: AttentionOptions  # mask and score mod as `resolve_masks` gives them, both of true positions
     b: Array | None = None  # (B,), the rows of the batch that masks and score mods see; None for all in order
-    arrays: TokenArrays | None = None  # the same tokens for a GPU kernel; None if no kernel can read them
+    arrays: TokenArrays | None = None  # the same tokens for a kernel; None if no kernel can read them
 
 
 def attend_tokens(call: DecodeCall) -> tuple[Array, Array]:
@@ -137,13 +139,17 @@ def _attend(
     if kernel is None:
         return in_chunks(queries, sources, functions)
 
-    def on_gpu(queries: Queries, sources: Any, functions: Any, kernel: DecodeInputs) -> Any:
-        return kernel.attend(functions[0].mask, functions[0].score_mod) or in_chunks(queries, sources, functions)
+    def on(engine: Any) -> Any:
+        def run(queries: Queries, sources: Any, functions: Any, kernel: DecodeInputs) -> Any:
+            found = engine.attend(kernel, functions[0].mask, functions[0].score_mod)
+            return found or in_chunks(queries, sources, functions)
+
+        return run
 
     def elsewhere(queries: Queries, sources: Any, functions: Any, kernel: Any) -> tuple[Array, Array]:
         return in_chunks(queries, sources, functions)
 
-    return by_platform(elsewhere, queries, sources, functions, kernel, cuda=on_gpu)
+    return by_platform(elsewhere, queries, sources, functions, kernel, cuda=on(gpu_decode), tpu=on(tpu_decode))
 
 
 def _lift(call: DecodeCall, queries: Queries) -> tuple[Queries, tuple[Source, ...], tuple[ChunkFunctions, ...]]:

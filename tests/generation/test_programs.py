@@ -16,7 +16,9 @@ from attnax.cache import CacheKind, EmptyCache, init_decoder_kv_caches_from_conf
 from attnax.generation.request import padded_length
 from attnax.kernels import _engines
 from attnax.kernels._core import split
-from attnax.kernels._gpu import decode
+from attnax.kernels._core.decode import DecodeInputs
+from attnax.kernels._gpu import decode as gpu_decode
+from attnax.kernels._tpu import decode as tpu_decode
 
 CONFIG = TransformerConfig(
     vocab_size=31, d_model=12, num_heads=3, num_kv_heads=1, num_layers=1, d_ff=20, max_len=1024, pos_emb_type="rope"
@@ -136,14 +138,16 @@ def test_a_prompt_too_long_for_its_cache_gives_nan():
     assert np.isnan(logits).all() and bool(cache.overflowed)
 
 
-def test_nothing_is_traced_for_a_gpu_on_a_cpu(monkeypatch):
+def test_nothing_is_traced_for_a_gpu_or_tpu_on_a_cpu(monkeypatch):
     def refuse(*_args, **_options):
-        raise AssertionError("traced for a GPU")
+        raise AssertionError("traced for a GPU or TPU")
 
     for module, name in (
         (split, "_split"),
-        (_engines, "prepare"),
-        (decode.DecodeInputs, "attend"),
+        (_engines.Kernels, "setup"),
+        (gpu_decode, "attend"),
+        (tpu_decode, "attend"),
+        (DecodeInputs, "setup"),
     ):
         monkeypatch.setattr(module, name, refuse)
     kinds = {"pos_emb_type": "relative", "attention_soft_cap": 5.0, "attention_window": 8}

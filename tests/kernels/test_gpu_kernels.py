@@ -24,8 +24,10 @@ from attnax import (
     update_kv_layer_cache,
     why_not_pallas,
 )
+from attnax.cache import TokenArrays
 from attnax.kernels import score_mods
 from attnax.kernels._core import natural
+from attnax.kernels._core.decode import DecodeInputs
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.lift import lift_marked
 from attnax.kernels._core.natural import examples
@@ -437,7 +439,7 @@ class TestDecode:
     def test_a_contiguous_cache(self, case, seq_q):
         options = DECODED[case]
         query, positions = normal(2, 6, seq_q, 16), np.arange(70 - seq_q, 70)
-        stored = decode.TokenArrays(contiguous().keys, contiguous().values, contiguous().positions, None)
+        stored = TokenArrays(contiguous().keys, contiguous().values, contiguous().positions, None)
         positions = np.broadcast_to(positions, (2, seq_q))
         self.check(query, stored, positions, options, self.exact(query, positions, np.array([70, 70]), options))
         assert lowered(partial(cached_attention, **options), query, contiguous(), positions) == {"decode"}
@@ -462,7 +464,7 @@ class TestDecode:
         query, positions = normal(2, 6, 2, 16), np.array([[4, 69], [4, 69]])
         keys = np.array(contiguous().keys)
         keys[0, 1, 5, 3] = np.inf
-        stored = decode.TokenArrays(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
+        stored = TokenArrays(jnp.asarray(keys), contiguous().values, contiguous().positions, None)
         options = {"mask": masks.causal()}
         want = self.exact(query, positions, np.array([70, 70]), options)
         for x in want:
@@ -496,7 +498,7 @@ class TestDecode:
             functions = lift_functions("test", keep, mod, (2, 3, 5, 7), frozenset(), jnp.float32)(
                 *examples(jnp.float32)
             )
-            return decode.DecodeInputs(*arrays, bounds, is_opaque).attend(*functions, interpret=True)
+            return decode.attend(DecodeInputs(*arrays, bounds, is_opaque), *functions, interpret=True)
 
         scale = jax.device_put(np.float32(0.25))
         for have, expected in zip(run(query, scale, jnp.asarray(positions), stored), want, strict=True):

@@ -9,6 +9,8 @@ import pytest
 from _lowered import gpu_mesh, kernels_of
 
 from attnax import pallas_flash_attention
+from attnax.cache import TokenArrays
+from attnax.kernels._core.decode import DecodeInputs
 from attnax.kernels._gpu import decode
 from attnax.kernels._gpu.prepare import choose_kernel_tiles
 from attnax.kernels._gpu.tile_sizes import (
@@ -88,9 +90,9 @@ def test_an_unknown_card_has_the_least_shared_memory():
 def test_pages_that_no_card_holds_are_left_to_the_chunks():
     def paged(page):
         pages = jnp.zeros((1, 1, page, 128), jnp.bfloat16)
-        tokens = decode.TokenArrays(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+        tokens = TokenArrays(pages, pages, jnp.zeros((1, page), jnp.int32), jnp.zeros((1, 1), jnp.int32))
         query, positions = jnp.zeros((1, 4, 1, 128), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
-        return decode.DecodeInputs(query, jnp.float32(1), positions, tokens)._tile()
+        return decode.decode_tile(DecodeInputs(query, jnp.float32(1), positions, tokens))
 
     assert paged(16).block_kv == 16
     assert paged(128).block_kv == 128

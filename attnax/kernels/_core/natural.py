@@ -54,7 +54,7 @@ GPU_ELEMENTWISE = frozenset((
 
 TPU_ELEMENTWISE = GPU_ELEMENTWISE - {
     "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "cosh", "expm1", "sinh",
-} | {"erf", "erf_inv", "round"}
+} | {"erf_inv", "round"}
 """The elementwise primitives of the TPU kernels: those that Pallas lowers and libtpu compiles."""
 
 ELEMENTWISE = GPU_ELEMENTWISE | frozenset((

@@ -40,7 +40,7 @@ def forward_kernel(spec: Spec, known: Known, inputs: Inputs, outputs: dict[str, 
     def _() -> None:
         query = inputs.query[0, 0]
         scratch["query"][n] = jnp.where(rows_finite(query), query, 0)
-        state = softmax.initial_state((spec.grid.block_q,), inputs.value.shape[-1], jnp.dtype(jnp.float32))
+        state = softmax.initial_state((spec.grid.block_q,), scratch["acc"].shape[-1], jnp.dtype(jnp.float32))
         _keep(scratch, n, state)
 
     def visit(full: bool) -> None:

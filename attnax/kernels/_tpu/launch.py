@@ -74,7 +74,7 @@ class Call(NamedTuple):
         spec = dataclasses.replace(
             spec,
             score_shape=(*inputs.query.shape[:2], *spec.score_shape[2:]),
-            kv_heads=inputs.key.shape[1],
+            kv_heads=jax.tree.leaves(inputs.key)[0].shape[1],
             mask_shapes=shapes(inputs.mask, spec.mask_shapes),
             mod_shapes=shapes(inputs.mod, spec.mod_shapes),
         )
@@ -105,7 +105,8 @@ def _on_shards(run: Callable[[Call], _Results], call: Call) -> _Results:
     known, inputs, codes = jax.tree.map(of, (call.known, call.inputs, call.codes))
     inputs = inputs._replace(mask_tables=P(), mod_tables=P())
     if call.known.block_table is not None:
-        inputs = inputs._replace(key=P(None, cut[1]), value=P(None, cut[1]))
+        pages = tuple(P(None, cut[1]) for _ in call.inputs.key)
+        inputs = inputs._replace(key=pages, value=pages)
 
     def local(known: Known, inputs: Inputs, codes: Array) -> _Results:
         first = Offset.of(cut[0], cut[1], inputs.query)
@@ -196,13 +197,18 @@ def _specs(call: Call, block: Callable[..., pl.BlockSpec]) -> Inputs:
     def of_queries(x: Array) -> pl.BlockSpec:
         return block((1, 1, grid.block_q, x.shape[-1]), lambda at: (at.b, at.h, at.i, 0))
 
-    def of_keys(x: Array) -> pl.BlockSpec:
-        if inputs_pages is not None:
-            return block(
-                (1, 1, grid.block_kv, x.shape[-1]),
-                lambda at: (at.known.block_table[at.b * grid.num_kv + at.j], at.h // spec.shared, 0, 0),
-            )
+    def of_keys(x: Any, turned: bool) -> Any:
+        if isinstance(x, tuple):
+            return tuple(of_page(pages, n, len(x)) for n, pages in enumerate(x))
+        if turned:
+            return block((1, 1, x.shape[2], grid.block_kv), lambda at: (at.b, at.h // spec.shared, 0, at.j))
         return block((1, 1, grid.block_kv, x.shape[-1]), lambda at: (at.b, at.h // spec.shared, at.j, 0))
+
+    def of_page(pages: Array, n: int, count: int) -> pl.BlockSpec:
+        def where(at: Place) -> tuple[Any, ...]:
+            return at.known.block_table[(at.b * grid.num_kv + at.j) * count + n], at.h // spec.shared, 0, 0
+
+        return block((1, 1, *pages.shape[2:]), where)
 
     def vector(x: Array, of_queries: bool) -> pl.BlockSpec:
         rows, heads = x.shape[:2]
@@ -223,11 +229,10 @@ def _specs(call: Call, block: Callable[..., pl.BlockSpec]) -> Inputs:
             (1, grid.block_q, grid.block_kv), lambda at: (at.known.slabs[how.slab][at.b * heads + at.h], at.i, at.j)
         )
 
-    inputs_pages = call.known.block_table
     return Inputs(
         of_queries(inputs.query),
-        of_keys(inputs.key),
-        of_keys(inputs.value),
+        of_keys(inputs.key, spec.turned[0]),
+        of_keys(inputs.value, spec.turned[1]),
         scalar,
         None if inputs.dropout is None else scalar,
         tuple(map(operand, inputs.mask, spec.mask_shapes)),
@@ -298,7 +303,7 @@ def _forward_of_shard(name: str, inner: int, dtype: Any, low: bool, call: Call) 
     call, count = call.walk(inner)
     spec, inputs = call.spec, call.inputs
     (batch, heads, seq_q, _), block_q, head_dim = spec.score_shape, spec.grid.block_q, inputs.query.shape[-1]
-    value_dim, length = inputs.value.shape[-1], inputs.query.shape[2]
+    value_dim, length = jax.tree.leaves(inputs.value)[0].shape[2 if spec.turned[1] else 3], inputs.query.shape[2]
     wide: Block = (1, inner, block_q, value_dim), lambda at: (at.b, at.outer, at.i, 0)
     outputs = {
         "out": (jax.ShapeDtypeStruct((batch, heads, length, value_dim), dtype), wide),
@@ -468,8 +473,10 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
     score_shape, grid = (batch, heads, seq_q, seq_kv), grid_of(setup.tile, seq_q, seq_kv)
     lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
     codes = _codes(grid, setup, batch, heads)
-    any_non_finite = None
-    if not setup.tile.is_decoding:  # a test of all keys beforehand would take as long as the attention
+    any_non_finite, block_table, turned = None, None, (False, False)
+    if setup.tile.is_decoding:
+        key, value, turned, block_table = _stored(key, value, pages, grid)
+    else:  # a test of all stored keys beforehand would take as long as the attention
         finite = is_finite(key) & is_finite(value)
         any_non_finite = (~finite.all(2)).astype(jnp.int32)
         key, value = _whole(key, lengths[1], 2), _whole(value, lengths[1], 2)
@@ -522,10 +529,25 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
         mod_shapes,
         mask_how,
         mod_how,
+        turned,
     )
-    block_table = None if pages is None else jnp.maximum(pages, 0).astype(jnp.int32)[:, None]
     known = Known(None, any_non_finite, tuple(slabs), block_table)
     return Call(spec, known, inputs, codes)
+
+
+def _stored(key: Array, value: Array, pages: Array | None, grid: TileGrid) -> tuple[Any, ...]:
+    """(key, value, `Spec.turned`, `Known.block_table`) of the tokens of a cache.
+
+    XLA keeps an array whose rows do not fill registers as columns. The kernel reads these: no cache is copied.
+    """
+    page, turned = key.shape[2], tuple(x.shape[3] % _LANES != 0 for x in (key, value))
+    key, value = (x.swapaxes(2, 3) if turns else x for x, turns in zip((key, value), turned, strict=True))
+    if pages is None:
+        return key, value, turned, None
+    count = grid.block_kv // page  # pages of a tile
+    # What lies in place of a missing page is read but not attended.
+    table = _whole(jnp.maximum(pages, 0).astype(jnp.int32), grid.num_kv * count, 1)[:, None]
+    return (key,) * count, (value,) * count, turned, table
 
 
 def _codes(grid: TileGrid, setup: Setup, batch: int, heads: int) -> Array:

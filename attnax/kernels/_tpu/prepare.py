@@ -20,13 +20,21 @@ from attnax.kernels._core.shards import auto_cut
 from attnax.kernels._core.split import Read, Split, split, why_not_split
 from attnax.kernels._tpu.tile_sizes import LANES, LARGEST_HEAD, Tile, choose
 
-__all__ = ["TpuTiles", "choose_tpu_tiles", "tpu_tile", "why_not_function", "why_not_tpu_kernels"]
+__all__ = [
+    "MOST_WORDS",
+    "TpuTiles",
+    "choose_tpu_tiles",
+    "count_numbers",
+    "tpu_tile",
+    "why_not_function",
+    "why_not_tpu_kernels",
+]
 
 SMALL_TABLE = (
     256  # the most elements of a table that a tile reads by query and key together: each is a pass over the tile
 )
 _MOST_NUMBERS = 2**16  # of the tables in scalar memory
-_MOST_TILES = 2**16  # words of a list in scalar memory
+MOST_WORDS = 2**16  # of a list of tiles in scalar memory
 _NUMBERS = {jnp.dtype(name) for name in ("bool", "int32", "uint32", "float32", "bfloat16")}
 
 
@@ -72,9 +80,7 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
             reason = why_not_function(function, score_shape, has_positions=is_part)
             if reason is not None:
                 return f"no TPU kernel can hold this {name}: {reason}"
-            numbers += sum(
-                math.prod(read.shape) for read in split(function).reads if _size(function, read, score_shape, is_part)
-            )
+            numbers += count_numbers(function, score_shape, has_positions=is_part)
     if numbers > _MOST_NUMBERS:
         return f"the small tables of a TPU kernel have at most {_MOST_NUMBERS} elements together; got {numbers}"
     tile = min(tiles, key=lambda tile: tile.block_q * tile.block_kv)
@@ -83,8 +89,8 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
         kv_heads = arrays[1].shape[1]
         shard = auto_cut(batch, kv_heads)
         count *= shard.batch * shard.kv_heads * (heads // kv_heads)
-    if count > _MOST_TILES:
-        return f"TPU kernels list at most {_MOST_TILES} tiles of all rows and heads; got {count}"
+    if count > MOST_WORDS:
+        return f"TPU kernels list at most {MOST_WORDS} tiles of all rows and heads; got {count}"
     return None
 
 
@@ -111,6 +117,13 @@ def why_not_function(function: Lifted, score_shape: tuple[int, int, int, int], *
                 f"nor at one of at most {SMALL_TABLE} elements"
             )
     return None
+
+
+def count_numbers(function: Lifted, score_shape: tuple[int, int, int, int], *, has_positions: bool) -> int:
+    """The elements of the small tables that a mask or score mod keeps in scalar memory; arguments as above."""
+    return sum(
+        math.prod(read.shape) for read in split(function).reads if _size(function, read, score_shape, has_positions)
+    )
 
 
 def _size(function: Lifted, read: Read, score_shape: tuple[int, int, int, int], has_positions: bool) -> int | None:

@@ -42,6 +42,7 @@ class Spec(KernelSpec):
     mod_shapes: tuple[jax.ShapeDtypeStruct, ...]
     mask_tables: tuple[Table, ...]
     mod_tables: tuple[Table, ...]
+    turned: tuple[bool, bool] = (False, False)  # whether keys, and values, lie as columns
 
 
 class Known(NamedTuple):
@@ -50,15 +51,15 @@ class Known(NamedTuple):
     words: Any  # see `Walk`
     any_non_finite: Any  # (B * K,) int32: whether a head holds a non-finite row; None if not computed
     slabs: tuple[Any, ...]  # each (B * N,) int32
-    block_table: Any  # (B * num_kv,) int32: the page of a tile of keys, if keys are in pages
+    block_table: Any  # (B * num_kv * pages,) int32: the pages of each tile of keys, if keys are in pages
 
 
 class Inputs(NamedTuple):
     """References to the blocks of a program."""
 
     query: Any  # (1, 1, T, H)
-    key: Any  # (1, 1, S, H)
-    value: Any  # (1, 1, S, V)
+    key: Any  # (1, 1, S, H), or (1, 1, H, S) if `Spec.turned`, or a tuple of such pages
+    value: Any  # (1, 1, S, V), likewise
     scale: Any  # (1,) float32, in scalar memory
     dropout: Any  # (4,) int32, in scalar memory, or None
     mask: tuple[Any, ...]  # operands: (1, 1, 1, T | S), or (B' * N',) in scalar memory
@@ -98,7 +99,8 @@ class Kernel(TileKernel):
 
     def keys(self, place: TilePlace, *, full: bool = False) -> tuple[Array, Array, Array | None]:
         """The tile's keys and values, with zeros for non-finite ones, and True for each finite one; None for all."""
-        key, value = self.inputs.key[0, 0], self.inputs.value[0, 0]
+        blocks = self.inputs.key, self.inputs.value
+        key, value = (_rows_of(x, turned=turned) for x, turned in zip(blocks, self.spec.turned, strict=True))
         if full:
             return key, value, None
         finite = rows_finite(key, value)
@@ -198,6 +200,14 @@ class Kernel(TileKernel):
             for n, x in enumerate(self.spec.mod_shapes)
             if jnp.issubdtype(x.dtype, jnp.inexact) and (x.shape[3] > 1) == (learn == "columns")
         )
+
+
+def _rows_of(blocks: Any, *, turned: bool) -> Array:
+    """The keys or values of a tile, from its block or its pages."""
+    if isinstance(blocks, tuple) and len(blocks) > 1:
+        return jnp.concatenate([_rows_of(page, turned=turned) for page in blocks])
+    x = (blocks[0] if isinstance(blocks, tuple) else blocks)[0, 0]
+    return jnp.transpose(x) if turned else x
 
 
 def rows_finite(*arrays: Array) -> Array:

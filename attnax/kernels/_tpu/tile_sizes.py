@@ -10,6 +10,7 @@ __all__ = ["LARGEST_HEAD", "Tile", "choose", "grid_of"]
 
 LARGEST_HEAD = 256
 LANES = 128  # numbers in a row of a register
+ROWS = 8  # of a register, of 32-bit numbers
 
 
 class Tile(NamedTuple):
@@ -17,7 +18,7 @@ class Tile(NamedTuple):
 
     block_q: int  # queries
     block_kv: int  # keys
-    is_decoding: bool = False  # a few queries: their tile holds no more
+    is_decoding: bool = False  # a few queries: their tile holds no more, and keys are not tested beforehand
     vmem: int = 64 * 2**20  # bytes of vector memory that a kernel may take
 
 
@@ -30,14 +31,17 @@ def choose(kind: str, size: int, bits: int) -> Tile:
         bits: of a number of the arrays.
     """
     if kind == "decode":
-        return Tile(16, 512, is_decoding=True)
+        return Tile(LANES, 512, is_decoding=True)
     block = 512 if size <= 128 or bits == 16 else 256
     return Tile(block, block)
 
 
 def grid_of(tile: Tile, seq_q: int, seq_kv: int) -> TileGrid:
     """The grid of such tiles, or of smaller ones for shorter arrays."""
-    block_q, block_kv = (
-        min(most, -(-length // LANES) * LANES) for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
-    )
+    if tile.is_decoding:  # short arrays are blocks as they are: no cache is padded
+        block_q, block_kv = min(tile.block_q, -(-seq_q // ROWS) * ROWS), min(tile.block_kv, seq_kv)
+    else:
+        block_q, block_kv = (
+            min(most, -(-length // LANES) * LANES) for most, length in ((tile.block_q, seq_q), (tile.block_kv, seq_kv))
+        )
     return TileGrid(seq_q, seq_kv, block_q, block_kv, overlaps=False)
