@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import contract_unless
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from attnax import cached_attention, init_kv_layer_cache, masks
 from attnax.kernels import _decode_call, score_mods
@@ -140,6 +140,13 @@ def check(monkeypatch, cache, seq_q, options, *, tolerance=3e-6, dtype=jnp.float
 def test_the_kernel_gives_what_the_chunks_give(monkeypatch, cache, seq_q, options):
     out, lse = check(monkeypatch, CACHES[cache](), seq_q, OPTIONS[options])
     assert cache == "a few pages" or ((out[2] == 0).all() and (lse[2] == -np.inf).all())
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("cache", ["one tile", "pages"])
+def test_devices_of_a_mesh_with_auto_axes_attend_for_their_rows_and_heads(monkeypatch, cache):
+    with jax.set_mesh(jax.make_mesh((3, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)):
+        check(monkeypatch, CACHES[cache](), 3, OPTIONS["T5 table"])
 
 
 @pytest.mark.contract
