@@ -94,7 +94,9 @@ def test_results_and_gradients_are_those_of_the_definition(interpreted, name):
     want = jax.jit(partial(definition, standard_attention, mask, score_mod))(*given)
     for x, y in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
-        assert oracle.rms_error(x, y) <= 2e-6
+        # Where a query attends one key, the gradient of its score is 0, and both sides hold rounding errors alone.
+        is_zero = max(np.abs(x).max(), np.abs(y).max()) <= 1e-5
+        assert is_zero or oracle.rms_error(x, y) <= 2e-6
 
 
 def test_the_backward_pass_reads_the_results_that_it_is_given(interpreted):
