@@ -89,17 +89,17 @@ def walk_of(codes: Array, outer: int, inner: int, *, turned: bool) -> tuple[Walk
     codes = codes.swapaxes(2, 3) if turned else codes
     batch, heads, rows, columns = codes.shape
     visited = codes != EMPTY
-    visited |= ~visited.any(-1, keepdims=True) & (jnp.arange(columns) == 0)
+    visited |= ~visited.any(-1, keepdims=True) & (jnp.arange(columns) == 0)[None, None, None]
     is_first = visited & (visited.cumsum(-1) == 1)
     is_last = visited & (visited[..., ::-1].cumsum(-1)[..., ::-1] == 1)
     number = jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns)
     kind = jnp.where(codes == FULL, FULL, PARTIAL)
-    words = (number << 4) | (kind << 2) | (is_first.astype(jnp.int32) << 1) | is_last.astype(jnp.int32)
+    words = (number[None, None] << 4) | (kind << 2) | (is_first.astype(jnp.int32) << 1) | is_last.astype(jnp.int32)
     words, visited = words.reshape(batch, heads, -1), visited.reshape(batch, heads, -1)
     order = jnp.argsort(~visited, axis=-1, stable=True)
     words, count = jnp.take_along_axis(words, order, -1), visited.sum(-1, keepdims=True, dtype=jnp.int32)
     last = jnp.take_along_axis(words, count - 1, -1)
     idle = (last & ~15) | (_IDLE << 2)  # the blocks of the last tile are there already
-    words = jnp.where(jnp.arange(rows * columns) < count, words, idle)
+    words = jnp.where(jnp.arange(rows * columns)[None, None] < count, words, idle)
     walk = Walk((batch, heads, rows * columns), columns, inner, turned)
     return walk, words.reshape(-1).astype(jnp.int32), count.max()
