@@ -1,6 +1,7 @@
 """Compiles Attnax's programs for TPUs and NVIDIA GPUs with their own compilers, on a machine without a TPU or GPU.
 
-    python benchmarks/aot.py tpu     # libtpu, for v5e and v6e; `make aot` installs it in its own environment
+    python benchmarks/aot.py tpu     # libtpu, for v4, v5e, v5p and v6e; `make aot` installs it in its own environment
+    python benchmarks/aot.py tpu --tiles    # the vector memory and compile time of each tile, for `_tpu/tile_sizes.py`
     python benchmarks/aot.py cuda    # XLA for an H100, from the CUDA plugin; `make aot-cuda` installs it
 
 Nothing runs on an accelerator. The command shows that programs compile, their kernels and their memory, but no results
@@ -33,6 +34,7 @@ ALARM = "Constant folding an instruction is taking"
 MIB = 2**20
 LENGTH, HEADS, KV_HEADS, HEAD = 2048, 8, 4, 128
 ROWS, CACHED, PAGE = 8, 4096, 64
+TPUS = {"TPU v5e": "v5e:2x2", "TPU v4": "v4:2x2x1", "TPU v5p": "v5p:2x2x1", "TPU v6e": "v6e:2x2"}
 EXPERTS, TOKENS = 8, 2048
 
 Program = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -59,6 +61,7 @@ class Row(NamedTuple):
     program: Program
     kernels: dict[str, int]  # the compiled program must hold these kernels and no others
     limitation: str = ""  # why it may fail
+    devices: int = 1  # in a mesh with the axis "data"; the last argument is cut over it
 
 
 class Result(NamedTuple):
@@ -83,26 +86,44 @@ def why_not(target: str) -> str | None:
 
 
 def attention(
-    attend: str, *, dtype: str = "bfloat16", length: int = LENGTH, gradient: bool = True, **given: Any
+    attend: str,
+    *,
+    dtype: str = "bfloat16",
+    length: int = LENGTH,
+    gradient: bool = True,
+    extra: tuple[tuple[tuple[int, ...], str], ...] = (),
+    learn: bool = False,
+    **given: Any,
 ) -> Program:
-    """An attention function of Attnax, and the gradient of its sum; `given` holds functions that make its options."""
+    """An attention function of Attnax, and the gradient of its sum.
+
+    Args:
+        attend: its name.
+        dtype: of query, key and value.
+        length: of all.
+        gradient: of query, key and value, too.
+        extra: shapes and dtypes of more arguments.
+        learn: whether these get gradients.
+        given: functions of the arrays `extra` that make the options.
+    """
 
     def program() -> Any:
         import jax
 
         import attnax
 
-        shapes = [(1, heads, length, HEAD) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        arguments = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-        options = {name: make() for name, make in given.items()}
+        shapes = [((1, heads, length, HEAD), dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        arguments = tuple(jax.ShapeDtypeStruct(*x) for x in (*shapes, *extra))
 
-        def run(query: Any, key: Any, value: Any) -> Any:
+        def run(query: Any, key: Any, value: Any, *extra: Any) -> Any:
+            options = {name: make(*extra) for name, make in given.items()}
             return getattr(attnax, attend)(query, key, value, **options)
 
-        def loss(query: Any, key: Any, value: Any) -> Any:
-            return run(query, key, value).astype("float32").sum()
+        def loss(*arguments: Any) -> Any:
+            return run(*arguments).astype("float32").sum()
 
-        return jax.value_and_grad(loss, (0, 1, 2)) if gradient else run, arguments
+        wrt = tuple(range(len(arguments) if learn else 3))
+        return jax.value_and_grad(loss, wrt) if gradient else run, arguments
 
     return program
 
@@ -167,34 +188,101 @@ def training_step(dtype: str) -> Program:
     return program
 
 
-def causal() -> Any:
+def step_over_devices(*, check_vma: bool, **change: Any) -> Program:
+    """A gradient step of the model of `benchmarks/train.py` inside `jax.shard_map`, the batch cut over the devices."""
+
+    def program() -> Any:
+        import jax
+        import optax
+        import train
+        from jax.sharding import PartitionSpec
+
+        trainer = train.trainer_of(**{"dtype": "bfloat16"} | change)
+        params = jax.eval_shape(trainer.init).params
+        tokens = jax.ShapeDtypeStruct((train.BATCH, train.LENGTH + 1), "int32")
+
+        def step(params: Any, tokens: Any) -> Any:
+            def loss(params: Any) -> Any:
+                logits = trainer.merge(params)(tokens[:, :-1]).astype("float32")
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+                return jax.lax.pmean(losses.mean(), "data")
+
+            value, grads = jax.value_and_grad(loss)(params)
+            if not check_vma:  # nothing else sums the gradients over the devices
+                grads = jax.lax.pmean(grads, "data")
+            return value, jax.tree.map(lambda x, dx: x - 0.1 * dx, params, grads)
+
+        whole = PartitionSpec()
+        return jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=check_vma), (
+            params,
+            tokens,
+        )
+
+    return program
+
+
+def causal(*_: Any) -> Any:
     from attnax import masks
 
     return masks.causal()
 
 
-def soft_cap() -> Any:
+def documents(ids: Any) -> Any:
+    from attnax import masks
+
+    return masks.causal() & masks.documents(ids)
+
+
+def padding(lengths: Any) -> Any:
+    from attnax import masks
+
+    return masks.padding(lengths)
+
+
+def a_users_mask(*_: Any) -> Any:
+    return lambda b, h, q, kv: (abs(q - kv) < 20) | (kv < 3 * h)
+
+
+def soft_cap(*_: Any) -> Any:
     from attnax.kernels.score_mods import soft_cap_mod
 
     return soft_cap_mod(30.0)
 
 
-def alibi() -> Any:
+def alibi(*slopes: Any) -> Any:
     from attnax.kernels.score_mods import alibi_mod
 
-    return alibi_mod(HEADS)
+    if not slopes:
+        return alibi_mod(HEADS)
+    return lambda scores, b, h, q, kv: scores - slopes[0][h] * (q - kv)
 
 
-def a_users_mod() -> Any:
+def t5(table: Any) -> Any:
+    from attnax.kernels.score_mods import relative_bias_mod
+
+    return relative_bias_mod(table)
+
+
+def bias(table: Any) -> Any:
+    return lambda scores, b, h, q, kv: scores + table[h, q, kv]
+
+
+def a_users_mod(*_: Any) -> Any:
     import jax.numpy as jnp
 
     return lambda scores, b, h, q, kv: scores - 0.1 * jnp.log1p(jnp.abs(q - kv))
 
 
-def a_mod_for_no_kernel() -> Any:
+def a_mod_for_no_kernel(*_: Any) -> Any:
+    import jax.numpy as jnp
+
+    return lambda scores, b, h, q, kv: scores + jnp.arcsin(scores)
+
+
+def dropout(key: Any) -> Any:
     import jax
 
-    return lambda scores, b, h, q, kv: scores + jax.lax.erf(scores)
+    return jax.random.wrap_key_data(key)
 
 
 SPLASH = {"splash_mha_fwd_residuals": 1}
@@ -203,6 +291,8 @@ CUDNN = {"cuDNN forward": 1}
 CUDNN_GRADIENT = CUDNN | {"cuDNN backward": 1}
 PALLAS = {"attnax_forward": 1}
 PALLAS_GRADIENT = PALLAS | {"attnax_d_query": 1, "attnax_d_key_value": 1}
+PALLAS_TABLE = PALLAS_GRADIENT | {"attnax_d_table": 1}
+PALLAS_PAIRS = PALLAS_GRADIENT | {"attnax_d_pairs": 1}
 
 
 def both(name: str, forward: dict[str, int], gradient: dict[str, int], **given: Any) -> list[Row]:
@@ -221,18 +311,62 @@ def times(count: int, kernels: dict[str, int]) -> dict[str, int]:
 def rows(target: str) -> list[Row]:
     """The table of a target."""
     if target == "tpu":
+        drop: dict[str, Any] = {"dropout_rng": dropout, "dropout_rate": lambda _: 0.1, "deterministic": lambda _: False}
+        pairs, table = ((HEADS, LENGTH, LENGTH), "float32"), ((HEADS, 32), "float32")
+        learned = {"extra": (((HEADS,), "float32"),), "learn": True}
         return [
             *both("flash_attention, causal", SPLASH, SPLASH_GRADIENT, mask=causal),
+            *both("causal, a user's score mod", PALLAS, PALLAS_GRADIENT, mask=causal, score_mod=a_users_mod),
             *both("no mask", SPLASH, SPLASH_GRADIENT),
             *both("causal, soft cap", SPLASH, SPLASH_GRADIENT, mask=causal, score_mod=soft_cap),
             *both("causal, float32", SPLASH, SPLASH_GRADIENT, mask=causal, dtype="float32"),
-            *both("causal, a user's score mod", {}, {}, mask=causal, score_mod=a_users_mod),
-            *both(f"causal, length {LENGTH - 1}", {}, {}, mask=causal, length=LENGTH - 1),
-            Row("cached_attention, one token", decoding(paged=False), {}),
-            Row("the same from pages", decoding(paged=True), {}),
+            *both(f"causal, length {LENGTH - 1}", PALLAS, PALLAS_GRADIENT, mask=causal, length=LENGTH - 1),
+            *both("documents", PALLAS, PALLAS_GRADIENT, mask=documents, extra=(((1, LENGTH), "int32"),)),
+            *both(
+                "documents, float32",
+                PALLAS,
+                PALLAS_GRADIENT,
+                mask=documents,
+                extra=(((1, LENGTH), "int32"),),
+                dtype="float32",
+            ),
+            *both("padding", PALLAS, PALLAS_GRADIENT, mask=padding, extra=(((1,), "int32"),)),
+            *both("a user's mask in a line", PALLAS, PALLAS_GRADIENT, mask=a_users_mask),
+            *both(
+                "an array of booleans as mask",
+                PALLAS,
+                PALLAS_GRADIENT,
+                mask=lambda keep: keep,
+                extra=(((1, 1, LENGTH, LENGTH), "bool"),),
+            ),
+            *both(
+                "causal, ALiBi with learned slopes", PALLAS, PALLAS_GRADIENT, mask=causal, score_mod=alibi, **learned
+            ),
+            *both("T5's table, learned", PALLAS, PALLAS_TABLE, score_mod=t5, extra=(table,), learn=True),
+            *both(
+                "a learned bias read at [h, q, kv]", PALLAS, PALLAS_PAIRS, score_mod=bias, extra=(pairs,), learn=True
+            ),
+            *both("causal, dropout", PALLAS, PALLAS_GRADIENT, mask=causal, extra=(((2,), "uint32"),), **drop),
+            *both("causal, a score mod for no kernel", {}, {}, mask=causal, score_mod=a_mod_for_no_kernel),
+            Row("cached_attention, one token", decoding(paged=False), {"attnax_decode": 1}),
+            Row("the same from pages", decoding(paged=True), {"attnax_decode": 1}),
             Row("mixture of experts, and gradients", experts, {}),
             Row("training step, float32", training_step("float32"), times(6, SPLASH_GRADIENT)),
             Row("training step, bfloat16", training_step("bfloat16"), times(6, SPLASH_GRADIENT)),
+            *(
+                Row(
+                    f"gradient step over 4 devices, {words}, check_vma={check_vma}",
+                    step_over_devices(check_vma=check_vma, **change),
+                    times(6, SPLASH_GRADIENT if splash else PALLAS_GRADIENT),
+                    devices=4,
+                )
+                for words, change, check_vma, splash in (
+                    ("RoPE", {}, True, False),
+                    ("RoPE", {}, False, True),
+                    ("ALiBi", {"pos_emb_type": "alibi"}, True, False),
+                    ("ALiBi", {"pos_emb_type": "alibi"}, False, False),
+                )
+            ),
         ]
     pallas: dict[str, Any] = {"attend": "pallas_flash_attention", "mask": causal}
     return [
@@ -254,7 +388,7 @@ def rows(target: str) -> list[Row]:
     ]
 
 
-QUICK = 2  # rows
+QUICK = 3  # rows
 
 
 def kernels_in(text: str) -> Counter[str]:
@@ -300,25 +434,47 @@ class Compiler:
             options = {"target_config": H100, "topology": "1x1x1"}  # hosts, processes, devices
         with captured([]):  # libtpu complains that it finds no TPU
             topology = topologies.get_topology_desc(platform=target, **options)
+        self.devices = topology.devices
         self.sharding = SingleDeviceSharding(topology.devices[0])
+
+    def place(self, count: int, arguments: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """(the mesh to trace under, the arguments on its devices)."""
+        import jax
+        import numpy as np
+        from _lowered import gpu_mesh
+        from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+        def put(tree: Any, sharding: Any) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+        if count > 1:
+            mesh = Mesh(np.array(self.devices[:count]), ("data",))
+            whole, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+            return mesh.abstract_mesh, (*put(arguments[:-1], whole), put(arguments[-1], cut))
+        around: Any = None
+        if self.target == "cuda":
+            around = gpu_mesh()
+        elif self.target == "tpu":  # Pallas reads the generation from the mesh
+            around = AbstractMesh((), (), abstract_device=AbstractDevice(self.devices[0].device_kind, 1, "tpu"))
+        return around, put(arguments, self.sharding)
+
+    def compile(self, function: Any, arguments: Any, devices: int = 1) -> Any:
+        """The program of a function, for so many devices."""
+        import jax
+
+        mesh, placed = self.place(devices, tuple(arguments))
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+            traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*placed)
+            return traced.lower(lowering_platforms=(self.target,)).compile()
 
     def __call__(self, row: Row) -> Result:
         """The compiled program, or its error: the table shows errors of any kind."""
-        import jax
-        from _lowered import gpu_mesh
-
         report: list[str] = []
-        around = jax.sharding.use_abstract_mesh(gpu_mesh()) if self.target == "cuda" else contextlib.nullcontext()
         try:
             with captured(report):
                 function, arguments = row.program()
-                placed = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), arguments
-                )
                 start = time.perf_counter()
-                with around:
-                    traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*placed)
-                    compiled = traced.lower(lowering_platforms=(self.target,)).compile()
+                compiled = self.compile(function, arguments, row.devices)
                 seconds = time.perf_counter() - start
         except (TypeError, ValueError, RuntimeError) as error:  # JAX's, and its compilers'
             return Result(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
@@ -352,6 +508,31 @@ def table(results: list[tuple[Row, Result]]) -> str:
         cells = (row.name, compiles.replace("|", "\\|"), f"{result.seconds:.1f}", kernels, *sizes)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def tiles_of(devices: Mapping[str, str]) -> None:
+    """Prints the vector memory and the compile time of the kernels, for each size of tile and each TPU."""
+    from _pages import show
+    from _tpu_tiles import DTYPES, KERNELS, SIZES, TILES, search
+
+    for name, device in devices.items():
+        compiler = Compiler("tpu", device)
+        for use in search(compiler.compile, KERNELS, DTYPES, SIZES, TILES):
+            tile = f"{use.block_q} x {use.block_kv}"
+            show(
+                [
+                    [
+                        name,
+                        use.kernel,
+                        use.dtype,
+                        str(use.size),
+                        tile,
+                        f"{use.mib:.2f} MiB",
+                        f"{use.seconds:.1f} s",
+                        use.error,
+                    ]
+                ]
+            )
 
 
 def head(target: str) -> str:
@@ -389,6 +570,8 @@ def main() -> None:
     parser.add_argument("target", choices=("tpu", "cuda"))
     parser.add_argument("--why-not", action="store_true", help="only print why this machine cannot, if so")
     parser.add_argument("--quick", action="store_true", help="only the first case, for one device")
+    parser.add_argument("--tiles", action="store_true", help="the vector memory and the compile time of each tile")
+    parser.add_argument("--device", default="", help="devices whose name has these words")
     parser.add_argument("--only", default="", help="rows whose name has these words")
     parser.add_argument("--markdown", type=Path, help="also write the tables into this page")
     options = parser.parse_args()
@@ -400,9 +583,13 @@ def main() -> None:
         os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     else:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    devices = {"tpu": {"TPU v5e": "v5e:2x2", "TPU v6e": "v6e:2x2"}, "cuda": {"NVIDIA H100": ""}}[options.target]
+    devices = TPUS if options.target == "tpu" else {"NVIDIA H100": ""}
+    if options.tiles:
+        tiles_of(devices)
+        return
     tables: dict[str, list[tuple[Row, Result]]] = {}
     failed = 0
+    devices = {name: device for name, device in devices.items() if options.device in name}
     for name, device in list(devices.items())[: 1 if options.quick else None]:
         compiler, tables[name] = Compiler(options.target, device), []
         for row in rows(options.target)[: QUICK if options.quick else None]:

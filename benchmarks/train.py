@@ -30,25 +30,25 @@ def batches() -> list[np.ndarray]:
 
 
 def trainer_of(**change: Any) -> Any:
-    """The trainer of Attnax's side; `change` holds more fields of the model's configuration."""
+    """The trainer of Attnax's side; `change` holds other fields of the model's configuration."""
     from attnax import TransformerConfig
     from attnax.training import OptimizerConfig, Trainer
 
-    config = TransformerConfig(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        num_heads=HEADS,
-        num_layers=LAYERS,
-        d_ff=HIDDEN,
-        max_len=LENGTH,
-        dropout_rate=0.0,
-        use_bias=False,
-        norm_type="rms",
-        ff_activation="swiglu",
-        pos_emb_type="rope",
-        tie_embeddings=True,
-        **change,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_model": WIDTH,
+        "num_heads": HEADS,
+        "num_layers": LAYERS,
+        "d_ff": HIDDEN,
+        "max_len": LENGTH,
+        "dropout_rate": 0.0,
+        "use_bias": False,
+        "norm_type": "rms",
+        "ff_activation": "swiglu",
+        "pos_emb_type": "rope",
+        "tie_embeddings": True,
+    }
+    config = TransformerConfig(**{**fields, **change})
     return Trainer(config, OptimizerConfig(steps=1000, learning_rate=1e-3))
 
 

@@ -32,7 +32,9 @@ def choose(kind: str, size: int, bits: int) -> Tile:
     """
     if kind == "decode":
         return Tile(LANES, 512, is_decoding=True)
-    block = 512 if size <= 128 or bits == 16 else 256
+    # `benchmarks/aot.py tpu --tiles` shows the vector memory and the compile time. A product of float32 is six of
+    # bfloat16: at 512 libtpu takes three times as long for the backward kernels as at 256.
+    block = 512 if bits == 16 or (size <= 128 and kind == "forward") else 256
     return Tile(block, block)
 
 
