@@ -550,7 +550,8 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
 def _stored(key: Array, value: Array, pages: Array | None, grid: TileGrid) -> tuple[Any, ...]:
     """(key, value, `Spec.turned`, `Known.block_table`) of the tokens of a cache.
 
-    XLA keeps an array whose rows do not fill registers as columns. The kernel reads these: no cache is copied.
+    XLA keeps an argument of a program whose rows do not fill registers as columns. The kernel reads these, so that no
+    cache is copied.
     """
     page, turned = key.shape[2], tuple(x.shape[3] % _LANES != 0 for x in (key, value))
     key, value = (x.swapaxes(2, 3) if turns else x for x, turns in zip((key, value), turned, strict=True))
