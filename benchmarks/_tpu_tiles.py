@@ -90,12 +90,13 @@ def _error(compile_for: Any, kernel: str, dtype: str, size: int, tile: tuple[int
         return pull(out)[0 if kernel == "d_query" else 1]
 
     arrays = [jax.ShapeDtypeStruct((1, heads, LENGTH, size), dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    kept, prepare.choose = prepare.choose, choose
+    kept = tile_sizes.choose
+    setattr(prepare, "choose", choose)  # noqa: B010 - as `prepare` imported it
     jax.clear_caches()
     try:
         compile_for(run if kernel == "forward" else gradient, arrays)
     except RuntimeError as error:  # libtpu's
         return str(error)
     finally:
-        prepare.choose = kept
+        setattr(prepare, "choose", kept)  # noqa: B010
     return ""

@@ -134,11 +134,13 @@ def attnax_kernels(length: int, mask: Any, score_mod: Any = None, dtype: Any = j
 def splash_kernels(length: int, mask: Any, dtype: Any = jnp.bfloat16) -> list[Traffic]:
     """The kernels of JAX's splash attention, as `flash_attention` calls them."""
     arrays = _arrays(length, dtype)
-    forward = count(lambda *x: splash.splash_forward(*x, 1.0, mask, None), *arrays)
+    scale = 1.0
+    options: dict[str, Any] = {"mask": mask, "score_mod": None}
+    forward = count(lambda q, k, v: splash.splash_forward(q, k, v, scale, **options), *arrays)
 
     def backward(query: Any, key: Any, value: Any) -> None:
         lse = jnp.zeros(query.shape[:3], jnp.float32)
-        splash.splash_backward(query, key, value, 1.0, mask, None, query, lse, query)
+        splash.splash_backward(query, key, value, scale, query, lse, query, **options)
 
     again = count(backward, *arrays)
     return forward + [x for x in again if x.kernel != "fwd"]

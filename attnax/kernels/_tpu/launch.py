@@ -265,7 +265,7 @@ def _walking(
 
     if call.known.any_non_finite is not None:
         # Under vmap JAX 0.12 forgets the size of a grid that is not mapped where other numbers of scalar memory are.
-        count = count + 0 * call.known.any_non_finite[0]
+        count = count + 0 * call.known.any_non_finite[0, 0]
     grid = batch, heads // walk.inner, count, walk.inner
     return _run(name, kernel, call, grid, place, outputs, scratch, turns)
 
