@@ -143,11 +143,11 @@ def test_a_block_knows_padding_by_its_mask_or_its_positions():
     have = run(block, x)
     want = nnx.jit(lambda block, x: block.run(x, mask=causal).aux)(block, x[:, :3])
     for name, aux in have.items():
-        told = abs(aux["router_z_loss"] - want["router_z_loss"]) < 1e-6
+        told = np.isclose(aux["router_z_loss"], want["router_z_loss"], rtol=1e-6, atol=0)
         assert told == (name != "nothing") and set(aux) == set(want)
         if told:
             for key, value in aux.items():
-                np.testing.assert_allclose(value, want[key], atol=1e-6, err_msg=f"{name}: {key}")
+                np.testing.assert_allclose(value, want[key], rtol=1e-6, atol=1e-6, err_msg=f"{name}: {key}")
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
