@@ -434,7 +434,7 @@ class Compiler:
             options = {"target_config": H100, "topology": "1x1x1"}  # hosts, processes, devices
         with captured([]):  # libtpu complains that it finds no TPU
             topology = topologies.get_topology_desc(platform=target, **options)
-        self.devices = topology.devices
+        self.devices: Any = topology.devices
         self.sharding = SingleDeviceSharding(topology.devices[0])
 
     def place(self, count: int, arguments: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -406,7 +406,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
     if pages is not None:
         seq_kv *= pages.shape[1]
     score_shape, grid = (batch, heads, seq_q, seq_kv), grid_of(setup.tile, seq_q, seq_kv)
-    lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
+    lengths = max(_up(seq_q, _ROWS), grid.block_q), max(_up(seq_kv, _ROWS), grid.block_kv)
     codes = _codes(grid, setup, batch, heads)
     any_non_finite = None
     if not setup.tile.is_decoding:  # a test of all keys beforehand would take as long as the attention
