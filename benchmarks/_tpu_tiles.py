@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 
@@ -76,9 +77,9 @@ _SIZE = re.compile(r"Scoped allocation with size ([\d.]+)([KM]) and limit ([\d.]
 def _error(compile_for: Any, kernel: str, dtype: str, size: int, tile: tuple[int, int], limit: int) -> str:
     """The compiler's error; empty if the kernel compiles."""
     from attnax import masks, pallas_flash_attention
-    from attnax.kernels._tpu import prepare, tile_sizes
+    from attnax.kernels._tpu import tile_sizes
 
-    def choose(kind: str, size: int, bits: int) -> tile_sizes.Tile:
+    def choose(kind: str, size: int, bits: int, **_: Any) -> tile_sizes.Tile:
         is_it = (kind == "forward") == (kernel == "forward")
         return tile_sizes.Tile(*tile, vmem=limit) if is_it else tile_sizes.Tile(256, 256)
 
@@ -90,13 +91,10 @@ def _error(compile_for: Any, kernel: str, dtype: str, size: int, tile: tuple[int
         return pull(out)[0 if kernel == "d_query" else 1]
 
     arrays = [jax.ShapeDtypeStruct((1, heads, LENGTH, size), dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    kept = tile_sizes.choose
-    setattr(prepare, "choose", choose)  # noqa: B010 - as `prepare` imported it
     jax.clear_caches()
-    try:
-        compile_for(run if kernel == "forward" else gradient, arrays)
-    except RuntimeError as error:  # libtpu's
-        return str(error)
-    finally:
-        setattr(prepare, "choose", kept)  # noqa: B010
+    with mock.patch("attnax.kernels._tpu.prepare.choose", choose):
+        try:
+            compile_for(run if kernel == "forward" else gradient, arrays)
+        except RuntimeError as error:  # libtpu's
+            return str(error)
     return ""

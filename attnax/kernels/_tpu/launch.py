@@ -482,7 +482,8 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
     if pages is not None:
         seq_kv *= pages.shape[1]
     score_shape, grid = (batch, heads, seq_q, seq_kv), grid_of(setup.tile, seq_q, seq_kv)
-    lengths = max(seq_q, grid.block_q), max(seq_kv, grid.block_kv)
+    rows = 1 if setup.tile.is_decoding else _ROWS  # a cache is not copied
+    lengths = max(_up(seq_q, rows), grid.block_q), max(_up(seq_kv, rows), grid.block_kv)
     codes = _codes(grid, setup, batch, heads)
     any_non_finite, block_table, turned = None, None, (False, False)
     if setup.tile.is_decoding:

@@ -16,9 +16,11 @@ from attnax.kernels._core.lift import Lifted
 from attnax.kernels._core.natural import TPU_ELEMENTWISE
 from attnax.kernels._core.operands import Arrays, Operands
 from attnax.kernels._core.programs import dtype_of
+from attnax.kernels._core.setup import Setup
 from attnax.kernels._core.shards import auto_cut
 from attnax.kernels._core.split import Read, Split, split, why_not_split
-from attnax.kernels._tpu.tile_sizes import LANES, LARGEST_HEAD, Tile, choose
+from attnax.kernels._core.tile_grid import tile_codes
+from attnax.kernels._tpu.tile_sizes import LANES, LARGEST_HEAD, Tile, choose, grid_of
 
 __all__ = [
     "MOST_WORDS",
@@ -41,8 +43,8 @@ _NUMBERS = {jnp.dtype(name) for name in ("bool", "int32", "uint32", "float32", "
 class TpuTiles(NamedTuple):
     """Tiles of the kernels, forward and backward."""
 
-    forward: Tile
-    backward: Tile
+    plain: tuple[Tile, Tile]
+    busy: tuple[Tile, Tile]  # for kernels that read a small table for each pair
 
 
 def choose_tpu_tiles(query: Any, value: Any, block_size: Any) -> TpuTiles | None:
@@ -53,13 +55,21 @@ def choose_tpu_tiles(query: Any, value: Any, block_size: Any) -> TpuTiles | None
     if not isinstance(query.shape[0], int):  # Pallas makes no blocks of a symbolic batch
         return None
     block_q, block_kv = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-    tiles = (choose(kind, size, query.dtype.itemsize * 8) for kind in ("forward", "backward"))
-    return TpuTiles(*(x._replace(block_q=block_q or x.block_q, block_kv=block_kv or x.block_kv) for x in tiles))
+    bits = query.dtype.itemsize * 8
+
+    def both(*, busy: bool) -> tuple[Tile, Tile]:
+        forward, backward = (choose(kind, size, bits, busy=busy) for kind in ("forward", "backward"))
+        asked = {name: x for name, x in (("block_q", block_q), ("block_kv", block_kv)) if x is not None}
+        return forward._replace(**asked), backward._replace(**asked)
+
+    return TpuTiles(both(busy=False), both(busy=True))
 
 
 def tpu_tile(tiles: TpuTiles, operands: Operands, dropout_rate: float, *, backward: bool) -> Tile:
     """The tile of a pass."""
-    return tiles.backward if backward else tiles.forward
+    reads = (read for x in (operands.mask, operands.score_mod) if x is not None for read in split(x).reads)
+    is_busy = any(math.prod(read.shape[axis] for axis in read.axes) <= SMALL_TABLE for read in reads)
+    return (tiles.busy if is_busy else tiles.plain)[backward]
 
 
 def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operands, *, is_part: bool) -> str | None:
@@ -68,7 +78,7 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
         return f"TPU kernels take float32 and bfloat16, heads of at most {LARGEST_HEAD} and no symbolic batch"
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return "TPU kernels count in 32 bits, and JAX in 64 here"
-    for tile in tiles:
+    for tile in tiles.plain:
         for size in (tile.block_q, tile.block_kv):
             if size % LANES:
                 return f"tiles of TPU kernels are multiples of {LANES}; got {size}"
@@ -83,15 +93,25 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
             numbers += count_numbers(function, score_shape, has_positions=is_part)
     if numbers > _MOST_NUMBERS:
         return f"the small tables of a TPU kernel have at most {_MOST_NUMBERS} elements together; got {numbers}"
-    tile = min(tiles, key=lambda tile: tile.block_q * tile.block_kv)
-    count = -(-seq_q // tile.block_q) * -(-seq_kv // tile.block_kv)
-    if operands.mask is not None:
-        kv_heads = arrays[1].shape[1]
-        shard = auto_cut(batch, kv_heads)
-        count *= shard.batch * shard.kv_heads * (heads // kv_heads)
-    if count > MOST_WORDS:
-        return f"TPU kernels list at most {MOST_WORDS} tiles of all rows and heads; got {count}"
+    for backward in (False, True):
+        count = _count_words(tpu_tile(tiles, operands, 0.0, backward=backward), arrays, operands, is_part=is_part)
+        if count > MOST_WORDS:
+            return f"TPU kernels list at most {MOST_WORDS} tiles of all rows and heads; got {count}"
     return None
+
+
+def _count_words(tile: Tile, arrays: Arrays, operands: Operands, *, is_part: bool) -> int:
+    """The words of the list of tiles on a device: a list for each row and head only where the mask tells them apart."""
+    (batch, heads, seq_q, _), (_, kv_heads, seq_kv, _) = arrays[0].shape, arrays[1].shape
+    grid, shard = grid_of(tile, seq_q, seq_kv), auto_cut(batch, kv_heads)
+    rows, columns = shard.batch, shard.kv_heads * (heads // kv_heads)
+    count, mask = grid.num_q * grid.num_kv, operands.mask
+    if mask is None or count * rows * columns <= MOST_WORDS:
+        return count if mask is None else count * rows * columns
+    setup = Setup.of(tile, operands, 0.0, learn_scale=False, is_part=is_part, interpret=False)
+    options: dict[str, Any] = {"is_opaque": setup.is_opaque, "positions": setup.positions}
+    codes = jax.eval_shape(lambda: tile_codes(grid, batch, heads, setup.bounds, mask, **options))
+    return count * (rows if codes.shape[0] > 1 else 1) * (columns if codes.shape[1] > 1 else 1)
 
 
 def why_not_function(function: Lifted, score_shape: tuple[int, int, int, int], *, has_positions: bool) -> str | None:

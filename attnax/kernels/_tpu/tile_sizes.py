@@ -19,22 +19,23 @@ class Tile(NamedTuple):
     block_q: int  # queries
     block_kv: int  # keys
     is_decoding: bool = False  # a few queries: their tile holds no more, and keys are not tested beforehand
-    vmem: int = 64 * 2**20  # bytes of vector memory that a kernel may take
+    vmem: int = 16 * 2**20  # bytes of vector memory that a kernel may take: what a v4 has
 
 
-def choose(kind: str, size: int, bits: int) -> Tile:
+def choose(kind: str, size: int, bits: int, *, busy: bool = False) -> Tile:
     """The tile of a kernel: "forward", "backward" or "decode".
 
     Args:
         kind: of the kernel.
         size: the larger head size, of keys and values.
         bits: of a number of the arrays.
+        busy: whether the kernel reads a small table for each pair, an element at a time.
     """
     if kind == "decode":
         return Tile(LANES, 512, is_decoding=True)
     # `benchmarks/aot.py tpu --tiles` shows the vector memory and the compile time. A product of float32 is six of
-    # bfloat16: at 512 libtpu takes three times as long for the backward kernels as at 256.
-    block = 512 if bits == 16 or (size <= 128 and kind == "forward") else 256
+    # bfloat16: with backward tiles of 512 libtpu takes 14 s for the passes of causal attention, with 256 it takes 9 s.
+    block = 512 if not busy and (bits == 16 or (size <= 128 and kind == "forward")) else 256
     return Tile(block, block)
 
 
