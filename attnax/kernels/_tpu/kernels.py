@@ -140,14 +140,14 @@ def d_key_value_kernel(spec: Spec, known: Known, inputs: Inputs, outputs: dict[s
         scratch["d_value"][...] += softmax.product(weights, queries.d_out, 1, 0)
         scratch["d_key"][...] += softmax.product(d_raw, queries.query, 1, 0)
         for n, x in zip(learn, d_learned, strict=True):
-            scratch[f"mod {n}"][inner] += x.astype(jnp.float32)
+            scratch[f"mod {n}"][inner] += jnp.transpose(x.astype(jnp.float32))  # a column takes 128 times its size
 
     kernel.visit(step, visit)
 
     @pl.when(step.is_last)
     def _() -> None:
         for n in learn:
-            outputs[f"mod {n}"][0, inner] = jnp.transpose(scratch[f"mod {n}"][inner])
+            outputs[f"mod {n}"][0, inner] = scratch[f"mod {n}"][inner]
 
     @pl.when(step.is_last & (inner == spec.walk.inner - 1))
     def _() -> None:

@@ -419,7 +419,7 @@ def _d_key_value(dtype: Any, call: Call) -> dict[str, Array]:
     row: Block = (1, inner, 1, block_kv), lambda at: (at.b, at.outer, 0, at.j)
     of_columns = jax.ShapeDtypeStruct((batch, heads, 1, inputs.key.shape[2]), jnp.float32), row
     outputs |= {f"mod {n}": of_columns for n in learn}
-    scratch |= {f"mod {n}": pltpu.VMEM((inner, block_kv, 1), jnp.float32) for n in learn}
+    scratch |= {f"mod {n}": pltpu.VMEM((inner, 1, block_kv), jnp.float32) for n in learn}
     return _walking("attnax_d_key_value", partial(d_key_value_kernel, spec), call, count, outputs, scratch)
 
 
