@@ -32,7 +32,7 @@ from attnax.kernels._tpu import splash
 
 COMMAND = "python benchmarks/tpu_traffic.py"
 HEADS, KV_HEADS, HEAD = 8, 4, 128
-LENGTHS = 2048, 8192, 32768
+LENGTHS = 2048, 8192
 WINDOW = 1024
 MIB = 2**20
 # Products of a tile: scores, then weights and values, or d_out and values and one for each gradient.
