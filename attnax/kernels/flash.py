@@ -151,8 +151,8 @@ def flash_attention(
     An NVIDIA GPU runs cuDNN if `why_not_cudnn` gives None, else the Pallas kernel if `why_not_pallas` gives None. A TPU
     runs JAX's splash attention for plain calls, else the Pallas kernel if `why_not_tpu` gives None. All other calls,
     and calls with a `block_size`, run the tiles of `memory_efficient_attention`, with the same arguments, results and
-    errors. The choice is made when the program is
-    lowered: a program that is exported for "cuda" on a machine without a GPU holds the GPU kernel.
+    errors. The choice is made when the program is lowered: a program that is exported for "cuda" on a machine without a
+    GPU holds the GPU kernel.
 
     Example:
         >>> import jax.numpy as jnp
@@ -262,10 +262,10 @@ def why_not_pallas(
     block_kv: int | None = None,
     **options: Unpack[AttentionOptions],
 ) -> str | None:
-    """The reason why the Pallas kernel does not serve these arguments, or None.
+    """The reason why the Pallas kernel for GPUs does not serve these arguments, or None. For TPUs see `why_not_tpu`.
 
-    If there is a reason, `flash_attention` uses the engine of `memory_efficient_attention`. `pallas_flash_attention`
-    does so only if the reason is the platform, and raises otherwise.
+    If there is a reason, on a GPU `flash_attention` uses the engine of `memory_efficient_attention`, and
+    `pallas_flash_attention` raises. On a platform without kernels both use that engine.
 
     Args:
         query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.
@@ -313,8 +313,9 @@ def why_not_tpu(
     """The reason why the Pallas kernel for TPUs does not serve these arguments, or None; the same on any machine.
 
     If there is a reason, a program for a TPU runs `flash_attention` in tiles, unless JAX's splash attention serves the
-    call, and `pallas_flash_attention` raises. Under `jit` over several devices, outside of `jax.shard_map` and without
-    a mesh of Explicit axes, JAX would have to cut the kernel itself, and tiles run too.
+    call, and `pallas_flash_attention` raises. JAX does not cut TPU kernels: a program that `jit` cuts over several TPUs
+    holds them if its arrays lie on one mesh whose axes are all Auto, or are all Explicit and cut the call, or inside of
+    a `jax.shard_map` over all axes. Any other such program runs in tiles.
 
     Args:
         query: as in `pallas_flash_attention`, or a `jax.ShapeDtypeStruct`.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 from test_ring import SEQ, ring_mesh
@@ -16,7 +17,7 @@ from attnax import masks, pallas_flash_attention, standard_attention, why_not_tp
 from attnax.kernels import ring, score_mods
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.tile_codes import EMPTY, FULL, PARTIAL
-from attnax.kernels._tpu import launch
+from attnax.kernels._tpu import launch, tile
 from attnax.kernels._tpu.walk import walk_of
 
 interpreted = partial(pallas_flash_attention, interpret="tpu", block_q=128, block_kv=128)
@@ -126,6 +127,46 @@ def test_whatever_a_mod_captures_gets_the_gradient_of_the_definition(name):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(np.isneginf(x), np.isneginf(y))
         assert oracle.rms_error(x, y) <= (5e-6 if captured.dtype == jnp.float32 else 5e-3)
+
+
+OF_QUERIES, OF_KEYS = normal(4, T, seed=5), normal(4, S, seed=6)
+
+PRODUCTS = {  # name: (array, function of it that returns a score mod); each factor meets another behind the arrays' end
+    "of a query": (OF_QUERIES, lambda x: lambda s, b, h, q, kv: s * x[h, q] * OF_KEYS[h, kv]),
+    "of a key": (OF_KEYS, lambda x: lambda s, b, h, q, kv: s * x[h, kv] * OF_QUERIES[h, q]),
+    "of a table": (normal(4, 5), lambda x: lambda s, b, h, q, kv: s * x[h, (q + kv) % 5] * OF_QUERIES[h, q]),
+    "of a number": (normal(4), lambda x: lambda s, b, h, q, kv: s * x[h] * jnp.sqrt(T - 1.0 - q) * OF_QUERIES[h, q]),
+}
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_lies_behind_the_end_of_arrays_reaches_no_gradient_of_a_factor(name):
+    captured, make = PRODUCTS[name]
+    query, key, value, _ = (x[:1] for x in arrays(head_dim=3, value_dim=3))
+
+    def gradient(attend):
+        return jax.jit(jax.grad(lambda x: attend(query, key, value, score_mod=make(x)).sum()))(captured)
+
+    have, want = gradient(interpreted), gradient(standard_attention)
+    assert oracle.rms_error(np.asarray(have), np.asarray(want)) <= 1e-5
+
+
+def test_whole_numbers_without_sign_are_ordered_as_numbers_with_one():
+    """Mosaic has no order of unsigned numbers, so no operation of a kernel may need one."""
+    x = jnp.array([3, 2**31 + 5, 2**32 - 1, 0], jnp.uint32)
+    functions = {
+        "clamp": lambda x: lax.clamp(jnp.uint32(2), x, jnp.uint32(2**31 + 1)),
+        "max": lambda x: jnp.maximum(x, x[::-1]),
+        "lt": lambda x: x < jnp.uint32(2**31),
+    }
+    for name, function in functions.items():
+        equation = next(eqn for eqn in jax.make_jaxpr(function)(x).jaxpr.eqns if eqn.primitive.name == name)
+        given = {"clamp": [jnp.uint32(2), x, jnp.uint32(2**31 + 1)], "max": [x, x[::-1]], "lt": [x, jnp.uint32(2**31)]}
+        run = partial(tile._bind, equation)
+        np.testing.assert_array_equal(run(given[name]), function(x))
+        for eqn in jax.make_jaxpr(run)(given[name]).jaxpr.eqns:
+            assert eqn.primitive.name != name or eqn.invars[0].aval.dtype == jnp.int32
 
 
 def test_kernels_have_no_races_and_read_nothing_that_was_not_written(monkeypatch):

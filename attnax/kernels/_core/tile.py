@@ -186,8 +186,12 @@ class TileKernel(abc.ABC):
 
         def pull(d_scores: Array) -> tuple[Array, tuple[Array, ...]]:
             d_raw, d_learned = pulls[0](d_scores)
-            # A mod's derivative may be NaN at forbidden pairs.
-            return jnp.where(masked == -jnp.inf, 0, d_raw), d_learned
+            # A mod's derivative may be NaN at forbidden pairs, and outside of the arrays.
+            d_raw, *d_learned = (jnp.where(masked == -jnp.inf, 0, x) for x in (d_raw, *d_learned))
+            if learn in ("rows", "columns"):
+                axis = int((learn == "rows") != place.turned)
+                d_learned = [x.astype(wide_dtype(x.dtype)).sum(axis, keepdims=True) for x in d_learned]
+            return d_raw, tuple(d_learned)
 
         return masked, pull
 
@@ -237,7 +241,10 @@ class TileKernel(abc.ABC):
         return found[0]
 
     def mod(self, place: TilePlace, learn: str | None = None) -> tuple[Callable[..., Array], Any]:
-        """The score mod of a tile, as a function of the scores and the values that `learn` names; and these values."""
+        """The score mod of a tile, as a function of the scores and the values that `learn` names; and these values.
+
+        There is a value for each pair, so that the gradients of forbidden pairs can be left out.
+        """
         score_mod, index, shape = self.spec.score_mod, self.index(place), self.shape(place)
         assert score_mod is not None
         operands = self.mod_operands(place)
@@ -245,9 +252,7 @@ class TileKernel(abc.ABC):
         if learn == "tables":
             learned = tuple(jnp.zeros(shape, wide_dtype(score_mod.reads[n].dtype)) for n in chosen)
         else:
-            grid = self.spec.grid
-            rows = (1, grid.block_q) if place.turned else (grid.block_q, 1)
-            learned = tuple(jnp.broadcast_to(operands[n], rows) if learn == "rows" else operands[n] for n in chosen)
+            learned = tuple(jnp.broadcast_to(operands[n], shape) for n in chosen)
 
         def run(scores: Array, learned: tuple[Array, ...]) -> Array:
             changed = dict(zip(chosen, learned, strict=True))

@@ -34,16 +34,14 @@ from attnax.kernels._tpu.kernels import (
     pairs_place,
 )
 from attnax.kernels._tpu.tile import Inputs, Kernel, Known, Spec, Table
-from attnax.kernels._tpu.tile_sizes import grid_of
+from attnax.kernels._tpu.tile_sizes import LANES, ROWS, grid_of
 from attnax.kernels._tpu.walk import Walk, walk_of
 from attnax.typing import Array
 
 __all__ = ["INTERPRET", "backward", "decode", "forward"]
 
 INTERPRET: Any = True  # or `pltpu.InterpretParams`, which also detects races, and takes three times as long
-_LANES = 128
 _Results = TypeVar("_Results")
-_ROWS = 8  # of numbers in a register
 
 
 class Call(NamedTuple):
@@ -371,10 +369,10 @@ def backward(
 def _query_rows(query: Array, kv_heads: int, out: Array, lse: Array, d_out: Array, d_lse: Array) -> QueryRows:
     """`query_rows`, with as many rows as registers hold: else libtpu takes 8 s more to compile their sums."""
     seq_q = query.shape[2]
-    if seq_q % _ROWS == 0:
+    if seq_q % ROWS == 0:
         return query_rows(query, kv_heads, out, lse, d_out, d_lse)
     given = (query, 0), (out, 0), (lse, -jnp.inf), (d_out, 0), (d_lse, 0)
-    whole = lax.optimization_barrier([_whole(x, _up(seq_q, _ROWS), 2, fill) for x, fill in given])
+    whole = lax.optimization_barrier([_whole(x, _up(seq_q, ROWS), 2, fill) for x, fill in given])
     rows = query_rows(whole[0], kv_heads, *whole[1:])
     return rows._replace(d_out=d_out, lse=rows.lse[:, :, :seq_q], delta=rows.delta[:, :, :seq_q])
 
@@ -443,7 +441,7 @@ def _table_gradient(call: Call, captured: Captured, n: int) -> Array:
 
 def _d_table(n: int, elements: int, call: Call) -> Array:
     call, count = call.walk(1)
-    (batch, heads), size = call.spec.score_shape[:2], _up(elements, _LANES)
+    (batch, heads), size = call.spec.score_shape[:2], _up(elements, LANES)
     block: Block = (1, 1, 1, size), lambda at: (at.b, at.h, 0, 0)
     outputs = {"table": (jax.ShapeDtypeStruct((batch, heads, 1, size), jnp.float32), block)}
     kernel = partial(d_table_kernel, call.spec, n)
@@ -554,7 +552,7 @@ def _stored(key: Array, value: Array, pages: Array | None, grid: TileGrid) -> tu
     XLA keeps an argument of a program whose rows do not fill registers as columns. The kernel reads these, so that no
     cache is copied.
     """
-    page, turned = key.shape[2], tuple(x.shape[3] % _LANES != 0 for x in (key, value))
+    page, turned = key.shape[2], tuple(x.shape[3] % LANES != 0 for x in (key, value))
     key, value = (x.swapaxes(2, 3) if turns else x for x, turns in zip((key, value), turned, strict=True))
     if pages is None:
         return key, value, turned, None

@@ -32,9 +32,8 @@ __all__ = [
     "why_not_tpu_kernels",
 ]
 
-SMALL_TABLE = (
-    256  # the most elements of a table that a tile reads by query and key together: each is a pass over the tile
-)
+# The most elements of a table that a tile reads by query and key together: each is a pass over the tile.
+_SMALL_TABLE = 256
 _MOST_NUMBERS = 2**16  # of the tables in scalar memory
 MOST_WORDS = 2**16  # of a list of tiles in scalar memory
 _NUMBERS = {jnp.dtype(name) for name in ("bool", "int32", "uint32", "float32", "bfloat16")}
@@ -131,10 +130,10 @@ def why_not_function(function: Lifted, score_shape: tuple[int, int, int, int], *
         return odd
     for read in cut.reads:
         size = _size(function, read, score_shape, has_positions)
-        if size is None or size > SMALL_TABLE:
+        if size is None or size > _SMALL_TABLE:
             return (
                 f"a captured array of shape {read.shape} that is read by query and key together, neither at [q, kv] "
-                f"nor at one of at most {SMALL_TABLE} elements"
+                f"nor at one of at most {_SMALL_TABLE} elements"
             )
     return None
 

@@ -229,7 +229,7 @@ def _restored(x: Any, dtype: Any) -> Any:
     return x != 0 if dtype == jnp.bool_ else x if x.dtype == dtype else x.astype(dtype)
 
 
-_ORDERS = "ge", "gt", "le", "lt", "max", "min"
+_ORDERS = "clamp", "ge", "gt", "le", "lt", "max", "min"
 
 
 def _bind(eqn: JaxprEqn, values: list[Any]) -> Array:

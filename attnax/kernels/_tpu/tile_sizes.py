@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from attnax.kernels._core.tile_grid import TileGrid
 
-__all__ = ["LARGEST_HEAD", "Tile", "choose", "grid_of"]
+__all__ = ["LANES", "LARGEST_HEAD", "ROWS", "Tile", "choose", "grid_of"]
 
 LARGEST_HEAD = 256
 LANES = 128  # numbers in a row of a register
