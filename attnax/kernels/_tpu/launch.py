@@ -261,9 +261,8 @@ def _walking(
         i, j = walk.tile(known.words, b, outer, n)
         return Place(b, outer, walk.head(outer, inner), i, j, known)
 
-    if call.known.any_non_finite is not None:
-        # Under vmap JAX 0.12 forgets the size of a grid that is not mapped where other numbers of scalar memory are.
-        count = count + 0 * call.known.any_non_finite[0, 0]
+    # Under vmap JAX 0.12 forgets the size of a grid that is not mapped where other numbers of scalar memory are.
+    count = count + 0 * sum(x.reshape(-1)[0] for x in jax.tree.leaves(call.known))
     grid = batch, heads // walk.inner, count, walk.inner
     return _run(name, kernel, call, grid, place, outputs, scratch, turns)
 
@@ -480,7 +479,7 @@ def _prepare(arrays: Arrays, setup: Setup, pages: Array | None = None) -> Call:
     if pages is not None:
         seq_kv *= pages.shape[1]
     score_shape, grid = (batch, heads, seq_q, seq_kv), grid_of(setup.tile, seq_q, seq_kv)
-    rows = 1 if setup.tile.is_decoding else _ROWS  # a cache is not copied
+    rows = 1 if setup.tile.is_decoding else ROWS  # a cache is not copied
     lengths = max(_up(seq_q, rows), grid.block_q), max(_up(seq_kv, rows), grid.block_kv)
     codes = _codes(grid, setup, batch, heads)
     any_non_finite, block_table, turned = None, None, (False, False)

@@ -67,7 +67,7 @@ def choose_tpu_tiles(query: Any, value: Any, block_size: Any) -> TpuTiles | None
 def tpu_tile(tiles: TpuTiles, operands: Operands, dropout_rate: float, *, backward: bool) -> Tile:
     """The tile of a pass."""
     reads = (read for x in (operands.mask, operands.score_mod) if x is not None for read in split(x).reads)
-    is_busy = any(math.prod(read.shape[axis] for axis in read.axes) <= SMALL_TABLE for read in reads)
+    is_busy = any(math.prod(read.shape[axis] for axis in read.axes) <= _SMALL_TABLE for read in reads)
     return (tiles.busy if is_busy else tiles.plain)[backward]
 
 
@@ -90,8 +90,9 @@ def why_not_tpu_kernels(tiles: TpuTiles | None, arrays: Arrays, operands: Operan
             if reason is not None:
                 return f"no TPU kernel can hold this {name}: {reason}"
             numbers += count_numbers(function, score_shape, has_positions=is_part)
+            numbers += batch * heads * len(split(function).reads)  # the number of a table's slab
     if numbers > _MOST_NUMBERS:
-        return f"the small tables of a TPU kernel have at most {_MOST_NUMBERS} elements together; got {numbers}"
+        return f"tables and their numbers take at most {_MOST_NUMBERS} words of a TPU's scalar memory; got {numbers}"
     for backward in (False, True):
         count = _count_words(tpu_tile(tiles, operands, 0.0, backward=backward), arrays, operands, is_part=is_part)
         if count > MOST_WORDS:
