@@ -312,7 +312,7 @@ def rows(target: str) -> list[Row]:
     """The table of a target."""
     if target == "tpu":
         drop: dict[str, Any] = {"dropout_rng": dropout, "dropout_rate": lambda _: 0.1, "deterministic": lambda _: False}
-        pairs, table = ((HEADS, LENGTH, LENGTH), "float32"), ((HEADS, 32), "float32")
+        pairs, table = ((HEADS, LENGTH, LENGTH), "float32"), ((32, HEADS), "float32")
         learned = {"extra": (((HEADS,), "float32"),), "learn": True}
         return [
             *both("flash_attention, causal", SPLASH, SPLASH_GRADIENT, mask=causal),
