@@ -295,6 +295,14 @@ def test_the_reason_against_a_kernel_is_in_words(words):
     assert re.search(words, why_not_tpu(SHAPE, SHAPE, SHAPE, **DECLINED[words]))
 
 
+def test_a_mask_that_is_the_same_for_all_rows_and_heads_has_one_list_of_tiles():
+    x = jax.ShapeDtypeStruct((16, 32, 8192, 64), jnp.bfloat16)
+    assert why_not_tpu(x, x, x, mask=masks.causal(), score_mod=score_mods.alibi_mod(32)) is None
+    ids = np.zeros((16, 8192), np.int32)
+    assert why_not_tpu(x, x, x, mask=masks.documents(ids) & masks.causal()) is None
+    assert "got 131072" in why_not_tpu(x, x, x, mask=lambda b, h, q, kv: (q + kv + b) % (h + 2) > 0)
+
+
 def test_other_arrays_are_declined_in_words():
     for change, words in (({"dtype": jnp.float16}, "float32 and bfloat16"), ({"shape": (1, 4, 9, 257)}, "at most 256")):
         x = SHAPE.update(**change)
