@@ -238,6 +238,10 @@ class Kernels:
         return d_query, d_key, d_value, tuple(x + y.astype(x.dtype) for x, y in zip(sums, d_learned, strict=True))
 
 
+def _why_no_card_here() -> str | None:
+    return why_no_card()  # by its name here, which tests replace
+
+
 def _gpu_launch() -> Any:
     from attnax.kernels._gpu import launch
 
@@ -255,7 +259,7 @@ GPU_KERNELS = Kernels(
     lambda plan, arrays, operands: why_no_kernel(
         plan.gpu, arrays, operands, plan.dropout_rate, interpret=plan.interprets
     ),
-    why_no_card,
+    _why_no_card_here,
     gpu_tile,
     _gpu_launch,
 )
