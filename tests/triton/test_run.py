@@ -29,6 +29,7 @@ from attnax import (
 )
 from attnax.kernels import _call, _decode_call, _engines, ring, score_mods
 from attnax.kernels._core.dropout import dropout_words, keep_weights
+from attnax.kernels._core.tile_grid import TileGrid
 from attnax.kernels._gpu import decode, kernels, launch
 from attnax.kernels.paged import paged_attention
 from attnax.paged_cache import allocate_rows, append_rows, init_paged_kv_cache
@@ -381,7 +382,7 @@ def change(name, other):
     """Changes a method of `Kernel`, or a function of `_gpu/kernels.py`, to `other(original)`."""
 
     def apply(monkeypatch):
-        owner = kernels.Kernel if hasattr(kernels.Kernel, name) else kernels
+        owner = next(owner for owner in (kernels.Kernel, TileGrid, kernels) if hasattr(owner, name))
         monkeypatch.setattr(owner, name, other(getattr(owner, name)))
 
     return apply
@@ -429,7 +430,7 @@ FAULTS = {  # name: (fault, how the call differs from a causal forward pass of o
     "no mask": (change("keep", lambda _: lambda self, place: None), {}, VALUES),
     "no scale": (change("scores", unscaled), {}, VALUES),
     "the last tile past the end": (
-        change("kv_first", lambda _: lambda self, j: j * self.spec.grid.block_kv),
+        change("kv_first", lambda _: lambda self, j: j * self.block_kv),
         ALL,
         OUTSIDE,
     ),
