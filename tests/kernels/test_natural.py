@@ -304,13 +304,13 @@ BRANCHING = {
 
 @pytest.mark.parametrize("name", BRANCHING)
 def test_a_branch_by_size_is_that_of_the_call_not_of_a_marked_size(name):
-    x = jax.random.normal(jax.random.key(0), (1, 2, 11, 4))
-
     def gradient(attention):
         return jax.grad(lambda x: (attention(x, x, x, score_mod=BRANCHING[name]) ** 2).sum())(x)
 
     tiles = functools.partial(memory_efficient_attention, block_size=8)
-    np.testing.assert_allclose(gradient(tiles), gradient(standard_attention), rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(True):  # in float32 the two round differently, by the processor
+        x = jax.random.normal(jax.random.key(0), (1, 2, 11, 4))
+        np.testing.assert_allclose(gradient(tiles), gradient(standard_attention), rtol=1e-12, atol=1e-12)
 
 
 def test_what_names_no_size_is_not_looked_into_further():

@@ -115,9 +115,12 @@ def images_with_each_patch_changed():
 
 
 def moved_by_each_patch(out):
-    """Row p says which outputs, along their second last axis (logits: one row), patch p moves."""
+    """Row p says which outputs, along their second last axis (logits: one row), patch p moves.
+
+    The smallest move is 9e-5. Rows of one product may be rounded differently, by the processor.
+    """
     out = np.asarray(out).reshape(PATCHES + 1, -1, out.shape[-1])
-    return (np.abs(out[:-1] - out[-1:]).max(-1) > 1e-7).tolist()
+    return (np.abs(out[:-1] - out[-1:]).max(-1) > 1e-5).tolist()
 
 
 class TestDocumentedModels:
