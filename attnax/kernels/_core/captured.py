@@ -37,11 +37,6 @@ class Captured:
         """The split of the score mod."""
         return split(self.score_mod)
 
-    def index(self, read: Read) -> list[np.ndarray | None]:
-        """The index of a read along each axis of its table, in bounds; None for an index that is not simple."""
-        found = self.split.index_of(read, self.score_shape)
-        return [x if x is None else np.clip(x, 0, size - 1) for x, size in zip(found, read.shape, strict=True)]
-
     def how_to_learn(self, read: Read) -> Literal["pairs", "table"] | None:
         """The kernel for the gradient of a table that is read by pair; None if no kernel serves.
 
@@ -100,7 +95,7 @@ class Captured:
         for n in tables:
             read = self.split.reads[n]
             at = floats.index(read.table)
-            share = add_slabs(read.shape, read.axes, table(n), self.index(read))
+            share = add_slabs(read.shape, read.axes, table(n), self.split.index_in_bounds(read, self.score_shape))
             gradients[at] = gradients[at] + share.astype(gradients[at].dtype)
         return tuple(gradients)
 

@@ -151,6 +151,11 @@ class Split:
             parts = _by_axis(read.equation, env.get(read.equation.invars[1]))
             return [None if part is None else np.asarray(part).reshape(np.shape(part) or (1,) * 4) for part in parts]
 
+    def index_in_bounds(self, read: Read, score_shape: tuple[int, int, int, int]) -> list[np.ndarray | None]:
+        """`index_of`, as JAX clamps it."""
+        found = self.index_of(read, score_shape)
+        return [x if x is None else np.clip(x, 0, size - 1) for x, size in zip(found, read.shape, strict=True)]
+
 
 def split(lifted: Lifted) -> Split:
     """The split of a mask or score mod that `why_not_split` accepts, made once and kept with the program."""

@@ -157,7 +157,7 @@ def _table_gradient(spec: KernelSpec, inputs: Inputs, captured: Captured, n: int
     """The gradient of a table from one of its reads, for each slab."""
     read, (batch, heads, seq_q, seq_kv) = captured.split.reads[n], spec.score_shape
     if captured.how_to_learn(read) == "pairs":
-        index = captured.index(read)
+        index = captured.split.index_in_bounds(read, captured.score_shape)
         outer = [x.shape for axis, x in enumerate(index) if axis not in read.axes and x is not None]
         slab = tuple(max((sizes[axis] for sizes in outer), default=1) for axis in (0, 1))
         grid = spec.grid.num_q * spec.grid.num_kv, slab[1], slab[0]
