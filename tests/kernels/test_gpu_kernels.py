@@ -365,7 +365,7 @@ def elementwise():
     compared = ("eq", "ge", "gt", "le", "lt", "ne")
     bits = ("and", "or", "xor")
     shifts = ("shift_left", "shift_right_arithmetic", "shift_right_logical")
-    for name in natural.KERNEL_ELEMENTWISE:
+    for name in natural.GPU_ELEMENTWISE:
         f = getattr(lax, f"bitwise_{name}" if name in bits else name, None)
         if name in special:
             yield name, special[name]
