@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import P
 
 from attnax.checks import wide_dtype
+from attnax.sharding import AXES, current_mesh, cut_of
 from attnax.typing import Array, Float, Int
 
 __all__ = ["logits_of_chunk", "weighted_cross_entropy"]
@@ -46,9 +48,29 @@ def weighted_cross_entropy(
     Returns:
         The sum, in the dtype of the logits.
 
+    Under the mesh of a layout each device computes the losses of its tokens, and sums travel once.
+
     Raises:
         TypeError: forward-mode differentiation (`jax.jvp`).
     """
+    mesh = current_mesh()
+    if mesh is None:
+        return _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+    by_row, by_token = (cut_of(mesh, size, name) for size, name in zip(targets.shape, ("batch", "length"), strict=True))
+    spec, axes = P(by_row or None, by_token or None), set(AXES) - {"tensor"}  # XLA cuts the vocabulary
+
+    def local(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
+        loss = _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+        cut = by_row + by_token
+        return jax.lax.psum(loss, cut) if cut else loss
+
+    run = jax.shard_map(local, in_specs=(P(), spec, spec, spec), out_specs=P(), axis_names=axes, check_vma=False)
+    return run(head, hidden, targets, weights)
+
+
+def _weighted_cross_entropy(
+    logits_of: Callable[[Any, Array], Array], head: Any, hidden: Array, targets: Array, weights: Array
+) -> Array:
 
     def loss_of_chunk(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
         hidden = jnp.where((weights == 0)[..., None], 0, hidden)  # before the products, or 0 * NaN gives NaN gradients
