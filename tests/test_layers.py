@@ -17,6 +17,7 @@ LAYERS = {
     "lazy": 0,
     "masks": 1,
     "cache": 1,
+    "sharding": 1,
     "paged_cache": 1,
     "kernels": 2,
     "nn": 3,

@@ -14,7 +14,7 @@ from attnax.config import BlockConfig, Initializer
 from attnax.sharding import Axis, current_mesh, gather
 from attnax.typing import Array, Float
 
-__all__ = ["Linear", "ShapesOnly", "make_initializer", "wide_gradient"]
+__all__ = ["Linear", "Product", "ShapesOnly", "make_initializer", "wide_gradient"]
 
 
 class Linear(nnx.Linear):
@@ -54,7 +54,7 @@ class Linear(nnx.Linear):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             preferred_element_type=wide_dtype(config.dtype) if logits else None,
-            dot_general=_Product(axes, is_tall=in_features > out_features),
+            dot_general=Product(axes, is_tall=in_features > out_features),
             kernel_metadata={"axes": axes},
             rngs=rngs,
         )
@@ -82,7 +82,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class Product:
     """`jax.lax.dot_general` with a kernel that is gathered, and for a tall one with `wide_gradient`."""
 
     axes: tuple[Axis, Axis]
