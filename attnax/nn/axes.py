@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from attnax.sharding import Axis, gather, partition
+from attnax.sharding import Axis, current_mesh, gather, partition
 
 __all__ = ["gather_parameters", "parameter_axes", "parameter_shardings"]
 
@@ -62,6 +62,8 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 
 def gather_parameters(params: Any) -> Any:
     """The parameters, each without its cut by fsdp: see `gather`. For those that a loop uses in every turn."""
+    if current_mesh() is None:
+        return params
     axes = parameter_axes(params)
     flat = [
         (path, variable.replace(gather(variable[...], *axes[path]))) for path, variable in nnx.to_flat_state(params)

@@ -221,6 +221,13 @@ class Trainer:
         """
         if tokens.ndim != 2:
             raise ValueError(f"Trainer.step: tokens must be (batch, T); got tokens.shape={tokens.shape}.")
+        context = 1 if self.mesh is None else self.mesh.shape["context"]
+        if (tokens.shape[1] - 1) % context:
+            raise ValueError(
+                f"Trainer.step: context must divide the length of the windows; got context={context} for "
+                f"{tokens.shape[1] - 1} tokens and the next one of each. Take a multiple; one of {2 * context} gives "
+                "each device the same work."
+            )
         key, targets = jax.random.fold_in(jax.random.key(self.seed), state.passes), tokens[:, 1:]
 
         def mean_loss(params: Any) -> Array:
