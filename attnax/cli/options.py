@@ -236,14 +236,29 @@ class Inspect:
             Face hub), or run folder that `attnax train` made.
         revision: of a model on the hub: a branch, a tag or a commit.
         ignore: an unknown key of config.json to ignore; give the flag once for each.
+        layout: of devices, such as fsdp=4,tensor=2: show where each parameter lives, and the bytes that a device holds
+            and moves in a training step. No device is needed.
+        batch_size: with --layout, number of sequences in a step. By default the run's, or one for each part of the
+            batch.
+        length: with --layout, tokens of a sequence. By default the model's max_len.
     """
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     revision: str | None = None
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    layout: str | None = None
+    batch_size: int | None = None
+    length: int | None = None
 
     def check(self) -> None:
-        """Does nothing, since no value can be out of range."""
+        """Raises InputError for a value out of range."""
+        read_layout(self.layout)
+        for name in ("batch_size", "length"):
+            value = getattr(self, name)
+            if value is not None and self.layout is None:
+                raise InputError(f"{_flag(name)} needs --layout.")
+            if value is not None and value < 1:
+                raise InputError(f"{_flag(name)} must be at least 1; got {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

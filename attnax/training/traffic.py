@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from attnax.config import AttentionType, BlockConfig, StackConfig, TransformerConfig
+from attnax.config import BlockConfig, TransformerConfig
 from attnax.nn._routing import DOWN
 from attnax.nn.axes import parameter_axes
 from attnax.sharding import AXES, BATCH, RULES, Axis, Layout, cut_of
