@@ -236,7 +236,7 @@ class _Step:
 
         With c = 2 the backward pass takes the keys and values that the forward pass has received, unless layers are
         scanned or computed again: 2 (K + V) backward. Causal attention without a narrow window has its queries, keys,
-        values and outputs in zigzag order: 2 (Q + K + V + O) in all.
+        values and outputs in zigzag order: 2 (Q + K + V + O) in all, of which half stays where it is with c = 2.
         """
         if self.context == 1:
             return 0.0
@@ -248,7 +248,7 @@ class _Step:
         hops = around * (1 + again) * keys + (2 if is_kept else 2 * around + 1) * keys
         window = layer.attention_window
         is_zigzag = self.length % (2 * self.context) == 0 and (window is None or window >= self.length // 2)
-        exchanges = (2 + again) * (heads * (key + value) + keys) if is_zigzag else 0
+        exchanges = (2 + again) * (heads * (key + value) + keys) / (1 + (self.context == 2)) if is_zigzag else 0
         return self.tokens * self.bytes * (hops + exchanges)
 
     def to_experts(self, layer: BlockConfig) -> float:
