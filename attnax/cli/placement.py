@@ -18,18 +18,18 @@ from attnax.errors import InputError
 from attnax.pretrained.family import stacks
 from attnax.sharding import BATCH, Axis, Layout, check_layout
 from attnax.training.optimizer import OptimizerConfig
-from attnax.training.traffic import Placed, Traffic, abstract_mesh, held_bytes, place_parameters, step_traffic
+from attnax.training.traffic import Placed, abstract_mesh, held_bytes, place_parameters, step_traffic
 
 __all__ = ["print_placement"]
 
-_KINDS = Traffic(
-    gathers="gathers of parameters, over fsdp",
-    gradients="reductions of gradients",
-    tensor="sums of activations, over tensor",
-    ring="keys and values that go round, over context",
-    to_experts="gathers of tokens, over expert",
-    from_experts="sums of the experts' outputs, over expert",
-)
+_KINDS = {
+    "gathers": "gathers of parameters, over fsdp",
+    "gradients": "reductions of gradients",
+    "tensor": "sums of activations, over tensor",
+    "ring": "keys and values that go round, over context",
+    "to_experts": "gathers of tokens, over expert",
+    "from_experts": "sums of the experts' outputs, over expert",
+}
 
 
 def print_placement(options: Inspect, config: Any, params: Any, optimizer: OptimizerConfig | None = None) -> None:
@@ -122,9 +122,9 @@ def _moved(
         )
     yield f"{batch_size:,} sequences of {length:,} tokens, {config.dtype}; bytes that a device moves:"
     moved = step_traffic(config, placed, mesh, batch_size, length)
-    for kind, num_bytes in zip(_KINDS, moved, strict=True):
+    for name, num_bytes in moved._asdict().items():
         if num_bytes:
-            yield f"{in_bytes(num_bytes)}, {kind}"
+            yield f"{in_bytes(num_bytes)}, {_KINDS[name]}"
     yield f"{in_bytes(sum(moved))}, together"
     if length % mesh.shape["context"]:
         yield f"length {length:,} is no multiple of context={mesh.shape['context']}: sequences are whole"

@@ -73,7 +73,7 @@ def in_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "1"
 
 
-def in_bytes(num_bytes: float) -> str:
+def in_bytes(num_bytes: int | float) -> str:
     """A number of bytes with a unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:

@@ -149,12 +149,12 @@ def step_traffic(
     layers = [config.layer(index) for index in range(config.num_layers)]
     mixtures = [layer for layer in layers if layer.num_experts is not None]
     return Traffic(
-        gathers=sum(map(step.gathers, placed)),
-        gradients=sum(map(step.gradients, placed)),
-        tensor=sum(map(step.tensor, placed)),
-        ring=sum(map(step.ring, layers)),
-        to_experts=sum(map(step.to_experts, mixtures)),
-        from_experts=sum(map(step.from_experts, mixtures)),
+        gathers=math.fsum(map(step.gathers, placed)),
+        gradients=math.fsum(map(step.gradients, placed)),
+        tensor=math.fsum(map(step.tensor, placed)),
+        ring=math.fsum(map(step.ring, layers)),
+        to_experts=math.fsum(map(step.to_experts, mixtures)),
+        from_experts=math.fsum(map(step.from_experts, mixtures)),
     )
 
 
@@ -166,7 +166,7 @@ class _Step:
         self.data, self.fsdp, self.expert, self.context, self.num = (mesh.shape[name] for name in AXES)
         if length % self.context:
             self.context = 1  # every device of the axis has whole sequences
-        self.tokens = batch_size * length // (math.prod(mesh.shape[name] for name in BATCH) * self.context)
+        self.tokens = batch_size * length / (math.prod(mesh.shape[name] for name in BATCH) * self.context)
         self.bytes = jnp.dtype(config.dtype).itemsize
 
     def gathers(self, p: Placed) -> float:
@@ -261,14 +261,14 @@ class _Step:
         features = 2 * self.bytes * layer.d_model + 4 * layer.top_k
         return self.expert * self.tokens * features * (self.expert > 1)
 
-    def _whole(self, p: Placed) -> int:
+    def _whole(self, p: Placed) -> float:
         """W. Tables and heads travel as they are, a router in float32, other parameters as the computation has them."""
         dtype = jnp.dtype(self.config.dtype)
         if _is_table(p) or _is_head(p):
             dtype = p.dtype
         elif "router" in p.path:
             dtype = jnp.promote_types(dtype, jnp.float32)
-        return p.size(self.mesh, without=("fsdp",)) * dtype.itemsize
+        return float(p.size(self.mesh, without=("fsdp",)) * dtype.itemsize)
 
     def _is_tied(self, p: Placed) -> bool:
         return _is_table(p) and self.config.tie_embeddings
