@@ -48,7 +48,7 @@ def inspect(options: Inspect) -> int:
         seen.refusals.append(error)
     _print_model(seen)
     if options.layout is not None and seen.abstract is not None:
-        params = seen.abstract[1].filter(nnx.Param)
+        params = nnx.filter_state(seen.abstract[1], nnx.Param)
         print_placement(options, seen.config, params)
     elif seen.checkpoint is not None:
         _print_tensors(seen, seen.checkpoint)
