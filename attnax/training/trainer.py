@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import OptimizerConfig
 from attnax.typing import Array, AttentionFn, Bool, Float, Int
 
-__all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"]
+__all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents", "make_mesh"]
 
 
 @pytree_dataclass
@@ -124,7 +125,7 @@ class Trainer:
         self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token
         self.parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
         self._update = optimizer.build()
-        self.mesh = None if layout is None else _mesh(layout, model, optimizer)
+        self.mesh = None if layout is None else make_mesh(layout, model, optimizer)
         graphdef, params, rest = self._make() if self.mesh is None else jax.eval_shape(self._make)
         self._graphdef, self._rest = graphdef, rest
         self.step: Any = jax.jit(self._step, donate_argnums=0)
@@ -175,16 +176,22 @@ class Trainer:
         """
         if self.mesh is None:
             raise ValueError("Trainer.lower_step: the program of a layout; got layout=None. Use trainer.step.lower.")
-        state = jax.tree.map(
-            lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
-            jax.eval_shape(self._new_state, self._initial),
-            self._shardings,
-        )
-        rows = NamedSharding(self.mesh, P(BATCH))
-        tokens = jax.ShapeDtypeStruct((self.optimizer.batch_size, length), jnp.int32, sharding=rows)
         with jax.set_mesh(self.mesh):
-            lowered: jax.stages.Lowered = self._compiled.lower(state, tokens)
+            lowered: jax.stages.Lowered = self.trace_step(length).lower()
         return lowered
+
+    def trace_step(self, length: int) -> jax.stages.Traced:
+        """A step over (batch_size, length) tokens as JAX traces it; nothing is computed."""
+        tokens = jax.ShapeDtypeStruct((self.optimizer.batch_size, length), jnp.int32)
+        step, shapes = self.step, (jax.eval_shape(self._new_state, self._initial), tokens)
+        around: Any = contextlib.nullcontext()
+        if self.mesh is not None:
+            cuts = self._shardings, NamedSharding(self.mesh, P(BATCH))
+            shapes = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), shapes, cuts)
+            step, around = self._compiled, jax.set_mesh(self.mesh)
+        with around:
+            traced: jax.stages.Traced = step.trace(*shapes)
+        return traced
 
     def merge(self, params: Any) -> TransformerLM:
         """The model with these parameters."""
@@ -308,8 +315,12 @@ def _rows(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def _mesh(layout: Layout, model: TransformerConfig, optimizer: OptimizerConfig) -> Mesh:
-    """The mesh of a layout that divides the model and the batch."""
+def make_mesh(layout: Layout, model: TransformerConfig, optimizer: OptimizerConfig) -> Mesh:
+    """The mesh of a layout over all devices.
+
+    Raises:
+        ValueError: the layout does not divide the devices, the model or the batch.
+    """
     mesh = layout.mesh()
     check_layout(model, layout.sized(mesh.size))
     if optimizer.batch_size % _rows(mesh):
