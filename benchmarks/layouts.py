@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -22,10 +23,11 @@ import jax
 import numpy as np
 from _collectives import collectives_of
 from _pages import show
-from attnax.training.traffic import abstract_mesh, place_parameters, step_traffic
+from flax import nnx
 
-from attnax import Layout, TransformerConfig
+from attnax import Layout, TransformerConfig, TransformerLM
 from attnax.training import OptimizerConfig, Trainer, TrainState
+from attnax.training.traffic import abstract_mesh, place_parameters, step_traffic
 
 MODEL = TransformerConfig(
     vocab_size=96,
@@ -75,24 +77,16 @@ def train(trainer: Trainer, updates: int) -> tuple[list[float], Any]:
     return losses, moments
 
 
-def flops_of(trainer: Trainer) -> float:
-    """The flops of a device in a step, with each loop counted once."""
-    if trainer.mesh is not None:
-        lowered = trainer.lower_step(LENGTH + 1)
-    else:
-        tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), np.int32)
-        lowered = trainer.step.lower(jax.eval_shape(trainer.init), tokens)
-    return float(lowered.compile().cost_analysis()["flops"])
+def flops_of(compiled: Any) -> float:
+    """The flops of a device in a program, with each loop counted once."""
+    return float(compiled.cost_analysis()["flops"])
 
 
-def moved(trainer: Trainer, name: str, layout: str) -> tuple[float, float]:
-    """The bytes that a device moves in a step: of the program, and by the formulas."""
-    program = trainer.lower_step(LENGTH + 1).compile().as_text()
+def said(trainer: Trainer, layout: str) -> float:
+    """The bytes that a device moves in a step, by the formulas."""
     config, mesh = trainer.model, abstract_mesh(Layout.parse(layout).sized(8))
-    placed = place_parameters(trainer.parameters, mesh)
-    return sum(each.num_bytes for each in collectives_of(program)), sum(
-        step_traffic(config, placed, mesh, BATCH, LENGTH)
-    )
+    shapes = nnx.state(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config)), nnx.Param)
+    return math.fsum(step_traffic(config, place_parameters(shapes, mesh), mesh, BATCH, LENGTH))
 
 
 def main() -> None:
@@ -106,7 +100,7 @@ def main() -> None:
             continue
         one = trainer_of(name, None, options.updates)
         losses, moments = train(one, options.updates)
-        flops = flops_of(one)
+        flops = flops_of(one.trace_step(LENGTH + 1).lower().compile())
         for layout in LAYOUTS:
             if "expert" in layout and name != "mixture":
                 continue
@@ -116,9 +110,11 @@ def main() -> None:
             largest = max(float(np.abs(x).max()) for x in moments)
             pairs = zip(have_moments, moments, strict=True)
             gradients = max(float(np.abs(x - y).max()) for x, y in pairs) / largest
-            ratio = "-" if "context" in layout else f"{flops_of(trainer) * 8 / flops:.2f}x"
-            bytes_moved, said = moved(trainer, name, layout)
-            cells = [f"{worst:.1e}", f"{gradients:.1e}", ratio, f"{bytes_moved / 1e3:,.0f}", f"{said / 1e3:,.0f}"]
+            compiled = trainer.lower_step(LENGTH + 1).compile()
+            ratio = "-" if "context" in layout else f"{flops_of(compiled) * 8 / flops:.2f}x"
+            bytes_moved = math.fsum(each.num_bytes for each in collectives_of(str(compiled.as_text())))
+            moved = f"{bytes_moved / 1e3:,.0f}", f"{said(trainer, layout) / 1e3:,.0f}"
+            cells = [f"{worst:.1e}", f"{gradients:.1e}", ratio, *moved]
             rows.append([name, layout, *cells])
             print("  ".join(rows[-1]), flush=True)
     show(rows)
