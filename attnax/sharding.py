@@ -64,7 +64,7 @@ class Layout:
     Attributes:
         data: each device has a part of the batch and all parameters.
         fsdp: each device has a part of the batch and a part of every parameter; a parameter is gathered where it is
-            used, one layer at a time.
+            used. With `remat` a device holds the whole parameters of one layer at a time.
         tensor: each device has some heads, and some hidden features of every feed-forward.
         context: each device has a part of every sequence; keys and values go round (`ring_attention`).
         expert: each device has a part of the batch and some experts of every mixture.

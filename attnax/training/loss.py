@@ -56,16 +56,19 @@ def weighted_cross_entropy(
     mesh = current_mesh()
     if mesh is None:
         return _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+    axes = [name for name in AXES if name != "tensor"]  # XLA cuts the vocabulary
     by_row, by_token = (cut_of(mesh, size, name) for size, name in zip(targets.shape, ("batch", "length"), strict=True))
-    spec, axes = P(by_row or None, by_token or None), set(AXES) - {"tensor"}  # XLA cuts the vocabulary
+    # An axis that a spec leaves out costs a sum of gradients over it, also if it is one device.
+    by_row += tuple(name for name in axes if mesh.shape[name] == 1)
+    spec, dtypes = P(by_row, by_token or None), jax.tree.map(lambda x: x.dtype, head)
 
     def local(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
-        loss = _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
-        cut = by_row + by_token
-        return jax.lax.psum(loss, cut) if cut else loss
+        head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
+        return jax.lax.psum(_weighted_cross_entropy(logits_of, head, hidden, targets, weights), by_row + by_token)
 
-    run = jax.shard_map(local, in_specs=(P(), spec, spec, spec), out_specs=P(), axis_names=axes, check_vma=False)
-    return run(head, hidden, targets, weights)
+    wide = jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), head)  # gradients of several devices are added so
+    run = jax.shard_map(local, in_specs=(P(), spec, spec, spec), out_specs=P(), axis_names=set(axes), check_vma=False)
+    return run(wide, hidden, targets, weights)
 
 
 def _weighted_cross_entropy(
