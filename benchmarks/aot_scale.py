@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -32,7 +31,6 @@ LLAMA: dict[str, Any] = {
     "ff_activation": "swiglu",
     "use_bias": False,
     "norm_type": "rms",
-    "norm_eps": 1e-5,
     "pos_emb_type": "rope",
     "rope_base": 500_000.0,
     "dropout_rate": 0.0,
@@ -94,8 +92,8 @@ ROWS = [
     Row(SHAPES["1 B"], "fsdp=8", 32, 4096),
     Row(SHAPES["1 B"], "fsdp=4,tensor=2", 32, 4096),
     Row(SHAPES["1 B"], "fsdp=2,context=4", 4, 32_768),
-    Row(SHAPES["8 B"], "fsdp=256", 256, 8192),
-    Row(SHAPES["8 B"], "data=8,fsdp=32", 256, 8192),
+    Row(SHAPES["8 B"], "fsdp=256", 256, 4096),
+    Row(SHAPES["8 B"], "data=8,fsdp=32", 256, 4096),
     Row(SHAPES["8 B"], "fsdp=32,tensor=8", 32, 8192),
     Row(SHAPES["8 B"], "fsdp=64,context=4", 64, 32_768),
 ]
@@ -122,6 +120,7 @@ class Facts:
 def shapes_of(trainer: Any) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
     """The shapes of a layer's parameters on a device, as the layout cuts them and without the cut by fsdp."""
     from flax import nnx
+    from jax.sharding import NamedSharding
 
     from attnax import TransformerLM
     from attnax.nn.axes import parameter_axes
@@ -133,9 +132,8 @@ def shapes_of(trainer: Any) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]
     for path, variable in nnx.to_flat_state(params):
         shape = variable.shape[len(variable.shape) - len(axes[path]) :]
         for shapes, without in zip(found, ((), ("fsdp",)), strict=True):
-            cuts = partition(trainer.mesh, shape, axes[path], without=without)
-            counts = (math.prod(trainer.mesh.shape[name] for name in cut or ()) for cut in cuts)
-            shapes.add(plain(size // count for size, count in zip(shape, counts, strict=True)))
+            spec = partition(trainer.mesh, shape, axes[path], without=without)
+            shapes.add(plain(NamedSharding(trainer.mesh, spec).shard_shape(shape)))
     return found
 
 
