@@ -41,7 +41,7 @@ class Collective(NamedTuple):
     kind: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # the results on a device
     devices: int  # that take part in one
-    count: int  # in a step
+    times: int  # in a step
     place: str  # the path of the operation in the model
 
     @property
@@ -49,7 +49,7 @@ class Collective(NamedTuple):
         """The bytes that a device receives in a step, by rings."""
         share = (self.devices - 1) / self.devices
         factors = {"all-reduce": 2 * share, "reduce-scatter": self.devices - 1, "collective-permute": 1}
-        return factors.get(self.kind, share) * self.count * sum(map(_bytes, self.arrays))
+        return factors.get(self.kind, share) * self.times * sum(map(_bytes, self.arrays))
 
 
 class Program:
@@ -87,7 +87,7 @@ class Program:
                 if caller is not None and kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                     kind, arrays = "reduce-scatter", tuple(caller.arrays)
                 found[Collective(kind, arrays, self._devices(line), 0, _place(line, caller))] += turns
-        return [one._replace(count=count) for one, count in found.items()]
+        return [one._replace(times=times) for one, times in found.items()]
 
     def product_flops(self) -> float:
         """The operations of the matrix products of a step, a multiplication and an addition each; not of kernels."""

@@ -91,15 +91,15 @@ SHAPES = {
 ROWS = [
     Row(SHAPES["1 B"], "fsdp=8", 32, 4096),
     Row(SHAPES["1 B"], "fsdp=4,tensor=2", 32, 4096),
-    Row(SHAPES["1 B"], "fsdp=2,context=4", 4, 32_768),
+    Row(SHAPES["1 B"], "fsdp=4,context=2", 4, 32_768),
     Row(SHAPES["8 B"], "fsdp=256", 256, 4096),
     Row(SHAPES["8 B"], "data=8,fsdp=32", 256, 4096),
     Row(SHAPES["8 B"], "fsdp=32,tensor=8", 32, 8192),
     Row(SHAPES["8 B"], "fsdp=64,context=4", 64, 32_768),
 ]
-TINY = {"vocab_size": 1536, "d_model": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "d_ff": 1280}
+TINY = {"vocab_size": 768, "d_model": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "d_ff": 640}
 PURPOSES = ("weights", "gradients", "sums of activations", "ring of keys")
-QUICK = [Row(Model("small", "v5e:2x2", TINY), "fsdp=2,tensor=2", 8, 384)]
+QUICK = [Row(Model("small", "v5e:2x2", TINY), "fsdp=2,tensor=2", 8, 256)]
 
 
 @dataclass
@@ -152,6 +152,8 @@ def purpose(one: Collective, cut: set[tuple[int, ...]], whole: set[tuple[int, ..
         return "weights" if is_known else "gathers activations"
     if one.kind == "all-to-all":
         return "gathers activations"
+    if one.kind == "reduce-scatter":  # of matrices whose rows XLA pads, too
+        return "gradients"
     if not shapes <= cut | whole:
         return "sums of activations"
     # libtpu gathers a matrix that is cut into few rows by a sum with zeros.
@@ -181,6 +183,7 @@ def compile_row(row: Row, text: Path | None) -> Facts:
     except (TypeError, ValueError, RuntimeError) as error:  # JAX's, and its compilers'
         return Facts(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None and memory is not None  # libtpu gives both
     if text is not None:
         (text / f"{row.name.replace(' ', '')}.txt").write_text(hlo)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -267,7 +270,9 @@ def formulas(row: Row) -> dict[str, float]:
     - sums of activations, of tensor: after the two halves of a layer forward, after the first in the backward pass,
       which needs no result of the second, and the gradients of the inputs of both, in bfloat16; also the embeddings
       and their gradients, in float32, and those of the head's inputs.
-    - ring of keys: keys and values in bfloat16 forward and again, and their gradients beside them in float32.
+    - ring of keys: keys and values in bfloat16 forward and again, in the backward pass their gradients beside them in
+      float32, which go home in bfloat16; into zigzag order and back, in bfloat16, queries, keys, values and outputs
+      forward and again, and their gradients.
     """
     sizes, config = Sizes.of(row), row.model.sizes
     layers, width = config["num_layers"], config["d_model"]
@@ -276,13 +281,13 @@ def formulas(row: Row) -> dict[str, float]:
     of_layers, of_table = layers * sizes.layer / sizes.tensor, sizes.table / sizes.tensor
     gradients = 2 * of_layers + 2 * 4 * of_table
     tokens = row.batch * row.length / (sizes.fsdp * copies)
-    keys = 2 * tokens * width * config["num_kv_heads"] / config["num_heads"] / sizes.tensor
-    hops = sizes.context - 1
+    queries, hops = tokens * width / sizes.tensor, sizes.context - 1
+    keys = 2 * queries * config["num_kv_heads"] / config["num_heads"]  # and values
     found = {
         "weights": fsdp * 2 * (2 * of_layers + sizes.num_tables * of_table),
         "gradients": fsdp * gradients + 2 * copied * gradients / sizes.fsdp,
         "sums of activations": 2 * tensor * tokens * width * (2 * 5 * layers + 2 + 4 + 2),
-        "ring of keys": layers * keys * (2 * 2 * hops + (2 + 4) * hops + 4) if hops else 0.0,
+        "ring of keys": layers * (keys * (10 * hops + 2) + 3 * 2 * (2 * queries + keys)) if hops else 0.0,
     }
     return {name: size for name, size in found.items() if size}
 
