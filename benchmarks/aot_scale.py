@@ -313,7 +313,7 @@ def section(results: list[tuple[Row, Facts]]) -> str:
     of_device = [
         ["model", "layout", "batch", "state GB", "temporaries GB", "products Tflop", "attention Tflop", "kernels", "s"]
     ]
-    of_bytes = [["model", "layout", *PURPOSES, "activations gathered"]]
+    of_bytes = [["model", "layout", *PURPOSES, "activations gathered", "by kind"]]
     for row, facts in results:
         name = [row.model.name, f"`{row.layout}`"]
         if facts.error:
@@ -341,13 +341,15 @@ def section(results: list[tuple[Row, Facts]]) -> str:
             else ""
             for name in PURPOSES
         ]
-        of_bytes.append([*name, *cells, "none" if not facts.gathered else "; ".join(facts.gathered)])
+        kinds = sorted((kind, size) for kind, size in facts.by_kind.items() if size > SMALL)
+        by_kind = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds)
+        of_bytes.append([*name, *cells, "; ".join(facts.gathered) or "none", by_kind])
     return "\n\n".join(
         [
             f"By `{COMMAND}`: {head('tpu')}",
-            "For each device and step. Products are those of the compiled program, loops multiplied by their turns / "
-            "by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
-            "Kernels are calls in each layer.",
+            "For each device and step. Products are those of the compiled program, its loops multiplied by their turns, "
+            "/ by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
+            "Kernels are calls in each layer. The last column is the compiler's time on all processors together.",
             markdown_table(of_device),
             "GB that a device receives in a step, in the program / by formula:",
             markdown_table(of_bytes),
