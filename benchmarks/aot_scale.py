@@ -99,7 +99,8 @@ ROWS = [
 ]
 TINY = {"vocab_size": 768, "d_model": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "d_ff": 640}
 PURPOSES = ("weights", "gradients", "sums of activations", "ring of keys")
-QUICK = [Row(Model("small", "v5e:2x2", TINY), "fsdp=2,tensor=2", 8, 256)]
+SMALL_MODEL = Model("small", "v5e:2x2", TINY)
+QUICK = [Row(SMALL_MODEL, "fsdp=2,tensor=2", 8, 256), Row(SMALL_MODEL, "fsdp=2,context=2", 4, 512)]
 
 
 @dataclass
@@ -347,8 +348,8 @@ def section(results: list[tuple[Row, Facts]]) -> str:
     return "\n\n".join(
         [
             f"By `{COMMAND}`: {head('tpu')}",
-            "For each device and step. Products are those of the compiled program, its loops multiplied by their turns, "
-            "/ by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
+            "For each device and step. Products are those of the compiled program, loops multiplied by their turns, / "
+            "by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
             "Kernels are calls in each layer. The last column is the compiler's time on all processors together.",
             markdown_table(of_device),
             "GB that a device receives in a step, in the program / by formula:",
