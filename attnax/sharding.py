@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import P
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from attnax.config import AttentionType, StackConfig
@@ -154,7 +155,9 @@ class Layout:
         types = (AxisType.Auto,) * len(AXES)
         if all(getattr(device, "platform", "cpu") == "cpu" for device in devices):
             return Mesh(np.asarray(devices, object).reshape(sizes), AXES, axis_types=types)
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)  # knows which devices are neighbours
+        # Knows which devices are neighbours. jax.make_mesh does not split an axis of most TPUs, such as 16 into 2 * 8.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def current_mesh() -> AbstractMesh | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,8 @@ class Trainer:
         attention_fn: as in `TransformerLM`.
         layout: of the devices that hold the state and compute the steps, all devices of the process by default; None
             for the default device. Parameters, updates and dropout are those of one device, but for rounding.
+        devices: of the layout, in place of all devices of the process. Those of a topology
+            (`jax.experimental.topologies`) serve `lower_step`, on a machine that has none of them.
 
     Attributes:
         mesh: of the layout, or None.
@@ -121,11 +124,14 @@ class Trainer:
         make_block: MakeBlock | None = None,
         attention_fn: AttentionFn | None = None,
         layout: Layout | None = None,
+        devices: Sequence[Any] | None = None,
     ):
+        if devices is not None and layout is None:
+            raise ValueError(f"Trainer: devices are those of a layout; got {len(devices)} devices and layout=None.")
         self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token
         self.parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
         self._update = optimizer.build()
-        self.mesh = None if layout is None else make_mesh(layout, model, optimizer)
+        self.mesh = None if layout is None else make_mesh(layout, model, optimizer, devices)
         graphdef, params, rest = self._make() if self.mesh is None else jax.eval_shape(self._make)
         self._graphdef, self._rest = graphdef, rest
         self.step: Any = jax.jit(self._step, donate_argnums=0)
@@ -319,13 +325,15 @@ def _rows(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def make_mesh(layout: Layout, model: TransformerConfig, optimizer: OptimizerConfig) -> Mesh:
-    """The mesh of a layout over all devices.
+def make_mesh(
+    layout: Layout, model: TransformerConfig, optimizer: OptimizerConfig, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh of a layout over devices, by default all devices of the process.
 
     Raises:
         ValueError: the layout does not divide the devices, the model or the batch.
     """
-    mesh = layout.mesh()
+    mesh = layout.mesh(devices)
     check_layout(model, layout.sized(mesh.size))
     if optimizer.batch_size % _rows(mesh):
         raise ValueError(

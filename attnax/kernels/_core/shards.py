@@ -20,7 +20,8 @@ from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
 from attnax.checks import is_concrete
-from attnax.masks import Mask
+from attnax.kernels.score_mods import SoftCap
+from attnax.masks import Causal, Mask, SlidingWindow
 from attnax.pytrees import pytree_dataclass
 from attnax.sharding import current_mesh, cut_of
 from attnax.typing import Array, Index, ScoreMod
@@ -42,12 +43,12 @@ class Offset:
         return cls(*(jnp.asarray(x, jnp.int32) for x in first))
 
     def mask(self, mask: Mask | None) -> Mask | None:
-        """The mask as a shard sees it."""
-        return None if mask is None else ShardMask(mask, self)
+        """The mask as a shard sees it; one that reads neither row nor head stays, so that engines know it."""
+        return mask if mask is None or isinstance(mask, Causal | SlidingWindow) else ShardMask(mask, self)
 
     def score_mod(self, score_mod: ScoreMod | None) -> ScoreMod | None:
-        """The score mod as a shard sees it."""
-        return None if score_mod is None else ShardScoreMod(score_mod, self)
+        """The score mod as a shard sees it, likewise."""
+        return score_mod if score_mod is None or isinstance(score_mod, SoftCap) else ShardScoreMod(score_mod, self)
 
     def moved(self, b: Index, h: Index) -> tuple[Array, Array]:
         """The global row and head, for a row and a head of the shard."""
