@@ -17,6 +17,7 @@ with lazy_imports(globals()):
     from attnax import nn as nn
     from attnax import pretrained as pretrained
     from attnax import reference as reference
+    from attnax import sharding as sharding
     from attnax import text as text
     from attnax import training as training
     from attnax import typing as typing
@@ -110,6 +111,7 @@ with lazy_imports(globals()):
     from attnax.paged_cache import init_paged_kv_caches_from_config as init_paged_kv_caches_from_config
     from attnax.pretrained.caches import load_caches as load_caches
     from attnax.pretrained.caches import save_caches as save_caches
+    from attnax.sharding import Layout as Layout
     from attnax.typing import AttentionFn as AttentionFn
     from attnax.typing import MaskMod as MaskMod
     from attnax.typing import ScoreMod as ScoreMod

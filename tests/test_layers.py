@@ -17,6 +17,7 @@ LAYERS = {
     "lazy": 0,
     "masks": 1,
     "cache": 1,
+    "sharding": 1,
     "paged_cache": 1,
     "kernels": 2,
     "nn": 3,
@@ -33,7 +34,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 NO_FLAX = {part for part, layer in LAYERS.items() if layer <= LAYERS["kernels"]} | {"generation"}
 # The places of `kernels/`, from the bottom up. Every other file there is public and at the top.
 # Score mods are data, and engines know some of them.
-PLACES = ("_core", "score_mods"), ("_xla", "_gpu", "_tpu"), ("_engines", "_call", "_decode_call")
+PLACES = ("_core", "score_mods"), ("_xla", "_gpu", "_tpu"), ("_engines", "_ring", "_call", "_decode_call")
 
 
 def part_of(path):

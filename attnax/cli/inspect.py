@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from attnax.cli.options import Inspect
+from attnax.cli.placement import print_placement
+from attnax.cli.tables import collapse, fold, in_bytes, in_shape, print_fields, print_rows
 from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
+from attnax.errors import InputError
 from attnax.models import TransformerLM
 from attnax.pretrained.checkpoint import Checkpoint
 from attnax.pretrained.errors import CheckpointError
@@ -22,9 +24,6 @@ from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_shap
 from attnax.pretrained.tokenizer_file import load_tokenizer
 from attnax.text import is_published
 from attnax.training import RunFolder, checkpoint_arrays, latest_checkpoint
-
-# In the form of `str`, so that a range determines the names, and short enough for `int`.
-NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 class Entry(NamedTuple):
@@ -40,7 +39,7 @@ def inspect(options: Inspect) -> int:
     """Prints all that can be found; returns 1 if the checkpoint cannot be loaded."""
     folder = find_folder(options.folder, options.revision)
     if not is_published(folder):
-        _print_run(RunFolder(folder))
+        _print_run(RunFolder(folder), options)
         return 0
     seen = inspect_folder(folder, ignore=options.ignore)
     try:
@@ -48,7 +47,10 @@ def inspect(options: Inspect) -> int:
     except CheckpointError as error:
         seen.refusals.append(error)
     _print_model(seen)
-    if seen.checkpoint is not None:
+    if options.layout is not None and seen.abstract is not None:
+        params = nnx.filter_state(seen.abstract[1], nnx.Param)
+        print_placement(options, seen.config, params)
+    elif seen.checkpoint is not None:
         _print_tensors(seen, seen.checkpoint)
     problems = [f"{error.where}: {problem}" for error in seen.refusals for problem in error.problems]
     if problems:
@@ -58,42 +60,32 @@ def inspect(options: Inspect) -> int:
     return 1 if problems else 0
 
 
-def collapse(names: Iterable[str]) -> str:
-    """One name for names that differ only in numbers, such as "blocks.{0..1}.kernel"."""
-    found = list(names)
-    numbers = zip(*(map(int, NUMBER.findall(name)) for name in found), strict=True)
-    ranges = iter([_range(sorted(set(column))) for column in numbers])
-    return NUMBER.sub(lambda _: next(ranges), found[0])
-
-
-def _range(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if len(numbers) == numbers[-1] - numbers[0] + 1:
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
-
-
-def _print_run(run: RunFolder) -> None:
-    options, _, _ = run.load()
+def _print_run(run: RunFolder, options: Inspect) -> None:
+    settings, _, _ = run.load()
     step = latest_checkpoint(run.checkpoints)
     since = "without a checkpoint yet" if step is None else f"after {step} updates"
-    _print_fields("attnax", [f"TransformerLM, a run {since}"])
-    _print_fields("config", _changed(options.model))
+    print_fields("attnax", [f"TransformerLM, a run {since}"])
+    print_fields("config", _changed(settings.model))
+    if run.parts and options.layout is not None:
+        raise InputError("--layout needs the model, and the run has parts that are not in its folder.")
     if run.parts:
-        _print_fields("made with", [f"{part}={name}, which is not in the folder" for part, name in run.parts.items()])
+        print_fields("made with", [f"{part}={name}, which is not in the folder" for part, name in run.parts.items()])
         _print_saved(run, step)
         return
-    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), options.model))
-    shapes = parameter_shapes(nnx.state(model, nnx.Param))
-    _print_table([Entry(name, shape, options.model.param_dtype) for name, shape in shapes.items()])
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), settings.model))
+    params = nnx.state(model, nnx.Param)
+    if options.layout is not None:
+        print_placement(options, settings.model, params, settings.optimizer)
+        return
+    shapes = parameter_shapes(params)
+    _print_table([Entry(name, shape, settings.model.param_dtype) for name, shape in shapes.items()])
     _print_parameters(sum(map(math.prod, shapes.values())))
 
 
 def _print_saved(run: RunFolder, step: int | None) -> None:
     """The parameters in the newest checkpoint; a model with parts of a user cannot be made from its config."""
     if step is None:
-        _print_fields("parameters", ["known from the first checkpoint on"])
+        print_fields("parameters", ["known from the first checkpoint on"])
         return
     arrays = checkpoint_arrays(run.checkpoints, step, "params")
     _print_table([Entry(name, tuple(shape), dtype) for name, (shape, dtype) in arrays.items()])
@@ -103,14 +95,14 @@ def _print_saved(run: RunFolder, step: int | None) -> None:
 def _print_model(seen: Inspection) -> None:
     classes = seen.config_json.get("architectures") or ([] if seen.family is None else [seen.family.architecture])
     kind = seen.config_json.get("model_type")
-    _print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
+    print_fields("transformers", [f"model_type={repr(kind)[:200]}, architectures={repr(classes)[:200]}"])
     if seen.family is not None:
         pooled = "" if seen.pooling is None else f" of a {seen.family.model.__name__}"
-        _print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
+        print_fields("attnax", [f"{seen.model.__name__}{pooled}"])
     if seen.config is not None:
-        _print_fields("config", _changed(seen.config))
+        print_fields("config", _changed(seen.config))
     if seen.inert:
-        _print_fields("passed over", [", ".join(map(str, seen.inert))])
+        print_fields("passed over", [", ".join(map(str, seen.inert))])
 
 
 def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
@@ -128,8 +120,8 @@ def _print_tensors(seen: Inspection, checkpoint: Checkpoint) -> None:
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[str(info.dtype)] += info.num_bytes
-    each = ", ".join(f"{_size(size)} of {dtype}" for dtype, size in sizes.most_common())
-    _print_fields("files", [f"{len(checkpoint.tensors):,} tensors, {each or 'empty'}"])
+    each = ", ".join(f"{in_bytes(size)} of {dtype}" for dtype, size in sizes.most_common())
+    print_fields("files", [f"{len(checkpoint.tensors):,} tensors, {each or 'empty'}"])
 
 
 def _parameters(seen: Inspection, checkpoint: Checkpoint) -> Iterator[Entry]:
@@ -155,41 +147,20 @@ def _changed(config: Any) -> Iterator[str]:
             yield f"{field.name}={value!r}"
 
 
-def _print_fields(title: str, lines: Iterable[str]) -> None:
-    for index, line in enumerate(lines):
-        print(f"{'' if index else title:<14}{printable(line)}")
-
-
 def _print_table(entries: Sequence[Entry]) -> None:
     """A table with one row for the entries that differ only in the number of a layer or an expert."""
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in entries:
-        # Names are split at their numbers: equal parts mean names that differ in numbers only.
-        names = [tuple(NUMBER.split(name)) for name in (entry.parameter, *entry.tensors[:1])]
-        groups.setdefault((*names, entry.shape, entry.dtype), []).append(entry)
+    groups = fold(entries, lambda entry: ((entry.parameter, *entry.tensors[:1]), (entry.shape, entry.dtype)))
     rows = [("parameter", "shape", "dtype", "count", "tensor")]
-    for same in groups.values():
+    for same in groups:
         shape, dtype = same[0].shape, same[0].dtype
         parameter = printable(collapse(entry.parameter for entry in same))
         tensors = [name for entry in same for name in entry.tensors]
         count, tensor = f"{len(same) * math.prod(shape):,}", printable(collapse(tensors)) if tensors else ""
-        rows.append((parameter, "x".join(map(str, shape)) or "1", dtype, count, tensor))
-    columns = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
-    widths = {index: max(len(row[index]) for row in rows) for index in columns}
-    print()
-    for row in rows:
-        cells = [f"{row[i]:>{widths[i]}}" if rows[0][i] == "count" else f"{row[i]:<{widths[i]}}" for i in columns]
-        print("  ".join(cells).rstrip())
+        rows.append((parameter, in_shape(shape), dtype, count, tensor))
+    print_rows(rows, right=("count",))
 
 
 def _print_parameters(count: int) -> None:
-    sizes = f"{_size(4 * count)} as float32, {_size(2 * count)} as bfloat16 or float16"
+    sizes = f"{in_bytes(4 * count)} as float32, {in_bytes(2 * count)} as bfloat16 or float16"
     print()
-    _print_fields("parameters", [f"{count:,}: {sizes}"])
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes} bytes"
+    print_fields("parameters", [f"{count:,}: {sizes}"])

@@ -17,12 +17,13 @@ from attnax.cache import SPARE_SLOTS, CacheKind
 from attnax.errors import InputError
 from attnax.generation.candidates import CUTS
 from attnax.generation.samplers import Sampler
+from attnax.sharding import Layout
 from attnax.training.run_options import RunOptions, check_seed
 
 if TYPE_CHECKING:
     from attnax.pretrained.generation_settings import GenerationSettings
 
-__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train"]
+__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train", "read_layout"]
 
 DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
@@ -33,27 +34,31 @@ class Train(RunOptions):
 
     Attributes:
         out: run folder to make. By default the next free runs/NNN.
-        resume: run folder to go on with after an interruption. Its own options apply; only --step, --max-skipped and
-            --compile-cache can be given too.
+        resume: run folder to go on with after an interruption. Its own options apply; only --step, --layout,
+            --max-skipped and --compile-cache can be given too.
         step: with --resume, the checkpoint to go on from. By default the newest.
+        layout: the devices to train on, such as fsdp=4,tensor=2 or data; axes are data, fsdp, tensor, context and
+            expert. It is no part of the run: --resume may give another one. By default one device.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
     out: Path | None = None
     resume: Path | None = None
     step: int | None = None
+    layout: str | None = None
     compile_cache: bool = True
 
     def check(self) -> None:
         """Raises InputError for a value out of range, or with --resume for flags that are fixed in the run."""
         super().check()
+        read_layout(self.layout)
         if self.out is not None and self.out == Path():
             raise InputError("--out must not be empty. Leave it out for the next free runs/NNN.")
         if self.resume is None:
             if self.step is not None:
                 raise InputError("--step needs --resume.")
             return
-        allowed = ("resume", "step", "max_skipped", "compile_cache")
+        allowed = ("resume", "step", "layout", "max_skipped", "compile_cache")
         if dataclasses.replace(self, **{name: getattr(Train, name) for name in allowed}) != Train():
             raise InputError("--resume goes on with the run's own options; leave the other flags out.")
 
@@ -231,14 +236,29 @@ class Inspect:
             Face hub), or run folder that `attnax train` made.
         revision: of a model on the hub: a branch, a tag or a commit.
         ignore: an unknown key of config.json to ignore; give the flag once for each.
+        layout: of devices, such as fsdp=4,tensor=2: show where each parameter lives, and the bytes that a device holds
+            and moves in a training step. No device is needed.
+        batch_size: with --layout, number of sequences in a step. By default the run's, or one for each part of the
+            batch.
+        length: with --layout, tokens of a sequence. By default the model's max_len.
     """
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     revision: str | None = None
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    layout: str | None = None
+    batch_size: int | None = None
+    length: int | None = None
 
     def check(self) -> None:
-        """Does nothing, since no value can be out of range."""
+        """Raises InputError for a value out of range."""
+        read_layout(self.layout)
+        for name in ("batch_size", "length"):
+            value = getattr(self, name)
+            if value is not None and self.layout is None:
+                raise InputError(f"{_flag(name)} needs --layout.")
+            if value is not None and value < 1:
+                raise InputError(f"{_flag(name)} must be at least 1; got {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,6 +285,14 @@ class Bench:
             raise InputError(f"--rounds must be at least 1; got {self.rounds}.")
         if any(length < 1 for length in self.lengths):
             raise InputError(f"--lengths must be at least 1; got {' '.join(map(str, self.lengths))}.")
+
+
+def read_layout(text: str | None) -> Layout | None:
+    """The layout of a flag, without the number of devices; raises InputError for a text that names none."""
+    try:
+        return None if text is None else Layout.parse(text)
+    except ValueError as error:
+        raise InputError(f"--layout: {error}") from error
 
 
 def _flag(name: str) -> str:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
-from attnax.cli.options import DRAW, Train
+from attnax.cli.options import DRAW, Train, read_layout
 from attnax.errors import InputError
 from attnax.generation import Sampler
+from attnax.sharding import Layout
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
     Corpus,
@@ -37,6 +38,7 @@ from attnax.training import (
     checkpoint_steps,
     delete_checkpoints_after,
     latest_checkpoint,
+    make_mesh,
     open_run,
     read_corpus,
     require_memory,
@@ -56,7 +58,7 @@ def train(options: Train) -> int:
     terminal.keep_programs(options.compile_cache)
     with contextlib.ExitStack() as stack:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-        go_on = f"{terminal.command_name()} train --resume {session.run.path}"
+        go_on = session.command()
         try:
             with _interruptible() as received:
                 finished = session.train(received)
@@ -85,13 +87,14 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
     for name in ("dtype", "param_dtype"):
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
+    layout = _read_layout(options, options)
     corpus = _read(options.data, options.held_out)
     texts = _texts(corpus.train)
     tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else train_bpe(texts, options.model.vocab_size)
     model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
     data = None if options.data is None else str(Path(options.data).absolute())
     settings = dataclasses.replace(options, model=model, data=data)
-    session = _Session(settings, corpus, tokenizer)
+    session = _Session(settings, corpus, tokenizer, layout)
     session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
     stack.enter_context(session.run.locked())
     return session
@@ -106,16 +109,42 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
     if run.result.exists():
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
+    layout = _read_layout(options, settings)
     stack.enter_context(run.locked())
     corpus = _read(settings.data, settings.held_out)
     if corpus.fingerprint != corpus_digest:
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
-    session = _Session(settings, corpus, tokenizer)
+    session = _Session(settings, corpus, tokenizer, layout)
     session.run = run
     if options.max_skipped is not None:
         session.max_skipped = options.max_skipped
     session.restore(options.step)
     return session
+
+
+def _read_layout(options: Train, settings: RunOptions) -> Layout | None:
+    """The layout of the flags, checked against the devices, the model and the batch, or None for one device.
+
+    Raises:
+        InputError: it does not divide them.
+    """
+    layout, count = read_layout(options.layout), jax.device_count()
+    if layout is None:
+        return None
+    try:
+        layout.sized(count)
+    except ValueError as error:
+        more = ""
+        if jax.default_backend() == "cpu":
+            known = math.prod(size for size in dataclasses.astuple(layout) if size != -1)
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={known}"
+            more = f" {flag} in the environment makes {known} devices of a CPU."
+        raise InputError(f"--layout: {error}{more}") from error
+    try:
+        make_mesh(layout, settings.model, settings.optimizer)
+    except ValueError as error:
+        raise InputError(f"--layout: {error}") from error
+    return layout
 
 
 def _read(data: str | None, held_out: float) -> Corpus:
@@ -132,8 +161,8 @@ class _Session:
 
     run: RunFolder
 
-    def __init__(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer):
-        self.options, self.corpus = options, corpus
+    def __init__(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
+        self.options, self.corpus, self.layout = options, corpus, layout
         window = options.model.max_len
         self.stream = TokenStream(tokenizer.encode_documents(_texts(corpus.train)), window)
         self.stream.require_a_window()
@@ -143,9 +172,9 @@ class _Session:
         self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
-        require_memory(options.model, options.optimizer)
+        require_memory(options.model, options.optimizer, layout)
         document = DOCUMENT if options.pack else None
-        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document)
+        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document, layout=layout)
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped or 0
@@ -153,11 +182,20 @@ class _Session:
         self._tokens_per_step = options.optimizer.batch_size * options.optimizer.accumulate * window
         self._schedule = options.optimizer.schedule()
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
+        if layout is not None:
+            count = jax.device_count()
+            print(f"layout     {layout.sized(count)}, {count} devices ({jax.devices()[0].device_kind})")
 
     @property
     def step(self) -> int:
         """Number of updates made."""
         return int(self.state.passes) // self.options.optimizer.accumulate
+
+    def command(self, step: int | None = None) -> str:
+        """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
+        options = "" if step is None else f" --step {step}"
+        options += "" if self.layout is None else f" --layout {self.layout}"
+        return f"{terminal.command_name()} train --resume {self.run.path}{options}"
 
     def restore(self, step: int | None = None) -> None:
         """Goes back to the checkpoint of `step`, by default the newest, or to the start if there is none.
@@ -176,8 +214,7 @@ class _Session:
             except DamagedCheckpointError as error:
                 if error.whole is None:
                     raise InputError(f"{error} Start a new run.") from error
-                again = f"{terminal.command_name()} train --resume {self.run.path} --step {error.whole}"
-                raise InputError(f"{error} Go on from it with: {again}") from error
+                raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
             self.state = dataclasses.replace(self.state, **parts)
         delete_checkpoints_after(folder, done)
         rows = self.run.rewind_metrics(done)
@@ -228,6 +265,7 @@ class _Session:
             learning_rate=float(self._schedule(updates)),
             seconds=round(time.perf_counter() - started, 3),
             **({"skipped": skipped} if skipped else {}),
+            **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
         )
         if error is not None:
             raise error

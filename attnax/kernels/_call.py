@@ -19,10 +19,11 @@ from attnax.kernels._core.shards import Offset, Shards, find_shards
 from attnax.kernels._engines import GPU_KERNELS, TPU_KERNELS, Backend, Plan, Results, backward, forward
 from attnax.kernels._gpu.cudnn import Cudnn, why_not_cudnn_call, why_not_cudnn_here
 from attnax.kernels._gpu.prepare import choose_kernel_tiles
+from attnax.kernels._ring import Ring, attend_ring
 from attnax.kernels._tpu.prepare import choose_tpu_tiles
 from attnax.kernels._tpu.splash import why_not_splash
 from attnax.kernels._xla.tiles import check_block_size, choose_tiles, tile_shape
-from attnax.masks import resolve_masks
+from attnax.masks import And, Causal, Mask, resolve_masks
 from attnax.typing import Array, AttentionOptions
 
 __all__ = [
@@ -48,7 +49,8 @@ class Call(NamedTuple):
     plan: Plan
     arrays: Arrays  # query, key, value, scale
     operands: Operands
-    shards: tuple[Shards, Offset] | None = None  # for a mesh with Explicit axes; the offset is a placeholder
+    shards: tuple[Shards, Offset] | None = None  # for a mesh that cuts the arrays; the offset is a placeholder
+    ring: Ring | None = None  # where the mesh cuts the sequence too
 
     def why_not_kernels(self, *, of_tpu: bool = False) -> str | None:
         """The reason why the Pallas kernels of GPUs, or of TPUs, do not serve the call, or None."""
@@ -74,10 +76,25 @@ class Call(NamedTuple):
             if operands.dropout is not None:
                 words = words_of_shard(operands.dropout, offset.row, offset.head)
                 operands = dataclasses.replace(operands, dropout=words)
-            return _attention(self.plan, query, key, value, scale, operands.learned, operands)
+            if self.ring is None:
+                return _attention(self.plan, query, key, value, scale, operands.learned, operands)
+            return self._attend_ring(self.ring, (query, key, value, scale), operands)
 
         query, key, value, scale = self.arrays
         return shards.run(attend, query, key, value, (scale, self.operands))
+
+    def _attend_ring(self, ring: Ring, arrays: Arrays, operands: Operands) -> tuple[Array, Array]:
+        """`run` on a device of the ring, whose queries and keys are a part of the sequence in order."""
+        query, key, value, scale = arrays
+        if ring.zigzag:
+            query, key, value = map(ring.zigzag_of, (query, key, value))
+        q_index, kv_index = (ring.index(0, x.shape[2]) for x in (query, key))
+        operands = dataclasses.replace(operands, q_index=q_index, kv_index=kv_index)
+        out, lse = attend_ring(self.plan, ring, (query, key, value, scale), operands.learned, operands)
+        out = out.astype(query.dtype)
+        if ring.zigzag:
+            out, lse = ring.in_order(out), ring.in_order(lse)
+        return out, lse
 
 
 def attend(
@@ -130,13 +147,19 @@ def prepare(
     mask, score_mod = resolve_masks(caller, options.get("mask"), options.get("score_mod"), score_shape)
     if 0 in (*score_shape, value.shape[3]):
         return nothing(query, value)
-    shards, offset = find_shards(caller, query, key, value), None
+    shards, offset = find_shards(caller, query, key, value, rings=True), None
     whole = query, key, value
+    ring = None
     if shards is not None:
         mask, score_mod = shards.whole(mask), shards.whole(score_mod)
+        if shards.length:
+            (axis,) = shards.length
+            size = shards.mesh.shape[axis]
+            is_even = all(x.shape[2] % (2 * size) == 0 for x in (query, key))
+            ring = Ring(axis, size, is_even and _is_triangular(mask, score_shape[3]))
     known: Any = {"dropout_rate": rate_of(options), "return_lse": return_lse}
     cudnn = splash = None
-    if backend == "automatic":
+    if backend == "automatic" and ring is None:
         scale = options.get("scale")
         reason = why_not_cudnn_call(*whole, mask=mask, score_mod=score_mod, scale=scale, **known)
         cudnn = Cudnn.of(query, mask, scale) if reason is None else None
@@ -144,16 +167,28 @@ def prepare(
         offset = Offset(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         mask, score_mod = offset.mask(mask), offset.score_mod(score_mod)
         query, key, value = shards.local(query), shards.local(key, of_keys=True), shards.local(value, of_keys=True)
-    if backend == "automatic" and why_not_splash(query, key, value, mask=mask, score_mod=score_mod, **known) is None:
-        splash = mask, score_mod
-    index = jnp.arange(score_shape[2], dtype=jnp.int32), jnp.arange(score_shape[3], dtype=jnp.int32)
+    if backend == "automatic" and ring is None:
+        reason = why_not_splash(query, key, value, mask=mask, score_mod=score_mod, **known)
+        splash = (mask, score_mod) if reason is None else None
+    index = jnp.arange(query.shape[2], dtype=jnp.int32), jnp.arange(key.shape[2], dtype=jnp.int32)
     resolved: AttentionOptions = {**options, "mask": mask, "score_mod": score_mod}
     arrays = query, key, value
-    call = prepare_part(caller, arrays, index, score_shape, resolved, block_size=block_size, backend=backend)
-    call = call._replace(plan=dataclasses.replace(call.plan, cudnn=cudnn, splash=splash, is_part=False))
+    pieces = 2 if ring is not None and ring.zigzag else 1  # a tile of two pieces would have no useful bounds
+    sizes: Any = {"block_size": block_size, "backend": backend, "pieces": pieces}
+    call = prepare_part(caller, arrays, index, score_shape, resolved, **sizes)
+    call = call._replace(plan=dataclasses.replace(call.plan, cudnn=cudnn, splash=splash, is_part=ring is not None))
     if shards is None or offset is None:
         return call
-    return call._replace(arrays=(*whole, call.arrays[3]), shards=(shards, offset))
+    return call._replace(arrays=(*whole, call.arrays[3]), shards=(shards, offset), ring=ring)
+
+
+def _is_triangular(mask: Mask | None, seq_kv: int) -> bool:
+    """Whether later queries attend more keys, so that equal parts of a sequence are unequal work; not in a window."""
+    if isinstance(mask, And):
+        sides = mask.left, mask.right
+        narrow = any((keys := side.keys_per_query(seq_kv)) is not None and keys < seq_kv // 2 for side in sides)
+        return not narrow and any(_is_triangular(side, seq_kv) for side in sides)
+    return isinstance(mask, Causal)
 
 
 def prepare_part(

@@ -1,29 +1,17 @@
-"""Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay.
-
-Each device attends from its queries to its current keys by the engine of `flash_attention`, merges the softmax states,
-and sends the keys on. The backward pass is a second ring: the gradients of the keys travel with the keys until both are
-back. No device holds more than its share, forward or backward. A hop whose keys the mask forbids costs only
-communication.
-"""
+"""Attention over a sequence that is cut across devices: keys and values go round a ring, queries stay."""
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from attnax.checks import attention_options, check_attention
 from attnax.kernels._call import Backend, attend, check_block_size, nothing, prepare_part
-from attnax.kernels._core import softmax
-from attnax.kernels._core.mesh import vary, varying_axes
-from attnax.kernels._core.operands import Arrays, Operands
-from attnax.kernels._engines import Plan, Results, attend_part, backward_part, finish
+from attnax.kernels._ring import Ring, attend_ring
 from attnax.kernels.standard import standard_attention
 from attnax.masks import Mask, names_residuals, resolve_masks, takes_mask_objects
 from attnax.typing import Array, ArrayLike, AttentionOptions, Float, MaskMod, ScoreMod, Shaped
@@ -201,81 +189,8 @@ def _attend(
         backend=backend,
         pieces=2 if zigzag else 1,  # a tile of two pieces would have no useful bounds
     )
-    out, lse = _ring(call.plan, ring, call.arrays, call.operands.learned, call.operands)
+    out, lse = attend_ring(call.plan, ring, call.arrays, call.operands.learned, call.operands)
     return out.astype(query.dtype), lse
-
-
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """The devices along a mesh axis; each sends to the next."""
-
-    axis_name: str
-    size: int
-    zigzag: bool
-
-    def index(self, hop: Any, length: int) -> Array:
-        """Global indices of the shard that is on this device after `hop` hops."""
-        rank = (lax.axis_index(self.axis_name) - hop) % self.size
-        if not self.zigzag:
-            return rank * length + jnp.arange(length, dtype=jnp.int32)
-        piece = jnp.arange(length // 2, dtype=jnp.int32)
-        return jnp.concatenate([rank * len(piece) + piece, (2 * self.size - 1 - rank) * len(piece) + piece])
-
-    def operands(self, operands: Operands, hop: Any, key: Array, query: Array) -> Operands:
-        """The operands with the indices of the keys that are here after `hop` hops."""
-        index = vary(self.index(hop, key.shape[2]), varying_axes(query))
-        return dataclasses.replace(operands, kv_index=index)
-
-    def send(self, tree: Any) -> Any:
-        """Sends every array to the next device; returns the arrays of the previous device."""
-        return lax.ppermute(tree, self.axis_name, [(rank, (rank + 1) % self.size) for rank in range(self.size)])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring_of(
-    plan: Plan, ring: Ring, arrays: Arrays, learned: tuple[Array, ...], operands: Operands
-) -> tuple[Array, Array]:
-    return _ring_forward(plan, ring, arrays, learned, operands)[0]
-
-
-def _ring_forward(
-    plan: Plan, ring: Ring, arrays: Arrays, learned: tuple[Array, ...], operands: Operands
-) -> tuple[tuple[Array, Array], Any]:
-    query, key, value, scale = arrays
-
-    def hop(count: Any, carry: Any) -> Any:
-        state, shard = carry
-        key, value = ring.send(shard)
-        here = ring.operands(operands, count, key, query)
-        part = softmax.as_state(*attend_part(plan, (query, key, value, scale), here))
-        return softmax.merge(state, part), (key, value)
-
-    start = softmax.as_state(*attend_part(plan, arrays, operands)), (key, value)
-    state, _ = lax.fori_loop(1, ring.size, hop, start)
-    out, lse = checkpoint_name(softmax.finish(state), "attention_out")
-    return (out, softmax.in_nats(lse)), (arrays, operands, out, lse)
-
-
-def _ring_backward(plan: Plan, ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    arrays, operands, out, lse = residuals
-    query, key, value, scale = arrays
-    results = Results(out, lse, *cotangents)
-
-    def hop(count: Any, carry: Any) -> Any:
-        d_query, sums, travelling = carry
-        key, value, d_key, d_value = ring.send(travelling)
-        here = ring.operands(operands, count, key, query)
-        *shares, sums = backward_part(plan, (query, key, value, scale), here, results, sums)
-        return d_query + shares[0], sums, (key, value, d_key + shares[1], d_value + shares[2])
-
-    d_query, d_key, d_value, sums = backward_part(plan, arrays, operands, results, operands.gradients())
-    d_query, sums, (_, _, *d_shard) = lax.fori_loop(1, ring.size, hop, (d_query, sums, (key, value, d_key, d_value)))
-    *d_arrays, d_learned = finish(plan, arrays, operands, (d_query, *ring.send(d_shard), sums))
-    return tuple(d_arrays), d_learned, None
-
-
-_ring_of.defvjp(_ring_forward, _ring_backward)
-_ring = jax.jit(_ring_of, static_argnums=(0, 1))
 
 
 def _axis_size(axis_name: Any) -> int:

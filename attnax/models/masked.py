@@ -71,7 +71,7 @@ class MaskedLM(nnx.Module):
         self.config = config = resolve_config(TransformerConfig, config, fields)
         self.encoder = TransformerEncoder(rngs, config, make_block=make_block, attention_fn=attention_fn)
         with_bias = dataclasses.replace(config, use_bias=("head",))
-        self.transform = Linear(rngs, with_bias, config.d_model, config.d_model, bias="head")
+        self.transform = Linear(rngs, with_bias, config.d_model, config.d_model, bias="head", axes=("embed", None))
         self.norm = norm_of(config, rngs)
         self.head = TokenHead(rngs, config)
 

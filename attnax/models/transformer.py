@@ -458,7 +458,11 @@ class TokenHead(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig):
         tied = config.tie_embeddings
         self.projection = nnx.data(
-            None if tied else Linear(rngs, config, config.d_model, config.vocab_size, bias="head", logits=True)
+            None
+            if tied
+            else Linear(
+                rngs, config, config.d_model, config.vocab_size, bias="head", axes=("embed", "vocab"), logits=True
+            )
         )
         self.bias = nnx.data(None)
         if tied and config.has_bias("head"):

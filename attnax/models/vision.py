@@ -106,7 +106,9 @@ class VisionTransformer(nnx.Module):
         self.head = nnx.data(
             None
             if config.num_classes is None
-            else Linear(rngs, with_bias, config.d_model, config.num_classes, bias="head", logits=True)
+            else Linear(
+                rngs, with_bias, config.d_model, config.num_classes, bias="head", axes=("embed", "vocab"), logits=True
+            )
         )
 
     def __call__(
@@ -275,7 +277,7 @@ def _learned_tokens(rngs: nnx.Rngs, config: VisionTransformerConfig, count: int)
     if count == 0:
         return None
     init = make_initializer("normal", 0.02)  # not 0: registers without positions would stay equal to each other
-    return nnx.Param(init(rngs.params(), (count, config.d_model), config.param_dtype))
+    return nnx.Param(init(rngs.params(), (count, config.d_model), config.param_dtype), axes=(None, None))
 
 
 def _repeat(tokens: nnx.Param[Array], x: Array) -> Array:

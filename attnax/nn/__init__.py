@@ -2,6 +2,7 @@
 
 from attnax.nn._token_scalars import TokenScalars
 from attnax.nn.attention import KeysValues, MultiHeadAttention
+from attnax.nn.axes import parameter_axes, parameter_shardings
 from attnax.nn.blocks import DecoderBlock, EncoderBlock, Output
 from attnax.nn.depth import first_layers, with_scan_layers
 from attnax.nn.dropout import Dropout
@@ -39,6 +40,8 @@ __all__ = [
     "attend",
     "create_norm",
     "first_layers",
+    "parameter_axes",
+    "parameter_shardings",
     "rope_cos_sin_from_positions",
     "rope_cos_sin_table",
     "rope_inv_freq",

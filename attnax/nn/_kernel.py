@@ -98,7 +98,7 @@ class LiteAttention(nnx.Module):
     takes_mask_objects = True
 
     def __init__(self, rngs: nnx.Rngs, config: BlockConfig):
-        self.gate = Linear(rngs, config, config.head_size, 1, bias="query")
+        self.gate = Linear(rngs, config, config.head_size, 1, bias="query", axes=(None, None))
 
     def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
         return lite_attention(query, key, value, self.gate, **options)

@@ -143,11 +143,13 @@ class MultiHeadAttention(nnx.Module):
         head_dim, value_dim = config.head_size, config.value_head_size
         context_features = config.d_model if context_features is None else context_features
         out_features = config.d_model if out_features is None else out_features
-        self.query = Linear(rngs, config, config.d_model, heads * head_dim, bias="query")
-        self.key = Linear(rngs, config, context_features, kv_heads * head_dim, bias="key")
-        self.value = Linear(rngs, config, context_features, kv_heads * value_dim, bias="value")
+        of_heads, of_keys = ("embed", ("heads", heads)), ("embed", ("heads", kv_heads))
+        self.query = Linear(rngs, config, config.d_model, heads * head_dim, bias="query", axes=of_heads)
+        self.key = Linear(rngs, config, context_features, kv_heads * head_dim, bias="key", axes=of_keys)
+        self.value = Linear(rngs, config, context_features, kv_heads * value_dim, bias="value", axes=of_keys)
         scale = config.residual_init_scale
-        self.out = Linear(rngs, config, heads * value_dim, out_features, bias="out", scale=scale)
+        of_out = of_heads[::-1]
+        self.out = Linear(rngs, config, heads * value_dim, out_features, bias="out", axes=of_out, scale=scale)
         self.query_norm = nnx.data(_head_norm(config, heads, rngs) if query_norm is None else query_norm)
         self.key_norm = nnx.data(_head_norm(config, kv_heads, rngs) if key_norm is None else key_norm)
         if rope is None and config.pos_emb_type == "rope":
@@ -472,7 +474,9 @@ def _gate(rngs: nnx.Rngs, config: BlockConfig) -> Linear | None:
     if config.attention_gate == "none":
         return None
     width = 1 if config.attention_gate == "head" else config.value_head_size
-    return Linear(rngs, config, config.d_model, config.num_heads * width, bias="gate")
+    return Linear(
+        rngs, config, config.d_model, config.num_heads * width, bias="gate", axes=("embed", ("heads", config.num_heads))
+    )
 
 
 def _head_dim(qkv_features: int, num_heads: int) -> int:

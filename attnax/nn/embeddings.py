@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import P, lax
 
 from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
@@ -16,6 +17,7 @@ from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import make_initializer, wide_gradient
 from attnax.nn.norms import norm_of
+from attnax.sharding import constrain, current_mesh, gather, partition, stream_axes
 from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "TransformerEmbedding",
     "take_rows",
 ]
+
+_TABLE = "vocab", "embed"  # the axes of a table of tokens
 
 
 class TokenEmbedding(nnx.Module):
@@ -53,7 +57,7 @@ class TokenEmbedding(nnx.Module):
     ):
         self.vocab_size, self.dtype = vocab_size, dtype or param_dtype
         init = make_initializer("normal", d_model**-0.5) if embedding_init is None else embedding_init
-        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), param_dtype))
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), param_dtype), axes=_TABLE)
 
     def __call__(self, input_ids: Int[ArrayLike, "*L"]) -> Float[Array, "*L D"]:
         """The vectors of `input_ids`.
@@ -62,7 +66,8 @@ class TokenEmbedding(nnx.Module):
             ValueError: a concrete id outside the vocabulary; under jit its vector is NaN.
         """
         ids = _as_array(input_ids)
-        return _look_up(self.embedding[...], ids, "TokenEmbedding", "token ids").astype(self.dtype)
+        _check_ids(ids, self.vocab_size, "TokenEmbedding", "token ids")
+        return _rows_of(self.embedding[...], jnp.asarray(ids, jnp.int32)).astype(self.dtype)
 
     def check(self, input_ids: Int[ArrayLike, "*L"]) -> None:
         """Raises ValueError for ids that are not integers, and for concrete ids outside the vocabulary."""
@@ -73,9 +78,9 @@ class TokenEmbedding(nnx.Module):
         table = self.embedding[...]
         if self.vocab_size > table.shape[1]:
             table = wide_gradient(table)
-        table = table.astype(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
-        logits = jnp.einsum("MD,VD->MV", rows, table, preferred_element_type=wide_dtype(x.dtype))
+        table = gather(table.astype(x.dtype), *_TABLE)
+        rows = x if current_mesh() is not None else x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
+        logits = jnp.einsum("...D,VD->...V", rows, table, preferred_element_type=wide_dtype(x.dtype))
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
@@ -145,7 +150,9 @@ class LearnedPositionalEmbedding(_PositionTable):
         self, rngs: nnx.Rngs, *, num_positions: int, d_model: int, offset: int = 0, param_dtype: Any = "float32"
     ):
         self.offset, shape = offset, (offset + num_positions, d_model)
-        self.embedding = nnx.Param(make_initializer("normal", 0.02)(rngs.params(), shape, param_dtype))
+        self.embedding = nnx.Param(
+            make_initializer("normal", 0.02)(rngs.params(), shape, param_dtype), axes=(None, None)
+        )
 
     def _table(self, dtype: Any) -> Array:
         return self.embedding[...][self.offset :]
@@ -240,7 +247,7 @@ class TransformerEmbedding(nnx.Module):
             x = self.positions(x, position_ids=position_ids)
         if self.norm is not None:
             x = self.norm(x)
-        return self.dropout(x, deterministic=deterministic, rngs=rngs)
+        return self.dropout(constrain(x, "batch", "length", None), deterministic=deterministic, rngs=rngs)
 
 
 class RelativePositionBias(nnx.Module):
@@ -259,7 +266,7 @@ class RelativePositionBias(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TransformerConfig, *, bidirectional: bool):
         init = make_initializer("normal", config.d_model**-0.5)
         shape = (config.relative_buckets, config.num_heads)
-        self.table = nnx.Param(init(rngs.params(), shape, config.param_dtype))
+        self.table = nnx.Param(init(rngs.params(), shape, config.param_dtype), axes=(None, None))
         self.max_distance, self.bidirectional = config.relative_max_distance, bidirectional
         self.score_mod()  # sizes that do not fit together are refused here rather than in the first call
 
@@ -282,13 +289,42 @@ def _as_array(ids: Any) -> ArrayLike:
     return ids if isinstance(ids, jax.Array | np.ndarray) else jnp.asarray(ids)
 
 
+def _rows_of(table: Array, ids: Array) -> Array:
+    """Rows of a table of tokens. A layout may cut its rows and its columns, and the ids."""
+    mesh = current_mesh()
+    if mesh is None:
+        return _take(table, ids)
+    of_table, of_rows = (
+        partition(mesh, table.shape, _TABLE),
+        partition(mesh, (*ids.shape, 1), stream_axes(ids.ndim + 1)),
+    )
+    of_vocab, of_width = of_table
+
+    def local(table: Array, ids: Array) -> Array:
+        if of_width is not None:  # its transpose scatters the gradients
+            table = lax.all_gather(table, of_width, axis=1, tiled=True)
+        if of_vocab is None:
+            return _take(table, ids)
+        size = table.shape[0]
+        here = ids - lax.axis_index(of_vocab) * size
+        is_here = (here >= 0) & (here < size)
+        rows = jnp.where(is_here[..., None], _take(table, jnp.where(is_here, here, 0)), 0)
+        known = (ids >= 0) & (ids < size * lax.axis_size(of_vocab))
+        return jnp.where(known[..., None], lax.psum(rows, of_vocab), jnp.nan)
+
+    specs = of_table, P(*of_rows[:-1])
+    return jax.shard_map(local, in_specs=specs, out_specs=P(*of_rows[:-1]), check_vma=False)(table, ids)
+
+
+def _take(table: Array, ids: Array) -> Array:
+    # A negative index would count from the end. An index past the end gets the fill value.
+    return take_rows(table, jnp.where(ids < 0, table.shape[0], ids), mode="fill", fill_value=jnp.nan)
+
+
 def _look_up(table: Array, ids: ArrayLike, caller: str, what: str) -> Array:
     """Rows of the table. A concrete index outside of the table raises; a traced one gives NaN."""
-    size = table.shape[0]
-    _check_ids(ids, size, caller, what)
-    ids = jnp.asarray(ids, jnp.int32)
-    # A negative index would count from the end. An index past the end gets the fill value.
-    return take_rows(table, jnp.where(ids < 0, size, ids), mode="fill", fill_value=jnp.nan)
+    _check_ids(ids, table.shape[0], caller, what)
+    return _take(table, jnp.asarray(ids, jnp.int32))
 
 
 def _check_ids(ids: ArrayLike, size: int, caller: str, what: str) -> None:

@@ -13,6 +13,7 @@ from flax import nnx
 from attnax.config import BlockConfig, resolve_config
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import Linear
+from attnax.sharding import constrain, stream_axes
 from attnax.typing import Array, Float
 
 __all__ = ["ACTIVATIONS", "FeedForward", "activate"]
@@ -89,9 +90,10 @@ class FeedForward(nnx.Module):
             config = BlockConfig(num_heads=1, **{"d_model": d_model, "dropout_rate": 0.0, **fields})
         linear = partial(Linear, rngs, config, bias="feed_forward")
         self.activation = config.ff_activation
-        self.up = linear(config.d_model, config.d_ff)
-        self.gate = nnx.data(linear(config.d_model, config.d_ff) if ACTIVATIONS[self.activation][1] else None)
-        self.down = linear(config.d_ff, config.d_model, scale=config.residual_init_scale)
+        up, down = (("embed", "hidden"), ("hidden", "embed"))
+        self.up = linear(config.d_model, config.d_ff, axes=up)
+        self.gate = nnx.data(linear(config.d_model, config.d_ff, axes=up) if ACTIVATIONS[self.activation][1] else None)
+        self.down = linear(config.d_ff, config.d_model, axes=down, scale=config.residual_init_scale)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
     @jax.named_scope("feed_forward")
@@ -100,4 +102,5 @@ class FeedForward(nnx.Module):
     ) -> Float[Array, "*L D"]:
         """The same function at every position."""
         hidden = activate(self.activation, self.up(x), None if self.gate is None else self.gate(x))
+        hidden = constrain(hidden, *stream_axes(hidden.ndim, "hidden"))
         return self.down(self.dropout(hidden, deterministic=deterministic, rngs=rngs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ from flax import nnx
 
 from attnax.checks import wide_dtype
 from attnax.config import BlockConfig, Initializer
+from attnax.sharding import Axis, current_mesh, gather
 from attnax.typing import Array, Float
 
-__all__ = ["Linear", "ShapesOnly", "make_initializer", "wide_gradient"]
+__all__ = ["Linear", "Product", "ShapesOnly", "make_initializer", "wide_gradient"]
 
 
 class Linear(nnx.Linear):
@@ -25,6 +27,7 @@ class Linear(nnx.Linear):
         out_features: width of the output.
         bias: the name of the layer in the config's `use_bias`.
         scale: of the initial weights, relative to the config's `kernel_init`.
+        axes: the names of the kernel's axes in `attnax.sharding.RULES`.
         logits: the result is at least float32, not rounded to the config's dtype.
 
     With merged leading axes, XLA's CPU backend needs no transposed copy of the activations in the backward pass;
@@ -39,6 +42,7 @@ class Linear(nnx.Linear):
         out_features: int,
         *,
         bias: str,
+        axes: tuple[Axis, Axis],
         scale: float = 1.0,
         logits: bool = False,
     ):
@@ -50,13 +54,15 @@ class Linear(nnx.Linear):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             preferred_element_type=wide_dtype(config.dtype) if logits else None,
-            dot_general=jax.lax.dot_general if in_features <= out_features else _dot_general_of_tall,
+            dot_general=Product(axes, is_tall=in_features > out_features),
+            kernel_metadata={"axes": axes},
             rngs=rngs,
         )
 
     def __call__(self, x: Float[Array, "*L I"]) -> Float[Array, "*L O"]:  # type: ignore[override]
+        merged = x if current_mesh() is not None else x.reshape(-1, x.shape[-1])  # a layout may cut batch and length
         with jax.numpy_dtype_promotion("standard"):  # Flax adds a narrow bias to wide logits
-            return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+            return super().__call__(merged).reshape(*x.shape[:-1], self.out_features)
 
 
 @jax.custom_jvp
@@ -75,8 +81,16 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return primals[0], jax.lax.optimization_barrier(tangents[0].T).T  # XLA would swap the factors without the barrier
 
 
-def _dot_general_of_tall(x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:
-    return jax.lax.dot_general(x, wide_gradient(kernel), *arguments, **options)
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`jax.lax.dot_general` with a kernel that is gathered, and for a tall one with `wide_gradient`."""
+
+    axes: tuple[Axis, Axis]
+    is_tall: bool
+
+    def __call__(self, x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:
+        kernel = gather(kernel, *self.axes)
+        return jax.lax.dot_general(x, wide_gradient(kernel) if self.is_tall else kernel, *arguments, **options)
 
 
 class ShapesOnly(nnx.Rngs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +12,16 @@ from flax import nnx
 from jax import lax
 
 from attnax.config import BlockConfig, resolve_config
-from attnax.kernels.grouped import grouped_product
+from attnax.nn._routing import DOWN, UP, Experts, Routes, mix
 from attnax.nn.dropout import Dropout, Jitter
-from attnax.nn.feedforward import ACTIVATIONS, FeedForward, activate
+from attnax.nn.feedforward import ACTIVATIONS, FeedForward
 from attnax.nn.linear import make_initializer
+from attnax.sharding import Axis, gather, per_token
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["MixtureOfExperts"]
+
+_ROUTER: tuple[Axis, ...] = ("embed", None)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -72,24 +76,26 @@ class MixtureOfExperts(nnx.Module):
             )
         experts, d_model, d_ff = config.num_experts, config.d_model, config.d_ff
 
-        def matrices(in_features: int, out_features: int, scale: float = 1.0) -> nnx.Param[Array]:
+        def matrices(axes: tuple[Axis, ...], scale: float = 1.0) -> nnx.Param[Array]:
             make = make_initializer(config.kernel_init, config.init_std, scale, batch_axis=(0,))
-            return nnx.Param(make(rngs.params(), (experts, in_features, out_features), config.param_dtype))
+            shape = experts, *((d_model, d_ff) if axes == UP else (d_ff, d_model))
+            return nnx.Param(make(rngs.params(), shape, config.param_dtype), axes=axes)
 
         def biases(features: int) -> Any:
             has_bias = config.has_bias("feed_forward")
-            return nnx.data(nnx.Param(jnp.zeros((experts, features), config.param_dtype)) if has_bias else None)
+            zeros = jnp.zeros((experts, features), config.param_dtype)
+            return nnx.data(nnx.Param(zeros, axes=("experts", None)) if has_bias else None)
 
         gated = ACTIVATIONS[config.ff_activation][1]
         make_router = make_initializer(config.kernel_init, config.init_std)
-        self.router = nnx.Param(make_router(rngs.params(), (d_model, experts), config.param_dtype))
+        self.router = nnx.Param(make_router(rngs.params(), (d_model, experts), config.param_dtype), axes=_ROUTER)
         self.router_bias = nnx.data(None)
         if config.has_bias("router"):
             self.router_bias = nnx.Param(jnp.zeros((experts,), config.param_dtype))
-        self.up, self.up_bias = matrices(d_model, d_ff), biases(d_ff)
-        self.gate = nnx.data(matrices(d_model, d_ff) if gated else None)
+        self.up, self.up_bias = matrices(UP), biases(d_ff)
+        self.gate = nnx.data(matrices(UP) if gated else None)
         self.gate_bias = biases(d_ff) if gated else nnx.data(None)
-        self.down, self.down_bias = matrices(d_ff, d_model, config.residual_init_scale), biases(d_model)
+        self.down, self.down_bias = matrices(DOWN, config.residual_init_scale), biases(d_model)
         self.jitter = Jitter(config.router_jitter, rngs=rngs)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
         self.shared = nnx.data(None)
@@ -140,46 +146,44 @@ class MixtureOfExperts(nnx.Module):
                     f"got padding_mask.shape={real.shape}, dtype={real.dtype}."
                 )
             real = real.reshape(-1)
-        tokens = x.reshape(-1, config.d_model)
-        logits = self._logits(tokens, deterministic, rngs)
+        logits = self._logits(x, deterministic, rngs)
         scores = jax.nn.log_softmax(logits) if config.router_type == "softmax" else jax.nn.log_sigmoid(logits)
-        chosen, experts = lax.top_k(scores, config.top_k)
+        chosen, experts = per_token(partial(lax.top_k, k=config.top_k), scores)
         # The softmax of logarithms: sigmoids may be so small that their sum is 0.
         weights = jax.nn.softmax(chosen) if config.router_renormalize else jnp.exp(chosen)
-        assigned = experts.reshape(-1)  # (tokens * top_k,)
-        sizes = jnp.bincount(assigned, length=config.num_experts)
-        order = jnp.argsort(assigned)
-        rows = self._experts(tokens.astype(config.dtype)[order // config.top_k], sizes, deterministic, rngs)
-        outs = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*chosen.shape, config.d_model)
-        out = (outs.astype(weights.dtype) * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
+        routes = Routes(experts, weights, self._kept((*experts.shape, config.d_ff), deterministic, rngs))
+        out = mix(config.ff_activation, self._parameters(), x.astype(config.dtype), routes)
         if self.shared is not None:
             out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
+        logits, scores, experts = (array.reshape(-1, array.shape[-1]) for array in (logits, scores, experts))
         return out, _statistics(logits, scores, experts, real)
 
+    def _parameters(self) -> Experts:
+        matrices = self.up, self.gate, self.down, self.up_bias, self.gate_bias, self.down_bias
+        return Experts(*(None if x is None else x[...] for x in matrices))
+
+    def _kept(self, shape: tuple[int, ...], deterministic: bool | None, rngs: nnx.Rngs | None) -> Array | None:
+        """The factors of dropout for the hidden features of each token in each of its experts."""
+        key = self.dropout.key(deterministic, rngs)
+        if key is None:
+            return None
+        rate = self.dropout.rate
+        return jnp.where(jax.random.bernoulli(key, 1.0 - rate, shape), 1.0 / (1.0 - rate) if rate < 1.0 else 0.0, 0.0)
+
     def _logits(
-        self, tokens: Float[Array, "M D"], deterministic: bool | None, rngs: nnx.Rngs | None
-    ) -> Float[Array, "M E"]:
+        self, tokens: Float[Array, "*L D"], deterministic: bool | None, rngs: nnx.Rngs | None
+    ) -> Float[Array, "*L E"]:
         """x @ router + router_bias, in at least float32, with jitter of x in training."""
         # float32: bfloat16 rounds scores that lie close together to one number.
         dtype = jnp.float64 if self.config.dtype == "float64" else jnp.float32
         tokens = self.jitter(tokens.astype(dtype), deterministic=deterministic, rngs=rngs)
         # "highest": accelerators would multiply float32 in fewer bits.
-        logits = jnp.matmul(tokens, self.router[...].astype(dtype), precision="highest")
-        return logits if self.router_bias is None else logits + self.router_bias[...].astype(dtype)[None]
-
-    def _experts(
-        self, rows: Float[Array, "R D"], sizes: Array, deterministic: bool | None, rngs: nnx.Rngs | None
-    ) -> Float[Array, "R D"]:
-        """The output of each row's expert; rows are sorted by expert."""
-
-        def product(x: Array, matrices: Any, biases: Any) -> Array:
-            return grouped_product(x, matrices[...], None if biases is None else biases[...], sizes)
-
-        up = product(rows, self.up, self.up_bias)
-        gate = None if self.gate is None else product(rows, self.gate, self.gate_bias)
-        hidden = activate(self.config.ff_activation, up, gate)
-        hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
-        return product(hidden, self.down, self.down_bias)
+        logits = jnp.matmul(tokens, gather(self.router[...].astype(dtype), *_ROUTER), precision="highest")
+        return (
+            logits
+            if self.router_bias is None
+            else logits + self.router_bias[...].astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
+        )
 
 
 def _statistics(

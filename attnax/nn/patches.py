@@ -73,6 +73,7 @@ class PatchEmbedding(nnx.Module):
             kernel_init=nnx.initializers.lecun_normal() if kernel_init is None else kernel_init,
             dtype=dtype,
             param_dtype=param_dtype,
+            kernel_metadata={"axes": (None, None)},
             rngs=rngs,
         )
 

@@ -23,6 +23,7 @@ from attnax.nn.blocks import Output, add_aux
 from attnax.nn.dropout import Dropout
 from attnax.nn.linear import ShapesOnly
 from attnax.nn.probe import Probe, Probed, as_probe, join_layers
+from attnax.sharding import constrain, stream_axes
 from attnax.typing import Array, Float, Int
 
 __all__ = ["Stack"]
@@ -316,7 +317,8 @@ class Stack(nnx.Module):
 
 
 def _results(out: Output) -> _Layer:
-    return _Layer(out.hidden, out.carry, out.caches, out.aux, out.probed)
+    hidden = constrain(out.hidden, *stream_axes(out.hidden.ndim))
+    return _Layer(hidden, out.carry, out.caches, out.aux, out.probed)
 
 
 def _at(tree: Any, period: Any) -> Any:

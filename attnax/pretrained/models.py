@@ -20,12 +20,13 @@ from attnax.masks import Causal
 from attnax.models.sentence import SentenceEncoder
 from attnax.models.transformer import TransformerDecoder, TransformerEncoder
 from attnax.nn.attention import MultiHeadAttention
+from attnax.nn.axes import parameter_axes
 from attnax.nn.depth import with_scan_layers
 from attnax.nn.stack import Stack
 from attnax.pretrained.checkpoint import SINGLE_FILE, Checkpoint
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.families import FAMILIES
-from attnax.pretrained.family import Family, stacks
+from attnax.pretrained.family import Family, ModelConfig, stacks
 from attnax.pretrained.hub import find_folder
 from attnax.pretrained.inspect import Inspection, inspect_folder, parameter_name, parameter_shapes
 from attnax.pretrained.parts import changed_parts, foreign_parts
@@ -33,6 +34,7 @@ from attnax.pretrained.rules import Binding
 from attnax.pretrained.safetensors import empty_aligned, read_into, same_data, write_tensors
 from attnax.pretrained.sentence import MODULES, fit_tokenizer, write_pooling
 from attnax.pretrained.tokenizer_file import load_tokenizer
+from attnax.sharding import Layout, check_layout, partition
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,6 +51,7 @@ def load_pretrained(
     *,
     dtype: Any = None,
     sharding: Sharding | None = None,
+    layout: Layout | None = None,
     ignore: Collection[str] = (),
     revision: str | None = None,
 ) -> tuple[Any, tokenizers.Tokenizer | None]:
@@ -64,6 +67,8 @@ def load_pretrained(
         dtype: of parameters and computation, by default the dtype of the tensors.
         sharding: of the parameters: a `jax.sharding.Sharding` for all of them, or a function of a parameter's name,
             such as "decoder.stack.blocks.0.attention.query.kernel", and its shape; by default the default device.
+        layout: in place of sharding: the parameters lie on all devices of the process by the rules of the layout. Call
+            the model under its mesh: `with jax.set_mesh(layout.mesh()): ...`.
         ignore: keys of config.json to ignore, such as a key that is not known here and changes nothing. A key that
             decides what the model computes cannot be ignored.
         revision: of a model on the hub: a branch, a tag or a commit; by default its main branch.
@@ -77,7 +82,8 @@ def load_pretrained(
     Raises:
         CheckpointError: a file is missing or damaged, the files do not fit the config, or the config asks for something
             that is not supported; all problems are named. Or the hub cannot be reached, or refuses the model.
-        ValueError: a dtype that models do not have.
+        ValueError: a dtype that models do not have, sharding together with layout, or a layout that does not divide the
+            model or the devices.
 
     Warns:
         UserWarning: config.json has keys that are not the family's own and are known to change nothing.
@@ -95,10 +101,16 @@ def load_pretrained(
         >>> model.config.d_ff, tokenizer
         (16, None)
     """
-    return load_inspected(inspect_folder(find_folder(folder, revision), dtype, ignore), sharding)
+    if sharding is not None and layout is not None:
+        raise ValueError(
+            "load_pretrained: a layout decides where parameters lie; got it with sharding. Leave one of the two out."
+        )
+    return load_inspected(inspect_folder(find_folder(folder, revision), dtype, ignore), sharding, layout)
 
 
-def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[Any, tokenizers.Tokenizer | None]:
+def load_inspected(
+    seen: Inspection, sharding: Sharding | None = None, layout: Layout | None = None
+) -> tuple[Any, tokenizers.Tokenizer | None]:
     """`load_pretrained` of a folder whose config.json and headers are read already."""
     family, checkpoint, config = seen.require()
     if seen.inert:
@@ -109,6 +121,8 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
         )
     assert seen.abstract is not None
     (graphdef, state), bindings, pooling = seen.abstract, seen.bindings, seen.pooling
+    if layout is not None:
+        sharding = _sharding_of(layout, config, state)
     _check_tied(config, family, checkpoint, bindings)
     tokenizer = load_tokenizer(seen.folder / "tokenizer.json")
     if tokenizer is not None and pooling is not None:
@@ -127,6 +141,14 @@ def load_inspected(seen: Inspection, sharding: Sharding | None = None) -> tuple[
     if pooling is not None:
         return SentenceEncoder(model, pool=pooling.pool, normalize=pooling.normalize), tokenizer
     return model, tokenizer
+
+
+def _sharding_of(layout: Layout, config: ModelConfig, state: Any) -> Sharding:
+    mesh = layout.mesh()
+    for stack in stacks(config):
+        check_layout(stack, layout.sized(mesh.size))
+    axes = {parameter_name(path): names for path, names in parameter_axes(state).items()}
+    return lambda name, shape: jax.NamedSharding(mesh, partition(mesh, shape, axes[name]))
 
 
 def save_pretrained(model: Any, folder: str | Path, *, family: str | None = None) -> None:

@@ -33,3 +33,4 @@ with lazy_imports(globals()):
     from attnax.training.trainer import Trainer as Trainer
     from attnax.training.trainer import TrainState as TrainState
     from attnax.training.trainer import find_documents as find_documents
+    from attnax.training.trainer import make_mesh as make_mesh

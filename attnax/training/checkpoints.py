@@ -153,7 +153,9 @@ def _is_whole(folder: Path, step: int, items: Iterable[str], owner: str) -> bool
 def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:
     """The pytree `item` of step number `step`, saved in `folder` for `owner`.
 
-    `like` is a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes.
+    `like` is a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes. The result lies on
+    the devices as `like` does, on the default device where that says nothing: each device reads its own parts, wherever
+    the arrays lay when they were saved.
 
     Raises:
         InputError: a file is missing, changed or of another model. This is checked before any array is read.
@@ -170,7 +172,11 @@ def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner:
             f"the checkpoint {target} is of another model: {names[0]} is {_words(saved.get(names[0]))} in the "
             f"checkpoint and {_words(wanted.get(names[0]))} in the model."
         )
-    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named.items()}
+    here = jax.device_put(0).sharding
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
+        for name, x in named.items()
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(target / item, abstract)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])

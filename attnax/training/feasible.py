@@ -17,6 +17,7 @@ from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.models import TransformerLM
 from attnax.nn._parts import Parts
+from attnax.sharding import Layout
 from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.trainer import Trainer
@@ -24,10 +25,16 @@ from attnax.training.trainer import Trainer
 __all__ = ["require_memory", "require_traces"]
 
 
-def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, **parts: Unpack[Parts]) -> None:
+def require_memory(
+    model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None, **parts: Unpack[Parts]
+) -> None:
     """Compares the memory with a lower bound: weights, their gradient and moments, hidden states, logits of a chunk.
 
-    `parts` are the `make_block` and the `attention_fn` of the model.
+    Args:
+        model: the configuration of the model.
+        optimizer: the configuration of the training.
+        layout: of the devices, over which all of these are cut; None for one device.
+        **parts: the `make_block` and the `attention_fn` of the model.
 
     Raises:
         InputError: the machine, or its first accelerator, has less memory than the bound.
@@ -38,13 +45,18 @@ def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, **parts
     )
     count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
     tokens = optimizer.batch_size * model.max_len
-    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
-    needed += 4 * (logits_of_chunk(tokens, model.vocab_size) + tokens * model.num_layers * model.d_model)
+    sized = Layout(fsdp=1) if layout is None else layout.sized(jax.device_count())
+    here = tokens // (sized.data * sized.fsdp * sized.expert * sized.context)
+    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize // (sized.fsdp * sized.expert * sized.tensor)
+    needed += 4 * (logits_of_chunk(here, model.vocab_size) // sized.tensor + here * model.num_layers * model.d_model)
+    if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
+        needed *= jax.device_count()
     limit = _memory()
     if needed > limit:
+        where = "this machine" if layout is None or jax.default_backend() == "cpu" else "each device"
         raise InputError(
             f"this model of {count:,} parameters needs at least {needed / 1e9:,.1f} GB to learn {tokens:,} tokens at a "
-            f"time, and this machine has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
+            f"time, and {where} has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
         )
 
 
@@ -55,12 +67,11 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
         InputError: the step or the generation is not possible.
     """
     window = trainer.model.max_len
-    batch = jax.ShapeDtypeStruct((trainer.optimizer.batch_size, window + 1), np.int32)
     start = np.zeros((1, 1), np.int32)
     options: dict[str, Any] = {"max_new_tokens": window - 1, "sampler": sampler, "key": jax.random.key(0)}
     try:
         state = jax.eval_shape(trainer.init)
-        trainer.step.trace(state, batch)
+        trainer.trace_step(window + 1)
         jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), state.params)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"this model cannot be trained: {error}") from error

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import P
 
 from attnax.checks import wide_dtype
+from attnax.sharding import AXES, current_mesh, cut_of
 from attnax.typing import Array, Float, Int
 
 __all__ = ["logits_of_chunk", "weighted_cross_entropy"]
@@ -46,9 +48,32 @@ def weighted_cross_entropy(
     Returns:
         The sum, in the dtype of the logits.
 
+    Under the mesh of a layout each device computes the losses of its tokens, and sums travel once.
+
     Raises:
         TypeError: forward-mode differentiation (`jax.jvp`).
     """
+    mesh = current_mesh()
+    if mesh is None:
+        return _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
+    axes = [name for name in AXES if name != "tensor"]  # XLA cuts the vocabulary
+    by_row, by_token = (cut_of(mesh, size, name) for size, name in zip(targets.shape, ("batch", "length"), strict=True))
+    # An axis that a spec leaves out costs a sum of gradients over it, also if it is one device.
+    by_row += tuple(name for name in axes if mesh.shape[name] == 1)
+    spec, dtypes = P(by_row, by_token or None), jax.tree.map(lambda x: x.dtype, head)
+
+    def local(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
+        head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
+        return jax.lax.psum(_weighted_cross_entropy(logits_of, head, hidden, targets, weights), by_row + by_token)
+
+    wide = jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), head)  # gradients of several devices are added so
+    run = jax.shard_map(local, in_specs=(P(), spec, spec, spec), out_specs=P(), axis_names=set(axes), check_vma=False)
+    return run(wide, hidden, targets, weights)
+
+
+def _weighted_cross_entropy(
+    logits_of: Callable[[Any, Array], Array], head: Any, hidden: Array, targets: Array, weights: Array
+) -> Array:
 
     def loss_of_chunk(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
         hidden = jnp.where((weights == 0)[..., None], 0, hidden)  # before the products, or 0 * NaN gives NaN gradients

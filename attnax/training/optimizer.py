@@ -110,6 +110,15 @@ class OptimizerConfig:
                 )
         return sum((weights.get(name, 1.0) * value for name, value in losses.items()), 0.0)
 
+    def num_moments(self, path: tuple[Any, ...], parameter: Any) -> int:
+        """The number of float32 arrays of a parameter's shape that the optimizer keeps: Muon has one of a matrix.
+
+        Args:
+            path: of the parameter, of entries with a `key`.
+            parameter: an array or its shape.
+        """
+        return 1 if self.algorithm == "muon" and _is_hidden(path, parameter) else 2
+
     def build(self) -> optax.GradientTransformation:
         """The optimizer; each call of its `update` is an update with the gradients that `Trainer` accumulated."""
         import jax

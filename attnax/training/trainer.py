@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import P
+from jax.sharding import Mesh, NamedSharding
 
 from attnax import masks
 from attnax.checks import check_shape
 from attnax.config import TransformerConfig
 from attnax.models.lm import TransformerLM
 from attnax.nn._parts import MakeBlock, Parts
+from attnax.nn.axes import gather_parameters, parameter_shardings
 from attnax.pytrees import pytree_dataclass
+from attnax.sharding import BATCH, Layout, check_layout
 from attnax.training.corpus import TokenStream
 from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import OptimizerConfig
 from attnax.typing import Array, AttentionFn, Bool, Float, Int
 
-__all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents"]
+__all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents", "make_mesh"]
 
 
 @pytree_dataclass
@@ -83,13 +89,19 @@ class Trainer:
             not attend each other, and the positions of each start at 0.
         make_block: as in `TransformerLM`. Scalars in `Output.aux` whose names end in "_loss" are added to the loss.
         attention_fn: as in `TransformerLM`.
+        layout: of the devices that hold the state and compute the steps, all devices of the process by default; None
+            for the default device. Parameters, updates and dropout are those of one device, but for rounding.
+        devices: of the layout, in place of all devices of the process. Those of a topology
+            (`jax.experimental.topologies`) serve `lower_step`, on a machine that has none of them.
 
     Attributes:
+        mesh: of the layout, or None.
         parts: the parts that were given, by name, for `TransformerLM(rngs, model, **parts)`.
 
     Raises:
-        ValueError: a configuration that the model refuses; from a step, a block that writes into variables which are no
-            parameters.
+        ValueError: a configuration that the model refuses, or a layout that does not divide the model, the batch or the
+            devices, or a part whose parameters state no axes; from a step, a block that writes into variables which
+            are no parameters.
 
     Example:
         >>> import numpy as np
@@ -111,27 +123,90 @@ class Trainer:
         document_token: int | None = None,
         make_block: MakeBlock | None = None,
         attention_fn: AttentionFn | None = None,
+        layout: Layout | None = None,
+        devices: Sequence[Any] | None = None,
     ):
+        if devices is not None and layout is None:
+            raise ValueError(f"Trainer: devices are those of a layout; got {len(devices)} devices and layout=None.")
         self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token
         self.parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
-        rngs = nnx.Rngs(params=seed, dropout=seed)  # two streams: dropout does not change the initial parameters
-        graphdef, params, *rest = nnx.split(TransformerLM(rngs, model, **self.parts), nnx.Param, ...)
-        self._initial = nnx.to_pure_dict(params)
-        self._graphdef, self._rest = graphdef, rest
         self._update = optimizer.build()
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self._score = jax.jit(self._score_windows)
+        self.mesh = None if layout is None else make_mesh(layout, model, optimizer, devices)
+        graphdef, params, rest = self._make() if self.mesh is None else jax.eval_shape(self._make)
+        self._graphdef, self._rest = graphdef, rest
+        self.step: Any = jax.jit(self._step, donate_argnums=0)
+        self._score: Any = jax.jit(self._score_windows)
+        self._initial = nnx.to_pure_dict(params)
+        if self.mesh is not None:
+            self._rest = jax.jit(lambda: self._make()[2])()
+            self._lay_out(self.mesh, nnx.to_pure_dict(parameter_shardings(params, self.mesh)))
+
+    def _make(self) -> tuple[Any, Any, Any]:
+        """The graph, the parameters and the other variables of the model."""
+        rngs = nnx.Rngs(params=self.seed, dropout=self.seed)  # two: dropout does not change the initial parameters
+        graphdef, params, *rest = nnx.split(TransformerLM(rngs, self.model, **self.parts), nnx.Param, ...)
+        return graphdef, params, rest[0]
+
+    def _lay_out(self, mesh: Mesh, cut: Any) -> None:
+        """Makes functions that leave the state where the layout puts it; moments lie like their parameters."""
+        rows = NamedSharding(mesh, P(BATCH))
+        self._shardings = _alike(jax.eval_shape(self._new_state, self._initial), cut, NamedSharding(mesh, P()))
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
+
+        def under(function: Any) -> Any:
+            def run(first: Any, *batch: Any) -> Any:
+                with jax.set_mesh(mesh):
+                    return function(first, *(jax.device_put(x, rows) for x in batch))
+
+            return run
+
+        self.step, self._score, self._compiled = under(step), under(self._score), step
 
     def init(self) -> TrainState:
         """The state before the first step; a function of the seed."""
-        params = jax.tree.map(jnp.copy, self._initial)  # a step donates its arguments
+        if self.mesh is None:
+            return self._new_state(jax.tree.map(jnp.copy, self._initial))  # a step donates its arguments
+        place = jax.jit(self._new_state, out_shardings=self._shardings)
+        if self.mesh.devices.flat[0].platform == "cpu":
+            # XLA's CPU compiler rounds a number by its place in a vector: drawn in parts, an array would differ.
+            state: TrainState = place(jax.device_put(nnx.to_pure_dict(self._make()[1]), self._shardings.params))
+        else:
+            state = jax.jit(lambda: place(nnx.to_pure_dict(self._make()[1])), out_shardings=self._shardings)()
+        return state
+
+    def _new_state(self, params: Any) -> TrainState:
         passes, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return TrainState(params, self._update.init(params), passes, skipped, self._no_sums(params))
+
+    def lower_step(self, length: int) -> jax.stages.Lowered:
+        """The program of a step over (batch_size, length) tokens, for a look at its collectives, bytes and flops.
+
+        Raises:
+            ValueError: the trainer has no layout.
+        """
+        if self.mesh is None:
+            raise ValueError("Trainer.lower_step: the program of a layout; got layout=None. Use trainer.step.lower.")
+        with jax.set_mesh(self.mesh):
+            lowered: jax.stages.Lowered = self.trace_step(length).lower()
+        return lowered
+
+    def trace_step(self, length: int) -> jax.stages.Traced:
+        """A step over (batch_size, length) tokens as JAX traces it; nothing is computed."""
+        tokens = jax.ShapeDtypeStruct((self.optimizer.batch_size, length), jnp.int32)
+        step, shapes = self.step, (jax.eval_shape(self._new_state, self._initial), tokens)
+        around: Any = contextlib.nullcontext()
+        if self.mesh is not None:
+            cuts = self._shardings, NamedSharding(self.mesh, P(BATCH))
+            shapes = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), shapes, cuts)
+            step, around = self._compiled, jax.set_mesh(self.mesh)
+        with around:
+            traced: jax.stages.Traced = step.trace(*shapes)
+        return traced
 
     def merge(self, params: Any) -> TransformerLM:
         """The model with these parameters."""
         rest = jax.tree.map(lambda leaf: leaf, self._rest)  # variables of the model's own
-        model: TransformerLM = nnx.merge(self._graphdef, params, *rest)
+        model: TransformerLM = nnx.merge(self._graphdef, params, rest)
         return model
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
@@ -142,6 +217,8 @@ class Trainer:
             stream: its first token, usually a document token, is not scored.
             batch_size: number of windows in a forward pass.
         """
+        if self.mesh is not None:
+            batch_size = -(-batch_size // _rows(self.mesh)) * _rows(self.mesh)
         windows = list(stream.scoring_windows(stride=max(1, stream.window // 4)))
         nats = 0.0
         for start in range(0, len(windows), batch_size):
@@ -161,6 +238,13 @@ class Trainer:
         """
         if tokens.ndim != 2:
             raise ValueError(f"Trainer.step: tokens must be (batch, T); got tokens.shape={tokens.shape}.")
+        context = 1 if self.mesh is None else self.mesh.shape["context"]
+        if (tokens.shape[1] - 1) % context:
+            raise ValueError(
+                f"Trainer.step: context must divide the length of the windows; got context={context} for "
+                f"{tokens.shape[1] - 1} tokens and the next one of each. Take a multiple; one of {2 * context} gives "
+                "each device the same work."
+            )
         key, targets = jax.random.fold_in(jax.random.key(self.seed), state.passes), tokens[:, 1:]
 
         def mean_loss(params: Any) -> Array:
@@ -232,7 +316,48 @@ class Trainer:
             logits: Array = head_layer(hidden, table)
             return logits
 
+        head = gather_parameters(head)  # once, not in every turn of the loop over tokens
         return weighted_cross_entropy(logits_of, head, out.hidden, tokens[:, 1:], weights), out.aux
+
+
+def _rows(mesh: Mesh) -> int:
+    """The number of parts of a batch."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def make_mesh(
+    layout: Layout, model: TransformerConfig, optimizer: OptimizerConfig, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh of a layout over devices, by default all devices of the process.
+
+    Raises:
+        ValueError: the layout does not divide the devices, the model or the batch.
+    """
+    mesh = layout.mesh(devices)
+    check_layout(model, layout.sized(mesh.size))
+    if optimizer.batch_size % _rows(mesh):
+        raise ValueError(
+            f"Layout: data * fsdp * expert must divide the batch; got {_rows(mesh)} of {layout.sized(mesh.size)} and "
+            f"batch_size={optimizer.batch_size}."
+        )
+    return mesh
+
+
+def _alike(state: Any, cut: Any, whole: NamedSharding) -> Any:
+    """The sharding of each array of a state: that of the parameter whose path ends its own, else `whole`."""
+    known = {_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(cut)[0]}
+
+    def find(path: Any, x: Any) -> NamedSharding:
+        names = _names(path)
+        ends = (known.get(names[start:]) for start in range(len(names)))
+        found = next((end for end in ends if end is not None), whole)
+        return found if len(found.spec) <= len(x.shape) else whole
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def _names(path: Any) -> tuple[Any, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _other_variables(model: TransformerLM) -> dict[Any, Any]:

@@ -80,7 +80,8 @@ def test_a_run_from_before_muon_has_adamw(run, tmp_path):
 def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
     made = []
 
-    def trainer(model, optimizer, seed, document_token):
+    def trainer(model, optimizer, seed, document_token, layout):
+        assert layout is None
         made.append((model, optimizer, seed, document_token))
         raise InputError("no training today")
 

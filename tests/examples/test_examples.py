@@ -34,11 +34,11 @@ def test_moe_lm(main, capsys, tmp_path):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("main", ["data_parallel"], indirect=True)
-def test_data_parallel(main, capsys):
+@pytest.mark.parametrize("main", ["many_devices"], indirect=True)
+def test_many_devices(main, capsys):
     one, many = main(8)
     assert one == pytest.approx(many, rel=1e-4) and one[-1] < 0.5 * one[0]
-    assert "8 devices" in capsys.readouterr().out
+    assert "fsdp=4,tensor=2" in capsys.readouterr().out
 
 
 @pytest.mark.contract

@@ -8,7 +8,8 @@ from cases import contract_unless
 from jax import P
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
-from attnax import alibi_mod, flash_attention, masks, pallas_flash_attention
+from attnax import alibi_mod, flash_attention, masks, pallas_flash_attention, soft_cap_mod
+from attnax.sharding import AXES
 
 T, D = 131, 8
 
@@ -74,10 +75,10 @@ def test_shards_of_auto_axes_compute_what_one_device_does(kind, batch, heads):
 FOUR = AbstractMesh((2, 2), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v5e", 4, "tpu"))
 
 
-def kernels(run, *shapes):
+def kernels(run, *shapes, mesh=FOUR):
     """The lines of the program for four TPUs that call kernels."""
-    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=NamedSharding(FOUR, P())) for x in shapes]
-    with jax.sharding.use_abstract_mesh(FOUR):
+    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=NamedSharding(mesh, P())) for x in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
     return [line for line in text.splitlines() if "tpu_custom_call" in line]
 
@@ -103,6 +104,33 @@ def test_a_program_that_jit_cuts_over_several_tpus_holds_kernels_for_shards(batc
 
     lines = kernels(jax.grad(loss, (0, 1)), (batch, 4, 256, 64), (4,))
     assert len(lines) == 3 and all(f"tensor<{local}xbf16>" in line for line in lines)
+
+
+def of_layout(**sizes):
+    """The mesh of a layout of four TPUs."""
+    sizes = tuple(sizes.get(name, 1) for name in AXES)
+    return AbstractMesh(sizes, AXES, (AxisType.Auto,) * 5, abstract_device=FOUR.abstract_device)
+
+
+@pytest.mark.parametrize(
+    ("mod", "name"),
+    [
+        contract_unless(False, soft_cap_mod(30.0), "splash_mha"),
+        contract_unless(True, None, "splash_mha"),
+        contract_unless(True, alibi_mod(8), "attnax"),
+    ],
+    ids=["soft cap", "none", "alibi"],
+)
+def test_a_layout_leaves_each_shard_the_engine_of_the_whole_call(mod, name):
+    loss = lambda x: flash_attention(x, x, x, mask=masks.causal(), score_mod=mod).astype("float32").sum()
+    lines = kernels(jax.grad(loss), (8, 8, 128, 64), mesh=of_layout(fsdp=2, tensor=2))
+    assert len(lines) >= 3 and all(f'kernel_name = "{name}' in line and "4x4x128x64" in line for line in lines)
+
+
+def test_a_ring_of_a_layout_holds_kernels_in_its_loops():
+    loss = lambda x: flash_attention(x, x, x, mask=masks.causal()).astype("float32").sum()
+    lines = kernels(jax.grad(loss), (2, 2, 1024, 64), mesh=of_layout(fsdp=2, context=2))
+    assert len(lines) == 6 and all("1x2x512x64" in line for line in lines)  # own keys, and those that come
 
 
 @pytest.mark.contract

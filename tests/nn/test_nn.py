@@ -420,10 +420,11 @@ def test_the_gradient_of_a_tall_matrix_is_a_product_with_the_wider_factor_on_the
     def total(kernel, product):
         return jnp.square(product(x, kernel, dims)).sum()
 
-    gradient = jax.jit(jax.grad(lambda kernel: total(kernel, linear._dot_general_of_tall)))
+    product = linear.Product((None, None), is_tall=True)
+    gradient = jax.jit(jax.grad(lambda kernel: total(kernel, product)))
     np.testing.assert_allclose(gradient(kernel), 2 * x.T @ (x @ kernel), rtol=1e-5)
     assert re.search(r"\[3,7\]\S* dot\(|f32\[3,7\]\S* \S*fusion\(", gradient.lower(kernel).compile().as_text())
-    tangent = jax.jvp(lambda kernel: linear._dot_general_of_tall(x, kernel, dims), (kernel,), (2 * kernel,))[1]
+    tangent = jax.jvp(lambda kernel: product(x, kernel, dims), (kernel,), (2 * kernel,))[1]
     np.testing.assert_allclose(tangent, 2 * x @ kernel, rtol=1e-5)
 
 

@@ -13,6 +13,7 @@ import tokenizers
 from flax import nnx
 from golden_copies import (
     FOLDER,
+    NAMES,
     check_outputs,
     check_parameters,
     check_same,
@@ -23,11 +24,14 @@ from golden_copies import (
     run,
     tensors_of,
 )
+from tiny import build
 
-from attnax import TransformerEncoder
+from attnax import Layout, TransformerEncoder, TransformerLM
+from attnax.nn.axes import parameter_axes
 from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
 from attnax.pretrained.inspect import inspect_folder
 from attnax.pretrained.models import load_inspected
+from attnax.sharding import RULES
 
 
 def test_dtype_is_that_of_the_tensors_or_the_one_given():
@@ -75,6 +79,36 @@ def test_parameters_go_where_sharding_says():
     assert attention.query.kernel[...].sharding == spread and attention.key.kernel[...].sharding == whole
     model, _ = load_pretrained(FOLDER / "llama3", sharding=whole)
     assert {array.sharding for array in jax.tree.leaves(nnx.state(model))} == {whole}
+
+
+def test_parameters_go_where_the_rules_of_a_layout_say(tmp_path):
+    kind = {"norm_type": "rms", "pos_emb_type": "rope", "ff_activation": "swiglu", "use_bias": False}
+    sizes = {"vocab_size": 11, "d_model": 8, "num_heads": 2, "num_layers": 2, "d_ff": 12}
+    save_pretrained(build(lambda rngs: TransformerLM(rngs, **sizes, **kind)), tmp_path)
+    layout = Layout(fsdp=2, tensor=2, data=2)
+    model, _ = load_pretrained(tmp_path, layout=layout)
+    block, mesh = model.decoder.stack.blocks[1], layout.mesh()
+    assert block.attention.query.kernel[...].sharding == jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    assert block.feed_forward.down.kernel[...].sharding == jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
+    norm = block.around_attention.norm_in.scale[...]
+    assert norm.sharding.is_fully_replicated and norm.sharding.mesh == mesh
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_a_tensor_is_read():
+    with pytest.raises(ValueError, match="a layout decides where parameters lie; got it with sharding"):
+        load_pretrained(FOLDER / "llama3", layout=Layout(), sharding=lambda name, shape: None)
+    with pytest.raises(ValueError, match="tensor=5 needs 5 devices; got 8 devices"):
+        load_pretrained(FOLDER / "llama3", layout=Layout(fsdp=1, tensor=5))
+    with pytest.raises(ValueError, match="tensor must divide num_heads; got tensor=8"):
+        load_pretrained(FOLDER / "llama3", layout=Layout(tensor=8))
+
+
+@pytest.mark.contract
+def test_each_matrix_of_each_family_states_its_axes():
+    for name in NAMES:
+        for path, axes in parameter_axes(inspect_folder(FOLDER / name).abstract[1]).items():
+            named = {axis[0] if isinstance(axis, tuple) else axis for axis in axes} - {None}
+            assert named <= set(RULES), (name, path)
 
 
 def test_parameters_go_to_the_callers_default_device():

@@ -19,6 +19,7 @@ from tiny import build
 
 from attnax import TransformerConfig, TransformerLM
 from attnax.errors import InputError
+from attnax.sharding import Layout
 from attnax.training import (
     OptimizerConfig,
     TokenStream,
@@ -237,6 +238,14 @@ class TestLoss:
             program = jax.jit(jax.value_and_grad(in_chunks, argnums=(0, 1))).lower(self.head, cut).compile()
             leaves_close(program(self.head, cut), want)
         assert "all-gather" not in program.as_text()
+
+
+def test_a_step_is_lowered_for_the_devices_of_a_layout_which_may_be_some():
+    optimizer = OptimizerConfig(batch_size=2)
+    trainer = Trainer(MODEL, optimizer, layout=Layout(), devices=jax.devices()[:2])
+    assert "mhlo.num_partitions = 2 " in trainer.lower_step(5).as_text()
+    with pytest.raises(ValueError, match="devices are those of a layout; got 2 devices and layout=None"):
+        Trainer(MODEL, optimizer, devices=jax.devices()[:2])
 
 
 def test_a_step_holds_no_logits_of_all_tokens():

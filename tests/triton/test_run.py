@@ -27,7 +27,7 @@ from attnax import (
     standard_attention,
     update_kv_layer_cache,
 )
-from attnax.kernels import _call, _decode_call, _engines, ring, score_mods
+from attnax.kernels import _call, _decode_call, _engines, _ring, ring, score_mods
 from attnax.kernels._core.dropout import dropout_words, keep_weights
 from attnax.kernels._core.tile_grid import TileGrid
 from attnax.kernels._gpu import decode, kernels, launch
@@ -183,7 +183,7 @@ def test_results_and_gradients_are_those_of_the_definition(card, name):
 @pytest.mark.contract
 def test_each_hop_of_a_ring_gives_its_share(card, monkeypatch):
     """Two devices, as a mapped axis, each with a piece from the front and one from the back."""
-    monkeypatch.setattr(ring, "_ring", ring._ring_of)
+    monkeypatch.setattr(ring, "attend_ring", _ring._ring_of)
     query, key, value, d_out, d_lse = (x[:1] for x in arrays(52, 84))
     table = normal(200)
     orders = {length: ring.zigzag_order(length, 2) for length in (52, 84)}

@@ -1,8 +1,8 @@
 """Attention on the shards of a mesh: batch and heads may be cut.
 
-With Explicit axes the type of an array states the cut. A kernel reads the cut from its operands and runs under
-`jax.shard_map` on the shards of each device, and no array is gathered. Masks and score mods still see global indices.
-With Auto axes the cut is unknown while a program is traced and lowered, and `on_shards` chooses one.
+With Explicit axes the type of an array states the cut, and under the mesh of a `Layout` its rules do. A kernel runs
+under `jax.shard_map` on the shards of each device, and no array is gathered. Masks and score mods still see global
+indices. With other Auto axes the cut is unknown while a program is traced and lowered, and `on_shards` chooses one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
 from attnax.checks import is_concrete
-from attnax.masks import Mask
+from attnax.kernels.score_mods import SoftCap
+from attnax.masks import Causal, Mask, SlidingWindow
 from attnax.pytrees import pytree_dataclass
+from attnax.sharding import current_mesh, cut_of
 from attnax.typing import Array, Index, ScoreMod
 
 __all__ = ["AutoCut", "Offset", "Shards", "auto_cut", "find_shards", "on_shards"]
@@ -41,12 +43,12 @@ class Offset:
         return cls(*(jnp.asarray(x, jnp.int32) for x in first))
 
     def mask(self, mask: Mask | None) -> Mask | None:
-        """The mask as a shard sees it."""
-        return None if mask is None else ShardMask(mask, self)
+        """The mask as a shard sees it; one that reads neither row nor head stays, so that engines know it."""
+        return mask if mask is None or isinstance(mask, Causal | SlidingWindow) else ShardMask(mask, self)
 
     def score_mod(self, score_mod: ScoreMod | None) -> ScoreMod | None:
-        """The score mod as a shard sees it."""
-        return None if score_mod is None else ShardScoreMod(score_mod, self)
+        """The score mod as a shard sees it, likewise."""
+        return score_mod if score_mod is None or isinstance(score_mod, SoftCap) else ShardScoreMod(score_mod, self)
 
     def moved(self, b: Index, h: Index) -> tuple[Array, Array]:
         """The global row and head, for a row and a head of the shard."""
@@ -87,12 +89,21 @@ class ShardScoreMod:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The cut of query, key and value; `batch`, `heads` and `kv_heads` are entries of a `PartitionSpec`."""
+    """The cut of query, key and value; `batch`, `heads` and `kv_heads` are entries of a `PartitionSpec`.
+
+    Where heads are cut and `kv_heads` are not, the heads of a device share one head of the keys.
+    """
 
     mesh: Any
     batch: Any
     heads: Any
     kv_heads: Any
+    length: Any = None  # of queries and keys
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the mesh is that of a layout, whose cut stands in no type."""
+        return set(self.mesh.axis_types) == {AxisType.Auto}
 
     @property
     def axes(self) -> frozenset[str]:
@@ -101,8 +112,11 @@ class Shards:
 
     def local(self, x: Any, *, of_keys: bool = False) -> jax.ShapeDtypeStruct:
         """The shape and dtype of a device's shard of x."""
-        rows, heads = self._count(self.batch), self._count(self.kv_heads if of_keys else self.heads)
-        return jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1] // heads, *x.shape[2:]), x.dtype)
+        heads = x.shape[1] // self._count(self.kv_heads if of_keys else self.heads)
+        if of_keys and self._shares_keys:
+            heads = 1
+        length = x.shape[2] // self._count(self.length)
+        return jax.ShapeDtypeStruct((x.shape[0] // self._count(self.batch), heads, length, *x.shape[3:]), x.dtype)
 
     def whole(self, tree: Any) -> Any:
         """Masks and score mods with all arrays uncut, also arrays in closures, partials and default arguments."""
@@ -135,14 +149,20 @@ class Shards:
 
     def run(self, attend: Callable[..., Any], query: Array, key: Array, value: Array, operands: Any) -> Any:
         """Runs `attend(offset, query, key, value, operands)` on each device; results have axes (B, N, ...)."""
-        spec, of_keys = P(self.batch, self.heads), P(self.batch, self.kv_heads)
+        spec, of_keys = (P(self.batch, heads, self.length) for heads in (self.heads, self.kv_heads))
 
-        def local(query: Array, *others: Any) -> Any:
-            return attend(Offset.of(self.batch, self.heads, query), query, *others)
+        num_heads, kv_heads = query.shape[1], key.shape[1]
+
+        def local(query: Array, key: Array, value: Array, operands: Any) -> Any:
+            offset = Offset.of(self.batch, self.heads, query)
+            if self._shares_keys:
+                first = offset.head // (num_heads // kv_heads)
+                key, value = (lax.dynamic_slice_in_dim(x, first, 1, axis=1) for x in (key, value))
+            return attend(offset, query, key, value, operands)
 
         run = jax.shard_map(
             local,
-            mesh=self.mesh,
+            mesh=None if self.is_auto else self.mesh,
             in_specs=(spec, of_keys, of_keys, P()),
             out_specs=spec,
             axis_names=self._manual,
@@ -152,8 +172,14 @@ class Shards:
         return run(*arrays, self.whole(operands))
 
     @property
+    def _shares_keys(self) -> bool:
+        return bool(_names(self.heads)) and not _names(self.kv_heads)
+
+    @property
     def _manual(self) -> set[str]:
         """The axes of the `shard_map`; outside of jit, JAX before 0.11 takes only all Explicit axes together."""
+        if self.is_auto:  # kernels of a TPU run where no axis is left to XLA
+            return set(self.mesh.axis_names)
         if jax.__version_info__ >= (0, 11):
             return set(self.axes)
         types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
@@ -165,17 +191,27 @@ class Shards:
     def _cut(self, x: Array, spec: P) -> Array:
         """The array cut by `spec`, without communication if the array was cut less before."""
         have = jax.typeof(x).sharding
-        if _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
+        if self.is_auto or _entries(have.spec, x.ndim) == _entries(spec, x.ndim):
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
 
 
-def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards | None:
-    """The cut of the operands by Explicit mesh axes; None if no axis cuts them.
+def find_shards(caller: str, query: Array, key: Array, value: Array, *, rings: bool = False) -> Shards | None:
+    """The cut of the operands by Explicit mesh axes, or by the layout around the program; None if nothing cuts them.
+
+    Args:
+        caller: the name in errors.
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, Hv).
+        rings: whether a layout may cut the sequence, which takes a ring.
 
     Raises:
         NotImplementedError: an axis cuts a sequence, the width of heads, or heads that the keys lack.
     """
+    mesh: Any = current_mesh()
+    if mesh is not None:
+        return _of_layout(mesh, query, key, rings=rings)
     cuts = {name: _cut_by(x) for name, x in (("query", query), ("key", key), ("value", value))}
     if not any(any(cut) for cut in cuts.values()):
         return None
@@ -192,17 +228,34 @@ def find_shards(caller: str, query: Array, key: Array, value: Array) -> Shards |
             f"{caller}: query, key and value must be cut alike; got {got}. Use jax.sharding.reshard."
         )
     cut_array = next(x for x, cut in zip((query, key, value), cuts.values(), strict=True) if any(cut))
-    mesh: Any = cut_array.sharding if is_concrete(cut_array) else jax.typeof(cut_array).sharding
-    mesh = mesh.mesh
+    sharding: Any = cut_array.sharding if is_concrete(cut_array) else jax.typeof(cut_array).sharding
+    mesh = sharding.mesh
     by_head = next(iter(heads), ())
     count = math.prod(mesh.shape[name] for name in by_head)
-    if key.shape[1] % count and key.shape[1] > 1:
+    if key.shape[1] % count and count % key.shape[1]:
         raise NotImplementedError(
             f"{caller}: the {key.shape[1]} heads of keys cannot be cut {count} times like the heads of the query; got "
             f"{got}. Cut the heads less, or repeat the keys."
         )
     cut_keys = by_head if key.shape[1] % count == 0 else ()
     return Shards(mesh, next(iter(batches), None), by_head or None, cut_keys or None)
+
+
+def _of_layout(mesh: Any, query: Array, key: Array, *, rings: bool) -> Shards | None:
+    """The cut by the rules of a layout; where these do not divide a size, it stays whole."""
+    of_queries, length = (cut_of(mesh, x.shape[2], "length") for x in (query, key))
+    if not of_queries or not rings:
+        length = ()
+    batch, heads = cut_of(mesh, query.shape[0], "batch"), cut_of(mesh, query.shape[1], "heads")
+    kv_heads, count = key.shape[1], math.prod(mesh.shape[name] for name in heads)
+    if kv_heads % count and count % kv_heads:
+        heads = ()
+    if not batch and not heads and not length:
+        return None
+    # An axis that no array mentions costs a sum of gradients over it; one of a single device may cut anything.
+    batch += tuple(name for name, size in mesh.shape.items() if size == 1)
+    cut_keys = heads if kv_heads % count == 0 else ()
+    return Shards(mesh, batch or None, heads or None, cut_keys or None, length or None)
 
 
 class AutoCut(NamedTuple):

@@ -1,9 +1,10 @@
-"""Training over many devices gives the same losses as one device; Orbax saves and restores the parameters.
+"""A training loop of one's own on the devices of a layout gives the losses of one device; Orbax saves the parameters.
 
-The batch is sharded over a mesh of all devices and the parameters are replicated. `jax.jit` does everything else, the
-mean of the gradients included. Without accelerators the script makes eight devices of the CPU.
+The step is the same function for one device and for many. The layout says where the parameters lie, the model reads the
+layout from the mesh around the call, and `jax.jit` does everything else. Without accelerators the script makes eight
+devices of the CPU. `attnax.training.Trainer` and `attnax train` take a layout too.
 
-    python examples/data_parallel.py
+    python examples/many_devices.py
 """
 
 import os
@@ -19,9 +20,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from attnax import TransformerConfig, TransformerLM
+from attnax import Layout, TransformerConfig, TransformerLM
+from attnax.nn import parameter_shardings
+from attnax.sharding import BATCH
 
 CONFIG = TransformerConfig(
     vocab_size=31, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=16, pos_emb_type="rope", dropout_rate=0.0
@@ -29,12 +31,11 @@ CONFIG = TransformerConfig(
 OPTIMIZER = optax.adamw(1e-2)
 
 
-def train(steps, mesh=None):
+def train(steps, mesh):
     """The losses of some steps, and the model; each row of a batch counts up from a random number."""
     graphdef, params, rest = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG), nnx.Param, ...)
-    state = params, OPTIMIZER.init(params)
-    if mesh is not None:
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    params = jax.tree.map(jax.device_put, params, parameter_shardings(params, mesh))
+    state = params, OPTIMIZER.init(params)  # moments lie like their parameters
 
     @jax.jit
     def step(state, tokens):
@@ -49,10 +50,9 @@ def train(steps, mesh=None):
 
     losses, rng = [], np.random.default_rng(0)
     for _ in range(steps):
-        tokens = jnp.asarray((rng.integers(0, 31, (16, 1)) + np.arange(17)) % 31)
-        if mesh is not None:
-            tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
-        state, loss = step(state, tokens)
+        tokens = (rng.integers(0, 31, (16, 1)) + np.arange(17)) % 31
+        with jax.set_mesh(mesh):
+            state, loss = step(state, jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(BATCH))))
         losses.append(float(loss))
     return losses, nnx.merge(graphdef, state[0], rest)
 
@@ -67,13 +67,13 @@ def save_and_restore(model, folder):
     return other
 
 
-def main(steps=20):
-    """Returns the losses of one device and of all devices."""
-    one, _ = train(steps)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def main(steps=20, layout="fsdp=4,tensor=2"):
+    """Returns the losses of one device and of the devices of the layout."""
+    one, _ = train(steps, Layout().mesh(jax.devices()[:1]))
+    mesh = Layout.parse(layout).mesh()
     many, model = train(steps, mesh)
     for step in range(0, steps, max(1, steps // 5)):
-        print(f"step {step:3}  one device {one[step]:.6f}  {mesh.size} devices {many[step]:.6f}")
+        print(f"step {step:3}  one device {one[step]:.6f}  {layout} {many[step]:.6f}")
     with tempfile.TemporaryDirectory() as folder:
         restored = save_and_restore(model, folder)
     ids = jnp.arange(5)[None, :]

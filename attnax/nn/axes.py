@@ -1,0 +1,71 @@
+"""The names of the axes of a model's parameters, and where a layout puts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from attnax.sharding import Axis, current_mesh, gather, partition
+
+__all__ = ["gather_parameters", "parameter_axes", "parameter_shardings"]
+
+
+def parameter_axes(params: Any) -> dict[tuple[Any, ...], tuple[Axis, ...]]:
+    """The names of the axes of each parameter, by its path.
+
+    A parameter states them by the metadata `axes`: `nnx.Param(x, axes=("embed", None))`, or in a layer of Flax
+    `nnx.Linear(..., kernel_metadata={"axes": ("embed", None)})`. The names are those of `attnax.sharding.RULES`. A
+    vector that states none is whole on every device, such as a bias.
+
+    Args:
+        params: an `nnx.State` of a model, such as `nnx.state(model, nnx.Param)`.
+
+    Raises:
+        ValueError: a matrix states no axes, or more or fewer than it has.
+    """
+    found: dict[tuple[Any, ...], tuple[Axis, ...]] = {}
+    for path, variable in nnx.to_flat_state(params):
+        ndim = len(variable.shape) - ("periods" in path)  # with scan_layers arrays have a leading axis of layers
+        axes = variable.get_metadata().get("axes")
+        if axes is None and ndim > 1:
+            raise ValueError(
+                f"Layout: every matrix must state its axes; got {'.'.join(map(str, path))} of shape {variable.shape} "
+                'without them. Make it by nnx.Param(x, axes=("embed", None)), or a layer of Flax with '
+                'kernel_metadata={"axes": ("embed", None)}; None keeps an axis whole on every device.'
+            )
+        axes = (None,) * ndim if axes is None else tuple(axes)
+        if len(axes) != ndim:
+            raise ValueError(
+                f"Layout: a parameter states each of its axes; got {'.'.join(map(str, path))} of shape "
+                f"{variable.shape} with axes={axes}."
+            )
+        found[path] = axes
+    return found
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """`params` with a `NamedSharding` over the mesh of a layout in place of each array.
+
+    Args:
+        params: as in `parameter_axes`.
+        mesh: of a layout.
+    """
+    axes = parameter_axes(params)
+    flat = [
+        (path, variable.replace(NamedSharding(mesh, partition(mesh, variable.shape, axes[path]))))
+        for path, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def gather_parameters(params: Any) -> Any:
+    """The parameters, each without its cut by fsdp: see `gather`. For those that a loop uses in every turn."""
+    if current_mesh() is None:
+        return params
+    axes = parameter_axes(params)
+    flat = [
+        (path, variable.replace(gather(variable[...], *axes[path]))) for path, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
