@@ -92,6 +92,13 @@ def test_no_query_key_or_score_is_gathered():
     assert re.search("collective-permute", text) and not re.search("all-gather|all-reduce|all-to-all", text)
 
 
+def test_a_score_mod_that_mixes_heads_is_refused_in_words():
+    mixed = functools.partial(flash_attention, score_mod=lambda s, *_: s - s.mean(1, keepdims=True))
+    mesh = Layout(fsdp=2, tensor=2, context=2).mesh(jax.devices()[:8])
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="mixes heads by reduce_sum"):
+        jax.eval_shape(mixed, *ARRAYS)
+
+
 def test_keys_of_explicit_axes_are_shared_by_the_heads_of_a_device():
     values = normal(0, 2, 8, 7, 3), normal(1, 2, 2, 7, 3), normal(2, 2, 2, 7, 3)
     want = jax.jit(standard_attention)(*values)
