@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax import P
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from attnax.checks import is_concrete
 from attnax.config import AttentionType, StackConfig
 from attnax.typing import Array
 
@@ -65,7 +66,7 @@ class Layout:
     Attributes:
         data: each device has a part of the batch and all parameters.
         fsdp: each device has a part of the batch and a part of every parameter; a parameter is gathered where it is
-            used. With `remat` a device holds the whole parameters of one layer at a time.
+            used. With `scan_layers` and `remat` a device holds the whole parameters of about one layer at a time.
         tensor: each device has some heads, and some hidden features of every feed-forward.
         context: each device has a part of every sequence; keys and values go round (`ring_attention`).
         expert: each device has a part of the batch and some experts of every mixture.
@@ -161,14 +162,24 @@ class Layout:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of a layout that is around the program, and cuts something; inside of a `shard_map` there is none."""
+    """The mesh of a layout that is around the program, and cuts something; inside of a `shard_map` there is none.
+
+    Raises:
+        ValueError: the mesh has the axes of a layout in another order or of another type.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    is_layout = mesh.axis_names == AXES and mesh.size > 1
-    return mesh if is_layout and set(mesh.axis_types) == {AxisType.Auto} else None
+    if set(mesh.axis_names) != set(AXES) or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"Layout: a mesh with these axes must have them in the order {', '.join(AXES)} and of the type Auto; "
+            f"got {mesh}. Make it by Layout(...).mesh()."
+        )
+    return mesh
 
 
 def cut_of(mesh: Any, size: int, axis: Axis, *, without: Sequence[str] = ()) -> tuple[str, ...]:
-    """The axes of a mesh that cut an axis of `size` elements; none where they do not divide it.
+    """The axes of a mesh that cut an axis of `size` elements: each that its name allows and that still divides it.
 
     Args:
         mesh: with axes `AXES`.
@@ -177,10 +188,13 @@ def cut_of(mesh: Any, size: int, axis: Axis, *, without: Sequence[str] = ()) -> 
         without: axes of the mesh that cut nothing here.
     """
     name, parts = axis if isinstance(axis, tuple) else (axis, size)
-    names = () if name is None else RULES[name]
-    names = tuple(x for x in names if mesh.shape[x] > 1 and x not in without)
-    count = math.prod(mesh.shape[x] for x in names)
-    return names if size % count == 0 and parts % count == 0 else ()
+    found: tuple[str, ...] = ()
+    count = 1
+    for each in () if name is None else RULES[name]:
+        more = count * mesh.shape[each]
+        if mesh.shape[each] > 1 and each not in without and size % more == 0 and parts % more == 0:
+            found, count = (*found, each), more
+    return found
 
 
 def partition(mesh: Any, shape: Sequence[int], axes: Sequence[Axis], *, without: Sequence[str] = ()) -> P:
@@ -250,7 +264,12 @@ _gathered.defvjp(lambda kept, whole, x: (_gathered(kept, whole, x), None), lambd
 
 
 def _at(x: Array, spec: P) -> Array:
+    if is_concrete(x):  # outside of jit a constraint takes only arrays that lie on the mesh already
+        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+_IN_A_RING = AttentionType.FLASH, AttentionType.MEMORY_EFFICIENT, AttentionType.PALLAS_FLASH
 
 
 def check_layout(config: StackConfig, layout: Layout) -> None:
@@ -260,7 +279,7 @@ def check_layout(config: StackConfig, layout: Layout) -> None:
         config: of the model.
         layout: without -1 (`Layout.sized`).
     """
-    experts = config.num_experts
+    has_experts = False
     for index in range(config.num_layers):
         block = config.layer(index)
         sizes = {"tensor": {"num_heads": block.num_heads, "d_ff": block.d_ff}, "fsdp": {"d_model": block.d_model}}
@@ -276,15 +295,23 @@ def check_layout(config: StackConfig, layout: Layout) -> None:
         if kv_heads % tensor and tensor % kv_heads:
             raise ValueError(
                 f"Layout: tensor must divide num_kv_heads, or be a multiple of it; got tensor={tensor}, "
-                f"num_kv_heads={kv_heads}."
+                f"num_kv_heads={kv_heads}. Take a divisor of {kv_heads}."
             )
-        if layout.context > 1 and block.attention_type in (AttentionType.LINEAR, AttentionType.LITE):
+        if layout.context > 1 and block.attention_type not in _IN_A_RING:
             raise ValueError(
-                "Layout: context cuts sequences, over which softmax attention goes round a ring; got "
-                f"context={layout.context}, attention_type={block.attention_type.value!r}. Take context=1."
+                "Layout: context cuts sequences, over which the tiles of softmax attention go round a ring; got "
+                f"context={layout.context}, attention_type={block.attention_type.value!r}. Take context=1, or "
+                "attention_type='flash'."
             )
-        experts = block.num_experts or experts
-    if layout.expert > 1 and (experts is None or experts % layout.expert):
+        if block.num_experts is not None:
+            has_experts = True
+            if block.num_experts % layout.expert:
+                raise ValueError(
+                    f"Layout: expert must divide the number of experts; got expert={layout.expert}, "
+                    f"num_experts={block.num_experts}. Take a divisor of {block.num_experts}."
+                )
+    if layout.expert > 1 and not has_experts:
         raise ValueError(
-            f"Layout: expert must divide the number of experts; got expert={layout.expert}, num_experts={experts}."
+            f"Layout: expert cuts the experts of a mixture; got expert={layout.expert} for a model without any. Take "
+            "fsdp in its place."
         )

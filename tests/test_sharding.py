@@ -68,6 +68,31 @@ class TestRules:
         assert partition(mesh, (12, 18), ("embed", "hidden"), without=("fsdp",)) == P(None, "tensor")
         assert partition(mesh_of(data=2, fsdp=3), (12,), ("batch",)) == P(("data", "fsdp"))
 
+    def test_a_batch_is_cut_by_the_axes_that_divide_it(self):
+        mesh = mesh_of(data=2, fsdp=4)
+        assert [partition(mesh, (size,), ("batch",)) for size in (8, 4, 6, 3)] == [
+            P(("data", "fsdp")),
+            P("data"),
+            P("data"),
+            P(None),
+        ]
+
+    def test_a_name_that_is_no_rule_is_refused(self):
+        class Own(nnx.Module):
+            def __init__(self):
+                self.mixer = nnx.Param(jnp.zeros((2, 3)), axes=("embeds", None))
+
+        with pytest.raises(ValueError, match="an axis is None or one of batch, length, .*; got 'embeds' of mixer"):
+            parameter_axes(nnx.state(Own(), nnx.Param))
+
+    def test_a_mesh_that_is_none_of_a_layout_is_refused(self):
+        params = nnx.eval_shape(lambda: nnx.state(TransformerLM(nnx.Rngs(0), CONFIG), nnx.Param))
+        with pytest.raises(ValueError, match="mesh must be that of a layout; got the axes"):
+            parameter_shardings(params, jax.make_mesh((2,), ("data",)))
+        wrong = AbstractMesh((2, 1, 1, 1, 1), AXES[::-1], (AxisType.Auto,) * 5)
+        with jax.sharding.use_abstract_mesh(wrong), pytest.raises(ValueError, match="in the order data, fsdp, expert"):
+            constrain(jnp.zeros((2, 2)), "batch", None)
+
     def test_a_matrix_without_axes_is_refused_by_name(self):
         class Own(nnx.Module):
             def __init__(self, rngs):
@@ -108,7 +133,13 @@ class TestCheck:
                 "divide num_kv_heads, or be a multiple of it; got tensor=2, num_kv_heads=3",
             ),
             ({"fsdp": 5}, {}, "fsdp must divide d_model; got fsdp=5, d_model=12"),
-            ({"expert": 2}, {}, "divide the number of experts; got expert=2, num_experts=None"),
+            ({"expert": 2}, {}, "expert cuts the experts of a mixture; got expert=2 for a model without any"),
+            (
+                {"expert": 4},
+                {"layer_pattern": ({"num_experts": 6}, {"num_experts": 8})},
+                "divide the number of experts; got expert=4, num_experts=6",
+            ),
+            ({"context": 2}, {"attention_type": "standard"}, "context=2, attention_type='standard'"),
             (
                 {"expert": 3},
                 {"num_experts": 4},
@@ -139,6 +170,13 @@ def test_without_a_layout_nothing_changes_an_array():
     for mesh in (jax.sharding.AbstractMesh((), ()), other.abstract_mesh):
         with jax.sharding.use_abstract_mesh(mesh):
             assert constrain(x, "batch", "embed") is x and gather(x, "embed", "hidden") is x
+
+
+def test_outside_of_jit_an_array_goes_where_the_rules_say():
+    mesh = Layout(fsdp=2, tensor=2).mesh(jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        x = constrain(jax.device_put(np.ones((2, 3, 4), np.float32), jax.devices()[0]), "batch", "length", "hidden")
+    assert x.sharding.spec == P("fsdp", None, "tensor")
 
 
 def test_a_gathered_parameter_is_whole_and_its_gradient_is_cut():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
+from attnax.config import BlockConfig
 from attnax.kernels.grouped import grouped_product
 from attnax.nn.feedforward import activate
 from attnax.sharding import Axis, current_mesh, partition, stream_axes
@@ -44,7 +45,7 @@ class Routes(NamedTuple):
     Attributes:
         experts: int32 (..., C), their numbers.
         weights: (..., C), the factors of their outputs.
-        kept: (..., C, F), the factors of dropout for the hidden features, or None.
+        kept: boolean (..., C, F), the hidden features that dropout keeps, or None.
     """
 
     experts: Any
@@ -52,11 +53,11 @@ class Routes(NamedTuple):
     kept: Any
 
 
-def mix(activation: str, experts: Experts, x: Float[Array, "*L D"], routes: Routes) -> Float[Array, "*L D"]:
+def mix(config: BlockConfig, experts: Experts, x: Float[Array, "*L D"], routes: Routes) -> Float[Array, "*L D"]:
     """sum_c weights[c] * expert_{experts[c]}(x) of each token."""
     mesh = current_mesh()
     if mesh is None:
-        return _mix(activation, experts, x, routes, 0)
+        return _mix(config, experts, x, routes, 0)
     of_tokens = partition(mesh, x.shape, stream_axes(x.ndim))
     of_hidden = partition(mesh, experts.up.shape, UP, without=("fsdp",))
     by_expert, by_hidden = of_hidden[0], of_hidden[2]
@@ -70,11 +71,11 @@ def mix(activation: str, experts: Experts, x: Float[Array, "*L D"], routes: Rout
         if by_hidden is not None and experts.down_bias is not None:  # added once, where the products are summed
             experts = experts._replace(down_bias=jnp.where(lax.axis_index(by_hidden) == 0, experts.down_bias, 0))
         if by_expert is None:
-            out = _mix(activation, experts, x, routes, 0)
+            out = _mix(config, experts, x, routes, 0)
             return out if by_hidden is None else lax.psum(out, by_hidden)
         flat = jax.tree.map(lambda array: array.reshape(-1, *array.shape[x.ndim - 1 :]), (x, routes))
         tokens, routes = lax.all_gather(flat, by_expert, tiled=True)
-        out = _mix(activation, experts, tokens, routes, lax.axis_index(by_expert) * experts.up.shape[0])
+        out = _mix(config, experts, tokens, routes, lax.axis_index(by_expert) * experts.up.shape[0])
         if by_hidden is not None:
             out = lax.psum(out, by_hidden)
         return lax.psum_scatter(out, by_expert, tiled=True).reshape(x.shape)
@@ -84,7 +85,7 @@ def mix(activation: str, experts: Experts, x: Float[Array, "*L D"], routes: Rout
     return run(narrow, x, routes)
 
 
-def _mix(activation: str, experts: Experts, x: Array, routes: Routes, first: Any) -> Array:
+def _mix(config: BlockConfig, experts: Experts, x: Array, routes: Routes, first: Any) -> Array:
     """`mix` by the experts that are here, numbers `first` and on; the other ones add nothing."""
     here, width = experts.up.shape[0], x.shape[-1]
     num_chosen = routes.experts.shape[-1]
@@ -95,14 +96,14 @@ def _mix(activation: str, experts: Experts, x: Array, routes: Routes, first: Any
     order = jnp.argsort(assigned)  # rows of other devices' experts come last, and are computed by no expert
     rows = x.reshape(-1, width)[order // num_chosen]
     kept = None if routes.kept is None else routes.kept.reshape(-1, routes.kept.shape[-1])[order]
-    outs = _experts(activation, experts, rows, sizes, kept)
+    outs = _experts(config, experts, rows, sizes, kept)
     outs = outs.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, num_chosen, width)
     weights = jnp.where(is_here.reshape(-1, num_chosen), routes.weights.reshape(-1, num_chosen), 0)
     return (outs.astype(weights.dtype) * weights[..., None]).sum(1).astype(outs.dtype).reshape(x.shape)
 
 
 def _experts(
-    activation: str, experts: Experts, rows: Float[Array, "R D"], sizes: Array, kept: Any
+    config: BlockConfig, experts: Experts, rows: Float[Array, "R D"], sizes: Array, kept: Any
 ) -> Float[Array, "R D"]:
     """The output of each row's expert; rows are sorted by expert."""
 
@@ -111,7 +112,7 @@ def _experts(
 
     up = product(rows, experts.up, experts.up_bias)
     gate = None if experts.gate is None else product(rows, experts.gate, experts.gate_bias)
-    hidden = activate(activation, up, gate)
+    hidden = activate(config.ff_activation, up, gate)
     if kept is not None:
-        hidden = hidden * kept.astype(hidden.dtype)
+        hidden = jnp.where(kept, hidden / (1.0 - config.dropout_rate), 0) if config.dropout_rate < 1.0 else 0 * hidden
     return product(hidden, experts.down, experts.down_bias)

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from attnax.sharding import Axis, current_mesh, gather, partition
+from attnax.sharding import AXES, RULES, Axis, current_mesh, gather, partition
 
 __all__ = ["gather_parameters", "parameter_axes", "parameter_shardings"]
 
@@ -36,6 +36,11 @@ def parameter_axes(params: Any) -> dict[tuple[Any, ...], tuple[Axis, ...]]:
                 'kernel_metadata={"axes": ("embed", None)}; None keeps an axis whole on every device.'
             )
         axes = (None,) * ndim if axes is None else tuple(axes)
+        for axis in axes:
+            if (axis[0] if isinstance(axis, tuple) else axis) not in (None, *RULES):
+                raise ValueError(
+                    f"Layout: an axis is None or one of {', '.join(RULES)}; got {axis!r} of {'.'.join(map(str, path))}."
+                )
         if len(axes) != ndim:
             raise ValueError(
                 f"Layout: a parameter states each of its axes; got {'.'.join(map(str, path))} of shape "
@@ -51,7 +56,15 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     Args:
         params: as in `parameter_axes`.
         mesh: of a layout.
+
+    Raises:
+        ValueError: the mesh is none of a layout, or as in `parameter_axes`.
     """
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"parameter_shardings: mesh must be that of a layout; got the axes {mesh.axis_names}. Make it by "
+            "Layout(...).mesh()."
+        )
     axes = parameter_axes(params)
     flat = [
         (path, variable.replace(NamedSharding(mesh, partition(mesh, variable.shape, axes[path]))))

@@ -152,7 +152,7 @@ class MixtureOfExperts(nnx.Module):
         # The softmax of logarithms: sigmoids may be so small that their sum is 0.
         weights = jax.nn.softmax(chosen) if config.router_renormalize else jnp.exp(chosen)
         routes = Routes(experts, weights, self._kept((*experts.shape, config.d_ff), deterministic, rngs))
-        out = mix(config.ff_activation, self._parameters(), x.astype(config.dtype), routes)
+        out = mix(config, self._parameters(), x.astype(config.dtype), routes)
         if self.shared is not None:
             out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
         logits, scores, experts = (array.reshape(-1, array.shape[-1]) for array in (logits, scores, experts))
@@ -163,12 +163,9 @@ class MixtureOfExperts(nnx.Module):
         return Experts(*(None if x is None else x[...] for x in matrices))
 
     def _kept(self, shape: tuple[int, ...], deterministic: bool | None, rngs: nnx.Rngs | None) -> Array | None:
-        """The factors of dropout for the hidden features of each token in each of its experts."""
+        """The hidden features of each token in each of its experts that dropout keeps; None without dropout."""
         key = self.dropout.key(deterministic, rngs)
-        if key is None:
-            return None
-        rate = self.dropout.rate
-        return jnp.where(jax.random.bernoulli(key, 1.0 - rate, shape), 1.0 / (1.0 - rate) if rate < 1.0 else 0.0, 0.0)
+        return None if key is None else jax.random.bernoulli(key, 1.0 - self.dropout.rate, shape)
 
     def _logits(
         self, tokens: Float[Array, "*L D"], deterministic: bool | None, rngs: nnx.Rngs | None

@@ -252,8 +252,12 @@ class _Step:
         return self.tokens * self.bytes * (hops + exchanges)
 
     def to_experts(self, layer: BlockConfig) -> float:
-        """(e - 1) t (2 a D + 8 C): the inputs and the gradients of the outputs; numbers and weights of C experts."""
+        """(e - 1) t (2 a D + 8 C): the inputs and the gradients of the outputs; numbers and weights of C experts.
+
+        With dropout C F / n bytes of each token besides, that say what is kept.
+        """
         features = 2 * self.bytes * layer.d_model + 8 * layer.top_k
+        features += layer.top_k * layer.d_ff / self.num * (layer.dropout_rate > 0)
         return (self.expert - 1) * self.tokens * features
 
     def from_experts(self, layer: BlockConfig) -> float:

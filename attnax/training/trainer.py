@@ -132,6 +132,11 @@ class Trainer:
         self.parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
         self._update = optimizer.build()
         self.mesh = None if layout is None else make_mesh(layout, model, optimizer, devices)
+        if self.mesh is not None and self.mesh.shape["context"] > 1 and attention_fn is not None:
+            raise ValueError(
+                "Trainer: an attention_fn gets whole sequences, and context cuts them; got both. Take context=1, or "
+                "attention_type='flash' with a mask or a score mod."
+            )
         graphdef, params, rest = self._make() if self.mesh is None else jax.eval_shape(self._make)
         self._graphdef, self._rest = graphdef, rest
         self.step: Any = jax.jit(self._step, donate_argnums=0)
@@ -155,8 +160,13 @@ class Trainer:
 
         def under(function: Any) -> Any:
             def run(first: Any, *batch: Any) -> Any:
+                if batch[0].ndim == 2 and batch[0].shape[0] % _rows(mesh):
+                    raise ValueError(
+                        f"Trainer.step: data * fsdp * expert must divide the batch; got {_rows(mesh)} for tokens.shape="
+                        f"{batch[0].shape}."
+                    )
                 with jax.set_mesh(mesh):
-                    return function(first, *(jax.device_put(x, rows) for x in batch))
+                    return function(first, *(jax.device_put(x, rows) if x.ndim == 2 else x for x in batch))
 
             return run
 
@@ -338,7 +348,7 @@ def make_mesh(
     if optimizer.batch_size % _rows(mesh):
         raise ValueError(
             f"Layout: data * fsdp * expert must divide the batch; got {_rows(mesh)} of {layout.sized(mesh.size)} and "
-            f"batch_size={optimizer.batch_size}."
+            f"batch_size={optimizer.batch_size}. Take a multiple."
         )
     return mesh
 

@@ -31,7 +31,8 @@ class QuickTrainer:
 
     bad, bad_bits, overflow = (), (), ()
 
-    def __init__(self, model, optimizer, seed, *, document_token):
+    def __init__(self, model, optimizer, seed, *, document_token, layout):
+        assert layout is None
         self.optimizer = optimizer
 
     def init(self):

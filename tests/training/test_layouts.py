@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnax import EncoderBlock, Layout, TransformerConfig
+from attnax import EncoderBlock, Layout, TransformerConfig, standard_attention
 from attnax.training import OptimizerConfig, TokenStream, Trainer
 
 MODEL = TransformerConfig(
@@ -73,7 +73,7 @@ CASES = [
     )
     for variant in VARIANTS
     for layout in LAYOUTS
-    if "expert" not in layout or "mixture" in variant
+    if ("expert" not in layout or "mixture" in variant) and ("context" not in layout or variant != "standard")
 ]
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 8, 9)).astype(np.int32)
 
@@ -148,6 +148,14 @@ class TestRefusals:
     def test_a_model_that_is_not_divided(self):
         with pytest.raises(ValueError, match="tensor must divide num_heads; got tensor=8, num_heads=4"):
             make("plain", Layout(tensor=8))
+
+    def test_a_step_of_another_batch(self):
+        with pytest.raises(ValueError, match=r"must divide the batch; got 8 for tokens.shape=\(6, 9\)"):
+            make("plain", Layout()).step(None, TOKENS[0][:6])
+
+    def test_an_attention_function_of_ones_own_where_sequences_are_cut(self):
+        with pytest.raises(ValueError, match="an attention_fn gets whole sequences, and context cuts them"):
+            make("plain", Layout(context=2), attention_fn=standard_attention)
 
     def test_a_part_whose_parameters_state_no_axes(self):
         class Mixer(EncoderBlock):

@@ -59,6 +59,9 @@ def placed_of(model, layout):
         pytest.param("context=8", {}, marks=pytest.mark.thorough),
         pytest.param("fsdp=4,context=2", {}, marks=pytest.mark.thorough),
         pytest.param("data=2,expert=4", {"num_experts": 4, "top_k": 2}, marks=pytest.mark.thorough),
+        pytest.param(
+            "fsdp=2,expert=4", {"num_experts": 4, "top_k": 2, "dropout_rate": 0.1}, marks=pytest.mark.thorough
+        ),
         pytest.param("fsdp=2,expert=2,tensor=2", {"num_experts": 4, "top_k": 2}, marks=pytest.mark.thorough),
         pytest.param("fsdp=4,tensor=2", {"remat": "full"}, marks=pytest.mark.thorough),
         pytest.param("fsdp=4,tensor=2", {"scan_layers": True, "num_layers": 2}, marks=pytest.mark.thorough),
