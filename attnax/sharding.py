@@ -124,8 +124,12 @@ class Layout:
         return cls(**sizes)
 
     def __str__(self) -> str:
+        """The text that `parse` reads: the rest of the devices for fsdp goes without saying."""
         sizes = {name: size for name in AXES if (size := getattr(self, name)) != 1}
-        return ",".join(f"{name}={size}" for name, size in sizes.items()) or "fsdp=1"
+        if len(sizes) == 1 and -1 in sizes.values():
+            return next(iter(sizes))
+        known = {name: size for name, size in sizes.items() if (name, size) != ("fsdp", -1)}
+        return ",".join(f"{name}={size}" for name, size in known.items()) or "fsdp=1"
 
     def sized(self, num_devices: int) -> Layout:
         """The layout without -1, for so many devices.

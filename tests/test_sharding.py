@@ -40,6 +40,10 @@ class TestLayout:
         assert Layout.parse(str(layout)).sized(8) == layout
         assert dict(layout.mesh(jax.devices()[:8]).shape) == {name: getattr(layout, name) for name in AXES}
 
+    def test_the_rest_goes_without_saying(self):
+        texts = "data", "fsdp", "tensor=2", "data=4,tensor=2", "data=-1,tensor=2", "fsdp=2"
+        assert [str(Layout.parse(text)) for text in texts] == list(texts)
+
     @pytest.mark.parametrize("text", ["", "fsdp=", "fsdp=two", "fsdp=2,fsdp=4", "model=2", "fsdp=2;tensor=2"])
     def test_another_text_is_refused(self, text):
         with pytest.raises(ValueError, match="a layout is written like fsdp=4,tensor=2"):
@@ -54,7 +58,7 @@ class TestLayout:
     def test_sizes_must_multiply_to_the_devices(self):
         with pytest.raises(ValueError, match="fsdp=4,tensor=4 needs 16 devices; got 8 devices"):
             Layout(fsdp=4, tensor=4).mesh(jax.devices()[:8])
-        with pytest.raises(ValueError, match="fsdp=-1,tensor=3 needs a multiple of 3; got 8 devices"):
+        with pytest.raises(ValueError, match="tensor=3 needs a multiple of 3; got 8 devices"):
             Layout(tensor=3).sized(8)
 
 
@@ -76,6 +80,14 @@ class TestRules:
             P("data"),
             P(None),
         ]
+
+    def test_one_axis_of_devices_cuts_one_axis_of_a_parameter(self):
+        class Own(nnx.Module):
+            def __init__(self):
+                self.mixer = nnx.Param(jnp.zeros((2, 3)), axes=("heads", "hidden"))
+
+        with pytest.raises(ValueError, match="cuts one axis of a parameter; got mixer with axes="):
+            parameter_axes(nnx.state(Own(), nnx.Param))
 
     def test_a_name_that_is_no_rule_is_refused(self):
         class Own(nnx.Module):

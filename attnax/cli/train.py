@@ -142,6 +142,11 @@ def _read_layout(options: Train, settings: RunOptions) -> Layout | None:
         raise InputError(f"--layout: {error}{more}") from error
     try:
         make_mesh(layout, settings.model, settings.optimizer)
+        if settings.model.max_len % layout.sized(count).context:
+            raise ValueError(
+                f"Layout: context must divide the length of the windows; got {layout.sized(count)} and "
+                f"--max-len {settings.model.max_len}. Take a multiple."
+            )
     except ValueError as error:
         raise InputError(f"--layout: {error}") from error
     return layout

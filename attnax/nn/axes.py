@@ -46,8 +46,19 @@ def parameter_axes(params: Any) -> dict[tuple[Any, ...], tuple[Axis, ...]]:
                 f"Layout: a parameter states each of its axes; got {'.'.join(map(str, path))} of shape "
                 f"{variable.shape} with axes={axes}."
             )
+        cuts = [mesh_axis for axis in axes for mesh_axis in _rules_of(axis)]
+        if len(cuts) != len(set(cuts)):
+            raise ValueError(
+                "Layout: an axis of the devices cuts one axis of a parameter; got "
+                f"{'.'.join(map(str, path))} with axes={axes}. Name one of them None."
+            )
         found[path] = axes
     return found
+
+
+def _rules_of(axis: Axis) -> tuple[str, ...]:
+    name = axis[0] if isinstance(axis, tuple) else axis
+    return () if name is None else RULES[name]
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:

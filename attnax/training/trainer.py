@@ -126,6 +126,8 @@ class Trainer:
         layout: Layout | None = None,
         devices: Sequence[Any] | None = None,
     ):
+        if not isinstance(layout, Layout | None):
+            raise ValueError(f"Trainer: layout must be a Layout; got layout={layout!r}. Use Layout.parse(layout).")
         if devices is not None and layout is None:
             raise ValueError(f"Trainer: devices are those of a layout; got {len(devices)} devices and layout=None.")
         self.model, self.optimizer, self.seed, self.document_token = model, optimizer, seed, document_token

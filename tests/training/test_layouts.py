@@ -149,6 +149,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="tensor must divide num_heads; got tensor=8, num_heads=4"):
             make("plain", Layout(tensor=8))
 
+    def test_a_text_in_place_of_a_layout(self, unchecked_shapes):
+        with pytest.raises(ValueError, match="layout must be a Layout; got layout='fsdp=8'. Use Layout.parse"):
+            make("plain", "fsdp=8")
+
     def test_a_step_of_another_batch(self):
         with pytest.raises(ValueError, match=r"must divide the batch; got 8 for tokens.shape=\(6, 9\)"):
             make("plain", Layout()).step(None, TOKENS[0][:6])
