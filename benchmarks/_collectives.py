@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -58,9 +58,9 @@ def collectives_of(text: str) -> list[Collective]:
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
     """The bytes that a device moves by each kind of collective."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for each in collectives:
-        sums[each.kind] += each.num_bytes  # type: ignore[assignment]  # a Counter of floats
+        sums[each.kind] += each.num_bytes
     return dict(sums)
 
 

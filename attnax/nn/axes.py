@@ -23,7 +23,8 @@ def parameter_axes(params: Any) -> dict[tuple[Any, ...], tuple[Axis, ...]]:
         params: an `nnx.State` of a model, such as `nnx.state(model, nnx.Param)`.
 
     Raises:
-        ValueError: a matrix states no axes, or more or fewer than it has.
+        ValueError: a matrix states no axes, or more or fewer than it has, an unknown name, or two names that the same
+            axis of the devices cuts.
     """
     found: dict[tuple[Any, ...], tuple[Axis, ...]] = {}
     for path, variable in nnx.to_flat_state(params):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import P, lax
+from jax import lax
 
 from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
@@ -294,11 +294,8 @@ def _rows_of(table: Array, ids: Array) -> Array:
     mesh = current_mesh()
     if mesh is None:
         return _take(table, ids)
-    of_table, of_rows = (
-        partition(mesh, table.shape, _TABLE),
-        partition(mesh, (*ids.shape, 1), stream_axes(ids.ndim + 1)),
-    )
-    of_vocab, of_width = of_table
+    of_table = of_vocab, of_width = partition(mesh, table.shape, _TABLE)
+    of_ids = partition(mesh, ids.shape, stream_axes(ids.ndim + 1)[:-1])
 
     def local(table: Array, ids: Array) -> Array:
         if of_width is not None:  # its transpose scatters the gradients
@@ -312,8 +309,7 @@ def _rows_of(table: Array, ids: Array) -> Array:
         known = (ids >= 0) & (ids < size * lax.axis_size(of_vocab))
         return jnp.where(known[..., None], lax.psum(rows, of_vocab), jnp.nan)
 
-    specs = of_table, P(*of_rows[:-1])
-    return jax.shard_map(local, in_specs=specs, out_specs=P(*of_rows[:-1]), check_vma=False)(table, ids)
+    return jax.shard_map(local, in_specs=(of_table, of_ids), out_specs=of_ids, check_vma=False)(table, ids)
 
 
 def _take(table: Array, ids: Array) -> Array:

@@ -176,11 +176,9 @@ class MixtureOfExperts(nnx.Module):
         tokens = self.jitter(tokens.astype(dtype), deterministic=deterministic, rngs=rngs)
         # "highest": accelerators would multiply float32 in fewer bits.
         logits = jnp.matmul(tokens, gather(self.router[...].astype(dtype), *_ROUTER), precision="highest")
-        return (
-            logits
-            if self.router_bias is None
-            else logits + self.router_bias[...].astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
-        )
+        if self.router_bias is None:
+            return logits
+        return logits + self.router_bias[...].astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 def _statistics(
