@@ -237,7 +237,7 @@ class Inspect:
         revision: of a model on the hub: a branch, a tag or a commit.
         ignore: an unknown key of config.json to ignore; give the flag once for each.
         layout: of devices, such as fsdp=4,tensor=2: show where each parameter lives, and the bytes that a device holds
-            and moves in a training step. No device is needed.
+            and moves in a training step. Devices are counted only for an axis without a size.
         batch_size: with --layout, number of sequences in a step. By default the run's, or one for each part of the
             batch.
         length: with --layout, tokens of a sequence. By default the model's max_len.
