@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _EXTRAS = {  # the extra that installs a package
     **dict.fromkeys(("tyro", "tokenizers", "huggingface_hub"), "pretrained"),
     **dict.fromkeys(("filelock", "matplotlib", "optax", "orbax", "tqdm"), "train"),
+    "tensorboardX": "tensorboard",
 }
 _COMMANDS = ("train", "generate", "inspect", "bench")
 _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words

@@ -6,6 +6,7 @@ Limits and defaults come from the classes that use the values: `RunOptions` and 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ import numpy as np
 import tyro
 
 from attnax.cache import SPARE_SLOTS, CacheKind
+from attnax.cli.trace import read_updates
 from attnax.errors import InputError
 from attnax.generation.candidates import CUTS
 from attnax.generation.samplers import Sampler
@@ -28,17 +30,26 @@ __all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train", "read_layout"]
 DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
 
+OF_A_PROCESS = ("step", "layout", "dry_run", "profile", "tensorboard", "peak_flops", "compile_cache")  # not of a run
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(RunOptions):
     """Train a language model on text, measure it on held-out files, and let it write.
 
     Attributes:
         out: run folder to make. By default the next free runs/NNN.
-        resume: run folder to go on with after an interruption. Its own options apply; only --step, --layout,
-            --max-skipped and --compile-cache can be given too.
+        resume: run folder to go on with after an interruption. Its own options apply; only flags that are no part of a
+            run can be given too: --step, --layout, --max-skipped, and the flags from --dry-run on.
         step: with --resume, the checkpoint to go on from. By default the newest.
         layout: the devices to train on, such as fsdp=4,tensor=2 or data; axes are data, fsdp, tensor, context and
             expert. It is no part of the run: --resume may give another one. By default one device.
+        dry_run: print the parameters, the memory of a device, the layout, and the tokens and operations of the run.
+            Nothing is allocated or written, no text is read, and the devices of --layout need not be there.
+        profile: FROM:TO, the first and the last update of a trace by JAX's profiler, in the folder profile of the run.
+        tensorboard: write the metrics as files for TensorBoard too, into the folder tensorboard of the run.
+        peak_flops: of a device, operations a second, for the share of the peak (mfu) in the metrics. By default known
+            for many TPUs and GPUs.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
     """
 
@@ -46,19 +57,26 @@ class Train(RunOptions):
     resume: Path | None = None
     step: int | None = None
     layout: str | None = None
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    profile: str | None = None
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    peak_flops: float | None = None
     compile_cache: bool = True
 
     def check(self) -> None:
         """Raises InputError for a value out of range, or with --resume for flags that are fixed in the run."""
         super().check()
         read_layout(self.layout)
+        read_updates(self.profile)
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise InputError(f"--peak-flops must be above 0 and finite; got {self.peak_flops}.")
         if self.out is not None and self.out == Path():
             raise InputError("--out must not be empty. Leave it out for the next free runs/NNN.")
         if self.resume is None:
             if self.step is not None:
                 raise InputError("--step needs --resume.")
             return
-        allowed = ("resume", "step", "layout", "max_skipped", "compile_cache")
+        allowed = dict.fromkeys(("resume", "max_skipped", *OF_A_PROCESS))
         if dataclasses.replace(self, **{name: getattr(Train, name) for name in allowed}) != Train():
             raise InputError("--resume goes on with the run's own options; leave the other flags out.")
 

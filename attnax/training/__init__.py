@@ -20,9 +20,16 @@ with lazy_imports(globals()):
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
     from attnax.training.corpus import read_corpus as read_corpus
+    from attnax.training.feasible import memory_of_device as memory_of_device
     from attnax.training.feasible import require_memory as require_memory
     from attnax.training.feasible import require_traces as require_traces
+    from attnax.training.flops import PEAK_FLOPS as PEAK_FLOPS
+    from attnax.training.flops import Flops as Flops
+    from attnax.training.flops import update_flops as update_flops
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from attnax.training.plan import Memory as Memory
+    from attnax.training.plan import Plan as Plan
+    from attnax.training.plan import plan_training as plan_training
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
     from attnax.training.run_folder import write_whole as write_whole

@@ -18,11 +18,11 @@ from attnax.generation import Sampler
 from attnax.models import TransformerLM
 from attnax.nn._parts import Parts
 from attnax.sharding import Layout
-from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
+from attnax.training.plan import least_activations
 from attnax.training.trainer import Trainer
 
-__all__ = ["require_memory", "require_traces"]
+__all__ = ["memory_of_device", "require_memory", "require_traces"]
 
 
 def require_memory(
@@ -45,13 +45,14 @@ def require_memory(
     )
     count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
     tokens = optimizer.batch_size * model.max_len
-    sized = Layout(fsdp=1) if layout is None else layout.sized(jax.device_count())
-    here = tokens // (sized.data * sized.fsdp * sized.expert * sized.context)
-    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize // (sized.fsdp * sized.expert * sized.tensor)
-    needed += 4 * (logits_of_chunk(here, model.vocab_size) // sized.tensor + here * model.num_layers * model.d_model)
+    sized = None if layout is None else layout.sized(jax.device_count())
+    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize
+    if sized is not None:
+        needed //= sized.fsdp * sized.expert * sized.tensor
+    needed += least_activations(model, optimizer, sized)
     if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
         needed *= jax.device_count()
-    limit = _memory()
+    limit = memory_of_device()
     if needed > limit:
         where = "this machine" if layout is None or jax.default_backend() == "cpu" else "each device"
         raise InputError(
@@ -85,7 +86,7 @@ def _num_parameters(config: TransformerConfig, parts: Parts) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _memory() -> float:
+def memory_of_device() -> float:
     """Bytes of memory of the device that JAX computes on; infinite if unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:

@@ -1,6 +1,7 @@
 """The folder of a run: its options, its metrics and its checkpoints.
 
 .lock           held by the process that trains; .lock.owner names the process
+started         the Unix time at which the run was made
 config.json     the options and the version of attnax, the SHA-256 of the corpus and of the tokenizer, and the names of
                 parts that the config of the model cannot hold
 tokenizer.json  in the format of the `tokenizers` library
@@ -37,7 +38,7 @@ from attnax.training.run_options import RunOptions
 __all__ = ["LockedError", "RunFolder", "write_whole"]
 
 LOCK, LOCK_OWNER = ".lock", ".lock.owner"
-_BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "config.json.tmp"}
+_BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "started", "config.json.tmp"}
 
 
 class LockedError(InputError):
@@ -129,6 +130,7 @@ class RunFolder:
     def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, str]) -> None:
         content = tokenizer.to_json().encode()
         (self.path / "tokenizer.json").write_bytes(content)
+        (self.path / "started").write_text(f"{time.time():.3f}\n", "utf-8")
         given = dataclasses.asdict(options)  # the options may be of a subclass with more fields
         config = {
             "format": FORMAT,
@@ -153,6 +155,14 @@ class RunFolder:
         if found != tokenizer_digest:
             raise InputError(f"{path} is {'missing' if found is None else 'not the one of this run'}.")
         return options, Tokenizer.load(path), corpus_digest
+
+    @property
+    def started(self) -> float | None:
+        """The Unix time at which the run was made, or None if its file is missing or damaged."""
+        try:
+            return float((self.path / "started").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @property
     def parts(self) -> dict[str, str]:

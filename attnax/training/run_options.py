@@ -43,7 +43,8 @@ class RunOptions:
         tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
         pack: files in one row do not attend each other, and the positions of each file start at 0.
         held_out: fraction of the files to hold out.
-        checkpoint_every: number of updates between checkpoints, each with an evaluation on held-out text.
+        checkpoint_every: number of updates between checkpoints.
+        eval_every: number of updates between evaluations on held-out text. By default checkpoint_every.
         max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
             run. By default 0, with --resume the run's own number.
         seed: of parameters, data order and dropout.
@@ -56,6 +57,7 @@ class RunOptions:
     pack: bool = False
     held_out: float = HELD_OUT
     checkpoint_every: int = 500
+    eval_every: int | None = None
     max_skipped: int | None = None
     seed: int = 0
     model: TransformerConfig = DEFAULT_MODEL
@@ -72,6 +74,8 @@ class RunOptions:
             raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.checkpoint_every < 1:
             raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise InputError(f"--eval-every must be at least 1; got {self.eval_every}.")
         if self.max_skipped is not None and self.max_skipped < 0:
             raise InputError(f"--max-skipped must be at least 0; got {self.max_skipped}.")
         if self.data is not None and not self.data:

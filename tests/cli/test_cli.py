@@ -40,6 +40,7 @@ def test_the_command_starts_itself_again_once_with_huge_pages(monkeypatch):
         ("tyro", "pretrained", ["--help"]),
         ("tokenizers", "pretrained", ["generate", "x"]),
         ("matplotlib", "train", ["train"]),
+        ("tensorboardX", "tensorboard", ["train", "--tensorboard"]),
     ],
 )
 def test_without_its_packages_the_command_says_what_to_install(package, extra, arguments):

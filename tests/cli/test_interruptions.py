@@ -1,7 +1,4 @@
-"""Runs that are stopped at any place: the checkpoint is kept, and the next command names the next step.
-
-The trainer here compiles nothing: its weights count, and its losses are functions of the batches.
-"""
+"""Runs that are stopped at any place: the checkpoint is kept, and the next command names the next step."""
 
 import dataclasses
 import errno
@@ -16,50 +13,21 @@ import time
 import jax
 import numpy as np
 import pytest
+from quick_trainer import QuickTrainer, quick_training
 from tiny_run import TINY, refuse
 
+from attnax.cli import finish as finish_module
 from attnax.cli import main, terminal
-from attnax.cli import train as train_module
-from attnax.training import Metrics, RunFolder, TrainState, checkpoints, run_folder
+from attnax.cli import progress as progress_module
+from attnax.cli import session as session_module
+from attnax.cli.stopwatch import TIMED
+from attnax.training import RunFolder, TrainState, checkpoints, run_folder
 from attnax.training.checkpoints import checkpoint_steps
-
-NAN = float("nan")
-
-
-class QuickTrainer:
-    """Weights that count the tokens they have seen. Steps in `bad` give a loss that is not finite."""
-
-    bad, bad_bits, overflow = (), (), ()
-
-    def __init__(self, model, optimizer, seed, *, document_token, layout):
-        assert layout is None
-        self.optimizer = optimizer
-
-    def init(self):
-        zero = np.zeros((), np.int32)
-        return TrainState({"w": np.zeros(3, np.float32)}, {"m": np.zeros(3, np.float32)}, zero, zero, ())
-
-    def step(self, state, batch):
-        number = int(state.passes) + 1
-        loss = NAN if number in self.bad else float(batch.sum() % 97)
-        new = state.params["w"] + np.float32(loss)
-        params = state.params if number in self.bad else {"w": np.asarray(new)}
-        skipped = np.int32(state.skipped + (number in self.bad))
-        fine = number not in self.bad and number not in self.overflow
-        made = TrainState(params, {"m": np.asarray(params["w"] * 2)}, np.int32(number), skipped, ())
-        return made, Metrics(loss, abs(loss), np.bool_(number in self.bad), np.bool_(fine))
-
-    def bits(self, params, stream):
-        return NAN if self.bad_bits else float(params["w"].sum())
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(train_module, "Trainer", QuickTrainer)
-    monkeypatch.setattr(train_module, "require_traces", lambda trainer, sampler: None)
-    monkeypatch.setattr(train_module, "open_run", lambda path: None)
-    monkeypatch.setattr(train_module, "write_text", lambda *arguments: iter(["a text"]))
-    monkeypatch.setattr(train_module, "plot_training", lambda metrics, path: path.write_bytes(b"png"))
+    quick_training(monkeypatch)
 
 
 @pytest.fixture
@@ -91,7 +59,7 @@ def kill_at(monkeypatch, place, name, count=1):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
 
 
 def check_same(folder, whole):
@@ -105,11 +73,11 @@ PLACES = {
     "in the first update": (QuickTrainer, "step", 1),
     "in an update": (QuickTrainer, "step", 8),
     "before the look at held-out text": (QuickTrainer, "bits", 2),
-    "between that and the checkpoint": (train_module, "save_checkpoint", 2),
+    "between that and the checkpoint": (session_module, "save_checkpoint", 2),
     "while old checkpoints are deleted": (checkpoints.shutil, "rmtree", 1),
-    "before the picture": (train_module, "plot_training", 1),
-    "before the text": (train_module, "write_text", 1),
-    "before the result": (train_module, "write_whole", 1),
+    "before the picture": (finish_module, "plot_training", 1),
+    "before the text": (finish_module, "write_text", 1),
+    "before the result": (finish_module, "write_whole", 1),
 }
 
 
@@ -245,7 +213,7 @@ class TestDamage:
 
     def test_a_run_without_losses_has_no_picture(self, start, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            kill_at(patch, train_module, "write_text")
+            kill_at(patch, finish_module, "write_text")
             with pytest.raises(Killed):
                 start("run")
         (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -346,20 +314,20 @@ def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypa
     """The first step compiles. The looks at held-out text do not count either."""
     made, bits = [], QuickTrainer.bits
     monkeypatch.setattr(QuickTrainer, "bits", lambda *arguments: time.sleep(0.2) or bits(*arguments))
-    original = train_module.tqdm
+    original = progress_module.tqdm
 
     def progress(**options):
         made.append((original(**options), time.time()))
         return made[-1][0]
 
-    monkeypatch.setattr(train_module, "tqdm", progress)
+    monkeypatch.setattr(progress_module, "tqdm", progress)
     assert start("run") == 0
     ((bar, begun),) = made
     assert bar.initial == bar.total / 12 and bar.n == bar.total and bar.start_t - begun > 0.5  # three looks
 
 
 def test_states_are_saved_between_updates():
-    assert {field.name for field in dataclasses.fields(TrainState)} - set(train_module._SAVED) == {"sums"}
+    assert {field.name for field in dataclasses.fields(TrainState)} - set(session_module.SAVED) == {"sums"}
     assert jax.tree.leaves(TrainState({}, {}, 0, 0, ()).sums) == []
 
 

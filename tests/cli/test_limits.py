@@ -15,7 +15,7 @@ from attnax import TransformerLM
 from attnax.cache import SPARE_SLOTS
 from attnax.cli import main
 from attnax.cli.options import DRAW, Generate, Train
-from attnax.cli.train import SAMPLER
+from attnax.cli.session import SAMPLER
 from attnax.errors import InputError
 from attnax.generation import Sampler, make_request
 from attnax.pretrained import GenerationSettings
@@ -46,7 +46,7 @@ def limits(kind):
     return {int: WHOLE, float: REAL, bool: [True], type(None): ["None"]}.get(kind, ["", "nowhere"])
 
 
-NOT_OF_A_START = ("out", "resume", "step")
+NOT_OF_A_START = ("out", "resume", "step", "dry_run")
 CASES = [(name, value) for name, kind in options() if name not in NOT_OF_A_START for value in limits(kind)]
 CASES.remove(("data", "None"))  # all of the standard library, whose tokens take half a minute to learn
 

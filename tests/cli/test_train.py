@@ -85,7 +85,7 @@ def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
         made.append((model, optimizer, seed, document_token))
         raise InputError("no training today")
 
-    monkeypatch.setattr("attnax.cli.train.Trainer", trainer)
+    monkeypatch.setattr("attnax.cli.session.Trainer", trainer)
     for flags in (["--seed", "7"], ["--tokenizer", "bytes", "--pack", "--algorithm", "adamw"]):
         assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *TINY, *flags)
     (model, optimizer, seed, document_token), packed = made
@@ -117,7 +117,7 @@ def check_same_figures(out, run):
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the first step, then --resume: the figures equal those of an undisturbed run to the last bit."""
+    """Ctrl-C in the second update, then --resume: the figures equal those of an undisturbed run to the last bit."""
     out, append = tmp_path / "run", RunFolder.append_metrics
 
     def interrupt(self, **row):
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, corpus, tmp_path
         patch.setattr(RunFolder, "append_metrics", interrupt)
         assert main(["train", "--data", str(corpus), "--out", str(out), *TINY]) == 130
     assert f"attnax train --resume {out}" in capsys.readouterr().out
-    assert not (out / "result.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (out / "result.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert main(["train", "--resume", str(out)]) == 0
     check_same_figures(out, run)
 

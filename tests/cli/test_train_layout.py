@@ -15,13 +15,13 @@ from attnax.training import RunFolder
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Runs a command that Ctrl-C interrupts in update number `last`."""
+    """Runs a command that Ctrl-C interrupts in update number `last`, while the row of the one before is written."""
     append = RunFolder.append_metrics
 
     def call(last, *arguments):
         def interrupt(self, **row):
             append(self, **row)
-            if row["step"] == last:
+            if row["step"] == last - 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
@@ -43,9 +43,9 @@ def test_a_run_goes_on_on_another_layout_with_the_losses_of_one_device(run, corp
     assert "layout     fsdp=4,tensor=2, 8 devices" in printed
     assert f"attnax train --resume {out} --layout fsdp=4,tensor=2" in printed
     before = (out / "config.json").read_bytes()
-    interrupted(3, "train", "--resume", out, "--layout", "data=4,tensor=2")
-    rows, whole = rows_of(out), rows_of(run)[:3]
-    assert [row.get("layout") for row in rows] == [*["fsdp=4,tensor=2"] * 2, "data=4,tensor=2"]
+    interrupted(4, "train", "--resume", out, "--layout", "data=4,tensor=2")
+    rows, whole = rows_of(out), rows_of(run)[:4]
+    assert [row.get("layout") for row in rows] == [*["fsdp=4,tensor=2"] * 2, *["data=4,tensor=2"] * 2]
     for name, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole], rel=rel), name
     assert (out / "config.json").read_bytes() == before

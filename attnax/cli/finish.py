@@ -1,0 +1,50 @@
+"""The end of a run: the score of all held-out text, a curve, a text that the model writes, and the result."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import math
+
+from attnax.cli import terminal
+from attnax.cli.generate import write_text
+from attnax.cli.session import SAMPLER, Session, texts_of
+from attnax.training import DivergenceError, open_run, write_whole
+from attnax.visualize import plot_training
+
+__all__ = ["finish"]
+
+
+def finish(session: Session) -> None:
+    """Saves the figures, the picture and the text with the run, and prints them; result.json is written last.
+
+    Raises:
+        DivergenceError: the loss on held-out text is not finite.
+    """
+    run, held_out = session.run, b"".join(texts_of(session.corpus.held_out))
+    bits = session.trainer.bits(session.state.params, session.held_out)
+    figures = {
+        "held_out_bytes": len(held_out),
+        "held_out_bits_per_byte": bits / len(held_out),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
+        "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
+        "skipped_updates": session.skipped,
+    }
+    if not math.isfinite(bits):
+        raise DivergenceError(f"step {session.step}: the loss on held-out text is {bits}.")
+    metrics = run.read_metrics()
+    if any(row.get("loss") is not None for row in metrics):
+        plot_training(metrics, run.path / "loss.png")
+    sample = "".join(write_text(open_run(run.path), "", None, SAMPLER, session.options.seed))
+    (run.path / "sample.txt").write_text(sample, "utf-8")
+    write_whole(run.result, json.dumps(figures, indent=2) + "\n")  # written last: it marks the run as finished
+    print(f"\n{sample}\n")
+    prompt = " --prompt 'def '" if session.options.data is None else ""
+    print(f"go on with  {terminal.command_name()} generate {run.path}{prompt}")
+    if figures["skipped_updates"]:
+        print("{skipped_updates} updates were left out: they were not finite".format(**figures))
+    print(
+        "held-out {held_out_bits_per_byte:.2f} bits per byte "
+        "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)
+    )

@@ -1,0 +1,73 @@
+"""The layout of a training: the flag, checked against the devices, the model and the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from attnax.cli.options import read_layout
+from attnax.errors import InputError
+from attnax.sharding import Layout, check_layout
+from attnax.training.run_options import RunOptions
+
+__all__ = ["layout_anywhere", "layout_here"]
+
+
+def layout_here(text: str | None, settings: RunOptions) -> Layout | None:
+    """The layout of the flag for the devices of this process, or None for one device.
+
+    Raises:
+        InputError: it does not divide the devices, the model or the batch.
+    """
+    layout = read_layout(text)
+    if layout is None:
+        return None
+    try:
+        sized = layout.sized(jax.device_count())
+    except ValueError as error:
+        more = ""
+        if jax.default_backend() == "cpu":
+            known = math.prod(size for size in dataclasses.astuple(layout) if size != -1)
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={known}"
+            more = f" {flag} in the environment makes {known} devices of a CPU."
+        raise InputError(f"--layout: {error}{more}") from error
+    _require_fit(sized, settings)
+    return layout
+
+
+def layout_anywhere(text: str | None, settings: RunOptions) -> Layout | None:
+    """The sizes of the flag, or None; the devices are counted only for an axis without a size.
+
+    Raises:
+        InputError: it does not divide the model or the batch, or the devices that are counted.
+    """
+    layout = read_layout(text)
+    if layout is None:
+        return None
+    sizes = dataclasses.astuple(layout)
+    try:
+        sized = layout.sized(jax.device_count() if -1 in sizes else math.prod(sizes))
+    except ValueError as error:
+        raise InputError(f"--layout: {error} Or name every size, such as fsdp=4,tensor=2.") from error
+    _require_fit(sized, settings)
+    return sized
+
+
+def _require_fit(layout: Layout, settings: RunOptions) -> None:
+    rows = layout.data * layout.fsdp * layout.expert
+    try:
+        check_layout(settings.model, layout)
+        if settings.optimizer.batch_size % rows:
+            raise ValueError(
+                f"Layout: data * fsdp * expert must divide the batch; got {rows} of {layout} and "
+                f"batch_size={settings.optimizer.batch_size}. Take a multiple."
+            )
+        if settings.model.max_len % layout.context:
+            raise ValueError(
+                f"Layout: context must divide the length of the windows; got {layout} and --max-len "
+                f"{settings.model.max_len}. Take a multiple."
+            )
+    except ValueError as error:
+        raise InputError(f"--layout: {error}") from error

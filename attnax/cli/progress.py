@@ -1,0 +1,57 @@
+"""The line on standard error that shows the progress of a training."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """A line with the number of tokens, their rate and the loss; the line stays on the terminal.
+
+    The rate counts no pauses and no compilation, since the line begins after the first update of a process.
+
+    Args:
+        steps: number of updates of the run.
+        tokens_per_step: number of tokens of an update.
+    """
+
+    def __init__(self, steps: int, tokens_per_step: int):
+        self._steps, self._tokens_per_step, self._pause = steps, tokens_per_step, 0.0
+        self._bar: tqdm[Any] | None = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside does not count."""
+        begun = time.time()
+        yield
+        self._pause += time.time() - begun
+
+    def advance(self, step: int, loss: float) -> None:
+        """Update number `step` is done."""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self._steps * self._tokens_per_step,
+                initial=step * self._tokens_per_step,
+                unit="tok",
+                unit_scale=True,
+                mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            )
+        else:
+            self._bar.start_t += self._pause
+            self._bar.last_print_t += self._pause
+            self._bar.update(self._tokens_per_step)
+        self._pause = 0.0
+        self._bar.set_description(f"loss {loss:.3f}", refresh=False)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,282 @@
+"""The part of a run that one process makes: updates, looks at held-out text, and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from attnax.cli import terminal
+from attnax.cli.options import DRAW, Train
+from attnax.cli.progress import Progress
+from attnax.cli.stopwatch import Stopwatch
+from attnax.cli.trace import Trace, read_updates
+from attnax.errors import InputError
+from attnax.generation import Sampler
+from attnax.sharding import Layout
+from attnax.text import DOCUMENT, Tokenizer
+from attnax.training import (
+    Corpus,
+    DamagedCheckpointError,
+    DivergenceError,
+    Document,
+    RunFolder,
+    RunOptions,
+    TokenStream,
+    Trainer,
+    checkpoint_steps,
+    delete_checkpoints_after,
+    latest_checkpoint,
+    plan_training,
+    require_memory,
+    require_traces,
+    restore_items,
+    save_checkpoint,
+)
+from attnax.training.flops import PEAK_FLOPS
+
+__all__ = ["SAMPLER", "Session", "size_of", "texts_of"]
+
+SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
+SAVED = ("params", "opt_state", "passes", "skipped")  # the sums are empty between updates, when checkpoints are saved
+
+
+class _Made(NamedTuple):
+    """An update that was dispatched: its number, and its metrics, which the devices may still compute."""
+
+    step: int
+    losses: list[Any]
+    metrics: Any
+
+
+class Session:
+    """Trains on from the state that a run has reached; `run` is set once everything is checked.
+
+    The metrics of an update are read after the next one is dispatched, so that the devices never wait for the host.
+    Before a look at held-out text, a checkpoint and the end nothing is left to read: a state is saved only after all
+    of its updates were found to be finite.
+
+    Args:
+        options: of the run.
+        here: the flags that are no part of the run.
+        corpus: the text.
+        tokenizer: of the run.
+        layout: of the devices, or None for one.
+    """
+
+    run: RunFolder
+
+    def __init__(self, options: RunOptions, here: Train, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
+        self.options, self.here, self.corpus, self.layout = options, here, corpus, layout
+        window = options.model.max_len
+        self.stream = TokenStream(tokenizer.encode_documents(texts_of(corpus.train)), window)
+        self.stream.require_a_window()
+        self.held_out = TokenStream(tokenizer.encode_documents(texts_of(corpus.held_out)), window)
+        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
+        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
+        self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
+        bytes_per_token = size_of(corpus.train) / len(self.stream.tokens)
+        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
+        require_memory(options.model, options.optimizer, layout)
+        document = DOCUMENT if options.pack else None
+        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document, layout=layout)
+        require_traces(self.trainer, SAMPLER)
+        self.state = self.trainer.init()
+        self.max_skipped = options.max_skipped or 0
+        self.step = self.skipped = 0
+        self._made: _Made | None = None
+        self._schedule = options.optimizer.schedule()
+        sized = None if layout is None else layout.sized(jax.device_count())
+        self.plan = plan_training(options.model, options.optimizer, layout=sized)
+        print(f"model      {self.plan.num_parameters:,} parameters")
+        if layout is not None:
+            print(f"layout     {sized}, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
+
+    def command(self, step: int | None = None) -> str:
+        """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
+        options = "" if step is None else f" --step {step}"
+        options += "" if self.layout is None else f" --layout {self.layout}"
+        return f"{terminal.command_name()} train --resume {self.run.path}{options}"
+
+    def restore(self, step: int | None = None) -> None:
+        """Goes back to the checkpoint of `step`, by default the newest, or to the start if there is none.
+
+        Later checkpoints are deleted.
+
+        Raises:
+            InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from an
+                older one.
+        """
+        folder = self.run.checkpoints
+        if step is not None or checkpoint_steps(folder):
+            likes = {name: getattr(self.state, name) for name in SAVED}
+            try:
+                self.step, parts = restore_items(folder, likes, step=step, owner=self.run.owner)
+            except DamagedCheckpointError as error:
+                if error.whole is None:
+                    raise InputError(f"{error} Start a new run.") from error
+                raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
+            self.state = dataclasses.replace(self.state, **parts)
+            self.skipped = int(self.state.skipped)
+        delete_checkpoints_after(folder, self.step)
+        rows = self.run.rewind_metrics(self.step)
+        if self.step and not rows:
+            print(
+                f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {self.step}"
+            )
+
+    def train(self, received: list[int]) -> bool:
+        """Goes on to the last update; returns False if a signal came, after saving a checkpoint.
+
+        Args:
+            received: signals, to which others may be added during the call.
+
+        Raises:
+            DivergenceError: a loss, a gradient or the parameters are not finite.
+        """
+        options, steps = self.options, self.options.optimizer.steps
+        print(f"run        {self.run.path}")
+        if self.step < steps:
+            print(terminal.compiling(), flush=True)
+        with contextlib.ExitStack() as stack:
+            self._progress = stack.enter_context(contextlib.closing(Progress(steps, self.plan.tokens)))
+            self._stopwatch = self._start_stopwatch()
+            trace = stack.enter_context(contextlib.closing(self._trace()))
+            self._board = self._open_board(stack)
+            while self.step < steps:
+                trace.before(self.step + 1, self._read)
+                made = self._dispatch()
+                self._read()
+                self._made = made
+                trace.after(self.step, self._read)
+                stop = bool(received)  # read once: a signal that comes after the checkpoint waits for the next update
+                is_last = self.step == steps
+                is_save = stop or is_last or self.step % options.checkpoint_every == 0
+                is_look = is_last or self.step % (options.eval_every or options.checkpoint_every) == 0
+                if is_save or is_look:
+                    self._read()
+                    with self._progress.paused(), self._stopwatch.paused():
+                        if is_look:  # before the checkpoint: a process killed between the two evaluates again
+                            self._look_at_held_out()
+                        if is_save:
+                            self._save()
+                if stop:
+                    return False
+        return True
+
+    def _start_stopwatch(self) -> Stopwatch:
+        peak = self.here.peak_flops or PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        return Stopwatch(
+            started=self.run.started,
+            rows=self.run.read_metrics(),
+            tokens=self.plan.tokens,
+            flops=self.plan.flops.total,
+            peak=None if peak is None else peak * self.plan.num_devices,
+        )
+
+    def _trace(self) -> Trace:
+        return Trace(read_updates(self.here.profile), self.run.path / "profile")
+
+    def _open_board(self, stack: contextlib.ExitStack) -> Any:
+        """The files for TensorBoard, or None without --tensorboard."""
+        if not self.here.tensorboard:
+            return None
+        from attnax.cli.board import Board  # an optional dependency
+
+        return stack.enter_context(contextlib.closing(Board(self.run.path / "tensorboard", self.step)))
+
+    def _dispatch(self) -> _Made:
+        """Begins the next update."""
+        optimizer, losses = self.options.optimizer, []
+        for index in range(self.step * optimizer.accumulate, (self.step + 1) * optimizer.accumulate):
+            batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
+            self.state, metrics = self.trainer.step(self.state, batch)
+            losses.append(metrics.loss)
+        self.step += 1
+        return _Made(self.step, losses, metrics)
+
+    def _read(self) -> None:
+        """Waits for the update that was dispatched, and writes its row of metrics; does nothing if there is none.
+
+        Raises:
+            DivergenceError: the run must stop; the row is written.
+        """
+        made, self._made = self._made, None
+        if made is None:
+            return
+        losses, metrics = jax.device_get((made.losses, made.metrics))
+        times = self._stopwatch.measure()
+        loss, grad_norm = float(np.mean([float(x) for x in losses])), float(metrics.grad_norm)
+        rate = float(self._schedule(made.step - 1 - self.skipped))
+        self.skipped += int(metrics.is_skipped)
+        self._log(
+            step=made.step,
+            tokens=made.step * self.plan.tokens,
+            loss=_finite(loss),
+            grad_norm=_finite(grad_norm),
+            learning_rate=rate,
+            **({"skipped": self.skipped} if self.skipped else {}),
+            **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
+            **times,
+        )
+        self._require_finite(made.step, loss, metrics)
+        self._progress.advance(made.step, loss)
+
+    def _require_finite(self, step: int, loss: float, metrics: Any) -> None:
+        """Raises DivergenceError for an update that the run must not go on after."""
+        grad_norm = float(metrics.grad_norm)
+        if metrics.is_skipped and self.skipped > self.max_skipped:
+            cause = "the parameters would not be finite"
+            if not math.isfinite(grad_norm):
+                cause = f"the norm of the gradient is {grad_norm}"
+            if not math.isfinite(loss):
+                cause = f"the loss is {loss}"
+            made = "the update was not made" if self.max_skipped == 0 else f"of {self.max_skipped} to skip none is left"
+            raise DivergenceError(f"step {step}: {cause}, and {made}.", is_skippable=True)
+        if not (metrics.is_finite or metrics.is_skipped):
+            raise DivergenceError(f"step {step}: the update made parameters that are not finite.")
+
+    def _log(self, **row: Any) -> None:
+        self.run.append_metrics(**row)
+        if self._board is not None:
+            self._board.add(row)
+
+    def _look_at_held_out(self) -> None:
+        bits = self.trainer.bits(self.state.params, self.probe)
+        if not math.isfinite(bits):
+            raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
+        tokens = self.step * self.plan.tokens
+        self._log(step=self.step, tokens=tokens, held_out_bits_per_byte=bits / self.probe_bytes)
+
+    def _save(self) -> None:
+        saved = {name: getattr(self.state, name) for name in SAVED}
+        save_checkpoint(self.run.checkpoints, self.step, saved, owner=self.run.owner)
+
+    def words_for_divergence(self) -> str:
+        """Advice after a divergence, and which checkpoint is kept."""
+        model, optimizer = self.options.model, self.options.optimizer
+        tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
+        if "float16" in (model.param_dtype, model.dtype):
+            tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
+        step = latest_checkpoint(self.run.checkpoints)
+        kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
+        return f"In a new run, try {' or '.join(tries)}. {kept}"
+
+
+def _finite(number: float) -> float | None:
+    """The number, or None: JSON has no NaN or infinity."""
+    return number if math.isfinite(number) else None
+
+
+def texts_of(documents: tuple[Document, ...]) -> list[bytes]:
+    """The text of each document."""
+    return [document.text for document in documents]
+
+
+def size_of(documents: tuple[Document, ...]) -> int:
+    """Bytes of the documents."""
+    return sum(len(document.text) for document in documents)

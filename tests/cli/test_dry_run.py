@@ -1,0 +1,59 @@
+"""`attnax train --dry-run`: the figures of a run, of which nothing is made."""
+
+import jax
+import pytest
+from tiny_run import TINY, refuse
+
+from attnax.cli import main
+from attnax.training import feasible
+
+
+@pytest.fixture
+def plan(monkeypatch, tmp_path, capsys):
+    """The lines of a dry run, without the first column; it makes no array, reads no text and writes no file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("attnax.cli.train.read_corpus", None)
+
+    def call(*flags):
+        before = len(jax.live_arrays())
+        capsys.readouterr()
+        assert main(["train", "--dry-run", *map(str, flags)]) == 0
+        assert len(jax.live_arrays()) == before and not list(tmp_path.iterdir())
+        return [" ".join(line[11:].split()) for line in capsys.readouterr().out.splitlines()]
+
+    return call
+
+
+def test_the_lines_are_the_figures_of_the_run(plan):
+    """300 ids of 16 numbers; q and out 16 x 16, k and v 16 x 8, three matrices of 16 x 24, three norms."""
+    count = 300 * 16 + 2 * 256 + 2 * 128 + 3 * 384 + 3 * 16
+    lines = plan(*TINY, "--accumulate", 3)
+    assert f"{count:,} parameters, float32" in lines and "one device" in lines
+    assert "27.1 kB parameters" in lines and "27.1 kB gradients" in lines
+    assert "3 x 4 x 32 = 384 tokens" in lines
+    pairs = 3 * 4 * 2 * 32 * 33 // 2  # of all heads
+    matrices, attention = 6 * 384 * (count - 48) / 1e6, 12 * 8 * pairs / 1e6
+    parts = f"{matrices:.4g} MFLOP of matrices, {attention:.4g} MFLOP of attention"
+    assert f"{matrices + attention:.4g} MFLOP: {parts}" in lines
+    assert any(line.startswith("12 updates, 4,608 tokens") for line in lines)
+    assert "with all of --vocab-size; a small text has fewer tokens" in lines
+
+
+def test_a_layout_needs_no_devices(plan, capsys):
+    lines = plan(*TINY, "--batch-size", 64, "--layout", "fsdp=16,tensor=2,data=2", "--peak-flops", "1e12")
+    assert "data=2,fsdp=16,tensor=2, 64 devices" in lines
+    assert any("if 64 x 1 TFLOP/s were used in full" in line for line in lines)
+    assert "tensor must divide num_heads; got tensor=3" in refuse(
+        capsys, "train", "--dry-run", *TINY, "--layout", "tensor=3,fsdp=1"
+    )
+
+
+def test_a_run_that_goes_on_has_its_own_options(run, plan):
+    lines = plan("--resume", run, "--layout", "fsdp=2")
+    assert "fsdp=2, 2 devices" in lines and not any("--vocab-size" in line for line in lines)
+
+
+def test_the_memory_of_the_machine_stands_beside(plan, monkeypatch):
+    monkeypatch.setattr("attnax.cli.dry_run.memory_of_device", lambda: 7e9)
+    assert "7.0 GB this machine" in plan(*TINY, "--tokenizer", "bytes")
+    assert feasible.memory_of_device() > 1e9

@@ -1,0 +1,136 @@
+"""What `attnax train` does beside its updates: order of reading, evaluations, traces, files for TensorBoard."""
+
+import json
+import struct
+
+import jax
+import pytest
+from quick_trainer import QuickTrainer, quick_training
+from tiny_run import TINY, refuse
+
+from attnax.cli import main
+from attnax.cli import session as session_module
+from attnax.cli.stopwatch import TIMED
+from attnax.training import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quick_training(monkeypatch)
+
+
+@pytest.fixture
+def start(corpus, tmp_path):
+    """Trains with these flags; returns the run folder."""
+
+    def call(*flags):
+        assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TINY, *flags]) == 0
+        return tmp_path / "run"
+
+    return call
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_update_is_read_after_the_next_one_began_and_nothing_is_unread_before_a_look(start, monkeypatch):
+    events = []
+
+    def noted(name, function):
+        return lambda *arguments, **options: events.append(name) or function(*arguments, **options)
+
+    monkeypatch.setattr(QuickTrainer, "step", noted("begin", QuickTrainer.step))
+    monkeypatch.setattr(QuickTrainer, "bits", noted("look", QuickTrainer.bits))
+    monkeypatch.setattr(session_module, "save_checkpoint", noted("save", session_module.save_checkpoint))
+    monkeypatch.setattr(RunFolder, "append_metrics", noted("row", RunFolder.append_metrics))
+    start("--steps", "5", "--checkpoint-every", "3")
+    looked = ["look", "row", "save"]
+    ended = ["begin", "row", "row", *looked, "look"]  # and the look at all of the held-out text
+    assert events == ["begin", "begin", "row", "begin", "row", "row", *looked, "begin", *ended]
+
+
+def test_rows_have_the_fields_that_the_docs_promise(start):
+    rows = [row for row in rows_of(start("--peak-flops", "1e9")) if "loss" in row]
+    kept = {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+    known = set(TIMED) - {"memory"}  # a CPU does not say it
+    assert all(set(row) == kept | known for row in rows[1:])
+    assert set(rows[0]) == kept | {"seconds", "goodput"}  # the first update compiles
+    assert all(row["mfu"] > 0 and 0 <= row["goodput"] <= 1 for row in rows[1:])
+
+
+def test_evaluations_and_checkpoints_have_numbers_of_their_own(start):
+    folder = start("--eval-every", "4")
+    assert [row["step"] for row in rows_of(folder) if "held_out_bits_per_byte" in row] == [4, 8, 12]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("*.json")) == ["10.json", "12.json"]
+
+
+class TestTrace:
+    @pytest.fixture
+    def traced(self, monkeypatch):
+        """The updates that began, and when the trace started and stopped."""
+        events, step = [], QuickTrainer.step
+        monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+
+        def noted(self, state, batch):
+            events.append(int(state.passes) + 1)
+            return step(self, state, batch)
+
+        monkeypatch.setattr(QuickTrainer, "step", noted)
+        return events
+
+    def test_it_holds_the_updates_of_the_flag_alone(self, start, traced, capsys):
+        folder = start("--profile", "2:3", "--steps", "5")
+        assert traced == [1, "start", 2, 3, "stop", 4, 5]
+        assert f"trace      {folder / 'profile'}" in capsys.readouterr().out
+
+    def test_it_stops_with_the_run(self, start, traced):
+        start("--profile", "4:9", "--steps", "5")
+        assert traced == [1, 2, 3, "start", 4, 5, "stop"]
+
+    @pytest.mark.parametrize("text", ["", "3", "3:2", "0:2", "2:x", "-1:2", "1:2:3"])
+    def test_another_text_is_refused(self, capsys, text):
+        line = refuse(capsys, "train", "--profile", text)
+        assert f"--profile must be FROM:TO, such as 10:12, the first and last update; got {text!r}." in line
+
+    @pytest.mark.contract
+    def test_the_files_are_those_of_the_profiler(self, start):
+        folder = start("--profile", "2:2", "--steps", "3")
+        assert list((folder / "profile").rglob("*.xplane.pb"))
+
+
+def scalars_of(folder):
+    """(step, name, value) of the files for TensorBoard, whose records are a length, its check, the event, its check."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            for value in event.summary.value:
+                yield event.step, value.tag, value.simple_value
+
+
+def test_files_for_tensorboard_have_the_numbers_of_the_metrics(start):
+    folder = start("--tensorboard")
+    rows = rows_of(folder)
+    wanted = {
+        (row["step"], name): value for row in rows for name, value in row.items() if name not in ("step", "layout")
+    }
+    found = {(step, name): value for step, name, value in scalars_of(folder / "tensorboard")}
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_run_that_goes_on_may_have_other_flags_of_the_process_but_none_of_the_run(start, capsys):
+    folder = start()
+    (folder / "result.json").unlink()
+    flags = ("--peak-flops", "1e9", "--tensorboard", "--profile", "1:2")
+    assert main(["train", "--resume", str(folder), *flags]) == 0
+    assert "--resume goes on with the run's own options" in refuse(
+        capsys, "train", "--resume", folder, "--eval-every", 3
+    )
+    for value in ("0", "-1", "nan", "inf"):
+        assert "--peak-flops must be above 0 and finite" in refuse(capsys, "train", "--peak-flops", value)
