@@ -44,7 +44,7 @@ def print_plan(options: Train) -> None:
         settings = dataclasses.replace(options, model=model)
     layout = layout_anywhere(options.layout, settings)
     try:
-        plan = plan_training(settings.model, settings.optimizer, layout=layout)
+        plan = plan_training(settings.model, settings.optimizer, layout=layout, ema=settings.ema is not None)
     except ValueError as error:
         raise InputError(f"this model cannot be trained: {error}") from error
     _print("model", f"{plan.num_parameters:,} parameters, {settings.model.param_dtype}", *_vocabulary(options))

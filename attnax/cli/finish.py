@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import math
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.session import SAMPLER, Session, texts_of
-from attnax.training import DivergenceError, open_run, write_whole
+from attnax.training import open_run, write_whole
 from attnax.visualize import plot_training
 
 __all__ = ["finish"]
@@ -23,16 +22,13 @@ def finish(session: Session) -> None:
         DivergenceError: the loss on held-out text is not finite.
     """
     run, held_out = session.run, b"".join(texts_of(session.corpus.held_out))
-    bits = session.trainer.bits(session.state.params, session.held_out)
-    figures = {
+    figures: dict[str, float] = {
         "held_out_bytes": len(held_out),
-        "held_out_bits_per_byte": bits / len(held_out),
+        **session.bits_per_byte(session.held_out, len(held_out)),
         "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
         "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         "skipped_updates": session.skipped,
     }
-    if not math.isfinite(bits):
-        raise DivergenceError(f"step {session.step}: the loss on held-out text is {bits}.")
     metrics = run.read_metrics()
     if any(row.get("loss") is not None for row in metrics):
         plot_training(metrics, run.path / "loss.png")

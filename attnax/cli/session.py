@@ -24,10 +24,12 @@ from attnax.training import (
     DamagedCheckpointError,
     DivergenceError,
     Document,
+    Metrics,
     RunFolder,
     RunOptions,
     TokenStream,
     Trainer,
+    causal_lm,
     checkpoint_steps,
     delete_checkpoints_after,
     latest_checkpoint,
@@ -42,15 +44,13 @@ from attnax.training.flops import PEAK_FLOPS
 __all__ = ["SAMPLER", "Session", "size_of", "texts_of"]
 
 SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
-SAVED = ("params", "opt_state", "passes", "skipped")  # the sums are empty between updates, when checkpoints are saved
 
 
 class _Made(NamedTuple):
     """An update that was dispatched: its number, and its metrics, which the devices may still compute."""
 
     step: int
-    losses: list[Any]
-    metrics: Any
+    metrics: Metrics
 
 
 class Session:
@@ -82,16 +82,19 @@ class Session:
         bytes_per_token = size_of(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
         require_memory(options.model, options.optimizer, layout)
-        document = DOCUMENT if options.pack else None
-        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document, layout=layout)
+        losses = {"load_balance_loss": options.load_balance_loss, "router_z_loss": options.router_z_loss}
+        objective = causal_lm(document_token=DOCUMENT if options.pack else None, loss_weights=losses)
+        self.trainer = Trainer(
+            options.model, objective, options.optimizer, layout=layout, ema=options.ema, seed=options.seed
+        )
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped or 0
         self.step = self.skipped = 0
         self._made: _Made | None = None
-        self._schedule = options.optimizer.schedule()
+        self._schedule = options.optimizer.build_schedule()
         sized = None if layout is None else layout.sized(jax.device_count())
-        self.plan = plan_training(options.model, options.optimizer, layout=sized)
+        self.plan = plan_training(options.model, options.optimizer, layout=sized, ema=options.ema is not None)
         print(f"model      {self.plan.num_parameters:,} parameters")
         if layout is not None:
             print(f"layout     {sized}, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
@@ -113,7 +116,7 @@ class Session:
         """
         folder = self.run.checkpoints
         if step is not None or checkpoint_steps(folder):
-            likes = {name: getattr(self.state, name) for name in SAVED}
+            likes = self._saved()
             try:
                 self.step, parts = restore_items(folder, likes, step=step, owner=self.run.owner)
             except DamagedCheckpointError as error:
@@ -191,13 +194,12 @@ class Session:
 
     def _dispatch(self) -> _Made:
         """Begins the next update."""
-        optimizer, losses = self.options.optimizer, []
-        for index in range(self.step * optimizer.accumulate, (self.step + 1) * optimizer.accumulate):
-            batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
-            self.state, metrics = self.trainer.step(self.state, batch)
-            losses.append(metrics.loss)
+        optimizer, seed = self.options.optimizer, self.options.seed
+        indices = range(self.step * optimizer.accumulate, (self.step + 1) * optimizer.accumulate)
+        tokens = np.stack([self.stream.batch(index, optimizer.batch_size, seed) for index in indices])
+        self.state, metrics = self.trainer.step(self.state, {"tokens": tokens})
         self.step += 1
-        return _Made(self.step, losses, metrics)
+        return _Made(self.step, metrics)
 
     def _read(self) -> None:
         """Waits for the update that was dispatched, and writes its row of metrics; does nothing if there is none.
@@ -208,27 +210,29 @@ class Session:
         made, self._made = self._made, None
         if made is None:
             return
-        losses, metrics = jax.device_get((made.losses, made.metrics))
+        metrics = jax.device_get(made.metrics)
         times = self._stopwatch.measure()
-        loss, grad_norm = float(np.mean([float(x) for x in losses])), float(metrics.grad_norm)
+        loss = float(metrics.loss)
         rate = float(self._schedule(made.step - 1 - self.skipped))
         self.skipped += int(metrics.is_skipped)
         self._log(
             step=made.step,
             tokens=made.step * self.plan.tokens,
             loss=_finite(loss),
-            grad_norm=_finite(grad_norm),
+            weight=_finite(metrics.weight),
+            grad_norm=_finite(metrics.grad_norm),
             learning_rate=rate,
+            **{name: _finite(value) for name, value in metrics.aux.items()},
             **({"skipped": self.skipped} if self.skipped else {}),
             **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
             **times,
         )
-        self._require_finite(made.step, loss, metrics)
+        self._require_finite(made.step, metrics)
         self._progress.advance(made.step, loss)
 
-    def _require_finite(self, step: int, loss: float, metrics: Any) -> None:
+    def _require_finite(self, step: int, metrics: Metrics) -> None:
         """Raises DivergenceError for an update that the run must not go on after."""
-        grad_norm = float(metrics.grad_norm)
+        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if metrics.is_skipped and self.skipped > self.max_skipped:
             cause = "the parameters would not be finite"
             if not math.isfinite(grad_norm):
@@ -246,15 +250,30 @@ class Session:
             self._board.add(row)
 
     def _look_at_held_out(self) -> None:
-        bits = self.trainer.bits(self.state.params, self.probe)
-        if not math.isfinite(bits):
-            raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
-        tokens = self.step * self.plan.tokens
-        self._log(step=self.step, tokens=tokens, held_out_bits_per_byte=bits / self.probe_bytes)
+        bits = self.bits_per_byte(self.probe, self.probe_bytes)
+        self._log(step=self.step, tokens=self.step * self.plan.tokens, **bits)
+
+    def bits_per_byte(self, stream: TokenStream, num_bytes: int) -> dict[str, float]:
+        """The figures of some text: of the parameters, and of their average if there is one.
+
+        Raises:
+            DivergenceError: one is not finite.
+        """
+        figures = {"held_out_bits_per_byte": self.trainer.bits(self.state.params, stream) / num_bytes}
+        if self.options.ema is not None:
+            figures["ema_held_out_bits_per_byte"] = self.trainer.bits(self.state.ema, stream) / num_bytes
+        for bits in figures.values():
+            if not math.isfinite(bits):
+                raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
+        return figures
 
     def _save(self) -> None:
-        saved = {name: getattr(self.state, name) for name in SAVED}
-        save_checkpoint(self.run.checkpoints, self.step, saved, owner=self.run.owner)
+        save_checkpoint(self.run.checkpoints, self.step, self._saved(), owner=self.run.owner)
+
+    def _saved(self) -> dict[str, Any]:
+        """The parts of the state that hold arrays, by name."""
+        names = (field.name for field in dataclasses.fields(self.state))
+        return {name: part for name in names if jax.tree.leaves(part := getattr(self.state, name))}
 
     def words_for_divergence(self) -> str:
         """Advice after a divergence, and which checkpoint is kept."""
@@ -267,9 +286,9 @@ class Session:
         return f"In a new run, try {' or '.join(tries)}. {kept}"
 
 
-def _finite(number: float) -> float | None:
+def _finite(number: Any) -> float | None:
     """The number, or None: JSON has no NaN or infinity."""
-    return number if math.isfinite(number) else None
+    return float(number) if math.isfinite(number) else None
 
 
 def texts_of(documents: tuple[Document, ...]) -> list[bytes]:

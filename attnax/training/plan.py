@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
 from attnax.config import TransformerConfig
 from attnax.models import TransformerLM
-from attnax.nn._parts import Parts
 from attnax.sharding import Layout
 from attnax.training.flops import Flops, update_flops
 from attnax.training.loss import logits_of_chunk
@@ -65,7 +64,6 @@ def plan_training(
     *,
     layout: Layout | None = None,
     ema: bool = False,
-    **parts: Unpack[Parts],
 ) -> Plan:
     """What the training of a `TransformerLM` on windows of `max_len` tokens takes; nothing is allocated.
 
@@ -74,7 +72,6 @@ def plan_training(
         optimizer: the configuration of the training.
         layout: of the devices, without -1; they need not be there. None is one device.
         ema: whether the state holds an exponential average of the parameters.
-        **parts: the `make_block` and the `attention_fn` of the model.
 
     Raises:
         ValueError: a configuration that the model refuses.
@@ -87,7 +84,7 @@ def plan_training(
         >>> plan.num_parameters, plan.tokens, plan.memory.parameters
         (12832, 64, 13952)
     """
-    params = nnx.state(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), model, **parts)), nnx.Param)
+    params = nnx.state(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), model)), nnx.Param)
     mesh = abstract_mesh(Layout(fsdp=1) if layout is None else layout)
     placed = place_parameters(params, mesh)
     held, here = held_bytes(placed, optimizer, mesh), sum(each.size(mesh) for each in placed)

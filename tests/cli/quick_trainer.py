@@ -14,8 +14,8 @@ class QuickTrainer:
 
     bad, bad_bits, overflow = (), (), ()
 
-    def __init__(self, model, optimizer, seed, *, document_token, layout):
-        assert layout is None
+    def __init__(self, model, objective, optimizer, *, layout, ema, seed):
+        assert layout is None and ema is None
         self.optimizer = optimizer
 
     def init(self):
@@ -23,14 +23,14 @@ class QuickTrainer:
         return TrainState({"w": np.zeros(3, np.float32)}, {"m": np.zeros(3, np.float32)}, zero, zero, ())
 
     def step(self, state, batch):
-        number = int(state.passes) + 1
-        loss = NAN if number in self.bad else float(batch.sum() % 97)
+        number = int(state.update) + 1
+        loss = NAN if number in self.bad else float(batch["tokens"].sum() % 97)
         new = state.params["w"] + np.float32(loss)
         params = state.params if number in self.bad else {"w": np.asarray(new)}
         skipped = np.int32(state.skipped + (number in self.bad))
         fine = number not in self.bad and number not in self.overflow
         made = TrainState(params, {"m": np.asarray(params["w"] * 2)}, np.int32(number), skipped, ())
-        return made, Metrics(loss, abs(loss), np.bool_(number in self.bad), np.bool_(fine))
+        return made, Metrics(loss, np.float32(1), abs(loss), np.bool_(number in self.bad), np.bool_(fine), {})
 
     def bits(self, params, stream):
         return NAN if self.bad_bits else float(params["w"].sum())

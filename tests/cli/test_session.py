@@ -52,7 +52,7 @@ def test_an_update_is_read_after_the_next_one_began_and_nothing_is_unread_before
 
 def test_rows_have_the_fields_that_the_docs_promise(start):
     rows = [row for row in rows_of(start("--peak-flops", "1e9")) if "loss" in row]
-    kept = {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+    kept = {"step", "tokens", "loss", "weight", "grad_norm", "learning_rate"}
     known = set(TIMED) - {"memory"}  # a CPU does not say it
     assert all(set(row) == kept | known for row in rows[1:])
     assert set(rows[0]) == kept | {"seconds", "goodput"}  # the first update compiles
@@ -74,7 +74,7 @@ class TestTrace:
         monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
 
         def noted(self, state, batch):
-            events.append(int(state.passes) + 1)
+            events.append(int(state.update) + 1)
             return step(self, state, batch)
 
         monkeypatch.setattr(QuickTrainer, "step", noted)
