@@ -5,7 +5,8 @@
 
 The model has 6 layers, d_model 384, 6 heads, SwiGLU of 1024, RoPE, RMSNorm, tied embeddings; batch 8 of 256 tokens,
 vocabulary 4096, float32. PyTorch uses scaled_dot_product_attention, fused AdamW, and runs both eager and compiled.
-"Of peak" is the share of a median step that its products would take at the peak.
+"Of peak" is the share of a median step that its products would take at the peak. "Peak MB" is the most memory that is
+resident in a side's process while it trains, its libraries included, after all programs are compiled.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def flops() -> float:
 
 def attnax_side() -> None:
     import jax
-    from _pairs import serve
+    from _pairs import peak_bytes, serve
 
     trainer = trainer_of()
     state, data, losses = trainer.init(), batches(), []
@@ -74,12 +75,13 @@ def attnax_side() -> None:
         jax.block_until_ready(state)
 
     work()
-    serve(work, parameters=sum(x.size for x in jax.tree.leaves(state.params)), first_loss=losses[0])
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    serve(work, parameters=count, first_loss=losses[0], peak_bytes=peak_bytes(work))
 
 
 def torch_side(compiled: bool) -> None:
     import torch
-    from _pairs import serve
+    from _pairs import peak_bytes, serve
     from torch import nn
     from torch.nn import functional
 
@@ -138,7 +140,8 @@ def torch_side(compiled: bool) -> None:
             losses.append(loss.item())
 
     work()
-    serve(work, parameters=sum(p.numel() for p in model.parameters()), first_loss=losses[0])
+    count = sum(p.numel() for p in model.parameters())
+    serve(work, parameters=count, first_loss=losses[0], peak_bytes=peak_bytes(work))
 
 
 def main() -> None:
@@ -176,12 +179,16 @@ def main() -> None:
     best = min((name for name in figures if name != "attnax"), key=lambda name: figures[name]["step_ms_median"])
     ratio = figures["attnax"]["tokens_per_second"] / figures[best]["tokens_per_second"]
     print(f"{machine.line}; {options.pages} pages, jax {version('jax')}, torch {peer_version('torch')}")
-    print(f"{'':14}{'parameters':>12}{'first loss':>12}{'min ms':>10}{'median ms':>11}{'of peak':>9}{'tokens/s':>10}")
+    print(
+        f"{'':14}{'parameters':>12}{'first loss':>12}{'min ms':>10}{'median ms':>11}{'of peak':>9}{'tokens/s':>10}"
+        f"{'peak MB':>9}"
+    )
     for name, row in figures.items():
         print(
             f"{name:14}{row['parameters']:12,}{row['first_loss']:12.3f}{row['step_ms_min']:10.0f}"
             f"{row['step_ms_median']:11.0f}{share(flops(), row['step_ms_median'] / 1e3, machine.peak):>9}"
             f"{row['tokens_per_second']:10,.0f}"
+            f"{'-' if row['peak_bytes'] is None else format(row['peak_bytes'] / 1e6, ',.0f'):>9}"
         )
     print(f"attnax / {best}: {ratio:.2f}x tokens per second")
     if options.json:
