@@ -91,7 +91,8 @@ def _run(plan: Plan, settings: RunOptions, peak: float | None) -> list[str]:
     peak = peak or PEAK_FLOPS.get(kind)
     if peak is not None:
         seconds = total / (peak * plan.num_devices)
-        lines.append(f"{seconds:,.3g} seconds if {plan.num_devices:,} x {_in_flops(peak)}/s were used in full")
+        time = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+        lines.append(f"{time} seconds if {plan.num_devices:,} x {_in_flops(peak)}/s were used in full")
     return lines
 
 

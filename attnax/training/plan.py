@@ -82,7 +82,7 @@ def plan_training(
         >>> model = TransformerConfig(vocab_size=64, d_model=32, num_heads=2, num_layers=1, d_ff=64, max_len=16)
         >>> plan = plan_training(model, OptimizerConfig(batch_size=4), layout=Layout(fsdp=4))
         >>> plan.num_parameters, plan.tokens, plan.memory.parameters
-        (12832, 64, 13952)
+        (12704, 64, 13952)
     """
     params = nnx.state(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), model)), nnx.Param)
     mesh = abstract_mesh(Layout(fsdp=1) if layout is None else layout)

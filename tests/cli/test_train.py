@@ -17,6 +17,7 @@ from tiny_run import TINY, refuse
 
 from attnax import TransformerConfig
 from attnax.cli import main
+from attnax.cli.stopwatch import TIMED
 from attnax.errors import InputError
 from attnax.text import DOCUMENT, byte_tokenizer
 from attnax.training import RunFolder, open_run, read_corpus
@@ -163,3 +164,48 @@ def test_a_run_opens_without_initial_weights(scan_layers):
     graphdef, params, rest = abstract(config, {})
     weights = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.1, x.dtype)), params)
     assert nnx.merge(graphdef, weights, *rest)(np.zeros((1, 3), np.int32), deterministic=True).shape == (1, 3, 11)
+
+
+@pytest.mark.contract
+def test_a_run_with_a_moving_average_and_accumulation_goes_on_bit_for_bit(corpus, tmp_path):
+    flags = ["--ema", "0.9", "--schedule", "wsd", "--algorithm", "lion", "--moment-dtype", "bfloat16"]
+    flags += [
+        "--accumulate",
+        "2",
+        "--dropout-rate",
+        "0.1",
+        "--eval-every",
+        "2",
+        "--steps",
+        "6",
+        "--learning-rate",
+        "0.003",
+    ]
+
+    def start(name):
+        return main(["train", "--data", str(corpus), "--out", str(tmp_path / name), *TINY, *flags])
+
+    def interrupt(self, **row):
+        append(self, **row)
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    append = RunFolder.append_metrics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", interrupt)
+        assert start("run") == 130
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0 and start("whole") == 0
+    run, whole = (rows_of(tmp_path / name) for name in ("run", "whole"))
+    assert run == whole
+    looks = [row for row in whole if "ema_held_out_bits_per_byte" in row]
+    assert [row["step"] for row in looks] == [2, 4, 6]
+    assert all(row["ema_held_out_bits_per_byte"] != row["held_out_bits_per_byte"] for row in looks)
+    assert [row["weight"] for row in whole if "loss" in row] == [2 * 4 * 32] * 6
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]
+    assert results[0] == results[1] and "ema_held_out_bits_per_byte" in results[0]
+
+
+def rows_of(folder):
+    """The rows of metrics, without what differs when a run is repeated."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
