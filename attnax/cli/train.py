@@ -27,6 +27,7 @@ from attnax.generation import Sampler
 from attnax.sharding import Layout
 from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
+    Checkpoints,
     Corpus,
     DamagedCheckpointError,
     DivergenceError,
@@ -35,16 +36,12 @@ from attnax.training import (
     RunOptions,
     TokenStream,
     Trainer,
-    checkpoint_steps,
-    delete_checkpoints_after,
     latest_checkpoint,
     make_mesh,
     open_run,
     read_corpus,
     require_memory,
     require_traces,
-    restore_items,
-    save_checkpoint,
     write_whole,
 )
 from attnax.visualize import plot_training
@@ -97,6 +94,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
     session = _Session(settings, corpus, tokenizer, layout)
     session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
     stack.enter_context(session.run.locked())
+    session.checkpoints = stack.enter_context(session.open_checkpoints())
     return session
 
 
@@ -116,6 +114,7 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
     session = _Session(settings, corpus, tokenizer, layout)
     session.run = run
+    session.checkpoints = stack.enter_context(session.open_checkpoints())
     if options.max_skipped is not None:
         session.max_skipped = options.max_skipped
     session.restore(options.step)
@@ -162,9 +161,10 @@ def _read(data: str | None, held_out: float) -> Corpus:
 
 
 class _Session:
-    """The part of a run that one process makes; `run` is set once everything is checked."""
+    """The part of a run that one process makes; `run` and `checkpoints` are set once everything is checked."""
 
     run: RunFolder
+    checkpoints: Checkpoints
 
     def __init__(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
         self.options, self.corpus, self.layout = options, corpus, layout
@@ -202,6 +202,11 @@ class _Session:
         options += "" if self.layout is None else f" --layout {self.layout}"
         return f"{terminal.command_name()} train --resume {self.run.path}{options}"
 
+    def open_checkpoints(self) -> Checkpoints:
+        """The checkpoints of the run."""
+        layout = "" if self.layout is None else str(self.layout.sized(jax.device_count()))
+        return Checkpoints(self.run.checkpoints, owner=self.run.owner, layout=layout)
+
     def restore(self, step: int | None = None) -> None:
         """Goes back to the checkpoint of `step`, by default the newest, or to the start if there is none.
 
@@ -211,17 +216,16 @@ class _Session:
             InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from an
                 older one.
         """
-        folder, done = self.run.checkpoints, 0
-        if step is not None or checkpoint_steps(folder):
-            likes = {name: getattr(self.state, name) for name in _SAVED}
-            try:
-                done, parts = restore_items(folder, likes, step=step, owner=self.run.owner)
-            except DamagedCheckpointError as error:
-                if error.whole is None:
-                    raise InputError(f"{error} Start a new run.") from error
-                raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
-            self.state = dataclasses.replace(self.state, **parts)
-        delete_checkpoints_after(folder, done)
+        likes = {name: getattr(self.state, name) for name in _SAVED}
+        try:
+            with terminal.warnings_as_lines():
+                done, parts = self.checkpoints.restore(likes, step=step) or (0, likes)
+        except DamagedCheckpointError as error:
+            if error.whole is None:
+                raise InputError(f"{error} Start a new run.") from error
+            raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
+        self.state = dataclasses.replace(self.state, **parts)
+        self.checkpoints.discard_after(done)
         rows = self.run.rewind_metrics(done)
         self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
         if done and not rows:
@@ -237,6 +241,7 @@ class _Session:
         print(f"run        {self.run.path}")
         if self.step < optimizer.steps:
             print(terminal.compiling(), flush=True)
+        stop = False
         with contextlib.closing(_Progress(optimizer.steps, self._tokens_per_step)) as progress:
             for step in range(self.step + 1, optimizer.steps + 1):
                 loss = self._update_and_log(step, started)
@@ -246,12 +251,13 @@ class _Session:
                     if is_look:  # before the checkpoint: a process killed between the two evaluates again
                         self._look_at_held_out(step)
                     if is_look or stop:
-                        saved = {name: getattr(self.state, name) for name in _SAVED}
-                        save_checkpoint(self.run.checkpoints, step, saved, owner=self.run.owner)
+                        self.checkpoints.save(step, {name: getattr(self.state, name) for name in _SAVED})
+                    self.checkpoints.check()
                 progress.advance(step, loss)
                 if stop:
-                    return False
-        return True
+                    break
+        self.checkpoints.wait()
+        return not stop
 
     def _update_and_log(self, step: int, started: float) -> float:
         """Makes an update and writes its row of metrics; returns the loss.
@@ -309,6 +315,7 @@ class _Session:
         tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
         if "float16" in (model.param_dtype, model.dtype):
             tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
+        self.checkpoints.wait()
         step = latest_checkpoint(self.run.checkpoints)
         kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
         return f"In a new run, try {' or '.join(tries)}. {kept}"

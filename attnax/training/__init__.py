@@ -8,21 +8,20 @@ from __future__ import annotations
 from attnax.lazy import lazy_imports
 
 with lazy_imports(globals()):
-    from attnax.training.checkpoints import DamagedCheckpointError as DamagedCheckpointError
-    from attnax.training.checkpoints import checkpoint_arrays as checkpoint_arrays
-    from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
-    from attnax.training.checkpoints import delete_checkpoints_after as delete_checkpoints_after
-    from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint
-    from attnax.training.checkpoints import restore_checkpoint as restore_checkpoint
-    from attnax.training.checkpoints import restore_items as restore_items
-    from attnax.training.checkpoints import save_checkpoint as save_checkpoint
+    from attnax.training.checkpoints import Checkpoints as Checkpoints
     from attnax.training.corpus import Corpus as Corpus
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
     from attnax.training.corpus import read_corpus as read_corpus
     from attnax.training.feasible import require_memory as require_memory
     from attnax.training.feasible import require_traces as require_traces
+    from attnax.training.manifest import DamagedCheckpointError as DamagedCheckpointError
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from attnax.training.restore import best_checkpoint as best_checkpoint
+    from attnax.training.restore import checkpoint_arrays as checkpoint_arrays
+    from attnax.training.restore import checkpoint_steps as checkpoint_steps
+    from attnax.training.restore import latest_checkpoint as latest_checkpoint
+    from attnax.training.restore import restore_items as restore_items
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
     from attnax.training.run_folder import write_whole as write_whole
