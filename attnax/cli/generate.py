@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -142,17 +141,14 @@ def open_text_model(
         if ignore:
             raise InputError(f"--ignore is of a published checkpoint, and {name} is a run folder.")
         try:
-            return open_run(folder, dtype, step)
+            with terminal.warnings_as_lines():
+                return open_run(folder, dtype, step)
         except DamagedCheckpointError as error:
             raise InputError(f"{error}" + ("" if error.whole is None else f" Give --step {error.whole}.")) from error
     if step is not None:
         raise InputError(f"--step is of a run folder, and {name} is a published checkpoint.")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        text = open_published(folder, dtype, ignore=ignore)
-    for warning in caught:
-        terminal.warn(str(warning.message))
-    return text
+    with terminal.warnings_as_lines():
+        return open_published(folder, dtype, ignore=ignore)
 
 
 def write_text(text: TextModel, prompt: str, max_new_tokens: int | None, sampler: Sampler, seed: int) -> Iterator[str]:

@@ -44,14 +44,19 @@ class Progress:
                 unit_scale=True,
                 mininterval=0.5 if sys.stderr.isatty() else 15.0,
             )
+            self._pause = 0.0
         else:
-            self._bar.start_t += self._pause
-            self._bar.last_print_t += self._pause
+            self._leave_out_pauses(self._bar)
             self._bar.update(self._tokens_per_step)
-        self._pause = 0.0
         self._bar.set_description(f"loss {loss:.3f}", refresh=False)
 
     def close(self) -> None:
         """Ends the line."""
         if self._bar is not None:
+            self._leave_out_pauses(self._bar)
             self._bar.close()
+
+    def _leave_out_pauses(self, bar: tqdm[Any]) -> None:
+        bar.start_t += self._pause
+        bar.last_print_t += self._pause
+        self._pause = 0.0

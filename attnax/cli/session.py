@@ -20,6 +20,7 @@ from attnax.generation import Sampler
 from attnax.sharding import Layout
 from attnax.text import DOCUMENT, Tokenizer
 from attnax.training import (
+    Checkpoints,
     Corpus,
     DamagedCheckpointError,
     DivergenceError,
@@ -30,14 +31,10 @@ from attnax.training import (
     TokenStream,
     Trainer,
     causal_lm,
-    checkpoint_steps,
-    delete_checkpoints_after,
     latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
-    restore_items,
-    save_checkpoint,
 )
 from attnax.training.flops import PEAK_FLOPS
 
@@ -54,7 +51,7 @@ class _Made(NamedTuple):
 
 
 class Session:
-    """Trains on from the state that a run has reached; `run` is set once everything is checked.
+    """Trains on from the state that a run has reached; `run` and `checkpoints` are set once everything is checked.
 
     The metrics of an update are read after the next one is dispatched, so that the devices never wait for the host.
     Before a look at held-out text, a checkpoint and the end nothing is left to read: a state is saved only after all
@@ -69,6 +66,7 @@ class Session:
     """
 
     run: RunFolder
+    checkpoints: Checkpoints
 
     def __init__(self, options: RunOptions, here: Train, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
         self.options, self.here, self.corpus, self.layout = options, here, corpus, layout
@@ -105,27 +103,36 @@ class Session:
         options += "" if self.layout is None else f" --layout {self.layout}"
         return f"{terminal.command_name()} train --resume {self.run.path}{options}"
 
-    def restore(self, step: int | None = None) -> None:
-        """Goes back to the checkpoint of `step`, by default the newest, or to the start if there is none.
+    def open_checkpoints(self) -> Checkpoints:
+        """The checkpoints of the run: the two newest are kept, the best, and those of --keep-every."""
+        layout = "" if self.layout is None else str(self.layout.sized(jax.device_count()))
+        return Checkpoints(
+            self.run.checkpoints,
+            owner=self.run.owner,
+            layout=layout,
+            keep_best=1,
+            keep_every=self.options.keep_every,
+        )
 
-        Later checkpoints are deleted.
+    def restore(self, step: int | None = None) -> None:
+        """Goes back to the checkpoint of `step`, by default the newest that is whole, or to the start if there is none.
+
+        Later checkpoints are deleted. A warning names newer ones that are damaged.
 
         Raises:
-            InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from an
-                older one.
+            InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from
+                another one.
         """
-        folder = self.run.checkpoints
-        if step is not None or checkpoint_steps(folder):
-            likes = self._saved()
-            try:
-                self.step, parts = restore_items(folder, likes, step=step, owner=self.run.owner)
-            except DamagedCheckpointError as error:
-                if error.whole is None:
-                    raise InputError(f"{error} Start a new run.") from error
-                raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
-            self.state = dataclasses.replace(self.state, **parts)
-            self.skipped = int(self.state.skipped)
-        delete_checkpoints_after(folder, self.step)
+        try:
+            with terminal.warnings_as_lines():
+                self.step, parts = self.checkpoints.restore(self._saved(), step=step) or (0, {})
+        except DamagedCheckpointError as error:
+            if error.whole is None:
+                raise InputError(f"{error} Start a new run.") from error
+            raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
+        self.state = dataclasses.replace(self.state, **parts)
+        self.skipped = int(self.state.skipped)
+        self.checkpoints.discard_after(self.step)
         rows = self.run.rewind_metrics(self.step)
         if self.step and not rows:
             print(
@@ -150,7 +157,8 @@ class Session:
             self._stopwatch = self._start_stopwatch()
             trace = stack.enter_context(contextlib.closing(self._trace()))
             self._board = self._open_board(stack)
-            while self.step < steps:
+            stop = False
+            while self.step < steps and not stop:
                 trace.before(self.step + 1, self._read)
                 made = self._dispatch()
                 self._read()
@@ -163,13 +171,13 @@ class Session:
                 if is_save or is_look:
                     self._read()
                     with self._progress.paused(), self._stopwatch.paused():
-                        if is_look:  # before the checkpoint: a process killed between the two evaluates again
-                            self._look_at_held_out()
+                        # The look is first: a process that is killed between the two evaluates again.
+                        metric = self._look_at_held_out() if is_look else None
                         if is_save:
-                            self._save()
-                if stop:
-                    return False
-        return True
+                            self.checkpoints.save(self.step, self._saved(), metric=metric)
+                self.checkpoints.check()
+            self.checkpoints.wait()
+        return not stop
 
     def _start_stopwatch(self) -> Stopwatch:
         peak = self.here.peak_flops or PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -249,9 +257,11 @@ class Session:
         if self._board is not None:
             self._board.add(row)
 
-    def _look_at_held_out(self) -> None:
-        bits = self.bits_per_byte(self.probe, self.probe_bytes)
-        self._log(step=self.step, tokens=self.step * self.plan.tokens, **bits)
+    def _look_at_held_out(self) -> float:
+        """Writes a row about some of the held-out text; returns the bits per byte of the parameters."""
+        figures = self.bits_per_byte(self.probe, self.probe_bytes)
+        self._log(step=self.step, tokens=self.step * self.plan.tokens, **figures)
+        return figures["held_out_bits_per_byte"]
 
     def bits_per_byte(self, stream: TokenStream, num_bytes: int) -> dict[str, float]:
         """The figures of some text: of the parameters, and of their average if there is one.
@@ -267,13 +277,9 @@ class Session:
                 raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
         return figures
 
-    def _save(self) -> None:
-        save_checkpoint(self.run.checkpoints, self.step, self._saved(), owner=self.run.owner)
-
     def _saved(self) -> dict[str, Any]:
-        """The parts of the state that hold arrays, by name."""
-        names = (field.name for field in dataclasses.fields(self.state))
-        return {name: part for name in names if jax.tree.leaves(part := getattr(self.state, name))}
+        """The parts of the state by name."""
+        return {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
 
     def words_for_divergence(self) -> str:
         """Advice after a divergence, and which checkpoint is kept."""
@@ -281,6 +287,7 @@ class Session:
         tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
         if "float16" in (model.param_dtype, model.dtype):
             tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
+        self.checkpoints.wait()
         step = latest_checkpoint(self.run.checkpoints)
         kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
         return f"In a new run, try {' or '.join(tries)}. {kept}"

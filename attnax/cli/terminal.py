@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["command_name", "compile_cache", "compiling", "keep_programs", "printable", "say_wait", "warn"]
+__all__ = [
+    "command_name",
+    "compile_cache",
+    "compiling",
+    "keep_programs",
+    "printable",
+    "say_wait",
+    "warn",
+    "warnings_as_lines",
+]
 
 _MOST_BYTES = 1 << 30  # of kept programs; the least recently used are deleted first
 
@@ -32,6 +44,18 @@ def say_wait(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line on standard error about something unexpected."""
     print("attnax: " + printable(line), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Prints the warnings of a library for its user, after the block, as `warn` does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                warn(str(warning.message))
 
 
 def command_name() -> str:

@@ -71,6 +71,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
     session = Session(settings, options, corpus, tokenizer, layout)
     session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
     stack.enter_context(session.run.locked())
+    session.checkpoints = stack.enter_context(session.open_checkpoints())
     return session
 
 
@@ -90,6 +91,7 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
         raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
     session = Session(settings, options, corpus, tokenizer, layout)
     session.run = run
+    session.checkpoints = stack.enter_context(session.open_checkpoints())
     if options.max_skipped is not None:
         session.max_skipped = options.max_skipped
     session.restore(options.step)

@@ -8,14 +8,7 @@ from __future__ import annotations
 from attnax.lazy import lazy_imports
 
 with lazy_imports(globals()):
-    from attnax.training.checkpoints import DamagedCheckpointError as DamagedCheckpointError
-    from attnax.training.checkpoints import checkpoint_arrays as checkpoint_arrays
-    from attnax.training.checkpoints import checkpoint_steps as checkpoint_steps
-    from attnax.training.checkpoints import delete_checkpoints_after as delete_checkpoints_after
-    from attnax.training.checkpoints import latest_checkpoint as latest_checkpoint
-    from attnax.training.checkpoints import restore_checkpoint as restore_checkpoint
-    from attnax.training.checkpoints import restore_items as restore_items
-    from attnax.training.checkpoints import save_checkpoint as save_checkpoint
+    from attnax.training.checkpoints import Checkpoints as Checkpoints
     from attnax.training.corpus import Corpus as Corpus
     from attnax.training.corpus import Document as Document
     from attnax.training.corpus import TokenStream as TokenStream
@@ -27,6 +20,7 @@ with lazy_imports(globals()):
     from attnax.training.flops import PEAK_FLOPS as PEAK_FLOPS
     from attnax.training.flops import Flops as Flops
     from attnax.training.flops import update_flops as update_flops
+    from attnax.training.manifest import DamagedCheckpointError as DamagedCheckpointError
     from attnax.training.mesh import make_mesh as make_mesh
     from attnax.training.objectives import Batch as Batch
     from attnax.training.objectives import Loss as Loss
@@ -39,6 +33,11 @@ with lazy_imports(globals()):
     from attnax.training.plan import Memory as Memory
     from attnax.training.plan import Plan as Plan
     from attnax.training.plan import plan_training as plan_training
+    from attnax.training.restore import best_checkpoint as best_checkpoint
+    from attnax.training.restore import checkpoint_arrays as checkpoint_arrays
+    from attnax.training.restore import checkpoint_steps as checkpoint_steps
+    from attnax.training.restore import latest_checkpoint as latest_checkpoint
+    from attnax.training.restore import restore_items as restore_items
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
     from attnax.training.run_folder import write_whole as write_whole

@@ -1,247 +1,233 @@
-"""Orbax checkpoints, with a checksum of every file and the exact type of every array, which Orbax does not store.
+"""Checkpoints that are whole whenever the process is killed, and that training does not wait for.
 
-`folder/STEP/ITEM/` holds a pytree of arrays. `folder/STEP.json` is written last and deleted first. A checkpoint without
-this file was interrupted: it is ignored, and deleted at the next save.
+`folder/STEP/` holds what Orbax wrote, a folder for each item. `folder/STEP.json` is the manifest (`manifest.py`). It is
+written when all of that is on the disk, and deleted before any of it is. What has no manifest is the remains of an
+interrupted save or deletion: `restore.py` does not see it, and `Checkpoints` deletes it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import errno
-import hashlib
-import json
-import logging
+import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any
 
 import jax
 
-from attnax.errors import InputError
+from attnax.training.durable import sync
+from attnax.training.manifest import DamagedCheckpointError, Manifest, array_types, hash_durably, manifest_path
+from attnax.training.orbax_files import OrbaxSave, named_arrays
+from attnax.training.restore import checkpoint_steps, latest_checkpoint, restore_with_manifest
 
-__all__ = [
-    "DamagedCheckpointError",
-    "checkpoint_arrays",
-    "checkpoint_steps",
-    "delete_checkpoints_after",
-    "latest_checkpoint",
-    "restore_checkpoint",
-    "restore_items",
-    "save_checkpoint",
-]
-
-Tree = TypeVar("Tree")
+__all__ = ["Checkpoints"]
 
 
-def save_checkpoint(folder: Path, step: int, items: Mapping[str, Any], *, owner: str = "", keep: int = 2) -> None:
-    """Writes the pytrees of `items` as step number `step`, then deletes all but the newest `keep` checkpoints.
+class Checkpoints:
+    """The checkpoints of a run that this process trains. A save takes the time of a copy to the memory of the host.
 
-    Checkpoints of later steps are deleted too: the training went back to an earlier step.
+    A thread then writes the files, waits until they are on the disk, writes the manifest, and deletes the checkpoints
+    that are not kept. Whenever the process is killed, every checkpoint that had a manifest is whole. One process trains
+    in a folder at a time; any number may read it with `restore_items`.
 
     Args:
-        folder: of the checkpoints; made if it is missing.
-        step: counts up from 0.
-        items: pytrees of arrays by name; each can be restored alone.
-        owner: name of the run that the checkpoint belongs to; `restore_checkpoint` needs the same.
-        keep: number of checkpoints to keep.
+        folder: of the checkpoints; the first save makes it.
+        owner: name of the run; checkpoints of another one are refused.
+        layout: of the devices, in words, for the manifest.
+        keep_last: number of the newest checkpoints to keep, at least 1.
+        keep_best: number of those with the lowest metric that are kept too.
+        keep_every: those of the multiples of this step are kept too.
 
-    Raises:
-        OSError: the disk is full or fails; earlier checkpoints are kept.
-    """
-    import orbax.checkpoint as ocp  # takes half a second, which only saving and restoring need
-
-    target = folder.absolute() / str(step)
-    _delete(folder, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    _require_room(folder, items)
-    manifest: dict[str, Any] = {"owner": owner, "types": {}, "sha256": {}}
-    try:
-        with _errors_of_the_disk(folder), ocp.StandardCheckpointer() as checkpointer:
-            for item, tree in items.items():
-                arrays = _named_arrays(tree)
-                checkpointer.save(target / item, arrays)
-                checkpointer.wait_until_finished()
-                manifest["types"][item] = {name: _type(array) for name, array in arrays.items()}
-                manifest["sha256"][item] = _digests(target / item)
-            temporary = folder / f"{step}.json.tmp"
-            temporary.write_text(json.dumps(manifest, indent=1))
-            temporary.replace(folder / f"{step}.json")
-    except OSError:
-        _delete(folder, step)
-        raise
-    _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step][-keep:])
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints, in order, without interrupted ones."""
-    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
-
-
-def delete_checkpoints_after(folder: Path, step: int) -> None:
-    """Deletes checkpoints of later steps, and the remains of interrupted saves and deletions."""
-    if folder.is_dir():
-        _delete_others(folder, [saved for saved in checkpoint_steps(folder) if saved <= step])
-
-
-def latest_checkpoint(folder: Path) -> int | None:
-    """The step of the newest checkpoint, or None."""
-    return max(checkpoint_steps(folder), default=None)
-
-
-def checkpoint_arrays(folder: Path, step: int, item: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The shape and the dtype of each array in a checkpoint, by name; no array is read.
-
-    Raises:
-        InputError: the list of its contents cannot be read.
-    """
-    types = _read_manifest(folder, step, item)[1]
-    return {name: (tuple(shape), dtype) for name, (shape, dtype) in types.items()}
-
-
-class DamagedCheckpointError(InputError):
-    """A checkpoint cannot be read.
-
-    Attributes:
-        whole: the step of the newest complete checkpoint before it, or None.
+    Example:
+        >>> with Checkpoints(Path("checkpoints"), keep_best=1) as checkpoints:  # doctest: +SKIP
+        ...     done, items = checkpoints.restore({"params": params}) or (0, {"params": params})
+        ...     params = items["params"]
+        ...     for update in range(done + 1, 1001):
+        ...         params = step(params)  # may donate its argument: a save has copied it
+        ...         checkpoints.check()
+        ...         if update % 100 == 0:
+        ...             checkpoints.save(update, {"params": params}, metric=held_out_loss(params))
     """
 
-    def __init__(self, message: str, whole: int | None):
-        self.whole = whole
-        super().__init__(f"{message} " + (f"That of step {whole} is whole." if whole is not None else "None is whole."))
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        owner: str = "",
+        layout: str = "",
+        keep_last: int = 2,
+        keep_best: int = 0,
+        keep_every: int | None = None,
+    ):
+        numbers = {"keep_last": (keep_last, 1), "keep_best": (keep_best, 0), "keep_every": (keep_every, 1)}
+        for name, (value, least) in numbers.items():
+            if value is not None and value < least:
+                raise ValueError(f"Checkpoints: {name} must be at least {least}; got {name}={value}.")
+        self.folder = folder
+        self._owner, self._layout = owner, layout
+        self._keep_last, self._keep_best, self._keep_every = keep_last, keep_best, keep_every
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._saving: Future[None] | None = None
 
+    def save(self, update: int, items: Mapping[str, Any], *, metric: float | None = None) -> None:
+        """Copies the arrays to the host and returns; the thread then saves them as step number `update`.
 
-def restore_items(
-    folder: Path, likes: Mapping[str, Any], *, step: int | None = None, owner: str = ""
-) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint, and its items.
+        The arrays may be donated or changed when this returns. It waits for a last save that is still being written.
 
-    Args:
-        folder: of the checkpoints; it holds at least one.
-        likes: pytrees as in `restore_checkpoint`, by the names of the items.
-        step: of the checkpoint, by default the newest.
-        owner: as saved.
+        Args:
+            update: number of updates that made the state, above that of every checkpoint in the folder.
+            items: pytrees of arrays by name. Each can be restored alone, and may be empty.
+            metric: a figure on held-out data; lower is better.
 
-    Raises:
-        InputError: there is no checkpoint of this step.
-        DamagedCheckpointError: it is damaged; the message names the newest complete one before it.
-    """
-    steps = checkpoint_steps(folder)
-    if step is not None and step not in steps:
-        raise InputError(f"{folder}: step must be one of {', '.join(map(str, steps))}; got step={step}.")
-    chosen = max(steps) if step is None else step
-    try:
-        return chosen, {
-            item: restore_checkpoint(folder, chosen, item, like, owner=owner) for item, like in likes.items()
-        }
-    except InputError as error:
-        older = (other for other in reversed(steps) if other < chosen and _is_whole(folder, other, likes, owner))
-        raise DamagedCheckpointError(str(error), next(older, None)) from error
-
-
-def _is_whole(folder: Path, step: int, items: Iterable[str], owner: str) -> bool:
-    try:
-        for item in items:
-            _check_files(folder, step, item, owner)
-    except InputError:
-        return False
-    return True
-
-
-def restore_checkpoint(folder: Path, step: int, item: str, like: Tree, *, owner: str = "") -> Tree:
-    """The pytree `item` of step number `step`, saved in `folder` for `owner`.
-
-    `like` is a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure, shapes and dtypes. The result lies on
-    the devices as `like` does, on the default device where that says nothing: each device reads its own parts, wherever
-    the arrays lay when they were saved.
-
-    Raises:
-        InputError: a file is missing, changed or of another model. This is checked before any array is read.
-    """
-    import orbax.checkpoint as ocp
-
-    target = folder.absolute() / str(step)
-    saved = _check_files(folder, step, item, owner)
-    named = _named_arrays(like)
-    wanted = {name: _type(array) for name, array in named.items()}
-    if saved != wanted:
-        names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        raise InputError(
-            f"the checkpoint {target} is of another model: {names[0]} is {_words(saved.get(names[0]))} in the "
-            f"checkpoint and {_words(wanted.get(names[0]))} in the model."
+        Raises:
+            OSError: the disk is full or fails, or did so in the last save; the error names a file or the folder.
+                Earlier checkpoints are kept, and the next call may succeed.
+            ValueError: `update` is not above the newest checkpoint, or `metric` is not finite.
+        """
+        self.wait()
+        newest = latest_checkpoint(self.folder)
+        if newest is not None and update <= newest:
+            raise ValueError(
+                f"Checkpoints.save: update must be above the newest checkpoint, {newest}; got update={update}. "
+                "If training went back, call discard_after first."
+            )
+        if metric is not None and not math.isfinite(metric):
+            raise ValueError(f"Checkpoints.save: metric must be finite; got metric={metric}.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _delete_remains(self.folder)
+        _require_room(self.folder, items)
+        named = {item: named_arrays(tree) for item, tree in items.items()}
+        manifest = Manifest(
+            owner=self._owner,
+            update=update,
+            layout=self._layout,
+            **_machine(items),
+            metric=None if metric is None else float(metric),
+            types={item: array_types(arrays) for item, arrays in named.items()},
+            files={},
         )
-    here = jax.device_put(0).sharding
-    abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
-        for name, x in named.items()
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(target / item, abstract)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+        writing = OrbaxSave(self.folder / str(update), {item: arrays for item, arrays in named.items() if arrays})
+        self._saving = self._thread.submit(self._finish, manifest, writing)
 
+    def check(self) -> None:
+        """Raises the error of the last save, if it has failed, and does not wait. Call it at every update."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
-def _named_arrays(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    def wait(self) -> None:
+        """Waits until the last save is on the disk.
 
+        Raises:
+            OSError: the save failed; it is raised once.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
-def _type(array: Any) -> list[Any]:
-    return [list(array.shape), str(array.dtype)]
+    def close(self) -> None:
+        """Waits for the last save, as `wait`, and ends the thread."""
+        self._thread.shutdown()
+        self.wait()
 
+    def __enter__(self) -> Checkpoints:
+        return self
 
-def _words(kind: list[Any] | None) -> str:
-    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
 
+    def restore(self, likes: Mapping[str, Any], *, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """`restore_items`, for the process that goes on with the run; None if there is no checkpoint yet.
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        The remains of interrupted saves are deleted, and damaged checkpoints that are newer than the one taken.
+        Checkpoints after `step` stay until `discard_after`. A warning says when the kind of the devices or the number
+        of cores is not that of the process that saved: the next updates may then differ in their last bits.
 
+        Raises:
+            InputError: as `restore_items`.
+            DamagedCheckpointError: as `restore_items`; nothing was deleted.
+        """
+        self.wait()
+        if step is None and latest_checkpoint(self.folder) is None:
+            return None
+        manifest, items = restore_with_manifest(self.folder, likes, step=step, owner=self._owner)
+        if step is None:
+            self.discard_after(manifest.update)
+        _delete_remains(self.folder)
+        _warn_of_other_bits(manifest, likes)
+        return manifest.update, items
 
-def _check_files(folder: Path, step: int, item: str, owner: str) -> dict[str, Any]:
-    """The types of an item's arrays.
+    def discard_after(self, update: int) -> None:
+        """Deletes the checkpoints of later steps, because training goes on from `update`, and all remains."""
+        self.wait()
+        for step in reversed(checkpoint_steps(self.folder)):  # the newest first, as if they had not been made
+            if step > update:
+                _delete(self.folder, step)
+        _delete_remains(self.folder)
 
-    Raises:
-        InputError: the manifest cannot be read or is of another run, or a file is missing or changed.
-    """
-    target = folder.absolute() / str(step)
-    saved_owner, types, digests = _read_manifest(folder, step, item)
-    if saved_owner != owner:
-        raise InputError(f"the checkpoint {target} belongs to another run.")
-    found = _digests(target / item)
-    if found != digests:
-        names = sorted(name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name))
-        raise InputError(
-            f"the checkpoint {target} is damaged: {names[0]} has changed since it was saved"
-            + (f", and so have {len(names) - 1} other files." if len(names) > 1 else ".")
-        )
-    return types
+    def _finish(self, manifest: Manifest, writing: OrbaxSave) -> None:
+        """Makes the files and then the manifest durable; with that the checkpoint exists, and others are deleted."""
+        # With several processes, each one hashes its share of the files and sends the digests to process 0, which waits
+        # for them, with a limit; it alone writes the manifest and deletes.
+        try:
+            writing.wait()
+            files = hash_durably(self.folder / str(manifest.update))
+            dataclasses.replace(manifest, files=files).write(self.folder)
+        except BaseException:
+            manifest_path(self.folder, manifest.update).unlink(missing_ok=True)
+            for path in _remains(self.folder):
+                shutil.rmtree(path, ignore_errors=True)  # the next save or start deletes what is left
+            raise
+        self._collect()
 
+    def _collect(self) -> None:
+        """Deletes the checkpoints that are not kept, the oldest first."""
+        steps = checkpoint_steps(self.folder)
+        kept = {*steps[-self._keep_last :], *self._best(steps)}
+        for step in steps:
+            if step not in kept and not (self._keep_every and step % self._keep_every == 0):
+                _delete(self.folder, step)
 
-def _read_manifest(folder: Path, step: int, item: str) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """The owner of a checkpoint, and the types of an item's arrays and the digests of its files."""
-    target = folder.absolute() / str(step)
-    try:
-        manifest = json.loads((folder / f"{step}.json").read_text())
-        return manifest["owner"], dict(manifest["types"][item]), dict(manifest["sha256"][item])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint {target} has no readable list of its contents ({target}.json).") from error
+    def _best(self, steps: list[int]) -> list[int]:
+        if not self._keep_best:
+            return []
+        measured = []
+        for step in steps:
+            try:
+                metric = Manifest.read(self.folder, step).metric
+            except DamagedCheckpointError:
+                continue
+            if metric is not None:
+                measured.append((metric, -step))
+        return [-step for _, step in sorted(measured)[: self._keep_best]]
 
 
 def _delete(folder: Path, step: int) -> None:
-    """Deletes a checkpoint, manifest first: the remains of an interrupted deletion are no checkpoint."""
-    for name in (f"{step}.json", f"{step}.json.tmp"):
-        (folder / name).unlink(missing_ok=True)
-    if (folder / str(step)).exists():
-        shutil.rmtree(folder / str(step))
+    """Deletes a checkpoint, manifest first: an interrupted deletion leaves no checkpoint, and not half of one."""
+    manifest_path(folder, step).unlink()
+    sync(folder)  # after a power failure too, the files are gone only if the manifest is
+    shutil.rmtree(folder / str(step))
 
 
-def _delete_others(folder: Path, kept: Sequence[int]) -> None:
-    numbers = {path.name.partition(".")[0] for path in folder.iterdir()}
-    for step in {int(number) for number in numbers if number.isdecimal()}.difference(kept):
-        _delete(folder, step)
+def _remains(folder: Path) -> list[Path]:
+    """Files and folders of steps that have no manifest, in any state that an interruption leaves."""
+    if not folder.is_dir():
+        return []
+    whole = {name for step in checkpoint_steps(folder) for name in (str(step), manifest_path(folder, step).name)}
+    return [path for path in folder.iterdir() if path.name.partition(".")[0].isdecimal() and path.name not in whole]
+
+
+def _delete_remains(folder: Path) -> None:
+    for path in _remains(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _require_room(folder: Path, items: Mapping[str, Any]) -> None:
@@ -253,17 +239,27 @@ def _require_room(folder: Path, items: Mapping[str, Any]) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(folder))
 
 
-@contextlib.contextmanager
-def _errors_of_the_disk(folder: Path) -> Iterator[None]:
-    """Turns a ValueError of TensorStore about the disk into an OSError, and silences the long logs of Orbax."""
-    log = logging.getLogger("absl")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    except ValueError as error:
-        code = re.search(r"\[os_error_code='([0-9]+)'\]", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
-    finally:
-        log.disabled = was_disabled
+def _machine(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest about the devices of these arrays."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(dict(items)))
+    devices = {device for sharding in shardings if sharding is not None for device in sharding.device_set}
+    devices = devices or {jax.devices()[0]}
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device_kind": min(devices, key=lambda x: x.id).device_kind,
+        "num_devices": len(devices),
+        "num_cores": num_cores,
+    }
+
+
+def _warn_of_other_bits(manifest: Manifest, likes: Mapping[str, Any]) -> None:
+    here = _machine(likes)
+    saved, now = f"{manifest.device_kind}", f"{here['device_kind']}"
+    if saved == now == "cpu" and manifest.num_cores != here["num_cores"]:
+        saved, now = f"{manifest.num_cores} CPU cores", f"{here['num_cores']}"
+    if saved != now:
+        warnings.warn(
+            f"the checkpoint of step {manifest.update} was saved on {saved}, and this process runs on {now}: the next "
+            "updates may differ from those of an undisturbed run in their last bits.",
+            stacklevel=3,
+        )

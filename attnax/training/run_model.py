@@ -16,7 +16,7 @@ from attnax.errors import InputError
 from attnax.models import TransformerLM
 from attnax.nn._parts import MakeBlock, Parts
 from attnax.text import ByteCodec, TextModel
-from attnax.training.checkpoints import checkpoint_steps, restore_items
+from attnax.training.restore import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
 from attnax.typing import AttentionFn
 
@@ -36,7 +36,7 @@ def open_run(
     Args:
         path: of the run folder.
         dtype: of parameters and computation, by default the run's.
-        step: of the checkpoint, by default the newest.
+        step: of the checkpoint, by default the newest that is whole. A warning names newer ones that are damaged.
         make_block: of the run, if it has one; a folder holds the names of such parts.
         attention_fn: of the run, if it has one.
 

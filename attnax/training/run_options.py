@@ -46,6 +46,7 @@ class RunOptions:
         pack: files in one row do not attend each other, and the positions of each file start at 0.
         held_out: fraction of the files to hold out.
         checkpoint_every: number of updates between checkpoints.
+        keep_every: keep the checkpoint of each multiple of this number too, beside the two newest and the best.
         eval_every: number of updates between evaluations on held-out text. By default checkpoint_every.
         ema: decay of an exponential average of the parameters, such as 0.999. By default there is none.
         max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
@@ -62,6 +63,7 @@ class RunOptions:
     pack: bool = False
     held_out: float = HELD_OUT
     checkpoint_every: int = 500
+    keep_every: int | None = None
     eval_every: int | None = None
     ema: float | None = None
     max_skipped: int | None = None
@@ -82,8 +84,10 @@ class RunOptions:
             raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.checkpoint_every < 1:
             raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
-        if self.eval_every is not None and self.eval_every < 1:
-            raise InputError(f"--eval-every must be at least 1; got {self.eval_every}.")
+        for name in ("eval_every", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"--ema must be above 0 and below 1; got {self.ema}.")
         if self.max_skipped is not None and self.max_skipped < 0:

@@ -14,7 +14,7 @@ from tiny_run import TINY
 
 from attnax import Transformer, TransformerConfig, TransformerLM
 from attnax.cli import main, terminal
-from attnax.training import RunFolder, read_corpus, save_checkpoint
+from attnax.training import Checkpoints, RunFolder, read_corpus
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +61,8 @@ def draw_run(run):
         settings = dataclasses.replace(options, seed=seed, model=model)
         made = RunFolder.create(folder, settings, read_corpus(options.data), tokenizer, {})
         params = nnx.state(build(lambda rngs: TransformerLM(rngs, model), seed), nnx.Param)
-        save_checkpoint(made.checkpoints, 1, {"params": nnx.to_pure_dict(params)}, owner=made.owner)
+        with Checkpoints(made.checkpoints, owner=made.owner) as checkpoints:
+            checkpoints.save(1, {"params": nnx.to_pure_dict(params)})
         return folder
 
     return draw

@@ -1,4 +1,4 @@
-"""A trainer that compiles nothing: its weights count, and its losses are functions of the batches."""
+"""A trainer that compiles nothing: its weights add up its losses, which are functions of the batches."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class QuickTrainer:
         return made, Metrics(loss, np.float32(1), abs(loss), np.bool_(number in self.bad), np.bool_(fine), {})
 
     def bits(self, params, stream):
-        return NAN if self.bad_bits else float(params["w"].sum())
+        return NAN if self.bad_bits else 1e4 - float(params["w"].sum())
 
 
 def quick_training(monkeypatch):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from quick_trainer import QuickTrainer, quick_training
 from tiny_run import TINY, refuse
@@ -17,7 +16,6 @@ from tiny_run import TINY, refuse
 from attnax.cli import finish as finish_module
 from attnax.cli import main, terminal
 from attnax.cli import progress as progress_module
-from attnax.cli import session as session_module
 from attnax.cli.stopwatch import TIMED
 from attnax.training import RunFolder, checkpoints, run_folder
 from attnax.training.checkpoints import checkpoint_steps
@@ -71,7 +69,7 @@ PLACES = {
     "in the first update": (QuickTrainer, "step", 1),
     "in an update": (QuickTrainer, "step", 8),
     "before the look at held-out text": (QuickTrainer, "bits", 2),
-    "between that and the checkpoint": (session_module, "save_checkpoint", 2),
+    "between that and the checkpoint": (checkpoints.Checkpoints, "save", 2),
     "while old checkpoints are deleted": (checkpoints.shutil, "rmtree", 1),
     "before the picture": (finish_module, "plot_training", 1),
     "before the text": (finish_module, "write_text", 1),
@@ -157,17 +155,18 @@ class TestDamage:
                 start("run")
         return tmp_path / "run"
 
-    def test_the_command_that_takes_the_older_checkpoint_is_said(self, start, stopped, tmp_path, capsys):
+    def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(self, start, stopped, tmp_path, capsys):
         path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "That of step 5 is whole. Give --step 5." in refuse(capsys, "generate", stopped)
         assert "step must be one of 5, 10; got step=7." in refuse(capsys, "generate", stopped, "--step", 7)
-        line = refuse(capsys, "train", "--resume", stopped)
+        line = refuse(capsys, "train", "--resume", stopped, "--step", 10)
         assert "is damaged" in line and "That of step 5 is whole. Go on from it with: " in line
         command = line.partition("Go on from it with: ")[2]
         assert command.endswith(f"train --resume {stopped} --step 5")
-        assert main(["train", "--resume", str(stopped), "--step", "5"]) == 0
+        assert main(["train", "--resume", str(stopped)]) == 0
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnax: ")]
+        assert "is damaged" in line and line.endswith("That of step 5 is taken.")
         assert start("whole") == 0
         check_same(stopped, tmp_path / "whole")
 
@@ -262,19 +261,6 @@ def raising(error):
         raise error
 
     return call
-
-
-def test_what_the_disk_refuses_while_a_checkpoint_is_written_is_an_oserror(tmp_path, monkeypatch, caplog):
-    import orbax.checkpoint as ocp
-
-    words = "RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device [os_error_code='28']"
-    checkpoints.save_checkpoint(tmp_path, 1, {"params": {"w": np.zeros(3)}})
-    for error, kind in ((ValueError(words), OSError), (ValueError("another"), ValueError)):
-        monkeypatch.setattr(ocp.StandardCheckpointer, "save", raising(error))
-        with pytest.raises(kind) as caught:
-            checkpoints.save_checkpoint(tmp_path, 2, {"params": {"w": np.zeros(3)}})
-        assert kind is ValueError or caught.value.errno == errno.ENOSPC
-    assert checkpoint_steps(tmp_path) == [1]
 
 
 def test_one_process_trains_in_a_folder_and_the_other_is_told_whose_it_is(start, tmp_path, monkeypatch, capsys):

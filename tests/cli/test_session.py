@@ -9,9 +9,8 @@ from quick_trainer import QuickTrainer, quick_training
 from tiny_run import TINY, refuse
 
 from attnax.cli import main
-from attnax.cli import session as session_module
 from attnax.cli.stopwatch import TIMED
-from attnax.training import RunFolder
+from attnax.training import Checkpoints, RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def test_an_update_is_read_after_the_next_one_began_and_nothing_is_unread_before
 
     monkeypatch.setattr(QuickTrainer, "step", noted("begin", QuickTrainer.step))
     monkeypatch.setattr(QuickTrainer, "bits", noted("look", QuickTrainer.bits))
-    monkeypatch.setattr(session_module, "save_checkpoint", noted("save", session_module.save_checkpoint))
+    monkeypatch.setattr(Checkpoints, "save", noted("save", Checkpoints.save))
     monkeypatch.setattr(RunFolder, "append_metrics", noted("row", RunFolder.append_metrics))
     start("--steps", "5", "--checkpoint-every", "3")
     looked = ["look", "row", "save"]
@@ -63,6 +62,14 @@ def test_evaluations_and_checkpoints_have_numbers_of_their_own(start):
     folder = start("--eval-every", "4")
     assert [row["step"] for row in rows_of(folder) if "held_out_bits_per_byte" in row] == [4, 8, 12]
     assert sorted(path.name for path in (folder / "checkpoints").glob("*.json")) == ["10.json", "12.json"]
+
+
+def test_the_best_checkpoint_and_those_of_keep_every_are_kept_beside_the_two_newest(start, monkeypatch):
+    """The held-out text is least at the fourth update."""
+    monkeypatch.setattr(QuickTrainer, "bits", lambda self, params, stream: next(bits))
+    bits = iter([9.0, 8.0, 7.0, 1.0, *[2.0] * 9])
+    folder = start("--checkpoint-every", "1", "--keep-every", "5")
+    assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.json")) == [4, 5, 10, 11, 12]
 
 
 class TestTrace:

@@ -32,15 +32,14 @@ from attnax.nn import DecoderBlock, EncoderBlock, first_layers, with_scan_layers
 from attnax.pretrained import CheckpointError, save_pretrained
 from attnax.text import byte_tokenizer
 from attnax.training import (
+    Checkpoints,
     Corpus,
     Document,
     OptimizerConfig,
     RunFolder,
     RunOptions,
     Trainer,
-    delete_checkpoints_after,
     open_run,
-    save_checkpoint,
 )
 
 CONFIG = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, d_ff=6, max_len=64, dropout_rate=0.0)
@@ -317,7 +316,8 @@ def make_run(tmp_path):
         options = RunOptions(model=config, tokenizer="bytes", optimizer=trainer.optimizer)
         run = RunFolder.create(tmp_path / "run", options, Corpus(text, text, 0), byte_tokenizer(), trainer.parts)
         params = trainer.init().params
-        save_checkpoint(run.checkpoints, 1, {"params": params}, owner=run.owner)
+        with Checkpoints(run.checkpoints, owner=run.owner) as checkpoints:
+            checkpoints.save(1, {"params": params})
         return run.path, trainer.merge(params)
 
     return make
@@ -344,7 +344,8 @@ def test_a_run_is_opened_with_its_parts_and_not_without(make_run, capsys):
     assert "decoder.stack.blocks.{0..1}.attention.query.kernel" in printed
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert f"parameters    {count:,}:" in printed
-    delete_checkpoints_after(path / "checkpoints", 0)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        checkpoints.discard_after(0)
     assert main(["inspect", str(path)]) == 0
     assert "parameters    known from the first checkpoint on" in capsys.readouterr().out
 

@@ -1,7 +1,6 @@
-"""Training: every token counts once, accumulation is a large batch, checkpoints are whole or refused."""
+"""Training: every token counts once, accumulation is a large batch."""
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -25,10 +24,7 @@ from attnax.training import (
     TokenStream,
     Trainer,
     find_documents,
-    latest_checkpoint,
     read_corpus,
-    restore_checkpoint,
-    save_checkpoint,
 )
 from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import _is_hidden as is_hidden
@@ -512,83 +508,3 @@ class TestTrainer:
     def test_an_unknown_algorithm_is_refused_in_words(self):
         with pytest.raises(ValueError, match="algorithm must be 'adamw' or 'muon'; got algorithm='sgd'"):
             OptimizerConfig.__post_init__(types.SimpleNamespace(algorithm="sgd"))  # tests check annotations first
-
-
-class TestCheckpoints:
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.int32(7), {"c": jnp.ones(5, jnp.bfloat16)})}
-
-    @pytest.fixture
-    def folder(self, tmp_path):
-        save_checkpoint(tmp_path, 3, {"model": self.tree, "other": {"x": jnp.zeros(2)}})
-        return tmp_path
-
-    def test_it_comes_back_exactly(self, folder):
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.tree)
-        restored = restore_checkpoint(folder, latest_checkpoint(folder), "model", like)
-        assert jax.tree.structure(restored) == jax.tree.structure(self.tree)
-        for have, want in zip(jax.tree.leaves(restored), jax.tree.leaves(self.tree), strict=True):
-            assert have.dtype == want.dtype
-            np.testing.assert_array_equal(have, want)
-
-    def test_the_newest_are_kept_and_an_interrupted_one_does_not_count(self, folder):
-        for step in (4, 5):
-            save_checkpoint(folder, step, {"model": self.tree})
-        assert sorted(path.name for path in folder.glob("*.json")) == ["4.json", "5.json"]
-        assert not (folder / "3").exists() and latest_checkpoint(folder) == 5
-        (folder / "5.json").unlink()
-        assert latest_checkpoint(folder) == 4
-        save_checkpoint(folder, 5, {"model": self.tree})  # over the remains of the interruption
-        assert latest_checkpoint(folder) == 5
-        assert latest_checkpoint(folder / "nowhere") is None
-
-    def test_any_changed_byte_is_found(self, folder):
-        files = [path for path in (folder / "3" / "model").rglob("*") if path.is_file() and path.stat().st_size]
-        assert files
-        for path in files:
-            content = path.read_bytes()
-            for place in {0, len(content) // 2, len(content) - 1}:
-                path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-                with pytest.raises(InputError, match="is damaged"):
-                    restore_checkpoint(folder, 3, "model", self.tree)
-            path.write_bytes(content[:-1])
-            with pytest.raises(InputError, match="is damaged"):
-                restore_checkpoint(folder, 3, "model", self.tree)
-            path.write_bytes(content)
-        restore_checkpoint(folder, 3, "model", self.tree)
-
-    def test_missing_and_added_files_are_found(self, folder):
-        (folder / "3" / "model" / "extra").write_text("x")
-        with pytest.raises(InputError, match="is damaged: extra has changed since it was saved"):
-            restore_checkpoint(folder, 3, "model", self.tree)
-        restore_checkpoint(folder, 3, "other", {"x": jnp.zeros(2)})  # no file was changed
-        shutil.rmtree(folder / "3")
-        with pytest.raises(InputError, match="is damaged"):
-            restore_checkpoint(folder, 3, "model", self.tree)
-
-    def test_a_damaged_manifest_is_found(self, folder):
-        damaged = ["", "[]", "{}", "null", '{"types": {"model": 3}}', "{" * 9]
-        for content in (*damaged, '{"types": {"model": {}}, "sha256": {"model": 3}}'):
-            (folder / "3.json").write_text(content)
-            with pytest.raises(InputError, match="no readable list of its contents"):
-                restore_checkpoint(folder, 3, "model", self.tree)
-
-    def test_another_model_is_refused_by_name_shape_and_dtype(self, folder):
-        for change, words in (
-            ({"a": jnp.zeros((2, 4))}, r"a is float32\(2, 3\) in the checkpoint and float32\(2, 4\) in the model"),
-            ({"a": jnp.zeros((2, 3), jnp.int32)}, r"float32\(2, 3\) in the checkpoint and int32\(2, 3\)"),
-            ({"d": jnp.zeros(1)}, r"d is absent in the checkpoint"),
-        ):
-            with pytest.raises(InputError, match=words):
-                restore_checkpoint(folder, 3, "model", {**self.tree, **change})
-        with pytest.raises(InputError, match="no readable list"):
-            restore_checkpoint(folder, 3, "nothing", self.tree)
-
-    def test_it_belongs_to_its_owner(self, tmp_path):
-        save_checkpoint(tmp_path, 0, {"model": self.tree}, owner="this run")
-        restore_checkpoint(tmp_path, 0, "model", self.tree, owner="this run")
-        with pytest.raises(InputError, match="belongs to another run"):
-            restore_checkpoint(tmp_path, 0, "model", self.tree, owner="that run")
-
-    def test_the_manifest_is_plain(self, folder):
-        manifest = json.loads((folder / "3.json").read_text())
-        assert manifest["types"]["model"]["b.1.c"] == [[5], "bfloat16"]

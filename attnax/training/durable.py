@@ -1,0 +1,40 @@
+"""Files that are whole and on the disk, whenever the process is killed or the power fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["sync", "write_durable"]
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names of a folder, is on the disk.
+
+    Raises:
+        OSError: the disk fails; the error names the path.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_durable(path: Path, text: str) -> None:
+    """Writes a file that is complete or as before; when this returns, it is on the disk.
+
+    Raises:
+        OSError: the disk is full or fails; the error names the path.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    sync(path.parent)
