@@ -23,9 +23,9 @@ from attnax.nn._parts import MakeBlock, Parts
 from attnax.nn.axes import gather_parameters, parameter_shardings
 from attnax.pytrees import pytree_dataclass
 from attnax.sharding import BATCH, Layout, check_layout
-from attnax.training.corpus import TokenStream
 from attnax.training.loss import weighted_cross_entropy
 from attnax.training.optimizer import OptimizerConfig
+from attnax.training.stream import TokenStream
 from attnax.typing import Array, AttentionFn, Bool, Float, Int
 
 __all__ = ["DivergenceError", "Metrics", "TrainState", "Trainer", "find_documents", "make_mesh"]
