@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.options import Tokenize
-from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
-from attnax.text.tokenizer import byte_tokenizer, train_bpe
 from attnax.training.corpus import PARTS, Corpus, read_corpus
-from attnax.training.make_store import make_store
+from attnax.training.run_data import make_tokenizer
+from attnax.training.store_writer import make_store
 
-__all__ = ["describe", "make_tokenizer", "tokenize"]
+__all__ = ["counting", "describe", "tokenize"]
 
 
 def tokenize(options: Tokenize) -> int:
@@ -24,15 +24,8 @@ def tokenize(options: Tokenize) -> int:
         corpus = read_corpus(options.source, held_out=options.held_out, kind=options.kind)
         describe(corpus)
         tokenizer = make_tokenizer(corpus, options.tokenizer, options.vocab_size)
-        with tqdm(
-            total=corpus.train.num_bytes + corpus.held_out.num_bytes,
-            unit="B",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        ) as bar:
-            store = make_store(
-                corpus, tokenizer, options.out, shard_tokens=options.shard_tokens, on_progress=bar.update
-            )
+        with counting(corpus) as count:
+            store = make_store(corpus, tokenizer, options.out, shard_tokens=options.shard_tokens, on_progress=count)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last finished shard")
         return 128 + signal.SIGINT
@@ -45,16 +38,21 @@ def tokenize(options: Tokenize) -> int:
     return 0
 
 
-def make_tokenizer(corpus: Corpus, name: str, vocab_size: int) -> TextTokenizer:
-    """The tokenizer that a flag names: "bpe", "bytes", or a path."""
-    if name == "bytes":
-        return byte_tokenizer()
-    return train_bpe(corpus.train.sample(), vocab_size) if name == "bpe" else find_tokenizer(Path(name))
-
-
 def describe(corpus: Corpus) -> None:
     """Prints how much text there is."""
     parts = (f"{len(part):,} documents, {part.num_bytes / 1e6:,.3g} MB" for part in (corpus.train, corpus.held_out))
     print("corpus     {} to learn from; {} held out".format(*parts))
     if corpus.skipped:
         print(f"           {corpus.skipped:,} binary files skipped")
+
+
+@contextlib.contextmanager
+def counting(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    """A line on standard error that shows how many bytes of a corpus are done; calls add to them."""
+    total, often = corpus.train.num_bytes + corpus.held_out.num_bytes, 0.5 if sys.stderr.isatty() else 15.0
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=often, desc="tokens", delay=1.0) as bar:
+
+        def count(size: int) -> None:
+            bar.update(size)
+
+        yield count

@@ -22,15 +22,14 @@ from tqdm import tqdm
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.options import DRAW, Train, read_layout
+from attnax.cli.tokenize import counting, describe
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.sharding import Layout
-from attnax.text import DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
 from attnax.training import (
-    Corpus,
+    Batches,
     DamagedCheckpointError,
     DivergenceError,
-    Document,
     RunFolder,
     RunOptions,
     TokenStream,
@@ -40,13 +39,14 @@ from attnax.training import (
     latest_checkpoint,
     make_mesh,
     open_run,
-    read_corpus,
     require_memory,
     require_traces,
     restore_items,
     save_checkpoint,
     write_whole,
 )
+from attnax.training.corpus import PARTS
+from attnax.training.run_data import RunData, choose_data, reopen_data
 from attnax.visualize import plot_training
 
 SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
@@ -60,6 +60,7 @@ def train(options: Train) -> int:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = session.command()
         try:
+            session.read_tokens()
             with _interruptible() as received:
                 finished = session.train(received)
             if not finished:
@@ -88,14 +89,14 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     layout = _read_layout(options, options)
-    corpus = _read(options.data, options.held_out)
-    texts = _texts(corpus.train)
-    tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else train_bpe(texts, options.model.vocab_size)
-    model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
-    data = None if options.data is None else str(Path(options.data).absolute())
-    settings = dataclasses.replace(options, model=model, data=data)
-    session = _Session(settings, corpus, tokenizer, layout)
-    session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
+    data = choose_data(options)
+    _describe(data)
+    model = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
+    path = None if options.data is None else str(Path(options.data).absolute())
+    settings = dataclasses.replace(options, model=model, data=path)
+    data.require_a_window(model.max_len)
+    session = _Session(settings, data, layout)
+    session.run = RunFolder.create(options.out, settings, data, data.tokenizer, {})
     stack.enter_context(session.run.locked())
     return session
 
@@ -103,7 +104,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> _Session:
 def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session:
     """The run in a folder, locked, restored from its checkpoint."""
     run = RunFolder(folder)
-    settings, tokenizer, corpus_digest = run.load()
+    settings, _, _ = run.load()
     if run.parts:
         names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
@@ -111,10 +112,9 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> _Session
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
     layout = _read_layout(options, settings)
     stack.enter_context(run.locked())
-    corpus = _read(settings.data, settings.held_out)
-    if corpus.fingerprint != corpus_digest:
-        raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
-    session = _Session(settings, corpus, tokenizer, layout)
+    data = reopen_data(run)
+    _describe(data)
+    session = _Session(settings, data, layout)
     session.run = run
     if options.max_skipped is not None:
         session.max_skipped = options.max_skipped
@@ -152,13 +152,12 @@ def _read_layout(options: Train, settings: RunOptions) -> Layout | None:
     return layout
 
 
-def _read(data: str | None, held_out: float) -> Corpus:
-    corpus = read_corpus(data, held_out=held_out)
-    parts = (f"{len(part):,} documents, {_size(part) / 1e6:,.3g} MB" for part in (corpus.train, corpus.held_out))
-    print("corpus     {} to learn from; {} held out".format(*parts))
-    if corpus.skipped:
-        print(f"           {corpus.skipped:,} binary files skipped")
-    return corpus
+def _describe(data: RunData) -> None:
+    if data.corpus is not None:
+        describe(data.corpus)
+    elif data.store is not None:
+        counts = (f"{data.store.num_documents(part):,}" for part in PARTS)
+        print("store      {} documents to learn from; {} held out".format(*counts))
 
 
 class _Session:
@@ -166,19 +165,11 @@ class _Session:
 
     run: RunFolder
 
-    def __init__(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
-        self.options, self.corpus, self.layout = options, corpus, layout
+    def __init__(self, options: RunOptions, data: RunData, layout: Layout | None):
+        self.options, self.data, self.layout = options, data, layout
         window = options.model.max_len
-        self.stream = TokenStream(tokenizer.encode_documents(_texts(corpus.train)), window)
-        self.stream.require_a_window()
-        self.held_out = TokenStream(tokenizer.encode_documents(_texts(corpus.held_out)), window)
-        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
-        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
-        self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
-        bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
-        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
         require_memory(options.model, options.optimizer, layout)
-        document = DOCUMENT if options.pack else None
+        document = data.tokenizer.special.document if options.pack else None
         self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document, layout=layout)
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
@@ -190,6 +181,26 @@ class _Session:
         if layout is not None:
             count = jax.device_count()
             print(f"layout     {layout.sized(count)}, {count} devices ({jax.devices()[0].device_kind})")
+
+    def read_tokens(self) -> None:
+        """Opens the tokens; those of a text that are not yet in the folder of the run are made."""
+        options, window, tokenizer = self.options, self.options.model.max_len, self.data.tokenizer
+        with contextlib.nullcontext() if self.data.corpus is None else counting(self.data.corpus) as count:
+            store = self.data.open(self.run, count)
+        self.stream = TokenStream(store.tokens("train"), window)
+        self.stream.require_a_window()
+        self.batches = Batches(
+            self.stream,
+            batch_size=options.optimizer.batch_size,
+            accumulate=options.optimizer.accumulate,
+            seed=options.seed,
+        )
+        self.held_out, self.held_out_bytes = TokenStream(store.tokens("held_out"), window), store.num_bytes("held_out")
+        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
+        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
+        self.probe_bytes = len(tokenizer.decode(self.probe.tokens[:]))
+        bytes_per_token = store.num_bytes() / store.num_tokens()
+        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
 
     @property
     def step(self) -> int:
@@ -285,9 +296,8 @@ class _Session:
 
     def _update(self, step: int) -> tuple[float, float, DivergenceError | None]:
         """The mean loss of the accumulated batches, the norm of their gradient, and the error that stops the run."""
-        optimizer, losses = self.options.optimizer, []
-        for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
-            batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
+        losses = []
+        for batch in self.batches[step - 1]["tokens"]:
             self.state, metrics = self.trainer.step(self.state, batch)
             losses.append(float(metrics.loss))
         loss, grad_norm, error = float(np.mean(losses)), float(metrics.grad_norm), None
@@ -315,11 +325,11 @@ class _Session:
 
     def finish(self) -> None:
         """Scores all held-out text, lets the model write, and saves the figures with the run."""
-        held_out = b"".join(_texts(self.corpus.held_out))
+        held_out = self.data.tokenizer.decode(self.held_out.tokens[:])
         bits = self.trainer.bits(self.state.params, self.held_out)
         figures = {
-            "held_out_bytes": len(held_out),
-            "held_out_bits_per_byte": bits / len(held_out),
+            "held_out_bytes": self.held_out_bytes,
+            "held_out_bits_per_byte": bits / self.held_out_bytes,
             "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
             "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
             "skipped_updates": int(self.state.skipped),
@@ -402,11 +412,3 @@ def _interruptible() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
-
-
-def _texts(documents: tuple[Document, ...]) -> list[bytes]:
-    return [document.text for document in documents]
-
-
-def _size(documents: tuple[Document, ...]) -> int:
-    return sum(len(document.text) for document in documents)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import SupportsInt
 
 import numpy as np
@@ -116,11 +115,6 @@ class Tokenizer:
     def to_json(self) -> str:
         """The tokenizer in the format of the `tokenizers` library."""
         return self._model.to_str(pretty=True)
-
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a file that `to_json` wrote; the caller has checked that the file is complete."""
-        return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
 
     def _ids(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)

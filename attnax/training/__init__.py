@@ -24,7 +24,6 @@ with lazy_imports(globals()):
     from attnax.training.feasible import require_traces as require_traces
     from attnax.training.images import ImageFolder as ImageFolder
     from attnax.training.images import image_folder as image_folder
-    from attnax.training.make_store import make_store as make_store
     from attnax.training.optimizer import OptimizerConfig as OptimizerConfig
     from attnax.training.rows import TextRows as TextRows
     from attnax.training.run_folder import LockedError as LockedError
@@ -34,6 +33,7 @@ with lazy_imports(globals()):
     from attnax.training.run_options import RunOptions as RunOptions
     from attnax.training.store import Store as Store
     from attnax.training.store import open_store as open_store
+    from attnax.training.store_writer import make_store as make_store
     from attnax.training.stream import TokenStream as TokenStream
     from attnax.training.text_files import Document as Document
     from attnax.training.trainer import DivergenceError as DivergenceError

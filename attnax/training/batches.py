@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 __all__ = ["Batches", "Rows"]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows by number, all with the same names, shapes and types: a `TokenStream`, `TextRows` or `ImageFolder`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from attnax.errors import InputError
 __all__ = ["TokenStream", "Tokens"]
 
 
+@runtime_checkable
 class Tokens(Protocol):
     """Tokens in memory or in files, of an unsigned integer type; a slice of them is an array."""
 
