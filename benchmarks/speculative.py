@@ -65,13 +65,13 @@ class Text:
 
 def read_text(plan: Plan) -> Text:
     from attnax.text import byte_tokenizer
-    from attnax.training import TokenStream, read_corpus
+    from attnax.training import Batches, TokenStream, read_corpus
 
     corpus, tokenizer = read_corpus(), byte_tokenizer()
     train = tokenizer.encode_documents([document.text for document in corpus.train])
     held_out = tokenizer.encode_documents([document.text for document in corpus.held_out])
     # Pieces from all held-out files: the first files are all alike.
-    windows = TokenStream(held_out, plan.window).batch(0, plan.probe_windows, seed=0)
+    windows = Batches(TokenStream(held_out, plan.window), batch_size=plan.probe_windows)[0]["tokens"][0]
     starts = np.linspace(0, len(held_out) - plan.prompt, plan.num_prompts + 2, dtype=int)[1:-1]
     prompts = held_out[starts[:, None] + np.arange(plan.prompt)].astype(np.int32)
     return Text(TokenStream(train, plan.window), windows, prompts)
@@ -99,14 +99,15 @@ def learn(
     config: Any, text: Text, *, steps: int, batch: int, learning_rate: float, seed: int = 0, start: Any = None
 ) -> Any:
     """The parameters after some steps of AdamW, which begin with the parameters `start` if given."""
-    from attnax.training import OptimizerConfig, Trainer
+    from attnax.training import Batches, OptimizerConfig, Trainer
 
+    batches = Batches(text.train, batch_size=batch, seed=seed)
     trainer = Trainer(config, OptimizerConfig(steps=steps, learning_rate=learning_rate, batch_size=batch))
     state = trainer.init()
     if start is not None:
         state = dataclasses.replace(state, params=grown(start, state.params))
     for index in range(steps):
-        state, metrics = trainer.step(state, text.train.batch(index, batch, seed))
+        state, metrics = trainer.step(state, batches[index]["tokens"][0])
         if index % max(1, steps // 10) == 0:
             progress = f"{config.num_layers} layers of {config.d_model}: step {index} of {steps}"
             print(f"{progress}, {metrics.loss / np.log(2):.2f} bits per byte", file=sys.stderr, flush=True)

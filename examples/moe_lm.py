@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from attnax import TransformerConfig, TransformerLM
 from attnax.text import byte_tokenizer
-from attnax.training import OptimizerConfig, TokenStream, Trainer, read_corpus
+from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, read_corpus
 
 CONFIG = TransformerConfig(
     vocab_size=257,
@@ -47,6 +47,7 @@ def main(arguments=None):
     stream = TokenStream(
         tokenizer.encode_documents([d.text for d in itertools.islice(corpus.train, 200)]), CONFIG.max_len
     )
+    batches = Batches(stream, batch_size=8)
     trainer = Trainer(CONFIG, OptimizerConfig(steps=options.steps, batch_size=8))
     graphdef, _ = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG))
 
@@ -58,7 +59,7 @@ def main(arguments=None):
 
     state, losses, history = trainer.init(), [], []
     for step in range(options.steps):
-        batch = stream.batch(step, 8, seed=0)
+        batch = batches[step]["tokens"][0]
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics.loss))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:

@@ -17,14 +17,16 @@ from attnax.errors import InputError
 from attnax.pretrained.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from attnax.cli.options import Bench, Generate, Inspect, Train
+    from attnax.cli.options import Bench, Generate, Inspect, Tokenize, Train
 
 _EXTRAS = {  # the extra that installs a package
     **dict.fromkeys(("tyro", "tokenizers", "huggingface_hub"), "pretrained"),
-    **dict.fromkeys(("filelock", "matplotlib", "optax", "orbax", "tqdm"), "train"),
+    **dict.fromkeys(("filelock", "grain", "matplotlib", "optax", "orbax", "tqdm"), "train"),
+    "PIL": "images",
+    "pyarrow": "parquet",
     "tensorboardX": "tensorboard",
 }
-_COMMANDS = ("train", "generate", "inspect", "bench")
+_COMMANDS = ("train", "tokenize", "generate", "inspect", "bench")
 _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words
 
 
@@ -65,17 +67,17 @@ def _refuse(*lines: str) -> int:
     return 2
 
 
-def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
+def _parse(arguments: Sequence[str]) -> Train | Tokenize | Generate | Inspect | Bench:
     """The options; an error that tyro prints as a box of several lines becomes an InputError of one line."""
     import tyro
 
-    from attnax.cli.options import Bench, Generate, Inspect, Train
+    from attnax.cli.options import Bench, Generate, Inspect, Tokenize, Train
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                Train | Generate | Inspect | Bench,
+                Train | Tokenize | Generate | Inspect | Bench,
                 prog="attnax",
                 description="Train a language model on text, write with it or a published one, and time attention.",
                 args=list(arguments),
@@ -98,7 +100,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     rules = [index for index, rule in enumerate(is_rule) if rule]
     message = " ".join(lines[rules[0] + 1 : rules[1]])
     # These names are tyro's, not flags.
-    message = re.sub(r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message)
+    message = re.sub(r"^Error parsing \S*(Train|Tokenize|Generate|Inspect|Bench|inner__\S*): ", "", message)
     message = _CHOICES.sub(r"cannot read '\2' as \1", message)
     command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
     if arguments and not command and not arguments[0].startswith("-"):

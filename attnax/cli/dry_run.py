@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 
@@ -13,8 +14,9 @@ from attnax.cli.tables import in_bytes
 from attnax.errors import InputError
 from attnax.sharding import Layout
 from attnax.text import byte_tokenizer
-from attnax.training import Plan, RunFolder, RunOptions, memory_of_device, plan_training
-from attnax.training.flops import PEAK_FLOPS
+from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
+from attnax.training import PEAK_FLOPS, Plan, RunFolder, RunOptions, memory_of_device, open_store, plan_training
+from attnax.training.store_format import is_store
 
 __all__ = ["print_plan"]
 
@@ -36,28 +38,34 @@ def print_plan(options: Train) -> None:
     Raises:
         InputError: the model is not possible, or the layout does not divide it; or the folder to go on with is no run.
     """
-    settings: RunOptions = options
-    if options.resume is not None:
-        settings = RunFolder(options.resume).load()[0]
-    elif options.tokenizer == "bytes":
-        model = dataclasses.replace(options.model, vocab_size=byte_tokenizer().vocab_size)
-        settings = dataclasses.replace(options, model=model)
+    settings, tokenizer = _settings(options)
     layout = layout_anywhere(options.layout, settings)
     try:
         plan = plan_training(settings.model, settings.optimizer, layout=layout, ema=settings.ema is not None)
     except ValueError as error:
         raise InputError(f"this model cannot be trained: {error}") from error
-    _print("model", f"{plan.num_parameters:,} parameters, {settings.model.param_dtype}", *_vocabulary(options))
+    _print("model", f"{plan.num_parameters:,} parameters, {settings.model.param_dtype}")
+    if tokenizer is None:
+        _print("", "with all of --vocab-size; a small text has fewer tokens")
     _print("layout", "one device" if layout is None else f"{layout}, {plan.num_devices} devices")
     _print("memory", *_memory(plan, settings, layout))
     _print("update", *_update(plan, settings))
     _print("run", *_run(plan, settings, options.peak_flops))
 
 
-def _vocabulary(options: Train) -> list[str]:
-    if options.resume is None and options.tokenizer == "bpe":
-        return ["with all of --vocab-size; a small text has fewer tokens"]
-    return []
+def _settings(options: Train) -> tuple[RunOptions, TextTokenizer | None]:
+    """The options of the run, and its tokenizer, or None if it would be learned from a text."""
+    if options.resume is not None:
+        settings, tokenizer, _ = RunFolder(options.resume).load()
+        return settings, tokenizer
+    if options.data is not None and is_store(Path(options.data)):
+        tokenizer = open_store(options.data).tokenizer
+    elif options.tokenizer == "bpe":
+        return options, None
+    else:
+        tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else find_tokenizer(Path(options.tokenizer))
+    model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(options, model=model), tokenizer
 
 
 def _memory(plan: Plan, settings: RunOptions, layout: Layout | None) -> list[str]:

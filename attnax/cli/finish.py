@@ -8,7 +8,7 @@ import lzma
 
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
-from attnax.cli.session import SAMPLER, Session, texts_of
+from attnax.cli.session import SAMPLER, Session
 from attnax.training import open_run, write_whole
 from attnax.visualize import plot_training
 
@@ -21,10 +21,10 @@ def finish(session: Session) -> None:
     Raises:
         DivergenceError: the loss on held-out text is not finite.
     """
-    run, held_out = session.run, b"".join(texts_of(session.corpus.held_out))
+    run, held_out = session.run, session.data.tokenizer.decode(session.held_out.tokens[:])
     figures: dict[str, float] = {
-        "held_out_bytes": len(held_out),
-        **session.bits_per_byte(session.held_out, len(held_out)),
+        "held_out_bytes": session.held_out_bytes,
+        **session.bits_per_byte(session.held_out, session.held_out_bytes),
         "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
         "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         "skipped_updates": session.skipped,

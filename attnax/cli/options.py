@@ -20,12 +20,14 @@ from attnax.errors import InputError
 from attnax.generation.candidates import CUTS
 from attnax.generation.samplers import Sampler
 from attnax.sharding import Layout
-from attnax.training.run_options import RunOptions, check_seed
+from attnax.training.corpus import HELD_OUT
+from attnax.training.run_options import DEFAULT_MODEL, RunOptions, check_seed
+from attnax.training.text_files import Kind
 
 if TYPE_CHECKING:
     from attnax.pretrained.generation_settings import GenerationSettings
 
-__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Train", "read_layout"]
+__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Tokenize", "Train", "read_layout"]
 
 DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
@@ -79,6 +81,48 @@ class Train(RunOptions):
         allowed = dict.fromkeys(("resume", "max_skipped", *OF_A_PROCESS))
         if dataclasses.replace(self, **{name: getattr(Train, name) for name in allowed}) != Train():
             raise InputError("--resume goes on with the run's own options; leave the other flags out.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenize:
+    """Turn text into a store of tokens, which `attnax train --data STORE` reads without its tokenizer.
+
+    A command that was stopped goes on when it is repeated; what it makes does not depend on the stop.
+
+    Attributes:
+        source: a file, a folder, or a glob in quotes. Each row of a .jsonl or .parquet file is a document: with text,
+            with text and label, or with source and target. By default the source of Python's standard library.
+        out: folder to make.
+        tokenizer: "bpe" learns byte pairs from the documents, "bytes" has one token a byte; or the folder of a run, a
+            store or a checkpoint, or a tokenizer.json.
+        vocab_size: with bpe, number of tokens.
+        held_out: fraction of the documents to hold out.
+        kind: what rows are for; by default the fields of the first row say so.
+        shard_tokens: tokens of a shard, after which an interrupted command goes on.
+    """
+
+    source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SOURCE")] = None
+    out: Path
+    tokenizer: str = "bpe"
+    vocab_size: int = DEFAULT_MODEL.vocab_size
+    held_out: float = HELD_OUT
+    kind: Kind | None = None
+    shard_tokens: int = 1 << 26
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
+        if self.source is not None and not self.source:
+            raise InputError("SOURCE must not be empty. Leave it out for the source of Python's standard library.")
+        if self.out == Path():
+            raise InputError("--out must not be empty. Name a folder to make.")
+        if not self.tokenizer:
+            raise InputError("--tokenizer must not be empty: bpe, bytes, or a path.")
+        if not 0.0 < self.held_out < 1.0:
+            raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
+        if self.shard_tokens < 1:
+            raise InputError(f"--shard-tokens must be at least 1; got {self.shard_tokens}.")
+        if self.tokenizer != "bpe" and self.vocab_size != DEFAULT_MODEL.vocab_size:
+            raise InputError(f"--vocab-size is for --tokenizer bpe; got --tokenizer {self.tokenizer}. Leave it out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

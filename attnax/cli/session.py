@@ -8,23 +8,21 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from attnax.cli import terminal
 from attnax.cli.options import DRAW, Train
 from attnax.cli.progress import Progress
 from attnax.cli.stopwatch import Stopwatch
+from attnax.cli.tokenize import counting
 from attnax.cli.trace import Trace, read_updates
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.sharding import Layout
-from attnax.text import DOCUMENT, Tokenizer
 from attnax.training import (
+    Batches,
     Checkpoints,
-    Corpus,
     DamagedCheckpointError,
     DivergenceError,
-    Document,
     Metrics,
     RunFolder,
     RunOptions,
@@ -37,8 +35,9 @@ from attnax.training import (
     require_traces,
 )
 from attnax.training.flops import PEAK_FLOPS
+from attnax.training.run_data import RunData
 
-__all__ = ["SAMPLER", "Session", "size_of", "texts_of"]
+__all__ = ["SAMPLER", "Session"]
 
 SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
 
@@ -60,28 +59,20 @@ class Session:
     Args:
         options: of the run.
         here: the flags that are no part of the run.
-        corpus: the text.
-        tokenizer: of the run.
+        data: the text or the store, and its tokenizer.
         layout: of the devices, or None for one.
     """
 
     run: RunFolder
     checkpoints: Checkpoints
 
-    def __init__(self, options: RunOptions, here: Train, corpus: Corpus, tokenizer: Tokenizer, layout: Layout | None):
-        self.options, self.here, self.corpus, self.layout = options, here, corpus, layout
-        window = options.model.max_len
-        self.stream = TokenStream(tokenizer.encode_documents(texts_of(corpus.train)), window)
-        self.stream.require_a_window()
-        self.held_out = TokenStream(tokenizer.encode_documents(texts_of(corpus.held_out)), window)
-        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
-        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
-        self.probe_bytes = len(tokenizer.decode(self.probe.tokens))
-        bytes_per_token = size_of(corpus.train) / len(self.stream.tokens)
-        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
+    def __init__(self, options: RunOptions, here: Train, data: RunData, layout: Layout | None):
+        self.options, self.here, self.data, self.layout = options, here, data, layout
         require_memory(options.model, options.optimizer, layout)
         losses = {"load_balance_loss": options.load_balance_loss, "router_z_loss": options.router_z_loss}
-        objective = causal_lm(document_token=DOCUMENT if options.pack else None, loss_weights=losses)
+        objective = causal_lm(
+            document_token=data.tokenizer.special.document if options.pack else None, loss_weights=losses
+        )
         self.trainer = Trainer(
             options.model, objective, options.optimizer, layout=layout, ema=options.ema, seed=options.seed
         )
@@ -96,6 +87,25 @@ class Session:
         print(f"model      {self.plan.num_parameters:,} parameters")
         if layout is not None:
             print(f"layout     {sized}, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
+
+    def read_tokens(self) -> None:
+        """Opens the tokens; those of a text that are not yet in the folder of the run are made."""
+        options, window = self.options, self.options.model.max_len
+        with contextlib.nullcontext() if self.data.corpus is None else counting(self.data.corpus) as count:
+            store = self.data.open(self.run, count)
+        stream = TokenStream(store.tokens("train"), window)
+        stream.require_a_window()
+        optimizer = options.optimizer
+        self._batches = Batches(
+            stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed
+        )
+        self.held_out, self.held_out_bytes = TokenStream(store.tokens("held_out"), window), store.num_bytes("held_out")
+        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
+        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
+        self.probe_bytes = len(self.data.tokenizer.decode(self.probe.tokens[:]))
+        tokenizer = self.data.tokenizer
+        bytes_per_token = store.num_bytes() / store.num_tokens()
+        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
 
     def command(self, step: int | None = None) -> str:
         """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
@@ -157,6 +167,7 @@ class Session:
             self._stopwatch = self._start_stopwatch()
             trace = stack.enter_context(contextlib.closing(self._trace()))
             self._board = self._open_board(stack)
+            self._prefetched = stack.enter_context(self._batches.start(self.step))
             stop = False
             while self.step < steps and not stop:
                 trace.before(self.step + 1, self._read)
@@ -202,10 +213,7 @@ class Session:
 
     def _dispatch(self) -> _Made:
         """Begins the next update."""
-        optimizer, seed = self.options.optimizer, self.options.seed
-        indices = range(self.step * optimizer.accumulate, (self.step + 1) * optimizer.accumulate)
-        tokens = np.stack([self.stream.batch(index, optimizer.batch_size, seed) for index in indices])
-        self.state, metrics = self.trainer.step(self.state, {"tokens": tokens})
+        self.state, metrics = self.trainer.step(self.state, next(self._prefetched))
         self.step += 1
         return _Made(self.step, metrics)
 
@@ -296,13 +304,3 @@ class Session:
 def _finite(number: Any) -> float | None:
     """The number, or None: JSON has no NaN or infinity."""
     return float(number) if math.isfinite(number) else None
-
-
-def texts_of(documents: tuple[Document, ...]) -> list[bytes]:
-    """The text of each document."""
-    return [document.text for document in documents]
-
-
-def size_of(documents: tuple[Document, ...]) -> int:
-    """Bytes of the documents."""
-    return sum(len(document.text) for document in documents)

@@ -16,10 +16,12 @@ from attnax.cli.finish import finish
 from attnax.cli.interrupts import interruptible
 from attnax.cli.layout import layout_here
 from attnax.cli.options import Train
-from attnax.cli.session import Session, size_of, texts_of
+from attnax.cli.session import Session
+from attnax.cli.tokenize import describe
 from attnax.errors import InputError
-from attnax.text import byte_tokenizer, train_bpe
-from attnax.training import Corpus, DivergenceError, RunFolder, read_corpus
+from attnax.training import DivergenceError, RunFolder
+from attnax.training.corpus import PARTS
+from attnax.training.run_data import RunData, choose_data, reopen_data
 
 
 def train(options: Train) -> int:
@@ -34,6 +36,7 @@ def train(options: Train) -> int:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = session.command()
         try:
+            session.read_tokens()
             with interruptible() as received:
                 finished = session.train(received)
             if not finished:
@@ -62,14 +65,14 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     layout = layout_here(options.layout, options)
-    corpus = _read(options.data, options.held_out)
-    texts = texts_of(corpus.train)
-    tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else train_bpe(texts, options.model.vocab_size)
-    model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
-    data = None if options.data is None else str(Path(options.data).absolute())
-    settings = dataclasses.replace(options, model=model, data=data)
-    session = Session(settings, options, corpus, tokenizer, layout)
-    session.run = RunFolder.create(options.out, settings, corpus, tokenizer, {})
+    data = choose_data(options)
+    _describe(data)
+    model = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
+    path = None if options.data is None else str(Path(options.data).absolute())
+    settings = dataclasses.replace(options, model=model, data=path)
+    data.require_a_window(model.max_len)
+    session = Session(settings, options, data, layout)
+    session.run = RunFolder.create(options.out, settings, data, data.tokenizer, {})
     stack.enter_context(session.run.locked())
     session.checkpoints = stack.enter_context(session.open_checkpoints())
     return session
@@ -78,7 +81,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
 def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
     """The run in a folder, locked, restored from its checkpoint."""
     run = RunFolder(folder)
-    settings, tokenizer, corpus_digest = run.load()
+    settings, _, _ = run.load()
     if run.parts:
         names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
@@ -86,10 +89,9 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
     layout = layout_here(options.layout, settings)
     stack.enter_context(run.locked())
-    corpus = _read(settings.data, settings.held_out)
-    if corpus.fingerprint != corpus_digest:
-        raise InputError(f"the text of {folder} has changed since it was started; start a new run.")
-    session = Session(settings, options, corpus, tokenizer, layout)
+    data = reopen_data(run)
+    _describe(data)
+    session = Session(settings, options, data, layout)
     session.run = run
     session.checkpoints = stack.enter_context(session.open_checkpoints())
     if options.max_skipped is not None:
@@ -98,10 +100,9 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
     return session
 
 
-def _read(data: str | None, held_out: float) -> Corpus:
-    corpus = read_corpus(data, held_out=held_out)
-    parts = (f"{len(part):,} documents, {size_of(part) / 1e6:,.3g} MB" for part in (corpus.train, corpus.held_out))
-    print("corpus     {} to learn from; {} held out".format(*parts))
-    if corpus.skipped:
-        print(f"           {corpus.skipped:,} binary files skipped")
-    return corpus
+def _describe(data: RunData) -> None:
+    if data.corpus is not None:
+        describe(data.corpus)
+    elif data.store is not None:
+        counts = (f"{data.store.num_documents(part):,}" for part in PARTS)
+        print("store      {} documents to learn from; {} held out".format(*counts))

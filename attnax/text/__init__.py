@@ -21,9 +21,14 @@ with lazy_imports(globals()):
     from attnax.text.published import is_published as is_published
     from attnax.text.published import open_published as open_published
     from attnax.text.published_codec import PublishedCodec as PublishedCodec
+    from attnax.text.published_tokenizer import PublishedTokenizer as PublishedTokenizer
+    from attnax.text.published_tokenizer import TextTokenizer as TextTokenizer
+    from attnax.text.published_tokenizer import find_tokenizer as find_tokenizer
+    from attnax.text.published_tokenizer import open_tokenizer as open_tokenizer
     from attnax.text.tokenizer import DOCUMENT as DOCUMENT
     from attnax.text.tokenizer import NUM_BYTE_TOKENS as NUM_BYTE_TOKENS
     from attnax.text.tokenizer import ByteCodec as ByteCodec
+    from attnax.text.tokenizer import SpecialTokens as SpecialTokens
     from attnax.text.tokenizer import Tokenizer as Tokenizer
     from attnax.text.tokenizer import byte_tokenizer as byte_tokenizer
     from attnax.text.tokenizer import train_bpe as train_bpe

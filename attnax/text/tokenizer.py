@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import SupportsInt
 
 import numpy as np
@@ -17,7 +16,16 @@ import tokenizers
 from attnax.errors import InputError
 from attnax.text.codec import ByteDecoder, Decoder
 
-__all__ = ["DOCUMENT", "NUM_BYTE_TOKENS", "ByteCodec", "Tokenizer", "byte_tokenizer", "train_bpe"]
+__all__ = [
+    "DOCUMENT",
+    "NUM_BYTE_TOKENS",
+    "ByteCodec",
+    "SpecialTokens",
+    "Tokenizer",
+    "byte_tokenizer",
+    "is_learned",
+    "train_bpe",
+]
 
 DOCUMENT = 0
 NUM_BYTE_TOKENS = 257
@@ -25,6 +33,23 @@ _DOCUMENT_TEXT = "<|document|>"
 # No merge crosses the ends of these pieces: a word or up to three digits with the space before it, a run of signs, a
 # newline with the indentation after it.
 _PIECES = r" ?[A-Za-z_\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9_\x80-\xff]+|\n[ \n]*|\s+"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """The tokens that stand around texts.
+
+    Attributes:
+        document: before each document.
+        end: behind each document and each target; None if the document token ends a text too.
+        padding: fills rows.
+        start: of a target, before its first token.
+    """
+
+    document: int
+    end: int | None
+    padding: int
+    start: int
 
 
 class Tokenizer:
@@ -42,6 +67,16 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
+    def special(self) -> SpecialTokens:
+        """The document token is every special token."""
+        return SpecialTokens(DOCUMENT, None, DOCUMENT, DOCUMENT)
+
+    @property
+    def codec(self) -> ByteCodec:
+        """Prompts to tokens, and tokens to text, for a model that writes."""
+        return ByteCodec(self)
+
+    @property
     def vocabulary(self) -> dict[str, int]:
         """The ids by their bytes, one character a byte."""
         vocabulary: dict[str, int] = self._model.get_vocab()
@@ -54,11 +89,24 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[bytes]) -> np.ndarray:
         """The ids of all texts in a row, with the document token before each text."""
-        parts = []
-        for start in range(0, len(texts), 64):  # in batches, since the library's own objects take much memory
-            batch = [text.decode("latin-1") for text in texts[start : start + 64]]
-            parts += [self._ids([DOCUMENT, *encoding.ids]) for encoding in self._model.encode_batch_fast(batch)]
-        return np.concatenate(parts)
+        batches = (texts[start : start + 64] for start in range(0, len(texts), 64))
+        return np.concatenate([ids for batch in batches for ids in self.encode_each(batch)])
+
+    def encode_each(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of each text, with the document token before it.
+
+        The library's own objects take much memory, so a few texts at a time are best.
+        """
+        encodings = self._model.encode_batch_fast([text.decode("latin-1") for text in texts])
+        return [self._ids([DOCUMENT, *encoding.ids]) for encoding in encodings]
+
+    def encode_rows(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of each text alone, for rows that a model reads; the document token may pad them."""
+        return [ids[1:] for ids in self.encode_each(texts)]
+
+    def encode_targets(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of each text between two document tokens, for rows that a decoder writes."""
+        return [np.append(ids, ids[:1]) for ids in self.encode_each(texts)]
 
     def decode(self, ids: Iterable[SupportsInt]) -> bytes:
         """The bytes of `ids`; document tokens have none."""
@@ -68,13 +116,14 @@ class Tokenizer:
         """The tokenizer in the format of the `tokenizers` library."""
         return self._model.to_str(pretty=True)
 
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a file that `to_json` wrote; the caller has checked that the file is complete."""
-        return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
-
     def _ids(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+def is_learned(model: tokenizers.Tokenizer) -> bool:
+    """Whether the model is of a `Tokenizer`, rather than of a published checkpoint."""
+    token: str | None = model.id_to_token(DOCUMENT)
+    return token == _DOCUMENT_TEXT and model.token_to_id(chr(255)) == NUM_BYTE_TOKENS - 1
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -83,13 +132,12 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer(model))
 
 
-def train_bpe(texts: Sequence[bytes], vocab_size: int, max_bytes: int = 12_000_000) -> Tokenizer:
-    """Byte-pair encoding learned from `texts`, evenly thinned to about `max_bytes`.
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding learned from `texts`.
 
     Args:
-        texts: of the training corpus.
+        texts: of the training corpus. More than some 12 MB takes more time and hardly changes the merges.
         vocab_size: number of ids, the 257 of `byte_tokenizer` included; a text with too few pairs gives fewer.
-        max_bytes: more text takes more time and hardly changes the merges.
 
     Raises:
         InputError: vocab_size below 257 or above 65,536.
@@ -98,7 +146,6 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int, max_bytes: int = 12_000_0
         raise InputError(
             f"a byte-pair vocabulary must have {NUM_BYTE_TOKENS} to {2**16} ids; got --vocab-size {vocab_size}."
         )
-    thin = max(1, sum(map(len, texts)) // max_bytes)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated")
     trainer = tokenizers.trainers.BpeTrainer(
@@ -107,7 +154,7 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int, max_bytes: int = 12_000_0
         initial_alphabet=[chr(byte) for byte in range(256)],
         show_progress=False,
     )
-    model.train_from_iterator((text.decode("latin-1") for text in texts[::thin]), trainer)
+    model.train_from_iterator((text.decode("latin-1") for text in texts), trainer)
     return Tokenizer(model)
 
 

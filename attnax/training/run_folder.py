@@ -5,6 +5,7 @@ started         the Unix time at which the run was made
 config.json     the options and the version of attnax, the SHA-256 of the corpus and of the tokenizer, and the names of
                 parts that the config of the model cannot hold
 tokenizer.json  in the format of the `tokenizers` library
+data/           the store of the tokens, if the run was given text
 metrics.jsonl   a line for each update and each evaluation on held-out text
 checkpoints/    of Orbax
 loss.png, sample.txt, result.json   of a finished run; result.json is written last
@@ -23,14 +24,14 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.nn._parts import part_names, without_modules
-from attnax.text.tokenizer import Tokenizer
-from attnax.training.corpus import Corpus
+from attnax.text.published_tokenizer import TextTokenizer, open_tokenizer
+from attnax.text.tokenizer import SpecialTokens
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
 from attnax.training.run_options import RunOptions
@@ -39,6 +40,14 @@ __all__ = ["LockedError", "RunFolder", "write_whole"]
 
 LOCK, LOCK_OWNER = ".lock", ".lock.owner"
 _BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "started", "config.json.tmp"}
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a run learns from: a `Corpus`, a `Store`, or the `RunData` of either."""
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class LockedError(InputError):
@@ -57,6 +66,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def data(self) -> Path:
+        """Folder of the store of a run that was given text."""
+        return self.path / "data"
+
+    @property
     def result(self) -> Path:
         """The figures of a finished run."""
         return self.path / "result.json"
@@ -66,8 +80,8 @@ class RunFolder:
         cls,
         out: Path | None,
         options: RunOptions,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
+        corpus: Source,
+        tokenizer: TextTokenizer,
         parts: Mapping[str, Any],
     ) -> RunFolder:
         """Makes `out`, or the next free runs/NNN, with the files that `load` reads.
@@ -127,7 +141,7 @@ class RunFolder:
             owner.unlink(missing_ok=True)
             lock.release()
 
-    def _save(self, options: RunOptions, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, str]) -> None:
+    def _save(self, options: RunOptions, corpus: Source, tokenizer: TextTokenizer, parts: dict[str, str]) -> None:
         content = tokenizer.to_json().encode()
         (self.path / "tokenizer.json").write_bytes(content)
         (self.path / "started").write_text(f"{time.time():.3f}\n", "utf-8")
@@ -137,14 +151,15 @@ class RunFolder:
             "attnax": __version__,
             "corpus_sha256": corpus.fingerprint,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+            "special_tokens": dataclasses.asdict(tokenizer.special),
             "options": {field.name: given[field.name] for field in dataclasses.fields(RunOptions)},
             **({"parts": parts} if parts else {}),
         }
         config["sha256"] = _digest(config)
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def load(self) -> tuple[RunOptions, Tokenizer, str]:
-        """Reads the files that `create` wrote: the options, the tokenizer, and the SHA-256 of the corpus.
+    def load(self) -> tuple[RunOptions, TextTokenizer, str]:
+        """Reads the files that `create` wrote: the options, the tokenizer, and the SHA-256 of the corpus or store.
 
         Raises:
             InputError: the folder is not a run or is of another version, or a file is missing or changed.
@@ -154,7 +169,8 @@ class RunFolder:
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         if found != tokenizer_digest:
             raise InputError(f"{path} is {'missing' if found is None else 'not the one of this run'}.")
-        return options, Tokenizer.load(path), corpus_digest
+        special = json.loads(self._config).get("special_tokens")
+        return options, open_tokenizer(path, special and SpecialTokens(**special)), corpus_digest
 
     @property
     def started(self) -> float | None:

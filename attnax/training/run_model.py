@@ -15,7 +15,7 @@ from attnax.config import Dtype, TransformerConfig
 from attnax.errors import InputError
 from attnax.models import TransformerLM
 from attnax.nn._parts import MakeBlock, Parts
-from attnax.text import ByteCodec, TextModel
+from attnax.text import TextModel
 from attnax.training.restore import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
 from attnax.typing import AttentionFn
@@ -61,7 +61,7 @@ def open_run(
         params = jax.tree.map(lambda array: array.astype(dtype), params)
         graphdef, state, rest = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype), parts)
     nnx.replace_by_pure_dict(state, params)
-    return TextModel(path, nnx.merge(graphdef, state, *rest), ByteCodec(tokenizer))
+    return TextModel(path, nnx.merge(graphdef, state, *rest), tokenizer.codec)
 
 
 def _abstract(config: TransformerConfig, parts: Parts) -> Any:

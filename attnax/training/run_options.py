@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
@@ -41,8 +40,10 @@ class RunOptions:
     """The text, the model and the training of a run; saved in its folder.
 
     Attributes:
-        data: a file, a folder, or a glob in quotes. By default the source of Python's standard library.
-        tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte.
+        data: a file, a folder, or a glob in quotes; or a store of `attnax tokenize`. By default the source of Python's
+            standard library.
+        tokenizer: "bpe" learns byte pairs from the training files, "bytes" has one token a byte; or the folder of a run
+            or a checkpoint, or a tokenizer.json. A store has its own.
         pack: files in one row do not attend each other, and the positions of each file start at 0.
         held_out: fraction of the files to hold out.
         checkpoint_every: number of updates between checkpoints.
@@ -59,7 +60,7 @@ class RunOptions:
     """
 
     data: str | None = None
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    tokenizer: str = "bpe"
     pack: bool = False
     held_out: float = HELD_OUT
     checkpoint_every: int = 500

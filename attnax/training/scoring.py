@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from attnax.training.corpus import TokenStream
 from attnax.training.objectives import Batch, Loss
 from attnax.training.state import Evaluation
+from attnax.training.stream import TokenStream
 
 __all__ = ["mean_of", "windows_of"]
 

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding
 from attnax.nn.axes import parameter_shardings
 from attnax.sharding import BATCH, Layout
 from attnax.training.accumulate import mean_gradient, widen
-from attnax.training.corpus import TokenStream
 from attnax.training.functional import FunctionalModel, ModelSource
 from attnax.training.mesh import check_attention_functions, check_batch, make_mesh, num_parts, state_shardings
 from attnax.training.objectives import Batch, Loss, Objective
 from attnax.training.optimizer import OptimizerConfig, in_float32
 from attnax.training.scoring import mean_of, windows_of
 from attnax.training.state import Evaluation, Metrics, TrainState
+from attnax.training.stream import TokenStream
 from attnax.typing import Array
 
 __all__ = ["Trainer"]

@@ -12,7 +12,7 @@ from attnax.training import feasible
 def plan(monkeypatch, tmp_path, capsys):
     """The lines of a dry run, without the first column; it makes no array, reads no text and writes no file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("attnax.cli.train.read_corpus", None)
+    monkeypatch.setattr("attnax.cli.train.choose_data", None)
 
     def call(*flags):
         before = len(jax.live_arrays())

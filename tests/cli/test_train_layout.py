@@ -55,7 +55,7 @@ def test_a_run_goes_on_on_another_layout_with_the_losses_of_one_device(run, corp
 
 
 def test_layouts_that_do_not_fit_are_refused_before_the_text_is_read(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnax.cli.train.read_corpus", None)
+    monkeypatch.setattr("attnax.cli.train.choose_data", None)
 
     def why(layout, *flags):
         return refuse(capsys, "train", "--out", tmp_path / "run", *TINY, "--layout", layout, *flags)

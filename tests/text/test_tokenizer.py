@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnax.errors import InputError
-from attnax.text import Tokenizer, byte_tokenizer, train_bpe
+from attnax.text import Tokenizer, byte_tokenizer, open_tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class TestTokenizer:
 
     def test_it_comes_back_from_disk(self, bpe, tmp_path):
         (tmp_path / "tokenizer.json").write_text(bpe.to_json(), "utf-8")
-        again = Tokenizer.load(tmp_path / "tokenizer.json")
+        again = open_tokenizer(tmp_path / "tokenizer.json")
         text = "def größer(<|document|>)".encode()
         np.testing.assert_array_equal(again.encode(text), bpe.encode(text))
 

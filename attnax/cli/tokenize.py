@@ -1,0 +1,58 @@
+"""`attnax tokenize`: from text to a store of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from attnax.cli import terminal
+from attnax.cli.options import Tokenize
+from attnax.training.corpus import PARTS, Corpus, read_corpus
+from attnax.training.run_data import make_tokenizer
+from attnax.training.store_writer import make_store
+
+__all__ = ["counting", "describe", "tokenize"]
+
+
+def tokenize(options: Tokenize) -> int:
+    """Runs the command; returns 0, or 130 after Ctrl-C."""
+    try:
+        corpus = read_corpus(options.source, held_out=options.held_out, kind=options.kind)
+        describe(corpus)
+        tokenizer = make_tokenizer(corpus, options.tokenizer, options.vocab_size)
+        with counting(corpus) as count:
+            store = make_store(corpus, tokenizer, options.out, shard_tokens=options.shard_tokens, on_progress=count)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last finished shard")
+        return 128 + signal.SIGINT
+    tokens = {part: store.num_tokens(part) for part in PARTS}
+    print(f"tokenizer  {tokenizer.vocab_size:,} ids, {corpus.train.num_bytes / tokens['train']:.2f} bytes a token")
+    print(f"store      {tokens['train']:,} tokens to learn from; {tokens['held_out']:,} held out")
+    if store.classes:
+        print(f"classes    {', '.join(terminal.printable(str(label)) for label in store.classes)}")
+    print(f"           {options.out}")
+    return 0
+
+
+def describe(corpus: Corpus) -> None:
+    """Prints how much text there is."""
+    parts = (f"{len(part):,} documents, {part.num_bytes / 1e6:,.3g} MB" for part in (corpus.train, corpus.held_out))
+    print("corpus     {} to learn from; {} held out".format(*parts))
+    if corpus.skipped:
+        print(f"           {corpus.skipped:,} binary files skipped")
+
+
+@contextlib.contextmanager
+def counting(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    """A line on standard error that shows how many bytes of a corpus are done; calls add to them."""
+    total, often = corpus.train.num_bytes + corpus.held_out.num_bytes, 0.5 if sys.stderr.isatty() else 15.0
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=often, desc="tokens", delay=1.0) as bar:
+
+        def count(size: int) -> None:
+            bar.update(size)
+
+        yield count

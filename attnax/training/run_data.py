@@ -1,0 +1,114 @@
+"""The tokens of a run: a store in its folder, made of a corpus, or a store that was there before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from attnax.errors import InputError
+from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
+from attnax.text.tokenizer import byte_tokenizer, train_bpe
+from attnax.training.corpus import Corpus, read_corpus
+from attnax.training.run_folder import RunFolder
+from attnax.training.run_options import RunOptions
+from attnax.training.store import Store, open_store
+from attnax.training.store_format import STORE, is_store
+from attnax.training.store_writer import make_store
+from attnax.training.stream import TokenStream
+
+__all__ = ["RunData", "choose_data", "make_tokenizer", "reopen_data"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """Where the tokens of a run come from.
+
+    Attributes:
+        tokenizer: of the tokens.
+        corpus: to make the store of; None if there is a store.
+        store: of the tokens; None if it must be made.
+    """
+
+    tokenizer: TextTokenizer
+    corpus: Corpus | None = None
+    store: Store | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the text, or of the store that was there before the run."""
+        source = self.corpus or self.store
+        assert source is not None
+        return source.fingerprint
+
+    def require_a_window(self, window: int) -> None:
+        """Raises InputError if the tokens do not fill one window; encodes no more of a corpus than that needs."""
+        if self.store is not None:
+            TokenStream(self.store.tokens(), window).require_a_window()
+            return
+        assert self.corpus is not None
+        count = 0
+        for document in self.corpus.train:
+            count += len(self.tokenizer.encode_each([document.text])[0])
+            if count > window:
+                return
+        raise InputError(
+            f"the text is too short: its {count:,} tokens do not fill one window of {window}. Give more text or a "
+            "smaller max_len."
+        )
+
+    def open(self, run: RunFolder, on_progress: Callable[[int], None] | None = None) -> Store:
+        """The store; one of a corpus is made in the folder of the run."""
+        if self.store is not None:
+            return self.store
+        assert self.corpus is not None
+        return make_store(self.corpus, self.tokenizer, run.data, on_progress=on_progress)
+
+
+def choose_data(options: RunOptions) -> RunData:
+    """The data of a new run.
+
+    Raises:
+        InputError: the text or the store cannot be used, or the options ask for another tokenizer than that of a store.
+    """
+    if options.data is not None and is_store(Path(options.data)):
+        store = open_store(options.data)
+        store.require_kind("text")
+        for name in ("tokenizer", "held_out"):
+            if getattr(options, name) != getattr(RunOptions, name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} is for text; {options.data} is a store, which has its own. Leave it out.")
+        return RunData(store.tokenizer, store=store)
+    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
+    return RunData(make_tokenizer(corpus, options.tokenizer, options.model.vocab_size), corpus)
+
+
+def reopen_data(run: RunFolder) -> RunData:
+    """The data of a run that was stopped. The text is read only if its store was not finished.
+
+    Raises:
+        InputError: the store, or the text that it must be made of, is not the one of the run.
+    """
+    options, tokenizer, fingerprint = run.load()
+    if (run.data / STORE).is_file():
+        store = open_store(run.data)
+        store.require_tokenizer(tokenizer)
+        if store.facts["source"]["sha256"] != fingerprint:
+            raise InputError(f"{run.data} is the store of another run. Delete it, and it is made again.")
+        return RunData(tokenizer, store=store)
+    if options.data is not None and is_store(Path(options.data)):
+        store = open_store(options.data)
+        if store.fingerprint != fingerprint:
+            raise InputError(f"the store {options.data} is not the one of {run.path}; start a new run.")
+        return RunData(tokenizer, store=store)
+    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
+    if corpus.fingerprint != fingerprint:
+        raise InputError(f"the text of {run.path} has changed since it was started; start a new run.")
+    return RunData(tokenizer, corpus)
+
+
+def make_tokenizer(corpus: Corpus, name: str, vocab_size: int) -> TextTokenizer:
+    """The tokenizer that a flag names: "bpe" learns from the documents, "bytes" has one token a byte; or a path."""
+    if name == "bytes":
+        return byte_tokenizer()
+    return train_bpe(corpus.train.sample(), vocab_size) if name == "bpe" else find_tokenizer(Path(name))

@@ -1,0 +1,300 @@
+"""Writing a store: a shard at a time, so that a run that is killed goes on after its last finished shard."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from attnax import __version__
+from attnax.errors import InputError
+from attnax.text.published_tokenizer import TextTokenizer
+from attnax.training.corpus import PARTS, Corpus, Part
+from attnax.training.store import COLUMNS, Store, digest_of, open_store, require_files, sha256_of
+from attnax.training.store_format import FORMAT, PROGRESS, STORE
+from attnax.training.text_files import LONGEST, Document
+
+__all__ = ["SHARD_TOKENS", "make_store"]
+
+SHARD_TOKENS = 1 << 26
+_LOCK = ".lock"
+
+
+def make_store(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    out: str | Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> Store:
+    """Writes the tokens of a corpus into a folder, with a checksum for each file.
+
+    If the process is killed, the same call goes on after the last finished shard and makes the same files. A store that
+    is complete already is checked and returned. Of the texts and tokens, a few documents are in memory at a time.
+
+    Args:
+        corpus: the documents.
+        tokenizer: of the tokens.
+        out: the folder, which is made.
+        shard_tokens: a shard ends with the document that brings it to this number of tokens.
+        on_progress: called with the number of bytes of the texts that are done since its last call.
+
+    Raises:
+        InputError: the folder holds something else, or a store of another source, tokenizer or size of shards, or a
+            shard that was changed; a text that the tokenizer cannot read; a source that changes meanwhile;
+            or another process writes the store.
+    """
+    out = Path(out)
+    content = tokenizer.to_json().encode()
+    plan = {
+        "format": FORMAT,
+        "kind": corpus.kind,
+        "classes": list(corpus.classes),
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "tokenizer": {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "vocab_size": tokenizer.vocab_size,
+            "special": dataclasses.asdict(tokenizer.special),
+        },
+        "source": {"sha256": corpus.fingerprint},
+        "shard_tokens": shard_tokens,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"{out} exists already and is no folder; nothing was overwritten.") from error
+    with _locked(out):
+        if (out / STORE).exists():
+            store = open_store(out)
+            _require_plan(out, plan, {key: store.facts.get(key) for key in plan})
+            return store
+        shards = _begin(out, plan, content)
+        say = on_progress or (lambda _: None)
+        say(sum(shard["bytes"] for shard in shards))
+        for part in PARTS:
+            _write_part(out, corpus, part, tokenizer, plan, shards, say)
+        facts = {**plan, "shards": shards, "attnax": __version__}
+        _write_for_good(out / STORE, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1) + "\n")
+        (out / PROGRESS).unlink()
+    return open_store(out, verify=False)
+
+
+def _begin(out: Path, plan: dict[str, Any], tokenizer: bytes) -> list[dict[str, Any]]:
+    """The shards that an earlier process finished; writes the plan if there was none.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if (out / PROGRESS).exists():
+        lines = (out / PROGRESS).read_bytes().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last line may be cut
+        _require_plan(out, plan, whole[0])
+        shards = whole[1:]
+        require_files(out, shards, verify=True)
+        _write_for_good(out / PROGRESS, "".join(json.dumps(line) + "\n" for line in whole))
+        if sha256_of(out / "tokenizer.json") != plan["tokenizer"]["sha256"]:
+            raise InputError(f"{out / 'tokenizer.json'} is not the tokenizer of the store. Delete {out}.")
+        return shards
+    begun = {_LOCK, "tokenizer.json.tmp", "tokenizer.json", f"{PROGRESS}.tmp"}
+    found = {path.name for path in out.iterdir()}
+    is_other = "tokenizer.json" in found and sha256_of(out / "tokenizer.json") != plan["tokenizer"]["sha256"]
+    if not found <= begun or is_other:
+        raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
+    _write_for_good(out / "tokenizer.json", tokenizer.decode())
+    _write_for_good(out / PROGRESS, json.dumps(plan) + "\n")
+    return []
+
+
+def _require_plan(out: Path, plan: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises InputError that names what a store was begun with, if that differs."""
+    words = {
+        "source": "the source differs: it has changed, or other files or another held-out part were asked for",
+        "tokenizer": "the tokenizer is another one",
+        "kind": f"it holds {found.get('kind')}, not {plan['kind']}",
+        "shard_tokens": f"its shards have {found.get('shard_tokens')} tokens, not {plan['shard_tokens']}",
+    }
+    differing = [key for key in plan if plan[key] != found.get(key)]
+    if differing:
+        why = next((words[key] for key in words if key in differing), f"its {differing[0]} differs")
+        raise InputError(f"{out} holds another store: {why}. Delete it, or name another --out.")
+
+
+def _write_part(
+    out: Path,
+    corpus: Corpus,
+    part: Part,
+    tokenizer: TextTokenizer,
+    plan: dict[str, Any],
+    shards: list[dict[str, Any]],
+    say: Callable[[int], None],
+) -> None:
+    """Writes the shards of a part that are missing, and adds them to `shards` and to the file of progress."""
+    mine = [shard for shard in shards if shard["part"] == part]
+    documents = corpus.part(part).since(sum(shard["documents"] for shard in mine))
+    number, shard = len(mine), None
+
+    def finish(shard: _Shard) -> None:
+        shards.append(shard.finish())
+        with (out / PROGRESS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(shards[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    with contextlib.ExitStack() as stack:
+        for document, columns in _encoded(documents, corpus, tokenizer):
+            if shard is None:
+                shard = stack.enter_context(_Shard(out, part, number, plan))
+            shard.add(document, columns)
+            say(len(document))
+            if shard.num_tokens >= plan["shard_tokens"]:
+                finish(shard)
+                number, shard = number + 1, None
+        if shard is not None:
+            finish(shard)
+
+
+def _encoded(
+    documents: Iterator[Document], corpus: Corpus, tokenizer: TextTokenizer
+) -> Iterator[tuple[Document, dict[str, np.ndarray]]]:
+    """Each document with its columns; up to 64 documents, or a long one, are encoded at a time."""
+    encode = tokenizer.encode_each if corpus.kind == "text" else tokenizer.encode_rows
+    classes, is_pair = {label: number for number, label in enumerate(corpus.classes)}, corpus.kind == "pairs"
+    for batch in _batched(documents):
+        try:
+            texts = encode([document.text for document in batch])
+            targets = tokenizer.encode_targets([document.target or b"" for document in batch]) if is_pair else texts
+        except UnicodeDecodeError as error:
+            name = next(each.name for each in batch if error.object in (each.text, each.target))
+            raise InputError(f"{name} must be text in UTF-8 for a published tokenizer: {error}.") from error
+        for document, text, target in zip(batch, texts, targets, strict=True):
+            if corpus.kind == "text":
+                yield document, {"tokens": text}
+            elif corpus.kind == "labels":
+                assert document.label is not None
+                yield document, {"tokens": text, "label": np.array([classes[document.label]], np.int32)}
+            else:
+                yield document, {"source": text, "target": target}
+
+
+def _batched(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == 64 or size >= LONGEST // 4:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Shard:
+    """The files of a shard while they are written, under other names until they are whole."""
+
+    def __init__(self, out: Path, part: Part, number: int, plan: dict[str, Any]):
+        self._out, self._part, self._name = out, part, f"{part}-{number:05d}"
+        self._dtype = np.dtype(plan["dtype"]).newbyteorder("<")
+        self._starts: dict[str, list[int]] = {column: [0] for column in COLUMNS[plan["kind"]]}
+        names = [*self._starts, *(f"{column}.starts" for column in self._starts), "names"]
+        names += ["label"] if plan["kind"] == "labels" else []
+        self._files = {name: _HashedFile(out / f"{self._name}.{name}") for name in names}
+        self._documents = self._bytes = 0
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all columns."""
+        return sum(starts[-1] for starts in self._starts.values())
+
+    def add(self, document: Document, columns: dict[str, np.ndarray]) -> None:
+        """Adds a document."""
+        self._files["names"].write(json.dumps(document.name).encode() + b"\n")
+        for name, values in columns.items():
+            if name in self._starts:
+                self._starts[name].append(self._starts[name][-1] + len(values))
+            little = self._dtype if name in self._starts else values.dtype.newbyteorder("<")
+            self._files[name].write(values.astype(little).tobytes())
+        self._documents, self._bytes = self._documents + 1, self._bytes + len(document)
+
+    def finish(self) -> dict[str, Any]:
+        """Gives the files their names; returns what store.json says about the shard."""
+        for name, starts in self._starts.items():
+            self._files[f"{name}.starts"].write(np.array(starts, "<u8").tobytes())
+        return {
+            "part": self._part,
+            "name": self._name,
+            "documents": self._documents,
+            "bytes": self._bytes,
+            "tokens": self.num_tokens,
+            "files": {f"{self._name}.{name}": file.finish() for name, file in self._files.items()},
+        }
+
+
+class _HashedFile:
+    """A file that is complete or absent under its name, with its SHA-256."""
+
+    def __init__(self, path: Path):
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._file: BinaryIO = self._temporary.open("wb")
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._size += len(content)
+
+    def finish(self) -> dict[str, Any]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _write_for_good(path: Path, text: str) -> None:
+    """Writes a file that is complete or absent, also after the machine fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    import filelock  # an optional dependency, which reading a store does not need
+
+    try:
+        with filelock.FileLock(out / _LOCK, timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise InputError(f"{out} is being written by another process. Wait for it, or stop it.") from error
