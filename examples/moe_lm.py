@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
-from attnax import TransformerConfig, TransformerLM
+from attnax import TransformerConfig
 from attnax.text import byte_tokenizer
-from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, read_corpus
+from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, causal_lm, read_corpus
 
 CONFIG = TransformerConfig(
     vocab_size=257,
@@ -48,22 +47,21 @@ def main(arguments=None):
         tokenizer.encode_documents([d.text for d in itertools.islice(corpus.train, 200)]), CONFIG.max_len
     )
     batches = Batches(stream, batch_size=8)
-    trainer = Trainer(CONFIG, OptimizerConfig(steps=options.steps, batch_size=8))
-    graphdef, _ = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG))
+    trainer = Trainer(CONFIG, causal_lm(), OptimizerConfig(steps=options.steps))
 
     @jax.jit
     def statistics(params, tokens):
-        aux = nnx.merge(graphdef, params).run(tokens[:, :-1], deterministic=True).aux
+        aux = trainer.merge(params).run(tokens[:, :-1], deterministic=True).aux
         loads = aux.pop("expert_load")  # one array for each layer with experts; the numbers are sums over these layers
         return {name: value / len(loads) for name, value in aux.items()}, jnp.stack(loads)
 
     state, losses, history = trainer.init(), [], []
     for step in range(options.steps):
-        batch = batches[step]["tokens"][0]
+        batch = batches[step]
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics.loss))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
-            aux, loads = statistics(state.params, jnp.asarray(batch))
+            aux, loads = statistics(state.params, batch["tokens"][0])
             history.append((step, np.asarray(loads[-1])))
             load = " ".join(f"{share:4.0%}" for share in np.asarray(loads[-1]))
             print(
