@@ -113,7 +113,10 @@ class TestWrongInput:
             ("train --vocab-size 100", "got --vocab-size 100"),
             ("train --frobnicate 3", "--frobnicate"),
             ("train --tokenizer words", "words"),
-            ("frobnicate", "there is no command 'frobnicate'; the commands are train, tokenize, generate, inspect, bench"),
+            (
+                "frobnicate",
+                "there is no command 'frobnicate'; the commands are train, tokenize, generate, inspect, bench",
+            ),
             ("generate {run} --max-new-tokens ten", "cannot read 'ten' as {None}|INT. See attnax generate --help."),
             ("generate", "FOLDER"),
             ("", "train, tokenize, generate"),
