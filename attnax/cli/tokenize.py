@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.options import Tokenize
+from attnax.text.published_tokenizer import make_tokenizer
 from attnax.training.corpus import PARTS, Corpus, read_corpus
-from attnax.training.run_data import make_tokenizer
 from attnax.training.store_writer import make_store
 
 __all__ = ["counting", "describe", "tokenize"]
@@ -23,7 +23,7 @@ def tokenize(options: Tokenize) -> int:
     try:
         corpus = read_corpus(options.source, held_out=options.held_out, kind=options.kind)
         describe(corpus)
-        tokenizer = make_tokenizer(corpus, options.tokenizer, options.vocab_size)
+        tokenizer = make_tokenizer(options.tokenizer, corpus.train.sample(), options.vocab_size)
         with counting(corpus) as count:
             store = make_store(corpus, tokenizer, options.out, shard_tokens=options.shard_tokens, on_progress=count)
     except KeyboardInterrupt:

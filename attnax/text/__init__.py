@@ -24,6 +24,7 @@ with lazy_imports(globals()):
     from attnax.text.published_tokenizer import PublishedTokenizer as PublishedTokenizer
     from attnax.text.published_tokenizer import TextTokenizer as TextTokenizer
     from attnax.text.published_tokenizer import find_tokenizer as find_tokenizer
+    from attnax.text.published_tokenizer import make_tokenizer as make_tokenizer
     from attnax.text.published_tokenizer import open_tokenizer as open_tokenizer
     from attnax.text.tokenizer import DOCUMENT as DOCUMENT
     from attnax.text.tokenizer import NUM_BYTE_TOKENS as NUM_BYTE_TOKENS

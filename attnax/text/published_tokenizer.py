@@ -10,13 +10,12 @@ import numpy as np
 import tokenizers
 
 from attnax.errors import InputError
-from attnax.pretrained.generation_config import read_generation_config
 from attnax.pretrained.json_object import read_object
 from attnax.pretrained.tokenizer_file import load_tokenizer, refusals_as
 from attnax.text.published_codec import PublishedCodec
-from attnax.text.tokenizer import SpecialTokens, Tokenizer, is_learned
+from attnax.text.tokenizer import SpecialTokens, Tokenizer, byte_tokenizer, is_learned, train_bpe
 
-__all__ = ["PublishedTokenizer", "TextTokenizer", "find_tokenizer", "open_tokenizer"]
+__all__ = ["PublishedTokenizer", "TextTokenizer", "find_tokenizer", "make_tokenizer", "open_tokenizer"]
 
 
 class PublishedTokenizer:
@@ -136,6 +135,10 @@ def find_tokenizer(path: Path) -> TextTokenizer:
         raise InputError(f"no tokenizer at {path}: there is no file {file}.")
     if is_learned(model):
         return Tokenizer(model)
+    from attnax.pretrained.generation_config import (
+        read_generation_config,  # it imports models, which others do not need
+    )
+
     around: Any = model.encode("a")
     before = around.ids[:1] if around.special_tokens_mask[:1] == [1] else []
     config = file.parent / "config.json"
@@ -155,3 +158,16 @@ def find_tokenizer(path: Path) -> TextTokenizer:
         start=document if start is None else start,
     )
     return PublishedTokenizer(model, special)
+
+
+def make_tokenizer(name: str, texts: Iterable[bytes], vocab_size: int) -> TextTokenizer:
+    """The tokenizer that a flag names.
+
+    Args:
+        name: "bpe" learns byte pairs from the texts, "bytes" has one token a byte; or a path, as in `find_tokenizer`.
+        texts: for "bpe".
+        vocab_size: for "bpe".
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    return train_bpe(texts, vocab_size) if name == "bpe" else find_tokenizer(Path(name))

@@ -154,7 +154,7 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
     A document is held out if the SHA-256 of its name, read as a fraction, is below `held_out`, so that the split does
     not depend on the order, the machine or the other documents. If one side would be empty, the document with the
     lowest hash is held out. A single file of text is cut into about fifty pieces of whole lines, which are split the
-    same way; of several files, each is a document, and one of more than 8 MiB is several of whole lines.
+    same way; of several files, each is a document, and one of more than 2 MiB is several of whole lines.
 
     Args:
         data: a file, a folder (all its files except for hidden ones) or a glob; files in run folders and in stores do

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnax.errors import InputError
-from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
-from attnax.text.tokenizer import byte_tokenizer, train_bpe
+from attnax.text.published_tokenizer import TextTokenizer, make_tokenizer
 from attnax.training.corpus import Corpus, read_corpus
 from attnax.training.run_folder import RunFolder
 from attnax.training.run_options import RunOptions
@@ -17,7 +16,7 @@ from attnax.training.store_format import STORE, is_store
 from attnax.training.store_writer import make_store
 from attnax.training.stream import TokenStream
 
-__all__ = ["RunData", "choose_data", "make_tokenizer", "reopen_data"]
+__all__ = ["RunData", "choose_data", "reopen_data"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def choose_data(options: RunOptions) -> RunData:
                 raise InputError(f"{flag} is for text; {options.data} is a store, which has its own. Leave it out.")
         return RunData(store.tokenizer, store=store)
     corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
-    return RunData(make_tokenizer(corpus, options.tokenizer, options.model.vocab_size), corpus)
+    return RunData(make_tokenizer(options.tokenizer, corpus.train.sample(), options.model.vocab_size), corpus)
 
 
 def reopen_data(run: RunFolder) -> RunData:
@@ -105,10 +104,3 @@ def reopen_data(run: RunFolder) -> RunData:
     if corpus.fingerprint != fingerprint:
         raise InputError(f"the text of {run.path} has changed since it was started; start a new run.")
     return RunData(tokenizer, corpus)
-
-
-def make_tokenizer(corpus: Corpus, name: str, vocab_size: int) -> TextTokenizer:
-    """The tokenizer that a flag names: "bpe" learns from the documents, "bytes" has one token a byte; or a path."""
-    if name == "bytes":
-        return byte_tokenizer()
-    return train_bpe(corpus.train.sample(), vocab_size) if name == "bpe" else find_tokenizer(Path(name))

@@ -16,7 +16,7 @@ Kind = Literal["text", "labels", "pairs"]
 FIELDS: dict[Kind, tuple[str, ...]] = {"text": ("text",), "labels": ("text", "label"), "pairs": ("source", "target")}
 """The fields of a row, by what the row is for."""
 
-LONGEST = 8 << 20  # bytes of a document; a longer file of text is several documents, so that memory stays bounded
+LONGEST = 2 << 20  # bytes of a document; a longer file of text is several documents, so that memory stays bounded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,19 @@ def test_windows_do_not_depend_on_the_shards(corpus, store, tmp_path):
         np.testing.assert_array_equal(counts, other_counts)
 
 
+def test_few_texts_are_encoded_at_a_time(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST", 2000)
+    tokenizer, sizes = byte_tokenizer(), []
+
+    def encode(texts):
+        sizes.append((len(texts), sum(map(len, texts[:-1]))))
+        return type(tokenizer).encode_each(tokenizer, texts)
+
+    monkeypatch.setattr(tokenizer, "encode_each", encode)
+    make_store(corpus, tokenizer, tmp_path / "store")
+    assert len(sizes) > 4 and all(count <= 64 and before_the_last < 500 for count, before_the_last in sizes)
+
+
 class Killed(BaseException):
     """The process ends at once."""
 
