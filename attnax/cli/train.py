@@ -53,6 +53,7 @@ _SAVED = ("params", "opt_state", "passes", "skipped")  # the sums are empty betw
 def train(options: Train) -> int:
     """Runs the command; returns 0, 1 if the training diverged, or 128 + the number of the signal that stopped it."""
     terminal.keep_programs(options.compile_cache)
+    terminal.silence_orbax()
     with contextlib.ExitStack() as stack:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = session.command()

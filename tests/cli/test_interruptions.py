@@ -20,8 +20,7 @@ from tiny_run import TINY, refuse
 
 from attnax.cli import main, terminal
 from attnax.cli import train as train_module
-from attnax.training import Metrics, RunFolder, TrainState, checkpoints, run_folder
-from attnax.training.checkpoints import checkpoint_steps
+from attnax.training import Checkpoints, Metrics, RunFolder, TrainState, checkpoint_steps, checkpoints, run_folder
 
 NAN = float("nan")
 
@@ -105,7 +104,7 @@ PLACES = {
     "in the first update": (QuickTrainer, "step", 1),
     "in an update": (QuickTrainer, "step", 8),
     "before the look at held-out text": (QuickTrainer, "bits", 2),
-    "between that and the checkpoint": (train_module, "save_checkpoint", 2),
+    "between that and the checkpoint": (Checkpoints, "save", 2),
     "while old checkpoints are deleted": (checkpoints.shutil, "rmtree", 1),
     "before the picture": (train_module, "plot_training", 1),
     "before the text": (train_module, "write_text", 1),
@@ -191,19 +190,27 @@ class TestDamage:
                 start("run")
         return tmp_path / "run"
 
-    def test_the_command_that_takes_the_older_checkpoint_is_said(self, start, stopped, tmp_path, capsys):
-        path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
+    @staticmethod
+    def damage(run, step):
+        path = next(path for path in (run / "checkpoints" / str(step) / "params").rglob("d/*") if path.is_file())
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "That of step 5 is whole. Give --step 5." in refuse(capsys, "generate", stopped)
-        assert "step must be one of 5, 10; got step=7." in refuse(capsys, "generate", stopped, "--step", 7)
-        line = refuse(capsys, "train", "--resume", stopped)
+
+    def test_a_damaged_checkpoint_is_said_and_the_older_one_is_taken(self, start, stopped, tmp_path, capsys):
+        self.damage(stopped, 10)
+        line = refuse(capsys, "train", "--resume", stopped, "--step", 10)
         assert "is damaged" in line and "That of step 5 is whole. Go on from it with: " in line
-        command = line.partition("Go on from it with: ")[2]
-        assert command.endswith(f"train --resume {stopped} --step 5")
-        assert main(["train", "--resume", str(stopped), "--step", "5"]) == 0
+        assert line.endswith(f"train --resume {stopped} --step 5")
+        assert main(["train", "--resume", str(stopped)]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnax: ")]
+        assert len(lines) == 1 and "10 is damaged: " in lines[0] and lines[0].endswith("That of step 5 is taken.")
         assert start("whole") == 0
         check_same(stopped, tmp_path / "whole")
+
+    def test_a_run_without_a_whole_checkpoint_is_started_anew(self, stopped, capsys):
+        for step in (5, 10):
+            self.damage(stopped, step)
+        assert refuse(capsys, "train", "--resume", stopped).endswith("None is whole. Start a new run.")
 
     def test_a_later_checkpoint_that_was_given_up_does_not_come_back(self, start, stopped, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
@@ -296,19 +303,6 @@ def raising(error):
         raise error
 
     return call
-
-
-def test_what_the_disk_refuses_while_a_checkpoint_is_written_is_an_oserror(tmp_path, monkeypatch, caplog):
-    import orbax.checkpoint as ocp
-
-    words = "RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device [os_error_code='28']"
-    checkpoints.save_checkpoint(tmp_path, 1, {"params": {"w": np.zeros(3)}})
-    for error, kind in ((ValueError(words), OSError), (ValueError("another"), ValueError)):
-        monkeypatch.setattr(ocp.StandardCheckpointer, "save", raising(error))
-        with pytest.raises(kind) as caught:
-            checkpoints.save_checkpoint(tmp_path, 2, {"params": {"w": np.zeros(3)}})
-        assert kind is ValueError or caught.value.errno == errno.ENOSPC
-    assert checkpoint_steps(tmp_path) == [1]
 
 
 def test_one_process_trains_in_a_folder_and_the_other_is_told_whose_it_is(start, tmp_path, monkeypatch, capsys):
