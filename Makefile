@@ -88,12 +88,13 @@ test-all: $(VENV)/.dev
 modules: $(VENV)/.dev
 	PYTHONPATH=benchmarks:tests/triton JAX_PLATFORMS=cpu $(BIN)/python tests/triton/every_module.py
 
-# New random masks and mutated files in every run, and every GPU kernel, on the oldest JAX too.
+# New random masks, mutated files and instants of death in every run, and every GPU kernel, on the oldest JAX too.
 nightly: $(VENV)/.dev
 	$(MAKE) modules
 	$(MAKE) modules VENV=.venv-3.11 PYTHON="$(OLDEST)"
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
-	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated
+	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated \
+		&& ATTNAX_KILLS=200 $(PYTEST) tests/training/test_killed.py -k many
 
 # Random changes of the code; lists the changes that no test notices, and resumes where it stopped.
 mutants: $(VENV)/.mutants

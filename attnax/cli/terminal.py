@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ __all__ = [
     "keep_programs",
     "printable",
     "say_wait",
+    "silence_orbax",
     "warn",
     "warnings_as_lines",
 ]
@@ -44,6 +46,15 @@ def say_wait(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line on standard error about something unexpected."""
     print("attnax: " + printable(line), file=sys.stderr, flush=True)
+
+
+def silence_orbax() -> None:
+    """Drops what Orbax logs: a page for each failure, which a command says in one line."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ def train(options: Train) -> int:
     if options.tensorboard:  # an optional dependency: that it is missing is said before the run begins
         importlib.import_module("attnax.cli.board")
     terminal.keep_programs(options.compile_cache)
+    terminal.silence_orbax()
     with contextlib.ExitStack() as stack:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = session.command()

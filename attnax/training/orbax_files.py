@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -54,8 +53,7 @@ class OrbaxSave:
             name: ocp.args.PyTreeSave(_without_numpy(arrays), ocdbt_target_data_file_size=_FILE_BYTES)
             for name, arrays in items.items()
         }
-        with contextlib.ExitStack() as silence, _errors_of_the_disk(self._folder):
-            silence.enter_context(_silence())
+        with _errors_of_the_disk(self._folder):
             # Compression makes floating-point numbers a tenth smaller, and a save three times as long.
             handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in items}
             composite = ocp.CompositeCheckpointHandler(**handlers)
@@ -63,11 +61,10 @@ class OrbaxSave:
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             self._checkpointer = ocp.AsyncCheckpointer(composite, async_options=options)
             self._checkpointer.save(target.absolute(), args=ocp.args.Composite(**args))
-            self._silence = silence.pop_all()
 
     def wait(self) -> None:
         """Returns when the folder is there under its name."""
-        with self._silence, _errors_of_the_disk(self._folder):
+        with _errors_of_the_disk(self._folder):
             self._checkpointer.close()
 
 
@@ -88,7 +85,7 @@ def read_items(target: Path, likes: Mapping[str, Any]) -> dict[str, Any]:
         }
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args[item] = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
-    with _silence(), _errors_of_the_disk(target.parent):
+    with _errors_of_the_disk(target.parent):
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in likes}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
             arrays = checkpointer.restore(target.absolute(), args=ocp.args.Composite(**args))
@@ -101,21 +98,6 @@ def read_items(target: Path, likes: Mapping[str, Any]) -> dict[str, Any]:
 def _without_numpy(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Orbax holds the buffers of JAX arrays, on the host, until they are written. NumPy arrays are copied here."""
     return {name: x if isinstance(x, jax.Array) else np.array(x) for name, x in arrays.items()}
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drops what Orbax logs, which is a page for each failure."""
-    log = logging.getLogger("absl")
-
-    def is_not_of_orbax(record: logging.LogRecord) -> bool:
-        return "orbax" not in Path(record.pathname).parts
-
-    log.addFilter(is_not_of_orbax)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_not_of_orbax)
 
 
 @contextlib.contextmanager

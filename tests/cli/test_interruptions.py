@@ -155,20 +155,27 @@ class TestDamage:
                 start("run")
         return tmp_path / "run"
 
-    def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(self, start, stopped, tmp_path, capsys):
-        path = next(path for path in (stopped / "checkpoints" / "10" / "params").rglob("d/*") if path.is_file())
+    @staticmethod
+    def damage(run, step):
+        path = next(path for path in (run / "checkpoints" / str(step) / "params").rglob("d/*") if path.is_file())
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "step must be one of 5, 10; got step=7." in refuse(capsys, "generate", stopped, "--step", 7)
+
+    def test_a_damaged_checkpoint_is_said_and_the_older_one_is_taken(self, start, stopped, tmp_path, capsys):
+        self.damage(stopped, 10)
         line = refuse(capsys, "train", "--resume", stopped, "--step", 10)
         assert "is damaged" in line and "That of step 5 is whole. Go on from it with: " in line
-        command = line.partition("Go on from it with: ")[2]
-        assert command.endswith(f"train --resume {stopped} --step 5")
+        assert line.endswith(f"train --resume {stopped} --step 5")
         assert main(["train", "--resume", str(stopped)]) == 0
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnax: ")]
-        assert "is damaged" in line and line.endswith("That of step 5 is taken.")
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnax: ")]
+        assert len(lines) == 1 and "10 is damaged: " in lines[0] and lines[0].endswith("That of step 5 is taken.")
         assert start("whole") == 0
         check_same(stopped, tmp_path / "whole")
+
+    def test_a_run_without_a_whole_checkpoint_is_started_anew(self, stopped, capsys):
+        for step in (5, 10):
+            self.damage(stopped, step)
+        assert refuse(capsys, "train", "--resume", stopped).endswith("None is whole. Start a new run.")
 
     def test_a_later_checkpoint_that_was_given_up_does_not_come_back(self, start, stopped, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ from tiny_run import TINY, refuse
 from attnax import TransformerConfig, TransformerLM
 from attnax.cli.generate import _check_model as check_model
 from attnax.cli.generate import _read_prompt as read_prompt
+from attnax.cli.generate import open_text_model
 from attnax.cli.options import Generate
 from attnax.errors import InputError
 from attnax.text import ByteCodec, TextModel, byte_tokenizer
@@ -225,6 +226,18 @@ class TestWrongInput:
         shutil.rmtree(copy / "checkpoints")
         shutil.copytree(run / "checkpoints", copy / "checkpoints")
         assert "belongs to another run" in refuse(capsys, "generate", copy)
+
+    def test_a_damaged_checkpoint_is_said_and_the_one_before_writes(self, capsys, run, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        (copy / "checkpoints" / "12" / "params" / "_METADATA").unlink()
+        assert "That of step 10 is whole. Give --step 10." in refuse(capsys, "generate", copy, "--step", 12)
+        open_text_model(str(copy))
+        line = capsys.readouterr().err
+        assert line.startswith("attnax: the checkpoint") and line.endswith("That of step 10 is taken.\n")
+        (copy / "checkpoints" / "10" / "params" / "_METADATA").unlink()
+        assert refuse(capsys, "generate", copy).endswith("None is whole.")
+        assert "step must be one of 10, 12; got step=7." in refuse(capsys, "generate", copy, "--step", 7)
 
     def test_a_run_without_a_checkpoint(self, capsys, run, tmp_path):
         copy = tmp_path / "copy"
