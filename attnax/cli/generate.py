@@ -18,6 +18,7 @@ from attnax.generation import Sampler
 from attnax.pretrained.hub import find_folder
 from attnax.text import TextModel, TextStream, is_published, open_published, prompt_array, spell
 from attnax.training import DamagedCheckpointError, open_run
+from attnax.training.run_model import Weights
 
 MOST_NEW_TOKENS = 4096  # by default; memory may not hold the whole context of a published model
 
@@ -25,9 +26,8 @@ MOST_NEW_TOKENS = 4096  # by default; memory may not hold the whole context of a
 def generate(options: Generate) -> int:
     """Runs the command; the text goes to standard output as it is drawn, or when it is complete."""
     terminal.keep_programs(options.compile_cache)
-    text = open_text_model(
-        options.folder, options.dtype, step=options.step, revision=options.revision, ignore=options.ignore
-    )
+    which: dict[str, Any] = {"step": options.step, "weights": options.weights, "revision": options.revision}
+    text = open_text_model(options.folder, options.dtype, ignore=options.ignore, **which)
     given, options = options, options.settle(text.settings)
     if options.no_repeat_ngram is not None and given.no_repeat_ngram is None and options.no_repeat_ngram > text.context:
         options = dataclasses.replace(options, no_repeat_ngram=None)  # no text has as many tokens
@@ -127,6 +127,7 @@ def open_text_model(
     dtype: Dtype | None = None,
     *,
     step: int | None = None,
+    weights: Weights | None = None,
     revision: str | None = None,
     ignore: Collection[str] = (),
 ) -> TextModel:
@@ -142,11 +143,12 @@ def open_text_model(
             raise InputError(f"--ignore is of a published checkpoint, and {name} is a run folder.")
         try:
             with terminal.warnings_as_lines():
-                return open_run(folder, dtype, step)
+                return open_run(folder, dtype, step, weights=weights or "params")
         except DamagedCheckpointError as error:
             raise InputError(f"{error}" + ("" if error.whole is None else f" Give --step {error.whole}.")) from error
-    if step is not None:
-        raise InputError(f"--step is of a run folder, and {name} is a published checkpoint.")
+    for flag, value in (("--step", step), ("--weights", weights)):
+        if value is not None:
+            raise InputError(f"{flag} is of a run folder, and {name} is a published checkpoint.")
     with terminal.warnings_as_lines():
         return open_published(folder, dtype, ignore=ignore)
 

@@ -164,6 +164,7 @@ class Generate:
             sample.
         no_stream: print the text when it is complete.
         step: of a run, the checkpoint to use. By default the newest.
+        weights: of a run, params or ema, the exponential average of a run with --ema. By default params.
         revision: of a model on the hub: a branch, a tag or a commit.
         ignore: an unknown key of config.json to ignore; give the flag once for each.
         compile_cache: keep compiled programs in the user's cache folder, for the next time.
@@ -194,6 +195,7 @@ class Generate:
     stream: tyro.conf.FlagCreatePairsOff[bool] = False
     no_stream: tyro.conf.FlagCreatePairsOff[bool] = False
     step: int | None = None
+    weights: Literal["params", "ema"] | None = None
     revision: str | None = None
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     compile_cache: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from attnax.training.restore import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
 from attnax.typing import AttentionFn
 
-__all__ = ["open_run"]
+__all__ = ["Weights", "open_run"]
+
+Weights = Literal["params", "ema"]
 
 
 def open_run(
@@ -28,6 +30,7 @@ def open_run(
     dtype: Dtype | None = None,
     step: int | None = None,
     *,
+    weights: Weights = "params",
     make_block: MakeBlock | None = None,
     attention_fn: AttentionFn | None = None,
 ) -> TextModel:
@@ -37,31 +40,39 @@ def open_run(
         path: of the run folder.
         dtype: of parameters and computation, by default the run's.
         step: of the checkpoint, by default the newest that is whole. A warning names newer ones that are damaged.
+        weights: "params" are those of the last update, "ema" their exponential average (`RunOptions.ema`).
         make_block: of the run, if it has one; a folder holds the names of such parts.
         attention_fn: of the run, if it has one.
 
     Raises:
         InputError: the folder is not a run, or the checkpoint is missing or damaged; the message names the newest
             complete one. Or the parts are not those that the run was made with, or hold random numbers that are no
-            parameters, which a checkpoint does not keep.
+            parameters, which a checkpoint does not keep. Or the run has no average.
     """
     path = Path(path)
     folder = RunFolder(path)
     options, tokenizer, _ = folder.load()
     parts: Parts = {"make_block": make_block, "attention_fn": attention_fn}
     folder.require_parts(parts)
+    if weights == "ema" and options.ema is None:
+        raise InputError(f"{path} has no average of its parameters, because it was trained without --ema.")
     if not checkpoint_steps(folder.checkpoints):
         raise InputError(f"{path} has no checkpoint yet.")
     # Not initialised: that would take JAX longer than restoring the checkpoint.
     graphdef, state, rest = _abstract(options.model, parts)
-    likes = {"params": nnx.to_pure_dict(state)}
+    shapes = nnx.to_pure_dict(state)
+    likes = {weights: shapes if weights == "params" else jax.tree.map(_in_float32, shapes)}
     _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
-    params = items["params"]
+    params = jax.tree.map(lambda array, shape: array.astype(dtype or shape.dtype), items[weights], shapes)
     if dtype is not None:
-        params = jax.tree.map(lambda array: array.astype(dtype), params)
         graphdef, state, rest = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype), parts)
     nnx.replace_by_pure_dict(state, params)
     return TextModel(path, nnx.merge(graphdef, state, *rest), tokenizer.codec)
+
+
+def _in_float32(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a parameter's average."""
+    return jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _abstract(config: TransformerConfig, parts: Parts) -> Any:

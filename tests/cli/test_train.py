@@ -1,5 +1,6 @@
 """`attnax train`: a run, interruptions, and its model."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,7 +22,7 @@ from attnax.cli import main
 from attnax.cli.stopwatch import TIMED
 from attnax.errors import InputError
 from attnax.text import DOCUMENT, byte_tokenizer
-from attnax.training import RunFolder, open_run, read_corpus
+from attnax.training import Checkpoints, RunFolder, open_run, read_corpus
 from attnax.training.run_folder import _digest as digest
 from attnax.training.run_model import _abstract as abstract
 
@@ -99,6 +101,26 @@ def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
     assert 257 < model.vocab_size <= 300 and (seed, document_token) == (7, None)
     assert packed[0].vocab_size == 257 and packed[2:4] == (0, DOCUMENT)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_opens_with_the_average_of_its_parameters_too(run, corpus, tmp_path, capsys):
+    options, tokenizer, _ = RunFolder(run).load()
+    model = dataclasses.replace(options.model, param_dtype="bfloat16")
+    settings = dataclasses.replace(options, ema=0.9, model=model)
+    made = RunFolder.create(tmp_path / "run", settings, read_corpus(str(corpus)), tokenizer, {})
+    shapes = nnx.to_pure_dict(abstract(model, {})[1])
+    params, ema = (
+        jax.tree.map(lambda x, dtype=dtype, value=value: np.full(x.shape, value, dtype), shapes)
+        for value, dtype in ((0.25, jnp.bfloat16), (0.5, np.float32))
+    )
+    with Checkpoints(made.checkpoints, owner=made.owner) as checkpoints:
+        checkpoints.save(1, {"params": params, "ema": ema})
+    for weights, value in (("params", 0.25), ("ema", 0.5)):
+        opened = jax.tree.leaves(nnx.state(open_run(made.path, weights=weights).model, nnx.Param))
+        assert all(x.dtype == jnp.bfloat16 and (x == value).all() for x in opened)
+    assert "has no average of its parameters, because it was trained without --ema" in refuse(
+        capsys, "generate", run, "--weights", "ema"
+    )
 
 
 @pytest.mark.contract
@@ -203,6 +225,7 @@ def test_a_run_with_a_moving_average_and_accumulation_goes_on_bit_for_bit(corpus
     assert [row["weight"] for row in whole if "loss" in row] == [2 * 4 * 32] * 6
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]
     assert results[0] == results[1] and "ema_held_out_bits_per_byte" in results[0]
+    assert main(["generate", str(tmp_path / "run"), "--weights", "ema", "--max-new-tokens", "1"]) == 0
 
 
 def rows_of(folder):
