@@ -31,7 +31,7 @@ help:
 
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types wheel same-python
-.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-layouts bench-load bench-speculative bench-gpu clean
+.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -149,6 +149,9 @@ bench-models: $(VENV)/.dev $(TORCH)/.made
 
 bench-decode: $(VENV)/.dev $(TORCH)/.made
 	$(BENCH) benchmarks/decode.py --markdown docs/decode-cpu.md
+
+bench-data: $(VENV)/.dev
+	$(BENCH) benchmarks/data.py
 
 # Eight devices of the CPU.
 bench-layouts: $(VENV)/.dev

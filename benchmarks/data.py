@@ -13,14 +13,13 @@ first are made up.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from _machine import measure
@@ -44,17 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print(f"{machine.line}; grain {getattr(grain, '__version__', '')}\n")
     with tempfile.TemporaryDirectory() as folder:
-        table = [["step", "seconds", "MB/s", "tokens/s", "memory, MB"]]
-        corpus = timed(table, "find and check the text", lambda: read_corpus(options.source))
-        size = corpus.train.num_bytes + corpus.held_out.num_bytes
-        learn = functools.partial(make_tokenizer, "bpe", corpus.train.sample(), options.vocab_size)
-        tokenizer = timed(table, "learn the tokenizer", learn)
-        store = timed(table, "write the store", lambda: make_store(corpus, tokenizer, folder))
+        read, corpus = timed(lambda: read_corpus(options.source))
+        size = (corpus.train.num_bytes + corpus.held_out.num_bytes) / 1e6
+        sample = corpus.train.sample()
+        learn, tokenizer = timed(lambda: make_tokenizer("bpe", sample, options.vocab_size))
+        write, store = timed(lambda: make_store(corpus, tokenizer, folder))
         count = store.num_tokens() + store.num_tokens("held_out")
-        for row in (table[1], table[3]):
-            row[2] = f"{size / 1e6 / float(row[1]):.1f}"
-        table[3][3] = f"{count / float(table[3][1]):,.0f}"
-        show(table)
+        rates = f"{size / write.seconds:.1f}", f"{count / write.seconds:,.0f}"
+        show(
+            [
+                ["step", "seconds", "memory, MB", "MB/s", "tokens/s"],
+                ["find and check the text", *read.cells, f"{size / read.seconds:.1f}", ""],
+                ["learn the tokenizer", *learn.cells, "", ""],
+                ["write the store", *write.cells, *rates],
+            ]
+        )
         print()
         table = [["windows", "permutation, ms", "Grain, ms", "tokens/s", "4 threads, tokens/s"]]
         for windows in (0, *options.windows):
@@ -64,14 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(table)
 
 
-def timed(table: list[list[str]], name: str, work: Callable[[], Any]) -> Any:
-    """The result of a step, whose line is added to the table with the greatest memory of the process so far."""
+class Cost(NamedTuple):
+    """Seconds of a step, and the greatest memory of the process until its end, in MB."""
+
+    seconds: float
+    memory: float
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        return f"{self.seconds:.2f}", f"{self.memory:,.0f}"
+
+
+def timed(work: Callable[[], Any]) -> tuple[Cost, Any]:
+    """The cost of a step, and its result."""
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    table.append([name, f"{seconds:.2f}", "", "", f"{memory:,.0f}"])
-    return result
+    return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3), result
 
 
 def orders(stream: Any) -> list[str]:
@@ -94,7 +106,7 @@ def orders(stream: Any) -> list[str]:
 def permuted(stream: Any, number: int) -> np.ndarray:
     """A batch from a permutation of all windows, drawn for it."""
     order = np.random.default_rng([0, 0]).permutation(len(stream))
-    places = [order[(number * BATCH + row) % len(stream)] for row in range(BATCH)]
+    places = [int(order[(number * BATCH + row) % len(stream)]) for row in range(BATCH)]
     return np.stack([stream[place]["tokens"] for place in places])
 
 

@@ -43,7 +43,7 @@ class TextRows:
         >>> store = make_store(read_corpus(str(folder / "a.jsonl")), byte_tokenizer(), folder / "store")
         >>> row = TextRows(store, length=5)[0]
         >>> row["tokens"].tolist(), store.classes[row["labels"]]
-        ([122, 102, 116, 0, 0], 1)
+        ([111, 112, 0, 0, 0], 0)
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import re
 
+import data
 import jax
 import prefill
 import pytest
@@ -42,3 +43,14 @@ def test_a_prompt_is_read_in_chunks_and_at_once(monkeypatch):
     monkeypatch.setattr(prefill, "SHAPE", {"vocab_size": 7, "d_model": 8, "num_heads": 2, "d_ff": 8})
     cell = prefill.read_prompt(5, 2, "contiguous", 1, 1)
     assert cell.keys() == {"caches", "temporary", "memory", "seconds"} and cell["caches"] > 0 and cell["seconds"] > 0
+
+
+@pytest.mark.contract
+def test_steps_of_tokenizing_and_orders_are_timed(run, tmp_path):
+    for index in range(9):
+        (tmp_path / f"{index}.txt").write_text("some words of text\n" * 200)
+    lines = run(data, "--source", str(tmp_path), "--vocab-size", "260", "--windows", "1000")
+    steps, orders = lines[: lines.index([""])], lines[lines.index([""]) + 1 :]
+    assert float(steps[-1][2]) > 0 and int(steps[-1][4].replace(",", "")) > 0
+    assert orders[0][0] == "windows" and orders[-1][0] == "1,000"
+    assert all(float(cell.replace(",", "")) > 0 for line in orders[-2:] for cell in line)
