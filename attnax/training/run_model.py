@@ -61,7 +61,7 @@ def open_run(
     # Not initialised: that would take JAX longer than restoring the checkpoint.
     graphdef, state, rest = _abstract(options.model, parts)
     shapes = nnx.to_pure_dict(state)
-    likes = {weights: shapes if weights == "params" else jax.tree.map(_in_float32, shapes)}
+    likes: dict[str, Any] = {weights: shapes if weights == "params" else jax.tree.map(_in_float32, shapes)}
     _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
     params = jax.tree.map(lambda array, shape: array.astype(dtype or shape.dtype), items[weights], shapes)
     if dtype is not None:
