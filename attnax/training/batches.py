@@ -94,16 +94,16 @@ class Batches:
         return {name: values.reshape(shape + values.shape[1:]) for name, values in stacked.items()}
 
     @contextlib.contextmanager
-    def start(self, update: int = 0, *, threads: int = 4, ahead: int = 2) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    def start(self, update: int = 0, *, threads: int = 2, ahead: int = 2) -> Iterator[Iterator[dict[str, np.ndarray]]]:
         """The batches from `update` on, without an end; threads read `ahead` of them in advance.
 
         Args:
             update: number of the first batch.
             threads: 0 reads each batch when it is asked for.
-            ahead: number of batches that are read in advance.
+            ahead: number of batches that are read in advance, at least one for each thread.
         """
         updates = grain.MapDataset.range(update, sys.maxsize).map(self.__getitem__)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
         prefetched = iter(updates.to_iter_dataset(options))
         try:
             yield prefetched

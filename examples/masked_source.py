@@ -1,0 +1,80 @@
+"""A masked language model of Python: it learns the hidden bytes of source code, and fills in a word.
+
+The text is the standard library; the model is a `MaskedLM`, trained by `Trainer` and `masked_lm`.
+
+Run it with `python examples/masked_source.py`; `--help` lists the options. Needs attnax[train].
+"""
+
+import numpy as np
+import tyro
+
+from attnax import TransformerConfig
+from attnax.models import MaskedLM
+from attnax.text import byte_tokenizer
+from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, masked_lm, read_corpus
+
+QUESTION = b"for index, item in enumera??(items):\n    result.app???(item)\n    ret??n result\n"
+
+
+def main(
+    steps: int = 1500,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    d_model: int = 64,
+    num_layers: int = 2,
+    length: int = 128,
+    files: int | None = None,
+    seed: int = 0,
+) -> float:
+    """Trains, fills the marks of a text, and returns the bits for a hidden byte of held-out files.
+
+    Args:
+        steps: updates of the parameters.
+        batch_size: pieces of text in an update.
+        learning_rate: the peak.
+        d_model: width of the model, a multiple of 4.
+        num_layers: depth of the model.
+        length: bytes of a piece.
+        files: the number of files to learn from; by default all.
+        seed: of the parameters, the order of the pieces, what is hidden, and dropout.
+    """
+    corpus, tokenizer = read_corpus(), byte_tokenizer()
+    mask = tokenizer.vocab_size  # one more token
+    texts = ([document.text for document in part][:files] for part in (corpus.train, corpus.held_out))
+    train, test = (TokenStream(tokenizer.encode_documents(part), length - 1) for part in texts)
+    print(f"{len(train)} pieces to learn from, {len(test)} held out", flush=True)
+
+    config = TransformerConfig(
+        vocab_size=mask + 1,
+        d_model=d_model,
+        num_heads=4,
+        num_layers=num_layers,
+        d_ff=4 * d_model,
+        pos_emb_type="rope",
+        dropout_rate=0.0,
+    )
+    trainer = Trainer(
+        lambda rngs: MaskedLM(rngs, config),
+        masked_lm(mask_token=mask, special_tokens=[tokenizer.special.document]),
+        OptimizerConfig(algorithm="muon", steps=steps, learning_rate=learning_rate),
+        seed=seed,
+    )
+    state, losses = trainer.init(), []
+    with Batches(train, batch_size=batch_size, seed=seed).start() as batches:
+        for step in range(1, steps + 1):
+            state, metrics = trainer.step(state, next(batches))
+            losses.append(metrics.loss)
+            if step % 100 == 0 or step == steps:
+                print(f"step {step:4}  {np.mean(losses[-100:]) / np.log(2):.2f} bits for a hidden byte", flush=True)
+
+    ids = np.array([mask if byte == ord("?") else tokenizer.encode(bytes([byte]))[0] for byte in QUESTION], np.int32)
+    likeliest = np.asarray(trainer.merge(state.params)(ids[None], deterministic=True)[0, :, :mask].argmax(-1))
+    print(tokenizer.decode(np.where(ids == mask, likeliest, ids)).decode("utf-8", "replace"), end="")
+    held_out = Batches(test, batch_size=min(len(test), 256))[0]
+    bits = trainer.evaluate(state.params, [{"tokens": held_out["tokens"][0]}]).loss / np.log(2)
+    print(f"held out: {bits:.2f} bits for a hidden byte")
+    return float(bits)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
