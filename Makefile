@@ -31,7 +31,8 @@ help:
 
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types wheel same-python
-.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load bench-speculative bench-gpu clean
+.PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
+.PHONY: bench-checkpoints bench-speculative bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -159,6 +160,9 @@ bench-layouts: $(VENV)/.dev
 
 bench-load: $(VENV)/.dev $(TORCH)/.made
 	$(BENCH) benchmarks/load.py
+
+bench-checkpoints: $(VENV)/.dev
+	$(BENCH) benchmarks/checkpoints.py
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev

@@ -36,6 +36,8 @@ class Checkpoints:
     that are not kept. Whenever the process is killed, every checkpoint that had a manifest is whole. One process trains
     in a folder at a time; any number may read it with `restore_items`.
 
+    Use it in a `with` block, or call `close`: without, a save that is in flight when Python ends is lost.
+
     Args:
         folder: of the checkpoints; the first save makes it.
         owner: name of the run; checkpoints of another one are refused.

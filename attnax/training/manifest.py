@@ -88,7 +88,7 @@ class Manifest:
             text = path.read_bytes().decode()
             content = json.loads(text)
             del content["sha256"]
-            is_whole = _text(content) == text
+            is_whole = _text(content) == text and content["update"] == step
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
                 raise
@@ -97,7 +97,7 @@ class Manifest:
             raise DamagedCheckpointError(
                 f"the checkpoint {folder / str(step)} is damaged: {path} is not as it was saved."
             )
-        if content.pop("format") != FORMAT:
+        if content.pop("format", None) != FORMAT:
             raise InputError(f"{path} was written by another version of attnax. Use that version.")
         types = {
             item: {name: (tuple(shape), dtype) for name, (shape, dtype) in arrays.items()}

@@ -17,7 +17,7 @@ from attnax.cli import finish as finish_module
 from attnax.cli import main, terminal
 from attnax.cli import progress as progress_module
 from attnax.cli.stopwatch import TIMED
-from attnax.training import RunFolder, checkpoints, run_folder
+from attnax.training import RunFolder, checkpoints, manifest, run_folder
 from attnax.training.checkpoints import checkpoint_steps
 
 
@@ -256,6 +256,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch,
         patch.setattr(json, "dumps", only_rows(raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), json.dumps))
         assert start("other") == 2
     assert f"attnax: {tmp_path / 'other'}/metrics.jsonl: No space left on device" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_while_training_goes_on_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the manifest")
+        patch.setattr(manifest, "write_durable", raising(full))
+        assert start("run") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("attnax: the manifest: No space left on device. Mend it, then go on with: ")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0 and start("whole") == 0
+    check_same(tmp_path / "run", tmp_path / "whole")
 
 
 def only_rows(instead, original):

@@ -257,7 +257,7 @@ class TestDamage:
 
     @pytest.mark.usefixtures("without_arrays")
     def test_a_manifest_of_other_content_is_damaged(self, folder):
-        for content in ("", "[]", "{}", "null", '{"sha256": 3}', "{" * 9, (folder / "3.json").read_text()[:-1]):
+        for content in ("", "[]", "{}", "null", '{"sha256": 3}', "{" * 9, (folder / "3.json").read_text()):
             (folder / "5.json").write_text(content)
             self.check_found(folder)
 
