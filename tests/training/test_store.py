@@ -1,6 +1,7 @@
 """Stores: the same files however often their process was killed, and none that is incomplete, changed or of another."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -244,6 +245,12 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"train-00001.tokens was changed: its SHA-256 differs. Delete the store"):
             make_store(corpus, byte_tokenizer(), tmp_path, shard_tokens=SHARD)
 
+    @pytest.mark.parametrize("text", ["", "cut", "no JSON\n"])
+    def test_progress_that_was_changed(self, corpus, tmp_path, text):
+        (tmp_path / "progress.jsonl").write_text(text)
+        with pytest.raises(InputError, match=r"progress.jsonl is damaged. Delete"):
+            make_store(corpus, byte_tokenizer(), tmp_path)
+
     def test_a_folder_of_someone_else(self, corpus, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
         with pytest.raises(InputError, match="exists already; nothing was overwritten"):
@@ -321,6 +328,31 @@ class TestPublishedTokenizers:
             find_tokenizer(self.save(tmp_path / "u", TOKENIZERS[byte_level]))
         with pytest.raises(InputError, match="no tokenizer at .*nowhere"):
             find_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_process_that_was_killed_after_the_last_line_has_made_a_store(corpus, store, tmp_path):
+    again = make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    (again.path / "progress.jsonl").write_text("a line\n")
+    make_store(corpus, byte_tokenizer(), again.path, shard_tokens=SHARD)
+    assert files_of(again.path) == files_of(store.path)
+
+
+def test_a_full_disk_is_an_error_of_the_store_and_finished_shards_are_kept(corpus, store, tmp_path, monkeypatch):
+    writes, write = [], module._HashedFile.write
+
+    def full(self, content):
+        writes.append(content)
+        if len(writes) == 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._HashedFile, "write", full)
+        with pytest.raises(OSError, match="No space left on device: '.*/store'"):
+            make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    assert 1 < len(progress(tmp_path / "store")) < 9 and not list((tmp_path / "store").glob("*.tmp"))
+    again = make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    assert files_of(again.path) == files_of(store.path)
 
 
 def test_the_digests_are_of_the_files(store):
