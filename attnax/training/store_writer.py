@@ -104,9 +104,10 @@ def _begin(out: Path, plan: dict[str, Any], tokenizer: str) -> list[dict[str, An
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
             lines = [json.loads(line) for line in whole]  # the last one may be cut, and was left out
-            _require_plan(out, plan, lines[0])
-        except (json.JSONDecodeError, IndexError) as error:
+            begun = lines[0]
+        except (ValueError, IndexError) as error:
             raise InputError(f"{path} is damaged. Delete {out} and make the store again.") from error
+        _require_plan(out, plan, begun)
         require_files(out, lines[1:], verify=True)
     _write_for_good(path, "".join(json.dumps(line) + "\n" for line in lines))
     _write_for_good(out / "tokenizer.json", tokenizer)
@@ -157,6 +158,7 @@ def _write_part(
             say(len(document))
             if shard.num_tokens >= plan["shard_tokens"]:
                 finish(shard)
+                stack.close()  # which lets go of the shard
                 number, shard = number + 1, None
         if shard is not None:
             finish(shard)

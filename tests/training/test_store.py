@@ -135,9 +135,8 @@ def progress(path):
     return []
 
 
-def test_kill_minus_9_while_tokenizing(folder, store, tmp_path):
-    """The line of progress that it was writing may be cut too."""
-    out = tmp_path / "store"
+def kill_after(folder, out, size):
+    """Makes the store in a process that kills itself once this number of bytes is done; returns its exit status."""
     code = f"""
 import os, signal
 from attnax.text import byte_tokenizer
@@ -145,19 +144,32 @@ from attnax.training import make_store, read_corpus
 sizes = []
 def count(size):
     sizes.append(size)
-    if sum(sizes) > 2000:
+    if sum(sizes) > {size}:
         os.kill(os.getpid(), signal.SIGKILL)
 make_store(read_corpus({str(folder)!r}, held_out=0.2), byte_tokenizer(), {str(out)!r}, shard_tokens={SHARD},
            on_progress=count)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    lines = progress(out)
-    assert len(lines) > 3
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+def test_kill_minus_9_while_tokenizing(folder, store, tmp_path):
+    """The line of progress that it was writing may be cut too."""
+    out = tmp_path / "store"
+    assert kill_after(folder, out, 2000) == -signal.SIGKILL
+    assert len(progress(out)) > 3
     with (out / "progress.jsonl").open("r+b") as file:
         file.truncate(os.path.getsize(out / "progress.jsonl") - 20)
     again = make_store(read_corpus(str(folder), held_out=0.2), byte_tokenizer(), out, shard_tokens=SHARD)
     assert again.fingerprint == store.fingerprint and files_of(out) == files_of(store.path)
+
+
+@pytest.mark.thorough
+def test_thirty_kills_while_tokenizing(folder, store, tmp_path):
+    """Each process goes on where the one before was killed, or a little before that."""
+    out, total = tmp_path / "store", sum(map(store.num_bytes, ("train", "held_out")))
+    for size in sorted(np.random.default_rng(0).integers(1, total, 30).tolist()):
+        assert kill_after(folder, out, size) == -signal.SIGKILL
+    assert kill_after(folder, out, 10**9) == 0 and files_of(out) == files_of(store.path)
 
 
 class TestRefusals:
