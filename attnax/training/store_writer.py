@@ -17,7 +17,7 @@ from attnax import __version__
 from attnax.errors import InputError
 from attnax.text.published_tokenizer import TextTokenizer
 from attnax.training.corpus import PARTS, Corpus, Part
-from attnax.training.store import COLUMNS, Store, digest_of, open_store, require_files, sha256_of
+from attnax.training.store import COLUMNS, Store, digest_of, open_store, require_files
 from attnax.training.store_format import FORMAT, PROGRESS, STORE
 from attnax.training.text_files import LONGEST, Document
 
@@ -51,16 +51,17 @@ def make_store(
         InputError: the folder holds something else, or a store of another source, tokenizer or size of shards, or a
             shard that was changed; a text that the tokenizer cannot read; a source that changes meanwhile;
             or another process writes the store.
+        OSError: the disk is full or refuses; finished shards are kept.
     """
     out = Path(out)
-    content = tokenizer.to_json().encode()
+    content = tokenizer.to_json()
     plan = {
         "format": FORMAT,
         "kind": corpus.kind,
         "classes": list(corpus.classes),
         "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         "tokenizer": {
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
             "vocab_size": tokenizer.vocab_size,
             "special": dataclasses.asdict(tokenizer.special),
         },
@@ -71,46 +72,46 @@ def make_store(
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise InputError(f"{out} exists already and is no folder; nothing was overwritten.") from error
-    with _locked(out):
+    with _locked(out), _named(out):
         if (out / STORE).exists():
             store = open_store(out)
             _require_plan(out, plan, {key: store.facts.get(key) for key in plan})
-            return store
-        shards = _begin(out, plan, content)
-        say = on_progress or (lambda _: None)
-        say(sum(shard["bytes"] for shard in shards))
-        for part in PARTS:
-            _write_part(out, corpus, part, tokenizer, plan, shards, say)
-        facts = {**plan, "shards": shards, "attnax": __version__}
-        _write_for_good(out / STORE, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1) + "\n")
-        (out / PROGRESS).unlink()
-    return open_store(out, verify=False)
+        else:
+            shards = _begin(out, plan, content)
+            say = on_progress or (lambda _: None)
+            say(sum(shard["bytes"] for shard in shards))
+            for part in PARTS:
+                _write_part(out, corpus, part, tokenizer, plan, shards, say)
+            facts = {**plan, "shards": shards, "attnax": __version__}
+            _write_for_good(out / STORE, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1) + "\n")
+            store = open_store(out, verify=False)
+        (out / PROGRESS).unlink(missing_ok=True)
+    return store
 
 
-def _begin(out: Path, plan: dict[str, Any], tokenizer: bytes) -> list[dict[str, Any]]:
-    """The shards that an earlier process finished; writes the plan if there was none.
+def _begin(out: Path, plan: dict[str, Any], tokenizer: str) -> list[dict[str, Any]]:
+    """Writes what comes before the shards; returns the shards that an earlier process finished.
 
     Raises:
         InputError: the folder holds something else.
     """
-    if (out / PROGRESS).exists():
-        lines = (out / PROGRESS).read_bytes().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last line may be cut
-        _require_plan(out, plan, whole[0])
-        shards = whole[1:]
-        require_files(out, shards, verify=True)
-        _write_for_good(out / PROGRESS, "".join(json.dumps(line) + "\n" for line in whole))
-        if sha256_of(out / "tokenizer.json") != plan["tokenizer"]["sha256"]:
-            raise InputError(f"{out / 'tokenizer.json'} is not the tokenizer of the store. Delete {out}.")
-        return shards
-    begun = {_LOCK, "tokenizer.json.tmp", "tokenizer.json", f"{PROGRESS}.tmp"}
-    found = {path.name for path in out.iterdir()}
-    is_other = "tokenizer.json" in found and sha256_of(out / "tokenizer.json") != plan["tokenizer"]["sha256"]
-    if not found <= begun or is_other:
-        raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
-    _write_for_good(out / "tokenizer.json", tokenizer.decode())
-    _write_for_good(out / PROGRESS, json.dumps(plan) + "\n")
-    return []
+    path = out / PROGRESS
+    if not path.exists():
+        if not {found.name for found in out.iterdir()} <= {_LOCK, f"{PROGRESS}.tmp"}:
+            raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
+        lines = [plan]
+    else:
+        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        try:
+            lines = [json.loads(line) for line in whole]  # the last one may be cut, and was left out
+            begun = lines[0]
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{path} is damaged. Delete {out} and make the store again.") from error
+        _require_plan(out, plan, begun)
+        require_files(out, lines[1:], verify=True)
+    _write_for_good(path, "".join(json.dumps(line) + "\n" for line in lines))
+    _write_for_good(out / "tokenizer.json", tokenizer)
+    return lines[1:]
 
 
 def _require_plan(out: Path, plan: dict[str, Any], found: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ def _write_part(
 
     def finish(shard: _Shard) -> None:
         shards.append(shard.finish())
+        _sync(out)
         with (out / PROGRESS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(shards[-1]) + "\n")
             file.flush()
@@ -156,6 +158,7 @@ def _write_part(
             say(len(document))
             if shard.num_tokens >= plan["shard_tokens"]:
                 finish(shard)
+                stack.close()  # which lets go of the shard
                 number, shard = number + 1, None
         if shard is not None:
             finish(shard)
@@ -298,3 +301,14 @@ def _locked(out: Path) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         raise InputError(f"{out} is being written by another process. Wait for it, or stop it.") from error
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """Gives errors of the disk that name no file, such as a full one, the name of the store."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error

@@ -1,6 +1,7 @@
 """Stores: the same files however often their process was killed, and none that is incomplete, changed or of another."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -134,9 +135,8 @@ def progress(path):
     return []
 
 
-def test_kill_minus_9_while_tokenizing(folder, store, tmp_path):
-    """The line of progress that it was writing may be cut too."""
-    out = tmp_path / "store"
+def kill_after(folder, out, size):
+    """Makes the store in a process that kills itself once this number of bytes is done; returns its exit status."""
     code = f"""
 import os, signal
 from attnax.text import byte_tokenizer
@@ -144,19 +144,32 @@ from attnax.training import make_store, read_corpus
 sizes = []
 def count(size):
     sizes.append(size)
-    if sum(sizes) > 2000:
+    if sum(sizes) > {size}:
         os.kill(os.getpid(), signal.SIGKILL)
 make_store(read_corpus({str(folder)!r}, held_out=0.2), byte_tokenizer(), {str(out)!r}, shard_tokens={SHARD},
            on_progress=count)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    lines = progress(out)
-    assert len(lines) > 3
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+def test_kill_minus_9_while_tokenizing(folder, store, tmp_path):
+    """The line of progress that it was writing may be cut too."""
+    out = tmp_path / "store"
+    assert kill_after(folder, out, 2000) == -signal.SIGKILL
+    assert len(progress(out)) > 3
     with (out / "progress.jsonl").open("r+b") as file:
         file.truncate(os.path.getsize(out / "progress.jsonl") - 20)
     again = make_store(read_corpus(str(folder), held_out=0.2), byte_tokenizer(), out, shard_tokens=SHARD)
     assert again.fingerprint == store.fingerprint and files_of(out) == files_of(store.path)
+
+
+@pytest.mark.thorough
+def test_thirty_kills_while_tokenizing(folder, store, tmp_path):
+    """Each process goes on where the one before was killed, or a little before that."""
+    out, total = tmp_path / "store", sum(map(store.num_bytes, ("train", "held_out")))
+    for size in sorted(np.random.default_rng(0).integers(1, total, 30).tolist()):
+        assert kill_after(folder, out, size) == -signal.SIGKILL
+    assert kill_after(folder, out, 10**9) == 0 and files_of(out) == files_of(store.path)
 
 
 class TestRefusals:
@@ -244,6 +257,12 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"train-00001.tokens was changed: its SHA-256 differs. Delete the store"):
             make_store(corpus, byte_tokenizer(), tmp_path, shard_tokens=SHARD)
 
+    @pytest.mark.parametrize("text", ["", "cut", "no JSON\n"])
+    def test_progress_that_was_changed(self, corpus, tmp_path, text):
+        (tmp_path / "progress.jsonl").write_text(text)
+        with pytest.raises(InputError, match=r"progress.jsonl is damaged. Delete"):
+            make_store(corpus, byte_tokenizer(), tmp_path)
+
     def test_a_folder_of_someone_else(self, corpus, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
         with pytest.raises(InputError, match="exists already; nothing was overwritten"):
@@ -321,6 +340,31 @@ class TestPublishedTokenizers:
             find_tokenizer(self.save(tmp_path / "u", TOKENIZERS[byte_level]))
         with pytest.raises(InputError, match="no tokenizer at .*nowhere"):
             find_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_process_that_was_killed_after_the_last_line_has_made_a_store(corpus, store, tmp_path):
+    again = make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    (again.path / "progress.jsonl").write_text("a line\n")
+    make_store(corpus, byte_tokenizer(), again.path, shard_tokens=SHARD)
+    assert files_of(again.path) == files_of(store.path)
+
+
+def test_a_full_disk_is_an_error_of_the_store_and_finished_shards_are_kept(corpus, store, tmp_path, monkeypatch):
+    writes, write = [], module._HashedFile.write
+
+    def full(self, content):
+        writes.append(content)
+        if len(writes) == 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._HashedFile, "write", full)
+        with pytest.raises(OSError, match="No space left on device: '.*/store'"):
+            make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    assert 1 < len(progress(tmp_path / "store")) < 9 and not list((tmp_path / "store").glob("*.tmp"))
+    again = make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
+    assert files_of(again.path) == files_of(store.path)
 
 
 def test_the_digests_are_of_the_files(store):
