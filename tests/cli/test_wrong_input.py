@@ -203,7 +203,7 @@ class TestWrongInput:
             path.write_bytes(content[:100] + bytes([content[100] ^ 0x80]) + content[101:])
         else:
             path.write_text('{"format": "something else"}')
-        line = refuse(capsys, "generate", copy)
+        line = refuse(capsys, "generate", copy, *(("--step", 12) if name == "checkpoints" else ()))
         assert name.split(".")[0] in line or "not a run folder" in line
 
     def test_a_changed_option_is_noticed(self, capsys, run, tmp_path):
