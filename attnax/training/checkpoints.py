@@ -7,6 +7,8 @@ interrupted save or deletion: `restore.py` does not see it, and `Checkpoints` de
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import math
@@ -24,7 +26,7 @@ import jax
 from attnax.training.durable import sync
 from attnax.training.manifest import DamagedCheckpointError, Manifest, array_types, hash_durably, manifest_path
 from attnax.training.orbax_files import OrbaxSave, named_arrays
-from attnax.training.restore import checkpoint_steps, latest_checkpoint, restore_with_manifest
+from attnax.training.restore import checkpoint_steps, latest_checkpoint, require_owner, restore_with_manifest
 
 __all__ = ["Checkpoints"]
 
@@ -76,6 +78,7 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._keep_every = keep_last, keep_best, keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._saving: Future[None] | None = None
+        self._newest: int | None = None  # the last step that was restored or saved here
 
     def save(self, update: int, items: Mapping[str, Any], *, metric: float | None = None) -> None:
         """Copies the arrays to the host and returns; the thread then saves them as step number `update`.
@@ -91,6 +94,7 @@ class Checkpoints:
             OSError: the disk is full or fails, or did so in the last save; the error names a file or the folder.
                 Earlier checkpoints are kept, and the next call may succeed.
             ValueError: `update` is not above the newest checkpoint, or `metric` is not finite.
+            InputError: the folder holds checkpoints of another run.
         """
         self.wait()
         newest = latest_checkpoint(self.folder)
@@ -99,6 +103,8 @@ class Checkpoints:
                 f"Checkpoints.save: update must be above the newest checkpoint, {newest}; got update={update}. "
                 "If training went back, call discard_after first."
             )
+        if newest not in (None, self._newest):
+            require_owner(self.folder, Manifest.read(self.folder, newest), self._owner)
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"Checkpoints.save: metric must be finite; got metric={metric}.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ class Checkpoints:
             files={},
         )
         writing = OrbaxSave(self.folder / str(update), {item: arrays for item, arrays in named.items() if arrays})
-        self._saving = self._thread.submit(self._finish, manifest, writing)
+        self._saving, self._newest = self._thread.submit(self._finish, manifest, writing), update
 
     def check(self) -> None:
         """Raises the error of the last save, if it has failed, and does not wait. Call it at every update."""
@@ -128,8 +134,9 @@ class Checkpoints:
         Raises:
             OSError: the save failed; it is raised once.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving])  # may be interrupted by a signal, and then called again
+            saving, self._saving = self._saving, None
             saving.result()
 
     def close(self) -> None:
@@ -158,9 +165,11 @@ class Checkpoints:
         if step is None and latest_checkpoint(self.folder) is None:
             return None
         manifest, items = restore_with_manifest(self.folder, likes, step=step, owner=self._owner)
+        self._newest = manifest.update
         if step is None:
             self.discard_after(manifest.update)
-        _delete_remains(self.folder)
+        else:
+            _delete_remains(self.folder)
         _warn_of_other_bits(manifest, likes)
         return manifest.update, items
 
@@ -182,8 +191,8 @@ class Checkpoints:
             dataclasses.replace(manifest, files=files).write(self.folder)
         except BaseException:
             manifest_path(self.folder, manifest.update).unlink(missing_ok=True)
-            for path in _remains(self.folder):
-                shutil.rmtree(path, ignore_errors=True)  # the next save or start deletes what is left
+            with contextlib.suppress(OSError):  # the next save or start deletes what is left
+                _delete_remains(self.folder)
             raise
         self._collect()
 

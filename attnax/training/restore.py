@@ -16,6 +16,7 @@ __all__ = [
     "checkpoint_arrays",
     "checkpoint_steps",
     "latest_checkpoint",
+    "require_owner",
     "restore_items",
     "restore_with_manifest",
 ]
@@ -151,8 +152,7 @@ def _check(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Man
     """
     target = folder / str(step)
     manifest = Manifest.read(folder, step)
-    if manifest.owner != owner:
-        raise InputError(f"the checkpoint {target} belongs to another run.")
+    require_owner(folder, manifest, owner)
     for item, like in likes.items():
         saved, wanted = manifest.types.get(item, {}), array_types(named_arrays(like))
         if wanted and item not in manifest.types:
@@ -165,6 +165,12 @@ def _check(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Man
             )
     manifest.check_files(folder, likes.keys())
     return manifest
+
+
+def require_owner(folder: Path, manifest: Manifest, owner: str) -> None:
+    """Raises InputError if the checkpoint belongs to another run."""
+    if manifest.owner != owner:
+        raise InputError(f"the checkpoint {folder / str(manifest.update)} belongs to another run.")
 
 
 def _words(kind: ArrayType | None) -> str:

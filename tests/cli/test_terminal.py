@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -238,3 +239,9 @@ def test_an_adapter_says_that_it_is_one(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
     assert main(["generate", str(tmp_path)]) == 2
     assert "it is an adapter (peft_type='LORA') of the model 'a/b'" in capsys.readouterr().err
+
+
+def test_logs_of_orbax_are_dropped_and_no_others():
+    terminal.silence_orbax()
+    records = [logging.LogRecord("absl", logging.ERROR, path, 1, "", None, None) for path in ("/orbax/a.py", "/b/c.py")]
+    assert [bool(logging.getLogger("absl").filter(record)) for record in records] == [False, True]
