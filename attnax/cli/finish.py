@@ -21,10 +21,11 @@ def finish(session: Session) -> None:
     Raises:
         DivergenceError: the loss on held-out text is not finite.
     """
-    run, held_out = session.run, session.data.tokenizer.decode(session.held_out.tokens[:])
+    run, tokens = session.run, session.tokens
+    held_out = session.data.tokenizer.decode(tokens.held_out.tokens[:])
     figures: dict[str, float] = {
-        "held_out_bytes": session.held_out_bytes,
-        **session.bits_per_byte(session.held_out, session.held_out_bytes),
+        "held_out_bytes": tokens.held_out_bytes,
+        **session.bits_per_byte(tokens.held_out, tokens.held_out_bytes),
         "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
         "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         "skipped_updates": session.skipped,

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import jax
 
 from attnax.cli import terminal
+from attnax.cli.divergence import require_finite
 from attnax.cli.options import DRAW, Train
 from attnax.cli.progress import Progress
+from attnax.cli.run_tokens import RunTokens
 from attnax.cli.stopwatch import Stopwatch
-from attnax.cli.tokenize import counting
 from attnax.cli.trace import Trace, read_updates
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.sharding import Layout
 from attnax.training import (
-    Batches,
     Checkpoints,
     DamagedCheckpointError,
     DivergenceError,
@@ -29,7 +29,6 @@ from attnax.training import (
     TokenStream,
     Trainer,
     causal_lm,
-    latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
@@ -50,7 +49,7 @@ class _Made(NamedTuple):
 
 
 class Session:
-    """Trains on from the state that a run has reached; `run` and `checkpoints` are set once everything is checked.
+    """Trains on from the state that a run has reached; `run` and what follows are set once everything is checked.
 
     The metrics of an update are read after the next one is dispatched, so that the devices never wait for the host.
     Before a look at held-out text, a checkpoint and the end nothing is left to read: a state is saved only after all
@@ -65,6 +64,7 @@ class Session:
 
     run: RunFolder
     checkpoints: Checkpoints
+    tokens: RunTokens
 
     def __init__(self, options: RunOptions, here: Train, data: RunData, layout: Layout | None):
         self.options, self.here, self.data, self.layout = options, here, data, layout
@@ -87,25 +87,6 @@ class Session:
         print(f"model      {self.plan.num_parameters:,} parameters")
         if layout is not None:
             print(f"layout     {sized}, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
-
-    def read_tokens(self) -> None:
-        """Opens the tokens; those of a text that are not yet in the folder of the run are made."""
-        options, window = self.options, self.options.model.max_len
-        with contextlib.nullcontext() if self.data.corpus is None else counting(self.data.corpus) as count:
-            store = self.data.open(self.run, count)
-        stream = TokenStream(store.tokens("train"), window)
-        stream.require_a_window()
-        optimizer = options.optimizer
-        self._batches = Batches(
-            stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed
-        )
-        self.held_out, self.held_out_bytes = TokenStream(store.tokens("held_out"), window), store.num_bytes("held_out")
-        # The held-out text of an evaluation during training: about 32 windows, and the number of their bytes.
-        self.probe = TokenStream(self.held_out.tokens[: 32 * window + 1], window)
-        self.probe_bytes = len(self.data.tokenizer.decode(self.probe.tokens[:]))
-        tokenizer = self.data.tokenizer
-        bytes_per_token = store.num_bytes() / store.num_tokens()
-        print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
 
     def command(self, step: int | None = None) -> str:
         """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
@@ -167,7 +148,7 @@ class Session:
             self._stopwatch = self._start_stopwatch()
             trace = stack.enter_context(contextlib.closing(self._trace()))
             self._board = self._open_board(stack)
-            self._prefetched = stack.enter_context(self._batches.start(self.step))
+            self._prefetched = stack.enter_context(self.tokens.batches.start(self.step))
             stop = False
             while self.step < steps and not stop:
                 trace.before(self.step + 1, self._read)
@@ -243,22 +224,8 @@ class Session:
             **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
             **times,
         )
-        self._require_finite(made.step, metrics)
+        require_finite(made.step, metrics, skipped=self.skipped, max_skipped=self.max_skipped)
         self._progress.advance(made.step, loss)
-
-    def _require_finite(self, step: int, metrics: Metrics) -> None:
-        """Raises DivergenceError for an update that the run must not go on after."""
-        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        if metrics.is_skipped and self.skipped > self.max_skipped:
-            cause = "the parameters would not be finite"
-            if not math.isfinite(grad_norm):
-                cause = f"the norm of the gradient is {grad_norm}"
-            if not math.isfinite(loss):
-                cause = f"the loss is {loss}"
-            made = "the update was not made" if self.max_skipped == 0 else f"of {self.max_skipped} to skip none is left"
-            raise DivergenceError(f"step {step}: {cause}, and {made}.", is_skippable=True)
-        if not (metrics.is_finite or metrics.is_skipped):
-            raise DivergenceError(f"step {step}: the update made parameters that are not finite.")
 
     def _log(self, **row: Any) -> None:
         self.run.append_metrics(**row)
@@ -267,7 +234,7 @@ class Session:
 
     def _look_at_held_out(self) -> float:
         """Writes a row about some of the held-out text; returns the bits per byte of the parameters."""
-        figures = self.bits_per_byte(self.probe, self.probe_bytes)
+        figures = self.bits_per_byte(self.tokens.probe, self.tokens.probe_bytes)
         self._log(step=self.step, tokens=self.step * self.plan.tokens, **figures)
         return figures["held_out_bits_per_byte"]
 
@@ -288,17 +255,6 @@ class Session:
     def _saved(self) -> dict[str, Any]:
         """The parts of the state by name."""
         return {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
-
-    def words_for_divergence(self) -> str:
-        """Advice after a divergence, and which checkpoint is kept."""
-        model, optimizer = self.options.model, self.options.optimizer
-        tries = [f"a smaller --learning-rate than {optimizer.learning_rate:g}", "a larger --warmup"]
-        if "float16" in (model.param_dtype, model.dtype):
-            tries.append("--dtype and --param-dtype bfloat16 or float32 in place of float16")
-        self.checkpoints.wait()
-        step = latest_checkpoint(self.run.checkpoints)
-        kept = "No checkpoint was saved yet." if step is None else f"The checkpoint of step {step} is kept."
-        return f"In a new run, try {' or '.join(tries)}. {kept}"
 
 
 def _finite(number: Any) -> float | None:

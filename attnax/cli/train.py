@@ -11,15 +11,17 @@ from pathlib import Path
 import jax
 
 from attnax.cli import terminal
+from attnax.cli.divergence import advice
 from attnax.cli.dry_run import print_plan
 from attnax.cli.finish import finish
 from attnax.cli.interrupts import interruptible
 from attnax.cli.layout import layout_here
 from attnax.cli.options import Train
+from attnax.cli.run_tokens import read_tokens
 from attnax.cli.session import Session
 from attnax.cli.tokenize import describe
 from attnax.errors import InputError
-from attnax.training import DivergenceError, RunFolder
+from attnax.training import DivergenceError, RunFolder, latest_checkpoint
 from attnax.training.corpus import PARTS
 from attnax.training.run_data import RunData, choose_data, reopen_data
 
@@ -37,7 +39,7 @@ def train(options: Train) -> int:
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
         go_on = session.command()
         try:
-            session.read_tokens()
+            session.tokens = read_tokens(session.data, session.run, session.options)
             with interruptible() as received:
                 finished = session.train(received)
             if not finished:
@@ -46,7 +48,8 @@ def train(options: Train) -> int:
             finish(session)
         except DivergenceError as error:
             skip = f" Or leave out up to N such updates: {go_on} --max-skipped N" if error.is_skippable else ""
-            terminal.warn(f"{error} {session.words_for_divergence()}{skip}")
+            session.checkpoints.wait()
+            terminal.warn(f"{error} {advice(session.options, latest_checkpoint(session.run.checkpoints))}{skip}")
             return 1
         except OSError as error:
             if error.filename is None:  # not about a file of the run
