@@ -538,12 +538,12 @@ class TestDeath:
         save(tmp_path / "first", 1, items=self.counter)
         return tmp_path / "first"
 
-    def save_and_die(self, folder, count=None):
+    def save_and_die(self, folder, count=10**6):
         """Returns the operations made, at most `count`."""
         made = []
 
         def before():
-            if len(made) == count:
+            if len(made) >= count:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
