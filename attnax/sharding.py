@@ -37,6 +37,7 @@ __all__ = [
     "partition",
     "per_token",
     "stream_axes",
+    "sum_tokens",
 ]
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -241,6 +242,24 @@ def per_token(function: Callable[[Array], Any], x: Array) -> Any:
         return function(x)
     spec = partition(mesh, x.shape, stream_axes(x.ndim))
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def sum_tokens(function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function(*arrays)` of arrays (batch, length, ..., D), a pytree of sums over tokens: each device adds its own.
+
+    XLA gathers an array whose batch and length are cut, if they become one axis.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(*arrays)
+    specs = tuple(partition(mesh, x.shape, stream_axes(x.ndim)) for x in arrays)
+    named = zip(arrays[0].shape, stream_axes(arrays[0].ndim), strict=True)
+    cuts = tuple(name for size, axis in named for name in cut_of(mesh, size, axis))
+
+    def local(*arrays: Array) -> Any:
+        return jax.lax.psum(function(*arrays), cuts)
+
+    return jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(*arrays)
 
 
 def gather(x: Array, *axes: Axis) -> Array:

@@ -23,7 +23,7 @@ from attnax.kernels._ring import Ring, attend_ring
 from attnax.kernels._tpu.prepare import choose_tpu_tiles
 from attnax.kernels._tpu.splash import why_not_splash
 from attnax.kernels._xla.tiles import check_block_size, choose_tiles, tile_shape
-from attnax.masks import And, Causal, Mask, resolve_masks
+from attnax.masks import And, AtPositions, Causal, Mask, resolve_masks
 from attnax.typing import Array, AttentionOptions
 
 __all__ = [
@@ -183,7 +183,13 @@ def prepare(
 
 
 def _is_triangular(mask: Mask | None, seq_kv: int) -> bool:
-    """Whether later queries attend more keys, so that equal parts of a sequence are unequal work; not in a window."""
+    """Whether later queries attend more keys, so that equal parts of a sequence are unequal work; not in a window.
+
+    Positions may begin anew, with every document of a packed row. Zigzag order then serves long documents, and costs
+    short ones only the exchange.
+    """
+    if isinstance(mask, AtPositions):
+        return _is_triangular(mask.mask, seq_kv)
     if isinstance(mask, And):
         sides = mask.left, mask.right
         narrow = any((keys := side.keys_per_query(seq_kv)) is not None and keys < seq_kv // 2 for side in sides)

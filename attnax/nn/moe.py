@@ -16,7 +16,7 @@ from attnax.nn._routing import DOWN, UP, Experts, Routes, mix
 from attnax.nn.dropout import Dropout, Jitter
 from attnax.nn.feedforward import ACTIVATIONS, FeedForward
 from attnax.nn.linear import make_initializer
-from attnax.sharding import Axis, gather, per_token
+from attnax.sharding import Axis, gather, per_token, sum_tokens
 from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["MixtureOfExperts"]
@@ -145,7 +145,6 @@ class MixtureOfExperts(nnx.Module):
                     f"MixtureOfExperts: padding_mask must be boolean {x.shape[:-1]}, True for real tokens; "
                     f"got padding_mask.shape={real.shape}, dtype={real.dtype}."
                 )
-            real = real.reshape(-1)
         logits = self._logits(x, deterministic, rngs)
         scores = jax.nn.log_softmax(logits) if config.router_type == "softmax" else jax.nn.log_sigmoid(logits)
         chosen, experts = per_token(partial(lax.top_k, k=config.top_k), scores)
@@ -155,7 +154,6 @@ class MixtureOfExperts(nnx.Module):
         out = mix(config, self._parameters(), x.astype(config.dtype), routes)
         if self.shared is not None:
             out = out + self.shared(x, deterministic=deterministic, rngs=rngs)
-        logits, scores, experts = (array.reshape(-1, array.shape[-1]) for array in (logits, scores, experts))
         return out, _statistics(logits, scores, experts, real)
 
     def _parameters(self) -> Experts:
@@ -182,25 +180,34 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _statistics(
-    logits: Float[Array, "M E"], scores: Float[Array, "M E"], experts: Int[Array, "M C"], real: Bool[Array, "M"] | None
+    logits: Float[Array, "*L E"],
+    scores: Float[Array, "*L E"],
+    experts: Int[Array, "*L C"],
+    real: Bool[Array, "*L"] | None,
 ) -> dict[str, Array]:
     """The statistics that `MixtureOfExperts` documents, over the real tokens; scores are logarithms."""
-    num_tokens, num_experts = scores.shape
-    real = jnp.ones(num_tokens, bool) if real is None else real
-    # Selected, not multiplied by 0: padding may hold NaN. An out-of-range index is not counted.
-    load = jnp.bincount(jnp.where(real[:, None], experts, num_experts).reshape(-1), length=num_experts)
+    real = jnp.ones(scores.shape[:-1], bool) if real is None else real
+    count, load, probability, squares, entropy = sum_tokens(_sums, logits, scores, experts, real[..., None])
+    count = jnp.maximum(count, 1).astype(scores.dtype)
     load = load.astype(scores.dtype) / jnp.maximum(load.sum(), 1).astype(scores.dtype)
-    log_probability = jax.nn.log_softmax(scores)
-    probability = jnp.exp(log_probability)
-
-    def mean(values: Array) -> Array:
-        chosen = jnp.where(real.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
-        return chosen.sum(0) / jnp.maximum(real.sum(), 1).astype(values.dtype)
-
     statistics = {
-        "load_balance_loss": num_experts * (load * mean(probability)).sum(),
-        "router_z_loss": mean(jnp.square(jax.nn.logsumexp(logits, -1))),
-        "router_entropy": mean(-(probability * log_probability).sum(-1)),
+        "load_balance_loss": scores.shape[-1] * (load * (probability / count)).sum(),
+        "router_z_loss": squares / count,
+        "router_entropy": entropy / count,
         "expert_load": load,
     }
     return {name: value.astype(jnp.float32) for name, value in statistics.items()}
+
+
+def _sums(logits: Array, scores: Array, experts: Array, real: Array) -> tuple[Array, ...]:
+    """Over real tokens: their number, choices and probability by expert, squared logsumexp of the logits, entropy."""
+    logits, scores, experts = (array.reshape(-1, array.shape[-1]) for array in (logits, scores, experts))
+    real, num_experts = real.reshape(-1, 1), scores.shape[-1]
+    # Selected, not multiplied by 0: padding may hold NaN. An out-of-range index is not counted.
+    load = jnp.bincount(jnp.where(real, experts, num_experts).reshape(-1), length=num_experts)
+    log_probability = jax.nn.log_softmax(scores)
+    probability = jnp.exp(log_probability)
+    squares = jnp.square(jax.nn.logsumexp(logits, -1, keepdims=True))
+    entropy = -(probability * log_probability).sum(-1, keepdims=True)
+    of_expert, squares, entropy = (jnp.where(real, x, 0).sum(0) for x in (probability, squares, entropy))
+    return real.sum(), load, of_expert, squares[0], entropy[0]

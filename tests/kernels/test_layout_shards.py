@@ -83,6 +83,28 @@ def test_keys_of_another_length_go_round_too():
     np.testing.assert_allclose(uneven, want[:3, :, :11], rtol=2e-5, atol=2e-6)
 
 
+PLACES = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]] * B)
+STARTS = np.cumsum(PLACES == 0, axis=1)
+ZIGZAG, IN_ORDER = 5 * 2 + 2, 2  # query, key, value, out and lse in two pieces; keys and values to the next device
+
+
+@pytest.mark.parametrize(
+    ("mask", "permutations"),
+    [
+        (masks.causal(), ZIGZAG),
+        (masks.documents(STARTS) & masks.at_positions(masks.causal(), PLACES, PLACES), ZIGZAG),
+        (masks.causal() & masks.sliding_window(5), IN_ORDER),
+        (masks.at_positions(masks.sliding_window(5), PLACES, PLACES), IN_ORDER),
+        (masks.documents(STARTS), IN_ORDER),
+    ],
+    ids=["causal", "packed", "window", "window at positions", "both sides"],
+)
+def test_sequences_are_in_zigzag_order_where_late_queries_have_more_work(mask, permutations):
+    with jax.set_mesh(Layout(data=4, fsdp=1, context=2).mesh(jax.devices()[:8])):
+        program = str(jax.make_jaxpr(lambda *arrays: flash_attention(*arrays, mask=mask))(*ARRAYS))
+    assert len(re.findall(r"ppermute\[", program)) == permutations
+
+
 def test_no_query_key_or_score_is_gathered():
     mesh = Layout(fsdp=2, tensor=2, context=2).mesh(jax.devices()[:8])
     cut = jax.NamedSharding(mesh, P("fsdp", "tensor", "context"))
