@@ -35,6 +35,7 @@ from attnax.training import (
     RunOptions,
     TokenStream,
     Trainer,
+    causal_lm,
     checkpoint_steps,
     delete_checkpoints_after,
     latest_checkpoint,
@@ -50,7 +51,7 @@ from attnax.training import (
 from attnax.visualize import plot_training
 
 SAMPLER = Sampler(**DRAW)  # of the text at the end; `attnax generate` has the same
-_SAVED = ("params", "opt_state", "passes", "skipped")  # the sums are empty between updates, when checkpoints are saved
+_SAVED = ("params", "opt_state", "update", "skipped")
 
 
 def train(options: Train) -> int:
@@ -141,7 +142,7 @@ def _read_layout(options: Train, settings: RunOptions) -> Layout | None:
             more = f" {flag} in the environment makes {known} devices of a CPU."
         raise InputError(f"--layout: {error}{more}") from error
     try:
-        make_mesh(layout, settings.model, settings.optimizer)
+        make_mesh(layout, settings.model, batch_size=settings.optimizer.batch_size)
         if settings.model.max_len % layout.sized(count).context:
             raise ValueError(
                 f"Layout: context must divide the length of the windows; got {layout.sized(count)} and "
@@ -178,14 +179,15 @@ class _Session:
         bytes_per_token = _size(corpus.train) / len(self.stream.tokens)
         print(f"tokenizer  {tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
         require_memory(options.model, options.optimizer, layout)
-        document = DOCUMENT if options.pack else None
-        self.trainer = Trainer(options.model, options.optimizer, options.seed, document_token=document, layout=layout)
+        losses = {"load_balance_loss": options.load_balance_loss, "router_z_loss": options.router_z_loss}
+        objective = causal_lm(document_token=DOCUMENT if options.pack else None, loss_weights=losses)
+        self.trainer = Trainer(options.model, objective, options.optimizer, layout=layout, seed=options.seed)
         require_traces(self.trainer, SAMPLER)
         self.state = self.trainer.init()
         self.max_skipped = options.max_skipped or 0
         self.seconds = 0.0  # of training before this process
         self._tokens_per_step = options.optimizer.batch_size * options.optimizer.accumulate * window
-        self._schedule = options.optimizer.schedule()
+        self._schedule = options.optimizer.build_schedule()
         print(f"model      {sum(x.size for x in jax.tree.leaves(self.state.params)):,} parameters")
         if layout is not None:
             count = jax.device_count()
@@ -194,7 +196,7 @@ class _Session:
     @property
     def step(self) -> int:
         """Number of updates made."""
-        return int(self.state.passes) // self.options.optimizer.accumulate
+        return int(self.state.update)
 
     def command(self, step: int | None = None) -> str:
         """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
@@ -284,13 +286,12 @@ class _Session:
         self.run.append_metrics(step=step, tokens=tokens, held_out_bits_per_byte=bits / self.probe_bytes)
 
     def _update(self, step: int) -> tuple[float, float, DivergenceError | None]:
-        """The mean loss of the accumulated batches, the norm of their gradient, and the error that stops the run."""
-        optimizer, losses = self.options.optimizer, []
-        for index in range((step - 1) * optimizer.accumulate, step * optimizer.accumulate):
-            batch = self.stream.batch(index, optimizer.batch_size, self.options.seed)
-            self.state, metrics = self.trainer.step(self.state, batch)
-            losses.append(float(metrics.loss))
-        loss, grad_norm, error = float(np.mean(losses)), float(metrics.grad_norm), None
+        """The mean loss of the update's batches, the norm of its gradient, and the error that stops the run."""
+        optimizer, seed = self.options.optimizer, self.options.seed
+        indices = range((step - 1) * optimizer.accumulate, step * optimizer.accumulate)
+        tokens = np.stack([self.stream.batch(index, optimizer.batch_size, seed) for index in indices])
+        self.state, metrics = self.trainer.step(self.state, {"tokens": tokens})
+        loss, grad_norm, error = float(metrics.loss), float(metrics.grad_norm), None
         if metrics.is_skipped and int(self.state.skipped) > self.max_skipped:
             cause = "the parameters would not be finite"
             if not math.isfinite(grad_norm):

@@ -103,8 +103,12 @@ class MaskedLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """float32 logits of the encoder's hidden states."""
+        return self.head(self.features(hidden), self.encoder.embed.tokens)
+
+    def features(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L D"]:
+        """norm(act(linear(hidden))), which the head projects to logits."""
         activation, _ = ACTIVATIONS[self.config.ff_activation]
-        return self.head(self.norm(activation(self.transform(hidden))), self.encoder.embed.tokens)
+        return self.norm(activation(self.transform(hidden)))
 
     def log_probs(self, input_ids: Int[ArrayLike, "B T"], **options: Unpack[MaskedOptions]) -> Float[Array, "B T V"]:
         """Log-probabilities of the token at each position; options as in a call."""

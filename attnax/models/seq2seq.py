@@ -166,6 +166,18 @@ class Transformer(nnx.Module):
 
         A `probe` is of the decoder; `encoder.run(source_ids, probe=...)` probes the encoder.
         """
+        out = self.read(source_ids, target_ids, probe=probe, **options)
+        return out._replace(logits=self._logits(out.hidden))
+
+    def read(
+        self,
+        source_ids: Int[ArrayLike, "B S"],
+        target_ids: Int[ArrayLike, "B T"],
+        *,
+        probe: Probe | None = None,
+        **options: Unpack[TransformerOptions],
+    ) -> Output:
+        """`run` without the logits, for a loss that computes those of a few tokens at a time."""
         check_options("Transformer", options, TransformerOptions)
         source_ids, padding_mask, real = jnp.asarray(source_ids), options.get("source_padding_mask"), None
         if padding_mask is not None:
@@ -181,7 +193,7 @@ class Transformer(nnx.Module):
             **with_probe(probe),
             **select_options(options, TokenOptions),
         )
-        return out._replace(aux=add_aux(encoded.aux, out.aux), logits=self._logits(out.hidden))
+        return out._replace(aux=add_aux(encoded.aux, out.aux))
 
     def log_probs(
         self,

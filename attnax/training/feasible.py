@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.models import TransformerLM
-from attnax.nn._parts import Parts
 from attnax.sharding import Layout
 from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
@@ -25,29 +24,25 @@ from attnax.training.trainer import Trainer
 __all__ = ["require_memory", "require_traces"]
 
 
-def require_memory(
-    model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None, **parts: Unpack[Parts]
-) -> None:
+def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None) -> None:
     """Compares the memory with a lower bound: weights, their gradient and moments, hidden states, logits of a chunk.
 
     Args:
         model: the configuration of the model.
         optimizer: the configuration of the training.
         layout: of the devices, over which all of these are cut; None for one device.
-        **parts: the `make_block` and the `attention_fn` of the model.
 
     Raises:
         InputError: the machine, or its first accelerator, has less memory than the bound.
     """
     period = len(model.layer_pattern or (None,))
-    shallow, deep = (
-        _num_parameters(dataclasses.replace(model, num_layers=layers), parts) for layers in (period, 2 * period)
-    )
-    count = shallow + (deep - shallow) * max(model.num_layers - period, 0) // period
+    sizes = [_sizes(dataclasses.replace(model, num_layers=layers), optimizer) for layers in (period, 2 * period)]
+    more = max(model.num_layers - period, 0)
+    count, state = (shallow + (deep - shallow) * more // period for shallow, deep in zip(*sizes, strict=True))
     tokens = optimizer.batch_size * model.max_len
     sized = Layout(fsdp=1) if layout is None else layout.sized(jax.device_count())
     here = tokens // (sized.data * sized.fsdp * sized.expert * sized.context)
-    needed = 4 * count * jnp.dtype(model.param_dtype).itemsize // (sized.fsdp * sized.expert * sized.tensor)
+    needed = state // (sized.fsdp * sized.expert * sized.tensor)
     needed += 4 * (logits_of_chunk(here, model.vocab_size) // sized.tensor + here * model.num_layers * model.d_model)
     if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
         needed *= jax.device_count()
@@ -66,23 +61,27 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
     Raises:
         InputError: the step or the generation is not possible.
     """
-    window = trainer.model.max_len
+    window = trainer.config.max_len
     start = np.zeros((1, 1), np.int32)
     options: dict[str, Any] = {"max_new_tokens": window - 1, "sampler": sampler, "key": jax.random.key(0)}
     try:
-        state = jax.eval_shape(trainer.init)
-        trainer.trace_step(window + 1)
-        jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), state.params)
+        trainer.trace_step({"tokens": jax.ShapeDtypeStruct((1, trainer.optimizer.batch_size, window + 1), jnp.int32)})
+        jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), trainer.shapes.params)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"this model cannot be trained: {error}") from error
 
 
-def _num_parameters(config: TransformerConfig, parts: Parts) -> int:
+def _sizes(config: TransformerConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
+    """The number of parameters, and the bytes of them, of their gradient and of the optimizer's state."""
     try:
-        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config, **parts))
+        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
     except ValueError as error:
         raise InputError(f"this model cannot be trained: {error}") from error
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    held = params, params, jax.eval_shape(optimizer.build().init, params)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params)), sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held)
+    )
 
 
 def _memory() -> float:

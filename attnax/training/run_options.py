@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.training.corpus import HELD_OUT
+from attnax.training.layer_losses import LOSS_WEIGHTS
 from attnax.training.optimizer import OptimizerConfig
 
 __all__ = ["RunOptions", "check_seed"]
@@ -46,6 +48,8 @@ class RunOptions:
         checkpoint_every: number of updates between checkpoints, each with an evaluation on held-out text.
         max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
             run. By default 0, with --resume the run's own number.
+        load_balance_loss: weight of the mixtures' load-balance losses, summed over the layers, in the loss.
+        router_z_loss: weight of the mixtures' router z-losses, summed over the layers, in the loss.
         seed: of parameters, data order and dropout.
         model: config of the model; its vocab_size is the tokenizer's.
         optimizer: config of the training.
@@ -57,6 +61,8 @@ class RunOptions:
     held_out: float = HELD_OUT
     checkpoint_every: int = 500
     max_skipped: int | None = None
+    load_balance_loss: float = LOSS_WEIGHTS["load_balance_loss"]
+    router_z_loss: float = LOSS_WEIGHTS["router_z_loss"]
     seed: int = 0
     model: TransformerConfig = DEFAULT_MODEL
     optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
@@ -74,6 +80,10 @@ class RunOptions:
             raise InputError(f"--checkpoint-every must be at least 1; got {self.checkpoint_every}.")
         if self.max_skipped is not None and self.max_skipped < 0:
             raise InputError(f"--max-skipped must be at least 0; got {self.max_skipped}.")
+        for name in ("load_balance_loss", "router_z_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} must be at least 0 and finite; got {getattr(self, name)}.")
         if self.data is not None and not self.data:
             raise InputError("--data must not be empty. Leave it out for the source of Python's standard library.")
         if self.model.max_len < 2:

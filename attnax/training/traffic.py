@@ -99,18 +99,25 @@ class Held(NamedTuple):
 
 
 def held_bytes(placed: Iterable[Placed], optimizer: OptimizerConfig, mesh: AbstractMesh | None = None) -> Held:
-    """The bytes of parameters and of the optimizer's moments on a device of the mesh, or in all without a mesh.
+    """The bytes of parameters and of the optimizer's state on a device of the mesh, or in all without a mesh.
 
-    Moments lie like their parameters, in float32 or wider: two of each for AdamW; Muon has one of a layer's matrix.
+    Moments lie like their parameters. Other arrays, such as the sums by row and column of Adafactor, are whole on every
+    device.
     """
-    parameters = moments = 0
-    for each in placed:
-        count = math.prod(each.shape) if mesh is None else each.size(mesh)
-        path = tuple(map(jax.tree_util.DictKey, each.path))
-        wide = jnp.promote_types(each.dtype, jnp.float32).itemsize
-        parameters += count * each.dtype.itemsize
-        moments += count * wide * optimizer.num_moments(path, jax.ShapeDtypeStruct(each.shape, each.dtype))
-    return Held(parameters, moments)
+    each = {one.path: one for one in placed}
+    shapes = {path: jax.ShapeDtypeStruct(one.shape, one.dtype) for path, one in each.items()}
+    state = jax.eval_shape(optimizer.build().init, nnx.traversals.unflatten_mapping(shapes))
+
+    def size(one: Placed) -> int:
+        return math.prod(one.shape) if mesh is None else one.size(mesh)
+
+    moments = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        of = next((each[names[start:]] for start in range(len(names)) if names[start:] in each), None)
+        count = size(of) if of is not None and of.shape == x.shape else math.prod(x.shape)
+        moments += count * x.dtype.itemsize
+    return Held(sum(size(one) * one.dtype.itemsize for one in placed), moments)
 
 
 class Traffic(NamedTuple):
