@@ -80,20 +80,23 @@ def test_a_run_from_before_muon_has_adamw(run, tmp_path):
 def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
     made = []
 
-    def trainer(model, optimizer, seed, document_token, layout):
+    def trainer(model, objective, optimizer, *, layout, seed):
         assert layout is None
-        made.append((model, optimizer, seed, document_token))
+        made.append((model, optimizer, seed, objective["document_token"], objective["loss_weights"]))
         raise InputError("no training today")
 
     monkeypatch.setattr("attnax.cli.train.Trainer", trainer)
-    for flags in (["--seed", "7"], ["--tokenizer", "bytes", "--pack", "--algorithm", "adamw"]):
+    monkeypatch.setattr("attnax.cli.train.causal_lm", lambda **options: options)
+    packed = ["--tokenizer", "bytes", "--pack", "--algorithm", "adamw", "--router-z-loss", "0.5"]
+    for flags in (["--seed", "7"], packed):
         assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *TINY, *flags)
-    (model, optimizer, seed, document_token), packed = made
+    (model, optimizer, seed, document_token, losses), packed = made
+    assert losses == {"load_balance_loss": 0.01, "router_z_loss": 0.001} and packed[4]["router_z_loss"] == 0.5
     assert (optimizer.algorithm, packed[1].algorithm) == ("muon", "adamw")
     assert (model.d_model, model.num_kv_heads, model.max_len, model.pos_emb_type) == (16, 1, 32, "rope")
     assert (optimizer.steps, optimizer.batch_size, optimizer.learning_rate) == (12, 4, 0.03)
     assert 257 < model.vocab_size <= 300 and (seed, document_token) == (7, None)
-    assert packed[0].vocab_size == 257 and packed[2:] == (0, DOCUMENT)
+    assert packed[0].vocab_size == 257 and packed[2:4] == (0, DOCUMENT)
     assert not (tmp_path / "run").exists()
 
 
