@@ -72,8 +72,8 @@ class RunFolder:
         """Makes `out`, or the next free runs/NNN, with the files that `load` reads.
 
         config.json is written last and makes the folder a run. A folder is also free if it is empty, or if its process
-        was killed before config.json was written. `parts` are those of the model, `Trainer.parts`; the folder keeps
-        their names, and {} is a model of its config alone.
+        was killed before config.json was written. `parts` are those of the model, such as {"make_block": MyBlock}; the
+        folder keeps their names, and {} is a model of its config alone.
 
         Raises:
             InputError: `out` exists already, or cannot be made.

@@ -176,7 +176,7 @@ class Trainer:
     def trace_step(self, batch: Batch) -> jax.stages.Traced:
         """A step over such a batch, of arrays or of their shapes, as JAX traces it; nothing is computed."""
         check_batch("Trainer.trace_step", batch, self.mesh, accumulates=True)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        shapes = jax.eval_shape(lambda batch: batch, batch)
         if self.mesh is not None:
             shapes = _placed(shapes, jax.tree.map(lambda _: NamedSharding(self.mesh, P(None, BATCH)), shapes))
         with self._around():

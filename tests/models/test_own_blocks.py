@@ -38,10 +38,12 @@ from attnax.training import (
     RunFolder,
     RunOptions,
     Trainer,
+    causal_lm,
     delete_checkpoints_after,
     open_run,
     save_checkpoint,
 )
+from attnax.training.layer_losses import sum_of_layer_losses
 
 CONFIG = TransformerConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, d_ff=6, max_len=64, dropout_rate=0.0)
 IDS = np.random.default_rng(0).integers(0, 11, (2, 5))
@@ -175,17 +177,16 @@ def test_an_attention_function_and_a_block_write_with_every_kind_of_cache(cache)
 
 
 def test_a_loss_of_a_block_is_added_to_the_loss_of_the_trainer():
-    optimizer = OptimizerConfig(steps=2, batch_size=2)
-    trainer = Trainer(CONFIG, optimizer, make_block=Doubled)
-    _, metrics = trainer.step(trainer.init(), IDS)
+    trainer = Trainer(lambda rngs: TransformerLM(rngs, CONFIG, make_block=Doubled), causal_lm(), OptimizerConfig())
+    _, metrics = trainer.step(trainer.init(), {"tokens": np.asarray(IDS)[None]})
     model = trainer.merge(trainer.init().params)
     out = model.run(IDS[:, :-1])
     entropy = optax.softmax_cross_entropy_with_integer_labels(out.logits, IDS[:, 1:]).mean()
     np.testing.assert_allclose(metrics.loss, entropy + out.aux["size_loss"], rtol=1e-5)
     assert float(out.aux["size_loss"]) > 0.1
     with pytest.raises(ValueError, match=r"floating scalar; got my_loss of float32\[3\]. Take its mean"):
-        optimizer.weigh({"my_loss": jnp.zeros(3)})
-    assert optimizer.weigh({"expert_load": (jnp.zeros(3),), "my_number": 3.0}) == 0.0
+        sum_of_layer_losses("test", {"my_loss": jnp.zeros(3)}, {})
+    assert sum_of_layer_losses("test", {"expert_load": (jnp.zeros(3),), "my_number": 3.0}, {}) == 0.0
 
 
 class Counting(EncoderBlock):
@@ -201,9 +202,9 @@ class Counting(EncoderBlock):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_trainer_refuses_a_block_whose_writes_it_would_lose(scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
-    trainer = Trainer(config, OptimizerConfig(steps=2, batch_size=2), make_block=Counting)
+    trainer = Trainer(lambda rngs: TransformerLM(rngs, config, make_block=Counting), causal_lm(), OptimizerConfig())
     with pytest.raises(ValueError, match=r"would be lost; got a change of decoder.stack.\w+.0.calls. Pass state on in"):
-        trainer.step.trace(jax.eval_shape(trainer.init), IDS)
+        trainer.trace_step({"tokens": np.asarray(IDS)[None]})
 
 
 def test_layers_that_are_one_block_stay_one_or_are_refused():
@@ -312,10 +313,10 @@ def make_run(tmp_path):
 
     def make(**parts):
         config = dataclasses.replace(CONFIG, vocab_size=byte_tokenizer().vocab_size)
-        trainer = Trainer(config, OptimizerConfig(steps=2, batch_size=2), **parts)
+        trainer = Trainer(lambda rngs: TransformerLM(rngs, config, **parts), causal_lm(), OptimizerConfig())
         text = (Document("a.txt", b"some text"),)
         options = RunOptions(model=config, tokenizer="bytes", optimizer=trainer.optimizer)
-        run = RunFolder.create(tmp_path / "run", options, Corpus(text, text, 0), byte_tokenizer(), trainer.parts)
+        run = RunFolder.create(tmp_path / "run", options, Corpus(text, text, 0), byte_tokenizer(), parts)
         params = trainer.init().params
         save_checkpoint(run.checkpoints, 1, {"params": params}, owner=run.owner)
         return run.path, trainer.merge(params)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnax import EncoderBlock, Layout, TransformerConfig, standard_attention
-from attnax.training import OptimizerConfig, TokenStream, Trainer
+from attnax import EncoderBlock, Layout, TransformerConfig, TransformerLM, standard_attention
+from attnax.training import OptimizerConfig, TokenStream, Trainer, causal_lm
 
 MODEL = TransformerConfig(
     vocab_size=19,  # divided by nothing: the table of tokens is whole where the vocabulary would be cut
@@ -79,33 +79,36 @@ CASES = [
     for layout in LAYOUTS
     if ("expert" not in layout or "mixture" in variant) and ("context" not in layout or variant != "standard")
 ]
+OPTIMIZER = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.01)
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 8, 9)).astype(np.int32)
 
 
-def make(variant, layout=None, **options):
+def make(variant, layout=None, optimizer=OPTIMIZER, ema=None, **parts):
     config = dataclasses.replace(MODEL, **VARIANTS[variant])
-    optimizer = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.01, **OPTIMIZERS.get(variant, {}))
-    document = 0 if variant == "packed" else None
-    return Trainer(config, optimizer, seed=3, document_token=document, layout=layout, **options)
+    model = (lambda rngs: TransformerLM(rngs, config, **parts)) if parts else config
+    objective = causal_lm(document_token=0 if variant == "packed" else None)
+    optimizer = dataclasses.replace(optimizer, **OPTIMIZERS.get(variant, {}))
+    return Trainer(model, objective, optimizer, seed=3, layout=layout, ema=ema)
 
 
 def run(trainer, updates=3):
-    """(parameters before, moments after the first step, losses and the norms of the gradients of the steps)."""
+    """(parameters before, moments after the first update, losses, norms of the gradients, the state after)."""
     state = trainer.init()
     before, places = jax.tree.map(np.asarray, state.params), jax.tree.map(lambda x: x.sharding, state)
     moments, losses, norms = None, [], []
     for tokens in TOKENS[:updates]:
-        state, metrics = trainer.step(state, tokens)
+        microbatches = [tokens, tokens[::-1]][: trainer.optimizer.accumulate]
+        state, metrics = trainer.step(state, {"tokens": np.stack(microbatches)})
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
         moments = moments or first_moments(state)
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places))
-    return before, moments, losses, norms
+    return before, moments, losses, norms, state
 
 
 def first_moments(state):
-    """A tenth of the gradient of each parameter, and the sums of accumulated ones."""
-    moments = jax.tree_util.tree_leaves_with_path((state.opt_state, state.sums))
+    """A tenth of the gradient of each parameter."""
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
     return [np.asarray(x) for path, x in moments if x.ndim and ".nu" not in jax.tree_util.keystr(path)]
 
 
@@ -120,7 +123,7 @@ def same(left, right):
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_updates_are_those_of_one_device(variant, layout):
-    before, moments, losses, norms = on_one_device(variant)
+    before, moments, losses, norms, _ = on_one_device(variant)
     have = run(make(variant, Layout.parse(layout)))
     assert same(have[0], before)
     tolerance = 2e-2 if variant == "bfloat16" else 5e-6
@@ -130,6 +133,17 @@ def test_updates_are_those_of_one_device(variant, layout):
         # 1e-8: the gradient of a key's bias is 0, but for rounding.
         np.testing.assert_allclose(several, one, rtol=0, atol=2 * tolerance * np.abs(one).max() + 1e-8)
     assert losses[2] != losses[0]
+
+
+@pytest.mark.contract
+def test_accumulation_and_the_average_are_those_of_one_device():
+    """The average and the sums lie like the parameters."""
+    one, several = (run(make("accumulated", layout, ema=0.9)) for layout in (None, Layout(fsdp=4, tensor=2)))
+    np.testing.assert_allclose(several[2], one[2], rtol=2e-6)
+    for left, right in zip(jax.tree.leaves(several[4].ema), jax.tree.leaves(one[4].ema), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    places = jax.tree.map(lambda x, y: x.sharding == y.sharding, several[4].params, several[4].ema)
+    assert jax.tree.all(places)
 
 
 def test_the_state_lies_where_the_rules_say():
@@ -152,12 +166,12 @@ def test_bits_are_those_of_one_device():
 class TestRefusals:
     def test_a_batch_that_is_not_divided(self):
         with pytest.raises(ValueError, match=r"must divide the batch; got 8 of fsdp=8 and batch_size=12"):
-            Trainer(MODEL, OptimizerConfig(steps=3, batch_size=12), layout=Layout())
+            make("plain", Layout(), OptimizerConfig(steps=3, batch_size=12))
 
     def test_windows_that_are_not_divided(self):
         trainer = make("plain", Layout(fsdp=2, context=4))
         with pytest.raises(ValueError, match="context must divide the length of the windows; got context=4 for 7"):
-            trainer.lower_step(8)
+            trainer.lower_step({"tokens": np.zeros((1, 8, 8), np.int32)})
 
     def test_a_model_that_is_not_divided(self):
         with pytest.raises(ValueError, match="tensor must divide num_heads; got tensor=8, num_heads=4"):
@@ -168,8 +182,8 @@ class TestRefusals:
             make("plain", "fsdp=8")
 
     def test_a_step_of_another_batch(self):
-        with pytest.raises(ValueError, match=r"must divide the batch; got 8 for tokens.shape=\(6, 9\)"):
-            make("plain", Layout()).step(None, TOKENS[0][:6])
+        with pytest.raises(ValueError, match=r"must divide the batch; got 8 for batch\['tokens'\].shape=\(1, 6, 9\)"):
+            make("plain", Layout()).trace_step({"tokens": TOKENS[:1, :6]})
 
     def test_an_attention_function_of_ones_own_where_sequences_are_cut(self):
         with pytest.raises(ValueError, match="an attention_fn gets whole sequences, and context cuts them"):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from attnax import TransformerConfig, TransformerLM
 from attnax.sharding import Layout
-from attnax.training import OptimizerConfig, Trainer
+from attnax.training import OptimizerConfig, Trainer, causal_lm
 from attnax.training.traffic import abstract_mesh, held_bytes, place_parameters, step_traffic
 
 MODEL = TransformerConfig(
@@ -113,7 +114,8 @@ def hops(context):
 )
 def test_a_step_moves_the_bytes_of_the_formulas(layout, fields, arrays, collectives):
     model, layout = dataclasses.replace(MODEL, **fields), Layout.parse(layout).sized(8)
-    program = Trainer(model, OPTIMIZER, layout=layout).lower_step(LENGTH + 1).compile().as_text()
+    batch = {"tokens": jax.ShapeDtypeStruct((1, BATCH, LENGTH + 1), jnp.int32)}
+    program = Trainer(model, causal_lm(), OPTIMIZER, layout=layout).lower_step(batch).compile().as_text()
     moved = collectives.collectives_of(program)
     found = collectives.bytes_by_kind(moved)
     placed, mesh = placed_of(model, layout)
@@ -141,25 +143,30 @@ def counted(moved):
 def test_a_device_computes_its_share(layout):
     """A model that is wide enough to make norms and the optimizer small, in one tile: XLA counts each loop once."""
     model, optimizer = dataclasses.replace(MODEL, d_model=64, d_ff=128), OptimizerConfig(batch_size=16)
-    one = Trainer(model, optimizer).trace_step(65).lower().compile().cost_analysis()["flops"]
-    here = Trainer(model, optimizer, layout=Layout.parse(layout)).lower_step(65).compile().cost_analysis()["flops"]
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 16, 65), jnp.int32)}
+    one, here = (
+        Trainer(model, causal_lm(), optimizer, layout=each).lower_step(batch).compile().cost_analysis()["flops"]
+        for each in (None, Layout.parse(layout))
+    )
     assert one / 8 <= here <= 1.05 * one / 8
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
-def test_a_device_holds_the_bytes_that_are_said(algorithm):
-    """The vocabulary, 37, is no multiple of tensor."""
-    model = dataclasses.replace(MODEL, vocab_size=37, param_dtype="bfloat16")
-    layout, optimizer = Layout.parse("fsdp=4,tensor=2"), OptimizerConfig(algorithm=algorithm, batch_size=BATCH)
-    trainer = Trainer(model, optimizer, layout=layout)
-    state = jax.eval_shape(trainer._new_state, trainer._initial)
+@pytest.mark.parametrize(
+    ("algorithm", "moment_dtype"),
+    [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32"), ("lion", "float32"), ("adafactor", "float32")],
+)
+def test_a_device_holds_the_bytes_that_are_said(algorithm, moment_dtype):
+    """The vocabulary, 37, is no multiple of tensor. Adafactor factors the matrices of the feed-forward."""
+    model = dataclasses.replace(MODEL, vocab_size=37, param_dtype="bfloat16", d_model=128, d_ff=160)
+    layout = Layout.parse("fsdp=4,tensor=2")
+    optimizer = OptimizerConfig(algorithm=algorithm, batch_size=BATCH, moment_dtype=moment_dtype)
+    state = Trainer(model, causal_lm(), optimizer, layout=layout).shapes
     placed, mesh = placed_of(model, layout)
 
     def held(name, *, here):
-        arrays, cuts = (jax.tree.leaves(getattr(tree, name)) for tree in (state, trainer._shardings))
-        shapes = [cut.shard_shape(x.shape) if here else x.shape for x, cut in zip(arrays, cuts, strict=True)]
-        counts = zip(map(math.prod, shapes), arrays, strict=True)
-        return sum(count * x.dtype.itemsize for count, x in counts if count > 3)  # no counts, nor Muon's coefficients
+        arrays = jax.tree.leaves(getattr(state, name))
+        shapes = [x.sharding.shard_shape(x.shape) if here else x.shape for x in arrays]
+        return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, arrays, strict=True))
 
     for here in (True, False):
         said = held_bytes(placed, optimizer, mesh if here else None)

@@ -1,0 +1,87 @@
+"""The cross-entropy that holds a few logits at a time: its value, its gradients, its memory, its devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attnax import TransformerConfig
+from attnax.training import OptimizerConfig, Trainer, causal_lm
+from attnax.training.loss import weighted_cross_entropy
+
+
+def check_close(left, right, atol=1e-6):
+    for one, two in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(one, two, atol=atol)
+
+
+class TestLoss:
+    rng = np.random.default_rng(0)
+    head = {"table": rng.normal(size=(5, 3)).astype("f"), "bias": rng.normal(size=5).astype("f")}
+    hidden = rng.normal(size=(2, 7, 3)).astype("f")
+    targets = rng.integers(0, 5, (2, 7), dtype=np.int32)
+    weights = np.where(np.arange(14) == 8, 0.0, rng.uniform(size=14)).astype("f").reshape(2, 7)
+
+    @pytest.fixture(autouse=True)
+    def small_chunks(self, monkeypatch):
+        monkeypatch.setattr("attnax.training.loss._TOKENS", 4)  # 4 chunks of 2 tokens a row; the last has one padded
+        monkeypatch.setattr("attnax.training.loss._LOGITS", 4)
+
+    @staticmethod
+    def logits_of(head, hidden):
+        return 2.0 * jnp.tanh(hidden @ head["table"].T + head["bias"][None, None])
+
+    def whole(self, head, hidden):
+        losses = optax.softmax_cross_entropy_with_integer_labels(self.logits_of(head, hidden), self.targets)
+        return 3.0 * (losses * self.weights).sum()
+
+    def in_chunks(self, head, hidden):
+        targets, weights = jax.device_put((self.targets, self.weights))
+        return 3.0 * weighted_cross_entropy(self.logits_of, head, jnp.asarray(hidden), targets, weights)
+
+    def results(self, function, head, hidden):
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(head, hidden)
+
+    def test_value_and_gradients_are_those_of_the_whole(self):
+        have, want = (self.results(function, self.head, self.hidden) for function in (self.in_chunks, self.whole))
+        check_close(have, want, atol=5e-6)
+        np.testing.assert_allclose(jax.jit(self.in_chunks)(self.head, self.hidden), want[0], rtol=1e-6)
+
+    def test_a_token_of_weight_0_adds_nothing_even_if_it_is_nan(self):
+        spoiled = self.hidden.copy()
+        spoiled[1, 1] = np.nan
+        have = self.results(self.in_chunks, self.head, spoiled)
+        check_close(have, self.results(self.in_chunks, self.head, self.hidden), atol=0)
+        assert not have[1][1][1, 1].any()
+
+    def test_it_has_the_dtype_of_the_logits(self):
+        with jax.enable_x64():
+            wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (self.head, self.hidden))
+            have = self.results(self.in_chunks, *wide)
+            assert {x.dtype for x in jax.tree.leaves(have)} == {np.dtype("float64")}
+            check_close(have, self.results(self.whole, *wide), atol=1e-12)
+
+    def test_a_cut_batch_stays_where_it_is(self):
+        """Also on a mesh with Explicit axes; no device gathers the rows of another."""
+        mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+        want = self.results(self.in_chunks, self.head, self.hidden)
+        with jax.set_mesh(mesh):
+            cut = jax.device_put(self.hidden, jax.P("rows"))
+            placed = jax.device_put((self.targets, self.weights), jax.P("rows"))
+
+            def in_chunks(head, hidden):
+                return 3.0 * weighted_cross_entropy(self.logits_of, head, hidden, *placed)
+
+            program = jax.jit(jax.value_and_grad(in_chunks, argnums=(0, 1))).lower(self.head, cut).compile()
+            check_close(program(self.head, cut), want)
+        assert "all-gather" not in program.as_text()
+
+
+def test_a_step_holds_no_logits_of_all_tokens():
+    model = TransformerConfig(vocab_size=4093, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 179, 8), jnp.int32)}
+    program = Trainer(model, causal_lm(), OptimizerConfig()).lower_step(batch).as_text()
+    assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "179x3", "537", ""}  # 1253 tokens are 3 chunks
