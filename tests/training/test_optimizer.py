@@ -118,20 +118,16 @@ def test_a_stack_in_a_scan_gets_the_updates_of_one_in_a_loop(algorithm):
     config = OptimizerConfig(algorithm=algorithm, warmup=0.0, learning_rate=1.0, weight_decay=0.5)
 
     @jax.jit
-    def both(grads, params):
-        made = []
-        for name, of in (
-            ("blocks", dict(enumerate(grads))),
-            ("periods", jax.tree.map(lambda *x: jnp.stack(x), *grads)),
-        ):
-            held = dict(enumerate(params)) if name == "blocks" else jax.tree.map(lambda *x: jnp.stack(x), *params)
-            optimizer = config.build()
-            state = optimizer.init({name: held})
-            _, state = optimizer.update(jax.tree.map(lambda x: x * x, {name: of}), state, {name: held})
-            made.append(optimizer.update({name: of}, state, {name: held})[0][name])
-        return made
+    def second_update(grads, params):
+        optimizer = config.build()
+        _, state = optimizer.update(jax.tree.map(jnp.square, grads), optimizer.init(params), params)
+        return optimizer.update(grads, state, params)[0]
 
-    loop, scan = both(grads, params)
+    def stack(layers):
+        return {"periods": jax.tree.map(lambda *x: np.stack(x), *layers)}
+
+    loop = second_update({"blocks": dict(enumerate(grads))}, {"blocks": dict(enumerate(params))})["blocks"]
+    scan = second_update(stack(grads), stack(params))["periods"]
     for layer in range(2):
         check_close(loop[layer], jax.tree.map(lambda x, layer=layer: x[layer], scan), atol=2e-6)
 
