@@ -182,8 +182,8 @@ def training_step(dtype: str) -> Program:
         import train
 
         trainer = train.trainer_of(dtype=dtype)
-        tokens = jax.ShapeDtypeStruct((train.BATCH, train.LENGTH + 1), "int32")
-        return trainer.step, (jax.eval_shape(trainer.init), tokens)
+        tokens = jax.ShapeDtypeStruct((1, train.BATCH, train.LENGTH + 1), "int32")
+        return trainer.step, (trainer.shapes, {"tokens": tokens})
 
     return program
 
@@ -198,7 +198,7 @@ def step_over_devices(*, check_vma: bool, **change: Any) -> Program:
         from jax.sharding import PartitionSpec
 
         trainer = train.trainer_of(**{"dtype": "bfloat16"} | change)
-        params = jax.eval_shape(trainer.init).params
+        params = trainer.shapes.params
         tokens = jax.ShapeDtypeStruct((train.BATCH, train.LENGTH + 1), "int32")
 
         def step(params: Any, tokens: Any) -> Any:

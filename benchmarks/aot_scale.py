@@ -127,7 +127,7 @@ def shapes_of(trainer: Any) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]
     from attnax.nn.axes import parameter_axes
     from attnax.sharding import partition
 
-    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), trainer.model))
+    model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), trainer.config))
     params = nnx.state(model, nnx.Param)
     axes, found = parameter_axes(params), (set[tuple[int, ...]](), set[tuple[int, ...]]())
     for path, variable in nnx.to_flat_state(params):
@@ -164,20 +164,21 @@ def purpose(one: Collective, cut: set[tuple[int, ...]], whole: set[tuple[int, ..
 
 def compile_row(row: Row, text: Path | None) -> Facts:
     """The facts of a row's program, or the compiler's error."""
+    import numpy as np
     from jax.experimental import topologies
 
     from attnax import TransformerConfig
     from attnax.sharding import Layout
-    from attnax.training import OptimizerConfig, Trainer
+    from attnax.training import OptimizerConfig, Trainer, causal_lm
 
     with captured([]):  # libtpu complains that it finds no TPU
         topology = topologies.get_topology_desc(platform="tpu", topology_name=row.model.topology)
     config = TransformerConfig(**row.model.sizes, **LLAMA, max_len=row.length)
     optimizer = OptimizerConfig(batch_size=row.batch)
-    trainer = Trainer(config, optimizer, layout=Layout.parse(row.layout), devices=topology.devices)
+    trainer = Trainer(config, causal_lm(), optimizer, layout=Layout.parse(row.layout), devices=topology.devices)
     try:
         with captured([]):
-            lowered = trainer.lower_step(row.length + 1)
+            lowered = trainer.lower_step({"tokens": np.zeros((1, row.batch, row.length + 1), np.int32)})
             start = time.process_time()
             compiled = lowered.compile()
             seconds = time.process_time() - start

@@ -26,7 +26,7 @@ from _pages import show
 from flax import nnx
 
 from attnax import Layout, TransformerConfig, TransformerLM
-from attnax.training import OptimizerConfig, Trainer, TrainState
+from attnax.training import OptimizerConfig, Trainer, TrainState, causal_lm
 from attnax.training.traffic import abstract_mesh, place_parameters, step_traffic
 
 MODEL = TransformerConfig(
@@ -53,14 +53,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = ("data=8", "fsdp=8", "fsdp=2,tensor=4", "data=2,context=4", "data=2,expert=4", "fsdp=2,tensor=2,context=2")
 BATCH, LENGTH = 16, 64
+SHAPES = {"tokens": jax.ShapeDtypeStruct((1, BATCH, LENGTH + 1), "int32")}
 
 
 def trainer_of(name: str, layout: str | None, updates: int) -> Trainer:
     """The trainer of a model."""
     model = dataclasses.replace(MODEL, **MODELS[name])
     optimizer = OptimizerConfig(steps=updates, batch_size=BATCH)
-    document = 0 if name == "packed" else None
-    return Trainer(model, optimizer, document_token=document, layout=None if layout is None else Layout.parse(layout))
+    objective = causal_lm(document_token=0 if name == "packed" else None)
+    return Trainer(model, objective, optimizer, layout=None if layout is None else Layout.parse(layout))
 
 
 def train(trainer: Trainer, updates: int) -> tuple[list[float], Any]:
@@ -70,7 +71,7 @@ def train(trainer: Trainer, updates: int) -> tuple[list[float], Any]:
     for _ in range(updates):
         start, step = rng.integers(0, 96, (BATCH, 1)), rng.integers(1, 7, (BATCH, 1))
         tokens = (start + step * np.arange(LENGTH + 1)) % 96
-        state, metrics = trainer.step(state, tokens.astype(np.int32))
+        state, metrics = trainer.step(state, {"tokens": tokens[None].astype(np.int32)})
         losses.append(float(metrics.loss))
         if moments is None:
             moments = [np.asarray(x) for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -84,7 +85,7 @@ def flops_of(compiled: Any) -> float:
 
 def said(trainer: Trainer, layout: str) -> float:
     """The bytes that a device moves in a step, by the formulas."""
-    config, mesh = trainer.model, abstract_mesh(Layout.parse(layout).sized(8))
+    config, mesh = trainer.config, abstract_mesh(Layout.parse(layout).sized(8))
     shapes = nnx.state(nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config)), nnx.Param)
     return math.fsum(step_traffic(config, place_parameters(shapes, mesh), mesh, BATCH, LENGTH))
 
@@ -100,7 +101,7 @@ def main() -> None:
             continue
         one = trainer_of(name, None, options.updates)
         losses, moments = train(one, options.updates)
-        flops = flops_of(one.trace_step(LENGTH + 1).lower().compile())
+        flops = flops_of(one.lower_step(SHAPES).compile())
         for layout in LAYOUTS:
             if "expert" in layout and name != "mixture":
                 continue
@@ -110,7 +111,7 @@ def main() -> None:
             largest = max(float(np.abs(x).max()) for x in moments)
             pairs = zip(have_moments, moments, strict=True)
             gradients = max(float(np.abs(x - y).max()) for x, y in pairs) / largest
-            compiled = trainer.lower_step(LENGTH + 1).compile()
+            compiled = trainer.lower_step(SHAPES).compile()
             ratio = "-" if "context" in layout else f"{flops_of(compiled) * 8 / flops:.2f}x"
             bytes_moved = math.fsum(each.num_bytes for each in collectives_of(str(compiled.as_text())))
             moved = f"{bytes_moved / 1e3:,.0f}", f"{said(trainer, layout) / 1e3:,.0f}"

@@ -99,14 +99,14 @@ def learn(
     config: Any, text: Text, *, steps: int, batch: int, learning_rate: float, seed: int = 0, start: Any = None
 ) -> Any:
     """The parameters after some steps of AdamW, which begin with the parameters `start` if given."""
-    from attnax.training import OptimizerConfig, Trainer
+    from attnax.training import OptimizerConfig, Trainer, causal_lm
 
-    trainer = Trainer(config, OptimizerConfig(steps=steps, learning_rate=learning_rate, batch_size=batch))
+    trainer = Trainer(config, causal_lm(), OptimizerConfig(steps=steps, learning_rate=learning_rate, batch_size=batch))
     state = trainer.init()
     if start is not None:
         state = dataclasses.replace(state, params=grown(start, state.params))
     for index in range(steps):
-        state, metrics = trainer.step(state, text.train.batch(index, batch, seed))
+        state, metrics = trainer.step(state, {"tokens": text.train.batch(index, batch, seed)[None]})
         if index % max(1, steps // 10) == 0:
             progress = f"{config.num_layers} layers of {config.d_model}: step {index} of {steps}"
             print(f"{progress}, {metrics.loss / np.log(2):.2f} bits per byte", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ def batches() -> list[np.ndarray]:
 def trainer_of(**change: Any) -> Any:
     """The trainer of Attnax's side; `change` holds other fields of the model's configuration."""
     from attnax import TransformerConfig
-    from attnax.training import OptimizerConfig, Trainer
+    from attnax.training import OptimizerConfig, Trainer, causal_lm
 
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -49,7 +49,7 @@ def trainer_of(**change: Any) -> Any:
         "tie_embeddings": True,
     }
     config = TransformerConfig(**{**fields, **change})
-    return Trainer(config, OptimizerConfig(steps=1000, learning_rate=1e-3))
+    return Trainer(config, causal_lm(), OptimizerConfig(steps=1000, learning_rate=1e-3))
 
 
 def flops() -> float:
@@ -69,7 +69,7 @@ def attnax_side() -> None:
     def work() -> None:
         nonlocal state
         for batch in data:
-            state, metrics = trainer.step(state, batch)
+            state, metrics = trainer.step(state, {"tokens": batch[None]})
             losses.append(float(metrics.loss))
         jax.block_until_ready(state)
 

@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
-import optax
 import tyro
-from flax import nnx
 from written_dates import LOCALES, make_pairs
 
-from attnax import Transformer, TransformerConfig, masks
-from attnax.training.optimizer import OptimizerConfig
+from attnax import EncoderDecoderConfig, Transformer, TransformerConfig, masks
+from attnax.training import OptimizerConfig, Trainer, seq2seq
 from attnax.visualize import plot_attention
 
 PADDING = "\0"
@@ -92,30 +89,20 @@ def main(
         dropout_rate=0.0,
     )
     decoder = dataclasses.replace(encoder, vocab_size=len(TARGET_ALPHABET), num_layers=1)
-    # The model's structure is fixed; its parameters are an argument and a result of the compiled step.
-    graphdef, params, rest = nnx.split(Transformer(nnx.Rngs(seed), encoder=encoder, decoder=decoder), nnx.Param, ...)
-    optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate).build()
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, opt_state, source, target):
-        def loss_of(params):
-            logits = nnx.merge(graphdef, params, rest)(source, target[:, :-1], source_padding_mask=source != 0)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, target[:, 1:]).mean()
-
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    opt_state, losses, rng = optimizer.init(params), [], np.random.default_rng(seed)
+    config = EncoderDecoderConfig(encoder=encoder, decoder=decoder)
+    trainer = Trainer(
+        config, seq2seq(source_padding=0), OptimizerConfig(steps=steps, learning_rate=learning_rate), seed=seed
+    )
+    state, losses, rng = trainer.init(), [], np.random.default_rng(seed)
     for step in range(1, steps + 1):
         sources, targets = buckets[rng.choice(len(buckets), p=shares)]
-        rows = rng.integers(len(sources), size=batch_size)
-        params, opt_state, loss = train_step(params, opt_state, sources[rows], targets[rows])
-        losses.append(loss)
+        rows = rng.integers(len(sources), size=(1, batch_size))  # one microbatch
+        state, metrics = trainer.step(state, {"source": sources[rows], "target": targets[rows]})
+        losses.append(metrics.loss)
         if step % 100 == 0 or step == steps:
             print(f"step {step:4}  loss {np.mean(losses[-100:]):.4f}", flush=True)
 
-    model = nnx.merge(graphdef, params, rest)
+    model = trainer.merge(state.params)
     source = encode([text for text, _ in test], alphabet, longest)
     start, end = TARGET_ALPHABET.index("<"), TARGET_ALPHABET.index(">")
     tokens = model.generate(source, 11, start_token=start, end_token=end, source_padding_mask=source != 0).tokens

@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
-from attnax import TransformerConfig, TransformerLM
+from attnax import TransformerConfig
 from attnax.text import byte_tokenizer
-from attnax.training import OptimizerConfig, TokenStream, Trainer, read_corpus
+from attnax.training import OptimizerConfig, TokenStream, Trainer, causal_lm, read_corpus
 
 CONFIG = TransformerConfig(
     vocab_size=257,
@@ -47,19 +46,18 @@ def main(arguments=None):
     stream = TokenStream(
         tokenizer.encode_documents([d.text for d in itertools.islice(corpus.train, 200)]), CONFIG.max_len
     )
-    trainer = Trainer(CONFIG, OptimizerConfig(steps=options.steps, batch_size=8))
-    graphdef, _ = nnx.split(TransformerLM(nnx.Rngs(0), CONFIG))
+    trainer = Trainer(CONFIG, causal_lm(), OptimizerConfig(steps=options.steps))
 
     @jax.jit
     def statistics(params, tokens):
-        aux = nnx.merge(graphdef, params).run(tokens[:, :-1], deterministic=True).aux
+        aux = trainer.merge(params).run(tokens[:, :-1], deterministic=True).aux
         loads = aux.pop("expert_load")  # one array for each layer with experts; the numbers are sums over these layers
         return {name: value / len(loads) for name, value in aux.items()}, jnp.stack(loads)
 
     state, losses, history = trainer.init(), [], []
     for step in range(options.steps):
         batch = stream.batch(step, 8, seed=0)
-        state, metrics = trainer.step(state, batch)
+        state, metrics = trainer.step(state, {"tokens": batch[None]})
         losses.append(float(metrics.loss))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
             aux, loads = statistics(state.params, jnp.asarray(batch))

@@ -96,7 +96,7 @@ def count(tree):
 
 def test_training_and_decoding_count_every_weight_for_every_token():
     tokens = train.BATCH * train.LENGTH
-    weights = count(jax.eval_shape(train.trainer_of().init).params)
+    weights = count(train.trainer_of().shapes.params)
     pairs = train.LAYERS * train.BATCH * train.HEADS * train.LENGTH * (train.LENGTH + 1) / 2
     attention = 14 * pairs * train.WIDTH / train.HEADS
     assert train.flops() == pytest.approx(
