@@ -85,3 +85,20 @@ def test_a_step_holds_no_logits_of_all_tokens():
     batch = {"tokens": jax.ShapeDtypeStruct((1, 179, 8), jnp.int32)}
     program = Trainer(model, causal_lm(), OptimizerConfig()).lower_step(batch).as_text()
     assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "179x3", "537", ""}  # 1253 tokens are 3 chunks
+
+
+@pytest.mark.contract
+def test_a_loss_of_4096_tokens_and_32_thousand_words_needs_80_megabytes():
+    """The logits of all of them are 524 MB."""
+    rows, width, vocabulary = (8, 512), 64, 32_000
+
+    def logits_of(head, hidden):
+        return jnp.einsum("BTD,VD->BTV", hidden, head)
+
+    def loss(*arguments):
+        return weighted_cross_entropy(logits_of, *arguments)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((vocabulary, width), (*rows, width), rows)]
+    arguments = *shapes[:2], jax.ShapeDtypeStruct(rows, jnp.int32), shapes[2]
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 80e6
