@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from attnax.sharding import AXES, RULES, Axis, current_mesh, gather, partition
 
-__all__ = ["gather_parameters", "parameter_axes", "parameter_shardings"]
+__all__ = ["fsdp_specs", "gather_parameters", "parameter_axes", "parameter_shardings"]
 
 
 def parameter_axes(params: Any) -> dict[tuple[Any, ...], tuple[Axis, ...]]:
@@ -92,5 +92,22 @@ def gather_parameters(params: Any) -> Any:
     axes = parameter_axes(params)
     flat = [
         (path, variable.replace(gather(variable[...], *axes[path]))) for path, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def fsdp_specs(params: Any) -> Any:
+    """`params` with a `PartitionSpec` in place of each array: its cut by fsdp on the mesh around the program.
+
+    For a `shard_map` that gathers parameters itself. None without a mesh, and on a mesh with tensor: XLA would gather a
+    parameter over tensor too.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["tensor"] > 1:
+        return None
+    axes, others = parameter_axes(params), [name for name in AXES if name != "fsdp"]
+    flat = [
+        (path, variable.replace(partition(mesh, variable.shape, axes[path], without=others)))
+        for path, variable in nnx.to_flat_state(params)
     ]
     return nnx.from_flat_state(flat)

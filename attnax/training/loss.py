@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ def weighted_cross_entropy(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    specs: Any = None,
 ) -> Float[Array, ""]:
     """sum_i weights_i * -log softmax(logits_of(head, hidden_i))[targets_i] over all tokens i, in nats.
 
@@ -44,11 +46,14 @@ def weighted_cross_entropy(
         hidden: has gradients.
         targets: no gradients.
         weights: no gradients.
+        specs: under the mesh of a layout, the cut of each array of `head` by fsdp (`attnax.nn.axes.fsdp_specs`); None
+            if they are whole.
 
     Returns:
         The sum, in the dtype of the logits.
 
-    Under the mesh of a layout each device computes the losses of its tokens, and sums travel once.
+    Under the mesh of a layout each device computes the losses of its tokens. The head is gathered once, and its
+    gradient is added up and cut again once.
 
     Raises:
         TypeError: forward-mode differentiation (`jax.jvp`).
@@ -61,14 +66,36 @@ def weighted_cross_entropy(
     # An axis that a spec leaves out costs a sum of gradients over it, also if it is one device.
     by_row += tuple(name for name in axes if mesh.shape[name] == 1)
     spec, dtypes = P(by_row, by_token or None), jax.tree.map(lambda x: x.dtype, head)
+    specs = jax.tree.map(lambda _: P(), head) if specs is None else specs
 
     def local(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
-        head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
+        head = jax.tree.map(_gathered, specs, dtypes, head)
         return jax.lax.psum(_weighted_cross_entropy(logits_of, head, hidden, targets, weights), by_row + by_token)
 
     wide = jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), head)  # gradients of several devices are added so
-    run = jax.shard_map(local, in_specs=(P(), spec, spec, spec), out_specs=P(), axis_names=set(axes), check_vma=False)
+    run = jax.shard_map(local, in_specs=(specs, spec, spec, spec), out_specs=P(), axis_names=set(axes), check_vma=False)
     return run(wide, hidden, targets, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(spec: P, dtype: Any, x: Array) -> Array:
+    """All of an array, of which a device has the part that `spec` says; `dtype` travels, and gradients in that of x."""
+    x = x.astype(dtype)
+    for axis, name in enumerate(spec):
+        if name is not None:
+            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
+
+
+def _scattered(spec: P, _: Any, like: Array, gradient: Array) -> tuple[Array]:
+    gradient = gradient.astype(like.dtype)
+    for axis, name in enumerate(spec):
+        if name is not None:
+            gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=axis, tiled=True)
+    return (gradient,)
+
+
+_gathered.defvjp(lambda spec, dtype, x: (_gathered(spec, dtype, x), jnp.zeros(0, x.dtype)), _scattered)
 
 
 def _weighted_cross_entropy(

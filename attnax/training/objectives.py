@@ -19,7 +19,7 @@ from attnax.checks import wide_dtype
 from attnax.models import MaskedLM, Transformer, TransformerLM, VisionTransformer
 from attnax.models.transformer import TokenHead
 from attnax.nn._run import run_of, runs
-from attnax.nn.axes import gather_parameters
+from attnax.nn.axes import fsdp_specs, gather_parameters
 from attnax.nn.blocks import Output
 from attnax.nn.embeddings import TokenEmbedding
 from attnax.sharding import current_mesh
@@ -290,8 +290,10 @@ def _through_head(
         logits: Array = head(hidden, table)
         return logits
 
-    params = gather_parameters(params)  # once, not in every turn of the loop over tokens
-    return weighted_cross_entropy(logits_of, params, hidden, targets, weights)
+    specs = fsdp_specs(params)
+    if specs is None:
+        params = gather_parameters(params)  # once, not in every turn of the loop over tokens
+    return weighted_cross_entropy(logits_of, params, hidden, targets, weights, specs)
 
 
 def _of_logits(logits: Array, targets: Array, weights: Array) -> Array:

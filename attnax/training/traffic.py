@@ -143,7 +143,7 @@ class Traffic(NamedTuple):
 def step_traffic(
     config: TransformerConfig, placed: Sequence[Placed], mesh: AbstractMesh, batch_size: int, length: int
 ) -> Traffic:
-    """The bytes that a device moves in a step of `Trainer`.
+    """The bytes that a device moves in a step of `Trainer` with one microbatch; each one more reduces gradients again.
 
     Args:
         config: of a `TransformerLM`, with attention of the library.
@@ -180,32 +180,33 @@ class _Step:
         """W (f - 1) / f each time that a parameter is gathered.
 
         A parameter of a layer is gathered once and kept for the backward pass; with `remat` it is gathered again. A
-        table that is the head too is gathered once for each.
+        table that is the head too is gathered once for both, and once for each where tensor cuts.
         """
         if not _has(p, "fsdp"):
             return 0.0
         times = 1 + (self.config.remat != "none")
         if _is_table(p) or _is_head(p):
-            times = 1 + (_is_table(p) and self.config.tie_embeddings)
+            times = 1 + (_is_table(p) and self.config.tie_embeddings and self.num > 1)
         return times * self._whole(p) * (self.fsdp - 1) / self.fsdp
 
     def gradients(self, p: Placed) -> float:
         """W over fsdp, then W / f over d e c, of a parameter that fsdp cuts.
 
         W over d f e and W over c of another parameter of a layer; W over d f c of an expert's matrix; W over d f e c of
-        a table of tokens. A head, and so the table that is one, has W over d f e c besides. A reduction over one device
-        is none.
+        another head or table of tokens, and of a head that tensor cuts too. A table that is the head has the
+        gradients of both. A reduction over one device is none.
         """
         whole, others = self._whole(p), self.data * self.expert * self.context
-        of_head = whole * (self.fsdp * others > 1) if _is_head(p) or self._is_tied(p) else 0.0
+        cut, uncut = whole + whole / self.fsdp * (others > 1), whole * (self.fsdp * others > 1)
+        of_head = cut if _has(p, "fsdp") and self.num == 1 else uncut
         if _is_head(p):
             return of_head
         if _is_expert(p):
             return whole * (self.data * self.fsdp * self.context > 1)
-        if _has(p, "fsdp"):
-            return of_head + whole + whole / self.fsdp * (others > 1)
         if _is_table(p):
-            return of_head + whole * (self.fsdp * others > 1)
+            return (cut if _has(p, "fsdp") else uncut) + of_head * self.config.tie_embeddings
+        if _has(p, "fsdp"):
+            return cut
         return whole * ((self.data * self.fsdp * self.expert > 1) + (self.context > 1))
 
     def tensor(self, p: Placed) -> float:
@@ -280,9 +281,6 @@ class _Step:
         elif "router" in p.path:
             dtype = jnp.promote_types(dtype, jnp.float32)
         return float(p.size(self.mesh, without=("fsdp",)) * dtype.itemsize)
-
-    def _is_tied(self, p: Placed) -> bool:
-        return _is_table(p) and self.config.tie_embeddings
 
 
 def _has(p: Placed, axis: str) -> bool:
