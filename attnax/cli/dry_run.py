@@ -16,6 +16,7 @@ from attnax.sharding import Layout
 from attnax.text import byte_tokenizer
 from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
 from attnax.training import PEAK_FLOPS, Plan, RunFolder, RunOptions, memory_of_device, open_store, plan_training
+from attnax.training.run_data import check_data_options
 from attnax.training.store_format import is_store
 
 __all__ = ["print_plan"]
@@ -36,7 +37,8 @@ def print_plan(options: Train) -> None:
         options: of a new run, or of one to go on with.
 
     Raises:
-        InputError: the model is not possible, or the layout does not divide it; or the folder to go on with is no run.
+        InputError: the model is not possible, or the layout does not divide it; the options ask for what a store or a
+            tokenizer has itself; or the folder to go on with is no run.
     """
     settings, tokenizer = _settings(options)
     layout = layout_anywhere(options.layout, settings)
@@ -58,6 +60,7 @@ def _settings(options: Train) -> tuple[RunOptions, TextTokenizer | None]:
     if options.resume is not None:
         settings, tokenizer, _ = RunFolder(options.resume).load()
         return settings, tokenizer
+    check_data_options(options)
     if options.data is not None and is_store(Path(options.data)):
         tokenizer = open_store(options.data).tokenizer
     elif options.tokenizer == "bpe":

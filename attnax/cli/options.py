@@ -21,7 +21,7 @@ from attnax.generation.candidates import CUTS
 from attnax.generation.samplers import Sampler
 from attnax.sharding import Layout
 from attnax.training.corpus import HELD_OUT
-from attnax.training.run_options import DEFAULT_MODEL, RunOptions, check_seed
+from attnax.training.run_options import DEFAULT_MODEL, RunOptions, check_seed, check_vocab_size
 from attnax.training.text_files import Kind
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ class Tokenize:
             raise InputError(f"--held-out must be above 0 and below 1; got {self.held_out}.")
         if self.shard_tokens < 1:
             raise InputError(f"--shard-tokens must be at least 1; got {self.shard_tokens}.")
-        if self.tokenizer != "bpe" and self.vocab_size != DEFAULT_MODEL.vocab_size:
-            raise InputError(f"--vocab-size is for --tokenizer bpe; got --tokenizer {self.tokenizer}. Leave it out.")
+        check_vocab_size(self.tokenizer, self.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ class Batches:
     source has passes of its own.
 
     Args:
-        rows: the rows, or several sources of rows.
+        rows: the rows, or a list of several sources of rows. A list of dicts is one source, whose rows are in memory.
         batch_size: rows of a microbatch, of all processes together.
         accumulate: microbatches of an update.
         seed: of the order; at least 0 and below 2 ** 32.
@@ -69,7 +69,9 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        sources: Sequence[Any] = rows if isinstance(rows, list | tuple) else [rows]
+        sources: Sequence[Any] = [rows]
+        if isinstance(rows, list | tuple) and not (rows and isinstance(rows[0], Mapping)):
+            sources = rows
         _check(sources, weights, batch_size, accumulate, seed, process_index, process_count)
         orders = [
             grain.MapDataset.source(source).seed(_seed_of(seed, number)).shuffle().repeat()

@@ -213,12 +213,12 @@ class _Scan:
             here = fraction, document.name, len(self.files), len(document)
             lowest = here if lowest is None else min(lowest, here)
             if document.label is not None:
-                self.classes.add(document.label)
-                if len({type(label) for label in self.classes}) > 1:
+                if type(document.label) is not type(next(iter(self.classes), document.label)):
                     raise InputError(
                         f"{path}: labels must all be strings or all be whole numbers; got {document.label!r} of "
                         f"{document.name} beside others."
                     )
+                self.classes.add(document.label)
         if count:
             self.files.append(_File(path, name, longest, count, held, digest.hexdigest()))
             self.num_bytes, self.held_bytes, self.lowest = (

@@ -10,13 +10,13 @@ from attnax.errors import InputError
 from attnax.text.published_tokenizer import TextTokenizer, make_tokenizer
 from attnax.training.corpus import Corpus, read_corpus
 from attnax.training.run_folder import RunFolder
-from attnax.training.run_options import RunOptions
+from attnax.training.run_options import RunOptions, check_vocab_size
 from attnax.training.store import Store, open_store
 from attnax.training.store_format import STORE, is_store
 from attnax.training.store_writer import make_store
 from attnax.training.stream import TokenStream
 
-__all__ = ["RunData", "choose_data", "reopen_data"]
+__all__ = ["RunData", "check_data_options", "choose_data", "reopen_data"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +64,31 @@ class RunData:
         return make_store(self.corpus, self.tokenizer, run.data, on_progress=on_progress)
 
 
+def check_data_options(options: RunOptions) -> None:
+    """Raises InputError if the options of a new run ask for what its store or its tokenizer has itself."""
+    size, default = options.model.vocab_size, RunOptions.model.vocab_size
+    if options.data is not None and is_store(Path(options.data)):
+        asked = {
+            "--tokenizer": options.tokenizer != RunOptions.tokenizer,
+            "--held-out": options.held_out != RunOptions.held_out,
+            "--vocab-size": size != default,
+        }
+        for flag, is_asked in asked.items():
+            if is_asked:
+                raise InputError(f"{flag} is for text; {options.data} is a store, which has its own. Leave it out.")
+    check_vocab_size(options.tokenizer, size)
+
+
 def choose_data(options: RunOptions) -> RunData:
     """The data of a new run.
 
     Raises:
-        InputError: the text or the store cannot be used, or the options ask for another tokenizer than that of a store.
+        InputError: the text or the store cannot be used, or the options ask for what a store or a tokenizer has itself.
     """
+    check_data_options(options)
     if options.data is not None and is_store(Path(options.data)):
         store = open_store(options.data)
         store.require_kind("text")
-        for name in ("tokenizer", "held_out"):
-            if getattr(options, name) != getattr(RunOptions, name):
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} is for text; {options.data} is a store, which has its own. Leave it out.")
         return RunData(store.tokenizer, store=store)
     corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
     return RunData(make_tokenizer(options.tokenizer, corpus.train.sample(), options.model.vocab_size), corpus)

@@ -11,7 +11,7 @@ from attnax.training.corpus import HELD_OUT
 from attnax.training.layer_losses import LOSS_WEIGHTS
 from attnax.training.optimizer import OptimizerConfig
 
-__all__ = ["RunOptions", "check_seed"]
+__all__ = ["RunOptions", "check_seed", "check_vocab_size"]
 
 # These defaults reach few held-out bits per byte after four minutes of training on 2 CPU cores without AVX-512. The
 # model was compared with other widths, depths, contexts, vocabularies, batches and rates, and Muon with AdamW.
@@ -108,3 +108,9 @@ def check_seed(seed: int) -> None:
     """Raises InputError for a seed that JAX does not accept."""
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed must be at least 0 and below 2 ** 32; got {seed}.")
+
+
+def check_vocab_size(tokenizer: str, vocab_size: int) -> None:
+    """Raises InputError for a number of tokens beside a tokenizer that has its own."""
+    if tokenizer != "bpe" and vocab_size != DEFAULT_MODEL.vocab_size:
+        raise InputError(f"--vocab-size is for --tokenizer bpe; got --tokenizer {tokenizer}. Leave it out.")

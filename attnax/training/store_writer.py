@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,7 @@ __all__ = ["SHARD_TOKENS", "make_store"]
 
 SHARD_TOKENS = 1 << 26
 _LOCK = ".lock"
+_SHARD_FILE = re.compile(rf"({'|'.join(PARTS)})-\d{{5,}}\..*")
 
 
 def make_store(
@@ -37,8 +40,9 @@ def make_store(
 ) -> Store:
     """Writes the tokens of a corpus into a folder, with a checksum for each file.
 
-    If the process is killed, the same call goes on after the last finished shard and makes the same files. A store that
-    is complete already is checked and returned. Of the texts and tokens, a few documents are in memory at a time.
+    If the process is killed, the same call goes on after the last finished shard and makes the same files; a shard that
+    was made of another text, which a file held for a while, is made again. A store that is complete already is checked
+    and returned. Of the texts and tokens, a few documents are in memory at a time.
 
     Args:
         corpus: the documents.
@@ -77,7 +81,7 @@ def make_store(
             store = open_store(out)
             _require_plan(out, plan, {key: store.facts.get(key) for key in plan})
         else:
-            shards = _begin(out, plan, content)
+            shards = _begin(out, corpus, plan, content)
             say = on_progress or (lambda _: None)
             say(sum(shard["bytes"] for shard in shards))
             for part in PARTS:
@@ -89,8 +93,8 @@ def make_store(
     return store
 
 
-def _begin(out: Path, plan: dict[str, Any], tokenizer: str) -> list[dict[str, Any]]:
-    """Writes what comes before the shards; returns the shards that an earlier process finished.
+def _begin(out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str) -> list[dict[str, Any]]:
+    """Writes what comes before the shards; returns the shards of this corpus that an earlier process finished.
 
     Raises:
         InputError: the folder holds something else.
@@ -99,7 +103,7 @@ def _begin(out: Path, plan: dict[str, Any], tokenizer: str) -> list[dict[str, An
     if not path.exists():
         if not {found.name for found in out.iterdir()} <= {_LOCK, f"{PROGRESS}.tmp"}:
             raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
-        lines = [plan]
+        shards: list[dict[str, Any]] = []
     else:
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
@@ -109,9 +113,29 @@ def _begin(out: Path, plan: dict[str, Any], tokenizer: str) -> list[dict[str, An
             raise InputError(f"{path} is damaged. Delete {out} and make the store again.") from error
         _require_plan(out, plan, begun)
         require_files(out, lines[1:], verify=True)
-    _write_for_good(path, "".join(json.dumps(line) + "\n" for line in lines))
+        shards = _made_of(corpus, lines[1:])
+    _write_for_good(path, "".join(json.dumps(line) + "\n" for line in [plan, *shards]))
+    kept = {name for shard in shards for name in shard["files"]}
+    for file in out.iterdir():
+        if file.name not in kept and _SHARD_FILE.fullmatch(file.name):
+            file.unlink()
     _write_for_good(out / "tokenizer.json", tokenizer)
-    return lines[1:]
+    return shards
+
+
+def _made_of(corpus: Corpus, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shards up to the first that was made of another text.
+
+    That a file has changed is known at its end alone, when shards of its beginning are finished.
+    """
+    documents = {part: iter(corpus.part(part)) for part in PARTS}
+    for index, shard in enumerate(shards):
+        digest = hashlib.sha256()
+        for document in islice(documents[shard["part"]], shard["documents"]):
+            digest.update(document.content())
+        if digest.hexdigest() != shard["content"]:
+            return shards[:index]
+    return shards
 
 
 def _require_plan(out: Path, plan: dict[str, Any], found: dict[str, Any]) -> None:
@@ -181,7 +205,11 @@ def _encoded(
             if corpus.kind == "text":
                 yield document, {"tokens": text}
             elif corpus.kind == "labels":
-                assert document.label is not None
+                if document.label not in classes:
+                    raise InputError(
+                        f"the file of {document.name} was changed while it was read: the label {document.label!r} is "
+                        "new. Start again."
+                    )
                 yield document, {"tokens": text, "label": np.array([classes[document.label]], np.int32)}
             else:
                 yield document, {"source": text, "target": target}
@@ -211,6 +239,7 @@ class _Shard:
         names += ["label"] if plan["kind"] == "labels" else []
         self._files = {name: _HashedFile(out / f"{self._name}.{name}") for name in names}
         self._documents = self._bytes = 0
+        self._content = hashlib.sha256()
 
     def __enter__(self) -> _Shard:
         return self
@@ -233,6 +262,7 @@ class _Shard:
             little = self._dtype if name in self._starts else values.dtype.newbyteorder("<")
             self._files[name].write(values.astype(little).tobytes())
         self._documents, self._bytes = self._documents + 1, self._bytes + len(document)
+        self._content.update(document.content())
 
     def finish(self) -> dict[str, Any]:
         """Gives the files their names; returns what store.json says about the shard."""
@@ -244,6 +274,7 @@ class _Shard:
             "documents": self._documents,
             "bytes": self._bytes,
             "tokens": self.num_tokens,
+            "content": self._content.hexdigest(),
             "files": {f"{self._name}.{name}": file.finish() for name, file in self._files.items()},
         }
 

@@ -103,18 +103,19 @@ def _read_text(path: Path, name: str, longest: int) -> Iterator[Document]:
                 yield Document(name, text)
             return
         file.seek(0)
-        count, piece = 0, b""
+        count, lines, size = 0, list[bytes](), 0
         while line := file.readline(longest):
             cut = 0 if line.endswith(b"\n") else _begun_character(line)
             if 0 < cut < len(line):  # the character goes to the next piece
                 file.seek(-cut, 1)
                 line = line[:-cut]
-            piece += line
-            if len(piece) >= longest or not line.endswith(b"\n"):
-                yield Document(f"{name}#{count:02d}", piece)
-                count, piece = count + 1, b""
-        if piece:
-            yield Document(f"{name}#{count:02d}", piece)
+            lines.append(line)
+            size += len(line)
+            if size >= longest or not line.endswith(b"\n"):
+                yield Document(f"{name}#{count:02d}", b"".join(lines))
+                count, lines, size = count + 1, [], 0
+        if lines:
+            yield Document(f"{name}#{count:02d}", b"".join(lines))
 
 
 def _begun_character(text: bytes) -> int:

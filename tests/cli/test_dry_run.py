@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from tiny_run import TINY, refuse
+from tiny_run import READY, TINY, refuse
 
 from attnax.cli import main
 from attnax.training import feasible
@@ -53,16 +53,18 @@ def test_a_run_that_goes_on_has_its_own_options(run, plan):
     assert "fsdp=2, 2 devices" in lines and not any("--vocab-size" in line for line in lines)
 
 
-def test_a_store_and_a_tokenizer_have_their_number_of_tokens(plan, corpus, tmp_path_factory):
+def test_a_store_and_a_tokenizer_have_their_number_of_tokens(plan, corpus, capsys, tmp_path_factory):
     store = tmp_path_factory.mktemp("stores") / "store"
     assert main(["tokenize", str(corpus), "--out", str(store), "--tokenizer", "bytes"]) == 0
     count = 257 * 16 + 2 * 256 + 2 * 128 + 3 * 384 + 3 * 16
     for flag in ("--data", "--tokenizer"):
-        lines = plan(*TINY, flag, store)
+        lines = plan(*READY, flag, store)
         assert lines[0] == f"{count:,} parameters, float32" and not any("--vocab-size" in line for line in lines)
+        line = refuse(capsys, "train", "--dry-run", *TINY, flag, store)
+        assert "--vocab-size is for" in line and str(store) in line and "Leave it out" in line
 
 
 def test_the_memory_of_the_machine_stands_beside(plan, monkeypatch):
     monkeypatch.setattr("attnax.cli.dry_run.memory_of_device", lambda: 7e9)
-    assert "7.0 GB this machine" in plan(*TINY, "--tokenizer", "bytes")
+    assert "7.0 GB this machine" in plan(*READY, "--tokenizer", "bytes")
     assert feasible.memory_of_device() > 1e9

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_run import TINY, refuse
+from tiny_run import READY, refuse
 
 from attnax.cli import main
 from attnax.cli import tokenize as command
@@ -59,7 +59,7 @@ def test_ctrl_c_and_the_same_command_again_make_the_same_store(make, tmp_path, c
         patch.setattr(store_writer._Shard, "finish", interrupt)
         assert make("store", "--shard-tokens", "2000") == 130
     assert "the same command goes on after the last finished shard" in capsys.readouterr().out
-    line = refuse(capsys, "train", "--data", tmp_path / "store", "--out", tmp_path / "run", *TINY)
+    line = refuse(capsys, "train", "--data", tmp_path / "store", "--out", tmp_path / "run", *READY)
     assert "is an incomplete store: its process was stopped" in line and not (tmp_path / "run").exists()
     assert make("store", "--shard-tokens", "2000") == 0
     assert files_of(tmp_path / "store") == files_of(tmp_path / "whole")
@@ -113,7 +113,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, tmp_path, monkeypatch
 def test_a_run_on_a_store_is_the_run_on_its_text(corpus, run, tmp_path):
     """The store is made with the tokenizer of the run, so that both see the same tokens in the same order."""
     assert main(["tokenize", str(corpus), "--out", str(tmp_path / "store"), "--tokenizer", str(run)]) == 0
-    assert main(["train", "--data", str(tmp_path / "store"), "--out", str(tmp_path / "run"), *TINY]) == 0
+    assert main(["train", "--data", str(tmp_path / "store"), "--out", str(tmp_path / "run"), *READY]) == 0
     results = [json.loads((path / "result.json").read_text()) for path in (run, tmp_path / "run")]
     assert results[0] == results[1]
     assert not (tmp_path / "run" / "data").exists() and (run / "data" / "store.json").exists()
@@ -122,7 +122,7 @@ def test_a_run_on_a_store_is_the_run_on_its_text(corpus, run, tmp_path):
 @pytest.mark.contract
 def test_a_run_with_a_published_tokenizer_writes(corpus, published, tmp_path, write):
     out = tmp_path / "run"
-    flags = ["--out", str(out), "--tokenizer", str(published), *TINY, "--steps", "1", "--pack"]
+    flags = ["--out", str(out), "--tokenizer", str(published), *READY, "--steps", "1", "--pack"]
     assert main(["train", "--data", str(corpus), *flags]) == 0
     assert json.loads((out / "result.json").read_text())["held_out_bits_per_byte"] > 0
     assert open_store(out / "data").tokenizer.to_json() != byte_tokenizer().to_json()

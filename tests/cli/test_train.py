@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_run import TINY, refuse
+from tiny_run import READY, TINY, refuse
 
 from attnax import TransformerConfig
 from attnax.cli import main
@@ -91,8 +91,8 @@ def test_flags_become_the_trainer(capsys, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("attnax.cli.session.Trainer", trainer)
     monkeypatch.setattr("attnax.cli.session.causal_lm", lambda **options: options)
     packed = ["--tokenizer", "bytes", "--pack", "--algorithm", "adamw", "--router-z-loss", "0.5", "--ema", "0.9"]
-    for flags in (["--seed", "7"], packed):
-        assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *TINY, *flags)
+    for flags in ([*TINY, "--seed", "7"], [*READY, *packed]):
+        assert "no training" in refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *flags)
     (model, optimizer, seed, document_token, losses), packed = made
     assert losses == {"load_balance_loss": 0.01, "router_z_loss": 0.001} and packed[4]["router_z_loss"] == 0.5
     assert (optimizer.algorithm, packed[1].algorithm) == ("muon", "adamw")
@@ -127,7 +127,7 @@ def test_a_run_opens_with_the_average_of_its_parameters_too(run, corpus, tmp_pat
 def test_a_run_of_packed_bytes_that_was_given_no_folder_takes_the_next(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "000" / "of another").mkdir(parents=True)
-    assert main(["train", "--data", str(corpus), *TINY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
+    assert main(["train", "--data", str(corpus), *READY, "--steps", "1", "--tokenizer", "bytes", "--pack"]) == 0
     config = json.loads((tmp_path / "runs" / "001" / "config.json").read_text())
     assert config["options"]["model"]["vocab_size"] == 257 and (tmp_path / "runs" / "001" / "result.json").exists()
 

@@ -114,6 +114,16 @@ class TestOrder:
         assert tokens.read == 2 * 2 * 401
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_rows_is_one_source(kind):
+    rows = kind({"x": np.full(3, number)} for number in range(5))
+    batches = Batches(rows, batch_size=5, seed=1)
+    for update in range(3):
+        assert sorted(batches[update]["x"][0, :, 0]) == [0, 1, 2, 3, 4]
+    mixture = Batches([rows, kind([{"x": np.full(3, 9)}])], batch_size=4)[0]["x"][0, :, 0]
+    assert (mixture == 9).sum() == 2
+
+
 class TestMixture:
     def sources(self):
         return [TokenStream(TOKENS[: 7 * size + 1] + 1000 * number, 7) for number, size in enumerate((5, 13))]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +11,7 @@ import pytest
 from attnax.errors import InputError
 from attnax.training import corpus as corpus_module
 from attnax.training import read_corpus
-from attnax.training.text_files import read_documents
+from attnax.training.text_files import LONGEST, read_documents
 
 
 class TestCorpus:
@@ -189,6 +190,13 @@ class TestReading:
         assert [piece.name for piece in pieces] == [*(f"long.txt#{index:02d}" for index in range(5)), "short.txt"]
         assert b"".join(piece.text for piece in pieces[:-1]) == text
         assert all(piece.text.endswith(b"\n") and len(piece) >= 100 for piece in pieces[:4])
+
+    def test_a_long_file_takes_a_time_that_grows_with_its_size_alone(self, tmp_path):
+        """Some hundredths of a second; ten seconds where each line copies what came before it."""
+        (tmp_path / "long.txt").write_bytes((b"x" * 31 + b"\n") * (LONGEST // 32 + 1))
+        start = time.process_time()
+        sizes = [len(document) for document in read_documents(tmp_path / "long.txt", "long", "text")]
+        assert time.process_time() - start < 2 and sizes == [LONGEST, 32]
 
     def test_no_character_is_cut(self, tmp_path):
         text = "aé日😀" * 50

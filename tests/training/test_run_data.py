@@ -7,13 +7,13 @@ import shutil
 import pytest
 from small_tokenizers import AROUND, END, START, byte_level, copy_of
 
-from attnax import TransformerConfig
 from attnax.errors import InputError
 from attnax.text import byte_tokenizer, find_tokenizer
 from attnax.training import RunFolder, RunOptions, make_store, read_corpus
 from attnax.training.run_data import choose_data, reopen_data
 
-MODEL = TransformerConfig(vocab_size=257, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
+MODEL = dataclasses.replace(RunOptions.model, d_model=8, num_heads=2, num_layers=1, d_ff=8, max_len=16)
+WITH_A_SIZE = dataclasses.replace(MODEL, vocab_size=300)
 
 
 @pytest.fixture
@@ -92,6 +92,10 @@ class TestStores:
             choose_data(options)
         with pytest.raises(InputError, match="--held-out is for text"):
             choose_data(dataclasses.replace(options, tokenizer="bpe", held_out=0.5))
+        with pytest.raises(
+            InputError, match="--vocab-size is for text; .* is a store, which has its own. Leave it out"
+        ):
+            choose_data(dataclasses.replace(options, tokenizer="bpe", model=WITH_A_SIZE))
 
     def test_incomplete_ones_and_those_of_rows_are_refused(self, store, tmp_path):
         options = RunOptions(data=str(store.path), model=MODEL)
@@ -104,6 +108,13 @@ class TestStores:
         make_store(read_corpus(str(tmp_path / "a.jsonl")), byte_tokenizer(), tmp_path / "labels")
         with pytest.raises(InputError, match="must be a store of text; got one of labels"):
             choose_data(dataclasses.replace(options, data=str(tmp_path / "labels")))
+
+
+def test_a_tokenizer_that_is_there_has_its_own_number_of_tokens(texts):
+    options = RunOptions(data=str(texts), tokenizer="bytes", model=WITH_A_SIZE)
+    with pytest.raises(InputError, match="--vocab-size is for --tokenizer bpe; got --tokenizer bytes. Leave it out"):
+        choose_data(options)
+    assert choose_data(dataclasses.replace(options, tokenizer="bpe")).tokenizer.vocab_size <= 300
 
 
 @pytest.mark.parametrize("as_store", [False, True])

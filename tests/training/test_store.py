@@ -129,6 +129,61 @@ def test_a_store_whose_process_was_killed_is_finished_to_the_same_files(
             assert file.stat().st_mtime_ns == time, file  # shards that were finished are not written again
 
 
+class TestAnotherTextForAWhile:
+    """A file changes while it is read, and is put back: shards that were made meanwhile are made again."""
+
+    TEXT = "".join(f"line number {index}\n" for index in range(100))
+
+    @pytest.fixture(autouse=True)
+    def one_text_at_a_time(self, monkeypatch):
+        monkeypatch.setattr(module, "LONGEST", 4)
+
+    def test_the_end_of_the_file_tells(self, tmp_path):
+        other = self.TEXT.replace("line", "LINE") + "more\n" * 100  # of more shards
+        self.check(tmp_path, other, lambda: pytest.raises(InputError, match=r"long.txt was changed while it was read"))
+
+    def test_a_process_that_was_killed_did_not_see_the_end(self, tmp_path, monkeypatch):
+        finish, killing = module._Shard.finish, pytest.MonkeyPatch()
+
+        def killed(self):
+            if self._name == "train-00005":
+                killing.undo()
+                raise Killed
+            return finish(self)
+
+        def stop():
+            killing.setattr(module._Shard, "finish", killed)
+            return pytest.raises(Killed)
+
+        self.check(tmp_path, self.TEXT.replace("line", "LINE"), stop)
+
+    def check(self, folder, other, stopping):
+        path, out = folder / "long.txt", folder / "store"
+        path.write_text(self.TEXT)
+        corpus = read_corpus(str(path), held_out=0.2)
+        whole = make_store(corpus, byte_tokenizer(), folder / "whole", shard_tokens=140)
+        same = len(self.TEXT) // 4
+        path.write_text(self.TEXT[:same] + other[same:])
+        with stopping():
+            make_store(corpus, byte_tokenizer(), out, shard_tokens=140)
+        assert len(progress(out)) > 4
+        path.write_text(self.TEXT)
+        first = out / "train-00000.tokens"
+        before = first.stat().st_mtime_ns
+        assert files_of(make_store(corpus, byte_tokenizer(), out, shard_tokens=140).path) == files_of(whole.path)
+        assert first.stat().st_mtime_ns == before  # a shard of the corpus's text is kept
+
+    def test_a_new_label(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": "a", "label": index % 2}) + "\n" for index in range(9)))
+        corpus = read_corpus(str(path))
+        path.write_text(path.read_text().replace('"label": 1', '"label": 7'))
+        with pytest.raises(
+            InputError, match=r"the file of a.jsonl#\d was changed while it was read: the label 7 is new"
+        ):
+            make_store(corpus, byte_tokenizer(), tmp_path / "store")
+
+
 def progress(path):
     with contextlib.suppress(FileNotFoundError):
         return (path / "progress.jsonl").read_text().splitlines()
