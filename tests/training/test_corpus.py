@@ -191,12 +191,19 @@ class TestReading:
         assert b"".join(piece.text for piece in pieces[:-1]) == text
         assert all(piece.text.endswith(b"\n") and len(piece) >= 100 for piece in pieces[:4])
 
-    def test_a_long_file_takes_a_time_that_grows_with_its_size_alone(self, tmp_path):
-        """Some hundredths of a second; ten seconds where each line copies what came before it."""
-        (tmp_path / "long.txt").write_bytes((b"x" * 31 + b"\n") * (LONGEST // 32 + 1))
+    def test_a_long_file_takes_time_in_proportion_to_its_size(self, tmp_path):
+        """Less than a tenth of a second; nine where each line copies what came before it."""
+        (tmp_path / "long.txt").write_bytes(b"1234567\n" * (LONGEST // 8 + 1))
         start = time.process_time()
         sizes = [len(document) for document in read_documents(tmp_path / "long.txt", "long", "text")]
-        assert time.process_time() - start < 2 and sizes == [LONGEST, 32]
+        assert time.process_time() - start < 1.5 and sizes == [LONGEST, 8]
+
+    def test_many_labels_take_time_in_proportion_to_their_rows(self, tmp_path):
+        """About a tenth of a second; four where each row visits all labels."""
+        path = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": index} for index in range(20_000)])
+        start = time.process_time()
+        corpus = read_corpus(path)
+        assert time.process_time() - start < 1.5 and corpus.classes == tuple(range(20_000))
 
     def test_no_character_is_cut(self, tmp_path):
         text = "aé日😀" * 50
