@@ -59,7 +59,7 @@ def _settings(options: Train) -> tuple[RunOptions, TextTokenizer | None]:
         settings, tokenizer, _ = RunFolder(options.resume).load()
         return settings, tokenizer
     if options.data is not None and is_store(Path(options.data)):
-        tokenizer = open_store(options.data).tokenizer
+        tokenizer = open_store(options.data, verify=False).tokenizer
     elif options.tokenizer == "bpe":
         return options, None
     else:
