@@ -17,13 +17,14 @@ from attnax.errors import InputError
 from attnax.pretrained.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from attnax.cli.launch import Launch
     from attnax.cli.options import Bench, Generate, Inspect, Train
 
 _EXTRAS = {  # the extra that installs a package
     **dict.fromkeys(("tyro", "tokenizers", "huggingface_hub"), "pretrained"),
     **dict.fromkeys(("filelock", "matplotlib", "optax", "orbax", "tqdm"), "train"),
 }
-_COMMANDS = ("train", "generate", "inspect", "bench")
+_COMMANDS = ("train", "launch", "generate", "inspect", "bench")
 _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words
 
 
@@ -64,17 +65,22 @@ def _refuse(*lines: str) -> int:
     return 2
 
 
-def _parse(arguments: Sequence[str]) -> Train | Generate | Inspect | Bench:
+def _parse(arguments: Sequence[str]) -> Train | Launch | Generate | Inspect | Bench:
     """The options; an error that tyro prints as a box of several lines becomes an InputError of one line."""
     import tyro
-
-    from attnax.cli.options import Bench, Generate, Inspect, Train
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
+            if arguments[:1] == ["launch"]:
+                from attnax.cli.launch import read_launch  # without JAX, which the other options import
+
+                return read_launch(arguments[1:])
+            from attnax.cli.launch import Launch
+            from attnax.cli.options import Bench, Generate, Inspect, Train
+
             return tyro.cli(
-                Train | Generate | Inspect | Bench,
+                Train | Launch | Generate | Inspect | Bench,
                 prog="attnax",
                 description="Train a language model on text, write with it or a published one, and time attention.",
                 args=list(arguments),
@@ -97,7 +103,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     rules = [index for index, rule in enumerate(is_rule) if rule]
     message = " ".join(lines[rules[0] + 1 : rules[1]])
     # These names are tyro's, not flags.
-    message = re.sub(r"^Error parsing \S*(Train|Generate|Inspect|Bench|inner__\S*): ", "", message)
+    message = re.sub(r"^Error parsing \S*(Train|Launch|Generate|Inspect|Bench|inner__\S*): ", "", message)
     message = _CHOICES.sub(r"cannot read '\2' as \1", message)
     command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
     if arguments and not command and not arguments[0].startswith("-"):
