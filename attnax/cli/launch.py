@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from attnax.launcher import Job, run
 __all__ = ["Launch", "launch", "read_launch"]
 
 # Flags of `train` that are no part of a run, so that they stand beside --resume too; those of `_VALUED` take a value.
-_VALUED = ("--layout", "--max-skipped", "--profile", "--peak-flops")
-_BARE = ("--tensorboard", "--compile-cache", "--no-compile-cache")
+_VALUED = ("--layout", "--max-skipped")
+_BARE = ("--compile-cache", "--no-compile-cache")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +89,12 @@ def go_on(words: Sequence[str]) -> list[str]:
         return list(words)
     kept, rest = [], iter(words[1:])
     for word in rest:
-        flag, _, value = word.partition("=")
-        if flag in _VALUED:
-            kept += [word] if value else [word, *next(([found] for found in rest), [])]
-        elif flag in _BARE:
+        flag, has_value, _ = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in (*_VALUED, *_BARE):
             kept.append(word)
+        if flag in _VALUED and not has_value:
+            kept += itertools.islice(rest, 1)
     return ["train", "--resume", str(folder), *kept]
 
 

@@ -22,6 +22,7 @@ _WRONG_USE = 2  # the exit code of a command that was called wrongly: it would b
 _AFTER_FAILURE, _AFTER_REQUEST = 5.0, 20.0  # seconds from SIGTERM to SIGKILL; a process that was asked may be saving
 _LOOK = 0.1  # seconds from a look at the processes to the next
 _MEET = 600.0  # seconds in which the launchers of all nodes must have met
+_CALL = 1.0  # seconds from a call of node 0's launcher to the next
 _LONGEST_PAUSE = 30.0  # seconds before a restart
 _SECOND = "a second signal came."
 
@@ -91,7 +92,7 @@ def _follow(job: Job, signals: _Signals) -> int:
             if time.monotonic() > until:
                 _say(f"the launcher of node 0 must be at {job.coordinator} within {_MEET:.0f} s; it was not.")
                 return 1
-            signals.sleep(1.0)
+            signals.sleep(_CALL)
             continue
         try:
             return _obey(job, link, signals)

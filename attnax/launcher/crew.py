@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import signal
@@ -18,6 +19,7 @@ from attnax.launcher.pulse import Pulse
 
 __all__ = ["Crew", "End"]
 
+_FOR_STACKS = 1.0  # seconds in which processes print them
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a process that was asked to stop."""
 
@@ -78,10 +80,10 @@ class Crew:
                     start_new_session=True,
                 )
                 self._processes.append(process)
-                for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                for pipe, stream in ((process.stdout, "stdout"), (process.stderr, "stderr")):
                     assert pipe is not None
                     os.set_blocking(pipe.fileno(), False)
-                    self._lines.append(Lines(f"[{name}] ", out.buffer))
+                    self._lines.append(Lines(f"[{name}] ", functools.partial(_write, stream)))
                     self._selector.register(pipe, selectors.EVENT_READ, self._lines[-1])
             stack.pop_all()
         return self
@@ -136,7 +138,7 @@ class Crew:
             for index, process in enumerate(self._processes):
                 if index not in self._ended and self._pulses[index].has_beaten:  # others would be killed by it
                     process.send_signal(signal.SIGUSR1)
-            self._wait(1.0)
+            self._wait(_FOR_STACKS)
         self.signal(signal.SIGTERM)
         self._wait(grace)
         self._kill()
@@ -170,17 +172,25 @@ class Crew:
 
     def _close(self) -> None:
         self._kill()
-        for key in list(self._selector.get_map().values()):
-            with contextlib.suppress(BlockingIOError):  # a grandchild in a session of its own still holds the pipe
-                while data := os.read(key.fd, 1 << 16):
-                    key.data.feed(data)
-        for lines in self._lines:
-            lines.flush()
-        for process in self._processes:
-            for pipe in (process.stdout, process.stderr):
-                assert pipe is not None
-                pipe.close()
-        self._selector.close()
+        with contextlib.ExitStack() as stack:  # the terminal may be gone
+            stack.callback(self._selector.close)
+            for process in self._processes:
+                for pipe in (process.stdout, process.stderr):
+                    assert pipe is not None
+                    stack.enter_context(pipe)
+            for key in list(self._selector.get_map().values()):
+                with contextlib.suppress(BlockingIOError):  # a grandchild in a session of its own still holds the pipe
+                    while data := os.read(key.fd, 1 << 16):
+                        key.data.feed(data)
+            for lines in self._lines:
+                lines.flush()
+
+
+def _write(stream: str, data: bytes) -> None:
+    """Writes bytes to a standard stream as they are: whether they are text is the affair of the process."""
+    out = getattr(sys, stream)
+    out.buffer.write(data)
+    out.flush()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

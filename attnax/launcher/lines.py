@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import BinaryIO
+from collections.abc import Callable
 
 __all__ = ["Lines"]
 
@@ -15,8 +15,8 @@ _WAIT = 0.5  # seconds, after which the begin of a line is shown: a bar of progr
 class Lines:
     """Writes the lines of a stream with a prefix; a carriage return ends a line too."""
 
-    def __init__(self, prefix: str, out: BinaryIO):
-        self._prefix, self._out, self._rest, self._since = prefix.encode(), out, b"", 0.0
+    def __init__(self, prefix: str, write: Callable[[bytes], object]):
+        self._prefix, self._put, self._rest, self._since = prefix.encode(), write, b"", 0.0
 
     def feed(self, data: bytes) -> None:
         """Takes the next bytes of the stream."""
@@ -37,5 +37,4 @@ class Lines:
     def _write(self, *lines: bytes) -> None:
         text = b"".join(self._prefix + line + b"\n" for line in lines if line)
         if text:
-            self._out.write(text)
-            self._out.flush()
+            self._put(text)

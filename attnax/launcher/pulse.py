@@ -34,7 +34,7 @@ def beat(checkpoint: int | None = None) -> None:
     if path is None:
         return
     if not os.path.exists(path):
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # whatever sys.stderr is now
         _end_with_launcher()
         Path(path).touch()
     if checkpoint is None:
