@@ -151,7 +151,7 @@ def barrier(name: str, seconds: float) -> None:
         ProcessError: a process is not here within the limit, or has ended.
 
     Example:
-        >>> barrier("the checkpoint is complete", seconds=300)  # one process has nobody to wait for
+        >>> barrier("the checkpoint is complete", seconds=300.0)  # one process has nobody to wait for
     """
     client = _runtime.global_state.client
     if client is None:
@@ -174,7 +174,7 @@ def gather(name: str, text: str, seconds: float) -> tuple[str, ...]:
         ProcessError: as for `barrier`.
 
     Example:
-        >>> gather("digests", "e3b0c442", seconds=60)
+        >>> gather("digests", "e3b0c442", seconds=60.0)
         ('e3b0c442',)
     """
     client = _runtime.global_state.client
