@@ -1,6 +1,7 @@
 """Small programs that a launcher starts. They import no JAX, and most not even Attnax, so that they start at once."""
 
 import sys
+import time
 from pathlib import Path
 
 from attnax.launcher import Job
@@ -27,9 +28,13 @@ def job(code, processes=1, **options):
     return Job(words=lambda again: program(code), processes=processes, **options)
 
 
-def is_running(number):
-    """Whether a process runs; one that was killed and that its new parent has not collected yet does not."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def ends(number):
+    """Whether a process ends within seconds; one that was killed and that its parent has not collected has ended."""
+    for _ in range(1000):
+        try:
+            if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False

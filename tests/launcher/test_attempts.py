@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from children import is_running, job
+from children import ends, job
 
 from attnax.errors import InputError
 from attnax.launcher import Job, attempts, run
@@ -57,7 +57,7 @@ wait()
     assert "process 1 was ended by SIGKILL." in err
     numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"\[\d\]", "", out))]
     assert len(numbers) == 4
-    assert not any(is_running(number) for number in numbers)
+    assert all(ends(number) for number in numbers)
 
 
 def test_a_stopped_process_is_found_and_the_stacks_of_the_others_are_printed(capsys):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from children import ROOT, is_running, program
+from children import ROOT, ends, program
 
 from attnax.launcher import beat, pulse
 from attnax.launcher.pulse import Pulse
@@ -53,4 +53,4 @@ subprocess.run({program(child)!r})
         number = int(launcher.stdout.readline())
         launcher.send_signal(signal.SIGKILL)
         assert launcher.stdout.read() == ""  # the child held the pipe too, and has ended
-    assert not is_running(number)
+    assert ends(number)
