@@ -60,7 +60,7 @@ def _attempts(job: Job, others: Followers | Alone, signals: _Signals) -> int:
         if not _meet(others, signals):
             return signals.code or 1
         address = f"{job.host}:{free_port(job.interface)}"
-        _say(f"attempt {attempt}: {job.processes * job.nodes} processes, coordinator {address}")
+        _say(_start_of(job, attempt, address))
         others.tell(start=attempt, address=address)
         with tempfile.TemporaryDirectory(prefix="attnax-") as folder, _crew(job, attempt, address, folder) as crew:
             end = _watch(crew, others, signals)
@@ -122,7 +122,7 @@ def _obey(job: Job, link: Link, signals: _Signals) -> int:
                 return signals.code
             continue
         attempt, address = int(message["start"]), str(message["address"])
-        _say(f"attempt {attempt}: {job.processes} processes of this node, coordinator {address}")
+        _say(_start_of(job, attempt, address))
         with tempfile.TemporaryDirectory(prefix="attnax-") as folder, _crew(job, attempt, address, folder) as crew:
             order = _report(crew, link, signals)
             if "exit" in order:
@@ -180,6 +180,11 @@ def _crew(job: Job, attempt: int, address: str, folder: str) -> Crew:
         job.environment(index, address, attempt, Path(folder) / str(first + index)) for index in range(job.processes)
     ]
     return Crew(job.line(attempt > 1), environments, first, Path(folder), job.stall)
+
+
+def _start_of(job: Job, attempt: int, address: str) -> str:
+    count = job.processes * job.nodes
+    return f"attempt {attempt}: {job.processes} of {count} processes start here, coordinator {address}."
 
 
 def _grace(end: End, signals: _Signals) -> float:
