@@ -92,8 +92,7 @@ class Crew:
         self._close()
 
     @property
-    def is_done(self) -> bool:
-        """Whether all processes have ended."""
+    def _is_done(self) -> bool:
         return len(self._ended) == len(self._processes)
 
     def checkpoint(self) -> int:
@@ -111,15 +110,21 @@ class Crew:
             if index in self._ended:
                 continue
             if process.poll() is None:
-                silence = self._pulses[index].silence()
-                if self._stall and silence > self._stall:
-                    return End(1, f"process {name} is stuck: it has not beaten for {silence:.0f} s.", is_stall=True)
                 continue
             self._ended.add(index)
             _kill_group(process)  # readers and writers that it left behind
             if process.returncode:
                 return _end_of(name, process.returncode)
-        return End(0, "all processes have ended.") if self.is_done else None
+        return End(0, "all processes have ended.") if self._is_done else self._stalled()
+
+    def _stalled(self) -> End | None:
+        """The end of an attempt in which a process is stuck. It names those too that wait for that process by now."""
+        running = [index for index in range(len(self._processes)) if index not in self._ended]
+        silences = {self._names[index]: self._pulses[index].silence() for index in running}
+        if not self._stall or max(silences.values()) <= self._stall:
+            return None
+        names = ", ".join(str(name) for name, silence in silences.items() if silence > self._stall / 2)
+        return End(1, f"stuck: process {names} has not beaten for {max(silences.values()):.0f} s.", is_stall=True)
 
     def signal(self, number: int) -> None:
         """Sends a signal to the processes that run, not to their children."""

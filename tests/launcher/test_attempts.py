@@ -74,7 +74,7 @@ while True:
 """
     assert run(job(code, processes=2, stall=0.5)) == 1
     err = capsys.readouterr().err
-    assert re.search(r"process 1 is stuck: it has not beaten for \d+ s\.", err)
+    assert re.search(r"stuck: process 1 has not beaten for \d+ s\.", err)
     assert re.search(r"\[0\] Current thread .*\n\[0\]   File .* in update\n", err)
 
 
