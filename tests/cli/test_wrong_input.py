@@ -112,10 +112,13 @@ class TestWrongInput:
             ("train --vocab-size 100", "got --vocab-size 100"),
             ("train --frobnicate 3", "--frobnicate"),
             ("train --tokenizer words", "words"),
-            ("frobnicate", "there is no command 'frobnicate'; the commands are train, generate, inspect, bench"),
+            (
+                "frobnicate",
+                "there is no command 'frobnicate'; the commands are train, launch, generate, inspect, bench",
+            ),
             ("generate {run} --max-new-tokens ten", "cannot read 'ten' as {None}|INT. See attnax generate --help."),
             ("generate", "FOLDER"),
-            ("", "train, generate"),
+            ("", "train, launch, generate"),
         ],
     )
     def test_flags_out_of_range(self, capsys, run, corpus, tmp_path, monkeypatch, arguments, words):
