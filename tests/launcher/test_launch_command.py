@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from children import ROOT, program
 
+from attnax import cli, distributed
 from attnax.cli import main
 from attnax.cli.launch import _BARE, _VALUED, Launch, go_on
 from attnax.errors import InputError
@@ -93,3 +94,14 @@ print(sorted(loaded & {"jax", "jaxlib", "numpy", "flax", "optax"}), len(sys.modu
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout == "[] True\n"
+
+
+def test_a_command_that_fails_does_not_wait_for_other_processes(monkeypatch):
+    left = []
+    monkeypatch.setattr(cli, "_use_huge_pages", lambda: None)
+    monkeypatch.setattr(distributed, "leave", left.append)
+    for code in (0, 1, 2, 130, 143):
+        monkeypatch.setattr(cli, "main", lambda arguments, code=code: code)
+        with pytest.raises(SystemExit, match=str(code)):
+            cli.entry()
+    assert left == [1, 2]
