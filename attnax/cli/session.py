@@ -16,6 +16,7 @@ from attnax.cli.progress import Progress
 from attnax.cli.run_tokens import RunTokens
 from attnax.cli.stopwatch import Stopwatch
 from attnax.cli.trace import Trace, read_updates
+from attnax.distributed import beat
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.sharding import Layout
@@ -30,6 +31,7 @@ from attnax.training import (
     Trainer,
     TrainState,
     causal_lm,
+    latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
@@ -183,9 +185,11 @@ class Session:
                         # The look is first: a process that is killed between the two evaluates again.
                         metric = self._look_at_held_out() if is_look else None
                         if is_save:
+                            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
                             self.checkpoints.save(self.step, _parts(self.state), metric=metric)
                 self.checkpoints.check()
             self.checkpoints.wait()
+            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
         return not (stop or received)
 
     def _start_stopwatch(self) -> Stopwatch:
@@ -242,6 +246,7 @@ class Session:
             **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
             **times,
         )
+        beat()
         require_finite(made.step, metrics, skipped=self.skipped, max_skipped=self.max_skipped)
         self._progress.advance(made.step, loss)
 
