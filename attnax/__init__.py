@@ -10,6 +10,7 @@ from attnax.lazy import lazy_imports
 __version__ = "0.3.0.dev0"
 
 with lazy_imports(globals()):
+    from attnax import distributed as distributed
     from attnax import generation as generation
     from attnax import kernels as kernels
     from attnax import masks as masks

@@ -18,6 +18,9 @@ def entry() -> None:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    distributed = sys.modules.get("attnax.distributed")
+    if distributed is not None and code not in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        distributed.leave(code)  # the other processes would be waited for
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ from attnax.errors import InputError
 from attnax.pretrained.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from attnax.cli.launch import Launch
     from attnax.cli.options import Bench, Generate, Inspect, Tokenize, Train
 
 _EXTRAS = {  # the extra that installs a package
@@ -26,7 +27,7 @@ _EXTRAS = {  # the extra that installs a package
     "pyarrow": "parquet",
     "tensorboardX": "tensorboard",
 }
-_COMMANDS = ("train", "tokenize", "generate", "inspect", "bench")
+_COMMANDS = ("train", "tokenize", "launch", "generate", "inspect", "bench")
 _CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \['([^']*)'\].*")  # in tyro's words
 
 
@@ -67,17 +68,22 @@ def _refuse(*lines: str) -> int:
     return 2
 
 
-def _parse(arguments: Sequence[str]) -> Train | Tokenize | Generate | Inspect | Bench:
+def _parse(arguments: Sequence[str]) -> Train | Tokenize | Launch | Generate | Inspect | Bench:
     """The options; an error that tyro prints as a box of several lines becomes an InputError of one line."""
     import tyro
-
-    from attnax.cli.options import Bench, Generate, Inspect, Tokenize, Train
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
+            if arguments[:1] == ["launch"]:
+                from attnax.cli.launch import read_launch  # without JAX, which the other options import
+
+                return read_launch(arguments[1:])
+            from attnax.cli.launch import Launch
+            from attnax.cli.options import Bench, Generate, Inspect, Tokenize, Train
+
             return tyro.cli(
-                Train | Tokenize | Generate | Inspect | Bench,
+                Train | Tokenize | Launch | Generate | Inspect | Bench,
                 prog="attnax",
                 description="Train a language model on text, write with it or a published one, and time attention.",
                 args=list(arguments),
@@ -100,7 +106,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     rules = [index for index, rule in enumerate(is_rule) if rule]
     message = " ".join(lines[rules[0] + 1 : rules[1]])
     # These names are tyro's, not flags.
-    message = re.sub(r"^Error parsing \S*(Train|Tokenize|Generate|Inspect|Bench|inner__\S*): ", "", message)
+    message = re.sub(r"^Error parsing \S*(Train|Tokenize|Launch|Generate|Inspect|Bench|inner__\S*): ", "", message)
     message = _CHOICES.sub(r"cannot read '\2' as \1", message)
     command = next((f" {name}" for name in arguments[:1] if name in _COMMANDS), "")
     if arguments and not command and not arguments[0].startswith("-"):

@@ -62,7 +62,7 @@ def _settings(options: Train) -> tuple[RunOptions, TextTokenizer | None]:
         return settings, tokenizer
     check_data_options(options)
     if options.data is not None and is_store(Path(options.data)):
-        tokenizer = open_store(options.data).tokenizer
+        tokenizer = open_store(options.data, verify=False).tokenizer
     elif options.tokenizer == "bpe":
         return options, None
     else:

@@ -9,7 +9,8 @@ import lzma
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.session import SAMPLER, Session
-from attnax.training import open_run, write_whole
+from attnax.training import open_run
+from attnax.training.durable import naming, write_durable
 from attnax.visualize import plot_training
 
 __all__ = ["finish"]
@@ -32,10 +33,11 @@ def finish(session: Session) -> None:
     }
     metrics = run.read_metrics()
     if any(row.get("loss") is not None for row in metrics):
-        plot_training(metrics, run.path / "loss.png")
+        with naming(run.path / "loss.png"):
+            plot_training(metrics, run.path / "loss.png")
     sample = "".join(write_text(open_run(run.path), "", None, SAMPLER, session.options.seed))
-    (run.path / "sample.txt").write_text(sample, "utf-8")
-    write_whole(run.result, json.dumps(figures, indent=2) + "\n")  # written last: it marks the run as finished
+    write_durable(run.path / "sample.txt", sample)
+    write_durable(run.result, json.dumps(figures, indent=2) + "\n")  # written last: it marks the run as finished
     print(f"\n{sample}\n")
     prompt = " --prompt 'def '" if session.options.data is None else ""
     print(f"go on with  {terminal.command_name()} generate {run.path}{prompt}")

@@ -43,7 +43,8 @@ class Train(RunOptions):
         out: run folder to make. By default the next free runs/NNN.
         resume: run folder to go on with after an interruption. Its own options apply; only flags that are no part of a
             run can be given too: --step, --layout, --max-skipped, and the flags from --dry-run on.
-        step: with --resume, the checkpoint to go on from. By default the newest.
+        step: with --resume, the checkpoint to go on from. By default the newest. Later ones are deleted after the first
+            update.
         layout: the devices to train on, such as fsdp=4,tensor=2 or data; axes are data, fsdp, tensor, context and
             expert. It is no part of the run: --resume may give another one. By default one device.
         dry_run: print the parameters, the memory of a device, the layout, and the tokens and operations of the run.

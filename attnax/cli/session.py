@@ -16,6 +16,7 @@ from attnax.cli.progress import Progress
 from attnax.cli.run_tokens import RunTokens
 from attnax.cli.stopwatch import Stopwatch
 from attnax.cli.trace import Trace, read_updates
+from attnax.distributed import beat
 from attnax.errors import InputError
 from attnax.generation import Sampler
 from attnax.sharding import Layout
@@ -28,7 +29,9 @@ from attnax.training import (
     RunOptions,
     TokenStream,
     Trainer,
+    TrainState,
     causal_lm,
+    latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
@@ -65,10 +68,11 @@ class Session:
     run: RunFolder
     checkpoints: Checkpoints
     tokens: RunTokens
+    state: TrainState
 
     def __init__(self, options: RunOptions, here: Train, data: RunData, layout: Layout | None):
         self.options, self.here, self.data, self.layout = options, here, data, layout
-        require_memory(options.model, options.optimizer, layout)
+        require_memory(options.model, options.optimizer, layout, ema=options.ema is not None)
         losses = {"load_balance_loss": options.load_balance_loss, "router_z_loss": options.router_z_loss}
         objective = causal_lm(
             document_token=data.tokenizer.special.document if options.pack else None, loss_weights=losses
@@ -77,10 +81,14 @@ class Session:
             options.model, objective, options.optimizer, layout=layout, ema=options.ema, seed=options.seed
         )
         require_traces(self.trainer, SAMPLER)
-        self.state = self.trainer.init()
         self.max_skipped = options.max_skipped or 0
         self.step = self.skipped = 0
         self._made: _Made | None = None
+        self._traced = read_updates(here.profile)
+        if self._traced and self._traced[0] > options.optimizer.steps:
+            raise InputError(
+                f"--profile must begin within the {options.optimizer.steps:,} updates of the run; got {here.profile!r}."
+            )
         self._schedule = options.optimizer.build_schedule()
         sized = None if layout is None else layout.sized(jax.device_count())
         self.plan = plan_training(options.model, options.optimizer, layout=sized, ema=options.ema is not None)
@@ -108,7 +116,7 @@ class Session:
     def restore(self, step: int | None = None) -> None:
         """Goes back to the checkpoint of `step`, by default the newest that is whole, or to the start if there is none.
 
-        Later checkpoints are deleted. A warning names newer ones that are damaged.
+        Later checkpoints are deleted after the next update. A warning names newer ones that are damaged.
 
         Raises:
             InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from
@@ -116,19 +124,27 @@ class Session:
         """
         try:
             with terminal.warnings_as_lines():
-                self.step, parts = self.checkpoints.restore(self._saved(), step=step) or (0, {})
+                found = self.checkpoints.restore(_parts(self.trainer.shapes), step=step)
         except DamagedCheckpointError as error:
             if error.whole is None:
                 raise InputError(f"{error} Start a new run.") from error
             raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
-        self.state = dataclasses.replace(self.state, **parts)
+        if found is None:
+            self.begin()
+            return
+        self.step, parts = found
+        self.state = TrainState(**parts)
         self.skipped = int(self.state.skipped)
-        self.checkpoints.discard_after(self.step)
-        rows = self.run.rewind_metrics(self.step)
-        if self.step and not rows:
+        if self._traced and self._traced[-1] <= self.step:
+            terminal.warn(f"--profile {self.here.profile}: these updates were made before; there will be no trace.")
+        if not self._rows():
             print(
                 f"metrics    {self.run.path / 'metrics.jsonl'} has no rows any more; they begin after step {self.step}"
             )
+
+    def begin(self) -> None:
+        """Makes the state before the first update."""
+        self.state = self.trainer.init()
 
     def train(self, received: list[int]) -> bool:
         """Goes on to the last update; returns False if a signal came, after saving a checkpoint.
@@ -146,13 +162,16 @@ class Session:
         with contextlib.ExitStack() as stack:
             self._progress = stack.enter_context(contextlib.closing(Progress(steps, self.plan.tokens)))
             self._stopwatch = self._start_stopwatch()
-            trace = stack.enter_context(contextlib.closing(self._trace()))
+            trace = stack.enter_context(contextlib.closing(Trace(self._traced, self.run.path / "profile")))
             self._board = self._open_board(stack)
             self._prefetched = stack.enter_context(self.tokens.batches.start(self.step))
-            stop = False
+            first, stop = self.step + 1, False
             while self.step < steps and not stop:
                 trace.before(self.step + 1, self._read)
                 made = self._dispatch()
+                if made.step == first:  # only now: nothing is deleted by a command that could not go on
+                    self.checkpoints.discard_after(first - 1)
+                    self.run.rewind_metrics(first - 1)
                 self._read()
                 self._made = made
                 trace.after(self.step, self._read)
@@ -166,23 +185,26 @@ class Session:
                         # The look is first: a process that is killed between the two evaluates again.
                         metric = self._look_at_held_out() if is_look else None
                         if is_save:
-                            self.checkpoints.save(self.step, self._saved(), metric=metric)
+                            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
+                            self.checkpoints.save(self.step, _parts(self.state), metric=metric)
                 self.checkpoints.check()
             self.checkpoints.wait()
-        return not stop
+            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
+        return not (stop or received)
 
     def _start_stopwatch(self) -> Stopwatch:
         peak = self.here.peak_flops or PEAK_FLOPS.get(jax.devices()[0].device_kind)
         return Stopwatch(
             started=self.run.started,
-            rows=self.run.read_metrics(),
+            rows=self._rows(),
             tokens=self.plan.tokens,
             flops=self.plan.flops.total,
             peak=None if peak is None else peak * self.plan.num_devices,
         )
 
-    def _trace(self) -> Trace:
-        return Trace(read_updates(self.here.profile), self.run.path / "profile")
+    def _rows(self) -> list[dict[str, Any]]:
+        """The metrics up to the state."""
+        return [row for row in self.run.read_metrics() if row["step"] <= self.step]
 
     def _open_board(self, stack: contextlib.ExitStack) -> Any:
         """The files for TensorBoard, or None without --tensorboard."""
@@ -224,6 +246,7 @@ class Session:
             **({} if self.layout is None else {"layout": str(self.layout.sized(jax.device_count()))}),
             **times,
         )
+        beat()
         require_finite(made.step, metrics, skipped=self.skipped, max_skipped=self.max_skipped)
         self._progress.advance(made.step, loss)
 
@@ -252,9 +275,10 @@ class Session:
                 raise DivergenceError(f"step {self.step}: the loss on held-out text is {bits}.")
         return figures
 
-    def _saved(self) -> dict[str, Any]:
-        """The parts of the state by name."""
-        return {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state by name."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _finite(number: Any) -> float | None:

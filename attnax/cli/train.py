@@ -48,9 +48,19 @@ def train(options: Train) -> int:
             finish(session)
         except DivergenceError as error:
             skip = f" Or leave out up to N such updates: {go_on} --max-skipped N" if error.is_skippable else ""
-            session.checkpoints.wait()
-            terminal.warn(f"{error} {advice(session.options, latest_checkpoint(session.run.checkpoints))}{skip}")
+            unsaved = _wait_for_save(session)
+            terminal.warn(
+                f"{error} {advice(session.options, latest_checkpoint(session.run.checkpoints))}{skip}{unsaved}"
+            )
             return 1
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size, words = session.options.optimizer.batch_size, " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the device has too little memory for an update with --batch-size {size}. Take a smaller one with a "
+                f"larger --accumulate, --remat full, or more devices by --layout. XLA says: {words}"
+            ) from error
         except OSError as error:
             if error.filename is None:  # not about a file of the run
                 raise
@@ -79,6 +89,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
     session.run = RunFolder.create(options.out, settings, data, data.tokenizer, {})
     stack.enter_context(session.run.locked())
     session.checkpoints = stack.enter_context(session.open_checkpoints())
+    session.begin()
     return session
 
 
@@ -102,6 +113,15 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
         session.max_skipped = options.max_skipped
     session.restore(options.step)
     return session
+
+
+def _wait_for_save(session: Session) -> str:
+    """Waits for the checkpoint that is being written; returns a sentence if it could not be."""
+    try:
+        session.checkpoints.wait()
+    except OSError as error:
+        return f" The last checkpoint could not be saved: {error.filename}: {error.strerror}."
+    return ""
 
 
 def _describe(data: RunData) -> None:

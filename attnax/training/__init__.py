@@ -43,7 +43,6 @@ with lazy_imports(globals()):
     from attnax.training.rows import TextRows as TextRows
     from attnax.training.run_folder import LockedError as LockedError
     from attnax.training.run_folder import RunFolder as RunFolder
-    from attnax.training.run_folder import write_whole as write_whole
     from attnax.training.run_model import open_run as open_run
     from attnax.training.run_options import RunOptions as RunOptions
     from attnax.training.state import DivergenceError as DivergenceError

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["sync", "write_durable"]
+__all__ = ["naming", "sync", "write_durable"]
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk inside name the path; those of a full disk name none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:
@@ -14,14 +25,12 @@ def sync(path: Path) -> None:
     Raises:
         OSError: the disk fails; the error names the path.
     """
-    try:
+    with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_durable(path: Path, text: str) -> None:
@@ -31,10 +40,8 @@ def write_durable(path: Path, text: str) -> None:
         OSError: the disk is full or fails; the error names the path.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with naming(path):
         temporary.write_text(text, "utf-8")
         sync(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     sync(path.parent)

@@ -24,13 +24,16 @@ from attnax.training.trainer import Trainer
 __all__ = ["memory_of_device", "require_memory", "require_traces"]
 
 
-def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None) -> None:
-    """Compares the memory with a lower bound: weights, their gradient and moments, hidden states, logits of a chunk.
+def require_memory(
+    model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None, *, ema: bool = False
+) -> None:
+    """Compares the memory with a lower bound: weights, gradient, moments, average, hidden states, logits of a chunk.
 
     Args:
         model: the configuration of the model.
         optimizer: the configuration of the training.
         layout: of the devices, over which all of these are cut; None for one device.
+        ema: whether there is an average of the parameters, in float32.
 
     Raises:
         InputError: the machine, or its first accelerator, has less memory than the bound.
@@ -41,7 +44,7 @@ def require_memory(model: TransformerConfig, optimizer: OptimizerConfig, layout:
     count, state = (shallow + (deep - shallow) * more // period for shallow, deep in zip(*sizes, strict=True))
     tokens = optimizer.batch_size * model.max_len
     sized = None if layout is None else layout.sized(jax.device_count())
-    needed = state // (1 if sized is None else sized.fsdp * sized.expert * sized.tensor)
+    needed = (state + 4 * count * ema) // (1 if sized is None else sized.fsdp * sized.expert * sized.tensor)
     needed += least_activations(model, optimizer, sized)
     if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
         needed *= jax.device_count()

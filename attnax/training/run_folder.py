@@ -32,11 +32,12 @@ from attnax.errors import InputError
 from attnax.nn._parts import part_names, without_modules
 from attnax.text.published_tokenizer import TextTokenizer, open_tokenizer
 from attnax.text.tokenizer import SpecialTokens
+from attnax.training.durable import naming, write_durable
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
 from attnax.training.run_options import RunOptions
 
-__all__ = ["LockedError", "RunFolder", "write_whole"]
+__all__ = ["LockedError", "RunFolder"]
 
 LOCK, LOCK_OWNER = ".lock", ".lock.owner"
 _BEFORE_CONFIG = {LOCK, LOCK_OWNER, "tokenizer.json", "started", "config.json.tmp"}
@@ -156,7 +157,7 @@ class RunFolder:
             **({"parts": parts} if parts else {}),
         }
         config["sha256"] = _digest(config)
-        write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        write_durable(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def load(self) -> tuple[RunOptions, TextTokenizer, str]:
         """Reads the files that `create` wrote: the options, the tokenizer, and the SHA-256 of the corpus or store.
@@ -250,11 +251,8 @@ class RunFolder:
     def append_metrics(self, **row: Any) -> None:
         """Adds a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without an incomplete line that an interruption left at the end.
@@ -278,7 +276,7 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Deletes the rows after update number `step`, which a resumed run writes again; returns the remaining rows."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
-        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_durable(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
 
@@ -290,13 +288,6 @@ def _read_row(line: bytes) -> dict[str, Any] | None:
         return None
     is_row = isinstance(row, dict) and all(type(row.get(name)) is int for name in ("step", "tokens"))
     return row if is_row else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is complete or absent, whenever the process is killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
 
 
 def _unknown(fields: Mapping[str, Any], kind: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["FORMAT", "is_format", "is_run_folder"]
 
 _FAMILY = "attnax run "
-FORMAT = f"{_FAMILY}2"
+FORMAT = f"{_FAMILY}3"
 
 
 def is_format(value: Any) -> bool:

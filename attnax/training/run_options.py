@@ -48,7 +48,8 @@ class RunOptions:
         held_out: fraction of the files to hold out.
         checkpoint_every: number of updates between checkpoints.
         keep_every: keep the checkpoint of each multiple of this number too, beside the two newest and the best.
-        eval_every: number of updates between evaluations on held-out text. By default checkpoint_every.
+        eval_every: number of updates between evaluations on held-out text. By default checkpoint_every. The best
+            checkpoint is the best of those that are saved after an evaluation.
         ema: decay of an exponential average of the parameters, such as 0.999. By default there is none.
         max_skipped: number of updates that may be skipped because of a non-finite loss or gradient; one more stops the
             run. By default 0, with --resume the run's own number.

@@ -1,5 +1,6 @@
 """A trainer that compiles nothing: its weights add up its losses, which are functions of the batches."""
 
+import jax
 import numpy as np
 
 from attnax.cli import finish as finish_module
@@ -17,6 +18,10 @@ class QuickTrainer:
     def __init__(self, model, objective, optimizer, *, layout, ema, seed):
         assert layout is None and ema is None
         self.optimizer = optimizer
+
+    @property
+    def shapes(self):
+        return jax.eval_shape(self.init)
 
     def init(self):
         zero = np.zeros((), np.int32)

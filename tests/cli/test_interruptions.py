@@ -73,7 +73,7 @@ PLACES = {
     "while old checkpoints are deleted": (checkpoints.shutil, "rmtree", 1),
     "before the picture": (finish_module, "plot_training", 1),
     "before the text": (finish_module, "write_text", 1),
-    "before the result": (finish_module, "write_whole", 1),
+    "before the result": (finish_module, "write_durable", 2),
 }
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(start, tmp_path, mo
     assert "is finished" in refuse(capsys, "train", "--resume", tmp_path / "run")
 
 
-@pytest.mark.parametrize("place", ["_save", "write_whole"])
+@pytest.mark.parametrize("place", ["_save", "write_durable"])
 def test_a_run_that_was_killed_before_it_began_is_started_again_as_before(start, tmp_path, monkeypatch, capsys, place):
     with monkeypatch.context() as patch:
         kill_at(patch, RunFolder if place == "_save" else run_folder, place)
@@ -238,7 +238,7 @@ class TestDamage:
         assert config["attnax"] == run_folder.__version__
         line = save(attnax="9.1", options=options | {"model": options["model"] | {"x1": 1, "x2": 2, "x3": 3, "x4": 4}})
         assert "was written by attnax 9.1, and this is" in line and "it has options x1, x2, x3 and 1 more" in line
-        assert "its format is 'attnax run 3'" in save(attnax="9.1", format="attnax run 3")
+        assert "its format is 'attnax run 4'" in save(attnax="9.1", format="attnax run 4")
         assert "written by another version of attnax" in save(options=options | {"later": 1})
         assert "not written by attnax train" in save(format="something else")
 

@@ -1,14 +1,20 @@
 """What `attnax train` does beside its updates: order of reading, evaluations, traces, files for TensorBoard."""
 
+import errno
 import json
+import os
+import signal
 import struct
+from pathlib import Path
 
 import jax
 import pytest
 from quick_trainer import QuickTrainer, quick_training
 from tiny_run import TINY, refuse
 
+from attnax.cli import finish as finish_module
 from attnax.cli import main
+from attnax.cli import train as train_module
 from attnax.cli.stopwatch import TIMED
 from attnax.training import Checkpoints, RunFolder
 
@@ -26,7 +32,11 @@ def start(corpus, tmp_path):
         assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TINY, *flags]) == 0
         return tmp_path / "run"
 
+    call.corpus = corpus
     return call
+
+
+LAST = ("--eval-every", "12", "--checkpoint-every", "12")
 
 
 def rows_of(folder):
@@ -96,6 +106,16 @@ class TestTrace:
         start("--profile", "4:9", "--steps", "5")
         assert traced == [1, 2, 3, "start", 4, 5, "stop"]
 
+    def test_one_that_would_not_be_made_is_refused(self, start, traced, capsys, corpus, tmp_path):
+        line = refuse(capsys, "train", "--data", corpus, "--out", tmp_path / "late", *TINY, "--profile", "13:14")
+        assert "--profile must begin within the 12 updates of the run; got '13:14'." in line
+        assert not (tmp_path / "late").exists()
+        folder = start()
+        (folder / "result.json").unlink()
+        assert main(["train", "--resume", str(folder), "--step", "10", "--profile", "2:3"]) == 0
+        assert "--profile 2:3: these updates were made before; there will be no trace." in capsys.readouterr().err
+        assert "start" not in traced
+
     @pytest.mark.parametrize("text", ["", "3", "3:2", "0:2", "2:x", "-1:2", "1:2:3"])
     def test_another_text_is_refused(self, capsys, text):
         line = refuse(capsys, "train", "--profile", text)
@@ -134,10 +154,82 @@ def test_files_for_tensorboard_have_the_numbers_of_the_metrics(start):
 def test_a_run_that_goes_on_may_have_other_flags_of_the_process_but_none_of_the_run(start, capsys):
     folder = start()
     (folder / "result.json").unlink()
-    flags = ("--peak-flops", "1e9", "--tensorboard", "--profile", "1:2")
+    flags = ("--step", "10", "--peak-flops", "1e9", "--tensorboard")
     assert main(["train", "--resume", str(folder), *flags]) == 0
+    assert "mfu" in rows_of(folder)[-2] and {step for step, _, _ in scalars_of(folder / "tensorboard")} == {11, 12}
     assert "--resume goes on with the run's own options" in refuse(
         capsys, "train", "--resume", folder, "--eval-every", 3
     )
     for value in ("0", "-1", "nan", "inf"):
         assert "--peak-flops must be above 0 and finite" in refuse(capsys, "train", "--peak-flops", value)
+
+
+class TestGoingBack:
+    @pytest.fixture
+    def stopped(self, start):
+        folder = start()
+        (folder / "result.json").unlink()
+        return folder
+
+    def test_no_second_state_is_made(self, stopped, monkeypatch):
+        monkeypatch.setattr(QuickTrainer, "shapes", jax.eval_shape(QuickTrainer.init, None))
+        monkeypatch.setattr(QuickTrainer, "init", None)
+        assert main(["train", "--resume", str(stopped), "--step", "10"]) == 0
+
+    def test_nothing_is_deleted_by_a_command_that_cannot_go_on(self, stopped, monkeypatch, capsys):
+        def step(self, state, batch):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+        monkeypatch.setattr(QuickTrainer, "step", step)
+        line = refuse(capsys, "train", "--resume", stopped, "--step", "10")
+        assert "too little memory for an update with --batch-size 4. Take a smaller one" in line
+        assert "RESOURCE_EXHAUSTED: Out of memory" in line
+        assert sorted(path.name for path in (stopped / "checkpoints").glob("*.json")) == ["10.json", "12.json"]
+        assert [row["step"] for row in rows_of(stopped)][-1] == 12
+
+
+def test_a_signal_during_the_last_evaluation_stops_before_the_end(start, monkeypatch, tmp_path, capsys):
+    def bits(self, params, stream):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuickTrainer, "bits", bits)
+        assert main(["train", "--data", str(start.corpus), "--out", str(tmp_path / "run"), *TINY, *LAST]) == 143
+    assert "interrupted; go on with:" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("name", ["loss.png", "sample.txt", "result.json"])
+def test_a_full_disk_at_the_end_is_named_with_the_command_that_goes_on(start, monkeypatch, tmp_path, capsys, name):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if name == "loss.png":
+            patch.setattr(finish_module, "plot_training", full)
+        else:
+            write = Path.write_text
+            patch.setattr(
+                Path, "write_text", lambda path, *a: full() if path.name == f"{name}.tmp" else write(path, *a)
+            )
+        assert main(["train", "--data", str(start.corpus), "--out", str(tmp_path / "run"), *TINY]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path / 'run' / name}: No space left on device. Mend it, then go on with:" in line
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_divergence_is_said_though_the_last_checkpoint_could_not_be_saved(start, monkeypatch, tmp_path, capsys):
+    def wait(self):
+        raise OSError(errno.ENOSPC, "No space left on device", "a file")
+
+    monkeypatch.setattr(QuickTrainer, "bad", (7,))
+    monkeypatch.setattr(train_module, "latest_checkpoint", lambda folder: None)
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    for name in ("close", "save", "discard_after"):
+        monkeypatch.setattr(Checkpoints, name, lambda *_, **__: None)
+    assert main(["train", "--data", str(start.corpus), "--out", str(tmp_path / "run"), *TINY]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 7: the loss is nan" in line
+    assert line.endswith("The last checkpoint could not be saved: a file: No space left on device.")

@@ -116,11 +116,11 @@ class TestWrongInput:
             ("train --tokenizer words", "words"),
             (
                 "frobnicate",
-                "there is no command 'frobnicate'; the commands are train, tokenize, generate, inspect, bench",
+                "there is no command 'frobnicate'; the commands are train, tokenize, launch, generate, inspect, bench",
             ),
             ("generate {run} --max-new-tokens ten", "cannot read 'ten' as {None}|INT. See attnax generate --help."),
             ("generate", "FOLDER"),
-            ("", "train, tokenize, generate"),
+            ("", "train, tokenize, launch, generate"),
         ],
     )
     def test_flags_out_of_range(self, capsys, run, corpus, tmp_path, monkeypatch, arguments, words):
