@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["sync", "write_durable"]
+__all__ = ["sync", "temporary_path", "write_durable"]
 
 
 def sync(path: Path) -> None:
@@ -24,13 +24,18 @@ def sync(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def temporary_path(path: Path) -> Path:
+    """The file that `write_durable` fills before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write_durable(path: Path, text: str) -> None:
     """Writes a file that is complete or as before; when this returns, it is on the disk.
 
     Raises:
         OSError: the disk is full or fails; the error names the path.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     try:
         temporary.write_text(text, "utf-8")
         sync(temporary)
