@@ -1,8 +1,9 @@
 """Checkpoints that are whole whenever the process is killed, and that training does not wait for.
 
-`folder/STEP/` holds what Orbax wrote, a folder for each item. `folder/STEP.json` is the manifest (`manifest.py`). It is
-written when all of that is on the disk, and deleted before any of it is. What has no manifest is the remains of an
-interrupted save or deletion: `restore.py` does not see it, and `Checkpoints` deletes it.
+`folder/STEP/` holds what Orbax wrote, a folder for each item. `folder/STEP.attnax.json` is the manifest
+(`manifest.py`). It gets this name when all of that is on the disk, and loses it before any of it is deleted. Before and
+after, the mark of `remains.py` lies in its place: `restore.py` does not see such a step, and `Checkpoints` deletes it.
+What has neither a manifest nor a mark was not saved here, and is never deleted.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 
 import jax
 
-from attnax.training.durable import sync
-from attnax.training.manifest import DamagedCheckpointError, Manifest, array_types, hash_durably, manifest_path
+from attnax.training.manifest import DamagedCheckpointError, Manifest, array_types, hash_durably
 from attnax.training.orbax_files import OrbaxSave, named_arrays
+from attnax.training.remains import delete, delete_remains, mark, require_no_others
 from attnax.training.restore import checkpoint_steps, latest_checkpoint, require_owner, restore_with_manifest
 
 __all__ = ["Checkpoints"]
@@ -36,7 +37,8 @@ class Checkpoints:
 
     A thread then writes the files, waits until they are on the disk, writes the manifest, and deletes the checkpoints
     that are not kept. Whenever the process is killed, every checkpoint that had a manifest is whole. One process trains
-    in a folder at a time; any number may read it with `restore_items`.
+    in a folder at a time; any number may read it with `restore_items`. Only what saves made is deleted: a folder with
+    other files or folders named by numbers is refused.
 
     Use it in a `with` block, or call `close`: without, a save that is in flight when Python ends is lost.
 
@@ -47,6 +49,9 @@ class Checkpoints:
         keep_last: number of the newest checkpoints to keep, at least 1.
         keep_best: number of those with the lowest metric that are kept too.
         keep_every: those of the multiples of this step are kept too.
+
+    Raises:
+        NotImplementedError: several processes were joined by `jax.distributed`.
 
     Example:
         >>> with Checkpoints(Path("checkpoints"), keep_best=1) as checkpoints:  # doctest: +SKIP
@@ -73,6 +78,10 @@ class Checkpoints:
         for name, (value, least) in numbers.items():
             if value is not None and value < least:
                 raise ValueError(f"Checkpoints: {name} must be at least {least}; got {name}={value}.")
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                f"Checkpoints: one process saves; got {jax.process_count()}. In several, use Orbax in your own loop."
+            )
         self.folder = folder
         self._owner, self._layout = owner, layout
         self._keep_last, self._keep_best, self._keep_every = keep_last, keep_best, keep_every
@@ -94,9 +103,11 @@ class Checkpoints:
             OSError: the disk is full or fails, or did so in the last save; the error names a file or the folder.
                 Earlier checkpoints are kept, and the next call may succeed.
             ValueError: `update` is not above the newest checkpoint, or `metric` is not finite.
-            InputError: the folder holds checkpoints of another run.
+            InputError: the folder holds checkpoints of another run, or a file or folder with the name of a step that no
+                save made.
         """
         self.wait()
+        require_no_others(self.folder)
         newest = latest_checkpoint(self.folder)
         if newest is not None and update <= newest:
             raise ValueError(
@@ -108,7 +119,7 @@ class Checkpoints:
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"Checkpoints.save: metric must be finite; got metric={metric}.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        _delete_remains(self.folder)
+        delete_remains(self.folder)
         _require_room(self.folder, items)
         named = {item: named_arrays(tree) for item, tree in items.items()}
         manifest = Manifest(
@@ -120,6 +131,7 @@ class Checkpoints:
             types={item: array_types(arrays) for item, arrays in named.items()},
             files={},
         )
+        mark(self.folder, update)
         writing = OrbaxSave(self.folder / str(update), {item: arrays for item, arrays in named.items() if arrays})
         self._saving, self._newest = self._thread.submit(self._finish, manifest, writing), update
 
@@ -153,23 +165,27 @@ class Checkpoints:
     def restore(self, likes: Mapping[str, Any], *, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """`restore_items`, for the process that goes on with the run; None if there is no checkpoint yet.
 
-        The remains of interrupted saves are deleted, and damaged checkpoints that are newer than the one taken.
+        The remains of interrupted saves are deleted, and damaged checkpoints that are newer than the one taken. A file
+        that the disk fails to read is not damage: the error is raised, and nothing is deleted.
         Checkpoints after `step` stay until `discard_after`. A warning says when the kind of the devices or the number
         of cores is not that of the process that saved: the next updates may then differ in their last bits.
 
         Raises:
-            InputError: as `restore_items`.
+            InputError: as `restore_items`, or as `save`; nothing was deleted.
             DamagedCheckpointError: as `restore_items`; nothing was deleted.
+            OSError: the disk fails; the error names a file. `step` reads another checkpoint.
         """
         self.wait()
+        require_no_others(self.folder)
         if step is None and latest_checkpoint(self.folder) is None:
+            delete_remains(self.folder)
             return None
         manifest, items = restore_with_manifest(self.folder, likes, step=step, owner=self._owner)
         self._newest = manifest.update
         if step is None:
             self.discard_after(manifest.update)
         else:
-            _delete_remains(self.folder)
+            delete_remains(self.folder)
         _warn_of_other_bits(manifest, likes)
         return manifest.update, items
 
@@ -178,8 +194,8 @@ class Checkpoints:
         self.wait()
         for step in reversed(checkpoint_steps(self.folder)):  # the newest first, as if they had not been made
             if step > update:
-                _delete(self.folder, step)
-        _delete_remains(self.folder)
+                delete(self.folder, step)
+        delete_remains(self.folder)
 
     def _finish(self, manifest: Manifest, writing: OrbaxSave) -> None:
         """Makes the files and then the manifest durable; with that the checkpoint exists, and others are deleted."""
@@ -190,9 +206,8 @@ class Checkpoints:
             files = hash_durably(self.folder / str(manifest.update))
             dataclasses.replace(manifest, files=files).write(self.folder)
         except BaseException:
-            manifest_path(self.folder, manifest.update).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the next save or start deletes what is left
-                _delete_remains(self.folder)
+                delete(self.folder, manifest.update)
             raise
         self._collect()
 
@@ -202,7 +217,7 @@ class Checkpoints:
         kept = {*steps[-self._keep_last :], *self._best(steps)}
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
-                _delete(self.folder, step)
+                delete(self.folder, step)
 
     def _best(self, steps: list[int]) -> list[int]:
         if not self._keep_best:
@@ -216,29 +231,6 @@ class Checkpoints:
             if metric is not None:
                 measured.append((metric, -step))
         return [-step for _, step in sorted(measured)[: self._keep_best]]
-
-
-def _delete(folder: Path, step: int) -> None:
-    """Deletes a checkpoint, manifest first: an interrupted deletion leaves no checkpoint, and not half of one."""
-    manifest_path(folder, step).unlink()
-    sync(folder)  # after a power failure too, the files are gone only if the manifest is
-    shutil.rmtree(folder / str(step))
-
-
-def _remains(folder: Path) -> list[Path]:
-    """Files and folders of steps that have no manifest, in any state that an interruption leaves."""
-    if not folder.is_dir():
-        return []
-    whole = {name for step in checkpoint_steps(folder) for name in (str(step), manifest_path(folder, step).name)}
-    return [path for path in folder.iterdir() if path.name.partition(".")[0].isdecimal() and path.name not in whole]
-
-
-def _delete_remains(folder: Path) -> None:
-    for path in _remains(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _require_room(folder: Path, items: Mapping[str, Any]) -> None:

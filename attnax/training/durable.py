@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["naming", "sync", "write_durable"]
+__all__ = ["naming", "sync", "temporary_path", "write_durable"]
 
 
 @contextlib.contextmanager
@@ -33,13 +33,18 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """The file that `write_durable` fills before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write_durable(path: Path, text: str) -> None:
     """Writes a file that is complete or as before; when this returns, it is on the disk.
 
     Raises:
         OSError: the disk is full or fails; the error names the path.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     with naming(path):
         temporary.write_text(text, "utf-8")
         sync(temporary)

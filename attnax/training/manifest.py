@@ -1,27 +1,37 @@
 """The manifest of a checkpoint: whose it is, where it was made, the type of each array and the digest of each file.
 
 It holds its own digest too, so that a changed bit is found anywhere. It is written when all files of the checkpoint are
-on the disk, and deleted before they are: a checkpoint is complete if and only if it has a manifest.
+on the disk, and gone before they are: a checkpoint is complete if and only if it has a manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from attnax.errors import InputError
 from attnax.training.durable import sync, write_durable
 
-__all__ = ["DamagedCheckpointError", "Manifest", "array_types", "hash_durably", "manifest_path"]
+__all__ = [
+    "MANIFEST",
+    "DamagedCheckpointError",
+    "Manifest",
+    "array_types",
+    "hash_durably",
+    "manifest_path",
+    "steps_with",
+]
 
-FORMAT = "attnax checkpoint 2"
+_FAMILY = "attnax checkpoint "
+FORMAT = f"{_FAMILY}2"
+MANIFEST = ".attnax.json"  # a name that no other program gives to a file
 _THREADS = 4  # two hash as fast as a disk reads; the others wait for the disk
 
 ArrayType: TypeAlias = tuple[tuple[int, ...], str]  # shape and dtype
@@ -29,7 +39,9 @@ FileDigest: TypeAlias = tuple[int, str]  # bytes and SHA-256
 
 
 class DamagedCheckpointError(InputError):
-    """A checkpoint cannot be read: a file of it is missing or was changed.
+    """A file of a checkpoint is missing or was changed.
+
+    A file that the disk fails to read is an OSError: the next attempt may succeed.
 
     Attributes:
         whole: the step of the newest complete checkpoint, or None.
@@ -82,23 +94,20 @@ class Manifest:
         Raises:
             DamagedCheckpointError: it is missing or was changed.
             InputError: another version of Attnax wrote it.
+            OSError: the disk fails; the error names the file.
         """
         path = manifest_path(folder, step)
-        try:
+        text, content = "", cast(Any, None)
+        with contextlib.suppress(FileNotFoundError, ValueError):
             text = path.read_bytes().decode()
             content = json.loads(text)
-            del content["sha256"]
-            is_whole = _text(content) == text and content["update"] == step
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
-                raise
-            is_whole = False
-        if not is_whole:
+        if _is_of_another_version(content):
+            raise InputError(f"{path} was written by another version of attnax. Use that version.")
+        if not _is_whole(content, text) or content["update"] != step:
             raise DamagedCheckpointError(
                 f"the checkpoint {folder / str(step)} is damaged: {path} is not as it was saved."
             )
-        if content.pop("format", None) != FORMAT:
-            raise InputError(f"{path} was written by another version of attnax. Use that version.")
+        del content["sha256"], content["format"]
         types = {
             item: {name: (tuple(shape), dtype) for name, (shape, dtype) in arrays.items()}
             for item, arrays in content.pop("types").items()
@@ -110,7 +119,8 @@ class Manifest:
         """Reads the files of these items, and those that belong to all items, and compares their digests.
 
         Raises:
-            DamagedCheckpointError: a file is missing, new, changed or cannot be read.
+            DamagedCheckpointError: a file is missing, new or changed.
+            OSError: the disk fails; the error names the file.
         """
         target = folder / str(self.update)
 
@@ -119,12 +129,8 @@ class Manifest:
 
         try:
             found = _hash_files(target, filter(is_of_items, _files(target)), _hash)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            raise DamagedCheckpointError(
-                f"the checkpoint {target} is damaged: {error.filename} cannot be read."
-            ) from error
+        except FileNotFoundError as error:  # it was listed a moment before
+            raise DamagedCheckpointError(f"the checkpoint {target} is damaged: {error.filename} is gone.") from error
         saved = {name: digest for name, digest in self.files.items() if is_of_items(name)}
         wrong = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
         if not wrong:
@@ -140,7 +146,13 @@ class Manifest:
 
 def manifest_path(folder: Path, step: int) -> Path:
     """The file of a manifest. It lies beside the folder of the step, which holds only what Orbax wrote."""
-    return folder / f"{step}.json"
+    return folder / f"{step}{MANIFEST}"
+
+
+def steps_with(folder: Path, ending: str) -> list[int]:
+    """The steps that have a file with this ending, such as `MANIFEST`, in order."""
+    steps = (path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def array_types(arrays: Mapping[str, Any]) -> dict[str, ArrayType]:
@@ -196,5 +208,29 @@ def _hash_and_sync(path: Path) -> FileDigest:
 
 def _text(content: dict[str, Any]) -> str:
     """The text of a manifest: its own digest, then its content."""
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({"sha256": digest, **content}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({"sha256": _digest(content), **content}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _is_whole(content: Any, text: str) -> bool:
+    """Whether this is the content of a manifest of this format, and its text."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return False
+    return _text({name: value for name, value in content.items() if name != "sha256"}) == text
+
+
+def _is_of_another_version(content: Any) -> bool:
+    """Whether the format is another one; how that one has its digest does not matter.
+
+    A changed bit in the name of this format is damage: the digest is then still that of this format.
+    """
+    if not isinstance(content, dict):
+        return False
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    name = rest.get("format")
+    if not isinstance(name, str) or not name.startswith(_FAMILY) or name == FORMAT:
+        return False
+    return _digest({**rest, "format": FORMAT}) != content.get("sha256")

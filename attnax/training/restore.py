@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnax.errors import InputError
-from attnax.training.manifest import ArrayType, DamagedCheckpointError, Manifest, array_types
+from attnax.training.manifest import MANIFEST, ArrayType, DamagedCheckpointError, Manifest, array_types, steps_with
 from attnax.training.orbax_files import named_arrays, read_items
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints, in order, without interrupted ones."""
-    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
+    return steps_with(folder, MANIFEST)
 
 
 def latest_checkpoint(folder: Path) -> int | None:
@@ -74,6 +74,7 @@ def restore_items(
     Raises:
         InputError: there is no checkpoint, or none of this step; or it belongs to another run or another model.
         DamagedCheckpointError: the checkpoint of `step` is damaged, or all are; the message names the newest whole one.
+        OSError: the disk fails to read a file; the error names it. That is not damage: no other checkpoint is taken.
 
     Example:
         >>> step, items = restore_items(Path("run/checkpoints"), {"params": params})  # doctest: +SKIP
@@ -136,9 +137,10 @@ def _whole(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Man
 
 
 def _is_whole(folder: Path, step: int, items: Iterable[str]) -> bool:
+    """Whether it can be named as one to go on from."""
     try:
         Manifest.read(folder, step).check_files(folder, set(items))
-    except DamagedCheckpointError:
+    except (InputError, OSError):
         return False
     return True
 

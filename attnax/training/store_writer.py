@@ -19,6 +19,7 @@ from attnax import __version__
 from attnax.errors import InputError
 from attnax.text.published_tokenizer import TextTokenizer
 from attnax.training.corpus import PARTS, Corpus, Part
+from attnax.training.durable import sync, write_durable
 from attnax.training.store import COLUMNS, Store, digest_of, open_store, require_files
 from attnax.training.store_format import FORMAT, PROGRESS, STORE
 from attnax.training.text_files import LONGEST, Document
@@ -87,7 +88,7 @@ def make_store(
             for part in PARTS:
                 _write_part(out, corpus, part, tokenizer, plan, shards, say)
             facts = {**plan, "shards": shards, "attnax": __version__}
-            _write_for_good(out / STORE, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1) + "\n")
+            write_durable(out / STORE, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1) + "\n")
             store = open_store(out, verify=False)
         (out / PROGRESS).unlink(missing_ok=True)
     return store
@@ -114,12 +115,12 @@ def _begin(out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str) -> l
         _require_plan(out, plan, begun)
         require_files(out, lines[1:], verify=True)
         shards = _made_of(corpus, lines[1:])
-    _write_for_good(path, "".join(json.dumps(line) + "\n" for line in [plan, *shards]))
+    write_durable(path, "".join(json.dumps(line) + "\n" for line in [plan, *shards]))
     kept = {name for shard in shards for name in shard["files"]}
     for file in out.iterdir():
         if file.name not in kept and _SHARD_FILE.fullmatch(file.name):
             file.unlink()
-    _write_for_good(out / "tokenizer.json", tokenizer)
+    write_durable(out / "tokenizer.json", tokenizer)
     return shards
 
 
@@ -168,7 +169,7 @@ def _write_part(
 
     def finish(shard: _Shard) -> None:
         shards.append(shard.finish())
-        _sync(out)
+        sync(out)
         with (out / PROGRESS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(shards[-1]) + "\n")
             file.flush()
@@ -302,25 +303,6 @@ class _HashedFile:
     def close(self) -> None:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-
-def _write_for_good(path: Path, text: str) -> None:
-    """Writes a file that is complete or absent, also after the machine fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

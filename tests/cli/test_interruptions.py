@@ -61,7 +61,10 @@ def rows(folder):
 def check_same(folder, whole):
     assert rows(folder) == rows(whole)
     assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "10.json", "12", "12.json"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        *("10", "10.attnax.json"),
+        *("12", "12.attnax.json"),
+    ]
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 

@@ -16,7 +16,7 @@ from attnax.cli import finish as finish_module
 from attnax.cli import main
 from attnax.cli import train as train_module
 from attnax.cli.stopwatch import TIMED
-from attnax.training import Checkpoints, RunFolder
+from attnax.training import Checkpoints, RunFolder, checkpoint_steps
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_rows_have_the_fields_that_the_docs_promise(start):
 def test_evaluations_and_checkpoints_have_numbers_of_their_own(start):
     folder = start("--eval-every", "4")
     assert [row["step"] for row in rows_of(folder) if "held_out_bits_per_byte" in row] == [4, 8, 12]
-    assert sorted(path.name for path in (folder / "checkpoints").glob("*.json")) == ["10.json", "12.json"]
+    assert checkpoint_steps(folder / "checkpoints") == [10, 12]
 
 
 def test_the_best_checkpoint_and_those_of_keep_every_are_kept_beside_the_two_newest(start, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_best_checkpoint_and_those_of_keep_every_are_kept_beside_the_two_new
     monkeypatch.setattr(QuickTrainer, "bits", lambda self, params, stream: next(bits))
     bits = iter([9.0, 8.0, 7.0, 1.0, *[2.0] * 9])
     folder = start("--checkpoint-every", "1", "--keep-every", "5")
-    assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.json")) == [4, 5, 10, 11, 12]
+    assert checkpoint_steps(folder / "checkpoints") == [4, 5, 10, 11, 12]
 
 
 class TestTrace:
@@ -184,7 +184,7 @@ class TestGoingBack:
         line = refuse(capsys, "train", "--resume", stopped, "--step", "10")
         assert "too little memory for an update with --batch-size 4. Take a smaller one" in line
         assert "RESOURCE_EXHAUSTED: Out of memory" in line
-        assert sorted(path.name for path in (stopped / "checkpoints").glob("*.json")) == ["10.json", "12.json"]
+        assert checkpoint_steps(stopped / "checkpoints") == [10, 12]
         assert [row["step"] for row in rows_of(stopped)][-1] == 12
 
 

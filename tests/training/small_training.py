@@ -114,7 +114,7 @@ def _die_at(phase, count, part):
     elif phase == "manifest":
         at(durable.os, "replace", count, die_after=part < 0.6)
     elif phase == "collection" and part < 0.3:
-        at(checkpoints, "_delete", count)
+        at(checkpoints, "delete", count)
     elif phase == "collection":
         at(os, "unlink", 1 + int(100 * part))  # of about 20 files of each checkpoint
 

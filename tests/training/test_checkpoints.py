@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import resource
 import shutil
 import tempfile
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -166,8 +169,12 @@ class TestRestoring:
 
     def test_another_version_is_named(self, folder, monkeypatch):
         monkeypatch.setattr(manifest, "FORMAT", "attnax checkpoint 3")
-        with pytest.raises(InputError, match=r"5\.json was written by another version of attnax"):
-            restore_items(folder, ITEMS)
+        for changes in ({}, {"sha256": "as that version makes it"}, {"update": "five"}):
+            content = json.loads((folder / "5.attnax.json").read_text())
+            (folder / "5.attnax.json").write_text(json.dumps(content | changes))
+            with pytest.raises(InputError, match=r"5\.attnax\.json was written by another version of attnax") as caught:
+                Checkpoints(folder).restore(ITEMS)
+            assert not isinstance(caught.value, DamagedCheckpointError) and checkpoint_steps(folder) == [3, 5]
 
     @pytest.mark.parametrize(
         ("field", "value", "words"),
@@ -195,7 +202,7 @@ class TestDamage:
 
     def check_bit_flips(self, folder, count, seed):
         rng = random.Random(seed)
-        paths = [path for path in [*files_of(folder, 5), folder / "5.json"] if path.stat().st_size]
+        paths = [path for path in [*files_of(folder, 5), folder / "5.attnax.json"] if path.stat().st_size]
         for _ in range(count):
             path = rng.choice(paths)
             content = path.read_bytes()
@@ -222,7 +229,7 @@ class TestDamage:
 
     def check_truncations(self, folder, count):
         rng = random.Random(0)
-        paths = [path for path in [*files_of(folder, 5), folder / "5.json"] if path.stat().st_size]
+        paths = [path for path in [*files_of(folder, 5), folder / "5.attnax.json"] if path.stat().st_size]
         for _ in range(count):
             path = rng.choice(paths)
             content = path.read_bytes()
@@ -252,20 +259,22 @@ class TestDamage:
         assert restore_items(folder, {"counters": ITEMS["counters"]})[0] == 5  # no file of that was changed
         shutil.rmtree(folder / "5")
         self.check_found(folder)
-        (folder / "5.json").unlink()
-        assert restore_items(folder, ITEMS)[0] == 3  # as if it had not been completed
+        (folder / "5.attnax.json").unlink()
+        assert restore_items(folder, ITEMS)[0] == 3
 
     @pytest.mark.usefixtures("without_arrays")
     def test_a_manifest_of_other_content_is_damaged(self, folder):
-        for content in ("", "[]", "{}", "null", '{"sha256": 3}', "{" * 9, (folder / "3.json").read_text()):
-            (folder / "5.json").write_text(content)
+        of_three, of_five = ((folder / f"{step}.attnax.json").read_text() for step in (3, 5))
+        changed_bits = [of_five.replace("checkpoint 2", name) for name in ("checkpoint 3", "checkpoinu 2")]
+        for content in ("", "[]", "{}", "null", '{"sha256": 3}', "{" * 9, of_three, *changed_bits):
+            (folder / "5.attnax.json").write_text(content)
             self.check_found(folder)
 
     def test_the_process_that_goes_on_deletes_what_is_damaged(self, folder):
         (folder / "5" / "_CHECKPOINT_METADATA").unlink()
         with Checkpoints(folder) as going_on, pytest.warns(UserWarning, match="_CHECKPOINT_METADATA is missing"):
             step, items = going_on.restore(ITEMS)
-            assert step == 3 and names(folder) == ["3", "3.json"]
+            assert step == 3 and names(folder) == ["3", "3.attnax.json"]
             going_on.save(5, items)
         check_equal(restore_items(folder, ITEMS, step=5)[1], STATE)
 
@@ -281,22 +290,37 @@ class TestDamage:
         assert checkpoint_steps(folder) == [3, 5]
 
     @pytest.mark.usefixtures("without_arrays")
-    def test_a_file_that_the_disk_cannot_read_is_damage_and_one_that_is_forbidden_is_not(self, folder, monkeypatch):
+    @pytest.mark.parametrize(("place", "name"), [(manifest, "_hash"), (Path, "read_bytes")])
+    @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+    def test_a_file_that_the_disk_fails_to_read_once_is_not_damage(self, folder, monkeypatch, place, name, code):
+        original = getattr(place, name)
+
+        def failing(path):
+            if path.relative_to(folder).parts[0].startswith("5"):
+                raise OSError(code, os.strerror(code), str(path))
+            return original(path)
+
+        with Checkpoints(folder) as going_on:
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, failing)
+                for read in (going_on.restore, partial(restore_items, folder)):
+                    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+                        read(ITEMS)
+                    assert caught.value.errno == code and "/5" in caught.value.filename
+                assert going_on.restore(ITEMS, step=3)[0] == 3
+            assert going_on.restore(ITEMS)[0] == 5
+
+    @pytest.mark.usefixtures("without_arrays")
+    def test_a_file_that_goes_while_it_is_read_is_damage(self, folder, monkeypatch):
         original = manifest._hash
 
-        def failing(code):
-            def call(path):
-                if "5" in path.relative_to(folder).parts[0]:
-                    raise OSError(code, os.strerror(code), str(path))
-                return original(path)
+        def gone(path):
+            if "5" in path.relative_to(folder).parts[0]:
+                path.unlink(missing_ok=True)
+            return original(path)
 
-            return call
-
-        monkeypatch.setattr(manifest, "_hash", failing(errno.EIO))
+        monkeypatch.setattr(manifest, "_hash", gone)
         self.check_found(folder)
-        monkeypatch.setattr(manifest, "_hash", failing(errno.EACCES))
-        with pytest.raises(PermissionError, match="Permission denied"):
-            restore_items(folder, ITEMS)
 
     @pytest.mark.usefixtures("without_arrays")
     def test_a_checkpoint_that_training_deletes_while_it_is_read_is_not_damaged(self, folder, monkeypatch):
@@ -304,7 +328,7 @@ class TestDamage:
 
         def deleted_first(self, place, items):
             if self.update == 5:
-                checkpoints._delete(place, 5)
+                checkpoints.delete(place, 5)
             original(self, place, items)
 
         monkeypatch.setattr(manifest.Manifest, "check_files", deleted_first)
@@ -317,9 +341,9 @@ class TestKeeping:
         with Checkpoints(tmp_path, keep_last=1, keep_best=2, keep_every=3) as saving:
             for update, metric in metrics.items():
                 saving.save(update, {"params": ITEMS["counters"]}, metric=metric)
-        assert names(tmp_path) == sorted(f"{step}{end}" for step in (2, 3, 4, 6, 7) for end in ("", ".json"))
+        assert names(tmp_path) == sorted(f"{step}{end}" for step in (2, 3, 4, 6, 7) for end in ("", ".attnax.json"))
         assert best_checkpoint(tmp_path) == 4 and best_checkpoint(tmp_path / "nowhere") is None
-        (tmp_path / "4.json").write_text("damaged")  # so it is none of the best
+        (tmp_path / "4.attnax.json").write_text("damaged")  # so it is none of the best
         save(tmp_path, 8, items={"params": ITEMS["counters"]}, keep_last=1, keep_best=1)
         assert checkpoint_steps(tmp_path) == [2, 8]
 
@@ -335,15 +359,70 @@ class TestKeeping:
             saving.save(4, ITEMS)
         assert checkpoint_steps(folder) == [3, 4]
 
-    def test_remains_of_interruptions_are_deleted_and_other_files_are_not(self, folder):
-        for name in ("7", "8.orbax-checkpoint-tmp", "9"):
+    OTHERS = ("2024-01", "6.txt", "6.parquet", "7.json", "8.json.tmp", "mine.attnax.json", "mine")
+
+    @pytest.mark.usefixtures("without_arrays")
+    @pytest.mark.parametrize("start", ["restore", "restore a step", "save", "discard_after"])
+    def test_remains_of_interruptions_are_deleted_and_other_files_are_not(self, folder, start):
+        for name in ("7", "8.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp-1731", "9", "2024-01"):
             (folder / name / "params").mkdir(parents=True)
-        (folder / "6.json.tmp").write_text("{")
-        (folder / "mine.txt").write_text("x")
+        for step in (5, 6, 7, 8, 9):  # that of step 5 is whole, as in a copy that was made during a save
+            (folder / f"{step}.attnax.json.tmp").write_text("{" if step == 6 else "")
+        for name in self.OTHERS[1:]:
+            (folder / name).write_text("x")
         assert checkpoint_steps(folder) == [3, 5]
         with Checkpoints(folder) as saving:
-            saving.restore(ITEMS)
-        assert names(folder) == ["3", "3.json", "5", "5.json", "mine.txt"]
+            match start:
+                case "restore":
+                    assert saving.restore(ITEMS)[0] == 5
+                case "restore a step":
+                    assert saving.restore(ITEMS, step=3)[0] == 3
+                case "save":
+                    with broken(checkpoints, "mark", FULL), pytest.raises(OSError, match="No space"):
+                        saving.save(11, ITEMS)
+                case "discard_after":
+                    saving.discard_after(5)
+        assert names(folder) == sorted(["3", "3.attnax.json", "5", "5.attnax.json", *self.OTHERS])
+
+    def test_the_first_start_deletes_what_the_first_save_left(self, tmp_path):
+        (tmp_path / "1.orbax-checkpoint-tmp").mkdir()
+        (tmp_path / "1.attnax.json.tmp").touch()
+        assert Checkpoints(tmp_path).restore(ITEMS) is None
+        assert not names(tmp_path)
+
+    @pytest.mark.usefixtures("without_arrays")
+    @pytest.mark.parametrize("name", ["2024", "7", "007", "7.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-1731"])
+    @pytest.mark.parametrize("start", ["restore", "save"])
+    def test_what_has_the_name_of_a_step_and_was_not_saved_is_refused_and_stays(self, folder, name, start):
+        (folder / name).mkdir()
+        (folder / name / "mine.txt").write_text("x")
+        before = sorted(folder.rglob("*"))
+        with (
+            Checkpoints(folder) as saving,
+            pytest.raises(InputError, match=f"/{name} has the name of a checkpoint, .* Nothing was deleted. Move it"),
+        ):
+            saving.restore(ITEMS) if start == "restore" else saving.save(7, ITEMS)
+        Checkpoints(folder).discard_after(5)
+        assert sorted(folder.rglob("*")) == before
+
+    @pytest.mark.usefixtures("without_arrays")
+    @pytest.mark.parametrize("by_hand", ["deleted", "moved elsewhere"])
+    @pytest.mark.parametrize("step", [3, 5])
+    def test_a_checkpoint_whose_folder_was_deleted_by_hand_goes_without_an_error(self, folder, by_hand, step):
+        if by_hand == "deleted":
+            shutil.rmtree(folder / str(step))
+        else:
+            (folder / str(step)).rename(folder.parent / "elsewhere")
+            (folder / str(step)).symlink_to(folder.parent / "elsewhere")
+            (folder.parent / "elsewhere" / "_CHECKPOINT_METADATA").write_text("damaged")
+        with Checkpoints(folder, keep_last=1) as going_on:
+            if step == 5:
+                with pytest.warns(UserWarning, match="5 is damaged: _CHECKPOINT_METADATA .* That of step 3 is taken"):
+                    assert going_on.restore(ITEMS)[0] == 3
+                assert names(folder) == ["3", "3.attnax.json"]
+            going_on.save(7, {"params": ITEMS["counters"]})
+        assert names(folder) == ["7", "7.attnax.json"]
+        assert by_hand == "deleted" or (folder.parent / "elsewhere" / "params").is_dir()
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -419,14 +498,15 @@ class TestFailures:
         with Checkpoints(folder) as saving:
             with failure, pytest.raises(OSError, match=words) as caught:
                 saving.save(7, ITEMS)
-                while True:
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
                     saving.check()
             assert filename in caught.value.filename
             saving.check()  # it was said
             assert checkpoint_steps(folder) == [3, 5]
             check_equal(restore_items(folder, ITEMS)[1], STATE)
             saving.save(8, ITEMS)
-        assert names(folder) == ["5", "5.json", "8", "8.json"]
+        assert names(folder) == ["5", "5.attnax.json", "8", "8.attnax.json"]
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the other files of Orbax
     def test_files_that_the_disk_refuses(self, folder):
@@ -448,7 +528,7 @@ class TestFailures:
         ):
             saving.save(7, ITEMS)
         assert no.value.errno == errno.ENOSPC and no.value.filename == str(folder)
-        assert names(folder) == ["3", "3.json", "5", "5.json"]
+        assert names(folder) == ["3", "3.attnax.json", "5", "5.attnax.json"]
 
     def test_a_deletion_that_fails_is_said_and_loses_nothing(self, folder):
         with Checkpoints(folder) as saving:
@@ -457,7 +537,7 @@ class TestFailures:
                 saving.wait()
             assert checkpoint_steps(folder) == [5, 7]
             saving.save(8, ITEMS)
-        assert names(folder) == ["7", "7.json", "8", "8.json"]
+        assert names(folder) == ["7", "7.attnax.json", "8", "8.attnax.json"]
 
     @pytest.mark.parametrize(("place", "name"), [(manifest, "_hash_and_sync"), (ocp.AsyncCheckpointer, "save")])
     def test_what_is_no_error_of_the_disk_is_raised_as_it_is(self, folder, place, name):
@@ -512,16 +592,19 @@ def test_all_is_on_the_disk_before_the_manifest_and_the_manifest_goes_first(tmp_
     note(monkeypatch, made, lambda: None)
     save(tmp_path, 2, keep_last=1)
     place = {operation: number for number, operation in enumerate(made)}
-    published = place["replace", f"{tmp_path}/2.json.tmp"]
+    published = place["replace", f"{tmp_path}/2.attnax.json.tmp"]
     files = [tmp_path / "2", *(tmp_path / "2").rglob("*")]
     assert len(files) > 20 and all(place["fsync", str(path)] < published for path in files)
-    assert place["fsync", f"{tmp_path}/2.json.tmp"] < published
+    assert place["fsync", f"{tmp_path}/2.attnax.json.tmp"] < published
     syncs = [number for number, operation in enumerate(made) if operation == ("fsync", str(tmp_path))]
-    unlinked = place["unlink", f"{tmp_path}/1.json"]
+    assert made[:2] == [("fsync", f"{tmp_path}/2.attnax.json.tmp"), ("fsync", str(tmp_path))]  # before Orbax begins
+    unlisted = place["replace", f"{tmp_path}/1.attnax.json"]
     first_gone = min(
-        number for number, (name, _) in enumerate(made) if name in ("unlink", "rmdir") and number > unlinked
+        number for number, (name, _) in enumerate(made) if name in ("unlink", "rmdir") and number > unlisted
     )
-    assert syncs[0] < published < syncs[1] < unlinked < syncs[2] < first_gone
+    assert syncs[1] < published < syncs[2] < unlisted < syncs[3] < first_gone
+    assert first_gone < place["rmdir", f"{tmp_path}/1"] < syncs[4]
+    assert made[syncs[4] + 1 :] == [("unlink", f"{tmp_path}/1.attnax.json.tmp")]
 
 
 class Killed(BaseException):
@@ -558,17 +641,20 @@ class TestDeath:
             folder = shutil.copytree(first, first.parent / str(count))
             made = self.save_and_die(folder, count)
             steps = checkpoint_steps(folder)
-            assert steps[-1] == (2 if ("replace", "2.json.tmp") in made else 1)
+            assert steps[-1] == (2 if ("replace", "2.attnax.json.tmp") in made else 1)
             for step in steps:
                 likes = self.counter if step == 1 else self.params
                 check_equal(restore_items(folder, likes, step=step)[1], likes)
             with Checkpoints(folder) as going_on:
                 going_on.discard_after(2)
-            assert names(folder) == sorted(f"{step}{end}" for step in steps for end in ("", ".json"))
+            assert names(folder) == sorted(f"{step}{end}" for step in steps for end in ("", ".attnax.json"))
 
     def test_it_loses_nothing(self, first, tmp_path):
         operations = self.save_and_die(shutil.copytree(first, tmp_path / "undisturbed"))
-        published, unlisted = operations.index(("replace", "2.json.tmp")), operations.index(("unlink", "1.json"))
+        published, unlisted = (
+            operations.index(("replace", "2.attnax.json.tmp")),
+            operations.index(("replace", "1.attnax.json")),
+        )
         assert 10 < published < unlisted < len(operations) - 5
         self.check_nothing_is_lost(first, [3, published, unlisted, unlisted + 1, unlisted + 4])
 
@@ -576,3 +662,9 @@ class TestDeath:
     def test_it_loses_nothing_at_any_operation(self, first, tmp_path):
         operations = self.save_and_die(shutil.copytree(first, tmp_path / "undisturbed"))
         self.check_nothing_is_lost(first, range(len(operations)))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(NotImplementedError, match="Checkpoints: one process saves; got 2. In several, use Orbax"):
+        Checkpoints(tmp_path)

@@ -1,10 +1,12 @@
 """A training that is killed again and again ends with the bits of one that was not, and loses no checkpoint."""
 
+import contextlib
 import itertools
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,12 +18,23 @@ from attnax.training.manifest import Manifest
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 ITEMS = ("params", "opt_state", "counters")
+LIMIT = 240  # seconds for a process, which takes about 10
 
 
+@contextlib.contextmanager
 def start(folder, updates, *flags):
+    """The process of a training. One that hangs gets a signal that is neither its end nor a kill."""
     # A warning, as of a damaged checkpoint, is an error.
     command = [sys.executable, "-W", "error::UserWarning", str(SCRIPT), str(folder), "--updates", str(updates), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(LIMIT, process.terminate)
+        limit.start()
+        try:
+            yield process
+            process.wait()
+        finally:
+            process.kill()
+            limit.cancel()
 
 
 def train_to_the_end(folder, updates):
@@ -56,14 +69,30 @@ def kill_once(folder, updates, number, rng):
 
 def check_kills(tmp_path, updates, kills, seed):
     rng, final = random.Random(seed), train_to_the_end(tmp_path / "undisturbed", updates)
-    killed = runs = 0
-    while killed < kills:
-        runs += 1
-        folder = tmp_path / f"run{runs}"
+    killed = 0
+    for run in range(1 + kills):
+        folder = tmp_path / f"run{run}"
         while killed < kills and kill_once(folder, updates, killed, rng):
             killed += 1
         assert train_to_the_end(folder, updates) == final
-    assert runs <= 1 + kills
+        if killed == kills:
+            return
+    pytest.fail(f"{1 + kills} runs came to their end after {killed} kills of {kills}: kill {killed} is never reached")
+
+
+def test_a_kill_that_is_never_reached_is_an_error_and_not_an_endless_loop(tmp_path, monkeypatch):
+    reached = []
+
+    def never_after_two(folder, updates, number, rng):
+        reached.append(number)
+        assert len(reached) < 100
+        return number < 2
+
+    monkeypatch.setattr(sys.modules[__name__], "train_to_the_end", lambda folder, updates: "final")
+    monkeypatch.setattr(sys.modules[__name__], "kill_once", never_after_two)
+    with pytest.raises(pytest.fail.Exception, match="5 runs came to their end after 2 kills of 4: kill 2 is never"):
+        check_kills(tmp_path, 7, 4, seed=0)
+    assert reached == [0, 1, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.contract
