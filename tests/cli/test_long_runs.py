@@ -34,7 +34,7 @@ def state_of(folder):
 def test_a_run_that_is_cut_at_twenty_places_ends_with_the_same_bits(corpus, tmp_path, monkeypatch):
     """Dropout, an average, accumulation, and three passes over the text."""
     flags = ["--steps", "60", "--accumulate", "2", "--ema", "0.9", "--dropout-rate", "0.1", "--checkpoint-every", "7"]
-    append, cuts = RunFolder.append_metrics, sorted(random.Random(0).sample(range(1, 58), 20))
+    append, cuts = RunFolder.append_metrics, sorted(random.Random(0).sample(range(1, 58, 2), 20))
 
     def start(name):
         return main(["train", "--data", str(corpus), "--out", str(tmp_path / name), *TINY, *flags])
@@ -68,14 +68,16 @@ def test_a_thousand_updates_compile_nothing_anew_and_hold_no_more_memory(corpus,
 
     def note(self, **row):
         append(self, **row)
+        if row["step"] not in (1, 900, 1900):
+            return
         status = Path("/proc/self/status").read_text()
         compiled = sum(record.getMessage().startswith("Compiling") for record in caplog.records)
         notes[row["step"]] = compiled, 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
     monkeypatch.setattr(RunFolder, "append_metrics", note)
-    flags = ["--steps", "1400", "--checkpoint-every", "2000"]
+    flags = ["--steps", "2000", "--checkpoint-every", "2000"]
     with jax.log_compiles(True):
         assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TINY, *flags]) == 0
     assert notes[1][0] > 0  # it counts
-    assert notes[390][0] == notes[1390][0]
-    assert notes[1390][1] - notes[390][1] < 1e6
+    assert notes[900][0] == notes[1900][0]
+    assert notes[1900][1] - notes[900][1] < 1e6
