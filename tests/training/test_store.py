@@ -93,10 +93,10 @@ class Killed(BaseException):
     """The process ends at once."""
 
 
-PLACES = [("_Shard.finish", 5), ("_HashedFile.finish", 14), ("_write_for_good", 1), ("_write_for_good", 2)]
+PLACES = [("_Shard.finish", 5), ("_HashedFile.finish", 14), ("write_durable", 1), ("write_durable", 2)]
 
 
-@pytest.mark.parametrize(("name", "count"), [*PLACES, ("_write_for_good", 3), ("_encoded", 2)])
+@pytest.mark.parametrize(("name", "count"), [*PLACES, ("write_durable", 3), ("_encoded", 2)])
 def test_a_store_whose_process_was_killed_is_finished_to_the_same_files(
     corpus, store, tmp_path, monkeypatch, name, count
 ):
@@ -300,7 +300,7 @@ class TestRefusals:
 
     def test_going_on_after_a_finished_shard_that_was_changed(self, corpus, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_sync", lambda folder: None)
+            patch.setattr(module, "sync", lambda folder: None)
             original = module._Shard.finish
             patch.setattr(
                 module._Shard, "finish", lambda self: original(self) if self._name < "train-00002" else kill()
