@@ -9,14 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from attnax.training.objectives import Batch, Loss
+from attnax.training.precision import widen
 from attnax.typing import Array
 
-__all__ = ["mean_gradient", "widen"]
-
-
-def widen(tree: Any) -> Any:
-    """Floating arrays in float32 or wider."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+__all__ = ["mean_gradient"]
 
 
 def mean_gradient(

@@ -63,11 +63,12 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
     Raises:
         InputError: the step or the generation is not possible.
     """
-    window = trainer.config.max_len
+    window, optimizer = trainer.config.max_len, trainer.optimizer
+    rows = optimizer.accumulate, optimizer.batch_size  # of an update: the first one is not traced again
     start = np.zeros((1, 1), np.int32)
     options: dict[str, Any] = {"max_new_tokens": window - 1, "sampler": sampler, "key": jax.random.key(0)}
     try:
-        trainer.trace_step({"tokens": jax.ShapeDtypeStruct((1, trainer.optimizer.batch_size, window + 1), jnp.int32)})
+        trainer.trace_step({"tokens": jax.ShapeDtypeStruct((*rows, window + 1), jnp.int32)})
         jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), trainer.shapes.params)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"this model cannot be trained: {error}") from error

@@ -21,9 +21,16 @@ _LOGITS = 1 << 21  # of a chunk: 8 MiB in float32
 _TOKENS = 256  # of a chunk, at least: with fewer the sums of the head's gradient take time
 
 
-def logits_of_chunk(num_tokens: int, vocab_size: int) -> int:
-    """The number of logits that are held at a time."""
-    return min(num_tokens, max(_TOKENS, _LOGITS // vocab_size)) * vocab_size
+def logits_of_chunk(rows: int, length: int, vocab_size: int) -> int:
+    """The number of logits that are held at a time, of a device with `rows` rows of `length` tokens."""
+    return rows * _cut_length(rows, length, vocab_size)[1] * vocab_size
+
+
+def _cut_length(rows: int, length: int, vocab_size: int) -> tuple[int, int]:
+    """The number of chunks, and of each row's tokens in a chunk: at least one, so that many rows are large chunks."""
+    held = max(_TOKENS, _LOGITS // vocab_size)
+    size = max(1, -(-length // max(1, -(-rows * length // held))))
+    return -(-length // size), size
 
 
 def weighted_cross_entropy(
@@ -58,10 +65,9 @@ def weighted_cross_entropy(
     Raises:
         TypeError: forward-mode differentiation (`jax.jvp`).
     """
-    mesh = current_mesh()
-    if mesh is None:
+    mesh, axes = current_mesh(), [name for name in AXES if name != "tensor"]  # XLA cuts the vocabulary
+    if mesh is None or all(mesh.shape[name] == 1 for name in axes):  # every device has all tokens
         return _weighted_cross_entropy(logits_of, head, hidden, targets, weights)
-    axes = [name for name in AXES if name != "tensor"]  # XLA cuts the vocabulary
     by_row, by_token = (cut_of(mesh, size, name) for size, name in zip(targets.shape, ("batch", "length"), strict=True))
     # An axis that a spec leaves out costs a sum of gradients over it, also if it is one device.
     by_row += tuple(name for name in axes if mesh.shape[name] == 1)
@@ -130,9 +136,8 @@ def _weighted_cross_entropy(
     total.defvjp(total_and_gradients, scale)
     rows, length = targets.shape
     logits = jax.eval_shape(logits_of, head, hidden)
-    held = logits_of_chunk(rows * length, logits.shape[-1]) // logits.shape[-1]  # tokens
-    num_chunks = max(1, -(-rows * length // max(held, 1)))
-    size, zero = -(-length // num_chunks), jnp.zeros((), logits.dtype)
+    num_chunks, size = _cut_length(rows, length, logits.shape[-1])
+    zero = jnp.zeros((), logits.dtype)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import P
 from jax.sharding import Mesh, NamedSharding
@@ -67,15 +68,16 @@ def check_batch(caller: str, batch: Any, mesh: Mesh | None, *, accumulates: bool
         accumulates: whether there is an axis of microbatches.
     """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
+    shapes = [tuple(np.shape(x)) for _, x in leaves]
     wanted, count = ("(accumulate, B, ...)", 2) if accumulates else ("(B, ...)", 1)
-    for path, x in leaves:
-        name = f"batch{jax.tree_util.keystr(path)}.shape={tuple(x.shape)}"
-        if x.ndim < count or x.shape[:count] != leaves[0][1].shape[:count] or 0 in x.shape[:count]:
+    for (path, x), shape in zip(leaves, shapes, strict=True):
+        name = f"batch{jax.tree_util.keystr(path)}" + (f".shape={shape}" if hasattr(x, "shape") else f"={x!r}")
+        if len(shape) < count or shape[:count] != shapes[0][:count] or 0 in shape[:count]:
             raise ValueError(
                 f"{caller}: the arrays of a batch must be {wanted}, with the same first sizes, none of them 0; got "
                 f"{name}."
             )
-        if x.shape[count - 1] % num_parts(mesh):
+        if shape[count - 1] % num_parts(mesh):
             raise ValueError(
                 f"{caller}: data * fsdp * expert must divide the batch; got {num_parts(mesh)} for {name}. Take a "
                 "multiple."

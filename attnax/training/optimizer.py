@@ -123,8 +123,11 @@ class OptimizerConfig:
         stays = optax.constant_schedule(peak)
         return optax.join_schedules([rises, stays, falls], [warmup, begin[self.schedule]])
 
-    def build(self) -> optax.GradientTransformation:
-        """The optimizer; each call of its `update` is an update with the gradients that `Trainer` added up."""
+    def build(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer; each call of its `update` is an update with the gradients that `Trainer` added up.
+
+        Its moments are in float32 or wider, whatever the dtype of the parameters; `moment_dtype` says otherwise.
+        """
         import optax
 
         return in_float32(optax.chain(optax.clip_by_global_norm(self.max_grad_norm), self._algorithm()))
@@ -164,14 +167,11 @@ _UPDATE_OF_ADAM = 0.2  # its usual root mean square, as a share of the learning 
 
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimizer with moments in float32 or wider, since Adam's epsilon is 0 in float16."""
-    import jax
-    import jax.numpy as jnp
     import optax
 
-    extended = optax.with_extra_args_support(optimizer)
+    from attnax.training.precision import widen
 
-    def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    extended = optax.with_extra_args_support(optimizer)
 
     def update(gradients: Any, state: Any, params: Any = None, **more: Any) -> Any:
         return extended.update(widen(gradients), state, None if params is None else widen(params), **more)

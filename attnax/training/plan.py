@@ -113,6 +113,7 @@ def least_activations(model: TransformerConfig, optimizer: OptimizerConfig, layo
         layout: without -1, or None for one device.
     """
     sized = Layout(fsdp=1) if layout is None else layout
-    tokens = optimizer.batch_size * model.max_len // (sized.data * sized.fsdp * sized.expert * sized.context)
-    hidden = tokens * model.num_layers * model.d_model * jnp.dtype(model.dtype).itemsize
-    return hidden + 4 * logits_of_chunk(tokens, model.vocab_size) // sized.tensor
+    rows = optimizer.batch_size // (sized.data * sized.fsdp * sized.expert)
+    length = model.max_len // sized.context
+    hidden = rows * length * model.num_layers * model.d_model * jnp.dtype(model.dtype).itemsize
+    return hidden + 4 * logits_of_chunk(rows, length, model.vocab_size) // sized.tensor

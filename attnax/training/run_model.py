@@ -16,6 +16,7 @@ from attnax.errors import InputError
 from attnax.models import TransformerLM
 from attnax.nn._parts import MakeBlock, Parts
 from attnax.text import TextModel
+from attnax.training.precision import widen
 from attnax.training.restore import checkpoint_steps, restore_items
 from attnax.training.run_folder import RunFolder
 from attnax.typing import AttentionFn
@@ -61,18 +62,13 @@ def open_run(
     # Not initialised: that would take JAX longer than restoring the checkpoint.
     graphdef, state, rest = _abstract(options.model, parts)
     shapes = nnx.to_pure_dict(state)
-    likes: dict[str, Any] = {weights: shapes if weights == "params" else jax.tree.map(_in_float32, shapes)}
+    likes: dict[str, Any] = {weights: shapes if weights == "params" else jax.eval_shape(widen, shapes)}
     _, items = restore_items(folder.checkpoints, likes, step=step, owner=folder.owner)
     params = jax.tree.map(lambda array, shape: array.astype(dtype or shape.dtype), items[weights], shapes)
     if dtype is not None:
         graphdef, state, rest = _abstract(dataclasses.replace(options.model, dtype=dtype, param_dtype=dtype), parts)
     nnx.replace_by_pure_dict(state, params)
     return TextModel(path, nnx.merge(graphdef, state, *rest), tokenizer.codec)
-
-
-def _in_float32(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape of a parameter's average."""
-    return jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _abstract(config: TransformerConfig, parts: Parts) -> Any:

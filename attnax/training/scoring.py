@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -13,28 +15,43 @@ from attnax.training.stream import TokenStream
 __all__ = ["mean_of", "windows_of"]
 
 
-def mean_of(losses: Sequence[Loss]) -> Evaluation:
+def mean_of(losses: Iterable[Loss]) -> Evaluation:
     """The mean of losses by their weights, added up in float64.
+
+    Args:
+        losses: each is read after the next one is taken: if taking one dispatches its computation, the devices never
+            wait for the host, and no more than two are computed or held at a time.
 
     Raises:
         ValueError: there is none.
     """
-    if not losses:
+    total, weight, sums = 0.0, 0.0, defaultdict[str, float](float)
+    for loss in _read_late(losses):
+        of_loss = float(loss.weight)
+        total, weight = total + float(loss.sum), weight + of_loss
+        for name, value in loss.aux.items():
+            sums[name] += of_loss * float(value)
+    return Evaluation(total / (weight or 1.0), weight, {name: value / (weight or 1.0) for name, value in sums.items()})
+
+
+def _read_late(losses: Iterable[Loss]) -> Iterator[Loss]:
+    waiting: deque[Loss] = deque()
+    for loss in losses:
+        waiting.append(loss)
+        if len(waiting) == 2:
+            yield waiting.popleft()
+    if not waiting:
         raise ValueError("Trainer.evaluate: batches must hold a batch; got none.")
-    weights = [float(loss.weight) for loss in losses]
-    total = sum(weights)
-    means = {
-        name: sum(weight * float(loss.aux[name]) for weight, loss in zip(weights, losses, strict=True)) / (total or 1.0)
-        for name in losses[0].aux
-    }
-    return Evaluation(sum(float(loss.sum) for loss in losses) / (total or 1.0), total, means)
+    yield waiting.popleft()
 
 
 def windows_of(stream: TokenStream, batch_size: int) -> Iterator[Batch]:
-    """Batches for `causal_lm` that score each token of a stream but the first once, with 3/4 of a window as context."""
-    windows = list(stream.scoring_windows(stride=max(1, stream.window // 4)))
-    for start in range(0, len(windows), batch_size):
-        chosen = windows[start : start + batch_size]
+    """Batches for `causal_lm` that score each token of a stream but the first once, with 3/4 of a window as context.
+
+    The tokens of a batch are read when it is taken.
+    """
+    windows = stream.scoring_windows(stride=max(1, stream.window // 4))
+    while chosen := list(islice(windows, batch_size)):
         tokens = np.zeros((batch_size, stream.window + 1), np.int32)  # the last batch may have fewer windows
         weights = np.zeros((batch_size, stream.window), np.float32)
         tokens[: len(chosen)] = [window for window, _ in chosen]

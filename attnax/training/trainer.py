@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,12 @@ from jax.sharding import NamedSharding
 
 from attnax.nn.axes import parameter_shardings
 from attnax.sharding import BATCH, Layout
-from attnax.training.accumulate import mean_gradient, widen
+from attnax.training.accumulate import mean_gradient
 from attnax.training.functional import FunctionalModel, ModelSource
 from attnax.training.mesh import check_attention_functions, check_batch, make_mesh, num_parts, state_shardings
 from attnax.training.objectives import Batch, Loss, Objective
 from attnax.training.optimizer import OptimizerConfig, in_float32
+from attnax.training.precision import widen
 from attnax.training.scoring import mean_of, windows_of
 from attnax.training.state import Evaluation, Metrics, TrainState
 from attnax.training.stream import TokenStream
@@ -35,7 +36,8 @@ class Trainer:
     Args:
         model: a config, of a `TransformerLM`, a `Transformer` or a `VisionTransformer`, or a function of `nnx.Rngs`
             that makes a module: `lambda rngs: MaskedLM(rngs, config)`, one with parts of your own, or any module of
-            Flax NNX. It is called once for the shapes and once for the parameters.
+            Flax NNX. It is called for the shapes, in each `init`, and once more if the module has variables that are no
+            parameters, such as streams of random numbers; it must make the same module each time.
         objective: what is made small: `causal_lm()`, `masked_lm(...)`, `seq2seq(...)`, `classification()` or a function
             `(model, batch, rngs) -> Loss`. Before it is called, the model's `train()` sets dropout on, and its own
             random streams are seeded; without rngs `eval()` sets dropout off.
@@ -90,7 +92,7 @@ class Trainer:
             raise ValueError(f"Trainer: ema must be between 0 and 1, or None; got ema={ema!r}.")
         self.objective, self.optimizer, self.ema, self.seed = objective, optimizer, ema, seed
         is_config = isinstance(optimizer, OptimizerConfig)
-        self._update = in_float32(optimizer.build() if is_config else optimizer)
+        self._update = optimizer.build() if is_config else in_float32(optimizer)
         self._model = FunctionalModel(model, seed)
         self.config = self._model.config
         params = nnx.to_pure_dict(self._model.params)
@@ -145,17 +147,21 @@ class Trainer:
 
         Args:
             params: of the model, such as `state.params` or `state.ema`.
-            batches: of one shape, or each shape is a program. Rows of weight 0 fill the last one.
+            batches: of one shape, or each shape is a program. Rows of weight 0 fill the last one. At most two are
+                computed or held at a time, so that they may be many.
 
         Raises:
             ValueError: no batch, or as in `step`.
         """
-        found = []
-        for batch in batches:
-            check_batch("Trainer.evaluate", batch, self.mesh, accumulates=False)
-            with self._around():
-                found.append(self._score_program(params, self._put(batch, P(BATCH))))
-        return mean_of(found)
+
+        def scored() -> Iterator[Loss]:
+            for batch in batches:
+                check_batch("Trainer.evaluate", batch, self.mesh, accumulates=False)
+                with self._around():
+                    loss: Loss = self._score_program(params, self._put(batch, P(BATCH)))
+                yield loss
+
+        return mean_of(scored())
 
     def bits(self, params: Any, stream: TokenStream, batch_size: int = 16) -> float:
         """Bits that the model needs for all tokens of `stream` except the first, each with 3/4 of a window as context.
@@ -195,9 +201,10 @@ class Trainer:
         return batch if self.mesh is None else jax.device_put(batch, NamedSharding(self.mesh, spec))
 
     def _new_state(self, params: Any) -> TrainState:
+        params = _copied(params)  # two may be one array, or one that the function of the model holds
         update, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        ema = () if self.ema is None else jax.tree.map(jnp.copy, widen(params))  # a step gives both away
-        return TrainState(params, self._update.init(params), update, skipped, ema)
+        ema = () if self.ema is None else _copied(widen(params))
+        return TrainState(params, _copied(self._update.init(params)), update, skipped, ema)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any, microbatch: Batch, key: Array) -> Loss:
@@ -234,6 +241,14 @@ class Trainer:
 
     def _score(self, params: Any, batch: Batch) -> Loss:
         return widen(self._model.loss(self.objective, params, batch, None))
+
+
+def _copied(tree: Any) -> Any:
+    """Copies of arrays, each in memory of its own: a step gives all arrays of a state away, and none of them twice."""
+    leaves, structure = jax.tree.flatten(tree)
+    del tree  # so that each array is freed when it has been copied, if nobody else holds it
+    leaves.reverse()
+    return jax.tree.unflatten(structure, [jnp.copy(leaves.pop()) for _ in range(len(leaves))])
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

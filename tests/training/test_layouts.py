@@ -83,12 +83,12 @@ OPTIMIZER = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.01)
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 8, 9)).astype(np.int32)
 
 
-def make(variant, layout=None, optimizer=OPTIMIZER, ema=None, **parts):
+def make(variant, layout=None, optimizer=OPTIMIZER, ema=None, devices=None, **parts):
     config = dataclasses.replace(MODEL, **VARIANTS[variant])
     model = (lambda rngs: TransformerLM(rngs, config, **parts)) if parts else config
     objective = causal_lm(document_token=0 if variant == "packed" else None)
     optimizer = dataclasses.replace(optimizer, **OPTIMIZERS.get(variant, {}))
-    return Trainer(model, objective, optimizer, seed=3, layout=layout, ema=ema)
+    return Trainer(model, objective, optimizer, seed=3, layout=layout, devices=devices, ema=ema)
 
 
 def run(trainer, updates=3):
@@ -144,6 +144,19 @@ def test_accumulation_and_the_average_are_those_of_one_device():
         np.testing.assert_allclose(left, right, atol=1e-5)
     places = jax.tree.map(lambda x, y: x.sharding == y.sharding, several[4].params, several[4].ema)
     assert jax.tree.all(places)
+
+
+@pytest.mark.contract
+def test_tensor_alone_computes_what_one_device_does():
+    """No other axis cuts anything, and all devices have all tokens."""
+    several = make("one layer", Layout(fsdp=1, tensor=2), devices=jax.devices()[:2])
+    before, moments, losses, norms, _ = on_one_device("one layer")
+    have = run(several)
+    assert same(have[0], before)
+    np.testing.assert_allclose(have[2], losses, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(have[3], norms, rtol=5e-6)
+    for one, two in zip(moments, have[1], strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-8)
 
 
 def test_the_state_lies_where_the_rules_say():

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from attnax import TransformerConfig
+from attnax import Layout, TransformerConfig
 from attnax.training import OptimizerConfig, Trainer, causal_lm
-from attnax.training.loss import weighted_cross_entropy
+from attnax.training.loss import logits_of_chunk, weighted_cross_entropy
+from attnax.training.plan import least_activations
 
 
 def check_close(left, right, atol=1e-6):
@@ -79,12 +80,60 @@ class TestLoss:
             check_close(program(self.head, cut), want)
         assert "all-gather" not in program.as_text()
 
+    def test_tensor_alone_cuts_the_vocabulary(self):
+        """No other axis of the layout cuts anything, so that every device has all tokens."""
+        mesh = Layout(fsdp=1, tensor=2).mesh(jax.devices()[:2])
+        head = {"table": np.concatenate([self.head["table"]] * 2), "bias": np.arange(10, dtype="f")}
+        want = self.results(self.in_chunks, head, self.hidden)
+        with jax.set_mesh(mesh):
+            cut = {"table": jax.device_put(head["table"], jax.P("tensor")), "bias": head["bias"]}
+            check_close(self.results(self.in_chunks, cut, self.hidden), want)
+
 
 def test_a_step_holds_no_logits_of_all_tokens():
     model = TransformerConfig(vocab_size=4093, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=7)
     batch = {"tokens": jax.ShapeDtypeStruct((1, 179, 8), jnp.int32)}
     program = Trainer(model, causal_lm(), OptimizerConfig()).lower_step(batch).as_text()
     assert set(re.findall(r"<([\dx]*?)x?4093x", program)) == {"8", "179x3", "537", ""}  # 1253 tokens are 3 chunks
+
+
+def scans_of(jaxpr):
+    """The lengths of all loops, and the shapes of what they compute."""
+    for eqn in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        inner = [each for each in inner if hasattr(each, "eqns")]
+        if eqn.primitive.name == "scan":
+            yield eqn.params["length"], [x.aval.shape for each in inner[0].eqns for x in each.outvars]
+        for each in inner:
+            yield from scans_of(each)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocabulary", "chunks", "tokens"),
+    [
+        (1024, 128, 4096, 128, 1024),  # a chunk would have 512 tokens, but has one of each row
+        (1024, 16, 50257, 16, 1024),
+        (3, 257, 4096, 2, 387),  # 2 chunks of 129 tokens of a row; the last has one of padding
+        (5, 700, 8192, 14, 250),  # 250 tokens of at most 256
+    ],
+)
+def test_chunks_hold_tokens_of_all_rows_and_none_is_padding_alone(rows, length, vocabulary, chunks, tokens):
+    def loss(table, hidden, targets, weights):
+        return weighted_cross_entropy(lambda table, x: x @ table, table, hidden, targets, weights)
+
+    shapes = (2, vocabulary), (rows, length, 2), (rows, length), (rows, length)
+    dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+    traced = jax.make_jaxpr(loss)(*map(jax.ShapeDtypeStruct, shapes, dtypes))
+    ((number, computed),) = scans_of(traced.jaxpr)
+    assert number == chunks and (rows, tokens // rows, vocabulary) in computed
+    assert logits_of_chunk(rows, length, vocabulary) == tokens * vocabulary
+    assert (chunks - 1) * tokens < rows * length <= chunks * tokens
+
+
+def test_the_memory_that_is_said_has_a_token_of_each_row():
+    model = TransformerConfig(vocab_size=50257, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=16)
+    hidden = 1024 * 16 * 8 * 4
+    assert least_activations(model, OptimizerConfig(batch_size=1024), None) == hidden + 4 * 1024 * 50257
 
 
 @pytest.mark.contract

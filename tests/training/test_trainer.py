@@ -283,6 +283,54 @@ def test_a_transformation_that_reads_the_value_of_the_loss_gets_it():
     assert float(state.opt_state[1].scale) < 1
 
 
+@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.dog])
+def test_a_transformation_may_keep_the_first_parameters(make):
+    """A step gives the state away: no array of it may be there twice."""
+    trainer = Trainer(lambda rngs: nnx.Linear(3, 2, rngs=rngs), squares, make(), ema=0.9)
+    state, batch = trainer.init(), {"x": np.ones((1, 4, 3), "f"), "y": np.ones((1, 4, 2), "f")}
+    first = copy(state.params)
+    for _ in range(2):
+        state, metrics = trainer.step(state, batch)
+        assert metrics.is_finite
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state)]
+    assert any(np.array_equal(leaf, first["kernel"]) for leaf in leaves)
+
+
+def test_parameters_may_be_one_array_that_the_user_keeps():
+    kept = jnp.ones((3, 3))
+
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = nnx.Param(kept), nnx.Param(kept)
+
+        def __call__(self, x):
+            return x @ self.first[...] @ self.second[...]
+
+    trainer = Trainer(Twice, squares, optax.sgd(0.1))
+    batch = {"x": np.ones((1, 4, 3), "f"), "y": np.zeros((1, 4, 3), "f")}
+    losses = [float(trainer.step(trainer.init(), batch)[1].loss) for _ in range(2)]
+    assert losses == [81.0, 81.0] and (kept == 1).all()
+
+
+@pytest.mark.parametrize("optimizer", [FAST, optax.adam(1e-3)])
+def test_moments_are_made_wide_once(optimizer, monkeypatch):
+    made, original = [], optax.with_extra_args_support
+    monkeypatch.setattr(optax, "with_extra_args_support", lambda given: made.append(given) or original(given))
+    Trainer(lambda rngs: nnx.Linear(3, 2, rngs=rngs), squares, optimizer)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(("module", "calls"), [(lambda rngs: nnx.Linear(3, 2, rngs=rngs), 2), (Classifier, 3)])
+def test_a_module_is_made_as_often_as_is_said(module, calls):
+    """For the shapes, for streams of random numbers, and in each `init`."""
+    made = []
+    trainer = Trainer(lambda rngs: made.append(rngs) or module(rngs), squares, optax.sgd(0.0))
+    trainer.init()
+    assert len(made) == calls
+    trainer.init()
+    assert len(made) == calls + 1
+
+
 class TestScores:
     def test_evaluation_is_the_mean_over_all_batches_by_their_weights(self, trainer):
         params, (one, two) = trainer.init().params, make_batches(2)
@@ -330,6 +378,8 @@ class TestRefusals:
             ({"tokens": np.zeros((1, 2, 6), int), "weights": np.zeros((2, 1, 5))}, r"got batch\['weights'\].shape="),
             ({"tokens": np.zeros((0, 2, 6), int)}, "none of them 0"),
             ({}, "a batch must hold arrays"),
+            ({"x": [[[1.0, 2.0]]]}, r"must be \(accumulate, B, ...\).*got batch\['x'\]\[0\]\[0\]\[0\]=1.0\."),
+            ({"x": np.zeros((1, 2)), "y": "text"}, r"got batch\['y'\]='text'"),
         ],
     )
     def test_batches_of_other_shapes(self, trainer, batch, words, unchecked_shapes):
