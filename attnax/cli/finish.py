@@ -47,3 +47,5 @@ def finish(session: Session) -> None:
         "held-out {held_out_bits_per_byte:.2f} bits per byte "
         "(gzip -9: {gzip_bits_per_byte:.2f}, xz -9: {xz_bits_per_byte:.2f})".format(**figures)
     )
+    if "ema_held_out_bits_per_byte" in figures:
+        print("average  {ema_held_out_bits_per_byte:.2f} bits per byte, with --weights ema".format(**figures))

@@ -7,8 +7,7 @@ import math
 
 import jax
 
-from attnax.cli.options import read_layout
-from attnax.errors import InputError
+from attnax.cli.options import read_layout, refused_layout
 from attnax.sharding import Layout, check_layout
 from attnax.training.run_options import RunOptions
 
@@ -32,7 +31,7 @@ def layout_here(text: str | None, settings: RunOptions) -> Layout | None:
             known = math.prod(size for size in dataclasses.astuple(layout) if size != -1)
             flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={known}"
             more = f" {flag} in the environment makes {known} devices of a CPU."
-        raise InputError(f"--layout: {error}{more}") from error
+        raise refused_layout(error, more) from error
     _require_fit(sized, settings)
     return layout
 
@@ -50,7 +49,7 @@ def layout_anywhere(text: str | None, settings: RunOptions) -> Layout | None:
     try:
         sized = layout.sized(jax.device_count() if -1 in sizes else math.prod(sizes))
     except ValueError as error:
-        raise InputError(f"--layout: {error} Or name every size, such as fsdp=4,tensor=2.") from error
+        raise refused_layout(error, " Or name every size, such as fsdp=4,tensor=2.") from error
     _require_fit(sized, settings)
     return sized
 
@@ -70,4 +69,4 @@ def _require_fit(layout: Layout, settings: RunOptions) -> None:
                 f"{settings.model.max_len}. Take a multiple."
             )
     except ValueError as error:
-        raise InputError(f"--layout: {error}") from error
+        raise refused_layout(error) from error

@@ -27,7 +27,7 @@ from attnax.training.text_files import Kind
 if TYPE_CHECKING:
     from attnax.pretrained.generation_settings import GenerationSettings
 
-__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Tokenize", "Train", "read_layout"]
+__all__ = ["DRAW", "Bench", "Generate", "Inspect", "Tokenize", "Train", "read_layout", "refused_layout"]
 
 DRAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless a flag or a file chooses
 
@@ -351,12 +351,17 @@ class Bench:
             raise InputError(f"--lengths must be at least 1; got {' '.join(map(str, self.lengths))}.")
 
 
+def refused_layout(error: ValueError, more: str = "") -> InputError:
+    """An error of `Layout` about the flag, with another sentence behind it."""
+    return InputError(f"--layout: {str(error).removeprefix('Layout: ')}{more}")
+
+
 def read_layout(text: str | None) -> Layout | None:
     """The layout of a flag, without the number of devices; raises InputError for a text that names none."""
     try:
         return None if text is None else Layout.parse(text)
     except ValueError as error:
-        raise InputError(f"--layout: {error}") from error
+        raise refused_layout(error) from error
 
 
 def _flag(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from attnax.cli.options import Inspect, read_layout
+from attnax.cli.options import Inspect, read_layout, refused_layout
 from attnax.cli.tables import collapse, fold, in_bytes, in_shape, print_fields, print_rows
 from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
@@ -48,7 +48,7 @@ def print_placement(options: Inspect, config: Any, params: Any, optimizer: Optim
     try:
         placed = place_parameters(params, mesh)
     except ValueError as error:
-        raise InputError(f"--layout: {error}") from error
+        raise refused_layout(error) from error
     print_rows(list(_rows(placed, mesh)), right=("on a device",))
     whole = list(_undivided(placed, mesh))
     if whole:
@@ -73,12 +73,12 @@ def _mesh(options: Inspect, config: Any) -> AbstractMesh:
     try:
         layout = layout.sized(jax.device_count() if -1 in sizes else math.prod(sizes))
     except ValueError as error:
-        raise InputError(f"--layout: {error} Or name every size, such as fsdp=4,tensor=2.") from error
+        raise refused_layout(error, " Or name every size, such as fsdp=4,tensor=2.") from error
     try:
         for stack in stacks(config):
             check_layout(stack, layout)
     except ValueError as error:
-        raise InputError(f"--layout: {error}") from error
+        raise refused_layout(error) from error
     return abstract_mesh(layout)
 
 

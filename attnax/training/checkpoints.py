@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import operator
 import os
 import shutil
 import warnings
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 
@@ -89,7 +90,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._newest: int | None = None  # the last step that was restored or saved here
 
-    def save(self, update: int, items: Mapping[str, Any], *, metric: float | None = None) -> None:
+    def save(self, update: SupportsIndex, items: Mapping[str, Any], *, metric: float | None = None) -> None:
         """Copies the arrays to the host and returns; the thread then saves them as step number `update`.
 
         The arrays may be donated or changed when this returns. It waits for a last save that is still being written.
@@ -102,11 +103,14 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or fails, or did so in the last save; the error names a file or the folder.
                 Earlier checkpoints are kept, and the next call may succeed.
-            ValueError: `update` is not above the newest checkpoint, or `metric` is not finite.
+            ValueError: `update` is not above the newest checkpoint, `metric` is not finite, or an item is no mapping of
+                pytrees of arrays.
             InputError: the folder holds checkpoints of another run, or a file or folder with the name of a step that no
                 save made.
         """
         self.wait()
+        update = operator.index(update)
+        _check_items("Checkpoints.save", items)
         require_no_others(self.folder)
         newest = latest_checkpoint(self.folder)
         if newest is not None and update <= newest:
@@ -171,11 +175,13 @@ class Checkpoints:
         of cores is not that of the process that saved: the next updates may then differ in their last bits.
 
         Raises:
+            ValueError: `likes` is no mapping of pytrees of arrays or shapes.
             InputError: as `restore_items`, or as `save`; nothing was deleted.
             DamagedCheckpointError: as `restore_items`; nothing was deleted.
             OSError: the disk fails; the error names a file. `step` reads another checkpoint.
         """
         self.wait()
+        _check_items("Checkpoints.restore", likes)
         require_no_others(self.folder)
         if step is None and latest_checkpoint(self.folder) is None:
             delete_remains(self.folder)
@@ -231,6 +237,19 @@ class Checkpoints:
             if metric is not None:
                 measured.append((metric, -step))
         return [-step for _, step in sorted(measured)[: self._keep_best]]
+
+
+def _check_items(caller: str, items: Any) -> None:
+    if not isinstance(items, Mapping):
+        raise ValueError(
+            f"{caller}: items must be pytrees by name; got {type(items).__name__}. Give {{'state': ...}} with it."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(items)):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"{caller}: the leaves of an item must be arrays; got {jax.tree_util.keystr(path)}={leaf!r}. Take "
+                "np.asarray of it, or leave it out: the number of the update is kept."
+            )
 
 
 def _require_room(folder: Path, items: Mapping[str, Any]) -> None:

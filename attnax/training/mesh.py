@@ -71,11 +71,11 @@ def check_batch(caller: str, batch: Any, mesh: Mesh | None, *, accumulates: bool
     shapes = [tuple(np.shape(x)) for _, x in leaves]
     wanted, count = ("(accumulate, B, ...)", 2) if accumulates else ("(B, ...)", 1)
     for (path, x), shape in zip(leaves, shapes, strict=True):
-        name = f"batch{jax.tree_util.keystr(path)}" + (f".shape={shape}" if hasattr(x, "shape") else f"={x!r}")
+        name = _name_of(path, x)
         if len(shape) < count or shape[:count] != shapes[0][:count] or 0 in shape[:count]:
             raise ValueError(
                 f"{caller}: the arrays of a batch must be {wanted}, with the same first sizes, none of them 0; got "
-                f"{name}."
+                f"{name}" + (f" beside {_name_of(*leaves[0])}." if path != leaves[0][0] else ".")
             )
         if shape[count - 1] % num_parts(mesh):
             raise ValueError(
@@ -84,6 +84,11 @@ def check_batch(caller: str, batch: Any, mesh: Mesh | None, *, accumulates: bool
             )
     if not leaves:
         raise ValueError(f"{caller}: a batch must hold arrays of shape {wanted}; got {batch!r}.")
+
+
+def _name_of(path: Any, x: Any) -> str:
+    """An array of a batch for a message: its path and its shape, or its value if it has none."""
+    return f"batch{jax.tree_util.keystr(path)}" + (f".shape={np.shape(x)}" if hasattr(x, "shape") else f"={x!r}")
 
 
 def check_attention_functions(model: nnx.Module, mesh: Mesh) -> None:

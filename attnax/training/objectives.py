@@ -6,6 +6,7 @@ counts and the weight of it. `Trainer` divides the sums of all microbatches once
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from attnax.training.layer_losses import LOSS_WEIGHTS, check_loss_weights, sum_o
 from attnax.training.loss import weighted_cross_entropy
 from attnax.typing import Array, Bool, Float, Int
 
-__all__ = ["Batch", "Loss", "Objective", "causal_lm", "classification", "masked_lm", "seq2seq"]
+__all__ = ["Batch", "Loss", "Objective", "causal_lm", "check_objective", "classification", "masked_lm", "seq2seq"]
 
 
 class Loss(NamedTuple):
@@ -342,6 +343,20 @@ def _replace(
     new = jnp.where(chance < 0.8, mask_token, jnp.where(chance < 0.9, random, old))
     rows = jnp.arange(tokens.shape[0])[:, None]
     return tokens.at[rows, places].set(jnp.where(chosen, new, old))
+
+
+def check_objective(objective: Any) -> None:
+    """Raises ValueError for what cannot be called with a model, a batch and random numbers."""
+    try:
+        inspect.signature(objective).bind(None, None, None)
+    except ValueError:  # a function of C, which has no signature to check
+        return
+    except TypeError as error:
+        name = getattr(objective, "__name__", repr(objective))
+        raise ValueError(
+            f"Trainer: objective must be a function of (model, batch, rngs); got {name}: {error}. A name such as "
+            "causal_lm is called first: causal_lm()."
+        ) from error
 
 
 def _mode(rngs: nnx.Rngs | None) -> dict[str, Any]:

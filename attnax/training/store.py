@@ -198,8 +198,8 @@ def open_store(path: str | Path, *, verify: bool = True) -> Store:
     if not (path / STORE).is_file():
         if is_store(path):
             raise InputError(
-                f"{path} is an incomplete store: its process was stopped. Repeat its attnax tokenize; finished shards "
-                "are kept."
+                f"{path} is an incomplete store: it has no {STORE}, since its process was stopped or a copy of it was. "
+                "Repeat its attnax tokenize, which keeps finished shards, or copy it again."
             )
         raise InputError(f"{path} is not a store: it has no {STORE}. attnax tokenize makes one.")
     try:

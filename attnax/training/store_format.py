@@ -14,8 +14,8 @@ PROGRESS = "progress.jsonl"  # of a store that is being written
 
 
 def is_store(path: Path) -> bool:
-    """Whether the folder is a store of `attnax tokenize`, complete or not."""
-    return any(_has_format(path / name) for name in (STORE, PROGRESS))
+    """Whether the folder is a store of `attnax tokenize`, complete or not: shards are enough."""
+    return any(_has_format(path / name) for name in (STORE, PROGRESS)) or any(path.glob("*-[0-9]*[0-9].names"))
 
 
 def _has_format(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from attnax.sharding import BATCH, Layout
 from attnax.training.accumulate import mean_gradient
 from attnax.training.functional import FunctionalModel, ModelSource
 from attnax.training.mesh import check_attention_functions, check_batch, make_mesh, num_parts, state_shardings
-from attnax.training.objectives import Batch, Loss, Objective
+from attnax.training.objectives import Batch, Loss, Objective, check_objective
 from attnax.training.optimizer import OptimizerConfig, in_float32
 from attnax.training.precision import widen
 from attnax.training.scoring import mean_of, windows_of
@@ -90,6 +90,7 @@ class Trainer:
             raise ValueError(f"Trainer: devices are those of a layout; got {len(devices)} devices and layout=None.")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"Trainer: ema must be between 0 and 1, or None; got ema={ema!r}.")
+        check_objective(objective)
         self.objective, self.optimizer, self.ema, self.seed = objective, optimizer, ema, seed
         is_config = isinstance(optimizer, OptimizerConfig)
         self._update = optimizer.build() if is_config else in_float32(optimizer)
@@ -153,6 +154,9 @@ class Trainer:
         Raises:
             ValueError: no batch, or as in `step`.
         """
+        self._check_params("Trainer.evaluate", params)
+        if isinstance(batches, Mapping):
+            raise ValueError("Trainer.evaluate: batches must be an iterable of batches; got one batch. Give [batch].")
 
         def scored() -> Iterator[Loss]:
             for batch in batches:
@@ -176,8 +180,17 @@ class Trainer:
         return scored.loss * scored.weight / math.log(2)
 
     def merge(self, params: Any) -> Any:
-        """The model with these parameters."""
+        """The model with these parameters.
+
+        Raises:
+            ValueError: not the parameters of the model, such as a whole state.
+        """
+        self._check_params("Trainer.merge", params)
         return self._model.merge(params)
+
+    def _check_params(self, caller: str, params: Any) -> None:
+        if isinstance(params, TrainState):
+            raise ValueError(f"{caller}: params must be those of the model; got a TrainState. Give state.params.")
 
     def trace_step(self, batch: Batch) -> jax.stages.Traced:
         """A step over such a batch, of arrays or of their shapes, as JAX traces it; nothing is computed."""

@@ -60,7 +60,10 @@ def test_ctrl_c_and_the_same_command_again_make_the_same_store(make, tmp_path, c
         assert make("store", "--shard-tokens", "2000") == 130
     assert "the same command goes on after the last finished shard" in capsys.readouterr().out
     line = refuse(capsys, "train", "--data", tmp_path / "store", "--out", tmp_path / "run", *READY)
-    assert "is an incomplete store: its process was stopped" in line and not (tmp_path / "run").exists()
+    assert (
+        "is an incomplete store: it has no store.json, since its process was stopped" in line
+        and not (tmp_path / "run").exists()
+    )
     assert make("store", "--shard-tokens", "2000") == 0
     assert files_of(tmp_path / "store") == files_of(tmp_path / "whole")
 

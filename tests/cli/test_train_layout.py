@@ -61,7 +61,7 @@ def test_layouts_that_do_not_fit_are_refused_before_the_text_is_read(capsys, tmp
         return refuse(capsys, "train", "--out", tmp_path / "run", *TINY, "--layout", layout, *flags)
 
     devices = why("fsdp=3,tensor=3")
-    assert "--layout: Layout: fsdp=3,tensor=3 needs 9 devices; got 8 devices." in devices
+    assert "--layout: fsdp=3,tensor=3 needs 9 devices; got 8 devices." in devices
     assert "XLA_FLAGS=--xla_force_host_platform_device_count=9 in the environment" in devices
     assert "tensor must divide num_heads; got tensor=4, num_heads=2." in why("fsdp=2,tensor=4")
     assert "data * fsdp * expert must divide the batch; got 8 of data=8 and batch_size=4." in why("data")

@@ -668,3 +668,24 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(NotImplementedError, match="Checkpoints: one process saves; got 2. In several, use Orbax"):
         Checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ({"w": {"epoch": 3}}, r"the leaves of an item must be arrays; got \['w'\]\['epoch'\]=3. Take np.asarray of it"),
+        ([1], r"items must be pytrees by name; got list. Give \{'state': ...\} with it."),
+    ],
+)
+def test_what_is_no_item_is_refused(tmp_path, items, words, unchecked_shapes):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=f"Checkpoints.save: {words}"):
+            checkpoints.save(1, items)
+        with pytest.raises(ValueError, match="Checkpoints.restore: "):
+            checkpoints.restore(items)
+
+
+def test_a_step_may_be_a_number_of_numpy(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(np.int64(3), {"w": np.ones(2)})
+    assert checkpoint_steps(tmp_path) == [3]

@@ -116,7 +116,7 @@ def test_a_store_whose_process_was_killed_is_finished_to_the_same_files(
         with pytest.raises(Killed):
             make_store(corpus, byte_tokenizer(), tmp_path / "store", shard_tokens=SHARD)
     assert not (tmp_path / "store" / "store.json").exists()
-    with pytest.raises(InputError, match=r"incomplete store: its process was stopped. Repeat|it has no store.json"):
+    with pytest.raises(InputError, match="it has no store.json"):
         open_store(tmp_path / "store")
     kept = {
         file: file.stat().st_mtime_ns for file in (tmp_path / "store").glob("*-*") if not file.name.endswith(".tmp")
@@ -235,6 +235,13 @@ class TestRefusals:
         for name, content in files_of(store.path).items():
             (path / name).write_bytes(content)
         return path
+
+    def test_a_copy_that_was_interrupted(self, copy):
+        (copy / "store.json").unlink()
+        with pytest.raises(InputError, match="is an incomplete store: it has no store.json"):
+            open_store(copy)
+        with pytest.raises(InputError, match="store"):
+            read_corpus(str(copy))
 
     @pytest.mark.parametrize("name", ["train-00003.tokens", "train-00003.tokens.starts", "held_out-00000.names"])
     def test_a_shard_that_was_changed(self, copy, name):

@@ -375,7 +375,10 @@ class TestRefusals:
         ("batch", "words"),
         [
             ({"tokens": np.zeros(6, int)}, r"must be \(accumulate, B, ...\).*got batch\['tokens'\].shape=\(6,\)"),
-            ({"tokens": np.zeros((1, 2, 6), int), "weights": np.zeros((2, 1, 5))}, r"got batch\['weights'\].shape="),
+            (
+                {"tokens": np.zeros((1, 2, 6), int), "weights": np.zeros((2, 1, 5))},
+                r"got batch\['weights'\].shape=\(2, 1, 5\) beside batch\['tokens'\].shape=\(1, 2, 6\)\.",
+            ),
             ({"tokens": np.zeros((0, 2, 6), int)}, "none of them 0"),
             ({}, "a batch must hold arrays"),
             ({"x": [[[1.0, 2.0]]]}, r"must be \(accumulate, B, ...\).*got batch\['x'\]\[0\]\[0\]\[0\]=1.0\."),
@@ -393,6 +396,23 @@ class TestRefusals:
     def test_a_module_in_place_of_a_function_that_makes_one(self, unchecked_shapes):
         with pytest.raises(ValueError, match="or a function of nnx.Rngs that makes a module; got TransformerLM"):
             Trainer(build(lambda rngs: TransformerLM(rngs, MODEL)), causal_lm(), FAST)
+
+    def test_a_state_in_place_of_its_parameters(self, trainer, unchecked_shapes):
+        for call in (trainer.merge, lambda state: trainer.evaluate(state, [{}])):
+            with pytest.raises(
+                ValueError, match="params must be those of the model; got a TrainState. Give state.params"
+            ):
+                call(trainer.shapes)
+
+    def test_one_batch_in_place_of_several(self, trainer, unchecked_shapes):
+        with pytest.raises(ValueError, match=r"batches must be an iterable of batches; got one batch. Give \[batch\]"):
+            trainer.evaluate(trainer.shapes.params, {"tokens": np.zeros((2, 6), np.int32)})
+
+    def test_an_objective_that_was_not_called(self, unchecked_shapes):
+        with pytest.raises(
+            ValueError, match=r"of \(model, batch, rngs\); got causal_lm: .*called first: causal_lm\(\)"
+        ):
+            Trainer(MODEL, causal_lm, FAST)
 
     @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
     def test_an_average_without_a_share(self, ema):
