@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -19,6 +20,9 @@ settings.register_profile("few", max_examples=5, deadline=None, derandomize=True
 settings.register_profile("thorough", parent=settings.get_profile("few"), max_examples=50)
 settings.register_profile("nightly", max_examples=500, deadline=None, database=None)
 settings.load_profile("few")
+
+# A shell ignores SIGINT for what runs in its background, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Programs and their traces are millions of objects that live to the end; collecting garbage took a fifth of the time.
 gc.set_threshold(200_000, 50, 50)

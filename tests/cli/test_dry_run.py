@@ -1,11 +1,18 @@
 """`attnax train --dry-run`: the figures of a run, of which nothing is made."""
 
+import gc
+
 import jax
 import pytest
 from tiny_run import READY, TINY, refuse
 
 from attnax.cli import main
 from attnax.training import feasible
+
+
+def num_arrays():
+    gc.collect()  # those of other tests
+    return len(jax.live_arrays())
 
 
 @pytest.fixture
@@ -15,10 +22,10 @@ def plan(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("attnax.cli.train.choose_data", None)
 
     def call(*flags):
-        before = len(jax.live_arrays())
+        before = num_arrays()
         capsys.readouterr()
         assert main(["train", "--dry-run", *map(str, flags)]) == 0
-        assert len(jax.live_arrays()) == before and not list(tmp_path.iterdir())
+        assert num_arrays() == before and not list(tmp_path.iterdir())
         return [" ".join(line[11:].split()) for line in capsys.readouterr().out.splitlines()]
 
     return call
