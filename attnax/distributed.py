@@ -106,6 +106,7 @@ def connect(
         late.cancel()
     atexit.register(disconnect)
     _end_at_exceptions()
+    jax.devices()  # all processes find their devices together: one alone would wait for the others
     beat()
     state = _runtime.global_state
     return World(world.source, state.num_processes, state.process_id, state.coordinator_address, world.devices)
