@@ -24,12 +24,14 @@
           dependencies = [
             pypkgs.flax
             pypkgs.jax
+            pypkgs.ml-dtypes
             pypkgs.numpy
           ];
           # pyproject.toml caps jax and flax at releases that work together; nixpkgs has such a pair of its own.
           pythonRelaxDeps = [
             "flax"
             "jax"
+            "ml_dtypes"
             "numpy"
           ];
           # The tests need more packages than the library: `make test`.
