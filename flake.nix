@@ -10,7 +10,7 @@
         pkgs: pypkgs:
         let
           isVersion = pkgs.lib.hasPrefix "__version__ = ";
-          lines = pkgs.lib.splitString "\n" (builtins.readFile ./attnax/__init__.py);
+          lines = pkgs.lib.splitString "\n" (builtins.readFile ./attnax/version.py);
           version = builtins.head (
             builtins.match "__version__ = \"(.*)\"" (pkgs.lib.findFirst isVersion "" lines)
           );

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from attnax import __version__
+from attnax.version import __version__
 
 
 class InputError(ValueError):

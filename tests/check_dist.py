@@ -44,7 +44,7 @@ def problems(folder, version, package, tag="", changelog=""):
         inside = set(file.namelist())
     yield from differences(wheel, inside, package | {f"attnax-{version}.dist-info/{name}" for name in INFO})
     if tag and tag != f"v{version}":
-        yield f"the tag of version {version} must be v{version}; got {tag}. Set __version__ in attnax/__init__.py."
+        yield f"the tag of version {version} must be v{version}; got {tag}. Set __version__ in attnax/version.py."
     if tag and not re.search(rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$", changelog, re.MULTILINE):
         yield f"CHANGELOG.md must have a heading '## {version} (YYYY-MM-DD)' for the release."
 
@@ -58,7 +58,7 @@ def differences(archive, inside, expected):
 
 def main(folder, tag=""):
     """Prints the problems; returns the exit code."""
-    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "attnax" / "__init__.py").read_text(), re.MULTILINE)[1]
+    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "attnax" / "version.py").read_text(), re.MULTILINE)[1]
     found = list(problems(Path(folder), version, package_files(), tag, (ROOT / "CHANGELOG.md").read_text()))
     print("\n".join(found) or f"attnax {version}: the distributions hold the package and nothing else.")
     return bool(found)
