@@ -121,11 +121,11 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # The source distribution of the files that lie here, and the wheel that is built from it, in dist/; their names, files and
-# README are checked. For a release `make dist RELEASE_TAG=v0.3.0` checks the tag and the changelog too.
+# metadata are checked. For a release `make dist RELEASE_TAG=v0.3.0` checks the tag and the changelog too.
 dist: $(VENV)/.dist
 	rm -rf dist
 	$(BIN)/python -m build --quiet --outdir dist .
-	$(BIN)/python tests/check_dist.py dist $(RELEASE_TAG)
+	$(BIN)/python tests/check_dist.py dist "$$RELEASE_TAG"
 	$(BIN)/python -m twine check --strict dist/*
 
 # The wheel of dist/ in an environment with nothing else. `make installed CONSTRAINTS=` takes the versions that users get.
