@@ -134,10 +134,10 @@ $(if $(filter-out avx2,$(KIND)),$(error KIND= takes avx2 only, which hides AVX-5
 BENCH = $(if $(KIND),$(BIN)/python benchmarks/without_avx512.py )$(BIN)/python
 
 bench: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
+	$(BENCH) benchmarks/attention.py --json docs/understand/attention-cpu.json --markdown docs/understand/attention-cpu.md
 
 bench-first-token: $(VENV)/.train
-	$(BENCH) benchmarks/first_token.py --markdown docs/first-token-cpu.md
+	$(BENCH) benchmarks/first_token.py --markdown docs/understand/first-token-cpu.md
 
 bench-train: $(VENV)/.dev $(TORCH)/.made
 	$(BENCH) benchmarks/train.py
@@ -146,10 +146,10 @@ bench-moe: $(VENV)/.dev
 	$(BENCH) benchmarks/moe.py
 
 bench-models: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/models.py --markdown docs/models-cpu.md
+	$(BENCH) benchmarks/models.py --markdown docs/understand/models-cpu.md
 
 bench-decode: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/decode.py --markdown docs/decode-cpu.md
+	$(BENCH) benchmarks/decode.py --markdown docs/understand/decode-cpu.md
 
 bench-data: $(VENV)/.dev
 	$(BENCH) benchmarks/data.py
@@ -166,16 +166,16 @@ bench-checkpoints: $(VENV)/.dev
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
-	$(BENCH) benchmarks/speculative.py --markdown docs/speculative-cpu.md
+	$(BENCH) benchmarks/speculative.py --markdown docs/understand/speculative-cpu.md
 
 # On a machine with an NVIDIA GPU, like test-gpu; compares with PyTorch too if torch is installed.
 bench-gpu:
-	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
+	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/understand/attention-gpu.md --json docs/understand/attention-gpu.json
 
 # The shared memory and registers that each GPU kernel needs on four generations of cards, by Triton's compiler, on any machine:
 # half an hour, and a minute the second time.
 aot-triton: $(VENV)/.dev $(TRITON)/.made
-	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators.md
+	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/understand/accelerators.md
 
 # Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped with a message where there is no compiler.
 # `aot-quick` is causal attention on one TPU, in less than a minute.
@@ -184,21 +184,21 @@ AOT = @reason="$$("$(PYTHON)" benchmarks/aot.py $(1) --why-not)" || exit 1; \
 	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/$(3)
 
 aot:
-	$(call AOT,tpu,$(TPU),aot.py tpu --markdown docs/accelerators.md)
+	$(call AOT,tpu,$(TPU),aot.py tpu --markdown docs/understand/accelerators.md)
 
 aot-quick:
 	$(call AOT,tpu,$(TPU),aot.py tpu --quick)
 
 # Training steps of 1 and 8 billion parameters on 8 and 256 TPUs: a quarter of an hour. `aot-scale-quick` is a small one on 4.
 aot-scale:
-	$(call AOT,tpu,$(TPU),aot_scale.py --markdown docs/devices.md)
+	$(call AOT,tpu,$(TPU),aot_scale.py --markdown docs/guides/devices.md)
 
 aot-scale-quick:
 	$(call AOT,tpu,$(TPU),aot_scale.py --quick)
 
 # Downloads 2 GB of NVIDIA's libraries, and takes 5 GB of disk.
 aot-cuda:
-	$(call AOT,cuda,$(CUDA),aot.py cuda --markdown docs/accelerators.md)
+	$(call AOT,cuda,$(CUDA),aot.py cuda --markdown docs/understand/accelerators.md)
 
 # Installs into an environment, by default with the pinned versions; a failure prints what may be missing. `compat` puts the clone
 # on Python's path: `import attnax` in the folder above the clone then finds the package, and not the clone's folder.
