@@ -35,6 +35,7 @@ nb_execution_timeout = 300
 nb_ipywidgets_js = {}  # they would load from a content delivery network
 
 nitpicky = True
+highlight_language = "none"  # of blocks that do not say theirs
 default_role = "literal"  # docstrings write code as Markdown does, between single backticks
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 76
@@ -50,6 +51,7 @@ html_title = f"Attnax {release}"
 html_static_path = ["_static"]
 html_css_files = ["attnax.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 pygments_style = "default"
 pygments_dark_style = "github-dark"

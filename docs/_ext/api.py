@@ -117,31 +117,30 @@ def attributes(cls: type) -> dict[str, str]:
 
 
 def shown_default(field: dataclasses.Field[Any]) -> str:
-    """The default of a field as code; "required" for none."""
+    """The default of a field as code, behind its type; ", required" for none."""
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     else:
-        return "required"
+        return ", required"
     shown = f"{type(value).__name__}.{value.name}" if hasattr(type(value), "__members__") else repr(value)
     if len(shown) > LONGEST_DEFAULT or " at 0x" in shown:
         shown = f"{getattr(value, '__name__', None) or type(value).__name__ + '(...)'}"
-    return f"``{shown}``"
+    return f" = {shown}"
 
 
 def table_of_fields(cls: type) -> list[str]:
-    """A table of the fields of a dataclass: name, type, default, and the text of its docstring."""
+    """A table of the fields of a dataclass: name, type and default, and the text of its docstring."""
     texts = attributes(cls)
-    lines = [".. list-table::", "   :class: fields", "   :header-rows: 1", "   :widths: auto", ""]
-    lines += ["   * - field", "     - type", "     - default", "     - meaning"]
+    lines = [".. list-table::", "   :class: fields", "   :widths: auto", ""]
     for field in dataclasses.fields(cls):
         if field.name.startswith("_"):
             continue
         if field.name not in texts:
             logger.warning("the docstring of %s.%s lacks the field %s", cls.__module__, cls.__qualname__, field.name)
         kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-        lines += [f"   * - ``{field.name}``", f"     - ``{kind}``", f"     - {shown_default(field)}"]
+        lines += [f"   * - | **{field.name}**", f"       | ``{kind}{shown_default(field)}``"]
         lines += [f"     - {texts.get(field.name, '')}"]
     return lines
 
@@ -180,6 +179,9 @@ def show_signature(
         call, bound = inspect.signature(obj.__init__), True
     elif what in ("function", "method") and inspect.isroutine(obj):
         call = inspect.signature(obj)
+        source = ModuleAnalyzer.for_module(obj.__module__)
+        source.analyze()
+        source.overloads.clear()  # they serve type checkers; the function itself has the names of all arguments
         bound = what == "method" and next(iter(call.parameters), "") in ("self", "cls")
     else:
         return None

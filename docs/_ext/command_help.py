@@ -1,6 +1,7 @@
 """The directive `command-help`: what `attnax COMMAND --help` prints, from the parser itself."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,18 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-COLUMNS = 100
+COLUMNS = 92  # with the frame of a terminal, which is left out
 
 
 def help_of(command: str) -> str:
-    """The help of a command of `attnax`, without colours, in lines of at most `COLUMNS` letters."""
+    """The help of a command of `attnax`, without colours and frames, in lines of fewer than `COLUMNS` letters."""
     plain = {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "dumb", "JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
     arguments = [sys.executable, "-m", "attnax", *command.split(), "--help"]
     run = subprocess.run(
         arguments, env=os.environ | plain, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    return "\n".join(line.rstrip() for line in run.stdout.strip().splitlines())
+    lines = [line for line in run.stdout.strip().splitlines() if not line.startswith("╰")]
+    return "\n".join(re.sub(r"^╭─ (.*?) ─*╮$", r"\n\1", line).strip("│").rstrip() for line in lines)
 
 
 class CommandHelp(SphinxDirective):
