@@ -48,6 +48,7 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"Attnax {release}"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["attnax.css"]
 html_copy_source = False
