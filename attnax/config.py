@@ -12,9 +12,13 @@ from attnax.config_fields import ConfigFields, Forms, Overrides, as_pair, as_tup
 FfActivation = Literal[
     "gelu", "gelu_tanh", "relu", "relu2", "silu", "swish", "swiglu", "swiglu_clipped", "geglu", "geglu_tanh", "reglu"
 ]
+"""The activation of a feed-forward; those with "glu" in their name multiply by a gate."""
 NormKind = Literal["layer", "rms"]
+"""LayerNorm or RMSNorm."""
 NormPlacement = Literal["pre", "post", "sandwich", "branch"]
+"""Where a block has its norms: before a sublayer, after its sum, both before and after it, or after it alone."""
 PosEmbType = Literal["sinusoidal", "learned", "rope", "alibi", "relative", "none"]
+"""How a model knows positions: embeddings, rotations of queries and keys, biases of scores, or not at all."""
 RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
 QkNorm = Literal["none", "head", "projection"]
 AttentionGate = Literal["none", "head", "element"]
@@ -23,7 +27,9 @@ Initializer = Literal["lecun_normal", "xavier_uniform", "xavier_normal", "he_nor
 ResidualInit = Literal["depth", "none"]
 Remat = Literal["none", "full", "attention_out", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 Pool = Literal["cls", "mean"]
+"""What a classifier of images reads: the class token, or the mean of the patches."""
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+"""A type of numbers, by its name."""
 
 BIASES = ("query", "key", "value", "gate", "out", "feed_forward", "router", "norm", "head")
 

@@ -553,7 +553,7 @@ def head(target: str) -> str:
 
 
 def section(target: str, tables: dict[str, list[tuple[Row, Result]]]) -> str:
-    """The section of a target in docs/accelerators.md."""
+    """The section of a target in docs/understand/accelerators.md."""
     shape = f"batch 1, {HEADS} heads, {KV_HEADS} key heads, length {LENGTH}, head size {HEAD}"
     parts = [
         f"By `{COMMANDS[target]}`: {head(target)}",

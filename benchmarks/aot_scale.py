@@ -1,6 +1,6 @@
 """Training steps of models of 1 and 8 billion parameters on 8 and 256 TPUs, compiled on a machine without a TPU.
 
-    python benchmarks/aot_scale.py            # each layout of the table in docs/devices.md: `make aot-scale`
+    python benchmarks/aot_scale.py            # each layout of the table in docs/guides/devices.md: `make aot-scale`
     python benchmarks/aot_scale.py --quick    # a small model on 4 devices: `make aot-scale-quick`
 
 Parameters are shapes, and nothing runs. The command fails if a program does not compile, does not fit a device, gathers
@@ -311,7 +311,7 @@ def wrong(row: Row, facts: Facts) -> str:
 
 
 def section(results: list[tuple[Row, Facts]]) -> str:
-    """The tables of docs/devices.md."""
+    """The tables of docs/guides/devices.md."""
     of_device = [
         ["model", "layout", "batch", "state GB", "temporaries GB", "products Tflop", "attention Tflop", "kernels", "s"]
     ]

@@ -1,7 +1,7 @@
 """Shared memory, registers and spills of the GPU kernels, from Triton's own compiler, on any machine.
 
-    make aot-triton                                       # the table of docs/accelerators.md
-    python benchmarks/aot_triton.py --json figures.json --markdown docs/accelerators.md
+    make aot-triton                                       # the table of docs/understand/accelerators.md
+    python benchmarks/aot_triton.py --json figures.json --markdown docs/understand/accelerators.md
     python benchmarks/aot_triton.py --search backward 128                 # the tiles that fit: blocks, warps, stages
     python benchmarks/aot_triton.py --search forward 64 --dtype float32 --case "soft cap"
 
@@ -258,7 +258,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(table: list[dict[str, Any]], versions: dict[str, str]) -> str:
-    """The section of docs/accelerators.md."""
+    """The section of docs/understand/accelerators.md."""
     cards = " | ".join(
         f"{card.name}, sm_{card.capability}, {card.shared / 1024:.0f} KiB, {card.unit}" for card in CARDS
     )

@@ -1,7 +1,7 @@
 """The bytes that TPU kernels copy and the products that they compute, counted from their grids: an estimate.
 
     python benchmarks/tpu_traffic.py                                    # on any machine
-    python benchmarks/tpu_traffic.py --markdown docs/accelerators.md    # also writes the table into this page
+    python benchmarks/tpu_traffic.py --markdown docs/understand/accelerators.md   # also writes the table into this page
 
 A TPU runs the programs of a kernel one after another. The blocks of a program are copied into vector memory, and a
 block that is the same as the one before is not copied again; results are copied back. The command takes the grid, the

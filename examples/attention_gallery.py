@@ -1,7 +1,7 @@
 """Published ideas about attention, each in a few lines of Attnax, and what they cost.
 
     python examples/attention_gallery.py                # a table: lines, exactness, tiles, where each idea runs
-    python examples/attention_gallery.py --write docs   # the page docs/gallery.md and its pictures
+    python examples/attention_gallery.py --write docs/guides   # the page gallery.md and its pictures
 
 Each idea is a function, and its source is what the page shows. `attend` is the kernel. Options such as `mask` go to it,
 so that most of the functions are themselves attention functions for layers and models.

@@ -115,7 +115,7 @@ def read_table(text: str) -> dict[str, list[str]]:
 
 
 def page(ideas: list[Idea], table: dict[str, list[str]]) -> str:
-    """The text of docs/gallery.md."""
+    """The text of docs/guides/gallery.md."""
     code = Path(inspect.getfile(ideas[0].code)).read_text()
     imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = "gallery_ideas", "gallery_page"
@@ -143,13 +143,13 @@ def link(one: Idea) -> str:
 INTRODUCTION = """# Gallery
 
 {count} published ideas about attention, each in a few lines: {few} of them take fewer than 10, the longest takes
-{most}. The code is that of [`attention_gallery.py`](../examples/attention_gallery.py), which also measured all
-figures and wrote this page: `python examples/attention_gallery.py --write docs`.
+{most}. The code is that of [`attention_gallery.py`](../../examples/attention_gallery.py), which also measured all
+figures and wrote this page: `python examples/attention_gallery.py --write docs/guides`.
 
 - **lines**: of the function below, without blank lines, comments and docstrings.
 - **values, gradients**: the greatest difference from a plain definition in float64, relative to the greatest number
   of an array. Gradients are those of all arrays that the idea takes. The definitions
-  ([`plain_ideas.py`](../tests/examples/plain_ideas.py)) use arrays of all pairs, and no kernel, mask or score mod of
+  ([`plain_ideas.py`](../../tests/examples/plain_ideas.py)) use arrays of all pairs, and no kernel, mask or score mod of
   Attnax. Functions run in tiles of 16 x 16 there; models have two layers, and the gradients are those of all
   parameters.
 - **tiles**: those of {tile} x {tile} pairs in which the masks of the idea let some pair attend, for {tiled} tokens;

@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-README, GETTING_STARTED = ROOT / "README.md", ROOT / "docs" / "getting-started.md"
+README, GETTING_STARTED = ROOT / "README.md", ROOT / "docs" / "start" / "getting-started.md"
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
-PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if PYTHON.search(page.read_text()))]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, *(page for page in SITE if PYTHON.search(page.read_text()))]
 
 
 def statements(page):
@@ -92,7 +93,7 @@ def anchors(page):
 
 def test_links_lead_to_files_and_headings():
     broken, links = [], 0
-    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (*sorted(ROOT.glob("*.md")), *SITE):
         for link in ("".join(found) for found in LINK.findall(CODE.sub("", page.read_text()))):
             if "://" in link:
                 continue

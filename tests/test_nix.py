@@ -1,4 +1,4 @@
-"""flake.nix and the flake of docs/nix.md, evaluated by Nix with a stand-in for nixpkgs; nothing is built."""
+"""flake.nix and the flake of docs/start/nix.md, evaluated by Nix with a stand-in for nixpkgs; nothing is built."""
 
 import functools
 import json
@@ -13,13 +13,13 @@ import pytest
 import attnax
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "nix.md"
+PAGE = ROOT / "docs" / "start" / "nix.md"
 NEEDS_NIX = pytest.mark.skipif(
     shutil.which("nix-instantiate") is None,
     reason="there is no nix-instantiate; on Debian and Ubuntu: apt-get install nix-bin",
 )
-# The functions of nixpkgs that flake.nix and docs/nix.md use, and packages that are their names. Functions that build
-# return what they are given.
+# The functions of nixpkgs that flake.nix and docs/start/nix.md use, and packages that are their names. Functions that
+# build return what they are given.
 NIXPKGS = """
 { system }:
 let

@@ -17,7 +17,8 @@ from attnax.typing import Array
 
 __all__ = ["CHUNK", "Chunk", "Reading", "SlotChunks", "Source", "TokenArrays"]
 
-CHUNK = 128  # tokens that are read at once, about
+CHUNK = 128
+"""The number of stored tokens that are read at once, about."""
 
 
 class Reading(NamedTuple):

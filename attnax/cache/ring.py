@@ -25,9 +25,10 @@ from attnax.typing import Array, ArrayLike, Bool, Float, Int
 
 __all__ = ["FEW_QUERIES", "SPARE_SLOTS", "RingKVCache", "init_ring_kv_cache"]
 
-# Slots of a ring beyond its window: the chunk of a draft is written before it is attended, and may be taken back.
 SPARE_SLOTS = 16
-FEW_QUERIES = SPARE_SLOTS + 1  # of a step with a draft; more queries fill the tiles of `flash_attention`
+"""Slots of a ring beyond its window: the chunk of a draft is written before it is attended, and may be taken back."""
+FEW_QUERIES = SPARE_SLOTS + 1
+"""The most queries of a step, with a draft; more queries fill the tiles of `flash_attention`."""
 
 
 @pytree_dataclass

@@ -257,11 +257,12 @@ class TransformerLM(nnx.Module):
         """The `num_beams` best texts found after each prompt, the best first.
 
         Arguments and errors are as in `generate`, and:
-            num_beams: running texts of each prompt.
-            length_penalty: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
-            early_stopping: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
-                its present length, "never" when no running text can score better at any length.
-            sampler: only its penalties apply, to log-probabilities.
+
+        - `num_beams`: running texts of each prompt.
+        - `length_penalty`: a text's score is its log-probability / length ** length_penalty; above 0 longer texts gain.
+        - `early_stopping`: "first" stops with num_beams ended texts, "heuristic" when no running text scores better at
+          its present length, "never" when no running text can score better at any length.
+        - `sampler`: only its penalties apply, to log-probabilities.
         """
         options: PromptOptions = {"sampler": sampler, "padding_mask": padding_mask, "end_token": end_token}
         options |= {"stop_sequences": stop_sequences, "cache": cache, "cache_dtype": cache_dtype}

@@ -228,14 +228,15 @@ class Transformer(nnx.Module):
         """Writes a target for each source, in two compiled programs that serve sources of several lengths.
 
         Arguments, result and errors are as in `TransformerLM.generate`, with sources in place of prompts, and:
-            source_ids: (batch, S).
-            max_length: tokens to write at most, the start token not counted.
-            start_token: the first token of every target, not part of the result.
-            mask: of the decoder's self-attention, as `self_mask` and `score_mod` are. Positions are those of the
-                target, whose start token is at 0.
-            temperature: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
-            source_padding_mask: (batch, S) or (batch, 1, 1, S), True for real tokens.
-            draft: a small Transformer of the same vocabularies.
+
+        - `source_ids`: (batch, S).
+        - `max_length`: tokens to write at most, the start token not counted.
+        - `start_token`: the first token of every target, not part of the result.
+        - `mask`: of the decoder's self-attention, as `self_mask` and `score_mod` are. Positions are those of the
+          target, whose start token is at 0.
+        - `temperature`: of the sampling, in place of a `sampler`; 0 takes the likeliest token.
+        - `source_padding_mask`: (batch, S) or (batch, 1, 1, S), True for real tokens.
+        - `draft`: a small Transformer of the same vocabularies.
         """
         if draft is not None and not isinstance(draft, Transformer):
             raise ValueError(f"generate: a draft must be a Transformer too; got {type(draft).__name__}.")

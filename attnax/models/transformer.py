@@ -215,7 +215,7 @@ class TransformerEncoder(_TokenTransformer):
         config: a TransformerConfig.
         self_mask: mask of self-attention, by default none. No token attends padding.
         make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
-            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/own-blocks.md has examples.
+            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/guides/own-blocks.md has examples.
         attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
@@ -309,7 +309,7 @@ class TransformerDecoder(_TokenTransformer):
         own_tokens: whether the model has a table of token embeddings; if not, every `run` takes a table.
         make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
             EncoderBlock, or DecoderBlock with cross_attention. `attnax.nn.Stack` says what a block is, and
-            docs/own-blocks.md has examples.
+            docs/guides/own-blocks.md has examples.
         attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of TransformerConfig; an unknown field or a value out of range raises ValueError.
 
@@ -367,9 +367,10 @@ class TransformerDecoder(_TokenTransformer):
 
         Arguments, result and errors are as in `TransformerEncoder`; masks and `score_mod` are for self-attention.
         With cross_attention a call also takes:
-            encoder_output: (batch, S, encoder_features), or its `keys_values`; required.
-            cross_mask: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
-            encoder_position_ids: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
+
+        - `encoder_output`: (batch, S, encoder_features), or its `keys_values`; required.
+        - `cross_mask`: mask against the encoder's tokens, read at indices; `masks.padding(real)` hides padding.
+        - `encoder_position_ids`: positions of the encoder's output, for RoPE, by default 0 ... S - 1.
         """
         options: DecoderOptions = {"mask": mask, "self_mask": self_mask, "padding_mask": padding_mask}
         options |= {"position_ids": position_ids}

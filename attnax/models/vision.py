@@ -45,7 +45,7 @@ class VisionTransformer(nnx.Module):
         rngs: for the initial weights and the stored dropout streams.
         config: a VisionTransformerConfig. The head always has a bias.
         make_block: `(rngs, config) -> block`, called once for each layer with its config, in place of the library's
-            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/own-blocks.md has examples.
+            EncoderBlock. `attnax.nn.Stack` says what a block is, and docs/guides/own-blocks.md has examples.
         attention_fn: of self-attention in every layer, as in `MultiHeadAttention`; a function without arrays.
         **fields: fields of VisionTransformerConfig; an unknown field or a value out of range raises ValueError.
 

@@ -299,10 +299,11 @@ class DecoderBlock(nnx.Module):
 
         Arguments and errors are as in `MultiHeadAttention`. `self_mask`, `position_ids_self`, `score_mod`, `mix_values`
         and `self_attn_kv_cache` are for self-attention. Cross-attention has:
-            encoder_output: (batch, S, encoder_features), or its `keys_values` from this block's cross_attention.
-            cross_mask: mask of the tokens of x against the tokens of the encoder, read at indices.
-            position_ids_cross_q: positions of x for RoPE, by default `position_ids_self`.
-            position_ids_cross_kv: positions of the encoder's output for RoPE.
+
+        - `encoder_output`: (batch, S, encoder_features), or its `keys_values` from this block's cross_attention.
+        - `cross_mask`: mask of the tokens of x against the tokens of the encoder, read at indices.
+        - `position_ids_cross_q`: positions of x for RoPE, by default `position_ids_self`.
+        - `position_ids_cross_kv`: positions of the encoder's output for RoPE.
         """
         options: DecoderBlockOptions = {"self_mask": self_mask, "cross_mask": cross_mask, "score_mod": score_mod}
         options |= {"position_ids_self": position_ids_self, "position_ids_cross_q": position_ids_cross_q}

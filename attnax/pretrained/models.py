@@ -74,10 +74,10 @@ def load_pretrained(
         revision: of a model on the hub: a branch, a tag or a commit; by default its main branch.
 
     Returns:
-        The model, and a `tokenizers.Tokenizer`, or None if the folder has no `tokenizer.json`. docs/pretrained.md lists
-        the class of the model for each architecture; it is a SentenceEncoder if the folder has the `modules.json` of
-        sentence-transformers. Its `loaded_as` is the `model_type`. The tokenizer of a SentenceEncoder truncates texts
-        and lowers their case as sentence-transformers does.
+        The model, and a `tokenizers.Tokenizer`, or None if the folder has no `tokenizer.json`.
+        docs/guides/pretrained.md lists the class of the model for each architecture; it is a SentenceEncoder if the
+        folder has the `modules.json` of sentence-transformers. Its `loaded_as` is the `model_type`. The tokenizer of a
+        SentenceEncoder truncates texts and lowers their case as sentence-transformers does.
 
     Raises:
         CheckpointError: a file is missing or damaged, the files do not fit the config, or the config asks for something

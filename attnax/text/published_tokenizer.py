@@ -97,6 +97,7 @@ class PublishedTokenizer:
 
 
 TextTokenizer = Tokenizer | PublishedTokenizer
+"""The tokenizer of a run: learned by it, or a published one."""
 
 
 def open_tokenizer(path: Path, special: SpecialTokens | None = None) -> TextTokenizer:

@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 DOCUMENT = 0
+"""The token between documents, of every `Tokenizer`."""
 NUM_BYTE_TOKENS = 257
+"""The tokens of bytes alone: `DOCUMENT` and one for each byte."""
 _DOCUMENT_TEXT = "<|document|>"
 # No merge crosses the ends of these pieces: a word or up to three digits with the space before it, a run of signs, a
 # newline with the indentation after it.

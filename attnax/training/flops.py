@@ -17,7 +17,6 @@ from attnax.nn.axes import parameter_axes
 
 __all__ = ["PEAK_FLOPS", "Flops", "attention_pairs", "update_flops"]
 
-# Dense bfloat16 (float16 where a card has no bfloat16), in operations a second, by `jax.Device.device_kind`.
 PEAK_FLOPS: dict[str, float] = {
     # https://cloud.google.com/tpu/docs/v4, and v5e, v5p, v6e in its place: the peak of a chip, which is one device
     "TPU v4": 275e12,
@@ -42,6 +41,7 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
 }
+"""Peaks in dense bfloat16 (float16 where a card has none), in operations a second, by `jax.Device.device_kind`."""
 
 
 class Flops(NamedTuple):

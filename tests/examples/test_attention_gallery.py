@@ -1,4 +1,4 @@
-"""The ideas of the gallery are what their papers define, and docs/gallery.md says of them what is true."""
+"""The ideas of the gallery are what their papers define, and docs/guides/gallery.md says of them what is true."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import gallery_page
 import plain_ideas
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "guides"
 PAGE = (DOCS / "gallery.md").read_text()
 IDEAS = {one.name: one for one in attention_gallery.IDEAS}
 QUICK = {"differential_attention", "sink_attention", "forgetting_attention", "big_bird", "tree_attention"}

@@ -62,14 +62,14 @@ def test_a_card_that_jax_does_not_know_gets_tiles_and_a_warning():
     if jax.__version_info__ < (0, 11, 1):
         pytest.skip("this JAX lowers kernels for any GPU")
     x, mesh = jnp.ones((1, 2, 64, 64), jnp.bfloat16), gpu_mesh(name="My GPU")
-    words = "only under a mesh with an AbstractDevice whose name it knows; got 'My GPU'; docs/accelerators.md"
+    words = "only under a mesh with an AbstractDevice whose name it knows; got 'My GPU'; docs/understand/"
     with jax.sharding.use_abstract_mesh(mesh):
         assert words in why_not_pallas(x, x, x, platform="cuda")
     with pytest.warns(UserWarning, match=f"flash_attention: .*{words}.* It runs in tiles"):
         assert lowered(flash_attention, x, x, x, mesh=mesh) == set()
     with pytest.raises(NotImplementedError, match=f"pallas_flash_attention: .*{words}"):
         lowered(pallas_flash_attention, x, x, x, mesh=mesh)
-    with pytest.raises(NotImplementedError, match="whose name it knows; docs/accelerators.md has an example"):
+    with pytest.raises(NotImplementedError, match="whose name it knows; docs/understand/accelerators.md has"):
         jax.jit(pallas_flash_attention).trace(x, x, x).lower(lowering_platforms=("cuda",))
 
 

@@ -1,4 +1,4 @@
-"""The files of docs/clusters.md: their scripts run with stand-ins for the programs of a cluster."""
+"""The files of docs/guides/clusters.md: their scripts run with stand-ins for the programs of a cluster."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from children import ROOT
 
 from attnax.world import World, find_world
 
-PAGE = (ROOT / "docs" / "clusters.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "clusters.md").read_text()
 
 
 def blocks(language):

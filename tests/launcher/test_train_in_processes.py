@@ -81,7 +81,8 @@ def process_of(launcher, number, *ended):
     while time.monotonic() < until:
         for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if int(child) not in ended and f"JAX_PROCESS_ID={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                if int(child) not in ended and f"JAX_PROCESS_ID={number}".encode() in variables:
                     return int(child)
         time.sleep(0.01)
     return pytest.fail(f"process {number} does not start")

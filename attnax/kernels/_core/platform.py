@@ -84,7 +84,7 @@ def why_no_card() -> str | None:
     which = "whose name it knows" if device is None else f"whose name it knows; got {device.device_kind!r}"
     return (
         f"JAX {jax.__version__} lowers kernels for a GPU only under a mesh with an AbstractDevice {which}; "
-        "docs/accelerators.md has an example"
+        "docs/understand/accelerators.md has an example"
     )
 
 
