@@ -326,10 +326,10 @@ class TestDamage:
     def test_a_checkpoint_that_training_deletes_while_it_is_read_is_not_damaged(self, folder, monkeypatch):
         original = manifest.Manifest.check_files
 
-        def deleted_first(self, place, items):
+        def deleted_first(self, place, *rest):
             if self.update == 5:
                 checkpoints.delete(place, 5)
-            original(self, place, items)
+            original(self, place, *rest)
 
         monkeypatch.setattr(manifest.Manifest, "check_files", deleted_first)
         assert restore_items(folder, ITEMS)[0] == 3  # a warning would be an error
@@ -664,9 +664,9 @@ class TestDeath:
         self.check_nothing_is_lost(first, range(len(operations)))
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_that_are_not_joined_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(NotImplementedError, match="Checkpoints: one process saves; got 2. In several, use Orbax"):
+    with pytest.raises(ValueError, match="Checkpoints: several processes must be joined; got 2 that are not. Call att"):
         Checkpoints(tmp_path)
 
 
