@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import itertools
 import math
 import operator
 import os
@@ -45,6 +46,8 @@ from attnax.training.rounds import Rounds
 from attnax.training.same_disk import my_share
 
 __all__ = ["Checkpoints"]
+
+_saves = itertools.count(1)  # of this process
 
 
 class Checkpoints:
@@ -131,7 +134,7 @@ class Checkpoints:
         """
         self.wait()
         update = operator.index(update)
-        rounds = Rounds(f"checkpoint {update} in {self.folder}")
+        rounds = Rounds(f"save {next(_saves)}, of update {update}, in {self.folder}")
 
         def begin() -> None:
             _check_items("Checkpoints.save", items)
@@ -152,7 +155,7 @@ class Checkpoints:
         )
         with_arrays = {item: arrays for item, arrays in named.items() if arrays}
         try:
-            written = OrbaxSave(self.folder / str(update), with_arrays, rounds.agree).wait
+            written = OrbaxSave(self.folder / str(update), with_arrays, rounds).wait
         except BaseException as error:
             if rounds.is_alone:
                 raise
@@ -274,7 +277,7 @@ class Checkpoints:
 
         try:
             names = rounds.each(written_names)[0]
-            shares = rounds.each(lambda: hash_durably(target, my_share(names)))
+            shares = rounds.each(lambda: hash_durably(target, my_share(target, names)))
             rounds.lead(publish)
         except BaseException as error:
             if is_main() and not isinstance(error, ProcessError):  # then another process may still write

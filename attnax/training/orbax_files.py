@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from attnax.distributed import ProcessError
+from attnax.training.rounds import Rounds
 
 __all__ = ["OrbaxSave", "named_arrays", "read_items"]
 
@@ -45,14 +46,14 @@ class OrbaxSave:
         target: the folder to make. Until it is complete it has a longer name, which begins as `target` and a dot.
         items: arrays by name, as of `named_arrays`, for each folder in `target`; at least one in each. Process 0 writes
             those that lie in one process: they are taken to be the same in all.
-        barrier: returns when it was called in all processes; in several, it is called in a thread when files are there.
+        rounds: of this save, whose name no other one has; a thread of Orbax takes part in them.
 
     Raises:
         OSError: the disk is full or fails, here or in `wait`.
         ProcessError: another process did not come to make the folders within 300 s.
     """
 
-    def __init__(self, target: Path, items: Mapping[str, Mapping[str, Any]], barrier: Callable[[], object]):
+    def __init__(self, target: Path, items: Mapping[str, Mapping[str, Any]], rounds: Rounds):
         import orbax.checkpoint as ocp  # takes half a second, which only saving and restoring need
 
         self._folder = target.parent
@@ -62,11 +63,11 @@ class OrbaxSave:
         }
         # With its processes listed, Orbax waits at barriers that have a limit, and not in a collective.
         together = ocp.options.MultiprocessingOptions(
-            active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=f"attnax {target}"
+            active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=f"attnax {rounds.name}"
         )
 
         def wait_for_others(*, key: str, timeout_ms: int) -> None:
-            barrier()
+            rounds.agree()
 
         # In the background, a folder that cannot be made would be waited for 20 minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=wait_for_others)

@@ -35,9 +35,11 @@ class Rounds:
 
     Args:
         name: of what is decided, the same in all processes, for the words of an error; None if this process decides
-            alone. In one process nothing is sent, and an error is raised as it is.
+            alone. In one process nothing is sent, and an error is raised as it is. After a `ProcessError` the processes
+            may have done different numbers of rounds, so that the name cannot be used again.
 
     Attributes:
+        name: as above.
         is_alone: whether there are no others to wait for.
         is_over: whether a round has failed, so that all know of it.
     """
@@ -45,7 +47,7 @@ class Rounds:
     def __init__(self, name: str | None):
         self.is_alone = name is None or jax.process_count() == 1
         self.is_over = False
-        self._name = name or ""
+        self.name = name or ""
 
     def agree(self, value: Any = None) -> list[Any]:
         """One round: the values of all processes, which JSON can hold.
@@ -106,7 +108,7 @@ class Rounds:
     def _exchange(self, **mine: Any) -> list[Any]:
         text = json.dumps(mine)
         try:
-            texts = gather(self._name, text, _PATIENCE)
+            texts = gather(self.name, text, _PATIENCE)
         except BaseException:
             self.is_over = True
             raise

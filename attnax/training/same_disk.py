@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,30 +11,30 @@ from typing import Any
 
 import jax
 
+from attnax.distributed import is_main
 from attnax.errors import InputError
 from attnax.training.manifest import FileDigest, HashFiles, hash_files, manifest_path
 from attnax.training.rounds import described, rebuilt
 
 __all__ = ["answer_with_digests", "hash_by_asking", "my_share", "require_seen"]
 
-_LATE = 5.0  # seconds in which a network file system shows a new name
+_LATE = 90.0  # seconds; NFS keeps for up to 60 s that a name was not there
 
 
-def my_share(names: list[str]) -> list[str]:
-    """Of P processes, process p takes the files p, p + P, ..."""
-    return names[jax.process_index() :: jax.process_count()]
+def my_share(target: Path, names: list[str]) -> list[str]:
+    """Of P processes, process p takes the files p, p + P, ...; it waits until it sees them, within limits."""
+    mine = names[jax.process_index() :: jax.process_count()]
+    _comes_true(target.parent, lambda: all((target / name).exists() for name in mine))
+    return mine
 
 
 def require_seen(path: Path, digest: FileDigest) -> None:
     """Raises InputError unless this process sees a file that process 0 sees, with the same content."""
-    until = time.monotonic() + _LATE
-    while _digests(path.parent, [path.name]) != {path.name: digest}:
-        if time.monotonic() > until:
-            raise InputError(
-                f"{path.parent} must be on a disk that all processes share; process {jax.process_index()} does not see "
-                f"{path.name} as process 0 does. Give a folder of such a disk."
-            )
-        time.sleep(0.05)
+    if not _comes_true(path.parent, lambda: _digests(path.parent, [path.name]) == {path.name: digest}):
+        raise InputError(
+            f"{path.parent} must be on a disk that all processes share; process {jax.process_index()} does not see "
+            f"{path.name} as process 0 does. Give a folder of such a disk."
+        )
 
 
 def hash_by_asking(ask: Callable[[Any], list[Any]]) -> HashFiles:
@@ -62,9 +64,22 @@ def answer_with_digests(folder: Path, question: dict[str, Any]) -> dict[str, Any
     size, sha = question["manifest"]
     try:
         require_seen(manifest_path(folder, question["step"]), (size, sha))
-        return {"digests": _digests(folder / str(question["step"]), my_share(question["names"]))}
+        target = folder / str(question["step"])
+        return {"digests": _digests(target, my_share(target, question["names"]))}
     except (InputError, OSError) as error:
         return {"error": described(error)}
+
+
+def _comes_true(folder: Path, condition: Callable[[], bool]) -> bool:
+    """Whether a condition about files in a folder becomes true within limits; process 0 has nothing to wait for."""
+    until = time.monotonic() + (0.0 if is_main() else _LATE)
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # a network file system then asks the server again
+    return True
 
 
 def _digests(target: Path, names: list[str]) -> dict[str, FileDigest]:

@@ -1,4 +1,4 @@
-"""Two processes with one device each that save and restore, and meet what a disk can do; the first attempt is killed."""
+"""Two processes that save and restore together, and meet what a disk can do. Their first attempt is killed."""
 
 import contextlib
 import errno
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.multihost import multihost
 
 from attnax.distributed import ProcessError, barrier, connect, disconnect
 from attnax.errors import InputError
 from attnax.launcher.pulse import PULSE
-from attnax.training import Checkpoints, DamagedCheckpointError, checkpoint_steps, manifest, restore_items, same_disk
+from attnax.training import Checkpoints, DamagedCheckpointError, manifest, restore_items, rounds, same_disk
 from attnax.training import checkpoints as module
 
 VALUES = {
@@ -49,8 +51,8 @@ def check_equal(items, likes):
             assert np.asarray(shard.data).tobytes() == VALUES[name][shard.index].tobytes()
 
 
-def say(*words):
-    print(*words, flush=True)
+def say(name, *words):
+    print(f"{name}:", *words, flush=True)
 
 
 def meets(kind, call):
@@ -93,13 +95,12 @@ class Savers:
             for update, metric in ((1, 0.5), (2, 0.1), (3, 0.7), (4, 0.6)):
                 saving.save(update, self.items, metric=metric)
                 saving.check()
-        assert Path(os.environ[PULSE]).read_text() == "4"
+        say("pulse", Path(os.environ[PULSE]).read_text())
         say("kept", self.names())
         step, items = Checkpoints(self.folder).restore(self.items)
         assert step == 4
         check_equal(items, self.items)
-        machine = manifest.Manifest.read(self.folder, 4)
-        say("machine", machine.num_devices, machine.num_cores == len(os.sched_getaffinity(0)))
+        say("devices", manifest.Manifest.read(self.folder, 4).num_devices)
 
     def reads_alone(self):
         """Process 0 reads while the other one is elsewhere."""
@@ -110,13 +111,13 @@ class Savers:
             for name, want in VALUES.items():
                 assert np.asarray(items["state"][name]).tobytes() == want.tobytes()
         barrier("process 0 has read", 30)
-        say("read alone")
+        say("alone", "process 0 has read")
 
     def reads_of_one(self, alone):
         step, items = restore_items(alone, self.items)
         assert step == 1
         check_equal(items, self.items)
-        say("read what one process saved")
+        say("resharded", step)
 
     def refuses(self):
         with Checkpoints(self.folder) as saving:
@@ -141,7 +142,7 @@ class Savers:
             step, items = restore_items(self.folder, self.items)
         check_equal(items, self.items)
         say("damaged", step, [str(warning.message) for warning in caught])
-        say("damaged", meets(DamagedCheckpointError, lambda: restore_items(self.folder, self.items, step=4)))
+        say("asked", meets(DamagedCheckpointError, lambda: restore_items(self.folder, self.items, step=4)))
         barrier("both have seen it", 30)
         if self.is_first:
             path.write_bytes(content)
@@ -170,6 +171,20 @@ class Savers:
             saving.save(6, self.items)
         say("left", self.names())
 
+    def waits_for_orbax(self):
+        """Process 0 fails where Orbax's own barriers are: they have a limit, which is 1 s here."""
+        multihost._DEFAULT_BARRIER_TIMEOUT = 1
+        full = OSError(errno.ENOSPC, "No space left on device", "a folder")
+        with Checkpoints(self.folder, keep_last=3) as saving:
+            with self.broken_in(0, ocp.AsyncCheckpointer, "save", full):
+                saving.save(7, self.items)
+            say("orbax", meets(OSError, saving.wait))
+            rounds._PATIENCE = 0.2
+            with self.broken_in(0, ocp.AsyncCheckpointer, "save", full):
+                saving.save(7, self.items)
+            say("late", meets((OSError, ProcessError), saving.wait))
+            rounds._PATIENCE, multihost._DEFAULT_BARRIER_TIMEOUT = 300.0, 300
+
     def goes_on(self, saving):
         for update in range(10_000):
             barrier(f"update {update}", 30)
@@ -183,10 +198,10 @@ class Savers:
         os.chdir(own)
         same_disk._LATE = 0.2
         with Checkpoints(Path("local")) as saving:
-            say("not shared", meets(InputError, lambda: saving.save(1, self.items)))
+            say("apart", meets(InputError, lambda: saving.save(1, self.items)))
         if self.is_first:
             shutil.copytree(self.folder, "copy")
-        say("not shared", meets(InputError, lambda: Checkpoints(Path("copy")).restore(self.items)))
+        say("apart", meets(InputError, lambda: Checkpoints(Path("copy")).restore(self.items)))
         os.chdir(here)
 
     def dies(self):
@@ -200,6 +215,7 @@ class Savers:
             saving.wait()
 
     def goes_on_after_death(self):
+        say("remains", self.names())
         step, items = Checkpoints(self.folder).restore(self.items)
         check_equal(items, self.items)
         say("found", step, self.names())
@@ -214,6 +230,7 @@ if __name__ == "__main__":
         savers.refuses()
         savers.damaged()
         savers.fails()
+        savers.waits_for_orbax()
         savers.not_shared()
         savers.dies()
     savers.goes_on_after_death()
