@@ -286,8 +286,13 @@ class Checkpoints:
                     # A thread of Orbax may still make files: the next save or start deletes them with this mark.
                     mark(self.folder, manifest.update)
             raise
-        beat(checkpoint=manifest.update)
-        rounds.lead(self._collect)
+
+        def go_on() -> None:
+            beat(checkpoint=manifest.update)
+            if is_main():
+                self._collect()
+
+        rounds.each(go_on)
 
     def _collect(self) -> None:
         """Deletes the checkpoints that are not kept, the oldest first."""
