@@ -31,6 +31,7 @@ from attnax.training import (
     Trainer,
     TrainState,
     causal_lm,
+    latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
@@ -184,9 +185,11 @@ class Session:
                         # The look is first: a process that is killed between the two evaluates again.
                         metric = self._look_at_held_out() if is_look else None
                         if is_save:
+                            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
                             self.checkpoints.save(self.step, _parts(self.state), metric=metric)
                 self.checkpoints.check()
             self.checkpoints.wait()
+            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
         return not (stop or received)
 
     def _start_stopwatch(self) -> Stopwatch:
