@@ -30,7 +30,8 @@ help:
 	@echo "make test    every feature once; CONTRIBUTING.md has the other targets"
 
 .PHONY: help train search test smoke oldest unpinned contract properties modules ci test-all nightly mutants
-.PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types wheel same-python
+.PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
+.PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
 .PHONY: bench-checkpoints bench-speculative bench-gpu clean
 
@@ -119,14 +120,34 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# The package as a wheel, in an environment with nothing else.
-wheel: $(VENV)/.dev
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
-	"$(PYTHON)" -m venv build/wheel/env
-	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) build/wheel/*.whl
-	cd build/wheel && env/bin/python ../../tests/smoke.py
-	rm -rf build/wheel
+# The source distribution of the files that lie here, and the wheel that is built from it, in dist/; their names, files and
+# metadata are checked. For a release `make dist RELEASE_TAG=v0.3.0` checks the tag and the changelog too.
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/python tests/check_dist.py dist "$$RELEASE_TAG"
+	$(BIN)/python -m twine check --strict dist/*
+
+# The wheel of dist/ in an environment with nothing else. `make installed CONSTRAINTS=` takes the versions that users get.
+installed:
+	rm -rf build/installed
+	"$(PYTHON)" -m venv build/installed
+	build/installed/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) dist/*.whl
+	cd build/installed && bin/python ../../tests/smoke.py
+	rm -rf build/installed
+
+wheel: dist
+	$(MAKE) installed
+
+# The links of the documentation and of pyproject.toml that lead out of the repository. `make test` checks the other ones.
+links:
+	"$(PYTHON)" tests/outside_links.py
+
+# Nix's evaluator for the tests of flake.nix, which are skipped without it.
+nix-bin:
+	@command -v nix-instantiate > /dev/null || { as="$$(test "$$(id -u)" = 0 || echo sudo -n)"; $$as apt-get update -qq \
+		&& $$as env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends nix-bin > /dev/null; } \
+		|| echo "apt-get cannot install nix-bin here: the tests of flake.nix are skipped."
 
 # A page holds a section for each kind of machine, and a run replaces that of its own kind. `make bench KIND=avx2` runs as on a
 # machine without AVX-512, also on one that has it.
@@ -247,6 +268,10 @@ $(VENV)/.mutants: $(VENV)/.dev
 	@$(call INSTALL,$(VENV),cosmic_ray)
 	@touch $@
 
+$(VENV)/.dist: $(VENV)/.made constraints.txt | same-python
+	@$(call INSTALL,$(VENV),build twine)
+	@touch $@
+
 $(TORCH)/.made: pyproject.toml constraints.txt
 	@$(call CHECK_PYTHON,$(OLDEST),OLDEST)
 	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(OLDEST))
@@ -274,4 +299,4 @@ $(CUDA)/.made: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TORCH) $(TRITON) $(TPU) $(CUDA) .venv-3.11 .venv-unpinned .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) $(TRITON) $(TPU) $(CUDA) .venv-3.11 .venv-unpinned .cache build dist *.egg-info

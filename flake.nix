@@ -10,7 +10,7 @@
         pkgs: pypkgs:
         let
           isVersion = pkgs.lib.hasPrefix "__version__ = ";
-          lines = pkgs.lib.splitString "\n" (builtins.readFile ./attnax/__init__.py);
+          lines = pkgs.lib.splitString "\n" (builtins.readFile ./attnax/version.py);
           version = builtins.head (
             builtins.match "__version__ = \"(.*)\"" (pkgs.lib.findFirst isVersion "" lines)
           );
@@ -24,12 +24,14 @@
           dependencies = [
             pypkgs.flax
             pypkgs.jax
+            pypkgs.ml-dtypes
             pypkgs.numpy
           ];
           # pyproject.toml caps jax and flax at releases that work together; nixpkgs has such a pair of its own.
           pythonRelaxDeps = [
             "flax"
             "jax"
+            "ml_dtypes"
             "numpy"
           ];
           # The tests need more packages than the library: `make test`.

@@ -6,8 +6,7 @@ Names are loaded when first used, so `import attnax` loads neither Flax nor any 
 from __future__ import annotations
 
 from attnax.lazy import lazy_imports
-
-__version__ = "0.3.0.dev0"
+from attnax.version import __version__ as __version__
 
 with lazy_imports(globals()):
     from attnax import distributed as distributed

@@ -7,6 +7,7 @@ process too, where they have nothing to wait for, so that a loop is the same pro
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import re
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 _HEARTBEAT = 30  # seconds without a sign of life after which JAX's service takes a process for dead
+_BEAT = 1.0  # seconds from a sign of life to the next, while this process waits for others
 _SHUTDOWN = 5  # seconds in which all processes leave, after a barrier that has a longer limit
 _rounds: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of `gather`, by name
 
@@ -104,6 +106,7 @@ def connect(
         late.cancel()
     atexit.register(disconnect)
     _end_at_exceptions()
+    jax.devices()  # all processes find their devices together: one alone would wait for the others
     beat()
     state = _runtime.global_state
     return World(world.source, state.num_processes, state.process_id, state.coordinator_address, world.devices)
@@ -141,7 +144,7 @@ def is_main() -> bool:
 
 
 def barrier(name: str, seconds: float) -> None:
-    """Waits until all processes are at the barrier of this name.
+    """Waits until all processes are at the barrier of this name. To wait counts as a sign of life for the launcher.
 
     Args:
         name: the same in all processes; it can be used again.
@@ -157,7 +160,8 @@ def barrier(name: str, seconds: float) -> None:
     if client is None:
         return
     try:
-        client.wait_at_barrier(f"attnax/{name}", int(1000 * seconds))
+        with _beating():
+            client.wait_at_barrier(f"attnax/{name}", int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
         raise ProcessError(_words(name, seconds, str(error))) from error
 
@@ -256,6 +260,25 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextlib.contextmanager
+def _beating() -> Iterator[None]:
+    """Beats in a thread: this process waits for others, and a launcher must not take it for the one that is stuck."""
+    is_over = threading.Event()
+
+    def loop() -> None:
+        while not is_over.wait(_BEAT):
+            beat()
+
+    beat()
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _wait_for(address: str, until: float) -> None:

@@ -19,7 +19,7 @@ def entry() -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     distributed = sys.modules.get("attnax.distributed")
-    if distributed is not None and code not in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+    if distributed is not None and code:
         distributed.leave(code)  # the other processes would be waited for
     sys.exit(code)
 

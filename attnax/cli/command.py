@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attnax.cli.terminal import printable
-from attnax.errors import InputError
+from attnax.errors import InputError, install_command
 from attnax.pretrained.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
         name = str(error.name).partition(".")[0]
         if name not in _EXTRAS:
             raise
-        return _refuse(f"this needs the package {name}. Install it with: pip install 'attnax[{_EXTRAS[name]}]'")
+        return _refuse(f"this needs the package {name}. Install it with: {install_command(_EXTRAS[name])}")
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE

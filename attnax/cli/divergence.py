@@ -6,7 +6,9 @@ import math
 
 from attnax.training import DivergenceError, Metrics, RunOptions
 
-__all__ = ["advice", "require_finite"]
+__all__ = ["DIVERGED", "advice", "require_finite"]
+
+DIVERGED = 3  # the exit code; `attnax launch` does not start such a run again
 
 
 def require_finite(step: int, metrics: Metrics, *, skipped: int, max_skipped: int) -> None:

@@ -9,6 +9,7 @@ import lzma
 from attnax.cli import terminal
 from attnax.cli.generate import write_text
 from attnax.cli.session import SAMPLER, Session
+from attnax.distributed import is_main
 from attnax.training import open_run
 from attnax.training.durable import naming, write_durable
 from attnax.visualize import plot_training
@@ -19,14 +20,19 @@ __all__ = ["finish"]
 def finish(session: Session) -> None:
     """Saves the figures, the picture and the text with the run, and prints them; result.json is written last.
 
+    In several processes all score the text, and process 0 does the rest.
+
     Raises:
         DivergenceError: the loss on held-out text is not finite.
     """
     run, tokens = session.run, session.tokens
+    scores = session.bits_per_byte(tokens.held_out, tokens.held_out_bytes)
+    if not is_main():
+        return
     held_out = session.data.tokenizer.decode(tokens.held_out.tokens[:])
     figures: dict[str, float] = {
         "held_out_bytes": tokens.held_out_bytes,
-        **session.bits_per_byte(tokens.held_out, tokens.held_out_bytes),
+        **scores,
         "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
         "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         "skipped_updates": session.skipped,

@@ -23,8 +23,8 @@ _BARE = ("--compile-cache", "--no-compile-cache", "--tensorboard", "--no-tensorb
 class Launch:
     """Start the processes of a training, watch them, and start them again from the newest checkpoint.
 
-    The command follows two dashes: attnax launch --processes 2 -- python training.py. It is any program that calls
-    attnax.distributed.connect(), or with one process train, with --out or --resume.
+    The command follows two dashes: attnax launch --processes 2 -- train --out runs/a. It is train, with --out or
+    --resume, or any program that calls attnax.distributed.connect().
 
     Attributes:
         processes: number of processes on each node.
@@ -56,13 +56,8 @@ class Launch:
             InputError: a value is out of range, or the command cannot be launched.
         """
         if not self.command:
-            raise InputError("launch needs a command after two dashes, such as: -- python training.py.")
+            raise InputError("launch needs a command after two dashes, such as: -- train --out runs/a.")
         words = self.command[1:] if self.command[:2] == ("attnax", "train") else self.command
-        if words[0] == "train" and self.processes * self.nodes > 1:
-            raise InputError(
-                f"train takes part in one process; got --processes {self.processes} --nodes {self.nodes}. Launch a "
-                "program of your own, which calls attnax.distributed.connect(), or take --processes 1."
-            )
         if words[0] == "train" and _folder(words) is None:
             raise InputError(
                 "launch needs --out or --resume in the flags of train: all processes, and those of a restart, must "

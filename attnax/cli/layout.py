@@ -15,12 +15,14 @@ __all__ = ["layout_anywhere", "layout_here"]
 
 
 def layout_here(text: str | None, settings: RunOptions) -> Layout | None:
-    """The layout of the flag for the devices of this process, or None for one device.
+    """The layout of the flag for all devices; without the flag the default one in several processes, else None.
 
     Raises:
         InputError: it does not divide the devices, the model or the batch.
     """
     layout = read_layout(text)
+    if layout is None and jax.process_count() > 1:
+        layout = Layout()
     if layout is None:
         return None
     try:

@@ -21,10 +21,12 @@ class Progress:
     Args:
         steps: number of updates of the run.
         tokens_per_step: number of tokens of an update.
+        is_shown: whether there is a line.
     """
 
-    def __init__(self, steps: int, tokens_per_step: int):
+    def __init__(self, steps: int, tokens_per_step: int, is_shown: bool = True):
         self._steps, self._tokens_per_step, self._pause = steps, tokens_per_step, 0.0
+        self._is_shown = is_shown
         self._bar: tqdm[Any] | None = None
 
     @contextlib.contextmanager
@@ -36,6 +38,8 @@ class Progress:
 
     def advance(self, step: int, loss: float) -> None:
         """Update number `step` is done."""
+        if not self._is_shown:
+            return
         if self._bar is None:
             self._bar = tqdm(
                 total=self._steps * self._tokens_per_step,

@@ -33,8 +33,14 @@ class RunTokens:
     probe_bytes: int
 
 
-def read_tokens(data: RunData, run: RunFolder, options: RunOptions) -> RunTokens:
+def read_tokens(data: RunData, run: RunFolder, options: RunOptions, part: tuple[int, int]) -> RunTokens:
     """Opens the tokens; those of a text that are not yet in the folder of the run are made.
+
+    Args:
+        data: what the run learns from.
+        run: its folder.
+        options: its options.
+        part: which part of each batch this process reads, and of how many.
 
     Raises:
         InputError: the tokens to learn from do not fill one window.
@@ -49,7 +55,9 @@ def read_tokens(data: RunData, run: RunFolder, options: RunOptions) -> RunTokens
     bytes_per_token = store.num_bytes() / store.num_tokens()
     print(f"tokenizer  {data.tokenizer.vocab_size:,} ids, {bytes_per_token:.2f} bytes a token")
     return RunTokens(
-        batches=Batches(stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed),
+        batches=Batches(
+            stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed, part=part
+        ),
         held_out=held_out,
         held_out_bytes=store.num_bytes("held_out"),
         probe=probe,

@@ -1,10 +1,11 @@
-"""The part of a run that one process makes: updates, looks at held-out text, and checkpoints."""
+"""The part of a run that is made between two starts: updates, looks at held-out text, and checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,10 @@ from attnax.cli.progress import Progress
 from attnax.cli.run_tokens import RunTokens
 from attnax.cli.stopwatch import Stopwatch
 from attnax.cli.trace import Trace, read_updates
-from attnax.distributed import beat
+from attnax.distributed import StopRequests, beat, is_main
 from attnax.errors import InputError
 from attnax.generation import Sampler
+from attnax.launcher.job import LAUNCH
 from attnax.sharding import Layout
 from attnax.training import (
     Checkpoints,
@@ -31,7 +33,6 @@ from attnax.training import (
     Trainer,
     TrainState,
     causal_lm,
-    latest_checkpoint,
     plan_training,
     require_memory,
     require_traces,
@@ -56,7 +57,7 @@ class Session:
 
     The metrics of an update are read after the next one is dispatched, so that the devices never wait for the host.
     Before a look at held-out text, a checkpoint and the end nothing is left to read: a state is saved only after all
-    of its updates were found to be finite.
+    of its updates were found to be finite. In several processes all make this together, and process 0 writes the rows.
 
     Args:
         options: of the run.
@@ -97,10 +98,11 @@ class Session:
             print(f"layout     {sized}, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
 
     def command(self, step: int | None = None) -> str:
-        """The command that goes on with the run on the same layout, from the checkpoint of `step`."""
+        """The command that goes on with the run in the same processes and layout, from the checkpoint of `step`."""
         options = "" if step is None else f" --step {step}"
         options += "" if self.layout is None else f" --layout {self.layout}"
-        return f"{terminal.command_name()} train --resume {self.run.path}{options}"
+        launch = f"launch {os.environ[LAUNCH]} -- " if LAUNCH in os.environ else ""
+        return f"{terminal.command_name()} {launch}train --resume {self.run.path}{options}"
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of the run: the two newest are kept, the best, and those of --keep-every."""
@@ -146,11 +148,8 @@ class Session:
         """Makes the state before the first update."""
         self.state = self.trainer.init()
 
-    def train(self, received: list[int]) -> bool:
-        """Goes on to the last update; returns False if a signal came, after saving a checkpoint.
-
-        Args:
-            received: signals, to which others may be added during the call.
+    def train(self, requests: StopRequests) -> None:
+        """Goes on to the last update, or until a stop is requested; the state is then saved.
 
         Raises:
             DivergenceError: a loss, a gradient or the parameters are not finite.
@@ -160,9 +159,10 @@ class Session:
         if self.step < steps:
             print(terminal.compiling(), flush=True)
         with contextlib.ExitStack() as stack:
-            self._progress = stack.enter_context(contextlib.closing(Progress(steps, self.plan.tokens)))
+            self._progress = stack.enter_context(contextlib.closing(Progress(steps, self.plan.tokens, is_main())))
             self._stopwatch = self._start_stopwatch()
-            trace = stack.enter_context(contextlib.closing(Trace(self._traced, self.run.path / "profile")))
+            traced = self._traced if is_main() else range(0)
+            trace = stack.enter_context(contextlib.closing(Trace(traced, self.run.path / "profile")))
             self._board = self._open_board(stack)
             self._prefetched = stack.enter_context(self.tokens.batches.start(self.step))
             first, stop = self.step + 1, False
@@ -171,11 +171,12 @@ class Session:
                 made = self._dispatch()
                 if made.step == first:  # only now: nothing is deleted by a command that could not go on
                     self.checkpoints.discard_after(first - 1)
-                    self.run.rewind_metrics(first - 1)
+                    if is_main():
+                        self.run.rewind_metrics(first - 1)
                 self._read()
                 self._made = made
                 trace.after(self.step, self._read)
-                stop = bool(received)  # read once: a signal that comes after the checkpoint waits for the next update
+                stop = requests.agree_to_stop(self.step)
                 is_last = self.step == steps
                 is_save = stop or is_last or self.step % options.checkpoint_every == 0
                 is_look = is_last or self.step % (options.eval_every or options.checkpoint_every) == 0
@@ -185,12 +186,9 @@ class Session:
                         # The look is first: a process that is killed between the two evaluates again.
                         metric = self._look_at_held_out() if is_look else None
                         if is_save:
-                            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
                             self.checkpoints.save(self.step, _parts(self.state), metric=metric)
                 self.checkpoints.check()
             self.checkpoints.wait()
-            beat(checkpoint=latest_checkpoint(self.run.checkpoints))
-        return not (stop or received)
 
     def _start_stopwatch(self) -> Stopwatch:
         peak = self.here.peak_flops or PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -203,12 +201,12 @@ class Session:
         )
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The metrics up to the state."""
-        return [row for row in self.run.read_metrics() if row["step"] <= self.step]
+        """The metrics up to the state; process 0 has them."""
+        return [] if not is_main() else [row for row in self.run.read_metrics() if row["step"] <= self.step]
 
     def _open_board(self, stack: contextlib.ExitStack) -> Any:
-        """The files for TensorBoard, or None without --tensorboard."""
-        if not self.here.tensorboard:
+        """The files for TensorBoard, or None without --tensorboard. Process 0 writes them."""
+        if not (self.here.tensorboard and is_main()):
             return None
         from attnax.cli.board import Board  # an optional dependency
 
@@ -251,6 +249,8 @@ class Session:
         self._progress.advance(made.step, loss)
 
     def _log(self, **row: Any) -> None:
+        if not is_main():
+            return
         self.run.append_metrics(**row)
         if self._board is not None:
             self._board.add(row)

@@ -1,33 +1,42 @@
-"""`attnax train`: from text to a language model, a curve, a sample and a figure."""
+"""`attnax train`: from text to a language model, a curve, a sample and a figure; in one process or in several."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib
+import os
 import signal
 from pathlib import Path
 
 import jax
 
 from attnax.cli import terminal
-from attnax.cli.divergence import advice
+from attnax.cli.divergence import DIVERGED, advice
 from attnax.cli.dry_run import print_plan
 from attnax.cli.finish import finish
-from attnax.cli.interrupts import interruptible
 from attnax.cli.layout import layout_here
 from attnax.cli.options import Train
 from attnax.cli.run_tokens import read_tokens
 from attnax.cli.session import Session
 from attnax.cli.tokenize import describe
+from attnax.distributed import ProcessError, StopRequests, barrier, connect, disconnect, gather, is_main
 from attnax.errors import InputError
 from attnax.training import DivergenceError, RunFolder, latest_checkpoint
 from attnax.training.corpus import PARTS
 from attnax.training.run_data import RunData, choose_data, reopen_data
 
+_PREPARATION = 24 * 3600.0  # seconds in which process 0 must have made the tokens
+_END = 3600.0  # seconds in which it must have written the results
+
 
 def train(options: Train) -> int:
-    """Runs the command; returns 0, 1 if the training diverged, or 128 + the number of the signal that stopped it."""
+    """Runs the command.
+
+    Returns:
+        0; 1 if the disk or another process failed, `DIVERGED` if the training diverged, or 128 + the number of the
+        signal that stopped it.
+    """
     if options.dry_run:
         print_plan(options)
         return 0
@@ -35,24 +44,39 @@ def train(options: Train) -> int:
         importlib.import_module("attnax.cli.board")
     terminal.keep_programs(options.compile_cache)
     terminal.silence_orbax()
+    connect()
     with contextlib.ExitStack() as stack:
-        session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
+        if not is_main():  # process 0 prints for all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            code = _train(options)
+        except ProcessError as error:
+            terminal.warn(str(error))
+            code = 1
+        if code in (0, 128 + signal.SIGTERM):  # all processes end so
+            disconnect(_END)
+    return code
+
+
+def _train(options: Train) -> int:
+    with contextlib.ExitStack() as stack:
+        session = _begin(options, stack)
         go_on = session.command()
         try:
-            session.tokens = read_tokens(session.data, session.run, session.options)
-            with interruptible() as received:
-                finished = session.train(received)
-            if not finished:
+            _load(session, stack)
+            with StopRequests() as requests:
+                session.train(requests)
+            if requests.code:
                 print(f"interrupted; go on with: {go_on}")
-                return 128 + received[0]
+                return requests.code
             finish(session)
         except DivergenceError as error:
             skip = f" Or leave out up to N such updates: {go_on} --max-skipped N" if error.is_skippable else ""
             unsaved = _wait_for_save(session)
-            terminal.warn(
-                f"{error} {advice(session.options, latest_checkpoint(session.run.checkpoints))}{skip}{unsaved}"
-            )
-            return 1
+            if is_main():
+                kept = latest_checkpoint(session.run.checkpoints)
+                terminal.warn(f"{error} {advice(session.options, kept)}{skip}{unsaved}")
+            return DIVERGED
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -64,11 +88,35 @@ def train(options: Train) -> int:
         except OSError as error:
             if error.filename is None:  # not about a file of the run
                 raise
-            raise InputError(f"{error.filename}: {error.strerror}. Mend it, then go on with: {go_on}") from error
+            terminal.warn(f"{error.filename}: {error.strerror}. Mend it, then go on with: {go_on}")
+            return 1
         except KeyboardInterrupt:
             print(f"interrupted; go on with: {go_on}")
             return 128 + signal.SIGINT
     return 0
+
+
+def _begin(options: Train, stack: contextlib.ExitStack) -> Session:
+    """A new run, or one to go on with, locked. Process 0 makes the folder, and its tokens before the others go on."""
+    if is_main():
+        session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
+    path = gather("run", str(session.run.path.absolute()) if is_main() else "", _PREPARATION)[0]
+    if not is_main():
+        barrier("tokens", _PREPARATION)
+        session = _open(options, Path(path), stack)
+    return session
+
+
+def _load(session: Session, stack: contextlib.ExitStack) -> None:
+    """Opens what the run learns from, and makes or restores its state."""
+    session.tokens = read_tokens(session.data, session.run, session.options, session.trainer.part)
+    if is_main():
+        barrier("tokens", _PREPARATION)
+    session.checkpoints = stack.enter_context(session.open_checkpoints())
+    if session.here.resume is None:
+        session.begin()
+    else:
+        session.restore(session.here.step)
 
 
 def _start(options: Train, stack: contextlib.ExitStack) -> Session:
@@ -88,13 +136,11 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
     session = Session(settings, options, data, layout)
     session.run = RunFolder.create(options.out, settings, data, data.tokenizer, {})
     stack.enter_context(session.run.locked())
-    session.checkpoints = stack.enter_context(session.open_checkpoints())
-    session.begin()
     return session
 
 
 def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
-    """The run in a folder, locked, restored from its checkpoint."""
+    """The run in a folder, locked by process 0."""
     run = RunFolder(folder)
     settings, _, _ = run.load()
     if run.parts:
@@ -103,15 +149,14 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
     if run.result.exists():
         raise InputError(f"{folder} is finished; there is nothing to go on with.")
     layout = layout_here(options.layout, settings)
-    stack.enter_context(run.locked())
+    if is_main():
+        stack.enter_context(run.locked())
     data = reopen_data(run)
     _describe(data)
     session = Session(settings, options, data, layout)
     session.run = run
-    session.checkpoints = stack.enter_context(session.open_checkpoints())
     if options.max_skipped is not None:
         session.max_skipped = options.max_skipped
-    session.restore(options.step)
     return session
 
 

@@ -18,7 +18,7 @@ from attnax.launcher.nodes import Alone, Followers, Link, LostError, call_leader
 
 __all__ = ["run"]
 
-_WRONG_USE = 2  # the exit code of a command that was called wrongly: it would be so again
+_IN_VAIN = (2, 3)  # the exit codes of a command that was called wrongly, and of a training that diverged
 _AFTER_FAILURE, _AFTER_REQUEST = 5.0, 20.0  # seconds from SIGTERM to SIGKILL; a process that was asked may be saving
 _LOOK = 0.1  # seconds from a look at the processes to the next
 _MEET = 600.0  # seconds in which the launchers of all nodes must have met
@@ -70,7 +70,7 @@ def _attempts(job: Job, others: Followers | Alone, signals: _Signals) -> int:
             checkpoint = crew.checkpoint()
         if end.code and signals.code and end.was_asked:
             return signals.code
-        if end.code in (0, _WRONG_USE) or end.was_asked or signals.code:
+        if end.code in (0, *_IN_VAIN) or end.was_asked or signals.code:
             return end.code
         in_vain = in_vain + 1 if attempt > 1 and checkpoint <= newest else 0
         newest = max(newest, checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 from attnax.errors import InputError
 from attnax.launcher.pulse import LAUNCHER, PULSE
 
-__all__ = ["Job"]
+__all__ = ["LAUNCH", "Job"]
+
+LAUNCH = "ATTNAX_LAUNCH"  # the flags of the launcher, in the environment of its processes
 
 # Another launcher's variables: they name another world than this one's, so that the processes must not see them.
 _FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -98,6 +101,7 @@ class Job:
             "ATTNAX_ATTEMPT": str(attempt),
             PULSE: str(pulse),
             LAUNCHER: str(os.getpid()),
+            LAUNCH: self.flags,
         }
         variables.setdefault("PYTHONUNBUFFERED", "1")  # lines come when they are printed
         if self.interface:
@@ -107,6 +111,14 @@ class Job:
             variables["JAX_NUM_CPU_DEVICES"] = str(self.devices)
             variables["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(self.devices))
         return variables
+
+    @property
+    def flags(self) -> str:
+        """The flags of the launcher, without those that have their default value."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "words"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        numbers = {name: f"{value:g}" if name == "stall" else value for name, value in given.items()}
+        return " ".join(f"--{name} {numbers[name]}" for name, value in given.items() if value != defaults[name])
 
     def line(self, again: bool) -> list[str]:
         """The command line of an attempt; `train` is the command of this package, anything else a program."""

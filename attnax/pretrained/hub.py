@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from attnax.errors import install_command
 from attnax.pretrained.checkpoint import WANTED
 from attnax.pretrained.errors import CheckpointError, quoted
 from attnax.pretrained.foreign import ADAPTER, no_tensors
@@ -56,7 +57,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         import huggingface_hub  # an optional dependency
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
     except ModuleNotFoundError as error:
-        advice = "To look for it on the Hugging Face hub: pip install 'attnax[pretrained]'"
+        advice = f"To look for it on the Hugging Face hub: {install_command('pretrained')}"
         raise CheckpointError(name, f"there is no such folder. {advice}") from error
     try:  # cached files are not downloaded again
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))

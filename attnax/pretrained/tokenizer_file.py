@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnax.errors import InputError
+from attnax.errors import InputError, install_command
 from attnax.pretrained.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
         import tokenizers  # an optional dependency
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            path, "reading it needs the package tokenizers. Install it with: pip install 'attnax[pretrained]'"
+            path, f"reading it needs the package tokenizers. Install it with: {install_command('pretrained')}"
         ) from error
 
     def refuse(reason: str) -> CheckpointError:

@@ -40,9 +40,8 @@ class Batches:
         accumulate: microbatches of an update.
         seed: of the order; at least 0 and below 2 ** 32.
         weights: of several sources, by default the same for all; they are kept to a percent of the smallest.
-        process_index: which part of each microbatch to read.
-        process_count: number of parts, which divides batch_size. The parts in their order, joined along axis 1, are the
-            batch of one process.
+        part: which part of each microbatch to read, from 0, and of how many, which divides batch_size; `Trainer.part`
+            is that of a process. The parts in their order, joined along axis 1, are the batch of one process.
 
     Raises:
         ValueError: a source without rows, weights that do not fit, or numbers out of range.
@@ -66,21 +65,20 @@ class Batches:
         accumulate: int = 1,
         seed: int = 0,
         weights: Sequence[float] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        part: tuple[int, int] = (0, 1),
     ):
         sources: Sequence[Any] = [rows]
         if isinstance(rows, list | tuple) and not (rows and isinstance(rows[0], Mapping)):
             sources = rows
-        _check(sources, weights, batch_size, accumulate, seed, process_index, process_count)
+        _check(sources, weights, batch_size, accumulate, seed, part)
         orders = [
             grain.MapDataset.source(source).seed(_seed_of(seed, number)).shuffle().repeat()
             for number, source in enumerate(sources)
         ]
         self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
         self._batch_size, self._accumulate = batch_size, accumulate
-        self._count = batch_size // process_count
-        self._first = process_index * self._count
+        self._count = batch_size // part[1]
+        self._first = part[0] * self._count
 
     def __getitem__(self, update: int) -> dict[str, np.ndarray]:
         if update < 0:
@@ -124,8 +122,7 @@ def _check(
     batch_size: int,
     accumulate: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    part: tuple[int, int],
 ) -> None:
     empty = [number for number, source in enumerate(sources) if not len(source)]
     if not sources or empty:
@@ -138,18 +135,16 @@ def _check(
         raise ValueError(
             f"Batches: weights must be one number above 0 for each of {len(sources)} sources; got weights={weights}."
         )
-    for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("process_count", process_count)):
+    for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
         if value < 1:
             raise ValueError(f"Batches: {name} must be at least 1; got {name}={value}.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"Batches: seed must be at least 0 and below 2 ** 32; got seed={seed}.")
-    if not 0 <= process_index < process_count:
+    index, count = part
+    if not 0 <= index < count:
+        raise ValueError(f"Batches: part must be (i, n) with 0 <= i < n; got part={part}.")
+    if batch_size % count:
         raise ValueError(
-            f"Batches: process_index must be at least 0 and below process_count; got process_index={process_index}, "
-            f"process_count={process_count}."
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"Batches: process_count must divide batch_size; got batch_size={batch_size}, "
-            f"process_count={process_count}. Take a multiple."
+            f"Batches: the number of parts must divide batch_size; got batch_size={batch_size} and part={part}. Take "
+            "a multiple."
         )

@@ -75,7 +75,7 @@ def image_folder(
     Raises:
         InputError: there is no folder with images of two classes; or, from a row, a file that is no image.
         ValueError: a size below 1, or other channels or types.
-        ModuleNotFoundError: Pillow is not installed (`pip install 'attnax[images]'`).
+        ModuleNotFoundError: Pillow is not installed; the extra `images` of Attnax has it.
     """
     import PIL.Image  # noqa: F401  # an optional dependency: refused here, not in a thread that reads
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import P
 from jax.sharding import Mesh, NamedSharding
@@ -19,7 +18,7 @@ from attnax.nn._parts import name_of
 from attnax.nn.attention import MultiHeadAttention
 from attnax.sharding import BATCH, Layout, check_layout
 
-__all__ = ["check_attention_functions", "check_batch", "make_mesh", "num_parts", "state_shardings"]
+__all__ = ["check_attention_functions", "make_mesh", "num_parts", "state_shardings"]
 
 
 def make_mesh(
@@ -56,39 +55,6 @@ def make_mesh(
 def num_parts(mesh: Mesh | None) -> int:
     """The number of parts into which a layout cuts a batch; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH)
-
-
-def check_batch(caller: str, batch: Any, mesh: Mesh | None, *, accumulates: bool) -> None:
-    """Raises ValueError unless all arrays have the same rows, which the layout divides, behind an axis of microbatches.
-
-    Args:
-        caller: for messages.
-        batch: a pytree of arrays, (accumulate, B, ...) or (B, ...).
-        mesh: of a layout.
-        accumulates: whether there is an axis of microbatches.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    shapes = [tuple(np.shape(x)) for _, x in leaves]
-    wanted, count = ("(accumulate, B, ...)", 2) if accumulates else ("(B, ...)", 1)
-    for (path, x), shape in zip(leaves, shapes, strict=True):
-        name = _name_of(path, x)
-        if len(shape) < count or shape[:count] != shapes[0][:count] or 0 in shape[:count]:
-            raise ValueError(
-                f"{caller}: the arrays of a batch must be {wanted}, with the same first sizes, none of them 0; got "
-                f"{name}" + (f" beside {_name_of(*leaves[0])}." if path != leaves[0][0] else ".")
-            )
-        if shape[count - 1] % num_parts(mesh):
-            raise ValueError(
-                f"{caller}: data * fsdp * expert must divide the batch; got {num_parts(mesh)} for {name}. Take a "
-                "multiple."
-            )
-    if not leaves:
-        raise ValueError(f"{caller}: a batch must hold arrays of shape {wanted}; got {batch!r}.")
-
-
-def _name_of(path: Any, x: Any) -> str:
-    """An array of a batch for a message: its path and its shape, or its value if it has none."""
-    return f"batch{jax.tree_util.keystr(path)}" + (f".shape={np.shape(x)}" if hasattr(x, "shape") else f"={x!r}")
 
 
 def check_attention_functions(model: nnx.Module, mesh: Mesh) -> None:

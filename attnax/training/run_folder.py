@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from attnax import __version__
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.nn._parts import part_names, without_modules
@@ -36,6 +35,7 @@ from attnax.training.durable import naming, write_durable
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.run_format import FORMAT, is_format
 from attnax.training.run_options import RunOptions
+from attnax.version import __version__
 
 __all__ = ["LockedError", "RunFolder"]
 

@@ -45,15 +45,22 @@ def _read_late(losses: Iterable[Loss]) -> Iterator[Loss]:
     yield waiting.popleft()
 
 
-def windows_of(stream: TokenStream, batch_size: int) -> Iterator[Batch]:
+def windows_of(stream: TokenStream, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
     """Batches for `causal_lm` that score each token of a stream but the first once, with 3/4 of a window as context.
 
     The tokens of a batch are read when it is taken.
+
+    Args:
+        stream: the tokens.
+        batch_size: number of windows in a batch, of all processes together.
+        part: which part of the rows of each batch to yield, and of how many, which divides `batch_size`.
     """
+    index, count = part
+    mine = slice(batch_size * index // count, batch_size * (index + 1) // count)
     windows = stream.scoring_windows(stride=max(1, stream.window // 4))
     while chosen := list(islice(windows, batch_size)):
         tokens = np.zeros((batch_size, stream.window + 1), np.int32)  # the last batch may have fewer windows
         weights = np.zeros((batch_size, stream.window), np.float32)
         tokens[: len(chosen)] = [window for window, _ in chosen]
         weights[: len(chosen)] = [count for _, count in chosen]
-        yield {"tokens": tokens, "weights": weights}
+        yield {"tokens": tokens[mine], "weights": weights[mine]}

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from attnax import __version__
 from attnax.errors import InputError
 from attnax.text.published_tokenizer import TextTokenizer
 from attnax.training.corpus import PARTS, Corpus, Part
@@ -23,6 +22,7 @@ from attnax.training.durable import sync, write_durable
 from attnax.training.store import COLUMNS, Store, digest_of, open_store, require_files
 from attnax.training.store_format import FORMAT, PROGRESS, STORE
 from attnax.training.text_files import LONGEST, Document
+from attnax.version import __version__
 
 __all__ = ["SHARD_TOKENS", "make_store"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +13,13 @@ from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
 
+from attnax.distributed import beat
 from attnax.nn.axes import parameter_shardings
-from attnax.sharding import BATCH, Layout
+from attnax.sharding import Layout
 from attnax.training.accumulate import mean_gradient
+from attnax.training.devices import Devices
 from attnax.training.functional import FunctionalModel, ModelSource
-from attnax.training.mesh import check_attention_functions, check_batch, make_mesh, num_parts, state_shardings
+from attnax.training.mesh import check_attention_functions, make_mesh, num_parts, state_shardings
 from attnax.training.objectives import Batch, Loss, Objective, check_objective
 from attnax.training.optimizer import OptimizerConfig, in_float32
 from attnax.training.precision import widen
@@ -33,6 +34,10 @@ __all__ = ["Trainer"]
 class Trainer:
     """A model, what it learns, its optimizer, and their compiled functions.
 
+    In several processes (`attnax.distributed.connect`) each makes the same trainer with a layout of all devices, and
+    calls the same methods in the same order. It gives the rows of its own part of each batch, `part`. A program is run
+    when all processes have compiled it.
+
     Args:
         model: a config, of a `TransformerLM`, a `Transformer` or a `VisionTransformer`, or a function of `nnx.Rngs`
             that makes a module: `lambda rngs: MaskedLM(rngs, config)`, one with parts of your own, or any module of
@@ -43,9 +48,9 @@ class Trainer:
             random streams are seeded; without rngs `eval()` sets dropout off.
         optimizer: a configuration, or an Optax transformation. Such a one clips gradients itself if they are to be
             clipped; its `update` gets the `value` of the loss too. Both keep their moments in float32 at least.
-        layout: of the devices that hold the state and compute the updates; None for the default device. Parameters,
-            updates and dropout are those of one device, but for rounding.
-        devices: of the layout, by default all devices of the process. Those of a topology
+        layout: of the devices that hold the state and compute the updates; None for the default device, in one process
+            only. Parameters, updates and dropout are those of one device, but for rounding.
+        devices: of the layout, by default all devices of all processes. Those of a topology
             (`jax.experimental.topologies`) serve `lower_step`, on a machine that has none of them.
         ema: the decay of an exponential moving average of the parameters, such as 0.999, or None for none. After n
             updates the decay is at most (1 + n) / (10 + n), so that the first parameters are soon forgotten.
@@ -55,6 +60,8 @@ class Trainer:
         config: of the model, if it has one.
         shapes: a `TrainState` of shapes, dtypes and shardings; nothing is allocated.
         mesh: of the layout, or None.
+        part: which part of the rows of a batch this process gives, and of how many, for `Batches`: (0, 1) in one
+            process.
 
     Raises:
         ValueError: a configuration that the model refuses, or a layout that does not divide the model, the batch or the
@@ -90,6 +97,11 @@ class Trainer:
             raise ValueError(f"Trainer: devices are those of a layout; got {len(devices)} devices and layout=None.")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"Trainer: ema must be between 0 and 1, or None; got ema={ema!r}.")
+        if layout is None and jax.process_count() > 1:
+            raise ValueError(
+                f"Trainer: {jax.process_count()} processes must have a layout, or each would train a model of its own; "
+                "got layout=None. Take Layout()."
+            )
         check_objective(objective)
         self.objective, self.optimizer, self.ema, self.seed = objective, optimizer, ema, seed
         is_config = isinstance(optimizer, OptimizerConfig)
@@ -107,9 +119,11 @@ class Trainer:
             cuts = nnx.to_pure_dict(parameter_shardings(self._model.params, self.mesh))
             self._shardings = state_shardings(self.shapes, params, cuts, self.mesh)
             self.shapes = _placed(self.shapes, self._shardings)
-        outs = None if self._shardings is None else (self._shardings, None)
-        self._step_program = jax.jit(self._step, donate_argnums=0, out_shardings=outs)
-        self._score_program = jax.jit(self._score)
+        self._devices = Devices(self.mesh)
+        self.part = self._devices.part
+        whole = None if self.mesh is None else NamedSharding(self.mesh, P())  # numbers that every process reads
+        self._step_program = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, whole))
+        self._score_program = jax.jit(self._score, out_shardings=whole)
         self._place_program = jax.jit(self._new_state, out_shardings=self._shardings)
 
     def init(self) -> TrainState:
@@ -118,7 +132,7 @@ class Trainer:
             return self._new_state(self._model.init())
         if self.mesh.devices.flat[0].platform == "cpu":
             # XLA's CPU compiler rounds a number by its place in a vector: drawn in parts, an array would differ.
-            state: TrainState = self._place_program(jax.device_put(self._model.init(), self._shardings.params))
+            state: TrainState = self._place_program(self._devices.put(self._model.init(), self._shardings.params))
         else:
             make = jax.jit(lambda: self._place_program(self._model.init()), out_shardings=self._shardings)
             state = make()
@@ -133,14 +147,14 @@ class Trainer:
 
         Args:
             state: its arrays are given away, and must not be used again.
-            batch: arrays (accumulate, B, ...) by name. Each shape is a program.
+            batch: arrays (accumulate, B, ...) by name, with the rows of this process. Each shape is a program.
 
         Raises:
             ValueError: arrays of other shapes, or rows that the layout does not divide.
+            ProcessError: another process does not compile the program within an hour, or has ended.
         """
-        check_batch("Trainer.step", batch, self.mesh, accumulates=True)
-        with self._around():
-            made: tuple[TrainState, Metrics] = self._step_program(state, self._put(batch, P(None, BATCH)))
+        self._devices.check("Trainer.step", batch, accumulates=True)
+        made: tuple[TrainState, Metrics] = self._devices.run(self._step_program, state, batch, accumulates=True)
         return made
 
     def evaluate(self, params: Any, batches: Iterable[Batch]) -> Evaluation:
@@ -148,8 +162,9 @@ class Trainer:
 
         Args:
             params: of the model, such as `state.params` or `state.ema`.
-            batches: of one shape, or each shape is a program. Rows of weight 0 fill the last one. At most two are
-                computed or held at a time, so that they may be many.
+            batches: of one shape, or each shape is a program; with the rows of this process, and as many in every
+                process. Rows of weight 0 fill the last one. At most two are computed or held at a time, so that they
+                may be many.
 
         Raises:
             ValueError: no batch, or as in `step`.
@@ -160,9 +175,9 @@ class Trainer:
 
         def scored() -> Iterator[Loss]:
             for batch in batches:
-                check_batch("Trainer.evaluate", batch, self.mesh, accumulates=False)
-                with self._around():
-                    loss: Loss = self._score_program(params, self._put(batch, P(BATCH)))
+                self._devices.check("Trainer.evaluate", batch, accumulates=False)
+                loss: Loss = self._devices.run(self._score_program, params, batch, accumulates=False)
+                beat()  # a long text takes longer than a launcher waits for a sign of life
                 yield loss
 
         return mean_of(scored())
@@ -176,7 +191,7 @@ class Trainer:
             batch_size: number of windows in a forward pass.
         """
         parts = num_parts(self.mesh)
-        scored = self.evaluate(params, windows_of(stream, -(-batch_size // parts) * parts))
+        scored = self.evaluate(params, windows_of(stream, -(-batch_size // parts) * parts, self.part))
         return scored.loss * scored.weight / math.log(2)
 
     def merge(self, params: Any) -> Any:
@@ -194,24 +209,16 @@ class Trainer:
 
     def trace_step(self, batch: Batch) -> jax.stages.Traced:
         """A step over such a batch, of arrays or of their shapes, as JAX traces it; nothing is computed."""
-        check_batch("Trainer.trace_step", batch, self.mesh, accumulates=True)
-        shapes = jax.eval_shape(lambda batch: batch, batch)
-        if self.mesh is not None:
-            shapes = _placed(shapes, jax.tree.map(lambda _: NamedSharding(self.mesh, P(None, BATCH)), shapes))
-        with self._around():
+        self._devices.check("Trainer.trace_step", batch, accumulates=True)
+        with self._devices.around():
+            shapes = self._devices.shapes(batch, accumulates=True)
             traced: jax.stages.Traced = self._step_program.trace(self.shapes, shapes)
         return traced
 
     def lower_step(self, batch: Batch) -> jax.stages.Lowered:
         """The program of a step over such a batch, for a look at its collectives, bytes and flops."""
-        with self._around():
+        with self._devices.around():
             return self.trace_step(batch).lower()
-
-    def _around(self) -> Any:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _put(self, batch: Batch, spec: P) -> Batch:
-        return batch if self.mesh is None else jax.device_put(batch, NamedSharding(self.mesh, spec))
 
     def _new_state(self, params: Any) -> TrainState:
         params = _copied(params)  # two may be one array, or one that the function of the model holds

@@ -14,6 +14,7 @@ class QuickTrainer:
     """Weights that count the tokens they have seen. Steps in `bad` give a loss that is not finite."""
 
     bad, bad_bits, overflow = (), (), ()
+    part = 0, 1
 
     def __init__(self, model, objective, optimizer, *, layout, ema, seed):
         assert layout is None and ema is None

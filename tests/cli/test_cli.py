@@ -10,6 +10,7 @@ import pytest
 
 from attnax import cli
 from attnax.cli import main
+from attnax.errors import install_command
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_the_command_starts_itself_again_once_with_huge_pages(monkeypatch):
 def test_without_its_packages_the_command_says_what_to_install(package, extra, arguments):
     code = f"import sys; sys.modules[{package!r}] = None; from attnax.cli import main; sys.exit(main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    words = f"attnax: this needs the package {package}. Install it with: pip install 'attnax[{extra}]'\n"
+    words = f"attnax: this needs the package {package}. Install it with: {install_command(extra)}\n"
     assert (done.returncode, done.stderr) == (2, words)
 
 

@@ -10,6 +10,7 @@ from tiny_run import READY, refuse
 
 from attnax.cli import main
 from attnax.cli import tokenize as command
+from attnax.errors import install_command
 from attnax.text import byte_tokenizer
 from attnax.training import open_store, store_writer
 
@@ -109,7 +110,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, tmp_path, monkeypatch
 
     monkeypatch.setattr(command, "read_corpus", missing)
     line = refuse(capsys, "tokenize", tmp_path, "--out", tmp_path / "x")
-    assert "pip install 'attnax[parquet]'" in line
+    assert f"pyarrow. Install it with: {install_command('parquet')}" in line
 
 
 @pytest.mark.contract

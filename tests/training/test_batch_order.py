@@ -82,7 +82,7 @@ class TestOrder:
         stream = TokenStream(store.tokens(), 11)
         kinds = {"batch_size": 8, "accumulate": 3, "seed": 5}
         whole = Batches(stream, **kinds)
-        parts = [Batches(stream, **kinds, process_index=i, process_count=processes) for i in range(processes)]
+        parts = [Batches(stream, **kinds, part=(i, processes)) for i in range(processes)]
         for part_first in (0, 17):
             found = []
             for part in parts:
@@ -110,7 +110,7 @@ class TestOrder:
                 return np.zeros(where.stop - where.start, np.uint32)
 
         tokens = Counted()
-        Batches(TokenStream(tokens, 400), batch_size=6, accumulate=2, process_index=1, process_count=3)[123]
+        Batches(TokenStream(tokens, 400), batch_size=6, accumulate=2, part=(1, 3))[123]
         assert tokens.read == 2 * 2 * 401
 
 
@@ -152,8 +152,8 @@ class TestMixture:
         ({"accumulate": 0}, "accumulate must be at least 1; got accumulate=0"),
         ({"seed": -1}, r"seed must be at least 0 and below 2 \*\* 32; got seed=-1"),
         ({"seed": 2**32}, "got seed=4294967296"),
-        ({"process_index": 2, "process_count": 2}, "below process_count; got process_index=2, process_count=2"),
-        ({"process_count": 3}, "process_count must divide batch_size; got batch_size=4, process_count=3"),
+        ({"part": (2, 2)}, r"part must be \(i, n\) with 0 <= i < n; got part=\(2, 2\)"),
+        ({"part": (0, 3)}, r"parts must divide batch_size; got batch_size=4 and part=\(0, 3\)"),
         ({"weights": [1.0, 2.0]}, r"one number above 0 for each of 1 sources; got weights=\[1.0, 2.0\]"),
         ({"weights": [0.0]}, r"got weights=\[0.0\]"),
     ],

@@ -1,0 +1,172 @@
+"""`attnax launch -- train` with two real processes: what happens to one of them changes no bit of the run."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import ROOT
+
+from attnax.cli.stopwatch import TIMED
+from attnax.training import checkpoint_arrays, checkpoint_steps, restore_items
+
+LIMIT = 600  # seconds for a launcher
+FLAGS = [
+    *("--tokenizer", "bytes", "--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--num-layers", "1"),
+    *("--max-len", "32", "--batch-size", "2", "--accumulate", "2", "--dropout-rate", "0.1", "--ema", "0.9"),
+    *("--steps", "150", "--checkpoint-every", "10"),
+]
+ITEMS = ("params", "opt_state", "ema", "update", "skipped")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(40):
+        (folder / f"file{index}.py").write_text(f"def number_{index}(x):\n    return x + {index}\n\n\n" * 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    """Starts `attnax launch`; all processes share the compiled programs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    @contextlib.contextmanager
+    def start(processes, devices, *words, **flags):
+        """The launcher; it and its processes are ended after a limit."""
+        options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        line = [sys.executable, "-m", "attnax", "launch", "--processes", str(processes), "--devices", str(devices)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen([*line, *options, "--", *words], env=environment, text=True, **pipes) as process:
+            limit = threading.Timer(LIMIT, process.kill)  # with the launcher its processes end
+            limit.start()
+            try:
+                yield process
+            finally:
+                limit.cancel()
+                process.kill()
+
+    return start
+
+
+def rows(folder):
+    """The rows of the run, without times."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
+
+
+def wait_for(folder, step):
+    """Waits until the row of an update is written."""
+    until = time.monotonic() + LIMIT
+    while max((row["step"] for row in rows(folder)), default=0) < step:
+        assert time.monotonic() < until, f"update {step} of {folder} does not come"
+        time.sleep(0.01)
+
+
+def process_of(launcher, number, *ended):
+    """The process of this number, a child of the launcher that is none of those which have ended."""
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if int(child) not in ended and f"JAX_PROCESS_ID={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                    return int(child)
+        time.sleep(0.01)
+    return pytest.fail(f"process {number} does not start")
+
+
+def last_state(folder):
+    """All arrays of the last checkpoint, whole."""
+    step = max(checkpoint_steps(folder / "checkpoints"))
+    likes = {}
+    for item in ITEMS:
+        likes[item] = {
+            name: np.zeros(shape, dtype)
+            for name, (shape, dtype) in checkpoint_arrays(folder / "checkpoints", step, item).items()
+        }
+    return step, restore_items(folder / "checkpoints", likes, step=step)[1]
+
+
+def check_same(folder, whole):
+    assert rows(folder) == rows(whole)
+    assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
+    (step, mine), (other_step, others) = last_state(folder), last_state(whole)
+    assert step == other_step == 150
+    for item in ITEMS:
+        for name, x in mine[item].items():
+            assert np.array_equal(np.asarray(x), np.asarray(others[item][name])), (item, name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text, launcher, tmp_path_factory):
+    """The run of one process with two devices, to its end."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with launcher(1, 2, "train", "--data", str(text), "--out", str(folder), *FLAGS, "--layout", "fsdp=2") as process:
+        printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    return folder
+
+
+@pytest.mark.contract
+def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_the_bits_of_one(
+    text, launcher, undisturbed, tmp_path
+):
+    out = tmp_path / "run"
+    words = ["train", "--data", str(text), "--out", str(out), *FLAGS, "--layout", "fsdp=2"]
+    with launcher(2, 1, *words, restarts=3, stall=6) as process:
+        wait_for(out, 25)
+        one = process_of(process, 1)
+        os.kill(one, signal.SIGKILL)
+        killed = time.monotonic()
+        process_of(process, 1, one)
+        again = time.monotonic() - killed
+        wait_for(out, 60)
+        os.kill(process_of(process, 0), signal.SIGSTOP)
+        wait_for(out, 95)
+        os.kill(process_of(process, 1), signal.SIGTERM)
+        printed = process.communicate()[0]
+    assert process.returncode == 143, printed
+    assert "process 1 was ended by SIGKILL" in printed and "stuck: process" in printed
+    assert again < 10, "the processes start again at once"
+    stopped = max(row["step"] for row in rows(out) if "loss" in row)
+    assert checkpoint_steps(out / "checkpoints")[-1] == stopped < 150  # both have saved the same update
+    assert printed.count("interrupted; go on with:") == 1
+    command = re.search(r"go on with: \S+ (launch --processes 2 .*)\n", printed)[1]
+    assert command.endswith(f"-- train --resume {out} --layout fsdp=2")
+    with launcher(1, 2, "train", "--resume", str(out), "--layout", "fsdp=2") as process:  # one process goes on
+        printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    check_same(out, undisturbed)
+
+
+@pytest.mark.thorough
+def test_twenty_kills_of_two_processes_change_no_bit(text, launcher, undisturbed, tmp_path):
+    rng, out = random.Random(7), tmp_path / "run"
+    words = ["train", "--data", str(text), "--out", str(out), *FLAGS, "--layout", "fsdp=2"]
+    ended, kills = [], 20
+    with launcher(2, 1, *words, restarts=kills) as process:
+        for kill in range(kills):
+            both = [process_of(process, number, *ended) for number in range(2)]
+            if kill % 2:
+                time.sleep(rng.uniform(0, 5))  # somewhere between its start and its updates
+            else:
+                wait_for(out, 1 + max((row["step"] for row in rows(out)), default=0))
+                time.sleep(rng.uniform(0, 0.05))
+            os.kill(rng.choice(both), signal.SIGKILL)
+            ended += both
+        printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert printed.count("was ended by SIGKILL") == kills, printed
+    check_same(out, undisturbed)
