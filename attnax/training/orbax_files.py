@@ -153,9 +153,13 @@ def _errors_of_barriers(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_of_the_disk(folder: Path) -> Iterator[None]:
-    """Turns a ValueError of TensorStore about the disk into an OSError."""
+    """Turns a ValueError of TensorStore about the disk into an OSError; one that names no file names the folder."""
     try:
         yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     except ValueError as error:
         code = re.search(r"\[os_error_code='([0-9]+)'\]", str(error))
         if code is None:

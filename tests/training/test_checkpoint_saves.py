@@ -208,6 +208,12 @@ class TestFailures:
     def test_a_disk_that_is_full_when_files_or_the_manifest_are_written(self, folder, place):
         self.check_fails_and_goes_on(folder, broken(manifest, place, FULL), "No space left on device", "the file")
 
+    def test_an_error_that_names_no_file_names_the_folder(self, folder):
+        nameless = OSError(errno.EFBIG, "File too large")
+        with broken(ocp.AsyncCheckpointer, "close", nameless), pytest.raises(OSError, match="File too large") as caught:
+            save(folder, 7)
+        assert caught.value.filename == str(folder)
+
     def test_a_folder_that_is_read_only(self, folder):
         self.check_fails_and_goes_on(folder, read_only(folder), "Permission denied", str(folder))
 
