@@ -1,9 +1,12 @@
-"""Checkpoints that are whole whenever the process is killed, and that training does not wait for.
+"""Checkpoints that are whole whenever a process is killed, and that training does not wait for.
 
 `folder/STEP/` holds what Orbax wrote, a folder for each item. `folder/STEP.attnax.json` is the manifest
 (`manifest.py`). It gets this name when all of that is on the disk, and loses it before any of it is deleted. Before and
 after, the mark of `remains.py` lies in its place: `restore.py` does not see such a step, and `Checkpoints` deletes it.
 What has neither a manifest nor a mark was not saved here, and is never deleted.
+
+Several processes share the folder. Process 0 alone decides, makes the mark and the manifest, and deletes. Each process
+writes its parts of the arrays and computes the digests of its share of the files. `rounds.py` keeps them together.
 """
 
 from __future__ import annotations
@@ -12,34 +15,54 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import itertools
 import math
 import operator
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
 
 import jax
 
-from attnax.training.manifest import DamagedCheckpointError, Manifest, array_types, hash_durably
+from attnax.distributed import ProcessError, beat, is_main
+from attnax.training.durable import sync_folders
+from attnax.training.manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    array_types,
+    hash_durably,
+    list_files,
+)
 from attnax.training.orbax_files import OrbaxSave, named_arrays
-from attnax.training.remains import delete, delete_remains, mark, require_no_others
+from attnax.training.remains import delete, delete_remains, mark, require_mark, require_no_others
 from attnax.training.restore import checkpoint_steps, latest_checkpoint, require_owner, restore_with_manifest
+from attnax.training.rounds import Rounds
+from attnax.training.same_disk import my_share
 
 __all__ = ["Checkpoints"]
 
+_saves = itertools.count(1)  # of this process
+
 
 class Checkpoints:
-    """The checkpoints of a run that this process trains. A save takes the time of a copy to the memory of the host.
+    """The checkpoints of a run that is trained here. A save takes the time of a copy to the memory of the host.
 
     A thread then writes the files, waits until they are on the disk, writes the manifest, and deletes the checkpoints
-    that are not kept. Whenever the process is killed, every checkpoint that had a manifest is whole. One process trains
-    in a folder at a time; any number may read it with `restore_items`. Only what saves made is deleted: a folder with
-    other files or folders named by numbers is refused.
+    that are not kept. Whenever a process is killed, every checkpoint that had a manifest is whole. One run trains in a
+    folder at a time; any number of processes may read it with `restore_items`. Only what saves made is deleted: a
+    folder with other files or folders named by numbers is refused.
+
+    Processes that `attnax.distributed.connect` has joined share the folder. All of them make this object and call the
+    same methods in the same order with the same arguments; arrays that lie in one process are taken to be the same in
+    all, and those of process 0 are saved. What process 0 finds is raised in all, and so is an error of the disk in one
+    of them: the save has then failed in all. If one does not come within 300 s, the others raise a `ProcessError`.
+    A launcher learns of each new checkpoint (`beat`).
 
     Use it in a `with` block, or call `close`: without, a save that is in flight when Python ends is lost.
 
@@ -52,7 +75,7 @@ class Checkpoints:
         keep_every: those of the multiples of this step are kept too.
 
     Raises:
-        NotImplementedError: several processes were joined by `jax.distributed`.
+        ValueError: a number is out of range, or there are several processes that `connect` has not joined.
 
     Example:
         >>> with Checkpoints(Path("checkpoints"), keep_best=1) as checkpoints:  # doctest: +SKIP
@@ -79,9 +102,10 @@ class Checkpoints:
         for name, (value, least) in numbers.items():
             if value is not None and value < least:
                 raise ValueError(f"Checkpoints: {name} must be at least {least}; got {name}={value}.")
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                f"Checkpoints: one process saves; got {jax.process_count()}. In several, use Orbax in your own loop."
+        if jax.process_count() > 1 and not jax.distributed.is_initialized():
+            raise ValueError(
+                f"Checkpoints: several processes must be joined; got {jax.process_count()} that are not. Call "
+                "attnax.distributed.connect before JAX makes its first array."
             )
         self.folder = folder
         self._owner, self._layout = owner, layout
@@ -110,7 +134,36 @@ class Checkpoints:
         """
         self.wait()
         update = operator.index(update)
-        _check_items("Checkpoints.save", items)
+        rounds = Rounds(f"save {next(_saves)}, of update {update}, in {self.folder.name}")
+
+        def begin() -> None:
+            _check_items("Checkpoints.save", items)
+            if is_main():
+                self._begin(update, items, metric)
+
+        rounds.each(begin)
+        rounds.each(lambda: None if is_main() else require_mark(self.folder, update))
+        named = {item: named_arrays(tree) for item, tree in items.items()}
+        manifest = Manifest(
+            owner=self._owner,
+            update=update,
+            layout=self._layout,
+            **_machine(items),
+            metric=None if metric is None else float(metric),
+            types={item: array_types(arrays) for item, arrays in named.items()},
+            files={},
+        )
+        with_arrays = {item: arrays for item, arrays in named.items() if arrays}
+        try:
+            written = OrbaxSave(self.folder / str(update), with_arrays, rounds).wait
+        except BaseException as error:
+            if rounds.is_alone:
+                raise
+            written = partial(rounds.fail, error)  # the others hear of it in their threads, and then all raise it
+        self._saving, self._newest = self._thread.submit(self._finish, manifest, written, rounds), update
+
+    def _begin(self, update: int, items: Mapping[str, Any], metric: float | None) -> None:
+        """Looks at the folder and makes the mark of the step."""
         require_no_others(self.folder)
         newest = latest_checkpoint(self.folder)
         if newest is not None and update <= newest:
@@ -125,23 +178,14 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         delete_remains(self.folder)
         _require_room(self.folder, items)
-        named = {item: named_arrays(tree) for item, tree in items.items()}
-        manifest = Manifest(
-            owner=self._owner,
-            update=update,
-            layout=self._layout,
-            **_machine(items),
-            metric=None if metric is None else float(metric),
-            types={item: array_types(arrays) for item, arrays in named.items()},
-            files={},
-        )
         mark(self.folder, update)
-        writing = OrbaxSave(self.folder / str(update), {item: arrays for item, arrays in named.items() if arrays})
-        self._saving, self._newest = self._thread.submit(self._finish, manifest, writing), update
 
     def check(self) -> None:
-        """Raises the error of the last save, if it has failed, and does not wait. Call it at every update."""
-        if self._saving is not None and self._saving.done():
+        """Raises the error of the last save, if it has failed, and does not wait. Call it at every update.
+
+        While a save is being written, several processes ask each other, so that all raise at the same update.
+        """
+        if self._saving is not None and all(Rounds(f"a save in {self.folder.name}").each(self._saving.done)):
             self.wait()
 
     def wait(self) -> None:
@@ -181,41 +225,74 @@ class Checkpoints:
             OSError: the disk fails; the error names a file. `step` reads another checkpoint.
         """
         self.wait()
-        _check_items("Checkpoints.restore", likes)
-        require_no_others(self.folder)
-        if step is None and latest_checkpoint(self.folder) is None:
-            delete_remains(self.folder)
+        rounds = Rounds(f"restore from {self.folder.name}")
+
+        def begin() -> bool:
+            _check_items("Checkpoints.restore", likes)
+            return is_main() and self._has_checkpoint(step)
+
+        if not rounds.each(begin)[0]:
             return None
-        manifest, items = restore_with_manifest(self.folder, likes, step=step, owner=self._owner)
+        manifest, items = restore_with_manifest(self.folder, likes, step=step, owner=self._owner, rounds=rounds)
         self._newest = manifest.update
         if step is None:
             self.discard_after(manifest.update)
         else:
-            delete_remains(self.folder)
+            rounds.lead(lambda: delete_remains(self.folder))
         _warn_of_other_bits(manifest, likes)
         return manifest.update, items
+
+    def _has_checkpoint(self, step: int | None) -> bool:
+        """Whether there is one to restore, or one was asked for; otherwise the remains are deleted."""
+        require_no_others(self.folder)
+        if step is None and latest_checkpoint(self.folder) is None:
+            delete_remains(self.folder)
+            return False
+        return True
 
     def discard_after(self, update: int) -> None:
         """Deletes the checkpoints of later steps, because training goes on from `update`, and all remains."""
         self.wait()
-        for step in reversed(checkpoint_steps(self.folder)):  # the newest first, as if they had not been made
-            if step > update:
-                delete(self.folder, step)
-        delete_remains(self.folder)
 
-    def _finish(self, manifest: Manifest, writing: OrbaxSave) -> None:
+        def discard() -> None:
+            for step in reversed(checkpoint_steps(self.folder)):  # the newest first, as if they had not been made
+                if step > update:
+                    delete(self.folder, step)
+            delete_remains(self.folder)
+
+        Rounds(f"discard_after {update} in {self.folder.name}").lead(discard)
+
+    def _finish(self, manifest: Manifest, written: Callable[[], None], rounds: Rounds) -> None:
         """Makes the files and then the manifest durable; with that the checkpoint exists, and others are deleted."""
-        # With several processes, each one hashes its share of the files and sends the digests to process 0, which waits
-        # for them, with a limit; it alone writes the manifest and deletes.
+        target = self.folder / str(manifest.update)
+
+        def written_names() -> list[str] | None:
+            written()
+            return list_files(target) if is_main() else None
+
+        def publish() -> None:
+            sync_folders(target)
+            files = {name: (size, sha) for share in shares for name, (size, sha) in share.items()}
+            dataclasses.replace(manifest, files=dict(sorted(files.items()))).write(self.folder)
+
         try:
-            writing.wait()
-            files = hash_durably(self.folder / str(manifest.update))
-            dataclasses.replace(manifest, files=files).write(self.folder)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the next save or start deletes what is left
-                delete(self.folder, manifest.update)
+            names = rounds.each(written_names)[0]
+            shares = rounds.each(lambda: hash_durably(target, my_share(target, names)))
+            rounds.lead(publish)
+        except BaseException as error:
+            if is_main() and not isinstance(error, ProcessError):  # then another process may still write
+                with contextlib.suppress(OSError):
+                    delete(self.folder, manifest.update)
+                    # A thread of Orbax may still make files: the next save or start deletes them with this mark.
+                    mark(self.folder, manifest.update)
             raise
-        self._collect()
+
+        def go_on() -> None:
+            beat(checkpoint=manifest.update)
+            if is_main():
+                self._collect()
+
+        rounds.each(go_on)
 
     def _collect(self) -> None:
         """Deletes the checkpoints that are not kept, the oldest first."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["naming", "sync", "temporary_path", "write_durable"]
+__all__ = ["naming", "sync", "sync_folders", "temporary_path", "write_durable"]
 
 
 @contextlib.contextmanager
@@ -31,6 +31,17 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync_folders(target: Path) -> None:
+    """Waits until the names of all files in a folder, and its own, are on the disk.
+
+    Raises:
+        OSError: the disk fails; the error names the folder.
+    """
+    for folder, _, _ in os.walk(target, topdown=False):
+        sync(Path(folder))
+    sync(target.parent)
 
 
 def temporary_path(path: Path) -> Path:

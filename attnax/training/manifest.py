@@ -22,9 +22,12 @@ from attnax.training.durable import sync, write_durable
 __all__ = [
     "MANIFEST",
     "DamagedCheckpointError",
+    "HashFiles",
     "Manifest",
     "array_types",
     "hash_durably",
+    "hash_files",
+    "list_files",
     "manifest_path",
     "steps_with",
 ]
@@ -36,6 +39,7 @@ _THREADS = 4  # two hash as fast as a disk reads; the others wait for the disk
 
 ArrayType: TypeAlias = tuple[tuple[int, ...], str]  # shape and dtype
 FileDigest: TypeAlias = tuple[int, str]  # bytes and SHA-256
+HashFiles: TypeAlias = Callable[[Path, list[str]], dict[str, FileDigest]]
 
 
 class DamagedCheckpointError(InputError):
@@ -115,8 +119,13 @@ class Manifest:
         files = {name: (size, digest) for name, (size, digest) in content.pop("files").items()}
         return cls(**content, types=types, files=files)
 
-    def check_files(self, folder: Path, items: Collection[str]) -> None:
+    def check_files(self, folder: Path, items: Collection[str], hashing: HashFiles) -> None:
         """Reads the files of these items, and those that belong to all items, and compares their digests.
+
+        Args:
+            folder: of the checkpoints.
+            items: names of items.
+            hashing: `hash_files`, or a function that has several processes do its work.
 
         Raises:
             DamagedCheckpointError: a file is missing, new or changed.
@@ -128,7 +137,7 @@ class Manifest:
             return "/" not in name or name.partition("/")[0] in items
 
         try:
-            found = _hash_files(target, filter(is_of_items, _files(target)), _hash)
+            found = hashing(target, [name for name in list_files(target) if is_of_items(name)])
         except FileNotFoundError as error:  # it was listed a moment before
             raise DamagedCheckpointError(f"the checkpoint {target} is damaged: {error.filename} is gone.") from error
         saved = {name: digest for name, digest in self.files.items() if is_of_items(name)}
@@ -160,22 +169,7 @@ def array_types(arrays: Mapping[str, Any]) -> dict[str, ArrayType]:
     return {name: (tuple(array.shape), str(array.dtype)) for name, array in arrays.items()}
 
 
-def hash_durably(target: Path) -> dict[str, FileDigest]:
-    """The bytes and the digest of every file in a folder; when this returns, all are on the disk.
-
-    With P processes, process p takes the files p, p + P, ... of the sorted names, and sends their digests to process 0.
-
-    Raises:
-        OSError: the disk is full or fails; the error names the file.
-    """
-    digests = _hash_files(target, _files(target), _hash_and_sync)
-    for folder, _, _ in os.walk(target, topdown=False):
-        sync(Path(folder))
-    sync(target.parent)
-    return digests
-
-
-def _files(target: Path) -> list[str]:
+def list_files(target: Path) -> list[str]:
     """The paths of all files in a folder, sorted; none if there is no folder."""
 
     def refuse(error: OSError) -> None:
@@ -186,10 +180,28 @@ def _files(target: Path) -> list[str]:
     return sorted(path.relative_to(target).as_posix() for path in found)
 
 
-def _hash_files(target: Path, names: Iterable[str], hash_file: Callable[[Path], FileDigest]) -> dict[str, FileDigest]:
+def hash_durably(target: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """The bytes and the digests of these files of a folder; when this returns, the files are on the disk.
+
+    Raises:
+        OSError: the disk is full or fails; the error names the file.
+    """
+    return _hash_all(target, names, _hash_and_sync)
+
+
+def hash_files(target: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """The bytes and the digests of these files of a folder.
+
+    Raises:
+        OSError: the disk fails; the error names the file.
+    """
+    return _hash_all(target, names, _hash)
+
+
+def _hash_all(target: Path, names: Iterable[str], hashing: Callable[[Path], FileDigest]) -> dict[str, FileDigest]:
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(names, threads.map(hash_file, (target / name for name in names)), strict=True))
+        return dict(zip(names, threads.map(hashing, (target / name for name in names)), strict=True))
 
 
 def _hash(path: Path) -> FileDigest:

@@ -9,6 +9,7 @@ at every instant the files of a step lie beside its manifest or its mark, and on
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 from attnax.errors import InputError
 from attnax.training.durable import sync, temporary_path
 from attnax.training.manifest import MANIFEST, manifest_path, steps_with
+from attnax.training.same_disk import require_seen
 
-__all__ = ["delete", "delete_remains", "mark", "require_no_others"]
+__all__ = ["delete", "delete_remains", "mark", "require_mark", "require_no_others"]
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # is in the name that Orbax gives to a folder until it is complete
 
@@ -32,6 +34,11 @@ def mark(folder: Path, step: int) -> None:
     made.touch()
     sync(made)
     sync(folder)
+
+
+def require_mark(folder: Path, step: int) -> None:
+    """Raises InputError unless this process sees the mark that process 0 has made."""
+    require_seen(_mark_path(folder, step), (0, hashlib.sha256().hexdigest()))
 
 
 def delete(folder: Path, step: int) -> None:

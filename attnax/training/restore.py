@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import jax
 
 from attnax.errors import InputError
-from attnax.training.manifest import MANIFEST, ArrayType, DamagedCheckpointError, Manifest, array_types, steps_with
+from attnax.training.manifest import (
+    MANIFEST,
+    ArrayType,
+    DamagedCheckpointError,
+    HashFiles,
+    Manifest,
+    array_types,
+    hash_files,
+    steps_with,
+)
 from attnax.training.orbax_files import named_arrays, read_items
+from attnax.training.rounds import Rounds
+from attnax.training.same_disk import answer_with_digests, hash_by_asking
 
 __all__ = [
     "best_checkpoint",
@@ -63,6 +77,9 @@ def restore_items(
 
     If it is damaged, a warning says so, and the one before is taken. This also reads a run that is being trained.
 
+    Where arrays of `likes` lie on the devices of several processes, all of these call this with the same arguments:
+    process 0 takes the checkpoint, and each reads its parts. Otherwise a process reads for itself and waits for none.
+
     Args:
         folder: of the checkpoints.
         likes: a pytree of arrays or `jax.ShapeDtypeStruct` by the name of each item, with the structure, shapes and
@@ -75,77 +92,95 @@ def restore_items(
         InputError: there is no checkpoint, or none of this step; or it belongs to another run or another model.
         DamagedCheckpointError: the checkpoint of `step` is damaged, or all are; the message names the newest whole one.
         OSError: the disk fails to read a file; the error names it. That is not damage: no other checkpoint is taken.
+        ProcessError: another process does not come.
 
     Example:
         >>> step, items = restore_items(Path("run/checkpoints"), {"params": params})  # doctest: +SKIP
     """
-    manifest, items = restore_with_manifest(folder, likes, step=step, owner=owner)
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(dict(likes)))
+    is_of_one = all(sharding is None or sharding.is_fully_addressable for sharding in shardings)
+    rounds = Rounds(None if is_of_one else f"restore_items of {folder}")
+    manifest, items = restore_with_manifest(folder, likes, step=step, owner=owner, rounds=rounds)
     return manifest.update, items
 
 
 def restore_with_manifest(
-    folder: Path, likes: Mapping[str, Any], *, step: int | None, owner: str
+    folder: Path, likes: Mapping[str, Any], *, step: int | None, owner: str, rounds: Rounds
 ) -> tuple[Manifest, dict[str, Any]]:
-    """`restore_items`, with all that is known of the checkpoint."""
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise InputError(f"{folder} holds no checkpoint.")
-    if step is None:
-        manifest = _newest_whole(folder, likes, owner)
-    elif step in steps:
-        manifest = _whole(folder, step, likes, owner)
-    else:
-        raise InputError(f"{folder}: step must be one of {', '.join(map(str, steps))}; got step={step}.")
-    with_arrays = {item: like for item, like in likes.items() if manifest.types.get(item)}
-    return manifest, {**likes, **read_items(folder / str(manifest.update), with_arrays)}
+    """`restore_items` in the processes of these rounds, with all that is known of the checkpoint."""
+    damaged: dict[int, DamagedCheckpointError] = {}
+
+    def choose(hashing: HashFiles) -> Manifest:
+        check = partial(_check, folder, likes, owner, hashing)
+        return _newest_whole(folder, check, damaged) if step is None else _whole(folder, step, check)
+
+    def choose_for_all(ask: Callable[[Any], list[Any]]) -> int:
+        return choose(hash_by_asking(ask)).update
+
+    chosen = choose(hash_files) if rounds.is_alone else None
+    update = chosen.update if chosen else rounds.lead_and_ask(choose_for_all, partial(answer_with_digests, folder))
+    for problem in damaged.values():
+        warnings.warn(f"{problem} That of step {update} is taken.", stacklevel=3)
+    with rounds.part():
+        manifest = chosen or Manifest.read(folder, update)
+        with_arrays = {item: like for item, like in likes.items() if manifest.types.get(item)}
+        arrays = read_items(folder / str(update), with_arrays)
+    return manifest, {**likes, **arrays}
 
 
-def _newest_whole(folder: Path, likes: Mapping[str, Any], owner: str) -> Manifest:
-    """The manifest of the newest checkpoint that is whole; a warning for each one that is not.
+Check: TypeAlias = Callable[[int], Manifest]
+
+
+def _newest_whole(folder: Path, check: Check, damaged: dict[int, DamagedCheckpointError]) -> Manifest:
+    """The manifest of the newest checkpoint that is whole; those that are not are added to `damaged`.
 
     Raises:
+        InputError: there is no checkpoint.
         DamagedCheckpointError: none is whole.
     """
-    damaged: dict[int, DamagedCheckpointError] = {}
     # The steps are listed again each time: the process that trains may have deleted a checkpoint while it was read.
     while steps := [step for step in checkpoint_steps(folder) if step not in damaged]:
         try:
-            manifest = _check(folder, steps[-1], likes, owner)
+            return check(steps[-1])
         except DamagedCheckpointError as error:
             if steps[-1] in checkpoint_steps(folder):
                 damaged[steps[-1]] = error
-            continue
-        for problem in damaged.values():
-            warnings.warn(f"{problem} That of step {manifest.update} is taken.", stacklevel=4)
-        return manifest
+    if not damaged:
+        raise InputError(f"{folder} holds no checkpoint.")
     raise DamagedCheckpointError(f"{damaged[max(damaged)]} None is whole.") from damaged[max(damaged)]
 
 
-def _whole(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Manifest:
+def _whole(folder: Path, step: int, check: Check) -> Manifest:
     """The manifest of this step.
 
     Raises:
+        InputError: there is no such checkpoint.
         DamagedCheckpointError: it is damaged; the message names the newest one that is whole.
     """
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise InputError(f"{folder} holds no checkpoint.")
+    if step not in steps:
+        raise InputError(f"{folder}: step must be one of {', '.join(map(str, steps))}; got step={step}.")
     try:
-        return _check(folder, step, likes, owner)
+        return check(step)
     except DamagedCheckpointError as error:
         others = (other for other in reversed(checkpoint_steps(folder)) if other != step)
-        whole = next((other for other in others if _is_whole(folder, other, likes)), None)
+        whole = next((other for other in others if _is_whole(check, other)), None)
         words = "None is whole." if whole is None else f"That of step {whole} is whole."
         raise DamagedCheckpointError(f"{error} {words}", whole) from error
 
 
-def _is_whole(folder: Path, step: int, items: Iterable[str]) -> bool:
+def _is_whole(check: Check, step: int) -> bool:
     """Whether it can be named as one to go on from."""
     try:
-        Manifest.read(folder, step).check_files(folder, set(items))
+        check(step)
     except (InputError, OSError):
         return False
     return True
 
 
-def _check(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Manifest:
+def _check(folder: Path, likes: Mapping[str, Any], owner: str, hashing: HashFiles, step: int) -> Manifest:
     """The manifest of a step whose owner, arrays and files are as they should be.
 
     Raises:
@@ -165,7 +200,7 @@ def _check(folder: Path, step: int, likes: Mapping[str, Any], owner: str) -> Man
                 f"the checkpoint {target} is of another model: {name} is {_words(saved.get(name))} in the checkpoint "
                 f"and {_words(wanted.get(name))} in the model."
             )
-    manifest.check_files(folder, likes.keys())
+    manifest.check_files(folder, likes.keys(), hashing)
     return manifest
 
 

@@ -14,7 +14,7 @@ import pytest
 from small_training import PHASES
 
 from attnax.training import checkpoint_steps
-from attnax.training.manifest import Manifest
+from attnax.training.manifest import Manifest, hash_files
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 ITEMS = ("params", "opt_state", "counters")
@@ -63,7 +63,7 @@ def kill_once(folder, updates, number, rng):
     steps = checkpoint_steps(folder)
     assert max(steps, default=0) >= max([newest, *durable])  # none is lost
     for step in steps:  # and all that are listed are whole
-        Manifest.read(folder, step).check_files(folder, ITEMS)
+        Manifest.read(folder, step).check_files(folder, ITEMS, hash_files)
     return True
 
 
