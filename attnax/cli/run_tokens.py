@@ -8,6 +8,7 @@ import dataclasses
 from attnax.cli.tokenize import counting
 from attnax.training import Batches, RunFolder, RunOptions, TokenStream
 from attnax.training.run_data import RunData
+from attnax.training.store import StoredTexts
 
 __all__ = ["RunTokens", "read_tokens"]
 
@@ -21,6 +22,7 @@ class RunTokens:
     Attributes:
         batches: by the number of the update.
         held_out: all of the held-out text.
+        held_out_texts: its documents.
         held_out_bytes: number of its bytes.
         probe: the beginning of the held-out text.
         probe_bytes: number of its bytes.
@@ -28,6 +30,7 @@ class RunTokens:
 
     batches: Batches
     held_out: TokenStream
+    held_out_texts: StoredTexts
     held_out_bytes: int
     probe: TokenStream
     probe_bytes: int
@@ -59,6 +62,7 @@ def read_tokens(data: RunData, run: RunFolder, options: RunOptions, part: tuple[
             stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed, part=part
         ),
         held_out=held_out,
+        held_out_texts=store.texts(part="held_out"),
         held_out_bytes=store.num_bytes("held_out"),
         probe=probe,
         probe_bytes=len(data.tokenizer.decode(probe.tokens[:])),
