@@ -14,9 +14,9 @@ from typing import Literal
 from attnax.errors import InputError
 from attnax.training.run_format import is_run_folder
 from attnax.training.store_format import is_store
-from attnax.training.text_files import LONGEST, Document, Kind, has_rows, kind_of, read_documents
+from attnax.training.text_files import LONGEST, Document, Kind, fields_of, has_rows, kind_of, read_documents
 
-__all__ = ["HELD_OUT", "PARTS", "Corpus", "Documents", "Part", "read_corpus"]
+__all__ = ["HELD_OUT", "PARTS", "Corpus", "Documents", "Part", "look_at", "read_corpus"]
 
 HELD_OUT = 0.02  # fraction of the documents
 Part = Literal["train", "held_out"]
@@ -173,7 +173,7 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
     for path in paths:
         scan.add(path, path.relative_to(root).as_posix(), LONGEST)
     if not scan.files:
-        raise InputError(f"{data} holds no text: {len(paths)} files, all of them empty or binary.")
+        raise _without_text(data, paths)
     if len(scan.files) == 1 and scan.documents == 1 and not has_rows(scan.files[0].path):
         path, name, skipped = scan.files[0].path, scan.files[0].name, scan.skipped
         scan = _Scan(kind, held_out, skipped)
@@ -183,6 +183,36 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
             f"{data} is too small: {scan.num_bytes} bytes cannot be split into training and held-out text."
         )
     return scan.corpus()
+
+
+def look_at(data: str | None) -> tuple[Path, int]:
+    """The first file with text that `read_corpus` would read, and the bytes of all of its files.
+
+    Of each file at most the beginning is read, and of those behind the first with text nothing.
+
+    Raises:
+        InputError: as `read_corpus` does: there is no file, or none with text, or it is a run folder or a store.
+    """
+    _, paths = _find(data)
+    first = next((path for path in paths if _begins_with_text(path)), None)
+    if first is None:
+        raise _without_text(data, paths)
+    return first, sum(path.stat().st_size for path in paths)
+
+
+def _begins_with_text(path: Path) -> bool:
+    if has_rows(path):
+        return fields_of(path) is not None
+    document = next(read_documents(path, path.name, "text"), None)
+    return document is not None and not _is_binary(path, document)
+
+
+def _is_binary(path: Path, document: Document) -> bool:
+    return b"\0" in document.text and not has_rows(path)  # the mark of a binary file for text editors and git
+
+
+def _without_text(data: str | None, paths: list[Path]) -> InputError:
+    return InputError(f"{data} holds no text: {len(paths)} files, all of them empty or binary.")
 
 
 class _Scan:
@@ -202,7 +232,7 @@ class _Scan:
     def add(self, path: Path, name: str, longest: int) -> None:
         digest, count, held, sizes, lowest = hashlib.sha256(), 0, 0, [0, 0], self.lowest
         for document in read_documents(path, name, self.kind, longest):
-            if b"\0" in document.text and not has_rows(path):  # the mark of a binary file for text editors and git
+            if _is_binary(path, document):
                 self.skipped += 1
                 return
             digest.update(document.content())

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from attnax.errors import InputError
 from attnax.text.published_tokenizer import TextTokenizer, make_tokenizer
-from attnax.training.corpus import Corpus, read_corpus
+from attnax.training.corpus import Corpus, look_at, read_corpus
 from attnax.training.run_folder import RunFolder
 from attnax.training.run_options import RunOptions, check_vocab_size
 from attnax.training.store import Store, open_store
 from attnax.training.store_format import STORE, is_store
 from attnax.training.store_writer import make_store
 from attnax.training.stream import TokenStream
+from attnax.training.text_files import FIELDS, fields_of
 
-__all__ = ["RunData", "check_data_options", "choose_data", "reopen_data"]
+__all__ = ["RunData", "choose_data", "look_at_data", "reopen_data"]
+
+_SHORT = 1 << 20  # bytes of a text that is read and tokenized in no time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,39 @@ class RunData:
         return make_store(self.corpus, self.tokenizer, run.data, on_progress=on_progress)
 
 
-def check_data_options(options: RunOptions) -> None:
+def choose_data(options: RunOptions) -> RunData:
+    """The data of a new run.
+
+    Raises:
+        InputError: the text or the store cannot be used, or the options ask for what a store or a tokenizer has itself.
+    """
+    _check_options(options)
+    if options.data is not None and is_store(Path(options.data)):
+        store = _open_text_store(options.data)
+        return RunData(store.tokenizer, store=store)
+    _look_at_text(options.data)
+    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
+    return RunData(make_tokenizer(options.tokenizer, corpus.train.sample(), options.model.vocab_size), corpus)
+
+
+def look_at_data(options: RunOptions) -> TextTokenizer | None:
+    """The tokenizer of a new run, or None if it would be learned from its text, of which this reads the beginning.
+
+    Raises:
+        InputError: in the words of `choose_data` and `RunData.require_a_window`, what shows without reading all of the
+            data: there is no text or no complete store, it is of another kind, or it is too short for a window.
+    """
+    _check_options(options)
+    if options.data is not None and is_store(Path(options.data)):
+        store = _open_text_store(options.data, verify=False)
+        RunData(store.tokenizer, store=store).require_a_window(options.model.max_len)
+        return store.tokenizer
+    if _look_at_text(options.data) <= min(4 * options.model.max_len, _SHORT):  # it may be too short
+        choose_data(options).require_a_window(options.model.max_len)
+    return None if options.tokenizer == "bpe" else make_tokenizer(options.tokenizer, (), options.model.vocab_size)
+
+
+def _check_options(options: RunOptions) -> None:
     """Raises InputError if the options of a new run ask for what its store or its tokenizer has itself."""
     size, default = options.model.vocab_size, RunOptions.model.vocab_size
     if options.data is not None and is_store(Path(options.data)):
@@ -79,19 +114,55 @@ def check_data_options(options: RunOptions) -> None:
     check_vocab_size(options.tokenizer, size)
 
 
-def choose_data(options: RunOptions) -> RunData:
-    """The data of a new run.
+def _open_text_store(path: str, *, verify: bool = True) -> Store:
+    """The store, if a language model learns from it.
 
     Raises:
-        InputError: the text or the store cannot be used, or the options ask for what a store or a tokenizer has itself.
+        InputError: it is of another kind; the message says what learns from that.
     """
-    check_data_options(options)
-    if options.data is not None and is_store(Path(options.data)):
-        store = open_store(options.data)
-        store.require_kind("text")
-        return RunData(store.tokenizer, store=store)
-    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
-    return RunData(make_tokenizer(options.tokenizer, corpus.train.sample(), options.model.vocab_size), corpus)
+    store = open_store(path, verify=verify)
+    if store.kind == "labels":
+        raise InputError(f"{_of_labels(path)} make another store of its source with --kind text.")
+    if store.kind == "pairs":
+        raise InputError(_of_pairs(path))
+    return store
+
+
+def _look_at_text(data: str | None) -> int:
+    """The bytes of the files of a text.
+
+    Raises:
+        InputError: there is none, or its first rows are not what a language model learns from; the message says what
+            does.
+    """
+    path, size = look_at(data)
+    fields = fields_of(path)
+    if fields is None or (fields >= {"text"} and "label" not in fields):
+        return size
+    if fields >= {*FIELDS["labels"]}:
+        raise InputError(f"{_of_labels(path)} make a store with attnax tokenize {data} --kind text --out STORE.")
+    if fields >= {*FIELDS["pairs"]}:
+        raise InputError(_of_pairs(path))
+    raise InputError(
+        f"{path} must have rows with a field text, from which attnax train makes a language model; got the fields "
+        f"{', '.join(sorted(fields)) or 'of an empty row'}. Write what it shall learn into text. To learn a part of "
+        "each text, such as the answers to prompts, train in Python with the weights of "
+        "attnax.training.causal_lm (docs/training.md)."
+    )
+
+
+def _of_labels(where: str | Path) -> str:
+    return (
+        f"{where} holds labelled texts, and attnax train makes language models. For a classifier train in Python with "
+        "attnax.training.classification (docs/training.md). For a language model of the texts alone"
+    )
+
+
+def _of_pairs(where: str | Path) -> str:
+    return (
+        f"{where} holds pairs, and attnax train makes language models. For an encoder-decoder train in Python with "
+        "attnax.training.seq2seq (docs/training.md). For a language model write source and target into one field text."
+    )
 
 
 def reopen_data(run: RunFolder) -> RunData:

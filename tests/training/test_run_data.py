@@ -106,7 +106,7 @@ class TestStores:
             choose_data(options)
         (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
         make_store(read_corpus(str(tmp_path / "a.jsonl")), byte_tokenizer(), tmp_path / "labels")
-        with pytest.raises(InputError, match="must be a store of text; got one of labels"):
+        with pytest.raises(InputError, match="For a classifier train in Python with .*classification"):
             choose_data(dataclasses.replace(options, data=str(tmp_path / "labels")))
 
 
