@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
-from attnax.cli.tokenize import counting
+from attnax.cli.progress import counting
 from attnax.training import Batches, RunFolder, RunOptions, TokenStream
 from attnax.training.run_data import RunData
 from attnax.training.store import StoredTexts
@@ -49,8 +48,7 @@ def read_tokens(data: RunData, run: RunFolder, options: RunOptions, part: tuple[
         InputError: the tokens to learn from do not fill one window.
     """
     window, optimizer = options.model.max_len, options.optimizer
-    with contextlib.nullcontext() if data.corpus is None else counting(data.corpus) as count:
-        store = data.open(run, count)
+    store = data.open(run, counting)
     stream = TokenStream(store.tokens("train"), window)
     stream.require_a_window()
     held_out = TokenStream(store.tokens("held_out"), window)

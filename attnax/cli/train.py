@@ -17,6 +17,7 @@ from attnax.cli.dry_run import print_plan
 from attnax.cli.finish import finish
 from attnax.cli.layout import layout_here
 from attnax.cli.options import Train
+from attnax.cli.progress import counting
 from attnax.cli.run_tokens import read_tokens
 from attnax.cli.session import Session
 from attnax.cli.tokenize import describe
@@ -127,7 +128,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     layout = layout_here(options.layout, options)
-    data = choose_data(options)
+    data = choose_data(options, counting)
     _describe(data)
     model = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
     path = None if options.data is None else str(Path(options.data).absolute())
@@ -142,7 +143,8 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
 def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
     """The run in a folder, locked by process 0."""
     run = RunFolder(folder)
-    settings, _, _ = run.load()
+    loaded = run.load()
+    settings = loaded[0]
     if run.parts:
         names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
@@ -151,7 +153,7 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
     layout = layout_here(options.layout, settings)
     if is_main():
         stack.enter_context(run.locked())
-    data = reopen_data(run)
+    data = reopen_data(run, loaded, counting)
     _describe(data)
     session = Session(settings, options, data, layout)
     session.run = run

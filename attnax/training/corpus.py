@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal
@@ -143,12 +143,23 @@ class Corpus:
     classes: tuple[str | int, ...]
     fingerprint: str
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all texts."""
+        return self.train.num_bytes + self.held_out.num_bytes
+
     def part(self, name: Part) -> Documents:
         """The documents of a part."""
         return self.held_out if name == "held_out" else self.train
 
 
-def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Kind | None = None) -> Corpus:
+def read_corpus(
+    data: str | None = None,
+    *,
+    held_out: float = HELD_OUT,
+    kind: Kind | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Corpus:
     """Finds the documents that `data` names and splits them; the files are read once, and their texts are not kept.
 
     A document is held out if the SHA-256 of its name, read as a fraction, is below `held_out`, so that the split does
@@ -162,6 +173,7 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
             .parquet is a document.
         held_out: the fraction of documents to hold out.
         kind: what rows are for; by default the fields of the first row say so.
+        on_progress: called with the number of bytes of the texts that were read since its last call.
 
     Raises:
         InputError: no file, or a file that cannot be read, a run folder, a row without its fields, or too little text
@@ -169,14 +181,14 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
     """
     root, paths = _find(data)
     kind = kind or _common_kind(paths)
-    scan = _Scan(kind, held_out)
+    scan = _Scan(kind, held_out, on_progress or (lambda _: None))
     for path in paths:
         scan.add(path, path.relative_to(root).as_posix(), LONGEST)
     if not scan.files:
         raise _without_text(data, paths)
     if len(scan.files) == 1 and scan.documents == 1 and not has_rows(scan.files[0].path):
         path, name, skipped = scan.files[0].path, scan.files[0].name, scan.skipped
-        scan = _Scan(kind, held_out, skipped)
+        scan = _Scan(kind, held_out, scan.say, skipped)
         scan.add(path, name, min(LONGEST, max(1, -(-path.stat().st_size // 50))))
     if scan.documents < 2:
         raise InputError(
@@ -218,8 +230,8 @@ def _without_text(data: str | None, paths: list[Path]) -> InputError:
 class _Scan:
     """The first reading of all files: counts, digests and labels."""
 
-    def __init__(self, kind: Kind, held_out: float, skipped: int = 0):
-        self.kind, self.fraction, self.skipped = kind, held_out, skipped
+    def __init__(self, kind: Kind, held_out: float, say: Callable[[int], None], skipped: int = 0):
+        self.kind, self.fraction, self.say, self.skipped = kind, held_out, say, skipped
         self.files: list[_File] = []
         self.num_bytes = self.held_bytes = 0
         self.classes: set[str | int] = set()
@@ -235,6 +247,7 @@ class _Scan:
             if _is_binary(path, document):
                 self.skipped += 1
                 return
+            self.say(len(document))
             digest.update(document.content())
             fraction = _hash_fraction(document.name)
             is_held = fraction < self.fraction

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from attnax.errors import InputError
@@ -17,9 +19,16 @@ from attnax.training.store_writer import make_store
 from attnax.training.stream import TokenStream
 from attnax.training.text_files import FIELDS, fields_of
 
-__all__ = ["RunData", "choose_data", "look_at_data", "reopen_data"]
+__all__ = ["RunData", "Watch", "choose_data", "learn_tokenizer", "look_at_data", "reopen_data"]
+
+Watch = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+"""Shows how far a pass over the text is, given its name and the bytes of all of it, if that is known."""
 
 _SHORT = 1 << 20  # bytes of a text that is read and tokenized in no time
+
+
+def _unwatched(name: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    return contextlib.nullcontext(lambda _: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +68,21 @@ class RunData:
             "smaller max_len."
         )
 
-    def open(self, run: RunFolder, on_progress: Callable[[int], None] | None = None) -> Store:
+    def open(self, run: RunFolder, watch: Watch = _unwatched) -> Store:
         """The store; one of a corpus is made in the folder of the run."""
         if self.store is not None:
             return self.store
         assert self.corpus is not None
-        return make_store(self.corpus, self.tokenizer, run.data, on_progress=on_progress)
+        with watch("tokens", self.corpus.num_bytes) as count:
+            return make_store(self.corpus, self.tokenizer, run.data, on_progress=count)
 
 
-def choose_data(options: RunOptions) -> RunData:
+def choose_data(options: RunOptions, watch: Watch = _unwatched) -> RunData:
     """The data of a new run.
+
+    Args:
+        options: of the run.
+        watch: shows how far reading and learning a tokenizer are.
 
     Raises:
         InputError: the text or the store cannot be used, or the options ask for what a store or a tokenizer has itself.
@@ -78,8 +92,8 @@ def choose_data(options: RunOptions) -> RunData:
         store = _open_text_store(options.data)
         return RunData(store.tokenizer, store=store)
     _look_at_text(options.data)
-    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
-    return RunData(make_tokenizer(options.tokenizer, corpus.train.sample(), options.model.vocab_size), corpus)
+    corpus = _read_text(options, watch)
+    return RunData(learn_tokenizer(options.tokenizer, corpus, options.model.vocab_size, watch), corpus)
 
 
 def look_at_data(options: RunOptions) -> TextTokenizer | None:
@@ -97,6 +111,23 @@ def look_at_data(options: RunOptions) -> TextTokenizer | None:
     if _look_at_text(options.data) <= min(4 * options.model.max_len, _SHORT):  # it may be too short
         choose_data(options).require_a_window(options.model.max_len)
     return None if options.tokenizer == "bpe" else make_tokenizer(options.tokenizer, (), options.model.vocab_size)
+
+
+def learn_tokenizer(name: str, corpus: Corpus, vocab_size: int, watch: Watch = _unwatched) -> TextTokenizer:
+    """The tokenizer that a flag names; "bpe" is learned from a sample of the texts to learn from."""
+    with watch("learning", None) as count:
+        return make_tokenizer(name, _counted(corpus.train.sample(), count), vocab_size)
+
+
+def _read_text(options: RunOptions, watch: Watch) -> Corpus:
+    with watch("reading", None) as count:
+        return read_corpus(options.data, held_out=options.held_out, kind="text", on_progress=count)
+
+
+def _counted(texts: Iterable[bytes], count: Callable[[int], None]) -> Iterator[bytes]:
+    for text in texts:
+        count(len(text))
+        yield text
 
 
 def _check_options(options: RunOptions) -> None:
@@ -165,13 +196,18 @@ def _of_pairs(where: str | Path) -> str:
     )
 
 
-def reopen_data(run: RunFolder) -> RunData:
+def reopen_data(run: RunFolder, loaded: tuple[RunOptions, TextTokenizer, str], watch: Watch = _unwatched) -> RunData:
     """The data of a run that was stopped. The text is read only if its store was not finished.
+
+    Args:
+        run: the folder.
+        loaded: the options, the tokenizer and the fingerprint that `run.load()` returned.
+        watch: shows how far reading is.
 
     Raises:
         InputError: the store, or the text that it must be made of, is not the one of the run.
     """
-    options, tokenizer, fingerprint = run.load()
+    options, tokenizer, fingerprint = loaded
     if (run.data / STORE).is_file():
         store = open_store(run.data)
         store.require_tokenizer(tokenizer)
@@ -183,7 +219,7 @@ def reopen_data(run: RunFolder) -> RunData:
         if store.fingerprint != fingerprint:
             raise InputError(f"the store {options.data} is not the one of {run.path}; start a new run.")
         return RunData(tokenizer, store=store)
-    corpus = read_corpus(options.data, held_out=options.held_out, kind="text")
+    corpus = _read_text(options, watch)
     if corpus.fingerprint != fingerprint:
         raise InputError(f"the text of {run.path} has changed since it was started; start a new run.")
     return RunData(tokenizer, corpus)
