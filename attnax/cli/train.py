@@ -62,6 +62,8 @@ def train(options: Train) -> int:
 def _train(options: Train) -> int:
     with contextlib.ExitStack() as stack:
         session = _begin(options, stack)
+        if session is None:
+            return 0
         go_on = session.command()
         try:
             _load(session, stack)
@@ -97,12 +99,16 @@ def _train(options: Train) -> int:
     return 0
 
 
-def _begin(options: Train, stack: contextlib.ExitStack) -> Session:
-    """A new run, or one to go on with, locked. Process 0 makes the folder, and its tokens before the others go on."""
+def _begin(options: Train, stack: contextlib.ExitStack) -> Session | None:
+    """A new run, or one to go on with, locked; None if it is finished.
+
+    Process 0 makes the folder, and its tokens before the others go on.
+    """
+    session: Session | None = None
     if is_main():
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-    path = gather("run", str(session.run.path.absolute()) if is_main() else "", _PREPARATION)[0]
-    if not is_main():
+    path = gather("run", "" if session is None else str(session.run.path.absolute()), _PREPARATION)[0]
+    if path and not is_main():
         barrier("tokens", _PREPARATION)
         session = _open(options, Path(path), stack)
     return session
@@ -140,8 +146,8 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
     return session
 
 
-def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
-    """The run in a folder, locked by process 0."""
+def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session | None:
+    """The run in a folder, locked by process 0; None if it is finished, which is said."""
     run = RunFolder(folder)
     loaded = run.load()
     settings = loaded[0]
@@ -149,7 +155,10 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
         names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
     if run.result.exists():
-        raise InputError(f"{folder} is finished; there is nothing to go on with.")
+        if options.step is not None:
+            raise InputError(f"{folder} is finished, and --step goes back in a run that is not. Leave it out.")
+        print(f"{folder} is finished; write with it:  {terminal.command_name()} generate {folder}")
+        return None
     layout = layout_here(options.layout, settings)
     if is_main():
         stack.enter_context(run.locked())
