@@ -122,8 +122,9 @@ class Session:
         Later checkpoints are deleted after the next update. A warning names newer ones that are damaged.
 
         Raises:
-            InputError: there is no checkpoint of this step, or it is damaged or cannot be read; the message says how to
-                go on from another one.
+            InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from
+                another one.
+            OSError: the disk fails; the message says how to go on from an older one.
         """
         try:
             with terminal.warnings_as_lines():

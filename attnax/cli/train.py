@@ -27,6 +27,7 @@ from attnax.training import DivergenceError, RunFolder, latest_checkpoint
 from attnax.training.corpus import PARTS
 from attnax.training.run_data import RunData, choose_data, reopen_data
 
+_NOTICE = "interrupted; stops after this update, once it is compiled. Ctrl-C again ends at once."
 _PREPARATION = 24 * 3600.0  # seconds in which process 0 must have made the tokens
 _END = 3600.0  # seconds in which it must have written the results
 
@@ -67,7 +68,7 @@ def _train(options: Train) -> int:
         go_on = session.command()
         try:
             _load(session, stack)
-            with StopRequests() as requests:
+            with StopRequests(_NOTICE) as requests:
                 session.train(requests)
             if requests.code:
                 print(f"interrupted; go on with: {go_on}")

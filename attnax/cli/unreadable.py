@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from attnax.errors import InputError
 from attnax.training import checkpoint_steps, latest_checkpoint
 
 __all__ = ["unreadable"]
 
 
-def unreadable(error: OSError, folder: Path, step: int | None, command: Callable[[int], str]) -> InputError:
-    """The error in words, with the command that goes on from an older checkpoint, if there is one.
+def unreadable(error: OSError, folder: Path, step: int | None, command: Callable[[int], str]) -> OSError:
+    """The error with the command that goes on from an older checkpoint, if there is one.
 
     Args:
         error: of the disk; it names a file of the checkpoint, or the folder.
@@ -22,10 +21,8 @@ def unreadable(error: OSError, folder: Path, step: int | None, command: Callable
     """
     failed = _step_of(error, folder) or step or latest_checkpoint(folder) or 0
     older = [each for each in checkpoint_steps(folder) if each < failed]
-    words = (
-        f"{error.filename or folder}: {error.strerror}. That is the disk, and no damage of the checkpoint. Try again"
-    )
-    return InputError(words + (f", or go on from an older one with: {command(older[-1])}" if older else "."))
+    go_on = f"; an older checkpoint goes on with: {command(older[-1])}" if older else ""
+    return OSError(error.errno, f"{error.strerror}{go_on}", error.filename or str(folder))
 
 
 def _step_of(error: OSError, folder: Path) -> int | None:

@@ -222,14 +222,19 @@ class TestDamage:
             if name == "read_items":  # which does not say the file
                 patch.setattr(manifest, "_hash", original)
                 patch.setattr(restore, "read_items", raising(failed))
-            line = refuse(capsys, "train", "--resume", stopped, *(() if at is None else ("--step", at)))
-            assert ": Input/output error. That is the disk, and no damage of the checkpoint. Try again, or go" in line
-            assert line.endswith(f"with: {terminal.command_name()} train --resume {stopped} --step 5")
+            flags, go_on = (() if at is None else ("--step", str(at))), f"train --resume {stopped}"
+            assert main(["train", "--resume", str(stopped), *flags]) == 1  # a launcher tries again
+            line = capsys.readouterr().err.strip()
+            older = (
+                f": Input/output error; an older checkpoint goes on with: {terminal.command_name()} {go_on} --step 5. "
+            )
+            assert line.endswith(f"{older}Mend it, then go on with: {terminal.command_name()} {go_on}")
             if name == "_hash":
-                assert f"attnax: {stopped / 'checkpoints' / '10'}" in line
+                assert line.startswith(f"attnax: {stopped / 'checkpoints' / '10'}")
                 shutil.rmtree(stopped / "checkpoints" / "5")
                 (stopped / "checkpoints" / "5.attnax.json").unlink()
-                assert refuse(capsys, "train", "--resume", stopped).endswith("no damage of the checkpoint. Try again.")
+                assert main(["train", "--resume", str(stopped)]) == 1
+                assert ": Input/output error. Mend it, then go on with: " in capsys.readouterr().err
         assert main(["train", "--resume", str(stopped)]) == 0
 
     def test_a_run_without_a_whole_checkpoint_is_started_anew(self, stopped, capsys):
