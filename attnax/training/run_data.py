@@ -178,21 +178,22 @@ def _look_at_text(data: str | None) -> int:
         f"{path} must have rows with a field text, from which attnax train makes a language model; got the fields "
         f"{', '.join(sorted(fields)) or 'of an empty row'}. Write what it shall learn into text. To learn a part of "
         "each text, such as the answers to prompts, train in Python with the weights of "
-        "attnax.training.causal_lm (docs/training.md)."
+        "attnax.training.causal_lm (docs/guides/training.md)."
     )
 
 
 def _of_labels(where: str | Path) -> str:
     return (
         f"{where} holds labelled texts, and attnax train makes language models. For a classifier train in Python with "
-        "attnax.training.classification (docs/training.md). For a language model of the texts alone"
+        "attnax.training.classification (docs/guides/training.md). For a language model of the texts alone"
     )
 
 
 def _of_pairs(where: str | Path) -> str:
     return (
         f"{where} holds pairs, and attnax train makes language models. For an encoder-decoder train in Python with "
-        "attnax.training.seq2seq (docs/training.md). For a language model write source and target into one field text."
+        "attnax.training.seq2seq (docs/guides/training.md). For a language model write source and target into one "
+        "field text."
     )
 
 

@@ -92,9 +92,9 @@ WRONG = {
     "run": "is a run folder; name the text that it was trained on",
     "short.store": "do not fill one window of 32",
     "cut.store": "is an incomplete store",
-    "labels.store": "For a classifier train in Python with attnax.training.classification (docs/training.md). For a "
-    "language model of the texts alone make another store of its source with --kind text.",
-    "pairs.store": "For an encoder-decoder train in Python with attnax.training.seq2seq (docs/training.md)",
+    "labels.store": "For a classifier train in Python with attnax.training.classification (docs/guides/training.md). "
+    "For a language model of the texts alone make another store of its source with --kind text.",
+    "pairs.store": "For an encoder-decoder train in Python with attnax.training.seq2seq (docs/guides/training.md)",
     "labels.jsonl": "make a store with attnax tokenize {}/labels.jsonl --kind text --out STORE.",
     "pairs.jsonl": "For a language model write source and target into one field text.",
     "prompts.jsonl": "must have rows with a field text, from which attnax train makes a language model; got the fields "
