@@ -45,6 +45,7 @@ __all__ = [
 _HEARTBEAT = 30  # seconds without a sign of life after which JAX's service takes a process for dead
 _BEAT = 1.0  # seconds from a sign of life to the next, while this process waits for others
 _SHUTDOWN = 5  # seconds in which all processes leave, after a barrier that has a longer limit
+_PATIENCE = 2.0  # seconds for Python to end the process after a second signal
 _rounds: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of `gather`, by name
 
 
@@ -201,6 +202,13 @@ class StopRequests:
     any of them is enough: JAX's preemption service finds the update, some updates later, at which all stop. There
     SIGINT is sent again as SIGTERM, and no Python handler of SIGTERM may be installed: the service would not see it.
 
+    While XLA compiles, Python sees no signal: a request waits for the end of the compilation, and so does a second
+    signal. With a `notice` a thread sees them: it prints the notice at the first one, and at a second one it ends the
+    process after 2 seconds if Python has not.
+
+    Args:
+        notice: a line for standard error, such as "interrupted; stops after this update".
+
     Attributes:
         code: the exit code to end with after a stop: 128 + the number of the signal.
 
@@ -214,18 +222,23 @@ class StopRequests:
         3
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: str | None = None) -> None:
         self.code = 0
+        self._notice = notice
         self._before: dict[int, Any] = {}
+        self._watcher: _Watcher | None = None
 
     def __enter__(self) -> StopRequests:
         self._is_connected = _runtime.global_state.client is not None
         self._unseen = signal.getsignal(signal.SIGTERM)
         for number in (signal.SIGINT,) if self._is_connected else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
+        self._watcher = None if self._notice is None else _Watcher(self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
         self._restore()
 
     def agree_to_stop(self, update: int) -> bool:
@@ -279,6 +292,40 @@ def _beating() -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+
+
+class _Watcher:
+    """A thread that sees SIGINT and SIGTERM while a call into a library keeps Python's handlers waiting.
+
+    Python writes the number of each signal into a pipe as it comes (`signal.set_wakeup_fd`).
+    """
+
+    def __init__(self, notice: str):
+        self._notice, self._is_closed = notice, threading.Event()
+        self._end, self._begin = os.pipe()
+        os.set_blocking(self._begin, False)
+        self._before = signal.set_wakeup_fd(self._begin, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_closed.set()
+        signal.set_wakeup_fd(self._before)
+        os.close(self._begin)
+        self._thread.join()
+        os.close(self._end)
+
+    def _watch(self) -> None:
+        is_second = False
+        while number := os.read(self._end, 1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if is_second and not self._is_closed.wait(_PATIENCE):
+                os._exit(128 + number[0])
+            if not is_second:
+                line_end = "\n" if sys.stderr.isatty() else ""  # behind a line that shows progress
+                print(f"{line_end}{self._notice}", file=sys.stderr, flush=True)
+            is_second = True
 
 
 def _wait_for(address: str, until: float) -> None:

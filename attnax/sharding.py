@@ -29,6 +29,7 @@ __all__ = [
     "BATCH",
     "Axis",
     "Layout",
+    "check_batch_size",
     "check_layout",
     "constrain",
     "current_mesh",
@@ -337,4 +338,19 @@ def check_layout(config: StackConfig, layout: Layout) -> None:
         raise ValueError(
             f"Layout: expert cuts the experts of a mixture; got expert={layout.expert} for a model without any. Take "
             "fsdp in its place."
+        )
+
+
+def check_batch_size(batch_size: int, layout: Layout) -> None:
+    """Raises ValueError where a layout does not divide a batch.
+
+    Args:
+        batch_size: number of rows of a microbatch.
+        layout: without -1 (`Layout.sized`).
+    """
+    parts = math.prod(getattr(layout, name) for name in BATCH)
+    if batch_size % parts:
+        raise ValueError(
+            f"Layout: data * fsdp * expert must divide the batch; got {parts} of {layout} and batch_size={batch_size}. "
+            "Take a multiple."
         )

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import pytest
@@ -97,6 +100,38 @@ def test_a_signal_asks_one_process_to_stop_and_a_second_one_is_as_usual(number):
         assert received == [number, number] and requests.code == 0
     finally:
         signal.signal(number, before)
+
+
+def test_a_notice_is_printed_at_the_first_signal_and_nothing_is_left_of_it(capsys):
+    threads = threading.active_count()
+    with StopRequests("interrupted") as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.agree_to_stop(1) and requests.code == 143
+    assert capsys.readouterr().err == "interrupted\n"
+    assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
+
+
+BUSY = """
+import hashlib
+from attnax.distributed import StopRequests
+with StopRequests("interrupted"):
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a compilation: minutes in which no handler runs
+"""
+
+
+def test_signals_are_seen_while_no_handler_runs():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=-1, stderr=-1, text=True, env=environment) as process:
+        try:
+            assert process.stdout.readline() == "busy\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "interrupted\n"
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
 
 
 def test_connected_processes_stop_when_jax_says_so_and_sigint_is_sigterm(connected, monkeypatch):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from attnax import Layout, TransformerConfig, TransformerLM
 from attnax.nn.axes import parameter_axes, parameter_shardings
-from attnax.sharding import AXES, check_layout, constrain, gather, partition
+from attnax.sharding import AXES, check_batch_size, check_layout, constrain, gather, partition
 
 CONFIG = TransformerConfig(vocab_size=17, d_model=12, num_heads=6, num_kv_heads=3, d_ff=18, num_layers=2, max_len=8)
 
@@ -170,6 +170,11 @@ class TestCheck:
         config = dataclasses.replace(CONFIG, layer_pattern=({}, {"d_ff": 20}))
         with pytest.raises(ValueError, match="tensor must divide d_ff; got tensor=3, d_ff=20"):
             check_layout(config, Layout(fsdp=1, tensor=3))
+
+    def test_a_batch_that_is_not_divided_is_named(self):
+        with pytest.raises(ValueError, match="must divide the batch; got 12 of data=2,fsdp=3,expert=2,tensor=5 and"):
+            check_batch_size(30, Layout(data=2, fsdp=3, expert=2, tensor=5))
+        check_batch_size(24, Layout(data=2, fsdp=3, expert=2, tensor=5))
 
     def test_what_divides_is_taken(self):
         check_layout(CONFIG, Layout(fsdp=4, tensor=6, context=2))

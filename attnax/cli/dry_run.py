@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 
@@ -13,11 +12,9 @@ from attnax.cli.options import Train
 from attnax.cli.tables import in_bytes
 from attnax.errors import InputError
 from attnax.sharding import Layout
-from attnax.text import byte_tokenizer
-from attnax.text.published_tokenizer import TextTokenizer, find_tokenizer
-from attnax.training import PEAK_FLOPS, Plan, RunFolder, RunOptions, memory_of_device, open_store, plan_training
-from attnax.training.run_data import check_data_options
-from attnax.training.store_format import is_store
+from attnax.text.published_tokenizer import TextTokenizer
+from attnax.training import PEAK_FLOPS, Plan, RunFolder, RunOptions, memory_of_device, plan_training
+from attnax.training.run_data import look_at_data
 
 __all__ = ["print_plan"]
 
@@ -37,8 +34,8 @@ def print_plan(options: Train) -> None:
         options: of a new run, or of one to go on with.
 
     Raises:
-        InputError: the model is not possible, or the layout does not divide it; the options ask for what a store or a
-            tokenizer has itself; or the folder to go on with is no run.
+        InputError: the model is not possible, or the layout does not divide it; the data cannot be used, or the options
+            ask for what a store or a tokenizer has itself; or the folder to go on with is no run.
     """
     settings, tokenizer = _settings(options)
     layout = layout_anywhere(options.layout, settings)
@@ -58,15 +55,11 @@ def print_plan(options: Train) -> None:
 def _settings(options: Train) -> tuple[RunOptions, TextTokenizer | None]:
     """The options of the run, and its tokenizer, or None if it would be learned from a text."""
     if options.resume is not None:
-        settings, tokenizer, _ = RunFolder(options.resume).load()
-        return settings, tokenizer
-    check_data_options(options)
-    if options.data is not None and is_store(Path(options.data)):
-        tokenizer = open_store(options.data, verify=False).tokenizer
-    elif options.tokenizer == "bpe":
+        settings, of_run, _ = RunFolder(options.resume).load()
+        return settings, of_run
+    tokenizer = look_at_data(options)
+    if tokenizer is None:
         return options, None
-    else:
-        tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else find_tokenizer(Path(options.tokenizer))
     model = dataclasses.replace(options.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(options, model=model), tokenizer
 

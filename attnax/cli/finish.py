@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 
 from attnax.cli import terminal
+from attnax.cli.compression import compressed_sizes, decode_in_pieces
 from attnax.cli.generate import write_text
 from attnax.cli.session import SAMPLER, Session
 from attnax.distributed import is_main
@@ -29,12 +28,12 @@ def finish(session: Session) -> None:
     scores = session.bits_per_byte(tokens.held_out, tokens.held_out_bytes)
     if not is_main():
         return
-    held_out = session.data.tokenizer.decode(tokens.held_out.tokens[:])
+    sizes = compressed_sizes(decode_in_pieces(tokens.held_out_texts, session.data.tokenizer))
     figures: dict[str, float] = {
         "held_out_bytes": tokens.held_out_bytes,
         **scores,
-        "gzip_bits_per_byte": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
-        "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
+        "gzip_bits_per_byte": 8 * sizes.gzip / sizes.text,
+        "xz_bits_per_byte": 8 * sizes.xz / sizes.text,
         "skipped_updates": session.skipped,
     }
     metrics = run.read_metrics()

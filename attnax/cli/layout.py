@@ -8,7 +8,7 @@ import math
 import jax
 
 from attnax.cli.options import read_layout, refused_layout
-from attnax.sharding import Layout, check_layout
+from attnax.sharding import Layout, check_batch_size, check_layout
 from attnax.training.run_options import RunOptions
 
 __all__ = ["layout_anywhere", "layout_here"]
@@ -57,14 +57,9 @@ def layout_anywhere(text: str | None, settings: RunOptions) -> Layout | None:
 
 
 def _require_fit(layout: Layout, settings: RunOptions) -> None:
-    rows = layout.data * layout.fsdp * layout.expert
     try:
         check_layout(settings.model, layout)
-        if settings.optimizer.batch_size % rows:
-            raise ValueError(
-                f"Layout: data * fsdp * expert must divide the batch; got {rows} of {layout} and "
-                f"batch_size={settings.optimizer.batch_size}. Take a multiple."
-            )
+        check_batch_size(settings.optimizer.batch_size, layout)
         if settings.model.max_len % layout.context:
             raise ValueError(
                 f"Layout: context must divide the length of the windows; got {layout} and --max-len "

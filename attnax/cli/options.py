@@ -48,7 +48,8 @@ class Train(RunOptions):
         layout: the devices to train on, such as fsdp=4,tensor=2 or data; axes are data, fsdp, tensor, context and
             expert. It is no part of the run: --resume may give another one. By default one device.
         dry_run: print the parameters, the memory of a device, the layout, and the tokens and operations of the run.
-            Nothing is allocated or written, no text is read, and the devices of --layout need not be there.
+            Nothing is allocated or written, of a text the beginning is read, and the devices of --layout need not be
+            there.
         profile: FROM:TO, the first and the last update of a trace by JAX's profiler, in the folder profile of the run.
         tensorboard: write the metrics as files for TensorBoard too, into the folder tensorboard of the run.
         peak_flops: of a device, operations a second, for the share of the peak (mfu) in the metrics. By default known

@@ -14,9 +14,8 @@ from attnax.cli.options import Inspect, read_layout, refused_layout
 from attnax.cli.tables import collapse, fold, in_bytes, in_shape, print_fields, print_rows
 from attnax.cli.terminal import printable
 from attnax.config import TransformerConfig
-from attnax.errors import InputError
 from attnax.pretrained.family import stacks
-from attnax.sharding import BATCH, Axis, Layout, check_layout
+from attnax.sharding import BATCH, Axis, Layout, check_batch_size, check_layout
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.traffic import Placed, abstract_mesh, held_bytes, place_parameters, step_traffic
 
@@ -115,11 +114,10 @@ def _moved(
     rows = math.prod(mesh.shape[name] for name in BATCH)
     batch_size = options.batch_size or (rows if optimizer is None else optimizer.batch_size)
     length = options.length or config.max_len
-    if batch_size % rows:
-        raise InputError(
-            f"--layout: data * fsdp * expert must divide the batch; got {rows} of {_sizes(mesh)} and "
-            f"batch_size={batch_size}. Give another --batch-size."
-        )
+    try:
+        check_batch_size(batch_size, Layout(**mesh.shape))
+    except ValueError as error:
+        raise refused_layout(error) from error
     yield f"{batch_size:,} sequences of {length:,} tokens, {config.dtype}; bytes that a device moves:"
     moved = step_traffic(config, placed, mesh, batch_size, length)
     for name, num_bytes in moved._asdict().items():

@@ -1,16 +1,34 @@
-"""The line on standard error that shows the progress of a training."""
+"""The lines on standard error that show the progress of a training, and of a pass over its text."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+from attnax.distributed import beat
+
+__all__ = ["Progress", "counting"]
+
+
+@contextlib.contextmanager
+def counting(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Bytes of text that are done, on a line of a terminal, if it takes more than a second; each call adds some.
+
+    Each call is a sign of life for the launcher, with or without a terminal.
+    """
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, desc=name, unit="B", unit_scale=True, mininterval=0.5, delay=1.0, disable=hidden) as bar:
+
+        def count(size: int) -> None:
+            beat()
+            bar.update(size)
+
+        yield count
 
 
 class Progress:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
-from attnax.cli.tokenize import counting
+from attnax.cli.progress import counting
 from attnax.training import Batches, RunFolder, RunOptions, TokenStream
 from attnax.training.run_data import RunData
+from attnax.training.store import StoredTexts
 
 __all__ = ["RunTokens", "read_tokens"]
 
@@ -21,6 +21,7 @@ class RunTokens:
     Attributes:
         batches: by the number of the update.
         held_out: all of the held-out text.
+        held_out_texts: its documents.
         held_out_bytes: number of its bytes.
         probe: the beginning of the held-out text.
         probe_bytes: number of its bytes.
@@ -28,6 +29,7 @@ class RunTokens:
 
     batches: Batches
     held_out: TokenStream
+    held_out_texts: StoredTexts
     held_out_bytes: int
     probe: TokenStream
     probe_bytes: int
@@ -46,8 +48,7 @@ def read_tokens(data: RunData, run: RunFolder, options: RunOptions, part: tuple[
         InputError: the tokens to learn from do not fill one window.
     """
     window, optimizer = options.model.max_len, options.optimizer
-    with contextlib.nullcontext() if data.corpus is None else counting(data.corpus) as count:
-        store = data.open(run, count)
+    store = data.open(run, counting)
     stream = TokenStream(store.tokens("train"), window)
     stream.require_a_window()
     held_out = TokenStream(store.tokens("held_out"), window)
@@ -59,6 +60,7 @@ def read_tokens(data: RunData, run: RunFolder, options: RunOptions, part: tuple[
             stream, batch_size=optimizer.batch_size, accumulate=optimizer.accumulate, seed=options.seed, part=part
         ),
         held_out=held_out,
+        held_out_texts=store.texts(part="held_out"),
         held_out_bytes=store.num_bytes("held_out"),
         probe=probe,
         probe_bytes=len(data.tokenizer.decode(probe.tokens[:])),

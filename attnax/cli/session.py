@@ -17,6 +17,7 @@ from attnax.cli.progress import Progress
 from attnax.cli.run_tokens import RunTokens
 from attnax.cli.stopwatch import Stopwatch
 from attnax.cli.trace import Trace, read_updates
+from attnax.cli.unreadable import unreadable
 from attnax.distributed import StopRequests, beat, is_main
 from attnax.errors import InputError
 from attnax.generation import Sampler
@@ -123,6 +124,7 @@ class Session:
         Raises:
             InputError: there is no checkpoint of this step, or it is damaged; the message says how to go on from
                 another one.
+            OSError: the disk fails; the message says how to go on from an older one.
         """
         try:
             with terminal.warnings_as_lines():
@@ -131,6 +133,8 @@ class Session:
             if error.whole is None:
                 raise InputError(f"{error} Start a new run.") from error
             raise InputError(f"{error} Go on from it with: {self.command(error.whole)}") from error
+        except OSError as error:
+            raise unreadable(error, self.run.checkpoints, step, self.command) from error
         if found is None:
             self.begin()
             return

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
-from collections.abc import Callable, Iterator
-
-from tqdm import tqdm
 
 from attnax.cli import terminal
 from attnax.cli.options import Tokenize
-from attnax.text.published_tokenizer import make_tokenizer
+from attnax.cli.progress import counting
 from attnax.training.corpus import PARTS, Corpus, read_corpus
+from attnax.training.run_data import learn_tokenizer
 from attnax.training.store_writer import make_store
 
-__all__ = ["counting", "describe", "tokenize"]
+__all__ = ["describe", "tokenize"]
 
 
 def tokenize(options: Tokenize) -> int:
     """Runs the command; returns 0, or 130 after Ctrl-C."""
     try:
-        corpus = read_corpus(options.source, held_out=options.held_out, kind=options.kind)
+        with counting("reading", None) as count:
+            corpus = read_corpus(options.source, held_out=options.held_out, kind=options.kind, on_progress=count)
         describe(corpus)
-        tokenizer = make_tokenizer(options.tokenizer, corpus.train.sample(), options.vocab_size)
-        with counting(corpus) as count:
+        tokenizer = learn_tokenizer(options.tokenizer, corpus, options.vocab_size, counting)
+        with counting("tokens", corpus.num_bytes) as count:
             store = make_store(corpus, tokenizer, options.out, shard_tokens=options.shard_tokens, on_progress=count)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last finished shard")
@@ -44,15 +41,3 @@ def describe(corpus: Corpus) -> None:
     print("corpus     {} to learn from; {} held out".format(*parts))
     if corpus.skipped:
         print(f"           {corpus.skipped:,} binary files skipped")
-
-
-@contextlib.contextmanager
-def counting(corpus: Corpus) -> Iterator[Callable[[int], None]]:
-    """A line on standard error that shows how many bytes of a corpus are done; calls add to them."""
-    total, often = corpus.train.num_bytes + corpus.held_out.num_bytes, 0.5 if sys.stderr.isatty() else 15.0
-    with tqdm(total=total, unit="B", unit_scale=True, mininterval=often, desc="tokens", delay=1.0) as bar:
-
-        def count(size: int) -> None:
-            bar.update(size)
-
-        yield count

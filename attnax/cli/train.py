@@ -17,6 +17,7 @@ from attnax.cli.dry_run import print_plan
 from attnax.cli.finish import finish
 from attnax.cli.layout import layout_here
 from attnax.cli.options import Train
+from attnax.cli.progress import counting
 from attnax.cli.run_tokens import read_tokens
 from attnax.cli.session import Session
 from attnax.cli.tokenize import describe
@@ -26,6 +27,7 @@ from attnax.training import DivergenceError, RunFolder, latest_checkpoint
 from attnax.training.corpus import PARTS
 from attnax.training.run_data import RunData, choose_data, reopen_data
 
+_NOTICE = "interrupted; stops after this update, once it is compiled. Ctrl-C again ends at once."
 _PREPARATION = 24 * 3600.0  # seconds in which process 0 must have made the tokens
 _END = 3600.0  # seconds in which it must have written the results
 
@@ -61,10 +63,12 @@ def train(options: Train) -> int:
 def _train(options: Train) -> int:
     with contextlib.ExitStack() as stack:
         session = _begin(options, stack)
+        if session is None:
+            return 0
         go_on = session.command()
         try:
             _load(session, stack)
-            with StopRequests() as requests:
+            with StopRequests(_NOTICE) as requests:
                 session.train(requests)
             if requests.code:
                 print(f"interrupted; go on with: {go_on}")
@@ -96,12 +100,16 @@ def _train(options: Train) -> int:
     return 0
 
 
-def _begin(options: Train, stack: contextlib.ExitStack) -> Session:
-    """A new run, or one to go on with, locked. Process 0 makes the folder, and its tokens before the others go on."""
+def _begin(options: Train, stack: contextlib.ExitStack) -> Session | None:
+    """A new run, or one to go on with, locked; None if it is finished.
+
+    Process 0 makes the folder, and its tokens before the others go on.
+    """
+    session: Session | None = None
     if is_main():
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-    path = gather("run", str(session.run.path.absolute()) if is_main() else "", _PREPARATION)[0]
-    if not is_main():
+    path = gather("run", "" if session is None else str(session.run.path.absolute()), _PREPARATION)[0]
+    if path and not is_main():
         barrier("tokens", _PREPARATION)
         session = _open(options, Path(path), stack)
     return session
@@ -127,7 +135,7 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
         if getattr(options.model, name) == "float64" and not jax.config.values["jax_enable_x64"]:
             raise InputError(f"--{name.replace('_', '-')} float64 needs JAX_ENABLE_X64=1 in the environment.")
     layout = layout_here(options.layout, options)
-    data = choose_data(options)
+    data = choose_data(options, counting)
     _describe(data)
     model = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
     path = None if options.data is None else str(Path(options.data).absolute())
@@ -139,19 +147,23 @@ def _start(options: Train, stack: contextlib.ExitStack) -> Session:
     return session
 
 
-def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session:
-    """The run in a folder, locked by process 0."""
+def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session | None:
+    """The run in a folder, locked by process 0; None if it is finished, which is said."""
     run = RunFolder(folder)
-    settings, _, _ = run.load()
+    loaded = run.load()
+    settings = loaded[0]
     if run.parts:
         names = ", ".join(f"{part}={name}" for part, name in run.parts.items())
         raise InputError(f"{folder} has a model with {names}, which is code and not in the folder; go on in Python.")
     if run.result.exists():
-        raise InputError(f"{folder} is finished; there is nothing to go on with.")
+        if options.step is not None:
+            raise InputError(f"{folder} is finished, and --step goes back in a run that is not. Leave it out.")
+        print(f"{folder} is finished; write with it:  {terminal.command_name()} generate {folder}")
+        return None
     layout = layout_here(options.layout, settings)
     if is_main():
         stack.enter_context(run.locked())
-    data = reopen_data(run)
+    data = reopen_data(run, loaded, counting)
     _describe(data)
     session = Session(settings, options, data, layout)
     session.run = run

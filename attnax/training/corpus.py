@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,9 @@ from typing import Literal
 from attnax.errors import InputError
 from attnax.training.run_format import is_run_folder
 from attnax.training.store_format import is_store
-from attnax.training.text_files import LONGEST, Document, Kind, has_rows, kind_of, read_documents
+from attnax.training.text_files import LONGEST, Document, Kind, fields_of, has_rows, kind_of, read_documents
 
-__all__ = ["HELD_OUT", "PARTS", "Corpus", "Documents", "Part", "read_corpus"]
+__all__ = ["HELD_OUT", "PARTS", "Corpus", "Documents", "Part", "look_at", "read_corpus"]
 
 HELD_OUT = 0.02  # fraction of the documents
 Part = Literal["train", "held_out"]
@@ -143,12 +143,23 @@ class Corpus:
     classes: tuple[str | int, ...]
     fingerprint: str
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all texts."""
+        return self.train.num_bytes + self.held_out.num_bytes
+
     def part(self, name: Part) -> Documents:
         """The documents of a part."""
         return self.held_out if name == "held_out" else self.train
 
 
-def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Kind | None = None) -> Corpus:
+def read_corpus(
+    data: str | None = None,
+    *,
+    held_out: float = HELD_OUT,
+    kind: Kind | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Corpus:
     """Finds the documents that `data` names and splits them; the files are read once, and their texts are not kept.
 
     A document is held out if the SHA-256 of its name, read as a fraction, is below `held_out`, so that the split does
@@ -162,6 +173,7 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
             .parquet is a document.
         held_out: the fraction of documents to hold out.
         kind: what rows are for; by default the fields of the first row say so.
+        on_progress: called with the number of bytes of the texts that were read since its last call.
 
     Raises:
         InputError: no file, or a file that cannot be read, a run folder, a row without its fields, or too little text
@@ -169,14 +181,14 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
     """
     root, paths = _find(data)
     kind = kind or _common_kind(paths)
-    scan = _Scan(kind, held_out)
+    scan = _Scan(kind, held_out, on_progress or (lambda _: None))
     for path in paths:
         scan.add(path, path.relative_to(root).as_posix(), LONGEST)
     if not scan.files:
-        raise InputError(f"{data} holds no text: {len(paths)} files, all of them empty or binary.")
+        raise _without_text(data, paths)
     if len(scan.files) == 1 and scan.documents == 1 and not has_rows(scan.files[0].path):
         path, name, skipped = scan.files[0].path, scan.files[0].name, scan.skipped
-        scan = _Scan(kind, held_out, skipped)
+        scan = _Scan(kind, held_out, scan.say, skipped)
         scan.add(path, name, min(LONGEST, max(1, -(-path.stat().st_size // 50))))
     if scan.documents < 2:
         raise InputError(
@@ -185,11 +197,41 @@ def read_corpus(data: str | None = None, *, held_out: float = HELD_OUT, kind: Ki
     return scan.corpus()
 
 
+def look_at(data: str | None) -> tuple[Path, int]:
+    """The first file with text that `read_corpus` would read, and the bytes of all of its files.
+
+    Of each file at most the beginning is read, and of those behind the first with text nothing.
+
+    Raises:
+        InputError: as `read_corpus` does: there is no file, or none with text, or it is a run folder or a store.
+    """
+    _, paths = _find(data)
+    first = next((path for path in paths if _begins_with_text(path)), None)
+    if first is None:
+        raise _without_text(data, paths)
+    return first, sum(path.stat().st_size for path in paths)
+
+
+def _begins_with_text(path: Path) -> bool:
+    if has_rows(path):
+        return fields_of(path) is not None
+    document = next(read_documents(path, path.name, "text"), None)
+    return document is not None and not _is_binary(path, document)
+
+
+def _is_binary(path: Path, document: Document) -> bool:
+    return b"\0" in document.text and not has_rows(path)  # the mark of a binary file for text editors and git
+
+
+def _without_text(data: str | None, paths: list[Path]) -> InputError:
+    return InputError(f"{data} holds no text: {len(paths)} files, all of them empty or binary.")
+
+
 class _Scan:
     """The first reading of all files: counts, digests and labels."""
 
-    def __init__(self, kind: Kind, held_out: float, skipped: int = 0):
-        self.kind, self.fraction, self.skipped = kind, held_out, skipped
+    def __init__(self, kind: Kind, held_out: float, say: Callable[[int], None], skipped: int = 0):
+        self.kind, self.fraction, self.say, self.skipped = kind, held_out, say, skipped
         self.files: list[_File] = []
         self.num_bytes = self.held_bytes = 0
         self.classes: set[str | int] = set()
@@ -202,9 +244,10 @@ class _Scan:
     def add(self, path: Path, name: str, longest: int) -> None:
         digest, count, held, sizes, lowest = hashlib.sha256(), 0, 0, [0, 0], self.lowest
         for document in read_documents(path, name, self.kind, longest):
-            if b"\0" in document.text and not has_rows(path):  # the mark of a binary file for text editors and git
+            if _is_binary(path, document):
                 self.skipped += 1
                 return
+            self.say(len(document))
             digest.update(document.content())
             fraction = _hash_fraction(document.name)
             is_held = fraction < self.fraction

@@ -10,15 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from attnax.config import TransformerConfig
 from attnax.errors import InputError
 from attnax.generation import Sampler
-from attnax.models import TransformerLM
 from attnax.sharding import Layout
 from attnax.training.optimizer import OptimizerConfig
-from attnax.training.plan import least_activations
+from attnax.training.plan import plan_training
 from attnax.training.trainer import Trainer
 
 __all__ = ["memory_of_device", "require_memory", "require_traces"]
@@ -27,34 +25,52 @@ __all__ = ["memory_of_device", "require_memory", "require_traces"]
 def require_memory(
     model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None = None, *, ema: bool = False
 ) -> None:
-    """Compares the memory with a lower bound: weights, gradient, moments, average, hidden states, logits of a chunk.
+    """Compares the memory with the least that a device needs (`plan_training`).
 
     Args:
         model: the configuration of the model.
         optimizer: the configuration of the training.
-        layout: of the devices, over which all of these are cut; None for one device.
+        layout: of the devices; None for one device.
         ema: whether there is an average of the parameters, in float32.
 
     Raises:
-        InputError: the machine, or its first accelerator, has less memory than the bound.
+        InputError: the machine, or its first accelerator, has less memory, or the model is not possible.
     """
-    period = len(model.layer_pattern or (None,))
-    sizes = [_sizes(dataclasses.replace(model, num_layers=layers), optimizer) for layers in (period, 2 * period)]
-    more = max(model.num_layers - period, 0)
-    count, state = (shallow + (deep - shallow) * more // period for shallow, deep in zip(*sizes, strict=True))
-    tokens = optimizer.batch_size * model.max_len
     sized = None if layout is None else layout.sized(jax.device_count())
-    needed = (state + 4 * count * ema) // (1 if sized is None else sized.fsdp * sized.expert * sized.tensor)
-    needed += least_activations(model, optimizer, sized)
+    count, needed = _least(model, optimizer, sized, ema=ema)
     if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
         needed *= jax.device_count()
     limit = memory_of_device()
     if needed > limit:
         where = "this machine" if layout is None or jax.default_backend() == "cpu" else "each device"
+        tokens = optimizer.batch_size * model.max_len
         raise InputError(
             f"this model of {count:,} parameters needs at least {needed / 1e9:,.1f} GB to learn {tokens:,} tokens at a "
             f"time, and {where} has {limit / 1e9:,.1f} GB. Choose smaller sizes, or a smaller --batch-size."
         )
+
+
+def _least(
+    model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None, *, ema: bool
+) -> tuple[int, int]:
+    """The number of parameters, and the bytes of a device, from the plans of two shallow models.
+
+    A plan has the shapes of all layers, which takes long where a number of layers was mistyped. Both figures grow by
+    the same with each period of the pattern of layers.
+    """
+    period = len(model.layer_pattern or (None,))
+    depth = min(model.num_layers, period)
+    try:
+        plans = [
+            plan_training(dataclasses.replace(model, num_layers=layers), optimizer, layout=layout, ema=ema)
+            for layers in (depth, depth + period)
+        ]
+    except ValueError as error:
+        raise InputError(f"this model cannot be trained: {error}") from error
+    shallow, deep = ((plan.num_parameters, sum(plan.memory)) for plan in plans)
+    more = model.num_layers - depth
+    count, needed = (less + (more_of - less) * more // period for less, more_of in zip(shallow, deep, strict=True))
+    return count, needed
 
 
 def require_traces(trainer: Trainer, sampler: Sampler) -> None:
@@ -72,19 +88,6 @@ def require_traces(trainer: Trainer, sampler: Sampler) -> None:
         jax.eval_shape(lambda params: trainer.merge(params).generate(start, **options), trainer.shapes.params)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"this model cannot be trained: {error}") from error
-
-
-def _sizes(config: TransformerConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
-    """The number of parameters, and the bytes of them, of their gradient and of the optimizer's state."""
-    try:
-        model = nnx.eval_shape(lambda: TransformerLM(nnx.Rngs(0), config))
-    except ValueError as error:
-        raise InputError(f"this model cannot be trained: {error}") from error
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    held = params, params, jax.eval_shape(optimizer.build().init, params)
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params)), sum(
-        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held)
-    )
 
 
 def memory_of_device() -> float:

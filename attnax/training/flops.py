@@ -18,7 +18,10 @@ from attnax.nn.axes import parameter_axes
 __all__ = ["PEAK_FLOPS", "Flops", "attention_pairs", "update_flops"]
 
 PEAK_FLOPS: dict[str, float] = {
-    # https://cloud.google.com/tpu/docs/v4, and v5e, v5p, v6e in its place: the peak of a chip, which is one device
+    # https://cloud.google.com/tpu/docs/v3, and v4, v5e, v5p, v6e, tpu7x in its place; v2: JAX's own table (tpu_info).
+    # These are peaks of a chip. A chip of v2, v3 and TPU7x is two devices, one for each core; any other is one device.
+    "TPU v2": 46e12 / 2,
+    "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -26,6 +29,7 @@ PEAK_FLOPS: dict[str, float] = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
     # https://www.nvidia.com/en-us/data-center/v100, t4, a10, l4, l40s, a100, h100, h200; half of a figure with sparsity
     "Tesla V100-SXM2-16GB": 125e12,
     "Tesla V100-SXM2-32GB": 125e12,
@@ -40,6 +44,10 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    # https://www.nvidia.com/en-us/data-center/hgx and gb200-nvl72: of all GPUs together, with sparsity
+    "NVIDIA B200": 36e15 / 8 / 2,
+    "NVIDIA B300 SXM6 AC": 36e15 / 8 / 2,
+    "NVIDIA GB200": 360e15 / 72 / 2,
 }
 """Peaks in dense bfloat16 (float16 where a card has none), in operations a second, by `jax.Device.device_kind`."""
 

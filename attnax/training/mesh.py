@@ -16,7 +16,7 @@ from attnax.kernels import flash_attention, memory_efficient_attention, pallas_f
 from attnax.masks import kernel_of
 from attnax.nn._parts import name_of
 from attnax.nn.attention import MultiHeadAttention
-from attnax.sharding import BATCH, Layout, check_layout
+from attnax.sharding import BATCH, Layout, check_batch_size, check_layout
 
 __all__ = ["check_attention_functions", "make_mesh", "num_parts", "state_shardings"]
 
@@ -44,11 +44,8 @@ def make_mesh(
     for stack in (config.encoder, config.decoder) if isinstance(config, EncoderDecoderConfig) else (config,):
         if stack is not None:
             check_layout(stack, sized)
-    if batch_size is not None and batch_size % num_parts(mesh):
-        raise ValueError(
-            f"Layout: data * fsdp * expert must divide the batch; got {num_parts(mesh)} of {sized} and "
-            f"batch_size={batch_size}. Take a multiple."
-        )
+    if batch_size is not None:
+        check_batch_size(batch_size, sized)
     return mesh
 
 

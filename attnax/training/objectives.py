@@ -363,9 +363,9 @@ def _mode(rngs: nnx.Rngs | None) -> dict[str, Any]:
     return {"deterministic": rngs is None, "rngs": rngs}
 
 
-def _is_as_it_was(model: Any, kind: type) -> bool:
+def _is_as_it_was(model: Any, kind: type[TransformerLM] | type[Transformer] | type[MaskedLM]) -> bool:
     """Whether a model computes its logits as `kind` does, so that those of a chunk are the head's."""
-    if not isinstance(model, kind) or not runs(model, kind.run):  # type: ignore[attr-defined]
+    if not isinstance(model, kind) or not runs(model, kind.run):
         return False
     return getattr(type(model), "logits", None) is getattr(kind, "logits", None)
 

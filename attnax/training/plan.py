@@ -17,7 +17,7 @@ from attnax.training.loss import logits_of_chunk
 from attnax.training.optimizer import OptimizerConfig
 from attnax.training.traffic import abstract_mesh, held_bytes, place_parameters
 
-__all__ = ["Memory", "Plan", "least_activations", "plan_training"]
+__all__ = ["Memory", "Plan", "plan_training"]
 
 
 class Memory(NamedTuple):
@@ -97,14 +97,14 @@ def plan_training(
             gradients=held.parameters,
             moments=held.moments,
             ema=4 * here if ema else 0,
-            activations=least_activations(model, optimizer, layout),
+            activations=_least_activations(model, optimizer, layout),
         ),
         tokens=sequences * model.max_len,
         flops=update_flops(model, params, sequences=sequences, length=model.max_len),
     )
 
 
-def least_activations(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None) -> int:
+def _least_activations(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout | None) -> int:
     """Bytes of a device for the hidden states between layers and the logits of a chunk, of one pass.
 
     Args:

@@ -33,7 +33,7 @@ from attnax.text.published_tokenizer import TextTokenizer, open_tokenizer
 from attnax.text.tokenizer import SpecialTokens
 from attnax.training.durable import naming, write_durable
 from attnax.training.optimizer import OptimizerConfig
-from attnax.training.run_format import FORMAT, is_format
+from attnax.training.run_format import FORMAT, is_format, is_run_folder
 from attnax.training.run_options import RunOptions
 from attnax.version import __version__
 
@@ -108,12 +108,23 @@ class RunFolder:
                 continue
             except OSError as error:
                 raise InputError(f"cannot make the run folder {error.filename or path}: {error.strerror}.") from error
-        raise InputError(f"{out} exists already; nothing was overwritten. Name another --out.")
+        assert out is not None
+        raise cls(out)._taken()
 
     def require_free(self) -> None:
-        """Raises InputError if the path exists and is no free folder."""
+        """Raises InputError if the path exists and is no free folder; the message names the next step."""
         if not self.path.is_dir() or not self._is_free():
-            raise InputError(f"{self.path} exists already; nothing was overwritten. Name another --out.")
+            raise self._taken()
+
+    def _taken(self) -> InputError:
+        is_run = is_run_folder(self.path)
+        if not is_run or self.result.exists():
+            what = " and is a finished run" if is_run else ""
+            return InputError(f"{self.path} exists already{what}; nothing was overwritten. Name another --out.")
+        return InputError(
+            f"{self.path} exists already and is a run that is not finished; nothing was overwritten. Go on with it by "
+            f"--resume {self.path} in place of --out and the run's own flags, or name another --out."
+        )
 
     def _is_free(self) -> bool:
         names = {found.name for found in self.path.iterdir()}

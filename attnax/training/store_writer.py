@@ -50,7 +50,8 @@ def make_store(
         tokenizer: of the tokens.
         out: the folder, which is made.
         shard_tokens: a shard ends with the document that brings it to this number of tokens.
-        on_progress: called with the number of bytes of the texts that are done since its last call.
+        on_progress: called with the number of bytes of the texts that are done since its last call; 0 while the texts
+            of finished shards are compared.
 
     Raises:
         InputError: the folder holds something else, or a store of another source, tokenizer or size of shards, or a
@@ -82,8 +83,8 @@ def make_store(
             store = open_store(out)
             _require_plan(out, plan, {key: store.facts.get(key) for key in plan})
         else:
-            shards = _begin(out, corpus, plan, content)
             say = on_progress or (lambda _: None)
+            shards = _begin(out, corpus, plan, content, say)
             say(sum(shard["bytes"] for shard in shards))
             for part in PARTS:
                 _write_part(out, corpus, part, tokenizer, plan, shards, say)
@@ -94,7 +95,9 @@ def make_store(
     return store
 
 
-def _begin(out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str) -> list[dict[str, Any]]:
+def _begin(
+    out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str, say: Callable[[int], None]
+) -> list[dict[str, Any]]:
     """Writes what comes before the shards; returns the shards of this corpus that an earlier process finished.
 
     Raises:
@@ -114,7 +117,7 @@ def _begin(out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str) -> l
             raise InputError(f"{path} is damaged. Delete {out} and make the store again.") from error
         _require_plan(out, plan, begun)
         require_files(out, lines[1:], verify=True)
-        shards = _made_of(corpus, lines[1:])
+        shards = _made_of(corpus, lines[1:], say)
     write_durable(path, "".join(json.dumps(line) + "\n" for line in [plan, *shards]))
     kept = {name for shard in shards for name in shard["files"]}
     for file in out.iterdir():
@@ -124,7 +127,7 @@ def _begin(out: Path, corpus: Corpus, plan: dict[str, Any], tokenizer: str) -> l
     return shards
 
 
-def _made_of(corpus: Corpus, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _made_of(corpus: Corpus, shards: list[dict[str, Any]], say: Callable[[int], None]) -> list[dict[str, Any]]:
     """The shards up to the first that was made of another text.
 
     That a file has changed is known at its end alone, when shards of its beginning are finished.
@@ -134,6 +137,7 @@ def _made_of(corpus: Corpus, shards: list[dict[str, Any]]) -> list[dict[str, Any
         digest = hashlib.sha256()
         for document in islice(documents[shard["part"]], shard["documents"]):
             digest.update(document.content())
+            say(0)
         if digest.hexdigest() != shard["content"]:
             return shards[:index]
     return shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from attnax.errors import InputError
 
-__all__ = ["FIELDS", "LONGEST", "Document", "Kind", "has_rows", "kind_of", "read_documents"]
+__all__ = ["FIELDS", "LONGEST", "Document", "Kind", "fields_of", "has_rows", "kind_of", "read_documents"]
 
 Kind = Literal["text", "labels", "pairs"]
 FIELDS: dict[Kind, tuple[str, ...]] = {"text": ("text",), "labels": ("text", "label"), "pairs": ("source", "target")}
@@ -57,18 +58,26 @@ def kind_of(path: Path) -> Kind:
     Raises:
         InputError: the fields are those of no kind.
     """
-    if not has_rows(path):
-        return "text"
-    first = next(iter(_ROWS[path.suffix](path)), None)
-    if first is None:
+    fields = fields_of(path)
+    if fields is None:
         return "text"
     for kind in ("pairs", "labels", "text"):
-        if first[1].keys() >= set(FIELDS[kind]):
+        if fields >= set(FIELDS[kind]):
             return kind
     raise InputError(
         f"{path} must have rows with the field text, or text and label, or source and target; got the fields "
-        f"{', '.join(sorted(map(str, first[1]))) or 'of an empty row'}. Leave the file out, or rename its fields."
+        f"{', '.join(sorted(fields)) or 'of an empty row'}. Leave the file out, or rename its fields."
     )
+
+
+def fields_of(path: Path) -> set[str] | None:
+    """The names of the fields of the first row; None for a file without rows.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    first = next(_rows_of(path), None) if has_rows(path) else None
+    return None if first is None else set(map(str, first[1]))
 
 
 def read_documents(path: Path, name: str, kind: Kind, longest: int = LONGEST) -> Iterator[Document]:
@@ -83,16 +92,28 @@ def read_documents(path: Path, name: str, kind: Kind, longest: int = LONGEST) ->
     Raises:
         InputError: the file cannot be read, or a row lacks a field.
     """
-    try:
-        if has_rows(path):
-            for number, row in _ROWS[path.suffix](path):
-                document = _of_row(path, f"{name}#{number}", number, row, kind)
-                if document is not None:
-                    yield document
-        else:
+    if has_rows(path):
+        for number, row in _rows_of(path):
+            document = _of_row(path, f"{name}#{number}", number, row, kind)
+            if document is not None:
+                yield document
+    else:
+        with _refused(path):
             yield from _read_text(path, name, longest)
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Gives an error of the disk the name of the file."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with _refused(path):
+        yield from _ROWS[path.suffix](path)
 
 
 def _read_text(path: Path, name: str, longest: int) -> Iterator[Document]:

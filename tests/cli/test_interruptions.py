@@ -17,7 +17,7 @@ from attnax.cli import finish as finish_module
 from attnax.cli import main, terminal
 from attnax.cli import progress as progress_module
 from attnax.cli.stopwatch import TIMED
-from attnax.training import RunFolder, checkpoints, manifest, run_folder
+from attnax.training import RunFolder, checkpoints, manifest, restore, run_folder
 from attnax.training.checkpoints import checkpoint_steps
 
 
@@ -90,7 +90,37 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(start, tmp_path, mo
     assert not (tmp_path / "run" / "result.json").exists()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     check_same(tmp_path / "run", tmp_path / "whole")
-    assert "is finished" in refuse(capsys, "train", "--resume", tmp_path / "run")
+
+
+def test_a_finished_run_is_a_success_and_says_what_comes_next(start, tmp_path, capsys):
+    """A launcher that was stopped after the last save starts the command again."""
+    assert start("run") == 0
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    command = f"{terminal.command_name()} generate {tmp_path / 'run'}"
+    assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished; write with it:  {command}\n"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    line = refuse(capsys, "train", "--resume", tmp_path / "run", "--step", 10)
+    assert "is finished, and --step goes back in a run that is not" in line
+
+
+def test_a_run_that_is_there_is_not_started_again_and_the_next_step_is_said(start, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        kill_at(patch, QuickTrainer, "step", 7)
+        with pytest.raises(Killed):
+            start("run")
+    flags = ("train", "--data", tmp_path, "--out", tmp_path / "run", *TINY)
+    line = refuse(capsys, *flags)
+    assert "run exists already and is a run that is not finished; nothing was overwritten. Go on with it by" in line
+    assert f"by --resume {tmp_path / 'run'} in place of --out" in line
+    loaded, load = [], RunFolder.load
+    monkeypatch.setattr(RunFolder, "load", lambda run: loaded.append(run.path) or load(run))
+    monkeypatch.setattr(finish_module, "open_run", lambda path: None)
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert loaded == [tmp_path / "run"]
+    line = refuse(capsys, *flags)
+    assert line.endswith("run exists already and is a finished run; nothing was overwritten. Name another --out.")
 
 
 @pytest.mark.parametrize("place", ["_save", "write_durable"])
@@ -174,6 +204,38 @@ class TestDamage:
         assert len(lines) == 1 and "10 is damaged: " in lines[0] and lines[0].endswith("That of step 5 is taken.")
         assert start("whole") == 0
         check_same(stopped, tmp_path / "whole")
+
+    @pytest.mark.parametrize(("name", "at"), [("_hash", None), ("_hash", 10), ("read_items", None)])
+    def test_a_checkpoint_that_the_disk_fails_to_read_is_said_with_an_older_one(
+        self, stopped, monkeypatch, capsys, name, at
+    ):
+        failed = OSError(errno.EIO, os.strerror(errno.EIO), str(stopped / "checkpoints"))
+        original = manifest._hash
+
+        def fails(path):
+            if path.relative_to(stopped / "checkpoints").parts[0] == "10":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return original(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "_hash", fails)
+            if name == "read_items":  # which does not say the file
+                patch.setattr(manifest, "_hash", original)
+                patch.setattr(restore, "read_items", raising(failed))
+            flags, go_on = (() if at is None else ("--step", str(at))), f"train --resume {stopped}"
+            assert main(["train", "--resume", str(stopped), *flags]) == 1  # a launcher tries again
+            line = capsys.readouterr().err.strip()
+            older = (
+                f": Input/output error; an older checkpoint goes on with: {terminal.command_name()} {go_on} --step 5. "
+            )
+            assert line.endswith(f"{older}Mend it, then go on with: {terminal.command_name()} {go_on}")
+            if name == "_hash":
+                assert line.startswith(f"attnax: {stopped / 'checkpoints' / '10'}")
+                shutil.rmtree(stopped / "checkpoints" / "5")
+                (stopped / "checkpoints" / "5.attnax.json").unlink()
+                assert main(["train", "--resume", str(stopped)]) == 1
+                assert ": Input/output error. Mend it, then go on with: " in capsys.readouterr().err
+        assert main(["train", "--resume", str(stopped)]) == 0
 
     def test_a_run_without_a_whole_checkpoint_is_started_anew(self, stopped, capsys):
         for step in (5, 10):
@@ -327,7 +389,7 @@ def test_the_rate_of_the_progress_line_is_without_the_first_step(start, monkeypa
 
     monkeypatch.setattr(progress_module, "tqdm", progress)
     assert start("run") == 0
-    ((bar, begun),) = made
+    *_, (bar, begun) = made  # the others are of passes over the text
     assert bar.initial == bar.total / 12 and bar.n == bar.total and bar.start_t - begun > 0.5  # three looks
 
 

@@ -1,18 +1,22 @@
 """`attnax tokenize`: from text to a store, with or without a stop, and a run that learns from it."""
 
+import dataclasses
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tiny_run import READY, refuse
 
-from attnax.cli import main
+from attnax.cli import main, progress
 from attnax.cli import tokenize as command
 from attnax.errors import install_command
 from attnax.text import byte_tokenizer
-from attnax.training import open_store, store_writer
+from attnax.training import RunFolder, RunOptions, open_store, read_corpus, store_writer
+from attnax.training.run_data import choose_data
 
 
 def files_of(path):
@@ -67,6 +71,51 @@ def test_ctrl_c_and_the_same_command_again_make_the_same_store(make, tmp_path, c
     )
     assert make("store", "--shard-tokens", "2000") == 0
     assert files_of(tmp_path / "store") == files_of(tmp_path / "whole")
+
+
+class Bar:
+    """Like tqdm; the lines that were begun, with what they counted."""
+
+    begun: ClassVar = []
+
+    def __init__(self, *, total, desc, disable, **_):
+        self.line = [desc, total, disable, 0]
+        self.begun.append(self.line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, size):
+        self.line[-1] += size
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("name", ["tokenize", "train"])
+def test_each_pass_over_the_text_is_shown_at_a_terminal_and_is_a_sign_of_life(
+    corpus, tmp_path, monkeypatch, name, is_terminal
+):
+    beats = []
+    monkeypatch.setattr(Bar, "begun", [])
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(progress, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    if name == "tokenize":
+        assert main(["tokenize", str(corpus), "--out", str(tmp_path / "store"), "--vocab-size", "300"]) == 0
+    else:
+        options = RunOptions(data=str(corpus), model=dataclasses.replace(RunOptions.model, vocab_size=300))
+        data = choose_data(options, progress.counting)
+        data.open(RunFolder(tmp_path), progress.counting)
+    text = read_corpus(str(corpus))
+    whole, hidden = text.num_bytes, not is_terminal
+    assert Bar.begun == [
+        ["reading", None, hidden, whole],
+        ["learning", None, hidden, text.train.num_bytes],
+        ["tokens", whole, hidden, whole],
+    ]
+    assert len(beats) == 1 + 60 + len(text.train) + 60  # and what was made before counts at once
 
 
 def test_rows_say_their_classes(tmp_path, capsys):

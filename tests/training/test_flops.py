@@ -9,7 +9,7 @@ from flax import nnx
 
 from attnax import TransformerConfig, TransformerLM, VisionTransformer, VisionTransformerConfig
 from attnax.models import MaskedLM
-from attnax.training.flops import attention_pairs, update_flops
+from attnax.training.flops import PEAK_FLOPS, attention_pairs, update_flops
 
 ROWS, LENGTH = 3, 48
 SIZES = {"d_model": 96, "num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "d_ff": 224, "dropout_rate": 0.0}
@@ -78,3 +78,15 @@ def test_the_work_of_linear_attention_grows_with_the_length_and_not_its_square()
     params = shapes_of(lambda rngs: TransformerLM(rngs, config))[1]
     one, ten = (update_flops(config, params, sequences=1, length=n).attention for n in (640, 6400))
     assert ten == 10 * one
+
+
+def test_the_peaks_of_tpus_are_those_of_a_device():
+    """JAX has its own table by core, some of whose figures differ by a few percent from those of the makers."""
+    known = pytest.importorskip("jax._src.tpu_info", reason="an older JAX")
+    kinds = [kind for kind in PEAK_FLOPS if kind.startswith("TPU")]
+    assert {"TPU v2", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"} <= set(kinds)
+    for kind in kinds:
+        chip = known.chip_version_from_device_kind(kind)
+        cores = chip.num_physical_tensor_cores_per_chip if chip.supports_megacore else 1  # of a device
+        core = known.get_tpu_info_for_chip(chip, cores).bf16_ops_per_second
+        assert PEAK_FLOPS[kind] == pytest.approx(core * cores, rel=0.15), kind

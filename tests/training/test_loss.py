@@ -11,7 +11,7 @@ import pytest
 from attnax import Layout, TransformerConfig
 from attnax.training import OptimizerConfig, Trainer, causal_lm
 from attnax.training.loss import logits_of_chunk, weighted_cross_entropy
-from attnax.training.plan import least_activations
+from attnax.training.plan import plan_training
 
 
 def check_close(left, right, atol=1e-6):
@@ -133,7 +133,8 @@ def test_chunks_hold_tokens_of_all_rows_and_none_is_padding_alone(rows, length, 
 def test_the_memory_that_is_said_has_a_token_of_each_row():
     model = TransformerConfig(vocab_size=50257, d_model=8, num_heads=2, num_layers=1, d_ff=12, max_len=16)
     hidden = 1024 * 16 * 8 * 4
-    assert least_activations(model, OptimizerConfig(batch_size=1024), None) == hidden + 4 * 1024 * 50257
+    memory = plan_training(model, OptimizerConfig(batch_size=1024)).memory
+    assert memory.activations == hidden + 4 * 1024 * 50257
 
 
 @pytest.mark.contract

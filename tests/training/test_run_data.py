@@ -36,7 +36,7 @@ def test_text_becomes_a_store_in_the_folder_of_the_run(texts, tmp_path):
     store = data.open(run)
     assert store.path == run.data and run.load()[2] == data.fingerprint == store.facts["source"]["sha256"]
     shutil.rmtree(texts)  # it is not needed again
-    again = reopen_data(run)
+    again = reopen_data(run, run.load())
     assert again.open(run).fingerprint == store.fingerprint and again.tokenizer.to_json() == byte_tokenizer().to_json()
 
 
@@ -46,24 +46,24 @@ def test_a_run_that_was_killed_before_its_tokens_were_made_goes_on_with_the_same
     (run.data / "store.json").unlink()
     (texts / "file00.txt").write_text("another")
     with pytest.raises(InputError, match=r"the text of .*run has changed since it was started; start a new run"):
-        reopen_data(run)
+        reopen_data(run, run.load())
     (texts / "file00.txt").write_text("text number 0\n" * 3)
     shutil.rmtree(run.data)
-    assert reopen_data(run).open(run).fingerprint == store.fingerprint
+    assert reopen_data(run, run.load()).open(run).fingerprint == store.fingerprint
 
 
 def test_the_store_of_another_run_is_refused(texts, tmp_path):
     run, _ = begin(texts, tmp_path / "run")
     make_store(read_corpus(str(texts), held_out=0.5), byte_tokenizer(), run.data)
     with pytest.raises(InputError, match="run/data is the store of another run. Delete it, and it is made again"):
-        reopen_data(run)
+        reopen_data(run, run.load())
     shutil.rmtree(run.data)
     folder = tmp_path / "other"
     folder.mkdir()
     copy_of(byte_level, AROUND).save(str(folder / "tokenizer.json"))
     make_store(read_corpus(str(texts)), find_tokenizer(folder), run.data)
     with pytest.raises(InputError, match="must have the tokenizer of the run; got tokens of another one"):
-        reopen_data(run)
+        reopen_data(run, run.load())
 
 
 class TestStores:
@@ -74,17 +74,19 @@ class TestStores:
     def test_a_run_takes_a_store_and_its_tokenizer(self, store, tmp_path):
         run, data = begin(store.path, tmp_path / "run", tokenizer="bpe")
         assert data.corpus is None and run.load()[1].to_json() == byte_tokenizer().to_json()
-        assert data.open(run).path == reopen_data(run).open(run).path == store.path and not run.data.exists()
+        assert (
+            data.open(run).path == reopen_data(run, run.load()).open(run).path == store.path and not run.data.exists()
+        )
         assert run.load()[2] == store.fingerprint
 
     def test_another_store_in_its_place_is_refused(self, store, texts, tmp_path):
         run, _ = begin(store.path, tmp_path / "run", tokenizer="bpe")
         shutil.rmtree(store.path)
         with pytest.raises(InputError, match="no such file or folder"):
-            reopen_data(run)
+            reopen_data(run, run.load())
         make_store(read_corpus(str(texts), held_out=0.5), byte_tokenizer(), store.path)
         with pytest.raises(InputError, match=r"the store .*store is not the one of .*run; start a new run"):
-            reopen_data(run)
+            reopen_data(run, run.load())
 
     def test_what_a_store_has_itself_is_no_option(self, store):
         options = RunOptions(data=str(store.path), tokenizer="bytes", model=MODEL)
@@ -106,7 +108,7 @@ class TestStores:
             choose_data(options)
         (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
         make_store(read_corpus(str(tmp_path / "a.jsonl")), byte_tokenizer(), tmp_path / "labels")
-        with pytest.raises(InputError, match="must be a store of text; got one of labels"):
+        with pytest.raises(InputError, match="For a classifier train in Python with .*classification"):
             choose_data(dataclasses.replace(options, data=str(tmp_path / "labels")))
 
 
