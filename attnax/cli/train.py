@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -108,10 +109,12 @@ def _begin(options: Train, stack: contextlib.ExitStack) -> Session | None:
     session: Session | None = None
     if is_main():
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-    path = gather("run", "" if session is None else str(session.run.path.absolute()), _PREPARATION)[0]
-    if path and not is_main():
+    said = None if session is None else [str(session.run.path.absolute()), options.resume is not None, options.step]
+    said = json.loads(gather("run", json.dumps(said), _PREPARATION)[0])
+    if said is not None and not is_main():
         barrier("tokens", _PREPARATION)
-        session = _open(options, Path(path), stack)
+        path, goes_on, step = Path(said[0]), *said[1:]
+        session = _open(dataclasses.replace(options, resume=path if goes_on else None, step=step), path, stack)
     return session
 
 
