@@ -25,7 +25,7 @@ import jax
 from jax._src import distributed as _runtime  # barriers with a limit and the key-value store have no public names
 from jax.experimental import multihost_utils
 
-from attnax.launcher.pulse import beat
+from attnax.launcher.pulse import PULSE, beat
 from attnax.world import World, find_world
 
 __all__ = [
@@ -186,12 +186,15 @@ def gather(name: str, text: str, seconds: float) -> tuple[str, ...]:
     if client is None:
         return (text,)
     folder = f"attnax/{name}/{next(_rounds[name])}/"
-    client.key_value_set(f"{folder}{_runtime.global_state.process_id:09}", text)
-    barrier(f"{name}: written", seconds)
-    found = tuple(value for _, value in sorted(client.key_value_dir_get(folder)))
-    barrier(f"{name}: read", seconds)
-    if is_main():
-        client.key_value_delete(folder)
+    try:
+        client.key_value_set(f"{folder}{_runtime.global_state.process_id:09}", text)
+        barrier(f"{name}: written", seconds)
+        found = tuple(value for _, value in sorted(client.key_value_dir_get(folder)))
+        barrier(f"{name}: read", seconds)
+        if is_main():
+            client.key_value_delete(folder)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessError(_words(name, seconds, str(error))) from error
     return found
 
 
@@ -278,6 +281,9 @@ class StopRequests:
 @contextlib.contextmanager
 def _beating() -> Iterator[None]:
     """Beats in a thread: this process waits for others, and a launcher must not take it for the one that is stuck."""
+    if PULSE not in os.environ:
+        yield
+        return
     is_over = threading.Event()
 
     def loop() -> None:

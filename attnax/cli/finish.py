@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import jax
+
 from attnax.cli import terminal
 from attnax.cli.compression import compressed_sizes, decode_in_pieces
 from attnax.cli.generate import write_text
@@ -40,7 +42,7 @@ def finish(session: Session) -> None:
     if any(row.get("loss") is not None for row in metrics):
         with naming(run.path / "loss.png"):
             plot_training(metrics, run.path / "loss.png")
-    sample = "".join(write_text(open_run(run.path), "", None, SAMPLER, session.options.seed))
+    sample = _write_sample(session)
     write_durable(run.path / "sample.txt", sample)
     write_durable(run.result, json.dumps(figures, indent=2) + "\n")  # written last: it marks the run as finished
     print(f"\n{sample}\n")
@@ -54,3 +56,14 @@ def finish(session: Session) -> None:
     )
     if "ema_held_out_bits_per_byte" in figures:
         print("average  {ema_held_out_bits_per_byte:.2f} bits per byte, with --weights ema".format(**figures))
+
+
+def _write_sample(session: Session) -> str:
+    """A text of the model, or nothing if the default device has too little memory for all of its parameters."""
+    try:
+        return "".join(write_text(open_run(session.run.path), "", None, SAMPLER, session.options.seed))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        terminal.warn("one device has too little memory for the whole model, which therefore writes no sample.")
+        return ""

@@ -64,9 +64,8 @@ class Launch:
                 "name the same run folder."
             )
         fields = {field.name for field in dataclasses.fields(Job)} & vars(self).keys()
-        return Job(
-            words=lambda again: go_on(words) if again else words, **{name: getattr(self, name) for name in fields}
-        )
+        given = {name: getattr(self, name) for name in fields}
+        return Job(words=lambda newest: words if newest is None else go_on(words, newest), **given)
 
 
 def launch(options: Launch) -> int:
@@ -82,18 +81,25 @@ def read_launch(arguments: Sequence[str]) -> Launch:
     return dataclasses.replace(options, command=tuple(words[split + 1 :]))
 
 
-def go_on(words: Sequence[str]) -> list[str]:
-    """The words of a later attempt: `train` goes on with its run if that has begun; other commands are as they were."""
+def go_on(words: Sequence[str], newest: int = -1) -> list[str]:
+    """The words of a later attempt: `train` goes on with its run if that has begun; other commands are as they were.
+
+    Args:
+        words: of the first attempt.
+        newest: the newest checkpoint that an attempt has made, or -1. Without one `--step` stays: what it goes back
+            from may still be there. With one the run has begun, even if a disk that is away does not show it.
+    """
     folder = _folder(words) if words[0] == "train" else None
-    if folder is None or not (folder / "config.json").exists():
+    if folder is None or (newest < 0 and not (folder / "config.json").exists()):
         return list(words)
+    valued = (*_VALUED, "--step") if newest < 0 else _VALUED
     kept, rest = [], iter(words[1:])
     for word in rest:
         flag, has_value, _ = word.partition("=")
         flag = flag.replace("_", "-")
-        if flag in (*_VALUED, *_BARE):
+        if flag in (*valued, *_BARE):
             kept.append(word)
-        if flag in _VALUED and not has_value:
+        if flag in valued and not has_value:
             kept += itertools.islice(rest, 1)
     return ["train", "--resume", str(folder), *kept]
 

@@ -9,6 +9,7 @@ import jax
 
 from attnax.cli.options import read_layout, refused_layout
 from attnax.sharding import Layout, check_batch_size, check_layout
+from attnax.training.devices import Devices
 from attnax.training.run_options import RunOptions
 
 __all__ = ["layout_anywhere", "layout_here"]
@@ -35,6 +36,10 @@ def layout_here(text: str | None, settings: RunOptions) -> Layout | None:
             more = f" {flag} in the environment makes {known} devices of a CPU."
         raise refused_layout(error, more) from error
     _require_fit(sized, settings)
+    try:
+        Devices(layout.mesh())
+    except ValueError as error:
+        raise refused_layout(error) from error
     return layout
 
 

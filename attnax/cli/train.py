@@ -9,7 +9,6 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -27,11 +26,12 @@ from attnax.distributed import ProcessError, StopRequests, barrier, connect, dis
 from attnax.errors import InputError
 from attnax.training import DivergenceError, RunFolder, latest_checkpoint
 from attnax.training.corpus import PARTS
+from attnax.training.manifest import hash_files
 from attnax.training.run_data import RunData, choose_data, reopen_data
+from attnax.training.same_disk import require_seen
 
 _NOTICE = "interrupted; stops after this update, once it is compiled. Ctrl-C again ends at once."
-_PREPARATION = 24 * 3600.0  # seconds in which process 0 must have made the tokens
-_END = 3600.0  # seconds in which it must have written the results
+_PATIENCE = 24 * 3600.0  # seconds in which process 0 must have made the tokens, and in the end the results
 
 
 def train(options: Train) -> int:
@@ -48,17 +48,17 @@ def train(options: Train) -> int:
         importlib.import_module("attnax.cli.board")
     terminal.keep_programs(options.compile_cache)
     terminal.silence_orbax()
-    connect()
     with contextlib.ExitStack() as stack:
-        if not is_main():  # process 0 prints for all
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
+            connect()
+            if not is_main():  # process 0 prints for all
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             code = _train(options)
+            if code in (0, 128 + signal.SIGTERM):  # all processes end so
+                disconnect(_PATIENCE)
         except ProcessError as error:
             terminal.warn(str(error))
-            code = 1
-        if code in (0, 128 + signal.SIGTERM):  # all processes end so
-            disconnect(_END)
+            return 1
     return code
 
 
@@ -112,12 +112,18 @@ def _begin(options: Train, stack: contextlib.ExitStack) -> Session | None:
     session: Session | None = None
     if is_main():
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-    mine = None if session is None else [str(session.run.path.absolute()), options.resume is not None, options.step]
-    said: Any = json.loads(gather("run", json.dumps(mine), _PREPARATION)[0])
-    if said is not None and not is_main():
-        barrier("tokens", _PREPARATION)
-        folder, goes_on, step = Path(said[0]), said[1], said[2]
-        session = _open(dataclasses.replace(options, resume=folder if goes_on else None, step=step), folder, stack)
+    mine = {}
+    if session is not None:
+        path, goes_on = session.run.path.absolute(), options.resume is not None
+        digest = hash_files(path, ["config.json"])["config.json"]
+        mine = {"path": str(path), "goes_on": goes_on, "step": options.step, "digest": digest}
+    said = json.loads(gather("run", json.dumps(mine), _PATIENCE)[0])
+    if said and not is_main():
+        folder, (size, sha) = Path(said["path"]), said["digest"]
+        barrier("tokens", _PATIENCE)
+        require_seen(folder / "config.json", (size, sha))  # another machine's disk may show it late
+        here = dataclasses.replace(options, resume=folder if said["goes_on"] else None, step=said["step"])
+        session = _open(here, folder, stack)
     return session
 
 
@@ -125,7 +131,8 @@ def _load(session: Session, stack: contextlib.ExitStack) -> None:
     """Opens what the run learns from, and makes or restores its state."""
     session.tokens = read_tokens(session.data, session.run, session.options, session.trainer.part)
     if is_main():
-        barrier("tokens", _PREPARATION)
+        barrier("tokens", _PATIENCE)
+    barrier("opened", _PATIENCE)
     session.checkpoints = stack.enter_context(session.open_checkpoints())
     if session.here.resume is None:
         session.begin()
@@ -169,7 +176,7 @@ def _open(options: Train, folder: Path, stack: contextlib.ExitStack) -> Session 
     layout = layout_here(options.layout, settings)
     if is_main():
         stack.enter_context(run.locked())
-    data = reopen_data(run, loaded, counting)
+    data = reopen_data(run, loaded, counting, verify=is_main())
     _describe(data)
     session = Session(settings, options, data, layout)
     session.run = run

@@ -62,7 +62,10 @@ def _attempts(job: Job, others: Followers | Alone, signals: _Signals) -> int:
         address = f"{job.host}:{free_port(job.interface)}"
         _say(_start_of(job, attempt, address))
         others.tell(start=attempt, address=address)
-        with tempfile.TemporaryDirectory(prefix="attnax-") as folder, _crew(job, attempt, address, folder) as crew:
+        with (
+            tempfile.TemporaryDirectory(prefix="attnax-") as folder,
+            _crew(job, attempt, address, folder, newest) as crew,
+        ):
             end = _watch(crew, others, signals)
             _say(end.reason)
             others.tell(stop=_grace(end, signals), stacks=end.is_stall)
@@ -174,12 +177,12 @@ def _meet(others: Followers | Alone, signals: _Signals) -> bool:
     return not signals.code
 
 
-def _crew(job: Job, attempt: int, address: str, folder: str) -> Crew:
+def _crew(job: Job, attempt: int, address: str, folder: str, newest: int = -1) -> Crew:
     first = job.node * job.processes
     environments = [
         job.environment(index, address, attempt, Path(folder) / str(first + index)) for index in range(job.processes)
     ]
-    return Crew(job.line(attempt > 1), environments, first, Path(folder), job.stall)
+    return Crew(job.line(None if attempt == 1 else newest), environments, first, Path(folder), job.stall)
 
 
 def _start_of(job: Job, attempt: int, address: str) -> str:
@@ -226,6 +229,8 @@ class _Signals:
         self._passed += len(new)
         if new and len(self.received) == 1:
             crew.signal(signal.SIGTERM)
+            name = signal.Signals(new[0]).name
+            _say(f"{name}: asked the processes to stop after an update. A second signal ends them at once.")
         return len(self.received) > 1
 
     def sleep(self, seconds: float) -> bool:

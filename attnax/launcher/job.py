@@ -25,7 +25,8 @@ class Job:
     """Processes of one command on one or more nodes.
 
     Attributes:
-        words: the words of the command for an attempt; called with False for the first attempt and True for later ones.
+        words: the words of the command for an attempt; called with None for the first attempt, and for later ones with
+            the newest checkpoint that a process has told, or -1.
         processes: number of processes on each node.
         devices: number of devices of a process; by default all that JAX finds.
         nodes: number of nodes. A launcher runs on each, and that of node 0 leads.
@@ -38,7 +39,7 @@ class Job:
         InputError: a value is out of range, or more than one node has no coordinator.
     """
 
-    words: Callable[[bool], Sequence[str]]
+    words: Callable[[int | None], Sequence[str]]
     processes: int
     devices: int | None = None
     nodes: int = 1
@@ -120,7 +121,7 @@ class Job:
         numbers = {name: f"{value:g}" if name == "stall" else value for name, value in given.items()}
         return " ".join(f"--{name} {numbers[name]}" for name, value in given.items() if value != defaults[name])
 
-    def line(self, again: bool) -> list[str]:
+    def line(self, newest: int | None) -> list[str]:
         """The command line of an attempt; `train` is the command of this package, anything else a program."""
-        words = list(self.words(again))
+        words = list(self.words(newest))
         return [sys.executable, "-m", "attnax", *words] if words[0] == "train" else words

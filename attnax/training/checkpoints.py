@@ -61,7 +61,8 @@ class Checkpoints:
     Processes that `attnax.distributed.connect` has joined share the folder. All of them make this object and call the
     same methods in the same order with the same arguments; arrays that lie in one process are taken to be the same in
     all, and those of process 0 are saved. What process 0 finds is raised in all, and so is an error of the disk in one
-    of them: the save has then failed in all. If one does not come within 300 s, the others raise a `ProcessError`.
+    of them: the save has then failed in all. If one does not come within an hour, or dies, the others raise a
+    `ProcessError`.
     A launcher learns of each new checkpoint (`beat`).
 
     Use it in a `with` block, or call `close`: without, a save that is in flight when Python ends is lost.
@@ -239,7 +240,8 @@ class Checkpoints:
             self.discard_after(manifest.update)
         else:
             rounds.lead(lambda: delete_remains(self.folder))
-        _warn_of_other_bits(manifest, likes)
+        if is_main():  # whose machine the manifest tells of
+            _warn_of_other_bits(manifest, likes)
         return manifest.update, items
 
     def _has_checkpoint(self, step: int | None) -> bool:

@@ -36,9 +36,15 @@ class Devices:
 
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
-        self._is_shared = mesh is not None and jax.process_count() > 1 and mesh.is_multi_process
+        self._is_shared = mesh is not None and jax.process_count() > 1
         self.part = (0, 1)
-        if mesh is not None and self._is_shared:
+        if mesh is not None and jax.process_count() > 1:
+            owners = {device.process_index for device in mesh.devices.flat}
+            if len(owners) < jax.process_count():
+                raise ValueError(
+                    f"Trainer: devices must be some of each of the {jax.process_count()} processes; got those of "
+                    f"{sorted(owners)}. Leave them out, and all are taken."
+                )
             self.part = part_of(jax.process_index(), _rows_of_processes(mesh))
         self._compiled: set[Any] = set()  # programs that all processes have
 
@@ -102,7 +108,7 @@ class Devices:
 
     def _meet(self, program: Any, held: Any, batch: Any) -> None:
         """Waits until all processes have compiled the program: between CPUs, a process that comes 30 s late fails."""
-        called = program, *((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+        called = program, *((x.shape, x.dtype) for x in jax.tree.leaves((held, batch)))
         if called not in self._compiled:
             program.lower(held, batch).compile()
             barrier("compiled", _COMPILATION)

@@ -38,8 +38,8 @@ def require_memory(
     """
     sized = None if layout is None else layout.sized(jax.device_count())
     count, needed = _least(model, optimizer, sized, ema=ema)
-    if layout is not None and jax.default_backend() == "cpu":  # its devices share the memory of the machine
-        needed *= jax.device_count()
+    if layout is not None and jax.default_backend() == "cpu":  # those of a process share the memory of its machine
+        needed *= jax.local_device_count()
     limit = memory_of_device()
     if needed > limit:
         where = "this machine" if layout is None or jax.default_backend() == "cpu" else "each device"

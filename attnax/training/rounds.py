@@ -20,7 +20,7 @@ from attnax.training.manifest import DamagedCheckpointError
 
 __all__ = ["Rounds", "described", "rebuilt"]
 
-_PATIENCE = 300.0  # seconds in which all processes come to a round, once the first one is there
+_PATIENCE = 3600.0  # seconds in which all have done their share of a round; JAX finds a process that has died in 30 s
 
 _KINDS = (OSError, DamagedCheckpointError, InputError, ValueError)  # that travel; the special before the general
 

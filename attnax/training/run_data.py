@@ -197,26 +197,29 @@ def _of_pairs(where: str | Path) -> str:
     )
 
 
-def reopen_data(run: RunFolder, loaded: tuple[RunOptions, TextTokenizer, str], watch: Watch = _unwatched) -> RunData:
+def reopen_data(
+    run: RunFolder, loaded: tuple[RunOptions, TextTokenizer, str], watch: Watch = _unwatched, *, verify: bool = True
+) -> RunData:
     """The data of a run that was stopped. The text is read only if its store was not finished.
 
     Args:
         run: the folder.
         loaded: the options, the tokenizer and the fingerprint that `run.load()` returned.
         watch: shows how far reading is.
+        verify: compare the digests of a store's shards.
 
     Raises:
         InputError: the store, or the text that it must be made of, is not the one of the run.
     """
     options, tokenizer, fingerprint = loaded
     if (run.data / STORE).is_file():
-        store = open_store(run.data)
+        store = open_store(run.data, verify=verify)
         store.require_tokenizer(tokenizer)
         if store.facts["source"]["sha256"] != fingerprint:
             raise InputError(f"{run.data} is the store of another run. Delete it, and it is made again.")
         return RunData(tokenizer, store=store)
     if options.data is not None and is_store(Path(options.data)):
-        store = open_store(options.data)
+        store = open_store(options.data, verify=verify)
         if store.fingerprint != fingerprint:
             raise InputError(f"the store {options.data} is not the one of {run.path}; start a new run.")
         return RunData(tokenizer, store=store)

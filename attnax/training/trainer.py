@@ -35,8 +35,8 @@ class Trainer:
     """A model, what it learns, its optimizer, and their compiled functions.
 
     In several processes (`attnax.distributed.connect`) each makes the same trainer with a layout of all devices, and
-    calls the same methods in the same order. It gives the rows of its own part of each batch, `part`. A program is run
-    when all processes have compiled it.
+    calls the same methods in the same order. It gives the rows of its own part of each batch, `part`. A step or a
+    score is run when all processes have compiled it.
 
     Args:
         model: a config, of a `TransformerLM`, a `Transformer` or a `VisionTransformer`, or a function of `nnx.Rngs`

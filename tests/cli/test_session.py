@@ -233,3 +233,13 @@ def test_a_divergence_is_said_though_the_last_checkpoint_could_not_be_saved(star
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 7: the loss is nan" in line
     assert line.endswith("The last checkpoint could not be saved: a file: No space left on device.")
+
+
+def test_a_model_that_no_device_holds_alone_is_finished_without_a_sample(start, monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(finish_module, "open_run", full)
+    assert main(["train", "--data", str(start.corpus), "--out", str(tmp_path / "run"), *TINY]) == 0
+    assert "one device has too little memory for the whole model" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").exists()

@@ -25,7 +25,7 @@ def program(code):
 
 def job(code, processes=1, **options):
     """A job of that program."""
-    return Job(words=lambda again: program(code), processes=processes, **options)
+    return Job(words=lambda newest: program(code), processes=processes, **options)
 
 
 def ends(number):

@@ -102,14 +102,15 @@ sys.exit(7)
 def test_every_attempt_has_a_port_of_its_own_and_the_words_of_a_later_one(capsys, monkeypatch):
     ports = itertools.count(40000)
     monkeypatch.setattr(attempts, "free_port", lambda interface: next(ports))
-    words = {False: ["sh", "-c", "echo $JAX_COORDINATOR_ADDRESS; exit 1"]}
-    words[True] = ["sh", "-c", "echo again $JAX_COORDINATOR_ADDRESS"]
+    words = {None: ["sh", "-c", "echo $JAX_COORDINATOR_ADDRESS; exit 1"]}
+    words[-1] = ["sh", "-c", "echo again $JAX_COORDINATOR_ADDRESS"]
     assert run(Job(words=words.get, processes=1, restarts=1)) == 0
     assert capsys.readouterr().out == "[0] 127.0.0.1:40000\n[0] again 127.0.0.1:40001\n"
 
 
-def test_wrong_use_is_not_tried_again(capsys):
-    assert run(job("print('once'); sys.exit(2)", restarts=5)) == 2
+@pytest.mark.parametrize("code", [2, 3])
+def test_wrong_use_and_a_divergence_are_not_tried_again(capsys, code):
+    assert run(job(f"print('once'); sys.exit({code})", restarts=5)) == code
     assert capsys.readouterr().out.count("once") == 1
 
 
@@ -178,7 +179,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_a_command_that_cannot_be_started_is_an_error_of_its_name():
     with pytest.raises(FileNotFoundError, match="no-such-program"):
-        run(Job(words=lambda again: ["no-such-program"], processes=2))
+        run(Job(words=lambda newest: ["no-such-program"], processes=2))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_wrong_use_is_one_line(capsys, arguments, words):
 def test_train_is_the_command_of_this_python():
     for words in (("train", "--out", "a"), ("attnax", "train", "--out", "a")):
         job = Launch(processes=1, command=words).job()
-        assert job.line(False) == [sys.executable, "-m", "attnax", "train", "--out", "a"]
+        assert job.line(None) == [sys.executable, "-m", "attnax", "train", "--out", "a"]
 
 
 def test_a_restart_goes_on_with_the_run_and_keeps_the_flags_that_are_not_of_the_run(tmp_path):
@@ -66,7 +66,10 @@ def test_a_restart_goes_on_with_the_run_and_keeps_the_flags_that_are_not_of_the_
     (folder / "config.json").touch()
     kept = ["--layout", "fsdp=4", "--no-compile-cache", "--max_skipped=3"]
     assert go_on(words) == ["train", "--resume", str(folder), *kept]
-    assert go_on(["train", "--resume", str(folder), "--step", "20"]) == ["train", "--resume", str(folder)]
+    back = ["train", "--resume", str(folder), "--step", "20"]
+    assert go_on(back) == back and go_on(back, 30) == ["train", "--resume", str(folder)]
+    away = ["train", "--out", str(tmp_path / "away")]  # its disk is away, but it has a checkpoint
+    assert go_on(away) == away and go_on(away, 30) == ["train", "--resume", str(tmp_path / "away")]
     assert go_on(["python", "loop.py", "--out", str(folder)]) == ["python", "loop.py", "--out", str(folder)]
 
 

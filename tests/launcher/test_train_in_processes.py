@@ -124,7 +124,7 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
     text, launcher, undisturbed, tmp_path
 ):
     out = tmp_path / "run"
-    words = ["train", "--data", str(text), "--out", str(out), *FLAGS, "--layout", "fsdp=2"]
+    words = ["train", "--data", str(text), "--out", str(out), *FLAGS]  # the default layout: fsdp over all devices
     with launcher(2, 1, *words, restarts=6, stall=20) as process:
         wait_for(process, out, 25)
         one = process_of(process, 1)
@@ -144,7 +144,7 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
     assert checkpoint_steps(out / "checkpoints")[-1] == stopped < 150  # both have saved the same update
     *_, command = re.findall(r"^\[0\] interrupted; go on with: \S+ (launch --processes 2 .*)\n", printed, re.MULTILINE)
     assert "[1] interrupted" not in printed  # process 0 speaks for both
-    assert command.endswith(f"-- train --resume {out} --layout fsdp=2")
+    assert command.endswith(f"-- train --resume {out} --layout fsdp")
     with launcher(1, 2, "train", "--resume", str(out), "--layout", "fsdp=2") as process:  # one process goes on
         printed = process.communicate()[0]
     assert process.returncode == 0, printed

@@ -17,7 +17,7 @@ def test_two_processes_compute_fail_miss_and_stop_together(capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     line = [sys.executable, str(Path(__file__).with_name("two_processes.py"))]
     begun = time.monotonic()
-    assert run(Job(words=lambda again: line, processes=2, devices=1, restarts=len(ATTEMPTS) - 1, stall=60.0)) == 143
+    assert run(Job(words=lambda newest: line, processes=2, devices=1, restarts=len(ATTEMPTS) - 1, stall=60.0)) == 143
     seconds = time.monotonic() - begun
     out, err = capsys.readouterr()
     for process in "01":

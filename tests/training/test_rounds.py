@@ -26,7 +26,7 @@ def together(monkeypatch):
     barrier, sent, counts = threading.Barrier(COUNT), {}, defaultdict(itertools.count)
 
     def gather(name, text, seconds):
-        assert name == "a name" and seconds == 300.0
+        assert name == "a name" and seconds == 3600.0
         key = next(counts[me.number])
         sent[key, me.number] = text
         barrier.wait(30)
