@@ -70,7 +70,7 @@ def execute(path):
         try:
             NotebookClient(notebook, km=kernel, timeout=900, resources=resources, record_timing=False).execute()
         finally:
-            kernel.shutdown_kernel()
+            kernel.shutdown_kernel(now=True)
     notebook.metadata = METADATA
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
