@@ -33,7 +33,7 @@ help:
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
 .PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-speculative bench-gpu docs docs-serve notebooks notebooks-quick clean
+.PHONY: bench-checkpoints bench-processes bench-speculative bench-gpu docs docs-serve notebooks notebooks-quick clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -204,6 +204,9 @@ bench-load: $(VENV)/.dev $(TORCH)/.made
 
 bench-checkpoints: $(VENV)/.dev
 	$(BENCH) benchmarks/checkpoints.py
+
+bench-processes: $(VENV)/.dev
+	$(BENCH) benchmarks/processes.py
 
 # Trains its models first.
 bench-speculative: $(VENV)/.dev

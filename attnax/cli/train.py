@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -83,6 +85,8 @@ def _train(options: Train) -> int:
             return DIVERGED
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
+                if jax.process_count() > 1:
+                    terminal.warn(f"another process may have ended; look at its log. Go on with: {go_on}")
                 raise
             size, words = session.options.optimizer.batch_size, " ".join(str(error).split())[:200]
             raise InputError(
@@ -108,10 +112,12 @@ def _begin(options: Train, stack: contextlib.ExitStack) -> Session | None:
     session: Session | None = None
     if is_main():
         session = _start(options, stack) if options.resume is None else _open(options, options.resume, stack)
-    path = gather("run", "" if session is None else str(session.run.path.absolute()), _PREPARATION)[0]
-    if path and not is_main():
+    mine = None if session is None else [str(session.run.path.absolute()), options.resume is not None, options.step]
+    said: Any = json.loads(gather("run", json.dumps(mine), _PREPARATION)[0])
+    if said is not None and not is_main():
         barrier("tokens", _PREPARATION)
-        session = _open(options, Path(path), stack)
+        folder, goes_on, step = Path(said[0]), said[1], said[2]
+        session = _open(dataclasses.replace(options, resume=folder if goes_on else None, step=step), folder, stack)
     return session
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from attnax.distributed import barrier
 from attnax.sharding import BATCH
 from attnax.training.mesh import num_parts
 
-__all__ = ["Devices"]
+__all__ = ["Devices", "part_of"]
 
 _COMPILATION = 3600.0  # seconds in which all processes must have compiled a program
 
@@ -36,7 +37,9 @@ class Devices:
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
         self._is_shared = mesh is not None and jax.process_count() > 1 and mesh.is_multi_process
-        self.part = _part_of_process(mesh) if mesh is not None and self._is_shared else (0, 1)
+        self.part = (0, 1)
+        if mesh is not None and self._is_shared:
+            self.part = part_of(jax.process_index(), _rows_of_processes(mesh))
         self._compiled: set[Any] = set()  # programs that all processes have
 
     def check(self, caller: str, batch: Any, *, accumulates: bool) -> None:
@@ -123,22 +126,35 @@ class Devices:
         return NamedSharding(self.mesh, P(None, BATCH) if accumulates else P(BATCH))
 
 
-def _part_of_process(mesh: Mesh) -> tuple[int, int]:
-    num_rows = num_parts(mesh)
-    held: dict[int, set[int]] = {}
+def part_of(process: int, rows: Mapping[int, set[int]]) -> tuple[int, int]:
+    """Which part of the rows of a batch a process holds, and of how many.
+
+    Args:
+        process: its number.
+        rows: of each process; several may hold the same ones.
+
+    Raises:
+        ValueError: the rows of a process are no such part.
+    """
+    size, num_rows = len(rows[process]), len(set().union(*rows.values()))
+    for number, held in rows.items():
+        first = min(held) // size * size
+        if held != set(range(first, first + size)) or num_rows % size:
+            raise ValueError(
+                f"Layout: each process must hold one part of every batch, all of the same size; got rows "
+                f"{sorted(held)} of {num_rows} in process {number}. Take a layout in which data * fsdp * expert is a "
+                "divisor or a multiple of the number of processes."
+            )
+    return min(rows[process]) // size, num_rows // size
+
+
+def _rows_of_processes(mesh: Mesh) -> dict[int, set[int]]:
+    """The rows of each process, of a batch with one row for each part."""
+    num_rows, held = num_parts(mesh), dict[int, set[int]]()
     places: Any = NamedSharding(mesh, P(BATCH)).devices_indices_map((num_rows,))
     for device, rows in places.items():
         held.setdefault(device.process_index, set()).update(range(*rows[0].indices(num_rows)))
-    size = len(held[jax.process_index()])
-    for process, parts in held.items():
-        first = min(parts)
-        if len(parts) != size or max(parts) != first + size - 1 or first % size or num_rows % size:
-            raise ValueError(
-                f"Layout: each process must hold one part of every batch, all of the same size; got rows "
-                f"{sorted(parts)} of {num_rows} in process {process}, and {dict(mesh.shape)}. Take a layout in which "
-                "data * fsdp * expert divides the number of processes, or is a multiple of it."
-            )
-    return min(held[jax.process_index()]) // size, num_rows // size
+    return held
 
 
 def _name_of(path: Any, x: Any) -> str:

@@ -30,7 +30,7 @@ def perform(tmp_path):
         run.mkdir(parents=True, exist_ok=True)
         if begun:
             (run / "config.json").touch()
-        for name in ("attnax", "python", "srun", "scontrol"):
+        for name in ("attnax", "srun", "scontrol"):
             program = tmp_path / name
             program.write_text(f'#!/bin/sh\necho {name} "$@"\nexit {dict(codes).get(name, 0)}\n')
             program.chmod(0o755)
@@ -45,7 +45,7 @@ def perform(tmp_path):
 
 @pytest.mark.parametrize(("begun", "flags"), [(False, "--data /shared/notes --out"), (True, "--resume")])
 def test_slurm_goes_on_with_the_run_and_requeues_after_a_stop(perform, begun, flags):
-    train = f"srun --kill-on-bad-exit=1 python training.py {flags} /shared/runs/a --layout fsdp=16"
+    train = f"srun --kill-on-bad-exit=1 attnax train {flags} /shared/runs/a --layout fsdp=16"
     for code in (0, 1, 143):
         lines, exit_code = perform(SLURM, begun, {"srun": code}, SLURM_JOB_ID="17")
         assert lines == [train, "scontrol requeue 17"][: 2 if code == 143 else 1]
@@ -56,7 +56,7 @@ def test_slurm_starts_a_launcher_on_each_machine(perform):
     script = SLURM_LAUNCHER.replace("srun --kill-on-bad-exit=1 ", "flags='--out x'; ")
     variables = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
     (line,), _ = perform(f"scontrol() {{ echo first; echo second; }}; {script}", **variables)
-    words = "--processes 8 --devices 1 --restarts 10 -- python training.py"
+    words = "--processes 8 --devices 1 --restarts 10 -- train"
     assert line.startswith(f"attnax launch --nodes 2 --node 1 --coordinator first:6000 {words} ")
 
 
@@ -78,14 +78,14 @@ def test_the_pods_of_kubernetes_find_each_other():
 def test_a_pod_goes_on_with_the_run(perform, begun, flags):
     (container,) = JOB_SET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     (script,) = container["args"]
-    assert perform(script, begun)[0] == [f"python training.py {flags} /shared/runs/a --layout fsdp"]
+    assert perform(script, begun)[0] == [f"attnax train {flags} /shared/runs/a --layout fsdp"]
 
 
 def test_skypilot_starts_a_launcher_on_each_machine(perform):
     variables = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     (line,), _ = perform(SKYPILOT["run"], begun=True, **variables)
     words = "--nodes 2 --node 1 --coordinator 10.0.0.1:6000 --processes 1 --restarts 10"
-    assert line == f"attnax launch {words} -- python training.py --resume /shared/runs/a --layout fsdp"
+    assert line == f"attnax launch {words} -- train --resume /shared/runs/a --layout fsdp"
 
 
 def test_the_script_for_ray_is_python():
