@@ -33,7 +33,7 @@ help:
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
 .PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-processes bench-speculative bench-gpu docs docs-serve clean
+.PHONY: bench-checkpoints bench-processes bench-speculative bench-gpu docs docs-serve notebooks notebooks-quick clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -79,7 +79,7 @@ unpinned:
 	$(MAKE) test contract VENV=.venv-unpinned CONSTRAINTS= QUICKER=
 
 # Everything that a change must pass, on the main Python and on the oldest.
-ci: test contract properties lint types docs wheel oldest aot-quick aot-scale-quick
+ci: test contract properties lint types docs notebooks-quick wheel oldest aot-quick aot-scale-quick
 
 # Everything, before a release; also the tests that `ci` leaves out.
 test-all: $(VENV)/.dev
@@ -90,10 +90,11 @@ test-all: $(VENV)/.dev
 modules: $(VENV)/.dev
 	PYTHONPATH=benchmarks:tests/triton JAX_PLATFORMS=cpu $(BIN)/python tests/triton/every_module.py
 
-# New random masks, mutated files and instants of death in every run, and every GPU kernel, on the oldest JAX too.
+# New random masks, mutated files and instants of death in every run, every GPU kernel, on the oldest JAX too, and the notebooks.
 nightly: $(VENV)/.dev
 	$(MAKE) modules
 	$(MAKE) modules VENV=.venv-3.11 PYTHON="$(OLDEST)"
+	$(MAKE) notebooks
 	$(PYTEST) tests/test_properties.py --hypothesis-profile=nightly
 	ATTNAX_SEED=$${ATTNAX_SEED:-$$(date +%s)}; export ATTNAX_SEED; echo "ATTNAX_SEED=$$ATTNAX_SEED"; $(PYTEST) tests/pretrained -k mutated \
 		&& ATTNAX_KILLS=200 $(PYTEST) tests/training/test_killed.py -k many
@@ -155,6 +156,14 @@ docs: $(VENV)/.docs
 	rm -rf build/docs
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees -E docs build/docs
 	@echo "The site is in build/docs; make docs-serve shows it."
+
+# The notebooks of docs/learn, run from top to bottom; their outputs are stored in them. A change of an output shows in git.
+notebooks: $(VENV)/.dev $(VENV)/.docs
+	$(BIN)/python docs/notebooks.py
+
+# Two of them, in less than a minute; writes nothing.
+notebooks-quick: $(VENV)/.dev $(VENV)/.docs
+	$(BIN)/python docs/notebooks.py --check attention accelerators
 
 # On this machine alone; `make docs-serve PORT=8000` takes another port.
 docs-serve: docs
