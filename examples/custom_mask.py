@@ -2,6 +2,7 @@
 
 Every token attends its neighbours and the first few tokens of the text; this mask is not part of the library. The
 script checks values and gradients against the dense definition, times both, and draws the tiles that the kernel visits.
+Takes 28 seconds of processor time on an Intel Xeon with AVX-512.
 
     python examples/custom_mask.py --out mask.png
 """

@@ -3,14 +3,17 @@
 The digits of scikit-learn are written as pictures, read by `image_folder`, and learned by `Trainer` and
 `classification`. `digits.py` reads the same digits by a loop of its own, which also distorts them.
 
+Takes 40 seconds of processor time on an Intel Xeon with AVX-512.
 Run it with `python examples/digit_folder.py`; `--help` lists the options. Needs attnax[examples,images].
 """
 
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -27,6 +30,18 @@ def write_digits(folder: Path) -> None:
         Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(path)
 
 
+def draw_hardest(images: np.ndarray, labels: np.ndarray, logits: np.ndarray, path: Path, count: int = 10) -> None:
+    """Draws the images (number, 8, 8, 1) whose digit the model finds least likely."""
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    hardest = np.argsort(log_probs[np.arange(len(labels)), labels])[:count]
+    figure = Figure(figsize=(count, 1.4), layout="constrained")
+    for panel, row in zip(figure.subplots(1, count), hardest, strict=True):
+        panel.set_title(f"{labels[row]} read as {log_probs[row].argmax()}", fontsize="small")
+        panel.imshow(images[row, ..., 0], cmap="gray")
+        panel.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
 def main(
     steps: int = 600,
     batch_size: int = 64,
@@ -34,8 +49,9 @@ def main(
     d_model: int = 64,
     num_layers: int = 2,
     seed: int = 0,
+    out: Path = Path("digit-folder.png"),
 ) -> float:
-    """Trains on four fifths of the digits, and returns the share of the others that are read right.
+    """Trains on four fifths of the digits, draws the hardest of the others, and returns the share that is read right.
 
     Args:
         steps: updates of the parameters.
@@ -44,6 +60,7 @@ def main(
         d_model: width of the model, a multiple of 4.
         num_layers: depth of the model.
         seed: of the parameters, the order of the images and dropout.
+        out: path of the picture.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder))
@@ -75,6 +92,8 @@ def main(
         rows = [test[index] for index in range(len(test))]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     accuracy = trainer.evaluate(state.ema, [batch]).aux["accuracy"]
+    images = batch["images"].astype(np.float32) / 255  # as `classification` scales them
+    draw_hardest(images, batch["labels"], jax.jit(trainer.merge(state.ema))(images), out)
     print(f"test accuracy {accuracy:.4f}, of the average of the parameters")
     return accuracy
 

@@ -3,6 +3,7 @@
 The functions are written as rows of JSON, {"text", "label"}, from which a store of tokens is made. The model is a
 `SentenceEncoder` with a head, trained by `Trainer` and `classification`.
 
+Takes 49 seconds of processor time on an Intel Xeon with AVX-512.
 Run it with `python examples/label_source.py`; `--help` lists the options. Needs attnax[train].
 """
 
@@ -10,12 +11,14 @@ import ast
 import json
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 
 from attnax import TransformerConfig
 from attnax.models import SentenceEncoder, TransformerEncoder
@@ -54,6 +57,21 @@ class Classifier(nnx.Module):
         return self.head(self.encoder(tokens, padding_mask=padding_mask))
 
 
+def draw_confusion(labels: np.ndarray, guesses: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draws how many functions of each class (rows) are taken for each class (columns)."""
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, (labels, guesses), 1)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, str(count), ha="center", va="center", color="white" if row == column else "black")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="read as", ylabel="package")
+    figure.savefig(path, dpi=100)
+
+
 def main(
     steps: int = 400,
     batch_size: int = 32,
@@ -62,8 +80,9 @@ def main(
     length: int = 64,
     per_package: int | None = None,
     seed: int = 0,
+    out: Path = Path("labels.png"),
 ) -> float:
-    """Trains on nine functions of ten, and returns the share of the others whose package is found.
+    """Trains on nine functions of ten, draws the mistakes in the others, and returns the share that is right.
 
     Args:
         steps: updates of the parameters.
@@ -73,6 +92,7 @@ def main(
         length: tokens of a function that the model reads.
         per_package: the greatest number of functions of a package; by default all.
         seed: of the parameters, the order of the functions and dropout.
+        out: path of the picture.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows = [{"text": text, "label": name} for name in PACKAGES for text in functions_of(name)[:per_package]]
@@ -107,6 +127,8 @@ def main(
         held_out = [test[index] for index in range(len(test))]
         batch = {name: np.stack([row[name] for row in held_out]) for name in held_out[0]}
         accuracy = trainer.evaluate(state.params, [batch]).aux["accuracy"]
+        logits = jax.jit(trainer.merge(state.params))(batch["tokens"], batch["tokens"] != train.padding)
+        draw_confusion(batch["labels"], np.asarray(logits.argmax(-1)), store.classes, out)
         largest = np.bincount(batch["labels"]).max() / len(test)
         print(f"held-out accuracy {accuracy:.3f}; the most frequent package alone: {largest:.3f}")
     return accuracy

@@ -5,8 +5,12 @@ The text is the standard library; the model is a `MaskedLM`, trained by `Trainer
 Run it with `python examples/masked_source.py`; `--help` lists the options. Needs attnax[train].
 """
 
+from pathlib import Path
+
+import jax
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from attnax import TransformerConfig
 from attnax.models import MaskedLM
@@ -14,6 +18,21 @@ from attnax.text import byte_tokenizer
 from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, masked_lm, read_corpus
 
 QUESTION = b"for index, item in enumera??(items):\n    result.app???(item)\n    ret??n result\n"
+
+
+def draw_guesses(probabilities: np.ndarray, path: Path, count: int = 5) -> None:
+    """Draws the likeliest bytes of each hidden place; `probabilities` are (places, 256)."""
+    likeliest = np.argsort(-probabilities, axis=1)[:, :count].T
+    shares = np.take_along_axis(probabilities, likeliest.T, axis=1).T
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), byte in np.ndenumerate(likeliest):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, repr(chr(byte))[1:-1], ha="center", va="center", color=color, parse_math=False)
+    axes.set(xticks=range(len(probabilities)), yticks=[], xlabel="hidden byte", ylabel="likeliest first")
+    figure.colorbar(image, label="probability")
+    figure.savefig(path, dpi=100)
 
 
 def main(
@@ -25,8 +44,9 @@ def main(
     length: int = 128,
     files: int | None = None,
     seed: int = 0,
+    out: Path = Path("masked.png"),
 ) -> float:
-    """Trains, fills the marks of a text, and returns the bits for a hidden byte of held-out files.
+    """Trains, fills the marks of a text, draws the guesses, and returns the bits for a hidden byte of held-out files.
 
     Args:
         steps: updates of the parameters.
@@ -37,6 +57,7 @@ def main(
         length: bytes of a piece.
         files: the number of files to learn from; by default all.
         seed: of the parameters, the order of the pieces, what is hidden, and dropout.
+        out: path of the picture.
     """
     corpus, tokenizer = read_corpus(), byte_tokenizer()
     mask = tokenizer.vocab_size  # one more token
@@ -68,7 +89,9 @@ def main(
                 print(f"step {step:4}  {np.mean(losses[-100:]) / np.log(2):.2f} bits for a hidden byte", flush=True)
 
     ids = np.array([mask if byte == ord("?") else tokenizer.encode(bytes([byte]))[0] for byte in QUESTION], np.int32)
-    likeliest = np.asarray(trainer.merge(state.params)(ids[None], deterministic=True)[0, :, :mask].argmax(-1))
+    logits = trainer.merge(state.params)(ids[None], deterministic=True)[0, :, :mask]
+    draw_guesses(np.asarray(jax.nn.softmax(logits)[ids == mask, :256]), out)
+    likeliest = np.asarray(logits.argmax(-1))
     print(tokenizer.decode(np.where(ids == mask, likeliest, ids)).decode("utf-8", "replace"), end="")
     held_out = Batches(test, batch_size=min(len(test), 256))[0]
     bits = trainer.evaluate(state.params, [{"tokens": held_out["tokens"][0]}]).loss / np.log(2)

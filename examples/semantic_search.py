@@ -1,5 +1,7 @@
 """Semantic search in the standard library: all-MiniLM-L6-v2 embeds docstrings and queries.
 
+Takes 59 seconds of processor time on an Intel Xeon with AVX-512.
+
     make search                                                                # installs the model too
     .venv/bin/python examples/semantic_search.py --query "pick a random card" --query "undo a change"
 

@@ -35,16 +35,18 @@ def test_moe_lm(main, capsys, tmp_path):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("main", ["many_devices"], indirect=True)
-def test_many_devices(main, capsys):
-    one, many = main(8)
+def test_many_devices(main, capsys, tmp_path):
+    one, many = main(8, out=tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert one == pytest.approx(many, rel=1e-4) and one[-1] < 0.5 * one[0]
     assert "fsdp=4,tensor=2" in capsys.readouterr().out
 
 
 @pytest.mark.contract
 @pytest.mark.parametrize("main", ["component_demo"], indirect=True)
-def test_component_demo_shows_every_piece(main, capsys):
-    main()
+def test_component_demo_shows_every_piece(main, capsys, tmp_path):
+    main(out=tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
     *table, last = capsys.readouterr().out.splitlines()
     shapes = {line[:38].strip(): line[line.rindex("(") :] for line in table}
     assert len(shapes) == 16
@@ -56,9 +58,10 @@ def test_component_demo_shows_every_piece(main, capsys):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("main", ["seq2seq_skeleton"], indirect=True)
-def test_seq2seq_skeleton_learns_to_reverse_a_little(main, capsys):
+def test_seq2seq_skeleton_learns_to_reverse_a_little(main, capsys, tmp_path):
     options = {"steps": 120, "batch_size": 128, "max_length": 3, "vocab_size": 6, "d_model": 32, "num_layers": 1}
-    right = main(**options, learning_rate=1e-2)
+    right = main(**options, learning_rate=1e-2, out=tmp_path / "reverse.png")
+    assert (tmp_path / "reverse.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert printed.count("loss") == 10 and f"{256 * right:.0f} of 256 right" in printed
     assert right > 0.5
