@@ -4,9 +4,10 @@
     python benchmarks/compare.py              # prints the table
     python benchmarks/compare.py --side flax  # one library in this environment, as JSON
 
-A library is tried on a CPU in a process of its own, by the function here that has its name. A cell is what the function found:
-"no" is a call that was refused, a result that is wrong, or a package whose files do not hold the name. A missing name is looked
-for, so that a release which adds it ends this program. Cells of `READ` were not tried; the table links the page that says them.
+A library is tried on a CPU in a process of its own, by the function here that has its name. A cell is what it found:
+"no" is a call that was refused, a result that is wrong, or a package whose files do not hold the name. A missing name
+is looked for, so that a release which adds it ends this program. Cells of `READ` were not tried; the table links the
+page that says them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ _CONFIG = _MAXTEXT + "src/maxtext/configs/base.yml"
 _ATTENTION = _MAXTEXT + "src/maxtext/layers/attention_op.py"
 _FACE = "https://huggingface.co/docs/transformers/"
 _FLEX = "https://pytorch.org/blog/flexattention/"
-# (library, row): what its page says, and the page. MaxText is not installed: it needs Python 3.12, and packages for a TPU or a
-# GPU. Its cells were read in the files of its wheel 0.2.5, which the links show as they are today.
+# (library, row): what its page says, and the page. MaxText is not installed: it needs Python 3.12 and packages for a
+# TPU or GPU. Its cells were read in the files of its wheel 0.2.5, which the links show as they are today.
 READ = {
     ("attnax", "gpu"): ("no", "../understand/accelerators.md"),
     ("attnax", "tpu"): ("no", "../understand/accelerators.md"),
@@ -132,7 +133,7 @@ def yes(holds: Any) -> str:
 
 
 def absent(package: str, pattern: str) -> str:
-    """ "no" if no Python file of an installed package holds the pattern.
+    """Looks for a name, and returns "no" if no Python file of an installed package holds the pattern.
 
     Raises:
         LookupError: a file holds it, so the cell must be tried.
@@ -164,16 +165,19 @@ def seconds(work: Callable[[], Any]) -> float:
     return min(taken)
 
 
-def inputs(heads: int = 2, key_heads: int = 2, length: int = LENGTH, features: int = 16) -> list[Any]:
+def inputs(heads: int = 2, key_heads: int = 2, length: int = LENGTH, features: int = 16) -> tuple[Any, Any, Any]:
     """Queries, keys and values (1, heads, length, features), float32."""
     rng = np.random.default_rng(0)
-    return [rng.standard_normal((1, n, length, features), np.float32) for n in (heads, key_heads, key_heads)]
+    query, key, value = (
+        rng.standard_normal((1, n, length, features), np.float32) for n in (heads, key_heads, key_heads)
+    )
+    return query, key, value
 
 
 def definition(
     query: Any, key: Any, value: Any, allowed: Any, change: Callable[[Any], Any] = lambda scores: scores
 ) -> Any:
-    """Attention in float64; `allowed` (length, length)."""
+    """Attention in float64; `allowed` (length, length), and a change of the scores."""
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     scores = np.where(allowed, change(query @ np.swapaxes(key, -1, -2) / np.sqrt(query.shape[-1])), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -190,6 +194,22 @@ EMPTY = np.ones((LENGTH, LENGTH), bool)
 EMPTY[3] = False  # query 3 may attend nothing
 HIDDEN = np.ones((LENGTH, LENGTH), bool)
 HIDDEN[:, 5] = False  # nothing may attend key 5
+
+
+def counting(run: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, which also writes down each of its calls."""
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return run(*arguments, **options)
+
+    return counted
+
+
+def near_mask() -> Any:
+    """The causal window of `WINDOW` tokens as an array (LONG, LONG)."""
+    column, row = np.arange(LONG), np.arange(LONG)[:, None]
+    return (column <= row) & (row - column < WINDOW)
 
 
 def of_empty(row: Any, value: Any) -> str:
@@ -211,43 +231,51 @@ def with_nan(x: Any) -> Any:
 
 
 def attnax() -> Cells:
+    return attnax_attention() | attnax_models() | attnax_training()
+
+
+def attnax_config() -> Any:
+    """A small language model with the shape of Llama."""
+    from attnax import TransformerConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 19, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "num_layers": 2}
+    kind: dict[str, Any] = {"pos_emb_type": "rope", "norm_type": "rms", "ff_activation": "swiglu", "use_bias": False}
+    return TransformerConfig(**sizes, **kind, d_ff=32, max_len=32)
+
+
+def attnax_attention() -> Cells:
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    import attnax as library
-    from attnax import Sampler, flash_attention, masks
-    from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
-    from attnax.pretrained.families import FAMILIES
-    from attnax.training import Checkpoints, OptimizerConfig, Trainer, causal_lm
+    from attnax import flash_attention, masks, ring_attention
 
     query, key, value = inputs()
     every_third = lambda b, h, q, kv: (kv <= q) & (kv % 3 != 1)  # noqa: E731
     out = flash_attention(query, key, value, mask=every_third)
     capped = flash_attention(query, key, value, mask=every_third, score_mod=lambda s, b, h, q, kv: 2 * jnp.tanh(s / 2))
-    slopes = jax.grad(
-        lambda w: flash_attention(query, key, value, score_mod=lambda s, b, h, q, kv: s + w[h] * kv).sum()
-    )
+    sloped = lambda w: flash_attention(query, key, value, score_mod=lambda s, b, h, q, kv: s + w[h] * kv)  # noqa: E731
     long = inputs(1, 1, LONG, 64)
-    time_of = lambda mask: seconds(  # noqa: E731
-        lambda run=jax.jit(lambda *x: flash_attention(*x, mask=mask)): jax.block_until_ready(run(*long))
-    )
+
+    def time_of(mask: Any) -> float:
+        run = jax.jit(lambda *x: flash_attention(*x, mask=mask))
+        return seconds(lambda: jax.block_until_ready(run(*long)))
+
     hidden = flash_attention(query, with_nan(key), with_nan(value), mask=HIDDEN)
     dropped = flash_attention(query, key, value, dropout_rng=jax.random.key(0), dropout_rate=0.5, deterministic=False)
     ring = jax.jit(
         jax.shard_map(
-            lambda *x: library.ring_attention(*x, axis_name="d", mask=masks.causal()),
+            lambda *x: ring_attention(*x, axis_name="d", mask=masks.causal()),
             mesh=jax.make_mesh((DEVICES,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
             in_specs=jax.P(None, None, "d"),
             out_specs=jax.P(None, None, "d"),
         )
     )
-    cells = {
+    return {
         "mask": "a function, an array" if close(out, definition(query, key, value, ALLOWED)) else "no",
         "score": yes(close(capped, definition(query, key, value, ALLOWED, lambda s: 2 * np.tanh(s / 2)))),
         "skip": yes(time_of(masks.sliding_window(WINDOW, causal=True)) < time_of(None) / 2),
         "backward": yes(np.isfinite(jax.grad(lambda q: flash_attention(q, key, value).sum())(query)).all()),
-        "captured": yes(np.any(slopes(jnp.ones(2)))),
+        "captured": yes(np.any(jax.grad(lambda w: sloped(w).sum())(jnp.ones(2)))),
         "empty": of_empty(flash_attention(query, key, value, mask=EMPTY)[0, :, 3], value),
         "nan": of_nan(hidden),
         "grouped": yes(flash_attention(*inputs(4, 2)).shape == (1, 4, LENGTH, 16)),
@@ -255,20 +283,27 @@ def attnax() -> Cells:
         "sequence": yes(close(ring(query, key, value), definition(query, key, value, COLUMN <= ROW))),
     }
 
-    sizes: dict[str, Any] = {"vocab_size": 19, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "num_layers": 2}
-    config = library.TransformerConfig(
-        **sizes, d_ff=32, max_len=32, pos_emb_type="rope", norm_type="rms", ff_activation="swiglu", use_bias=False
-    )
+
+def attnax_models() -> Cells:
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import attnax as library
+    from attnax.pretrained import CheckpointError, load_pretrained, save_pretrained
+    from attnax.pretrained.families import FAMILIES
+
+    config = attnax_config()
     model = library.TransformerLM(nnx.Rngs(0), config)
-    prompts, new = jnp.arange(10).reshape(2, 5) % 19, {"max_new_tokens": 6}
+    new: dict[str, Any] = {"max_new_tokens": 6}
+    prompts = jnp.arange(10).reshape(2, 5) % 19
     text = model.generate(prompts, **new).tokens
-    whole = [model(jnp.concatenate([prompts, text[:, :n]], 1))[:, -1].argmax(-1) for n in range(6)]
+    whole = [model.run(jnp.concatenate([prompts, text[:, :n]], 1)).logits[:, -1].argmax(-1) for n in range(6)]
     same = lambda **how: bool((model.generate(prompts, **new, **how).tokens == text).all())  # noqa: E731
     own = library.TransformerLM(nnx.Rngs(0), config, attention_fn=library.standard_attention)
     moe = library.MixtureOfExperts(nnx.Rngs(0), d_model=16, d_ff=32, num_experts=4, top_k=2)
     pair = library.Transformer(nnx.Rngs(0), encoder=config, decoder=config)
     image = library.VisionTransformer(nnx.Rngs(0), image_size=8, patch_size=4, num_classes=3, d_model=16, num_heads=2)
-    cells |= {
+    cells = {
         "own": yes(close(own(prompts), model(prompts))),
         "cache": yes((text == jnp.stack(whole, 1)).all()),
         "paged": yes(same(cache="paged")),
@@ -276,14 +311,16 @@ def attnax() -> Cells:
         "draft": yes(same(draft=model, num_draft_tokens=2)),
         "beam": yes(model.beam_search(prompts, **new, num_beams=3).tokens.shape == (2, 3, 6)),
         "server": absent("attnax", r"http\.server|socketserver|fastapi|uvicorn|aiohttp"),
-        "seq2seq": yes(pair.generate(prompts, max_length=4, start_token=1, sampler=Sampler()).tokens.shape == (2, 4)),
+        "seq2seq": yes(
+            pair.generate(prompts, max_length=4, start_token=1, sampler=library.Sampler()).tokens.shape == (2, 4)
+        ),
         "vision": yes(image(jnp.zeros((2, 8, 8, 3))).shape == (2, 3)),
         "experts": yes(moe(jnp.ones((2, 5, 16)))[0].shape == (2, 5, 16)),
         "published": f"{len({family.model_type for family in FAMILIES})} model types",
     }
 
     def refused(folder: Path, name: str, text: dict[str, Any]) -> str:
-        """ "no" if the folder is refused because of the file that is written into it."""
+        """Returns "no" if the folder is refused because of the file that is written into it."""
         (folder / name).write_text(json.dumps(text))
         try:
             load_pretrained(str(folder))
@@ -300,7 +337,18 @@ def attnax() -> Cells:
         cells["lora"] = refused(folder / "adapter", "adapter_config.json", adapter)
         quantised = described | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
         cells["quantised"] = refused(folder / "model", "config.json", quantised)
+    return cells
 
+
+def attnax_training() -> Cells:
+    import jax
+
+    from attnax import Layout
+    from attnax.training import Checkpoints, OptimizerConfig, Trainer, causal_lm
+
+    config = attnax_config()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         trainer = Trainer(config, causal_lm(), OptimizerConfig(steps=6), seed=0)
         batch = {"tokens": (np.arange(2 * 4 * 9).reshape(2, 4, 9)) % 19}
         state = trainer.init()
@@ -319,10 +367,10 @@ def attnax() -> Cells:
         for _ in range(3):
             resumed, _ = again.step(resumed, batch)
     equal = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, resumed.params)
-    cut = Trainer(config, causal_lm(), OptimizerConfig(steps=6), seed=0, layout=library.Layout.parse("fsdp=4,tensor=2"))
+    cut = Trainer(config, causal_lm(), OptimizerConfig(steps=6), seed=0, layout=Layout.parse("fsdp=4,tensor=2"))
     spread, metrics = cut.step(cut.init(), batch)
     places = {len(x.sharding.device_set) for x in jax.tree.leaves(spread.params)}
-    return cells | {
+    return {
         "loop": yes(losses[-1] < losses[0]),
         "resume": yes(all(jax.tree.leaves(equal))),
         "layouts": yes(places == {DEVICES} and close(metrics.loss, losses[0])),
@@ -392,7 +440,7 @@ def x_transformers() -> Cells:
     plain(query, key, value, attn_bias=bias)[0].sum().backward()
     nan = [torch.from_numpy(with_nan(x.numpy())) for x in (key, value)]
     rows = torch.randn(1, LONG, 64)
-    near = (np.arange(LONG) <= np.arange(LONG)[:, None]) & (np.arange(LONG)[:, None] - np.arange(LONG) < WINDOW)
+    near = near_mask()
     layer = layers.Attention(dim=64, heads=1, flash=True)
     with torch.no_grad():
         window = seconds(lambda: layer(rows, attn_mask=torch.from_numpy(near)))
@@ -400,7 +448,7 @@ def x_transformers() -> Cells:
     dropping = attend.Attend(heads=2, dropout=0.5).train()
     capped = attend.Attend(heads=2, softclamp_logits=True, logit_softclamp_value=2.0)
     called: list[int] = []
-    own = attend.Attend(heads=2, custom_attn_fn=lambda scores: called.append(1) or scores.softmax(-1))
+    own = attend.Attend(heads=2, custom_attn_fn=counting(lambda scores: scores.softmax(-1), called))
     call(ALLOWED, run=own)
     inner = library.Decoder(dim=32, depth=2, heads=4, rotary_pos_emb=True, attn_kv_heads=2)
     model = library.TransformerWrapper(num_tokens=20, max_seq_len=64, attn_layers=inner)
@@ -454,6 +502,40 @@ def x_transformers() -> Cells:
     }
 
 
+def transformers_attention() -> Cells:
+    import torch
+
+    sdpa: Any = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    query, key, value = (torch.from_numpy(x) for x in inputs())
+    one = type("Layer", (), {"is_causal": False, "num_key_value_groups": 1, "training": False})()
+
+    def call(mask: Any, *x: Any, **options: Any) -> Any:
+        out = sdpa(one, *(x or (query, key, value)), torch.from_numpy(mask)[None, None], **options)[0]
+        return out.transpose(1, 2).detach()
+
+    nan = [torch.from_numpy(with_nan(x.numpy())) for x in (key, value)]
+    long = [torch.from_numpy(x) for x in inputs(1, 1, LONG, 64)]
+    near = near_mask()
+    with torch.no_grad():
+        faster = seconds(lambda: call(near, *long)) < seconds(lambda: call(np.ones_like(near), *long)) / 2
+    bias = torch.zeros(1, 2, LENGTH, LENGTH, requires_grad=True)
+    sdpa(one, query, key, value, bias)[0].sum().backward()
+    capping: Any = importlib.import_module("transformers.models.gemma2.modeling_gemma2").eager_attention_forward
+    every = torch.from_numpy(np.where(ALLOWED, np.float32(0), -np.inf))[None, None]
+    capped = capping(one, query, key, value, every, scaling=16**-0.5, softcap=2.0)[0].transpose(1, 2)
+    return {
+        "mask": "an array" if close(call(ALLOWED), definition(*inputs(), ALLOWED)) else "no",
+        "score": "a bias array, a soft cap"
+        if close(capped, definition(*inputs(), ALLOWED, lambda s: 2 * np.tanh(s / 2)))
+        else "no",
+        "skip": yes(faster),
+        "captured": "of a bias" if bias.grad is not None and bool(bias.grad.any()) else "no",
+        "empty": of_empty(call(EMPTY)[0, :, 3].numpy(), value.numpy()),
+        "nan": of_nan(call(HIDDEN, query, *nan)),
+        "dropout": yes(not close(call(EMPTY | True, dropout=0.5), definition(*inputs(), np.True_))),
+    }
+
+
 def transformers() -> Cells:
     import torch
 
@@ -474,18 +556,6 @@ def transformers() -> Cells:
 
     model = llama().eval()
     layer = model.model.layers[0].self_attn
-    query, key, value = (torch.from_numpy(x) for x in inputs())
-    one = type("Layer", (), {"is_causal": False, "num_key_value_groups": 1, "training": False})()
-
-    def call(mask: Any, *x: Any, **options: Any) -> Any:
-        out = sdpa(one, *(x or (query, key, value)), torch.from_numpy(mask)[None, None], **options)[0]
-        return out.transpose(1, 2).detach()
-
-    nan = [torch.from_numpy(with_nan(x.numpy())) for x in (key, value)]
-    long = [torch.from_numpy(x) for x in inputs(1, 1, LONG, 64)]
-    near = (np.arange(LONG) <= np.arange(LONG)[:, None]) & (np.arange(LONG)[:, None] - np.arange(LONG) < WINDOW)
-    with torch.no_grad():
-        faster = seconds(lambda: call(near, *long)) < seconds(lambda: call(np.ones_like(near), *long)) / 2
     ids, new = torch.arange(12).reshape(2, 6) + 1, {"max_new_tokens": 8, "do_sample": False}
     text = model.generate(ids, **new)
     same = lambda **how: bool((model.generate(ids, **new, **how) == text).all())  # noqa: E731
@@ -504,8 +574,8 @@ def transformers() -> Cells:
         inputs=ids.tolist(), generation_config=library.GenerationConfig(**new, eos_token_id=-1)
     )
     written = [answer.generated_tokens for answer in queue.values()]
-    called = []
-    library.AttentionInterface.register("counted", lambda *x, **options: called.append(1) or sdpa(*x, **options))
+    called: list[int] = []
+    library.AttentionInterface.register("counted", counting(sdpa, called))
     model.set_attn_implementation("counted")
     model(ids)
     model.set_attn_implementation("flex_attention")
@@ -517,11 +587,6 @@ def transformers() -> Cells:
     adapter = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     small = [name for name, x in adapter.named_parameters() if x.requires_grad]
     model(ids, labels=ids).loss.backward()
-    bias = torch.zeros(1, 2, LENGTH, LENGTH, requires_grad=True)
-    sdpa(one, query, key, value, bias)[0].sum().backward()
-    capping: Any = importlib.import_module("transformers.models.gemma2.modeling_gemma2").eager_attention_forward
-    every = torch.from_numpy(np.where(ALLOWED, np.float32(0), -np.inf))[None, None]
-    capped = capping(one, query, key, value, every, scaling=16**-0.5, softcap=2.0)[0].transpose(1, 2)
     layers = {"num_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
     pair = library.T5ForConditionalGeneration(library.T5Config(**layers, decoder_start_token_id=0))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -530,19 +595,10 @@ def transformers() -> Cells:
         library.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
     )
     loop, resume = resumed_trainer(library, llama)
-    return {
-        "mask": "an array" if close(call(ALLOWED), definition(*inputs(), ALLOWED)) else "no",
-        "score": "a bias array, a soft cap"
-        if close(capped, definition(*inputs(), ALLOWED, lambda s: 2 * np.tanh(s / 2)))
-        else "no",
+    return transformers_attention() | {
         "own": yes(called),
-        "skip": yes(faster),
         "backward": yes(layer.q_proj.weight.grad is not None),
-        "captured": "of a bias" if bias.grad is not None and bool(bias.grad.any()) else "no",
-        "empty": of_empty(call(EMPTY)[0, :, 3].numpy(), value.numpy()),
-        "nan": of_nan(call(HIDDEN, query, *nan)),
         "grouped": yes(config.num_key_value_heads == 2 and text.shape == (2, 14)),
-        "dropout": yes(not close(call(EMPTY | True, dropout=0.5), definition(*inputs(), np.True_))),
         "tpu": NOT,
         "cache": yes((whole == text).all()),
         "paged": yes(same(cache_implementation="paged")),
@@ -587,20 +643,21 @@ def flax() -> Cells:
     attend = nnx.dot_product_attention
 
     def call(mask: Any, *x: Any, **options: Any) -> Any:
-        out = attend(*(x or (query, key, value)), mask=jnp.asarray(mask)[None, None], **options)
+        x = x or (query, key, value)
+        out = attend(x[0], x[1], x[2], mask=jnp.asarray(mask)[None, None], **options)
         return np.swapaxes(np.asarray(out), 1, 2)
 
     nan = [np.swapaxes(with_nan(x), 1, 2) for x in inputs()[1:]]
     bias = jax.grad(lambda b: attend(query, key, value, bias=b).sum())(jnp.zeros((1, 2, LENGTH, LENGTH)))
     grouped = attend(*(np.swapaxes(x, 1, 2) for x in inputs(4, 2)))
     dropped = call(EMPTY | True, dropout_rate=0.5, dropout_rng=jax.random.key(0))
-    called = []
+    called: list[int] = []
     own = nnx.MultiHeadAttention(
         2,
         8,
         decode=False,
         rngs=nnx.Rngs(0),
-        attention_fn=lambda *x, **options: called.append(1) or attend(*x, **options),
+        attention_fn=counting(attend, called),
     )
     x = jax.random.normal(jax.random.key(1), (2, 5, 8))
     want = own(x, mask=nnx.make_causal_mask(jnp.ones((2, 5))))
@@ -614,15 +671,15 @@ def flax() -> Cells:
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         cut = nnx.Linear(8, 8, kernel_init=nnx.with_partitioning(nnx.initializers.zeros, (None, "d")), rngs=nnx.Rngs(0))
-    cells = {
-        name: absent("flax", r"[Pp]aged|int8_|[Dd]raft_|beam_search|[Ss]peculat") for name in ("paged", "draft", "beam")
-    }
+    long = [np.swapaxes(x, 1, 2) for x in inputs(1, 1, LONG, 64)]
+    missing = absent("flax", r"[Pp]aged|int8_|[Dd]raft_|beam_search|[Ss]peculat")
+    cells = dict.fromkeys(("paged", "draft", "beam"), missing)
     no_model = dict.fromkeys(("scheduler", "server", "seq2seq", "vision", "published", "resume", "scale"), NOT)
     return cells | no_model | {
         "mask": "an array" if close(call(ALLOWED), definition(*inputs(), ALLOWED)) else "no",
         "score": "a bias array",
         "own": yes(called),
-        "skip": window_is_faster(attend),
+        "skip": window_is_faster(attend, long, near_mask()[None, None]),
         "backward": yes(np.isfinite(bias).all()),
         "captured": "of a bias" if np.any(bias) else "no",
         "empty": of_empty(call(EMPTY)[0, :, 3], inputs()[2]),
@@ -643,17 +700,16 @@ def flax() -> Cells:
     }  # fmt: skip
 
 
-def window_is_faster(attend: Callable[..., Any]) -> str:
-    """Whether JAX's `attend(query, key, value, mask=)` of (1, length, heads, features) takes less time with a window."""
+def window_is_faster(attend: Callable[..., Any], long: Sequence[Any], near: Any) -> str:
+    """Whether JAX's `attend(query, key, value, mask=)` takes less than half of the time with a mask."""
     import jax
 
-    long = [np.swapaxes(x, 1, 2) for x in inputs(1, 1, LONG, 64)]
-    near = (np.arange(LONG) <= np.arange(LONG)[:, None]) & (np.arange(LONG)[:, None] - np.arange(LONG) < WINDOW)
     run = jax.jit(lambda q, k, v, mask: attend(q, k, v, mask=mask))
-    window, every = (
-        seconds(lambda mask=mask: jax.block_until_ready(run(*long, mask))) for mask in (near[None, None], None)
-    )
-    return yes(window < every / 2)
+
+    def time_of(mask: Any) -> float:
+        return seconds(lambda: jax.block_until_ready(run(*long, mask)))
+
+    return yes(time_of(near) < time_of(None) / 2)
 
 
 def equinox() -> Cells:
@@ -673,10 +729,6 @@ def equinox() -> Cells:
     grads = jax.grad(lambda x: layer(x, x, x, inference=True).sum())(x)
     dropped = [layer(x, x, x, key=jax.random.key(seed)) for seed in range(2)]
     options = importlib.import_module("inspect").signature(eqx.nn.MultiheadAttention.__init__).parameters
-    long = [x[0, 0] for x in inputs(1, 1, LONG, 64)]
-    near = (np.arange(LONG) <= np.arange(LONG)[:, None]) & (np.arange(LONG)[:, None] - np.arange(LONG) < WINDOW)
-    run = jax.jit(attend)
-    window, every = (seconds(lambda mask=mask: jax.block_until_ready(run(*long, mask))) for mask in (near, None))
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     cut = eqx.filter_shard(eqx.nn.Linear(8, 8, key=jax.random.key(0)), jax.NamedSharding(mesh, jax.P("d")))
     none = (
@@ -696,7 +748,7 @@ def equinox() -> Cells:
         "mask": "an array" if close(call(ALLOWED), definition(query, key, value, ALLOWED)) else "no",
         "score": yes(any("bias" in name and "use" not in name for name in options)),
         "own": yes(any("attention" in name for name in options)),
-        "skip": yes(window < every / 2),
+        "skip": window_is_faster(attend, [x[0, 0] for x in inputs(1, 1, LONG, 64)], near_mask()),
         "backward": yes(np.isfinite(grads).all()),
         "captured": NOT,
         "empty": of_empty(call(EMPTY)[0, :, 3], value),
@@ -774,12 +826,12 @@ def main() -> None:
     answers = {name: tried(name) for name in PEERS}
     show(table(answers, link=False))
     if options.markdown:
-        versions = [
+        numbers = [
             f"{package} {number}" for answer in answers.values() for package, number in answer["versions"].items()
         ]
         from attnax import __version__
 
-        text = f"{datetime.date.today():%d %B %Y}, on a CPU: attnax {__version__}, {', '.join(versions)}."
+        text = f"{datetime.date.today():%d %B %Y}, on a CPU: attnax {__version__}, {', '.join(numbers)}."
         write_section(options.markdown, "make bench-compare", f"{text}\n\n{markdown_table(table(answers, link=True))}")
 
 
