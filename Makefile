@@ -33,7 +33,8 @@ help:
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
 .PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-processes bench-speculative bench-gpu docs docs-serve notebooks notebooks-quick clean
+.PHONY: bench-checkpoints bench-processes bench-speculative bench-compare bench-gpu docs docs-serve
+.PHONY: notebooks notebooks-quick clean
 
 train: $(VENV)/.train
 	$(BIN)/attnax train
@@ -212,6 +213,10 @@ bench-processes: $(VENV)/.dev
 bench-speculative: $(VENV)/.dev
 	$(BENCH) benchmarks/speculative.py --markdown docs/understand/speculative-cpu.md
 
+# What other libraries have, by trying them.
+bench-compare: $(VENV)/.compare $(TORCH)/.compare
+	$(BIN)/python benchmarks/compare.py --markdown docs/compare/index.md
+
 # On a machine with an NVIDIA GPU, like test-gpu; compares with PyTorch too if torch is installed.
 bench-gpu:
 	PYTHONPATH=. "$(or $(ASKED),python3)" benchmarks/gpu.py --markdown docs/understand/attention-gpu.md --json docs/understand/attention-gpu.json
@@ -295,6 +300,10 @@ $(VENV)/.mutants: $(VENV)/.dev
 	@$(call INSTALL,$(VENV),cosmic_ray)
 	@touch $@
 
+$(VENV)/.compare: $(VENV)/.dev
+	@$(call INSTALL,$(VENV),equinox)
+	@touch $@
+
 $(VENV)/.dist: $(VENV)/.made constraints.txt | same-python
 	@$(call INSTALL,$(VENV),build twine)
 	@touch $@
@@ -304,6 +313,10 @@ $(TORCH)/.made: pyproject.toml constraints.txt
 	@test -x $(TORCH)/bin/python || $(call MAKE_VENV,$(TORCH),$(OLDEST))
 	@$(call INSTALL,$(TORCH),torch==2.13.0 transformers==5.24.0 -e ".[pretrained]")
 	@$(call INSTALL,$(TORCH),$(MODEL))
+	@touch $@
+
+$(TORCH)/.compare: $(TORCH)/.made
+	@$(call INSTALL,$(TORCH),x-transformers accelerate peft)
 	@touch $@
 
 # Triton is not in constraints.txt, because PyTorch pins another version.
