@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import two_trainers
 from children import ROOT
 
 from attnax.cli.stopwatch import TIMED
@@ -149,6 +150,28 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
         printed = process.communicate()[0]
     assert process.returncode == 0, printed
     check_same(out, undisturbed)
+
+
+@pytest.mark.contract
+def test_wrong_use_ends_both_processes_and_is_not_tried_again(launcher, tmp_path):
+    words = ["train", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run")]
+    with launcher(2, 1, *words, restarts=3) as process:
+        printed = process.communicate()[0]
+    assert process.returncode == 2 and "no such file or folder" in printed and "attempt 2" not in printed, printed
+
+
+@pytest.mark.thorough
+def test_two_processes_of_two_devices_repeat_their_bits_and_have_the_losses_of_one_device(launcher):
+    alone, _ = two_trainers.train(None)
+    with launcher(2, 2, sys.executable, two_trainers.__file__) as process:
+        printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    for number in range(2):
+        lines = re.findall(rf"^\[{number}\] (\S+=\S+) (True|False) (.*)$", printed, re.MULTILINE)
+        assert tuple(layout for layout, *_ in lines) == two_trainers.LAYOUTS
+        for layout, repeats, losses in lines:
+            assert repeats == "True", layout
+            assert [float(loss) for loss in losses.split()] == pytest.approx(alone, rel=1e-5), layout
 
 
 @pytest.mark.thorough
