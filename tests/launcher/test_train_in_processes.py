@@ -20,7 +20,7 @@ from children import ROOT
 from attnax.cli.stopwatch import TIMED
 from attnax.training import RunFolder, checkpoint_arrays, checkpoint_steps, restore_items
 
-LIMIT = 300  # seconds for a launcher
+LIMIT = 1200  # seconds for a launcher
 FLAGS = [
     *("--tokenizer", "bytes", "--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--num-layers", "1"),
     *("--max-len", "32", "--batch-size", "2", "--accumulate", "2", "--dropout-rate", "0.1", "--ema", "0.9"),
@@ -77,15 +77,14 @@ def wait_for(launcher, folder, step):
 
 def process_of(launcher, number, *ended):
     """The process of this number, a child of the launcher that is none of those which have ended."""
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until:
+    while launcher.poll() is None:
         for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                 if int(child) not in ended and f"JAX_PROCESS_ID={number}".encode() in variables:
                     return int(child)
         time.sleep(0.01)
-    return pytest.fail(f"process {number} does not start")
+    return pytest.fail(launcher.stdout.read())
 
 
 def last_state(folder):
