@@ -31,14 +31,14 @@ class Devices:
         part: which part of the rows of a batch this process gives, and of how many; (0, 1) if it gives all.
 
     Raises:
-        ValueError: the devices of a process hold rows that are no such part.
+        ValueError: a process has none of the devices, or those of a process hold rows that are no such part.
     """
 
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
         self._is_shared = mesh is not None and jax.process_count() > 1
         self.part = (0, 1)
-        if mesh is not None and jax.process_count() > 1:
+        if mesh is not None and self._is_shared:
             owners = {device.process_index for device in mesh.devices.flat}
             if len(owners) < jax.process_count():
                 raise ValueError(

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from attnax import TransformerConfig
+from attnax import Layout, TransformerConfig
 from attnax.training import OptimizerConfig, Trainer, causal_lm
-from attnax.training.devices import part_of
+from attnax.training.devices import Devices, part_of
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_processes_without_a_layout_would_each_train_their_own(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"2 processes must have a layout.* Take Layout\(\)."):
         Trainer(model, causal_lm(), OptimizerConfig(steps=1))
+
+
+def test_devices_of_one_process_alone_are_refused_beside_others(monkeypatch):
+    mesh = Layout().mesh()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"devices must be some of each of the 2 processes; got those of \[0\]"):
+        Devices(mesh)
