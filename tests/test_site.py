@@ -124,7 +124,7 @@ def test_bars_are_as_long_as_the_numbers_and_a_loss_is_marked():
         ("one line, T 128", []),
     ]
     assert "Attnax: not timed" in html and "</i>a, b</span>" in html and "<details" not in html
-    assert "Attnax is slower in 1 of 3" in html.partition(">")[0]
+    assert "Attnax is slower in 1 of 2" in html.partition(">")[0]
     assert drawn(**plot, scale="own")[1][0][1] == [("a0", "0.8000", "4.0"), ("o0", "1.0000", "5.0")]
     assert drawn(**plot | {"unit": "more is better"})[1][0][0] == "full, T 64 <em>worse</em>"
     assert drawn([TABLE[0], *20 * TABLE[1:3]], **plot)[0].startswith('<details class="bars-folded"><summary>Bars: ms')

@@ -108,14 +108,14 @@ def _label(header: str, cell: str) -> str:
     return f"{header} {cell}".strip() if re.fullmatch(NUMBER, cell) else cell
 
 
-def loses(plot: Plot, ours: Sequence[int], figures: Sequence[Figure]) -> bool:
-    """Whether another bar of a group is better than the best of Attnax's."""
+def loses(plot: Plot, ours: Sequence[int], figures: Sequence[Figure]) -> bool | None:
+    """Whether another bar of a group is better than the best of Attnax's; None if there is nothing to compare."""
     better = re.search(r"(less|more) is better", plot.unit)
     values = {i: x.value for i, x in enumerate(figures) if x.value is not None}
     mine = [value for i, value in values.items() if i in ours]
     others = [value for i, value in values.items() if i not in ours]
     if not (better and mine and others):
-        return False
+        return None
     return min(mine) > min(others) if better[1] == "less" else max(mine) < max(others)
 
 
@@ -179,7 +179,8 @@ def draw(plot: Plot, header: Sequence[str], rows: Sequence[Sequence[str]]) -> st
             elif figure.text:
                 body.append(f'<div class="bars-note">{escape(f"{series[i]}: {figure.text}")}</div>')
         body.append("</div></div>")
-    count = [f"Attnax is {worse} in {sum(lost)} of {len(groups)}"] if any(lost) else []
+    compared = [loss for loss in lost if loss is not None]
+    count = [f"Attnax is {worse} in {sum(compared)} of {len(compared)}"] if any(compared) else []
     about = escape("; ".join([plot.unit or ", ".join(series), *scale.words, *count]))
     keys = [f'<span class="{colours[i]}"><i></i>{escape(name)}</span>' for i, name in enumerate(series)]
     folded = len(drawn) > MOST_OPEN
