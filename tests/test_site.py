@@ -15,6 +15,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 import offline  # noqa: E402
 import public_names  # noqa: E402
 
+TOCTREE = re.compile(r"^```\{toctree\}\n:caption: (.+)\n(?::\w+:\n)*\n((?:.+\n)+)```$", re.MULTILINE)
 NAMES = re.compile(r"^\.\. names:: (\S+)\n\n((?:   \w+\n)+)", re.MULTILINE)
 
 
@@ -68,3 +69,11 @@ def test_what_is_loaded_from_outside_is_found(name, text):
 )
 def test_links_and_own_files_are_not(name, text):
     assert offline.loaded_from_outside(name, text) == []
+
+
+def test_no_page_has_the_name_of_its_part_of_the_navigation():
+    parts = TOCTREE.findall((DOCS / "index.md").read_text())
+    assert len(parts) > 5
+    for caption, pages in parts:
+        firsts = [DOCS / f"{page}.md" for page in pages.split() if (DOCS / f"{page}.md").exists()]
+        assert caption not in [page.read_text().splitlines()[0].removeprefix("# ") for page in firsts]
