@@ -141,7 +141,7 @@ installed:
 wheel: dist
 	$(MAKE) installed
 
-# The links of the documentation and of pyproject.toml that lead out of the repository. `make test` checks the other ones.
+# The links of the documentation, docstrings and pyproject.toml that lead out of the repository. `make test` checks the other ones.
 links:
 	"$(PYTHON)" tests/outside_links.py
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -13,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 README, GETTING_STARTED = ROOT / "README.md", ROOT / "docs" / "start" / "getting-started.md"
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+HOME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+# How README names a file of the repository: PyPI shows it too, and a relative link would lead nowhere there.
+IN_REPOSITORY = (f"{HOME}/blob/main/", f"{HOME.replace('//github.com/', '//raw.githubusercontent.com/')}/main/")
 SITE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, *(page for page in SITE if PYTHON.search(page.read_text()))]
 
@@ -91,16 +95,33 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page):
+    """The links of a page, as paths in the repository or from the page; those that lead elsewhere are left out."""
+    for link in ("".join(found) for found in LINK.findall(CODE.sub("", page.read_text()))):
+        start = next((address for address in IN_REPOSITORY if link.startswith(address)), None)
+        if start is not None:
+            yield link, ROOT, link.removeprefix(start)
+        elif "://" not in link:
+            yield link, page.parent, link
+
+
 def test_links_lead_to_files_and_headings():
-    broken, links = [], 0
+    broken, count = [], 0
     for page in (*sorted(ROOT.glob("*.md")), *SITE):
-        for link in ("".join(found) for found in LINK.findall(CODE.sub("", page.read_text()))):
-            if "://" in link:
-                continue
-            path, _, anchor = link.partition("#")
-            target = page.parent / path if path else page
-            links += 1
+        for link, folder, place in links(page):
+            path, _, anchor = place.partition("#")
+            target = folder / path if path else page
+            count += 1
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 broken.append((page.name, link))
-    assert links > 50
+    assert count > 50
     assert broken == []
+
+
+def test_readmes_links_work_where_the_repository_is_not():
+    text = CODE.sub("", README.read_text())
+    found = list(links(README))
+    assert len(found) > 20
+    assert [link for link, _, place in found if link == place] == []
+    used = set(re.findall(r"\]\[([^\]]+)\]", text))
+    assert used == set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))

@@ -16,6 +16,7 @@ import bar_plot  # noqa: E402
 import offline  # noqa: E402
 import public_names  # noqa: E402
 
+TOCTREE = re.compile(r"^```\{toctree\}\n:caption: (.+)\n(?::\w+:\n)*\n((?:.+\n)+)```$", re.MULTILINE)
 NAMES = re.compile(r"^\.\. names:: (\S+)\n\n((?:   \w+\n)+)", re.MULTILINE)
 
 
@@ -172,3 +173,11 @@ def test_there_are_colours_for_four():
     with pytest.raises(bar_plot.BarsError, match="colours for 4 bars of Attnax and 4 others"):
         drawn(table, values="a, b, c, d, e")
     assert len(drawn(table, values="a, b, c, d, e", attnax="a")[1][0][1]) == 5
+
+
+def test_no_page_has_the_name_of_its_part_of_the_navigation():
+    parts = TOCTREE.findall((DOCS / "index.md").read_text())
+    assert len(parts) > 5
+    for caption, pages in parts:
+        firsts = [DOCS / f"{page}.md" for page in pages.split() if (DOCS / f"{page}.md").exists()]
+        assert caption not in [page.read_text().splitlines()[0].removeprefix("# ") for page in firsts]

@@ -41,9 +41,10 @@ def cached_attention(
             `append`. In a ring with a window, queries attend only the window and the sinks of the ring.
         query_positions: int32 (T,) or (batch, T), the index of each query in its row's text; -1 is padding, whose
             result has no meaning.
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array. Column j of an
-            array is position j; if it has fewer columns than max_len, later positions are not attended. Its rows are
-            the T queries in order, or, if there are max_len of them, positions. An axis of size 1 holds for all.
+        mask: True to attend, by default all tokens in the cache, later ones too: a Mask, a function
+            `(b, h, q, kv) -> bool`, or a boolean array. Column j of an array is position j; if it has fewer columns
+            than max_len, later positions are not attended. Its rows are the T queries in order, or, if there are
+            max_len of them, positions. An axis of size 1 holds for all.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout.
         dropout_rate: probability of dropping each attention weight.

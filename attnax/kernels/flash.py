@@ -77,8 +77,8 @@ def memory_efficient_attention(
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
         key: (batch, num_kv_heads, seq_kv, head_dim); num_heads is a multiple of num_kv_heads.
         value: (batch, num_kv_heads, seq_kv, value_dim).
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-            (batch, num_heads, seq_q, seq_kv).
+        mask: True to attend, by default all: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that
+            broadcasts to (batch, num_heads, seq_q, seq_kv).
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores. Captured JAX arrays get gradients. Traced
             indices cannot index a captured NumPy array (NumPy raises the error): make it a JAX array.
         dropout_rng: key of the attention dropout.

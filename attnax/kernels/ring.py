@@ -63,7 +63,7 @@ def ring_attention(
         query: (batch, num_heads, seq_q / P, head_dim), this device's part of the queries.
         key: (batch, num_kv_heads, seq_kv / P, head_dim).
         value: (batch, num_kv_heads, seq_kv / P, value_dim).
-        mask: of the whole sequence, the same on every device: indices are global, arrays broadcast to
+        mask: of the whole sequence, the same on every device, by default none: indices are global, arrays broadcast to
             (batch, num_heads, seq_q, seq_kv).
         score_mod: of the whole sequence, with global indices.
         dropout_rng: the same key on every device drops the weights that one device would drop.

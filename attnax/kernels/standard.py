@@ -59,8 +59,8 @@ def standard_attention(
         query: (batch, num_heads, seq_q, head_dim), any floating dtype.
         key: (batch, num_kv_heads, seq_kv, head_dim); num_heads is a multiple of num_kv_heads.
         value: (batch, num_kv_heads, seq_kv, value_dim).
-        mask: True to attend: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-            (batch, num_heads, seq_q, seq_kv). A query with nothing to attend gives exactly 0.
+        mask: True to attend, by default all: a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that
+            broadcasts to (batch, num_heads, seq_q, seq_kv). A query with nothing to attend gives exactly 0.
         score_mod: `(scores, b, h, q, kv) -> scores` on the scaled scores; -inf counts as masked.
         dropout_rng: key of the attention dropout, needed when `deterministic` is False and the rate is above 0.
         dropout_rate: probability of dropping each attention weight.

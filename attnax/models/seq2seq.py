@@ -48,6 +48,9 @@ class TransformerOptions(SelfAttentionOptions, total=False):
 class Transformer(nnx.Module):
     """Reads a source with an encoder and writes a target with a decoder that attends the source.
 
+    The tokens of the source all attend each other. Those of the target attend under a causal mask, which the
+    `self_mask` of a call replaces.
+
     Called as `Transformer(rngs, config)`, with two configs as `Transformer(rngs, encoder, decoder)`, or with the fields
     of EncoderDecoderConfig as keywords.
 

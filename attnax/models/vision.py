@@ -124,8 +124,8 @@ class VisionTransformer(nnx.Module):
 
         Args:
             images: (batch, height, width, channels), floating.
-            mask: True to attend, of every layer; indices count tokens. A Mask, a function `(b, h, q, kv) -> bool`, or a
-                boolean array that broadcasts to (batch, num_heads, T, T).
+            mask: True to attend, by default all, of every layer; indices count tokens. A Mask, a function
+                `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to (batch, num_heads, T, T).
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             score_mod: applied to the attention scores of every layer; indices count tokens.
             rngs: randomness of the dropout, instead of the stored streams.

@@ -56,7 +56,10 @@ class MultiHeadOptions(SelfAttentionOptions, total=False):
 class MultiHeadAttention(nnx.Module):
     """Grouped multi-head attention, of x to itself or to a context.
 
-    Called as `MultiHeadAttention(rngs, config)` or with keywords.
+    Called as `MultiHeadAttention(rngs, config)` or with fields of BlockConfig as keywords; without a config, other
+    fields have the defaults of BlockConfig. By default no mask is applied, and each token attends all tokens, later
+    ones too: pass `mask=causal()` where tokens must not see later tokens. Only a config's `attention_window` hides
+    keys of itself, those of self-attention that are too far away.
 
     Args:
         rngs: for the initial weights and the stored dropout stream.
@@ -191,10 +194,10 @@ class MultiHeadAttention(nnx.Module):
         Args:
             x: (batch, T, in_features).
             context: (batch, S, context_features) for cross-attention, or its `keys_values`; by default x.
-            mask: True to attend; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that broadcasts to
-                (batch, num_heads, T, S). With a cache, column j of an array is position j of the row's text,
-                padding not counted; positions without a column are hidden. Row i is token i of x, or position i if the
-                array has max_len rows.
+            mask: True to attend, by default all; a Mask, a function `(b, h, q, kv) -> bool`, or a boolean array that
+                broadcasts to (batch, num_heads, T, S). With a cache, column j of an array is position j of the row's
+                text, padding not counted; positions without a column are hidden. Row i is token i of x, or position i
+                if the array has max_len rows.
             deterministic: no dropout; None means the attribute that `train()` and `eval()` set, initially True.
             position_ids_q: positions of x, (T,) or (batch, T), for RoPE and for the cache, by default 0 ... T - 1, or
                 the positions after the cache; -1 marks padding. Without a cache, masks and score mods are read at

@@ -114,7 +114,8 @@ class EncoderBlock(nnx.Module):
     """Self-attention, then a feed-forward; under a causal mask, the block of a decoder-only model.
 
     Called as `EncoderBlock(rngs, config)`, `EncoderBlock(rngs, d_model=512, num_heads=8, d_ff=2048, ...)` or
-    `EncoderBlock(rngs, 512, 8, 2048, ...)`.
+    `EncoderBlock(rngs, 512, 8, 2048, ...)`. By default no mask is applied: pass `mask=causal()` where tokens must not
+    see later tokens.
 
     Args:
         rngs: for the initial weights and the stored dropout streams.

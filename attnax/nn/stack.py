@@ -58,7 +58,8 @@ class Stack(nnx.Module):
     The program loops over the leading axis of that block. Blocks after the last whole period stay in `blocks`.
 
     A block is a module with `run(x, **options) -> Output`. It takes every option that the model hands down, and returns
-    the stream in its shape and dtype, the new cache if it gets one, and losses of its own in `aux`.
+    the stream in its shape and dtype, the new cache if it gets one, and losses of its own in `aux`. A stack
+    adds no mask to those options.
 
     State that passes from block to block within a call is the carry: a pytree of arrays. `init_carry(x, input_ids)` of
     the first block that has this method makes it, from the stream that enters the stack, (batch, T, d_model), and the
