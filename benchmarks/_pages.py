@@ -1,11 +1,11 @@
-"""Tables of results: printed, as Markdown, and in a page of the documentation."""
+"""Tables of results: printed, as Markdown, as bars, and in a page of the documentation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["markdown_table", "show", "write_kind", "write_section"]
+__all__ = ["bars", "markdown_table", "show", "write_kind", "write_section"]
 
 _END = "<!-- end -->"
 
@@ -39,6 +39,12 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the header."""
     header, *rest = ("| " + " | ".join(cells) + " |" for cells in rows)
     return "\n".join([header, "|" + "---|" * len(rows[0]), *rest])
+
+
+def bars(*values: str, **options: object) -> str:
+    """The directive that draws some columns of the table before it; `docs/_ext/bar_plot.py` describes the options."""
+    given = {"values": ", ".join(values), **options}
+    return "\n".join(["```{bars}", *(f":{name}: {value}" for name, value in given.items()), "```"])
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _flops import attention_flops
-from _pages import markdown_table, write_section
+from _pages import bars, markdown_table, write_section
 from _tpu_collectives import Collective, Program
 from aot import captured, head
 
@@ -353,6 +353,7 @@ def section(results: list[tuple[Row, Facts]]) -> str:
             "by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
             "Kernels are calls in each layer. The last column is the compiler's time on all processors together.",
             markdown_table(of_device),
+            bars("state GB", "temporaries GB", labels="model, layout, batch", unit="GB, less is better"),
             "GB that a device receives in a step, in the program / by formula:",
             markdown_table(of_bytes),
         ]

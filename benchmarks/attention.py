@@ -27,7 +27,7 @@ from _cpu_cases import CASES, HEAD_DIM, HEADS, Job, run_side
 from _flops import share
 from _machine import Machine
 from _machine import measure as measure_machine
-from _pages import markdown_table, show, write_kind
+from _pages import bars, markdown_table, show, write_kind
 from _pairs import Side, peer_version, side_command, started, take_turns
 
 SIDES = {
@@ -37,6 +37,7 @@ SIDES = {
     "sdpa": "torch SDPA",
     "flex": "torch Flex",
 }
+TELL_MEMORY = ("attnax", "standard", "jax.nn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +165,8 @@ def header(sides: Sequence[str]) -> list[str]:
     cells = ["case", "pass", "T"]
     for side in sides:
         cells += [f"{SIDES[side]} ms", "of peak"]
-        if side in ("attnax", "standard", "jax.nn"):
-            cells.append("MiB")
+        if side in TELL_MEMORY:
+            cells.append(f"{SIDES[side]} MiB")
         if side != "sdpa":
             cells.append("compile s")
         if side != "attnax" and "attnax" in sides:
@@ -181,7 +182,7 @@ def cells_of(job: Job, sides: Sequence[str], rows: Mapping[str, Mapping[str, Any
         timed = f"{1e3 * row['min']:.1f} / {1e3 * row['median']:.1f}" if "median" in row else "not timed"
         able = "median" in row and "reason" not in row
         cells += [row.get("reason", timed), share(job.flops, row["median"], peak) if able else "-"]
-        if side in ("attnax", "standard", "jax.nn"):
+        if side in TELL_MEMORY:
             cells.append(f"{row['temporary_bytes'] / 2**20:.1f}" if "temporary_bytes" in row else "-")
         if side != "sdpa":
             cells.append(f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "-")
@@ -209,9 +210,19 @@ def goal_cells(figures: Figures, kind: str) -> list[list[str]]:
     return lines
 
 
-def markdown(title: str, tables: Sequence[Sequence[Sequence[str]]]) -> str:
+def plots(sides: Sequence[str]) -> list[str]:
+    """Bars of the medians, and of the memory of the sides that tell it."""
+    common = {"labels": "case, pass, T", "scale": "own"}
+    times = bars(*(f"{SIDES[side]} ms" for side in sides), unit="ms, less is better", number=2, **common)
+    tell = [f"{SIDES[side]} MiB" for side in sides if side in TELL_MEMORY]
+    return [times, bars(*tell, unit="MiB, less is better", **common)] if tell else [times]
+
+
+def markdown(title: str, sides: Sequence[str], table: Sequence[Sequence[str]], goals: Sequence[Sequence[str]]) -> str:
+    """The section of a page; `goals` is empty, or a table with a header."""
+    tables = [markdown_table(table), *plots(sides), *([markdown_table(goals)] if goals else [])]
     cases = "\n".join(f"- {name}: {case.words}" for name, case in CASES.items())
-    return "\n\n".join([title, *map(markdown_table, tables), LEGEND, cases]) + "\n"
+    return "\n\n".join([title, *tables, LEGEND, cases]) + "\n"
 
 
 def write_figures(path: Path, machine: Machine, title: str, figures: Figures) -> None:
@@ -300,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(goals)
     print(f"\n{LEGEND}")
     if options.markdown:
-        text = markdown(title, [table, goals] if len(goals) > 1 else [table])
+        text = markdown(title, sides, table, goals if len(goals) > 1 else [])
         write_kind(options.markdown, "make bench", machine.kind, text)
     return 0
 

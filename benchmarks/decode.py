@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from _flops import attention_flops, linear_flops, share
+from _pages import bars
 
 Prepared = tuple[Callable[[], Any] | None, dict[str, Any]]
 
@@ -353,15 +354,17 @@ def generate_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     ratios = [f"{name} / {HUGGING_FACE}" for name in names[:2]]
     lines = [f"Greedy, {plan.prompt} tokens of prompt and {plan.new} new tokens, tokens a second of whole calls.", ""]
     columns = head("batch", *with_share(names), *ratios)
+    ours = f"{CONTIGUOUS}, {PAGED}"
     lines += columns
     for case, times in measured[::2]:
         cells = [shared(rate(times[name], case["batch"] * plan.new), case, times[name], peak) for name in names]
         lines.append(row(case["batch"], *itertools.chain(*cells), *(ratio(times, name) for name in names[:2])))
+    lines += ["", bars(*names, attnax=ours, unit="tokens a second, more is better")]
     lines += ["", f"Time to the first token, {plan.prompt} tokens of prompt, ms.", "", *columns]
     for case, times in measured[1::2]:
         cells = [shared(milliseconds(times[name]), case, times[name], peak) for name in names]
         lines.append(row(case["batch"], *itertools.chain(*cells), *(ratio(times, name) for name in names[:2])))
-    return lines
+    return [*lines, "", bars(*names, attnax=ours, unit="ms, less is better", scale="own")]
 
 
 def steps_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
@@ -389,7 +392,8 @@ def steps_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
         cells = [shared(milliseconds(times[name], STEPS), case, times[name], peak) for name in names]
         ratios = [ratio(times, name) for name in names[:2]]
         lines.append(row(case["batch"], case["capacity"], case["filled"], *itertools.chain(*cells), *ratios))
-    return lines
+    labels, ours = "batch, capacity, tokens in it", f"{CONTIGUOUS}, {PAGED}"
+    return [*lines, "", bars(*names, labels=labels, attnax=ours, unit="ms, less is better", scale="own")]
 
 
 def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
@@ -416,6 +420,8 @@ def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     error = ask(common | {"work": "errors"})
     lines += [
         "",
+        bars("float32", "int8", unit="tokens a second, or ms", scale="own"),
+        "",
         f"Log-probabilities after each of {plan.new} forced tokens that follow a prompt of {plan.prompt}, random "
         f"weights, int8 against float32: largest difference {error['max']:.1e}, root mean square {error['rms']:.1e}.",
         "",
@@ -427,7 +433,7 @@ def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     for label, size in (("contiguous", None), (f"ring of attention_window={window}", window)):
         case = common | {"work": "bytes", "capacity": capacity, "window": size}
         lines.append(row(label, *(f"{ask(case, name)['bytes'] / 2**20:.1f}" for name in names)))
-    return lines
+    return [*lines, "", bars("float32", "int8", unit="MiB, less is better", scale="own")]
 
 
 PARTS = {"generate": generate_tables, "steps": steps_tables, "storage": storage_tables}

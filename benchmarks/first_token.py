@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from _machine import Machine, measure
-from _pages import markdown_table, write_kind
+from _pages import bars, markdown_table, write_kind
 
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "d_model": 768, "num_heads": 12, "num_layers": 12, "d_ff": 3072}
 SHAPE["max_len"] = 2048
@@ -150,6 +150,7 @@ def report(machine: Machine, rounds: int) -> str:
             seconds = medians([result[name] for result in results])
             cells = [f"{seconds[column]:.2f}" for column in columns]
             rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
+    drawn = bars(*columns, unit="s, less is better")
     tokens = markdown_table(rows)
     rows = [("training step", "equations", *columns)]
     for length in (64, 1024):
@@ -158,7 +159,7 @@ def report(machine: Machine, rounds: int) -> str:
             cells = [f"{step[column]:.2f}" for column in columns]
             rows.append((f"{attention_type}, T={length}", f"{step['equations']:.0f}", *cells))
     title = f"{machine.line}; jax {version('jax')}, Python {platform.python_version()}; medians of {rounds} processes"
-    return f"{title}, in seconds.\n\n{tokens}\n\n{markdown_table(rows)}\n"
+    return f"{title}, in seconds.\n\n{tokens}\n\n{drawn}\n\n{markdown_table(rows)}\n\n{drawn}\n"
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the tables here, by kind of machine")
     options = parser.parse_args()
     from _machine import measure
-    from _pages import markdown_table, write_kind
+    from _pages import bars, markdown_table, write_kind
     from _pairs import peer_version, serve_cases, side_command, started, take_turns
 
     if options.side == "attnax":
@@ -215,7 +215,9 @@ def main() -> None:
             step.append([name, f"{about[name]['compile_s']:.1f}", *times])
     versions = f"jax {version('jax')}, torch {peer_version('torch')}"
     title = f"{machine.line}; float32, {versions}; medians (minima)"
-    text = "\n\n".join([title, markdown_table(forward), markdown_table(step), LEGEND])
+    drawn = bars(*(f"{name} ms" for name in names), unit="ms, less is better", scale="own")
+    deep = bars("compile s", "step ms", by="column", scale="own", unit="s and ms, less is better")
+    text = "\n\n".join([title, markdown_table(forward), drawn, markdown_table(step), deep, LEGEND])
     print(f"\n{text}")
     if options.markdown:
         write_kind(options.markdown, "make bench-models", machine.kind, text)

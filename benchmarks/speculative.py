@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _pages import bars
 from decode import forced_log_probs, head, rate, ratio, row
 
-PLAIN = "no draft"
+PLAIN, ALONE = "no draft", "the draft alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,7 @@ def write(plan: Plan, text: Text, target: Any, draft: Any, temperature: float) -
     variants: dict[str, Any] = {PLAIN: functools.partial(target.generate, **options)}
     for count in plan.drafted:
         variants[str(count)] = functools.partial(target.generate, draft=draft, num_draft_tokens=count, **options)
-    variants["the draft alone"] = functools.partial(draft.generate, **options)
+    variants[ALONE] = functools.partial(draft.generate, **options)
 
     def one_round(generate: Any) -> tuple[float, list[Any]]:
         start = time.perf_counter()
@@ -274,6 +275,7 @@ def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
                 same = f"{run['same']} of {plan.num_prompts}" if float(temperature) == 0 else ""
             speed = ratio(seconds, name, PLAIN)
             lines.append(row(name, rate(run["seconds"], tokens), f"{tokens / steps:.2f}", kept, speed, same))
+        lines += ["", bars("tokens a second", without=ALONE, unit="tokens a second, more is better")]
     it = about["storage"]
     lines += [
         "",

@@ -21,6 +21,7 @@ extensions = [
     "offline",
     "command_help",
     "api",
+    "bars",
 ]
 exclude_patterns = ["_ext", "**.ipynb_checkpoints"]
 

@@ -1,4 +1,4 @@
-"""The code of the site, without Sphinx: every public name has a place, and what is loaded from outside is noticed.
+"""The code of the site, without Sphinx: names have places, loads from outside are noticed, bars are as long as numbers.
 
 `make docs` builds the site and checks the rest.
 """
@@ -12,6 +12,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 
+import bar_plot  # noqa: E402
 import offline  # noqa: E402
 import public_names  # noqa: E402
 
@@ -68,3 +69,106 @@ def test_what_is_loaded_from_outside_is_found(name, text):
 )
 def test_links_and_own_files_are_not(name, text):
     assert offline.loaded_from_outside(name, text) == []
+
+
+TABLE = [
+    ["case", "T", "Attnax ms", "a, b ms", "of peak", "of peak"],
+    ["full", "64", "2.0 / 4.0", "1.0 / 5.0", "50%", "-"],
+    ["causal", "64", "3.0 / 6.0", "2.0 / 3.0", "20%", "-"],
+    ["one line", "128", "not timed", "-", "-", "-"],
+]
+
+
+@pytest.mark.parametrize(
+    ("cell", "number", "text", "value"),
+    [
+        ("53.3 / 54.6", 1, "53.3", 53.3),
+        ("53.3 / 54.6", 2, "54.6", 54.6),
+        ("16.5 (16.3)", 1, "16.5", 16.5),
+        ("1.63x", 1, "1.63x", 1.63),
+        ("62%", 1, "62%", 62),
+        ("1377 ms", 1, "1377 ms", 1377),
+        ("25,437,696", 1, "25,437,696", 25437696),
+        ("3.2e-07", 1, "3.2e-07", 3.2e-7),
+        ("3474 (dense mask)", 1, "3474 (dense mask)", 3474),
+        ("43-48", 1, "43-48", 43),
+        ("no backward on CPU", 2, "no backward on CPU", None),
+        ("-", 1, "", None),
+        ("", 1, "", None),
+    ],
+)
+def test_a_cell_is_a_figure_or_words(cell, number, text, value):
+    assert bar_plot.read_cell(cell, number) == bar_plot.Figure(text, value)
+
+
+@pytest.mark.parametrize("cell", ["6 of 6", "PyTorch: 1322 ms", "about 5", "5 / 6 / 7", "-3", "1,23", "1e", "<1"])
+def test_another_cell_with_digits_is_refused(cell):
+    with pytest.raises(bar_plot.BarsError, match=f'words without digits; got "{re.escape(cell)}"'):
+        bar_plot.read_cell(cell)
+
+
+def drawn(table=TABLE, **options):
+    """For each group: its label, and the lengths, names of colours and texts of its bars."""
+    html = bar_plot.draw(bar_plot.Plot(**options), table[0], table[1:])
+    bar = re.compile(r'bars-bar (\w+)"><i style="--part: ([\d.]+)"></i>([^<]*)')
+    groups = html.split('bars-label">')[1:]
+    return html, [(each.partition("</div>")[0], bar.findall(each)) for each in groups]
+
+
+def test_bars_are_as_long_as_the_numbers_and_a_loss_is_marked():
+    plot = {"values": "Attnax ms, a, b ms", "labels": "case, T", "unit": "ms, less is better", "number": 2}
+    html, groups = drawn(**plot)
+    assert groups == [
+        ("full, T 64", [("a0", "0.6667", "4.0"), ("o0", "0.8333", "5.0")]),
+        ("causal, T 64 <em>slower</em>", [("a0", "1.0000", "6.0"), ("o0", "0.5000", "3.0")]),
+        ("one line, T 128", []),
+    ]
+    assert "Attnax: not timed" in html and "</i>a, b</span>" in html and "<details" not in html
+    assert "Attnax is slower in 1 of 3" in html.partition(">")[0]
+    assert drawn(**plot, scale="own")[1][0][1] == [("a0", "0.8000", "4.0"), ("o0", "1.0000", "5.0")]
+    assert drawn(**plot | {"unit": "more is better"})[1][0][0] == "full, T 64 <em>worse</em>"
+    assert drawn([TABLE[0], *20 * TABLE[1:3]], **plot)[0].startswith('<details class="bars-folded"><summary>Bars: ms')
+
+
+def test_columns_are_groups_on_request():
+    _, groups = drawn(values="Attnax ms, a, b ms", by="column", without="one line", attnax="full", full=4)
+    assert groups == [
+        ("Attnax ms", [("a0", "0.5000", "2.0"), ("o0", "0.7500", "3.0")]),
+        ("a, b ms", [("a0", "0.2500", "1.0"), ("o0", "0.5000", "2.0")]),
+    ]
+
+
+def test_a_logarithmic_scale_begins_below_the_least():
+    table = [["", "error"], ["first", "1e-07"], ["second", "1e-06"], ["third", "0"]]
+    html, groups = drawn(table, values="error", scale="log")
+    assert [bars[0][1:] for _, bars in groups] == [("0.5000", "1e-07"), ("1.0000", "1e-06"), ("0.0000", "0")]
+    assert "logarithmic, from 1e-08" in html
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": "torch"}, "the table has no column \"torch\"; it has 'case', 'T', 'Attnax ms'"),
+        ({"values": "Attnax ms,"}, None),
+        ({"values": "Attnax ms of peak"}, 'has no column "Attnax ms of peak"'),
+        ({"values": "of peak"}, 'the table has 2 columns "of peak"'),
+        ({"values": "Attnax ms", "labels": "name"}, 'has no column "name"'),
+        ({"values": "Attnax ms", "without": "padding"}, 'has no row "padding"'),
+        ({"values": "Attnax ms", "attnax": "ours"}, 'has no bar "ours"'),
+        ({"values": "T", "number": 2}, 'number=2, but a cell has 1 of them: "64"'),
+        ({"values": "case"}, 'the columns "case" have no number above 0'),
+    ],
+)
+def test_what_the_table_lacks_is_named(options, message):
+    if message is None:
+        assert len(drawn(**options)[1]) == 3
+    else:
+        with pytest.raises(bar_plot.BarsError, match=re.escape(message)):
+            drawn(**options)
+
+
+def test_there_are_colours_for_four():
+    table = [["", *"abcde"], ["x", *"12345"]]
+    with pytest.raises(bar_plot.BarsError, match="colours for 4 bars of Attnax and 4 others"):
+        drawn(table, values="a, b, c, d, e")
+    assert len(drawn(table, values="a, b, c, d, e", attnax="a")[1][0][1]) == 5
