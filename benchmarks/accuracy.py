@@ -323,8 +323,8 @@ def tables(ask: Callable[[str, Problem, str], list[np.ndarray] | str], libraries
             for table, results in ((output, [0]), (gradients, [1, 2, 3])):
                 table.append([words, *(error_cell(found[name], want, results) for name in table[0][1:])])
                 print(dtype, *table[-1], sep="  ", flush=True)
-        parts += [f"### {dtype}, output", markdown_table(output), bars(*libraries, **options)]
-        parts += [f"### {dtype}, gradients", markdown_table(gradients), bars(*others, **options)]
+        parts += [f"## {dtype}, output", markdown_table(output), bars(*libraries, **options)]
+        parts += [f"## {dtype}, gradients", markdown_table(gradients), bars(*others, **options)]
     rows = [["case", *libraries]]
     for words, (problem, dtype, about) in QUESTIONS.items():
         arrays = problem.arrays(dtype)
@@ -332,7 +332,7 @@ def tables(ask: Callable[[str, Problem, str], list[np.ndarray] | str], libraries
         given = [ask(library, problem, dtype) for library in libraries]
         rows.append([words, *(x if isinstance(x, str) else answer(about, x, want, arrays[2]) for x in given)])
         print(*rows[-1], sep="  ", flush=True)
-    return "\n\n".join([*parts, "### Hidden NaN and empty rows", markdown_table(rows)])
+    return "\n\n".join([*parts, "## Hidden NaN and empty rows", markdown_table(rows)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -74,11 +74,11 @@ def test_a_table_has_a_line_for_each_problem_and_a_bar_for_each_library(monkeypa
         return want[:1] if library == accuracy.FLEX else [1.25 * x for x in want]
 
     text = accuracy.tables(ask, ["Attnax flash", "torch SDPA", accuracy.FLEX])
-    output, gradients = text.split("### bfloat16")[1:3]
+    output, gradients = text.split("## bfloat16")[1:3]
     row = next(line for line in output.splitlines() if line.startswith("| causal |")).split(" | ")
     assert row[1].startswith("2.5e-01 (") and row[2:4] == ["refused", "0.0e+00 (0.0e+00)"]
     assert 1e-3 < float(row[4].split()[0]) < 3e-3  # rounded once
-    assert accuracy.FLEX in output and accuracy.FLEX not in gradients.partition("###")[0]
+    assert accuracy.FLEX in output and accuracy.FLEX not in gradients.partition("## ")[0]
     assert text.count(":values: Attnax flash, torch SDPA\n") == len(accuracy.DTYPES)
     assert text.endswith("| NaN | error of 2.5e-01 | refused | none on a CPU |")
     assert "refused" in capsys.readouterr().out
