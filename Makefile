@@ -33,7 +33,7 @@ help:
 .PHONY: test-gpu aot aot-quick aot-scale aot-scale-quick aot-cuda aot-triton parity lint types dist installed wheel links
 .PHONY: nix-bin same-python
 .PHONY: bench bench-first-token bench-train bench-moe bench-models bench-decode bench-data bench-layouts bench-load
-.PHONY: bench-checkpoints bench-processes bench-speculative bench-compare bench-gpu docs docs-serve
+.PHONY: bench-checkpoints bench-processes bench-speculative bench-accuracy bench-compare bench-gpu docs docs-serve
 .PHONY: notebooks notebooks-quick clean
 
 train: $(VENV)/.train
@@ -212,6 +212,10 @@ bench-processes: $(VENV)/.dev
 # Trains its models first.
 bench-speculative: $(VENV)/.dev
 	$(BENCH) benchmarks/speculative.py --markdown docs/understand/speculative-cpu.md
+
+# Errors of attention against float64.
+bench-accuracy: $(VENV)/.dev $(TORCH)/.made
+	$(BENCH) benchmarks/accuracy.py --markdown docs/understand/accuracy-cpu.md
 
 # What other libraries have, by trying them.
 bench-compare: $(VENV)/.compare $(TORCH)/.compare

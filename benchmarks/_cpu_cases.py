@@ -181,7 +181,7 @@ def jax_nn_attention(case: str) -> Callable[..., Any]:
     return attend
 
 
-def _dense_bias(job: Job, extra: Arrays) -> np.ndarray:
+def dense_bias(job: Job, extra: Arrays) -> np.ndarray:
     """A bias that is not learned, as an array (1, N, T, S)."""
     change = CASES[job.case].change
     assert change is not None
@@ -231,7 +231,7 @@ def prepare_jax(side: str, job: Job) -> tuple[Work | None, dict[str, Any]]:
     if "mask" in extra:
         extra = {"mask": job.dense_mask(given)}
     elif "bias" in extra:
-        extra = {"bias": _dense_bias(job, given)}
+        extra = {"bias": dense_bias(job, given)}
     operands = jax.device_put((*arrays, extra))
     results = [np.asarray(x) for x in program(*operands)]
     if own_layout:
@@ -319,7 +319,7 @@ def sdpa_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
     arrays = {name: x.numpy() for name, x in extra.items()}
     mask = torch.from_numpy(job.dense_mask(arrays))
     if case.change is not None:
-        bias = torch.from_numpy(_dense_bias(job, arrays))
+        bias = torch.from_numpy(dense_bias(job, arrays))
         mask = bias.masked_fill_(~mask, -torch.inf)
     return functools.partial(scaled_dot_product_attention, attn_mask=mask)
 

@@ -46,13 +46,17 @@ class Machine:
         return max(self.products.values())
 
     @property
-    def line(self) -> str:
-        products = ", ".join(f"{library} {speed:.0f}" for library, speed in self.products.items())
+    def instructions(self) -> str:
+        """The processor and what it can do, for figures that are not times."""
         return (
             f"{self.processor}, {self.cores} {'core' if self.cores == 1 else 'cores'}, {self.kind} "
-            f"({' '.join(self.flags)}){', AVX-512 hidden' if self.hidden else ''}; peak {self.peak:.0f} GFLOP/s "
-            f"(float32 product of {SIZE} x {SIZE}: {products})"
+            f"({' '.join(self.flags)}){', AVX-512 hidden' if self.hidden else ''}"
         )
+
+    @property
+    def line(self) -> str:
+        products = ", ".join(f"{library} {speed:.0f}" for library, speed in self.products.items())
+        return f"{self.instructions}; peak {self.peak:.0f} GFLOP/s (float32 product of {SIZE} x {SIZE}: {products})"
 
 
 def measure(rounds: int = 10) -> Machine:
@@ -63,7 +67,11 @@ def measure(rounds: int = 10) -> Machine:
     libraries = [name for name in LIBRARIES if name != "torch" or peer_version("torch") is not None]
     sides = {name: side_command(__file__, name, torch=name == "torch") for name in libraries}
     seconds, _ = compare(sides, rounds=rounds, environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-    products = {name: 2e-9 * SIZE**3 / min(values) for name, values in seconds.items()}
+    return this_machine({name: 2e-9 * SIZE**3 / min(values) for name, values in seconds.items()})
+
+
+def this_machine(products: dict[str, float]) -> Machine:
+    """The machine of this process, with the speeds of products that the caller measured."""
     found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__  # this process asks CPUID
     return describe(_CPUINFO.read_text() if _CPUINFO.exists() else "", found, products)
 
