@@ -2,9 +2,11 @@
 
 The text is the standard library; the model is a `MaskedLM`, trained by `Trainer` and `masked_lm`.
 
+Takes TIME of processor time on an Intel Xeon with AVX-512.
 Run it with `python examples/masked_source.py`; `--help` lists the options. Needs attnax[train].
 """
 
+import re
 from pathlib import Path
 
 import jax
@@ -17,28 +19,27 @@ from attnax.models import MaskedLM
 from attnax.text import byte_tokenizer
 from attnax.training import Batches, OptimizerConfig, TokenStream, Trainer, masked_lm, read_corpus
 
-QUESTION = b"for index, item in enumera??(items):\n    result.app???(item)\n    ret??n result\n"
+QUESTION = b"for index, item in enumer?te(items):\n    result.app?nd(item)\n    ret?rn result\n"
 
 
-def draw_guesses(probabilities: np.ndarray, path: Path, count: int = 5) -> None:
-    """Draws the likeliest bytes of each hidden place; `probabilities` are (places, 256)."""
-    likeliest = np.argsort(-probabilities, axis=1)[:, :count].T
-    shares = np.take_along_axis(probabilities, likeliest.T, axis=1).T
+def draw_guesses(guesses: list[list[str]], probabilities: np.ndarray, words: list[str], path: Path) -> None:
+    """Draws the likeliest bytes of each hidden place, and their `probabilities` (places, guesses)."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (row, column), byte in np.ndenumerate(likeliest):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, repr(chr(byte))[1:-1], ha="center", va="center", color=color, parse_math=False)
-    axes.set(xticks=range(len(probabilities)), yticks=[], xlabel="hidden byte", ylabel="likeliest first")
+    image = axes.imshow(probabilities.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (column, row), probability in np.ndenumerate(probabilities):
+        color = "white" if probability > 0.5 else "black"
+        axes.text(column, row, guesses[column][row], ha="center", va="center", color=color, parse_math=False)
+    axes.set_xticks(range(len(words)), words, parse_math=False)
+    axes.set(yticks=[], ylabel="likeliest first")
     figure.colorbar(image, label="probability")
     figure.savefig(path, dpi=100)
 
 
 def main(
-    steps: int = 1500,
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
+    steps: int = 2000,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
     d_model: int = 64,
     num_layers: int = 2,
     length: int = 128,
@@ -90,9 +91,11 @@ def main(
 
     ids = np.array([mask if byte == ord("?") else tokenizer.encode(bytes([byte]))[0] for byte in QUESTION], np.int32)
     logits = trainer.merge(state.params)(ids[None], deterministic=True)[0, :, :mask]
-    draw_guesses(np.asarray(jax.nn.softmax(logits)[ids == mask, :256]), out)
-    likeliest = np.asarray(logits.argmax(-1))
-    print(tokenizer.decode(np.where(ids == mask, likeliest, ids)).decode("utf-8", "replace"), end="")
+    hidden, text = np.flatnonzero(ids == mask), np.where(ids == mask, logits.argmax(-1), ids)
+    probabilities, likeliest = jax.lax.top_k(jax.nn.softmax(logits[hidden]), 5)
+    guesses = [[repr(tokenizer.decode([token]))[1:] for token in place] for place in likeliest.tolist()]
+    draw_guesses(guesses, np.asarray(probabilities), re.findall(r"\w*\?\w*", QUESTION.decode()), out)
+    print(tokenizer.decode(text).decode("utf-8", "replace"), end="")
     held_out = Batches(test, batch_size=min(len(test), 256))[0]
     bits = trainer.evaluate(state.params, [{"tokens": held_out["tokens"][0]}]).loss / np.log(2)
     print(f"held out: {bits:.2f} bits for a hidden byte")

@@ -16,13 +16,17 @@ def test_labels_of_texts(main, capsys, tmp_path):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("main", ["masked_source"], indirect=True)
-def test_hidden_bytes(main, capsys, tmp_path):
-    out = tmp_path / "picture.png"
+def test_hidden_bytes(main, capsys, tmp_path, monkeypatch):
+    out, drawn, draw = tmp_path / "picture.png", [], main.__globals__["draw_guesses"]
+    monkeypatch.setitem(main.__globals__, "draw_guesses", lambda *args: drawn.append(args) or draw(*args))
     bits = main(steps=60, batch_size=16, learning_rate=1e-2, d_model=16, num_layers=1, length=32, files=20, out=out)
     printed = capsys.readouterr().out.splitlines()
     assert out.read_bytes().startswith(b"\x89PNG")
     assert printed[-1] == f"held out: {bits:.2f} bits for a hidden byte" and bits < 0.7 * np.log2(257)
-    assert printed[2].startswith("for index, item in enumera") and "?" not in "".join(printed[2:5])
+    [(guesses, probabilities, words, _)] = drawn
+    likeliest = [word.replace("?", places[0].strip("'")) for word, places in zip(words, guesses, strict=True)]
+    assert [word in line for word, line in zip(likeliest, printed[2:5], strict=True)] == [True] * 3
+    assert np.all(np.diff(probabilities) <= 0) and probabilities.shape == (3, 5)
 
 
 @pytest.mark.contract
