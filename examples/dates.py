@@ -4,7 +4,7 @@ Babel writes the dates (see written_dates.py). The model gets the characters of 
 the test is in the training data, in any language.
 
 Takes 2 minutes 10 seconds of processor time on an Intel Xeon with AVX-512.
-Run it with `python examples/dates.py`; `--help` lists the options. Needs attnax[train] and babel.
+Run it with `python examples/dates.py`; `--help` lists the options. Needs attnax[examples].
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """A vision transformer learns to read handwritten digits of 8 x 8 pixels: 1437 for training, 360 for the test.
 
 Takes 1 minute 40 seconds of processor time on an Intel Xeon with AVX-512.
-Run it with `python examples/digits.py`; `--help` lists the options. Needs attnax[train] and scikit-learn.
+Run it with `python examples/digits.py`; `--help` lists the options. Needs attnax[examples].
 """
 
 from functools import partial

@@ -58,8 +58,8 @@ class MultiHeadAttention(nnx.Module):
 
     Called as `MultiHeadAttention(rngs, config)` or with fields of BlockConfig as keywords; without a config, other
     fields have the defaults of BlockConfig. By default no mask is applied, and each token attends all tokens, later
-    ones too: pass `mask=causal()` where tokens must not see later tokens. Only a config's `attention_window` hides
-    keys of itself, those of self-attention that are too far away.
+    ones too: pass `mask=masks.causal()` where tokens must not see later ones. Without a mask only the config's
+    `attention_window` hides keys, those of self-attention that are too far away.
 
     Args:
         rngs: for the initial weights and the stored dropout stream.
