@@ -22,6 +22,7 @@ extensions = [
     "command_help",
     "api",
     "bars",
+    "pages",
 ]
 exclude_patterns = ["_ext", "**.ipynb_checkpoints"]
 

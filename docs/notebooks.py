@@ -73,7 +73,8 @@ def execute(path):
             kernel.shutdown_kernel(now=True)
     notebook.metadata = METADATA
     for number, cell in enumerate(notebook.cells):
-        cell.id, cell.metadata = f"cell-{number}", {}
+        cell.id = f"cell-{number}"
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "mystnb"}  # words for pictures
         if cell.cell_type == "code":
             cell.outputs = join_streams(cell.outputs)
             for output in cell.outputs:

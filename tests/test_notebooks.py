@@ -35,6 +35,7 @@ def test_notebook_is_stored_as_it_ran(path):
     notebook = json.loads(text)
     assert list(notebooks.problems(notebook)) == []
     assert notebook["metadata"] == notebooks.METADATA
+    assert {key for cell in notebook["cells"] for key in cell["metadata"]} <= {"mystnb"}
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     assert "It takes" in sources[0] and "\n## Where to go on\n" in "\n" + sources[-1]
     assert len(text) < 300 * 1024

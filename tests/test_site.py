@@ -1,4 +1,5 @@
-"""The code of the site, without Sphinx: names have places, loads from outside are noticed, bars are as long as numbers.
+"""The code of the site, without Sphinx: names have places, loads from outside are noticed, bars are as long as numbers,
+numbers are not broken.
 
 `make docs` builds the site and checks the rest.
 """
@@ -15,6 +16,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 import bar_plot  # noqa: E402
 import offline  # noqa: E402
 import public_names  # noqa: E402
+import words  # noqa: E402
 
 TOCTREE = re.compile(r"^```\{toctree\}\n:caption: (.+)\n(?::\w+:\n)*\n((?:.+\n)+)```$", re.MULTILINE)
 NAMES = re.compile(r"^\.\. names:: (\S+)\n\n((?:   \w+\n)+)", re.MULTILINE)
@@ -143,7 +145,7 @@ def test_a_logarithmic_scale_begins_below_the_least():
     table = [["", "error"], ["first", "1e-07"], ["second", "1e-06"], ["third", "0"]]
     html, groups = drawn(table, values="error", scale="log")
     assert [bars[0][1:] for _, bars in groups] == [("0.5000", "1e-07"), ("1.0000", "1e-06"), ("0.0000", "0")]
-    assert "logarithmic, from 1e-08" in html
+    assert "logarithmic, from 1e-08" in html and 'from <span class="numeral">1e-08</span>' in html
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,44 @@ def test_there_are_colours_for_four():
     with pytest.raises(bar_plot.BarsError, match="colours for 4 bars of Attnax and 4 others"):
         drawn(table, values="a, b, c, d, e")
     assert len(drawn(table, values="a, b, c, d, e", attnax="a")[1][0][1]) == 5
+
+
+@pytest.mark.parametrize(
+    "cell", ["171", "1377 ms", "3474 (dense mask)", "2.9e-04 (1.9e-03)", "<1", "-3", "53.3 / 54.6"]
+)
+def test_a_cell_that_begins_with_a_digit_is_a_figure(cell):
+    assert words.is_figure(cell)
+
+
+@pytest.mark.parametrize("cell", ["", "-", "T=4096", "none on the CPU", "8 packed documents, T=2048, forward"])
+def test_words_and_long_cells_are_no_figures(cell):
+    assert not words.is_figure(cell)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("3e-6 absolute and 1.3e-06 relative", ["3e-6", "1.3e-06"]),
+        ("43-48 tokens in 2026-01-02", ["43-48", "2026-01-02"]),
+        ("AVX-512, T-5 and 16-bit, 0.96x", []),
+        ("", []),
+    ],
+)
+def test_numbers_with_hyphens_are_pieces(text, numbers):
+    pieces = list(words.pieces(text))
+    assert [piece for piece, is_number in pieces if is_number] == numbers
+    assert "".join(piece for piece, _ in pieces) == text
+
+
+def test_a_picture_has_the_words_before_it():
+    assert words.alt_text("Caches", "They grow.") == words.alt_text("Caches", "") == "Caches"
+    before = "A first one. A mask is\ndrawn. This one is near, 0.5 of all:"
+    assert words.alt_text("Masks", before) == "Masks: A mask is drawn. This one is near, 0.5 of all"
+
+
+def test_the_source_of_a_page_is_in_the_repository_of_the_project():
+    address = words.source_of("docs/learn/masks.ipynb", DOCS.parent)
+    assert address.startswith("https://") and address.endswith("/blob/main/docs/learn/masks.ipynb")
 
 
 def test_no_page_has_the_name_of_its_part_of_the_navigation():

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+import words
+
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?"
 FIGURE = rf"({NUMBER})((?:x|%| ms| s| MiB| GB)?)"
 # "62%"; "53.3 / 54.6"; "16.5 (16.3)"; "76 (dense mask)"; "43-48"
@@ -154,7 +156,13 @@ class Scale:
             return [f"each {self.plot.by} has its own scale"]
         if self.plot.scale == "log":
             return [f"logarithmic, from {10.0**self.start:g}"]
-        return [f"the grey space is {self.plot.full:g}"] if self.plot.full else []
+        return [f"the full width is {self.plot.full:g}"] if self.plot.full else []
+
+
+def _note(text: str) -> str:
+    """A text as HTML, with numbers that are not broken."""
+    parts = words.pieces(text)
+    return "".join(f'<span class="numeral">{escape(part)}</span>' if whole else escape(part) for part, whole in parts)
 
 
 def draw(plot: Plot, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -181,13 +189,14 @@ def draw(plot: Plot, header: Sequence[str], rows: Sequence[Sequence[str]]) -> st
         body.append("</div></div>")
     compared = [loss for loss in lost if loss is not None]
     count = [f"Attnax is {worse} in {sum(compared)} of {len(compared)}"] if any(compared) else []
-    about = escape("; ".join([plot.unit or ", ".join(series), *scale.words, *count]))
+    about = "; ".join([plot.unit or ", ".join(series), *scale.words, *count])
     keys = [f'<span class="{colours[i]}"><i></i>{escape(name)}</span>' for i, name in enumerate(series)]
     folded = len(drawn) > MOST_OPEN
-    legend = (keys if len(series) > 1 else []) + ([] if folded else [f'<span class="bars-note">{about}</span>'])
+    legend = (keys if len(series) > 1 else []) + ([] if folded else [f'<span class="bars-note">{_note(about)}</span>'])
     kind, room = "bars bars-full" if plot.full else "bars", max(len(x.text) for x in drawn) + 1
     html = (
-        f'<div class="{kind}" role="img" aria-label="Bars of the table above: {about}" style="--room: {room}ch">'
+        f'<div class="{kind}" role="img" aria-label="Bars of the table above: {escape(about)}" '
+        f'style="--room: {room}ch">'
         f'<div class="bars-legend">{"".join(legend)}</div>{"".join(body)}</div>'
     )
-    return f'<details class="bars-folded"><summary>Bars: {about}</summary>{html}</details>' if folded else html
+    return f'<details class="bars-folded"><summary>Bars: {_note(about)}</summary>{html}</details>' if folded else html
