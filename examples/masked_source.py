@@ -1,4 +1,4 @@
-"""A masked language model of Python: it learns the hidden bytes of source code, and fills in a word.
+"""A masked language model of Python: it learns the hidden bytes of source code, and fills in words.
 
 The text is the standard library; the model is a `MaskedLM`, trained by `Trainer` and `masked_lm`.
 

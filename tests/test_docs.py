@@ -125,3 +125,17 @@ def test_readmes_links_work_where_the_repository_is_not():
     assert [link for link, _, place in found if link == place] == []
     used = set(re.findall(r"\]\[([^\]]+)\]", text))
     assert used == set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
+
+
+def test_the_figures_of_readme_are_those_of_the_pages():
+    rows = re.findall(r"^\| (.*) \| (\d+)(?: ms| tokens a second) \| (.*) \| .* \|$", README.read_text(), re.MULTILINE)
+    pages = (ROOT / "docs" / "understand" / "performance.md").read_text().splitlines()
+    for case, ours, others in rows:
+        figures = [ours, *re.findall(r"(\d+)(?: ms|$)", others)]
+        lines = [line for line in pages if all(re.search(rf"\b{figure}\b", line) for figure in figures)]
+        assert len(figures) > 1 and lines, (case, figures)
+    assert len(rows) >= 4
+    case = re.search(r"with (\d+) tokens it takes \[([\d.]+) ms instead of ([\d.]+)\]", README.read_text())
+    lines = (ROOT / "docs" / "understand" / "attention-cpu.md").read_text().splitlines()
+    for name, figure in (("one line", case[2]), ("full", case[3])):
+        assert any(line.startswith(f"| {name} | fwd | {case[1]} |") and f" / {figure} |" in line for line in lines)
