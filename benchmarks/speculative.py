@@ -275,7 +275,7 @@ def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
                 same = f"{run['same']} of {plan.num_prompts}" if float(temperature) == 0 else ""
             speed = ratio(seconds, name, PLAIN)
             lines.append(row(name, rate(run["seconds"], tokens), f"{tokens / steps:.2f}", kept, speed, same))
-        lines += ["", bars("tokens a second", without=ALONE, unit="tokens a second, more is better")]
+        lines += ["", bars("tokens a second", without=ALONE, unit="tokens a second, more is better", attnax="all")]
     it = about["storage"]
     lines += [
         "",
