@@ -215,7 +215,7 @@ bench-speculative: $(VENV)/.dev
 
 # Errors of attention against float64.
 bench-accuracy: $(VENV)/.dev $(TORCH)/.made
-	$(BENCH) benchmarks/accuracy.py --markdown docs/understand/accuracy-cpu.md
+	$(BENCH) benchmarks/accuracy.py --markdown docs/understand/accuracy-cpu.md --summary docs/understand/accuracy.md
 
 # What other libraries have, by trying them.
 bench-compare: $(VENV)/.compare $(TORCH)/.compare

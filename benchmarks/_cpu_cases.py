@@ -273,7 +273,7 @@ def prepare_torch(side: str, job: Job) -> tuple[Work | None, dict[str, Any]]:
     for x in inputs:
         x.requires_grad_(job.backward)
     start_time = time.perf_counter()
-    attend = (flex_attention if side == "flex" else sdpa_attention)(job, extra)
+    attend = flex_attention(case, job.length, extra) if side == "flex" else sdpa_attention(job, extra)
 
     def forward() -> Any:
         with torch.no_grad():
@@ -324,17 +324,16 @@ def sdpa_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
     return functools.partial(scaled_dot_product_attention, attn_mask=mask)
 
 
-def flex_attention(job: Job, extra: Arrays) -> Callable[..., Any]:
+def flex_attention(case: Case, length: int, extra: Arrays) -> Callable[..., Any]:
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    case, (batch, _, length, _) = CASES[job.case], job.shape
     torch.compiler.reset()  # or PyTorch limits the number of shapes that it compiles for
     keep, change = case.keep, case.change
     options: dict[str, Any] = {}
     if keep is not None:
         options["block_mask"] = flex.create_block_mask(
-            lambda b, h, q, kv: keep(b, h, q, kv, extra), batch, None, length, length, device="cpu"
+            lambda b, h, q, kv: keep(b, h, q, kv, extra), case.batch, None, length, length, device="cpu"
         )
     if change is not None:
         options["score_mod"] = lambda scores, b, h, q, kv: change(scores, b, h, q, kv, extra, torch)

@@ -30,7 +30,7 @@ class Machine:
         kind: "AVX-512", "AVX2", or the name of another architecture.
         flags: of `FLAGS`, those that a process finds.
         hidden: the processor has AVX-512, but processes do not find it (`without_avx512.py`).
-        products: GFLOP/s of the float32 product of each library, the best of several.
+        products: GFLOP/s of the float32 product of each library, the best of several; empty if none was timed.
     """
 
     processor: str
@@ -42,7 +42,13 @@ class Machine:
 
     @property
     def peak(self) -> float:
-        """GFLOP/s of the faster product; shares refer to it."""
+        """GFLOP/s of the faster product; shares refer to it.
+
+        Raises:
+            ValueError: no product was timed.
+        """
+        if not self.products:
+            raise ValueError("Machine: a peak needs the speed of a product; got products={}. Call measure().")
         return max(self.products.values())
 
     @property

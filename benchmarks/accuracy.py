@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cases import CAP, Arrays, jax_results
+from _cases import CAP, Arrays, Case, jax_results
 from _cpu_cases import (
     CASES,
     HEADS,
@@ -44,13 +44,15 @@ LIBRARIES = {
     "Attnax flash": ("flash", False),
     "Attnax standard": ("standard", False),
     "jax.nn": ("jax.nn", False),
-    "flax.nnx": ("flax.nnx", False),
+    "flax.nnx, dropout": ("flax.nnx", False),
     "torch SDPA": ("sdpa", True),
     "torch FlexAttention": ("flex", True),
 }
-FLEX = list(LIBRARIES)[-1]  # has no backward on a CPU
+FLASH, STANDARD, FLEX = "Attnax flash", "Attnax standard", "torch FlexAttention"
+NO_GRADIENTS = "none on a CPU"  # of FlexAttention
 FLOOR = "rounded once"
 RESULTS = ("output", "query", "key", "value")  # the last three are gradients
+COMPARED = ("full", "causal", "alibi", "soft-cap")  # cases that `exact` and all libraries have, or refuse in words
 SMALL = 256  # the length of the cases with an array as a mask
 LOST, HIDDEN = 3, 5  # the query without keys, and the number of hidden keys at the end
 
@@ -60,11 +62,14 @@ class Problem:
     """Inputs, a mask and a change of the scores.
 
     Attributes:
-        case: of `_cpu_cases.CASES`.
+        case: "full", "causal", "alibi" or "soft-cap" of `_cpu_cases.CASES`.
         query_scale, key_scale: factors of unit normal arrays.
         key_mean: added to every number of every key.
-        mask: instead of the mask of the case, "lost query" or "hidden keys": an array (T, S).
+        mask: "lost query" or "hidden keys", an array (T, S); of the case "full".
         spoiled: the input whose last `HIDDEN` rows are NaN.
+
+    Raises:
+        ValueError: another case, ALiBi with another number of heads, or a mask beside that of the case.
     """
 
     case: str
@@ -75,6 +80,14 @@ class Problem:
     key_mean: float = 0.0
     mask: str = ""
     spoiled: str = ""
+
+    def __post_init__(self) -> None:
+        if self.case not in COMPARED:
+            raise ValueError(f"Problem: case must be one of {', '.join(COMPARED)}; got case={self.case!r}.")
+        if self.case == "alibi" and self.heads != HEADS:
+            raise ValueError(f"Problem: ALiBi has slopes for {HEADS} heads; got heads={self.heads}.")
+        if self.mask and self.case != "full":
+            raise ValueError(f'Problem: a mask needs the case "full"; got case={self.case!r}, mask={self.mask!r}.')
 
     @property
     def job(self) -> Job:
@@ -226,25 +239,20 @@ def _jax_results(
 def torch_results(side: str, problem: Problem, dtype: str) -> list[np.ndarray]:
     """The results of a function of PyTorch; FlexAttention has no backward on a CPU, so the output alone."""
     import torch
-    from torch.nn.attention import flex_attention as flex
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value, cotangent = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in problem.arrays(dtype))
     extra = {name: torch.from_numpy(x) for name, x in problem.job.extra.items()}
     keep = torch.from_numpy(problem.keep())
-    if not problem.mask:
-        attend = (flex_attention if side == "flex" else sdpa_attention)(problem.job, extra)
-    elif side == "flex":
-        torch.compiler.reset()
-        blocks = flex.create_block_mask(
-            lambda b, h, q, kv: keep[q, kv], 1, None, problem.length, problem.length, device="cpu"
-        )
-        attend = functools.partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=blocks)
-    else:
-        attend = functools.partial(scaled_dot_product_attention, attn_mask=keep)
     if side == "flex":
+        masked = Case(problem.mask, keep=lambda b, h, q, kv, extra: keep[q, kv])
+        attend = flex_attention(masked if problem.mask else CASES[problem.case], problem.length, extra)
         with torch.no_grad():
             return [attend(query, key, value).float().numpy()]
+    if problem.mask:
+        attend = functools.partial(scaled_dot_product_attention, attn_mask=keep)
+    else:
+        attend = sdpa_attention(problem.job, extra)
     inputs = [x.requires_grad_() for x in (query, key, value)]
     out = attend(*inputs)
     return [x.detach().float().numpy() for x in (out, *torch.autograd.grad(out, inputs, cotangent))]
@@ -299,7 +307,7 @@ def answer(about: str, have: Sequence[np.ndarray], want: Sequence[np.ndarray], v
             return "0"
         return "mean of all values" if np.allclose(row, value.mean(2), atol=1e-5) else "other numbers"
     if about == "gradients" and len(have) == 1:
-        return "none on a CPU"
+        return NO_GRADIENTS
     chosen = [0] if about == "output" else [1, 2, 3]
     share = np.mean([np.isnan(have[index]).mean() for index in chosen])
     if share:
@@ -308,14 +316,15 @@ def answer(about: str, have: Sequence[np.ndarray], want: Sequence[np.ndarray], v
     return "right" if error < 1e-3 else f"error of {error:.1e}"
 
 
-def tables(ask: Callable[[str, Problem, str], list[np.ndarray] | str], libraries: Sequence[str]) -> str:
-    """The page's section; `ask` gives a library's results of a problem in a dtype, or a reason in words."""
-    from _pages import bars, markdown_table
-
-    others, parts = [name for name in libraries if name != FLEX], []
-    options = {"unit": "relative error, less is better", "scale": "log"}
+def measured(
+    ask: Callable[[str, Problem, str], list[np.ndarray] | str], libraries: Sequence[str]
+) -> dict[str, list[list[str]]]:
+    """The tables by their headings; `ask` gives a library's results of a problem in a dtype, or a reason in words."""
+    tables: dict[str, list[list[str]]] = {}
+    others = [name for name in libraries if name != FLEX]
     for dtype in DTYPES:
-        output, gradients = [["case", *libraries, FLOOR]], [["case", *others, FLOOR]]
+        output = tables[f"{dtype}, output"] = [["case", *libraries, FLOOR]]
+        gradients = tables[f"{dtype}, gradients"] = [["case", *others, FLOOR]]
         for words, problem in PROBLEMS.items():
             want = exact(problem, problem.arrays(dtype))
             found = {library: ask(library, problem, dtype) for library in libraries}
@@ -323,22 +332,70 @@ def tables(ask: Callable[[str, Problem, str], list[np.ndarray] | str], libraries
             for table, results in ((output, [0]), (gradients, [1, 2, 3])):
                 table.append([words, *(error_cell(found[name], want, results) for name in table[0][1:])])
                 print(dtype, *table[-1], sep="  ", flush=True)
-        parts += [f"## {dtype}, output", markdown_table(output), bars(*libraries, **options)]
-        parts += [f"## {dtype}, gradients", markdown_table(gradients), bars(*others, **options)]
-    rows = [["case", *libraries]]
+    rows = tables["Hidden NaN and empty rows"] = [["case", *libraries]]
     for words, (problem, dtype, about) in QUESTIONS.items():
         arrays = problem.arrays(dtype)
         want = exact(problem, arrays)
         given = [ask(library, problem, dtype) for library in libraries]
         rows.append([words, *(x if isinstance(x, str) else answer(about, x, want, arrays[2]) for x in given)])
         print(*rows[-1], sep="  ", flush=True)
-    return "\n\n".join([*parts, "## Hidden NaN and empty rows", markdown_table(rows)])
+    return tables
+
+
+def section(tables: dict[str, list[list[str]]]) -> str:
+    """The tables and their bars."""
+    from _pages import bars, markdown_table
+
+    parts = []
+    for heading, table in tables.items():
+        parts += [f"## {heading}", markdown_table(table)]
+        libraries = [name for name in table[0][1:] if name != FLOOR]
+        if FLOOR in table[0]:
+            parts.append(bars(*libraries, unit="relative error, less is better", scale="log"))
+    return "\n\n".join(parts)
+
+
+def _mean(cell: str) -> float | None:
+    """The first number of a cell; None for words."""
+    return float(cell.partition(" ")[0]) if cell[:1].isdigit() else None
+
+
+def summary(tables: dict[str, list[list[str]]]) -> str:
+    """Two tables: the greatest errors of each library, and where one is more exact than `flash_attention`."""
+    from _pages import markdown_table
+
+    compared = {heading: table for heading, table in tables.items() if FLOOR in table[0]}
+    names = next(iter(compared.values()))[0][1:]
+    greatest = [["dtype and result", *names]]
+    closer = [["dtype and result", "case", FLASH, "more exact"]]
+    for heading, (header, *rows) in compared.items():
+        cells: list[str] = []
+        for name in names:
+            column = [row[header.index(name)] for row in rows] if name in header else [NO_GRADIENTS]
+            errors_of = [error for cell in column if (error := _mean(cell)) is not None]
+            cells.append(f"{max(errors_of):.1e}" if errors_of else column[0])
+        greatest.append([heading, *cells])
+        for row in rows:
+            have = dict(zip(header, row, strict=True))
+            ours = _mean(have[FLASH])
+            assert ours is not None
+            errors_in = {name: _mean(have[name]) for name in header[1:] if name not in (FLASH, STANDARD, FLOOR)}
+            less = [f"{name} {error:.1e}" for name, error in errors_in.items() if error is not None and error < ours]
+            if less:
+                closer.append([heading, row[0], f"{ours:.1e}", "; ".join(less)])
+    parts = [
+        markdown_table(greatest),
+        "**Every case in which another library is more exact than `flash_attention`**:",
+        markdown_table(closer),
+    ]
+    return "\n\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    parser.add_argument("--summary", type=Path, help="also write the greatest errors, and who is more exact, here")
     options = parser.parse_args(arguments)
     if options.side:
         run_side(options.side)
@@ -362,14 +419,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with np.load(file) as results:
                 return [x.astype(np.float64) for x in results.values()]
 
-        text = tables(ask, list(LIBRARIES))
+        tables = measured(ask, list(LIBRARIES))
     machine, torch = this_machine({}), peer_version("torch")
     versions = f"jax {version('jax')}, flax {version('flax')}, torch {torch}, NumPy {version('numpy')}"
     words = [f'Refused: {library} in {dtype}, with "{said}".' for (library, dtype), said in refusals.items()]
-    text = "\n\n".join([f"{machine.instructions}; {versions}", text, *words])
-    print(f"\n{text}")
+    text = "\n\n".join([f"{machine.instructions}; {versions}", section(tables), *words])
+    print(f"\n{text}\n\n{summary(tables)}")
     if options.markdown:
         write_section(options.markdown, "make bench-accuracy", text)
+    if options.summary:
+        write_section(options.summary, "make bench-accuracy", summary(tables))
 
 
 if __name__ == "__main__":

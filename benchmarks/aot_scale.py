@@ -353,7 +353,7 @@ def section(results: list[tuple[Row, Facts]]) -> str:
             "by the formula of `benchmarks/aot_scale.py`; the operations inside of the kernels are by formula. "
             "Kernels are calls in each layer. The last column is the compiler's time on all processors together.",
             markdown_table(of_device),
-            bars("state GB", "temporaries GB", labels="model, layout, batch", unit="GB, less is better"),
+            bars("state GB", "temporaries GB", labels="model, layout, batch", unit="GB, less is better", attnax="all"),
             "GB that a device receives in a step, in the program / by formula:",
             markdown_table(of_bytes),
         ]

@@ -316,15 +316,18 @@ def main() -> None:
     parser.add_argument("--search", nargs=2, metavar=("KIND", "HEAD_DIM"), help="forward, backward or decode")
     parser.add_argument("--case", default="causal", help=f"case of a search: {', '.join((*CALLS, *DECODING))}")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of a search")
-    tiles = {"block_q": (128, 64), "block_kv": (128, 64, 32), "warps": (4, 8), "stages": (1, 2, 3)}
-    tiles["capability"] = tuple(card.capability for card in CARDS)
-    for name, default in tiles.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help="choices of a search")
+    several: dict[str, Any] = {"type": int, "nargs": "+", "help": "choices of a search"}
+    parser.add_argument("--block_q", default=(128, 64), **several)
+    parser.add_argument("--block_kv", default=(128, 64, 32), **several)
+    parser.add_argument("--warps", default=(4, 8), **several)
+    parser.add_argument("--stages", default=(1, 2, 3), **several)
+    parser.add_argument("--capability", default=tuple(card.capability for card in CARDS), **several)
     options = parser.parse_args()
     compiler = Compiler(options.python, options.cache)
     if options.search:
         kind, head_dim = options.search
-        choices = {name: tuple(getattr(options, name)) for name in tiles}
+        names = ("block_q", "block_kv", "warps", "stages", "capability")
+        choices = {name: tuple(getattr(options, name)) for name in names}
         search(compiler, kind, Case(options.case, int(head_dim), options.dtype), choices)
         return
     table = []

@@ -213,6 +213,8 @@ def goal_cells(figures: Figures, kind: str) -> list[list[str]]:
 def plots(sides: Sequence[str]) -> list[str]:
     """Bars of the medians, and of the memory of the sides that tell it."""
     common = {"labels": "case, pass, T", "scale": "own"}
+    if not {"attnax", "standard"} & set(sides):
+        common["attnax"] = "all"  # the bars stand beside none of Attnax
     times = bars(*(f"{SIDES[side]} ms" for side in sides), unit="ms, less is better", number=2, **common)
     tell = [f"{SIDES[side]} MiB" for side in sides if side in TELL_MEMORY]
     return [times, bars(*tell, unit="MiB, less is better", **common)] if tell else [times]

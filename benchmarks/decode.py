@@ -420,7 +420,7 @@ def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     error = ask(common | {"work": "errors"})
     lines += [
         "",
-        bars("float32", "int8", unit="tokens a second, or ms", scale="own"),
+        bars("float32", "int8", unit="tokens a second, or ms", scale="own", attnax="all"),
         "",
         f"Log-probabilities after each of {plan.new} forced tokens that follow a prompt of {plan.prompt}, random "
         f"weights, int8 against float32: largest difference {error['max']:.1e}, root mean square {error['rms']:.1e}.",
@@ -433,7 +433,7 @@ def storage_tables(plan: Plan, rounds: int, peak: float) -> list[str]:
     for label, size in (("contiguous", None), (f"ring of attention_window={window}", window)):
         case = common | {"work": "bytes", "capacity": capacity, "window": size}
         lines.append(row(label, *(f"{ask(case, name)['bytes'] / 2**20:.1f}" for name in names)))
-    return [*lines, "", bars("float32", "int8", unit="MiB, less is better", scale="own")]
+    return [*lines, "", bars("float32", "int8", unit="MiB, less is better", scale="own", attnax="all")]
 
 
 PARTS = {"generate": generate_tables, "steps": steps_tables, "storage": storage_tables}

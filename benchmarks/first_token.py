@@ -150,7 +150,7 @@ def report(machine: Machine, rounds: int) -> str:
             seconds = medians([result[name] for result in results])
             cells = [f"{seconds[column]:.2f}" for column in columns]
             rows.append((f"{name}, {kind}", *cells, f"{seconds['programs']:.0f}"))
-    drawn = bars(*columns, unit="s, less is better")
+    drawn = bars(*columns, unit="s, less is better", attnax="all")
     tokens = markdown_table(rows)
     rows = [("training step", "equations", *columns)]
     for length in (64, 1024):

@@ -216,7 +216,7 @@ def main() -> None:
     versions = f"jax {version('jax')}, torch {peer_version('torch')}"
     title = f"{machine.line}; float32, {versions}; medians (minima)"
     drawn = bars(*(f"{name} ms" for name in names), unit="ms, less is better", scale="own")
-    deep = bars("compile s", "step ms", by="column", scale="own", unit="s and ms, less is better")
+    deep = bars("compile s", "step ms", by="column", scale="own", unit="s and ms, less is better", attnax="all")
     text = "\n\n".join([title, markdown_table(forward), drawn, markdown_table(step), deep, LEGEND])
     print(f"\n{text}")
     if options.markdown:

@@ -275,7 +275,7 @@ def tables(plan: Plan, about: dict[str, Any]) -> list[str]:
                 same = f"{run['same']} of {plan.num_prompts}" if float(temperature) == 0 else ""
             speed = ratio(seconds, name, PLAIN)
             lines.append(row(name, rate(run["seconds"], tokens), f"{tokens / steps:.2f}", kept, speed, same))
-        lines += ["", bars("tokens a second", without=ALONE, unit="tokens a second, more is better")]
+        lines += ["", bars("tokens a second", without=ALONE, unit="tokens a second, more is better", attnax="all")]
     it = about["storage"]
     lines += [
         "",
@@ -290,9 +290,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke test, no measurement")
-    counts = ("rounds", "target_steps", "grown_steps", "draft_steps")
-    for name in counts:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of {getattr(Plan, name)}")
+    parser.add_argument("--rounds", type=int, help=f"instead of {Plan.rounds}")
+    parser.add_argument("--target-steps", type=int, help=f"instead of {Plan.target_steps}")
+    parser.add_argument("--grown-steps", type=int, help=f"instead of {Plan.grown_steps}")
+    parser.add_argument("--draft-steps", type=int, help=f"instead of {Plan.draft_steps}")
     parser.add_argument("--markdown", type=Path, help="also write the tables here, by kind of machine")
     options = parser.parse_args()
     if options.side:
@@ -302,7 +303,7 @@ def main() -> None:
     from _pages import write_kind
     from _pairs import side_command, started
 
-    given = {name: getattr(options, name) for name in counts}
+    given = {name: getattr(options, name) for name in ("rounds", "target_steps", "grown_steps", "draft_steps")}
     fields = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
     plan = Plan(**fields)
     machine = measure()

@@ -68,7 +68,11 @@ def in_line(page, line, variables, whole):
     for variant in values(line, variables):
         reader = shlex.shlex(PLACEHOLDER.sub(STAND_IN, variant), posix=True, punctuation_chars=";&|")
         reader.whitespace_split = True
-        for is_end, found in itertools.groupby(reader, lambda word: ENDS.fullmatch(word) is not None):
+        try:
+            words = list(reader)
+        except ValueError as error:
+            raise ValueError(f'{page}: {error} in "{line}". A block that is no command is ```text.') from error
+        for is_end, found in itertools.groupby(words, lambda word: ENDS.fullmatch(word) is not None):
             if not is_end:
                 yield from in_words(page, [word for word in found if word != "..."], variables, whole)
 

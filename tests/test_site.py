@@ -94,7 +94,11 @@ TABLE = [
         ("25,437,696", 1, "25,437,696", 25437696),
         ("3.2e-07", 1, "3.2e-07", 3.2e-7),
         ("3474 (dense mask)", 1, "3474 (dense mask)", 3474),
-        ("43-48", 1, "43-48", 43),
+        ("43-48", 1, "43-48", 48),
+        ("43-48 ms", 1, "43-48 ms", 48),
+        ("1e-07-2e-07 (3e-07)", 1, "1e-07-2e-07", 2e-7),
+        ("5 / 43-48 ms", 2, "43-48 ms", 48),
+        ("76 ms (dense mask)", 1, "76 ms (dense mask)", 76),
         ("no backward on CPU", 2, "no backward on CPU", None),
         ("-", 1, "", None),
         ("", 1, "", None),
@@ -104,7 +108,9 @@ def test_a_cell_is_a_figure_or_words(cell, number, text, value):
     assert bar_plot.read_cell(cell, number) == bar_plot.Figure(text, value)
 
 
-@pytest.mark.parametrize("cell", ["6 of 6", "PyTorch: 1322 ms", "about 5", "5 / 6 / 7", "-3", "1,23", "1e", "<1"])
+@pytest.mark.parametrize(
+    "cell", ["6 of 6", "PyTorch: 1322 ms", "about 5", "5 / 6 / 7", "-3", "1,23", "1e", "<1", "43 ms-48"]
+)
 def test_another_cell_with_digits_is_refused(cell):
     with pytest.raises(bar_plot.BarsError, match=f'words without digits; got "{re.escape(cell)}"'):
         bar_plot.read_cell(cell)
@@ -134,7 +140,8 @@ def test_bars_are_as_long_as_the_numbers_and_a_loss_is_marked():
 
 
 def test_columns_are_groups_on_request():
-    _, groups = drawn(values="Attnax ms, a, b ms", by="column", without="one line", attnax="full", full=4)
+    html, groups = drawn(values="Attnax ms, a, b ms", by="column", without="one line", attnax="full", full=4)
+    assert "the full width is 4" in html
     assert groups == [
         ("Attnax ms", [("a0", "0.5000", "2.0"), ("o0", "0.7500", "3.0")]),
         ("a, b ms", [("a0", "0.2500", "1.0"), ("o0", "0.5000", "2.0")]),
@@ -143,7 +150,7 @@ def test_columns_are_groups_on_request():
 
 def test_a_logarithmic_scale_begins_below_the_least():
     table = [["", "error"], ["first", "1e-07"], ["second", "1e-06"], ["third", "0"]]
-    html, groups = drawn(table, values="error", scale="log")
+    html, groups = drawn(table, values="error", scale="log", attnax="all")
     assert [bars[0][1:] for _, bars in groups] == [("0.5000", "1e-07"), ("1.0000", "1e-06"), ("0.0000", "0")]
     assert "logarithmic, from 1e-08" in html and 'from <span class="numeral">1e-08</span>' in html
 
@@ -152,7 +159,8 @@ def test_a_logarithmic_scale_begins_below_the_least():
     ("options", "message"),
     [
         ({"values": "torch"}, "the table has no column \"torch\"; it has 'case', 'T', 'Attnax ms'"),
-        ({"values": "Attnax ms,"}, None),
+        ({"values": "Attnax ms,"}, 'the table has no column ""'),
+        ({"values": "Attnax ms,, a, b ms"}, 'the table has no column ", a, b ms"'),
         ({"values": "Attnax ms of peak"}, 'has no column "Attnax ms of peak"'),
         ({"values": "of peak"}, 'the table has 2 columns "of peak"'),
         ({"values": "Attnax ms", "labels": "name"}, 'has no column "name"'),
@@ -160,31 +168,41 @@ def test_a_logarithmic_scale_begins_below_the_least():
         ({"values": "Attnax ms", "attnax": "ours"}, 'has no bar "ours"'),
         ({"values": "T", "number": 2}, 'number=2, but a cell has 1 of them: "64"'),
         ({"values": "case"}, 'the columns "case" have no number above 0'),
+        ({"values": "a, b ms"}, "no bar starts with \"Attnax\"; got 'a, b ms'. Set attnax"),
+        ({"values": "Attnax ms", "full": 1.9}, "at least the largest number, 3; got full=1.9 and scale=linear"),
+        ({"values": "Attnax ms", "full": 0.0}, "at least the largest number, 3; got full=0 and scale=linear"),
+        ({"values": "Attnax ms", "full": 9.0, "scale": "own"}, "full needs a linear scale"),
+        ({"values": "Attnax ms", "full": 9.0, "scale": "log"}, "full needs a linear scale"),
     ],
 )
-def test_what_the_table_lacks_is_named(options, message):
-    if message is None:
-        assert len(drawn(**options)[1]) == 3
-    else:
-        with pytest.raises(bar_plot.BarsError, match=re.escape(message)):
-            drawn(**options)
+def test_what_cannot_be_drawn_is_named(options, message):
+    with pytest.raises(bar_plot.BarsError, match=re.escape(message)):
+        drawn(**options)
+
+
+def test_bars_beside_nothing_are_all_attnax_on_request():
+    html, groups = drawn(values="Attnax ms, a, b ms", attnax="all", unit="ms, less is better")
+    assert groups[1] == ("causal", [("a0", "1.0000", "3.0"), ("a1", "0.6667", "2.0")])
+    assert "Attnax is slower" not in html
 
 
 def test_there_are_colours_for_four():
     table = [["", *"abcde"], ["x", *"12345"]]
     with pytest.raises(bar_plot.BarsError, match="colours for 4 bars of Attnax and 4 others"):
-        drawn(table, values="a, b, c, d, e")
+        drawn(table, values="a, b, c, d, e", attnax="all")
     assert len(drawn(table, values="a, b, c, d, e", attnax="a")[1][0][1]) == 5
 
 
 @pytest.mark.parametrize(
-    "cell", ["171", "1377 ms", "3474 (dense mask)", "2.9e-04 (1.9e-03)", "<1", "-3", "53.3 / 54.6"]
+    "cell", ["171", "1377 ms", "3474 (dense mask)", "2.9e-04 (1.9e-03)", "<1", "-3", "53.3 / 54.6", "43-48 ms"]
 )
-def test_a_cell_that_begins_with_a_digit_is_a_figure(cell):
+def test_a_cell_that_bars_can_read_is_a_figure_with_or_without_a_sign(cell):
     assert words.is_figure(cell)
 
 
-@pytest.mark.parametrize("cell", ["", "-", "T=4096", "none on the CPU", "8 packed documents, T=2048, forward"])
+@pytest.mark.parametrize(
+    "cell", ["", "-", "T=4096", "none on the CPU", "8 packed documents", "6 of 6", "1377 ms (with no mask at all)"]
+)
 def test_words_and_long_cells_are_no_figures(cell):
     assert not words.is_figure(cell)
 

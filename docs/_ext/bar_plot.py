@@ -10,10 +10,6 @@ from html import escape
 
 import words
 
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?"
-FIGURE = rf"({NUMBER})((?:x|%| ms| s| MiB| GB)?)"
-# "62%"; "53.3 / 54.6"; "16.5 (16.3)"; "76 (dense mask)"; "43-48"
-CELL = re.compile(rf"{FIGURE}(?: / {FIGURE}| \({FIGURE}\)|( \([^\d()]+\))|(-{NUMBER}))?")
 NOTHING = ("", "-", "—")
 COLOURS = 4  # of Attnax's series, and of those of others
 MOST_OPEN = 40  # bars; a plot of more is folded
@@ -26,7 +22,7 @@ class BarsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """What is drawn, by the texts of the table.
+    """What is drawn, by the texts of the table. The bar of a range, such as "43-48 ms", ends at the larger number.
 
     Attributes:
         values: the headers of the columns that become bars, with commas between them.
@@ -35,9 +31,9 @@ class Plot:
         scale: "linear"; "log"; or "own", linear with the largest bar of every group as long as the space.
         by: "row", a group of bars for each row; or "column", for each column.
         number: which number of a cell such as "53.3 / 54.6" is drawn.
-        attnax: the names of Attnax's bars; by default those that start with it.
+        attnax: the names of Attnax's bars, by default those that start with it; or "all", where nothing is beside it.
         without: the first labels of rows that are left out.
-        full: the value of a bar as long as the space; by default the largest.
+        full: the value of a bar as long as the space, of a linear scale; by default the largest, and not below it.
     """
 
     values: str
@@ -61,22 +57,23 @@ class Figure:
 
 def read_cell(cell: str, number: int = 1) -> Figure:
     """The figure in a cell; a cell with digits that is no figure is an error."""
-    match = CELL.fullmatch(cell)
+    match = re.fullmatch(words.CELL, cell)
     if match is None:
         if re.search(r"\d", cell):
             raise BarsError(f'bars: a cell must be a number, or words without digits; got "{cell}".')
         return Figure("" if cell in NOTHING else cell)
-    numbers = [(match[at], match[at + 1]) for at in (1, 3, 5) if match[at]]
-    if number > len(numbers):
-        raise BarsError(f'bars: number={number}, but a cell has {len(numbers)} of them: "{cell}".')
-    digits, unit = numbers[number - 1]
-    return Figure(digits + (match[8] or "") + unit + (match[7] or ""), float(digits.replace(",", "")))
+    amounts = [match.group(at, at + 1, at + 2) for at in (1, 4, 7) if match[at]]
+    if number > len(amounts):
+        raise BarsError(f'bars: number={number}, but a cell has {len(amounts)} of them: "{cell}".')
+    text, *ends = amounts[number - 1]
+    return Figure(text + (match[10] or ""), max(float(end.replace(",", "")) for end in ends if end))
 
 
 def places(text: str, names: Sequence[str], what: str) -> list[int]:
-    """The places of some names in a list; a name may hold commas itself."""
+    """The places of some names, with commas between them, in a list; a name may hold commas itself."""
     found, rest = [], text.strip()
-    while rest:
+    more = bool(rest)
+    while more:
         fit = [name for name in names if name and f"{rest},".startswith(f"{name},")]
         if not fit:
             raise BarsError(f'bars: the table has no {what} "{rest}"; it has {", ".join(map(repr, names))}.')
@@ -84,7 +81,8 @@ def places(text: str, names: Sequence[str], what: str) -> list[int]:
         if names.count(name) > 1:
             raise BarsError(f'bars: the table has {names.count(name)} {what}s "{name}".')
         found.append(names.index(name))
-        rest = rest[len(name) :].lstrip(",").lstrip()
+        rest = rest[len(name) :]
+        more, rest = bool(rest), rest[1:].lstrip()
     return found
 
 
@@ -107,7 +105,7 @@ def groups_of(
 
 def _label(header: str, cell: str) -> str:
     """A cell of a label; a number says what it counts."""
-    return f"{header} {cell}".strip() if re.fullmatch(NUMBER, cell) else cell
+    return f"{header} {cell}".strip() if re.fullmatch(words.NUMBER, cell) else cell
 
 
 def loses(plot: Plot, ours: Sequence[int], figures: Sequence[Figure]) -> bool | None:
@@ -122,9 +120,13 @@ def loses(plot: Plot, ours: Sequence[int], figures: Sequence[Figure]) -> bool | 
 
 
 def colours_of(plot: Plot, series: Sequence[str]) -> dict[int, str]:
-    """For each bar of a group: "a0", "a1" ... if it is Attnax's, else "o0", "o1" ...; all are if none is named so."""
-    attnax = [i for i, name in enumerate(series) if name.lower().startswith("attnax")]
-    ours = places(plot.attnax, series, "bar") or attnax or list(range(len(series)))
+    """For each bar of a group: "a0", "a1" ... if it is Attnax's, else "o0", "o1" ..."""
+    everything = list(range(len(series)))
+    attnax = [i for i in everything if series[i].lower().startswith("attnax")]
+    ours = everything if plot.attnax == "all" else places(plot.attnax, series, "bar") or attnax
+    if not ours:
+        names = ", ".join(map(repr, series))
+        raise BarsError(f'bars: no bar starts with "Attnax"; got {names}. Set attnax to names of these, or to "all".')
     theirs = [i for i in range(len(series)) if i not in ours]
     if max(len(ours), len(theirs)) > COLOURS:
         raise BarsError(f"bars: there are colours for {COLOURS} bars of Attnax and {COLOURS} others; got {series}.")
@@ -156,7 +158,7 @@ class Scale:
             return [f"each {self.plot.by} has its own scale"]
         if self.plot.scale == "log":
             return [f"logarithmic, from {10.0**self.start:g}"]
-        return [f"the full width is {self.plot.full:g}"] if self.plot.full else []
+        return [] if self.plot.full is None else [f"the full width is {self.plot.full:g}"]
 
 
 def _note(text: str) -> str:
@@ -172,7 +174,13 @@ def draw(plot: Plot, header: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     positive = [x.value for x in drawn if x.value]
     if not positive:
         raise BarsError(f'bars: the columns "{plot.values}" have no number above 0.')
-    colours, scale = colours_of(plot, series), Scale(plot, min(positive), plot.full or max(positive))
+    largest = max(positive) if plot.full is None else plot.full
+    if plot.full is not None and not (plot.scale == "linear" and largest >= max(positive)):
+        raise BarsError(
+            f"bars: full needs a linear scale, and at least the largest number, {max(positive):g}; "
+            f"got full={plot.full:g} and scale={plot.scale}."
+        )
+    colours, scale = colours_of(plot, series), Scale(plot, min(positive), largest)
     ours = [i for i, colour in colours.items() if colour.startswith("a")]
     worse = "slower" if SLOWER.match(plot.unit) else "larger" if LARGER.match(plot.unit) else "worse"
     lost = [loses(plot, ours, group) for group in groups]
@@ -193,7 +201,7 @@ def draw(plot: Plot, header: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     keys = [f'<span class="{colours[i]}"><i></i>{escape(name)}</span>' for i, name in enumerate(series)]
     folded = len(drawn) > MOST_OPEN
     legend = (keys if len(series) > 1 else []) + ([] if folded else [f'<span class="bars-note">{_note(about)}</span>'])
-    kind, room = "bars bars-full" if plot.full else "bars", max(len(x.text) for x in drawn) + 1
+    kind, room = "bars" if plot.full is None else "bars bars-full", max(len(x.text) for x in drawn) + 1
     html = (
         f'<div class="{kind}" role="img" aria-label="Bars of the table above: {escape(about)}" '
         f'style="--room: {room}ch">'

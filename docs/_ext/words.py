@@ -5,13 +5,17 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-LONGEST_FIGURE = 20  # "3474 (dense mask)"; a longer cell is text that happens to begin with a number
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?"
+AMOUNT = rf"((?:({NUMBER})-)?({NUMBER})(?:x|%| ms| s| MiB| GB)?)"  # a number or a range of two, and its unit
+# "62%"; "43-48 ms"; "53.3 / 54.6"; "16.5 (16.3)"; "76 (dense mask)"
+CELL = rf"{AMOUNT}(?: / {AMOUNT}| \({AMOUNT}\)|( \([^\d()]+\)))?"
+LONGEST_FIGURE = 20  # "3474 (dense mask)"; a longer cell may be broken
 BROKEN_AT_HYPHENS = re.compile(r"\d[\d.,]*(?:e?-\d[\d.]*)+")  # "1.3e-06" and "43-48", which browsers would break
 
 
 def is_figure(text: str) -> bool:
-    """Whether a cell of a table is a figure, which stays on one line."""
-    return len(text) <= LONGEST_FIGURE and re.match(r"[<>~+-]?\d", text) is not None
+    """Whether a cell of a table is a figure, which stays on one line: a `CELL`, which may have a sign."""
+    return len(text) <= LONGEST_FIGURE and re.fullmatch(rf"[<>~+-]?{CELL}", text) is not None
 
 
 def pieces(text: str) -> Iterator[tuple[str, bool]]:

@@ -1,9 +1,12 @@
 """The benchmark of accuracy: its formula in float64, its words, and its tables of made-up results."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import accuracy
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from accuracy import Problem, exact
@@ -11,17 +14,19 @@ from accuracy import Problem, exact
 from attnax import flash_attention, masks, memory_efficient_attention
 
 SMALL = Problem("causal", length=13)
+PAGES = Path(__file__).parents[2] / "docs/understand"
 
 
 @pytest.mark.parametrize(
     ("results", "side", "problem"),
     [
         (accuracy.kernel_results, "standard", Problem("soft-cap", length=13, query_scale=8.0)),
-        (accuracy.kernel_results, "standard", dataclasses.replace(SMALL, mask="lost query", key_mean=3.0)),
+        (accuracy.kernel_results, "standard", Problem("full", length=13, mask="lost query", key_mean=3.0)),
+        (accuracy.kernel_results, "standard", Problem("alibi", length=13)),  # its mod is another formula than `exact`
         (accuracy.function_results, "jax.nn", SMALL),
         (accuracy.function_results, "flax.nnx", Problem("alibi", length=13)),
     ],
-    ids=["soft cap", "lost query", "causal", "alibi"],
+    ids=["soft cap", "lost query", "alibi, a mod", "causal", "alibi, a bias"],
 )
 def test_a_library_is_compared_with_its_own_formula(results, side, problem):
     want = exact(problem, problem.arrays("float32"))
@@ -73,7 +78,8 @@ def test_a_table_has_a_line_for_each_problem_and_a_bar_for_each_library(monkeypa
         want = exact(problem, problem.arrays(dtype))
         return want[:1] if library == accuracy.FLEX else [1.25 * x for x in want]
 
-    text = accuracy.tables(ask, ["Attnax flash", "torch SDPA", accuracy.FLEX])
+    tables = accuracy.measured(ask, ["Attnax flash", "torch SDPA", accuracy.FLEX])
+    text = accuracy.section(tables)
     output, gradients = text.split("## bfloat16")[1:3]
     row = next(line for line in output.splitlines() if line.startswith("| causal |")).split(" | ")
     assert row[1].startswith("2.5e-01 (") and row[2:4] == ["refused", "0.0e+00 (0.0e+00)"]
@@ -81,4 +87,62 @@ def test_a_table_has_a_line_for_each_problem_and_a_bar_for_each_library(monkeypa
     assert accuracy.FLEX in output and accuracy.FLEX not in gradients.partition("## ")[0]
     assert text.count(":values: Attnax flash, torch SDPA\n") == len(accuracy.DTYPES)
     assert text.endswith("| NaN | error of 2.5e-01 | refused | none on a CPU |")
+    greatest, _, closer = accuracy.summary(tables).split("\n\n")
+    output, gradients = (line.split(" | ")[:4] for line in greatest.splitlines()[2:4])
+    assert output == ["| float32, output", "2.5e-01", "refused", "0.0e+00"]
+    assert gradients == ["| float32, gradients", "2.5e-01", "refused", "none on a CPU"]
+    assert closer.splitlines()[2:] == [
+        f"| {dtype}, output | causal | 2.5e-01 | torch FlexAttention 0.0e+00 |" for dtype in accuracy.DTYPES
+    ]
     assert "refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"case": "documents"}, "case must be one of full, causal, alibi, soft-cap; got case='documents'"),
+        ({"case": "alibi", "heads": 2}, "ALiBi has slopes for 8 heads; got heads=2"),
+        ({"case": "causal", "mask": "lost query"}, "got case='causal', mask='lost query'"),
+    ],
+)
+def test_a_problem_that_a_library_would_compute_otherwise_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Problem(**options)
+
+
+def written_tables():
+    """The tables of the page by their headings, as `accuracy.measured` gives them."""
+    for part in (PAGES / "accuracy-cpu.md").read_text().split("\n## ")[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("| ")]
+        yield part.partition("\n")[0], [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_the_summary_is_of_the_tables_of_the_page():
+    tables, text = dict(written_tables()), (PAGES / "accuracy.md").read_text()
+    assert list(tables) == [
+        *(f"{dtype}, {of}" for dtype in accuracy.DTYPES for of in ("output", "gradients")),
+        "Hidden NaN and empty rows",
+    ]
+    assert f"<!-- make bench-accuracy -->\n\n{accuracy.summary(tables)}\n\n<!-- end -->" in text
+
+
+def test_the_counts_of_the_summary_are_those_of_its_table():
+    summary = accuracy.summary(dict(written_tables())).rpartition("\n\n")[2]
+    closer = re.findall(r"^\| (\w+, \w+) \|.*\| (.*) \|$", summary, re.MULTILINE)
+    assert {of.partition(",")[0] for of, _ in closer} == {"float32"}
+    outputs = sum("torch FlexAttention" in others for of, others in closer if of == "float32, output")
+    gradients = sum("jax.nn" in others for of, others in closer if of == "float32, gradients")
+    assert (outputs, gradients) == (5, 4)
+    words = " ".join((PAGES / "accuracy.md").read_text().split())
+    assert "outputs of FlexAttention are more exact than those of `flash_attention` in five of six cases" in words
+    assert "gradients of `jax.nn` in four of five" in words
+
+
+def test_the_gradient_of_a_softmax_in_16_bits_loses_a_sum_above_256():
+    """JAX's divides by the square of the sum of exponentials, which is beyond the range of float16."""
+
+    def gradient(length):
+        return jax.grad(lambda scores: jax.nn.softmax(scores).sum())(jnp.zeros(length, jnp.float16))
+
+    assert np.abs(gradient(251)).max() < 0.01 / 251  # the exact gradient is 0
+    np.testing.assert_allclose(gradient(263), 1 / 263, rtol=1e-3)

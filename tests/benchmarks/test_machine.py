@@ -49,6 +49,10 @@ def test_the_machine_is_what_a_process_finds():
         "peak 133 GFLOP/s (float32 product of 2048 x 2048: JAX 97, torch 133)"
     )
     assert "hidden" not in seen.line + old.line
+    untimed = _machine.describe(CPUINFO, {"AVX2": True}, {})
+    assert hidden.line.startswith(untimed.instructions)
+    with pytest.raises(ValueError, match=r"Machine: a peak needs .*; got products=\{\}\. Call measure"):
+        _ = untimed.peak
 
 
 def test_share_is_the_time_at_the_peak_over_the_time():

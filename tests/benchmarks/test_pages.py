@@ -113,8 +113,8 @@ def test_pages_have_the_bars_that_the_commands_write():
     texts = {page.name: page.read_text() for page in (DOCS / "understand").glob("*-cpu.md")}
     for plot in attention.plots(attention.parse([]).sides):
         assert texts["attention-cpu.md"].count(plot) == 2
-    for page in ("attention", "decode", "models", "speculative", "first-token"):
-        assert len(list(plots(texts[f"{page}-cpu.md"]))) == {"attention": 4, "decode": 5}.get(page, 2)
+    for page in ("accuracy", "attention", "decode", "models", "speculative", "first-token"):
+        assert len(list(plots(texts[f"{page}-cpu.md"]))) == {"accuracy": 6, "attention": 4, "decode": 5}.get(page, 2)
 
 
 def test_bars_of_attention_fit_a_table_of_any_sides():
