@@ -33,10 +33,13 @@ def needs_values(message):
 
 def test_importing_is_light_and_kernels_masks_and_caches_need_no_flax_and_no_jaxtyping():
     code = """
-import sys, time, jax
-start = time.perf_counter()
+import sys, time
+start = time.process_time()
+import jax
+between = time.process_time()
 import attnax
-print(time.perf_counter() - start, any(name.split('.')[0] in ('flax', 'optax', 'orbax') for name in sys.modules))
+of_jax = (time.process_time() - between) / (between - start)
+print(of_jax, any(name.split('.')[0] in ('flax', 'optax', 'orbax') for name in sys.modules))
 for name in ('flax', 'jaxtyping', 'optax', 'orbax'):
     assert name not in sys.modules
     sys.modules[name] = None
@@ -47,8 +50,8 @@ print(jax.eval_shape(lambda x: standard_attention(x, x, x, mask=masks.causal()),
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     light, shape = run.stdout.splitlines()
-    seconds, heavy = light.split()
-    assert float(seconds) < 0.2 and heavy == "False"
+    of_jax, heavy = light.split()
+    assert float(of_jax) < 0.1 and heavy == "False"  # of the time that importing JAX takes; about a hundredth
     assert shape == "(1, 2, 3, 4)"
 
 

@@ -14,7 +14,7 @@ me, attempt = int(os.environ["JAX_PROCESS_ID"]), int(os.environ["ATTNAX_ATTEMPT"
 def checkpoint(number):
     open(os.environ["ATTNAX_PULSE"], "w").write(str(number))
 def wait():
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -29,8 +29,8 @@ def job(code, processes=1, **options):
 
 
 def ends(number):
-    """Whether a process ends within seconds; one that was killed and that its parent has not collected has ended."""
-    for _ in range(1000):
+    """Whether a process ends within two minutes, or was killed and waits for its parent to collect it."""
+    for _ in range(10_000):
         try:
             if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True

@@ -36,7 +36,7 @@ wait()
 """
     begun = time.monotonic()
     assert run(job(code, processes=2)) == 3
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 300
     assert "attnax launch: process 1 ended with exit code 3." in capsys.readouterr().err
 
 
@@ -164,7 +164,7 @@ while True:
 """
     begun = time.monotonic()
     assert run(job(code)) == 143
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 300
     assert "a second signal came." in capsys.readouterr().err
 
 

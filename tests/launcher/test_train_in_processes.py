@@ -125,7 +125,7 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
 ):
     out = tmp_path / "run"
     words = ["train", "--data", str(text), "--out", str(out), *FLAGS]  # the default layout: fsdp over all devices
-    with launcher(2, 1, *words, restarts=6, stall=20) as process:
+    with launcher(2, 1, *words, restarts=6, stall=40) as process:
         wait_for(process, out, 25)
         one = process_of(process, 1)
         os.kill(one, signal.SIGKILL)
@@ -139,7 +139,7 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
         printed = process.communicate()[0]
     assert process.returncode == 143, printed
     assert "attempt 3" in printed and "stuck: process" in printed, printed
-    assert again < 10, "the processes start again at once"
+    assert again < 25, "the processes do not wait until JAX takes one for dead, after 30 s"
     stopped = max(row["step"] for row in rows(out) if "loss" in row)
     assert checkpoint_steps(out / "checkpoints")[-1] == stopped < 150  # both have saved the same update
     *_, command = re.findall(r"^\[0\] interrupted; go on with: \S+ (launch --processes 2 .*)\n", printed, re.MULTILINE)

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,7 @@ from attnax.launcher import Job, run
 def test_two_processes_compute_fail_miss_and_stop_together(capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     line = [sys.executable, str(Path(__file__).with_name("two_processes.py"))]
-    begun = time.monotonic()
     assert run(Job(words=lambda newest: line, processes=2, devices=1, restarts=len(ATTEMPTS) - 1, stall=60.0)) == 143
-    seconds = time.monotonic() - begun
     out, err = capsys.readouterr()
     for process in "01":
         mine = re.findall(rf"\[{process}\] (.*)\n", out)
@@ -30,4 +27,4 @@ def test_two_processes_compute_fail_miss_and_stop_together(capsys, monkeypatch):
     assert out.count("error StopRequests: SIGTERM must have no Python handler in connected processes") == 2
     stopped = re.findall(r"\[\d\] stopped after (\d+)\n", out)
     assert len(stopped) == 2 and len(set(stopped)) == 1 and int(stopped[0]) > 3
-    assert seconds < 60  # a process that fails does not wait for the others
+    assert "never" not in out + err  # a process that fails does not wait for the others

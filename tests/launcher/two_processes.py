@@ -25,7 +25,7 @@ def fails(world):
     """Process 1 has a bug; the other one waits for it, and must not wait long."""
     if world.index == 1:
         raise RuntimeError("a bug")
-    barrier("never", 60)
+    barrier("never", 60)  # its error would name it
 
 
 def misses(world):
