@@ -18,7 +18,8 @@ import offline  # noqa: E402
 import public_names  # noqa: E402
 import words  # noqa: E402
 
-TOCTREE = re.compile(r"^```\{toctree\}\n:caption: (.+)\n(?::\w+:\n)*\n((?:.+\n)+)```$", re.MULTILINE)
+PART = re.compile(r"^(.+) <(.+)>$", re.MULTILINE)
+TOCTREE = re.compile(r"^```\{toctree\}\n(?::.+:.*\n)+\n((?:.+\n)+)```$", re.MULTILINE)
 NAMES = re.compile(r"^\.\. names:: (\S+)\n\n((?:   \w+\n)+)", re.MULTILINE)
 
 
@@ -233,9 +234,12 @@ def test_the_source_of_a_page_is_in_the_repository_of_the_project():
     assert address.startswith("https://") and address.endswith("/blob/main/docs/learn/masks.ipynb")
 
 
-def test_no_page_has_the_name_of_its_part_of_the_navigation():
-    parts = TOCTREE.findall((DOCS / "index.md").read_text())
+def test_parts_of_the_navigation_fold_and_have_names_of_their_own():
+    """A folder's first page lists the others, so that the sidebar shows only the part that a reader is in."""
+    for name, first in (parts := PART.findall((DOCS / "index.md").read_text())):
+        page = DOCS / f"{first}.md"
+        (listed,) = TOCTREE.findall(page.read_text())
+        pages = [page, *(page.parent / f"{other}.md" for other in listed.split())]
+        assert len(pages) > 2
+        assert name not in [each.read_text().splitlines()[0].removeprefix("# ") for each in pages if each.exists()]
     assert len(parts) > 5
-    for caption, pages in parts:
-        firsts = [DOCS / f"{page}.md" for page in pages.split() if (DOCS / f"{page}.md").exists()]
-        assert caption not in [page.read_text().splitlines()[0].removeprefix("# ") for page in firsts]
