@@ -125,7 +125,7 @@ def test_a_run_of_two_processes_that_are_killed_stopped_and_asked_to_stop_has_th
 ):
     out = tmp_path / "run"
     words = ["train", "--data", str(text), "--out", str(out), *FLAGS]  # the default layout: fsdp over all devices
-    with launcher(2, 1, *words, restarts=6, stall=40) as process:
+    with launcher(2, 1, *words, restarts=6, stall=20) as process:  # JAX would end the others after 30 s
         wait_for(process, out, 25)
         one = process_of(process, 1)
         os.kill(one, signal.SIGKILL)
