@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import time
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
@@ -31,6 +32,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before the first import of attnax: its annotated functions check shapes and dtypes from now on.
 _hook = jaxtyping.install_import_hook("attnax", "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Skips what has not begun by ATTNAX_TESTS_UNTIL, in seconds since 1970; the report counts what was skipped."""
+    if time.time() > float(os.environ.get("ATTNAX_TESTS_UNTIL", "inf")):
+        pytest.skip("the time of this run is over (ATTNAX_TESTS_UNTIL)")
 
 
 def pytest_runtest_teardown():

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
+import conftest
 import pytest
 import yaml
 from check_dist import BESIDE, INFO, problems
@@ -182,3 +184,11 @@ def test_outside_of_a_clone_the_advice_names_the_version(tmp_path):
     command = [sys.executable, "-S", "-c", code]  # -S: not the installed package
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={})
     assert done.stdout == f"pip install 'attnax[train]=={attnax.__version__}'\n"
+
+
+def test_a_test_that_begins_too_late_is_skipped(monkeypatch):
+    monkeypatch.setenv("ATTNAX_TESTS_UNTIL", str(time.time() + 600))
+    conftest.pytest_runtest_setup()
+    monkeypatch.setenv("ATTNAX_TESTS_UNTIL", str(time.time() - 1))
+    with pytest.raises(pytest.skip.Exception, match="time of this run is over"):
+        conftest.pytest_runtest_setup()
