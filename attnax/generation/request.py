@@ -187,13 +187,17 @@ def longest(text: Text) -> int:
 def place_like(given: Any, made: ArrayLike) -> ArrayLike:
     """`made`, an array computed from `given`, on the devices of `given`.
 
-    On a mesh with Explicit axes every device gets the whole array, since caches are not sharded.
+    On a mesh with Explicit axes every device gets the whole array, since caches are not sharded. Without a mesh around
+    the call (`jax.set_mesh`) its axes become Auto: caches that the program makes are on no mesh, which JAX refuses.
     """
     if not (isinstance(given, jax.Array) and is_concrete(given) and given.committed):
         return made
     sharding = given.sharding
     if isinstance(sharding, jax.NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
-        sharding = jax.NamedSharding(sharding.mesh, jax.P())
+        mesh = sharding.mesh
+        if jax.sharding.get_abstract_mesh().empty:
+            mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+        sharding = jax.NamedSharding(mesh, jax.P())
     return jax.device_put(made, sharding)
 
 

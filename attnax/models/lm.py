@@ -26,6 +26,7 @@ from attnax.models.writing import (
     PromptOptions,
     Writer,
     beam_search,
+    check_mesh,
     generate,
     prefill,
     prompt_or_positions,
@@ -285,6 +286,7 @@ class TransformerLM(nnx.Module):
                 "program would keep them; got model.run. Override run in a subclass."
             )
         graphdef, state = nnx.split(self)
+        check_mesh(caller, state)
         heads = scalar_heads(self.decoder.stack)
         mask = self.decoder.self_mask
         return Writer(caller, _Step(graphdef), State(state), self.config, self_mask=mask, scalar_heads=heads)

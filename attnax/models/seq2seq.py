@@ -23,7 +23,15 @@ from attnax.masks import Mask, padding
 from attnax.models.call_masks import State
 from attnax.models.planned_caches import scalar_heads
 from attnax.models.transformer import TokenHead, TokenOptions, TransformerDecoder, TransformerEncoder, count_positions
-from attnax.models.writing import WriteOptions, Writer, beam_search, generate, prompt_or_positions, stream
+from attnax.models.writing import (
+    WriteOptions,
+    Writer,
+    beam_search,
+    check_mesh,
+    generate,
+    prompt_or_positions,
+    stream,
+)
 from attnax.nn._parts import MakeBlock
 from attnax.nn._run import Mode, SelfAttentionOptions, overrides_call, run_of, runs, select_options
 from attnax.nn.attention import KeysValues
@@ -334,6 +342,7 @@ class Transformer(nnx.Module):
         padded = padded if config.pos_emb_type == "relative" else min(padded, config.max_len)
         missing = ((0, 0), (0, max(0, padded - length)))
         graphdef, state = nnx.split(self)
+        check_mesh(caller, state)
         ids, padded_real = (place_like(placed, xp.pad(x, missing)) for x in (source_ids, real))
         context = _Source(ids, padded_real, graphdef)
         heads, mask = scalar_heads(self.decoder.stack), self.decoder.self_mask

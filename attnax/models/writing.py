@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar, Unpack, get_args
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
 from attnax import generation
 from attnax.cache import SPARE_SLOTS, CacheFunction, CacheKind, KVLayerCache, RingKVCache, cache_kinds
@@ -24,7 +25,17 @@ from attnax.models.call_masks import MaskOptions, State, check_covers, is_causal
 from attnax.models.planned_caches import CachePlan, CallSizes, Continued, check_caches
 from attnax.typing import Array, ArrayLike, MaskMod, ScoreMod
 
-__all__ = ["PREFILL_CHUNK", "PromptOptions", "WriteOptions", "Writer", "beam_search", "generate", "prefill", "stream"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "PromptOptions",
+    "WriteOptions",
+    "Writer",
+    "beam_search",
+    "check_mesh",
+    "generate",
+    "prefill",
+    "stream",
+]
 
 PREFILL_CHUNK = 512  # tokens of a row that a model with a causal mask reads at once
 
@@ -50,6 +61,19 @@ class Writer(NamedTuple):
     context: Any = None
     self_mask: Mask | None = None
     scalar_heads: tuple[int, ...] = ()
+
+
+def check_mesh(caller: str, params: Any) -> None:
+    """Raises ValueError if parameters lie on a mesh with Explicit axes, and the call is not under a mesh."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return
+    for x in jax.tree.leaves(params):
+        mesh = getattr(x.sharding, "mesh", None) if isinstance(x, jax.Array) and is_concrete(x) else None
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f"{caller}: parameters on a mesh with Explicit axes need a call under that mesh, where caches lie; "
+                f"got parameters on {mesh}, and no mesh around the call. Write `with jax.set_mesh(mesh):` around it."
+            )
 
 
 def prompt_or_positions(tokens: Tokens, cache: Any) -> dict[str, Any]:

@@ -211,6 +211,24 @@ def test_prompts_stay_where_they_were_put():
     assert {x.device for x in jax.tree.leaves(there.generate(tokens, max_new_tokens=3))} == {devices[1]}
 
 
+def test_explicit_axes_of_a_prompt_need_no_mesh_around_the_call_and_those_of_parameters_do():
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    model, tokens, rows = lm(), prompt(5), NamedSharding(mesh, PartitionSpec("rows"))
+    keep = jax.device_put(np.ones((2, 1, 8, 8), bool), rows)
+    want = model.generate(tokens, max_new_tokens=3).tokens
+    have = model.generate(jax.device_put(tokens, rows), mask=keep, max_new_tokens=3).tokens
+    np.testing.assert_array_equal(have, want)
+    there = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(
+        ValueError, match="generate: parameters on a mesh with Explicit axes need a call under that mesh"
+    ):
+        there.generate(tokens, max_new_tokens=3)
+    both = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=CONFIG))
+    nnx.update(both, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape), rows.update(spec=())), nnx.state(both)))
+    with pytest.raises(ValueError, match="beam_search: parameters on a mesh with Explicit axes"):
+        both.beam_search(tokens, 2, start_token=1, num_beams=2)
+
+
 @pytest.mark.contract
 def test_a_generation_runs_inside_other_transformations():
     graphdef, state = nnx.split(lm())
