@@ -55,10 +55,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 test: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough"
 
-# The parts that another Python or JAX could break, in a minute or two: kernels, layers, models, the programs of generation.
+# What another Python or JAX could break, in a few minutes: tests that together use every part of both.
+SMOKE := kernels/test_attention kernels/test_paged kernels/test_gpu_kernels kernels/test_tpu_lowering kernels/test_ring \
+	nn/test_nn nn/test_nnx nn/test_stack models/test_models models/test_vision generation/test_programs test_package
 smoke: $(VENV)/.dev
-	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough" \
-		tests/kernels tests/nn tests/models tests/generation/test_programs.py tests/test_package.py
+	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough" $(SMOKE:%=tests/%.py)
 
 # Every softmax kernel on every case, every checkpoint and example, and every block of code in the documentation.
 contract: $(VENV)/.dev
