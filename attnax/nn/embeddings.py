@@ -15,7 +15,7 @@ from attnax.checks import check_shape, is_concrete, wide_dtype
 from attnax.config import TransformerConfig
 from attnax.kernels.score_mods import relative_bias_mod
 from attnax.nn.dropout import Dropout
-from attnax.nn.linear import make_initializer, wide_gradient
+from attnax.nn.linear import make_initializer, product, wide_gradient
 from attnax.nn.norms import norm_of
 from attnax.sharding import constrain, current_mesh, gather, partition, stream_axes
 from attnax.typing import Array, ArrayLike, Float, Int, ScoreMod
@@ -80,7 +80,8 @@ class TokenEmbedding(nnx.Module):
             table = wide_gradient(table)
         table = gather(table.astype(x.dtype), *_TABLE)
         rows = x if current_mesh() is not None else x.reshape(-1, x.shape[-1])  # one matrix product, as in Linear
-        logits = jnp.einsum("...D,VD->...V", rows, table, preferred_element_type=wide_dtype(x.dtype))
+        last = (((rows.ndim - 1,), (1,)), ((), ()))
+        logits = product(rows, table, last, preferred_element_type=wide_dtype(x.dtype))
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 

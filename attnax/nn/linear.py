@@ -90,7 +90,18 @@ class Product:
 
     def __call__(self, x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:
         kernel = gather(kernel, *self.axes)
-        return jax.lax.dot_general(x, wide_gradient(kernel) if self.is_tall else kernel, *arguments, **options)
+        return product(x, wide_gradient(kernel) if self.is_tall else kernel, *arguments, **options)
+
+
+def product(x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` over the last axis of x, which on a CPU gets a row of zeros if it is one row in bfloat16.
+
+    For one row XLA's CPU backend makes a float32 copy of the kernel, in each call, or before a loop for all of it. For
+    two rows it reads the kernel as it is (`benchmarks/one_row.py`).
+    """
+    if x.shape[:-1] == (1,) and x.dtype == kernel.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jax.lax.dot_general(jnp.pad(x, ((0, 1), (0, 0))), kernel, *arguments, **options)[:1]
+    return jax.lax.dot_general(x, kernel, *arguments, **options)
 
 
 class ShapesOnly(nnx.Rngs):

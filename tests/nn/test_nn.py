@@ -428,6 +428,22 @@ def test_the_gradient_of_a_tall_matrix_is_a_product_with_the_wider_factor_on_the
     np.testing.assert_allclose(tangent, 2 * x @ kernel, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rows", "read"), [("float32", 1, 1), ("bfloat16", 1, 2), ("bfloat16", 2, 2)])
+def test_one_row_in_bfloat16_gets_a_row_of_zeros_on_a_cpu(dtype, rows, read):
+    """The same numbers; for one row XLA would copy the kernel to float32."""
+    config = attnax.TransformerConfig(
+        vocab_size=5, d_model=8, num_heads=1, use_bias=False, dtype=dtype, param_dtype=dtype
+    )
+    layer = build(lambda rngs: linear.Linear(rngs, config, 8, 3, bias="attn_bias", axes=("embed", "mlp")))
+    embed = build(lambda rngs: nn.TokenEmbedding(rngs, 5, 8, param_dtype=dtype))
+    x = normal(0, 1, rows, 8).astype(dtype)
+    for call, kernel in ((layer, layer.kernel[...]), (embed.attend, embed.embedding[...].T)):
+        (dot,) = (each for each in jax.make_jaxpr(call)(x).eqns if each.primitive.name == "dot_general")
+        assert dot.invars[0].aval.shape == (read, 8)
+        want = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
+        np.testing.assert_allclose(np.asarray(call(x), np.float32), want, rtol=2e-2, atol=2e-2)
+
+
 class TestDropout:
     @pytest.mark.parametrize(
         "make",
