@@ -55,7 +55,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 test: $(VENV)/.dev
 	$(QUICK_COMPILER) $(PYTEST) -m "not contract and not thorough"
 
-# What another Python or JAX could break, in a few minutes: tests that together use every part of both.
+# What another Python or JAX could break, in a minute or two: some tests of kernels, layers, models and generation.
 SMOKE := kernels/test_attention kernels/test_paged kernels/test_gpu_kernels kernels/test_tpu_lowering kernels/test_ring \
 	nn/test_nn nn/test_nnx nn/test_stack models/test_models models/test_vision generation/test_programs test_package
 smoke: $(VENV)/.dev

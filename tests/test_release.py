@@ -12,7 +12,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import conftest
 import pytest
 import yaml
 from check_dist import BESIDE, INFO, problems
@@ -186,9 +185,10 @@ def test_outside_of_a_clone_the_advice_names_the_version(tmp_path):
     assert done.stdout == f"pip install 'attnax[train]=={attnax.__version__}'\n"
 
 
-def test_a_test_that_begins_too_late_is_skipped(monkeypatch):
+def test_a_test_that_begins_too_late_is_skipped(monkeypatch, pytestconfig):
+    begin = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py")).pytest_runtest_setup
     monkeypatch.setenv("ATTNAX_TESTS_UNTIL", str(time.time() + 600))
-    conftest.pytest_runtest_setup()
+    begin()
     monkeypatch.setenv("ATTNAX_TESTS_UNTIL", str(time.time() - 1))
     with pytest.raises(pytest.skip.Exception, match="time of this run is over"):
-        conftest.pytest_runtest_setup()
+        begin()
