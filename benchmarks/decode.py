@@ -107,6 +107,7 @@ def attnax_config(*, window: int | None = None, **size: int) -> Any:
 def attnax_case(case: dict[str, Any], side: str) -> Prepared:
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 
     from attnax.cache import init_decoder_kv_caches_from_config
@@ -139,34 +140,40 @@ def attnax_case(case: dict[str, Any], side: str) -> Prepared:
     state, filled = nnx.split(model)[1], jnp.int32(case["filled"])
     ids = jnp.zeros((batch, 1), jnp.int32)
 
+    begin, step = step_of(model)
+
     def work() -> None:
         nonlocal held
-        finite, held = jax.block_until_ready(steps_of(model)(state, held, ids, filled))
-        assert finite, "the cache has overflowed"
+        tokens, held, finite = ids, begin(held, filled), []
+        for index in range(STEPS):
+            tokens, held, is_finite = step(state, held, tokens, np.int32(case["filled"] + index))
+            finite.append(is_finite)
+        assert all(finite), "the cache has overflowed"
 
     return work, {}
 
 
 @functools.cache
-def steps_of(model: Any) -> Any:
-    """`STEPS` greedy steps of the model after the first `filled` tokens of caches, which are donated."""
+def step_of(model: Any) -> tuple[Any, Any]:
+    """The caches with their first tokens, and a greedy step, as programs; both donate the caches.
+
+    A step is a program, as in `stream`. XLA may compile a loop of steps as one function, without the threads of its
+    products, which `generate` was not seen to meet.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     graphdef = nnx.split(model)[0]
 
-    def run(state: Any, cache: Any, ids: Any, filled: Any) -> tuple[Any, Any]:
-        def go_on(carry: Any, position: Any) -> tuple[Any, Any]:
-            ids, cache = carry
-            out = nnx.merge(graphdef, state).run(ids, position_ids=position[None], caches=cache, deterministic=True)
-            return (out.logits.argmax(-1), out.caches), jnp.isfinite(out.logits).all()
+    def begin(cache: Any, filled: Any) -> Any:
+        return tuple(holding(layer, filled) for layer in cache)
 
-        cache = tuple(holding(layer, filled) for layer in cache)
-        (_, cache), finite = jax.lax.scan(go_on, (ids, cache), filled + jnp.arange(STEPS))
-        return finite.all(), cache
+    def step(state: Any, cache: Any, ids: Any, position: Any) -> tuple[Any, Any, Any]:
+        out = nnx.merge(graphdef, state).run(ids, position_ids=position[None], caches=cache, deterministic=True)
+        return out.logits.argmax(-1), out.caches, jnp.isfinite(out.logits).all()
 
-    return jax.jit(run, donate_argnums=1)
+    return jax.jit(begin, donate_argnums=0), jax.jit(step, donate_argnums=1)
 
 
 def noise_cache(layer: Any, seed: int) -> Any:
