@@ -157,8 +157,8 @@ def attnax_case(case: dict[str, Any], side: str) -> Prepared:
 def step_of(model: Any) -> tuple[Any, Any]:
     """The caches with their first tokens, and a greedy step, as programs; both donate the caches.
 
-    A step is a program, as in `stream`. XLA may compile a loop of steps as one function, without the threads of its
-    products, which `generate` was not seen to meet.
+    A step is a program, as in `stream`: XLA compiled a loop of steps as one function, without the threads of its
+    products.
     """
     import jax
     import jax.numpy as jnp

@@ -96,9 +96,9 @@ class Product:
 def product(x: Array, kernel: Array, *arguments: Any, **options: Any) -> Array:
     """`jax.lax.dot_general` over the last axis of x, which gets a row of zeros if it is one row in bfloat16.
 
-    For one row XLA's CPU backend makes a float32 copy of the kernel, in each call, or before a loop for all of it. For
-    two rows it reads the kernel as it is (`benchmarks/one_row.py`). The row is added where JAX's default backend is a
-    CPU; under `jax.vmap` each mapped row gets one.
+    XLA's CPU backend is slow for one such row, and copies kernels to float32 before a loop. For two rows it does
+    neither (`benchmarks/one_row.py`). The row is added where JAX's default backend is a CPU; under `jax.vmap` each
+    mapped row gets one.
     """
     if x.shape[:-1] == (1,) and x.dtype == kernel.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return jax.lax.dot_general(jnp.pad(x, ((0, 1), (0, 0))), kernel, *arguments, **options)[:1]

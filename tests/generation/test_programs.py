@@ -223,6 +223,8 @@ def test_explicit_axes_of_a_prompt_need_no_mesh_around_the_call_and_those_of_par
         ValueError, match="generate: parameters on a mesh with Explicit axes need a call under that mesh"
     ):
         there.generate(tokens, max_new_tokens=3)
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(there.generate(jax.device_put(tokens, rows), max_new_tokens=3).tokens, want)
     both = nnx.eval_shape(lambda: attnax.Transformer(nnx.Rngs(0), encoder=CONFIG, decoder=CONFIG))
     nnx.update(both, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape), rows.update(spec=())), nnx.state(both)))
     with pytest.raises(ValueError, match="beam_search: parameters on a mesh with Explicit axes"):

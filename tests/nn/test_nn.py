@@ -430,7 +430,7 @@ def test_the_gradient_of_a_tall_matrix_is_a_product_with_the_wider_factor_on_the
 
 @pytest.mark.parametrize(("dtype", "rows", "read"), [("float32", 1, 1), ("bfloat16", 1, 2), ("bfloat16", 2, 2)])
 def test_one_row_in_bfloat16_gets_a_row_of_zeros_on_a_cpu(dtype, rows, read):
-    """The same numbers; for one row XLA would copy the kernel to float32."""
+    """The same numbers; XLA is slow for one row."""
     config = attnax.TransformerConfig(
         vocab_size=5, d_model=8, num_heads=1, use_bias=False, dtype=dtype, param_dtype=dtype
     )
